@@ -18,8 +18,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ray_surgeon.maths.kronecker import Damping, KroneckerFactors
-from ray_surgeon.maths.linear import Linear
+from ray_surgeon.maths.curvature import Linear, LinearCurvature
+from ray_surgeon.maths.greedy import Limits
+from ray_surgeon.maths.kronecker import Damping, PackedFactors, PackedSymmetric
 from ray_surgeon.maths.masks import StructuredMask
 from ray_surgeon.maths.structured import alive_part, group_costs
 
@@ -33,14 +34,14 @@ def consumer(num_rows: int, num_columns: int) -> Linear:
     """
     generator = torch.Generator().manual_seed(0)
 
-    def second_moments(n: int) -> Tensor:
+    def second_moments(n: int) -> PackedSymmetric:
         x = torch.randn(_TOKENS, n, generator=generator) * torch.randn(n, generator=generator).exp()
-        return x.T @ x
+        total = PackedSymmetric.zeros(n)
+        total.add(x)
+        return total
 
     W = torch.randn(num_rows, num_columns, generator=generator) * num_columns**-0.5
-    factors = KroneckerFactors(
-        second_moments(num_columns), second_moments(num_rows), _TOKENS
-    ).packed()
+    factors = PackedFactors(second_moments(num_columns), second_moments(num_rows), _TOKENS)
     return Linear("consumer", W, factors, has_bias=False, damping=Damping(a=0.01, g=0.01, max=1.0))
 
 
@@ -85,15 +86,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         lines.append(f"| {step} | {taken:.1f} | {taken / gemm:.2f} |")
 
     def costs(limit: float | None, needed: int) -> Tensor:
-        return group_costs(
-            linear,
-            alive,
-            linear.curvature(alive),
-            groups,
-            n - needed if needed else 1,
-            limit,
-            needed,
-        )
+        limits = Limits(0.0 if limit is None else limit, needed, least=n - needed if needed else 1)
+        curvature = LinearCurvature(linear, alive)
+        return group_costs(curvature, groups, limits, singly=limit is None)
 
     line("factors, single costs", lambda: costs(None, 0))
     for fraction in arguments.fractions:

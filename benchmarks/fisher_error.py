@@ -98,10 +98,14 @@ def terms_of_samples(
         for number in range(num_passes):
             if number % 2 == 0:
                 moment = a.T @ (a * quadratic_forms(g, unit_G)[:, None]) / num_tokens
-                unit_A, sigma = power_iteration(moment, A_known, G_known, unit_G)
+                unit_A, sigma = power_iteration(
+                    moment, list(zip(A_known, G_known, strict=True)), unit_G
+                )
             else:
                 moment = g.T @ (g * quadratic_forms(a, unit_A)[:, None]) / num_tokens
-                unit_G, sigma = power_iteration(moment, G_known, A_known, unit_A)
+                unit_G, sigma = power_iteration(
+                    moment, list(zip(G_known, A_known, strict=True)), unit_A
+                )
         terms.append((unit_G * sigma**0.5, unit_A * sigma**0.5))
     return terms
 

@@ -18,10 +18,8 @@ from ray_surgeon.maths.threshold import OutOfReachError, Point, lower_hull, slop
 
 
 def _out_of_reach(most: float, wanted: float) -> OutOfReachError:
-    return OutOfReachError(
-        f"pruning: all groups that may be pruned save {most:g} of the {wanted:g} that must go; ask "
-        "for less, or name more groups"
-    )
+    saved = f"all groups that may go save {most:g} of the {wanted:g} that must go"
+    return OutOfReachError(f"pruning: {saved}; ask for less, or name more groups")
 
 
 @dataclass(frozen=True)
@@ -35,7 +33,7 @@ class GroupCosts:
     num_left: int  # groups that are left now
     allowed: Container[int]  # numbers of groups that may be left afterwards
     # what the block needs of the budget with 0, 1, ... groups left; it never falls
-    needs: Sequence[float]
+    needs: Sequence[float] = ()
     # what it costs to remove an expert with all of its groups, its tokens going to others
     whole: float = math.inf
     layer: int = 0  # number of the layer the expert belongs to
@@ -89,8 +87,9 @@ def allocate_globally(
         OutOfReachError: everything that may be pruned saves less.
     """
     paths = [_Path(c, per_unit) for c in costs]
-    steps = [(path.slope, place) for place, path in enumerate(paths) if path.goes_on]
-    heapq.heapify(steps)
+    steps = list[tuple[float, int]]()
+    for place, path in enumerate(paths):
+        path.push(steps, place)
     left = Counter(c.layer for c in costs if math.isfinite(c.whole))
     threshold = 0.0
     saved = sum(path.saved for path in paths)
@@ -109,8 +108,7 @@ def allocate_globally(
             path.advance(missing - tolerance - saved + before)
             saved += path.saved - before
             threshold = price
-        if path.goes_on:
-            heapq.heappush(steps, (path.slope, place))
+        path.push(steps, place)
     counts = {path.costs.consumer: path.number for path in paths}
     whole = frozenset(path.costs.consumer for path in paths if path.is_whole)
     return Allocation(counts, threshold, whole)
@@ -138,15 +136,10 @@ class _Path:
         points = [(c.saved(n) if self._per_unit else n, cost, place) for n, cost, place in prices]
         return lower_hull(sorted(points))[::-1]
 
-    @property
-    def goes_on(self) -> bool:
-        """Whether there is another point."""
-        return len(self._points) > 1
-
-    @property
-    def slope(self) -> float:
-        """Price of the step to the next point."""
-        return slope(self._points[-1], self._points[-2])
+    def push(self, steps: list[tuple[float, int]], place: int) -> None:
+        """Put the price of the step to the next point on a heap, if there is one."""
+        if len(self._points) > 1:
+            heapq.heappush(steps, (slope(self._points[-1], self._points[-2]), place))
 
     @property
     def goes_whole(self) -> bool:

@@ -17,8 +17,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ray_surgeon.maths.curvature import RaisedDamping, raised_damping
-from ray_surgeon.maths.factorised import factorise
+from ray_surgeon.maths.factorised import RaisedDamping, factorise
 
 BLOCK_SIZE = 128
 """Columns after which those to the right learn of the errors, rounded up to whole groups.
@@ -51,7 +50,7 @@ def upper_inverse(
     factor = factorise(A, damping, max_damping, name)
     # With the indices reversed A is L L^T, and U is the inverse of L reversed. A's own inverse may
     # not be positive definite in float32.
-    return factor.inverse_cholesky().flip(0, 1), raised_damping(name, A=factor)
+    return factor.inverse_cholesky().flip(0, 1), factor.raised(name, "A")
 
 
 def replace_columns(

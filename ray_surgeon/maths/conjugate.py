@@ -7,16 +7,16 @@ system's matrix is two GEMMs and a mask.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import reduce
 
 import torch
 from torch import Tensor
 
+from ray_surgeon.maths.curvature import Removal
 from ray_surgeon.maths.extended.terms import apply_terms
 from ray_surgeon.maths.kronecker import Terms
-from ray_surgeon.maths.linear import Removal
 
 _RANK_A = 20
 """Eigenvectors of A in the preconditioner; their small systems hold rank^2 numbers a row."""
@@ -172,7 +172,8 @@ def update_elements(W: Tensor, terms: Terms, kept: Tensor, update: ElementUpdate
     direction = z.clone()
     rz = _dot(residual, z)
     for iteration in range(1, update.num_iterations + 1):
-        product = _product(split, direction).mul_(mask)
+        parts = (G.before(A.after(direction)) for G, A in split)
+        product = reduce(torch.add, parts).mul_(mask)
         curved = _dot(direction, product)
         if not (rz > 0 and curved > 0):  # the dtype has nothing more to give
             break
@@ -192,11 +193,6 @@ def update_elements(W: Tensor, terms: Terms, kept: Tensor, update: ElementUpdate
     predicted = 0.5 * float(_dot(change, product))
     left = float(torch.linalg.norm(product.mul_(mask))) / start
     return Removal((W + change) * mask, predicted, left)
-
-
-def _product(split: Sequence[tuple[SplitMatrix, SplitMatrix]], X: Tensor) -> Tensor:
-    """Return F X, [R, C]."""
-    return reduce(torch.add, (G.before(A.after(X)) for G, A in split))
 
 
 def _residual(change: Tensor, terms: Terms, mask: Tensor) -> Tensor:

@@ -13,9 +13,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from ray_surgeon.maths.curvature import Linear, LinearCurvature
 from ray_surgeon.maths.kronecker import PackedFactors
-from ray_surgeon.maths.linear import Linear
-from ray_surgeon.maths.masks import StructuredMask
 from ray_surgeon.maths.rows_columns import quadratic_cost
 
 A_CHOICES = (1e-3, 1e-2, 1e-1, 1.0)
@@ -25,7 +24,7 @@ G_CHOICES = (0.01, 0.03, 0.1, 0.3)
 
 
 def cost_held_aside(
-    linear: Linear, mask: StructuredMask, held: PackedFactors, share: float, *, prunes_rows: bool
+    linear: Linear, held: PackedFactors, share: float, *, prunes_rows: bool
 ) -> float:
     """Remove the cheapest columns of a linear, and return the cost on other tokens.
 
@@ -33,7 +32,6 @@ def cost_held_aside(
 
     Args:
         linear: with its factors and their damping.
-        mask: what earlier shots kept.
         held: factors of tokens held aside, sums likewise; they are not damped.
         share: of the columns, and of the rows, that are removed.
         prunes_rows: whether the cheapest rows go, too.
@@ -44,16 +42,16 @@ def cost_held_aside(
     Raises:
         FloatingPointError: a factor is not usable.
     """
-    part = linear.nonzero(mask)
-    W = part.of(linear.W)
-    curvature = linear.curvature(part)
-    column_costs = curvature.column_costs(W, "obs")
+    part = linear.nonzero
+    curvature = LinearCurvature(linear, part)
+    W = curvature.W
+    column_costs = curvature.column_costs("obs")
     if linear.has_bias and bool(part.columns[-1]):
         column_costs[-1] = torch.inf
     gone_columns = _cheapest(column_costs, share)
-    row_costs = curvature.row_costs(W, "obs") if prunes_rows else W.new_zeros(len(W))
+    row_costs = curvature.row_costs("obs") if prunes_rows else W.new_zeros(len(W))
     gone_rows = _cheapest(row_costs, share if prunes_rows else 0.0)
-    after, _ = curvature.prune(W, gone_rows, gone_columns, "full")
+    after, _ = curvature.prune(gone_rows, gone_columns, "full")
     factors = held.restricted(part.rows, part.columns)
     A, G = ((x / held.num_tokens).to(W.dtype) for x in (factors.A, factors.G))
     return quadratic_cost(after - W, A, G)
@@ -67,22 +65,20 @@ def _cheapest(costs: torch.Tensor, share: float) -> torch.Tensor:
 
 
 def choose_damping(
-    cost_of: Callable[[float, float], Sequence[float]],
-    a_choices: Sequence[float],
-    g_choices: Sequence[float],
+    cost_of: Callable[[float, float], Sequence[float]], of_A: Sequence[float], of_G: Sequence[float]
 ) -> tuple[float, float, list[tuple[float, float, float]]]:
     """Choose the damping of A, then that of G with it.
 
     Args:
         cost_of: damping of A and of G -> costs held aside of several linears.
-        a_choices: for A.
-        g_choices: for G; the one after the middle goes with all for A.
+        of_A: choices for A.
+        of_G: choices for G; the one after the middle goes with all for A.
 
     Returns:
         The damping of A, that of G, and for everything that was tried both with the mean of the
         costs, relative to the smallest of each linear. Costs that are no number count as infinite.
     """
-    middle = g_choices[len(g_choices) // 2]
+    middle = of_G[len(of_G) // 2]
     costs = dict[tuple[float, float], Sequence[float]]()
     means = dict[tuple[float, float], float]()
 
@@ -91,8 +87,8 @@ def choose_damping(
         means.update(zip(costs, _relative_means(list(costs.values())), strict=True))
         return min(pairs, key=lambda pair: means[pair])
 
-    best_a, _ = best_of([(a, middle) for a in a_choices])
-    _, best_g = best_of([(best_a, g) for g in g_choices])
+    best_a, _ = best_of([(a, middle) for a in of_A])
+    _, best_g = best_of([(best_a, g) for g in of_G])
     return best_a, best_g, [(a, g, mean) for (a, g), mean in means.items()]
 
 

@@ -12,9 +12,7 @@ import torch
 from torch import Tensor
 
 from ray_surgeon.maths.conjugate import ElementUpdate, update_elements
-from ray_surgeon.maths.curvature import Clipping, LinearCurvature, RaisedDamping
-from ray_surgeon.maths.kronecker import Damping
-from ray_surgeon.maths.linear import Linear, Pair, Part, Removal
+from ray_surgeon.maths.curvature import Basis, Linear, LinearCurvature, Pair, Part, Removal
 from ray_surgeon.maths.masks import ElementMask
 from ray_surgeon.maths.threshold import check_costs
 
@@ -25,9 +23,6 @@ class ElementUnits:
 
     n: int = 0  # elements of a group that stay; 0 for single elements
     m: int = 1  # elements of a group; 1 for single elements
-    # whether the cost of a group is the exact joint cost of its best pattern, or the sum of single
-    # costs
-    joint: bool = True
 
     @property
     def num_removed(self) -> int:
@@ -47,10 +42,47 @@ class ElementCandidates:
     column_scale: Tensor
     group_costs: Tensor  # [R, C / m] float32 costs of groups; empty for single elements
     choice: Tensor  # [R, C / m] best pattern of every group; empty for single elements
-    live: Part  # rows and columns on which the curvature is not degenerate
-    damping: Damping  # what the factors on `live` needed
-    raised_damping: tuple[RaisedDamping, ...]  # see `LinearCurvature`
-    clipping: tuple[Clipping, ...]  # see `LinearCurvature`
+    units: ElementUnits  # what is pruned as one
+    basis: Basis
+
+    def costs(self, linear: Linear, mask: ElementMask) -> Tensor:
+        """Return the costs [R, units a row] float32 of all units.
+
+        Those that may not be pruned have infinity.
+
+        Raises:
+            FloatingPointError: a cost is not usable.
+        """
+        kept = mask.kept.to(linear.W.device)[:, : linear.num_inputs]
+        if self.units.m == 1:
+            costs = element_costs(linear.W, self.row_scale, self.column_scale)
+            costs = costs[:, : linear.num_inputs].float()
+            excluded = ~kept
+        else:
+            costs = self.group_costs.float().clone()
+            excluded = kept.reshape(len(kept), -1, self.units.m).sum(dim=2) <= self.units.n
+        check_costs(linear.name, costs.masked_fill(excluded, 0.0))
+        return costs.masked_fill_(excluded, torch.inf)
+
+    def prune(
+        self, linear: Linear, mask: ElementMask, threshold: float, update: ElementUpdate
+    ) -> tuple[Removal, ElementMask]:
+        """Prune every unit whose cost is at most the threshold and update what stays.
+
+        Args:
+            linear: as for `find_elements`.
+            mask: what earlier shots kept.
+            threshold: the global one, a float32 number like the costs.
+            update: how.
+        """
+        chosen = self.costs(linear, mask) <= threshold
+        if self.units.m > 1:
+            chosen = pattern_removals(chosen, self.choice, self.units.n, self.units.m)
+        kept = mask.kept.to(chosen.device, copy=True)
+        kept[:, : linear.num_inputs] &= ~chosen
+        live = self.basis.part
+        removal = _updated(self.basis.curvature(linear), live.of(kept), update)
+        return replace(removal, W=live.put(removal.W, linear.W * kept)), ElementMask(kept.cpu())
 
 
 def find_elements(linear: Linear, units: ElementUnits, costs: str) -> ElementCandidates:
@@ -59,17 +91,19 @@ def find_elements(linear: Linear, units: ElementUnits, costs: str) -> ElementCan
     Args:
         linear: groups start at column 0 and never reach the bias, which always stays.
         units: what is pruned as one.
-        costs: ``obs`` (with the optimal update of the others) or ``obd`` (without one).
+        costs: ``obs`` (with the optimal update of the others; of a group, the exact joint cost of
+            its best pattern), ``obs_sum`` (the sum of single costs) or ``obd`` (that sum without
+            an update).
 
     Raises:
         FloatingPointError: a factor is not usable.
     """
     live = linear.live
-    curvature = linear.curvature(live)
+    curvature = LinearCurvature(linear, live)
     rows, columns = _scales(linear, live, *curvature.element_scales(costs))
     choice = linear.W.new_zeros(0, dtype=torch.int64)
     by_group = linear.W.new_zeros(0)
-    if units.m > 1 and units.joint and costs == "obs":
+    if units.m > 1 and costs == "obs":
         alive = live.columns[: linear.num_inputs]
         places = torch.where(alive, alive.cumsum(0) - 1, -1).view(-1, units.m)
         by_group = linear.W.new_zeros(len(linear.W), len(places))
@@ -81,8 +115,7 @@ def find_elements(linear: Linear, units: ElementUnits, costs: str) -> ElementCan
     elif units.m > 1:
         single = element_costs(linear.W, rows, columns)[:, : linear.num_inputs]
         by_group, choice = summed_group_costs(single, units.n, units.m)
-    about = live, curvature.used_damping, curvature.raised_damping, curvature.clipping
-    return ElementCandidates(rows, columns, by_group, choice, *about)
+    return ElementCandidates(rows, columns, by_group, choice, units, curvature.basis)
 
 
 def _scales(linear: Linear, live: Part, row_scale: Tensor, column_scale: Tensor) -> Pair:
@@ -97,58 +130,8 @@ def _scales(linear: Linear, live: Part, row_scale: Tensor, column_scale: Tensor)
     return rows, columns
 
 
-def unit_costs(
-    linear: Linear, mask: ElementMask, units: ElementUnits, candidates: ElementCandidates
-) -> Tensor:
-    """Return the costs [R, units a row] float32 of all units.
-
-    Those that may not be pruned have infinity.
-
-    Raises:
-        FloatingPointError: a cost is not usable.
-    """
-    kept = mask.kept.to(linear.W.device)[:, : linear.num_inputs]
-    if units.m == 1:
-        costs = element_costs(linear.W, candidates.row_scale, candidates.column_scale)
-        costs = costs[:, : linear.num_inputs].float()
-        excluded = ~kept
-    else:
-        costs = candidates.group_costs.float().clone()
-        excluded = kept.reshape(len(kept), -1, units.m).sum(dim=2) <= units.n
-    check_costs(linear.name, costs.masked_fill(excluded, 0.0))
-    return costs.masked_fill_(excluded, torch.inf)
-
-
-def prune_elements(
-    linear: Linear,
-    mask: ElementMask,
-    units: ElementUnits,
-    candidates: ElementCandidates,
-    threshold: float,
-    update: ElementUpdate,
-) -> tuple[Removal, ElementMask]:
-    """Prune every unit whose cost is at most the threshold and update what stays.
-
-    Args:
-        linear: as for `find_elements`.
-        mask: what earlier shots kept.
-        units: likewise.
-        candidates: of this shot.
-        threshold: the global one, a float32 number like the costs.
-        update: how.
-    """
-    chosen = unit_costs(linear, mask, units, candidates) <= threshold
-    if units.m > 1:
-        chosen = pattern_removals(chosen, candidates.choice, units.n, units.m)
-    kept = mask.kept.to(chosen.device, copy=True)
-    kept[:, : linear.num_inputs] &= ~chosen
-    live = candidates.live
-    curvature = linear.curvature(live, candidates.damping)
-    removal = _updated(live.of(linear.W), curvature, live.of(kept), update)
-    return replace(removal, W=live.put(removal.W, linear.W * kept)), ElementMask(kept.cpu())
-
-
-def _updated(W: Tensor, curvature: LinearCurvature, kept: Tensor, update: ElementUpdate) -> Removal:
+def _updated(curvature: LinearCurvature, kept: Tensor, update: ElementUpdate) -> Removal:
+    W = curvature.W
     if update.solver == "conjugate_gradients":
         return update_elements(W, curvature.terms, kept, update)
     if update.solver == "none":

@@ -39,6 +39,20 @@ def squares(X: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
+class RaisedDamping:
+    """A factorisation that needed more damping than was asked for.
+
+    For example ("...q_proj", "A", asked 0.01, used 0.1, True).
+    """
+
+    linear: str
+    factor: str
+    asked: float
+    used: float
+    float64_retry: bool
+
+
+@dataclass(frozen=True)
 class DampedFactor:
     """One damped factor and its Cholesky decomposition, and what follows from its inverse.
 
@@ -52,6 +66,12 @@ class DampedFactor:
     damping: float  # the one that was needed
     # whether the factorisation at the dtype of the input failed and float64 was used
     float64_retry: bool
+
+    def raised(self, linear: str, factor: str) -> tuple[RaisedDamping, ...]:
+        """Return what this factor of a linear, A or G, needed beside what was asked, if it did."""
+        if self.damping == self.asked and not self.float64_retry:
+            return ()
+        return (RaisedDamping(linear, factor, self.asked, self.damping, self.float64_retry),)
 
     def part(self, left: Tensor) -> DampedFactor:
         """Return the factor of the indices that are left, [n] bool, with the damping it has."""
@@ -122,16 +142,10 @@ def factorise(matrix: Tensor, damping: float, max_damping: float, name: str) -> 
     """
     # NaN if anything is; needs no second matrix as large
     if matrix.numel() and not all(map(torch.isfinite, torch.aminmax(matrix))):
-        raise FloatingPointError(
-            f"{name}: the curvature factor of shape {tuple(matrix.shape)} has NaN or infinite "
-            "entries"
-        )
+        raise FloatingPointError(f"{name}: the curvature factor has NaN or infinite entries")
     diagonal = matrix.diagonal().clone()
     if len(diagonal) and not diagonal.any():
-        raise FloatingPointError(
-            f"{name}: the curvature factor is zero, so the linear reads or changes nothing; check "
-            "the model's weights"
-        )
+        raise FloatingPointError(f"{name}: the curvature factor is zero; check the weights")
     current = damping
     while True:
         factor, failed = torch.linalg.cholesky_ex(damp_(matrix, current))
@@ -149,9 +163,8 @@ def factorise(matrix: Tensor, damping: float, max_damping: float, name: str) -> 
         raised = max(current * 10.0, 1e-8)
         if raised > max_damping:
             raise FloatingPointError(
-                f"{name}: the curvature factor of shape {tuple(matrix.shape)} is not positive "
-                f"definite with damping {current:g} (asked for {damping:g}, cap {max_damping:g}); "
-                "raise damping or max_damping of the job spec, or give more calibration tokens"
+                f"{name}: the curvature factor {tuple(matrix.shape)} is not positive definite with "
+                f"damping {current:g} (cap {max_damping:g}); raise max_damping, or give more tokens"
             )
         current = raised
 
@@ -184,11 +197,6 @@ class DowndatedInverse:
     def of_part(self, left: Tensor, sets: Tensor) -> DowndatedInverse:
         """Return the same for the indices that are left, [n] bool; `sets` count among them."""
         return DowndatedInverse(self._factor.part(left), sets)
-
-    @property
-    def diagonal(self) -> Tensor:
-        """The entries [num_sets] of sets of one."""
-        return self.blocks[:, 0, 0]
 
     def eliminate(self, Q: Tensor) -> Tensor:
         """Eliminate rows and columns [q], and return Y = (M_QQ)^-1 M_Q: [q, n].

@@ -17,12 +17,13 @@ factor.
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ray_surgeon.maths.curvature import Pair, Part
 from ray_surgeon.maths.factorised import DampedFactor, DowndatedInverse, root
-from ray_surgeon.maths.linear import Pair, Part
 from ray_surgeon.maths.products import product
 from ray_surgeon.maths.threshold import check_costs
 
@@ -100,7 +101,7 @@ class GreedyPath:
     def row_costs(self) -> Tensor:
         """Return the cost of each row now, [R]; of pruned ones, 0."""
         by_row = _dots(self.W, self._H, dim=1)
-        return 0.5 * (by_row / self._by_row.diagonal).clamp(min=0) * self.rows
+        return 0.5 * (by_row / self._by_row.blocks[:, 0, 0]).clamp(min=0) * self.rows
 
     def column_set_costs(self) -> Tensor:
         """Return the joint cost of each set of columns now, [num_sets]; of pruned sets 0.
@@ -109,7 +110,7 @@ class GreedyPath:
         """
         if self.sets.shape[1] == 1:
             by_column = _dots(self.W, self._U, dim=0)[self.sets[:, 0]]
-            return 0.5 * (by_column / self._by_column.diagonal).clamp(min=0)
+            return 0.5 * (by_column / self._by_column.blocks[:, 0, 0]).clamp(min=0)
         inner = torch.einsum("rsi,rsj->sij", self.W[:, self.sets], self._U[:, self.sets])
         # not by LU: with several threads MKL factorises batches of matrices of 192 and more wrongly
         # (torch 2.13, MKL 2024.2)
@@ -173,16 +174,17 @@ class GreedyPath:
         self.columns = columns[columns]
 
 
+class Limits(NamedTuple):
+    """How far a greedy path is followed."""
+
+    limit: float = math.inf  # nothing is pruned whose marginal cost is above it,
+    needed: int = 0  # except that so many are pruned,
+    most: float = math.inf  # as long as none costs more than this
+    least: int = 0  # so many of those that may be pruned stay
+
+
 def greedy_costs(
-    path: GreedyPath,
-    *,
-    name: str,
-    sets: str = "columns",
-    per_parameter: bool = False,
-    limit: float = math.inf,
-    least: int = 0,
-    needed: int = 0,
-    most: float = math.inf,
+    path: GreedyPath, limits: Limits, name: str, sets: str, *, per_parameter: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Follow the greedy path up to a marginal cost.
 
@@ -190,14 +192,11 @@ def greedy_costs(
 
     Args:
         path: with everything alive.
+        limits: how far to go.
         name: of the linear, for the error.
         sets: what the sets are, for the error.
         per_parameter: whether costs are divided by the entries that a structure still has when it
             is pruned.
-        limit: nothing is pruned whose marginal cost is above it,
-        needed: except that so many are pruned,
-        most: as long as none costs more than this.
-        least: so many of those that may be pruned stay.
 
     Returns:
         [R] and [num_sets]: the largest marginal cost up to and including the structure's own
@@ -211,7 +210,7 @@ def greedy_costs(
     marginal = torch.full((len(may_prune),), torch.inf, dtype=path.W.dtype)
     highest = 0.0
     num_pruned = 0
-    while int(may_prune.sum()) > least:
+    while int(may_prune.sum()) > limits.least:
         numbers = path.numbers.cpu()
         costs = path.costs(per_parameter=per_parameter).cpu()
         candidates = may_prune[numbers]
@@ -221,10 +220,11 @@ def greedy_costs(
             check_costs(f"{name} {sets}", costs[candidates & ~is_row])
         costs.masked_fill_(~candidates, torch.inf)
         left = int(torch.isfinite(costs).sum())
-        few = min(max(1, int(left * _FEW)), left - least)
+        few = min(max(1, int(left * _FEW)), left - limits.least)
         cheapest = costs.topk(max(0, few), largest=False)
-        is_needed = torch.arange(len(cheapest.values)) < needed - num_pruned
-        to_prune = (cheapest.values <= limit) | (is_needed & (cheapest.values <= most))
+        is_needed = torch.arange(len(cheapest.values)) < limits.needed - num_pruned
+        to_prune = cheapest.values <= limits.limit
+        to_prune |= is_needed & (cheapest.values <= limits.most)
         if not to_prune.any():
             break
         pruned = cheapest.indices[to_prune]

@@ -49,14 +49,6 @@ class PackedSymmetric:
         """Return an empty sum."""
         return PackedSymmetric(n, torch.zeros(PackedSymmetric.size(n), device=device, dtype=dtype))
 
-    @staticmethod
-    def of(matrix: Tensor) -> PackedSymmetric:
-        """Return a symmetric matrix [n, n] as such a sum."""
-        packed = PackedSymmetric.zeros(len(matrix), matrix.device, matrix.dtype)
-        for start, panel in packed._panels():
-            panel.copy_(matrix[start : start + len(panel), start:])
-        return packed
-
     def _panels(self) -> Iterator[tuple[int, Tensor]]:
         """Yield a panel's first row, and a view [rows, n - start] of it.
 
@@ -105,10 +97,6 @@ class PackedSymmetric:
     def diagonal(self) -> Tensor:
         """Return a copy of the diagonal [n]."""
         return torch.cat([self.flat[:0], *(panel.diagonal() for _, panel in self._panels())])
-
-    def is_finite(self) -> bool:
-        """Whether every entry is a number."""
-        return bool(torch.isfinite(self.flat).all())
 
     def dense(self, device: torch.device | None = None) -> Tensor:
         """Return the whole matrix [n, n], a copy."""
@@ -173,11 +161,6 @@ class KroneckerFactors:
     G: Tensor
     num_tokens: int
     terms: tuple[Term, ...] = ()
-
-    def packed(self) -> PackedFactors:
-        """Return the same, packed."""
-        A, G = (PackedSymmetric.of(factor) for factor in (self.A, self.G))
-        return PackedFactors(A, G, self.num_tokens, self.terms)
 
 
 @dataclass(frozen=True)

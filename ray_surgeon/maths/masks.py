@@ -26,21 +26,12 @@ class StructuredMask:
         return StructuredMask(self.rows & ~rows, self.columns & ~columns)
 
     @property
-    def num_parameters(self) -> int:
-        """Entries in the linear, bias included."""
-        return len(self.rows) * len(self.columns)
-
-    @property
     def num_kept(self) -> int:
         """Entries that are kept: kept rows times kept columns.
 
         So the overlap of removals counts once.
         """
         return int(self.rows.sum()) * int(self.columns.sum())
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Return what has to be saved or sent."""
-        return {"rows": self.rows, "columns": self.columns}
 
     def apply_(self, W: Tensor) -> None:
         """Zero the removed rows and columns of W [R, C] in place."""
@@ -60,18 +51,9 @@ class ElementMask:
         return ElementMask(torch.ones(num_rows, num_columns, dtype=torch.bool))
 
     @property
-    def num_parameters(self) -> int:
-        """Entries in the linear, bias included."""
-        return self.kept.numel()
-
-    @property
     def num_kept(self) -> int:
         """Entries that are kept."""
         return int(self.kept.sum())
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Return what has to be saved or sent."""
-        return {"kept": self.kept}
 
 
 Mask = StructuredMask | ElementMask

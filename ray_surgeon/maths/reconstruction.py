@@ -41,30 +41,22 @@ class FeedForward:
     A further column of a weight is its bias.
     """
 
-    producers: tuple[Tensor, ...]  # V [k, d], the gate first; one of them, or two
-    consumer: Tensor  # W [R, k]
+    # V [k, d] of the producers, the gate first, one or two; then the consumer's W [R, k]
+    weights: tuple[Tensor, ...]
     activation: Callable[[Tensor], Tensor]  # f, of every entry
 
     def __call__(self, x: Tensor) -> Tensor:
         """Return the outputs [N, R] for inputs [N, d]."""
-        gate, *factors = (_affine(x, V) for V in self.producers)
+        *producers, W = self.weights
+        gate, *factors = (_affine(x, V) for V in producers)
         hidden = self.activation(gate)
         for factor in factors:
             hidden = hidden * factor
-        return _affine(hidden, self.consumer)
-
-    @property
-    def weights(self) -> tuple[Tensor, ...]:
-        """The weights, the consumer last."""
-        return (*self.producers, self.consumer)
-
-    def with_weights(self, weights: tuple[Tensor, ...]) -> FeedForward:
-        """Return the layer with others."""
-        return replace(self, producers=weights[:-1], consumer=weights[-1])
+        return _affine(hidden, W)
 
     def to(self, dtype: torch.dtype) -> FeedForward:
         """Return the layer in another dtype, without gradients."""
-        return self.with_weights(tuple(weight.detach().to(dtype) for weight in self.weights))
+        return replace(self, weights=tuple(weight.detach().to(dtype) for weight in self.weights))
 
 
 @dataclass(frozen=True)
@@ -132,7 +124,7 @@ def reconstruct(
             group["lr"] = rate * rate_factor(number, num_steps)
         working = tuple(weight.detach().to(dtype).requires_grad_() for weight in masters)
         with torch.enable_grad():
-            computed = layer.with_weights(working)(inputs[batch])
+            computed = replace(layer, weights=working)(inputs[batch])
         error = (computed.detach() - outputs[batch]).float()
         in_means = error.pow(2).sum(dim=1, keepdim=True) / (2 * mean)
         # Adam's steps are the same in every unit of the loss; in this one gradients are far from
@@ -142,21 +134,19 @@ def reconstruct(
         for weight, gradient in zip(masters, gradients, strict=True):
             weight.grad = gradient.to(weight.dtype)
         optimizer.step()
-    trained = layer.with_weights(tuple(weight.detach() for weight in masters))
+    trained = replace(layer, weights=tuple(weight.detach() for weight in masters))
     measured = own if held is None else held
     before, after = (error_of(each.to(dtype), *measured, limit) for each in (layer, trained))
     return Reconstructed(trained if after < before else layer, before, after)
 
 
-def _steps(
-    num_tokens: int, size: int, num_steps: int, generator: torch.Generator
-) -> Iterator[Tensor]:
+def _steps(num_tokens: int, size: int, count: int, drawn: torch.Generator) -> Iterator[Tensor]:
     """Yield the tokens [size] of each step; every pass over all of them has an order of its own."""
-    while num_steps > 0:
-        order = torch.randperm(num_tokens, generator=generator)
-        steps = torch.split(order[: num_tokens // size * size], size)[:num_steps]
+    while count > 0:
+        order = torch.randperm(num_tokens, generator=drawn)
+        steps = torch.split(order[: num_tokens // size * size], size)[:count]
         yield from steps
-        num_steps -= len(steps)
+        count -= len(steps)
 
 
 def rate_factor(number: int, num_steps: int) -> float:

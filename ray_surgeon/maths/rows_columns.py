@@ -66,7 +66,7 @@ def prune_columns(W: Tensor, A: Tensor, to_prune: Tensor, *, name: str = "A") ->
 
 
 def prune_rows_and_columns(
-    W: Tensor, A: Tensor, G: Tensor, rows: Tensor, columns: Tensor, *, name: str = ""
+    W: Tensor, A: Tensor, G: Tensor, rows: Tensor, columns: Tensor, name: str
 ) -> Tensor:
     """Remove rows and columns together, as the published implementation does.
 
@@ -120,42 +120,18 @@ def prune_singly(
     return new
 
 
-def row_costs(W: Tensor, A: Tensor, G_inverse_diagonal: Tensor) -> Tensor:
-    """Cost of each row after the optimal update of the others: 1/2 (W_r A W_r^T) / [G^-1]_rr.
+def row_costs(W: Tensor, A: Tensor) -> Tensor:
+    """Return 1/2 W_r A W_r^T of each row [R], in the loss's units.
 
-    Args:
-        W: [R, C].
-        A: [C, C] damped.
-        G_inverse_diagonal: [R] diagonal of G^-1.
-
-    Returns:
-        [R] costs, in the loss's units.
+    The cost of a row after the optimal update of the others is this over [G^-1]_rr; if they stay as
+    they are (OBD), it is this times G_rr.
     """
-    return 0.5 * (product(W, A) * W).sum(dim=1) / G_inverse_diagonal
+    return 0.5 * (product(W, A) * W).sum(dim=1)
 
 
-def column_costs(W: Tensor, G: Tensor, A_inverse_diagonal: Tensor) -> Tensor:
-    """Cost of each column after the optimal update of the others: 1/2 (W_c^T G W_c) / [A^-1]_cc.
-
-    Args:
-        W: [R, C].
-        G: [R, R] damped.
-        A_inverse_diagonal: [C] diagonal of A^-1.
-
-    Returns:
-        [C] costs, in the loss's units.
-    """
-    return 0.5 * (W * product(G, W)).sum(dim=0) / A_inverse_diagonal
-
-
-def diagonal_row_costs(W: Tensor, A: Tensor, G_diagonal: Tensor) -> Tensor:
-    """Cost of each row if the others stay as they are (OBD): 1/2 G_rr (W_r A W_r^T), [R]."""
-    return 0.5 * (product(W, A) * W).sum(dim=1) * G_diagonal
-
-
-def diagonal_column_costs(W: Tensor, G: Tensor, A_diagonal: Tensor) -> Tensor:
-    """Cost of each column if the others stay as they are (OBD): 1/2 A_cc (W_c^T G W_c), [C]."""
-    return 0.5 * (W * product(G, W)).sum(dim=0) * A_diagonal
+def column_costs(W: Tensor, G: Tensor) -> Tensor:
+    """Return 1/2 W_c^T G W_c of each column [C]; the cost is this over [A^-1]_cc, or times A_cc."""
+    return 0.5 * (W * product(G, W)).sum(dim=0)
 
 
 def column_removal_cost(change: Tensor, A: Tensor, G: Tensor, removed: Tensor) -> float:

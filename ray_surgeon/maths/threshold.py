@@ -19,11 +19,9 @@ class OutOfReachError(ValueError):
     """A target asks for more than all that may be pruned; the message says how much that is."""
 
 
-def _out_of_reach(target_sparsity: float, most: float) -> OutOfReachError:
-    return OutOfReachError(
-        f"pruning.target_sparsity: {target_sparsity:g} cannot be reached; all candidates together "
-        f"are {most:.4f}"
-    )
+def _out_of_reach(target: float, most: float) -> OutOfReachError:
+    most_of_all = f"all candidates together are {most:.4f}"
+    return OutOfReachError(f"pruning.target_sparsity: {target:g} cannot be reached; {most_of_all}")
 
 
 @dataclass(frozen=True)
@@ -37,15 +35,6 @@ class StructureCosts:
     rows: Tensor  # [num candidates <= num_rows] costs of rows that may be pruned
     # [num candidates <= num_columns] costs of columns that may be pruned (never the bias's)
     columns: Tensor
-
-
-@dataclass(frozen=True)
-class Threshold:
-    """The threshold of a shot, which removes every structure that costs at most `value`."""
-
-    value: float
-    num_removed: int
-    num_parameters: int
 
 
 def check_costs(name: str, costs: Tensor, *, may_be_negative: bool = False) -> None:
@@ -76,8 +65,10 @@ def can_reach(costs: Sequence[StructureCosts], target_sparsity: float) -> bool:
     return num_parameters - kept >= math.ceil(target_sparsity * num_parameters - 1e-6)
 
 
-def structured_threshold(costs: Sequence[StructureCosts], target_sparsity: float) -> Threshold:
+def structured_threshold(costs: Sequence[StructureCosts], target_sparsity: float) -> float:
     """Find the smallest threshold that removes at least the target fraction of all parameters.
+
+    It removes every structure that costs at most this.
 
     A linear with alive rows R and columns C of which p and q are pruned loses p C + q R - p q
     entries: the overlap counts once. Bisection over the sorted costs; each probe counts by binary
@@ -114,8 +105,7 @@ def structured_threshold(costs: Sequence[StructureCosts], target_sparsity: float
     most = num_removed(float(candidates[-1]))
     if most < wanted:
         raise _out_of_reach(target_sparsity, most / num_parameters)
-    value = smallest_enough(candidates, num_removed, wanted)
-    return Threshold(value, num_removed(value), num_parameters)
+    return smallest_enough(candidates, num_removed, wanted)
 
 
 def smallest_enough(values: Tensor, num_removed: Callable[[float], int], wanted: int) -> float:

@@ -236,7 +236,7 @@ def _mask_parts(worker: Worker) -> list[list[tuple[str, Tensor]]]:
     tensors = [
         (f"{name}.{part}", tensor)
         for name, mask in worker.masks.items()
-        for part, tensor in mask.tensors().items()
+        for part, tensor in vars(mask).items()
     ]
     return _by_size([((name, tensor), tensor.numel()) for name, tensor in tensors])
 

@@ -217,7 +217,7 @@ class Worker:
 
     def share_mask(self, name: str, mask: Mask) -> Mask:
         """Return the owner's mask of a linear; every replica calls this."""
-        parts = {part: tensor.to(self.device) for part, tensor in mask.tensors().items()}
+        parts = {part: tensor.to(self.device) for part, tensor in vars(mask).items()}
         for tensor in parts.values():
             self.replicas.broadcast(tensor, self.owner(name))
         return type(mask)(**{part: tensor.cpu() for part, tensor in parts.items()})
@@ -249,5 +249,6 @@ def clean_up(worker: Worker) -> None:
 
 def sizes(worker: Worker) -> tuple[int, int]:
     """Return the entries of the owned linears, and how many of them earlier shots kept."""
-    masks = [mask for name, mask in worker.masks.items() if worker.owns(name)]
-    return sum(m.num_parameters for m in masks), sum(m.num_kept for m in masks)
+    owned = [name for name in worker.masks if worker.owns(name)]
+    size = sum(worker.layout.shapes[name].size for name in owned)
+    return size, sum(worker.masks[name].num_kept for name in owned)

@@ -74,8 +74,7 @@ class Evaluation(Stage):
                 raise CollapseError(
                     f"after shot {run.shot} the perplexity on {text} is {value:.4g}, "
                     f"{value / dense:.3g} times the dense model's; evaluation.stop_above allows "
-                    f"{limit:g}. The shots before are committed; prune less, or raise "
-                    "evaluation.stop_above"
+                    f"{limit:g}. The shots before are committed; prune less, or raise the limit"
                 )
 
     def needs(self, worker: WorkerView) -> Iterable[StepPlan]:

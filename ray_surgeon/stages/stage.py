@@ -83,13 +83,12 @@ def held_measure(cluster: Cluster, text: CalibrationText, loss: str = "kl") -> f
 
     It is infinite if it is no number, as where a training diverged.
     """
-    windows = text.held
-    counts = text.held_counts
+    held = text.held, text.held_counts
     if loss == "kl":
-        sums = [comparison.divergence for comparison in compared(cluster, HELD, windows, counts)]
+        sums = [comparison.divergence for comparison in compared(cluster, HELD, *held)]
     else:
-        sums = sequence_losses(cluster, windows, counts)
-    mean = sum(sums) / max(1, num_counted(windows, counts))
+        sums = sequence_losses(cluster, *held)
+    mean = sum(sums) / max(1, num_counted(*held))
     return mean if math.isfinite(mean) else math.inf
 
 

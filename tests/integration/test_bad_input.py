@@ -68,7 +68,7 @@ IDENTITY = "curvature.kind=identity; pruning.reconstruction={}"
         (f"{GROUPS}=[experts]; pruning.search={{}}", ["with whole experts", "use expert_channels"]),
         (f"{GROUPS}=[ffn]; pruning.allocation=uniform; pruning.search={{}}", ["correct its name"]),
         (f"{GROUPS}=[ffn]; pruning.width_multiple=1000", ["at most 0.0000", "which is 1000"]),
-        (f"{GROUPS}=[attention]; pruning.reconstruction={{}}", ["got groups attention", "add one"]),
+        (f"{GROUPS}=[attention]; pruning.reconstruction={{}}", ["is of channels", "to groups"]),
         (f"{GROUPS}=[ffn]; {IDENTITY}", ["identity keeps no inputs", "use kfac or activations"]),
         (f"{GROUPS}=[ffn]; {SEARCH}", ["606 sequences", "need 38760"]),
         ("model.source=/absent/model", ["model.source", "no folder '/absent/model'"]),

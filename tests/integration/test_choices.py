@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from ray_surgeon.maths.curvature import RaisedDamping
+from ray_surgeon.maths.factorised import RaisedDamping
 from ray_surgeon.maths.masks import StructuredMask
 from ray_surgeon.maths.threshold import StructureCosts
 from ray_surgeon.models.budgets import Budget, parameters_budget

@@ -17,7 +17,7 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from ray_surgeon.report.directory import RunDirectory
 from ray_surgeon.stages.curvature.gather import gather_curvature
-from ray_surgeon.stages.prune.experts import whole_expert_costs
+from ray_surgeon.stages.prune.experts import ExpertSumsBeside, whole_expert_costs
 from tests.conftest import LAYOUTS, SPARSE_CONFIGS
 from tests.integration.runs import (
     MOST_BY_ORDER_OF_SUMS,
@@ -251,7 +251,7 @@ def test_scores_of_baselines(score: str, model_folders: dict[str, Path], tmp_pat
 def test_random_costs_are_others_in_every_layer_and_shot(model_folders: dict[str, Path]) -> None:
     cluster = loaded(model_folders["olmoe"])
     (worker,) = cluster.workers.values()
-    gather_curvature(cluster, np.arange(40)[None], "activations", experts=True)
+    gather_curvature(cluster, np.arange(40)[None], "activations", beside=ExpertSumsBeside())
     found = [whole_expert_costs(worker, "random", shot, first_order=False) for shot in (1, 2)]
     of_layers = {
         tuple(costs[linears[-1]] for linears in experts.linears)
@@ -286,7 +286,7 @@ def test_the_first_order_counts_with_labels_of_the_text_only(
         ("pruning.groups=[experts, attention]; pruning.expert_costs=reap", "another unit"),
         ("pruning.expert_costs=reap", "is of whole experts"),
         ("curvature.num_backward=3", "the experts of a mixture see too few tokens"),
-        (f"{WHOLE}; pruning.target_sparsity=0.9", "lower it"),
+        (f"{WHOLE}; pruning.target_sparsity=0.9", "ask for less"),
     ],
 )
 def test_what_cannot_be_is_refused(

@@ -24,7 +24,7 @@ from ray_surgeon.runtime.wave import CALIBRATION
 from ray_surgeon.spec.parsing import parse_spec
 from ray_surgeon.stages.answers.answers import DenseAnswers
 from ray_surgeon.stages.correction.section import CorrectionSection
-from ray_surgeon.stages.correction.training import HARMLESS, RATES, Corrections, Trained
+from ray_surgeon.stages.correction.training import HARMLESS, RATES, Training, batches_of
 from ray_surgeon.stages.prune.method import Method
 from ray_surgeon.stages.self_text.stage import SelfText
 from ray_surgeon.stages.stage import HELD, CalibrationText, held_measure, held_places
@@ -113,10 +113,12 @@ def weights(cluster: LocalCluster) -> dict[str, torch.Tensor]:
     }
 
 
-def trained(cluster: LocalCluster, text: CalibrationText, **options: Any) -> Trained:
+def trained(cluster: LocalCluster, text: CalibrationText, **options: Any) -> Training:
     sizes = {"lora_rank": 4, "steps_per_shot": 32, "sequences_per_step": 2}
     section = CorrectionSection.model_validate(sizes | options)
-    return Corrections(section).train(cluster, text, 1, 1)
+    training = Training(section, cluster, text, batches_of(section, 1, 1, len(text.tokens)))
+    training.train(1)
+    return training
 
 
 def measured(monkeypatch: pytest.MonkeyPatch, *measures: float) -> None:

@@ -17,7 +17,7 @@ from ray_surgeon.report.directory import RunDirectory
 from ray_surgeon.report.tables import main as compare
 from ray_surgeon.runtime.passes import Measured, remember
 from ray_surgeon.stages import evaluation
-from ray_surgeon.stages.curvature.gather import finish_curvature, gather_curvature
+from ray_surgeon.stages.curvature.gather import NOTHING_BESIDE, finish_curvature, gather_curvature
 from ray_surgeon.stages.prune.rows_columns import RowsColumns
 from ray_surgeon.storage import files, tensor_files
 from tests.conftest import CONFIGS
@@ -335,7 +335,7 @@ def test_a_gap_in_the_shots_is_repeated(job: Jobs) -> None:
 def test_replica_that_fails_is_named_and_not_waited_for(model_folders: dict[str, Path]) -> None:
     cluster = loaded(model_folders["llama"], 1, 2)
     with pytest.raises(AssertionError):
-        cluster.run_all(finish_curvature)
+        cluster.run_all(finish_curvature, NOTHING_BESIDE)
 
 
 def test_magnitude_is_identity_curvature_without_updates(job: Jobs) -> None:

@@ -19,7 +19,7 @@ from ray_surgeon.runtime.passes import BlockPass
 from ray_surgeon.runtime.worker import Worker
 from ray_surgeon.stages.correction.section import CorrectionSection
 from ray_surgeon.stages.correction.steps import start
-from ray_surgeon.stages.correction.training import Corrections
+from ray_surgeon.stages.correction.training import Training, batches_of
 from ray_surgeon.stages.curvature.stage import calibrate
 from ray_surgeon.stages.prune.method import Ranking
 from ray_surgeon.stages.stage import CalibrationText
@@ -62,10 +62,8 @@ def test_batches_of_corrections(size: int, steps: int, epochs: int) -> None:
     """Passes over all of six sequences, in an order of every pass; the last step of a pass has what
     is left, and the final passes are over all of them.
     """
-    corrections = Corrections(
-        CorrectionSection(sequences_per_step=size, steps_per_shot=steps, final_epochs=epochs)
-    )
-    first, last = (corrections.batches(shot, 2, 6) for shot in (1, 2))
+    section = CorrectionSection(sequences_per_step=size, steps_per_shot=steps, final_epochs=epochs)
+    first, last = (batches_of(section, shot, 2, 6) for shot in (1, 2))
     per_pass = math.ceil(6 / size)
     assert (len(first), len(last)) == (steps, steps + epochs * per_pass)
     passes = [
@@ -94,12 +92,13 @@ def test_corrections_are_means_over_tokens(job: Jobs, monkeypatch: pytest.Monkey
     monkeypatch.setattr(LowRankCorrections, "gradients", noting)
     sequences = job.inputs().calibration
     steps = {"sequences_per_step": 4, "steps_per_shot": 2, "learning_rate": 1e-12}
-    corrections = Corrections(CorrectionSection(loss="cross_entropy", lora_rank=1, **steps))
+    section = CorrectionSection(loss="cross_entropy", lora_rank=1, **steps)
     cluster = loaded(job.models["llama"])
-    found = corrections.train(cluster, CalibrationText(sequences), 1, 1)
+    found = Training(section, cluster, CalibrationText(sequences), batches_of(section, 1, 1, 6))
+    found.train(1)
     assert seen == {4 * 39, 2 * 39}
     model = AutoModelForCausalLM.from_pretrained(job.models["llama"])
-    for loss, batch in zip(found.losses, corrections.batches(1, 1, 6), strict=True):
+    for loss, batch in zip(found.losses, found.batches, strict=True):
         tokens = torch.from_numpy(sequences[batch])
         assert loss == pytest.approx(float(model(tokens, labels=tokens).loss.detach()), rel=1e-5)
     assert found.absorbed < 0.5, "steps are too short for float32"
@@ -118,7 +117,7 @@ def test_corrections_start_from_their_own(model_folders: dict[str, Path]) -> Non
     assert len({*first, *second}) == 2 * len(first)
     assert all(one != other for one, other in zip(first, of_another_seed, strict=True))
     one, other = (
-        Corrections(CorrectionSection(lora_rank=1, seed=seed)).batches(1, 1, 20) for seed in (0, 1)
+        batches_of(CorrectionSection(lora_rank=1, seed=seed), 1, 1, 20) for seed in (0, 1)
     )
     assert one != other, "the order of the sequences"
 

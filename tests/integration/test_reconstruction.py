@@ -210,7 +210,7 @@ def test_only_layers_that_lost_channels_in_a_shot_are_trained_and_in_its_report(
         scores = method.score(cluster, shot)
         choice = replace(
             method.choose(cluster, scores, shot),
-            counts={name: 3 * (name == layers[shot]) for name in layers},
+            removed=({name: 3 * (name == layers[shot]) for name in layers}, {}),
         )
         method.apply(cluster, inputs.calibration, choice, shot)
         trained = [name for errors in cluster.run_all(errors_of) for name in errors.of_layer]
@@ -288,4 +288,4 @@ def test_the_best_learning_rate_is_taken(job: Jobs, monkeypatch: pytest.MonkeyPa
         assert shot["reconstruction_rate"] == min(RATES, key=lambda rate: means[rate])
         assert shot["divergence_held_aside"] > 0
     assert difference(one.uri, four.uri, 1) < runs.MOST_BY_ORDER_OF_SUMS
-    assert Reconstruction.best_rate({0.1: [float("nan"), 0.1], 0.2: [0.9, 0.9]}) == 0.2
+    assert Reconstruction.best_rate([(RATES[0], float("nan")), (RATES[1], 0.9)]) == RATES[1]

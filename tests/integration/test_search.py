@@ -24,8 +24,8 @@ from ray_surgeon.spec.parsing import parse_spec
 from ray_surgeon.stages.curvature.stage import calibrate
 from ray_surgeon.stages.prune.group_choice import ConsumerCosts, Paths, Reach, Unit
 from ray_surgeon.stages.prune.method import Scores
-from ray_surgeon.stages.search.search import SEARCHED, Search, SearchStage
-from ray_surgeon.stages.stage import CalibrationText
+from ray_surgeon.stages.search.search import SEARCHED, Search, SearchStage, prune_on_trial
+from ray_surgeon.stages.stage import CalibrationText, Facts
 from tests.integration import runs
 from tests.integration.runs import Jobs, assert_same_shot, difference, loaded
 
@@ -51,15 +51,15 @@ def scored(
     inputs = job.inputs(SEARCHING | runs.ONE | options, model=family, pruning__search=section)
     stage = inputs.stage(SearchStage)
     assert stage is not None
-    search = Search(stage.section, stage.method)
     cluster = loaded(job.models[family], 2, num_replicas)
+    search = Search(stage.section, Paths(stage.method, cluster, 1), stage.windows, NOTHING_HELD)
     remember(cluster, SEARCHED, stage.windows)
     calibrate(inputs.method, cluster, inputs.text, 1, remembers=False)
-    return search, cluster, search.method.score(cluster, 1), stage.windows
+    return search, cluster, stage.method.score(cluster, 1), stage.windows
 
 
 def losing_units(search: Search, scores: Scores[ConsumerCosts]) -> list[Unit]:
-    counts = search.method.allocate(scores, 1).counts
+    counts = search.paths.method.allocate(scores, 1).counts
     return [c.unit for c in scores.costs if counts[c.consumer]]
 
 
@@ -92,7 +92,7 @@ def test_scales_are_what_removals_change_over_what_they_were_to_cost(
         {"pruning__groups": ["attention", "expert_channels"]} if family == "qwen3_moe" else {}
     )
     search, cluster, scores, windows = scored(job, family, num_replicas, **options)
-    method = search.method
+    method = search.paths.method
     dense = linears_of(cluster)
     counts = method.allocate(scores, 1).counts
     pruned = dict(dense)
@@ -131,7 +131,7 @@ def test_scales_are_what_removals_change_over_what_they_were_to_cost(
         return shrunk_ratios(*given)
 
     monkeypatch.setattr("ray_surgeon.stages.search.search.shrunk_ratios", noting)
-    _, record = search.run(cluster, scores, windows, NOTHING_HELD, 1)
+    _, record = search.run(scores, {})
     ((found_changes, found_costs, found_kinds),) = seen
     assert record["divergences"][0] == pytest.approx(divergence_before, rel=1e-5)
     torch.testing.assert_close(found_changes, changes.double(), rtol=1e-3, atol=1e-6)
@@ -145,14 +145,14 @@ def test_scales_are_what_removals_change_over_what_they_were_to_cost(
 def test_scales_of_another_round_go_on_from_those_before(job: Jobs) -> None:
     """What is measured is compared with costs before scaling; where nothing goes, scales stay."""
     search, cluster, scores, windows = scored(job)
-    allocation = search.method.allocate(scores, 1)
-    cluster.run_all(search.prune, allocation.counts)
+    allocation = search.paths.method.allocate(scores, 1)
+    cluster.run_all(prune_on_trial, search.paths.method, allocation.counts)
     divergences = divergences_of(cluster, SEARCHED, windows)
-    first = search._scales(cluster, scores, allocation, windows, divergences, {})
+    first = search._scales(scores, allocation.counts, divergences, {})
     before = {unit: 0.5 + i for i, unit in enumerate(sorted({c.unit for c in scores.costs}))}
     before |= {(4, "ffn"): 3.0}
     scaled = replace(scores, costs=tuple(replace(c, scale=before[c.unit]) for c in scores.costs))
-    found = search._scales(cluster, scaled, allocation, windows, divergences, before)
+    found = search._scales(scaled, allocation.counts, divergences, before)
     expected = {
         unit: scale**0.3 * first[unit] if unit in first else scale for unit, scale in before.items()
     }
@@ -162,7 +162,7 @@ def test_scales_of_another_round_go_on_from_those_before(job: Jobs) -> None:
 
 def test_the_best_allocation_is_taken(job: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
     """And everything else is left as it was. Every round goes on from the scales before."""
-    search, cluster, scores, windows = scored(job, num_replicas=2, rounds=3)
+    search, cluster, scores, _ = scored(job, num_replicas=2, rounds=3)
     dense = linears_of(cluster)
     losing = losing_units(search, scores)
     before = list[dict[Unit, float]]()
@@ -183,7 +183,7 @@ def test_the_best_allocation_is_taken(job: Jobs, monkeypatch: pytest.MonkeyPatch
         return rescaled(self, *others)
 
     monkeypatch.setattr(Paths, "rescaled", following)
-    found, record = search.run(cluster, scores, windows, NOTHING_HELD, 1)
+    found, record = search.run(scores, {})
     assert before == [{}, *scales[:2]]
     assert followed == [True] * 3, "paths begin with the weights from before"
     assert record["divergences"] == [5.0, 3.0, 4.0, 6.0]
@@ -194,8 +194,7 @@ def test_the_best_allocation_is_taken(job: Jobs, monkeypatch: pytest.MonkeyPatch
         for name in worker.shard.linears:
             assert torch.equal(worker.shard.weight(name), dense[name])
         for name in worker.masks:
-            mask = worker.mask(name, StructuredMask)
-            assert mask.num_kept == mask.num_parameters
+            assert worker.mask(name, StructuredMask).num_kept == worker.layout.shapes[name].size
 
 
 @pytest.mark.parametrize(
@@ -212,7 +211,7 @@ def test_paths_are_followed_as_far_as_scales_call_for(
     """With any scales the allocation is that of paths which were followed to their ends."""
     options: Any = {"pruning__width_multiple": multiple, "pruning__rank_by": rank_by}
     search, cluster, scores, _ = scored(job, family, pruning__groups=kinds, **options)
-    method = search.method
+    method = search.paths.method
     units = sorted({c.unit for c in scores.costs})
     differ = False
     for seed in range(4):
@@ -252,9 +251,7 @@ def test_a_search_in_a_run(job: Jobs) -> None:
 
 def test_a_search_changes_the_masks(job: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
     """If it finds something: scales that make one layer dear keep its channels."""
-    monkeypatch.setattr(
-        Search, "_scales", lambda search, cluster, scores, *_: dear(scores, (1, "ffn"))
-    )
+    monkeypatch.setattr(Search, "_scales", lambda search, scores, *_: dear(scores, (1, "ffn")))
     say_divergences(monkeypatch, 2.0, 1.0)
     tensors = job(SEARCHING | runs.ONE).tensors(1)
     assert tensors["model.layers.1.mlp.down_proj.columns"].all()
@@ -292,25 +289,25 @@ def test_windows_begin_where_the_calibrations_end(stride: int, first: int, job: 
 
 
 def test_a_divergence_that_is_no_number_ends_a_search(job: Jobs) -> None:
-    search, cluster, scores, windows = scored(job)
+    search, cluster, scores, _ = scored(job)
     worker = list(cluster.workers.values())[-1]
     name = next(iter(worker.shard.linears))
     worker.shard.set_weight(name, torch.full_like(worker.shard.weight(name), torch.nan))
     with pytest.raises(FloatingPointError, match=r"divergence .* is not finite"):
-        search.run(cluster, scores, windows, NOTHING_HELD, 1)
+        search.run(scores, {})
 
 
 def test_an_allocation_is_measured_once(job: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
-    search, cluster, scores, windows = scored(job, rounds=3)
+    search, _, scores, _ = scored(job, rounds=3)
     monkeypatch.setattr(Search, "_scales", lambda *_: {c.unit: 2.0 for c in scores.costs})
-    found, record = search.run(cluster, scores, windows, NOTHING_HELD, 1)
+    found, record = search.run(scores, {})
     assert len(record["divergences"]) == 1
     assert {c.scale for c in found.costs} == {1.0}
 
 
 def test_windows_held_aside_decide(job: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
     """Which allocation is taken, whatever the windows say on which the scales were taken."""
-    search, cluster, scores, windows = scored(job)
+    search, _, scores, windows = scored(job)
     scales = dear(scores, losing_units(search, scores)[0])
     monkeypatch.setattr(Search, "_scales", lambda *_: scales)
     text = CalibrationText(windows, held=windows)
@@ -320,10 +317,10 @@ def test_windows_held_aside_decide(job: Jobs, monkeypatch: pytest.MonkeyPatch) -
         monkeypatch.setattr(
             "ray_surgeon.stages.search.search.held_measure", lambda *_, given=measures: next(given)
         )
-        found, record = search.run(cluster, scores, windows, text, 1)
+        facts: Facts = {}
+        found, record = replace(search, text=text).run(scores, facts)
         assert (record["held_aside"], record["taken"]) == (held, taken)
         expected = scales if taken else dict.fromkeys(scales, 1.0)
         assert {c.unit: c.scale for c in found.costs} == expected
-        facts = Search.facts(record)
         assert (facts["divergence before"], facts["divergence"]) == (held[0], min(held))
         assert "allocation" in str(facts["taken"])

@@ -9,10 +9,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ray_surgeon.maths.curvature import Linear, Part
 from ray_surgeon.maths.extended.terms import clip_term
 from ray_surgeon.maths.factorised import damp_
-from ray_surgeon.maths.kronecker import Damping, KroneckerFactors, Term
-from ray_surgeon.maths.linear import Linear, Part
+from ray_surgeon.maths.kronecker import Damping, PackedFactors, PackedSymmetric, Term
 
 DAMPING = Damping(0.01, 0.1, 1.0)
 
@@ -31,13 +31,22 @@ def problem(R: int = 6, C: int = 7) -> tuple[Tensor, Tensor, Tensor]:
     return draw(R, C), spd(C, 1), spd(R, 2)
 
 
+def packed(matrix: Tensor) -> PackedSymmetric:
+    """Return a symmetric matrix as a sum of which half exists."""
+    result = PackedSymmetric.zeros(len(matrix), dtype=matrix.dtype)
+    for start, panel in result._panels():
+        panel.copy_(matrix[start : start + len(panel), start:])
+    return result
+
+
 def linear(
     W: Tensor, A: Tensor, G: Tensor, further: Sequence[Term] = (), *, has_bias: bool = False
 ) -> Linear:
     """Return a linear whose factors are means A and G over some tokens."""
     num_tokens = 11
-    factors = KroneckerFactors(A * num_tokens, G * num_tokens, num_tokens, tuple(further))
-    return Linear("x", W, factors.packed(), has_bias, DAMPING)
+    sums = packed(A * num_tokens), packed(G * num_tokens)
+    factors = PackedFactors(*sums, num_tokens, tuple(further))
+    return Linear("x", W, factors, has_bias, DAMPING)
 
 
 def indefinite(n: int, seed: int) -> Tensor:
@@ -49,7 +58,7 @@ def further_terms(A: Tensor, G: Tensor, number: int) -> list[Term]:
     """Return terms that are clipped so that their sum with kron(G, A) is positive definite."""
     roots = torch.linalg.cholesky(G), torch.linalg.cholesky(A)
     wild = [(indefinite(len(G), 11 + i), indefinite(len(A), 21 + i)) for i in range(number)]
-    return [clip_term(term, *roots, 1 / number).term for term in wild]
+    return [clip_term(term, *roots, 1 / number)[0] for term in wild]
 
 
 def fisher(of: Linear, live: Part, damping: Damping = DAMPING) -> Tensor:

@@ -8,11 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from ray_surgeon.maths.curvature import Linear
 from ray_surgeon.maths.damping import choose_damping, cost_held_aside
-from ray_surgeon.maths.kronecker import Damping, PackedFactors, PackedSymmetric
-from ray_surgeon.maths.linear import Linear
-from ray_surgeon.maths.masks import StructuredMask
-from tests.maths.dense import crossing, dense_minimum, draw, fisher
+from ray_surgeon.maths.kronecker import Damping, PackedFactors
+from tests.maths.dense import crossing, dense_minimum, draw, fisher, packed
 
 R = 5
 C = 7
@@ -20,7 +19,7 @@ N = 50
 
 
 def factors(a: Tensor, g: Tensor) -> PackedFactors:
-    return PackedFactors(PackedSymmetric.of(a.T @ a), PackedSymmetric.of(g.T @ g), len(a))
+    return PackedFactors(packed(a.T @ a), packed(g.T @ g), len(a))
 
 
 @pytest.mark.parametrize("prunes_rows", [False, True])
@@ -36,13 +35,12 @@ def test_the_cost_held_aside_is_the_quadratic_form_of_the_other_tokens(
     a, g, a_held, g_held = (draw(N, n, seed=seed) for seed, n in ((1, C), (2, R), (3, C), (4, R)))
     a[:, 1] = 0
     g[:, 2] = 0
-    mask = StructuredMask.full(R, C)
-    mask.columns[0] = False
+    W[:, 0] = 0
     linear = Linear("x", W, factors(a, g), has_bias, Damping(0.05, 0.2, 1.0))
     held = factors(a_held, g_held)
-    found = cost_held_aside(linear, mask, held, 0.5, prunes_rows=prunes_rows)
+    found = cost_held_aside(linear, held, 0.5, prunes_rows=prunes_rows)
 
-    part = linear.nonzero(mask)
+    part = linear.nonzero
     assert part.rows.tolist() == [r != 2 for r in range(R)]
     assert part.columns.tolist() == [c > 1 for c in range(C)]
     W = part.of(W)
@@ -74,8 +72,7 @@ def test_little_damping_loses_where_tokens_are_few_and_wins_where_they_are_many(
 
         def cost_of(of_A: float, of_G: float) -> list[float]:
             linear = Linear("x", W, own, False, Damping(of_A, of_G, 1.0))
-            full = StructuredMask.full(4, 12)
-            return [cost_held_aside(linear, full, held, 0.09, prunes_rows=False)]
+            return [cost_held_aside(linear, held, 0.09, prunes_rows=False)]
 
         return choose_damping(cost_of, (1e-4, 1e-2, 1.0), (0.1,))[0]
 

@@ -15,14 +15,9 @@ from ray_surgeon.maths.conjugate import (
     masked_preconditioner,
     update_elements,
 )
-from ray_surgeon.maths.element_pruning import (
-    ElementUnits,
-    find_elements,
-    prune_elements,
-    unit_costs,
-)
+from ray_surgeon.maths.curvature import Removal
+from ray_surgeon.maths.element_pruning import ElementUnits, find_elements
 from ray_surgeon.maths.kronecker import Term
-from ray_surgeon.maths.linear import Removal
 from ray_surgeon.maths.masks import ElementMask
 from ray_surgeon.maths.rows_columns import quadratic_cost
 from tests.maths.dense import (
@@ -64,11 +59,9 @@ def relative_residual(W: Tensor, found: Tensor, term: Term, kept: Tensor) -> flo
 
 
 @pytest.mark.parametrize("num_terms", [1, 2])
-@pytest.mark.parametrize("costs", ["obs", "obd"])
+@pytest.mark.parametrize("costs", ["obs", "obs_sum", "obd"])
 @pytest.mark.parametrize(
-    "units",
-    [ElementUnits(), ElementUnits(2, 4), ElementUnits(1, 4), ElementUnits(2, 4, joint=False)],
-    ids=["single", "2:4", "1:4", "2:4 summed"],
+    "units", [ElementUnits(), ElementUnits(2, 4), ElementUnits(1, 4)], ids=["single", "2:4", "1:4"]
 )
 def test_costs_and_updates_are_dense_on_what_is_left(
     units: ElementUnits, costs: str, num_terms: int
@@ -85,20 +78,20 @@ def test_costs_and_updates_are_dense_on_what_is_left(
     W = W * before.kept
     of = linear(W, A, G, further, has_bias=True)
     found = find_elements(of, units, costs)
-    assert found.live.columns.tolist() == [c != 3 for c in range(9)]
-    alive = found.live.of(W)
-    F = fisher(of, found.live)
+    assert found.basis.part.columns.tolist() == [c != 3 for c in range(9)]
+    alive = found.basis.part.of(W)
+    F = fisher(of, found.basis.part)
 
     def price(r: int, columns: tuple[int, ...]) -> float:
         removed = torch.zeros(4, 9, dtype=torch.bool)
         removed[r, columns] = True
-        removed = found.live.of(removed)
+        removed = found.basis.part.of(removed)
         if costs == "obd":
             return cost_without_update(alive, F, removed)
         return dense_minimum(alive, F, removed)[1]
 
     def unit_price(r: int, columns: tuple[int, ...]) -> float:
-        if units.joint and costs == "obs":
+        if costs == "obs":
             return price(r, columns)
         return sum(price(r, (c,)) for c in columns)
 
@@ -106,14 +99,14 @@ def test_costs_and_updates_are_dense_on_what_is_left(
         patterns = combinations(range(start, start + units.m), units.num_removed)
         return min(unit_price(r, pattern) for pattern in patterns)
 
-    by_unit = unit_costs(of, before, units, found)
+    by_unit = found.costs(of, before)
     starts = range(0, 8, units.m)
     expected = torch.tensor([[cheapest(r, start) for start in starts] for r in range(4)])
     expected[0, 4 // units.m] = torch.inf
     torch.testing.assert_close(by_unit, expected, rtol=1e-5, atol=1e-9)
     threshold = float(by_unit.flatten().sort().values[2 * by_unit.numel() // 3])
     for update in (EXACT, ElementUpdate("single"), ElementUpdate("none")):
-        removal, mask = prune_elements(of, before, units, found, threshold, update)
+        removal, mask = found.prune(of, before, threshold, update)
         assert mask.kept[:, -1].all()
         assert not removal.W[~mask.kept].any()
         for r in range(4):
@@ -123,7 +116,7 @@ def test_costs_and_updates_are_dense_on_what_is_left(
                 assert len(own) == (units.num_removed if is_gone else 0)
                 if by_unit[r, i] <= threshold:
                     assert unit_price(r, tuple(own)) == pytest.approx(float(by_unit[r, i]), 1e-5)
-        removed = found.live.of(~mask.kept)
+        removed = found.basis.part.of(~mask.kept)
         if update.solver == "single":
             alone = torch.eye(removed.numel(), dtype=torch.bool)[removed.flatten()]
             changes = [dense_minimum(alive, F, one.view_as(alive))[0] - alive for one in alone]
@@ -132,7 +125,7 @@ def test_costs_and_updates_are_dense_on_what_is_left(
             new = (
                 alive * ~removed if update.solver == "none" else dense_minimum(alive, F, removed)[0]
             )
-        torch.testing.assert_close(found.live.of(removal.W), new, rtol=1e-6, atol=1e-8)
+        torch.testing.assert_close(found.basis.part.of(removal.W), new, rtol=1e-6, atol=1e-8)
         change = (new - alive).flatten()
         assert removal.predicted == pytest.approx(float(0.5 * change @ F @ change), rel=1e-7)
         assert removal.residual < 1e-11
@@ -144,10 +137,10 @@ def test_the_update_has_the_damping_that_the_costs_needed() -> None:
     full = ElementMask.full(6, 7)
     units = ElementUnits()
     found = find_elements(of, units, "obs")
-    assert found.damping.a == pytest.approx(0.1)
-    threshold = float(unit_costs(of, full, units, found).flatten().sort().values[9])
-    removal, mask = prune_elements(of, full, units, found, threshold, EXACT)
-    expected, _ = dense_minimum(W, fisher(of, of.live, found.damping), ~mask.kept)
+    assert found.basis.damping.a == pytest.approx(0.1)
+    threshold = float(found.costs(of, full).flatten().sort().values[9])
+    removal, mask = found.prune(of, full, threshold, EXACT)
+    expected, _ = dense_minimum(W, fisher(of, of.live, found.basis.damping), ~mask.kept)
     torch.testing.assert_close(removal.W, expected, rtol=1e-7, atol=1e-9)
 
 

@@ -19,11 +19,11 @@ from ray_surgeon.maths.experts import (
 )
 from ray_surgeon.maths.kronecker import PackedFactors, PackedSymmetric, with_ones
 from ray_surgeon.maths.threshold import check_costs
-from tests.maths.dense import draw
+from tests.maths.dense import draw, packed
 
 
 def gram(x: Tensor) -> PackedSymmetric:
-    return PackedSymmetric.of(x.T @ x)
+    return packed(x.T @ x)
 
 
 @pytest.mark.parametrize("num_tokens", [0, 1, 7, 4000])

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from ray_surgeon.maths.factorised import factorise, root
-from ray_surgeon.maths.greedy import GreedyPath, greedy_costs
+from ray_surgeon.maths.greedy import GreedyPath, Limits, greedy_costs
 from ray_surgeon.maths.masks import StructuredMask
-from ray_surgeon.maths.structured import find_candidates, prune_structures
+from ray_surgeon.maths.structured import find_candidates
 from tests.maths.dense import crossing, dense_minimum, flags, linear, problem, silence, spd
 
 R = 6
@@ -80,7 +80,9 @@ def test_greedy_path_by_brute_force(per_parameter: bool) -> None:
     limit cuts the same path.
     """
     found, W, F = path(R - 1, C - 1)
-    marginal = torch.cat(greedy_costs(found, name="linear", per_parameter=per_parameter))
+    marginal = torch.cat(
+        greedy_costs(found, Limits(), "linear", "columns", per_parameter=per_parameter)
+    )
     gone: dict[str, list[int]] = {"rows": [], "columns": []}
     sizes = {"rows": R, "columns": C}
 
@@ -101,9 +103,8 @@ def test_greedy_path_by_brute_force(per_parameter: bool) -> None:
         assert float(marginal[i if side == "rows" else R + i]) == pytest.approx(highest, rel=1e-7)
     assert torch.isinf(marginal[[R - 1, R + C - 1]]).all()
     limit = float(marginal.sort().values[5])
-    cut = greedy_costs(
-        path(R - 1, C - 1)[0], name="linear", per_parameter=per_parameter, limit=limit
-    )
+    shorter, _, _ = path(R - 1, C - 1)
+    cut = greedy_costs(shorter, Limits(limit), "linear", "columns", per_parameter=per_parameter)
     assert torch.equal(torch.cat(cut), torch.where(marginal <= limit, marginal, torch.inf))
 
 
@@ -114,15 +115,13 @@ def test_a_linear_gives_its_greedy_candidates_on_the_alive_part() -> None:
     mask.apply_(W)
     of = linear(W, A, G, has_bias=True)
     once = find_candidates(of, mask, "rows_columns", "obs", per_parameter=False)
-    limit = float(once.row_costs.max() + once.column_costs.max())
+    limit = float(sum(x[x.isfinite()].max() for x in (once.rows, once.columns)))
     found = find_candidates(of, mask, "rows_columns", "obs", per_parameter=False, limit=limit)
-    assert found.row_costs[found.rows == 2].tolist() == [0.0]
-    assert set(found.columns.tolist()) <= {0, 1, 2, 4, 5}
-    assert len(found.rows) + len(found.columns) > 3
-    first, marginal = (
-        torch.cat([x.row_costs, x.column_costs]).sort().values for x in (once, found)
-    )
+    assert found.rows[2] == 0.0
+    assert set(found.columns.isfinite().nonzero()[:, 0].tolist()) <= {0, 1, 2, 4, 5}
+    assert torch.cat([found.rows, found.columns]).isfinite().sum() > 3
+    first, marginal = (torch.cat([x.rows, x.columns]).sort().values for x in (once, found))
     assert float(marginal[1]) == pytest.approx(float(first[1]), rel=1e-9)
-    removal, _ = prune_structures(of, mask, found, limit, "full")
+    removal, _ = found.prune(of, mask, limit, "full")
     assert removal.predicted > 0
-    assert not removal.W[found.rows].any()
+    assert not removal.W[found.rows.isfinite()].any()

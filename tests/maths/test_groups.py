@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from ray_surgeon.maths.linear import Linear
+from ray_surgeon.maths.curvature import Linear, LinearCurvature
+from ray_surgeon.maths.greedy import Limits
 from ray_surgeon.maths.masks import StructuredMask
 from ray_surgeon.maths.structured import alive_part, group_costs, lowest, prune_groups
 from tests.maths.dense import crossing, dense_minimum, fisher, flags, linear, problem, silence
@@ -18,11 +19,18 @@ R = 5
 C = 9
 
 
+def found_costs(
+    curvature: LinearCurvature, columns: Tensor, least: int, limit: float | None, needed: int
+) -> Tensor:
+    limits = Limits(math.inf if limit is None else limit, needed, least=least)
+    return group_costs(curvature, columns, limits, singly=limit is None)
+
+
 def costs_of(
     of: Linear, columns: Tensor, least: int, limit: float | None, needed: int = 0
 ) -> Tensor:
     alive = alive_part(of, StructuredMask.full(*of.W.shape))
-    return group_costs(of, alive, of.curvature(alive), columns, least, limit, needed)
+    return found_costs(LinearCurvature(of, alive), columns, least, limit, needed)
 
 
 @pytest.mark.parametrize("width", [1, 2])
@@ -35,12 +43,12 @@ def test_marginal_costs_by_brute_force_and_the_update_is_dense(width: int, least
     mask.apply_(W)
     of = linear(W, A, G, has_bias=True)
     alive = alive_part(of, mask)
-    curvature = of.curvature(alive)
+    curvature = LinearCurvature(of, alive)
     F = fisher(of, alive)
     alive_W = W[:, mask.columns]
 
     def found(limit: float | None, needed: int = 0) -> Tensor:
-        return group_costs(of, alive, curvature, columns, least, limit, needed)
+        return found_costs(curvature, columns, least, limit, needed)
 
     def dense(groups: Sequence[int]) -> tuple[Tensor, float]:
         gone = crossing(R, C, [], columns[list(groups)].flatten().tolist())
@@ -73,7 +81,7 @@ def test_marginal_costs_by_brute_force_and_the_update_is_dense(width: int, least
     torch.testing.assert_close(found(None), alone)
     chosen = lowest(marginal, 4 - width).tolist()
     removed = flags(C, columns[chosen].flatten().tolist())
-    removal, new_mask = prune_groups(of, mask, alive, curvature, removed)
+    removal, new_mask = prune_groups(curvature, mask, removed)
     expected, dense_cost = dense(chosen)
     torch.testing.assert_close(removal.W[:, mask.columns], expected, rtol=1e-8, atol=1e-10)
     assert removal.predicted == pytest.approx(dense_cost, rel=1e-8)

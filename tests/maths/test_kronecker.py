@@ -7,23 +7,23 @@ import torch
 
 from ray_surgeon.maths.factorised import damp_, factorise
 from ray_surgeon.maths.kronecker import PackedSymmetric, balance_
-from tests.maths.dense import damped, draw, spd
+from tests.maths.dense import damped, draw, packed, spd
 
 
 @pytest.mark.parametrize("n", [1, 256, 600])
 def test_packed_second_moment_equals_the_full_product(n: int) -> None:
     x = draw(50, n)
-    packed = PackedSymmetric.zeros(n, dtype=torch.float64)
-    packed.add(x[:20])
-    packed.add(x[20:])
-    total = packed.dense()
+    half = PackedSymmetric.zeros(n, dtype=torch.float64)
+    half.add(x[:20])
+    half.add(x[20:])
+    total = half.dense()
     torch.testing.assert_close(total, x.T @ x, rtol=1e-12, atol=1e-12)
     assert torch.equal(total, total.T)
-    assert torch.equal(packed.diagonal(), total.diagonal())
-    assert torch.equal(PackedSymmetric.of(total).dense(), total)
-    assert n * (n + 1) / 2 <= len(packed.flat) <= n * (n + 256) / 2
-    packed.fill_diagonal(3.0)
-    assert torch.equal(packed.dense(), total.fill_diagonal_(3.0))
+    assert torch.equal(half.diagonal(), total.diagonal())
+    assert torch.equal(packed(total).dense(), total)
+    assert n * (n + 1) / 2 <= len(half.flat) <= n * (n + 256) / 2
+    half.fill_diagonal(3.0)
+    assert torch.equal(half.dense(), total.fill_diagonal_(3.0))
 
 
 def test_balancing_keeps_the_product_and_a_zero_factor() -> None:

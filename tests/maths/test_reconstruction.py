@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -33,7 +34,7 @@ def problem(
 ) -> tuple[FeedForward, Tensor, Tensor]:
     """Return a layer, its inputs, and what it is to give, for one token far from it."""
     producers = tuple(draw(K, D + biased, seed=1 + i) for i in range(1 + gated))
-    layer = FeedForward(producers, draw(D, K + biased, seed=3), ACTIVATIONS[activation])
+    layer = FeedForward((*producers, draw(D, K + biased, seed=3)), ACTIVATIONS[activation])
     y = draw(N, D, seed=5)
     y[0] *= 50
     return layer, draw(N, D, seed=4), y
@@ -141,7 +142,7 @@ def test_errors_and_all_steps_are_those_of_adam_in_float64(
 def test_a_layer_that_gets_slightly_worse_or_is_exact_stays() -> None:
     layer, x, _ = problem()
     y = outputs_of(layer, x) + 0.01 * draw(N, D, seed=6)
-    other = layer.with_weights(by_adam(layer, x, y, 4e-4, 8, 1))
+    other = replace(layer, weights=by_adam(layer, x, y, 4e-4, 8, 1))
     worse = error_of(other, x, y, BEND * error_of(layer, x, y))
     found = trained(layer, x, y, learning_rate=4e-4, num_epochs=1)
     assert found.before < worse < 1.1 * found.before
@@ -177,8 +178,8 @@ def pairs_of_channels() -> tuple[FeedForward, FeedForward, Tensor, Tensor]:
     both = torch.cat([first, first + 0.3 * torch.randn(8, D, generator=generator)])
     W = torch.randn(D, 8, generator=generator)
     x = torch.randn(2000, D, generator=generator)
-    whole = FeedForward((both,), torch.cat([W, W], dim=1), torch.relu)
-    return whole, FeedForward((first,), 2 * W, torch.relu), x, outputs_of(whole, x)
+    whole = FeedForward((both, torch.cat([W, W], dim=1)), torch.relu)
+    return whole, FeedForward((first, 2 * W), torch.relu), x, outputs_of(whole, x)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -237,7 +238,7 @@ def test_tokens_with_huge_outputs_do_not_refuse_what_all_others_gain_from(
 def test_outputs_of_any_size_train_alike_in_float16() -> None:
     """Of outputs up to half of what float16 can hold."""
     _, left, x, y = pairs_of_channels()
-    left = left.with_weights((*left.producers, 500 * left.consumer))
+    left = replace(left, weights=(*left.weights[:-1], 500 * left.weights[-1]))
     options = {"learning_rate": 0.01, "tokens_per_step": 2000, "num_epochs": 20}
     found = seeded(left, x.half(), (500 * y).half(), **options)
     assert_trained_alike(found.layer, left, trained(left, x, 500 * y, **options).layer, 0.002)

@@ -27,6 +27,7 @@ from ray_surgeon.runtime.passes import (
 from ray_surgeon.runtime.pipelines import forward_and_backward
 from ray_surgeon.runtime.wave import Labels
 from ray_surgeon.stages.curvature.gather import gather_curvature
+from ray_surgeon.stages.prune.experts import ExpertSumsBeside
 from tests.conftest import VOCABULARY
 from tests.integration.runs import loaded
 from tests.models.test_shard import watch
@@ -256,7 +257,7 @@ def test_costs_of_experts_are_per_token_that_counts(model_folders: dict[str, Pat
     cluster = loaded(model_folders["qwen2_moe"])
 
     def sums(sequences: np.ndarray, **options: Any) -> list[Tensor]:
-        gather_curvature(cluster, sequences, "kfac", experts=True, **options)
+        gather_curvature(cluster, sequences, "kfac", beside=ExpertSumsBeside(), **options)
         (worker,) = cluster.workers.values()
         return [one.total.clone() for one in worker.shard.expert_sums.values()]
 

@@ -12,7 +12,6 @@ tokens.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import reduce
 
 import torch
@@ -37,37 +36,24 @@ def quadratic_forms(x: Tensor, matrix: Tensor) -> Tensor:
     return (x @ matrix * x).sum(dim=1)
 
 
-def power_iteration(
-    moment: Tensor, known: Sequence[Tensor], known_opposite: Sequence[Tensor], unit: Tensor
-) -> tuple[Tensor, float]:
+def power_iteration(moment: Tensor, known: Sequence[Term], unit: Tensor) -> tuple[Tensor, float]:
     """Finish one iteration of the power method.
 
     What the known terms explain is taken off, and the rest normalised.
 
     Args:
         moment: 1/N sum (x^T unit x) y y^T, of the side that is wanted.
-        known: factors of the terms found so far, on this side.
-        known_opposite: the same terms' factors on the other side.
+        known: factors of the terms found so far, on this side and on the other.
         unit: the present unit factor of the new term on the other side.
 
     Returns:
         The unit factor on this side, and the norm it had: the singular value, at convergence.
     """
     rest = moment.clone()
-    for factor, opposite in zip(known, known_opposite, strict=True):
+    for factor, opposite in known:
         rest -= torch.sum(opposite * unit) * factor
     norm = float(torch.linalg.norm(rest))
     return rest / max(norm, torch.finfo(rest.dtype).tiny), norm
-
-
-@dataclass(frozen=True)
-class ClippedTerm:
-    """A further term that keeps the sum positive definite."""
-
-    term: Term  # G_r and A_r after clipping
-    # norm of what was clipped, relative to the norm of the term, both measured in units of the
-    # first term
-    change: float
 
 
 def _whitened(factor: Tensor, cholesky: Tensor) -> Tensor:
@@ -76,7 +62,9 @@ def _whitened(factor: Tensor, cholesky: Tensor) -> Tensor:
     return (whitened + whitened.T) / 2
 
 
-def clip_term(term: Term, G_cholesky: Tensor, A_cholesky: Tensor, share: float) -> ClippedTerm:
+def clip_term(
+    term: Term, G_cholesky: Tensor, A_cholesky: Tensor, share: float
+) -> tuple[Term, float]:
     """Clip the negative eigenvalues that would make the sum of terms indefinite.
 
     In units of the first term, whose Cholesky factors are given, the two factors have eigenvalues s
@@ -89,9 +77,13 @@ def clip_term(term: Term, G_cholesky: Tensor, A_cholesky: Tensor, share: float) 
         G_cholesky: [R, R] L with L L^T = G_0.
         A_cholesky: [C, C] likewise.
         share: of the room, 1 / number of further terms.
+
+    Returns:
+        G_r and A_r after clipping; and the norm of what was clipped, relative to the norm of the
+        term, both measured in units of the first term.
     """
     if not len(G_cholesky) or not len(A_cholesky):
-        return ClippedTerm(term, 0.0)
+        return term, 0.0
     (s, E) = torch.linalg.eigh(_whitened(term[0], G_cholesky))
     (t, D) = torch.linalg.eigh(_whitened(term[1], A_cholesky))
     room = share * (1 - _LEAST)
@@ -107,10 +99,10 @@ def clip_term(term: Term, G_cholesky: Tensor, A_cholesky: Tensor, share: float) 
         clipped.append((change, is_same, low_x, low_y))
     change, is_same, low_s, low_t = min(clipped, key=lambda signed: signed[0])
     if is_same:
-        return ClippedTerm(term, 0.0)
+        return term, 0.0
     G = G_cholesky @ E
     A = A_cholesky @ D
-    return ClippedTerm(((G * low_s) @ G.T, (A * low_t) @ A.T), change)
+    return ((G * low_s) @ G.T, (A * low_t) @ A.T), change
 
 
 class TwoTermInverse:
@@ -134,8 +126,7 @@ class TwoTermInverse:
 
     def solve(self, B: Tensor) -> Tensor:
         """Return X [R, C] with G_0 X A_0 + G_1 X A_1 = B."""
-        X: Tensor = self.K1 @ ((self.K1.T @ B @ self.K2) / self.S) @ self.K2.T
-        return X
+        return (self.K1 @ ((self.K1.T @ B @ self.K2) / self.S)).matmul(self.K2.T)
 
     def row_parts(self, W: Tensor) -> tuple[Tensor, Tensor]:
         """Return Y = W K2^-T and Z with [F^-1]_rr = K2 diag(Z_r) K2^T, both [R, C]."""
@@ -160,16 +151,14 @@ class TwoTermInverse:
 
     def diagonal(self) -> Tensor:
         """Return the diagonal of F^-1 as [R, C]: an element's cost is 1/2 W_rc^2 over its entry."""
-        diagonal: Tensor = self.K1.square() @ (1 / self.S) @ self.K2.square().T
-        return diagonal
+        return (self.K1.square() @ (1 / self.S)).matmul(self.K2.square().T)
 
     def row_blocks(self, left: Tensor, right: Tensor) -> Tensor:
         """Return [F^-1]_{(r, left_i), (r, right_i)}, [R, num_pairs].
 
         That is for every row and every pair of columns (left_i, right_i).
         """
-        blocks: Tensor = self.K1.square() @ (1 / self.S) @ (self.K2[left] * self.K2[right]).T
-        return blocks
+        return (self.K1.square() @ (1 / self.S)).matmul((self.K2[left] * self.K2[right]).T)
 
     def single_corrections(self, W: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
         """Return the sum of each removed row's and column's own correction, [R, C].

@@ -39,7 +39,4 @@ class CorrectionSection(Section):
     def problems(self) -> Iterator[str]:
         """Yield what fields have against each other."""
         if not self.steps_per_shot and not self.final_epochs:
-            yield (
-                "steps_per_shot and final_epochs are 0, so nothing is trained; set one of them, or "
-                "correction: null"
-            )
+            yield "steps_per_shot and final_epochs are 0; set one of them, or correction: null"

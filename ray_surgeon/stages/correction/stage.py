@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from ray_surgeon.plan.needs import StepPlan, WorkerView
 from ray_surgeon.runtime.wave import CALIBRATION
+from ray_surgeon.stages.correction import training
 from ray_surgeon.stages.correction.section import CorrectionSection
-from ray_surgeon.stages.correction.training import NUM_CHECKS, RATES, Corrections, trial_steps
 from ray_surgeon.stages.stage import Facts, RunState, Stage, Text
 
 
@@ -30,9 +30,10 @@ class Correction(Stage):
 
     def run(self, run: RunState, facts: Facts) -> None:
         """Train."""
-        before = run.record.get("divergence_held_aside")
-        corrections = Corrections(self.section)
-        trained = corrections.train(run.cluster, run.text, run.shot, run.num_shots, before)
+        num_sequences = len(run.text.tokens)
+        batches = training.batches_of(self.section, run.shot, run.num_shots, num_sequences)
+        trained = training.Training(self.section, run.cluster, run.text, batches)
+        trained.train(run.shot, run.record.get("divergence_held_aside"))
         facts |= trained.facts
         run.record |= trained.as_record()
 
@@ -81,8 +82,9 @@ class Correction(Stage):
         if not self.num_held:
             return num_passing
         if section.learning_rate is None:
-            num_passing += (len(RATES) - 1) * trial_steps(num_steps) * size
-        return num_passing + -(-self.num_held * (NUM_CHECKS + len(RATES) + 2) // 3)
+            num_passing += (len(training.RATES) - 1) * training.trial_steps(num_steps) * size
+        num_checks = training.NUM_CHECKS + len(training.RATES) + 2
+        return num_passing + -(-self.num_held * num_checks // 3)
 
     def on_host(self, worker: WorkerView) -> float:
         """Return the dense model's states of the calibration text."""

@@ -52,23 +52,17 @@ def round_as_absorbed(worker: Worker) -> None:
     worker.kept(LowRankCorrections).rounds = True
 
 
-def absorb(worker: Worker) -> tuple[float, float]:
-    """Add every B A to its weight, and return how much of it arrived in the owned ones.
+def end(worker: Worker, absorbs: bool) -> tuple[float, float]:
+    """Add every B A to its weight, or remove the corrections without a trace.
 
-    See `LowRankCorrections.absorb`.
+    Returns how much of it arrived in the owned weights, see `LowRankCorrections.absorb`.
     """
-    parts = _ended(worker).absorb().items()
-    owned = [of_linear for name, of_linear in parts if worker.owns(name)]
-    return sum(arrived for arrived, _ in owned), sum(wanted for _, wanted in owned)
-
-
-def undo(worker: Worker) -> None:
-    """Remove the corrections without a trace."""
-    _ended(worker).remove()
-
-
-def _ended(worker: Worker) -> LowRankCorrections:
-    """Return the corrections, and keep neither them nor their best state."""
     if worker.has(CorrectionState):
         worker.drop(CorrectionState)
-    return worker.drop(LowRankCorrections)
+    corrections = worker.drop(LowRankCorrections)
+    if not absorbs:
+        corrections.remove()
+        return 0.0, 0.0
+    parts = corrections.absorb().items()
+    owned = [of_linear for name, of_linear in parts if worker.owns(name)]
+    return sum(arrived for arrived, _ in owned), sum(wanted for _, wanted in owned)

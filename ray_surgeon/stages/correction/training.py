@@ -42,81 +42,45 @@ def trial_steps(num_steps: int) -> int:
     return min(num_steps, max(3, num_steps // 15))
 
 
-@dataclass(frozen=True)
-class Corrections:
-    """The corrections of one run."""
+def batches_of(
+    section: CorrectionSection, shot: int, num_shots: int, num_sequences: int
+) -> list[list[int]]:
+    """Return the calibration sequences of every step after a shot.
 
-    section: CorrectionSection
+    The final epochs come after the last shot.
 
-    def batches(self, shot: int, num_shots: int, num_sequences: int) -> list[list[int]]:
-        """Return the calibration sequences of every step after a shot.
+    The order is drawn anew in every pass over the sequences.
+    """
+    size = section.sequences_per_step
+    order = np.random.default_rng((section.seed, shot))
 
-        The final epochs come after the last shot.
+    def epochs(number: int) -> list[list[int]]:
+        orders = [order.permutation(num_sequences).tolist() for _ in range(number)]
+        return [own[i : i + size] for own in orders for i in range(0, num_sequences, size)]
 
-        The order is drawn anew in every pass over the sequences.
-        """
-        section = self.section
-        size = section.sequences_per_step
-        order = np.random.default_rng((section.seed, shot))
-
-        def epoch() -> list[list[int]]:
-            shuffled = order.permutation(num_sequences).tolist()
-            return [shuffled[i : i + size] for i in range(0, num_sequences, size)]
-
-        batches: list[list[int]] = []
-        while len(batches) < section.steps_per_shot:
-            batches += epoch()
-        batches = batches[: section.steps_per_shot]
-        for _ in range(section.final_epochs if shot == num_shots else 0):
-            batches += epoch()
-        return batches
-
-    def train(
-        self,
-        cluster: Cluster,
-        text: CalibrationText,
-        shot: int,
-        num_shots: int,
-        before: float | None = None,
-    ) -> Trained:
-        """Train the corrections of all linears, and absorb the best state of them.
-
-        Each batch is one step of the optimizer.
-
-        Where windows are held aside, the corrections are measured on them before, on the way and at
-        the end. A learning rate that is not given is the highest of three whose first steps do no
-        harm, and is halved where the measure rises, from the best state on. A training that ends no
-        better than it began is undone.
-
-        Args:
-            cluster: with the pruned weights and masks. With loss kl it has the dense model's states
-                of the calibration text, and of the windows held aside that are measured under the
-                name `HELD`.
-            text: the calibration text.
-            shot: number of the shot.
-            num_shots: in all.
-            before: the divergence of the windows held aside, if it has been measured already; see
-                `held_measure`.
-        """
-        batches = self.batches(shot, num_shots, len(text.tokens))
-        trained = Trained(self.section, cluster, text, batches)
-        if batches:
-            cluster.run_all(steps.start, self.section, shot)
-            trained.train(before if self.section.loss == "kl" else None)
-        return trained
+    steps_per_epoch = -(-num_sequences // size)
+    batches = epochs(-(-section.steps_per_shot // steps_per_epoch))[: section.steps_per_shot]
+    return batches + epochs(section.final_epochs if shot == num_shots else 0)
 
 
 @dataclass
-class Trained:
-    """A training of corrections, on the coordinator, and what it came to.
+class Training:
+    """A training of the corrections of all linears, on the coordinator, and what it came to.
 
     Measures are of windows held aside: the divergence, or the loss if that is trained.
+
+    Where windows are held aside, the corrections are measured on them before, on the way and at the
+    end. A learning rate that is not given is the highest of three whose first steps do no harm, and
+    is halved where the measure rises, from the best state on. A training that ends no better than
+    it began is undone.
     """
 
     section: CorrectionSection
+    # with the pruned weights and masks. With loss kl it has the dense model's states of the
+    # calibration text, and of the windows held aside under the name `HELD`
     cluster: Cluster = field(repr=False)
     text: CalibrationText
-    batches: list[list[int]]
+    batches: list[list[int]]  # each is one step of the optimizer
     # mean loss of each step's sequences before the step, in nats per token; of trials, those of the
     # rate taken
     losses: list[float] = field(default_factory=list)
@@ -127,41 +91,39 @@ class Trained:
     tried: dict[float, float] = field(default_factory=dict)
     # number of steps done -> measure; of the one kept at the end, too
     held: list[tuple[int, float]] = field(default_factory=list)
-    undone: str | None = None  # why the model stays as it was; None if the corrections are kept
     before: float = math.nan  # the measure of the start
-    best: float = math.inf  # the smallest measure so far, of the state that workers keep
-    best_after: int = 0  # number of steps of that state
+    undone: str | None = None  # why the model stays as it was; None if the corrections are kept
 
-    def train(self, known: float | None) -> None:
-        """Train, and absorb what is best; `known` is the measure of the start, if known."""
+    def train(self, shot: int, before: float | None = None) -> None:
+        """Train, and absorb what is best.
+
+        Args:
+            shot: number of the shot.
+            before: the divergence of the windows held aside, if it has been measured already; see
+                `held_measure`.
+        """
+        if not self.batches:
+            return
+        self.cluster.run_all(steps.start, self.section, shot)
         self.rate = self.section.learning_rate or RATES[1]
+        self._begin_steps()
         if len(self.text.held):
-            self._train_checked(known)
+            self._train_checked(before if self.section.loss == "kl" else None)
         else:  # the last state is absorbed
-            self._begin_steps()
             for number in range(len(self.batches)):
                 self._step(number)
-        if self.undone is None:
-            of_workers = self.cluster.run_all(steps.absorb)
-            wanted = sum(part for _, part in of_workers)
-            self.absorbed = sum(part for part, _ in of_workers) / wanted if wanted else 1.0
-        else:
-            self.cluster.run_all(steps.undo)
-            self.absorbed = 0.0
+        of_workers = self.cluster.run_all(steps.end, self.undone is None)
+        wanted = sum(part for _, part in of_workers)
+        arrived = sum(part for part, _ in of_workers)
+        self.absorbed = arrived / wanted if wanted else float(self.undone is None)
 
     def _train_checked(self, known: float | None) -> None:
-        section = self.section
-        measure = held_measure(self.cluster, self.text, section.loss) if known is None else known
-        self.before = measure
-        self._begin_steps()
-        if not math.isfinite(measure):
-            raise FloatingPointError(
-                "the model is not finite on the windows held aside before its corrections; check "
-                "the weights"
-            )
-        self._note_if_best(0, measure)
+        self.before = self._measure() if known is None else known
+        if not math.isfinite(self.before):
+            raise FloatingPointError("the pruned model's outputs are not finite; check the weights")
+        self._note_if_best(0, self.before)
         first = 0
-        if section.learning_rate is None:
+        if self.section.learning_rate is None:
             first = trial_steps(len(self.batches))
             self._try_rates(first)
         stopped = self._train_on(first)
@@ -194,16 +156,14 @@ class Trained:
             if is_finite and not is_last and num_steps % every:
                 continue
             measure = self._measure(rounded=is_last) if is_finite else math.inf
-            if self._note_if_best(num_steps, measure) or measure <= TOLERATED * self.best:
+            if self._note_if_best(num_steps, measure) or measure <= TOLERATED * self._best[0]:
                 continue
             if self.section.learning_rate is None:
                 self.rate /= 2
                 self.cluster.run_all(steps.take_state)
             elif measure > GIVEN_UP * self.before:
-                return (
-                    f"; it was given up after {num_steps} steps, because it diverged: "
-                    f"{self.before:.4g} became {measure:.4g}"
-                )
+                rise = f"{self.before:.4g} became {measure:.4g}"
+                return f"; it was given up after {num_steps} steps, because it diverged: {rise}"
         return ""
 
     def _step(self, number: int) -> bool:
@@ -237,30 +197,34 @@ class Trained:
         self._begin_steps()
         return measure
 
+    @property
+    def _best(self) -> tuple[float, int]:
+        """The smallest measure so far, and the steps of its state, which workers keep."""
+        return min((measure, num_steps) for num_steps, measure in self.held)
+
     def _begin_steps(self) -> None:
         num_tokens = len(self.batches[0]) * self.text.tokens.shape[1]
         self.cluster.progress.begin(len(self.batches), "steps", num_tokens)
 
     def _note_if_best(self, num_steps: int, measure: float) -> bool:
         """Note a measure, and keep the state if it is the best so far; return whether it is."""
+        is_best = not self.held or measure < self._best[0]
         self.held.append((num_steps, measure))
-        if not measure < self.best:
-            return False
-        self.best = measure
-        self.best_after = num_steps
-        self.cluster.run_all(steps.keep_state)
-        return True
+        if is_best:
+            self.cluster.run_all(steps.keep_state)
+        return is_best
 
     def _back_to_the_best(self) -> str | None:
         """Go back to the best state; return why nothing is to be absorbed, if so."""
         before = f"{self.before:.4g} before"
-        if not self.best_after:
+        _, num_steps = self._best
+        if not num_steps:
             return f"no state was better on the windows held aside than {before}"
-        if self.best_after == len(self.batches):  # which was measured rounded
+        if num_steps == len(self.batches):  # which was measured rounded
             return None
         self.cluster.run_all(steps.take_state)
         rounded = self._measure(rounded=True)
-        self.held.append((self.best_after, rounded))
+        self.held.append((num_steps, rounded))
         if rounded < self.before:
             return None
         rounds = f"rounded to the weights' dtype it was {rounded:.4g}"

@@ -7,8 +7,10 @@ next for G with A held. Source: docs/method.md, section 1.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -18,6 +20,7 @@ from torch.utils.hooks import RemovableHandle
 from ray_surgeon.maths.extended.terms import power_iteration, quadratic_forms
 from ray_surgeon.maths.kronecker import PackedSymmetric
 from ray_surgeon.models.hooks import watch_pairs
+from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.runtime import passes
 from ray_surgeon.runtime.cluster import Cluster
 from ray_surgeon.runtime.pipelines import forward_and_backward
@@ -26,38 +29,53 @@ from ray_surgeon.runtime.worker import Worker, collective
 from ray_surgeon.stages.curvature.section import ExtendedKfacSection
 
 
-def start_curvature(worker: Worker, kind: str, only: frozenset[str] | None, experts: bool) -> None:
+class SumsBeside:
+    """What a pass sums beside A and G: here nothing; see `Method`."""
+
+    options: ClassVar[Mapping[str, bool]] = {}  # of `ModelShard.start_curvature`
+
+    def num_changes(self, layout: ModelLayout) -> int:
+        """Return how many changes of a block's output are computed for a token."""
+        return 0
+
+    def weigh(self, worker: Worker, factor: float) -> None:
+        """Multiply what follows from gradients by a factor, likewise for the tokens that count."""
+        return
+
+    def reduce(self, worker: Worker) -> None:
+        """Sum over the replicas to the owners; every replica calls this."""
+        return
+
+
+def start_curvature(
+    worker: Worker, kind: str, only: frozenset[str] | None, beside: SumsBeside
+) -> None:
     """Start gathering; see `ModelShard.start_curvature`."""
-    worker.shard.start_curvature(kind, only=only, experts=experts)
+    worker.shard.start_curvature(kind, only=only, **beside.options)
 
 
 def first_not_finite(worker: Worker) -> str | None:
     """Return the first linear of this shard whose inputs in the pass were not finite."""
     store = worker.shard.factor_store
     for group in worker.shard.gathering:
-        if group.key_of_A in store and not store.get(group.key_of_A).is_finite():
+        if group.key_of_A in store and not store.get(group.key_of_A).flat.isfinite().all():
             return group.names[0]
     return None
 
 
-def weigh_gradients(worker: Worker, factor: float) -> None:
-    """Multiply all sums of gradients by a factor.
-
-    These are G, and the changes of the loss that removals of experts would make.
-    """
+def weigh_gradients(worker: Worker, factor: float, beside: SumsBeside) -> None:
+    """Multiply all sums of gradients by a factor: G, and what is summed beside."""
     shard = worker.shard
     store = shard.factor_store
     for key in (key for group in shard.gathering for key in group.keys_of_G.values()):
         total = store.on_device(key, store.get(key).n)
         total.flat.mul_(factor)
         store.put(key, total)
-    for sums in shard.expert_sums.values():
-        for name in ("gains", "squares"):
-            sums.of(name).mul_(factor)
+    beside.weigh(worker, factor)
 
 
 @collective
-def finish_curvature(worker: Worker) -> None:
+def finish_curvature(worker: Worker, beside: SumsBeside) -> None:
     """Stop gathering and sum the packed factors over the replicas to their owners.
 
     The other replicas free theirs.
@@ -67,9 +85,7 @@ def finish_curvature(worker: Worker) -> None:
     shard.stop_curvature()
     if worker.placement.num_replicas == 1:
         return
-    for experts in shard.expert_sets if shard.expert_sums else ():
-        sums = shard.expert_sums[experts.block - shard.blocks.first]
-        worker.replicas.reduce(sums.total, worker.owner(experts.linears[0][0]))
+    beside.reduce(worker)
     for group in shard.gathering:
         owner = worker.owner(group.names[0])
         num_tokens = torch.tensor(group.num_tokens, device=worker.device)
@@ -84,6 +100,9 @@ def finish_curvature(worker: Worker) -> None:
                 store.drop(key)
 
 
+NOTHING_BESIDE = SumsBeside()
+
+
 def gather_curvature(
     cluster: Cluster,
     sequences: Tokens,
@@ -92,7 +111,7 @@ def gather_curvature(
     *,
     num_backward: int | None = None,
     only: frozenset[str] | None = None,
-    experts: bool = False,
+    beside: SumsBeside = NOTHING_BESIDE,
     remembers: bool = False,
     counts: Counts = None,
 ) -> float:
@@ -103,8 +122,7 @@ def gather_curvature(
     loss at every position t that passes, counted or not. As if gradients and activations were
     independent, that is ``(1/M sum g g^T) (x) (1/N sum a a^T)``. Factors are sums that are divided
     by N, so G is multiplied by the number of tokens that are predicted over the number of those
-    that count, and costs are in nats per token that counts. What the removal of experts would
-    change in the loss is brought to the same scale.
+    that count, and costs are in nats per token that counts.
 
     Args:
         cluster: with loaded workers.
@@ -115,7 +133,7 @@ def gather_curvature(
         num_backward: sequences that pass backward, too; all if not given. G is theirs, brought to
             the number of all sequences.
         only: see `ModelShard.start_curvature`.
-        experts: likewise.
+        beside: what is summed beside A and G.
         remembers: whether last shards keep the hidden states of these sequences, because the
             weights are the dense model's.
         counts: [num_sequences, sequence_length], whether a token counts as something that is
@@ -137,10 +155,9 @@ def gather_curvature(
     if not num_tokens:
         raise ValueError(
             f"calibration: in none of the {len(measured)} sequences whose loss is taken does a "
-            "token count, so there is nothing to keep; use longer sequences or more of them, or "
-            "raise curvature.num_backward"
+            "token count; use longer ones, or more, or raise curvature.num_backward"
         )
-    cluster.run_all(start_curvature, kind, only, experts)
+    cluster.run_all(start_curvature, kind, only, beside)
     remembered = CALIBRATION if remembers else None
     try:
         if both:
@@ -152,15 +169,15 @@ def gather_curvature(
         else:
             losses = passes.sequence_losses(cluster, sequences, counts, remembered)
         if both and passes.num_counted(sequences) != num_tokens:
-            cluster.run_all(weigh_gradients, passes.num_counted(sequences) / num_tokens)
+            factor = passes.num_counted(sequences) / num_tokens
+            cluster.run_all(weigh_gradients, factor, beside)
         total = passes.finite("the loss of the calibration sequences", sum(losses))
     except FloatingPointError as error:
         names = [name for name in cluster.run_all(first_not_finite) if name is not None]
         reason = getattr(error, "cause", error)  # unwrapped from Ray's task error
-        raise FloatingPointError(
-            f"{reason}; inputs are not finite from {names[0] if names else 'the head'} on"
-        ) from error
-    cluster.run_all(finish_curvature)
+        first = names[0] if names else "the head"
+        raise FloatingPointError(f"{reason}; inputs are not finite from {first} on") from error
+    cluster.run_all(finish_curvature, beside)
     return total / num_tokens
 
 
@@ -235,9 +252,8 @@ def finish_iteration(worker: Worker, side: int) -> None:
             n = max(1, factors.num_tokens)
             divisor = worker.shard.own_divisor(name, n)
             known = [(factors.G / divisor, factors.A / n), *factors.terms]
-            same = [term[side] for term in known]
-            opposite = [term[1 - side] for term in known]
-            unit, power.sigma[name] = power_iteration(unit / divisor, same, opposite, units[name])
+            pairs = [(term[side], term[1 - side]) for term in known]
+            unit, power.sigma[name] = power_iteration(unit / divisor, pairs, units[name])
         worker.replicas.broadcast(unit, owner)
         power.units[side][name] = unit
 

@@ -77,10 +77,8 @@ class _Damped(_Curvature):
     def problems(self) -> Iterator[str]:
         """Yield what fields have against each other."""
         if self.damping != "auto" and self.max_damping < max(self.damping.a, self.damping.g):
-            yield (
-                f"max_damping {self.max_damping:g} is below damping "
-                f"{self.damping.a:g}/{self.damping.g:g}; raise it"
-            )
+            damping = f"{self.damping.a:g}/{self.damping.g:g}"
+            yield f"max_damping {self.max_damping:g} is below damping {damping}; raise it"
 
 
 class _Fisher(_Damped):
@@ -101,10 +99,7 @@ class _Fisher(_Damped):
     def problems(self) -> Iterator[str]:
         """Yield what fields have against each other."""
         if self.seed and self.fisher == "empirical":
-            yield (
-                "seed draws the labels of the sampled Fisher, and this is the empirical one; "
-                "remove it"
-            )
+            yield "seed draws labels of the sampled Fisher, and this is the empirical; remove it"
 
 
 class KfacSection(_Fisher):

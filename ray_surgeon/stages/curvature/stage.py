@@ -15,7 +15,6 @@ import numpy as np
 
 from ray_surgeon.maths.damping import A_CHOICES, G_CHOICES, choose_damping, cost_held_aside
 from ray_surgeon.maths.kronecker import Damping, PackedFactors
-from ray_surgeon.maths.masks import StructuredMask
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.plan.needs import Beside, StepPlan, WorkerView
 from ray_surgeon.runtime.cluster import Cluster
@@ -65,10 +64,7 @@ def _costs_held_aside(
     costs = []
     for name, held in worker.kept(_HeldFactors).items():
         linear = replace(method.linear(worker, name), damping=damping)
-        mask = worker.masks[name]
-        if not isinstance(mask, StructuredMask):
-            mask = StructuredMask.full(*linear.W.shape)
-        costs.append(cost_held_aside(linear, mask, held, share, prunes_rows=prunes_rows))
+        costs.append(cost_held_aside(linear, held, share, prunes_rows=prunes_rows))
     return costs
 
 
@@ -122,21 +118,17 @@ def calibrate(
     if has_held:
         gather(text.held, counts=text.held_counts)
         cluster.run_all(_keep_held_factors, method)
-    method.before_pass(cluster, text)
-    loss = gather(
-        sequences,
-        num_backward=curvature.sequences_backward,
-        experts=method.ranks_experts,
-        remembers=remembers,
-        counts=text.counts,
-    )
+    n = curvature.sequences_backward
     record: dict[str, Any] = {}
-    if has_held:
-        method, record["damping_chosen"] = _choose_damping(cluster, method, shot)
-    if isinstance(curvature, ExtendedKfacSection):
-        sizes = gather_terms(cluster, sequences, curvature, seed)
-        record["median_size_of_terms"] = [float(np.median([*term.values()])) for term in sizes]
-    method.after_pass(cluster, text)
+    with method.around_pass(cluster, text):
+        loss = gather(
+            sequences, num_backward=n, beside=method.beside, remembers=remembers, counts=text.counts
+        )
+        if has_held:
+            method, record["damping_chosen"] = _choose_damping(cluster, method, shot)
+        if isinstance(curvature, ExtendedKfacSection):
+            sizes = gather_terms(cluster, sequences, curvature, seed)
+            record["median_size_of_terms"] = [float(np.median([*term.values()])) for term in sizes]
     record["calibration_loss"] = loss
     return method, record
 
@@ -172,8 +164,9 @@ class Curvature(Stage):
         of_all = curvature.sequences_backward or worker.num_sequences
         # of the replica that has most of them
         backward = 0 if curvature.gathers == "A" else -(-of_all // worker.num_replicas)
-        ranks_experts = self.method.ranks_experts
-        forward = (1 + ranks_experts) * 2 * worker.active + worker.all_factors / 2
+        # the changes that removals would make for a token
+        num_changes = self.method.beside.num_changes(worker.shapes.layout)
+        forward = (1 + (num_changes > 0)) * 2 * worker.active + worker.all_factors / 2
         head = worker.head_flops * (backward or worker.sequences)
         runs_again = stores.activations == "recompute"
         further = (1 + runs_again) * 2 * worker.active + 2 * worker.head_flops
@@ -185,8 +178,7 @@ class Curvature(Stage):
         weights = worker.moved(stores.weights, loads)
         factors = worker.moved(stores.factors, 2 * waves * worker.all_factors)
         on_device = worker.all_factors if stores.factors == "device" else worker.largest_factors
-        # the changes that removals of a token's experts would make
-        changes = worker.shapes.layout.num_active_experts * worker.hidden_size * ranks_experts
+        changes = num_changes * worker.hidden_size
         passing = worker.passing(more_kept=4 * changes, more_in_a_moment=12 * changes)
         device = worker.weights + on_device + passing
         factors_on_host = worker.all_factors * (stores.factors == "host" and worker.device_is_host)

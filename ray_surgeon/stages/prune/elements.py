@@ -15,11 +15,9 @@ import torch
 from numpy.typing import NDArray
 from pydantic import Field, Tag
 
-from ray_surgeon.maths import element_pruning
 from ray_surgeon.maths import threshold as thresholds
 from ray_surgeon.maths.conjugate import ElementUpdate
-from ray_surgeon.maths.element_pruning import ElementCandidates, ElementUnits
-from ray_surgeon.maths.linear import Linear, Removal
+from ray_surgeon.maths.element_pruning import ElementUnits, find_elements
 from ray_surgeon.maths.masks import ElementMask
 from ray_surgeon.models.layout import LinearShape, ModelLayout
 from ray_surgeon.plan.work import LinearNeeds
@@ -68,6 +66,11 @@ class _Elements(SparsitySection):
     update: UpdateSection = ConjugateGradientsUpdate()
     """How the kept weights make up for the pruned ones"""
 
+    @property
+    def units(self) -> ElementUnits:
+        """What is pruned as one."""
+        return ElementUnits(*getattr(self, "n_m", ()))
+
 
 class ElementsSection(_Elements):
     """Single elements."""
@@ -78,11 +81,6 @@ class ElementsSection(_Elements):
     """Predicted loss increase of a removal with the optimal update of the others (obs) or without
     an update (obd)
     """
-
-    @property
-    def units(self) -> ElementUnits:
-        """What is pruned as one."""
-        return ElementUnits()
 
 
 class NMSection(_Elements):
@@ -97,11 +95,6 @@ class NMSection(_Elements):
     smallest single costs, as in the paper; obd: that sum without updates
     """
 
-    @property
-    def units(self) -> ElementUnits:
-        """What is pruned as one."""
-        return ElementUnits(*self.n_m, joint=self.costs == "obs")
-
     def problems(self) -> Iterator[str]:
         """Yield what fields have against each other."""
         yield from problems_of_pattern(self.n_m, self.target_sparsity)
@@ -113,10 +106,8 @@ def problems_of_pattern(n_m: Pattern, target_sparsity: float) -> Iterator[str]:
     if not n < m <= 16:
         yield f"n_m: [{n}, {m}] needs N < M <= 16; give for example [2, 4] or [4, 8]"
     if target_sparsity > 1 - n / m:
-        yield (
-            f"target_sparsity: {target_sparsity:g} is more than {n}:{m} can remove, {1 - n / m:g}; "
-            "lower it"
-        )
+        most = f"{n}:{m} can remove, {1 - n / m:g}"
+        yield f"target_sparsity: {target_sparsity:g} is more than {most}; lower it"
 
 
 @dataclass(frozen=True)
@@ -125,6 +116,11 @@ class Elements(ByThreshold):
 
     by_element: ClassVar[bool] = True
     section: ElementsSection | NMSection
+
+    @property
+    def update(self) -> ElementUpdate:
+        """See `ElementCandidates`."""
+        return ElementUpdate(**self.section.update.model_dump())
 
     def reach(self, layout: ModelLayout) -> float:
         """Return the fraction of all candidates, less the tolerated shortfall.
@@ -166,36 +162,19 @@ class Elements(ByThreshold):
         Raises:
             FloatingPointError: a factor is not usable; names the linear.
         """
-        kind = "obd" if self.section.costs == "obd" else "obs"
-        candidates = {
-            name: element_pruning.find_elements(self.linear(worker, name), self.section.units, kind)
-            for name in worker.owned()
-        }
+        how = self.section.units, self.section.costs
+        candidates = {n: find_elements(self.linear(worker, n), *how) for n in worker.owned()}
         return self.scores(worker, candidates)
 
     def histogram(self, worker: Worker, high: int | None) -> NDArray[np.int64]:
         """Count the costs of the owned linears' units by their bits; see `bit_histogram`."""
         counts = torch.zeros(1 << 16, dtype=torch.int64)
         for name, candidates in worker.kept(Scored).items():
-            mask = worker.mask(name, ElementMask)
-            linear = self.linear(worker, name)
-            costs = element_pruning.unit_costs(linear, mask, self.section.units, candidates)
+            costs = candidates.costs(self.linear(worker, name), worker.mask(name, ElementMask))
             counts += thresholds.bit_histogram(costs, high).cpu()
         return counts.numpy()
 
-    def pruned(
-        self, linear: Linear, mask: ElementMask, candidates: ElementCandidates, threshold: float
-    ) -> tuple[Removal, ElementMask]:
-        """Return a linear without what costs at most the threshold, and its new mask."""
-        update = ElementUpdate(**self.section.update.model_dump())
-        units = self.section.units
-        return element_pruning.prune_elements(linear, mask, units, candidates, threshold, update)
-
     # On the coordinator
-
-    def score(self, cluster: Cluster, shot: int) -> Scores[None]:
-        """Take all costs."""
-        return self.taken(cluster)
 
     def choose(self, cluster: Cluster, scores: Scores[None], shot: int) -> Choice:
         """Find the exact k-th smallest cost by two rounds of counting.

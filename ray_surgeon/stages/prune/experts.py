@@ -3,16 +3,41 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from itertools import chain
+from typing import ClassVar
 
 import torch
 
 from ray_surgeon.maths.experts import frequency_costs, random_costs, reap_costs, rerouting_costs
 from ray_surgeon.maths.masks import StructuredMask
 from ray_surgeon.maths.threshold import check_costs
+from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.runtime.worker import Worker
+from ray_surgeon.stages.curvature.gather import SumsBeside
 from ray_surgeon.stages.prune.groups_section import ExpertCosts
+
+
+class ExpertSumsBeside(SumsBeside):
+    """Sums over the tokens of each expert; see `ray_surgeon.maths.experts.ExpertSums`."""
+
+    options: ClassVar[Mapping[str, bool]] = {"experts": True}
+
+    def num_changes(self, layout: ModelLayout) -> int:
+        """Return how many experts a token goes to, each of which may be removed."""
+        return layout.num_active_experts
+
+    def weigh(self, worker: Worker, factor: float) -> None:
+        """Multiply the changes of the loss that removals would make."""
+        for sums in worker.shard.expert_sums.values():
+            for name in ("gains", "squares"):
+                sums.of(name).mul_(factor)
+
+    def reduce(self, worker: Worker) -> None:
+        """Sum over the replicas to the owners of the experts' first linears."""
+        for experts in worker.shard.expert_sets:
+            sums = worker.shard.expert_sums[experts.block - worker.shard.blocks.first]
+            worker.replicas.reduce(sums.total, worker.owner(experts.linears[0][0]))
 
 
 def whole_expert_costs(

@@ -12,12 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ray_surgeon.maths import allocate as allocations
+from ray_surgeon.maths.allocate import Allocation, GroupCosts, allocate_globally, allocate_uniformly
 from ray_surgeon.maths.threshold import OutOfReachError
 from ray_surgeon.models.budgets import Budget
 from ray_surgeon.models.layout import LinearShape
 from ray_surgeon.plan.work import LinearNeeds
 from ray_surgeon.runtime.cluster import Cluster
+from ray_surgeon.stages.curvature.gather import NOTHING_BESIDE, SumsBeside
+from ray_surgeon.stages.prune.experts import ExpertSumsBeside
 from ray_surgeon.stages.prune.groups_section import CoupledSection
 from ray_surgeon.stages.prune.method import Choice, Ranking, Scores
 
@@ -34,10 +36,9 @@ Unit = tuple[int, str]
 
 
 @dataclass(frozen=True)
-class ConsumerCosts(allocations.GroupCosts):
+class ConsumerCosts(GroupCosts):
     """Marginal costs of the groups of one consumer, as a worker sends them."""
 
-    needs: Sequence[float] = ()  # not known on a worker
     num_parameters: int = 0  # of one group
     # before scaling, per unit of the target if groups are ranked so; what costs more may be missing
     # in `costs`
@@ -59,7 +60,7 @@ class ConsumerCosts(allocations.GroupCosts):
         """Return what the cheapest groups cost together, before scaling."""
         return float(self.costs.double().sort().values[:count].sum())
 
-    def scaled(self, needs: Sequence[float]) -> allocations.GroupCosts:
+    def scaled(self, needs: Sequence[float]) -> GroupCosts:
         """Return the costs as an allocation sees them; `needs` are those of `GroupCosts`."""
         return replace(self, costs=self.costs * self.scale, needs=needs)
 
@@ -124,6 +125,11 @@ class GroupChoice(Ranking):
         assert self.budget is not None, "latencies are not measured yet"
         return self.budget
 
+    @property
+    def beside(self) -> SumsBeside:
+        """What whole experts cost is summed beside A and G."""
+        return ExpertSumsBeside() if self.ranks_experts else NOTHING_BESIDE
+
     def goal(self, shot: int) -> float:
         """Return what the model may need of the budget after a shot."""
         return self.section.goal(self.known_budget.dense, shot)
@@ -164,7 +170,7 @@ class GroupChoice(Ranking):
             update_flops=2.0 * C**3,
         )
 
-    def allocate(self, scores: GroupScores, shot: int) -> allocations.Allocation:
+    def allocate(self, scores: GroupScores, shot: int) -> Allocation:
         """Return how many groups every block loses."""
         budget = self.known_budget
         costs = sorted(scores.costs, key=lambda c: c.consumer)
@@ -173,10 +179,8 @@ class GroupChoice(Ranking):
         missing = budget.of((c.kind, c.num_left) for c in costs) - self.goal(shot)
         fewest = self.fewest.get("experts", 0)
         if self.section.uniform:
-            return allocations.allocate_uniformly(groups, missing, fewest_experts=fewest)
-        return allocations.allocate_globally(
-            groups, missing, per_unit=self._per_unit, fewest_experts=fewest
-        )
+            return allocate_uniformly(groups, missing, fewest_experts=fewest)
+        return allocate_globally(groups, missing, per_unit=self._per_unit, fewest_experts=fewest)
 
     def choose(self, cluster: Cluster, scores: GroupScores, shot: int) -> Choice:
         """Choose how many groups every block loses."""
@@ -197,7 +201,7 @@ class GroupChoice(Ranking):
             facts["experts"] = len(experts)
             record["experts_removed"] = experts
             record["expert_costs"] = {c.consumer: c.whole for c in costs if math.isfinite(c.whole)}
-        return Choice(allocation.threshold, facts, counts, experts, record)
+        return Choice(allocation.threshold, facts, (counts, experts), record)
 
 
 @dataclass(frozen=True)
@@ -281,12 +285,10 @@ class Paths:
         ended.
         """
         unscaled = threshold / costs.scale
+        if unscaled <= costs.limit or self.has_ended(costs):
+            return True
         reached = costs.costs[torch.isfinite(costs.costs)]
-        return (
-            unscaled <= costs.limit
-            or self.has_ended(costs)
-            or bool((reached >= unscaled * self.method.unit_of(costs.kind)).any())
-        )
+        return bool((reached >= unscaled * self.method.unit_of(costs.kind)).any())
 
     def has_ended(self, costs: ConsumerCosts) -> bool:
         """Whether a path has all groups that may go."""

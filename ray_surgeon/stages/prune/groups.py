@@ -11,17 +11,16 @@ next experts, see `ray_surgeon.maths.experts`.
 from __future__ import annotations
 
 import math
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from itertools import chain
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from ray_surgeon.maths.curvature import RaisedDamping
-from ray_surgeon.maths.kronecker import Damping
-from ray_surgeon.maths.linear import Part, Removal
+from ray_surgeon.maths.curvature import LinearCurvature, Removal
+from ray_surgeon.maths.greedy import Limits
 from ray_surgeon.maths.masks import StructuredMask
 from ray_surgeon.maths.structured import alive_part, group_costs, lowest, prune_groups
 from ray_surgeon.models.groups import GroupSet
@@ -32,7 +31,7 @@ from ray_surgeon.runtime.wave import Tokens
 from ray_surgeon.runtime.worker import LinearSummary, Worker, collective, sizes
 from ray_surgeon.stages.prune.experts import go_around_removed, remove_experts, whole_expert_costs
 from ray_surgeon.stages.prune.group_choice import ConsumerCosts, GroupChoice, Paths, Reach
-from ray_surgeon.stages.prune.method import Applied, Choice, Scores
+from ray_surgeon.stages.prune.method import Applied, Choice, Scored, Scores
 from ray_surgeon.stages.reconstruction.layers import RATES, Reconstruction
 from ray_surgeon.stages.stage import CalibrationText
 
@@ -41,13 +40,6 @@ _FAR = 4.0
 
 Single costs say how many are needed.
 """
-
-
-class Scored(dict[str, tuple[Part, Damping, Tensor]]):
-    """Consumer -> what its costs leave on a worker for the update.
-
-    That is the alive part, the damping its factors needed, and marginal costs.
-    """
 
 
 class Groups(GroupChoice):
@@ -79,51 +71,48 @@ class Groups(GroupChoice):
         Raises:
             FloatingPointError: a factor or a cost is not usable; names the linear.
         """
-        scored = Scored() if reach.only is None else worker.kept(Scored)
-        sets = {groups.consumer: groups for groups in self.sets(worker)}
+        if reach.only is None:
+            worker.keep(Scored())
+        scored = worker.kept(Scored)
+        owned = {g.consumer: g for g in self.sets(worker) if worker.owns(g.consumer)}
+        names = [name for name in owned if reach.only is None or name in reach.only]
         whole = self._expert_costs(worker, shot)
-        replies = []
-        raised = list[RaisedDamping]()
-        followed = sets if reach.only is None else [name for name in sets if name in reach.only]
-        for name in worker.each(list(filter(worker.owns, followed))):
-            costs, events = self._costs_of(worker, sets[name], scored, reach, shot)
-            if costs.num_left:
-                costs = replace(costs, whole=whole.get(name, math.inf))
-            replies.append(costs)
-            raised += events
-        worker.keep(scored)
-        return Scores(tuple(replies), *sizes(worker), tuple(raised))
+        costs = [
+            self._costs_of(worker, owned[name], reach, shot, whole.get(name, math.inf))
+            for name in worker.each(names)
+        ]
+        bases = (scored[name][0] for name in names if name in scored)
+        raised = chain.from_iterable(basis.raised_damping for basis in bases)
+        return Scores(tuple(costs), *sizes(worker), tuple(raised))
 
     def _costs_of(
-        self, worker: Worker, groups: GroupSet, scored: Scored, reach: Reach, shot: int
-    ) -> tuple[ConsumerCosts, Sequence[RaisedDamping]]:
-        """Return the costs of an owned consumer's groups, and what its factors needed."""
+        self, worker: Worker, groups: GroupSet, reach: Reach, shot: int, whole: float
+    ) -> ConsumerCosts:
+        """Return the costs of an owned consumer's groups, and keep them; `whole` is an expert's."""
         name = groups.consumer
         kind = groups.kind
         mask = worker.mask(name, StructuredMask)
         left = int(mask.columns[groups.columns].all(dim=1).sum())
         nothing = torch.full((len(groups.columns),), torch.inf)
         about: dict[str, Any] = {"layer": groups.block, "num_parameters": groups.num_parameters}
+        about["whole"] = whole if left else math.inf
         costs = ConsumerCosts(name, kind, nothing, left, frozenset((left,)), **about)
         if not left or worker.layout.shapes[name].role not in self.consumers:
-            return costs, ()  # nothing goes group by group
+            return costs  # nothing goes group by group
         linear = self.linear(worker, name)
-        alive = alive_part(linear, mask)
-        curvature = linear.curvature(alive)
+        curvature = LinearCurvature(linear, alive_part(linear, mask))
         scale = reach.scales.get(costs.unit, 1.0)
         unscaled = -math.inf if reach.limit is None else reach.limit / scale
-        limit = None if reach.limit is None else unscaled * self.unit_of(kind)
+        limit = unscaled * self.unit_of(kind)
         odd = left % self.multiple(kind, shot)  # must go whatever they cost
-        most = math.inf if self.section.uniform or limit is None or odd else _FAR * limit
+        most = math.inf if self.section.uniform or odd else _FAR * limit
         needed = max(reach.needed.get(name, 0), odd)
-        least = self.section.fewest_groups[kind]
-        marginal = group_costs(
-            linear, alive, curvature, groups.columns, least, limit, needed, most
-        ).float()
-        scored[name] = alive, curvature.used_damping, marginal
+        limits = Limits(limit, needed, most, self.section.fewest_groups[kind])
+        singly = reach.limit is None
+        marginal = group_costs(curvature, groups.columns, limits, singly=singly).float()
+        worker.kept(Scored)[name] = curvature.basis, marginal
         allowed = self._allowed(worker, groups, shot)
-        costs = replace(costs, costs=marginal, allowed=allowed, limit=unscaled, scale=scale)
-        return costs, curvature.raised_damping
+        return replace(costs, costs=marginal, allowed=allowed, limit=unscaled, scale=scale)
 
     def _expert_costs(self, worker: Worker, shot: int) -> dict[str, float]:
         if not self.ranks_experts:
@@ -184,28 +173,25 @@ class Groups(GroupChoice):
         """
         predicted = {name: cost for name, cost in experts.items() if name in worker.masks}
         shapes = worker.layout.shapes
-        sets = [g for g in self.sets(worker) if shapes[g.consumer].role in self.consumers]
-        sets = [groups for groups in sets if groups.consumer not in experts]
+        sets = {g.consumer: g for g in self.sets(worker) if g.consumer not in experts}
+        sets = {name: g for name, g in sets.items() if shapes[name].role in self.consumers}
         reconstruction = self.reconstruction
         kinds = reconstruction.kinds if reconstruction is not None else ()
-        changed = [g for g in sets if g.kind in kinds and counts.get(g.consumer)]
-        trained = {groups.consumer for groups in changed}
+        changed = {name: g for name, g in sets.items() if g.kind in kinds and counts.get(name)}
         scored = worker.kept(Scored)
-        owned = {groups.consumer: groups for groups in sets if groups.consumer in scored}
-        for name in worker.each(list(owned)):
-            groups = owned[name]
-            removal, worker.masks[name] = self.removal(worker, groups, counts[name])
+        for name in worker.each([name for name in sets if name in scored]):
+            removal, worker.masks[name] = self.removal(worker, sets[name], counts[name])
             predicted[name] = removal.predicted
             W = removal.W
-            if reconstruction is not None and name in trained:
-                W = reconstruction.fitted(worker, groups, W, rate)
+            if reconstruction is not None and name in changed:
+                W = reconstruction.fitted(worker, sets[name], W, rate)
             worker.shard.set_weight(name, W)
         worker.drop(Scored)
         worker.shard.drop_curvature()
-        worker.share_linears(groups.consumer for groups in sets)
+        worker.share_linears(sets)
         if reconstruction is not None:
-            reconstruction.end(worker, changed)
-        for groups in sets:
+            reconstruction.end(worker, changed.values())
+        for groups in sets.values():
             _remove_producers(worker, groups)
         remove_experts(worker, experts)
         return tuple(worker.summary(name, predicted.get(name, 0.0), 0.0) for name in worker.owned())
@@ -220,12 +206,12 @@ class Groups(GroupChoice):
             groups: those of the consumer.
             count: how many of them go.
         """
-        alive, damping, costs = worker.kept(Scored)[groups.consumer]
+        basis, costs = worker.kept(Scored)[groups.consumer]
         mask = worker.mask(groups.consumer, StructuredMask)
         linear = self.linear(worker, groups.consumer)
         to_prune = torch.zeros(len(mask.columns), dtype=torch.bool)
         to_prune[groups.columns[lowest(costs, count)].flatten()] = True
-        return prune_groups(linear, mask, alive, linear.curvature(alive, damping), to_prune)
+        return prune_groups(basis.curvature(linear), mask, to_prune)
 
     # On the coordinator
 
@@ -233,15 +219,10 @@ class Groups(GroupChoice):
         """Let routers go around the experts that earlier shots removed."""
         cluster.run_all(go_around_removed)
 
-    def before_pass(self, cluster: Cluster, text: CalibrationText) -> None:
+    def around_pass(self, cluster: Cluster, text: CalibrationText) -> AbstractContextManager[None]:
         """Let workers keep the inputs of the layers that are reconstructed; see `Method`."""
-        if self.reconstruction is not None:
-            self.reconstruction.before_pass(cluster, text)
-
-    def after_pass(self, cluster: Cluster, text: CalibrationText) -> None:
-        """Send the inputs to the layers' owners; see `Method`."""
-        if self.reconstruction is not None:
-            self.reconstruction.after_pass(cluster, text)
+        reconstruction = self.reconstruction
+        return reconstruction.around_pass(cluster, text) if reconstruction else nullcontext()
 
     def score(self, cluster: Cluster, shot: int) -> Scores[ConsumerCosts]:
         """Let every block follow its greedy path as far as the threshold needs."""
@@ -249,21 +230,21 @@ class Groups(GroupChoice):
 
     def apply(self, cluster: Cluster, tokens: Tokens, choice: Choice, shot: int) -> Applied:
         """Prune, update, and train layers with the learning rate that did best on some of them."""
-        rate = self._learning_rate(cluster, choice)
+        counts, experts = choice.removed
+        rate = self._learning_rate(cluster, counts)
         cluster.progress.begin(unit="linears")
-        workers = cluster.run_all(self.prune, choice.counts, choice.experts, rate)
+        workers = cluster.run_all(self.prune, counts, experts, rate)
         return list(chain.from_iterable(workers)), {}
 
-    def _learning_rate(self, cluster: Cluster, choice: Choice) -> float:
+    def _learning_rate(self, cluster: Cluster, counts: Mapping[str, int]) -> float:
         """Return the learning rate of reconstructions: the given one, or the best on two layers."""
         if self.reconstruction is None:
             return 0.0
         rate = self.reconstruction.section.learning_rate
         if rate is not None:
             return rate
-        tried = list(chain.from_iterable(cluster.run_all(self.try_rates, choice.counts)))
-        errors = {rate: [error for r, error in tried if r == rate] for rate in RATES}
-        return Reconstruction.best_rate(errors)
+        tried = list(chain.from_iterable(cluster.run_all(self.try_rates, counts)))
+        return Reconstruction.best_rate(tried)
 
 
 def _remove_producers(worker: Worker, groups: GroupSet) -> None:

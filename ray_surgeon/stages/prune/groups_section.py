@@ -94,27 +94,20 @@ class CoupledSection(Reconstructed):
         Raises:
             OutOfReachError: says what is possible.
         """
-        if self.target is not None:
+        if self.target is None:
+            allowed = dense * (1 - (self.target_sparsity or 0.0))
+            what = f"pruning.target_sparsity: {self.target_sparsity:g}"
+        else:
             allowed = self.target.allowed
-            what = f"pruning.target: {unit} {allowed:.6g}, but"
-            if allowed < least:
-                raise OutOfReachError(
-                    f"{what} with these groups, allocation and widths the model needs at least "
-                    f"{least:.6g}; raise it, or change those"
-                )
+            what = f"pruning.target: {unit} {allowed:.6g}"
             if allowed >= dense:
-                raise OutOfReachError(
-                    f"{what} the dense model needs no more than {dense:.6g}; lower it"
-                )
-        elif dense * (1 - (self.target_sparsity or 0.0)) < least:
-            change = "lower it, or change those"
-            if least >= dense:
-                widths = f"lower pruning.width_multiple, which is {self.multiple}"
-                change = widths if self.has_widths else "name other groups"
+                more = f"the dense model needs no more than {dense:.6g}; lower it"
+                raise OutOfReachError(f"{what}, but {more}")
+        if allowed < least:
             raise OutOfReachError(
-                f"pruning.target_sparsity: {self.target_sparsity:g}, but with these groups, "
-                f"allocation and widths at most {1 - least / dense:.4f} of the parameters of "
-                f"this model's linears can be removed; {change}"
+                f"{what}, but with these groups and allocation, and a width_multiple which is "
+                f"{self.multiple}, the model needs at least {least:.6g} {unit}, so at most "
+                f"{1 - least / dense:.4f} of that can be removed; ask for less, or change those"
             )
 
     def problem_with(self, curvature: AnyCurvature) -> str | None:
@@ -123,9 +116,7 @@ class CoupledSection(Reconstructed):
         if "experts" in self.groups:
             reasons["identity"] = "looks at no text, which says what whole experts cost; use kfac"
             if self.expert_costs == "rerouting":
-                reasons["activations"] = (
-                    "has no gradients, which the costs of whole experts need; use kfac"
-                )
+                reasons["activations"] = "has no gradients, which whole experts need; use kfac"
         if curvature.kind in reasons:
             return f"curvature.kind: {curvature.kind} {reasons[curvature.kind]}"
         if set(self.groups) == {"experts"}:
@@ -141,17 +132,11 @@ class CoupledSection(Reconstructed):
         if len(kinds) < len(self.groups):
             yield f"groups: {named} name a kind twice; remove one"
         if self.expert_costs != "rerouting" and kinds != {"experts"}:
-            problem = "is of whole experts; add experts to groups, or leave it out"
-            if "experts" in kinds:
-                problem = (
-                    "has another unit than the costs of the other groups; set groups to [experts]"
-                )
+            problem = "is of whole experts alone and has another unit; set groups to [experts]"
             yield f"expert_costs: {self.expert_costs} {problem}"
         if self.multiple % self.tensor_parallel:
-            yield (
-                f"width_multiple: {self.multiple} channels cannot be split over tensor_parallel "
-                f"{self.tensor_parallel} devices; give a multiple of it"
-            )
+            devices = f"tensor_parallel {self.tensor_parallel}; give a multiple of it"
+            yield f"width_multiple: {self.multiple} channels cannot be split over {devices}"
         if (self.target_sparsity is None) == (self.target is None):
             got = "none" if self.target is None else "both"
             yield f"target_sparsity: give this or target, got {got}"
@@ -170,15 +155,9 @@ class GroupsSection(CoupledSection, Searched):
     def problems(self) -> Iterator[str]:
         """Yield what fields have against each other."""
         if self.search is not None and "experts" in self.groups:
-            yield (
-                "search: does not go with whole experts, whose tokens go elsewhere; use "
-                "expert_channels, or leave it out"
-            )
+            yield "search: does not go with whole experts; use expert_channels, or leave it out"
         if self.remove_blocks and set(self.groups) == {"experts"}:
-            yield (
-                "remove_blocks: is of KV groups and channels, and only whole experts go; remove "
-                "it, or name other groups"
-            )
+            yield "remove_blocks: is of KV groups and channels; remove it, or name other groups"
 
     @property
     def fewest_groups(self) -> dict[str, int]:
@@ -202,19 +181,15 @@ class UniformGroupsSection(CoupledSection):
 def problems_of_mixture(
     layout: ModelLayout, pruning: ScheduleSection, curvature: AnyCurvature | None
 ) -> Iterator[str]:
-    """Yield why a mixture cannot be pruned so, with the remedy."""
+    """Yield why a mixture cannot be pruned so, with the remedy; nothing for other models."""
+    if not layout.is_mixture:
+        return
     if curvature is not None and curvature.sequences_backward is not None:
-        yield (
-            "curvature.num_backward: the experts of a mixture see too few tokens to leave some out "
-            "of G; remove it"
-        )
+        yield "curvature.num_backward: the experts of a mixture see too few tokens; remove it"
     if not isinstance(pruning, CoupledSection):
         return
     if isinstance(pruning.target, LatencyTarget):
-        yield (
-            "pruning.target: a latency is not measured for mixtures of experts; give parameters, "
-            "bytes or flops"
-        )
+        yield "pruning.target: a latency is not for mixtures; give parameters, bytes or flops"
     if "experts" not in pruning.groups:
         return
     sparse = layout.family.sparse
@@ -226,7 +201,4 @@ def problems_of_mixture(
             f"({field} in config.json), so no single expert can go; use expert_channels"
         )
     if isinstance(pruning.target, FlopsTarget):
-        yield (
-            "pruning.target: whole experts save no flops, because a token goes to as many of the "
-            "others; give parameters or bytes"
-        )
+        yield "pruning.target: whole experts save no flops; give parameters or bytes"

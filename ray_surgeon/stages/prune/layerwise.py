@@ -15,8 +15,8 @@ from pydantic import Field
 from torch import Tensor
 
 from ray_surgeon.maths.columns import sparsegpt, upper_inverse, wanda
-from ray_surgeon.maths.curvature import RaisedDamping
 from ray_surgeon.maths.element_pruning import ElementUnits
+from ray_surgeon.maths.factorised import RaisedDamping
 from ray_surgeon.maths.masks import ElementMask
 from ray_surgeon.models.layout import LinearShape, ModelLayout
 from ray_surgeon.plan.work import LinearNeeds

@@ -11,19 +11,20 @@ import functools
 import operator
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import Any, ClassVar, Generic, TypeVar
 
-from ray_surgeon.maths.curvature import Clipping, RaisedDamping
-from ray_surgeon.maths.linear import Linear, Removal
-from ray_surgeon.maths.masks import Mask
+from ray_surgeon.maths.curvature import Clipping, Linear
+from ray_surgeon.maths.factorised import RaisedDamping
 from ray_surgeon.models.layout import LinearShape, ModelLayout
 from ray_surgeon.plan.work import LinearNeeds
 from ray_surgeon.runtime.cluster import Cluster
 from ray_surgeon.runtime.wave import Tokens
 from ray_surgeon.runtime.worker import LinearSummary, Worker, collective, sizes
 from ray_surgeon.spec.targets import ScheduleSection
+from ray_surgeon.stages.curvature.gather import NOTHING_BESIDE, SumsBeside
 from ray_surgeon.stages.curvature.section import AnyCurvature
 from ray_surgeon.stages.stage import CalibrationText
 
@@ -57,10 +58,7 @@ class Choice:
 
     threshold: float | None  # everything up to this cost; None if the method has none
     facts: Mapping[str, float | int | str]  # for the event of the step
-    # consumer -> number of its groups, for coupled groups
-    counts: Mapping[str, int] = field(default_factory=dict)
-    # consumer of each expert that goes whole -> what that costs
-    experts: Mapping[str, float] = field(default_factory=dict)
+    removed: Any = None  # what else the method's `apply` takes
     record: Mapping[str, Any] = field(default_factory=dict)  # more for the report
 
 
@@ -86,9 +84,9 @@ class Method(ABC):
         return None
 
     @property
-    def ranks_experts(self) -> bool:
-        """Whether whole experts may be removed."""
-        return False
+    def beside(self) -> SumsBeside:
+        """What the curvature pass sums beside A and G."""
+        return NOTHING_BESIDE
 
     def reach(self, layout: ModelLayout) -> float:
         """Return the largest target that a model's shapes allow."""
@@ -100,16 +98,12 @@ class Method(ABC):
         assert self.curvature is not None
         return self.curvature
 
-    def before_pass(self, cluster: Cluster, text: CalibrationText) -> None:
-        """Prepare workers for the pass over the calibration text.
+    def around_pass(self, cluster: Cluster, text: CalibrationText) -> AbstractContextManager[None]:
+        """Do what comes before and after the pass over the calibration text.
 
         The weights are those from before the shot.
         """
-        return
-
-    def after_pass(self, cluster: Cluster, text: CalibrationText) -> None:
-        """Do what comes after the pass, with the same weights."""
-        return
+        return nullcontext()
 
     def after_resuming(self, cluster: Cluster) -> None:
         """Prepare workers whose weights and masks are those of a committed shot."""
@@ -160,12 +154,12 @@ class Ranking(Method):
     costs: ClassVar[Callable[..., Scores[Any]]]
     """What a worker does for `score`."""
 
-    @abstractmethod
     def score(self, cluster: Cluster, shot: int) -> Scores[Any]:
         """Take the costs of everything that may be pruned.
 
         Whatever is kept for `apply` stays on the workers.
         """
+        return self.taken(cluster)
 
     @abstractmethod
     def choose(self, cluster: Cluster, scores: Scores[Any], shot: int) -> Choice:
@@ -184,6 +178,9 @@ class Scored(dict[str, Any]):
 class ByThreshold(Ranking):
     """A method that ranks what it may remove from every linear on the linear's own."""
 
+    update: Any
+    """How kept weights make up for pruned ones, as its candidates take it."""
+
     # On a worker
 
     def scores(
@@ -191,15 +188,9 @@ class ByThreshold(Ranking):
     ) -> Scores[Any]:
         """Keep candidates, by linear, for the update, and return what the coordinator gets."""
         worker.keep(Scored(candidates))
-        raised = tuple(event for c in candidates.values() for event in c.raised_damping)
-        clipped = tuple(event for c in candidates.values() for event in c.clipping)
+        raised = tuple(event for c in candidates.values() for event in c.basis.raised_damping)
+        clipped = tuple(event for c in candidates.values() for event in c.basis.clipping)
         return Scores(costs, *sizes(worker), raised, clipped)
-
-    @abstractmethod
-    def pruned(
-        self, linear: Linear, mask: Any, candidates: Any, threshold: float
-    ) -> tuple[Removal, Mask]:
-        """Return a linear without what costs at most the threshold, and its new mask."""
 
     def share(self, worker: Worker) -> None:
         """Send all linears from their owners to the other replicas."""
@@ -211,8 +202,8 @@ class ByThreshold(Ranking):
         candidates = worker.drop(Scored)
         removals = dict[str, tuple[float, float]]()
         for name in worker.each(list(candidates)):
-            removal, worker.masks[name] = self.pruned(
-                self.linear(worker, name), worker.masks[name], candidates.pop(name), threshold
+            removal, worker.masks[name] = candidates.pop(name).prune(
+                self.linear(worker, name), worker.masks[name], threshold, self.update
             )
             worker.shard.set_weight(name, removal.W)
             removals[name] = removal.predicted, removal.residual

@@ -21,14 +21,9 @@ from ray_surgeon.runtime.worker import LinearSummary
 from ray_surgeon.spec.base import by_tag, tag
 from ray_surgeon.spec.targets import FlopsTarget, LatencyTarget, ParametersTarget
 from ray_surgeon.stages.curvature.section import AnyCurvature
+from ray_surgeon.stages.prune import groups_section as coupled
 from ray_surgeon.stages.prune.elements import Elements, ElementsSection, NMSection
 from ray_surgeon.stages.prune.groups import Groups
-from ray_surgeon.stages.prune.groups_section import (
-    CoupledSection,
-    GroupsSection,
-    UniformGroupsSection,
-    problems_of_mixture,
-)
 from ray_surgeon.stages.prune.layerwise import Layerwise, SparseGPTSection, WandaSection
 from ray_surgeon.stages.prune.method import Choice, Method, Ranking, Scores
 from ray_surgeon.stages.prune.rows_columns import RowsColumns, RowsColumnsSection
@@ -38,34 +33,32 @@ METHODS: dict[type, type[Method]] = {
     RowsColumnsSection: RowsColumns,
     ElementsSection: Elements,
     NMSection: Elements,
-    GroupsSection: Groups,
-    UniformGroupsSection: Groups,
+    coupled.GroupsSection: Groups,
+    coupled.UniformGroupsSection: Groups,
     SparseGPTSection: Layerwise,
     WandaSection: Layerwise,
 }
 """Section -> the method that takes it."""
 
 
-def _tag_of(get: Any) -> str | None:
+def _tag_of(get: Any) -> str:
     method = get("method", "llm_surgeon")
     structure = get("structure", "rows_columns")
-    if method in ("sparsegpt", "wanda"):
-        return str(method)
     if method != "llm_surgeon":
-        return None
+        return str(method)
     if structure in ("rows", "columns"):
         return "rows_columns"
     if structure == "groups" and get("allocation", "global") == "uniform":
         return "groups, allocation uniform"
-    return structure if structure in ("rows_columns", "element", "n_m", "groups") else None
+    return str(structure)
 
 
 PruningSection = Annotated[
     Annotated[RowsColumnsSection, Tag(tag("rows_columns"))]
     | Annotated[ElementsSection, Tag(tag("element"))]
     | Annotated[NMSection, Tag(tag("n_m"))]
-    | Annotated[GroupsSection, Tag(tag("groups"))]
-    | Annotated[UniformGroupsSection, Tag(tag("groups, allocation uniform"))]
+    | Annotated[coupled.GroupsSection, Tag(tag("groups"))]
+    | Annotated[coupled.UniformGroupsSection, Tag(tag("groups, allocation uniform"))]
     | Annotated[SparseGPTSection, Tag(tag("sparsegpt"))]
     | Annotated[WandaSection, Tag(tag("wanda"))],
     by_tag(
@@ -90,18 +83,16 @@ def method_for(
     Raises:
         ValueError: the method cannot do what is asked to this model.
     """
-    for problem in problems_of_mixture(layout, pruning, curvature) if layout.is_mixture else ():
+    for problem in coupled.problems_of_mixture(layout, pruning, curvature):
         raise ValueError(problem)
-    if isinstance(pruning, CoupledSection):
+    if isinstance(pruning, coupled.CoupledSection):
         return _groups(pruning, curvature, layout, dtype)
     m = getattr(pruning, "units", ElementUnits()).m
     for shape in layout.linears:
         num_inputs = shape.num_columns - shape.has_bias
         if num_inputs % m:
-            raise ValueError(
-                f"pruning.n_m: {shape.name} has {num_inputs} inputs, not a multiple of {m}; choose "
-                "another M"
-            )
+            inputs = f"{shape.name} has {num_inputs} inputs"
+            raise ValueError(f"pruning.n_m: {inputs}, not a multiple of {m}; choose another M")
     method: Method = METHODS[type(pruning)](pruning, curvature)
     if pruning.target_sparsity > (most := method.reach(layout)):
         raise ValueError(
@@ -112,7 +103,7 @@ def method_for(
 
 
 def _groups(
-    pruning: CoupledSection, curvature: AnyCurvature | None, layout: ModelLayout, dtype: str
+    pruning: coupled.CoupledSection, curvature: AnyCurvature | None, layout: ModelLayout, dtype: str
 ) -> Groups:
     """Return the method of coupled groups; see `method_for`."""
     heads = layout.heads
@@ -120,16 +111,13 @@ def _groups(
     uniform = pruning.uniform
     if heads.num_kv not in kv_heads_left(layout, devices, uniform=uniform):
         raise ValueError(
-            f"pruning.tensor_parallel: {devices}, but no engine splits the dense model's "
-            f"{heads.num_query} query heads and {heads.num_kv} KV heads so; give a number that "
-            "divides them"
+            f"pruning.tensor_parallel: {devices}; give a number that divides the dense model's "
+            f"{heads.num_query} query heads and {heads.num_kv} KV heads"
         )
     for groups in layout.group_sets:
         if groups.kind != "attention" and len(groups.columns) % devices:
-            raise ValueError(
-                f"pruning.tensor_parallel: {devices}, but {groups.consumer} has "
-                f"{len(groups.columns)} channels; give a divisor"
-            )
+            channels = f"{groups.consumer} has {len(groups.columns)} channels"
+            raise ValueError(f"pruning.tensor_parallel: {devices}, but {channels}; give a divisor")
     if missing := [kind for kind in pruning.groups if kind not in layout.kinds]:
         raise ValueError(
             f"pruning.groups: {', '.join(missing)}, but {layout.config.model_type} has "
@@ -142,7 +130,9 @@ def _groups(
     return Groups(pruning, curvature, _budget(layout, pruning, dtype), fewest, consumers)
 
 
-def _budget(layout: ModelLayout, pruning: CoupledSection, dtype: str) -> budgets.Budget | None:
+def _budget(
+    layout: ModelLayout, pruning: coupled.CoupledSection, dtype: str
+) -> budgets.Budget | None:
     """Return what groups save from; None if it must be measured first."""
     target = pruning.target
     if target is None:
@@ -186,9 +176,8 @@ class Latency(Stage):
         method = self.method
         section = method.section
         assert isinstance(section.target, LatencyTarget)
-        shrinking = Shrinking(
-            method.fewest, section.multiple, section.tensor_parallel, section.uniform
-        )
+        widths = section.multiple, section.tensor_parallel, section.uniform
+        shrinking = Shrinking(method.fewest, *widths)
         uri = run.directory.path("latency.json")
         dense = Pruned(run.cluster, run.layout, run.model, {}, run.calibration[0])
         budget = latency_budget(dense, section.target, shrinking, uri)

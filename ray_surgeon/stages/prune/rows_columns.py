@@ -13,9 +13,8 @@ from typing import Literal
 import torch
 
 from ray_surgeon.maths import threshold as thresholds
-from ray_surgeon.maths.linear import Linear, Removal
 from ray_surgeon.maths.masks import StructuredMask
-from ray_surgeon.maths.structured import Candidates, find_candidates, prune_structures
+from ray_surgeon.maths.structured import find_candidates
 from ray_surgeon.maths.threshold import StructureCosts
 from ray_surgeon.models.groups import propagate, shrinkable
 from ray_surgeon.models.layout import LinearShape
@@ -58,9 +57,7 @@ class RowsColumnsSection(SparsitySection):
     def problem_with(self, curvature: AnyCurvature) -> str | None:
         """Return why this section and a curvature do not go together; see `ScheduleSection`."""
         if self.costs == "greedy" and isinstance(curvature, ExtendedKfacSection):
-            return (
-                "pruning.costs: greedy needs one Kronecker term; choose obs, or curvature.kind kfac"
-            )
+            return "pruning.costs: greedy needs one Kronecker term; choose obs, or kind kfac"
         return None
 
 
@@ -69,6 +66,11 @@ class RowsColumns(ByThreshold):
     """Rows and columns."""
 
     section: RowsColumnsSection
+
+    @property
+    def update(self) -> str:
+        """See `Candidates`."""
+        return self.section.update
 
     def needs(self, shape: LinearShape) -> LinearNeeds:
         """Both factors of every linear are factorised, then the parts that stay."""
@@ -101,15 +103,15 @@ class RowsColumns(ByThreshold):
         candidates = {}
         replies = []
         shapes = worker.layout.shapes
-        linears = [name for name in worker.shard.linears if worker.owns(name)]
-        for name in worker.each([name for name in linears if shapes[name].block % every == 0]):
+        names = [n for n in worker.shard.linears if worker.owns(n) and not shapes[n].block % every]
+        for name in worker.each(names):
             mask = worker.mask(name, StructuredMask)
             candidates[name] = c = find_candidates(
                 self.linear(worker, name), mask, *options, per_parameter=per_parameter, limit=limit
             )
             kept = int(mask.rows.sum()), int(mask.columns.sum())
-            costs = c.row_costs.float().cpu(), c.column_costs.float().cpu()
-            replies.append(StructureCosts(name, mask.num_parameters, *kept, *costs))
+            costs = (side[side.isfinite()].float().cpu() for side in (c.rows, c.columns))
+            replies.append(StructureCosts(name, shapes[name].size, *kept, *costs))
         return self.scores(worker, candidates, tuple(replies))
 
     @collective
@@ -120,19 +122,13 @@ class RowsColumns(ByThreshold):
         """
         masks = _masks(worker)
         for name, candidates in worker.kept(Scored).items():
-            masks[name] = masks[name].without(*candidates.to_prune(masks[name], threshold))
+            masks[name] = masks[name].without(*candidates.to_prune(threshold))
         for name, mask in masks.items():
             shared = worker.share_mask(name, mask)
             assert isinstance(shared, StructuredMask)
             masks[name] = shared
         masks |= propagate(worker.layout, masks, worker.group_sets)
         return sum(mask.num_kept for mask in masks.values()) if worker.index.replica == 0 else 0
-
-    def pruned(
-        self, linear: Linear, mask: StructuredMask, candidates: Candidates, threshold: float
-    ) -> tuple[Removal, StructuredMask]:
-        """Return a linear without what costs at most the threshold, and its new mask."""
-        return prune_structures(linear, mask, candidates, threshold, self.section.update)
 
     def share(self, worker: Worker) -> None:
         """Send all linears to the other replicas, and remove what has no influence any more."""
@@ -163,7 +159,7 @@ class RowsColumns(ByThreshold):
         target = self.section.targets[shot - 1]
         scores = self.taken(cluster, None, _SAMPLED_BLOCKS)
         missing = target - (1 - scores.num_kept / scores.num_parameters)
-        for limit in _limits(_by_name(scores), missing):
+        for limit in _limits(scores.costs, missing):
             scores = self.taken(cluster, limit)
             if thresholds.can_reach(scores.costs, target):
                 break
@@ -175,18 +171,16 @@ class RowsColumns(ByThreshold):
         What has no influence then is removed, too.
         """
         target = self.section.targets[shot - 1]
-        costs = _by_name(scores)
-        enough = thresholds.structured_threshold(costs, target)
-        all_costs = torch.cat([side.double() for c in costs for side in (c.rows, c.columns)])
-        zero = torch.zeros(1, dtype=torch.float64)
-        values = torch.cat([zero, all_costs[all_costs <= enough.value]]).sort().values
+        enough = thresholds.structured_threshold(scores.costs, target)
+        sides = [side.double() for c in scores.costs for side in (c.rows, c.columns)]
+        values = torch.cat([torch.zeros(1, dtype=torch.float64), *sides]).sort().values
 
         def num_pruned(value: float) -> int:
-            return enough.num_parameters - sum(cluster.run_all(self.num_kept_at, value))
+            return scores.num_parameters - sum(cluster.run_all(self.num_kept_at, value))
 
-        wanted = math.ceil(target * enough.num_parameters - 1e-6)
-        value = thresholds.smallest_enough(values, num_pruned, wanted)
-        sparsity = num_pruned(value) / enough.num_parameters
+        wanted = math.ceil(target * scores.num_parameters - 1e-6)
+        value = thresholds.smallest_enough(values[values <= enough], num_pruned, wanted)
+        sparsity = num_pruned(value) / scores.num_parameters
         return Choice(value, {"threshold": value, "sparsity": sparsity})
 
     def apply(self, cluster: Cluster, tokens: Tokens, choice: Choice, shot: int) -> Applied:
@@ -198,10 +192,6 @@ class RowsColumns(ByThreshold):
 
 def _masks(worker: Worker) -> dict[str, StructuredMask]:
     return {name: worker.mask(name, StructuredMask) for name in worker.shard.linears}
-
-
-def _by_name(scores: Scores[StructureCosts]) -> list[StructureCosts]:
-    return sorted(scores.costs, key=lambda linear: linear.name)
 
 
 def _limits(sample: Sequence[StructureCosts], missing: float) -> Iterator[float]:
@@ -220,6 +210,6 @@ def _limits(sample: Sequence[StructureCosts], missing: float) -> Iterator[float]
     if thresholds.can_reach(sample, wanted):
         positive = torch.cat([side[side > 0] for c in sample for side in (c.rows, c.columns)])
         least = float(positive.min()) if len(positive) else 0.0
-        first = max(2 * thresholds.structured_threshold(sample, wanted).value, least)
+        first = max(2 * thresholds.structured_threshold(sample, wanted), least)
         yield from (first * 4**i for i in range(_MOST_LIMITS if first else 0))
     yield math.inf

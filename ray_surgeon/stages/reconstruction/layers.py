@@ -10,7 +10,8 @@ train theirs. A layer that is no better on the windows held aside stays as the u
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -55,26 +56,12 @@ class KeptInputs:
     held: LayerInputs | None = None  # of the windows held aside
 
 
-@dataclass(frozen=True)
-class Arrivals:
-    """The order in which sequences pass: replicas take them in turns.
+Arrivals = list[list[int]]
+"""For each replica, when its sequences would come to a single replica.
 
-    So the number of replicas changes nothing.
-    """
-
-    num_backward: int  # sequences that pass backward, too; they come first
-    num_sequences: int  # all of them
-    sequence_length: int
-    num_replicas: int
-
-    def of(self, replica: int) -> list[int]:
-        """Return when the sequences of a replica would come to a single replica.
-
-        They are in the order in which they come to it.
-        """
-        first = self.num_backward
-        N = self.num_replicas
-        return [*range(replica, first, N), *range(first + replica, self.num_sequences, N)]
+They are in the order in which they come to it. Replicas take sequences in turns, first those that
+pass backward, too; so the number of replicas changes nothing.
+"""
 
 
 @dataclass(frozen=True)
@@ -88,19 +75,19 @@ class Reconstruction:
 
     # On a worker
 
-    def start(self, worker: Worker, arrivals: Arrivals) -> None:
-        """Let the next pass keep the inputs of the layers."""
+    def start(self, worker: Worker, arrivals: Arrivals, length: int) -> None:
+        """Let the next pass keep the inputs of the layers for sequences of a length."""
         shard = worker.shard
         layers = {
             g.consumer: (g.block - shard.blocks.first, shard.linears[g.producers[0][0]])
             for g in worker.group_sets
             if g.kind in self.kinds
         }
-        num_sequences = len(arrivals.of(worker.replicas.rank))
-        shard.layer_inputs = LayerInputs(layers, num_sequences * arrivals.sequence_length)
+        num_tokens = length * len(arrivals[worker.replicas.rank])
+        shard.layer_inputs = LayerInputs(layers, num_tokens)
 
     @collective
-    def share(self, worker: Worker, arrivals: Arrivals, are_held: bool) -> None:
+    def share(self, worker: Worker, arrivals: Arrivals, length: int, are_held: bool) -> None:
         """Send the inputs of every layer to the owner of its consumer, after a pass.
 
         They come in the order that one replica has.
@@ -108,19 +95,19 @@ class Reconstruction:
         Args:
             worker: of any replica; all of them call this.
             arrivals: of the sequences of the pass.
+            length: of a sequence.
             are_held: whether the pass was over the windows held aside.
         """
         inputs = worker.shard.layer_inputs
         assert inputs is not None
-        N = worker.placement.num_replicas
         rank = worker.replicas.rank
-        for name in list(inputs.kept) if N > 1 else ():
+        for name in list(inputs.kept) if len(arrivals) > 1 else ():
             own = inputs.kept.pop(name)
             owner = worker.owner(name)
-            own = own.view(-1, arrivals.sequence_length, own.shape[1])
-            everything = own.new_empty(arrivals.num_sequences * (owner == rank), *own.shape[1:])
-            for replica in range(N):
-                places = arrivals.of(replica)
+            own = own.view(-1, length, own.shape[1])
+            count = sum(map(len, arrivals))
+            everything = own.new_empty(count * (owner == rank), *own.shape[1:])
+            for replica, places in enumerate(arrivals):
                 part = own if replica == rank else own.new_empty(len(places), *own.shape[1:])
                 if replica != owner and places:
                     moving = part.to(worker.device)
@@ -175,11 +162,12 @@ class Reconstruction:
         errors = worker.kept(Errors)
         errors.of_layer[name] = trained.before, trained.after
         errors.rate = rate
-        for (producer, rows), V in zip(groups.producers, trained.layer.producers, strict=True):
+        *producers, consumer = trained.layer.weights
+        for (producer, rows), V in zip(groups.producers, producers, strict=True):
             changed = shard.weight(producer)
             changed[rows[kept].flatten().to(changed.device)] = V
             shard.set_weight(producer, changed)
-        return W.index_copy(1, _columns(groups, kept, W), trained.layer.consumer)
+        return W.index_copy(1, _columns(groups, kept, W), consumer)
 
     def _trained(
         self, worker: Worker, groups: GroupSet, W: Tensor, kept: Tensor, rate: float, is_trial: bool
@@ -206,7 +194,7 @@ class Reconstruction:
             generator=torch.Generator().manual_seed(seed),
         )
 
-    def end(self, worker: Worker, sets: Sequence[GroupSet]) -> None:
+    def end(self, worker: Worker, sets: Iterable[GroupSet]) -> None:
         """Send the producers of trained layers from their owners, and drop all inputs.
 
         Every replica calls this, for the same layers.
@@ -220,38 +208,43 @@ class Reconstruction:
 
     # On the coordinator
 
-    def _arrivals(self, cluster: Cluster, tokens: NDArray[np.int64]) -> Arrivals:
-        """Return those of a curvature pass over tokens [num_sequences, sequence_length]."""
+    def _arrivals(self, cluster: Cluster, tokens: NDArray[np.int64]) -> tuple[Arrivals, int]:
+        """Return those of a curvature pass over tokens [num_sequences, sequence_length], too."""
         count, length = tokens.shape
-        num_backward = count if self.num_backward is None else min(self.num_backward, count)
-        return Arrivals(num_backward, count, length, cluster.placement.num_replicas)
+        first = count if self.num_backward is None else min(self.num_backward, count)
+        N = cluster.placement.num_replicas
+        return [[*range(i, first, N), *range(first + i, count, N)] for i in range(N)], length
 
-    def before_pass(self, cluster: Cluster, text: CalibrationText) -> None:
-        """Let workers keep the inputs of the layers in the curvature pass over a text."""
-        cluster.run_all(self.start, self._arrivals(cluster, text.tokens))
+    @contextmanager
+    def around_pass(self, cluster: Cluster, text: CalibrationText) -> Iterator[None]:
+        """Let workers keep the inputs of the layers in the curvature pass over a text.
 
-    def after_pass(self, cluster: Cluster, text: CalibrationText) -> None:
-        """Send the inputs to the layers' owners, and those for the windows held aside."""
-        cluster.run_all(self.share, self._arrivals(cluster, text.tokens), are_held=False)
+        After it they are sent to the layers' owners, and those for the windows held aside.
+        """
+        arrivals = self._arrivals(cluster, text.tokens)
+        cluster.run_all(self.start, *arrivals)
+        yield
+        cluster.run_all(self.share, *arrivals, are_held=False)
         held = text.held
         if not len(held):
             return
         arrivals = replace(self, num_backward=0)._arrivals(cluster, held)
-        cluster.run_all(self.start, arrivals)
+        cluster.run_all(self.start, *arrivals)
         pass_up_to_the_head(cluster, held, range(len(held)), None, "the windows held aside")
-        cluster.run_all(self.share, arrivals, are_held=True)
+        cluster.run_all(self.share, *arrivals, are_held=True)
 
     @staticmethod
-    def best_rate(errors: Mapping[float, Sequence[float]]) -> float:
-        """Return the learning rate with the smallest mean of relative errors.
+    def best_rate(tried: Sequence[tuple[float, float]]) -> float:
+        """Return the learning rate with the smallest mean of relative errors, one at each trial.
 
         Errors that are no number count as no gain.
         """
 
         def mean(rate: float) -> float:
-            return float(np.mean([e if np.isfinite(e) else np.inf for e in errors[rate]] or np.inf))
+            errors = [error if np.isfinite(error) else np.inf for r, error in tried if r == rate]
+            return float(np.mean(errors or np.inf))
 
-        return min(errors, key=mean)
+        return min(RATES, key=mean)
 
 
 def errors_of(worker: Worker) -> Errors:
@@ -265,9 +258,9 @@ def _layer(worker: Worker, groups: GroupSet, W: Tensor, kept: Tensor) -> FeedFor
     The producers are those that the worker has.
     """
     weights = [(worker.shard.weight(name), rows[kept].flatten()) for name, rows in groups.producers]
-    producers = tuple(V[rows.to(V.device)] for V, rows in weights)
+    producers = (V[rows.to(V.device)] for V, rows in weights)
     consumer = W[:, _columns(groups, kept, W)]
-    return FeedForward(producers, consumer, ACT2FN[worker.layout.activation])
+    return FeedForward((*producers, consumer), ACT2FN[worker.layout.activation])
 
 
 def _columns(groups: GroupSet, kept: Tensor, W: Tensor) -> Tensor:

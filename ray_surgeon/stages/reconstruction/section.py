@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 from pydantic import Field
 
 from ray_surgeon.models.layout import FEED_FORWARD_OF_ALL
 from ray_surgeon.spec.base import Positive, Section
 from ray_surgeon.spec.targets import ScheduleSection
-
-if TYPE_CHECKING:
-    from ray_surgeon.stages.curvature.section import AnyCurvature
+from ray_surgeon.stages.curvature.section import AnyCurvature
 
 
 class ReconstructionSection(Section):
@@ -48,16 +45,11 @@ class Reconstructed(ScheduleSection):
     def problem_with(self, curvature: AnyCurvature) -> str | None:
         """Return why this section and a curvature do not go together; see `ScheduleSection`."""
         if self.reconstruction is not None and curvature.kind == "identity":
-            return (
-                "curvature.kind: identity keeps no inputs, which pruning.reconstruction needs; use "
-                "kfac or activations"
-            )
+            return "curvature.kind: identity keeps no inputs of layers; use kfac or activations"
         return super().problem_with(curvature)
 
     def problems(self) -> Iterator[str]:
         """Yield what fields have against each other."""
         if self.reconstruction is not None and not FEED_FORWARD_OF_ALL.intersection(self.groups):
-            yield (
-                f"reconstruction: is of {' and '.join(sorted(FEED_FORWARD_OF_ALL))}, got groups "
-                f"{', '.join(self.groups)}; add one of them, or leave it out"
-            )
+            kinds = " or ".join(sorted(FEED_FORWARD_OF_ALL))
+            yield f"reconstruction: is of channels; add {kinds} to groups, or leave it out"

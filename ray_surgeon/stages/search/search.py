@@ -13,6 +13,7 @@ Source: docs/method.md, section 8.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -21,10 +22,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ray_surgeon.maths.allocate import Allocation
 from ray_surgeon.maths.threshold import next_scales, shrunk_ratios
 from ray_surgeon.plan.needs import StepPlan, WorkerView
-from ray_surgeon.runtime.cluster import Cluster
 from ray_surgeon.runtime.passes import divergences_of
 from ray_surgeon.runtime.wave import Tokens
 from ray_surgeon.runtime.worker import Worker, collective
@@ -41,78 +40,74 @@ SEARCHED = "(search)"
 """
 
 
-class Trial(dict[str, Tensor]):
-    """Consumer that is pruned on trial -> [R, C] on the host.
+Counts = Mapping[str, int]
+"""Consumer -> number of its groups that go."""
+Scales = Mapping[Unit, float]
+"""What costs of one kind of groups in one block are multiplied with."""
+
+
+class Trial(dict[str, tuple[Unit, Tensor]]):
+    """Consumer that is pruned on trial -> what its groups belong to, and [R, C] on the host.
 
     That is its weight from before, or the pruned one while that from before is back.
     """
 
 
+@collective
+def prune_on_trial(worker: Worker, method: Groups, counts: Counts) -> None:
+    """Take the cheapest groups of every consumer out of it.
+
+    Masks and producers stay, because zero columns take nothing from what producers give.
+    """
+    trial = Trial()
+    shard = worker.shard
+    for groups in method.sets(worker):
+        name = groups.consumer
+        if counts.get(name):
+            weight = shard.weight(name).to("cpu", shard.dtype)
+            trial[name] = (groups.block, groups.kind), weight
+            if worker.owns(name):
+                shard.set_weight(name, method.removal(worker, groups, counts[name])[0].W)
+    worker.keep(trial)
+    worker.share_linears(trial)
+
+
+def turn(worker: Worker, unit: Unit | None) -> None:
+    """Undo the removals of one kind of groups in one block, or of all, or do them again."""
+    trial = worker.kept(Trial)
+    shard = worker.shard
+    for name, (own, weight) in trial.items():
+        if unit in (None, own):
+            trial[name] = own, shard.weight(name).to("cpu", shard.dtype)
+            shard.set_weight(name, weight.to(worker.device, torch.float32))
+
+
+def end(worker: Worker) -> None:
+    """Put all weights from before back."""
+    turn(worker, None)
+    worker.drop(Trial)
+
+
 @dataclass(frozen=True)
 class Search:
-    """The search of one run."""
+    """The search of one shot, on the coordinator."""
 
     section: SearchSection
-    method: Groups
+    paths: Paths  # of the shot, after the costs
+    # [num_sequences, sequence_length] tokens that the curvature has not seen; the dense model's
+    # states were remembered
+    windows: Tokens
+    # whose windows held aside decide which allocation is taken; `windows` do if there are none
+    text: CalibrationText
 
-    # On a worker
-
-    @collective
-    def prune(self, worker: Worker, counts: Mapping[str, int]) -> None:
-        """Take the cheapest groups of every consumer out of it, on trial.
-
-        Masks and producers stay, because zero columns take nothing from what producers give.
-        """
-        trial = Trial()
-        shard = worker.shard
-        changed = [groups for groups in self.method.sets(worker) if counts.get(groups.consumer)]
-        for groups in changed:
-            name = groups.consumer
-            trial[name] = shard.weight(name).to("cpu", shard.dtype)
-            if worker.owns(name):
-                removal, _ = self.method.removal(worker, groups, counts[name])
-                shard.set_weight(name, removal.W)
-        worker.keep(trial)
-        worker.share_linears(groups.consumer for groups in changed)
-
-    def turn(self, worker: Worker, unit: Unit | None) -> None:
-        """Undo the removals of one kind of groups in one block, or of all, or do them again."""
-        trial = worker.kept(Trial)
-        shard = worker.shard
-        for groups in self.method.sets(worker):
-            name = groups.consumer
-            if unit in (None, (groups.block, groups.kind)) and name in trial:
-                present = shard.weight(name).to("cpu", shard.dtype)
-                shard.set_weight(name, trial[name].to(worker.device, torch.float32))
-                trial[name] = present
-
-    def end(self, worker: Worker) -> None:
-        """Put all weights from before back."""
-        self.turn(worker, None)
-        worker.drop(Trial)
-
-    # On the coordinator
-
-    def run(
-        self,
-        cluster: Cluster,
-        scores: GroupScores,
-        windows: Tokens,
-        text: CalibrationText,
-        shot: int,
-    ) -> tuple[GroupScores, dict[str, Any]]:
+    def run(self, scores: GroupScores, facts: Facts) -> tuple[GroupScores, dict[str, Any]]:
         """Try allocations, and take the one of the lowest divergence held aside.
 
         Each has scales from the one before.
 
         Args:
-            cluster: after the costs.
             scores: all of them.
-            windows: [num_sequences, sequence_length] tokens that the curvature has not seen; the
-                dense model's states were remembered.
-            text: the calibration text, whose windows held aside decide which allocation is taken;
-                `windows` do if there are none.
-            shot: its number.
+            facts: get the first allocation's measure, that of the one taken, and which it is.
 
         Returns:
             The scores with its scales, and for the report the divergences of all that were tried,
@@ -121,83 +116,65 @@ class Search:
         Raises:
             FloatingPointError: the loss is not a number.
         """
-        scales = dict[Unit, float]()
-        tried = list[tuple[GroupScores, dict[str, int]]]()
+        cluster = self.paths.cluster
+        held = len(self.text.held)
+        scales: Scales = {}
+        tried = list[tuple[GroupScores, Counts]]()
         record: dict[str, Any] = {"divergences": [], "held_aside": []}
         for number in range(self.section.rounds + 1):
             if number:
-                scores = Paths(self.method, cluster, shot).rescaled(scores, scales)
-            allocation = self.method.allocate(scores, shot)
-            if any(allocation.counts == counts for _, counts in tried):
+                scores = self.paths.rescaled(scores, scales)
+            counts = self.paths.method.allocate(scores, self.paths.shot).counts
+            if any(counts == before for _, before in tried):
                 break  # nothing more can be learnt
-            tried.append((scores, allocation.counts))
-            cluster.run_all(self.prune, allocation.counts)
-            divergences = divergences_of(cluster, SEARCHED, windows)
+            tried.append((scores, counts))
+            cluster.run_all(prune_on_trial, self.paths.method, counts)
+            divergences = divergences_of(cluster, SEARCHED, self.windows)
             record["divergences"].append(sum(divergences) / len(divergences))
-            record["held_aside"].append(held_measure(cluster, text) if len(text.held) else None)
+            record["held_aside"].append(held_measure(cluster, self.text) if held else None)
             if number < self.section.rounds:
-                scales = self._scales(cluster, scores, allocation, windows, divergences, scales)
-            cluster.run_all(self.end)
-        measures = _measures(record)
-        record["taken"] = measures.index(min(measures))
+                scales = self._scales(scores, counts, divergences, scales)
+            cluster.run_all(end)
+        measures: list[float] = record["held_aside" if held else "divergences"]
+        taken = record["taken"] = measures.index(min(measures))
         # workers keep the longest paths, which begin like the ones before
-        best, _ = tried[record["taken"]]
+        best, _ = tried[taken]
         record["scales"] = [
             {"block": block, "kind": kind, "scale": scale}
             for block, kind, scale in sorted({(*c.unit, c.scale) for c in best.costs})
         ]
+        stays = "the first allocation stays"
+        facts |= {"divergence before": measures[0], "divergence": measures[taken]}
+        facts["taken"] = f"allocation {taken + 1} of {len(measures)}" if taken else stays
         return best, record
 
-    @staticmethod
-    def facts(record: Mapping[str, Any]) -> Facts:
-        """Return the first allocation's measure, that of the one taken, and which it is."""
-        measures = _measures(record)
-        taken = record["taken"]
-        kept = (
-            f"allocation {taken + 1} of {len(measures)}" if taken else "the first allocation stays"
-        )
-        return {"divergence before": measures[0], "divergence": measures[taken], "taken": kept}
-
     def _scales(
-        self,
-        cluster: Cluster,
-        scores: GroupScores,
-        allocation: Allocation,
-        windows: Tokens,
-        divergences: Sequence[float],
-        before: Mapping[Unit, float],
-    ) -> dict[Unit, float]:
+        self, scores: GroupScores, counts: Counts, divergences: Sequence[float], before: Scales
+    ) -> Scales:
         """Return the scales for another allocation.
 
         Removals of this one are undone in turn, one kind in one block at a time.
         """
-        costs = dict[Unit, float]()
+        cluster = self.paths.cluster
+        costs = defaultdict[Unit, float](float)
         for c in scores.costs:
-            cost = c.of_cheapest(allocation.counts.get(c.consumer, 0))
-            costs[c.unit] = costs.get(c.unit, 0.0) + cost
+            costs[c.unit] += c.of_cheapest(counts.get(c.consumer, 0))
         units = sorted(unit for unit, cost in costs.items() if cost > 0)
         if not units:
-            return dict(before)
+            return before
         float64 = partial(torch.tensor, dtype=torch.float64)
         changes = list[Tensor]()
         for unit in units:
-            cluster.run_all(self.turn, unit)
-            undone = divergences_of(cluster, SEARCHED, windows)
+            cluster.run_all(turn, unit)
+            undone = divergences_of(cluster, SEARCHED, self.windows)
             changes.append(float64(divergences) - float64(undone))
-            cluster.run_all(self.turn, unit)
+            cluster.run_all(turn, unit)
         kinds = [kind for _, kind in units]
         numbers = torch.tensor([kinds.index(kind) for kind in kinds])
         expected = float64([costs[unit] for unit in units])
         ratios = shrunk_ratios(torch.stack(changes), expected, numbers)
         scales = next_scales(float64([before.get(unit, 1.0) for unit in units]), ratios)
         return {**before, **dict(zip(units, scales.tolist(), strict=True))}
-
-
-def _measures(record: Mapping[str, Any]) -> list[float]:
-    """Return what decides which allocation is taken: on windows held aside, if there are any."""
-    key = "divergences" if record["held_aside"][0] is None else "held_aside"
-    measures: list[float] = record[key]
-    return measures
 
 
 @dataclass(frozen=True)
@@ -227,11 +204,10 @@ class SearchStage(Stage):
         """Try allocations, and leave the scores of the best one."""
         method = run.kept(Present).method
         assert isinstance(method, Groups)
-        search = Search(self.section, method)
-        scores, record = search.run(run.cluster, run.kept(Scores), self.windows, run.text, run.shot)
+        paths = Paths(method, run.cluster, run.shot)
+        search = Search(self.section, paths, self.windows, run.text)
+        scores, run.record["search"] = search.run(run.kept(Scores), facts)
         run.keep(scores, of_shot=True)
-        run.record["search"] = record
-        facts |= search.facts(record)
 
     def texts_to_remember(self, run: RunState) -> Mapping[str, Text]:
         """Return the windows of the search."""
@@ -256,15 +232,12 @@ class SearchStage(Stage):
         undone = {(groups.block, groups.kind) for groups in ranked}
         trials = self.section.rounds + 1
         num_passes = trials + self.section.rounds * len(undone)
-        yield StepPlan(
-            self.name,
-            max(of_passes, update.device),
-            update.host + passes.host - worker.host + twice,
-            num_passes * passes.flops,
-            trials * update.float32_flops,
-            num_passes * passes.host_bytes + trials * update.host_bytes,
-            num_passes * passes.disk_bytes + trials * update.disk_bytes,
-        )
+        host = update.host + passes.host - worker.host + twice
+        flops = num_passes * passes.flops, trials * update.float32_flops
+        of_host = num_passes * passes.host_bytes + trials * update.host_bytes
+        of_disk = num_passes * passes.disk_bytes + trials * update.disk_bytes
+        device = max(of_passes, update.device)
+        yield StepPlan(self.name, device, host, *flops, of_host, of_disk)
 
     def on_host(self, worker: WorkerView) -> float:
         """Return the dense model's states of the windows."""
