@@ -13,25 +13,18 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ray_surgeon.run.in_memory import dtype_of
 from ray_surgeon.spec.base import Positive, local_path
-from ray_surgeon.spec.calibration import OF_CALIBRATION
+from ray_surgeon.spec.calibration import CalibrationSection
 from ray_surgeon.spec.job import JobSpec
 from ray_surgeon.spec.parsing import absolute, validation_message
-from ray_surgeon.spec.written import WritingSection
+from ray_surgeon.spec.texts import TextSection
 from ray_surgeon.storage import files
 
 _EXAMPLES = {
     "calibration": "such as {'source': 'python-docs', 'num_sequences': 64, 'sequence_length': 512}",
     "pruning": "such as {'structure': 'groups', 'groups': ['ffn'], 'target_sparsity': 0.2}",
 }
-_NOT_SHARED = {
-    "num_sequences",
-    "mix",
-    "stride",
-    "seed",
-    "split",
-    *WritingSection.model_fields,
-    *OF_CALIBRATION,
-}
+_NOT_SHARED = CalibrationSection.model_fields.keys() - TextSection.model_fields.keys()
+_NOT_SHARED |= {"num_sequences", "stride", "seed", "split"}
 """Fields of a calibration text that an evaluation text does not take over."""
 
 

@@ -45,13 +45,6 @@ Address = Annotated[str, BeforeValidator(local_path), AfterValidator(_without_se
 """A path, URI or Hub id, which the run's records show."""
 
 
-def _unwrap(schema: dict[str, Any]) -> None:
-    """Put the descriptions of fields, which are wrapped docstrings, on one line each."""
-    for field in schema.get("properties", {}).values():
-        if "description" in field:
-            field["description"] = " ".join(field["description"].split())
-
-
 class Section(pydantic.BaseModel):
     """Settings shared by all sections: frozen, and a field that does not exist is refused.
 
@@ -64,7 +57,6 @@ class Section(pydantic.BaseModel):
         allow_inf_nan=False,
         hide_input_in_errors=True,
         use_attribute_docstrings=True,
-        json_schema_extra=_unwrap,
     )
 
     def problems(self) -> Iterable[str]:

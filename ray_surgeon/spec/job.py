@@ -91,7 +91,6 @@ class JobSpec(Section):
     def problems(self) -> Iterator[str]:
         """Yield what sections have against each other."""
         yield from self._problems_of_curvature()
-        yield from self._problems_of_weights()
         yield from self._problems_of_texts()
         yield from self._problems_of_exports()
 
@@ -104,20 +103,12 @@ class JobSpec(Section):
             yield f"{method} gathers its own; remove the section"
         elif problem := self.pruning.problem_with(self.curvature):
             yield problem
-
-    def _problems_of_weights(self) -> Iterator[str]:
         kind = None if self.curvature is None else self.curvature.kind
-        if self.calibration.weigh == "all":
-            return
-        if kind == "extended_kfac":
+        takes_gradients = kind == "kfac" or (kind != "extended_kfac" and self.correction)
+        if self.calibration.weigh == "answers" and not takes_gradients:
             yield (
-                "calibration.weigh: answers does not go with curvature.kind extended_kfac, which "
-                "weighs all tokens; use kfac"
-            )
-        if kind != "kfac" and self.correction is None:
-            yield (
-                "calibration.weigh: answers has no effect, because nothing takes gradients in this "
-                "job; remove it"
+                f"calibration.weigh: answers does not go with curvature {kind or 'null'}; use "
+                "kfac, or corrections without extended_kfac, or remove it"
             )
 
     def _problems_of_texts(self) -> Iterator[str]:

@@ -111,12 +111,11 @@ class ModelSection(Section):
             yield f"source is a page of the Hub; give the Hub id, {hub_id}"
         if self.revision is not None and "://" in self.source:
             yield "revision belongs to a Hub id; remove it, or give a Hub id as source"
-        if (self.wheel is None) != (self.wheel_sha256 is None):
-            yield "wheel and wheel_sha256 belong together; give both or none"
-        if self.wheel is not None and not self.source.startswith("pkg://"):
+        wheel = (self.wheel, self.wheel_sha256)
+        if any(wheel) and not (all(wheel) and self.source.startswith("pkg://")):
             yield (
-                "wheel belongs to a pkg:// source; remove it, or give pkg://PACKAGE/FILE.gguf as "
-                "source"
+                "wheel and wheel_sha256 belong together, and to a source pkg://PACKAGE/FILE.gguf; "
+                "give all three, or remove the two"
             )
 
 
@@ -232,15 +231,17 @@ class OutputSection(Section):
 
     def problems(self) -> Iterator[str]:
         """Yield what exports do not go with."""
-        for name, kinds in (("exports", self.exports), ("gguf", self.gguf or ())):
-            if len(set(kinds)) < len(kinds):
-                yield f"{name}: {list(kinds)} names one twice; remove it"
-        if self.gguf is not None and "gguf" not in self.exports:
-            yield "gguf: exports has no gguf; add it, or remove the field gguf"
-        if self.quantize is not None and "uniform" not in self.exports:
-            yield "quantize: is a copy of the export uniform; add it to exports, or remove quantize"
-        if self.speed is not None and not set(self.exports) - {"masked", "gguf"}:
-            yield (
-                "speed: exports has no smaller model to measure; add uniform, per_block or deci, "
-                "or remove speed"
-            )
+        for named in (self.exports, self.gguf or ()):
+            if len(set(named)) < len(named):
+                yield f"{list(named)} names one twice; remove it"
+        needed = {
+            "gguf": {"gguf"},
+            "quantize": {"uniform"},
+            "speed": {"uniform", "per_block", "deci"},
+        }
+        for name, kinds in needed.items():
+            if getattr(self, name) is not None and kinds.isdisjoint(self.exports):
+                yield (
+                    f"{name}: is of the export {' or '.join(sorted(kinds))}, and exports has none; "
+                    f"add one, or remove {name}"
+                )

