@@ -91,14 +91,12 @@ class CalibrationSection(MixedSection, TextSection):
         Raises:
             ValueError: some are wanted, and the model writes all of the text.
         """
-        texts = (self, *self.mix)
-        if num_sequences and all(text.is_written for text in texts):
+        weights = [0.0 if text.is_written else text.weight for text in (self, *self.mix)]
+        if num_sequences and not any(weights):
             raise ValueError(
-                f"calibration: the model writes all of it, but {num_sequences} more windows are "
-                "wanted of texts that are there already; add a text to calibration.mix"
+                f"calibration: the model writes all of it; add one, for {num_sequences} more windows"
             )
-        weights = [0.0 if text.is_written else text.weight for text in texts]
-        return _split(num_sequences, weights) if num_sequences else [0] * len(texts)
+        return _split(num_sequences, weights)
 
     def check_border(self, measured: SourceSection, where: str) -> None:
         """Refuse a text that the calibration cuts into train and test at another place.
@@ -151,7 +149,7 @@ def _split(total: int, weights: Sequence[float]) -> list[int]:
 
     Exact shares are rounded down, the largest rests up.
     """
-    exact = [total * weight / sum(weights) for weight in weights]
+    exact = [total * weight / (sum(weights) or 1.0) for weight in weights]
     counts = [int(share) for share in exact]
     rests = sorted(range(len(exact)), key=lambda i: (counts[i] - exact[i], i))
     for i in rests[: total - sum(counts)]:

@@ -125,9 +125,8 @@ class JobSpec(Section):
         num_backward = None if self.curvature is None else self.curvature.sequences_backward
         if num_backward is not None and not num_replicas <= num_backward <= num_sequences:
             yield (
-                f"curvature.num_backward: {num_backward}, but there are {num_sequences} "
-                f"calibration sequences and every replica needs one; give {num_replicas} to "
-                f"{num_sequences}"
+                f"curvature.num_backward: {num_backward} of {num_sequences} calibration sequences, "
+                f"but every replica needs one; give {num_replicas} to {num_sequences}"
             )
         self.check_borders()
         if self.correction is not None and self.correction.sequences_per_step > num_sequences:
@@ -142,36 +141,23 @@ class JobSpec(Section):
         if isinstance(pruning, CoupledSection):
             yield from self._problems_of_groups(pruning)
         elif exports:
-            yield (
-                f"output.exports: {', '.join(sorted(exports))} needs pruning.structure groups; "
-                "others leave zeros only"
-            )
+            yield f"output.exports: {', '.join(sorted(exports))} needs pruning.structure groups"
         if self.evaluation.tasks is not None and not set(self.output.exports) - {"gguf"}:
-            yield (
-                "evaluation.tasks: run on exports for transformers, and output.exports has none; "
-                "add one, or remove tasks"
-            )
+            yield "evaluation.tasks: run on exports for transformers; output.exports has none"
 
     def _problems_of_groups(self, pruning: CoupledSection) -> Iterator[str]:
         exports = self.output.exports
         target = pruning.target
         if "uniform" in exports and not pruning.uniform:
-            yield (
-                "output.exports: uniform needs pruning.allocation uniform; set it, or export "
-                "per_block"
-            )
+            yield "output.exports: uniform needs pruning.allocation uniform; or export per_block"
         if "deci" in exports and (pruning.groups != ("ffn",) or pruning.multiple % DECI_MULTIPLE):
             yield (
-                f"output.exports: deci holds widths that are multiples of {DECI_MULTIPLE} and "
-                "all heads; set pruning.groups to [ffn] and pruning.width_multiple to "
-                f"{DECI_MULTIPLE}"
+                f"output.exports: deci holds multiples of {DECI_MULTIPLE} and all heads; set "
+                f"pruning.groups to [ffn] and pruning.width_multiple to {DECI_MULTIPLE}"
             )
         is_on_gpu = isinstance(target, LatencyTarget) and target.device == "cuda"
         if is_on_gpu and not self.cluster.gpus_per_worker:
-            yield (
-                "pruning.target: device cuda is the first worker's GPU; set "
-                "cluster.gpus_per_worker to 1"
-            )
+            yield "pruning.target: device cuda needs a GPU; set cluster.gpus_per_worker to 1"
 
     def check_borders(self) -> None:
         """Refuse evaluation texts that the calibration cuts at another place.

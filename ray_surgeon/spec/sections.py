@@ -153,19 +153,14 @@ class MemorySection(Section):
     @classmethod
     def _is_local(cls, scratch: str | None) -> str | None:
         if scratch is not None and "://" in scratch:
-            raise ValueError(
-                f"{scratch} is not on a local disk; give a folder of the workers' machines"
-            )
+            raise ValueError(f"{scratch} is not on a local disk; give a folder of the workers")
         return scratch
 
     def problems(self) -> Iterator[str]:
         """Yield what cannot be kept where it is to be."""
         for name in ("weights", "factors") if self.activations == "keep" else ():
             if getattr(self, name) in ("host", "disk"):
-                yield (
-                    f"activations: keep needs {name} on the device; set activations: recompute, "
-                    f"or {name}: device"
-                )
+                yield f"activations: keep needs {name}: device; set it, or recompute activations"
 
 
 KERNEL_COLUMNS = 128
@@ -197,10 +192,7 @@ class QuantizeSection(Section):
     def problems(self) -> Iterator[str]:
         """Yield what the scheme does not have."""
         if self.group_size is not None and self.scheme != "w4a16":
-            yield (
-                f"group_size: is not an option of {self.scheme}, whose rows have one scale; remove "
-                "it"
-            )
+            yield f"group_size: is not an option of {self.scheme}; remove it"
 
 
 class OutputSection(Section):

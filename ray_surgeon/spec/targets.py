@@ -84,10 +84,8 @@ class ScheduleSection(Section):
         steps = zip((0.0, *self.sparsities), self.sparsities, strict=False)
         rising = all(before < after for before, after in steps)
         if not rising or self.sparsities[-1:] != (self.last_sparsity,):
-            yield (
-                f"sparsities: {self.sparsities} must rise from above 0 to target_sparsity, "
-                f"which is {self.last_sparsity}"
-            )
+            last = self.last_sparsity
+            yield f"sparsities: {self.sparsities} must rise from above 0 to target_sparsity {last}"
         if (self.num_shots, self.schedule) != (5, "linear"):
             yield "sparsities: takes the place of num_shots and schedule; remove those"
 

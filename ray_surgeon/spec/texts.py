@@ -90,17 +90,11 @@ class SourceSection(Section):
     def problems(self) -> Iterator[str]:
         """Yield what does not fit the kind of source."""
         if self.source in {"self", "auto"}.difference(self.may_be):
-            yield (
-                f"source {self.source} has a place in the calibration only; name a text, such as "
-                "python-docs"
-            )
+            yield f"source {self.source} has a place in the calibration only; name a text"
         if self.has_own_split and self.split not in ("train", "test"):
             yield f"split is {self.split!r}, but {self.source} has train and test only"
         if self.has_own_split and (self.config or self.revision):
-            yield (
-                f"config and revision belong to a Hub data set, which {self.source} is not; remove "
-                "them"
-            )
+            yield f"config and revision belong to a Hub data set, not to {self.source}; remove them"
         if self.column != "text" and (self.source in OWN_TEXTS or self.source.endswith(".txt")):
             yield f"column is {self.column!r}, but {self.source} has none; remove it"
         if self.stride is not None and self.seed:
@@ -162,15 +156,9 @@ class WritingSection(Section):
         if len(ways) > 1:
             yield f"{' and '.join(ways)} say different things about what is written; keep one"
         if self.has_answers and self.texts_per_sequence != 1:
-            yield (
-                f"texts_per_sequence is {self.texts_per_sequence}, but {ways[0]} gives "
-                "conversations, which are packed as they fit; remove it"
-            )
+            yield f"texts_per_sequence: texts of {ways[0]} are packed as they fit; remove it"
         if self.temperature == 0 and self.prompts is None and self.starts is None:
-            yield (
-                "temperature is 0, which writes the same text every time; raise it, or give "
-                "prompts or starts"
-            )
+            yield "temperature 0 writes the same text every time; raise it, or give prompts"
         if self.starts is None and self.start_tokens != START_TOKENS:
             yield "start_tokens belongs to starts; remove it, or give starts"
 
@@ -194,12 +182,9 @@ class WritingSection(Section):
         texts = self.texts_per_sequence
         if sequence_length % texts or sequence_length < 2 * texts:
             yield (
-                f"{where}{texts} texts of equal length, two tokens or more, cannot fill sequences "
-                f"of {sequence_length} tokens; set texts_per_sequence to a divisor of "
-                "sequence_length"
+                f"{where}{texts} texts of two tokens or more do not fill {sequence_length} tokens; "
+                "set texts_per_sequence to a divisor of sequence_length"
             )
-        if self.starts is not None and self.start_tokens >= sequence_length // texts:
-            yield (
-                f"{where}start_tokens is {self.start_tokens}, but each text has "
-                f"{sequence_length // texts} tokens, so the model would write nothing; lower it"
-            )
+        length = sequence_length // texts
+        if self.starts is not None and self.start_tokens >= length:
+            yield f"{where}start_tokens: {self.start_tokens} of {length} in a text; lower it"

@@ -60,8 +60,7 @@ def default_mix(section: CalibrationSection, tokenizer: Any) -> tuple[Calibratio
     is_chat = has_chat_template(tokenizer)
     if section.weigh == "answers" and not is_chat:
         raise ValueError(
-            "calibration.weigh: answers, but the model has no chat template, so that nothing it "
-            "writes is an answer; remove it, or give a source self with prompts"
+            "calibration.weigh: answers, but the model has no chat template; give source self"
         )
     count = section.num_sequences
     length = section.sequence_length

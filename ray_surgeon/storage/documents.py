@@ -15,9 +15,9 @@ from itertools import zip_longest
 from pathlib import Path, PurePath
 from typing import Any, TypeVar
 
+from ray_surgeon.spec.base import REASON, refusing
 from ray_surgeon.spec.texts import TEXT_SUFFIXES, SourceSection
 from ray_surgeon.storage import copies, files
-from ray_surgeon.storage.retrying import REASON, refusing
 from ray_surgeon.storage.sources import HTTP_ERROR
 
 P = TypeVar("P", bound=PurePath)
@@ -167,9 +167,7 @@ def _file_documents(text: SourceSection) -> Iterator[str]:
     with refusing(f"cannot read {text.source}", remedy):
         uris = files.glob(text.source)
     if not uris:
-        raise ValueError(
-            f"there is no file {text.source}; give a .txt, .jsonl or .parquet file, * for several"
-        )
+        raise ValueError(f"there is no file {text.source}; give a .txt, .jsonl or .parquet file")
     column = text.column
     for uri in uris:
         with refusing(f"cannot read {uri}", "check the permissions and the network"):

@@ -22,7 +22,8 @@ from typing import Any
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from ray_surgeon.storage.retrying import REASON, naming, refusing, tries_again
+from ray_surgeon.spec.base import REASON, refusing
+from ray_surgeon.storage.retrying import naming, tries_again
 
 WRITING = ".writing-"
 """How the names of folders begin in which files are written until they are whole."""

@@ -8,8 +8,8 @@ from typing import Any, Literal
 
 import pydantic
 
+from ray_surgeon.spec.base import REASON, refusing
 from ray_surgeon.storage.copies import read_lines
-from ray_surgeon.storage.retrying import REASON, refusing
 from ray_surgeon.storage.texts import first_token, tokens_of
 
 
@@ -72,8 +72,7 @@ def read_prompts(uri: str, tokenizer: Any, where: str, longest: float = math.inf
         size = len(prompts[-1].tokens)
         if size > longest:
             raise ValueError(
-                f"{at} is a prompt of {size} tokens, but only {longest} leave room for an answer; "
-                "shorten it, or remove the line"
+                f"{at} is a prompt of {size} tokens, but only {longest} leave room for an answer"
             )
     if not prompts:
         raise ValueError(f"{where}: {uri} has no lines; {_LINES}")
@@ -96,10 +95,7 @@ def _prompt(text: str, tokenizer: Any, at: str) -> Prompt:
         tokens = tokens_of(tokenizer, line.prompt or "")
         return Prompt(tokens if first is None else (first, *tokens))
     if not has_chat_template(tokenizer):
-        raise ValueError(
-            f"{at} has messages, but the model's tokenizer has no chat template; give prompt, a "
-            "text that the model continues"
-        )
+        raise ValueError(f"{at} has messages, but the model has no chat template; give prompt")
     messages = [message.model_dump() for message in line.messages]
     is_answered = messages[-1]["role"] == "assistant"
     question = messages[:-1] if is_answered else messages

@@ -1,4 +1,4 @@
-"""Retries of operations on object stores, and errors as sentences.
+"""Retries of operations on object stores, and errors that name their file.
 
 Such stores fail now and then, and runs take hours.
 """
@@ -87,32 +87,6 @@ def tries_again(function: Callable[P, T]) -> Callable[P, T]:
             longest_s = min(2 * longest_s, _LONGEST_PAUSE_S)
 
     return wrapped
-
-
-Errors = type[Exception] | tuple[type[Exception], ...]
-
-REASON = "{reason}"
-"""Stands in a message for what an error says, see `refusing`."""
-_LONGEST_REASON = 500
-"""Characters of it, at most."""
-
-
-@contextlib.contextmanager
-def refusing(what: str, remedy: str, kinds: Errors = OSError) -> Iterator[None]:
-    """Turn an error into a ValueError for the user.
-
-    Args:
-        what: cannot be used, and where that was wanted; has `REASON` where the words of the error
-            belong, if that is not at its end.
-        remedy: what the user can do.
-        kinds: of errors.
-    """
-    try:
-        yield
-    except kinds as error:
-        said = what if REASON in what else f"{what}: {REASON}"
-        reason = " ".join(str(error).split())[:_LONGEST_REASON] or type(error).__name__
-        raise ValueError(f"{said}; {remedy}".replace(REASON, reason)) from error
 
 
 @contextlib.contextmanager

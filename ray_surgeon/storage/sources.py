@@ -14,9 +14,9 @@ from huggingface_hub import HfApi, ModelInfo, hf_hub_download, try_to_load_from_
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from torch import Tensor
 
+from ray_surgeon.spec.base import refusing
 from ray_surgeon.spec.sections import ModelSection
 from ray_surgeon.storage import copies, files, tensor_files
-from ray_surgeon.storage.retrying import refusing
 
 HTTP_ERROR: type[Exception] = HfHubHTTPError.__bases__[0]
 """Base class of the errors of the HTTP client that the Hub's library uses.
@@ -59,10 +59,7 @@ class ModelFiles:
             ValueError: there is no config.json.
         """
         if "config.json" not in self.names:
-            raise ValueError(
-                f"model.source: {self.origin} has no config.json; give the folder of a Hugging "
-                "Face checkpoint"
-            )
+            raise ValueError(f"model.source: {self.origin} has no config.json; give a checkpoint")
         names = [name for name in SMALL_FILES if name in self.names]
         remedy = "a model's file of this name is smaller; fetch it again"
         for name in names:
@@ -115,9 +112,7 @@ class ModelFiles:
         names = sorted(set(weight_map.values()))
         strange = [f for f in names if f not in self.names or PurePosixPath(f).name != f]
         if strange or not names:
-            raise ValueError(
-                f"{of_index} names missing files: {strange[:3]}; fetch the whole checkpoint"
-            )
+            raise ValueError(f"{of_index} names missing files: {strange[:3]}; fetch it again")
         return names
 
     def shapes_and_fingerprint(self) -> tuple[dict[str, tuple[int, ...]], str]:
@@ -138,9 +133,8 @@ class ModelFiles:
             for key, dtype in header.dtypes.items():
                 if key.endswith(".weight") and dtype not in ("F64", "F32", "F16", "BF16"):
                     raise ValueError(
-                        f"model.source: {key} of {self.origin} is {dtype}, so it is quantised, and "
-                        "updates need weights as they were; give the checkpoint in bfloat16 or "
-                        "float32, and quantise the pruned model with output.quantize"
+                        f"model.source: {key} of {self.origin} is {dtype}, so it is quantised; "
+                        "give float32 or bfloat16, and quantise the pruned model by output.quantize"
                     )
             shapes.update(header.shapes)
             digest.update(header.fingerprint.encode())
@@ -192,9 +186,7 @@ def open_model(source: ModelSection) -> ModelFiles:
 
 def _folder(source: ModelSection, folder: Path) -> ModelFiles:
     if source.revision is not None:
-        raise ValueError(
-            f"model.revision: {source.source} is a local folder, which has no revisions; remove it"
-        )
+        raise ValueError(f"model.revision: {source.source} is a local folder; remove it")
     paths = [*folder.iterdir(), *(folder / TEMPLATES).glob("*.jinja")]
     names = tuple(sorted(path.relative_to(folder).as_posix() for path in paths if path.is_file()))
     for name in filter(goes_along, names):  # into exports; weights may lie elsewhere

@@ -19,8 +19,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ray_surgeon.spec.base import REASON, refusing
 from ray_surgeon.storage import files
-from ray_surgeon.storage.retrying import REASON, refusing, tries_again
+from ray_surgeon.storage.retrying import tries_again
 
 _MAX_HEADER_BYTES = 25_000_000
 """Most bytes of a safetensors file's header.
@@ -133,8 +134,7 @@ def read_header(uri: str) -> Header:
     length = int.from_bytes(files.read_range(uri, 0, min(8, size)), "little")
     if not 2 <= length <= min(_MAX_HEADER_BYTES, size - 8):
         raise ValueError(
-            f"{uri}: not a safetensors file, or cut short ({size} bytes, header of {length}); "
-            "fetch it again"
+            f"{uri}: not a safetensors file, or cut short ({size} bytes); fetch it again"
         )
     start = 8 + length
     raw = files.read_range(uri, 8, start)
@@ -145,9 +145,7 @@ def read_header(uri: str) -> Header:
         shapes = {name: tuple(int(n) for n in entry["shape"]) for name, entry in entries.items()}
         end = start + _end_of_data(entries, shapes)
     if end != size:
-        raise ValueError(
-            f"{uri}: cut short or padded: {size} bytes, {end} by its header; fetch it again"
-        )
+        raise ValueError(f"{uri}: cut short or padded ({size} bytes for {end}); fetch it again")
     tail = files.read_range(uri, max(start, size - _FINGERPRINT_BYTES), size)
     offsets = {name: entry["data_offsets"] for name, entry in entries.items()}
     return Header(
@@ -174,8 +172,7 @@ def _end_of_data(entries: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...
         size = math.prod(shapes[name]) * _DTYPES[entry["dtype"]].itemsize
         if min(shapes[name], default=0) < 0 or (first, last - first) != (end, size):
             raise ValueError(
-                f"{name} of shape {shapes[name]} and dtype {entry['dtype']} cannot lie at bytes "
-                f"{first} to {last}"
+                f"{name} of shape {shapes[name]} cannot lie at bytes {first} to {last}"
             )
         end = last
     return end

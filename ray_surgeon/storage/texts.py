@@ -17,9 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import AutoTokenizer
 
+from ray_surgeon.spec.base import REASON, refusing
 from ray_surgeon.spec.texts import SourceSection
 from ray_surgeon.storage import documents
-from ray_surgeon.storage.retrying import REASON, refusing
 
 _FEWEST_TOKENS = 4
 _DOCUMENTS_PER_CALL = 1000
@@ -71,9 +71,7 @@ def cut_windows(
         )
     different = len(np.unique(stream))
     if different < min(_FEWEST_TOKENS, len(stream)):
-        raise ValueError(
-            f"{where}: the whole text has only {different} different tokens; give real text"
-        )
+        raise ValueError(f"{where}: the text has only {different} different tokens; give real text")
     if stride:
         starts = np.arange(num_sequences) * stride
     else:
@@ -102,15 +100,10 @@ def read_windows(
         first = first_token(tokenizer)
     if section.bos and first is None:
         raise ValueError(f"{where}.bos: true, but the tokenizer has no BOS token; remove it")
-    return cut_windows(
-        token_stream(section, tokenizer, where),
-        num_sequences,
-        sequence_length,
-        section.stride,
-        section.seed,
-        f"{where} ({section.source})",
-        first,
-    )
+    stream = token_stream(section, tokenizer, where)
+    at = f"{where} ({section.source})"
+    sizes = (num_sequences, sequence_length, section.stride, section.seed)
+    return cut_windows(stream, *sizes, at, first)
 
 
 def load_tokenizer(folder: Path, origin: str) -> Any:
@@ -126,18 +119,14 @@ def load_tokenizer(folder: Path, origin: str) -> Any:
     about = folder / "tokenizer_config.json"
     remedy = "copy its files beside config.json"
     if about.exists() and '"auto_map"' in about.read_text(encoding="utf-8", errors="replace"):
-        remedy = (
-            "it is code, which is never run, so make a tokenizer.json of it, or give model and "
-            "tokenizer in memory"
-        )
+        remedy = "it is code, which is never run, so make a tokenizer.json of it"
     refused = f"model.source: {origin} has no tokenizer that loads ({REASON})"
     with refusing(refused, remedy, Exception):  # the code of any tokenizer may raise anything
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     # some versions take the class for the file's
     if "ab" in tokenizer.decode(list(tokens_of(tokenizer, "a b"))):
         raise ValueError(
-            f"model.source: the tokenizer of {origin} loses spaces as transformers loads it; take "
-            "another version of transformers"
+            f"model.source: the tokenizer of {origin} loses spaces in this version of transformers"
         )
     return tokenizer
 

@@ -46,9 +46,7 @@ class Yardstick:
     @property
     def fingerprint(self) -> dict[str, Any]:
         """What must be the same when a run goes on; prompts that the model writes may differ."""
-        digest = None
-        if self.request is None:
-            digest = hashlib.sha256(repr(self.prompts).encode()).hexdigest()
+        digest = None if self.request else hashlib.sha256(repr(self.prompts).encode()).hexdigest()
         return self.section.model_dump(mode="json", exclude={"prompts"}) | {"prompts": digest}
 
     def prompts_on(self, cluster: Cluster) -> tuple[tuple[int, ...], ...]:
@@ -113,8 +111,7 @@ def check_prompts(
         if not 0 < len(prompt) <= longest - max_new_tokens:
             raise ValueError(
                 f"{where}: prompt {number} has {len(prompt)} tokens and its answer up to "
-                f"{max_new_tokens}, but the model takes at most {longest} together, and a prompt "
-                "has one at least; change it, or lower max_new_tokens"
+                f"{max_new_tokens}, but the model takes at most {longest}, one of a prompt at least"
             )
 
 

@@ -157,15 +157,25 @@ class Writer:
         return tuple(prompt.tokens for prompt in self._unanswered[:count])
 
     def _write_round(self, missing: int, number: int) -> None:
-        """Write what seems needed to fill so many windows."""
-        has_file = self._request.prompts is not None
+        """Write what seems needed to fill so many windows.
+
+        Raises:
+            ValueError: the file of prompts does not suffice.
+        """
+        request = self._request
         more = self._num_needed(missing) - len(self._unanswered)
-        if more > 0 and has_file:
-            self._take_prompts(more)
+        if request.prompts is not None:  # some of them again with other draws if there are too few
+            self._unanswered += itertools.islice(self._of_file, max(0, more))
+            if not self._unanswered:
+                raise ValueError(
+                    f"{request.where}.prompts: {len(request.prompts)} prompts gave "
+                    f"{len(self._conversations)} conversations, and {missing} windows are not full "
+                    "yet; give more prompts or fewer num_sequences"
+                )
         elif more > 0:
             self._write_turns(more, number)
         needed = self._num_needed(missing)  # the lengths of turns are known now
-        is_short = not has_file and 2 * len(self._unanswered) < needed
+        is_short = request.prompts is None and 2 * len(self._unanswered) < needed
         if is_short and number < MAX_ROUNDS - 1:
             return  # few answers take as many steps as many
         self._write_answers(self._unanswered[:needed], number)
@@ -211,23 +221,6 @@ class Writer:
     def _makes_sense(self, tokens: Sequence[int], fewest: int) -> bool:
         is_text = len(tokens) >= fewest and self._marks.special.isdisjoint(tokens)
         return is_text and not repeats(tokens)
-
-    def _take_prompts(self, count: int) -> None:
-        """Take prompts of the file, some of them again with other draws if there are too few.
-
-        Raises:
-            ValueError: the file does not suffice.
-        """
-        self._unanswered += itertools.islice(self._of_file, count)
-        if not self._unanswered:
-            tokens = sum(len(conversation.tokens) for conversation in self._conversations)
-            needed = self._request.num_sequences * self._request.sequence_length
-            raise ValueError(
-                f"{self._request.where}.prompts: {len(self._request.prompts or ())} prompts gave "
-                f"{len(self._conversations)} conversations of {tokens} tokens, but the windows "
-                f"need {needed} and what is cut off at their ends; give more prompts or fewer "
-                "num_sequences"
-            )
 
     def _prompts(self) -> Iterator[Prompt]:
         """Yield the prompts of the file in a drawn order, and those without an answer again."""

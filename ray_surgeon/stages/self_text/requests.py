@@ -10,10 +10,10 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from ray_surgeon.runtime.writing import Wanted, texts_together
+from ray_surgeon.spec.base import REASON, refusing
 from ray_surgeon.spec.calibration import CalibrationSection, MixedSection
 from ray_surgeon.spec.texts import TURN_TOKENS
 from ray_surgeon.storage.prompts import Prompt, has_chat_template, read_prompts
-from ray_surgeon.storage.retrying import REASON, refusing
 from ray_surgeon.storage.texts import first_token, read_windows, tokens_of
 
 _LEAST_ROOM = 24
@@ -160,9 +160,8 @@ class Language:
         longest = self.longest
         if not prompts[0] or len(prompt) + length > longest:
             raise ValueError(
-                f"{where}: the prompt has {len(prompt)} tokens and each text {length}, but "
-                f"the model takes at most {longest} together, and the prompt needs at least one; "
-                "change the prompt or the lengths"
+                f"{where}: the prompt has {len(prompt)} tokens, and 1 to {longest - length} may "
+                f"stand before a text of {length}; change the prompt or the lengths"
             )
         own = length - len(starts[0])
         together = texts_together(length)
@@ -175,8 +174,7 @@ class Language:
         """Return what is to be written of conversations; see `to_be_written`."""
         if length > self.longest:
             raise ValueError(
-                f"calibration.sequence_length: {length}, but the model takes at most "
-                f"{self.longest}; shorten it"
+                f"calibration.sequence_length: {length}, but the model takes at most {self.longest}"
             )
         marks = self.marks(where)
         prompts = None
@@ -185,16 +183,13 @@ class Language:
             prompts = tuple(read)
         elif not marks.opening:
             raise ValueError(
-                f"{where}.chat: true, but the model has no chat template, or one that puts "
-                "nothing before a user's turn that the model could go on with; remove it, and give "
-                "starts, a text that the model goes on with, such as {source: python-docstrings}, "
-                "or prompts"
+                f"{where}.chat: true, but the model has no chat template, or one that puts nothing "
+                "before a user's turn; give starts, such as {source: python-docstrings}, or prompts"
             )
         elif length - marks.num_tokens < _LEAST_ROOM:
             raise ValueError(
                 f"calibration.sequence_length: {length}, but the chat template alone takes "
-                f"{marks.num_tokens} tokens of a conversation, and {_LEAST_ROOM} more are needed; "
-                f"make it longer, or remove chat from {where}"
+                f"{marks.num_tokens} tokens, and {_LEAST_ROOM} more are needed; make it longer"
             )
         return Conversations(marks, prompts, count, length, text.temperature, text.seed, where)
 
@@ -228,6 +223,5 @@ def _check_vocabulary(request: Request, size: int) -> None:
     largest = max(itertools.chain.from_iterable(texts), default=0)
     if largest >= size:
         raise ValueError(
-            f"model.source: the tokenizer gives token {largest}, the model's vocabulary is {size}; "
-            "the tokenizer belongs to another model"
+            f"model.source: the tokenizer gives token {largest}, and the vocabulary is {size}"
         )

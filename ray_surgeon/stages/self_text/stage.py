@@ -107,7 +107,6 @@ def was_written(run: RunState, uri: str) -> bool:
     is_there = files.exists(uri)
     if run.resumes and not is_there:
         raise ValueError(
-            f"{uri} is gone, and the dense model with it, which wrote it; put it back, or start a "
-            "new run"
+            f"{uri} is gone, and the dense model that wrote it; put it back, or start a new run"
         )
     return is_there
