@@ -15,17 +15,10 @@ _OF_WRITING = WritingSection.model_fields.keys()
 _MISPLACED = {
     "auto": (
         _OF_READING | _OF_WRITING | {"weight", "mix"},
-        "source auto chooses the texts, so {} cannot be given; remove it, or name a source",
+        "{} cannot be given to auto; remove it",
     ),
-    "self": (
-        _OF_READING,
-        "{} belongs to a text that is read, and the model writes this one; remove it",
-    ),
-    "text": (
-        _OF_WRITING,
-        "{} belongs to text that the model writes; set source to self, or put it into a text of "
-        "mix with source self",
-    ),
+    "self": (_OF_READING, "{} belongs to a text that is read, and the model writes this one"),
+    "text": (_OF_WRITING, "{} belongs to text that the model writes; set source to self"),
 }
 """Source -> fields that it has not, and what is said of them."""
 
@@ -94,7 +87,7 @@ class CalibrationSection(MixedSection, TextSection):
         weights = [0.0 if text.is_written else text.weight for text in (self, *self.mix)]
         if num_sequences and not any(weights):
             raise ValueError(
-                f"calibration: the model writes all of it; add one, for {num_sequences} more windows"
+                f"calibration: the model writes all of it; add one for {num_sequences} more windows"
             )
         return _split(num_sequences, weights)
 

@@ -16,6 +16,7 @@ from ray_surgeon.spec.base import REASON, refusing
 from ray_surgeon.spec.evaluation import EvaluationSection
 from ray_surgeon.spec.job import JobSpec
 
+_Place = tuple[int | str, ...]
 _YAML_ERRORS = (yaml.YAMLError, RecursionError, ValueError, LookupError, AttributeError)
 """PyYAML lets through what its constructors raise on values that do not fit their tags."""
 
@@ -90,13 +91,11 @@ def _item(place: Any, key: str, where: str) -> str | int:
     return int(key)
 
 
+_FIELDS = "expected fields, such as {name: value}"
 _SENTENCES = {
     "missing": "is missing; add it, `ray-surgeon schema` describes it",
     **dict.fromkeys(("tuple_type", "list_type"), "expected a list, such as [a, b]"),
-    **dict.fromkeys(
-        ("model_type", "model_attributes_type", "dict_type"),
-        "expected fields, such as {name: value}",
-    ),
+    **dict.fromkeys(("model_type", "model_attributes_type", "dict_type"), _FIELDS),
     "int_parsing": "expected a whole number, written out",
     "float_parsing": "expected a number; an exponent needs a point and a sign, as in 1.0e+8",
 }
@@ -131,9 +130,7 @@ def validation_message(error: ValidationError, origin: str, derived: Sequence[st
     return "\n".join(lines)
 
 
-def _follows(
-    problem: ErrorDetails, others: Sequence[tuple[int | str, ...]], derived: Sequence[str]
-) -> bool:
+def _follows(problem: ErrorDetails, others: Sequence[_Place], derived: Sequence[str]) -> bool:
     """Whether other problems say it.
 
     Such are a default that was not made, and a list that is short of an item that is wrong itself.

@@ -113,10 +113,7 @@ class ModelSection(Section):
             yield "revision belongs to a Hub id; remove it, or give a Hub id as source"
         wheel = (self.wheel, self.wheel_sha256)
         if any(wheel) and not (all(wheel) and self.source.startswith("pkg://")):
-            yield (
-                "wheel and wheel_sha256 belong together, and to a source pkg://PACKAGE/FILE.gguf; "
-                "give all three, or remove the two"
-            )
+            yield "wheel and wheel_sha256 belong together, and to a source pkg://PACKAGE/FILE.gguf"
 
 
 class MemorySection(Section):
@@ -226,14 +223,11 @@ class OutputSection(Section):
         for named in (self.exports, self.gguf or ()):
             if len(set(named)) < len(named):
                 yield f"{list(named)} names one twice; remove it"
-        needed = {
-            "gguf": {"gguf"},
-            "quantize": {"uniform"},
-            "speed": {"uniform", "per_block", "deci"},
+        needs = {
+            "gguf": ["gguf"],
+            "quantize": ["uniform"],
+            "speed": ["uniform", "per_block", "deci"],
         }
-        for name, kinds in needed.items():
-            if getattr(self, name) is not None and kinds.isdisjoint(self.exports):
-                yield (
-                    f"{name}: is of the export {' or '.join(sorted(kinds))}, and exports has none; "
-                    f"add one, or remove {name}"
-                )
+        for name, kinds in needs.items():
+            if getattr(self, name) is not None and set(kinds).isdisjoint(self.exports):
+                yield f"{name}: needs one of the exports {', '.join(kinds)}; add it, or drop {name}"

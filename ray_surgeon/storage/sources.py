@@ -105,11 +105,10 @@ class ModelFiles:
         index = files.read_json(str(self.fetch("model.safetensors.index.json")))
         weight_map = index.get("weight_map") if isinstance(index, dict) else None
         of_index = f"model.source: the index of {self.origin}"
-        if not isinstance(weight_map, dict) or not all(
-            isinstance(file, str) for file in weight_map.values()
-        ):
+        named = [*weight_map.values()] if isinstance(weight_map, dict) else [None]
+        if not all(isinstance(file, str) for file in named):
             raise ValueError(f"{of_index} has no weight_map of names to files; fetch it again")
-        names = sorted(set(weight_map.values()))
+        names = sorted(set(named))
         strange = [f for f in names if f not in self.names or PurePosixPath(f).name != f]
         if strange or not names:
             raise ValueError(f"{of_index} names missing files: {strange[:3]}; fetch it again")

@@ -283,7 +283,7 @@ AS_DECI = f"{AS_GROUPS}; pruning.groups=[ffn]; pruning.width_multiple=256; outpu
         ("opt", AS_DECI, "not opt"),
         ("mistral", AS_DECI, "sliding window"),
         ("llama", "output.exports=[masked, masked]", "names one twice"),
-        ("llama", f"{AS_GROUPS}; output.speed={{}}", "speed: is of the export"),
+        ("llama", f"{AS_GROUPS}; output.speed={{}}", "speed: needs one of the exports"),
         ("llama", f"{AS_UNIFORM}; pruning.remove_blocks=true", "pruning.remove_blocks"),
         ("llama", "pruning.remove_blocks=true", "pruning.remove_blocks"),
         ("gpt2", AS_UNIFORM, "at most 0.3525"),

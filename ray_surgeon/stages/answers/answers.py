@@ -34,6 +34,8 @@ _PROMPT_TOKENS = 256
 
 Prompts = tuple[tuple[int, ...], ...]
 """Tokens of each, one or more."""
+Decode = Callable[[Sequence[int]], str]
+"""Returns the text of tokens."""
 
 
 @dataclass(frozen=True)
@@ -165,7 +167,7 @@ def departure(answer: Sequence[int], second_answer: Sequence[int]) -> int:
     return len(list(itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)))
 
 
-def dense_record(answers: Answers, decode_tokens: Callable[[Sequence[int]], str]) -> dict[str, Any]:
+def dense_record(answers: Answers, decode_tokens: Decode) -> dict[str, Any]:
     """Return what a report tells of the dense model's answers; `decode_tokens` gives their text."""
     return {
         "num_prompts": len(answers.prompts),
@@ -179,9 +181,7 @@ def dense_record(answers: Answers, decode_tokens: Callable[[Sequence[int]], str]
     }
 
 
-def shot_record(
-    answers: Answers, generation: Generation, decode_tokens: Callable[[Sequence[int]], str]
-) -> dict[str, Any]:
+def shot_record(answers: Answers, generation: Generation, decode_tokens: Decode) -> dict[str, Any]:
     """Return what a report tells of the answers after a shot; see `dense_record`."""
     pruned = decode_tokens(generation.answers[0])[:_EXAMPLE_CHARACTERS]
     record = asdict(generation)

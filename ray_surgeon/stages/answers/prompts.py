@@ -93,14 +93,12 @@ def yardstick_for(
     return yardstick if yardstick.request else None, self_text
 
 
-def check_prompts(
-    prompts: Sequence[Sequence[int]], max_new_tokens: int, longest: float, where: str
-) -> None:
+def check_prompts(prompts: Sequence[Sequence[int]], new: int, longest: float, where: str) -> None:
     """Refuse prompts that the model cannot answer.
 
     Args:
         prompts: tokens of each.
-        max_new_tokens: of an answer.
+        new: tokens of an answer, at most.
         longest: tokens that the model takes at most.
         where: field of the prompts in the job spec.
 
@@ -108,10 +106,10 @@ def check_prompts(
         ValueError: a prompt is empty or leaves no room; names the field.
     """
     for number, prompt in enumerate(prompts):
-        if not 0 < len(prompt) <= longest - max_new_tokens:
+        if not 0 < len(prompt) <= longest - new:
             raise ValueError(
-                f"{where}: prompt {number} has {len(prompt)} tokens and its answer up to "
-                f"{max_new_tokens}, but the model takes at most {longest}, one of a prompt at least"
+                f"{where}: prompt {number} has {len(prompt)} tokens and its answer up to {new}, "
+                f"but the model takes at most {longest}, one of a prompt at least; change those"
             )
 
 

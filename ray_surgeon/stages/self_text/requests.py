@@ -132,8 +132,7 @@ class Language:
             whole = render(messages, tokenize=False)
         if _SAID not in question or _ANSWERED not in whole:
             raise ValueError(
-                f"{where}: the model's chat template changes what is said, so a turn's beginning "
-                f"and end are not known; {remedy}, or a text without chat"
+                f"{where}: the chat template changes what is said; {remedy}, or a text without chat"
             )
         before, _, between = question.partition(_SAID)
         return before, between, whole.rpartition(_ANSWERED)[2]
@@ -222,6 +221,4 @@ def _check_vocabulary(request: Request, size: int) -> None:
         texts += tuple(p.tokens + (p.answer or ()) for p in request.prompts or ())
     largest = max(itertools.chain.from_iterable(texts), default=0)
     if largest >= size:
-        raise ValueError(
-            f"model.source: the tokenizer gives token {largest}, and the vocabulary is {size}"
-        )
+        raise ValueError(f"model.source: the tokenizer's token {largest} is none of the {size}")
