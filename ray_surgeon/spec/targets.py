@@ -85,7 +85,7 @@ class ScheduleSection(Section):
         rising = all(before < after for before, after in steps)
         if not rising or self.sparsities[-1:] != (self.last_sparsity,):
             last = self.last_sparsity
-            yield f"sparsities: {self.sparsities} must rise from above 0 to target_sparsity {last}"
+            yield f"sparsities: must rise to target_sparsity {last}, or use num_shots and schedule"
         if (self.num_shots, self.schedule) != (5, "linear"):
             yield "sparsities: takes the place of num_shots and schedule; remove those"
 

@@ -127,13 +127,14 @@ class ModelFiles:
         """
         shapes: dict[str, tuple[int, ...]] = {}
         digest = hashlib.sha256(self.fetch("config.json").read_bytes())
+        wide = ("F64", "F32", "F16", "BF16")
         for name in self.weight_files():
             header = tensor_files.read_header(self.open_uri(name))
-            for key, dtype in header.dtypes.items():
-                if key.endswith(".weight") and dtype not in ("F64", "F32", "F16", "BF16"):
+            for key, entry in header.entries.items():
+                if key.endswith(".weight") and entry.dtype not in wide:
                     raise ValueError(
-                        f"model.source: {key} of {self.origin} is {dtype}, so it is quantised; "
-                        "give float32 or bfloat16, and quantise the pruned model by output.quantize"
+                        f"model.source: {key} of {self.origin} is {entry.dtype}, so it is quantised"
+                        "; give float32 or bfloat16, and quantise what is pruned, output.quantize"
                     )
             shapes.update(header.shapes)
             digest.update(header.fingerprint.encode())

@@ -129,6 +129,7 @@ class Writer:
             ValueError: the file of prompts does not suffice.
         """
         request = self._request
+        missing = request.num_sequences
         for number in range(MAX_ROUNDS + 1):
             written = pack(self._conversations, request.num_sequences, request.sequence_length)
             missing = request.num_sequences - len(written.tokens)

@@ -118,8 +118,9 @@ class Language:
         not_text = frozenset({*special, *tokenizer.all_special_ids, *unused})
         if not has_chat_template(tokenizer):
             return ChatMarks(last=last, special=not_text)
-        texts = (tokens_of(tokenizer, text) for text in self._around_turns(where))
-        return ChatMarks(*texts, last=last, special=not_text)
+        around = self._around_turns(where)
+        opening, closing, end = (tokens_of(tokenizer, text) for text in around)
+        return ChatMarks(opening, closing, end, last, not_text)
 
     def _around_turns(self, where: str) -> tuple[str, str, str]:
         """Return what a chat template puts before a turn, between it and its answer, and after."""
