@@ -137,17 +137,13 @@ class JobSpec(Section):
 
     def _problems_of_exports(self) -> Iterator[str]:
         pruning = self.pruning
-        exports = set(self.output.exports) - {"masked"}
-        if isinstance(pruning, CoupledSection):
-            yield from self._problems_of_groups(pruning)
-        elif exports:
-            yield f"output.exports: {', '.join(sorted(exports))} needs pruning.structure groups"
-        if self.evaluation.tasks is not None and not set(self.output.exports) - {"gguf"}:
-            yield "evaluation.tasks: run on exports for transformers; output.exports has none"
-
-    def _problems_of_groups(self, pruning: CoupledSection) -> Iterator[str]:
         exports = self.output.exports
-        target = pruning.target
+        if self.evaluation.tasks is not None and not set(exports) - {"gguf"}:
+            yield "evaluation.tasks: run on exports for transformers; output.exports has none"
+        if not isinstance(pruning, CoupledSection):
+            for kind in sorted(set(exports) - {"masked"}):
+                yield f"output.exports: {kind} needs pruning.structure groups"
+            return
         if "uniform" in exports and not pruning.uniform:
             yield "output.exports: uniform needs pruning.allocation uniform; or export per_block"
         if "deci" in exports and (pruning.groups != ("ffn",) or pruning.multiple % DECI_MULTIPLE):
@@ -155,7 +151,7 @@ class JobSpec(Section):
                 f"output.exports: deci holds multiples of {DECI_MULTIPLE} and all heads; set "
                 f"pruning.groups to [ffn] and pruning.width_multiple to {DECI_MULTIPLE}"
             )
-        is_on_gpu = isinstance(target, LatencyTarget) and target.device == "cuda"
+        is_on_gpu = isinstance(pruning.target, LatencyTarget) and pruning.target.device == "cuda"
         if is_on_gpu and not self.cluster.gpus_per_worker:
             yield "pruning.target: device cuda needs a GPU; set cluster.gpus_per_worker to 1"
 
