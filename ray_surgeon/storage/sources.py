@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from huggingface_hub import HfApi, ModelInfo, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
@@ -105,7 +106,7 @@ class ModelFiles:
         index = files.read_json(str(self.fetch("model.safetensors.index.json")))
         weight_map = index.get("weight_map") if isinstance(index, dict) else None
         of_index = f"model.source: the index of {self.origin}"
-        named = [*weight_map.values()] if isinstance(weight_map, dict) else [None]
+        named: list[Any] = [*weight_map.values()] if isinstance(weight_map, dict) else [None]
         if not all(isinstance(file, str) for file in named):
             raise ValueError(f"{of_index} has no weight_map of names to files; fetch it again")
         names = sorted(set(named))
