@@ -55,7 +55,6 @@ from ray_surgeon.run.inputs import Inputs, check
 from ray_surgeon.spec.job import JobSpec
 from ray_surgeon.spec.parsing import parse_spec
 from ray_surgeon.spec.sections import ModelSection
-from ray_surgeon.spec.written import SelfSection
 from ray_surgeon.stages.prune.groups import Groups
 from ray_surgeon.stages.self_text.stage import SelfText
 from ray_surgeon.storage import tensor_files
@@ -300,11 +299,7 @@ def without_own_text(spec: JobSpec) -> dict[str, Any]:
     Each other text has as many sequences.
     """
     document: dict[str, Any] = spec.model_dump(mode="json")
-    given = [
-        (text, count)
-        for text, count in spec.calibration.shares
-        if not isinstance(text, SelfSection)
-    ]
+    given = [(text, count) for text, count in spec.calibration.shares if not text.is_written]
     mix = [{**text.model_dump(mode="json"), "weight": count} for text, count in given[1:]]
     counts = {
         "weight": given[0][1] if mix else 1.0,

@@ -140,7 +140,7 @@ class Tensors:
             if not file.endswith(".safetensors"):
                 continue
             uri = files.join(folder, file)
-            for key, shape in self._reader.shapes(uri).items():
+            for key, shape in self._reader.header(uri).shapes.items():
                 name = names.get_name(key, try_suffixes=(".weight", ".bias"))
                 if name is None:
                     raise ValueError(

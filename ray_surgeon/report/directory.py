@@ -117,9 +117,8 @@ class RunDirectory:
         Raises:
             OSError: the folder cannot be written to.
         """
-        probe = self.path(".writable")
-        store.write_text(probe, "")
-        store.remove(probe)
+        store.write_text(self.path(".writable"), "")
+        store.remove_files(self.uri, [".writable"])
 
     def start(self, spec_yaml: str, fingerprints: Record) -> None:
         """Take the folder for this try, and remove what a killed process left half written.

@@ -22,14 +22,14 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel, PreTraine
 from ray_surgeon.models.families import family_of
 from ray_surgeon.report.directory import RunDirectory
 from ray_surgeon.run.reading import as_input_error
-from ray_surgeon.spec.calibration import OF_CALIBRATION
+from ray_surgeon.spec.calibration import CalibrationSection
 from ray_surgeon.spec.job import JobSpec
 from ray_surgeon.spec.parsing import absolute, validation_message
-from ray_surgeon.spec.written import WritingSection
+from ray_surgeon.spec.texts import TextSection
 from ray_surgeon.storage import files
 
-_NOT_SHARED = {"num_sequences", "mix", "stride", "seed", "split", *OF_CALIBRATION}
-_NOT_SHARED |= WritingSection.model_fields.keys()
+_NOT_SHARED = CalibrationSection.model_fields.keys() - TextSection.model_fields.keys()
+_NOT_SHARED |= {"num_sequences", "stride", "seed", "split"}
 """Fields of a calibration text that an evaluation text does not take over."""
 
 

@@ -24,7 +24,6 @@ from ray_surgeon.spec.job import JobSpec
 from ray_surgeon.spec.sections import LocalSection
 from ray_surgeon.spec.targets import LatencyTarget
 from ray_surgeon.spec.texts import SourceSection
-from ray_surgeon.spec.written import SelfSection
 from ray_surgeon.storage import files
 from ray_surgeon.storage.documents import is_saved_whole
 from ray_surgeon.storage.sources import ModelFiles
@@ -69,7 +68,7 @@ def read_texts(spec: JobSpec, tokenizer: Any, config: PretrainedConfig) -> Texts
     parts = list[Windows]()
     beside = list[NDArray[np.int64]]()
     for number, ((text, count), more) in enumerate(zip(section.shares, further, strict=True)):
-        if isinstance(text, SelfSection):
+        if text.is_written:
             parts.append(windows_of(np.zeros((count, length), dtype=np.int64)))
             continue
         # windows that begin in the calibration's last one

@@ -1,15 +1,42 @@
-"""What all sections of a job spec have in common."""
+"""What all sections of a job spec have in common, and errors as sentences for users."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Annotated, Any
 
 import pydantic
 from pydantic import AfterValidator, BeforeValidator, Discriminator, Field
+
+Errors = type[Exception] | tuple[type[Exception], ...]
+
+REASON = "{reason}"
+"""Stands in a message for what an error says, see `refusing`."""
+_LONGEST_REASON = 500
+"""Characters of it, at most."""
+
+
+@contextlib.contextmanager
+def refusing(what: str, remedy: str, kinds: Errors = OSError) -> Iterator[None]:
+    """Turn an error into a ValueError for the user.
+
+    Args:
+        what: cannot be used, and where that was wanted; has `REASON` where the words of the error
+            belong, if that is not at its end.
+        remedy: what the user can do.
+        kinds: of errors.
+    """
+    try:
+        yield
+    except kinds as error:
+        said = what if REASON in what else f"{what}: {REASON}"
+        reason = " ".join(str(error).split())[:_LONGEST_REASON] or type(error).__name__
+        raise ValueError(f"{said}; {remedy}".replace(REASON, reason)) from error
+
 
 Positive = Annotated[int, Field(gt=0)]
 
@@ -22,10 +49,7 @@ _SECRETS = re.compile(
 
 def _without_secrets(uri: str) -> str:
     if _SECRETS.search(uri):
-        raise ValueError(
-            "holds credentials, which every record of the run would show; give them to the file "
-            "system, see docs/clusters.md"
-        )
+        raise ValueError("holds credentials; give them to the file system, see docs/clusters.md")
     return uri
 
 
@@ -45,13 +69,6 @@ Address = Annotated[str, BeforeValidator(local_path), AfterValidator(_without_se
 """A path, URI or Hub id, which the run's records show."""
 
 
-def _unwrap(schema: dict[str, Any]) -> None:
-    """Put the descriptions of fields, which are wrapped docstrings, on one line each."""
-    for field in schema.get("properties", {}).values():
-        if "description" in field:
-            field["description"] = " ".join(field["description"].split())
-
-
 class Section(pydantic.BaseModel):
     """Settings shared by all sections: frozen, and a field that does not exist is refused.
 
@@ -64,7 +81,6 @@ class Section(pydantic.BaseModel):
         allow_inf_nan=False,
         hide_input_in_errors=True,
         use_attribute_docstrings=True,
-        json_schema_extra=_unwrap,
     )
 
     def problems(self) -> Iterable[str]:

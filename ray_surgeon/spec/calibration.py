@@ -3,39 +3,55 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
-from pydantic import Field, Tag
+from pydantic import Field
 
-from ray_surgeon.spec.base import Address, by_tag, tag
-from ray_surgeon.spec.texts import MixedSection, SourceSection, TextSection
-from ray_surgeon.spec.written import SelfSection, WritingSection
+from ray_surgeon.spec.base import Address
+from ray_surgeon.spec.texts import SourceSection, TextSection, WritingSection
 
-MixSection = Annotated[
-    Annotated[MixedSection, Tag(tag("text"))] | Annotated[SelfSection, Tag(tag("self"))],
-    by_tag(
-        lambda get: "self" if get("source", None) == "self" else "text", "a text, or source self"
-    ),
-]
-
-
+_OF_READING = SourceSection.model_fields.keys() - {"source", "seed"}
+_OF_WRITING = WritingSection.model_fields.keys()
 _MISPLACED = {
-    "auto": "source auto chooses the texts, so {} cannot be given; remove it, or name a source",
-    "self": "{} belongs to a text that is read, and the model writes this one; remove it",
-    "text": (
-        "{} belongs to text that the model writes; set source to self, or put it into a text of "
-        "mix with source self"
+    "auto": (
+        _OF_READING | _OF_WRITING | {"weight", "mix"},
+        "{} cannot be given to auto; remove it",
     ),
+    "self": (_OF_READING, "{} belongs to a text that is read, and the model writes this one"),
+    "text": (_OF_WRITING, "{} belongs to text that the model writes; set source to self"),
 }
-"""Source -> what is said of fields that it has not."""
-OF_CALIBRATION = ("weight", "weigh", "held_aside")
-"""Fields of a calibration that no other text has."""
+"""Source -> fields that it has not, and what is said of them."""
 
 
-class CalibrationSection(TextSection, WritingSection):
+class MixedSection(SourceSection, WritingSection):
+    """A text of the calibration, or source self: text that the dense model writes, token by token.
+
+    The model writes it before the first shot. It needs no data, and covers what the model knows.
+    """
+
+    may_be: ClassVar[tuple[str, ...]] = ("self",)
+
+    weight: float = Field(1.0, gt=0)
+    """Its share of num_sequences is its weight over the sum of all weights"""
+
+    @property
+    def is_written(self) -> bool:
+        """Whether the model writes it."""
+        return self.source == "self"
+
+    def problems(self) -> Iterator[str]:
+        """Yield fields that do not fit the source."""
+        misplaced, problem = _MISPLACED.get(self.source, _MISPLACED["text"])
+        fields = type(self).model_fields.items()
+        changed = [name for name, field in fields if getattr(self, name) != field.default]
+        if names := [name for name in changed if name in misplaced]:
+            yield problem.format(", ".join(names))
+
+
+class CalibrationSection(MixedSection, TextSection):
     """The text whose loss the method keeps low, or a mix of texts."""
 
-    may_be_written: ClassVar[bool] = True
+    may_be: ClassVar[tuple[str, ...]] = ("self", "auto")
 
     source: Address = Field(min_length=1)
     """As for other texts; or `self`, text that the dense model writes, see the fields from
@@ -43,9 +59,7 @@ class CalibrationSection(TextSection, WritingSection):
     template, what it writes after `def ` and beginnings of docstrings, and Python's code,
     docstrings and help
     """
-    weight: float = Field(1.0, gt=0)
-    """Weight of this text in the mix"""
-    mix: tuple[MixSection, ...] = ()
+    mix: tuple[MixedSection, ...] = ()
     """More texts; num_sequences counts the windows of all, which are taken in turns"""
     weigh: Literal["all", "answers"] = "all"
     """Tokens that give the gradients of G and of the divergence: all, or answers (those of the
@@ -59,17 +73,10 @@ class CalibrationSection(TextSection, WritingSection):
     """
 
     @property
-    def own(self) -> CalibrationSection | SelfSection:
-        """The first text of the calibration."""
-        if self.source != "self":
-            return self
-        return SelfSection(source="self", weight=self.weight, seed=self.seed, **self.of_writing)
-
-    @property
-    def shares(self) -> list[tuple[CalibrationSection | MixedSection | SelfSection, int]]:
+    def shares(self) -> list[tuple[MixedSection, int]]:
         """Each text with its number of windows, which add up to num_sequences."""
-        counts = _split(self.num_sequences, [self.weight, *(text.weight for text in self.mix)])
-        return list(zip((self.own, *self.mix), counts, strict=True))
+        texts = (self, *self.mix)
+        return list(zip(texts, _split(self.num_sequences, [t.weight for t in texts]), strict=True))
 
     def further(self, num_sequences: int) -> list[int]:
         """Return of how many more windows each text has a share, none of what the model writes.
@@ -77,14 +84,12 @@ class CalibrationSection(TextSection, WritingSection):
         Raises:
             ValueError: some are wanted, and the model writes all of the text.
         """
-        texts = [text for text, _ in self.shares]
-        if num_sequences and all(isinstance(text, SelfSection) for text in texts):
+        weights = [0.0 if text.is_written else text.weight for text in (self, *self.mix)]
+        if num_sequences and not any(weights):
             raise ValueError(
-                f"calibration: the model writes all of it, but {num_sequences} more windows are "
-                "wanted of texts that are there already; add a text to calibration.mix"
+                f"calibration: the model writes all of it; add one for {num_sequences} more windows"
             )
-        weights = [0.0 if isinstance(text, SelfSection) else text.weight for text in texts]
-        return _split(num_sequences, weights) if num_sequences else [0] * len(texts)
+        return _split(num_sequences, weights)
 
     def check_border(self, measured: SourceSection, where: str) -> None:
         """Refuse a text that the calibration cuts into train and test at another place.
@@ -95,7 +100,7 @@ class CalibrationSection(TextSection, WritingSection):
         """
         if measured.source == "python-code":
             return  # its train and test are different files, however much is read
-        texts = (text.starts if isinstance(text, SelfSection) else text for text, _ in self.shares)
+        texts = (text.starts if text.is_written else text for text in (self, *self.mix))
         cuts = [text.max_tokens for text in texts if text and text.source == measured.source]
         if any(max_tokens != measured.max_tokens for max_tokens in cuts):
             raise ValueError(
@@ -104,43 +109,28 @@ class CalibrationSection(TextSection, WritingSection):
             )
 
     def problems(self) -> Iterator[str]:
-        """Yield fields that do not fit the source, and texts that do not fit each other."""
-        yield from super().problems()
-        yield from self._problems_of_source()
+        """Yield texts that do not fit each other."""
+        windows = list[dict[str, Any]]()
         for number, (text, count) in enumerate(self.shares):
+            where = f"mix.{number - 1}: " if number else ""
             if not count:
                 yield (
                     f"mix: the share of {text.source} in {self.num_sequences} sequences is none; "
                     "raise its weight or num_sequences"
                 )
-            if isinstance(text, SelfSection):
-                where = f"mix.{number - 1}: " if number else ""
+            if text.is_written:
                 yield from text.problems_of_lengths(self.sequence_length, where)
-        if not self.mix and self.weight != 1.0:
-            yield "weight has no effect without mix; remove it"
-        windows = list[dict[str, Any]]()
-        for number, (text, _) in enumerate(self.shares):
-            kind = SelfSection if isinstance(text, SelfSection) else SourceSection
-            fields = text.model_dump(include=kind.model_fields.keys() - {"weight"})
+            fields = text.model_dump(include=MixedSection.model_fields.keys() - {"weight"})
             if fields in windows:
                 yield (
-                    f"mix.{number - 1}: these windows of {text.source} are in the calibration "
-                    "already; raise the weight of that text instead"
+                    f"{where}these windows of {text.source} are in the calibration already; raise "
+                    "the weight of that text instead"
                 )
             windows.append(fields)
-
-    def _problems_of_source(self) -> Iterator[str]:
-        of_any = {"source", "num_sequences", "sequence_length", "seed", "weigh", "held_aside"}
-        of_writing = WritingSection.model_fields.keys()
-        fields = type(self).model_fields
-        by_source = {"auto": of_any, "self": of_any | of_writing | {"weight", "mix"}}
-        allowed = by_source.get(self.source, fields.keys() - of_writing)
-        changed = [name for name, field in fields.items() if getattr(self, name) != field.default]
-        if misplaced := [name for name in changed if name not in allowed]:
-            yield _MISPLACED.get(self.source, _MISPLACED["text"]).format(", ".join(misplaced))
-        written = [text for text, _ in self.shares if isinstance(text, SelfSection)]
-        has_answers = self.source == "auto" or any(text.has_answers for text in written)
-        if self.weigh == "answers" and not has_answers:
+        if not self.mix and self.weight != 1.0:
+            yield "weight has no effect without mix; remove it"
+        has_answers = any(text.is_written and text.has_answers for text in (self, *self.mix))
+        if self.weigh == "answers" and not has_answers and self.source != "auto":
             yield (
                 "weigh is answers, but no text of the calibration has any; set it to all, or add "
                 "{source: self, chat: true} or {source: self, prompts: FILE} to mix"
@@ -152,7 +142,7 @@ def _split(total: int, weights: Sequence[float]) -> list[int]:
 
     Exact shares are rounded down, the largest rests up.
     """
-    exact = [total * weight / sum(weights) for weight in weights]
+    exact = [total * weight / (sum(weights) or 1.0) for weight in weights]
     counts = [int(share) for share in exact]
     rests = sorted(range(len(exact)), key=lambda i: (counts[i] - exact[i], i))
     for i in rests[: total - sum(counts)]:

@@ -8,7 +8,6 @@ from pydantic import Field, Tag, model_validator
 
 from ray_surgeon.spec.base import Address, Positive, Section, tag, word_or_section
 from ray_surgeon.spec.texts import TextSection
-from ray_surgeon.stages.answers.section import GenerationSection
 
 
 class EvaluationText(TextSection):
@@ -18,6 +17,23 @@ class EvaluationText(TextSection):
     """Name of the text in the report: letters, digits, dots, dashes"""
     split: str = "test"
     """As in calibration, the test part by default"""
+
+
+class GenerationSection(Section):
+    """Answers to prompts, by the dense model and, after every shot, by the pruned one."""
+
+    prompts: Address | None = Field(None, min_length=1)
+    """File of prompts on any fsspec URI, each line a JSON object with `prompt` (a text that is
+    continued) or `messages` (a list of {role, content} for the chat template). Use prompts that are
+    no part of the calibration. null: the dense model writes them, as users' turns from the opening
+    of its chat template, or, without one, from the first words of the evaluation text
+    """
+    num_prompts: Positive = 16
+    """How many prompts are answered; of a longer file they are drawn with the seed"""
+    max_new_tokens: Positive = 96
+    """Tokens of an answer, at most"""
+    seed: int = Field(0, ge=0)
+    """Seed of the prompts that are written, or drawn from the file"""
 
 
 class TasksSection(Section):

@@ -89,7 +89,6 @@ class JobSpec(Section):
     def problems(self) -> Iterator[str]:
         """Yield what sections have against each other."""
         yield from self._problems_of_curvature()
-        yield from self._problems_of_weights()
         yield from self._problems_of_texts()
         yield from self._problems_of_exports()
 
@@ -102,20 +101,12 @@ class JobSpec(Section):
             yield f"{method} gathers its own; remove the section"
         elif problem := self.pruning.problem_with(self.curvature):
             yield problem
-
-    def _problems_of_weights(self) -> Iterator[str]:
         kind = None if self.curvature is None else self.curvature.kind
-        if self.calibration.weigh == "all":
-            return
-        if kind == "extended_kfac":
+        takes_gradients = kind == "kfac" or (kind != "extended_kfac" and self.correction)
+        if self.calibration.weigh == "answers" and not takes_gradients:
             yield (
-                "calibration.weigh: answers does not go with curvature.kind extended_kfac, which "
-                "weighs all tokens; use kfac"
-            )
-        if kind != "kfac" and self.correction is None:
-            yield (
-                "calibration.weigh: answers has no effect, because nothing takes gradients in this "
-                "job; remove it"
+                f"calibration.weigh: answers does not go with curvature {kind or 'null'}; use "
+                "kfac, or corrections without extended_kfac, or remove it"
             )
 
     def _problems_of_texts(self) -> Iterator[str]:
@@ -132,9 +123,8 @@ class JobSpec(Section):
         num_backward = None if self.curvature is None else self.curvature.sequences_backward
         if num_backward is not None and not num_replicas <= num_backward <= num_sequences:
             yield (
-                f"curvature.num_backward: {num_backward}, but there are {num_sequences} "
-                f"calibration sequences and every replica needs one; give {num_replicas} to "
-                f"{num_sequences}"
+                f"curvature.num_backward: {num_backward} of {num_sequences} calibration sequences, "
+                f"but every replica needs one; give {num_replicas} to {num_sequences}"
             )
         self.check_borders()
         if self.correction is not None and self.correction.sequences_per_step > num_sequences:
@@ -145,33 +135,18 @@ class JobSpec(Section):
 
     def _problems_of_exports(self) -> Iterator[str]:
         pruning = self.pruning
-        exports = set(self.output.exports) - {"masked"}
-        if isinstance(pruning, CoupledSection):
-            yield from self._problems_of_groups(pruning)
-        elif exports:
-            yield (
-                f"output.exports: {', '.join(sorted(exports))} needs pruning.structure groups; "
-                "others leave zeros only"
-            )
-        if self.evaluation.tasks is not None and not set(self.output.exports) - {"gguf"}:
-            yield (
-                "evaluation.tasks: run on exports for transformers, and output.exports has none; "
-                "add one, or remove tasks"
-            )
-
-    def _problems_of_groups(self, pruning: CoupledSection) -> Iterator[str]:
-        target = pruning.target
-        if "uniform" in self.output.exports and not pruning.uniform:
-            yield (
-                "output.exports: uniform needs pruning.allocation uniform; set it, or export "
-                "per_block"
-            )
-        is_on_gpu = isinstance(target, LatencyTarget) and target.device == "cuda"
+        exports = self.output.exports
+        if self.evaluation.tasks is not None and not set(exports) - {"gguf"}:
+            yield "evaluation.tasks: run on exports for transformers; output.exports has none"
+        if not isinstance(pruning, CoupledSection):
+            for kind in sorted(set(exports) - {"masked"}):
+                yield f"output.exports: {kind} needs pruning.structure groups"
+            return
+        if "uniform" in exports and not pruning.uniform:
+            yield "output.exports: uniform needs pruning.allocation uniform; or export per_block"
+        is_on_gpu = isinstance(pruning.target, LatencyTarget) and pruning.target.device == "cuda"
         if is_on_gpu and not self.cluster.gpus_per_worker:
-            yield (
-                "pruning.target: device cuda is the first worker's GPU; set "
-                "cluster.gpus_per_worker to 1"
-            )
+            yield "pruning.target: device cuda needs a GPU; set cluster.gpus_per_worker to 1"
 
     def check_borders(self) -> None:
         """Refuse evaluation texts that the calibration cuts at another place.

@@ -12,9 +12,11 @@ import yaml
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
+from ray_surgeon.spec.base import REASON, refusing
 from ray_surgeon.spec.evaluation import EvaluationSection
 from ray_surgeon.spec.job import JobSpec
 
+_Place = tuple[int | str, ...]
 _YAML_ERRORS = (yaml.YAMLError, RecursionError, ValueError, LookupError, AttributeError)
 """PyYAML lets through what its constructors raise on values that do not fit their tags."""
 
@@ -46,17 +48,10 @@ def parse_spec(text: str, overrides: Sequence[str] = ()) -> JobSpec:
         ValueError: it is not YAML, or an override is malformed.
         pydantic.ValidationError: a field is wrong.
     """
-    try:
+    with refusing("the job spec is not valid YAML", "see the files in pipelines/", _YAML_ERRORS):
         document = yaml.load(text, _Loader)
-    except _YAML_ERRORS as error:
-        raise ValueError(
-            f"the job spec is not valid YAML: {error}; see the files in pipelines/"
-        ) from error
     if not isinstance(document, dict):
-        raise ValueError(
-            f"the job spec must be a mapping of sections, got {type(document).__name__}; see the "
-            "files in pipelines/"
-        )
+        raise ValueError("the job spec must be a mapping of sections; see the files in pipelines/")
     for override in overrides:
         _apply_override(document, override)
     return JobSpec.model_validate(document)
@@ -66,18 +61,10 @@ def _apply_override(document: dict[str, Any], override: str) -> None:
     path, equals, value = override.partition("=")
     keys = path.split(".")
     if not equals or not all(keys):
-        raise ValueError(
-            f"--set {override}: expected section.field=value, e.g. --set "
-            "pruning.target_sparsity=0.3"
-        )
-    try:
+        raise ValueError(f"--set {override}: expected section.field=value, e.g. name=test")
+    remedy = f"put it into quotes, as in '{path}=\"{value}\"'"
+    with refusing(f"--set {override}: the value is no YAML ({REASON})", remedy, _YAML_ERRORS):
         content = yaml.safe_load(value)
-    except _YAML_ERRORS as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(
-            f"--set {override}: the value is no YAML ({reason}); put it into quotes, as in "
-            f"'{path}=\"{value}\"'"
-        ) from error
     names_a_field = keys[0] == "evaluation" and EvaluationSection.model_fields.keys() & keys[1:2]
     if names_a_field and isinstance(document.get("evaluation"), list):
         document["evaluation"] = {"texts": document["evaluation"]}  # for which a list is short
@@ -96,10 +83,7 @@ def _item(place: Any, key: str, where: str) -> str | int:
     if isinstance(place, dict):
         return key
     if not isinstance(place, list):
-        raise ValueError(
-            f"{where} is {place!r}, which has no fields; give {where.rpartition(' ')[2]} itself "
-            "another value"
-        )
+        raise ValueError(f"{where} is {place!r}, which has no fields; set it itself")
     if not key.isdecimal() or not int(key) < len(place):
         raise ValueError(
             f"{where} is a list with items 0 to {len(place) - 1}, and {key!r} is none of them"
@@ -107,13 +91,11 @@ def _item(place: Any, key: str, where: str) -> str | int:
     return int(key)
 
 
+_FIELDS = "expected fields, such as {name: value}"
 _SENTENCES = {
     "missing": "is missing; add it, `ray-surgeon schema` describes it",
     **dict.fromkeys(("tuple_type", "list_type"), "expected a list, such as [a, b]"),
-    **dict.fromkeys(
-        ("model_type", "model_attributes_type", "dict_type"),
-        "expected fields, such as {name: value}",
-    ),
+    **dict.fromkeys(("model_type", "model_attributes_type", "dict_type"), _FIELDS),
     "int_parsing": "expected a whole number, written out",
     "float_parsing": "expected a number; an exponent needs a point and a sign, as in 1.0e+8",
 }
@@ -148,9 +130,7 @@ def validation_message(error: ValidationError, origin: str, derived: Sequence[st
     return "\n".join(lines)
 
 
-def _follows(
-    problem: ErrorDetails, others: Sequence[tuple[int | str, ...]], derived: Sequence[str]
-) -> bool:
+def _follows(problem: ErrorDetails, others: Sequence[_Place], derived: Sequence[str]) -> bool:
     """Whether other problems say it.
 
     Such are a default that was not made, and a list that is short of an item that is wrong itself.

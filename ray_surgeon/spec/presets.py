@@ -6,7 +6,7 @@ by windows held aside.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Set
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,16 +14,17 @@ import yaml
 
 PresetName = Literal["fast", "balanced", "quality"]
 
-PRESETS: dict[str, dict[str, Any]] = yaml.safe_load(
-    Path(__file__).with_name("presets.yaml").read_text(encoding="utf-8")
-)
+PRESETS: dict[str, dict[str, Any]]
 """Preset -> the sections that it sets.
 
 `reconstruction` is a part of `pruning` of coupled groups.
 """
+_TAKEN: dict[str, dict[str, list[str]]]
+"""Setting -> which jobs take it."""
+PRESETS, _TAKEN = yaml.safe_load_all(
+    Path(__file__).with_name("presets.yaml").read_text(encoding="utf-8")
+)
 
-_RECONSTRUCTED = {"ffn", "shared_experts"}
-_EXPERTS = {"experts", "expert_channels", "shared_experts"}
 _EVALUATION = ("python-docs", "python-docstrings")
 """Texts that a run is measured on if it names none."""
 
@@ -51,25 +52,23 @@ def with_preset(document: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _fill(document: dict[str, Any], preset: Mapping[str, Any]) -> None:
-    plain = _mapping(document.get("pruning"))
-    groups = plain.get("groups", ("ffn", "attention"))
-    kinds = {str(kind) for kind in groups} if isinstance(groups, list | tuple) else set[str]()
+    pruning = _mapping(document.get("pruning"))
+    groups = pruning.get("groups", ("ffn", "attention"))
     _under(document, "calibration", {"source": "auto"} | preset["calibration"])
-    if plain.get("method", "llm_surgeon") == "llm_surgeon":
+    if pruning.get("method", "llm_surgeon") == "llm_surgeon":
         kind = _mapping(document.get("curvature")).get("kind", "kfac")
-        settings = _curvature_of(kind, kinds, preset["curvature"])
+        settings = {n: v for n, v in preset["curvature"].items() if _is_taken(n, kind, groups)}
         count = _mapping(document["calibration"]).get("num_sequences")
         if isinstance(count, int) and "num_backward" in settings:
             settings["num_backward"] = min(settings["num_backward"], max(1, count))
         _under(document, "curvature", settings)
     if preset["correction"] is not None:
         _under(document, "correction", preset["correction"])
-    if plain.get("structure") != "groups":
-        return
-    filled = dict(plain) if "sparsities" in plain else {"num_shots": 1, **plain}
-    if _RECONSTRUCTED & kinds:
-        _under(filled, "reconstruction", preset["reconstruction"])
-    document["pruning"] = filled
+    if pruning.get("structure") == "groups":
+        shots = {} if "sparsities" in pruning else {"num_shots": 1}
+        document["pruning"] = {**shots, **pruning}
+        if _is_taken("reconstruction", None, groups):
+            _under(document["pruning"], "reconstruction", preset["reconstruction"])
 
 
 def _mapping(section: Any) -> Mapping[str, Any]:
@@ -77,16 +76,15 @@ def _mapping(section: Any) -> Mapping[str, Any]:
     return section if isinstance(section, Mapping) else {}
 
 
-def _curvature_of(kind: Any, groups: Set[str], preset: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the preset's curvature without fields that the spec's kinds do not have."""
-    needless = set[str]()
-    if kind != "kfac" or _EXPERTS & groups:
-        needless.add("num_backward")
-    if kind in ("activations", "identity"):
-        needless.add("fisher")
-    if kind == "identity" or groups == {"experts"}:
-        needless.add("damping")
-    return {name: value for name, value in preset.items() if name not in needless}
+def _is_taken(name: str, curvature: Any, groups: Any) -> bool:
+    """Whether a job with a kind of curvature, and kinds of groups, takes a setting."""
+    taken = _TAKEN[name]
+    kinds = set(map(str, groups)) if isinstance(groups, list | tuple) else set[str]()
+    return (
+        curvature in taken.get("curvature", [curvature])
+        and kinds.isdisjoint(taken.get("without", ()))
+        and not kinds.isdisjoint(taken.get("one_of", kinds))
+    )
 
 
 def _under(document: dict[str, Any], name: str, settings: Mapping[str, Any]) -> None:

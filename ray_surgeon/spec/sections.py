@@ -111,13 +111,9 @@ class ModelSection(Section):
             yield f"source is a page of the Hub; give the Hub id, {hub_id}"
         if self.revision is not None and "://" in self.source:
             yield "revision belongs to a Hub id; remove it, or give a Hub id as source"
-        if (self.wheel is None) != (self.wheel_sha256 is None):
-            yield "wheel and wheel_sha256 belong together; give both or none"
-        if self.wheel is not None and not self.source.startswith("pkg://"):
-            yield (
-                "wheel belongs to a pkg:// source; remove it, or give pkg://PACKAGE/FILE.gguf as "
-                "source"
-            )
+        wheel = (self.wheel, self.wheel_sha256)
+        if any(wheel) and not (all(wheel) and self.source.startswith("pkg://")):
+            yield "wheel and wheel_sha256 belong together, and to a source pkg://PACKAGE/FILE.gguf"
 
 
 class MemorySection(Section):
@@ -154,19 +150,14 @@ class MemorySection(Section):
     @classmethod
     def _is_local(cls, scratch: str | None) -> str | None:
         if scratch is not None and "://" in scratch:
-            raise ValueError(
-                f"{scratch} is not on a local disk; give a folder of the workers' machines"
-            )
+            raise ValueError(f"{scratch} is not on a local disk; give a folder of the workers")
         return scratch
 
     def problems(self) -> Iterator[str]:
         """Yield what cannot be kept where it is to be."""
         for name in ("weights", "factors") if self.activations == "keep" else ():
             if getattr(self, name) in ("host", "disk"):
-                yield (
-                    f"activations: keep needs {name} on the device; set activations: recompute, "
-                    f"or {name}: device"
-                )
+                yield f"activations: keep needs {name}: device; set it, or recompute activations"
 
 
 KERNEL_COLUMNS = 128
@@ -196,10 +187,7 @@ class QuantizeSection(Section):
     def problems(self) -> Iterator[str]:
         """Yield what the scheme does not have."""
         if self.group_size is not None and self.scheme != "w4a16":
-            yield (
-                f"group_size: is not an option of {self.scheme}, whose rows have one scale; remove "
-                "it"
-            )
+            yield f"group_size: is not an option of {self.scheme}; remove it"
 
 
 class OutputSection(Section):
@@ -228,15 +216,10 @@ class OutputSection(Section):
 
     def problems(self) -> Iterator[str]:
         """Yield what exports do not go with."""
-        for name, kinds in (("exports", self.exports), ("gguf", self.gguf or ())):
-            if len(set(kinds)) < len(kinds):
-                yield f"{name}: {list(kinds)} names one twice; remove it"
-        if self.gguf is not None and "gguf" not in self.exports:
-            yield "gguf: exports has no gguf; add it, or remove the field gguf"
-        if self.quantize is not None and "uniform" not in self.exports:
-            yield "quantize: is a copy of the export uniform; add it to exports, or remove quantize"
-        if self.speed is not None and not set(self.exports) - {"masked", "gguf"}:
-            yield (
-                "speed: exports has no smaller model to measure; add uniform or per_block, or "
-                "remove speed"
-            )
+        for named in (self.exports, self.gguf or ()):
+            if len(set(named)) < len(named):
+                yield f"{list(named)} names one twice; remove it"
+        needs = {"gguf": ["gguf"], "quantize": ["uniform"], "speed": ["uniform", "per_block"]}
+        for name, kinds in needs.items():
+            if getattr(self, name) is not None and set(kinds).isdisjoint(self.exports):
+                yield f"{name}: needs one of the exports {', '.join(kinds)}; add it, or drop {name}"

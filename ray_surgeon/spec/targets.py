@@ -81,18 +81,11 @@ class ScheduleSection(Section):
         """Yield what `sparsities` does not go with."""
         if self.sparsities is None:
             return
-        if self.last_sparsity is None:
-            yield (
-                "sparsities: are fractions of the linears' parameters; give target_sparsity, or "
-                "use num_shots and schedule"
-            )
         steps = zip((0.0, *self.sparsities), self.sparsities, strict=False)
         rising = all(before < after for before, after in steps)
         if not rising or self.sparsities[-1:] != (self.last_sparsity,):
-            yield (
-                f"sparsities: {self.sparsities} must rise from above 0 to target_sparsity "
-                f"{self.last_sparsity}"
-            )
+            last = self.last_sparsity
+            yield f"sparsities: must rise to target_sparsity {last}, or use num_shots and schedule"
         if (self.num_shots, self.schedule) != (5, "linear"):
             yield "sparsities: takes the place of num_shots and schedule; remove those"
 

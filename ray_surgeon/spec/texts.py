@@ -1,4 +1,4 @@
-"""The sections of a job spec that say what is read: model, texts and tasks."""
+"""The sections of a job spec on texts: those that are read, and those that the model writes."""
 
 from __future__ import annotations
 
@@ -23,10 +23,30 @@ OWN_TEXTS = (
 """Texts that are there where Python is."""
 
 
+START_TOKENS = 16
+"""Tokens that a text of the model begins with, if it goes on with a given one."""
+
+
+TURN_TOKENS = 96
+"""Tokens of a user's turn that the model writes, at most."""
+
+
+ANSWER_TOKENS = 224
+"""Tokens of an answer that the model writes, at most."""
+
+
+_MARK_TOKENS = 48
+"""Tokens of a chat template around them; a guess for the plan, which knows no tokenizer."""
+
+
+_CONVERSATION_TOKENS = 200
+"""Tokens of a conversation that the model writes; a low guess for the plan."""
+
+
 class SourceSection(Section):
     """A text, and where its windows start."""
 
-    may_be_written: ClassVar[bool] = False  # whether the model may write it, source self or auto
+    may_be: ClassVar[tuple[str, ...]] = ()  # self, which the model writes, or auto
 
     source: Address = Field(min_length=1)
     """python-docs (the topics of Python's own help), python-docstrings (the longer docstrings of
@@ -53,7 +73,9 @@ class SourceSection(Section):
     the seed
     """
     seed: int = Field(0, ge=0)
-    """Seed of the draw of windows, without stride"""
+    """Seed of the draw of windows, without stride; of source self, of the draws of tokens, of which
+    every text has its own
+    """
     bos: bool | None = None
     """Whether every window begins with the tokenizer's BOS token, which counts as one of its
     tokens; null: only if the tokenizer itself begins a text with it. Engines do the same, and some
@@ -67,19 +89,12 @@ class SourceSection(Section):
 
     def problems(self) -> Iterator[str]:
         """Yield what does not fit the kind of source."""
-        yield from super().problems()
-        if self.source in ("self", "auto") and not self.may_be_written:
-            yield (
-                f"source {self.source} has a place in the calibration only; name a text, such as "
-                "python-docs"
-            )
+        if self.source in {"self", "auto"}.difference(self.may_be):
+            yield f"source {self.source} has a place in the calibration only; name a text"
         if self.has_own_split and self.split not in ("train", "test"):
             yield f"split is {self.split!r}, but {self.source} has train and test only"
         if self.has_own_split and (self.config or self.revision):
-            yield (
-                f"config and revision belong to a Hub data set, which {self.source} is not; remove "
-                "them"
-            )
+            yield f"config and revision belong to a Hub data set, not to {self.source}; remove them"
         if self.column != "text" and (self.source in OWN_TEXTS or self.source.endswith(".txt")):
             yield f"column is {self.column!r}, but {self.source} has none; remove it"
         if self.stride is not None and self.seed:
@@ -95,8 +110,81 @@ class TextSection(SourceSection):
     """Tokens in each window"""
 
 
-class MixedSection(SourceSection):
-    """One more text of the calibration."""
+class WritingSection(Section):
+    """How the dense model writes text."""
 
-    weight: float = Field(1.0, gt=0)
-    """Its share of num_sequences is its weight over the sum of all weights"""
+    temperature: float = Field(1.0, ge=0, le=10)
+    """Logits are divided by it; 1 is the model's own distribution, 0 takes the most likely token.
+    Answers in conversations, which should make more sense than users' turns, are drawn at 0.7 of it
+    """
+    prompt: str | None = Field(None, min_length=1)
+    """Prompt before every text, which is not part of the text and may have special tokens; null:
+    the tokenizer's BOS token, or its EOS token if it has no BOS token
+    """
+    chat: bool = False
+    """Whether the model writes conversations, users' turns and its own answers, from nothing but
+    the opening of its chat template (Magpie, arXiv 2406.08464). Needs a model with a chat template,
+    and no data
+    """
+    prompts: Address | None = Field(None, min_length=1)
+    """File of prompts that the model answers, on any fsspec URI; each line a JSON object with
+    `prompt` (a text that is continued) or `messages` (a list of {role, content} for the chat
+    template; a last one of the assistant is the answer)
+    """
+    starts: SourceSection | None = None
+    """A text of which windows give the first tokens of every text that the model writes; for models
+    without a chat template
+    """
+    start_tokens: int = Field(START_TOKENS, ge=2)
+    """With starts: tokens that each text begins with"""
+    texts_per_sequence: Positive = 1
+    """How many texts fill a sequence together, each written from its own beginning. More texts
+    cover more subjects and take fewer steps, because more of them are written at once. Must divide
+    sequence_length. Between two texts stands the tokenizer's BOS token if the tokenizer begins
+    texts with it, otherwise the prompt's last token. Conversations and answers are packed as they
+    fit, so it is for other texts only
+    """
+
+    @property
+    def has_answers(self) -> bool:
+        """Whether it is known which tokens are the model's answers."""
+        return self.chat or self.prompts is not None
+
+    def problems(self) -> Iterator[str]:
+        """Yield what says different things about the writing."""
+        ways = [name for name in ("prompt", "chat", "prompts", "starts") if getattr(self, name)]
+        if len(ways) > 1:
+            yield f"{' and '.join(ways)} say different things about what is written; keep one"
+        if self.has_answers and self.texts_per_sequence != 1:
+            yield f"texts_per_sequence: texts of {ways[0]} are packed as they fit; remove it"
+        if self.temperature == 0 and self.prompts is None and self.starts is None:
+            yield "temperature 0 writes the same text every time; raise it, or give prompts"
+        if self.starts is None and self.start_tokens != START_TOKENS:
+            yield "start_tokens belongs to starts; remove it, or give starts"
+
+    def sizes(self, num_sequences: int, sequence_length: int) -> tuple[int, int]:
+        """Return how many texts fill so many sequences, and of how many tokens each is.
+
+        Of conversations both are a guess.
+        """
+        if self.has_answers:
+            num_texts = -(-num_sequences * sequence_length // _CONVERSATION_TOKENS)
+            return num_texts, min(sequence_length, _MARK_TOKENS + TURN_TOKENS + ANSWER_TOKENS)
+        return num_sequences * self.texts_per_sequence, sequence_length // self.texts_per_sequence
+
+    def problems_of_lengths(self, sequence_length: int, where: str) -> Iterator[str]:
+        """Yield why texts cannot fill sequences.
+
+        Args:
+            sequence_length: tokens of a sequence.
+            where: this section's place in the calibration, which the sentences begin with.
+        """
+        texts = self.texts_per_sequence
+        if sequence_length % texts or sequence_length < 2 * texts:
+            yield (
+                f"{where}{texts} texts of two tokens or more do not fill {sequence_length} tokens; "
+                "set texts_per_sequence to a divisor of sequence_length"
+            )
+        length = sequence_length // texts
+        if self.starts is not None and self.start_tokens >= length:
+            yield f"{where}start_tokens: {self.start_tokens} of {length} in a text; lower it"

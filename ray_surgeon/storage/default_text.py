@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 from ray_surgeon.spec.calibration import CalibrationSection
-from ray_surgeon.spec.written import START_TOKENS
+from ray_surgeon.spec.texts import START_TOKENS
 from ray_surgeon.storage.prompts import has_chat_template
 
 _CHAT_SHARE = 1 / 4
@@ -60,8 +60,7 @@ def default_mix(section: CalibrationSection, tokenizer: Any) -> tuple[Calibratio
     is_chat = has_chat_template(tokenizer)
     if section.weigh == "answers" and not is_chat:
         raise ValueError(
-            "calibration.weigh: answers, but the model has no chat template, so that nothing it "
-            "writes is an answer; remove it, or give a source self with prompts"
+            "calibration.weigh: answers, but the model has no chat template; give source self"
         )
     count = section.num_sequences
     length = section.sequence_length
@@ -75,24 +74,22 @@ def default_mix(section: CalibrationSection, tokenizer: Any) -> tuple[Calibratio
     functions = {"texts_per_sequence": _texts_in(length, 2), "prompt": "def "}
     begun = {"texts_per_sequence": _texts_in(length, 4), "starts": {"source": "python-docstrings"}}
     begun["start_tokens"] = min(START_TOKENS, length // 2)
-    texts: list[tuple[int, dict[str, Any]]] = [
-        (num_chat, {"source": "self", "chat": True}),
-        (num_functions, {"source": "self"} | functions),
-        (num_continued - num_functions, {"source": "self"} | begun),
-        (num_code, code),
-        *((number, {"source": name}) for number, name in small),
+    texts: list[tuple[int, dict[str, Any], str]] = [
+        (num_chat, {"chat": True}, "conversations that the model writes"),
+        (num_functions, functions, "what it writes after `def `"),
+        (num_continued - num_functions, begun, "what it writes after beginnings of docstrings"),
+        (num_code, code, "python-code"),
+        *((number, {"source": name}, name) for number, name in small),
     ]
-    (weight, main), *others = [(number, text) for number, text in texts if number]
-    mix = [{**text, "seed": section.seed, "weight": number} for number, text in others]
+    texts = [(n, {"source": "self"} | text, what) for n, text, what in texts if n]
+    (weight, main, _), *others = texts
+    mix = [{**text, "seed": section.seed, "weight": number} for number, text, _ in others]
     kept = {"seed", "num_sequences", "sequence_length", "weigh", "held_aside"}
     fields = {"weight": weight if mix else 1.0, "mix": mix} | section.model_dump(include=kept)
-    parts = [(num_chat, "of conversations that the model writes")]
-    parts.append((num_continued, "that it writes after `def ` and beginnings of docstrings"))
-    parts += [(n, f"of {text['source']}") for n, text in texts if text["source"] != "self"]
     return CalibrationSection.model_validate(main | fields), (
         f"calibration.source auto: {count} windows of {length} tokens, "
-        f"{', '.join(f'{number} {what}' for number, what in parts if number)}; to change this, "
-        "name a source, and more in calibration.mix"
+        f"{', '.join(f'{number} of {what}' for number, _, what in texts)}; to change this, name a "
+        "source, and more in calibration.mix"
     )
 
 

@@ -8,16 +8,19 @@ import hashlib
 import json
 import os
 import sysconfig
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from importlib.metadata import Distribution, distributions
 from itertools import zip_longest
 from pathlib import Path, PurePath
-from typing import Any
+from typing import Any, TypeVar
 
+from ray_surgeon.spec.base import REASON, refusing
 from ray_surgeon.spec.texts import TEXT_SUFFIXES, SourceSection
 from ray_surgeon.storage import copies, files
-from ray_surgeon.storage.retrying import REASON, refusing
 from ray_surgeon.storage.sources import HTTP_ERROR
+
+P = TypeVar("P", bound=PurePath)
 
 TRAIN_SHARE = 0.8
 """Part of a source without splits that is `train`; the rest is `test`."""
@@ -51,25 +54,16 @@ _PLAIN = 0.94
 
 def documents_of(text: SourceSection, where: str) -> Iterator[str]:
     """Yield the documents of a source."""
-    if text.source == "python-docs":
-        from pydoc_data.topics import topics
-
-        return iter(topics.values())
-    if text.source == "python-docstrings":
-        return _docstrings()
-    if text.source == "python-code":
-        return _code(text.split)
-    if text.source == "package-docstrings":
-        return _package_docstrings()
-    if text.source == "package-descriptions":
-        return _descriptions()
-    return _documents_read(text, where)
-
-
-def _documents_read(text: SourceSection, where: str) -> Iterator[str]:
-    is_file = text.source.endswith(TEXT_SUFFIXES)
+    installed: dict[str, Callable[[], Iterator[str]]] = {
+        "python-docs": _topics,
+        "python-docstrings": _docstrings,
+        "python-code": partial(_code, text.split),
+        "package-docstrings": _package_docstrings,
+        "package-descriptions": _descriptions,
+    }
+    read = _file_documents if text.source.endswith(TEXT_SUFFIXES) else _dataset_documents
     try:
-        yield from _file_documents(text) if is_file else _dataset_documents(text)
+        yield from installed.get(text.source, partial(read, text))()
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
 
@@ -77,6 +71,13 @@ def _documents_read(text: SourceSection, where: str) -> Iterator[str]:
 def is_split_here(text: SourceSection) -> bool:
     """Whether train and test are cut from a text's tokens, because its source has no splits."""
     return is_saved_whole(text) or (text.has_own_split and text.source != "python-code")
+
+
+def _topics() -> Iterator[str]:
+    """Yield the topics of Python's own help."""
+    from pydoc_data.topics import topics
+
+    yield from topics.values()
 
 
 def _docstrings() -> Iterator[str]:
@@ -106,15 +107,11 @@ def _code(split: str) -> Iterator[str]:
     which holds the text of python-docs.
     """
     root = Path(sysconfig.get_path("stdlib"))
-    drawn = []
-    for path in root.glob("*/**/*.py"):
-        inside = path.relative_to(root)
-        if not _is_test(inside) and not _NOT_CODE.intersection(inside.parts):
-            drawn.append((_drawn(inside), path))
-    for digest, path in sorted(drawn):
-        if (digest[-1] >= TRAIN_SHARE * 256) == (split == "test"):
+    for digest, path in _drawn(path.relative_to(root) for path in root.glob("*/**/*.py")):
+        is_test = digest[-1] >= TRAIN_SHARE * 256
+        if is_test == (split == "test") and _NOT_CODE.isdisjoint(path.parts):
             with contextlib.suppress(OSError, UnicodeDecodeError):
-                if source := path.read_text(encoding="utf-8").strip():
+                if source := (root / path).read_text(encoding="utf-8").strip():
                     yield source
 
 
@@ -125,40 +122,35 @@ def _package_docstrings() -> Iterator[str]:
     descriptions, and copies of the standard library's are left out, because these texts are
     measured on.
     """
-    files_of = {}
-    for package in distributions():
-        sources = [file for file in package.files or () if file.suffix == ".py"]
-        drawn = sorted((file for file in sources if not _is_test(file)), key=_drawn)
-        files_of[_name(package)] = [Path(str(file.locate())) for file in drawn]
+    sources = [[f for f in each.files or () if f.suffix == ".py"] for each in _packages()]
     seen = set(_docstrings())
-    for turn in zip_longest(*(paths for _, paths in sorted(files_of.items()))):
-        for path in filter(None, turn):
+    for turn in zip_longest(*map(_drawn, sources)):
+        for _, file in filter(None, turn):
             # a package may bring templates, or files that were removed
             with contextlib.suppress(OSError, SyntaxError, UnicodeError):
-                for docstring in _docstrings_in(path, of_modules=False):
+                for docstring in _docstrings_in(Path(str(file.locate())), of_modules=False):
                     if docstring not in seen:
                         seen.add(docstring)
                         yield docstring
 
 
-def _is_test(path: PurePath) -> bool:
-    return any("test" in part for part in path.parts)
+def _drawn(paths: Iterable[P]) -> list[tuple[bytes, P]]:
+    """Return those of files that are no tests in an order that mixes them, which digests give."""
+    kept = (path for path in paths if not any("test" in part for part in path.parts))
+    return sorted((hashlib.sha256(path.as_posix().encode()).digest(), path) for path in kept)
 
 
-def _drawn(path: PurePath) -> bytes:
-    """Return bytes that put files into an order that mixes them."""
-    return hashlib.sha256(path.as_posix().encode()).digest()
-
-
-def _name(package: Distribution) -> str:
-    return str(package.metadata["Name"]).lower()
+def _packages() -> list[Distribution]:
+    """Return the installed packages in order of their names; of equal names the last one counts."""
+    by_name = {str(package.metadata["Name"]).lower(): package for package in distributions()}
+    return [by_name[name] for name in sorted(by_name)]
 
 
 def _descriptions() -> Iterator[str]:
     """Yield the prose in the installed packages' descriptions, in order of their names."""
-    texts = {_name(each): each.metadata.json.get("description") for each in distributions()}
-    for _, text in sorted(texts.items()):
-        paragraphs = str(text or "").replace("\r\n", "\n").split("\n\n")
+    for package in _packages():
+        text = str(package.metadata.json.get("description") or "")
+        paragraphs = text.replace("\r\n", "\n").split("\n\n")
         if prose := list(filter(_is_prose, map(str.strip, paragraphs))):
             yield "\n\n".join(prose)
 
@@ -175,9 +167,7 @@ def _file_documents(text: SourceSection) -> Iterator[str]:
     with refusing(f"cannot read {text.source}", remedy):
         uris = files.glob(text.source)
     if not uris:
-        raise ValueError(
-            f"there is no file {text.source}; give a .txt, .jsonl or .parquet file, * for several"
-        )
+        raise ValueError(f"there is no file {text.source}; give a .txt, .jsonl or .parquet file")
     column = text.column
     for uri in uris:
         with refusing(f"cannot read {uri}", "check the permissions and the network"):
@@ -260,7 +250,10 @@ def is_saved_whole(text: SourceSection) -> bool:
 def _dataset_documents(text: SourceSection) -> Iterator[str]:
     import datasets
 
-    try:
+    kinds = ", ".join(TEXT_SUFFIXES)
+    remedy = f"check name, config, split and network, or give files ending in {kinds}"
+    named = f"{text.source!r} (config {text.config}, split {text.split})"
+    with refusing(f"cannot read the data set {named}", remedy, _DATA_SET_ERRORS):
         if is_saved_whole(text) or os.path.exists(Path(text.source) / "dataset_dict.json"):
             dataset = datasets.load_from_disk(text.source)
             if isinstance(dataset, datasets.DatasetDict):
@@ -272,10 +265,3 @@ def _dataset_documents(text: SourceSection) -> Iterator[str]:
                 text.source, text.config, split=text.split, revision=text.revision, streaming=True
             )
         yield from _texts_of(dataset, text.column, f"has no text in column {text.column!r}")
-    except _DATA_SET_ERRORS as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ValueError(
-            f"cannot read the data set {text.source!r} (config {text.config}, split {text.split}): "
-            f"{reason}; check name, config, split and network, or give files ending in "
-            f"{', '.join(TEXT_SUFFIXES)}"
-        ) from error

@@ -22,7 +22,8 @@ from typing import Any
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from ray_surgeon.storage.retrying import REASON, naming, refusing, tries_again
+from ray_surgeon.spec.base import REASON, refusing
+from ray_surgeon.storage.retrying import naming, tries_again
 
 WRITING = ".writing-"
 """How the names of folders begin in which files are written until they are whole."""
@@ -46,17 +47,10 @@ def open_filesystem(uri: str) -> tuple[Any, str]:
     # workers ask the machine's role for credentials, all at once, and not all are answered
     if uri.startswith(("s3://", "s3a://")):
         os.environ.setdefault("AWS_METADATA_SERVICE_NUM_ATTEMPTS", "5")
-    known = "give a local path or a URI that fsspec knows, such as s3://bucket/folder"
-    try:
-        with refusing(uri, known, ValueError):
-            filesystem, path = fsspec.core.url_to_fs(uri)
-    except ImportError as error:
-        remedy = f"install its fsspec package ({error})"
-        if uri.startswith("s3"):
-            remedy = "pip install 's3fs' (or ray-surgeon[s3])"
-        raise ValueError(
-            f"{uri}: the storage protocol needs a package that is not installed; {remedy}"
-        ) from error
+    known = "a local path, or a URI that fsspec knows, such as s3://bucket/folder"
+    packages = "the protocol may need a package (of S3: pip install 's3fs' or ray-surgeon[s3])"
+    with refusing(uri, f"give {known}; {packages}", (ImportError, ValueError)):
+        filesystem, path = fsspec.core.url_to_fs(uri)
     if "hf" not in filesystem.protocol:  # whose content is pinned to a commit
         filesystem.invalidate_cache()  # another worker may have written meanwhile
     return filesystem, path
@@ -70,21 +64,19 @@ def exists(uri: str) -> bool:
 
 
 @tries_again
+def facts(uri: str) -> dict[str, Any]:
+    """Return what the file system knows of a file: its size, and what changes with its content."""
+    filesystem, path = open_filesystem(uri)
+    info: dict[str, Any] = filesystem.info(path)
+    return info
+
+
 def size_bytes(uri: str) -> int | None:
     """Return the size of a file, or None if it is not there or its server does not say."""
-    filesystem, path = open_filesystem(uri)
     try:
-        size = filesystem.size(path)
+        return facts(uri).get("size")
     except FileNotFoundError:
         return None
-    return None if size is None else int(size)
-
-
-@tries_again
-def remove(uri: str) -> None:
-    """Remove a file."""
-    filesystem, path = open_filesystem(uri)
-    filesystem.rm_file(path)
 
 
 @tries_again
@@ -112,10 +104,11 @@ def remove_files(uri: str, patterns: Sequence[str]) -> None:
 
 @tries_again
 def download(uri: str, target: Path) -> None:
-    """Copy a file to a local path."""
+    """Copy a whole file to a local path."""
     filesystem, path = open_filesystem(uri)
     with naming(str(target)):
         filesystem.get_file(path, str(target))
+    _check_whole(target.stat().st_size, filesystem.size(path))
 
 
 @tries_again
@@ -159,18 +152,18 @@ def read_bytes(uri: str) -> bytes:
     """Read a whole file."""
     filesystem, path = open_filesystem(uri)
     content: bytes = filesystem.cat_file(path)
-    check_whole(uri, len(content), filesystem.size(path))
+    _check_whole(len(content), filesystem.size(path))
     return content
 
 
-def check_whole(uri: str, num_bytes: int, size: int | None) -> None:
+def _check_whole(num_bytes: int, size: int | None) -> None:
     """Refuse what came of a file if that is less, or more, than its size; None if nobody knows it.
 
     Raises:
         OSError: it is not whole.
     """
     if size not in (None, num_bytes):  # web servers need not say the size
-        raise OSError(errno.EIO, f"{uri}: {num_bytes} of {size} bytes came")
+        raise OSError(errno.EIO, f"{num_bytes} of {size} bytes came")
 
 
 def check_size(uri: str, max_bytes: int, what: str) -> None:
@@ -199,11 +192,10 @@ def decoded(content: bytes, what: str) -> str:
     Raises:
         ValueError: they are not UTF-8.
     """
-    try:
-        return content.decode()
-    except UnicodeDecodeError as error:
-        reason = f"{error.reason} at byte {error.start}"
-        raise ValueError(f"{what} not UTF-8 text ({reason}); convert the file to UTF-8") from error
+    said = f"{what} not UTF-8 text ({REASON})"
+    with refusing(said, "convert the file to UTF-8", UnicodeDecodeError):
+        text = content.decode()
+    return text
 
 
 @contextlib.contextmanager
@@ -226,9 +218,7 @@ def _upload(uri: str, source: Path) -> None:
         os.replace(source, path)
     else:
         filesystem.put_file(str(source), path)
-        written = filesystem.info(path)["size"]
-        if written != source.stat().st_size:
-            raise OSError(errno.EIO, f"{uri}: {written} of {source.stat().st_size} bytes arrived")
+        _check_whole(filesystem.size(path), source.stat().st_size)
 
 
 def put_file(uri: str, source: Path) -> None:
@@ -277,5 +267,5 @@ def read_range(uri: str, start: int, end: int) -> bytes:
     """Read bytes from `start` up to `end`, once: callers try again."""
     filesystem, path = open_filesystem(uri)
     content: bytes = filesystem.cat_file(path, start=start, end=end)
-    check_whole(uri, len(content), end - start)
+    _check_whole(len(content), end - start)
     return content

@@ -9,14 +9,15 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from huggingface_hub import HfApi, ModelInfo, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from torch import Tensor
 
+from ray_surgeon.spec.base import refusing
 from ray_surgeon.spec.sections import ModelSection
 from ray_surgeon.storage import copies, files, tensor_files
-from ray_surgeon.storage.retrying import refusing
 
 HTTP_ERROR: type[Exception] = HfHubHTTPError.__bases__[0]
 """Base class of the errors of the HTTP client that the Hub's library uses.
@@ -59,10 +60,7 @@ class ModelFiles:
             ValueError: there is no config.json.
         """
         if "config.json" not in self.names:
-            raise ValueError(
-                f"model.source: {self.origin} has no config.json; give the folder of a Hugging "
-                "Face checkpoint"
-            )
+            raise ValueError(f"model.source: {self.origin} has no config.json; give a checkpoint")
         names = [name for name in SMALL_FILES if name in self.names]
         remedy = "a model's file of this name is smaller; fetch it again"
         for name in names:
@@ -82,9 +80,8 @@ class ModelFiles:
     @property
     def has_weights(self) -> bool:
         """Whether there is a file of weights that can be read."""
-        return any(
-            name.endswith((".safetensors", ".safetensors.index.json")) for name in self.names
-        )
+        kinds = (".safetensors", ".safetensors.index.json")
+        return any(name.endswith(kinds) for name in self.names)
 
     def weight_files(self) -> list[str]:
         """Return the safetensors files that hold the weights.
@@ -109,16 +106,13 @@ class ModelFiles:
         index = files.read_json(str(self.fetch("model.safetensors.index.json")))
         weight_map = index.get("weight_map") if isinstance(index, dict) else None
         of_index = f"model.source: the index of {self.origin}"
-        if not isinstance(weight_map, dict) or not all(
-            isinstance(file, str) for file in weight_map.values()
-        ):
+        named: list[Any] = [*weight_map.values()] if isinstance(weight_map, dict) else [None]
+        if not all(isinstance(file, str) for file in named):
             raise ValueError(f"{of_index} has no weight_map of names to files; fetch it again")
-        names = sorted(set(weight_map.values()))
+        names = sorted(set(named))
         strange = [f for f in names if f not in self.names or PurePosixPath(f).name != f]
         if strange or not names:
-            raise ValueError(
-                f"{of_index} names missing files: {strange[:3]}; fetch the whole checkpoint"
-            )
+            raise ValueError(f"{of_index} names missing files: {strange[:3]}; fetch it again")
         return names
 
     def shapes_and_fingerprint(self) -> tuple[dict[str, tuple[int, ...]], str]:
@@ -134,14 +128,14 @@ class ModelFiles:
         """
         shapes: dict[str, tuple[int, ...]] = {}
         digest = hashlib.sha256(self.fetch("config.json").read_bytes())
+        wide = ("F64", "F32", "F16", "BF16")
         for name in self.weight_files():
             header = tensor_files.read_header(self.open_uri(name))
-            for key, dtype in header.dtypes.items():
-                if key.endswith(".weight") and dtype not in ("F64", "F32", "F16", "BF16"):
+            for key, entry in header.entries.items():
+                if key.endswith(".weight") and entry.dtype not in wide:
                     raise ValueError(
-                        f"model.source: {key} of {self.origin} is {dtype}, so it is quantised, and "
-                        "updates need weights as they were; give the checkpoint in bfloat16 or "
-                        "float32, and quantise the pruned model with output.quantize"
+                        f"model.source: {key} of {self.origin} is {entry.dtype}, so it is quantised"
+                        "; give float32 or bfloat16, and quantise what is pruned, output.quantize"
                     )
             shapes.update(header.shapes)
             digest.update(header.fingerprint.encode())
@@ -193,9 +187,7 @@ def open_model(source: ModelSection) -> ModelFiles:
 
 def _folder(source: ModelSection, folder: Path) -> ModelFiles:
     if source.revision is not None:
-        raise ValueError(
-            f"model.revision: {source.source} is a local folder, which has no revisions; remove it"
-        )
+        raise ValueError(f"model.revision: {source.source} is a local folder; remove it")
     paths = [*folder.iterdir(), *(folder / TEMPLATES).glob("*.jinja")]
     names = tuple(sorted(path.relative_to(folder).as_posix() for path in paths if path.is_file()))
     for name in filter(goes_along, names):  # into exports; weights may lie elsewhere
@@ -225,17 +217,14 @@ def _remote(source: ModelSection) -> ModelFiles:
 def _hub(source: ModelSection) -> ModelFiles:
     revision = source.revision
     api = HfApi()
-    try:
+    named = f"{source.source!r} (revision {revision or 'main'})"
+    refused = f"model.source: cannot read {named} from the Hub, and it is no local folder"
+    remedy = "check the id, HF_TOKEN and the network, or give a folder"
+    with refusing(refused, remedy, (HTTP_ERROR, HFValidationError, OSError, RuntimeError)):
         info = api.model_info(source.source, revision=revision)
         is_pickled = not any(name.endswith(".safetensors") for name in _names(info))
         if is_pickled and revision is None and (revision := _conversion_revision(api, info.id)):
             info = api.model_info(info.id, revision=revision)
-    except (HTTP_ERROR, HFValidationError, OSError, RuntimeError) as error:
-        raise ValueError(
-            f"model.source: cannot read {source.source!r} (revision {revision or 'main'}) from the "
-            f"Hub, and it is no local folder: {str(error).splitlines()[0]}; check the id, HF_TOKEN "
-            "and the network, or give a folder"
-        ) from error
     repo = info.id  # the whole name: old repositories have a short one, too (gpt2)
     commit = info.sha
 

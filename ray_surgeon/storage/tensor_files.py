@@ -5,23 +5,23 @@ They are read one by one, from a map of a local file or by ranges of a remote on
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
 import re
-import struct
-import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ray_surgeon.spec.base import REASON, refusing
 from ray_surgeon.storage import files
-from ray_surgeon.storage.retrying import REASON, refusing, tries_again
+from ray_surgeon.storage.retrying import tries_again
 
 _MAX_HEADER_BYTES = 25_000_000
 """Most bytes of a safetensors file's header.
@@ -71,17 +71,12 @@ class Reader:
 
     def __init__(self) -> None:
         """Start without open files."""
-        self._open: dict[str, Any] = {}
-        self._headers: dict[str, Header] = {}
-        self._lock = threading.Lock()
+        self.header = functools.cache(read_header)
+        self._mapped = functools.cache(_mapped)
 
     def names(self, uri: str) -> list[str]:
         """Return the names of a file's tensors."""
-        return list(self._header(uri).shapes)
-
-    def shapes(self, uri: str) -> Mapping[str, tuple[int, ...]]:
-        """Return the shapes of a file's tensors by name."""
-        return self._header(uri).shapes
+        return list(self.header(uri).shapes)
 
     def read(self, uri: str, name: str, entry: int | None = None) -> Tensor:
         """Return a tensor, or an entry of its first dimension.
@@ -89,48 +84,51 @@ class Reader:
         A local one must not be written to.
         """
         if files.is_local(uri):
-            with self._lock:
-                if uri not in self._open:
-                    self._open[uri] = safe_open(files.open_filesystem(uri)[1], framework="pt")
-            tensor: Tensor = self._open[uri].get_tensor(name)
+            tensor: Tensor = self._mapped(uri).get_tensor(name)
             return tensor if entry is None else tensor[entry]
-        header = self._header(uri)
-        (start, end) = header.bytes_of[name]
-        shape = header.shapes[name]
+        shape, dtype, start, end = self.header(uri).entries[name]
         if entry is not None:
             size = (end - start) // shape[0]
             shape = shape[1:]
             end = start + (entry + 1) * size
             start = start + entry * size
         content = bytearray(_read_part(uri, start, end))
-        dtype = _DTYPES[header.dtypes[name]]
         if not content:
-            return torch.empty(shape, dtype=dtype)
-        return torch.frombuffer(content, dtype=dtype).view(shape)
+            return torch.empty(shape, dtype=_DTYPES[dtype])
+        return torch.frombuffer(content, dtype=_DTYPES[dtype]).view(shape)
 
     def close(self) -> None:
         """Close the files, so that the space of removed ones is free.
 
         A further read opens its file again.
         """
-        with self._lock:
-            self._open.clear()
+        self._mapped.cache_clear()
 
-    def _header(self, uri: str) -> Header:
-        with self._lock:
-            if uri not in self._headers:
-                self._headers[uri] = read_header(uri)
-            return self._headers[uri]
+
+def _mapped(uri: str) -> Any:
+    return safe_open(files.open_filesystem(uri)[1], framework="pt")
+
+
+class Entry(NamedTuple):
+    """What a header says of a tensor."""
+
+    shape: tuple[int, ...]
+    dtype: str  # in the format's own words, e.g. "BF16"
+    first: int  # byte in the file
+    end: int  # byte after the last one
 
 
 @dataclass(frozen=True)
 class Header:
     """What a safetensors file says of its tensors."""
 
-    shapes: Mapping[str, tuple[int, ...]]  # by name
-    dtypes: Mapping[str, str]  # in the format's own words, e.g. "BF16"
-    bytes_of: Mapping[str, tuple[int, int]]  # first byte and the one after the last, in the file
+    entries: Mapping[str, Entry]  # by name
     fingerprint: str  # SHA-256 over the header, the file's size and its last 64 KiB
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the tensors by name."""
+        return {name: entry.shape for name, entry in self.entries.items()}
 
 
 @tries_again
@@ -142,53 +140,42 @@ def read_header(uri: str) -> Header:
     """
     filesystem, path = files.open_filesystem(uri)
     size = int(filesystem.size(path))
-    prefix = files.read_range(uri, 0, min(8, size))
-    length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
+    length = int.from_bytes(files.read_range(uri, 0, min(8, size)), "little")
     if not 2 <= length <= min(_MAX_HEADER_BYTES, size - 8):
         raise ValueError(
-            f"{uri}: not a safetensors file, or cut short ({size} bytes, header of {length}); "
-            "fetch it again"
+            f"{uri}: not a safetensors file, or cut short ({size} bytes); fetch it again"
         )
     start = 8 + length
     raw = files.read_range(uri, 8, start)
     damaged = f"{uri}: the safetensors header is damaged ({REASON})"
     with refusing(damaged, "fetch the file again", _BAD_HEADER):
-        entries = json.loads(raw)
-        entries.pop("__metadata__", None)
-        shapes = {name: tuple(int(n) for n in entry["shape"]) for name, entry in entries.items()}
-        end = start + _end_of_data(entries, shapes)
+        entries, end = _entries(json.loads(raw), start)
     if end != size:
-        raise ValueError(
-            f"{uri}: cut short or padded: {size} bytes, {end} by its header; fetch it again"
-        )
+        raise ValueError(f"{uri}: cut short or padded ({size} bytes for {end}); fetch it again")
     tail = files.read_range(uri, max(start, size - _FINGERPRINT_BYTES), size)
-    offsets = {name: entry["data_offsets"] for name, entry in entries.items()}
-    return Header(
-        shapes,
-        {name: str(entry["dtype"]) for name, entry in entries.items()},
-        {name: (start + int(first), start + int(last)) for name, (first, last) in offsets.items()},
-        hashlib.sha256(raw + str(size).encode() + tail).hexdigest(),
-    )
+    return Header(entries, hashlib.sha256(raw + str(size).encode() + tail).hexdigest())
 
 
-def _end_of_data(entries: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> int:
-    """Return where the last tensor ends, after a check of the header.
+def _entries(document: dict[str, Any], start: int) -> tuple[dict[str, Entry], int]:
+    """Return what a header says of each tensor, and where the last one ends.
 
-    Tensors must follow each other and have the bytes of their shapes.
+    Tensors must follow each other from the byte `start` on, and have the bytes of their shapes.
 
     Raises:
         ValueError: names the tensor that does not.
     """
-    end = 0
-    for name, entry in sorted(entries.items(), key=lambda item: int(item[1]["data_offsets"][0])):
-        first, last = (int(offset) for offset in entry["data_offsets"])
-        if entry["dtype"] not in _DTYPES:
-            raise ValueError(f"{name} has the unknown dtype {entry['dtype']}")
-        size = math.prod(shapes[name]) * _DTYPES[entry["dtype"]].itemsize
-        if min(shapes[name], default=0) < 0 or (first, last - first) != (end, size):
-            raise ValueError(
-                f"{name} of shape {shapes[name]} and dtype {entry['dtype']} cannot lie at bytes "
-                f"{first} to {last}"
-            )
+    document.pop("__metadata__", None)
+    entries = {}
+    end = start
+    for name, about in sorted(document.items(), key=lambda item: int(item[1]["data_offsets"][0])):
+        shape = tuple(int(n) for n in about["shape"])
+        dtype = about["dtype"]
+        first, last = (start + int(offset) for offset in about["data_offsets"])
+        if dtype not in _DTYPES:
+            raise ValueError(f"{name} has the unknown dtype {dtype}")
+        size = math.prod(shape) * _DTYPES[dtype].itemsize
+        if min(shape, default=0) < 0 or (first, last - first) != (end, size):
+            raise ValueError(f"{name} of shape {shape} cannot lie at bytes {first} to {last}")
+        entries[name] = Entry(shape, dtype, first, last)
         end = last
-    return end
+    return {name: entries[name] for name in document}, end

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import AutoTokenizer
 
+from ray_surgeon.spec.base import REASON, refusing
 from ray_surgeon.spec.texts import SourceSection
 from ray_surgeon.storage import documents
 
@@ -70,9 +71,7 @@ def cut_windows(
         )
     different = len(np.unique(stream))
     if different < min(_FEWEST_TOKENS, len(stream)):
-        raise ValueError(
-            f"{where}: the whole text has only {different} different tokens; give real text"
-        )
+        raise ValueError(f"{where}: the text has only {different} different tokens; give real text")
     if stride:
         starts = np.arange(num_sequences) * stride
     else:
@@ -102,10 +101,9 @@ def read_windows(
     if section.bos and first is None:
         raise ValueError(f"{where}.bos: true, but the tokenizer has no BOS token; remove it")
     stream = token_stream(section, tokenizer, where)
-    of_text = f"{where} ({section.source})"
-    return cut_windows(
-        stream, num_sequences, sequence_length, section.stride, section.seed, of_text, first
-    )
+    at = f"{where} ({section.source})"
+    sizes = (num_sequences, sequence_length, section.stride, section.seed)
+    return cut_windows(stream, *sizes, at, first)
 
 
 def load_tokenizer(folder: Path, origin: str) -> Any:
@@ -118,34 +116,32 @@ def load_tokenizer(folder: Path, origin: str) -> Any:
     Raises:
         ValueError: there is none, it is code, or spaces get lost in it.
     """
-    said = folder / "tokenizer_config.json"
-    try:
+    about = folder / "tokenizer_config.json"
+    remedy = "copy its files beside config.json"
+    if about.exists() and '"auto_map"' in about.read_text(encoding="utf-8", errors="replace"):
+        remedy = "it is code, which is never run, so make a tokenizer.json of it"
+    refused = f"model.source: {origin} has no tokenizer that loads ({REASON})"
+    with refusing(refused, remedy, Exception):  # the code of any tokenizer may raise anything
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # the code of any tokenizer may raise anything
-        reason = " ".join(str(error).split())[:300]
-        remedy = "copy its files beside config.json"
-        if said.exists() and '"auto_map"' in said.read_text(encoding="utf-8", errors="replace"):
-            remedy = (
-                "it is code, which is never run, so make a tokenizer.json of it, or give model and "
-                "tokenizer in memory"
-            )
-        raise ValueError(
-            f"model.source: {origin} has no tokenizer that loads ({reason}); {remedy}"
-        ) from error
     # some versions take the class for the file's
-    if "ab" in tokenizer.decode(tokenizer("a b", add_special_tokens=False)["input_ids"]):
+    if "ab" in tokenizer.decode(list(tokens_of(tokenizer, "a b"))):
         raise ValueError(
-            f"model.source: the tokenizer of {origin} loses spaces as transformers loads it; take "
-            "another version of transformers"
+            f"model.source: the tokenizer of {origin} loses spaces in this version of transformers"
         )
     return tokenizer
 
 
 def first_token(tokenizer: Any) -> int | None:
     """Return the token that a transformers tokenizer itself puts before a text, if there is one."""
-    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
     whole = tokenizer("a", add_special_tokens=True)["input_ids"]
-    return int(whole[0]) if len(whole) > len(plain) and whole[0] == tokenizer.bos_token_id else None
+    has_first = len(whole) > len(tokens_of(tokenizer, "a")) and whole[0] == tokenizer.bos_token_id
+    return int(whole[0]) if has_first else None
+
+
+def tokens_of(tokenizer: Any, text: str) -> tuple[int, ...]:
+    """Return the tokens of a text alone."""
+    options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
+    return tuple(tokenizer(text, **options)["input_ids"])
 
 
 def order(counts: Sequence[int]) -> list[tuple[int, int]]:
@@ -185,12 +181,8 @@ def token_stream(text: SourceSection, tokenizer: Any, where: str) -> NDArray[np.
     for batch in documents.batches(of_text, documents.PIECE_BYTES, per_call):
         goes_on = len(batch) == per_call or sum(map(len, batch)) >= documents.PIECE_BYTES
         chunk = "\n\n".join(batch) + "\n\n" * goes_on
-        made = tokenizer(
-            chunk, add_special_tokens=False, return_attention_mask=False, verbose=False
-        )
-        ids = made["input_ids"]
-        pieces.append(np.asarray(ids, dtype=np.int64))
-        count += len(ids)
+        pieces.append(np.array(tokens_of(tokenizer, chunk), dtype=np.int64))
+        count += len(pieces[-1])
         if count >= text.max_tokens:
             break
     stream = np.concatenate(pieces)[: text.max_tokens] if pieces else np.zeros(0, dtype=np.int64)

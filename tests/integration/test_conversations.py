@@ -16,13 +16,7 @@ from ray_surgeon.report.directory import RunDirectory
 from ray_surgeon.runtime.writing import Wanted, write_texts
 from ray_surgeon.spec.calibration import CalibrationSection
 from ray_surgeon.stages.self_text import conversations
-from ray_surgeon.stages.self_text.conversations import (
-    Conversation,
-    WrittenText,
-    pack,
-    repeats,
-    write,
-)
+from ray_surgeon.stages.self_text.conversations import Conversation, pack, repeats, write
 from ray_surgeon.stages.self_text.requests import Conversations, to_be_written
 from ray_surgeon.stages.self_text.stage import as_tensors, from_tensors
 from ray_surgeon.storage import tensor_files
@@ -317,12 +311,3 @@ def test_what_a_template_cannot_do_is_refused(
         chatty.chat_template = template
         with pytest.raises(ValueError, match=said):
             asked(chatty, chat=True)
-
-
-def test_a_text_without_answers_is_read_as_such() -> None:
-    tokens = np.arange(6).reshape(2, 3)
-    tensors = as_tensors({1: WrittenText(tokens, tokens > 2)})
-    assert sorted(tensors) == ["1", "1.answers"]
-    found = from_tensors({"1": tensors["1"]})[1]
-    assert not found.answers.any()
-    assert np.array_equal(found.tokens, tokens)

@@ -248,7 +248,7 @@ AS_UNIFORM = f"{AS_GROUPS}; pruning.allocation=uniform"
         ("llama", "output.exports=[uniform]", "needs pruning.structure groups"),
         ("llama", f"{AS_GROUPS}; output.exports=[uniform]", "needs pruning.allocation uniform"),
         ("llama", "output.exports=[masked, masked]", "names one twice"),
-        ("llama", f"{AS_GROUPS}; output.speed={{}}", "has no smaller model to measure"),
+        ("llama", f"{AS_GROUPS}; output.speed={{}}", "speed: needs one of the exports"),
         ("llama", f"{AS_UNIFORM}; pruning.remove_blocks=true", "pruning.remove_blocks"),
         ("llama", "pruning.remove_blocks=true", "pruning.remove_blocks"),
         ("gpt2", AS_UNIFORM, "at most 0.3525"),

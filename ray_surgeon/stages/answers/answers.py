@@ -23,6 +23,7 @@ from ray_surgeon.runtime.wave import ANSWERS
 from ray_surgeon.runtime.writing import Wanted, write_texts
 from ray_surgeon.stages.answers.prompts import Yardstick
 from ray_surgeon.stages.self_text.conversations import repeats
+from ray_surgeon.stages.self_text.stage import was_written
 from ray_surgeon.stages.stage import Facts, RunState, Stage
 from ray_surgeon.storage import files
 
@@ -33,6 +34,8 @@ _PROMPT_TOKENS = 256
 
 Prompts = tuple[tuple[int, ...], ...]
 """Tokens of each, one or more."""
+Decode = Callable[[Sequence[int]], str]
+"""Returns the text of tokens."""
 
 
 @dataclass(frozen=True)
@@ -55,18 +58,13 @@ class Answers:
 
 
 @dataclass(frozen=True)
-class Rates:
-    """A pruned model at the tokens of the dense model's answers."""
-
-    acceptance: float  # mean of ``sum_v min(p_v, q_v)`` over the answers' tokens
-    agreement: float  # fraction of them for which both models have the same most likely token
-    divergence: float  # mean over them of the divergence from the dense model, in nats
-
-
-@dataclass(frozen=True)
-class Generation(Rates):
+class Generation:
     """A pruned model beside the dense model's answers."""
 
+    # at the tokens of the dense model's answers
+    acceptance: float  # mean of ``sum_v min(p_v, q_v)``
+    agreement: float  # fraction of them for which both models have the same most likely token
+    divergence: float  # mean over them of the divergence from the dense model, in nats
     # for each prompt, tokens in which both own answers agree from the start
     departures: tuple[int, ...]
     # of the answers that the dense model ended, the fraction that is not ended; None if it ended
@@ -124,8 +122,11 @@ def remember_answers(cluster: Cluster, answers: Answers) -> None:
     passes.pass_up_to_the_head(cluster, tokens, every, ANSWERS, "the dense model's answers")
 
 
-def measure_rates(cluster: Cluster, answers: Answers) -> Rates:
+def measure_rates(cluster: Cluster, answers: Answers) -> dict[str, float]:
     """Measure weights on the answers that workers remember, without writing any.
+
+    Returns:
+        Acceptance, agreement and divergence, as in `Generation`.
 
     Raises:
         FloatingPointError: the divergence is not a number.
@@ -138,7 +139,7 @@ def measure_rates(cluster: Cluster, answers: Answers) -> Rates:
         for name in ("acceptance", "agreement", "divergence")
     }
     passes.finite("the divergence from the dense model on its answers", means["divergence"])
-    return Rates(**means)
+    return means
 
 
 def measure_answers(cluster: Cluster, answers: Answers, max_tokens: int) -> Generation:
@@ -152,7 +153,7 @@ def measure_answers(cluster: Cluster, answers: Answers, max_tokens: int) -> Gene
     ended = zip(own, answers.ended, strict=True)
     is_open = [answer[-1] not in answers.ends for answer, was_ended in ended if was_ended]
     return Generation(
-        **asdict(rates),
+        **rates,
         departures=tuple(map(departure, answers.answers, own)),
         not_ended=fmean(is_open) if is_open else None,
         repeating=fmean(map(repeats, own)),
@@ -166,7 +167,7 @@ def departure(answer: Sequence[int], second_answer: Sequence[int]) -> int:
     return len(list(itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)))
 
 
-def dense_record(answers: Answers, decode_tokens: Callable[[Sequence[int]], str]) -> dict[str, Any]:
+def dense_record(answers: Answers, decode_tokens: Decode) -> dict[str, Any]:
     """Return what a report tells of the dense model's answers; `decode_tokens` gives their text."""
     return {
         "num_prompts": len(answers.prompts),
@@ -180,19 +181,14 @@ def dense_record(answers: Answers, decode_tokens: Callable[[Sequence[int]], str]
     }
 
 
-def shot_record(
-    answers: Answers, generation: Generation, decode_tokens: Callable[[Sequence[int]], str]
-) -> dict[str, Any]:
+def shot_record(answers: Answers, generation: Generation, decode_tokens: Decode) -> dict[str, Any]:
     """Return what a report tells of the answers after a shot; see `dense_record`."""
     pruned = decode_tokens(generation.answers[0])[:_EXAMPLE_CHARACTERS]
-    departures = generation.departures
-    return {
-        "acceptance": generation.acceptance,
-        "agreement": generation.agreement,
-        "divergence": generation.divergence,
+    record = asdict(generation)
+    del record["answers"]
+    departures = record.pop("departures")
+    return record | {
         "tokens_until_departure": {"mean": fmean(departures), "median": median(departures)},
-        "not_ended": generation.not_ended,
-        "repeating": generation.repeating,
         "example": dense_record(answers, decode_tokens)["example"] | {"pruned": pruned},
     }
 
@@ -225,29 +221,20 @@ class DenseAnswers(Stage):
         Raises:
             ValueError: the answers of an earlier try are gone.
         """
-        answers = self._answers(run)
+        uri = run.directory.path("answers.json")
+        section = self.yardstick.section
+        if not was_written(run, uri):
+            prompts = self.yardstick.prompts_on(run.cluster)
+            answers = answers_of(run.cluster, prompts, section.max_new_tokens, self.yardstick.ends)
+            write_answers(uri, answers)
+        else:
+            answers = read_answers(uri)
+            if not run.resumes:  # otherwise its states are among those of the dense model
+                remember_answers(run.cluster, answers)
         run.keep(answers)
         facts |= {"prompts": len(answers.prompts), "num_tokens": answers.num_tokens}
         if not run.resumes:
             run.report.dense["generation"] = dense_record(answers, self.yardstick.text_of)
-
-    def _answers(self, run: RunState) -> Answers:
-        uri = run.directory.path("answers.json")
-        if files.exists(uri):
-            answers = read_answers(uri)
-            if not run.resumes:  # otherwise its states are among those of the dense model
-                remember_answers(run.cluster, answers)
-            return answers
-        if run.resumes:
-            raise ValueError(
-                f"{uri} is gone, and the dense model with it, whose answers it had; put it back, "
-                "or start a new run"
-            )
-        section = self.yardstick.section
-        prompts = self.yardstick.prompts_on(run.cluster)
-        answers = answers_of(run.cluster, prompts, section.max_new_tokens, self.yardstick.ends)
-        write_answers(uri, answers)
-        return answers
 
     def fingerprints(self) -> Mapping[str, Any]:
         """Return the prompts: answers before and after are to the same ones."""
@@ -273,8 +260,8 @@ class BeforeCorrection(Stage):
     def run(self, run: RunState, facts: Facts) -> None:
         """Measure what corrections begin from."""
         rates = measure_rates(run.cluster, run.kept(Answers))
-        run.record["generation_before_correction"] = asdict(rates)
-        facts["accepted"] = rates.acceptance
+        run.record["generation_before_correction"] = rates
+        facts["accepted"] = rates["acceptance"]
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 from transformers import PretrainedConfig
 
 from ray_surgeon.runtime.cluster import Cluster
-from ray_surgeon.spec.written import START_TOKENS, TURN_TOKENS
-from ray_surgeon.stages.answers.section import GenerationSection
+from ray_surgeon.spec.evaluation import GenerationSection
+from ray_surgeon.spec.texts import START_TOKENS, TURN_TOKENS
 from ray_surgeon.stages.self_text.conversations import Writer
-from ray_surgeon.stages.self_text.requests import Conversations, Texts, chat_marks
+from ray_surgeon.stages.self_text.requests import Conversations, Language, Texts
 from ray_surgeon.stages.self_text.stage import SelfText
 from ray_surgeon.storage.prompts import read_prompts
 
@@ -46,9 +46,7 @@ class Yardstick:
     @property
     def fingerprint(self) -> dict[str, Any]:
         """What must be the same when a run goes on; prompts that the model writes may differ."""
-        digest = None
-        if self.request is None:
-            digest = hashlib.sha256(repr(self.prompts).encode()).hexdigest()
+        digest = None if self.request else hashlib.sha256(repr(self.prompts).encode()).hexdigest()
         return self.section.model_dump(mode="json", exclude={"prompts"}) | {"prompts": digest}
 
     def prompts_on(self, cluster: Cluster) -> tuple[tuple[int, ...], ...]:
@@ -83,90 +81,75 @@ def yardstick_for(
     """
     if section is None or tokenizer is None:
         return None, self_text
+    language = Language(tokenizer, config)
     if isinstance(section, GenerationSection):
-        return _yardstick_of(section, tokenizer, config, windows), self_text
-    if self_text is not None and (held := _held_prompts(self_text, tokenizer, config)):
+        return _yardstick_of(section, language, windows), self_text
+    if self_text is not None and (held := _held_prompts(self_text, language)):
         return held
     try:
-        yardstick = _yardstick_of(GenerationSection(), tokenizer, config, windows)
+        yardstick = _yardstick_of(GenerationSection(), language, windows)
     except ValueError:  # a chat template that shows no turns, or a model with no room for answers
         return None, self_text
     return yardstick if yardstick.request else None, self_text
 
 
-def check_prompts(
-    prompts: Sequence[Sequence[int]], max_new_tokens: int, longest: int | None, where: str
-) -> None:
+def check_prompts(prompts: Sequence[Sequence[int]], new: int, longest: float, where: str) -> None:
     """Refuse prompts that the model cannot answer.
 
     Args:
         prompts: tokens of each.
-        max_new_tokens: of an answer.
-        longest: tokens that the model takes at most; None if that is not limited.
+        new: tokens of an answer, at most.
+        longest: tokens that the model takes at most.
         where: field of the prompts in the job spec.
 
     Raises:
-        ValueError: there is no prompt, or one is empty or leaves no room; names the field.
+        ValueError: a prompt is empty or leaves no room; names the field.
     """
-    if not prompts:
-        raise ValueError(f"{where}: there is no prompt; give one at least")
     for number, prompt in enumerate(prompts):
-        if not prompt:
-            raise ValueError(f"{where}: prompt {number} has no tokens; give a text")
-        if longest is not None and len(prompt) + max_new_tokens > longest:
+        if not 0 < len(prompt) <= longest - new:
             raise ValueError(
-                f"{where}: prompt {number} has {len(prompt)} tokens and its answer up to "
-                f"{max_new_tokens}, but the model takes at most {longest} together; shorten it, or "
-                "lower max_new_tokens"
+                f"{where}: prompt {number} has {len(prompt)} tokens and its answer up to {new}, "
+                f"but the model takes at most {longest}, one of a prompt at least; change those"
             )
 
 
 def _yardstick_of(
-    section: GenerationSection, tokenizer: Any, config: PretrainedConfig, windows: NDArray[np.int64]
+    section: GenerationSection, language: Language, windows: NDArray[np.int64]
 ) -> Yardstick:
     """Return the prompts of a section, or how they are to be written.
 
     Args:
         section: `evaluation.generation`.
-        tokenizer: of the model.
-        config: of the model.
+        language: of the model.
         windows: [num_sequences, sequence_length] of the evaluation text that a model without a chat
             template goes on with.
 
     Raises:
         ValueError: a prompt cannot be read or answered; names the field.
     """
-    longest = getattr(config, "max_position_embeddings", None)
+    longest = language.longest
     new = section.max_new_tokens
-    marks = chat_marks(tokenizer, config, WHERE)
+    marks = language.marks(WHERE)
     request = None
     starts = windows[: section.num_prompts, :START_TOKENS]
-    prompts = [tuple(start) for start in starts.tolist()]
+    prompts = tuple(tuple(start) for start in starts.tolist())
     if section.prompts is not None:
-        most = None if longest is None else longest - new
-        read = read_prompts(section.prompts, tokenizer, f"{WHERE}.prompts", most)
+        where = f"{WHERE}.prompts"
+        read = read_prompts(section.prompts, language.tokenizer, where, longest - new)
         order = np.random.default_rng(section.seed).permutation(len(read))
-        prompts = [read[number].tokens for number in sorted(order[: section.num_prompts])]
+        prompts = tuple(read[number].tokens for number in sorted(order[: section.num_prompts]))
     elif marks.opening:
-        # a third is a turn's
-        length = len(marks.opening) + len(marks.closing) + len(marks.end) + 3 * TURN_TOKENS
+        length = marks.num_tokens + 3 * TURN_TOKENS  # a third is a turn's
         request = Conversations(marks, None, 0, length, 1.0, section.seed + _SEED, WHERE)
         prompt = (*marks.opening, *marks.closing, *[0] * request.turn_tokens)
         check_prompts([prompt], new, longest, f"{WHERE}.max_new_tokens")
     if request is None:
         check_prompts(prompts, new, longest, f"{WHERE}.prompts")
-    return Yardstick(section, tuple(prompts), request, marks.ends_of_answer, tokenizer)
+    return Yardstick(section, prompts, request, marks.ends_of_answer, language.tokenizer)
 
 
-def _held_prompts(
-    self_text: SelfText, tokenizer: Any, config: PretrainedConfig
-) -> tuple[Yardstick, SelfText] | None:
+def _held_prompts(self_text: SelfText, language: Language) -> tuple[Yardstick, SelfText] | None:
     """Take some prompts of the calibration's file out of it, for the comparison alone.
-
-    Args:
-        self_text: what the model is to write for the calibration.
-        tokenizer: of the model.
-        config: of the model.
 
     Returns:
         The yardstick, and what is left to be written; None if the calibration has no file of two
@@ -174,16 +157,16 @@ def _held_prompts(
     """
     section = GenerationSection()
     for number, request in self_text.requests.items():
-        if isinstance(request, Texts) or request.prompts is None or len(request.prompts) < 2:
+        if isinstance(request, Texts) or len(prompts := request.prompts or ()) < 2:
             continue
-        prompts = request.prompts
         count = min(section.num_prompts, max(1, round(_HELD_SHARE * len(prompts))))
         held = set(np.random.default_rng(section.seed).permutation(len(prompts))[:count].tolist())
         taken = tuple(prompts[i].tokens for i in sorted(held))
         rest = tuple(prompt for i, prompt in enumerate(prompts) if i not in held)
-        longest = getattr(config, "max_position_embeddings", None)
-        check_prompts(taken, section.max_new_tokens, longest, f"{request.where}.prompts")
-        yardstick = Yardstick(section, taken, None, request.marks.ends_of_answer, tokenizer)
+        where = f"{request.where}.prompts"
+        check_prompts(taken, section.max_new_tokens, language.longest, where)
+        ends = request.marks.ends_of_answer
+        yardstick = Yardstick(section, taken, None, ends, language.tokenizer)
         requests = {**self_text.requests, number: replace(request, prompts=rest)}
         return yardstick, replace(self_text, requests=requests)
     return None

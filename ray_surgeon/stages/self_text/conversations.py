@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from ray_surgeon.runtime.cluster import Cluster
 from ray_surgeon.runtime.writing import Wanted, write_texts
-from ray_surgeon.spec.written import ANSWER_TOKENS
+from ray_surgeon.spec.texts import ANSWER_TOKENS
 from ray_surgeon.stages.self_text.requests import Conversations, Request
 from ray_surgeon.storage.prompts import Prompt
 
@@ -129,23 +129,21 @@ class Writer:
             ValueError: the file of prompts does not suffice.
         """
         request = self._request
-        number = 0
-        while True:
+        missing = request.num_sequences
+        for number in range(MAX_ROUNDS + 1):
             written = pack(self._conversations, request.num_sequences, request.sequence_length)
             missing = request.num_sequences - len(written.tokens)
             if not missing:
                 return written
-            if number == MAX_ROUNDS:
-                raise RuntimeError(
-                    f"{request.where}: after {MAX_ROUNDS} rounds, {len(self._turns)} of "
-                    f"{self._num_turns} users' turns and {len(self._conversations)} of "
-                    f"{self._num_answers} answers were of use (others came twice, were in a loop "
-                    f"or had special tokens), and {missing} of {request.num_sequences} windows are "
-                    "not full; change temperature, give prompts, or give another text in place of "
-                    "this one"
-                )
-            self._write_round(missing, number)
-            number += 1
+            if number < MAX_ROUNDS:
+                self._write_round(missing, number)
+        raise RuntimeError(
+            f"{request.where}: after {MAX_ROUNDS} rounds, {len(self._turns)} of {self._num_turns} "
+            f"users' turns and {len(self._conversations)} of {self._num_answers} answers were of "
+            f"use (others came twice, were in a loop or had special tokens), and {missing} of "
+            f"{request.num_sequences} windows are not full; change temperature, give prompts, or "
+            "give another text in place of this one"
+        )
 
     def prompts(self, count: int) -> tuple[tuple[int, ...], ...]:
         """Write users' turns, and return them as prompts, with the chat template around them.
@@ -155,21 +153,30 @@ class Writer:
             special tokens.
         """
         for number in range(MAX_ROUNDS):
-            if len(self._unanswered) >= count:
-                break
-            self._write_turns(count - len(self._unanswered), number)
+            if (more := count - len(self._unanswered)) > 0:
+                self._write_turns(more, number)
         return tuple(prompt.tokens for prompt in self._unanswered[:count])
 
     def _write_round(self, missing: int, number: int) -> None:
-        """Write what seems needed to fill so many windows."""
-        has_file = self._request.prompts is not None
+        """Write what seems needed to fill so many windows.
+
+        Raises:
+            ValueError: the file of prompts does not suffice.
+        """
+        request = self._request
         more = self._num_needed(missing) - len(self._unanswered)
-        if more > 0 and has_file:
-            self._take_prompts(more)
+        if request.prompts is not None:  # some of them again with other draws if there are too few
+            self._unanswered += itertools.islice(self._of_file, max(0, more))
+            if not self._unanswered:
+                raise ValueError(
+                    f"{request.where}.prompts: {len(request.prompts)} prompts gave "
+                    f"{len(self._conversations)} conversations, and {missing} windows are not full "
+                    "yet; give more prompts or fewer num_sequences"
+                )
         elif more > 0:
             self._write_turns(more, number)
         needed = self._num_needed(missing)  # the lengths of turns are known now
-        is_short = not has_file and 2 * len(self._unanswered) < needed
+        is_short = request.prompts is None and 2 * len(self._unanswered) < needed
         if is_short and number < MAX_ROUNDS - 1:
             return  # few answers take as many steps as many
         self._write_answers(self._unanswered[:needed], number)
@@ -191,8 +198,7 @@ class Writer:
         if prompts := self._unanswered or request.prompts:
             before = fmean(len(prompt.tokens) for prompt in prompts)
         else:
-            marks = request.sequence_length - request.room
-            before = marks + _USUAL_TURN * request.turn_tokens
+            before = request.marks.num_tokens + _USUAL_TURN * request.turn_tokens
         return min(before + _USUAL_ANSWER * ANSWER_TOKENS, request.sequence_length)
 
     def _write_turns(self, count: int, number: int) -> None:
@@ -202,8 +208,8 @@ class Writer:
         useful = _usual(len(self._turns), self._num_turns, _YIELD_OF_TURNS)
         count = max(_FEWEST_TURNS, math.ceil(count / useful))
         prompts = (marks.opening,) * count
-        ends = marks.ends_of_turn
         seed = _seed(request.seed, number, 0)
+        ends = marks.ends_of_turn
         wanted = Wanted(prompts, request.turn_tokens + 1, request.temperature, seed, ends)
         self._num_turns += count
         for text in write_texts(self._cluster, wanted):
@@ -211,29 +217,11 @@ class Writer:
             turn = tuple(text[:-1].tolist())
             if turn not in self._turns and self._makes_sense(turn, _FEWEST_TURN_TOKENS):
                 self._turns.add(turn)
-                tokens = (*marks.opening, *turn, *marks.closing)
-                self._unanswered.append(Prompt(tokens, text="", answer=None))
+                self._unanswered.append(Prompt((*marks.opening, *turn, *marks.closing)))
 
     def _makes_sense(self, tokens: Sequence[int], fewest: int) -> bool:
         is_text = len(tokens) >= fewest and self._marks.special.isdisjoint(tokens)
         return is_text and not repeats(tokens)
-
-    def _take_prompts(self, count: int) -> None:
-        """Take prompts of the file, some of them again with other draws if there are too few.
-
-        Raises:
-            ValueError: the file does not suffice.
-        """
-        self._unanswered += itertools.islice(self._of_file, count)
-        if not self._unanswered:
-            tokens = sum(len(conversation.tokens) for conversation in self._conversations)
-            needed = self._request.num_sequences * self._request.sequence_length
-            raise ValueError(
-                f"{self._request.where}.prompts: {len(self._request.prompts or ())} prompts gave "
-                f"{len(self._conversations)} conversations of {tokens} tokens, but the windows "
-                f"need {needed} and what is cut off at their ends; give more prompts or fewer "
-                "num_sequences"
-            )
 
     def _prompts(self) -> Iterator[Prompt]:
         """Yield the prompts of the file in a drawn order, and those without an answer again."""

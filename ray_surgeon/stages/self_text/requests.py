@@ -10,14 +10,17 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from ray_surgeon.runtime.writing import Wanted, texts_together
-from ray_surgeon.spec.calibration import CalibrationSection
-from ray_surgeon.spec.written import TURN_TOKENS, SelfSection
+from ray_surgeon.spec.base import REASON, refusing
+from ray_surgeon.spec.calibration import CalibrationSection, MixedSection
+from ray_surgeon.spec.texts import TURN_TOKENS
 from ray_surgeon.storage.prompts import Prompt, has_chat_template, read_prompts
-from ray_surgeon.storage.texts import first_token, read_windows
+from ray_surgeon.storage.texts import first_token, read_windows, tokens_of
 
 _LEAST_ROOM = 24
 """Tokens of a window that are left for a turn and its answer, beside the chat template, at least.
 """
+_SAID = "What the user said 7351"
+_ANSWERED = "What was answered 9462"
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,11 @@ class ChatMarks:
     end: tuple[int, ...] = ()  # after the answer
     last: frozenset[int] = frozenset()  # tokens that end any text
     special: frozenset[int] = frozenset()  # tokens that are no text
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of a conversation beside what is said."""
+        return len(self.opening) + len(self.closing) + len(self.end)
 
     @property
     def ends_of_turn(self) -> frozenset[int]:
@@ -65,8 +73,7 @@ class Conversations:
     @property
     def room(self) -> int:
         """Tokens of a window beside those of the chat template."""
-        marks = self.marks
-        return self.sequence_length - len(marks.opening) - len(marks.closing) - len(marks.end)
+        return self.sequence_length - self.marks.num_tokens
 
     @property
     def turn_tokens(self) -> int:
@@ -77,6 +84,116 @@ class Conversations:
 Request = Texts | Conversations
 
 
+@dataclass(frozen=True)
+class Language:
+    """A tokenizer, and the configuration of its model."""
+
+    tokenizer: Any
+    config: PretrainedConfig
+
+    @property
+    def longest(self) -> float:
+        """Tokens that the model takes, at most."""
+        return getattr(self.config, "max_position_embeddings", None) or math.inf
+
+    def marks(self, where: str) -> ChatMarks:
+        """Return what the chat template puts around turns, from what it makes of two marks.
+
+        Without a template, there are only tokens that end texts, and those that are no text.
+
+        Args:
+            where: the field of the job spec, for errors.
+
+        Raises:
+            ValueError: the template does not show what it is given.
+        """
+        tokenizer = self.tokenizer
+        eos = self.config.eos_token_id
+        ending = {tokenizer.eos_token_id, *(eos if isinstance(eos, list | tuple) else (eos,))}
+        last = frozenset(int(token) for token in ending if token is not None)
+        added = getattr(tokenizer, "added_tokens_decoder", {})
+        special = {token for token, about in added.items() if getattr(about, "special", False)}
+        # the rest of a table that was rounded up
+        unused = range(len(tokenizer), self.config.vocab_size)
+        not_text = frozenset({*special, *tokenizer.all_special_ids, *unused})
+        if not has_chat_template(tokenizer):
+            return ChatMarks(last=last, special=not_text)
+        around = self._around_turns(where)
+        opening, closing, end = (tokens_of(tokenizer, text) for text in around)
+        return ChatMarks(opening, closing, end, last, not_text)
+
+    def _around_turns(self, where: str) -> tuple[str, str, str]:
+        """Return what a chat template puts before a turn, between it and its answer, and after."""
+        messages = [{"role": "user", "content": _SAID}, {"role": "assistant", "content": _ANSWERED}]
+        render = self.tokenizer.apply_chat_template
+        remedy = "give a tokenizer with another one"
+        failure = f"{where}: the model's chat template fails ({REASON})"
+        with refusing(failure, remedy, Exception):  # it is code of the model's
+            question = render(messages[:1], tokenize=False, add_generation_prompt=True)
+            whole = render(messages, tokenize=False)
+        if _SAID not in question or _ANSWERED not in whole:
+            raise ValueError(
+                f"{where}: the chat template changes what is said; {remedy}, or a text without chat"
+            )
+        before, _, between = question.partition(_SAID)
+        return before, between, whole.rpartition(_ANSWERED)[2]
+
+    def texts(self, text: MixedSection, count: int, sequence_length: int, where: str) -> Texts:
+        """Return what is to be written of plain texts; see `to_be_written`."""
+        tokenizer = self.tokenizer
+        num_texts, length = text.sizes(count, sequence_length)
+        prompt: tuple[int, ...] = ()  # before every text, and no part of it
+        if text.starts is not None:
+            at = f"{where}.starts"
+            windows = read_windows(text.starts, num_texts, text.start_tokens, tokenizer, at)
+            starts = prompts = tuple(map(tuple, windows.tokens.tolist()))
+        else:
+            if text.prompt is not None:
+                prompt = tokens_of(tokenizer, text.prompt)
+            else:
+                tokens = (tokenizer.bos_token_id, tokenizer.eos_token_id)
+                prompt = tuple(int(token) for token in tokens if token is not None)[:1]
+            first = first_token(tokenizer)
+            start = prompt[-1:] if first is None and text.texts_per_sequence > 1 else ()
+            starts = (start if first is None else (first,),) * num_texts
+            prompts = (prompt,) * num_texts
+        longest = self.longest
+        if not prompts[0] or len(prompt) + length > longest:
+            raise ValueError(
+                f"{where}: the prompt has {len(prompt)} tokens, and 1 to {longest - length} may "
+                f"stand before a text of {length}; change the prompt or the lengths"
+            )
+        own = length - len(starts[0])
+        together = texts_together(length)
+        wanted = Wanted(prompts, own, text.temperature, text.seed, num_together=together)
+        return Texts(wanted, starts, sequence_length)
+
+    def conversations(
+        self, text: MixedSection, count: int, length: int, where: str
+    ) -> Conversations:
+        """Return what is to be written of conversations; see `to_be_written`."""
+        if length > self.longest:
+            raise ValueError(
+                f"calibration.sequence_length: {length}, but the model takes at most {self.longest}"
+            )
+        marks = self.marks(where)
+        prompts = None
+        if text.prompts is not None:
+            read = read_prompts(text.prompts, self.tokenizer, f"{where}.prompts", length - 1)
+            prompts = tuple(read)
+        elif not marks.opening:
+            raise ValueError(
+                f"{where}.chat: true, but the model has no chat template, or one that puts nothing "
+                "before a user's turn; give starts, such as {source: python-docstrings}, or prompts"
+            )
+        elif length - marks.num_tokens < _LEAST_ROOM:
+            raise ValueError(
+                f"calibration.sequence_length: {length}, but the chat template alone takes "
+                f"{marks.num_tokens} tokens, and {_LEAST_ROOM} more are needed; make it longer"
+            )
+        return Conversations(marks, prompts, count, length, text.temperature, text.seed, where)
+
+
 def to_be_written(
     section: CalibrationSection, tokenizer: Any, config: PretrainedConfig
 ) -> dict[int, Request]:
@@ -85,162 +202,24 @@ def to_be_written(
     Raises:
         ValueError: the model cannot write it, or a file for it cannot be read; names the field.
     """
+    language = Language(tokenizer, config)
     requests: dict[int, Request] = {}
     for number, (text, count) in enumerate(section.shares):
-        if isinstance(text, SelfSection):
+        if text.is_written:
             where = f"calibration.mix.{number - 1}" if number else "calibration"
-            make = _conversations if text.has_answers else _texts
-            requests[number] = make(text, count, section.sequence_length, tokenizer, config, where)
-            _check_vocabulary(requests[number], config)
+            make = language.conversations if text.has_answers else language.texts
+            requests[number] = make(text, count, section.sequence_length, where)
+            _check_vocabulary(requests[number], config.vocab_size)
     return requests
 
 
-def _texts(
-    text: SelfSection, count: int, length: int, tokenizer: Any, config: PretrainedConfig, where: str
-) -> Texts:
-    num_texts, of_text = text.sizes(count, length)
-    of_prompt = 0
-    if text.starts is not None:
-        windows = read_windows(
-            text.starts, num_texts, text.start_tokens, tokenizer, f"{where}.starts"
-        )
-        starts = prompts = tuple(map(tuple, windows.tokens.tolist()))
-    else:
-        prompt = _prompt(text, tokenizer, where)
-        of_prompt = len(prompt)
-        begin = first_token(tokenizer)
-        if begin is None and text.texts_per_sequence > 1:
-            begin = prompt[-1]
-        starts = (() if begin is None else (begin,),) * num_texts
-        prompts = (prompt,) * num_texts
-    longest = getattr(config, "max_position_embeddings", None) or math.inf
-    if not prompts[0] or of_prompt + of_text > longest:
-        raise ValueError(
-            f"{where}: the prompt has {of_prompt} tokens and each text {of_text}, but the model "
-            f"takes at most {longest} together, and the prompt needs at least one; change the "
-            "prompt or the lengths"
-        )
-    own = of_text - len(starts[0])
-    together = texts_together(of_text)
-    wanted = Wanted(prompts, own, text.temperature, text.seed, num_together=together)
-    return Texts(wanted, starts, length)
-
-
-def _prompt(text: SelfSection, tokenizer: Any, where: str) -> tuple[int, ...]:
-    """Return the tokens before every text, which are no part of it."""
-    if text.prompt is not None:
-        return tuple(tokenizer(text.prompt, add_special_tokens=False)["input_ids"])
-    for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
-        if token is not None:
-            return (int(token),)
-    raise ValueError(
-        f"{where}.prompt: the tokenizer has no token that begins a text; give a prompt"
-    )
-
-
-def _conversations(
-    text: SelfSection, count: int, length: int, tokenizer: Any, config: PretrainedConfig, where: str
-) -> Conversations:
-    longest = getattr(config, "max_position_embeddings", None) or length
-    if length > longest:
-        raise ValueError(
-            f"calibration.sequence_length: {length}, but the model takes at most {longest}; "
-            "shorten it"
-        )
-    marks = chat_marks(tokenizer, config, where)
-    prompts = None
-    if text.prompts is not None:
-        prompts = tuple(read_prompts(text.prompts, tokenizer, f"{where}.prompts", length - 1))
-    elif not has_chat_template(tokenizer):
-        raise ValueError(
-            f"{where}.chat: true, but the model's tokenizer has no chat template, so the model "
-            "cannot write conversations; remove it, and give starts, a text that the model goes on "
-            "with, such as {source: python-docstrings}"
-        )
-    elif not marks.opening:
-        raise ValueError(
-            f"{where}.chat: true, but the chat template puts nothing before a user's turn that the "
-            "model could go on with; give prompts or starts instead"
-        )
-    conversations = Conversations(marks, prompts, count, length, text.temperature, text.seed, where)
-    if prompts is None and conversations.room < _LEAST_ROOM:
-        raise ValueError(
-            f"calibration.sequence_length: {length}, but the chat template alone takes "
-            f"{length - conversations.room} tokens of a conversation, and {_LEAST_ROOM} more are "
-            f"needed; make it longer, or remove chat from {where}"
-        )
-    return conversations
-
-
-_SAID = "What the user said 7351"
-_ANSWERED = "What was answered 9462"
-
-
-def _rendered(tokenizer: Any, where: str) -> tuple[str, str]:
-    """Return what a chat template makes of an open turn and of a turn with its answer.
-
-    Raises:
-        ValueError: the template fails, or does not show what is said.
-    """
-    user = {"role": "user", "content": _SAID}
-    assistant = {"role": "assistant", "content": _ANSWERED}
-    try:
-        question = tokenizer.apply_chat_template([user], tokenize=False, add_generation_prompt=True)
-        whole = tokenizer.apply_chat_template([user, assistant], tokenize=False)
-    except Exception as error:  # templates are code of the model's, which may raise anything
-        raise ValueError(
-            f"{where}: the model's chat template fails ({error}); give a tokenizer with another one"
-        ) from error
-    if _SAID not in question or _ANSWERED not in whole:
-        raise ValueError(
-            f"{where}: the model's chat template changes what is said, so a turn's beginning and "
-            "end are not known; give a tokenizer with another one, or a text without chat"
-        )
-    return question, whole
-
-
-def chat_marks(tokenizer: Any, config: PretrainedConfig, where: str) -> ChatMarks:
-    """Return what a tokenizer's chat template puts around turns, from what it makes of two marks.
-
-    Args:
-        tokenizer: a transformers tokenizer; without a template, there are only tokens that end
-            texts.
-        config: of the model.
-        where: the field of the job spec, for errors.
-
-    Raises:
-        ValueError: the template does not show what it is given.
-    """
-    eos = config.eos_token_id
-    ending = {tokenizer.eos_token_id, *(eos if isinstance(eos, list | tuple) else (eos,))}
-    last = frozenset(int(token) for token in ending if token is not None)
-    added = getattr(tokenizer, "added_tokens_decoder", {})
-    special = {token for token, about in added.items() if getattr(about, "special", False)}
-    unused = range(len(tokenizer), config.vocab_size)  # the rest of a table that was rounded up
-    not_text = frozenset({*special, *tokenizer.all_special_ids, *unused})
-    if not has_chat_template(tokenizer):
-        return ChatMarks(last=last, special=not_text)
-    question, whole = _rendered(tokenizer, where)
-    before, _, between = question.partition(_SAID)
-    after = whole.rpartition(_ANSWERED)[2]
-    opening, closing, end = (
-        tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
-        for text in (before, between, after)
-    )
-    return ChatMarks(opening, closing, end, last, not_text)
-
-
-def _check_vocabulary(request: Request, config: PretrainedConfig) -> None:
+def _check_vocabulary(request: Request, size: int) -> None:
     if isinstance(request, Texts):
         texts = request.wanted.prompts
     else:
         marks = request.marks
         texts = (marks.opening, marks.closing, marks.end)
-        for prompt in request.prompts or ():
-            texts += (prompt.tokens, prompt.answer or ())
+        texts += tuple(p.tokens + (p.answer or ()) for p in request.prompts or ())
     largest = max(itertools.chain.from_iterable(texts), default=0)
-    if largest >= config.vocab_size:
-        raise ValueError(
-            f"model.source: the tokenizer gives token {largest}, the model's vocabulary is "
-            f"{config.vocab_size}; the tokenizer belongs to another model"
-        )
+    if largest >= size:
+        raise ValueError(f"model.source: the tokenizer's token {largest} is none of the {size}")
