@@ -64,24 +64,6 @@ def test_the_cost_held_aside_is_the_quadratic_form_of_the_other_tokens(
     assert found == pytest.approx(float(change @ dense @ change) / 2, rel=1e-9)
 
 
-def test_little_damping_loses_where_tokens_are_few_and_wins_where_they_are_many() -> None:
-    W = draw(4, 12)
-    mix = draw(12, 12, seed=5)
-    held = factors(draw(40_000, 12, seed=3) @ mix, draw(40_000, 4, seed=4))
-
-    def best(num_tokens: int) -> float:
-        own = factors(draw(num_tokens, 12, seed=1) @ mix, draw(num_tokens, 4, seed=2))
-
-        def cost_of(of_A: float, of_G: float) -> list[float]:
-            linear = Linear("x", W, own, False, Damping(of_A, of_G, 1.0))
-            full = StructuredMask.full(4, 12)
-            return [cost_held_aside(linear, full, held, 0.09, prunes_rows=False)]
-
-        return choose_damping(cost_of, (1e-4, 1e-2, 1.0), (0.1,))[0]
-
-    assert best(8) > best(40_000) == 1e-4
-
-
 def test_the_choice_is_made_one_after_the_other_and_says_what_was_tried() -> None:
     """A cost that is no number loses."""
 

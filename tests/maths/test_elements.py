@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import combinations
+from typing import Any
 
 import pytest
 import torch
@@ -45,16 +46,9 @@ def kept_of(R: int, C: int, fraction: float) -> Tensor:
     return torch.rand(R, C, generator=torch.Generator().manual_seed(3)) >= fraction
 
 
-def updated(
-    W: Tensor,
-    terms: list[Term],
-    kept: Tensor,
-    num_iterations: int,
-    tolerance: float = 0.0,
-    precision: str = "float64",
-) -> Removal:
-    update = ElementUpdate("conjugate_gradients", num_iterations, tolerance, precision)
-    return update_elements(W, terms, kept, update)
+def updated(W: Tensor, terms: list[Term], kept: Tensor, *options: Any) -> Removal:
+    """Return what so many iterations, down to a tolerance and in a precision, come to."""
+    return update_elements(W, terms, kept, ElementUpdate("conjugate_gradients", *options))
 
 
 def relative_residual(W: Tensor, found: Tensor, term: Term, kept: Tensor) -> float:
@@ -102,13 +96,12 @@ def test_costs_and_updates_are_dense_on_what_is_left(
             return price(r, columns)
         return sum(price(r, (c,)) for c in columns)
 
-    def cheapest(r: int, start: int) -> float:
-        patterns = combinations(range(start, start + units.m), units.num_removed)
-        return min(unit_price(r, pattern) for pattern in patterns)
-
     by_unit = unit_costs(of, before, units, found)
     starts = range(0, 8, units.m)
-    expected = torch.tensor([[cheapest(r, start) for start in starts] for r in range(4)])
+    patterns = [[*combinations(range(i, i + units.m), units.num_removed)] for i in starts]
+    expected = torch.tensor(
+        [[min(unit_price(r, one) for one in each) for each in patterns] for r in range(4)]
+    )
     expected[0, 4 // units.m] = torch.inf
     torch.testing.assert_close(by_unit, expected, rtol=1e-5, atol=1e-9)
     threshold = float(by_unit.flatten().sort().values[2 * by_unit.numel() // 3])
@@ -128,10 +121,10 @@ def test_costs_and_updates_are_dense_on_what_is_left(
             alone = torch.eye(removed.numel(), dtype=torch.bool)[removed.flatten()]
             changes = [dense_minimum(alive, F, one.view_as(alive))[0] - alive for one in alone]
             new = (alive + torch.stack(changes).sum(dim=0)) * ~removed
+        elif update.solver == "none":
+            new = alive * ~removed
         else:
-            new = (
-                alive * ~removed if update.solver == "none" else dense_minimum(alive, F, removed)[0]
-            )
+            new = dense_minimum(alive, F, removed)[0]
         torch.testing.assert_close(found.live.of(removal.W), new, rtol=1e-6, atol=1e-8)
         change = (new - alive).flatten()
         assert removal.predicted == pytest.approx(float(0.5 * change @ F @ change), rel=1e-7)
@@ -141,19 +134,17 @@ def test_costs_and_updates_are_dense_on_what_is_left(
 def test_the_update_has_the_damping_that_the_costs_needed() -> None:
     W, A, G = problem()
     of = linear(W, too_indefinite(A), G)
-    full = ElementMask.full(6, 7)
-    units = ElementUnits()
-    found = find_elements(of, units, "obs")
+    found = find_elements(of, ElementUnits(), "obs")
     assert found.damping.a == pytest.approx(0.1)
-    threshold = float(unit_costs(of, full, units, found).flatten().sort().values[9])
-    removal, mask = prune_elements(of, full, units, found, threshold, EXACT)
+    removal, mask = prune_elements(of, ElementMask.full(6, 7), ElementUnits(), found, 0.1, EXACT)
+    assert 0 < mask.num_kept < W.numel()
     expected, _ = dense_minimum(W, fisher(of, of.live, found.damping), ~mask.kept)
     torch.testing.assert_close(removal.W, expected, rtol=1e-7, atol=1e-9)
 
 
 @pytest.mark.parametrize(
     ("num_terms", "C", "fraction"),
-    [(1, 7, 0.1), (1, 7, 0.5), (1, 7, 0.9), (1, 1, 0.4), (1, 7, 0.0), (2, 7, 0.5), (3, 7, 0.5)],
+    [(1, 7, 0.1), (1, 7, 0.9), (1, 1, 0.4), (1, 7, 0.0), (3, 7, 0.5)],
 )
 def test_conjugate_gradients_reach_the_dense_solution(
     num_terms: int, C: int, fraction: float
@@ -163,29 +154,18 @@ def test_conjugate_gradients_reach_the_dense_solution(
     kept = kept_of(6, C, fraction)
     F = torch.stack([torch.kron(*term) for term in terms]).sum(dim=0)
     expected, cost = dense_minimum(W, F, ~kept)
-    found = updated(W, terms, kept, 400, 1e-13)
+    found = update_elements(W, terms, kept, EXACT)
     torch.testing.assert_close(found.W, expected, rtol=1e-7, atol=1e-9)
     assert found.residual < 1e-11
     assert found.predicted == pytest.approx(cost, rel=1e-9)
-
-
-def test_conjugate_gradients_lower_the_cost_with_every_iteration_and_tell_the_residual() -> None:
-    W, A, G = problem()
-    kept = kept_of(6, 7, 0.5)
-    found = [updated(W, [(G, A)], kept, n) for n in range(6)]
-    costs = [quadratic_cost(one.W - W, A, G) for one in found]
-    assert costs == sorted(costs, reverse=True)
-    for one in found:
-        assert one.residual == pytest.approx(relative_residual(W, one.W, (G, A), kept), rel=1e-6)
-    assert found[-1].residual < found[0].residual == 1.0
 
 
 def test_narrow_products_come_close_and_tell_the_true_residual() -> None:
     W, A, G = problem(40, 50)
     term = damped(G, 0.1), damped(A, 0.01)
     kept = kept_of(40, 50, 0.5)
-    exact = updated(W, [term], kept, 300, 1e-10)
-    found = updated(W, [term], kept, 60, precision="bfloat16")
+    exact = update_elements(W, [term], kept, EXACT)
+    found = updated(W, [term], kept, 60, 0.0, "bfloat16")
     best, cost = (quadratic_cost(one.W - W, term[1], term[0]) for one in (exact, found))
     assert best <= cost < 1.1 * best
     assert found.residual == pytest.approx(relative_residual(W, found.W, term, kept), rel=1e-6)
@@ -193,18 +173,9 @@ def test_narrow_products_come_close_and_tell_the_true_residual() -> None:
 
 def test_more_iterations_than_the_dtype_has_digits_for() -> None:
     W, A, G = (x.float() for x in problem(6, 8))
-    found = updated(W, [(G, A)], kept_of(6, 8, 0.4), 1000, precision="float32")
+    found = updated(W, [(G, A)], kept_of(6, 8, 0.4), 1000, 0.0, "float32")
     assert torch.isfinite(found.W).all()
     assert found.residual < 1e-4
-
-
-def test_a_split_matrix_is_far_less_coarse_than_a_rounded_one() -> None:
-    A = problem(4, 40)[1]
-    X = draw(5, 40, seed=9)
-    rounded = (X.bfloat16() @ A.bfloat16() - X @ A).norm()
-    split = SplitMatrix(A, 4, torch.bfloat16)
-    assert (split.after(X) - X @ A).norm() < 0.2 * rounded
-    assert (split.before(X.T.contiguous()) - A @ X.T).norm() < 0.2 * rounded
 
 
 def test_the_preconditioner_inverts_the_dominant_part_on_the_kept_columns_of_each_row() -> None:

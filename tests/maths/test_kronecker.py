@@ -40,11 +40,6 @@ def test_balancing_keeps_the_product_and_a_zero_factor() -> None:
     assert torch.equal(G, before)
 
 
-def test_damping_is_relative_to_the_mean_of_the_diagonal() -> None:
-    matrix = torch.diag(torch.tensor([1.0, 3.0]))
-    torch.testing.assert_close(damp_(matrix, 0.5), torch.diag(torch.tensor([2.0, 4.0])))
-
-
 @pytest.mark.parametrize("n", [1, 9, 600])
 def test_inverse_and_its_parts(n: int) -> None:
     """Sizes below and above the panels'."""

