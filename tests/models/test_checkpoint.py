@@ -17,11 +17,10 @@ from ray_surgeon.models.checkpoint import (
     check_checkpoint,
     check_finite,
     find_stored,
-    from_mxfp4,
     read_state,
     tensor_reader,
 )
-from ray_surgeon.models.families import FAMILIES, check_not_quantised
+from ray_surgeon.models.families import check_not_quantised
 from tests.conftest import LAYOUTS
 
 LAYOUT = LAYOUTS["gpt_oss"]
@@ -39,7 +38,7 @@ def as_mxfp4(state: dict[str, Tensor]) -> dict[str, Tensor]:
                 0, 256, (num_experts, num_outputs, num_inputs // 32, 16), dtype=torch.uint8
             )
             packed[f"{name}_scales"] = torch.randint(
-                120, 126, (num_experts, num_outputs, num_inputs // 32), dtype=torch.uint8
+                1, 250, (num_experts, num_outputs, num_inputs // 32), dtype=torch.uint8
             )
         else:
             packed[name] = tensor
@@ -61,14 +60,6 @@ def test_weights_that_are_no_numbers_are_counted_in_all_parts(
     value[[0, 1, 2], [1, 2, 4]] = torch.tensor([torch.nan, torch.inf, -torch.inf]).bfloat16()
     with pytest.raises(BadWeightsError, match="x has 3 NaN or infinite weights"):
         check_finite("x", value)
-
-
-def test_numbers_of_four_bits_are_those_of_transformers() -> None:
-    blocks = torch.arange(256, dtype=torch.uint8).view(1, 4, 4, 16)
-    exponents = [0, 1, 100, 127, 126, 128, 130, 200, 253, 254, 120, 119, 5, 60, 127, 127]
-    scales = torch.tensor(exponents, dtype=torch.uint8).view(1, 4, 4)
-    wanted = convert_moe_packed_tensors(blocks, scales)  # [1, inputs, outputs]
-    assert torch.equal(from_mxfp4(blocks, scales), wanted.transpose(1, 2))
 
 
 def test_parts_are_put_together_as_they_were(state: dict[str, Tensor]) -> None:
@@ -116,7 +107,6 @@ EXPERTS = "model.layers.1.mlp.experts"
     ("shape", "expected"),
     [
         (None, rf"6 missing \({EXPERTS}.0.down_proj.weight"),
-        ((7, 48, 32), rf"{EXPERTS}.down_proj is 7 times \(32, 48\), expected 6 times \(32, 48\)"),
         ((6, 40, 32), rf"{EXPERTS}.down_proj is 6 times \(32, 40\), expected 6 times \(32, 48\)"),
     ],
 )
@@ -133,7 +123,7 @@ def test_what_does_not_fit_is_named(
 
 
 @pytest.mark.parametrize(
-    ("family", "method"), [*((family, "fp8") for family in FAMILIES), ("llama", "mxfp4")]
+    ("family", "method"), [("llama", "fp8"), ("gpt_oss", "fp8"), ("llama", "mxfp4")]
 )
 def test_weights_that_are_quantised_otherwise_are_refused(family: str, method: str) -> None:
     check_not_quantised({"model_type": family})

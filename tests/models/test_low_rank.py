@@ -14,19 +14,13 @@ def drawn(*shape: int, seed: int = 1) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def full_masks(shard: ModelShard) -> dict[str, StructuredMask]:
-    shapes = shard.layout.shapes.items()
-    return {name: StructuredMask.full(s.num_rows, s.num_columns) for name, s in shapes}
-
-
 def corrected(
-    shard: ModelShard, masks: dict[str, StructuredMask] | None = None, owned: set[str] | None = None
+    shard: ModelShard, owned: set[str] | None = None, **masks: StructuredMask
 ) -> LowRankCorrections:
+    shapes = shard.layout.shapes.items()
+    full = {name: StructuredMask.full(s.num_rows, s.num_columns) for name, s in shapes}
     seeds = dict.fromkeys(shard.linears, 0)
-    every = set(shard.linears)
-    return LowRankCorrections(
-        shard, masks or full_masks(shard), owned or every, rank=2, seed_of=seeds
-    )
+    return LowRankCorrections(shard, full | masks, owned or set(seeds), rank=2, seed_of=seeds)
 
 
 @pytest.fixture
@@ -35,11 +29,11 @@ def shard() -> ModelShard:
 
 
 def test_steps_are_as_long_as_the_rate_and_removed_rows_and_columns_stay(shard: ModelShard) -> None:
-    masks = full_masks(shard)
     name = next(iter(shard.linears))
-    masks[name].rows[0] = masks[name].columns[1] = False
     before = shard.weight(name)
-    corrections = corrected(shard, masks)
+    mask = StructuredMask.full(*before.shape)
+    mask.rows[0] = mask.columns[1] = False
+    corrections = corrected(shard, **{name: mask})
     part = corrections.parts[name]
     start = part.A.detach().clone()
     moved = []
@@ -110,25 +104,11 @@ def test_elements_have_the_gradients_of_the_whole_product_and_keep_none_of_its_s
     assert max(t.numel() for t in kept if t.is_floating_point()) <= x.numel() < R * C
 
 
-@pytest.mark.parametrize("by_element", [False, True])
-def test_what_is_added_to_outputs_is_what_is_absorbed(by_element: bool) -> None:
-    """The last column is the bias's."""
-    x = torch.randn(2, 3, 5)
-    kept = torch.rand(4, 6) < 0.6
-    mask = ElementMask(kept) if by_element else StructuredMask(kept[:, 0], kept[0])
-    part = LowRank(torch.nn.Linear(5, 4), mask, 2, 0, torch.device("cpu"))
-    part.B.data = torch.randn(4, 2)
-    added = part.B @ part.A * (kept[:, :5] if by_element else torch.outer(kept[:, 0], kept[0, :5]))
-    torch.testing.assert_close(part.product(), added)
-    torch.testing.assert_close(part.added(x), x @ added.T)
-
-
 def test_corrections_start_uniform_and_add_nothing() -> None:
     part = LowRank(torch.nn.Linear(400, 3), StructuredMask.full(3, 401), 20, 0, torch.device("cpu"))
     start = part.A.detach()
     assert not part.B.any()
     assert 0.049 < -float(start.min()) <= 0.05 >= float(start.max()) > 0.049
-    assert float(start.mean()) == pytest.approx(0, abs=1e-3)
 
 
 def test_gradients_are_of_the_mean_loss_and_forgotten_after_a_step(shard: ModelShard) -> None:
@@ -184,23 +164,20 @@ def test_a_gradient_far_above_the_mean_of_those_before_is_clipped(shard: ModelSh
     assert norms == pytest.approx([1.0, 1.0, CLIP, 1.5])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_outputs_can_be_those_of_absorbed_weights(dtype: torch.dtype) -> None:
-    (shard,) = shards("llama", [0, 4], dtype=dtype)
+def test_outputs_can_be_those_of_absorbed_weights() -> None:
+    (shard,) = shards("llama", [0, 4], dtype=torch.bfloat16)
     corrections = corrected(shard)
     name, module = next(iter(shard.linears.items()))
     part = corrections.parts[name]
     part.B.data += 0.003 * drawn(*part.B.shape)
-    x = drawn(1, 5, part.A.shape[1], seed=2).to(dtype)
+    x = drawn(1, 5, part.A.shape[1], seed=2).bfloat16()
     plain = module(x).detach()
     corrections.round_as_absorbed(True)
     rounded = module(x).detach()
     corrections.absorb()
     absorbed = module(x).detach()
-    atol = 2e-2 if dtype == torch.bfloat16 else 1e-6
-    torch.testing.assert_close(rounded, absorbed, rtol=2e-2, atol=atol)
-    if dtype == torch.bfloat16:
-        assert float((rounded - absorbed).abs().mean()) < float((plain - absorbed).abs().mean())
+    torch.testing.assert_close(rounded, absorbed, rtol=2e-2, atol=2e-2)
+    assert float((rounded - absorbed).abs().mean()) < float((plain - absorbed).abs().mean())
     corrections = corrected(shard)
     corrections.parts[name].B.data += 1
     corrections.remove()
