@@ -10,7 +10,6 @@ from rich.console import Console
 from ray_surgeon.report import display as display_module
 from ray_surgeon.report.display import Display
 from ray_surgeon.report.events import Event, Moment
-from ray_surgeon.runtime.cluster import Progress
 
 EVENT = Event("curvature", 1, 3, 61.25, {"loss": 2.5, "tokens": 12, "unit": "nats"}, [1.0])
 MOMENT = Moment("curvature", 1, 3, 12, 64, "sequences", 512, 48.0)
@@ -51,15 +50,3 @@ def test_a_notebook_gets_bars_if_they_can_be_drawn(monkeypatch: pytest.MonkeyPat
     for widgets in (True, False):
         monkeypatch.setattr(display_module, "_has_widgets", lambda widgets=widgets: widgets)
         assert Display(Console(force_jupyter=True), "my-run")._live is widgets
-
-
-def test_progress_tells_its_listener_of_every_change() -> None:
-    seen: list[tuple[int, int]] = []
-    progress = Progress()
-    progress.listener = lambda: seen.append((progress.done, progress.total))
-    progress.begin(3, "sequences", 10)
-    progress.reach(1)
-    progress.reach(1)
-    progress.begin(unit="linears")
-    progress.reach(2, 7)
-    assert seen == [(0, 3), (1, 3), (0, 0), (2, 7)]

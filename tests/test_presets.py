@@ -76,9 +76,7 @@ SETTINGS = ("num_backward", "fisher", "damping", "reconstruction")
         ("structure: rows_columns", "identity", ()),
     ],
 )
-def test_a_preset_leaves_out_what_a_method_does_not_have(
-    pruning: str, curvature: str, left: tuple[str, ...]
-) -> None:
+def test_presets_leave_out_the_rest(pruning: str, curvature: str, left: tuple[str, ...]) -> None:
     chosen = f"pruning={{{pruning}, target_sparsity: 0.1}}"
     spec = spec_of("balanced", chosen, f"curvature={{kind: {curvature}}}")
     found = (

@@ -115,10 +115,7 @@ WEIGHED = (
 )
 NO_OPTION = "is not an option"
 MISTAKES = [
-    ("pruning.target_sparsity=0", "pruning.target_sparsity: Input should be greater than 0"),
-    ("pruning.target_sparsity=.nan", "target_sparsity: Input should be"),
     ("pruning.structure=blocks", "expected structure"),
-    ("pruning.num_shot=3", f"num_shot: {NO_OPTION}"),
     ("version=1", "version: Input should be 2"),
     ("name=Not A Name", "name: String should match"),
     ("model={}", "model.source: is missing; add it"),
@@ -183,17 +180,9 @@ def test_a_mistake_is_said_once_and_in_words_of_the_spec(changes: str, message: 
     assert re.search(message, lines[0]), lines[0]
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("", "must be a mapping of sections"),
-        ("a: [1", "is not valid YAML"),
-        (f"{MINIMAL}\npruning: {{target_sparsity: 0.1}}\n", "pruning is given twice; remove one"),
-    ],
-)
-def test_what_is_no_mapping_is_no_job_spec(text: str, message: str) -> None:
-    with pytest.raises(ValueError, match=f"the job spec .*{message}"):
-        parse_spec(text)
+def test_a_section_is_given_once() -> None:
+    with pytest.raises(ValueError, match="pruning is given twice; remove one"):
+        parse_spec(f"{MINIMAL}\npruning: {{target_sparsity: 0.1}}\n")
 
 
 def test_overrides_that_the_readme_names() -> None:
@@ -215,9 +204,7 @@ def test_overrides_that_the_readme_names() -> None:
         ("model.dtype=bfloat16", False),
     ],
 )
-def test_method_fingerprint_ignores_where_and_what_else_is_measured(
-    changes: str, is_same: bool
-) -> None:
+def test_what_the_method_fingerprint_ignores(changes: str, is_same: bool) -> None:
     assert (spec_of(changes).method_fingerprint() == spec_of().method_fingerprint()) == is_same
 
 

@@ -15,6 +15,7 @@ import torch
 from ray_surgeon.maths.allocate import Allocation, GroupCosts, allocate_globally, allocate_uniformly
 from ray_surgeon.maths.threshold import OutOfReachError
 
+Allocate = Callable[..., Allocation]
 ANY = frozenset(range(9))
 EVEN = frozenset((0, 2, 4, 6, 8))
 SIZES = {"attention": 40.0, "ffn": 6.0}
@@ -115,10 +116,7 @@ def saved_by(costs: Sequence[GroupCosts], found: Allocation) -> float:
     ids=["units", "groups", "even", "odd", "plateaus", "few", "experts", "narrowed", "gains"],
 )
 def test_the_threshold_is_the_lowest_and_nothing_is_better_at_its_price(
-    allocate: Callable[..., Allocation],
-    costs_of: Callable[[int], list[GroupCosts]],
-    share: float,
-    seed: int,
+    allocate: Allocate, costs_of: Callable[[int], list[GroupCosts]], share: float, seed: int
 ) -> None:
     """The oracle is the least of cost - threshold * saved over all that each consumer may lose."""
     costs = costs_of(seed)
@@ -250,7 +248,7 @@ UNIFORM = [allocate_uniformly]
     ],
 )
 def test_what_goes_or_how_much_there_is(
-    allocators: Sequence[Callable[..., Allocation]],
+    allocators: Sequence[Allocate],
     costs: list[GroupCosts],
     missing: float,
     fewest: int,
@@ -286,9 +284,7 @@ def test_groups_of_one_cost_go_one_at_a_time() -> None:
 @pytest.mark.parametrize(
     ("size", "missing"), [(0.1, sum([0.4 - 0.2] * 3) + 1e-10), (1e10, 6e10 * (1 + 1e-10))]
 )
-def test_a_target_that_groups_save_but_for_the_rounding_of_sums_takes_no_more(
-    size: float, missing: float
-) -> None:
+def test_a_target_that_is_met_but_for_rounding(size: float, missing: float) -> None:
     needs = [size * n for n in range(5)]
     costs = [groups(f"{block}", [block + n for n in (1.0, 2, 3, 4)], needs) for block in range(3)]
     for allocate in BOTH:

@@ -25,9 +25,7 @@ def factors(a: Tensor, g: Tensor) -> PackedFactors:
 
 @pytest.mark.parametrize("prunes_rows", [False, True])
 @pytest.mark.parametrize("has_bias", [False, True])
-def test_the_cost_held_aside_is_the_quadratic_form_of_the_other_tokens(
-    has_bias: bool, prunes_rows: bool
-) -> None:
+def test_the_cost_held_aside_is_of_the_other_tokens(has_bias: bool, prunes_rows: bool) -> None:
     """The removal and its update follow from the own factors, those of rows and columns independent
     of each other. Its price is from the dense Fisher of others. An input and a gradient are always
     zero, and an earlier shot pruned a column.

@@ -64,9 +64,7 @@ def relative_residual(W: Tensor, found: Tensor, term: Term, kept: Tensor) -> flo
     [ElementUnits(), ElementUnits(2, 4), ElementUnits(1, 4), ElementUnits(2, 4, joint=False)],
     ids=["single", "2:4", "1:4", "2:4 summed"],
 )
-def test_costs_and_updates_are_dense_on_what_is_left(
-    units: ElementUnits, costs: str, num_terms: int
-) -> None:
+def test_costs_and_updates_are_dense(units: ElementUnits, costs: str, num_terms: int) -> None:
     """An input and a gradient are always zero, the last column is a bias, which stays, and an
     earlier shot removed some elements: they are constraints still, and no candidates again.
     """
@@ -146,9 +144,7 @@ def test_the_update_has_the_damping_that_the_costs_needed() -> None:
     ("num_terms", "C", "fraction"),
     [(1, 7, 0.1), (1, 7, 0.9), (1, 1, 0.4), (1, 7, 0.0), (3, 7, 0.5)],
 )
-def test_conjugate_gradients_reach_the_dense_solution(
-    num_terms: int, C: int, fraction: float
-) -> None:
+def test_conjugate_gradients_reach_the_solution(num_terms: int, C: int, fraction: float) -> None:
     W, A, G = problem(6, C)
     terms = [(G, A), *further_terms(A, G, num_terms - 1)]
     kept = kept_of(6, C, fraction)

@@ -45,9 +45,7 @@ def test_factors_are_shrunk_by_the_number_of_tokens(num_tokens: int) -> None:
 
 @pytest.mark.parametrize("has_bias", [False, True])
 @pytest.mark.parametrize("numbers", [(3, 0, 10), (0, 1), (0, 0)])
-def test_the_mean_of_a_layer_keeps_a_basis_only_where_there_is_one(
-    numbers: tuple[int, ...], has_bias: bool
-) -> None:
+def test_the_mean_of_a_layer(numbers: tuple[int, ...], has_bias: bool) -> None:
     """Without one its level is that of the channels which are left: experts that lost channels do
     not lower it.
     """

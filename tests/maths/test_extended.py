@@ -69,9 +69,7 @@ def test_clipping_leaves_a_harmless_term_alone_and_makes_a_wild_one_harmless() -
 
 
 @pytest.mark.parametrize("num_terms", [2, 4])
-def test_joint_update_is_the_dense_solution(
-    num_terms: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_joint_update_is_dense(num_terms: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ray_surgeon.maths.extended.terms.TOLERANCE", 1e-13)
     monkeypatch.setattr("ray_surgeon.maths.extended.terms.ITERATIONS", 200)
     W, A, G = problem(R, C)

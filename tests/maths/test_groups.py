@@ -97,9 +97,7 @@ def test_groups_whose_inputs_are_always_zero_cost_nothing_but_some_groups_stay(
 
 @pytest.mark.parametrize("limit", [None, math.inf])
 @pytest.mark.parametrize("bad", [math.nan, 1e200])
-def test_costs_that_are_no_numbers_are_an_error_and_not_groups_that_stay(
-    bad: float, limit: float | None
-) -> None:
+def test_costs_that_are_no_numbers_are_an_error(bad: float, limit: float | None) -> None:
     W, A, G = problem(R, C)
     W[0, 3] = bad
     with pytest.raises(FloatingPointError, match="x groups: "):

@@ -93,8 +93,6 @@ def test_damping_is_raised_tenfold_and_reported(dtype: torch.dtype) -> None:
         ([[0.0] * 2] * 2, r"blocks\.3 G: the curvature factor is zero"),
     ],
 )
-def test_a_hopeless_matrix_is_an_error_that_names_it(
-    matrix: list[list[float]], expected: str
-) -> None:
+def test_a_hopeless_matrix_is_named(matrix: list[list[float]], expected: str) -> None:
     with pytest.raises(FloatingPointError, match=expected):
         factorise(torch.tensor(matrix), 0.01, 1.0, "blocks.3 G")

@@ -116,9 +116,7 @@ def assert_trained_alike(
         (False, False, "relu", 12, 0.01),
     ],
 )
-def test_errors_and_all_steps_are_those_of_adam_in_float64(
-    gated: bool, biased: bool, activation: str, size: int, num_epochs: float
-) -> None:
+def test_adam(gated: bool, biased: bool, activation: str, size: int, num_epochs: float) -> None:
     """In every epoch four of the tokens are left over, others each time; a part of a pass is that
     many steps, at least one.
     """
@@ -152,9 +150,7 @@ def test_a_layer_that_gets_slightly_worse_or_is_exact_stays() -> None:
     assert exact.after == exact.before == 0
 
 
-def test_outputs_and_errors_are_of_all_tokens_in_order_a_part_at_a_time(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_parts_of_outputs_and_errors(monkeypatch: pytest.MonkeyPatch) -> None:
     """If only a part is measured, it is of tokens from everywhere: of those that have an error."""
     layer, x, y = problem()
     whole = outputs_of(layer, x)

@@ -44,9 +44,7 @@ def one_by_one(W: Tensor, A: Tensor) -> Tensor:
     return found
 
 
-def test_every_column_is_rounded_after_the_best_answer_to_those_before(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_columns_are_rounded_after_the_best_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of columns change nothing."""
     W, A = problem(64)
     expected = one_by_one(W, A)

@@ -36,9 +36,7 @@ def candidates(
 @pytest.mark.parametrize("num_terms", [1, 2])
 @pytest.mark.parametrize("costs", ["obs", "obd"])
 @pytest.mark.parametrize("structure", ["rows", "columns", "rows_columns"])
-def test_costs_and_updates_are_dense_on_what_is_left(
-    structure: str, costs: str, num_terms: int
-) -> None:
+def test_costs_and_updates_are_dense(structure: str, costs: str, num_terms: int) -> None:
     """Row 2 and columns 0 and 5 went in an earlier shot. Rows and columns that go together are
     updated independently, as published.
     """

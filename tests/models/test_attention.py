@@ -51,9 +51,7 @@ def exact(
 
 
 @pytest.mark.parametrize(("T", "S", "causal"), [(9, 9, True), (1, 9, False), (5, 9, False)])
-def test_outputs_and_gradients_are_those_of_attention(
-    T: int, S: int, causal: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_is_computed(T: int, S: int, causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "QUERIES_AT_A_TIME", 4)
     leaves = [part.requires_grad_() for part in drawn(T, S)]
     found = in_products(*leaves, causal=causal)
@@ -79,9 +77,7 @@ def test_bfloat16_and_one_query_in_any_dtype_go_in_products_on_a_cpu(
     assert relative_error(found, exact(*parts, causal=T > 1).transpose(1, 2)) < most
 
 
-def test_float32_with_shared_keys_on_a_gpu_goes_to_a_kernel_that_keeps_no_scores(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_float32_with_shared_keys_on_a_gpu_keeps_no_scores(monkeypatch: pytest.MonkeyPatch) -> None:
     """None of torch's takes heads that share keys then; the pretend accelerator's runs compare the
     numbers.
     """

@@ -82,9 +82,7 @@ ONE_KV_HEAD = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8
         ("qwen3_moe", "expert_channels", 8, {"moe_intermediate_size": 8}),
     ],
 )
-def test_flops_with_fewer_groups_are_those_of_a_smaller_model(
-    family: str, kind: str, left: int, smaller: dict[str, int]
-) -> None:
+def test_flops_of_fewer_groups(family: str, kind: str, left: int, smaller: dict[str, int]) -> None:
     budget = flops_budget(LAYOUTS[family], 24)
     found = budget.of([(kind, left)] * budget.num_consumers[kind])
     other = ModelLayout.of(config_like(family, **smaller))
@@ -123,9 +121,7 @@ ONE_EXPERT_A_TOKEN = ModelLayout.of(config_like("deepseek_v3", num_experts_per_t
         (ONE_EXPERT_A_TOKEN, 1, {"experts": 2}),
     ],
 )
-def test_the_fewest_groups_that_may_be_left(
-    layout: ModelLayout, heads: int, expected: dict[str, int]
-) -> None:
+def test_the_fewest_groups_left(layout: ModelLayout, heads: int, expected: dict[str, int]) -> None:
     """As many as are asked for, but for those that there are, those that heads allow, and those
     that a router asks.
     """

@@ -143,9 +143,7 @@ def change_without(mixture: Mixture, x: Tensor, expert: int) -> Tensor:
 
 
 @without_groups
-def test_what_a_removal_changes_is_the_difference_of_two_layers(
-    family: str, gathered: Gathered
-) -> None:
+def test_removals_change_what_two_layers_differ_by(family: str, gathered: Gathered) -> None:
     """Expert 0 is gone, as after an earlier shot."""
     mixture = gathered.part.mixtures[3]
     mixture.router.kept[0] = False
@@ -175,9 +173,7 @@ def test_what_a_removal_changes_is_the_difference_of_two_layers(
 
 
 @without_groups
-def test_sums_of_a_pass_give_the_predicted_increase_of_each_removal(
-    family: str, gathered: Gathered, own: Own
-) -> None:
+def test_sums_of_a_pass_give_the_increases(family: str, gathered: Gathered, own: Own) -> None:
     """Mean over all tokens of g^T dy + 1/2 (g^T dy)^2, with g by autograd on the family's own
     model.
     """
@@ -196,9 +192,7 @@ def test_sums_of_a_pass_give_the_predicted_increase_of_each_removal(
         assert int(sums.of("tokens").sum()) == TOKENS.numel() * mixture.num_chosen
 
 
-def test_factors_of_an_expert_are_of_its_tokens_and_shrunk_towards_the_layer(
-    family: str, gathered: Gathered
-) -> None:
+def test_factors_are_of_tokens_and_shrunk_to_the_layer(family: str, gathered: Gathered) -> None:
     layout = LAYOUTS[family]
     part = gathered.part
     consumers = [linears[-1] for linears in layout.expert_sets[-1].linears]
@@ -221,9 +215,7 @@ def test_factors_of_an_expert_are_of_its_tokens_and_shrunk_towards_the_layer(
 
 
 @pytest.mark.parametrize("name", ["gpt_oss", "qwen2_moe"])
-def test_curvature_of_a_model_in_memory_is_that_of_its_checkpoint(
-    name: str, model_folders: dict[str, Path]
-) -> None:
+def test_curvature_of_a_model_in_memory(name: str, model_folders: dict[str, Path]) -> None:
     part = shard(name, load_file(model_folders[name] / "model.safetensors"))
     gather([part])
     for linear, sums in curvature(tiny_model(name), TOKENS).items():

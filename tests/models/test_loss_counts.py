@@ -180,9 +180,7 @@ def gathered(
     return loss, found
 
 
-def test_factors_are_of_the_tokens_that_count(
-    cluster: LocalCluster, model_folders: dict[str, Path]
-) -> None:
+def test_factors_are_of_what_counts(cluster: LocalCluster, model_folders: dict[str, Path]) -> None:
     """A of all tokens and G of the loss of those that count, by autograd in float64."""
     loss, found = gathered(cluster, COUNTS)
     model = AutoModelForCausalLM.from_pretrained(model_folders["llama"], dtype=torch.float64)
@@ -203,9 +201,7 @@ def test_factors_are_of_the_tokens_that_count(
 
 
 @pytest.mark.parametrize("options", [{}, {"label_seed": 4}, {"num_backward": 3}], ids=str)
-def test_factors_are_the_same_bits_if_all_tokens_count(
-    cluster: LocalCluster, options: dict[str, Any]
-) -> None:
+def test_factors_if_all_tokens_count(cluster: LocalCluster, options: dict[str, Any]) -> None:
     loss, factors = gathered(cluster, None, **options)
     other_loss, others = gathered(cluster, np.ones_like(COUNTS), **options)
     assert loss == other_loss
@@ -214,9 +210,7 @@ def test_factors_are_the_same_bits_if_all_tokens_count(
         assert num_tokens == others[name][2]
 
 
-def test_gradients_of_a_part_of_the_sequences_are_brought_to_all_tokens(
-    cluster: LocalCluster,
-) -> None:
+def test_gradients_of_some_sequences_are_brought_to_all_tokens(cluster: LocalCluster) -> None:
     _, part = gathered(cluster, COUNTS, num_backward=3)
     only = np.zeros_like(COUNTS)
     numbers = np.random.default_rng(0).permutation(5)[:3]
@@ -253,9 +247,7 @@ def test_costs_of_experts_are_per_token_that_counts(model_folders: dict[str, Pat
             torch.testing.assert_close(other, 2 * one, rtol=1e-4, atol=1e-6)
 
 
-def test_means_of_an_evaluation_are_over_the_tokens_that_count(
-    model_folders: dict[str, Path],
-) -> None:
+def test_means_are_over_the_tokens_that_count(model_folders: dict[str, Path]) -> None:
     """All linears are damaged a little between the dense model and its comparisons. Rows of the
     counts are taken by number.
     """

@@ -74,9 +74,7 @@ def test_what_is_absorbed_in_bfloat16_is_said(size: float, least: float, most: f
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_elements_have_the_gradients_of_the_whole_product_and_keep_none_of_its_size(
-    dtype: torch.dtype,
-) -> None:
+def test_elements_have_gradients_of_the_product_and_keep_none(dtype: torch.dtype) -> None:
     R = 24
     C = 16
     mask = ElementMask(torch.rand(R, C) < 0.6)
