@@ -106,6 +106,7 @@ def test_overrides_that_have_no_place(override: str, message: str) -> None:
 
 ELEMENT = "pruning.structure=element"
 WANDA = f"pruning.method=wanda; {ELEMENT}"
+SELF = "calibration.source=self"
 SIX = "calibration.num_sequences=6"
 A_TEXT = "{name: t, source: a.txt, num_sequences: 2, sequence_length: 8}"
 N_M = "pruning.structure=n_m"
@@ -129,6 +130,16 @@ MISTAKES = [
     ("calibration.column=body", "column is 'body'"),
     ("calibration.stride=8; calibration.seed=3", "stride places them"),
     ("calibration.weight=2.0", "no effect without mix"),
+    ("calibration.source=auto; calibration.stride=4", "stride cannot be given"),
+    ("calibration.chat=true", "set source to self"),
+    (f"{SELF}; calibration.split=test", "split belongs to a text that is read"),
+    (f"{SELF}; calibration.chat=true; calibration.prompts=a.txt", "chat and prompts say different"),
+    (f"{SELF}; calibration.chat=true; calibration.texts_per_sequence=2", "packed as they fit"),
+    (f"{SELF}; calibration.start_tokens=4", "start_tokens belongs to starts"),
+    (f"{SELF}; calibration.starts={{source: self}}", "a place in the calibration only"),
+    (f"{SELF}; calibration.starts={{source: a.txt}}; calibration.start_tokens=8", "lower it"),
+    (f"{SELF}; calibration.temperature=0", "the same text every time"),
+    (f"{SELF}; calibration.weigh=answers", "no text of the calibration has any"),
     ("calibration.mix=[{source: python-docstrings, weight: 0.1}]", "in 2 sequences is none"),
     ("calibration.mix=[{source: python-docs, max_tokens: 5}]", "must equal that of python-docs"),
     ("calibration.mix=[{source: python-docs, weight: 0.8}]", r"mix\.0: .* are in the calibration"),

@@ -223,7 +223,7 @@ def test_hub_model_with_the_bots_safetensors(
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
     monkeypatch.setenv("HF_HUB_DISABLE_XET", "1")
     done = subprocess.run(
-        [sys.executable, "-c", HUB_CLIENT], capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, "-c", HUB_CLIENT], capture_output=True, text=True, timeout=200, check=False
     )
     server.shutdown()
     fingerprint = opened(HubHandler.folder).shapes_and_fingerprint()[1]

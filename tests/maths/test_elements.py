@@ -9,13 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from ray_surgeon.maths.conjugate import (
-    ElementUpdate,
-    SplitMatrix,
-    dominant_part,
-    masked_preconditioner,
-    update_elements,
-)
+from ray_surgeon.maths import conjugate
+from ray_surgeon.maths.conjugate import ElementUpdate, SplitMatrix, update_elements
 from ray_surgeon.maths.element_pruning import (
     ElementUnits,
     find_elements,
@@ -26,18 +21,8 @@ from ray_surgeon.maths.kronecker import Term
 from ray_surgeon.maths.linear import Removal
 from ray_surgeon.maths.masks import ElementMask
 from ray_surgeon.maths.rows_columns import quadratic_cost
-from tests.maths.dense import (
-    cost_without_update,
-    damped,
-    dense_minimum,
-    draw,
-    fisher,
-    further_terms,
-    linear,
-    problem,
-    silence,
-    too_indefinite,
-)
+from tests.maths import dense
+from tests.maths.dense import dense_minimum, draw, fisher, linear, problem, silence
 
 EXACT = ElementUpdate("conjugate_gradients", 400, 1e-13, "float64")
 
@@ -69,7 +54,7 @@ def test_costs_and_updates_are_dense(units: ElementUnits, costs: str, num_terms:
     earlier shot removed some elements: they are constraints still, and no candidates again.
     """
     W, A, G = problem(4, 9)
-    further = further_terms(A, G, num_terms - 1)
+    further = dense.further_terms(A, G, num_terms - 1)
     silence(A, 3)
     silence(G, 2)
     before = ElementMask.full(4, 9)
@@ -86,7 +71,7 @@ def test_costs_and_updates_are_dense(units: ElementUnits, costs: str, num_terms:
         removed[r, columns] = True
         removed = found.live.of(removed)
         if costs == "obd":
-            return cost_without_update(alive, F, removed)
+            return dense.cost_without_update(alive, F, removed)
         return dense_minimum(alive, F, removed)[1]
 
     def unit_price(r: int, columns: tuple[int, ...]) -> float:
@@ -131,7 +116,7 @@ def test_costs_and_updates_are_dense(units: ElementUnits, costs: str, num_terms:
 
 def test_the_update_has_the_damping_that_the_costs_needed() -> None:
     W, A, G = problem()
-    of = linear(W, too_indefinite(A), G)
+    of = linear(W, dense.too_indefinite(A), G)
     found = find_elements(of, ElementUnits(), "obs")
     assert found.damping.a == pytest.approx(0.1)
     removal, mask = prune_elements(of, ElementMask.full(6, 7), ElementUnits(), found, 0.1, EXACT)
@@ -146,7 +131,7 @@ def test_the_update_has_the_damping_that_the_costs_needed() -> None:
 )
 def test_conjugate_gradients_reach_the_solution(num_terms: int, C: int, fraction: float) -> None:
     W, A, G = problem(6, C)
-    terms = [(G, A), *further_terms(A, G, num_terms - 1)]
+    terms = [(G, A), *dense.further_terms(A, G, num_terms - 1)]
     kept = kept_of(6, C, fraction)
     F = torch.stack([torch.kron(*term) for term in terms]).sum(dim=0)
     expected, cost = dense_minimum(W, F, ~kept)
@@ -158,7 +143,7 @@ def test_conjugate_gradients_reach_the_solution(num_terms: int, C: int, fraction
 
 def test_narrow_products_come_close_and_tell_the_true_residual() -> None:
     W, A, G = problem(40, 50)
-    term = damped(G, 0.1), damped(A, 0.01)
+    term = dense.damped(G, 0.1), dense.damped(A, 0.01)
     kept = kept_of(40, 50, 0.5)
     exact = update_elements(W, [term], kept, EXACT)
     found = updated(W, [term], kept, 60, 0.0, "bfloat16")
@@ -176,7 +161,7 @@ def test_more_iterations_than_the_dtype_has_digits_for() -> None:
 
 def test_the_preconditioner_inverts_the_dominant_part_on_the_kept_columns_of_each_row() -> None:
     _, A, G = problem(5, 24)
-    U, s = dominant_part(A, 6)
+    U, s = conjugate.dominant_part(A, 6)
     eigenvalues, vectors = torch.linalg.eigh(A)
     top = vectors[:, -6:] * eigenvalues[-6:].sqrt()
     assert float((U @ U.T - top @ top.T).norm() / (top @ top.T).norm()) < 0.01
@@ -184,7 +169,7 @@ def test_the_preconditioner_inverts_the_dominant_part_on_the_kept_columns_of_eac
     kept = kept_of(5, 24, 0.5)
     X = draw(5, 24, seed=9) * kept
     split = SplitMatrix(A, 6, torch.float64)
-    found = masked_preconditioner(split, G.diagonal(), kept.to(A.dtype))(X)
+    found = conjugate.masked_preconditioner(split, G.diagonal(), kept.to(A.dtype))(X)
     for r, inside in enumerate(kept):
         restricted = (torch.diag(s) + U @ U.T)[inside][:, inside] * G[r, r]
         expected = torch.linalg.solve(restricted, X[r, inside])

@@ -4,17 +4,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from ray_surgeon.maths import experts as costs
 from ray_surgeon.maths.experts import (
-    PRIOR_TOKENS,
     ExpertSums,
     LayerMean,
     add_changes,
-    frequency_costs,
     mean_factor,
-    own_divisor,
-    random_costs,
-    reap_costs,
-    rerouting_costs,
     shrunk_factors,
 )
 from ray_surgeon.maths.kronecker import PackedFactors, PackedSymmetric, with_ones
@@ -40,7 +35,7 @@ def test_factors_are_shrunk_by_the_number_of_tokens(num_tokens: int) -> None:
     n = num_tokens + 256
     torch.testing.assert_close(found.A, (a.T @ a + 256 * M_A.T @ M_A) / n)
     torch.testing.assert_close(found.G, share * (g.T @ g + 256 * M_G.T @ M_G) / n)
-    assert own_divisor(num_tokens, mean) == pytest.approx((num_tokens + PRIOR_TOKENS) / share)
+    assert costs.own_divisor(num_tokens, mean) == pytest.approx(n / share)
 
 
 @pytest.mark.parametrize("has_bias", [False, True])
@@ -88,13 +83,13 @@ def test_costs_from_their_definitions(numbers: list[list[int]]) -> None:
     whole = [one + other for one, other in zip(first, second, strict=True)]
     reap = [float(norms[mine].sum()) / max(1, int(mine.sum())) for mine in of_expert]
     frequency = [int(mine.sum()) / of_all for mine in of_expert]
-    found = rerouting_costs(sums, 2, first_order=False)
+    found = costs.rerouting_costs(sums, 2, first_order=False)
     assert found.tolist() == pytest.approx(second, rel=1e-5)
-    assert rerouting_costs(sums, 2).tolist() == pytest.approx(whole, rel=1e-5, abs=1e-6)
-    assert reap_costs(sums).tolist() == pytest.approx(reap, rel=1e-5)
-    assert frequency_costs(sums, 2).tolist() == pytest.approx(frequency)
-    assert torch.equal(random_costs(4, 7), random_costs(4, 7))
-    assert not torch.equal(random_costs(4, 7), random_costs(4, 8))
+    assert costs.rerouting_costs(sums, 2).tolist() == pytest.approx(whole, rel=1e-5, abs=1e-6)
+    assert costs.reap_costs(sums).tolist() == pytest.approx(reap, rel=1e-5)
+    assert costs.frequency_costs(sums, 2).tolist() == pytest.approx(frequency)
+    assert torch.equal(costs.random_costs(4, 7), costs.random_costs(4, 7))
+    assert not torch.equal(costs.random_costs(4, 7), costs.random_costs(4, 8))
 
 
 def test_only_costs_with_a_first_order_may_be_negative() -> None:

@@ -11,18 +11,8 @@ from torch import Tensor
 from ray_surgeon.maths.linear import Linear
 from ray_surgeon.maths.masks import StructuredMask
 from ray_surgeon.maths.structured import Candidates, find_candidates, prune_structures
-from tests.maths.dense import (
-    cost_without_update,
-    crossing,
-    dense_minimum,
-    fisher,
-    flags,
-    further_terms,
-    linear,
-    problem,
-    silence,
-    too_indefinite,
-)
+from tests.maths import dense
+from tests.maths.dense import crossing, dense_minimum, fisher, flags, linear, problem, silence
 
 FULL = StructuredMask.full(6, 7)
 
@@ -43,7 +33,7 @@ def test_costs_and_updates_are_dense(structure: str, costs: str, num_terms: int)
     W, A, G = problem()
     mask = StructuredMask(~flags(6, [2]), ~flags(7, [0, 5]))
     mask.apply_(W)
-    of = linear(W, A, G, further_terms(A, G, num_terms - 1))
+    of = linear(W, A, G, dense.further_terms(A, G, num_terms - 1))
     found = candidates(of, mask, structure, costs)
     assert found.rows.tolist() == ([] if structure == "columns" else [0, 1, 3, 4, 5])
     assert found.columns.tolist() == ([] if structure == "rows" else [1, 2, 3, 4, 6])
@@ -58,7 +48,7 @@ def test_costs_and_updates_are_dense(structure: str, costs: str, num_terms: int)
 
     def cost_of(removed: Tensor) -> float:
         if costs == "obd":
-            return cost_without_update(alive, F, removed)
+            return dense.cost_without_update(alive, F, removed)
         return dense_minimum(alive, F, removed)[1]
 
     def correction(removed: Tensor) -> Tensor:
@@ -136,7 +126,7 @@ def test_cost_per_parameter_divides_by_what_the_structure_still_has() -> None:
 
 def test_the_update_has_the_damping_that_the_costs_needed() -> None:
     W, A, G = problem()
-    of = linear(W, too_indefinite(A), G)
+    of = linear(W, dense.too_indefinite(A), G)
     found = candidates(of, structure="columns")
     assert found.damping.a == pytest.approx(0.1)
     assert [(raised.factor, raised.asked) for raised in found.raised_damping] == [("A", 0.01)]

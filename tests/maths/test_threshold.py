@@ -6,12 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from ray_surgeon.maths import threshold
 from ray_surgeon.maths.threshold import (
     StructureCosts,
-    bit_histogram,
-    bucket_of,
     can_reach,
-    cost_of_bits,
     structured_threshold,
     units_to_remove,
 )
@@ -55,12 +53,12 @@ def test_kth_value_by_counting_bits_is_that_of_sorting(ties: bool) -> None:
     expected = torch.cat(parts).sort().values
 
     def counted(high: int | None) -> Tensor:
-        return torch.stack([bit_histogram(p, high) for p in infinite]).sum(0)
+        return torch.stack([threshold.bit_histogram(p, high) for p in infinite]).sum(0)
 
     for k in (1, 2, 1500, 2999, 3000):
-        high, rest = bucket_of(counted(None), k)
-        low, _ = bucket_of(counted(high), rest)
-        assert cost_of_bits(high, low) == float(expected[k - 1])
+        high, rest = threshold.bucket_of(counted(None), k)
+        low, _ = threshold.bucket_of(counted(high), rest)
+        assert threshold.cost_of_bits(high, low) == float(expected[k - 1])
 
 
 @pytest.mark.parametrize(

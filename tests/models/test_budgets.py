@@ -6,14 +6,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from ray_surgeon.models.budgets import (
-    Budget,
-    bytes_budget,
-    fewest_left,
-    flops_budget,
-    linears_budget,
-    parameters_budget,
-)
+from ray_surgeon.models import budgets
+from ray_surgeon.models.budgets import Budget, fewest_left, flops_budget, parameters_budget
 from ray_surgeon.models.layout import ModelLayout
 from tests.conftest import CONFIGS, LAYOUTS, tiny_model
 from tests.integration.runs import config_like
@@ -34,8 +28,8 @@ def test_what_a_group_needs_is_what_its_tensors_hold(family: str) -> None:
     whole = parameters_budget(layout)
     for budget, dense, each in (
         (whole, in_all, 1),
-        (bytes_budget(layout, 2), 2 * in_all, 2),
-        (linears_budget(layout), of_linears, 1),
+        (budgets.bytes_budget(layout, 2), 2 * in_all, 2),
+        (budgets.linears_budget(layout), of_linears, 1),
     ):
         assert budget.dense == dense
         assert budget.of(flat) == dense - each * gone

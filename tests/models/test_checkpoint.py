@@ -11,15 +11,7 @@ from torch import Tensor
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from ray_surgeon.models import checkpoint
-from ray_surgeon.models.checkpoint import (
-    BadWeightsError,
-    Stack,
-    check_checkpoint,
-    check_finite,
-    from_mxfp4,
-    read_state,
-    tensor_reader,
-)
+from ray_surgeon.models.checkpoint import check_checkpoint, read_state, tensor_reader
 from ray_surgeon.models.families import check_not_quantised
 from tests.conftest import LAYOUTS
 
@@ -50,11 +42,11 @@ def state(model_folders: dict[str, Path]) -> dict[str, Tensor]:
 def test_weights_that_are_no_numbers_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checkpoint, "_ENTRIES_AT_A_TIME", 4)
     value = torch.ones(3, 5, dtype=torch.bfloat16)
-    check_finite("x", value)
-    check_finite("x", torch.ones(()))
+    checkpoint.check_finite("x", value)
+    checkpoint.check_finite("x", torch.ones(()))
     value[[0, 1, 2], [1, 2, 4]] = torch.tensor([torch.nan, torch.inf, -torch.inf]).bfloat16()
-    with pytest.raises(BadWeightsError, match="x has 3 NaN or infinite weights"):
-        check_finite("x", value)
+    with pytest.raises(checkpoint.BadWeightsError, match="x has 3 NaN or infinite weights"):
+        checkpoint.check_finite("x", value)
 
 
 def test_numbers_of_four_bits_are_those_of_transformers() -> None:
@@ -62,16 +54,16 @@ def test_numbers_of_four_bits_are_those_of_transformers() -> None:
     exponents = [0, 1, 100, 127, 126, 128, 130, 200, 253, 254, 120, 119, 5, 60, 127, 127]
     scales = torch.tensor(exponents, dtype=torch.uint8).view(1, 4, 4)
     wanted = convert_moe_packed_tensors(blocks, scales)  # [1, inputs, outputs]
-    assert torch.equal(from_mxfp4(blocks, scales), wanted.transpose(1, 2))
+    assert torch.equal(checkpoint.from_mxfp4(blocks, scales), wanted.transpose(1, 2))
 
 
 def test_parts_are_put_together_as_they_were(state: dict[str, Tensor]) -> None:
     read = tensor_reader(LAYOUT, state, read_state(state), "here")
-    stacks: dict[str, Stack] = {}
+    stacks: dict[str, checkpoint.Stack] = {}
     for name, shape in LAYOUT.parameters.items():
         part = LAYOUT.family.part_of_stack(name)
         if part is not None:
-            stacks.setdefault(part.whole, Stack(6)).put(part, part.expert, read(name))
+            stacks.setdefault(part.whole, checkpoint.Stack(6)).put(part, part.expert, read(name))
             assert read(name).shape == shape
     assert len(stacks) == 4 * 4
     assert all(torch.equal(stack.tensor, state[name]) for name, stack in stacks.items())

@@ -15,15 +15,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from ray_surgeon.models.loss import compare_with_dense, next_token_loss, next_tokens, perplexity_of
+from ray_surgeon.runtime import passes
 from ray_surgeon.runtime.local import LocalCluster
-from ray_surgeon.runtime.passes import (
-    compared,
-    divergences_of,
-    measure,
-    num_counted,
-    remember,
-    sequence_losses,
-)
+from ray_surgeon.runtime.passes import compared, measure, num_counted
 from ray_surgeon.runtime.pipelines import forward_and_backward
 from ray_surgeon.runtime.wave import Labels
 from ray_surgeon.stages.curvature.gather import gather_curvature
@@ -252,8 +246,8 @@ def test_means_are_over_the_tokens_that_count(model_folders: dict[str, Path]) ->
     counts are taken by number.
     """
     cluster = loaded(model_folders["llama"], 2, 2)
-    perplexity = remember(cluster, "text", SEQUENCES, COUNTS)
-    remember(cluster, "(calibration)", SEQUENCES)
+    perplexity = passes.remember(cluster, "text", SEQUENCES, COUNTS)
+    passes.remember(cluster, "(calibration)", SEQUENCES)
     tokens, counts = map(torch.from_numpy, (SEQUENCES, COUNTS))
     with torch.no_grad():
         logits = AutoModelForCausalLM.from_pretrained(model_folders["llama"])(tokens).logits
@@ -265,10 +259,10 @@ def test_means_are_over_the_tokens_that_count(model_folders: dict[str, Path]) ->
     measured = measure(cluster, "text", SEQUENCES, COUNTS)
     found = [one.divergence for one in compared(cluster, "text", SEQUENCES, COUNTS)]
     assert measured.divergence == sum(found) / NUM_TOKENS > 1e-3
-    assert divergences_of(cluster, "text", SEQUENCES, COUNTS) == [
+    assert passes.divergences_of(cluster, "text", SEQUENCES, COUNTS) == [
         one / int(own) for one, own in zip(found, COUNTS[:, 1:].sum(axis=1), strict=True)
     ]
-    for of in (measure, divergences_of):
+    for of in (measure, passes.divergences_of):
         whole = of(cluster, "text", SEQUENCES, np.ones_like(COUNTS))
         assert whole == of(cluster, "text", SEQUENCES)
     for labels in (Labels(), Labels(seed=3), Labels(of_dense_model=True)):
@@ -276,5 +270,5 @@ def test_means_are_over_the_tokens_that_count(model_folders: dict[str, Path]) ->
         some = forward_and_backward(cluster, SEQUENCES, labels, only=[3, 1], counts=COUNTS)
         assert some == [losses[3], losses[1]]
         if not labels.of_dense_model:
-            of_text = sequence_losses(cluster, SEQUENCES, COUNTS)
+            of_text = passes.sequence_losses(cluster, SEQUENCES, COUNTS)
             assert losses == pytest.approx(of_text, rel=1e-6)
