@@ -16,7 +16,7 @@ def by_sparsegpt(
 ) -> tuple[Tensor, Tensor, tuple[RaisedDamping, ...]]:
     U, raised = upper_inverse(A, damping, 1.0, "x")
     live = W.masked_fill(A.diagonal() == 0, 0.0)
-    settings = {"n": 0, "m": 1, "before": W != 0, "block_size": 128} | options
+    settings: dict[str, Any] = {"n": 0, "m": 1, "before": W != 0, "block_size": 128} | options
     return (*sparsegpt(live, U, sparsity, **settings), raised)
 
 

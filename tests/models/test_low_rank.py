@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -14,9 +16,7 @@ def drawn(*shape: int, seed: int = 1) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def corrected(
-    shard: ModelShard, owned: set[str] | None = None, **masks: StructuredMask
-) -> LowRankCorrections:
+def corrected(shard: ModelShard, owned: Any = None, **masks: Any) -> LowRankCorrections:
     shapes = shard.layout.shapes.items()
     full = {name: StructuredMask.full(s.num_rows, s.num_columns) for name, s in shapes}
     seeds = dict.fromkeys(shard.linears, 0)
