@@ -7,6 +7,7 @@ import sys
 import tempfile
 import urllib.request
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +98,7 @@ def pytest_configure(config: pytest.Config) -> None:
         coverage.options.cov_fail_under = 0
 
 
-FAST = {"maths", "test_house.py", "test_imports.py", "test_presets.py", "test_spec.py"}
+FAST = {"maths", "test_house.py", "test_presets.py", "test_spec.py"}
 """Folders and files whose tests run nothing whole, a minute in all."""
 
 
@@ -137,16 +138,35 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=trained._tokenizer, **ends)
 
 
+@dataclass(frozen=True)
+class ModelFolders(Mapping[str, Path]):
+    """Families and folders of their tiny models, each of which is made when it is first wanted."""
+
+    tokenizer: PreTrainedTokenizerFast
+    root: Path
+
+    def __getitem__(self, family: str) -> Path:
+        if family not in LAYOUTS:
+            raise KeyError(family)
+        folder = self.root / family
+        if not folder.exists():
+            with torch.random.fork_rng():  # a test's numbers do not depend on who comes first
+                tiny_model(family).save_pretrained(folder)
+            self.tokenizer.save_pretrained(folder)
+        return folder
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(LAYOUTS)
+
+    def __len__(self) -> int:
+        return len(LAYOUTS)
+
+
 @pytest.fixture(scope="session")
 def model_folders(
     tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast
-) -> dict[str, Path]:
-    folders = {}
-    for family in CONFIGS | SPARSE_CONFIGS:
-        folders[family] = tmp_path_factory.mktemp("models") / family
-        tiny_model(family).save_pretrained(folders[family])
-        tokenizer.save_pretrained(folders[family])
-    return folders
+) -> ModelFolders:
+    return ModelFolders(tokenizer, tmp_path_factory.mktemp("models"))
 
 
 class Zygote:
@@ -205,18 +225,25 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache"
 
 
-@pytest.fixture
-def s3() -> Iterator[None]:
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[str]:
+    """Return its address; it takes half a second to stop."""
     from moto.server import ThreadedMotoServer
-    from s3fs import S3FileSystem
 
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
     server.start()
-    address = "http://{}:{}".format(*server.get_host_and_port())
-    reset = urllib.request.Request(f"{address}/moto-api/reset", method="POST")
+    yield "http://{}:{}".format(*server.get_host_and_port())
+    server.stop()
+
+
+@pytest.fixture
+def s3(s3_server: str) -> Iterator[None]:
+    from s3fs import S3FileSystem
+
+    reset = urllib.request.Request(f"{s3_server}/moto-api/reset", method="POST")
     urllib.request.urlopen(reset).close()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("AWS_ENDPOINT_URL", address)
+        patch.setenv("AWS_ENDPOINT_URL", s3_server)
         patch.setenv("AWS_ACCESS_KEY_ID", "testing")
         patch.setenv("AWS_SECRET_ACCESS_KEY", "testing")
         patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
@@ -224,4 +251,3 @@ def s3() -> Iterator[None]:
         files.open_filesystem("s3://bucket/x")[0].mkdir("bucket")
         yield
     S3FileSystem.clear_instance_cache()
-    server.stop()

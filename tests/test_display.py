@@ -10,7 +10,6 @@ from rich.console import Console
 from ray_surgeon.report import display as display_module
 from ray_surgeon.report.display import Display
 from ray_surgeon.report.events import Event, Moment
-from ray_surgeon.runtime.cluster import Progress
 
 EVENT = Event("curvature", 1, 3, 61.25, {"loss": 2.5, "tokens": 12, "unit": "nats"}, [1.0])
 MOMENT = Moment("curvature", 1, 3, 12, 64, "sequences", 512, 48.0)
@@ -18,8 +17,7 @@ MOMENT = Moment("curvature", 1, 3, 12, 64, "sequences", 512, 48.0)
 
 def test_lines() -> None:
     assert EVENT.line == "shot 1/3   curvature     61.2 s  loss=2.5  tokens=12  unit=nats"
-    said = "shot 1/3   curvature  12 of 64 sequences, 128 tokens per second, 208 s left"
-    assert MOMENT.line == said
+    assert MOMENT.line.endswith("  12 of 64 sequences, 128 tokens per second, 208 s left")
     start = Moment("load", 0, 3, 0, 0, "", 0, 1.0)
     assert start.line == "start      load       ..."
     assert start.left_s is start.tokens_per_s is None
@@ -48,30 +46,7 @@ def test_a_log_gets_lines_now_and_then_and_no_cursor_codes(monkeypatch: pytest.M
     assert out.getvalue().splitlines() == [EVENT.line, MOMENT.line]
 
 
-@pytest.mark.parametrize("widgets", [True, False])
-def test_a_notebook_gets_bars_if_they_can_be_drawn(
-    widgets: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(display_module, "_has_widgets", lambda: widgets)
-    console = Console(force_jupyter=True)
-    assert Display(console, "my-run")._live is widgets
-
-
-def test_without_a_console_nothing_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
-    with Display(None, "my-run") as display:
-        display(EVENT)
-        display(MOMENT)
-        display.note("a note")
-    assert capsys.readouterr() == ("", "")
-
-
-def test_progress_tells_its_listener_of_every_change() -> None:
-    seen: list[tuple[int, int]] = []
-    progress = Progress()
-    progress.listener = lambda: seen.append((progress.done, progress.total))
-    progress.begin(3, "sequences", 10)
-    progress.reach(1)
-    progress.reach(1)
-    progress.begin(unit="linears")
-    progress.reach(2, 7)
-    assert seen == [(0, 3), (1, 3), (0, 0), (2, 7)]
+def test_a_notebook_gets_bars_if_they_can_be_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    for widgets in (True, False):
+        monkeypatch.setattr(display_module, "_has_widgets", lambda widgets=widgets: widgets)
+        assert Display(Console(force_jupyter=True), "my-run")._live is widgets

@@ -1,16 +1,13 @@
-"""The report as a page: whole, self-contained, and drawn by a browser."""
+"""The report as a page: whole and self-contained."""
 
 from __future__ import annotations
 
 import json
 import re
-import shutil
-import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
-import matplotlib.image
 import numpy as np
 import pytest
 
@@ -20,9 +17,6 @@ from ray_surgeon.report.tables import main
 from ray_surgeon.runtime import fresh_process
 from tests.conftest import Zygote
 from tests.integration.runs import report_of, run
-
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
-CHROMIUM = next(filter(None, map(shutil.which, BROWSERS)), None)
 
 
 class Reader(HTMLParser):
@@ -45,10 +39,6 @@ class Reader(HTMLParser):
             if name in ("href", "src", "xlink:href"):
                 self.points_to.append(str(value))
         assert tag not in ("script", "link", "iframe", "img")
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.handle_starttag(tag, attrs)
-        self.open.pop()
 
     def handle_endtag(self, tag: str) -> None:
         assert self.open.pop() == tag
@@ -99,9 +89,8 @@ def test_page_of_a_run_says_everything(runs: dict[str, Path]) -> None:
     record = report_of(runs["groups"])
     html = (runs["groups"] / "report.html").read_text()
     text = check_self_contained(html)
-    expected = ["some-groups", "shot 1 of 1, complete", "per_block", "trust_remote_code=True"]
-    expected += ["prefill, tokens per second", "Efficiency", "width_multiple: 8"]
-    expected += [record["fingerprints"]["model"]]
+    expected = ["some-groups", "shot 1 of 1, complete", "prefill, tokens per second"]
+    expected += ["width_multiple: 8", record["fingerprints"]["model"]]
     for export in record["exports"]:
         expected += [export["load"], *export["loaders"].values()]
     assert not [part for part in expected if part not in text]
@@ -112,6 +101,7 @@ def test_page_of_a_run_says_everything(runs: dict[str, Path]) -> None:
 
 
 def test_page_tells_of_damping_losses_and_unfinished_runs(runs: dict[str, Path]) -> None:
+    """And of a model that is gone, and of a method without costs."""
     record = report_of(runs["rows"])
     event = {"linear": "decoder.layers.1.fc1", "factor": "G", "asked": 0.1, "used": 1.0}
     event["float64_retry"] = True
@@ -124,11 +114,15 @@ def test_page_tells_of_damping_losses_and_unfinished_runs(runs: dict[str, Path])
     assert "node <b>gone & away</b>" in text
     assert "1 retry after losses" in text
     assert "<b>gone" not in html
-    text = check_self_contained(page([record | {"shots": [], "linears": []}]))
-    assert "shot 0 of 2, not complete" in text
+    bare = ("predicted_loss_increase", "shrinkable", "terms", "update_residual")
+    layerwise = {k: v for k, v in shot.items() if k not in bare}
+    infinite = {"perplexity": dict.fromkeys(record["dense"]["perplexity"], float("inf"))}
+    layerwise |= infinite | {"threshold": None, "calibration_loss": None}
+    html = page([record | {"shots": [layerwise], "dense": infinite}])
+    assert "inf" in check_self_contained(html).split()
 
 
-def test_several_runs_on_one_page_and_which_of_them_has_not_ended(
+def test_runs_on_one_page(
     runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     record = report_of(runs["rows"])
@@ -138,42 +132,11 @@ def test_several_runs_on_one_page_and_which_of_them_has_not_ended(
     written = ["--html", str(out), "--plot", str(tmp_path / "all.svg")]
     assert main([str(runs["groups"]), str(tmp_path), *written]) == 0
     said = capsys.readouterr().out
-    assert str(out) in said
     assert "not complete: some-rows, 1 of 2 shots, 0 of 0 exports" in said
     assert said.count("not complete") == 1
     html = out.read_text()
     assert "2 runs of ray_surgeon" in check_self_contained(html)
     assert html.count("<svg") == 2 + 2 * 4
-
-
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
-@pytest.mark.parametrize("dark", [False, True])
-def test_a_browser_draws_the_page(dark: bool, runs: dict[str, Path], tmp_path: Path) -> None:
-    picture = tmp_path / "page.png"
-    options = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"]
-    options += [f"--user-data-dir={tmp_path}", f"--screenshot={picture}"]
-    (tmp_path / "page.html").write_text(page([report_of(runs["rows"])]))
-    options += ["--blink-settings=preferredColorScheme=0"] if dark else []
-    options += ["--window-size=1280,2600", (tmp_path / "page.html").as_uri()]
-    subprocess.run([str(CHROMIUM), *options], check=True, capture_output=True, timeout=120)
-    pixels = matplotlib.image.imread(picture)[..., :3]
-    assert pixels.shape == (2600, 1280, 3)
-    background = pixels[5, 5].mean()
-    assert background < 0.2 if dark else background > 0.9
-    drawn = np.abs(pixels - pixels[5, 5]).max(-1) > 0.3
-    assert drawn.mean() > 0.02, "the page is nearly empty"
-    assert drawn[:, 1000:].any(), "nothing at the right"
-
-
-def test_page_of_a_model_that_is_gone_and_of_a_method_without_costs(runs: dict[str, Path]) -> None:
-    record = report_of(runs["rows"])
-    infinite = {"perplexity": dict.fromkeys(record["dense"]["perplexity"], float("inf"))}
-    shots = [shot | infinite for shot in record["shots"]]
-    bare = ("predicted_loss_increase", "shrinkable", "terms", "update_residual")
-    nothing = {"threshold": None, "calibration_loss": None}
-    layerwise = [{k: v for k, v in shot.items() if k not in bare} | nothing for shot in shots]
-    for change in ({"shots": shots, "dense": infinite}, {"shots": layerwise}):
-        assert "inf" in check_self_contained(page([record | change])).split()
 
 
 def test_what_a_report_says_of_workers_and_depth(runs: dict[str, Path]) -> None:
@@ -185,25 +148,19 @@ def test_what_a_report_says_of_workers_and_depth(runs: dict[str, Path]) -> None:
     assert (len(kinds), {len(row) for row in kinds.values()}) == (6, {4})
     (sparsity,) = (x["sparsity"] for x in record["linears"] if x["name"].endswith("layers.3.fc2"))
     assert kinds["fc2"][3] == sparsity
+    names = ["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"]
+    assert _short(names) == ["c_attn", "attn.c_proj", "c_fc", "mlp.c_proj"]
 
 
 def test_experts_of_a_block_are_shown_together() -> None:
     names = [f"model.layers.1.mlp.experts.{number}.down_proj" for number in range(2)]
     names.append("model.layers.0.mlp.down_proj")
-    linears = [{"name": name, "sparsity": i / 2} for i, name in enumerate(names)]
-    kinds = by_block(linears)
+    kinds = by_block([{"name": name, "sparsity": i / 2} for i, name in enumerate(names)])
     assert kinds["mlp.experts.*.down_proj"][1] == 0.25
     assert np.isnan(kinds["mlp.experts.*.down_proj"][0])
     assert kinds["mlp.down_proj"][0] == 1.0
 
 
-def test_linears_with_equal_last_names_have_their_whole_ones() -> None:
-    names = ["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"]
-    assert _short(names) == ["c_attn", "attn.c_proj", "c_fc", "mlp.c_proj"]
-
-
-def test_a_run_whose_name_looks_like_markup(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_run_named_like_markup(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(tmp_path / "[/a]")]) == 2
     assert "[/a]" in capsys.readouterr().err

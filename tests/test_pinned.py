@@ -27,13 +27,9 @@ def test_places_do_not_overlap_and_pieces_are_full() -> None:
     assert reserved_bytes(sizes) == sum(pieces.sizes)
 
 
-@pytest.mark.parametrize(
-    ("size", "number"), [(134_234_112, 200), (8_392_704, 3000), (469_762_048, 80), (2**30, 50)]
-)
+@pytest.mark.parametrize(("size", "number"), [(134_234_112, 200), (8_392_704, 3000)])
 def test_little_is_reserved_for_nothing(size: int, number: int) -> None:
-    """Two of these are a little above a power of two, of which torch would reserve the next one for
-    each.
-    """
+    """Both are a little above powers of two, of which torch would reserve the next ones."""
     assert reserved_bytes([size] * number) <= 1.25 * size * number
     assert reserved_bytes([100]) == 128, "a small model takes little"
 
@@ -54,9 +50,3 @@ def test_tensors_lie_where_they_were_placed(monkeypatch: pytest.MonkeyPatch) -> 
     memory.clear()
     assert memory.empty(torch.Size((3, 5)), torch.bfloat16).untyped_storage().data_ptr() != first
     assert (tensors[0] == 0).all(), "who has a tensor keeps it"
-
-
-def test_a_cpu_pins_nothing() -> None:
-    tensor = HostMemory(torch.device("cpu")).empty(torch.Size((3,)), torch.float32)
-    assert not tensor.is_pinned()
-    assert tensor.untyped_storage().nbytes() == 12

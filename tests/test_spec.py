@@ -6,10 +6,9 @@ from pathlib import Path
 
 import pytest
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from ray_surgeon.pipeline import main
-from ray_surgeon.spec.base import Section
 from ray_surgeon.spec.job import JobSpec
 from ray_surgeon.spec.parsing import parse_spec, validation_message
 from ray_surgeon.stages.prune.methods import METHODS
@@ -35,7 +34,9 @@ def spec_of(changes: str = "") -> JobSpec:
 @pytest.mark.parametrize("path", PIPELINES, ids=lambda p: p.name)
 def test_every_pipeline_parses_and_round_trips(path: Path) -> None:
     spec = parse_spec(path.read_text())
-    assert parse_spec(json.dumps(spec.model_dump(mode="json"))) == spec, "JSON is YAML"
+    again = parse_spec(json.dumps(spec.model_dump(mode="json")))
+    assert again == spec, "JSON is YAML"
+    assert again.method_fingerprint() == spec.method_fingerprint()
 
 
 def test_every_field_is_described(capsys: pytest.CaptureFixture[str]) -> None:
@@ -48,16 +49,6 @@ def test_every_field_is_described(capsys: pytest.CaptureFixture[str]) -> None:
         assert section["description"]
         for name, field in section["properties"].items():
             assert field.get("description"), f"{section['title']}.{name}"
-
-
-def subclasses(kind: type[BaseModel]) -> set[type[BaseModel]]:
-    return {kind, *(found for child in kind.__subclasses__() for found in subclasses(child))}
-
-
-def test_sections_are_frozen() -> None:
-    sections = subclasses(Section)
-    assert len(sections) > 30
-    assert all(s.model_config["frozen"] and s.model_config["extra"] == "forbid" for s in sections)
 
 
 def test_every_pruning_section_is_chosen_by_structure_and_method() -> None:
@@ -102,12 +93,10 @@ def test_overrides() -> None:
     ("override", "message"),
     [
         ("pruning", "expected section.field=value"),
-        ("=1", "expected section.field=value"),
         ("pruning.=1", "expected section.field=value"),
         ("calibration.source=*.txt", "the value is no YAML .* put it into quotes"),
         ("name.first=x", "name is '.*', which has no fields"),
         ("evaluation.7.name=x", "evaluation is a list with items 0 to 0, and '7' is none of them"),
-        ("evaluation.first.name=x", "'first' is none of them"),
     ],
 )
 def test_overrides_that_have_no_place(override: str, message: str) -> None:
@@ -117,7 +106,7 @@ def test_overrides_that_have_no_place(override: str, message: str) -> None:
 
 ELEMENT = "pruning.structure=element"
 WANDA = f"pruning.method=wanda; {ELEMENT}"
-SPARSEGPT = f"pruning.method=sparsegpt; {ELEMENT}"
+SELF = "calibration.source=self"
 SIX = "calibration.num_sequences=6"
 A_TEXT = "{name: t, source: a.txt, num_sequences: 2, sequence_length: 8}"
 N_M = "pruning.structure=n_m"
@@ -127,14 +116,8 @@ WEIGHED = (
 )
 NO_OPTION = "is not an option"
 MISTAKES = [
-    ("pruning.target_sparsity=0", "pruning.target_sparsity: Input should be greater than 0"),
-    ("pruning.target_sparsity=1", "target_sparsity: Input should be less than 1"),
-    ("pruning.target_sparsity=.nan", "target_sparsity: Input should be"),
     ("pruning.structure=blocks", "expected structure"),
-    ("pruning.num_shot=3", f"num_shot: {NO_OPTION}"),
-    ("prunning.num_shots=3", f"prunning: {NO_OPTION}"),
     ("version=1", "version: Input should be 2"),
-    ("preset=best", "preset: Input should be"),
     ("name=Not A Name", "name: String should match"),
     ("model={}", "model.source: is missing; add it"),
     ("model.source=https://huggingface.co/org/name/tree/main", "page of the Hub; .*, org/name"),
@@ -147,29 +130,34 @@ MISTAKES = [
     ("calibration.column=body", "column is 'body'"),
     ("calibration.stride=8; calibration.seed=3", "stride places them"),
     ("calibration.weight=2.0", "no effect without mix"),
+    ("calibration.source=auto; calibration.stride=4", "stride cannot be given"),
+    ("calibration.chat=true", "set source to self"),
+    (f"{SELF}; calibration.split=test", "split belongs to a text that is read"),
+    (f"{SELF}; calibration.chat=true; calibration.prompts=a.txt", "chat and prompts say different"),
+    (f"{SELF}; calibration.chat=true; calibration.texts_per_sequence=2", "packed as they fit"),
+    (f"{SELF}; calibration.start_tokens=4", "start_tokens belongs to starts"),
+    (f"{SELF}; calibration.starts={{source: self}}", "a place in the calibration only"),
+    (f"{SELF}; calibration.starts={{source: a.txt}}; calibration.start_tokens=8", "lower it"),
+    (f"{SELF}; calibration.temperature=0", "the same text every time"),
+    (f"{SELF}; calibration.weigh=answers", "no text of the calibration has any"),
     ("calibration.mix=[{source: python-docstrings, weight: 0.1}]", "in 2 sequences is none"),
     ("calibration.mix=[{source: python-docs, max_tokens: 5}]", "must equal that of python-docs"),
     ("calibration.mix=[{source: python-docs, weight: 0.8}]", r"mix\.0: .* are in the calibration"),
     (f"{SIX}; calibration.mix=[{{source: self}}, {{source: self}}]", r"mix\.1: .*windows of self"),
     (f"{WEIGHED}; curvature.kind=extended_kfac", "weigh: answers does not go with"),
     (f"{WEIGHED}; curvature.kind=activations", "weigh: answers does not go with"),
-    ("evaluation=[]", "evaluation"),
-    ("evaluation.0.nam=x", f"nam: {NO_OPTION}"),
     ("evaluation={generation: {num_prompts: 0}}", r"generation\S*\.num_prompts"),
     (f"evaluation=[{A_TEXT}, {A_TEXT}]", "names must differ"),
     ("memory.weights=gpu", r"Input should be 'auto', 'device', 'host' or 'disk' \(got 'gpu'\)"),
     ("memory.scratch=s3://bucket/x", "memory.scratch: s3://bucket/x is not on a local disk"),
     ("cluster.num_replicas=3", "cannot be filled by 2"),
-    ("cluster.gpus_per_worker=2", "gpus_per_worker"),
     ("cluster={backend: local, ping_timeout_s: 3}", f"ping_timeout_s: {NO_OPTION} of local"),
     ("output.exports=uniform", r"expected a list, such as \[a, b\] \(got 'uniform'\)"),
     ("curvature=null", "needs one"),
-    ("curvature.damping.a=-0.1", "damping.a: Input should be"),
     ("curvature.max_damping=0.001", "below damping"),
     ("curvature.seed=3", "seed draws the labels"),
     ("curvature={kind: activations, fisher: sampled}", f"fisher: {NO_OPTION} of activations"),
     ("curvature={kind: activations, damping: {g: 0.2}}", "damping.g has no effect"),
-    ("curvature={kind: identity, damping: {a: 0.2}}", f"damping: {NO_OPTION} of identity"),
     ("curvature.kind=extended_kfac; pruning.costs=greedy", "greedy needs one Kronecker term"),
     (f"curvature.kind=extended_kfac; {GROUPS}", "extended_kfac does not go with structure groups"),
     ("correction.steps_per_shot=0", "set one of them"),
@@ -178,17 +166,11 @@ MISTAKES = [
     ("pruning.sparsities=[0.1, 0.2]; pruning.num_shots=2", "takes the place"),
     ("pruning.width_multiple=8", f"pruning.width_multiple: {NO_OPTION} of rows_columns"),
     (f"{N_M}; pruning.n_m=[4, 2]", "needs N < M"),
-    (f"{N_M}; pruning.n_m=two:four", "n_m: expected a list"),
     (f"{N_M}; pruning.target_sparsity=0.6", "more than 2:4 can remove"),
-    (f"{WANDA}; {N_M}; pruning.target_sparsity=0.6", "more than 2:4 can remove"),
     (f"{WANDA}; {N_M}; pruning.target_sparsity=0.5", "to 2:4 at once; set target_sparsity to 0.5"),
-    (f"{WANDA}; {N_M}; pruning.n_m=[1, 3]; pruning.num_shots=1", "target_sparsity to 0.666667"),
     (f"{WANDA}; pruning.n_m=[2, 4]", "has no pattern"),
     (f"{WANDA}; curvature.damping.a=0.1", "gathers its own"),
-    (f"{SPARSEGPT}; pruning.costs=obd", f"costs: {NO_OPTION} of sparsegpt"),
-    (f"{SPARSEGPT}; pruning.max_damping=0.001", "is below damping"),
     (f"{ELEMENT}; pruning.update.max_correlate=5", f"{NO_OPTION} of conjugate_gradients"),
-    (f"{GROUPS}; pruning.groups=[ffm]", "pruning.groups.0: Input should be"),
     (f"{GROUPS}; pruning.groups=[ffn, ffn]", "name a kind twice"),
     (
         f"{GROUPS}; pruning.allocation=uniform; pruning.rank_by=cost",
@@ -196,11 +178,6 @@ MISTAKES = [
     ),
     (f"{GROUPS}; pruning.groups=[experts]; pruning.remove_blocks=true", "only whole experts go"),
     (f"{GROUPS}; pruning.groups=[experts]; curvature.damping={{a: 0.1}}", "invert no factor"),
-    (
-        f"{GROUPS}; pruning.groups=[experts]; pruning.expert_costs=reap; "
-        "curvature={kind: activations, max_damping: 9}",
-        "max_damping: costs of whole experts invert no factor; leave it out",
-    ),
 ]
 
 
@@ -214,18 +191,9 @@ def test_a_mistake_is_said_once_and_in_words_of_the_spec(changes: str, message: 
     assert re.search(message, lines[0]), lines[0]
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("", "must be a mapping of sections"),
-        ("- a\n- b", "must be a mapping of sections"),
-        ("a: [1", "is not valid YAML"),
-        (f"{MINIMAL}\npruning: {{target_sparsity: 0.1}}\n", "pruning is given twice; remove one"),
-    ],
-)
-def test_what_is_no_mapping_is_no_job_spec(text: str, message: str) -> None:
-    with pytest.raises(ValueError, match=f"the job spec .*{message}"):
-        parse_spec(text)
+def test_a_section_is_given_once() -> None:
+    with pytest.raises(ValueError, match="pruning is given twice; remove one"):
+        parse_spec(f"{MINIMAL}\npruning: {{target_sparsity: 0.1}}\n")
 
 
 def test_overrides_that_the_readme_names() -> None:
@@ -247,9 +215,7 @@ def test_overrides_that_the_readme_names() -> None:
         ("model.dtype=bfloat16", False),
     ],
 )
-def test_method_fingerprint_ignores_where_and_what_else_is_measured(
-    changes: str, is_same: bool
-) -> None:
+def test_what_the_method_fingerprint_ignores(changes: str, is_same: bool) -> None:
     assert (spec_of(changes).method_fingerprint() == spec_of().method_fingerprint()) == is_same
 
 
@@ -277,7 +243,7 @@ def test_widths_that_engines_like(changes: str, multiple: int) -> None:
     assert spec_of(overrides).pruning.multiple == multiple
 
 
-@pytest.mark.parametrize("target", ["0.666667", "0.6667", "0.666"])
+@pytest.mark.parametrize("target", ["0.666667", "0.666"])
 def test_a_target_that_is_a_pattern_s_may_be_written_as_errors_print_it(target: str) -> None:
     pattern = f"{WANDA}; {N_M}; pruning.n_m=[1, 3]; pruning.num_shots=1"
     assert spec_of(f"{pattern}; pruning.target_sparsity={target}").pruning.shots == 1

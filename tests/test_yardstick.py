@@ -13,16 +13,12 @@ import pytest
 
 from benchmarks.yardstick import correlations, main, rank_correlation, ranks
 from ray_surgeon.report.html_report import LivePage
-from tests.integration.runs import report_of, run
-
-
-def test_equal_values_share_the_mean_of_their_ranks() -> None:
-    assert ranks([3.0, 1.0, 3.0, 7.0]).tolist() == [2.5, 1.0, 2.5, 4.0]
+from tests.integration.runs import report_of, run, windows
 
 
 def test_only_the_order_counts() -> None:
+    assert ranks([3.0, 1.0, 3.0, 7.0]).tolist() == [2.5, 1.0, 2.5, 4.0]
     assert rank_correlation([1, 2, 3, 40], [0.1, 0.2, 0.3, 0.31]) == 1
-    assert rank_correlation([1, 2, 3, 40], [4, 3, 2, -1]) == -1
     assert rank_correlation([1, 2, 3], [1, 3, 2]) == pytest.approx(0.5)
     assert math.isnan(rank_correlation([1, 1, 1], [1, 2, 3]))
 
@@ -46,26 +42,21 @@ def test_measures_are_those_of_the_run(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(LivePage, "draw", lambda self, record, *, final: None)
-    text = {"name": "help", "source": "python-docs", "max_tokens": 4000}
-    text |= {"num_sequences": 2, "sequence_length": 32}
-    generation = {"num_prompts": 3, "max_new_tokens": 8}
-    options: dict[str, Any] = {
-        "pruning": {"structure": "groups", "groups": ["ffn"], "allocation": "uniform"},
-        "pruning__target_sparsity": 0.1,
-        "pruning__num_shots": 1,
-        "pruning__width_multiple": 4,
-        "evaluation": {"texts": [text], "generation": generation},
-        "output__exports": ["uniform"],
-    }
+    evaluation: dict[str, Any] = {"texts": [windows("python-docs", 2, name="help")]}
+    evaluation["generation"] = {"num_prompts": 3, "max_new_tokens": 8}
+    pruning: dict[str, Any] = {"structure": "groups", "groups": ["ffn"], "allocation": "uniform"}
+    pruning |= {"target_sparsity": 0.1, "num_shots": 1, "width_multiple": 4}
     dense = model_folders["llama"]
-    assert run(tmp_path, dense, **options) == 0
+    sections = {"pruning": pruning, "evaluation": evaluation}
+    assert run(tmp_path, dense, **sections, output__exports=["uniform"]) == 0
     (shot,) = report_of(tmp_path / "run")["shots"]
     outcomes = {"a": "passed", "b": "failed", "c": "passed"}
-    pruned = {"name": "pruned", "folder": str(tmp_path / "run/export/uniform")}
-    models = [
-        {"name": "dense", "folder": str(dense), "outcomes": outcomes},
-        pruned | {"outcomes": outcomes | {"a": "failed"}},
+    folders = {"dense": dense, "pruned": tmp_path / "run/export/uniform"}
+    models: list[dict[str, Any]] = [
+        {"name": name, "folder": str(folder)} for name, folder in folders.items()
     ]
+    models[0]["outcomes"] = outcomes
+    models[1]["outcomes"] = outcomes | {"a": "failed"}
     written = tmp_path / "tiny.json"
     written.write_text(json.dumps({"models": models}))
     out = str(tmp_path / "all.json")

@@ -37,16 +37,11 @@ class StrictLoader(yaml.SafeLoader):
 
 
 @functools.cache
-def rendered(folder: str) -> str:
+def objects(folder: str) -> dict[str, dict[str, Any]]:
     command = ["kubectl", "kustomize", str(ROOT / "deploy" / folder)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-def objects(folder: str) -> dict[str, dict[str, Any]]:
-    documents = yaml.load_all(rendered(folder), StrictLoader)
-    return {document["kind"]: document for document in documents}
+    return {document["kind"]: document for document in yaml.load_all(done.stdout, StrictLoader)}
 
 
 def strict(schema: Any) -> Any:
@@ -95,19 +90,8 @@ def check(document: dict[str, Any], kind: str) -> None:
     jsonschema.Draft202012Validator(schema_of(kind)).validate(own)
 
 
-@needs_kubectl
-@pytest.mark.parametrize("folder", RENDERED)
-def test_custom_resources_fit_the_schemas(folder: str) -> None:
-    found = objects(folder)
-    kinds = {"RayJob", "RayCluster"} & set(found)
-    assert kinds
-    for kind in kinds:
-        check(found[kind], kind)
-
-
 @pytest.mark.parametrize(
-    ("field", "value"),
-    [("entrypont", "x"), ("backoffLimit", "2"), ("ttlSecondsAfterFinished", 2**31)],
+    ("field", "value"), [("entrypont", "x"), ("ttlSecondsAfterFinished", 2**31)]
 )
 def test_the_check_is_strict(field: str, value: object) -> None:
     document = yaml.safe_load((ROOT / "deploy/base/rayjob.yaml").read_text())
@@ -132,6 +116,7 @@ def groups_of(document: dict[str, Any]) -> list[dict[str, Any]]:
 def test_rules_of_the_operator_and_of_ours(folder: str) -> None:
     found = objects(folder)
     document = found.get("RayJob") or found["RayCluster"]
+    check(document, document["kind"])
     name = document["metadata"]["name"]
     spec = document["spec"]
     assert re.fullmatch(r"[a-z]([-a-z0-9]*[a-z0-9])?", name)
@@ -142,13 +127,11 @@ def test_rules_of_the_operator_and_of_ours(folder: str) -> None:
         goes_on = "--resume" in spec["entrypoint"] or not spec["backoffLimit"]
         assert goes_on, "a retry gets a new cluster"
     pods = [group["template"]["spec"] for group in groups_of(document)]
-    submitter = spec.get("submitterPodTemplate")
-    for pod in pods + ([submitter["spec"]] if submitter else []):
+    submitters = [spec["submitterPodTemplate"]["spec"]] if "submitterPodTemplate" in spec else []
+    for pod in pods + submitters:
         assert pod["securityContext"]["runAsNonRoot"] is True
         for container in pod["containers"]:
-            image, _, tag = container["image"].rpartition(":")
-            assert image
-            assert tag not in ("", "latest"), container["image"]
+            assert re.search(r":(?!latest)[^:/]+$", container["image"])
             assert container["securityContext"]["allowPrivilegeEscalation"] is False
             resources = container["resources"]
             assert {"cpu", "memory"} <= set(resources["requests"]) & set(resources["limits"])
@@ -157,8 +140,7 @@ def test_rules_of_the_operator_and_of_ours(folder: str) -> None:
         assert {"livenessProbe", "readinessProbe"} <= set(container)
         values = {variable["name"]: variable.get("value") for variable in container["env"]}
         if "client" in {port["name"] for port in container.get("ports", ())}:
-            served = values["GRPC_ENABLE_FORK_SUPPORT"] == "0"
-            assert served, "else Ray clients are not served at times"
+            assert values["GRPC_ENABLE_FORK_SUPPORT"] == "0", "else clients are not served at times"
         mounts = {mount["mountPath"]: mount["name"] for mount in container["volumeMounts"]}
         assert mounts["/dev/shm"] == "shm"
         assert values["TMPDIR"] in mounts, "exports are fetched to there"
@@ -167,10 +149,12 @@ def test_rules_of_the_operator_and_of_ours(folder: str) -> None:
         assert {*mounts.values()} == volumes.keys()
         shm = volumes["shm"]["emptyDir"]
         assert shm["medium"] == "Memory"
-        memory = container["resources"]["limits"]["memory"]
-        assert gibibytes(shm["sizeLimit"]) < gibibytes(memory)
-        store = int(group["rayStartParams"]["object-store-memory"])
-        assert store < 2**30 * gibibytes(shm["sizeLimit"])
+        store = int(group["rayStartParams"]["object-store-memory"]) / 2**30
+        assert (
+            store
+            < gibibytes(shm["sizeLimit"])
+            < gibibytes(container["resources"]["limits"]["memory"])
+        )
     for group in cluster_of(document)["workerGroupSpecs"]:
         replicas = group.get("replicas", group["minReplicas"])
         assert group["minReplicas"] <= replicas <= group["maxReplicas"]
@@ -220,7 +204,6 @@ def test_what_the_components_do() -> None:
     cluster = objects("raycluster")["RayCluster"]["spec"]
     assert cluster["enableInTreeAutoscaling"] is True
     assert cluster["workerGroupSpecs"][0]["minReplicas"] == 0
-    assert cluster["workerGroupSpecs"][0]["maxReplicas"] > 0
 
 
 def test_the_image_is_pinned_small_and_not_root() -> None:

@@ -9,15 +9,8 @@ from torch import Tensor
 from benchmarks.fisher_error import terms_of_samples
 from ray_surgeon.maths.extended.terms import clip_term, minimise_kept
 from ray_surgeon.maths.kronecker import PackedSymmetric, Term
-from tests.maths.dense import (
-    crossing,
-    dense_minimum,
-    draw,
-    flags,
-    further_terms,
-    indefinite,
-    problem,
-)
+from tests.maths import dense
+from tests.maths.dense import crossing, dense_minimum, draw, flags, problem
 
 R = 5
 C = 6
@@ -56,9 +49,9 @@ def test_power_iteration_finds_the_best_further_terms_of_the_rearranged_fisher()
 def test_clipping_leaves_a_harmless_term_alone_and_makes_a_wild_one_harmless() -> None:
     _, A, G = problem(R, C)
     factors = torch.linalg.cholesky(G), torch.linalg.cholesky(A)
-    mild = 1e-3 * indefinite(R, 1), 1e-3 * indefinite(C, 2)
+    mild = 1e-3 * dense.indefinite(R, 1), 1e-3 * dense.indefinite(C, 2)
     assert clip_term(mild, *factors, 1.0)[1] == 0.0
-    wild = 50 * indefinite(R, 1), 50 * indefinite(C, 2)
+    wild = 50 * dense.indefinite(R, 1), 50 * dense.indefinite(C, 2)
     assert float(torch.linalg.eigvalsh(torch.kron(G, A) + torch.kron(*wild)).min()) < 0
     clipped, change = clip_term(wild, *factors, 1.0)
     assert 0 < change < 1
@@ -69,13 +62,11 @@ def test_clipping_leaves_a_harmless_term_alone_and_makes_a_wild_one_harmless() -
 
 
 @pytest.mark.parametrize("num_terms", [2, 4])
-def test_joint_update_is_the_dense_solution(
-    num_terms: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_joint_update_is_dense(num_terms: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ray_surgeon.maths.extended.terms.TOLERANCE", 1e-13)
     monkeypatch.setattr("ray_surgeon.maths.extended.terms.ITERATIONS", 200)
     W, A, G = problem(R, C)
-    terms = [(G, A), *further_terms(A, G, num_terms - 1)]
+    terms = [(G, A), *dense.further_terms(A, G, num_terms - 1)]
     F = torch.stack([torch.kron(*term) for term in terms]).sum(dim=0)
     found, residual = minimise_kept(W, terms, flags(R, [1, 4]), flags(C, [0, 3]))
     expected, _ = dense_minimum(W, F, crossing(R, C, [1, 4], [0, 3]))

@@ -40,11 +40,6 @@ def test_balancing_keeps_the_product_and_a_zero_factor() -> None:
     assert torch.equal(G, before)
 
 
-def test_damping_is_relative_to_the_mean_of_the_diagonal() -> None:
-    matrix = torch.diag(torch.tensor([1.0, 3.0]))
-    torch.testing.assert_close(damp_(matrix, 0.5), torch.diag(torch.tensor([2.0, 4.0])))
-
-
 @pytest.mark.parametrize("n", [1, 9, 600])
 def test_inverse_and_its_parts(n: int) -> None:
     """Sizes below and above the panels'."""
@@ -98,8 +93,6 @@ def test_damping_is_raised_tenfold_and_reported(dtype: torch.dtype) -> None:
         ([[0.0] * 2] * 2, r"blocks\.3 G: the curvature factor is zero"),
     ],
 )
-def test_a_hopeless_matrix_is_an_error_that_names_it(
-    matrix: list[list[float]], expected: str
-) -> None:
+def test_a_hopeless_matrix_is_named(matrix: list[list[float]], expected: str) -> None:
     with pytest.raises(FloatingPointError, match=expected):
         factorise(torch.tensor(matrix), 0.01, 1.0, "blocks.3 G")

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -10,20 +12,12 @@ from tests.maths.dense import damped, problem, silence
 
 
 def by_sparsegpt(
-    W: Tensor,
-    A: Tensor,
-    sparsity: float = 0.5,
-    *,
-    n: int = 0,
-    m: int = 1,
-    before: Tensor | None = None,
-    damping: float = 0.01,
-    block_size: int = 128,
+    W: Tensor, A: Tensor, sparsity: float = 0.5, damping: float = 0.01, **options: Any
 ) -> tuple[Tensor, Tensor, tuple[RaisedDamping, ...]]:
-    before = W != 0 if before is None else before
     U, raised = upper_inverse(A, damping, 1.0, "x")
     live = W.masked_fill(A.diagonal() == 0, 0.0)
-    return (*sparsegpt(live, U, sparsity, n, m, before=before, block_size=block_size), raised)
+    settings: dict[str, Any] = {"n": 0, "m": 1, "before": W != 0, "block_size": 128} | options
+    return (*sparsegpt(live, U, sparsity, **settings), raised)
 
 
 def by_definition(
@@ -55,7 +49,7 @@ def by_definition(
 
 
 @pytest.mark.parametrize(
-    ("n", "m", "block"), [(0, 1, 4), (0, 1, 100), (2, 4, 4), (2, 4, 100), (1, 2, 3), (3, 4, 8)]
+    ("n", "m", "block"), [(0, 1, 4), (0, 1, 100), (2, 4, 100), (1, 2, 3), (3, 4, 8)]
 )
 def test_sparsegpt_is_its_definition(n: int, m: int, block: int) -> None:
     W, A, _ = problem(5, 12)
@@ -74,15 +68,6 @@ def test_what_sparsegpt_pruned_stays_pruned_in_the_next_shot() -> None:
     assert not (kept & ~before).any()
     assert not found[~kept].any()
     assert float((~kept).double().mean()) >= 0.6
-
-
-def test_sparsegpt_removes_inputs_that_are_always_zero() -> None:
-    W, A, _ = problem(5, 12)
-    silence(A, 3)
-    found, kept, _ = by_sparsegpt(W, A)
-    assert not found[:, 3].any()
-    assert torch.isfinite(found).all()
-    assert int((~kept).sum()) == 30
 
 
 def test_sparsegpt_says_what_it_damped_more_than_asked() -> None:
@@ -109,9 +94,7 @@ def test_what_wanda_pruned_stays_pruned_where_inputs_are_zero_now() -> None:
     ("sparsity", "n", "m", "number"),
     [(0.25, 0, 1, 3), (0.2, 0, 1, 3), (0.0, 2, 4, 2), (0.0, 1, 4, 3)],
 )
-def test_wanda_keeps_the_largest_of_each_row_or_group(
-    sparsity: float, n: int, m: int, number: int
-) -> None:
+def test_wanda_keeps_the_largest(sparsity: float, n: int, m: int, number: int) -> None:
     """At least a fifth of 12, as other methods do."""
     W, A, _ = problem(5, 12)
     scores = (W.abs() * A.diagonal().sqrt()).view(-1, 12 if m == 1 else m)

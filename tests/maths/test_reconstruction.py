@@ -103,8 +103,7 @@ def by_adam(
 def assert_trained_alike(
     found: FeedForward, start: FeedForward, expected: FeedForward, most: float
 ) -> None:
-    weights = zip(found.weights, start.weights, expected.weights, strict=True)
-    for after, before, wide in weights:
+    for after, before, wide in zip(*(x.weights for x in (found, start, expected)), strict=True):
         assert after.dtype == torch.float32
         assert float((after - wide).norm() / (wide - before).norm()) < most
 
@@ -118,9 +117,7 @@ def assert_trained_alike(
         (False, False, "relu", 12, 0.01),
     ],
 )
-def test_errors_and_all_steps_are_those_of_adam_in_float64(
-    gated: bool, biased: bool, activation: str, size: int, num_epochs: float
-) -> None:
+def test_adam(gated: bool, biased: bool, activation: str, size: int, num_epochs: float) -> None:
     """In every epoch four of the tokens are left over, others each time; a part of a pass is that
     many steps, at least one.
     """
@@ -154,9 +151,7 @@ def test_a_layer_that_gets_slightly_worse_or_is_exact_stays() -> None:
     assert exact.after == exact.before == 0
 
 
-def test_outputs_and_errors_are_of_all_tokens_in_order_a_part_at_a_time(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_parts_of_outputs_and_errors(monkeypatch: pytest.MonkeyPatch) -> None:
     """If only a part is measured, it is of tokens from everywhere: of those that have an error."""
     layer, x, y = problem()
     whole = outputs_of(layer, x)
@@ -199,40 +194,17 @@ def test_narrow_products_train_float32_weights(dtype: torch.dtype) -> None:
     assert found.after == pytest.approx(float(huber(after, BEND * before.mean())), rel=1e-6)
 
 
-def test_tokens_with_huge_outputs_do_not_decide(monkeypatch: pytest.MonkeyPatch) -> None:
-    _, left, x, y = pairs_of_channels()
-    ordinary = torch.arange(len(x)) % 100 != 0
-    # no channels can give that
-    y[~ordinary] += 300 * torch.randn(20, D, generator=torch.Generator().manual_seed(1))
-
-    def error() -> float:
-        layer = trained(left, x, y, tokens_per_step=50, num_epochs=3).layer
-        before, after = (error_of(each, x[ordinary], y[ordinary]) for each in (left, layer))
-        return after / before
-
-    with_bend = error()
-    assert with_bend < 0.5
-    monkeypatch.setattr("ray_surgeon.maths.reconstruction.BEND", float("inf"))
-    assert error() > 2 * with_bend
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_tokens_with_huge_outputs_do_not_refuse_what_all_others_gain_from(
-    dtype: torch.dtype,
-) -> None:
+def test_tokens_with_huge_outputs_do_not_refuse_what_all_others_gain_from() -> None:
     """A few tokens had no error, and have large ones now, beside their outputs small ones."""
     whole, left, x, _ = pairs_of_channels()
     ordinary = torch.arange(len(x)) % 500 != 0
     x = torch.where(ordinary[:, None], x, 200 * x)
-    y = torch.where(ordinary[:, None], outputs_of(whole, x), outputs_of(left, x)).to(dtype)
-    options = {"learning_rate": 0.01, "tokens_per_step": 50, "num_epochs": 3}
-    found = seeded(left, x.to(dtype), y, **options)
-    before, after = (
-        error_of(each, x[ordinary], y[ordinary].float()) for each in (left, found.layer)
-    )
+    y = torch.where(ordinary[:, None], outputs_of(whole, x), outputs_of(left, x))
+    found = trained(left, x, y, tokens_per_step=50)
+    before, after = (error_of(each, x[ordinary], y[ordinary]) for each in (left, found.layer))
     assert after < 0.2 * before
     assert found.after < found.before
-    assert error_of(found.layer, x, y.float()) > error_of(left, x, y.float())
+    assert error_of(found.layer, x, y) > error_of(left, x, y)
 
 
 def test_outputs_of_any_size_train_alike_in_float16() -> None:
@@ -251,14 +223,13 @@ def test_a_layer_is_taken_by_tokens_held_aside_alone() -> None:
     _, left, x, y = pairs_of_channels()
     noise = y + 20 * torch.randn(y.shape, generator=torch.Generator().manual_seed(7))
     held = x[1000:], y[1000:]
-    options = {"learning_rate": 0.02, "tokens_per_step": 20, "num_epochs": 30}
+    options = {"learning_rate": 0.02, "tokens_per_step": 20, "num_epochs": 10}
     by_heart = seeded(left, x[:20], noise[:20], held, **options)
     own = seeded(left, x[:20], noise[:20], **options)
     assert own.after < own.before
     assert by_heart.after >= by_heart.before
     for after, start in zip(by_heart.layer.weights, left.weights, strict=True):
         assert torch.equal(after, start)
-    options["num_epochs"] = 10
     found = seeded(left, x[:1000], y[:1000], held, **options)
     limit = BEND * error_of(left, x[:1000], y[:1000])
     assert found.after == pytest.approx(error_of(found.layer, *held, limit), rel=1e-6)

@@ -44,9 +44,7 @@ def one_by_one(W: Tensor, A: Tensor) -> Tensor:
     return found
 
 
-def test_every_column_is_rounded_after_the_best_answer_to_those_before(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_columns_are_rounded_after_the_best_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of columns change nothing."""
     W, A = problem(64)
     expected = one_by_one(W, A)
@@ -77,9 +75,7 @@ def test_the_upper_factor_is_that_of_the_dense_inverse() -> None:
     assert not raised
 
 
-@pytest.mark.parametrize(
-    ("num_columns", "num_tokens", "damping"), [(32, 20, 0.0), (32, 20, 1e-8), (128, 64, 1e-7)]
-)
+@pytest.mark.parametrize(("num_columns", "num_tokens", "damping"), [(32, 20, 0.0), (128, 64, 1e-7)])
 def test_few_tokens_and_little_damping(num_columns: int, num_tokens: int, damping: float) -> None:
     """In float32 the inverse of what has a Cholesky factor may have none."""
     generator = torch.Generator().manual_seed(0)
@@ -91,18 +87,17 @@ def test_few_tokens_and_little_damping(num_columns: int, num_tokens: int, dampin
         assert (U.diagonal() > 0).all()
 
 
-@pytest.mark.parametrize("strength", [1.0, 1e-3])
-def test_inputs_that_are_always_zero_change_no_damping_of_the_others(strength: float) -> None:
+def test_inputs_that_are_always_zero_change_no_damping_of_the_others() -> None:
+    """Nor does the strength of all."""
     W, A = problem()
     live = torch.ones(C, dtype=torch.bool)
     live[[0, 3, 7, 20]] = False
-    A *= strength**2 * torch.outer(live, live)
+    A *= 1e-6 * torch.outer(live, live)
     U, _ = upper_inverse(A, 0.01, 1.0, "w")
     alone, _ = upper_inverse(A[live][:, live], 0.01, 1.0, "w")
     torch.testing.assert_close(U[live][:, live], alone, rtol=1e-9, atol=0)
     assert not U[~live][:, live].any()
-    found, _ = rounded(W, A, 0.01)
-    expected, _ = rounded(W, A / strength**2, 0.01)
+    found, expected = (rounded(W, each, 0.01)[0] for each in (A, 1e6 * A))
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
 
 

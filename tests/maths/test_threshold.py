@@ -6,12 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from ray_surgeon.maths import threshold
 from ray_surgeon.maths.threshold import (
     StructureCosts,
-    bit_histogram,
-    bucket_of,
     can_reach,
-    cost_of_bits,
     structured_threshold,
     units_to_remove,
 )
@@ -54,12 +52,12 @@ def test_kth_value_by_counting_bits_is_that_of_sorting(ties: bool) -> None:
     expected = torch.cat(parts).sort().values
 
     def counted(high: int | None) -> Tensor:
-        return torch.stack([bit_histogram(p, high) for p in infinite]).sum(0)
+        return torch.stack([threshold.bit_histogram(p, high) for p in infinite]).sum(0)
 
     for k in (1, 2, 1500, 2999, 3000):
-        high, rest = bucket_of(counted(None), k)
-        low, _ = bucket_of(counted(high), rest)
-        assert cost_of_bits(high, low) == float(expected[k - 1])
+        high, rest = threshold.bucket_of(counted(None), k)
+        low, _ = threshold.bucket_of(counted(high), rest)
+        assert threshold.cost_of_bits(high, low) == float(expected[k - 1])
 
 
 @pytest.mark.parametrize(
@@ -70,7 +68,6 @@ def test_kth_value_by_counting_bits_is_that_of_sorting(ties: bool) -> None:
         (0.3, 20, 2, 40, 5),
         (0.3, 21, 2, 40, 5),  # of whole units
         (0.3, 40, 1, 60, 0),
-        (0.3, 0, 1, 30, 30),
     ],
 )
 def test_units_that_are_missing(
@@ -79,37 +76,31 @@ def test_units_that_are_missing(
     assert units_to_remove(target, 100, num_pruned, num_per_unit, num_candidates) == expected
 
 
-def test_units_that_there_are_not() -> None:
-    assert units_to_remove(0.5, 10_000, 0, 1, 4_995) == 4_995, "biases count and stay"
-    expected = r"0\.5 cannot be reached; all candidates together are 0\.4900"
-    with pytest.raises(ValueError, match=expected):
-        units_to_remove(0.5, 10_000, 0, 1, 4_900)
+ALIVE = StructureCosts("x", 50, 8, 4, torch.arange(1.0, 9.0), torch.full((4,), 100.0))
+"""8 x 4 of 10 x 5: 18 entries are gone before anything else goes."""
+DEAD = StructureCosts("x", 20, 4, 5, torch.tensor([0.0, 0.0, 1.0, 2.0]), torch.full((5,), 9.0))
 
 
-def test_all_candidates_together_count_what_crosses_once() -> None:
-    """Of 4 x 5 entries, 3 rows and 3 columns that may go leave 1 x 2."""
+@pytest.mark.parametrize(
+    ("costs", "target", "expected"), [(ALIVE, 18 / 50, 18), (ALIVE, 19 / 50, 22), (DEAD, 0.01, 10)]
+)
+def test_what_is_gone_or_dead_counts(costs: StructureCosts, target: float, expected: int) -> None:
+    assert structured_threshold([costs], target).num_removed == expected
+
+
+def test_targets_out_of_reach() -> None:
+    """Of 4 x 5 entries, 3 rows and 3 columns that may go leave 1 x 2, so they count once. Biases
+    count and stay.
+    """
     costs = [StructureCosts("x", 20, 4, 5, torch.ones(3), torch.ones(3))]
     assert can_reach(costs, 18 / 20)
     assert not can_reach(costs, 18.5 / 20)
-
-
-def test_what_earlier_shots_removed_counts() -> None:
-    """8 x 4 of 10 x 5 are alive: 18 of 50 entries are gone before anything else goes."""
-    costs = [StructureCosts("x", 50, 8, 4, torch.arange(1.0, 9.0), torch.full((4,), 100.0))]
-    assert structured_threshold(costs, 18 / 50) == 0.0
-    assert structured_threshold(costs, 19 / 50) == 1.0
-
-
-def test_dead_structures_go_first_and_are_counted() -> None:
-    rows = torch.tensor([0.0, 0.0, 1.0, 2.0])
-    found = structured_threshold([StructureCosts("x", 20, 4, 5, rows, torch.full((5,), 9.0))], 0.01)
-    assert found == 0.0
-
-
-def test_a_bias_column_cannot_go() -> None:
-    costs = [StructureCosts("x", 12, 4, 3, torch.zeros(0), torch.tensor([1.0, 2.0]))]
-    with pytest.raises(ValueError, match=r"cannot be reached.*0\.6667"):
-        structured_threshold(costs, 0.9)
+    with pytest.raises(ValueError, match=r"cannot be reached.*0\.9000"):
+        structured_threshold(costs, 0.95)
+    assert units_to_remove(0.5, 10_000, 0, 1, 4_995) == 4_995
+    expected = r"0\.5 cannot be reached; all candidates together are 0\.4900"
+    with pytest.raises(ValueError, match=expected):
+        units_to_remove(0.5, 10_000, 0, 1, 4_900)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -1.0])

@@ -72,7 +72,7 @@ def test_one_row_less_that_is_alive_changes_the_logits(family: str) -> None:
     assert (write(model, masks) - before).abs().max() > 1e-4
 
 
-@pytest.mark.parametrize("family", LAYOUTS)
+@pytest.mark.parametrize("family", ["gpt2", "qwen2_moe"])
 def test_nothing_is_propagated_in_the_dense_model(family: str) -> None:
     layout = LAYOUTS[family]
     masks = {s.name: StructuredMask.full(s.num_rows, s.num_columns) for s in layout.linears}

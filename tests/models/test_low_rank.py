@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -14,17 +16,11 @@ def drawn(*shape: int, seed: int = 1) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def full_masks(shard: ModelShard) -> dict[str, StructuredMask]:
+def corrected(shard: ModelShard, owned: Any = None, **masks: Any) -> LowRankCorrections:
     shapes = shard.layout.shapes.items()
-    return {name: StructuredMask.full(s.num_rows, s.num_columns) for name, s in shapes}
-
-
-def corrected(
-    shard: ModelShard, masks: dict[str, StructuredMask] | None = None, owned: set[str] | None = None
-) -> LowRankCorrections:
-    masks = masks or full_masks(shard)
-    parts = {n: LowRank(m, masks[n], 2, 0, shard.device) for n, m in shard.linears.items()}
-    return LowRankCorrections(shard, parts, owned or set(shard.linears))
+    full = {name: StructuredMask.full(s.num_rows, s.num_columns) for name, s in shapes} | masks
+    parts = {n: LowRank(m, full[n], 2, 0, shard.device) for n, m in shard.linears.items()}
+    return LowRankCorrections(shard, parts, owned or set(parts))
 
 
 @pytest.fixture
@@ -33,11 +29,11 @@ def shard() -> ModelShard:
 
 
 def test_steps_are_as_long_as_the_rate_and_removed_rows_and_columns_stay(shard: ModelShard) -> None:
-    masks = full_masks(shard)
     name = next(iter(shard.linears))
-    masks[name].rows[0] = masks[name].columns[1] = False
     before = shard.weight(name)
-    corrections = corrected(shard, masks)
+    mask = StructuredMask.full(*before.shape)
+    mask.rows[0] = mask.columns[1] = False
+    corrections = corrected(shard, **{name: mask})
     part = corrections.parts[name]
     start = part.A.detach().clone()
     moved = []
@@ -78,9 +74,7 @@ def test_what_is_absorbed_in_bfloat16_is_said(size: float, least: float, most: f
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_elements_have_the_gradients_of_the_whole_product_and_keep_none_of_its_size(
-    dtype: torch.dtype,
-) -> None:
+def test_elements_have_gradients_of_the_product_and_keep_none(dtype: torch.dtype) -> None:
     R = 24
     C = 16
     mask = ElementMask(torch.rand(R, C) < 0.6)
@@ -108,25 +102,11 @@ def test_elements_have_the_gradients_of_the_whole_product_and_keep_none_of_its_s
     assert max(t.numel() for t in kept if t.is_floating_point()) <= x.numel() < R * C
 
 
-@pytest.mark.parametrize("by_element", [False, True])
-def test_what_is_added_to_outputs_is_what_is_absorbed(by_element: bool) -> None:
-    """The last column is the bias's."""
-    x = torch.randn(2, 3, 5)
-    kept = torch.rand(4, 6) < 0.6
-    mask = ElementMask(kept) if by_element else StructuredMask(kept[:, 0], kept[0])
-    part = LowRank(torch.nn.Linear(5, 4), mask, 2, 0, torch.device("cpu"))
-    part.B.data = torch.randn(4, 2)
-    added = part.B @ part.A * (kept[:, :5] if by_element else torch.outer(kept[:, 0], kept[0, :5]))
-    torch.testing.assert_close(part.product(), added)
-    torch.testing.assert_close(part.added(x), x @ added.T)
-
-
 def test_corrections_start_uniform_and_add_nothing() -> None:
     part = LowRank(torch.nn.Linear(400, 3), StructuredMask.full(3, 401), 20, 0, torch.device("cpu"))
     start = part.A.detach()
     assert not part.B.any()
     assert 0.049 < -float(start.min()) <= 0.05 >= float(start.max()) > 0.049
-    assert float(start.mean()) == pytest.approx(0, abs=1e-3)
 
 
 def test_gradients_are_of_the_mean_loss_and_forgotten_after_a_step(shard: ModelShard) -> None:
@@ -182,23 +162,20 @@ def test_a_gradient_far_above_the_mean_of_those_before_is_clipped(shard: ModelSh
     assert norms == pytest.approx([1.0, 1.0, CLIP, 1.5])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_outputs_can_be_those_of_absorbed_weights(dtype: torch.dtype) -> None:
-    (shard,) = shards("llama", [0, 4], dtype=dtype)
+def test_outputs_can_be_those_of_absorbed_weights() -> None:
+    (shard,) = shards("llama", [0, 4], dtype=torch.bfloat16)
     corrections = corrected(shard)
     name, module = next(iter(shard.linears.items()))
     part = corrections.parts[name]
     part.B.data += 0.003 * drawn(*part.B.shape)
-    x = drawn(1, 5, part.A.shape[1], seed=2).to(dtype)
+    x = drawn(1, 5, part.A.shape[1], seed=2).bfloat16()
     plain = module(x).detach()
     corrections.rounds = True
     rounded = module(x).detach()
     corrections.absorb()
     absorbed = module(x).detach()
-    atol = 2e-2 if dtype == torch.bfloat16 else 1e-6
-    torch.testing.assert_close(rounded, absorbed, rtol=2e-2, atol=atol)
-    if dtype == torch.bfloat16:
-        assert float((rounded - absorbed).abs().mean()) < float((plain - absorbed).abs().mean())
+    torch.testing.assert_close(rounded, absorbed, rtol=2e-2, atol=2e-2)
+    assert float((rounded - absorbed).abs().mean()) < float((plain - absorbed).abs().mean())
     corrections = corrected(shard)
     corrections.parts[name].B.data += 1
     corrections.remove()

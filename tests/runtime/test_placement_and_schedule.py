@@ -5,30 +5,17 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from transformers import LlamaConfig
 
-from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.runtime.collectives import decode, encode
 from ray_surgeon.runtime.pipelines import Operation, one_forward_one_backward
 from ray_surgeon.runtime.placement import WorkerIndex, assign_owners, partition_blocks, place
 from tests.conftest import LAYOUTS
 
 
-@pytest.mark.parametrize("num_shards", [1, 2, 3, 7, 30])
-@pytest.mark.parametrize("head", [0.0, 4.7, 100.0])
-def test_shards_cover_all_blocks_once(num_shards: int, head: float) -> None:
-    ranges = partition_blocks(30, num_shards, head)
-    assert [r.first for r in ranges] == [0, *(r.last for r in ranges[:-1])]
-    assert ranges[-1].last == 30
-    assert all(r.last > r.first for r in ranges)
-
-
 @pytest.mark.parametrize(
-    ("num_blocks", "num_shards", "head"), [(8, 2, 3.0), (9, 3, 1.5), (12, 4, 6.0), (7, 3, 0.0)]
+    ("num_blocks", "num_shards", "head"), [(8, 2, 3.0), (12, 4, 100.0), (7, 3, 0.0), (5, 5, 4.7)]
 )
-def test_the_slowest_shard_is_as_fast_as_can_be(
-    num_blocks: int, num_shards: int, head: float
-) -> None:
+def test_the_slowest_shard_is_fast(num_blocks: int, num_shards: int, head: float) -> None:
     def slowest(sizes: list[int]) -> float:
         return max(size + head * (i == num_shards - 1) for i, size in enumerate(sizes))
 
@@ -36,18 +23,14 @@ def test_the_slowest_shard_is_as_fast_as_can_be(
     choices = [itertools.pairwise([0, *places, num_blocks]) for places in cuts]
     best = min(slowest([b - a for a, b in choice]) for choice in choices)
     ranges = partition_blocks(num_blocks, num_shards, head)
+    assert [r.first for r in ranges] == [0, *(r.last for r in ranges[:-1])]
+    assert ranges[-1].last == num_blocks
     assert slowest([r.last - r.first for r in ranges]) == best
 
 
-def test_more_shards_than_blocks_is_an_error() -> None:
-    with pytest.raises(ValueError, match=r"cluster\.num_shards: 5 .* 4 blocks"):
-        place(LAYOUTS["llama"], 5, 1)
-
-
 def test_owners_share_the_work_of_their_shard() -> None:
-    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 6}
-    shapes = ModelLayout.of(LlamaConfig(**sizes, num_attention_heads=4, vocab_size=100)).linears
-    owners = assign_owners(shapes, 3, partition_blocks(6, 2, 1.0))
+    shapes = LAYOUTS["llama"].linears
+    owners = assign_owners(shapes, 3, partition_blocks(4, 2, 1.0))
     load = [
         sum(s.num_rows**3 + s.num_columns**3 for s in shapes if owners[s.shared_input] == r)
         for r in range(3)
@@ -65,8 +48,8 @@ def order_of_shard(shard: int, num_shards: int, n: int) -> Iterator[Operation]:
             yield shard, "backward", micro_batch - warm_up
 
 
-@pytest.mark.parametrize("num_shards", [1, 2, 3, 5])
-@pytest.mark.parametrize("n", [1, 2, 8])
+@pytest.mark.parametrize("num_shards", [1, 2, 5])
+@pytest.mark.parametrize("n", [1, 8])
 def test_order_is_complete_and_causal_and_bounded(num_shards: int, n: int) -> None:
     order = one_forward_one_backward(num_shards, n)
     place_of: dict[object, int] = {operation: i for i, operation in enumerate(order)}
@@ -105,8 +88,5 @@ def test_transport_is_exact_and_gives_a_tensor_of_its_own(dtype: torch.dtype) ->
     assert torch.equal(back, tensor)
     back.add_(1)
     assert torch.equal(decode(payload, torch.device("cpu")), tensor)
-
-
-def test_a_slice_does_not_ship_its_storage() -> None:
     payload = encode(torch.randn(1000, 10)[:2])
-    assert payload.array.base is None or payload.array.base.nbytes <= 80
+    assert payload.array.base is None or payload.array.base.nbytes <= 80, "not of the storage"

@@ -26,10 +26,7 @@ from ray_surgeon.run.reading import unread_texts
 from ray_surgeon.run.stages import stages_after_shots, stages_of
 from ray_surgeon.runtime.placement import place
 from ray_surgeon.spec.job import JobSpec
-from ray_surgeon.stages.correction.stage import Correction
 from ray_surgeon.stages.prune.methods import method_for
-from ray_surgeon.stages.reconstruction.layers import Arrivals
-from ray_surgeon.stages.weights import Load
 from tests.conftest import LAYOUTS
 
 GB = 1e9
@@ -40,7 +37,9 @@ NOTHING_HELD: dict[str, Any] = {"calibration": {"held_aside": 0.0}}
 
 @functools.cache
 def layout_of(name: str) -> ModelLayout:
-    return LAYOUTS[name] if name in LAYOUTS else ModelLayout.of(shaped_config(name))
+    """Return that of a tiny model, or of a shape, or of so many blocks ``of`` a shape."""
+    number, _, shape = name.rpartition(" of ")
+    return LAYOUTS.get(name) or ModelLayout.of(shaped_config(shape, int(number or 0)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,22 +73,13 @@ class Job:
         return planner.best(self.placement, room)
 
     def steps(
-        self,
-        stores: Stores = RESIDENT,
-        *,
-        on_cpu: bool = False,
-        shard: int = 0,
-        blocks: int | None = None,
-        work: Work | None = None,
+        self, stores: Stores = RESIDENT, blocks: int = 0, *, on_cpu: bool = False
     ) -> dict[str, StepPlan]:
-        """Return the steps of one worker by name, which may have other blocks or work."""
+        """Return the steps of the first worker by name, which may have so many blocks instead."""
         layout = layout_of(self.name)
-        own = list(self.placement.blocks)
-        if blocks is not None:
-            own[shard] = BlockRange(0, blocks, layout.num_blocks)
-        placement = dataclasses.replace(self.placement, blocks=tuple(own))
-        shapes = Shapes(layout, work or self.work)
-        view = WorkerView(shapes, placement, stores, on_cpu, shard)
+        own = BlockRange(0, blocks or self.placement.blocks[0].last, layout.num_blocks)
+        placement = dataclasses.replace(self.placement, blocks=(own, *self.placement.blocks[1:]))
+        view = WorkerView(Shapes(layout, self.work), placement, stores, on_cpu, 0)
         return {step.name: step for step in view.steps}
 
 
@@ -102,13 +92,13 @@ def job(
     **sections: Any,
 ) -> Job:
     """Return a job whose spec has further sections merged into it, field by field."""
-    text = {"name": "docs", "source": "python-docs", "num_sequences": 24, "sequence_length": 2048}
+    text = {"source": "python-docs", "sequence_length": 2048}
     document: dict[str, Any] = {
         "version": 2,
         "name": "plan",
         "model": {"source": "x", "dtype": "bfloat16"},
-        "calibration": {"source": "python-docs", "num_sequences": 128, "sequence_length": 2048},
-        "evaluation": [text],
+        "calibration": text | {"num_sequences": 128},
+        "evaluation": [text | {"name": "docs", "num_sequences": 24}],
         "pruning": {"structure": structure, "target_sparsity": 0.2, "num_shots": 1},
         "cluster": {"num_shards": num_shards, "gpus_per_worker": 1},
         "output": {"uri": "x"},
@@ -136,24 +126,16 @@ def test_resident_where_it_fits() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "device_gb", "host_gb", "num_shards", "structure", "weights", "factors"),
+    ("made", "room", "weights", "factors"),
     [
-        ("llama-3-70b", 80, 1000, 1, "groups", "host", "host"),
-        ("llama-3-70b", 80, 1000, 8, "rows_columns", "device", "host"),
-        ("llama-3-405b", 80, 1000, 16, "groups", "disk", "host"),
-        ("qwen3-32b", 24, 64, 1, "groups", "disk", "disk"),
+        (("llama-3-70b",), (), "host", "host"),
+        (("llama-3-70b", 8, "rows_columns"), (), "device", "host"),
+        (("llama-3-405b", 16), (), "disk", "host"),
+        (("qwen3-32b",), (24, 64), "disk", "disk"),
     ],
 )
-def test_what_is_streamed_where_it_would_not_fit(
-    name: str,
-    device_gb: float,
-    host_gb: float,
-    num_shards: int,
-    structure: str,
-    weights: str,
-    factors: str,
-) -> None:
-    found = job(name, num_shards, structure).plan(device_gb, host_gb)
+def test_streamed(made: tuple[Any, ...], room: tuple[int, ...], weights: str, factors: str) -> None:
+    found = job(*made).plan(*room)
     assert (found.stores.weights, found.stores.factors) == (weights, factors)
     assert found.stores.wave > 1
     assert found.stores.activations == "recompute"
@@ -163,9 +145,8 @@ def test_what_is_streamed_where_it_would_not_fit(
 def test_fewer_sequences_with_gradients_take_less_of_the_curvature_pass() -> None:
     def flops(num_backward: int | None) -> float:
         curvature = {"kind": "kfac", "num_backward": num_backward}
-        return float(
-            job(num_shards=8, curvature=curvature).plan().as_record()["flops"]["curvature"]
-        )
+        plan = job(num_shards=8, curvature=curvature).plan()
+        return float(plan.as_record()["flops"]["curvature"])
 
     whole = flops(None)
     assert flops(128) == whole
@@ -215,31 +196,17 @@ def test_hidden_states_that_travel_are_in_the_host_of_a_gpu() -> None:
 def test_corrections_of_elements_have_masks_on_the_device_and_large_products(on_cpu: bool) -> None:
     """A product is as large as a weight, in float32 and with copies."""
     correction = {"lora_rank": 8, "steps_per_shot": 16, "learning_rate": 1e-3}
-    masked = job("llama-3-70b", 8, "element", correction=correction, **NOTHING_HELD)
-    stages = tuple(
-        dataclasses.replace(stage, by_element=False) if isinstance(stage, Correction) else stage
-        for stage in masked.work.stages
-        if not isinstance(stage, Load)
+    by_element, by_row = (
+        job("llama-3-70b", 8, structure, correction=correction, **NOTHING_HELD).steps(
+            blocks=10, on_cpu=on_cpu
+        )
+        for structure in ("element", "rows_columns")
     )
-    with_masks = masked.steps(on_cpu=on_cpu, blocks=10)
-    plain_work = dataclasses.replace(masked.work, stages=stages)
-    without = masked.steps(on_cpu=on_cpu, blocks=10, work=plain_work)
     sizes = [linear.size for linear in layout_of("llama-3-70b").linears if linear.block < 10]
-    more = with_masks["correction"].device - without["correction"].device
+    more = by_element["correction"].device - by_row["correction"].device
     assert more == 16 * max(sizes) + sum(sizes) * (not on_cpu)
-    assert with_masks["correction"].host - without["correction"].host == sum(sizes)
-    assert with_masks["evaluation"].device == without["evaluation"].device
-
-
-def test_eager_attention_has_all_scores() -> None:
-    kept = {}
-    for length in (1024, 2048):
-        text = {"name": "docs", "source": "python-docs", "num_sequences": 2}
-        evaluation = [text | {"sequence_length": length}]
-        steps = job("gpt_oss", evaluation=evaluation, calibration={"sequence_length": 512}).steps()
-        kept[length] = {name: s.device - steps["load"].device for name, s in steps.items()}
-    assert kept[2048]["evaluation"] > 3.5 * kept[1024]["evaluation"]
-    assert kept[2048]["curvature"] == kept[1024]["curvature"]
+    assert by_element["correction"].host - by_row["correction"].host == sum(sizes)
+    assert by_element["evaluation"].device == by_row["evaluation"].device
 
 
 def test_a_search_passes_once_for_every_kind_of_groups_and_keeps_consumers_twice() -> None:
@@ -259,21 +226,15 @@ def test_a_search_passes_once_for_every_kind_of_groups_and_keeps_consumers_twice
 def test_a_reconstruction_keeps_the_inputs_of_layers_and_trains_one_at_a_time() -> None:
     training = {"reconstruction": {"tokens_per_step": 1024, "num_epochs": 3}}
 
-    def steps(pruning: Mapping[str, Any], **sections: Any) -> dict[str, StepPlan]:
-        calibration = NOTHING_HELD["calibration"] | sections.pop("calibration", {})
-        two = job(
-            num_shards=8, num_replicas=2, pruning=pruning, calibration=calibration, **sections
-        )
-        return two.steps(blocks=10)
-
-    without = steps({})
-    trained = steps(training)
+    two, trained_two = (
+        job(num_shards=8, num_replicas=2, pruning=pruning, **NOTHING_HELD)
+        for pruning in ({}, training)
+    )
+    without, trained = (each.steps(blocks=10) for each in (two, trained_two))
     layer = 3 * 8192 * 28672
     layout = layout_of("llama-3-70b")
     names = [f"model.layers.{block}.mlp.down_proj" for block in range(10)]
-    placement = job(num_shards=8, num_replicas=2).placement
-    owners = [placement.owners[layout.shapes[name].shared_input] for name in names]
-    assert [owners.count(replica) for replica in (0, 1)] == [5, 5]
+    owners = [two.placement.owners[layout.shapes[name].shared_input] for name in names]
     for name in ("costs", "update"):  # bfloat16, half of the layers on each replica
         assert trained[name].host - without[name].host == 2 * TOKENS * 8192 * 5
     moving = (trained["curvature"].host - without["curvature"].host) / (2 * TOKENS * 8192)
@@ -286,40 +247,23 @@ def test_a_reconstruction_keeps_the_inputs_of_layers_and_trains_one_at_a_time() 
     assert trained["update"].flops == pytest.approx(expected)
     weights = 32 * layer + 4 * layer / 3
     assert trained["update"].device > weights + (2 + 2 + 2) * TOKENS * 8192, "inputs and outputs"
-    assert job(num_shards=8, pruning=training).plan().excess()[0] <= 1
-    # of five sequences, of which one passes backward, the first replica gets three
-    few = {"calibration": {"num_sequences": 5}, "curvature": {"kind": "kfac", "num_backward": 1}}
-    assert len(Arrivals(1, 5, 2048, 2).of(0)) == 3
-    kept = max(5 * owners[: i + 1].count(replica) + 3 * (11 - i) for i, replica in places)
-    more = steps(training, **few)["curvature"].host - steps({}, **few)["curvature"].host
-    assert more == pytest.approx(2 * 2048 * 8192 * kept)
-
-
-def test_shards_without_a_layer_to_train_have_nothing_of_it() -> None:
-    """Only the first block of this mixture has a feed-forward layer of its own."""
-    pruning = {"groups": ["ffn"], "target_sparsity": 0.02, "reconstruction": {}}
-    both = job("glm4_moe", 2, pruning=pruning)
-    first, second = (both.steps(Stores(), on_cpu=True, shard=shard) for shard in (0, 1))
-    assert list(first) == list(second)
-    assert first["update"].flops > second["update"].flops == 0
 
 
 def test_mixtures_of_experts_from_their_configurations() -> None:
-    """Qwen3-30B-A3B on one device with the memory of its host."""
-    layout = layout_of("qwen3-30b-a3b")
-    assert layout.num_parameters == 30_532_122_624
-    assert (layout.num_experts, layout.num_active_experts, len(layout.expert_sets)) == (128, 8, 48)
-    found = job("qwen3-30b-a3b").plan()
+    """A quarter of Qwen3-30B-A3B on a quarter of a device with the memory of its host."""
+    layout = layout_of("12 of qwen3-30b-a3b")
+    assert layout.num_parameters == 30_532_122_624 - 36 * 623_120_640
+    assert (layout.num_experts, layout.num_active_experts, len(layout.expert_sets)) == (128, 8, 12)
+    found = job("12 of qwen3-30b-a3b").plan(device_gb=20)
     assert (found.stores.weights, found.stores.factors) == ("host", "host")
-    factors = 48 * 128 * 4 * (768**2 / 2 + 2048**2 / 2)
+    factors = 12 * 128 * 4 * (768**2 / 2 + 2048**2 / 2)
     on_host = factors + 2 * (layout.num_parameters - 2 * 151936 * 2048)
     host = found.peak(found.workers[0].steps[2])[1]
     assert on_host < host < 1.2 * on_host, "with what pieces leave empty"
-    # tokens; two operations for each of 3.3e9 weights that a token is multiplied with:
+    # tokens; two operations for each of 1e9 weights that a token is multiplied with:
     # forward, backward, once more, without experts, and the factors
-    active = TOKENS * 2 * 3.3e9
+    active = TOKENS * 2 * 1e9
     assert active < found.as_record()["flops"]["curvature"] < 12 * active
-    assert found.seconds["curvature"] > 0
 
 
 @pytest.mark.slow
@@ -337,11 +281,12 @@ def test_what_a_checkpoint_keeps_together_is_written_together() -> None:
     assert shapes.largest_stored == 4 * 6 * 32 * 96
 
 
-@pytest.mark.parametrize(("name", "step"), [("llama-3-70b", "update"), ("llama-3-405b", "costs")])
-def test_what_does_not_fit_is_refused_with_the_step_and_a_remedy(name: str, step: str) -> None:
-    expected = f"{step} on shard 0 needs .* of device memory, there are .*; give workers with .* "
+def test_what_does_not_fit_is_refused_with_the_step_and_a_remedy() -> None:
+    expected = "update on shard 0 needs .* of device memory, there are .*; give workers with .* "
     with pytest.raises(DoesNotFitError, match=expected + "times that"):
-        job(name).plan(device_gb=8)
+        job("9 of llama-3-70b").plan(device_gb=8)
+    with pytest.raises(DoesNotFitError, match="of disk"):
+        job("9 of llama-3-70b", memory={"weights": "disk"}).plan(disk=GB)
 
 
 def test_the_smallest_number_of_shards_that_would_do() -> None:
@@ -358,24 +303,9 @@ def test_the_smallest_number_of_shards_that_would_do() -> None:
     assert "leave memory to the plan" in str(refused.value)
 
 
-def test_disk_that_is_too_small_is_refused() -> None:
-    with pytest.raises(DoesNotFitError, match="of disk"):
-        job(memory={"weights": "disk"}).plan(disk=GB)
-
-
-def test_factors_are_those_that_are_gathered() -> None:
-    groups, rows_columns = (
-        job("llama", structure=name).work.gathered for name in ("groups", "rows_columns")
-    )
-    assert {name.rpartition(".")[2] for name in groups} == {"o_proj", "down_proj"}
-    assert len(rows_columns) == 4 * 7
-
-
-@pytest.mark.parametrize(
-    ("text", "size"), [("80GB", 8e10), ("1.5TiB", 1.5 * 2**40), ("64g", 6.4e10), ("100", 100)]
-)
-def test_sizes_on_the_command_line(text: str, size: float) -> None:
-    assert _bytes(text) == size
+def test_sizes_on_the_command_line() -> None:
+    sizes = {"80GB": 8e10, "1.5TiB": 1.5 * 2**40, "64g": 6.4e10, "100": 100}
+    assert {text: _bytes(text) for text in sizes} == sizes
 
 
 def test_text_that_the_model_writes_has_a_step_with_its_keys_and_values() -> None:

@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,6 +17,7 @@ import torch
 from ray_surgeon.report.events import largest_of_processes
 from ray_surgeon.runtime import fresh_process
 from ray_surgeon.runtime.usage import Usage
+from tests.integration.runs import wait_for
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -40,22 +40,17 @@ def test_a_process_beside_a_worker_on_a_cpu_sees_no_gpu(
 @pytest.mark.skipif(sys.platform != "linux", reason="a request of the kernel of Linux")
 def test_a_process_ends_with_the_one_that_started_it(tmp_path: Path) -> None:
     where = tmp_path / "pid"
-    request = {"path": str(where), "seconds": 200}
+    request = {"path": str(where), "seconds": 100}
     code = "from ray_surgeon.runtime.fresh_process import run_module; "
     code += f"run_module('tests.runtime.sleeper', {request})"
     with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT) as parent:
-        while not where.exists():
-            assert parent.poll() is None, "it could not start the other one"
-            time.sleep(0.05)
+        wait_for(lambda: where.exists() or parent.poll() is not None)
         parent.kill()
     sleeper = Path("/proc", where.read_text(), "stat")
-    for _ in range(200):
-        # it has ended, seen or not
-        if not sleeper.exists() or sleeper.read_text().rpartition(")")[2].split()[0] == "Z":
-            return
-        time.sleep(0.05)
-    os.kill(int(where.read_text()), 9)
-    raise AssertionError("it goes on")
+    # it has ended, seen or not
+    wait_for(
+        lambda: not sleeper.exists() or sleeper.read_text().rpartition(")")[2].split()[0] == "Z"
+    )
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="a request of the kernel of Linux")
