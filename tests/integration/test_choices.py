@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,8 +16,6 @@ from ray_surgeon.maths.curvature import RaisedDamping
 from ray_surgeon.maths.masks import StructuredMask
 from ray_surgeon.maths.threshold import StructureCosts
 from ray_surgeon.models.budgets import Budget, parameters_budget
-from ray_surgeon.run.inputs import check
-from ray_surgeon.spec.parsing import parse_spec
 from ray_surgeon.stages.curvature.section import KfacSection
 from ray_surgeon.stages.curvature.stage import calibrate
 from ray_surgeon.stages.prune.group_choice import ConsumerCosts, Paths, Reach, renewed
@@ -27,7 +24,7 @@ from ray_surgeon.stages.prune.groups_section import GroupsSection
 from ray_surgeon.stages.prune.method import Scores
 from ray_surgeon.stages.prune.rows_columns import RowsColumns, RowsColumnsSection
 from tests.conftest import LAYOUTS
-from tests.integration.runs import loaded, tiny_spec
+from tests.integration.runs import GROUPS, ONE, Jobs, loaded
 
 NO_CLUSTER: Any = None
 ANY = frozenset(range(9))
@@ -52,8 +49,7 @@ class Propagating:
         return [max(0, kept(c) - self.extra) for c in COSTS]
 
 
-@pytest.mark.parametrize("extra", [0, 3, 40])
-@pytest.mark.parametrize("target", [0.05, 0.31, 25.5 / 52])
+@pytest.mark.parametrize(("extra", "target"), [(0, 0.05), (3, 0.31), (40, 25.5 / 52)])
 def test_rows_and_columns_go_up_to_the_lowest_threshold_of_all(extra: int, target: float) -> None:
     method = RowsColumns(RowsColumnsSection(target_sparsity=target, num_shots=1), KfacSection())
     cluster: Any = Propagating(extra)
@@ -166,27 +162,11 @@ def test_widths_that_may_be_left_are_multiples_in_the_last_shot_and_the_whole_on
         assert [count for count in range(-1, 50) if count in allowed] == expected
 
 
-def test_factors_of_experts_are_shrunk_which_takes_memory() -> None:
-    method = replace(small_groups(), consumers=frozenset({"down"}))
-    linears: list[Any] = [
-        SimpleNamespace(role="down", num_rows=3, num_columns=5, sees_all_tokens=sees_all)
-        for sees_all in (True, False)
-    ]
-    dense, expert = map(method.needs, linears)
-    more = 4 * (9 + 25)
-    assert expert.costs_bytes - dense.costs_bytes == more
-    assert expert.update_bytes - dense.update_bytes == more
-
-
-def test_a_path_is_followed_to_the_next_width_that_may_be_left_whatever_it_costs(
-    llama: Path, tmp_path: Path
-) -> None:
-    options = {"structure": "groups", "width_multiple": 8, "num_shots": 1, "target_sparsity": 0.3}
-    spec = tiny_spec(tmp_path, llama, pruning=options)
-    inputs = check(parse_spec(spec.read_text()))
+def test_a_path_is_followed_to_the_next_width_that_may_be_left_whatever_it_costs(job: Jobs) -> None:
+    inputs = job.inputs(GROUPS | ONE)
     method = inputs.method
     assert isinstance(method, Groups)
-    cluster = loaded(llama)
+    cluster = loaded(job.models["llama"])
     calibrate(method, cluster, inputs.text, 1, remembers=False)
     for worker in cluster.workers.values():
         for groups in method.sets(worker):
