@@ -115,9 +115,7 @@ def test_a_limit_that_is_too_low_is_raised(job: Jobs) -> None:
     job({"memory__limit_gib": float(found[1])}, "--dry-run")
 
 
-def test_a_head_of_its_own_in_a_model_that_is_tied(
-    job: Jobs, model: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_head_in_a_tied_model(job: Jobs, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A second copy of the embedding is right, and so is an index that is left over."""
     left_over = {"weight_map": {"x": "model-00001-of-00002.safetensors"}}
     (model / "model.safetensors.index.json").write_text(json.dumps(left_over))
@@ -230,9 +228,7 @@ def test_output_that_cannot_be_written(job: Jobs) -> None:
 
 
 @pytest.mark.usefixtures("workers_may_start")
-def test_resuming_shows_what_is_different_or_damaged(
-    job: Jobs, model: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_resuming_names_changes(job: Jobs, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What does not matter may change; and a folder of a run that was killed at once can be used,
     the weights may be links, and a drawing that fails ends no run.
     """

@@ -25,6 +25,7 @@ BUDGETS = {
     "bytes": bytes_budget(LAYOUTS["llama"], 2),
     "flops": flops_budget(LAYOUTS["llama"], 100),
 }
+Asked = list[dict[str, Any]]
 REQUEST = {"prompt_length": 16, "num_new_tokens": 2, "num_repeats": 1}
 
 
@@ -36,9 +37,7 @@ REQUEST = {"prompt_length": 16, "num_new_tokens": 2, "num_repeats": 1}
         ("flops", "global", "per_block"),
     ],
 )
-def test_the_model_needs_no_more_than_the_target(
-    unit: str, allocation: str, kind: str, job: Jobs
-) -> None:
+def test_the_target_is_not_exceeded(unit: str, allocation: str, kind: str, job: Jobs) -> None:
     budget = BUDGETS[unit]
     allowed = int(0.8 * budget.dense)
     target = {unit: allowed} | ({"prompt_length": 100} if unit == "flops" else {})
@@ -66,7 +65,7 @@ def seconds(channels: int, heads: int) -> float:
 
 
 @pytest.fixture
-def asked(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+def asked(monkeypatch: pytest.MonkeyPatch) -> Asked:
     """Let a table say what blocks take, twice as much with attention to everything, and return
     what it is asked.
     """
@@ -83,9 +82,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("allocation", ["global", "uniform"])
-def test_latency_is_measured_once_a_width(
-    allocation: str, asked: list[dict[str, Any]], job: Jobs
-) -> None:
+def test_latency_is_measured_once_a_width(allocation: str, asked: Asked, job: Jobs) -> None:
     dense = 0.1 + 4 * seconds(48, 2)
     options = GROUPS | {"pruning__allocation": allocation}
     options["pruning__target"] = {"latency_s": 0.8 * dense, "request": REQUEST}
@@ -115,9 +112,7 @@ def test_latency_is_measured_once_a_width(
     assert len(asked) == 2
 
 
-def test_latency_of_blocks_with_and_without_a_window_counts_as_there_are(
-    asked: list[dict[str, Any]], job: Jobs
-) -> None:
+def test_latency_of_blocks_with_and_without_a_window(asked: Asked, job: Jobs) -> None:
     """Of four blocks three look at a window; each kind is measured by itself, so that no width is
     taken for a kind.
     """

@@ -10,25 +10,21 @@ from typing import Any
 
 import numpy as np
 import pytest
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoTokenizer
+from transformers import PreTrainedTokenizerFast as Tokenizer
 
 from ray_surgeon.report.directory import RunDirectory
 from ray_surgeon.runtime.writing import Wanted, write_texts
 from ray_surgeon.spec.calibration import CalibrationSection
 from ray_surgeon.stages.self_text import conversations
-from ray_surgeon.stages.self_text.conversations import (
-    Conversation,
-    WrittenText,
-    pack,
-    repeats,
-    write,
-)
+from ray_surgeon.stages.self_text.conversations import Conversation, pack, repeats, write
 from ray_surgeon.stages.self_text.requests import Conversations, to_be_written
 from ray_surgeon.stages.self_text.stage import as_tensors, from_tensors
 from ray_surgeon.storage import tensor_files
 from ray_surgeon.storage.texts import token_stream
 from tests.integration.runs import DISK, Done, Jobs, assert_same_shot, beginning, loaded
 
+Ask = Callable[..., Any]
 TEMPLATE = (
     "{% if messages[0].role != 'system' %}<s>Be kind.\n{% endif %}"
     "{% for m in messages %}<{{ m.role[0] }}>{{ m.content }}<end>\n{% endfor %}"
@@ -37,18 +33,18 @@ TEMPLATE = (
 
 
 @pytest.fixture
-def chatty(llama: Path) -> PreTrainedTokenizerFast:
+def chatty(llama: Path) -> Tokenizer:
     tokenizer = AutoTokenizer.from_pretrained(llama)
     tokenizer.chat_template = TEMPLATE
     return tokenizer
 
 
 @pytest.fixture
-def asked(llama: Path) -> Callable[..., Any]:
+def asked(llama: Path) -> Ask:
     """Return what a calibration text asks of the tiny model."""
     config = AutoConfig.from_pretrained(llama)
 
-    def ask(tokenizer: PreTrainedTokenizerFast, **fields: Any) -> Any:
+    def ask(tokenizer: Tokenizer, **fields: Any) -> Any:
         sizes = {"num_sequences": 5, "sequence_length": 96}
         section = CalibrationSection.model_validate({"source": "self", **sizes, **fields})
         return to_be_written(section, tokenizer, config)[0]
@@ -62,7 +58,7 @@ def soon_ended(request: Conversations) -> Conversations:
     return replace(request, marks=replace(request.marks, last=last))
 
 
-def ids(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
+def ids(tokenizer: Tokenizer, text: str) -> list[int]:
     found = tokenizer(text, add_special_tokens=False)["input_ids"]
     assert isinstance(found, list)
     return found
@@ -97,7 +93,7 @@ def test_conversations_are_packed_whole_but_for_the_last_of_a_window() -> None:
     assert pack([], 2, 7).tokens.shape == (0, 7)
 
 
-def test_marks_of_a_template(chatty: PreTrainedTokenizerFast, asked: Callable[..., Any]) -> None:
+def test_marks_of_a_template(chatty: Tokenizer, asked: Ask) -> None:
     marks = asked(chatty, chat=True).marks
     assert marks.opening == tuple(ids(chatty, "<s>Be kind.\n<u>"))
     assert marks.closing == tuple(ids(chatty, "<end>\n<a>"))
@@ -109,9 +105,7 @@ def test_marks_of_a_template(chatty: PreTrainedTokenizerFast, asked: Callable[..
     assert marks.ends_of_turn == {end, ids(chatty, ";")[0]}
 
 
-def test_answers_are_marked_and_the_template_stands_around_them(
-    chatty: PreTrainedTokenizerFast, asked: Callable[..., Any], llama: Path
-) -> None:
+def test_answers_are_marked_in_the_template(chatty: Tokenizer, asked: Ask, llama: Path) -> None:
     """And all is the same whatever the workers are."""
     request = soon_ended(asked(chatty, chat=True, seed=4))
     cluster = loaded(llama)
@@ -142,10 +136,7 @@ def test_answers_are_marked_and_the_template_stands_around_them(
 
 
 def test_an_answer_may_be_cut_and_a_model_that_never_ends_a_turn_is_refused(
-    chatty: PreTrainedTokenizerFast,
-    asked: Callable[..., Any],
-    llama: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    chatty: Tokenizer, asked: Ask, llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(conversations, "ANSWER_TOKENS", 9)
     monkeypatch.setattr(conversations, "MAX_ROUNDS", 3)
@@ -165,9 +156,7 @@ def lines(path: Path, *records: object) -> str:
     return str(path)
 
 
-def test_prompts_of_a_file_are_answered(
-    chatty: PreTrainedTokenizerFast, asked: Callable[..., Any], llama: Path, tmp_path: Path
-) -> None:
+def test_prompts_are_answered(chatty: Tokenizer, asked: Ask, llama: Path, tmp_path: Path) -> None:
     said = {"role": "user", "content": "Why?"}
     answer = {"role": "assistant", "content": "Because it is so."}
     uri = lines(
@@ -199,7 +188,7 @@ def test_prompts_of_a_file_are_answered(
     assert found.answers[0].any()
 
 
-def test_a_text_goes_on_from_the_start_of_another(llama: Path, asked: Callable[..., Any]) -> None:
+def test_a_text_goes_on_from_the_start_of_another(llama: Path, asked: Ask) -> None:
     tokenizer = AutoTokenizer.from_pretrained(llama)
     given = {"source": "python-docs", "max_tokens": 4000}
     options = {"starts": given, "start_tokens": 6, "texts_per_sequence": 2}
@@ -221,9 +210,7 @@ def test_a_text_goes_on_from_the_start_of_another(llama: Path, asked: Callable[.
     assert {start[0] for start in begun.starts} == {tokenizer.bos_token_id}
 
 
-def test_a_run_calibrates_on_it_and_goes_on_with_it(
-    job: Jobs, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_calibrates_on_it_and_goes_on(job: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
     """Several texts fill a sequence; each begins with the last token of the prompt. The run that
     goes on streams.
     """
@@ -276,26 +263,19 @@ SELF = "calibration.mix=[{{source: self, {}}}]".format
     ("settings", "said"),
     [
         ("calibration.source=self; calibration.stride=64", "the model writes this one"),
-        (SELF("temperature: 0"), "the same text every time"),
-        (SELF("split: test"), "split"),
         (SELF("texts_per_sequence: 3"), "a divisor of sequence_length"),
         (SELF(f"prompt: {'with a long prompt ' * 400}"), "change the prompt or the lengths"),
         (SELF("texts_per_sequence: 40"), "two tokens or more"),
         (SELF("chat: true"), "give starts"),
         (SELF("prompts: absent.jsonl"), "cannot read"),
         (SELF("chat: true, prompt: a"), "keep one"),
-        ("calibration.weigh=answers", "no text of the calibration has any"),
-        ("calibration.chat=true", "set source to self"),
-        ("calibration.mix=[{source: auto}]", "a place in the calibration only"),
     ],
 )
 def test_what_cannot_be_written_is_refused(settings: str, said: str, job: Jobs) -> None:
     assert said in job.refused(settings)
 
 
-def test_what_a_template_cannot_do_is_refused(
-    chatty: PreTrainedTokenizerFast, asked: Callable[..., Any], tmp_path: Path
-) -> None:
+def test_what_a_template_cannot_do(chatty: Tokenizer, asked: Ask, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"sequence_length: 40, but the chat template alone takes"):
         asked(chatty, chat=True, sequence_length=40)
     with pytest.raises(ValueError, match=r"the model takes at most 128"):
@@ -311,11 +291,3 @@ def test_what_a_template_cannot_do_is_refused(
         chatty.chat_template = template
         with pytest.raises(ValueError, match=said):
             asked(chatty, chat=True)
-
-
-def test_a_text_without_answers_is_read_as_such() -> None:
-    tokens = np.arange(6).reshape(2, 3)
-    tensors = as_tensors({1: WrittenText(tokens, tokens > 2)})
-    found = from_tensors({"1": tensors["1"]})[1]
-    assert not found.answers.any()
-    assert np.array_equal(found.tokens, tokens)

@@ -24,9 +24,7 @@ def gemma(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(("structure", "sparsity"), [("rows_columns", 0.05), ("element", 0.3)])
-def test_gemma_is_pruned_and_its_export_is_what_the_report_says(
-    structure: str, sparsity: float, gemma: Path, job: Jobs
-) -> None:
+def test_gemma_is_as_reported(structure: str, sparsity: float, gemma: Path, job: Jobs) -> None:
     text = {"source": "python-docs", "sequence_length": 256}
     options = {
         "calibration": text | {"num_sequences": 8, "stride": 2048},

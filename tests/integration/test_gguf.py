@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from ray_surgeon.export.gguf_file import KINDS, Tensors, write_gguf
-from ray_surgeon.export.gguf_tokenizer import local_tokenizer, tokens_of
+from ray_surgeon.export.gguf_tokenizer import tokens_of
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.models.llama_cpp import architecture_of, tokenizer_names
 from ray_surgeon.models.pruned_config import BlockWidths
@@ -119,7 +119,6 @@ ONE_HEAD = [(8, 1)]
         ("qwen2", {}, ONE_HEAD, r"set pruning\.groups: \[ffn\]"),
         ("llama", {"hidden_act": "gelu"}, ONE_HEAD, "has the activation silu, the model gelu"),
         ("llama-biases", {}, ONE_HEAD, "has no attention_bias"),
-        ("qwen3", {"rope_parameters": LLAMA_3}, ONE_HEAD, '"rope_type": "llama3"'),
         ("qwen3", {"rope_parameters": PARTIAL}, ONE_HEAD, '"partial_rotary_factor": 0.5'),
         ("gpt2", {"scale_attn_weights": False}, ONE_HEAD, "scale_attn_weights false"),
         ("gemma3", {}, ONE_HEAD, "every sixth block"),
@@ -230,9 +229,3 @@ def test_gpt2_linears_are_transposed(model_folders: dict[str, Path], tmp_path: P
 
 def test_the_spec_names_every_type_of_matrices() -> None:
     assert get_args(GgufKind) == tuple(KINDS)
-
-
-def test_only_small_files_are_fetched(llama: Path, tmp_path: Path) -> None:
-    names = {path.name for path in local_tokenizer(str(llama), tmp_path).iterdir()}
-    assert "tokenizer.json" in names
-    assert not any(name.endswith(".safetensors") for name in names)

@@ -126,9 +126,10 @@ def answers(url: str) -> bool:
 
 
 @pytest.mark.slow
-def test_two_jobs_at_once_do_not_disturb_each_other(head: Head, job: Jobs) -> None:
-    """One fails, the other one succeeds, and its shots are those of a run in this process."""
+def test_jobs_at_once_do_not_disturb_each_other(head: Head, job: Jobs) -> None:
+    """Two fail, the other one succeeds, and its shots are those of a run in this process."""
     broken = overflowing_model(job.models["llama"], job.folder / "model")
+    head.submit("bad-spec", job.spec(ON_RAY, "bad-spec", pruning__target_sparsity=3))
     head.submit("fails", job.spec(ON_RAY, "fails", model=broken))
     head.submit("succeeds", job.spec(ON_RAY, "succeeds", output__exports=["masked"]))
     ended, logs = head.ended("succeeds")
@@ -142,11 +143,6 @@ def test_two_jobs_at_once_do_not_disturb_each_other(head: Head, job: Jobs) -> No
     assert "failed: the loss on the evaluation text is not a number" in logs
     assert "--resume" in logs
     assert "exit code 1" in ended
-
-
-@pytest.mark.slow
-def test_a_job_with_a_bad_spec(head: Head, job: Jobs) -> None:
-    head.submit("bad-spec", job.spec(ON_RAY, pruning__target_sparsity=3))
     ended, logs = head.ended("bad-spec")
     assert "pruning.target_sparsity: Input should be less than 1 (got 3)" in logs
     assert "exit code 2" in ended
