@@ -30,15 +30,7 @@ from ray_surgeon.run import driver
 from ray_surgeon.run.loop import run_shots
 from ray_surgeon.stages.curvature.gather import gather_curvature
 from ray_surgeon.storage import files
-from tests.integration.runs import (
-    GREEDY,
-    ONE,
-    Jobs,
-    assert_same_shot,
-    beginning,
-    config_like,
-    loaded,
-)
+from tests.integration.runs import ONE, Jobs, assert_same_shot, beginning, config_like, loaded
 
 ROOT = Path(__file__).parent.parent.parent
 TEXT = {"source": "python-docs", "num_sequences": 4, "sequence_length": 32, "max_tokens": 4000}
@@ -303,8 +295,8 @@ def test_long_steps_show_that_they_move(job: Jobs) -> None:
     """Sequences in the passes, linears in costs and updates, steps in corrections: all of them, in
     order, to the end.
     """
-    options = ONE | GREEDY | {"correction": {"lora_rank": 2}, "calibration__held_aside": 0}
-    inputs = job.inputs(options, cluster__num_shards=2)
+    options = ONE | {"correction__lora_rank": 2, "calibration__held_aside": 0}
+    inputs = job.inputs(options, pruning__costs="greedy", cluster__num_shards=2)
     news: list[object] = []
     directory = RunDirectory(inputs.spec.output.uri)
     run_shots(inputs, loaded(job.models["llama"], 2), directory, news.append)

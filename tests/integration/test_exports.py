@@ -21,14 +21,10 @@ from ray_surgeon.export.folder import dense_document, write_weights
 from ray_surgeon.export.kinds import shipped_source
 from ray_surgeon.export.reload import agree
 from ray_surgeon.export.shipped import modeling_decilm
+from ray_surgeon.models import pruned_config
 from ray_surgeon.models.build import cache_argument
 from ray_surgeon.models.layout import ModelLayout
-from ray_surgeon.models.pruned_config import (
-    BlockWidths,
-    block_widths,
-    per_block_document,
-    plain_kv_heads,
-)
+from ray_surgeon.models.pruned_config import BlockWidths, per_block_document, plain_kv_heads
 from ray_surgeon.spec.sections import DECI_MULTIPLE, ModelSection
 from ray_surgeon.storage import tensor_files
 from tests.conftest import LAYOUTS, Zygote
@@ -286,8 +282,8 @@ def test_speed_is_measured_beside_the_dense_model(job: Jobs) -> None:
 
 def test_no_wrong_export_is_said(job: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the widths of two blocks exchanged, the fresh process says that tensors do not fit."""
-    exchanged = "ray_surgeon.models.pruned_config.block_widths"
-    monkeypatch.setattr(exchanged, lambda *arguments: block_widths(*arguments)[::-1])
+    own = pruned_config.block_widths
+    monkeypatch.setattr(pruned_config, "block_widths", lambda *given: own(*given)[::-1])
     done = job(GROUPS, output__exports=["per_block"], code=1)
     assert not (done.export("per_block") / "README.md").exists()
 

@@ -30,15 +30,7 @@ from ray_surgeon.stages.self_text.stage import SelfText
 from ray_surgeon.stages.stage import HELD, CalibrationText, held_measure, held_places
 from tests.conftest import COMMON, ROTARY, SPARSE
 from tests.integration import runs
-from tests.integration.runs import (
-    ONE,
-    Jobs,
-    assert_same_shot,
-    changes_of,
-    copied_model,
-    loaded,
-    new_model,
-)
+from tests.integration.runs import ONE, Jobs, assert_same_shot, changes_of, copied_model, loaded
 from tests.integration.test_conversations import TEMPLATE
 
 LORA = "correction.lora_rank=2"
@@ -224,7 +216,7 @@ CHOOSES = {"curvature__damping": "auto", "calibration__held_aside": 0.3}
 @pytest.mark.parametrize(
     "settings",
     [
-        "pruning.structure=rows_columns; pruning.num_shots=2",
+        "pruning.num_shots=2",
         "pruning.structure=element",
         "curvature.kind=activations",
         "curvature.kind=extended_kfac",
@@ -276,7 +268,7 @@ def test_experts_that_promise_a_gain_stay_beyond_the_next_step(job: Jobs) -> Non
     """
     sizes = {**ROTARY, **COMMON, **SPARSE, "initializer_range": 0.05}
     config = Qwen3MoeConfig(**sizes, num_experts=8, head_dim=8, norm_topk_prob=True)
-    model = new_model(config, job.folder / "model", job.models["llama"])
+    model = runs.new_model(config, job.folder / "model", job.models["llama"])
     options = runs.GROUPS | ONE | {"pruning__groups": ["experts"], "pruning__allocation": "uniform"}
     shot = job(options, model=model, pruning__target_sparsity=0.18).shot
     gone = [name.split(".")[2] for name in shot["experts_removed"]]

@@ -22,15 +22,7 @@ import pytest
 from ray.job_submission import JobSubmissionClient
 from ray.util import get_node_ip_address
 
-from tests.integration.runs import (
-    ONE,
-    Done,
-    Jobs,
-    assert_same_shot,
-    overflowing_model,
-    report_of,
-    wait_for,
-)
+from tests.integration.runs import ONE, Done, Jobs, assert_same_shot, overflowing_model, wait_for
 
 pytestmark = pytest.mark.ray
 
@@ -200,4 +192,4 @@ def test_a_driver_outside_of_the_cluster(head: Head, job: Jobs) -> None:
     command = [sys.executable, "-m", "ray_surgeon.pipeline", str(spec)]
     printed = subprocess.check_output(command, cwd=ROOT, env=head.environment, text=True)
     assert f"running on {head.client}" in printed
-    assert report_of(job.folder / "run")["retries"] == []
+    assert Done(job.folder / "run", "", "").report["retries"] == []
