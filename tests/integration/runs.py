@@ -33,6 +33,8 @@ from ray_surgeon.spec.sections import ModelSection
 from ray_surgeon.storage import tensor_files
 from tests.conftest import CONFIGS, SPARSE_CONFIGS
 
+Changes = Mapping[str, Any]
+NO_CHANGES: Changes = MappingProxyType({})
 ONE = {"pruning__num_shots": 1}
 GREEDY = {"pruning__costs": "greedy"}
 ELEMENT = {"pruning__structure": "element"}
@@ -159,7 +161,7 @@ class Jobs:
 
     def __call__(
         self,
-        changes: Mapping[str, Any] = MappingProxyType({}),
+        changes: Changes = NO_CHANGES,
         *arguments: str,
         folder: str = "",
         code: int = 0,
@@ -171,29 +173,24 @@ class Jobs:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(error):
             ended_with = main([str(spec), *arguments])
         assert ended_with == code, out.getvalue() + error.getvalue()
-        return Done(
-            self.folder / folder / "run", out.getvalue(), " ".join(error.getvalue().split())
-        )
+        in_one_line = " ".join(error.getvalue().split())
+        return Done(self.folder / folder / "run", out.getvalue(), in_one_line)
 
-    def refused(self, settings: str = "", *arguments: str, folder: str = "", **changes: Any) -> str:
-        """Run one that is to be refused, and return the message; what settings say goes before."""
-        found = self(changes | changes_of(settings), *arguments, folder=folder, code=2)
+    def refused(self, settings: str = "", *arguments: str, **changes: Any) -> str:
+        """Run one that is to be refused, and return the message; settings go before changes."""
+        found = self(changes | changes_of(settings), *arguments, code=2)
         assert found.error.startswith("error: ")
         assert "Traceback" not in found.error
         return found.error
 
-    def spec(
-        self, changes: Mapping[str, Any] = MappingProxyType({}), folder: str = "", **more: Any
-    ) -> Path:
+    def spec(self, changes: Changes = NO_CHANGES, folder: str = "", **more: Any) -> Path:
         options = {"model": "llama", **changes, **more}
         model = options.pop("model")  # a family or a folder
         if not options.keys() & {"pruning", "pruning__structure", "pruning__method"}:
             options.setdefault("pruning__costs", "obs")
         return tiny_spec(self.folder / folder, self.models.get(model, model), **options)
 
-    def inputs(
-        self, changes: Mapping[str, Any] = MappingProxyType({}), folder: str = "", **more: Any
-    ) -> Inputs:
+    def inputs(self, changes: Changes = NO_CHANGES, folder: str = "", **more: Any) -> Inputs:
         return check(parse_spec(self.spec(changes, folder, **more).read_text()))
 
 
