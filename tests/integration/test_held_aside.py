@@ -43,6 +43,8 @@ def test_windows_held_aside_are_spread_over_all_texts() -> None:
     text = CalibrationText.split(tokens, counts, 4)
     assert text.held[:, 0].tolist() == [2, 7, 12, 17]
     assert sorted([*text.tokens[:, 0], *text.held[:, 0]]) == list(range(20))
+    assert text.counts is not None
+    assert text.held_counts is not None
     assert np.array_equal(text.counts, text.tokens % 2 == 0)
     assert np.array_equal(text.held_counts, text.held % 2 == 0)
     none = CalibrationText.split(tokens, None, 0)
