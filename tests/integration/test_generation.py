@@ -242,7 +242,8 @@ def test_the_report_command_a_result_and_a_card_have_answers_or_none(
         (tmp_path / name / "report.json").write_text(json.dumps(record))
         facts = {part: record[part] for part in ("spec", "dense")} | {"last": record["shots"][-1]}
         cards.append(model_card(entry, "some/model", facts))
-    assert tables.main([str(tmp_path / "old"), str(tmp_path / "new")]) == 0
+    outputs = ["--plot", str(tmp_path / "plot.png"), "--html", str(tmp_path / "page.html")]
+    assert tables.main([str(tmp_path / "old"), str(tmp_path / "new"), *outputs]) == 0
     assert "accepted" in capsys.readouterr().out
     assert PruneResult("somewhere", without).generation is None
     assert dict(PruneResult("somewhere", compared).generation or {})["acceptance"] == 0.875
