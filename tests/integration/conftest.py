@@ -2,13 +2,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from ray.cluster_utils import Cluster
 
 from ray_surgeon.report.html_report import LivePage
-from tests.integration.runs import Jobs, Refused, overrides, run
+from tests.integration.runs import Jobs
 
 
 @pytest.fixture(autouse=True)
@@ -22,12 +21,10 @@ def undrawn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.fixture(autouse=True)
 def fork_what_reloads(request: pytest.FixtureRequest) -> None:
-    """Fork the processes that reload exports, but where their freshness is the subject, and for
-    tasks, which import other packages.
+    """Fork the processes that reload exports, but for an ordinary model, where their freshness is
+    tested, and for tasks, which import other packages.
     """
-    if not request.node.get_closest_marker("fresh") and not request.module.__name__.endswith(
-        ("test_tasks", "test_smollm2")
-    ):
+    if not request.module.__name__.endswith(("test_tasks", "test_smollm2")):
         request.getfixturevalue("forked")
 
 
@@ -47,18 +44,3 @@ def cluster() -> Iterator[Cluster]:
 @pytest.fixture(scope="session")
 def llama(model_folders: dict[str, Path]) -> Path:
     return model_folders["llama"]
-
-
-@pytest.fixture
-def refused(llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Refused:
-    """Run a job that is to be refused, and return the message."""
-
-    def refuse(settings: str = "", *arguments: str, source: Path = llama, **changes: Any) -> str:
-        capsys.readouterr()
-        assert run(tmp_path, source, *overrides(settings), *arguments, **changes) == 2
-        message = capsys.readouterr().err
-        assert message.startswith("error: ")
-        assert "Traceback" not in message
-        return message
-
-    return refuse

@@ -33,8 +33,8 @@ from ray_surgeon.spec.sections import ModelSection
 from ray_surgeon.storage import tensor_files
 from tests.conftest import CONFIGS, SPARSE_CONFIGS
 
-Refused = Callable[..., str]
-
+Changes = Mapping[str, Any]
+NO_CHANGES: Changes = MappingProxyType({})
 ONE = {"pruning__num_shots": 1}
 GREEDY = {"pruning__costs": "greedy"}
 ELEMENT = {"pruning__structure": "element"}
@@ -83,15 +83,10 @@ def run(folder: Path, model: Path, *arguments: str, **changes: Any) -> int:
     return main([str(tiny_spec(folder, model, **changes)), *arguments])
 
 
-def completed(folder: Path, model: Path, *arguments: str, **changes: Any) -> dict[str, Any]:
-    """Run to the end, and return the report."""
-    assert run(folder, model, *arguments, **changes) == 0
-    return report_of(folder / "run")
-
-
-def overrides(settings: str) -> list[str]:
-    """Return the arguments that set all of ``section.field=value; section.field=value``."""
-    return [part for one in settings.split("; ") if one for part in ("--set", one)]
+def changes_of(settings: str) -> dict[str, Any]:
+    """Return the changes that ``section.field=value; section.field=value`` says."""
+    pairs = [one.split("=", 1) for one in settings.split("; ") if one]
+    return {path.replace(".", "__"): yaml.safe_load(value) for path, value in pairs}
 
 
 def config_like(family: str, **changes: Any) -> Any:
@@ -135,6 +130,18 @@ class Done:
         return shots
 
     @property
+    def shot(self) -> dict[str, Any]:
+        return self.shots[-1]
+
+    @property
+    def exports(self) -> list[dict[str, Any]]:
+        exports: list[dict[str, Any]] = self.report["exports"]
+        return exports
+
+    def export(self, kind: str) -> Path:
+        return self.uri / "export" / kind
+
+    @property
     def events(self) -> list[dict[str, Any]]:
         return [json.loads(line) for line in (self.uri / "events.jsonl").read_text().splitlines()]
 
@@ -154,7 +161,7 @@ class Jobs:
 
     def __call__(
         self,
-        changes: Mapping[str, Any] = MappingProxyType({}),
+        changes: Changes = NO_CHANGES,
         *arguments: str,
         folder: str = "",
         code: int = 0,
@@ -166,20 +173,24 @@ class Jobs:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(error):
             ended_with = main([str(spec), *arguments])
         assert ended_with == code, out.getvalue() + error.getvalue()
-        return Done(
-            self.folder / folder / "run", out.getvalue(), " ".join(error.getvalue().split())
-        )
+        in_one_line = " ".join(error.getvalue().split())
+        return Done(self.folder / folder / "run", out.getvalue(), in_one_line)
 
-    def spec(self, changes: Mapping[str, Any], folder: str = "", **more: Any) -> Path:
+    def refused(self, settings: str = "", *arguments: str, **changes: Any) -> str:
+        """Run one that is to be refused, and return the message; settings go before changes."""
+        found = self(changes | changes_of(settings), *arguments, code=2)
+        assert found.error.startswith("error: ")
+        assert "Traceback" not in found.error
+        return found.error
+
+    def spec(self, changes: Changes = NO_CHANGES, folder: str = "", **more: Any) -> Path:
         options = {"model": "llama", **changes, **more}
         model = options.pop("model")  # a family or a folder
         if not options.keys() & {"pruning", "pruning__structure", "pruning__method"}:
             options.setdefault("pruning__costs", "obs")
         return tiny_spec(self.folder / folder, self.models.get(model, model), **options)
 
-    def inputs(
-        self, changes: Mapping[str, Any] = MappingProxyType({}), folder: str = "", **more: Any
-    ) -> Inputs:
+    def inputs(self, changes: Changes = NO_CHANGES, folder: str = "", **more: Any) -> Inputs:
         return check(parse_spec(self.spec(changes, folder, **more).read_text()))
 
 
@@ -200,9 +211,7 @@ def overflowing_model(model: Path, folder: Path) -> Path:
     with torch.no_grad():
         loaded.model.layers[1].mlp.up_proj.weight.fill_(1e30)
         loaded.model.layers[1].mlp.gate_proj.weight.fill_(1e30)
-    loaded.save_pretrained(folder)
-    for path in model.glob("tokenizer*"):
-        (folder / path.name).write_bytes(path.read_bytes())
+    loaded.save_pretrained(copied_model(model, folder))
     return folder
 
 

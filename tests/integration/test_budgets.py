@@ -16,28 +16,16 @@ from ray_surgeon.models.pruned_config import kv_heads_left
 from ray_surgeon.runtime.worker import Worker
 from ray_surgeon.spec.targets import SpeedSection
 from tests.conftest import LAYOUTS, Zygote
-from tests.integration.runs import (
-    Refused,
-    assert_same_shot,
-    completed,
-    config_like,
-    copied_model,
-    new_model,
-    overrides,
-    run,
-)
+from tests.integration import runs
+from tests.integration.runs import Jobs, changes_of, config_like, copied_model, new_model
 
-GROUPS: dict[str, Any] = {
-    "pruning__structure": "groups",
-    "pruning__width_multiple": 8,
-    "pruning__target_sparsity": None,
-    "pruning__num_shots": 1,
-}
+GROUPS = runs.GROUPS | runs.ONE | {"pruning__target_sparsity": None}
 BUDGETS = {
     "parameters": parameters_budget(LAYOUTS["llama"]),
     "bytes": bytes_budget(LAYOUTS["llama"], 2),
     "flops": flops_budget(LAYOUTS["llama"], 100),
 }
+Asked = list[dict[str, Any]]
 REQUEST = {"prompt_length": 16, "num_new_tokens": 2, "num_repeats": 1}
 
 
@@ -49,24 +37,22 @@ REQUEST = {"prompt_length": 16, "num_new_tokens": 2, "num_repeats": 1}
         ("flops", "global", "per_block"),
     ],
 )
-def test_the_model_needs_no_more_than_the_target(
-    unit: str, allocation: str, kind: str, llama: Path, tmp_path: Path
-) -> None:
+def test_the_target_is_not_exceeded(unit: str, allocation: str, kind: str, job: Jobs) -> None:
     budget = BUDGETS[unit]
     allowed = int(0.8 * budget.dense)
     target = {unit: allowed} | ({"prompt_length": 100} if unit == "flops" else {})
     options = GROUPS | {"pruning__target": target, "pruning__num_shots": 2}
     options |= {"pruning__allocation": allocation, "output__exports": [kind]}
-    report = completed(tmp_path, llama, **options, model__dtype="bfloat16")
-    first, last = (shot["budget"] for shot in report["shots"])
+    done = job(options, model__dtype="bfloat16")
+    first, last = (shot["budget"] for shot in done.shots)
     assert last["goal"] == pytest.approx(allowed)
     assert first["goal"] == pytest.approx((budget.dense + allowed) / 2)
     assert last["need"] <= allowed < budget.dense == last["dense"]
-    widths = report["exports"][0]["widths"]
+    widths = done.exports[0]["widths"]
     flat = [(kind, width[i]) for width in widths for i, kind in enumerate(("ffn", "attention"))]
     assert last["need"] == pytest.approx(budget.of(flat))
     model = AutoModelForCausalLM.from_pretrained(
-        tmp_path / "run/export" / kind, trust_remote_code=kind == "per_block", dtype="auto"
+        done.export(kind), trust_remote_code=kind == "per_block", dtype="auto"
     )
     size = sum(p.numel() * p.element_size() for p in model.parameters())
     if unit != "flops":
@@ -79,7 +65,7 @@ def seconds(channels: int, heads: int) -> float:
 
 
 @pytest.fixture
-def asked(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+def asked(monkeypatch: pytest.MonkeyPatch) -> Asked:
     """Let a table say what blocks take, twice as much with attention to everything, and return
     what it is asked.
     """
@@ -96,24 +82,18 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("allocation", ["global", "uniform"])
-def test_latency_is_measured_once_a_width(
-    allocation: str,
-    asked: list[dict[str, Any]],
-    llama: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_latency_is_measured_once_a_width(allocation: str, asked: Asked, job: Jobs) -> None:
     dense = 0.1 + 4 * seconds(48, 2)
     options = GROUPS | {"pruning__allocation": allocation}
     options["pruning__target"] = {"latency_s": 0.8 * dense, "request": REQUEST}
-    report = completed(tmp_path, llama, **options)
+    done = job(options)
     (request,) = asked
     every_width = [*((n, 2) for n in range(8, 56, 8)), (48, 1)]
     assert [tuple(width) for width in request["widths"]] == every_width
     assert request["request"]["prompt_length"] == 16
-    budget = report["shots"][-1]["budget"]
+    budget = done.shot["budget"]
     assert (budget["unit"], budget["dense"]) == ("latency_s", pytest.approx(dense))
-    rows = {linear["name"]: linear["rows_kept"] for linear in report["linears"]}
+    rows = {linear["name"]: linear["rows_kept"] for linear in done.report["linears"]}
     blocks = [
         (rows[f"model.layers.{i}.mlp.up_proj"], rows[f"model.layers.{i}.self_attn.k_proj"] // 8)
         for i in range(4)
@@ -122,38 +102,35 @@ def test_latency_is_measured_once_a_width(
     assert need <= 0.8 * dense
     assert budget["need"] == pytest.approx(need)
     assert all(channels != 24 for channels, _ in blocks), "as fast as 32, and worse"
-    assert run(tmp_path, llama, "--resume", **options) == 0
+    job(options, "--resume")
     assert len(asked) == 1
-    assert json.loads((tmp_path / "run/latency.json").read_text())["device"] == "a table"
+    assert json.loads((done.uri / "latency.json").read_text())["device"] == "a table"
     options["pruning__target"] = {"latency_s": 0.001, "request": REQUEST}
-    assert run(tmp_path / "other", llama, **options) == 2
-    error = capsys.readouterr().err
+    error = job(options, folder="other", code=2).error
     assert "the model needs at least 0.1" in error
     assert "--resume" not in error, "it would be the same again"
     assert len(asked) == 2
 
 
-def test_latency_of_blocks_with_and_without_a_window_counts_as_there_are(
-    asked: list[dict[str, Any]], model_folders: dict[str, Path], tmp_path: Path
-) -> None:
+def test_latency_of_blocks_with_and_without_a_window(asked: Asked, job: Jobs) -> None:
     """Of four blocks three look at a window; each kind is measured by itself, so that no width is
     taken for a kind.
     """
     kinds = ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"]
-    model = copied_model(model_folders["gemma3"], tmp_path / "model", layer_types=kinds)
+    model = copied_model(job.models["gemma3"], job.folder / "model", layer_types=kinds)
     dense = 0.1 + 5 * seconds(48, 2)
     target = {"latency_s": 0.9 * dense, "request": REQUEST}
-    report = completed(tmp_path, model, **GROUPS, pruning__target=target)
+    shot = job(GROUPS, model=model, pruning__target=target).shot
     assert [request["layer_type"] for request in asked] == ["sliding_attention", "full_attention"]
-    assert report["shots"][-1]["budget"]["dense"] == pytest.approx(dense)
+    assert shot["budget"]["dense"] == pytest.approx(dense)
 
 
-@pytest.mark.parametrize("family", ["gemma3", "gpt2", "llama", "opt"])
+@pytest.mark.parametrize("family", ["gemma3", "gpt2", "opt"])
 def test_every_width_is_timed(family: str, zygote: Zygote, model_folders: dict[str, Path]) -> None:
     """Nothing is said of the seconds but that there are some: they are measured."""
     request = SpeedSection(**REQUEST).model_dump()
     document = json.loads((model_folders[family] / "config.json").read_text())
-    widths = [[48, 2], [24, 2], [0, 2], [48, 1], [48, 0], *([n, 2] for n in range(1, 4))]
+    widths = [[48, 2], [24, 2], [0, 2], [48, 1], [48, 0], [1, 2]]
     asked: dict[str, Any] = {"device": "cpu", "request": request, "widths": widths}
     asked["document"] = document | {"dtype": "float32"}
     asked["layer_type"] = "full_attention" if family == "gemma3" else None
@@ -166,7 +143,6 @@ def test_every_width_is_timed(family: str, zygote: Zygote, model_folders: dict[s
 
 BYTES = "pruning.target={bytes: 10}"
 OVER_THREE = "pruning.target_sparsity=0.3; pruning.tensor_parallel=3"
-WITHOUT_OPTION = "pruning.target.request: is not an option of"
 
 
 @pytest.mark.parametrize(
@@ -176,9 +152,7 @@ WITHOUT_OPTION = "pruning.target.request: is not an option of"
         ("pruning.target={parameters: 1000000000}", "the dense model needs no more than"),
         ("pruning.target={parameters: 10, bytes: 10}", "bytes: is not an option of parameters"),
         ("pruning.target={}", "expected one of parameters, bytes, flops and latency_s"),
-        ("pruning.target={bytes: 10, request: {prompt_length: 3}}", f"{WITHOUT_OPTION} bytes"),
-        ("pruning.target={flops: 10, request: {num_threads: 3}}", f"{WITHOUT_OPTION} flops"),
-        ("pruning.target={flops: 10, device: cuda}", "target.device: is not an option of flops"),
+        ("pruning.target={bytes: 10, request: {num_threads: 3}}", "is not an option of bytes"),
         ("pruning.target={latency_s: 1, device: cuda}", "set cluster.gpus_per_worker to 1"),
         (f"{BYTES}; pruning.target_sparsity=0.5", "got both"),
         ("", "got none"),
@@ -188,45 +162,32 @@ WITHOUT_OPTION = "pruning.target.request: is not an option of"
         (OVER_THREE, "8 channels cannot be split over tensor_parallel 3"),
     ],
 )
-def test_targets_that_cannot_be(settings: str, message: str, refused: Refused) -> None:
-    assert message in refused(settings, **GROUPS)
+def test_targets_that_cannot_be(settings: str, message: str, job: Jobs) -> None:
+    assert message in job.refused(settings, **GROUPS)
 
 
-def test_the_plan_says_what_the_dense_model_needs(
-    llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_plan_says_what_the_dense_model_needs(job: Jobs) -> None:
     dense = int(BUDGETS["parameters"].dense)
     target = {"parameters": dense - 5000}
     options = GROUPS | {"pruning__num_shots": 2, "pruning__target": target}
-    assert run(tmp_path, llama, "--dry-run", **options) == 0
-    said = " ".join(capsys.readouterr().out.split())
+    said = " ".join(job(options, "--dry-run").out.split())
     assert f"2 shots to {dense - 5000} of {dense} parameters" in said
     assert "multiples of 8 channels; to quantise later, set pruning.width_multiple to 128" in said
 
 
-def test_shards_agree(llama: Path, tmp_path: Path) -> None:
-    options = GROUPS | {"pruning__target": {"parameters": int(0.8 * BUDGETS["parameters"].dense)}}
-    for shards in (1, 2):
-        folder = tmp_path / str(shards)
-        completed(folder, llama, **options, cluster__num_shards=shards)
-    assert_same_shot(tmp_path / "1/run", tmp_path / "2/run", 1)
-
-
-def test_heads_and_widths_that_engines_can_split(llama: Path, tmp_path: Path) -> None:
+def test_heads_and_widths_that_engines_can_split(job: Jobs) -> None:
     """Over two devices: KV heads come in pairs or are one that is copied, query heads and channels
     in pairs.
     """
     config = config_like("llama", num_attention_heads=8, num_key_value_heads=8, head_dim=4)
-    folder = new_model(config, tmp_path / "model", llama)
+    folder = new_model(config, job.folder / "model", job.models["llama"])
     assert kv_heads_left(ModelLayout.of(config), 2, uniform=False) == (0, 2, 4, 6, 8)
     assert kv_heads_left(LAYOUTS["llama"], 2, uniform=True) == (1, 2)
     found = {}
     for devices in (1, 2):
-        pruning = overrides(
-            "pruning.structure=groups; pruning.width_multiple=2; output.exports=[per_block]; "
-            f"pruning.tensor_parallel={devices}"
-        )
-        report = completed(tmp_path / str(devices), folder, *pruning)
-        found[devices] = [kv for _, kv in report["exports"][0]["widths"]]
+        options = changes_of("pruning.width_multiple=2; output.exports=[per_block]")
+        options = runs.GROUPS | runs.ONE | options | {"pruning__tensor_parallel": devices}
+        (export,) = job(options, model=folder, folder=str(devices)).exports
+        found[devices] = [kv for _, kv in export["widths"]]
     assert any(kv % 2 for kv in found[1])
     assert not any(kv % 2 for kv in found[2])

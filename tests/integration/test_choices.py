@@ -6,28 +6,24 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from ray_surgeon.maths.factorised import RaisedDamping
 from ray_surgeon.maths.masks import StructuredMask
 from ray_surgeon.maths.threshold import StructureCosts
 from ray_surgeon.models.budgets import Budget, parameters_budget
-from ray_surgeon.run.inputs import check
-from ray_surgeon.spec.parsing import parse_spec
 from ray_surgeon.stages.curvature.section import KfacSection
 from ray_surgeon.stages.curvature.stage import calibrate
-from ray_surgeon.stages.prune.group_choice import ConsumerCosts, Paths, Reach, renewed
+from ray_surgeon.stages.prune.group_choice import ConsumerCosts, Reach
 from ray_surgeon.stages.prune.groups import Groups
 from ray_surgeon.stages.prune.groups_section import GroupsSection
 from ray_surgeon.stages.prune.method import Scores
 from ray_surgeon.stages.prune.rows_columns import RowsColumns, RowsColumnsSection
 from tests.conftest import LAYOUTS
-from tests.integration.runs import loaded, tiny_spec
+from tests.integration.runs import GROUPS, ONE, Jobs, loaded
 
 NO_CLUSTER: Any = None
 ANY = frozenset(range(9))
@@ -52,8 +48,7 @@ class Propagating:
         return [max(0, kept(c) - self.extra) for c in COSTS]
 
 
-@pytest.mark.parametrize("extra", [0, 3, 40])
-@pytest.mark.parametrize("target", [0.05, 0.31, 25.5 / 52])
+@pytest.mark.parametrize(("extra", "target"), [(0, 0.05), (3, 0.31), (40, 25.5 / 52)])
 def test_rows_and_columns_go_up_to_the_lowest_threshold_of_all(extra: int, target: float) -> None:
     method = RowsColumns(RowsColumnsSection(target_sparsity=target, num_shots=1), KfacSection())
     cluster: Any = Propagating(extra)
@@ -87,27 +82,6 @@ def path(name: str, *costs: float, **options: Any) -> ConsumerCosts:
     return ConsumerCosts(name, "ffn", torch.tensor(costs), len(costs), ANY, **sizes)
 
 
-def test_targets_at_the_ends_of_what_is_possible() -> None:
-    budget = parameters_budget(LAYOUTS["llama"])
-    fewest = {"ffn": 8, "attention": 1}
-
-    def asked(parameters: int) -> Groups:
-        target = {"parameters": parameters}
-        section = GroupsSection(structure="groups", width_multiple=8, target=target)
-        return Groups(section, None, budget, fewest, frozenset())
-
-    least = int(budget.least(fewest))
-    dense = int(budget.dense)
-    for possible in (least, dense - 1):
-        asked(possible)
-    with pytest.raises(ValueError, match="at least"):
-        asked(least - 1)
-    with pytest.raises(ValueError, match="no more than"):
-        asked(dense)
-    # half is all that may go
-    replace(small_groups(small_budget(2, 4)), fewest={"ffn": 1})
-
-
 def test_the_curve_is_of_scaled_costs_a_unit_as_the_threshold_is() -> None:
     method = small_groups(small_budget(2, 2), target_sparsity=0.25)
     costs = tuple(
@@ -126,38 +100,6 @@ def test_what_earlier_shots_removed_counts() -> None:
     assert (facts["groups"], facts["sparsity"], facts["need"]) == (1, 0.5, 20.0)
 
 
-def test_scores_of_paths_that_were_followed_farther_take_the_place_of_those_before() -> None:
-    def scores(
-        paths: dict[str, float], dampings: dict[tuple[str, str], float]
-    ) -> Scores[ConsumerCosts]:
-        events = tuple(RaisedDamping(*name, 0.0, used, False) for name, used in dampings.items())
-        return Scores(tuple(path(name, x) for name, x in paths.items()), 20, 20, events)
-
-    dampings = {("a", "A"): 1.0, ("a", "G"): 2.0, ("b", "A"): 3.0}
-    changed = {("b", "A"): 4.0}
-    found = renewed(scores({"a": 1.0, "b": 2.0}, dampings), scores({"b": 5.0}, changed))
-    assert {c.consumer: float(c.costs) for c in found.costs} == {"a": 1.0, "b": 5.0}
-    used = {(e.linear, e.factor): e.used for e in found.raised_damping}
-    assert used == dampings | changed
-
-
-def test_how_far_paths_are_followed() -> None:
-    """To where costs a unit reach the threshold, to the fewest groups that stay, and one step of
-    the shot's multiple more.
-    """
-    costs = path("x", 1.0, INF, INF, limit=0.05)
-    for threshold, followed in ((0.05, True), (0.1, True), (0.11, False)):
-        assert Paths(small_groups(), NO_CLUSTER, 1).is_followed(costs, threshold) == followed
-    assert not Paths(small_groups(rank_by="cost"), NO_CLUSTER, 1).is_followed(costs, 1.1)
-    for fewest in (0, 1):
-        method = replace(small_groups(), fewest={"ffn": fewest})
-        assert Paths(method, NO_CLUSTER, 1).has_ended(path("x", 1.0, 2.0, INF)) == (fewest == 1)
-    scores = Scores((path("x", 1.0),), 1, 1)
-    method = small_groups(width_multiple=8, num_shots=2)
-    steps = [Paths(method, NO_CLUSTER, shot).and_one_step(scores, {"x": 3}) for shot in (1, 2)]
-    assert steps == [{"x": 4}, {"x": 11}]
-
-
 def test_widths_that_may_be_left_are_multiples_in_the_last_shot_and_the_whole_one() -> None:
     groups: Any = SimpleNamespace(kind="ffn", columns=torch.zeros(24, 1))
     method = small_groups(width_multiple=16, num_shots=2)
@@ -166,27 +108,11 @@ def test_widths_that_may_be_left_are_multiples_in_the_last_shot_and_the_whole_on
         assert [count for count in range(-1, 50) if count in allowed] == expected
 
 
-def test_factors_of_experts_are_shrunk_which_takes_memory() -> None:
-    method = replace(small_groups(), consumers=frozenset({"down"}))
-    linears: list[Any] = [
-        SimpleNamespace(role="down", num_rows=3, num_columns=5, sees_all_tokens=sees_all)
-        for sees_all in (True, False)
-    ]
-    dense, expert = map(method.needs, linears)
-    more = 4 * (9 + 25)
-    assert expert.costs_bytes - dense.costs_bytes == more
-    assert expert.update_bytes - dense.update_bytes == more
-
-
-def test_a_path_is_followed_to_the_next_width_that_may_be_left_whatever_it_costs(
-    llama: Path, tmp_path: Path
-) -> None:
-    options = {"structure": "groups", "width_multiple": 8, "num_shots": 1, "target_sparsity": 0.3}
-    spec = tiny_spec(tmp_path, llama, pruning=options)
-    inputs = check(parse_spec(spec.read_text()))
+def test_a_path_is_followed_to_the_next_width_that_may_be_left_whatever_it_costs(job: Jobs) -> None:
+    inputs = job.inputs(GROUPS | ONE)
     method = inputs.method
     assert isinstance(method, Groups)
-    cluster = loaded(llama)
+    cluster = loaded(job.models["llama"])
     calibrate(method, cluster, inputs.text, 1, remembers=False)
     for worker in cluster.workers.values():
         for groups in method.sets(worker):

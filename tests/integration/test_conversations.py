@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoTokenizer
+from transformers import PreTrainedTokenizerFast as Tokenizer
 
 from ray_surgeon.report.directory import RunDirectory
 from ray_surgeon.runtime.writing import Wanted, write_texts
@@ -21,8 +22,9 @@ from ray_surgeon.stages.self_text.requests import Conversations, to_be_written
 from ray_surgeon.stages.self_text.stage import as_tensors, from_tensors
 from ray_surgeon.storage import tensor_files
 from ray_surgeon.storage.texts import token_stream
-from tests.integration.runs import Refused, assert_same_shot, beginning, completed, loaded, run
+from tests.integration.runs import DISK, Done, Jobs, assert_same_shot, beginning, loaded
 
+Ask = Callable[..., Any]
 TEMPLATE = (
     "{% if messages[0].role != 'system' %}<s>Be kind.\n{% endif %}"
     "{% for m in messages %}<{{ m.role[0] }}>{{ m.content }}<end>\n{% endfor %}"
@@ -31,18 +33,18 @@ TEMPLATE = (
 
 
 @pytest.fixture
-def chatty(llama: Path) -> PreTrainedTokenizerFast:
+def chatty(llama: Path) -> Tokenizer:
     tokenizer = AutoTokenizer.from_pretrained(llama)
     tokenizer.chat_template = TEMPLATE
     return tokenizer
 
 
 @pytest.fixture
-def asked(llama: Path) -> Callable[..., Any]:
+def asked(llama: Path) -> Ask:
     """Return what a calibration text asks of the tiny model."""
     config = AutoConfig.from_pretrained(llama)
 
-    def ask(tokenizer: PreTrainedTokenizerFast, **fields: Any) -> Any:
+    def ask(tokenizer: Tokenizer, **fields: Any) -> Any:
         sizes = {"num_sequences": 5, "sequence_length": 96}
         section = CalibrationSection.model_validate({"source": "self", **sizes, **fields})
         return to_be_written(section, tokenizer, config)[0]
@@ -56,7 +58,7 @@ def soon_ended(request: Conversations) -> Conversations:
     return replace(request, marks=replace(request.marks, last=last))
 
 
-def ids(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
+def ids(tokenizer: Tokenizer, text: str) -> list[int]:
     found = tokenizer(text, add_special_tokens=False)["input_ids"]
     assert isinstance(found, list)
     return found
@@ -66,10 +68,9 @@ def test_loops_are_found() -> None:
     text = np.random.default_rng(0).permutation(300)
     assert not repeats(text)
     assert not repeats([])
-    assert not repeats([1])
     assert repeats([7] * 32)
     assert not repeats([7] * 31)
-    for period in (1, 2, 10, 11, 40, 64):
+    for period in (1, 10, 11, 64):
         piece = text[:period].tolist()
         times = max(3, -(-32 // period))
         assert repeats([*text[100:150], *piece * times, *text[150:200]]), period
@@ -92,7 +93,7 @@ def test_conversations_are_packed_whole_but_for_the_last_of_a_window() -> None:
     assert pack([], 2, 7).tokens.shape == (0, 7)
 
 
-def test_marks_of_a_template(chatty: PreTrainedTokenizerFast, asked: Callable[..., Any]) -> None:
+def test_marks_of_a_template(chatty: Tokenizer, asked: Ask) -> None:
     marks = asked(chatty, chat=True).marks
     assert marks.opening == tuple(ids(chatty, "<s>Be kind.\n<u>"))
     assert marks.closing == tuple(ids(chatty, "<end>\n<a>"))
@@ -104,9 +105,7 @@ def test_marks_of_a_template(chatty: PreTrainedTokenizerFast, asked: Callable[..
     assert marks.ends_of_turn == {end, ids(chatty, ";")[0]}
 
 
-def test_answers_are_marked_and_the_template_stands_around_them(
-    chatty: PreTrainedTokenizerFast, asked: Callable[..., Any], llama: Path
-) -> None:
+def test_answers_are_marked_in_the_template(chatty: Tokenizer, asked: Ask, llama: Path) -> None:
     """And all is the same whatever the workers are."""
     request = soon_ended(asked(chatty, chat=True, seed=4))
     cluster = loaded(llama)
@@ -137,10 +136,7 @@ def test_answers_are_marked_and_the_template_stands_around_them(
 
 
 def test_an_answer_may_be_cut_and_a_model_that_never_ends_a_turn_is_refused(
-    chatty: PreTrainedTokenizerFast,
-    asked: Callable[..., Any],
-    llama: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    chatty: Tokenizer, asked: Ask, llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(conversations, "ANSWER_TOKENS", 9)
     monkeypatch.setattr(conversations, "MAX_ROUNDS", 3)
@@ -160,9 +156,7 @@ def lines(path: Path, *records: object) -> str:
     return str(path)
 
 
-def test_prompts_of_a_file_are_answered(
-    chatty: PreTrainedTokenizerFast, asked: Callable[..., Any], llama: Path, tmp_path: Path
-) -> None:
+def test_prompts_are_answered(chatty: Tokenizer, asked: Ask, llama: Path, tmp_path: Path) -> None:
     said = {"role": "user", "content": "Why?"}
     answer = {"role": "assistant", "content": "Because it is so."}
     uri = lines(
@@ -194,7 +188,7 @@ def test_prompts_of_a_file_are_answered(
     assert found.answers[0].any()
 
 
-def test_a_text_goes_on_from_the_start_of_another(llama: Path, asked: Callable[..., Any]) -> None:
+def test_a_text_goes_on_from_the_start_of_another(llama: Path, asked: Ask) -> None:
     tokenizer = AutoTokenizer.from_pretrained(llama)
     given = {"source": "python-docs", "max_tokens": 4000}
     options = {"starts": given, "start_tokens": 6, "texts_per_sequence": 2}
@@ -216,26 +210,21 @@ def test_a_text_goes_on_from_the_start_of_another(llama: Path, asked: Callable[.
     assert {start[0] for start in begun.starts} == {tokenizer.bos_token_id}
 
 
-def test_a_run_calibrates_on_it_and_goes_on_with_it(
-    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Several texts fill a sequence; each begins with the last token of the prompt."""
-    model = llama
+def test_a_run_calibrates_on_it_and_goes_on(job: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several texts fill a sequence; each begins with the last token of the prompt. The run that
+    goes on streams.
+    """
+    model = job.models["llama"]
     mix = [{"source": "self", "weight": 0.5, "prompt": "<end>", "texts_per_sequence": 4}]
     options = {"calibration__mix": mix, "cluster__num_shards": 2}
-    shots = completed(tmp_path / "whole", model, **options)["shots"]
-    written = tensor_files.read(str(tmp_path / "whole/run/written.safetensors"))["1"]
+    whole = job(options, folder="whole")
+    written = tensor_files.read(str(whole.uri / "written.safetensors"))["1"]
     assert written.shape == (2, 40)
     texts = written.view(8, 10)
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    prompt = tokenizer("<end>", add_special_tokens=False)["input_ids"]
+    prompt = AutoTokenizer.from_pretrained(model)("<end>", add_special_tokens=False)["input_ids"]
     assert texts[:, 0].tolist() == [prompt[-1]] * 8
     alone = write_texts(loaded(model), Wanted((tuple(prompt),) * 8, 9))
     assert np.array_equal(texts[:, 1:], alone), "each begins after the prompt"
-    plain = completed(tmp_path / "plain", model, pruning__num_shots=1)["shots"]
-    assert plain[0]["calibration_loss"] != shots[0]["calibration_loss"]
-    disk = {"memory__weights": "disk", "memory__factors": "disk"}
-    completed(tmp_path / "streamed", model, **disk, **options)
     commit = RunDirectory.commit_shot
 
     def fails_at_the_second(self: RunDirectory, index: int, *rest: Any) -> None:
@@ -243,30 +232,28 @@ def test_a_run_calibrates_on_it_and_goes_on_with_it(
             raise OSError("the machine is lost")
         commit(self, index, *rest)
 
-    def resumed() -> int:
-        return run(tmp_path / "cut", model, "--resume", **options)
+    def resumed(code: int) -> Done:
+        return job(options | DISK, "--resume", folder="cut", code=code)
 
     with monkeypatch.context() as patch:
         patch.setattr(RunDirectory, "commit_shot", fails_at_the_second)
-        assert run(tmp_path / "cut", model, **options) != 0
-    text = tmp_path / "cut/run/written.safetensors"
-    text.rename(tmp_path / "kept")
-    assert resumed() == 1, "pruned weights must not write it"
-    assert "is gone" in capsys.readouterr().err
-    (tmp_path / "kept").rename(text)
-    states = tmp_path / "cut/run/dense.safetensors"
-    states.rename(tmp_path / "kept")
-    assert resumed() == 2, "found before anything is loaded"
-    assert "dense.safetensors is gone" in capsys.readouterr().err
-    states.write_bytes((tmp_path / "kept").read_bytes()[:100])
-    assert resumed() == 2
-    assert "cut short" in (said := capsys.readouterr().err)
+        cut = job(options | DISK, folder="cut", code=1).uri
+    kept = job.folder / "kept"
+    text = cut / "written.safetensors"
+    text.rename(kept)
+    assert "is gone" in resumed(1).error, "pruned weights must not write it"
+    kept.rename(text)
+    states = cut / "dense.safetensors"
+    states.rename(kept)
+    assert "dense.safetensors is gone" in resumed(2).error, "found before anything is loaded"
+    states.write_bytes(kept.read_bytes()[:100])
+    said = resumed(2).error
+    assert "cut short" in said
     assert "put it back, or start a new run" in said
-    (tmp_path / "kept").rename(states)
-    assert resumed() == 0
-    for other in ("streamed", "cut"):
-        for shot in (1, 2):
-            assert_same_shot(tmp_path / "whole/run", tmp_path / other / "run", shot)
+    kept.rename(states)
+    resumed(0)
+    for shot in (1, 2):
+        assert_same_shot(whole.uri, cut, shot)
 
 
 SELF = "calibration.mix=[{{source: self, {}}}]".format
@@ -276,26 +263,19 @@ SELF = "calibration.mix=[{{source: self, {}}}]".format
     ("settings", "said"),
     [
         ("calibration.source=self; calibration.stride=64", "the model writes this one"),
-        (SELF("temperature: 0"), "the same text every time"),
-        (SELF("split: test"), "split"),
         (SELF("texts_per_sequence: 3"), "a divisor of sequence_length"),
         (SELF(f"prompt: {'with a long prompt ' * 400}"), "change the prompt or the lengths"),
         (SELF("texts_per_sequence: 40"), "two tokens or more"),
         (SELF("chat: true"), "give starts"),
         (SELF("prompts: absent.jsonl"), "cannot read"),
         (SELF("chat: true, prompt: a"), "keep one"),
-        ("calibration.weigh=answers", "no text of the calibration has any"),
-        ("calibration.chat=true", "set source to self"),
-        ("calibration.mix=[{source: auto}]", "a place in the calibration only"),
     ],
 )
-def test_what_cannot_be_written_is_refused(settings: str, said: str, refused: Refused) -> None:
-    assert said in refused(settings).replace("\n", " ")
+def test_what_cannot_be_written_is_refused(settings: str, said: str, job: Jobs) -> None:
+    assert said in job.refused(settings)
 
 
-def test_what_a_template_cannot_do_is_refused(
-    chatty: PreTrainedTokenizerFast, asked: Callable[..., Any], tmp_path: Path
-) -> None:
+def test_what_a_template_cannot_do(chatty: Tokenizer, asked: Ask, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"sequence_length: 40, but the chat template alone takes"):
         asked(chatty, chat=True, sequence_length=40)
     with pytest.raises(ValueError, match=r"the model takes at most 128"):

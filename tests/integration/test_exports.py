@@ -9,49 +9,28 @@ import json
 import re
 import subprocess
 import sys
-from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import yaml
-from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from ray_surgeon.export import folder as export_folder
-from ray_surgeon.export.folder import Pruned, dense_document, reload_difference, write_weights
+from ray_surgeon.export.folder import dense_document, write_weights
 from ray_surgeon.export.kinds import shipped_source
 from ray_surgeon.export.reload import agree
+from ray_surgeon.models import pruned_config
 from ray_surgeon.models.build import cache_argument
 from ray_surgeon.models.layout import ModelLayout
-from ray_surgeon.models.pruned_config import (
-    BlockWidths,
-    block_widths,
-    kv_heads_left,
-    per_block_document,
-)
-from ray_surgeon.runtime import fresh_process
+from ray_surgeon.models.pruned_config import BlockWidths, kv_heads_left, per_block_document
 from ray_surgeon.spec.sections import ModelSection
 from tests.conftest import LAYOUTS, Zygote
-from tests.integration.runs import (
-    Refused,
-    completed,
-    config_like,
-    copied_model,
-    loaded,
-    new_model,
-    run,
-)
+from tests.integration import runs
+from tests.integration.runs import Jobs, config_like, copied_model, loaded, new_model
 from tests.serve.models import of_pieces
 
-GROUPS: dict[str, Any] = {
-    "pruning__structure": "groups",
-    "pruning__width_multiple": 8,
-    "pruning__target_sparsity": 0.4,
-    "pruning__num_shots": 1,
-}
+GROUPS = runs.GROUPS | runs.ONE | {"pruning__target_sparsity": 0.4}
 UNIFORM = GROUPS | {"pruning__allocation": "uniform"}
 TOKENS = torch.arange(30)[None] + 7
 
@@ -60,21 +39,13 @@ import sys
 sys.modules["ray_surgeon"] = None
 import torch
 from transformers import AutoModelForCausalLM
-trusts = sys.argv[2] == "yes"
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=trusts).eval()
 tokens = torch.arange(30)[None] + 7
-torch.save(model(tokens).logits.detach(), sys.argv[3])
-answer = model.generate(tokens, max_new_tokens=5, min_new_tokens=5, do_sample=False)
-print(type(model).__name__, len(answer[0]))
+for folder, trusts in (("uniform", False), ("per_block", True)):
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=trusts).eval()
+    torch.save(model(tokens).logits.detach(), f"{folder}.pt")
+    answer = model.generate(tokens, max_new_tokens=5, min_new_tokens=5, do_sample=False)
+    print(type(model).__name__, len(answer[0]))
 """
-
-
-def logits_elsewhere(folder: Path, trust: str, scratch: Path) -> tuple[torch.Tensor, str]:
-    """Load a checkpoint in a process that cannot import this project."""
-    out = scratch / "logits.pt"
-    program = [sys.executable, "-c", LOAD, str(folder), trust, str(out)]
-    said = subprocess.check_output(program, text=True).strip()
-    return torch.load(out), said
 
 
 def assert_as_masked(exports: Path, logits: torch.Tensor) -> None:
@@ -84,15 +55,10 @@ def assert_as_masked(exports: Path, logits: torch.Tensor) -> None:
 
 @pytest.mark.parametrize(
     ("family", "dense", "left"),
-    [
-        ("llama", (10, 5), (6, 3)),
-        ("mixtral", (9, 3), (6, 2)),
-        ("qwen3_moe", (9, 3), (6, 2)),
-        ("glm4_moe", (9, 3), (6, 2)),
-    ],
+    [("llama", (10, 5), (6, 3)), ("mixtral", (9, 3), (6, 2)), ("glm4_moe", (9, 3), (6, 2))],
 )
 def test_heads_need_not_divide_the_hidden_size(
-    family: str, dense: tuple[int, int], left: tuple[int, int], llama: Path, tmp_path: Path
+    family: str, dense: tuple[int, int], left: tuple[int, int], job: Jobs
 ) -> None:
     """A Llama becomes a Mistral; mixtures hold such heads, as those of GLM-4.5-Air, 96 for 4096,
     before anything is pruned.
@@ -100,11 +66,10 @@ def test_heads_need_not_divide_the_hidden_size(
     names = ("num_attention_heads", "num_key_value_heads")
     heads = dict(zip(names, dense, strict=True))
     config = config_like(family, hidden_size=40, head_dim=8, **heads)
-    folder = new_model(config, tmp_path / "model", llama)
+    folder = new_model(config, job.folder / "model", job.models["llama"])
     options = UNIFORM | {"pruning__groups": ["attention"]}
     options["pruning__target_sparsity"] = 0.2 if family == "llama" else 0.02
-    completed(tmp_path, folder, **options, output__exports=["masked", "uniform"])
-    exports = tmp_path / "run/export"
+    exports = job(options, model=folder, output__exports=["masked", "uniform"]).uri / "export"
     document = json.loads((exports / "uniform/config.json").read_text())
     assert tuple(document[name] for name in names) == left
     model = AutoModelForCausalLM.from_pretrained(exports / "uniform")
@@ -128,36 +93,36 @@ def test_phi3_holds_heads_that_its_rotary_factors_allow() -> None:
 
 
 @pytest.mark.parametrize(
-    ("family", "kind"), [("llama", "uniform"), ("llama", "per_block"), ("mistral", "per_block")]
+    ("family", "kinds"), [("llama", ["uniform", "per_block"]), ("mistral", ["per_block"])]
 )
-def test_exports_of_another_type_have_its_tokens(family: str, kind: str, tmp_path: Path) -> None:
+def test_exports_of_another_type_have_its_tokens(family: str, kinds: list[str], job: Jobs) -> None:
     """transformers builds Llama's tokenizer anew from its pieces, and takes Mistral's as the file
     has it.
     """
     heads = {"num_attention_heads": 5, "num_key_value_heads": 5, "head_dim": 8, "hidden_size": 40}
     sizes = heads | {"vocab_size": 900, "sliding_window": None, "intermediate_size": 512}
     config = config_like(family, **sizes)
-    folder = tmp_path / "model"
+    folder = job.folder / "model"
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     of_pieces().save_pretrained(folder)
     document = json.loads((folder / "tokenizer_config.json").read_text())
     document |= {"tokenizer_class": "LlamaTokenizer", "chat_template": "hello"}
     (folder / "tokenizer_config.json").write_text(json.dumps(document))
-    options = UNIFORM if kind == "uniform" else GROUPS
-    options = options | {"pruning__groups": ["attention"], "pruning__target_sparsity": 0.02}
-    completed(tmp_path, folder, **options, output__exports=[kind])
-    export = tmp_path / "run/export" / kind
-    changed = json.loads((export / "config.json").read_text())
-    assert changed["model_type"] != config.model_type
-    assert not (kind == "uniform" and changed["transformers_version"].startswith("4")), (
-        "it would doubt the tokenizer of such a Mistral"
-    )
+    options = UNIFORM | {"pruning__groups": ["attention"], "pruning__target_sparsity": 0.02}
+    done = job(options, model=folder, output__exports=kinds)
     before = AutoTokenizer.from_pretrained(folder)
-    after = AutoTokenizer.from_pretrained(export)
-    assert after.chat_template == before.chat_template == "hello"
-    for text in (" lead", "</s>hello", "<s>[INST] for the value[/INST] x</s><s>[INST]  a  b\n  c"):
-        assert after(text)["input_ids"] == before(text)["input_ids"], text
-        assert after.decode(after(text)["input_ids"]) == before.decode(before(text)["input_ids"])
+    for kind in kinds:
+        changed = json.loads((done.export(kind) / "config.json").read_text())
+        assert changed["model_type"] != config.model_type
+        assert not (kind == "uniform" and changed["transformers_version"].startswith("4")), (
+            "it would doubt the tokenizer of such a Mistral"
+        )
+        after = AutoTokenizer.from_pretrained(done.export(kind))
+        assert after.chat_template == before.chat_template == "hello"
+        for text in (" lead", "</s>hello", "<s>[INST] the value[/INST] x</s><s>[INST]  a  b\n  c"):
+            tokens = before(text)["input_ids"]
+            assert after(text)["input_ids"] == tokens, text
+            assert after.decode(tokens) == before.decode(tokens)
 
 
 @pytest.mark.parametrize(
@@ -168,28 +133,22 @@ def test_exports_of_another_type_have_its_tokens(family: str, kind: str, tmp_pat
     ],
 )
 def test_a_configuration_promises_nothing_that_is_not_there(
-    family: str,
-    extra: dict[str, Any],
-    expected: dict[str, Any],
-    model_folders: dict[str, Path],
-    tmp_path: Path,
+    family: str, extra: dict[str, Any], expected: dict[str, Any], job: Jobs
 ) -> None:
     """No code, which models of the Hub may name beside a class of transformers, and no blocks that
     guess further tokens.
     """
-    config = json.loads((model_folders[family] / "config.json").read_text())
+    config = json.loads((job.models[family] / "config.json").read_text())
     config.pop("torch_dtype", None)
-    model = copied_model(model_folders[family], tmp_path / "model", **extra)
+    model = copied_model(job.models[family], job.folder / "model", **extra)
     found = dense_document(ModelSection(source=str(model)))
     found.pop("torch_dtype", None)
     assert found == config | {"dtype": "float32"} | expected
 
 
-def test_memory_of_a_narrow_model_is_not_that_of_a_dense_one(
-    zygote: Zygote, tmp_path: Path
-) -> None:
+def test_memory_of_a_narrow_model_is_less(zygote: Zygote, tmp_path: Path) -> None:
     """Classes whose blocks differ build the dense model first."""
-    config = config_like("llama", hidden_size=256, intermediate_size=16384, head_dim=32)
+    config = config_like("llama", hidden_size=256, intermediate_size=8192, head_dim=32)
     dense = config.to_dict() | {"dtype": "float32"}
     layout = ModelLayout.of(config)
     widths = [BlockWidths(512, layout.heads.num_kv)] * layout.num_blocks
@@ -202,7 +161,7 @@ def test_memory_of_a_narrow_model_is_not_that_of_a_dense_one(
         zygote.run_module("ray_surgeon.export.speed", request | {"only": only})["peak_rss_bytes"]
         for only in ("dense", "pruned")
     )
-    assert of_dense - of_pruned > 0.8 * 4 * 3 * 256 * (16384 - 512) * layout.num_blocks
+    assert of_dense - of_pruned > 0.8 * 4 * 3 * 256 * (8192 - 512) * layout.num_blocks
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3"])
@@ -227,15 +186,14 @@ def test_a_first_block_without_attention_counts_the_tokens_of_the_cache(
     assert first[cache].get_seq_length() == TOKENS.shape[1]
 
 
-@pytest.mark.fresh
-@pytest.mark.parametrize(("allocation", "kind"), [("uniform", "uniform"), ("global", "per_block")])
-def test_exports_stand_alone(allocation: str, kind: str, llama: Path, tmp_path: Path) -> None:
-    options = GROUPS | {"pruning__allocation": allocation, "output__exports": ["masked", kind]}
-    completed(tmp_path, llama, **options)
-    exports = tmp_path / "run/export"
-    found, said = logits_elsewhere(exports / kind, "no" if kind == "uniform" else "yes", tmp_path)
-    assert_as_masked(exports, found)
-    assert said == {"uniform": "LlamaForCausalLM 35", "per_block": "PrunedForCausalLM 35"}[kind]
+def test_exports_stand_alone(job: Jobs) -> None:
+    """In a process that cannot import this project."""
+    exports = ["masked", "uniform", "per_block"]
+    folder = job(UNIFORM, output__exports=exports).uri / "export"
+    said = subprocess.check_output([sys.executable, "-c", LOAD], cwd=folder, text=True)
+    for kind in exports[1:]:
+        assert_as_masked(folder, torch.load(folder / f"{kind}.pt"))
+    assert said.splitlines() == ["LlamaForCausalLM 35", "PrunedForCausalLM 35"]
 
 
 AS_GROUPS = "pruning.structure=groups; pruning.width_multiple=8; pruning.target_sparsity=0.4"
@@ -249,24 +207,20 @@ AS_UNIFORM = f"{AS_GROUPS}; pruning.allocation=uniform"
         ("llama", f"{AS_GROUPS}; output.exports=[uniform]", "needs pruning.allocation uniform"),
         ("llama", "output.exports=[masked, masked]", "names one twice"),
         ("llama", f"{AS_GROUPS}; output.speed={{}}", "speed: needs one of the exports"),
-        ("llama", f"{AS_UNIFORM}; pruning.remove_blocks=true", "pruning.remove_blocks"),
         ("llama", "pruning.remove_blocks=true", "pruning.remove_blocks"),
         ("gpt2", AS_UNIFORM, "at most 0.3525"),
         ("llama", f"{AS_GROUPS}; pruning.groups=[attention]", "at most"),
     ],
 )
-def test_exports_that_cannot_be_are_refused_before_anything_starts(
-    family: str, settings: str, message: str, refused: Refused, model_folders: dict[str, Path]
-) -> None:
-    assert message in refused(settings, source=model_folders[family])
+def test_exports_that_cannot_be(family: str, settings: str, message: str, job: Jobs) -> None:
+    assert message in job.refused(settings, model=family)
 
 
-def test_speed_is_measured_beside_the_dense_model(
-    llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_speed_is_measured_beside_the_dense_model(job: Jobs) -> None:
     speed = {"prompt_length": 16, "num_new_tokens": 3, "num_repeats": 2}
     options = UNIFORM | {"output__exports": ["uniform"], "output__speed": speed}
-    (entry,) = completed(tmp_path, llama, **options)["exports"]
+    done = job(options)
+    (entry,) = done.exports
     found = entry["speed"]
     for model in ("dense", "pruned"):
         assert found[model]["peak_rss_bytes"] > entry["size_bytes"]
@@ -274,13 +228,14 @@ def test_speed_is_measured_beside_the_dense_model(
         for step in ("prefill", "decode"):
             spread = found[model][f"{step}_tokens_per_s"]
             assert 0 < spread["lowest"] <= spread["median"] <= spread["highest"]
-    said = capsys.readouterr().out
-    size = 4 * AutoModelForCausalLM.from_pretrained(llama).num_parameters()
+    said = done.out
+    size = 4 * AutoModelForCausalLM.from_pretrained(job.models["llama"]).num_parameters()
     assert re.search(rf"weights, MB +{size / 1e6:.3f} -> +{entry['size_bytes'] / 1e6:.3f} ", said)
     assert "prefill, tokens per second" in said
     assert "memory of a process, MB" in said
-    assert f'load it: AutoModelForCausalLM.from_pretrained("{tmp_path}/run/export/uniform")' in said
-    card = (tmp_path / "run/export/uniform/README.md").read_text()
+    folder = done.export("uniform")
+    assert f'load it: AutoModelForCausalLM.from_pretrained("{folder}")' in said
+    card = (folder / "README.md").read_text()
     assert "| prefill of 16 tokens |" in card
     assert "| peak memory of a process, MB |" in card
     assert "from_pretrained(folder)" in card
@@ -288,14 +243,12 @@ def test_speed_is_measured_beside_the_dense_model(
     assert yaml.safe_load(front)["library_name"] == "transformers"
 
 
-def test_no_wrong_export_is_said(
-    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_wrong_export_is_said(job: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the widths of two blocks exchanged, the fresh process says that tensors do not fit."""
-    exchanged = "ray_surgeon.models.pruned_config.block_widths"
-    monkeypatch.setattr(exchanged, lambda *arguments: block_widths(*arguments)[::-1])
-    assert run(tmp_path, llama, **GROUPS, output__exports=["per_block"]) == 1
-    assert not (tmp_path / "run/export/per_block/README.md").exists()
+    own = pruned_config.block_widths
+    monkeypatch.setattr(pruned_config, "block_widths", lambda *given: own(*given)[::-1])
+    done = job(GROUPS, output__exports=["per_block"], code=1)
+    assert not (done.export("per_block") / "README.md").exists()
 
 
 def test_an_export_has_no_files_of_a_try_with_other_shards(llama: Path, tmp_path: Path) -> None:
@@ -308,46 +261,20 @@ def test_an_export_has_no_files_of_a_try_with_other_shards(llama: Path, tmp_path
 
 
 @pytest.mark.parametrize(
-    ("dtype", "of_all", "of_one", "passes"),
+    ("dtype", "half", "of_all", "of_one", "passes"),
     [
-        ("bfloat16", 0.05, 0.4, True),  # as SmolLM2 has it
-        ("bfloat16", 0.25, 0.25, False),
-        ("bfloat16", 0.05, 0.8, False),
-        ("float32", 1e-4, 3e-3, True),
-        ("float32", 1e-4, 1e-2, False),
+        ("bfloat16", False, 0.05, 0.4, True),  # as SmolLM2 has it
+        ("bfloat16", False, 0.25, 0.25, False),
+        ("bfloat16", False, 0.05, 0.8, False),
+        ("bfloat16", True, 0.05, 0.8, True),  # of a mixture, where a token went to other experts
+        ("float32", False, 1e-4, 3e-3, True),
+        ("float32", False, 1e-4, 1e-2, False),
     ],
 )
-def test_logits_differ_by_rounding(dtype: str, of_all: float, of_one: float, passes: bool) -> None:
+def test_logits_differ_by_rounding(
+    dtype: str, half: bool, of_all: float, of_one: float, passes: bool
+) -> None:
     generator = torch.Generator().manual_seed(0)
     logits, noise = (torch.randn(1, 16, 500, generator=generator) for _ in range(2))
     noise[0, 3] *= of_one / of_all
-    assert agree(10 + 3 * (logits + of_all * noise), 10 + 3 * logits, dtype, half=False) is passes
-
-
-@pytest.mark.parametrize(
-    ("dtype", "has_experts", "passes"),
-    [("bfloat16", True, True), ("bfloat16", False, False), ("float32", True, False)],
-)
-def test_a_token_of_a_mixture_may_go_to_other_experts_where_numbers_are_narrow(
-    dtype: str, has_experts: bool, passes: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    here = torch.randn(1, 9, 7)
-    there = here.clone()
-    there[0, :4] += 10.0
-
-    def reload(module: str, request: dict[str, Any]) -> None:
-        save_file({"logits": there}, request["logits"])
-
-    monkeypatch.setattr(export_folder, "logits", lambda cluster, tokens: None)
-    monkeypatch.setattr(export_folder, "decode", lambda payload, device: here)
-    monkeypatch.setattr(fresh_process, "run_module", reload)
-    no_cluster: Any = None
-    layout: Any = SimpleNamespace(is_mixture=has_experts)
-    model = ModelSection(source="x", dtype=dtype)
-    pruned = Pruned(no_cluster, layout, model, {}, TOKENS[0].numpy())
-    compare = partial(reload_difference, pruned, str(tmp_path))
-    if passes:
-        assert compare() == pytest.approx(10.0)
-        there[0, 4] += 10.0
-    with pytest.raises(RuntimeError, match="differ from the workers' by 10"):
-        compare()
+    assert agree(10 + 3 * (logits + of_all * noise), 10 + 3 * logits, dtype, half=half) is passes

