@@ -146,73 +146,82 @@ def faulty(s3: None, monkeypatch: pytest.MonkeyPatch, cache: Path) -> Iterator[t
     server.server_close()
 
 
-THREE_SHOTS = {"pruning__num_shots": 3}
+THREE_SHOTS = MASKED | {"pruning__num_shots": 3}
+THERE = {"model__source": "s3://bucket/model", "calibration__source": "s3://bucket/text.txt"}
 
 
-def downloaded(uri: str, target: Path) -> Done:
-    filesystem, path = files.open_filesystem(uri)
-    filesystem.get(path, str(target), recursive=True)
-    return Done(target, "", "")
-
-
-@pytest.mark.slow
-def test_two_hundred_faults_and_no_shot_lost(faulty: type[FaultyProxy], job: Jobs) -> None:
-    sound = job(THREE_SHOTS | MASKED, folder="sound")
+@pytest.fixture
+def sound(faulty: type[FaultyProxy], job: Jobs) -> Done:
+    """A run on disk, of what is then in the bucket too."""
+    done = job(THREE_SHOTS, folder="sound", cluster__num_shards=2)
     for path in job.models["llama"].iterdir():
         files.put_file(f"s3://bucket/model/{path.name}", path)
     files.put_file("s3://bucket/text.txt", job.folder / "sound/text.txt")
-    there = {"model__source": "s3://bucket/model", "calibration__source": "s3://bucket/text.txt"}
+    return done
+
+
+def assert_came(uri: str, folder: Path, sound: Done) -> None:
+    """Download a run, and compare it with a sound one."""
+    filesystem, path = files.open_filesystem(uri)
+    filesystem.get(path, str(folder), recursive=True)
+    came = Done(folder, "", "")
+    for shot in (1, 2, 3):
+        assert_same_shot(sound.uri, came.uri, shot)
+    assert len(came.shots) == 3
+    assert [event["shot"] for event in came.events if event["step"] == "commit"] == [1, 2, 3]
+    exports = list(sound.uri.glob("export/masked/*.safetensors"))
+    assert exports
+    for path in exports:
+        mine, expected = (load_file(p) for p in (came.uri / "export/masked" / path.name, path))
+        assert mine.keys() == expected.keys()
+        assert all(torch.equal(mine[key], expected[key]) for key in expected)
+
+
+@pytest.mark.slow
+def test_two_hundred_faults_and_no_shot_lost(
+    faulty: type[FaultyProxy], sound: Done, job: Jobs
+) -> None:
     said = ""
     number = 0
     while sum(faulty.injected.values()) < NUM_FAULTS:
         number += 1
         uri = f"s3://bucket/runs/{number}"
         faulty.probability = 0.6
-        ended = job(THREE_SHOTS | MASKED | there, folder=f"run-{number}", output__uri=uri)
+        ended = job(THREE_SHOTS | THERE, folder=f"run-{number}", output__uri=uri)
         faulty.probability = 0.0
-        came = downloaded(uri, job.folder / f"came-{number}")
-        for shot in (1, 2, 3):
-            assert_same_shot(sound.uri, came.uri, shot)
-        assert len(came.shots) == 3
-        assert [event["shot"] for event in came.events if event["step"] == "commit"] == [1, 2, 3]
-        exports = list(sound.uri.glob("export/masked/*.safetensors"))
-        assert exports
-        for path in exports:
-            mine, expected = (
-                load_file(file) for file in (came.uri / "export/masked" / path.name, path)
-            )
-            assert mine.keys() == expected.keys()
-            assert all(torch.equal(mine[key], expected[key]) for key in expected)
+        assert_came(uri, job.folder / f"came-{number}", sound)
         said += ended.out + ended.error
     assert set(faulty.injected) == set(FAULTS)
     written = [path for path in job.folder.glob("came-*/**/*") if path.is_file()]
     assert SECRET not in said + "".join(path.read_text(errors="ignore") for path in written)
 
 
-def test_a_store_that_stays_away_ends_the_run_and_keeps_its_shots(
-    faulty: type[FaultyProxy], job: Jobs, monkeypatch: pytest.MonkeyPatch
+def test_everything_on_a_store_that_goes_away_and_comes_back(
+    faulty: type[FaultyProxy], sound: Done, job: Jobs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(retrying, "PATIENCE_S", 1.0)
+    """That ends the run, which keeps its shots."""
     put = tensor_files.write
 
     def put_and_fail(uri: str, tensors: Any) -> int:
         if "shots/0002/masks" in uri:
+            monkeypatch.setattr(retrying, "PATIENCE_S", 1.0)
             faulty.probability = 1.0
             faulty.kinds = ("503", "reset")
         return put(uri, tensors)
 
-    options = THREE_SHOTS | {"output__uri": "s3://bucket/run"}
+    uri = "s3://bucket/run"
+    options = THREE_SHOTS | THERE | {"output__uri": uri}
     with monkeypatch.context() as patch:
         patch.setattr(tensor_files, "write", put_and_fail)
         error = job(options, code=1).error
     assert "failed: " in error
     assert "--resume" in error
     faulty.probability = 0.0
-    names = files.list_names("s3://bucket/run/shots/0002")
+    names = files.list_names(f"{uri}/shots/0002")
     assert names == ["shard-0001.safetensors"], "the second shot is half written"
     assert "resumed_after_shot=1" in job(options, "--resume").out
-    came = downloaded("s3://bucket/run", job.folder / "came")
-    assert_same_shot(job(THREE_SHOTS, folder="sound").uri, came.uri, 3)
+    assert {"spec.yaml", "run.json", "events.jsonl", "report.json"} <= set(files.list_names(uri))
+    assert_came(uri, job.folder / "came", sound)
 
 
 def test_records_of_steps_wait_for_a_store_that_is_away(
