@@ -376,7 +376,7 @@ def test_blocks_after_pruned_blocks(family: str, method: str, structure: str, jo
     """Blocks are pruned from the inputs that the pruned ones before give: against a plain loop over
     the blocks of the whole model.
     """
-    options = runs.ONE | {"model": family, "pruning__method": method}
+    options: dict[str, Any] = runs.ONE | {"model": family, "pruning__method": method}
     options |= {"pruning__structure": structure, "pruning__target_sparsity": 0.5}
     found = job(options, cluster__num_shards=2).tensors(1)
     sequences = torch.from_numpy(job.inputs(options, "again").calibration)

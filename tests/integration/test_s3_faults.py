@@ -171,8 +171,8 @@ def assert_came(uri: str, folder: Path, sound: Done) -> None:
     assert [event["shot"] for event in came.events if event["step"] == "commit"] == [1, 2, 3]
     exports = list(sound.uri.glob("export/masked/*.safetensors"))
     assert exports
-    for path in exports:
-        mine, expected = (load_file(p) for p in (came.uri / "export/masked" / path.name, path))
+    for export in exports:
+        mine, expected = (load_file(p) for p in (came.uri / "export/masked" / export.name, export))
         assert mine.keys() == expected.keys()
         assert all(torch.equal(mine[key], expected[key]) for key in expected)
 
