@@ -239,7 +239,7 @@ def test_a_resumed_run_keeps_its_tasks(job: Jobs, monkeypatch: pytest.MonkeyPatc
     text = windows(job.folder / "text.txt", name="docs")
     options = runs.MASKED | runs.ONE | {"evaluation": {"texts": [text]}}
     done = job(options)
-    asked = {"evaluation__tasks": {"names": ["piqa"], "limit": 3}}
+    asked = {"evaluation": {"texts": [text], "tasks": {"names": ["piqa"], "limit": 3}}}
     refused = job(options | asked, "--resume", code=2)
     assert "holds another run: different tasks (evaluation.tasks" in refused.error
     record = json.loads((done.uri / "run.json").read_text())

@@ -204,7 +204,7 @@ def test_everything_on_a_store_that_goes_away_and_comes_back(
 
     def put_and_fail(uri: str, tensors: Any) -> int:
         if "shots/0002/masks" in uri:
-            monkeypatch.setattr(retrying, "PATIENCE_S", 1.0)
+            patch.setattr(retrying, "PATIENCE_S", 1.0)
             faulty.probability = 1.0
             faulty.kinds = ("503", "reset")
         return put(uri, tensors)
