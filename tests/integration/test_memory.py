@@ -7,12 +7,14 @@ from __future__ import annotations
 import functools
 import gc
 import itertools
+import re
 import resource
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -40,12 +42,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "element": runs.ELEMENT | {"correction__lora_rank": 2},
     "n_m": runs.N_M,
     "sparsegpt": runs.SPARSEGPT,
-    "groups": {
-        **runs.GROUPS,
-        "correction__lora_rank": 2,
-        "correction__sequences_per_step": 2,
-        "output__exports": ["per_block"],
-    },
+    "groups": runs.GROUPS
+    | {"correction": {"lora_rank": 2, "sequences_per_step": 2}, "output__exports": ["per_block"]},
 }
 WAYS: list[dict[str, Any]] = [
     {"memory__activations": "recompute"},
@@ -77,7 +75,7 @@ def resident(
 @pytest.mark.parametrize(
     ("method", "way"),
     [
-        pytest.param(method, way, marks=[pytest.mark.slow] * ((number + way) % 3 != 0))
+        pytest.param(method, way, marks=[pytest.mark.slow] * (number % len(WAYS) != way))
         for number, method in enumerate(METHODS)
         for way in range(len(WAYS))
     ],
@@ -85,7 +83,7 @@ def resident(
 def test_every_store_and_wave_gives_the_same_bits(
     method: str, way: int, job: Jobs, resident: Callable[[str], Done]
 ) -> None:
-    """Two ways of each method by default, all of them with `slow`."""
+    """One way of each method by default, all of them with `slow`."""
     scratch = {"memory__scratch": str(job.folder / "scratch"), "cluster__num_shards": 1 + way % 3}
     other = job(METHODS[method] | WAYS[way] | scratch, model=FAMILY)
     stores = other.report["plan"]["stores"]
@@ -98,12 +96,11 @@ def test_every_store_and_wave_gives_the_same_bits(
 
 @pytest.mark.parametrize("family", ["gpt2", "phi3"])
 def test_other_families_from_disk_with_replicas(family: str, job: Jobs) -> None:
-    options = {"model": family, "cluster__num_replicas": 2}
+    options = runs.ONE | {"model": family, "cluster__num_replicas": 2}
     one = job(options, folder="one")
     scratch = {"memory__wave": 3, "memory__scratch": str(job.folder / "scratch")}
     other = job(options | runs.DISK | scratch, folder="other")
-    for shot in (1, 2):
-        assert_same_shot(one.uri, other.uri, shot)
+    assert_same_shot(one.uri, other.uri, 1)
 
 
 def test_a_killed_run_from_disk_goes_on(
@@ -112,11 +109,8 @@ def test_a_killed_run_from_disk_goes_on(
     """With the same bits, with other memory than it began with, and takes over the scratch of the
     killed one.
     """
-    options = (
-        METHODS["greedy"]
-        | runs.DISK
-        | {"model": FAMILY, "memory__scratch": str(job.folder / "scratch")}
-    )
+    scratch = {"memory__scratch": str(job.folder / "scratch")}
+    options = METHODS["greedy"] | runs.DISK | scratch | {"model": FAMILY}
 
     def killed(*arguments: object) -> None:
         raise WorkerFailureError("node", "after which nobody cleans up")
@@ -134,7 +128,6 @@ def test_a_killed_run_from_disk_goes_on(
 
 def test_a_full_scratch_disk(job: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is named, and what is on it removed."""
-
     replace = Path.replace
 
     def full(path: Path, target: Path) -> Path:
@@ -145,10 +138,7 @@ def test_a_full_scratch_disk(job: Jobs, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(Path, "replace", full)
     scratch = job.folder / "scratch"
     said = job({"memory__weights": "disk", "memory__scratch": str(scratch)}, code=1).error
-    assert (
-        "No space left on device; free space on that disk, or name another one in memory.scratch"
-        in said
-    )
+    assert "No space left on device; free space on that disk, or name another one in" in said
     assert "--resume" in said
     assert not list(scratch.rglob("*"))
 
@@ -192,24 +182,6 @@ def test_a_job_that_cannot_fit_is_refused_before_anything_starts(job: Jobs) -> N
     job({"memory__activations": "keep", "memory__weights": "disk"}, "--dry-run", code=2)
 
 
-@pytest.mark.parametrize("place", ["device", "host", "disk"])
-def test_factors_come_back_from_every_store(place: Any, tmp_path: Path) -> None:
-    store = FactorStore(place, torch.device("cpu"), Scratch(str(tmp_path), "run", "try", "0"))
-    x = torch.randn(5, 300)
-    for part in (x[:2], x[2:]):
-        total = store.on_device("a.A", 300)
-        total.add(part)
-        store.put("a.A", total)
-    expected = PackedSymmetric.zeros(300)
-    for part in (x[:2], x[2:]):
-        expected.add(part)
-    assert torch.equal(store.get("a.A").dense(), expected.dense())
-    assert "a.A" in store
-    store.clear()
-    assert "a.A" not in store
-    assert not list(tmp_path.rglob("*.factor"))
-
-
 def test_scratch_of_other_runs_is_left_alone(tmp_path: Path) -> None:
     names = list(itertools.product(("one", "two"), ("first", "second")))
     for run_name, attempt in names:
@@ -221,26 +193,17 @@ def test_scratch_of_other_runs_is_left_alone(tmp_path: Path) -> None:
 
 def test_memory_of_ended_workers_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     answers: list[Any] = [DoesNotFitError("it is full"), DoesNotFitError("it is full"), "a plan"]
-
-    def plan(*args: object) -> Any:
-        answer = answers.pop(0)
-        if isinstance(answer, Exception):
-            raise answer
-        return answer
-
     clock = SimpleNamespace(now=100.0)
     clock.monotonic = lambda: clock.now
     clock.sleep = lambda s: setattr(clock, "now", clock.now + s)
     monkeypatch.setattr(loop, "time", clock)
     found = [Resources("a", "cpu", "", Room(1e9, 1e9, 1e9, device_is_host=True))]
     workers: Any = SimpleNamespace(run_all=lambda *args: found)
-    inputs: Any = SimpleNamespace(
-        plan=plan, spec=SimpleNamespace(cluster=SimpleNamespace(cpus_per_worker=1))
-    )
+    inputs: Any = mock.MagicMock(plan=mock.Mock(side_effect=answers))
+    inputs.spec.cluster.cpus_per_worker = 1
     with pytest.raises(DoesNotFitError):
         loop._plan(inputs, workers, NO_SCRATCH, 0.0)
-    found_plan: Any = loop._plan(inputs, workers, NO_SCRATCH, 6.0)
-    assert found_plan == "a plan"
+    assert loop._plan(inputs, workers, NO_SCRATCH, 6.0) == answers[-1]
     assert clock.now == 105.0
 
 
@@ -282,41 +245,26 @@ def test_files_of_earlier_shots_are_closed(job: Jobs, monkeypatch: pytest.Monkey
     """When none reads them: one that is removed and still mapped takes its space. Attention is
     never changed, and is in the shot that a run goes on from.
     """
-    seen = dict[int, set[str]]()
+    seen = list[tuple[int, set[str]]]()
 
     def look(stage: object, run: RunState) -> None:
-        shot = run.shot
-        lines = Path("/proc/self/maps").read_text().splitlines()
-        names = {line.split()[5] for line in lines if str(job.folder) in line}
-        is_first_try = shot not in seen
-        seen[shot] = {
-            name.rpartition("shots/")[2].partition("/")[0] for name in names if "/shots/" in name
-        }
-        if shot == 3 and is_first_try:
+        maps = Path("/proc/self/maps").read_text()
+        seen.append((run.shot, set(re.findall(rf"{job.folder}.*/shots/(\d+)/", maps))))
+        if len(seen) == 3:
             raise FloatingPointError("ends here")
 
     monkeypatch.setattr(evaluation.Evaluation, "ended", look)
     options = runs.GROUPS | {
         "pruning__groups": ["ffn"],
-        "pruning__num_shots": 5,
-        "pruning__target_sparsity": 0.2,
+        "pruning__num_shots": 4,
         "memory__weights": "disk",
         "output__keep_shots": 1,
     }
     job(options, code=1)
     gc.collect()  # the frames of the error hold the run that ended
     job(options, "--resume")
-    assert seen == {1: set(), 2: {"0001"}, 3: {"0002"}, 4: {"0003"}, 5: {"0004"}}, (
-        "of the shot before alone"
-    )
-
-
-def test_a_limit_makes_weights_stream(job: Jobs) -> None:
-    """The process itself needs 358 MiB; the largest of the rest is the step over linears."""
-    assert job(memory__limit_gib=1.0).report["plan"]["stores"]["weights"] == "device"
-    refused = job(memory__limit_gib=0.1, folder="small", code=2)
-    assert "memory: the job does not fit" in refused.error
-    assert not list(refused.uri.iterdir())
+    before = [(1, set()), (2, {"0001"}), (3, {"0002"})]
+    assert seen == [*before, before[-1], (4, {"0003"})], "of the shot before alone"
 
 
 def test_a_large_export_reloads_from_disk(job: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -329,7 +277,7 @@ def test_a_large_export_reloads_from_disk(job: Jobs, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(fresh_process, "run_module", noted)
     monkeypatch.setattr("ray_surgeon.export.folder.available_bytes", lambda: 100_000)
-    done = job(runs.GROUPS | runs.ONE | {"output__exports": ["masked", "per_block"]})
-    assert [request["max_memory"] for request in asked] == [50_000, 50_000]
-    for export in done.report["exports"]:
-        assert export["reload_max_logit_difference"] < 1e-3
+    done = job(runs.GROUPS | runs.ONE | {"output__exports": ["per_block"]})
+    assert [request["max_memory"] for request in asked] == [50_000]
+    (export,) = done.report["exports"]
+    assert export["reload_max_logit_difference"] < 1e-3

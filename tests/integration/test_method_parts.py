@@ -3,27 +3,19 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from ray_surgeon.maths.masks import ElementMask
 from ray_surgeon.models.low_rank import LowRankCorrections
-from ray_surgeon.runtime.passes import BlockPass
-from ray_surgeon.runtime.worker import Worker
 from ray_surgeon.stages.correction.section import CorrectionSection
 from ray_surgeon.stages.correction.steps import start
 from ray_surgeon.stages.correction.training import Training, batches_of
 from ray_surgeon.stages.curvature.stage import calibrate
-from ray_surgeon.stages.prune.method import Ranking
 from ray_surgeon.stages.stage import CalibrationText
-from tests.conftest import LAYOUTS
 from tests.integration.runs import Jobs, loaded
 
 
@@ -39,25 +31,7 @@ def test_labels_are_drawn_anew_in_every_shot(job: Jobs) -> None:
     assert float((found[1] - found[0]).norm() / found[0].norm()) > 0.05
 
 
-@pytest.mark.parametrize("structure", ["element", "n_m"])
-def test_a_choice_of_elements_says_how_many_go_in_all(structure: str, job: Jobs) -> None:
-    inputs = job.inputs(pruning__structure=structure)
-    method = inputs.method
-    cluster = loaded(job.models["llama"])
-    (worker,) = cluster.workers.values()
-    for name, shape in worker.layout.shapes.items():
-        everything = torch.ones(shape.num_rows, shape.num_columns, dtype=torch.bool)
-        worker.masks[name] = ElementMask(everything)
-    assert isinstance(method, Ranking)
-    for shot in (1, 2):
-        calibrate(method, cluster, inputs.text, shot, remembers=False)
-        choice = method.choose(cluster, method.score(cluster, shot), shot)
-        method.apply(cluster, inputs.calibration, choice, shot)
-        kept = sum(mask.num_kept for mask in worker.masks.values())
-        assert choice.facts["sparsity"] == pytest.approx(1 - kept / LAYOUTS["llama"].linear_size)
-
-
-@pytest.mark.parametrize(("size", "steps", "epochs"), [(1, 13, 0), (4, 5, 2), (9, 3, 2)])
+@pytest.mark.parametrize(("size", "steps", "epochs"), [(1, 13, 0), (4, 5, 2)])
 def test_batches_of_corrections(size: int, steps: int, epochs: int) -> None:
     """Passes over all of six sequences, in an order of every pass; the last step of a pass has what
     is left, and the final passes are over all of them.
@@ -120,28 +94,3 @@ def test_corrections_start_from_their_own(model_folders: dict[str, Path]) -> Non
         batches_of(CorrectionSection(lora_rank=1, seed=seed), 1, 1, 20) for seed in (0, 1)
     )
     assert one != other, "the order of the sequences"
-
-
-@dataclass(frozen=True)
-class Noting(BlockPass):
-    """Keeps what it is given for every linear."""
-
-    def change(self, worker: Worker, name: str, A: Tensor) -> None:
-        worker.keeping(dict)[name] = A.clone()
-
-
-@pytest.mark.parametrize("family", ["olmoe", "opt"])
-def test_moments_of_blocks_on_replicas(family: str, model_folders: dict[str, Path]) -> None:
-    """Means over the tokens of all of them."""
-    found = list[dict[str, Tensor]]()
-    for num_replicas in (1, 2):
-        cluster = loaded(model_folders[family], 1, num_replicas)
-        Noting().pass_all(cluster, np.arange(8).reshape(2, 4))
-        workers = [worker for worker in cluster.workers.values() if worker.has(dict)]
-        found.append({name: A for one in workers for name, A in one.kept(dict).items()})
-    one, two = found
-    assert one.keys() == two.keys() == set(LAYOUTS[family].shapes)
-    for name in one:
-        torch.testing.assert_close(two[name], one[name], rtol=1e-4, atol=1e-5)
-        if LAYOUTS[family].shapes[name].has_bias:
-            assert float(one[name][-1, -1]) == pytest.approx(1)

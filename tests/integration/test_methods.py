@@ -5,8 +5,9 @@ replicas, and resumed.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from ray_surgeon.memory.stores import Stores
 from ray_surgeon.runtime.collectives import ThreadReplica
 from ray_surgeon.stages.curvature.gather import drawn, gather_curvature, gather_terms
 from ray_surgeon.stages.curvature.section import ExtendedKfacSection
-from tests.conftest import CONFIGS, LAYOUTS
+from tests.conftest import LAYOUTS
 from tests.integration import runs
 from tests.integration.runs import Jobs, assert_same_shot, difference, kept_of, loaded, windows
 
@@ -38,44 +39,37 @@ METHODS: dict[str, dict[str, Any]] = {
     "greedy": runs.GREEDY,
     "once": {},
     "three-terms": EXTENDED | THREE_TERMS,
-    "sparsegpt": runs.SPARSEGPT,
+    "sparsegpt": runs.SPARSEGPT | {"model": "opt"},
     "lora": LORA | SEQUENCES | {"curvature__num_backward": 2},
-    "two-terms-lora-element": runs.ELEMENT
+    "element": runs.ELEMENT
     | EXTENDED
-    | LORA
-    | {"correction__loss": "cross_entropy"},
+    | {"correction__lora_rank": 2, "calibration__held_aside": 0}
+    | {"pruning__target_sparsity": 0.4, "model": "opt"},
+    "n_m": runs.N_M | EXTENDED | {"model": "gpt2"},
 }
 
 
-@pytest.mark.parametrize("family", sorted(CONFIGS))
-def test_what_is_removed_is_exactly_zero(family: str, job: Jobs) -> None:
-    """With further terms and corrections, on every family."""
-    done = job(EXTENDED | LORA | runs.MASKED, model=family, cluster__num_shards=2)
-    for shot in done.shots:
-        assert shot["sparsity"] == pytest.approx(shot["target_sparsity"], abs=0.02)
-        assert not all(kept.all() for kept in kept_of(done.tensors(shot["index"]), family).values())
+def changed(job: Jobs, change: Callable[[Any], object]) -> Path:
+    """Write a copy of the tiny Llama whose blocks were changed."""
+    model = AutoModelForCausalLM.from_pretrained(job.models["llama"])
+    with torch.no_grad():
+        change(model.model.layers)
+    folder = shutil.copytree(job.models["llama"], job.folder / "model")
+    model.save_pretrained(folder)
+    return Path(folder)
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        runs.N_M | EXTENDED,
-        runs.N_M | {"pruning__costs": "obs_sum"},
-        runs.ELEMENT | {"pruning__update": {"solver": "single"}},
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("options", [runs.N_M | EXTENDED, runs.ELEMENT], ids=str)
 def test_linears_whose_inputs_are_always_zero(options: dict[str, Any], job: Jobs) -> None:
     """As after attention or a feed-forward layer was pruned away; their weights cost nothing, and
     all of them go first.
     """
-    model = AutoModelForCausalLM.from_pretrained(job.models["llama"])
-    with torch.no_grad():
-        model.model.layers[1].mlp.up_proj.weight.zero_()
-        model.model.layers[2].self_attn.v_proj.weight.zero_()
-    shutil.copytree(job.models["llama"], job.folder / "model")
-    model.save_pretrained(job.folder / "model")
-    shots = job(options, model=job.folder / "model").shots
+
+    def change(layers: Any) -> None:
+        layers[1].mlp.up_proj.weight.zero_()
+        layers[2].self_attn.v_proj.weight.zero_()
+
+    shots = job(options, model=changed(job, change)).shots
     assert shots[-1]["sparsity"] == pytest.approx(0.3, abs=0.02)
 
 
@@ -98,54 +92,56 @@ def test_blocks_that_are_asked_are_ahead(target: float, job: Jobs) -> None:
     """Of every four blocks the first says how far greedy paths go; here it alone is far above the
     target of the second shot.
     """
-    model = AutoModelForCausalLM.from_pretrained(job.models["llama"])
-    for module in model.model.layers[0].modules():
-        if isinstance(module, torch.nn.Linear):
-            module.weight.data *= 0.2
-    shutil.copytree(job.models["llama"], job.folder / "model")
-    model.save_pretrained(job.folder / "model")
+
+    def change(layers: Any) -> None:
+        for module in layers[0].modules():
+            if isinstance(module, torch.nn.Linear):
+                module.weight *= 0.2
+
     options = {"pruning__target_sparsity": target, "pruning__num_shots": 3}
-    for shot in job(runs.GREEDY | options, model=job.folder / "model").shots:
+    for shot in job(runs.GREEDY | options, model=changed(job, change)).shots:
         assert 0 <= shot["sparsity"] - shot["target_sparsity"] < 0.03
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_workers_and_resuming(method: str, job: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Any number of shards gives the same bits, replicas the same up to the order of sums, and a
-    resumed run the same bits. The check of replicas can fail: where the owner leaves the other
-    one out.
+    """A run that goes on, on any number of shards, gives the same bits, and replicas the same up to
+    the order of sums. What is removed stays removed. The check of replicas can fail: where the
+    owner leaves the other one out.
     """
     options = METHODS[method]
-    one = job(options, folder="one").uri
-    shards = job(options, folder="shards", cluster__num_shards=3).uri
-    replicas = job(options, folder="replicas", cluster__num_replicas=2).uri
-    for shot in (1, 2):
-        assert_same_shot(one, shards, shot)
-    assert difference(one, replicas, 2) < runs.MOST_BY_ORDER_OF_SUMS
-    shutil.rmtree(shards / "shots/0002")
-    job(options, "--resume", folder="shards")
-    assert_same_shot(one, shards, 2)
+    one = job(options, folder="one")
+    before = Path(shutil.copytree(one.uri, job.folder / "before"))
+    shutil.rmtree(one.uri / "shots/0002")
+    job(options, "--resume", folder="one", cluster__num_shards=3)
+    assert_same_shot(one.uri, before, 2)
+    replicas = job(options, folder="replicas", cluster__num_replicas=2)
+    assert difference(one.uri, replicas.uri, 2) < runs.MOST_BY_ORDER_OF_SUMS
+    family = options.get("model", "llama")
+    first, second = (kept_of(one.tensors(shot), family) for shot in (1, 2))
+    for name, kept in second.items():
+        assert not (kept & ~first[name]).any(), "something came back"
+        if method == "n_m":
+            groups = kept[:, : kept.shape[1] // 4 * 4].reshape(len(kept), -1, 4).sum(dim=2)
+            assert set(groups.unique().tolist()) == {2, 4}
+    tolerance = 1e-3 if "pruning__structure" in options else 0.02
+    for shot in one.shots:
+        assert shot["sparsity"] == pytest.approx(shot["target_sparsity"], abs=tolerance)
 
     def leave_out(self: ThreadReplica, tensor: Tensor, owner: int) -> None:
         self._barrier.wait()
 
-    monkeypatch.setattr(ThreadReplica, "reduce", leave_out)
-    wrong = job(options, folder="wrong", cluster__num_replicas=2).uri
-    assert difference(one, wrong, 2) > 2 * runs.MOST_BY_ORDER_OF_SUMS
+    if method in ("once", "sparsegpt"):
+        monkeypatch.setattr(ThreadReplica, "reduce", leave_out)
+        wrong = job(options, folder="wrong", cluster__num_replicas=2)
+        assert difference(one.uri, wrong.uri, 2) > 2 * runs.MOST_BY_ORDER_OF_SUMS
 
 
 @pytest.mark.parametrize("loss", ["kl", "cross_entropy"])
 def test_corrections_lower_the_loss_and_their_curve_is_kept(loss: str, job: Jobs) -> None:
-    options = {
-        "correction__loss": loss,
-        "correction__lora_rank": 4,
-        "correction__learning_rate": 3e-3,
-        "correction__steps_per_shot": 20,
-        "correction__final_epochs": 5,
-        "correction__sequences_per_step": 4,
-        "calibration__num_sequences": 4,
-    }
-    first, last = job(options).shots
+    section = {"loss": loss, "lora_rank": 4, "learning_rate": 3e-3, "steps_per_shot": 20}
+    section |= {"final_epochs": 5, "sequences_per_step": 4}
+    first, last = job({"correction": section, "calibration__num_sequences": 4}).shots
     assert (len(first["correction_losses"]), len(last["correction_losses"])) == (20, 25)
     for shot in (first, last):
         assert shot["correction_losses"][-1] < 0.9 * shot["correction_losses"][0]
@@ -164,9 +160,8 @@ def test_divergence_is_that_of_the_export_from_the_dense_model(job: Jobs) -> Non
     options = runs.GROUPS | runs.ONE | runs.FOUR | uniform
     done = job(options, output__exports=["uniform"])
     (shot,) = done.shots
-    sequences = torch.from_numpy(
-        job.inputs(options, output__uri=str(job.folder / "x")).texts["seen"]
-    )
+    inputs = job.inputs(options, output__uri=str(job.folder / "x"))
+    sequences = torch.from_numpy(inputs.texts["seen"])
     dense, pruned = (
         torch.log_softmax(
             AutoModelForCausalLM.from_pretrained(folder)(sequences).logits[:, :-1].double(), dim=-1
@@ -205,6 +200,22 @@ def noted(model: Any, names: Sequence[str]) -> Iterator[Pairs]:
     yield found
     for hook in hooks:
         hook.remove()
+
+
+def of_whole_model(job: Jobs, sequences: Any, chosen: Sequence[int]) -> tuple[Pairs, float]:
+    """Return what the linears of the tiny Llama see of sequences, gradients of the chosen ones
+    alone, and the sum of the losses of those.
+    """
+    model = AutoModelForCausalLM.from_pretrained(job.models["llama"])
+    total = 0.0
+    with noted(model, [shape.name for shape in LAYOUTS["llama"].linears]) as pairs:
+        for number, tokens in enumerate(torch.from_numpy(sequences)):
+            logits = model(tokens[None]).logits[0, :-1]
+            if number in chosen:
+                loss = torch.nn.functional.cross_entropy(logits, tokens[1:], reduction="sum")
+                total += float(loss.detach())
+                loss.backward()
+    return pairs, total
 
 
 def first_term(a: Tensor, g: Tensor) -> Tensor:
@@ -249,11 +260,7 @@ def test_further_terms_of_shards_and_replicas_are_those_of_samples(job: Jobs) ->
     autograd on the whole model.
     """
     sequences = job.inputs().calibration
-    model = AutoModelForCausalLM.from_pretrained(job.models["llama"])
-    with noted(model, [shape.name for shape in LAYOUTS["llama"].linears]) as pairs:
-        for tokens in torch.from_numpy(sequences):
-            logits = model(tokens[None]).logits[0, :-1]
-            torch.nn.functional.cross_entropy(logits, tokens[1:], reduction="sum").backward()
+    pairs, _ = of_whole_model(job, sequences, range(len(sequences)))
     expected = {}
     for name, (inputs, gradients) in pairs.items():
         a = torch.cat(inputs)
@@ -278,11 +285,8 @@ def test_further_terms_of_experts_weigh_what_their_own_tokens_do(job: Jobs) -> N
     sequences = job.inputs(model="mixtral").calibration
     cluster = loaded(job.models["mixtral"])
     (worker,) = cluster.workers.values()
-    names = [
-        f"model.layers.2.mlp.experts.{expert}.{linear}"
-        for expert in (0, 3)
-        for linear in ("gate_proj", "down_proj")
-    ]
+    names = [f"model.layers.2.mlp.experts.{expert}.down_proj" for expert in (0, 3)]
+    names += ["model.layers.2.mlp.experts.0.gate_proj"]
     with noted(worker.shard.model, names) as pairs:
         gather_curvature(cluster, sequences, "kfac")
     (sizes,) = gather_terms(cluster, sequences, TERMS, None)
@@ -312,17 +316,9 @@ def test_gradients_of_some_sequences_and_inputs_of_all(
     """
     sequences = job.inputs().calibration
     both = drawn(len(sequences), num_backward or len(sequences))
-    model = AutoModelForCausalLM.from_pretrained(job.models["llama"])
-    total = 0.0
-    with noted(model, [shape.name for shape in LAYOUTS["llama"].linears]) as pairs:
-        for number, tokens in enumerate(torch.from_numpy(sequences)):
-            logits = model(tokens[None]).logits[0, :-1]
-            loss = torch.nn.functional.cross_entropy(logits, tokens[1:], reduction="sum")
-            if number in both:
-                total += float(loss.detach())
-                loss.backward()
+    pairs, total = of_whole_model(job, sequences, both)
     mean = total / len(both) / (sequences.shape[1] - 1)
-    for shards, replicas in ((1, 1), (2, 1), (2, 2 if num_backward else 3)):
+    for shards, replicas in ((1, 1), (2, 2 if num_backward else 3)):
         cluster = loaded(job.models["llama"], shards, replicas, stores)
         found = gather_curvature(cluster, sequences, "kfac", num_backward=num_backward)
         assert found == pytest.approx(mean, rel=1e-6)
@@ -370,25 +366,18 @@ def test_sampled_fisher_is_the_exact_one_in_the_mean(job: Jobs) -> None:
 @pytest.mark.parametrize(
     ("family", "method", "structure"),
     [
-        ("llama", "sparsegpt", "element"),
         ("gemma3", "sparsegpt", "n_m"),
         ("opt-projections", "sparsegpt", "element"),
         ("phi3", "wanda", "element"),
-        ("opt", "wanda", "n_m"),
-        ("gpt2", "sparsegpt", "element"),
+        ("gpt2", "wanda", "n_m"),
     ],
 )
 def test_blocks_after_pruned_blocks(family: str, method: str, structure: str, job: Jobs) -> None:
     """Blocks are pruned from the inputs that the pruned ones before give: against a plain loop over
     the blocks of the whole model.
     """
-    options = {
-        **runs.ONE,
-        "model": family,
-        "pruning__method": method,
-        "pruning__structure": structure,
-        "pruning__target_sparsity": 0.5,
-    }
+    options: dict[str, Any] = runs.ONE | {"model": family, "pruning__method": method}
+    options |= {"pruning__structure": structure, "pruning__target_sparsity": 0.5}
     found = job(options, cluster__num_shards=2).tensors(1)
     sequences = torch.from_numpy(job.inputs(options, "again").calibration)
     model = AutoModelForCausalLM.from_pretrained(job.models[family])

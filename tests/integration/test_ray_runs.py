@@ -16,7 +16,7 @@ import pytest
 import ray
 import torch
 from ray.cluster_utils import Cluster
-from ray.exceptions import OutOfDiskError, RayError, RayTaskError
+from ray.exceptions import OutOfDiskError, RayTaskError
 
 import ray_surgeon
 from ray_surgeon.memory.stores import ScratchNames, Stores
@@ -46,9 +46,15 @@ def on_ray(cluster: Cluster) -> dict[str, Any]:
     return {"cluster__backend": "ray", "cluster__address": cluster.address}
 
 
+CORRECTED = {"correction__lora_rank": 2, "calibration__mix": [{"source": "self"}]}
+TWO_REPLICAS = runs.ONE | {"cluster__num_replicas": 2}
+
+
 def test_ray_equals_local(cluster: Cluster, job: Jobs) -> None:
-    """Three shards, on Ray from disk and in waves; two replicas are in the test after this one."""
-    options = runs.GREEDY | {"cluster__num_shards": 3}
+    """Two shards of two replicas, on Ray from disk and in waves, with corrections and a text of the
+    model's own.
+    """
+    options = runs.GREEDY | runs.FOUR | CORRECTED
     local = job(options, folder="local")
     others = runs.DISK | runs.MASKED | {"memory__wave": 2}
     there = job(options | others | on_ray(cluster), folder="ray")
@@ -60,37 +66,38 @@ def test_ray_equals_local(cluster: Cluster, job: Jobs) -> None:
     assert not ray.is_initialized()
 
 
-FEATURES: dict[str, tuple[str, dict[str, Any]]] = {
-    "corrections": (
-        "llama",
-        {
-            "curvature__kind": "extended_kfac",
-            "correction__lora_rank": 2,
-            "calibration__mix": [{"source": "self"}],
-        },
-    ),
-    "blocks": ("llama", runs.SPARSEGPT),
-    "experts": ("qwen3_moe", runs.GROUPS | {"pruning__groups": ["expert_channels", "experts"]}),
-    "search": ("llama", runs.GROUPS | {"pruning__search": {"num_sequences": 3}}),
-    "reconstruction": ("phi3", runs.GROUPS | {"pruning__reconstruction": {"tokens_per_step": 16}}),
+@pytest.fixture(scope="module")
+def connected(cluster: Cluster) -> Iterator[None]:
+    connect(cluster.address, 4)
+    yield
+    ray.shutdown()
+
+
+FEATURES: dict[str, dict[str, Any]] = {
+    "experts": runs.GROUPS
+    | {"pruning__groups": ["expert_channels", "experts"], "model": "qwen3_moe"},
+    "terms": {"curvature__kind": "extended_kfac"},
+    "blocks": runs.SPARSEGPT,
+    "search": runs.GROUPS | {"pruning__search": {"num_sequences": 3}},
+    "reconstruction": runs.GROUPS
+    | {"pruning__reconstruction": {"tokens_per_step": 16}, "model": "phi3"},
 }
-"""Everything that moves between replicas beside the curvature pass: family and options."""
+"""What moves between replicas beside the curvature pass."""
 
 
 @pytest.mark.parametrize(
-    "name",
-    [
-        "corrections",
-        "experts",
-        *(pytest.param(n, marks=pytest.mark.slow) for n in ("blocks", "search", "reconstruction")),
-    ],
+    "name", ["experts", *(pytest.param(n, marks=pytest.mark.slow) for n in [*FEATURES][1:])]
 )
-def test_features_on_ray_equal_local(name: str, cluster: Cluster, job: Jobs) -> None:
-    family, options = FEATURES[name]
-    options |= runs.ONE | runs.FOUR | {"model": family}
+def test_features_in_a_process_that_is_connected(
+    name: str, connected: None, cluster: Cluster, job: Jobs
+) -> None:
+    """Equal to local runs, too; the connection stays."""
+    options = FEATURES[name] | TWO_REPLICAS
     local = job(options, folder="local")
-    there = job(options | on_ray(cluster), folder="ray")
-    assert_same_shot(local.uri, there.uri, 1)
+    spec = parse_spec(job.spec(options | on_ray(cluster), folder="ray").read_text())
+    there = ray_surgeon.prune(spec=spec, progress=False)
+    assert_same_shot(local.uri, Path(there.uri), 1)
+    assert ray.get(ray.remote(num_cpus=0)(lambda: 3).remote()) == 3
 
 
 @pytest.mark.parametrize(
@@ -114,42 +121,9 @@ def test_connecting_again(message: str, times: int, monkeypatch: pytest.MonkeyPa
     assert asked == ["ray://192.0.2.1:1"] * times
 
 
-@pytest.fixture(scope="module")
-def connected(cluster: Cluster) -> Iterator[None]:
-    connect(cluster.address, 4)
-    yield
-    ray.shutdown()
-
-
 def of_llama(num_shards: int = 1, **options: Any) -> RayCluster:
     layout = LAYOUTS["llama"]
     return RayCluster(layout, place(layout, num_shards, 1), RaySection(**options))
-
-
-def test_an_earlier_connection_stays(connected: None, cluster: Cluster, job: Jobs) -> None:
-    spec = parse_spec(job.spec(on_ray(cluster) | runs.ONE).read_text())
-    assert ray_surgeon.prune(spec=spec, progress=False).report["shots"]
-    assert ray.is_initialized()
-    assert ray.get(ray.remote(num_cpus=0)(lambda: 3).remote()) == 3
-
-
-def test_failures_are_seen_and_named(connected: None, model_folders: dict[str, Path]) -> None:
-    """No room, a worker's error, a killed worker: each is raised where the coordinator waits."""
-    with pytest.raises(NoRoomError, match=r"^no room for 2 workers.*CPU \d+ free of \d+"):
-        of_llama(2, cpus_per_worker=1000, start_timeout_s=0.5)
-    workers = of_llama(2)
-    with pytest.raises(ValueError, match="absent"):
-        workers.run_all(load, ModelRecipe(ModelSection(source="/absent/folder")), False, Stores())
-    recipe = ModelRecipe(ModelSection(source=str(model_folders["llama"])))
-    workers.run_all(load, recipe, False, Stores())
-    usage = workers.run_all(Worker.usage)
-    assert len({u.process for u in usage}) == 2
-    assert all(u.peak_rss_bytes > 50 * 2**20 for u in usage)
-    os.kill(int(usage[1].process.rpartition(":")[2]), signal.SIGKILL)
-    with pytest.raises(WorkerFailureError) as caught:
-        workers.get([workers.submit(WorkerIndex(1, 0), Worker.usage)])
-    assert caught.value.cause == "worker"
-    workers.close()
 
 
 def leave_something(worker: Worker) -> None:
@@ -161,18 +135,13 @@ def sleep(worker: Worker, seconds: float) -> None:
     time.sleep(seconds)
 
 
-def test_cleaning_does_not_wait_for_a_worker_inside_of_a_step(connected: None, job: Jobs) -> None:
-    """As one that waits for a failed replica. It has a file left, the other none."""
-    workers = of_llama(2, ping_timeout_s=3)
-    names = ScratchNames(str(job.folder), "run", "try")
-    recipe = ModelRecipe(ModelSection(source=str(job.models["llama"])), scratch=names)
-    workers.run_all(load, recipe, False, Stores())
-    workers.run_all(leave_something)
-    workers.submit(WorkerIndex(0, 0), sleep, 200)
-    workers.clean_up()
-    left = list(job.folder.rglob("left"))
-    workers.close()
-    assert len(left) == 1
+def slowly(worker: Worker) -> None:
+    for _ in worker.each(["a", "b", "c", "d"]):
+        time.sleep(0.5)
+
+
+def num_threads(worker: Worker) -> int:
+    return torch.get_num_threads()
 
 
 class Link:
@@ -186,25 +155,53 @@ class Link:
         return given
 
 
-def test_a_loss_through_a_task_and_threads_of_a_worker(connected: None) -> None:
-    """What fails is the task of a worker that lives; what is lost is the other one."""
+def test_what_two_workers_say(connected: None, job: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No room, an error of theirs, how far a step is, and what is lost."""
+    with pytest.raises(NoRoomError, match=r"^no room for 2 workers.*CPU \d+ free of \d+"):
+        of_llama(2, cpus_per_worker=1000, start_timeout_s=0.5)
+    workers = of_llama(2, cpus_per_worker=2, ping_timeout_s=5)
+    with pytest.raises(ValueError, match="absent"):
+        workers.run_all(load, ModelRecipe(ModelSection(source="/absent/folder")), False, Stores())
+    usage = workers.usages()
+    assert len({u.process for u in usage}) == 2
+    assert all(u.peak_rss_bytes > 50 * 2**20 for u in usage)
+    assert workers.run_all(num_threads) == [2, 2]
+
+    seen: list[tuple[int, int]] = []
+    progress = workers.progress
+    with monkeypatch.context() as patched:
+        patched.setattr(ray_cluster, "_LOOK_S", 0.2)
+        progress.listener = lambda: seen.append((progress.done, progress.total))
+        progress.begin(unit="linears")
+        workers.run_all(slowly)
+    assert any(0 < done < total == 8 for done, total in seen), seen
+
+    # what fails is the task of an actor that lives; what is lost is the other one
     actor_class: Any = ray.remote(num_cpus=0)(Link)
     first, second = (actor_class.remote() for _ in range(2))
     waiting = second.take.remote(first.give.remote())
     time.sleep(1)
     ray.kill(first)
-    with pytest.raises(RayError) as caught:
+    with pytest.raises(RayTaskError) as failed:
         ray.get(waiting)
-    assert isinstance(caught.value, RayTaskError)
-    workers = of_llama(cpus_per_worker=2)
-    threads = workers._actors[WorkerIndex(0, 0)].__ray_call__.remote(
-        lambda worker: torch.get_num_threads()
-    )
-    assert ray.get(threads) == 2
-    found = workers._as_failure(caught.value)
-    workers.close()
+    found = workers._as_failure(failed.value)
     assert isinstance(found, WorkerFailureError)
     assert found.cause == "worker"
+
+    # cleaning does not wait for one inside of a step, as one that waits for a failed replica
+    names = ScratchNames(str(job.folder), "run", "try")
+    recipe = ModelRecipe(ModelSection(source=str(job.models["llama"])), scratch=names)
+    workers.run_all(load, recipe, False, Stores())
+    workers.run_all(leave_something)
+    workers.submit(WorkerIndex(0, 0), sleep, 200)
+    workers.clean_up()
+    assert len(list(job.folder.rglob("left"))) == 1
+
+    os.kill(int(usage[1].process.rpartition(":")[2]), signal.SIGKILL)
+    with pytest.raises(WorkerFailureError) as caught:
+        workers.get([workers.submit(WorkerIndex(1, 0), Worker.usage)])
+    assert caught.value.cause == "worker"
+    workers.close()
 
 
 def test_a_gpu_that_fails_is_a_lost_worker_and_a_full_disk_is_none() -> None:
@@ -225,9 +222,9 @@ def test_a_gpu_that_fails_is_a_lost_worker_and_a_full_disk_is_none() -> None:
     assert RayCluster._as_failure(nobody, wrong) is wrong
 
 
-def test_sigterm_ends_the_run_and_says_how_to_go_on(job: Jobs) -> None:
+def test_sigterm_ends_the_run_and_says_how_to_go_on(cluster: Cluster, job: Jobs) -> None:
     shots = {"pruning__num_shots": 500, "pruning__target_sparsity": 0.5}
-    spec = job.spec(shots | {"cluster__backend": "ray"})
+    spec = job.spec(shots | on_ray(cluster))
     command = [sys.executable, "-m", "ray_surgeon.pipeline", str(spec)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout is not None
@@ -242,19 +239,3 @@ def test_sigterm_ends_the_run_and_says_how_to_go_on(job: Jobs) -> None:
     assert process.returncode == 130, output + errors
     assert "interrupted; continue with: python -m ray_surgeon.pipeline" in errors
     assert "\x1b[" not in output, "a log has no cursor codes"
-
-
-def test_progress_inside_of_a_step(connected: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ray_cluster, "_LOOK_S", 0.2)
-    workers = of_llama(2)
-    seen: list[tuple[int, int]] = []
-    workers.progress.listener = lambda: seen.append((workers.progress.done, workers.progress.total))
-    workers.progress.begin(unit="linears")
-
-    def slowly(worker: Worker) -> None:
-        for _ in worker.each(["a", "b", "c", "d"]):
-            time.sleep(0.5)
-
-    workers.run_all(slowly)
-    workers.close()
-    assert any(0 < done < total == 8 for done, total in seen), seen

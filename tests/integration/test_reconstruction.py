@@ -4,7 +4,6 @@ replicas have after it.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +18,7 @@ from ray_surgeon.models.layout import FEED_FORWARD_OF_ALL
 from ray_surgeon.stages.curvature.gather import drawn
 from ray_surgeon.stages.curvature.stage import calibrate
 from ray_surgeon.stages.prune.groups import Groups
-from ray_surgeon.stages.reconstruction.layers import (
-    RATES,
-    KeptInputs,
-    Reconstruction,
-    _layer,
-    errors_of,
-)
+from ray_surgeon.stages.reconstruction.layers import RATES, KeptInputs, Reconstruction, _layer
 from tests.conftest import CONFIGS, LAYOUTS, SPARSE_CONFIGS, tiny_model
 from tests.integration import runs
 from tests.integration.runs import Jobs, difference, loaded, windows
@@ -60,18 +53,10 @@ def test_a_layer_is_what_the_family_computes(family: str, model_folders: dict[st
     with torch.no_grad():
         model(torch.arange(24)[None])
     for groups in layers:
-        whole = _layer(
-            worker,
-            groups,
-            worker.shard.weight(groups.consumer),
-            torch.ones(len(groups.columns), dtype=torch.bool),
-        )
-        torch.testing.assert_close(
-            outputs_of(whole, seen[groups.producers[0][0]][0]),
-            seen[groups.consumer][1],
-            rtol=1e-4,
-            atol=1e-5,
-        )
+        kept = torch.ones(len(groups.columns), dtype=torch.bool)
+        whole = _layer(worker, groups, worker.shard.weight(groups.consumer), kept)
+        found = outputs_of(whole, seen[groups.producers[0][0]][0])
+        torch.testing.assert_close(found, seen[groups.consumer][1], rtol=1e-4, atol=1e-5)
     assert layers or family in SPARSE_CONFIGS
 
 
@@ -91,27 +76,20 @@ def test_owners_get_the_inputs_of_every_token_once(stores: Stores, job: Jobs) ->
     with torch.no_grad():
         for tokens in (*inputs.text.tokens, *inputs.text.held):
             model(torch.from_numpy(tokens)[None])
+    assert len(inputs.text.held) == 2
+    order = [*drawn(4, 3), *sorted(set(range(4)) - set(drawn(4, 3)))]
     owned = 0
-    num_held = len(inputs.text.held)
-    assert num_held == 2
     for worker in cluster.workers.values():
         assert worker.shard.layer_inputs is None
         kept = worker.kept(KeptInputs)
-        assert kept.fitted is not None
-        assert kept.held is not None
-        fitted = 6 - num_held
-        for name in filter(worker.owns, list(kept.fitted.kept)):
-            order = [*drawn(fitted, 3), *sorted(set(range(fitted)) - set(drawn(fitted, 3)))]
-            for found, numbers in (
-                (kept.fitted.kept.pop(name), order),
-                (kept.held.kept.pop(name), range(fitted, 6)),
-            ):
-                expected = torch.cat([seen[name][number] for number in numbers])
-                torch.testing.assert_close(
-                    found.float(), expected.bfloat16().float(), rtol=1e-2, atol=1e-3
-                )
-            owned += 1
-    assert owned == len(seen)
+        for part, numbers in ((kept.fitted, order), (kept.held, [4, 5])):
+            assert part is not None
+            for name in filter(worker.owns, list(part.kept)):
+                expected = torch.cat([seen[name][number] for number in numbers]).bfloat16()
+                found = part.kept.pop(name)
+                torch.testing.assert_close(found.float(), expected.float(), rtol=1e-2, atol=1e-3)
+                owned += 1
+    assert owned == 2 * len(seen)
 
 
 def assert_all_better(shot: dict[str, Any]) -> None:
@@ -161,21 +139,9 @@ def test_only_the_weights_left_are_fitted(job: Jobs, monkeypatch: pytest.MonkeyP
     assert all(given[option] == value for given in asked for option, value in section.items())
 
 
-@pytest.mark.parametrize("family", ["gpt2", "phi3"])
-def test_two_replicas_and_shards_give_what_one_worker_gives(family: str, job: Jobs) -> None:
-    one = job(FIT, folder="one", model=family).uri
-    four = job(FIT | runs.FOUR, folder="four", model=family).uri
-    for shot in (1, 2):
-        assert difference(one, four, shot) < runs.MOST_BY_ORDER_OF_SUMS
-
-
 def test_a_layer_that_is_gone_is_not_trained(job: Jobs) -> None:
-    options = runs.ONE | {
-        "pruning__target_sparsity": 0.6,
-        "pruning__remove_blocks": True,
-        "pruning__rank_by": "cost",
-    }
-    (shot,) = job(FIT | options).shots
+    options = runs.ONE | {"pruning__target_sparsity": 0.6, "pruning__rank_by": "cost"}
+    (shot,) = job(FIT | options, pruning__remove_blocks=True).shots
     removed = shot["groups_removed"]
     assert any(count == 48 for count in removed.values())
     assert set(shot["reconstruction"]) == {
@@ -199,31 +165,13 @@ def test_a_mixture_keeps_inputs_of_the_kinds_that_lose_groups(job: Jobs) -> None
         assert_all_better(shot)
 
 
-def test_only_layers_that_lost_channels_in_a_shot_are_trained_and_in_its_report(job: Jobs) -> None:
-    inputs = job.inputs(FIT)
-    cluster = loaded(job.models["llama"], 2)
-    method = inputs.method
-    assert isinstance(method, Groups)
-    layers = [groups.consumer for groups in LAYOUTS["llama"].group_sets if groups.kind == "ffn"]
-    for shot in (1, 2):
-        calibrate(method, cluster, inputs.text, shot, remembers=False)
-        scores = method.score(cluster, shot)
-        choice = replace(
-            method.choose(cluster, scores, shot),
-            removed=({name: 3 * (name == layers[shot]) for name in layers}, {}),
-        )
-        method.apply(cluster, inputs.calibration, choice, shot)
-        trained = [name for errors in cluster.run_all(errors_of) for name in errors.of_layer]
-        assert trained == [layers[shot]]
-
-
 def test_models_in_bfloat16_are_reconstructed(job: Jobs) -> None:
     (shot,) = job(FIT | runs.ONE, model="gpt2", model__dtype="bfloat16").shots
     assert shot["reconstruction"]
     assert_all_better(shot)
 
 
-@pytest.mark.parametrize("family", ["llama", "phi3"])
+@pytest.mark.parametrize("family", ["gpt2", "phi3"])
 def test_all_replicas_have_what_the_owner_trained(family: str, job: Jobs) -> None:
     """And no inputs after it. Of three replicas, not the same one owns the producers and the
     consumer. What is trained differs by the order of sums alone.
@@ -242,7 +190,7 @@ def test_all_replicas_have_what_the_owner_trained(family: str, job: Jobs) -> Non
         for worker in cluster.workers.values():
             assert worker.shard.layer_inputs is None
             masks = {
-                f"{name} rows": worker.mask(name, StructuredMask).rows for name in worker.masks
+                f"{name}.rows": worker.mask(name, StructuredMask).rows for name in worker.masks
             }
             weights = {name: worker.shard.weight(name) for name in worker.shard.linears}
             results.append(weights | masks)
@@ -250,12 +198,8 @@ def test_all_replicas_have_what_the_owner_trained(family: str, job: Jobs) -> Non
     one, *others = results
     for name in one:
         assert all(torch.equal(other[name], others[0][name]) for other in others), name
-    for name in {
-        name
-        for groups in LAYOUTS[family].group_sets
-        if groups.kind == "ffn"
-        for name, _ in groups.producers
-    }:
+    layers = [groups for groups in LAYOUTS[family].group_sets if groups.kind == "ffn"]
+    for name in {name for groups in layers for name, _ in groups.producers}:
         change = (one[name] - dense.shard.weight(name))[one[name] != 0]
         assert change.any()
         assert float((others[0][name] - one[name]).norm()) < 1e-3 * float(change.norm())

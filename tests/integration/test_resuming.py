@@ -50,11 +50,9 @@ def test_a_run_that_has_ended_is_not_done_again_unless_its_end_is_damaged(job: J
     assert again.report == before
     assert (export / "model.safetensors").stat().st_mtime_ns == written
     weights = (export / "model.safetensors").read_bytes()
-    spec_alone = json.dumps({"spec": before["spec"]}).encode()
     for path, damaged in (
         (done.uri / "report.json", b"{"),
-        (done.uri / "report.json", b"[]"),
-        (done.uri / "report.json", spec_alone),
+        (done.uri / "report.json", json.dumps({"spec": before["spec"]}).encode()),
         (export / "config.json", None),
         (export / "model.safetensors", weights[:-1]),
     ):

@@ -26,13 +26,13 @@ from botocore.exceptions import ClientError
 from s3fs import S3FileSystem
 from safetensors.torch import load_file
 
-from ray_surgeon.pipeline import main
 from ray_surgeon.report.directory import RunDirectory, TakenOverError
 from ray_surgeon.storage import files, retrying, tensor_files
-from tests.integration.runs import assert_same_shot, report_of, run, tiny_spec
+from tests.integration.runs import MASKED, Done, Jobs, assert_same_shot
 
 SECRET = "wJalr-a-secret-that-must-not-appear"
-FAULTS = ("500", "503", "reset", "silence", "short")
+FAULTS = ("500", "503", "reset", "short") * 5 + ("silence",)  # which takes long
+OF_ONE_HOP = ("connection", "transfer-encoding", "content-length", "expect", "date", "server")
 NUM_FAULTS = 200
 
 
@@ -46,9 +46,7 @@ class FaultyProxy(BaseHTTPRequestHandler):
     chance = random.Random(0)
     probability = 0.0
     kinds: tuple[str, ...] = FAULTS
-    weights = (5, 5, 5, 1, 4)  # silence takes long
     injected: ClassVar[Counter[str]] = Counter()
-    lock = threading.Lock()
 
     def handle_one_request(self) -> None:
         try:
@@ -58,23 +56,18 @@ class FaultyProxy(BaseHTTPRequestHandler):
 
     def answer(self) -> None:
         body = self.read_body()
-        with self.lock:
-            fault = (
-                self.chance.choices(self.kinds, self.weights[: len(self.kinds)])[0]
-                if self.chance.random() < self.probability
-                else None
-            )
-            if fault:
-                self.injected[fault] += 1
+        fault = ""
+        if self.chance.random() < self.probability:
+            fault = self.chance.choice(self.kinds)
+            self.injected[fault] += 1
+        self.close_connection = fault in ("reset", "silence", "short")
         if fault in ("500", "503"):
             self.refuse(int(fault))
         elif fault == "reset":
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-            self.close_connection = True
             self.connection.close()
         elif fault == "silence":
             time.sleep(0.3)  # longer than the client waits
-            self.close_connection = True
         else:
             self.hand_on(body, short=fault == "short")
 
@@ -105,11 +98,7 @@ class FaultyProxy(BaseHTTPRequestHandler):
 
     def hand_on(self, body: bytes, *, short: bool) -> None:
         connection = http.client.HTTPConnection(*self.upstream, timeout=30)
-        headers = {
-            k: v
-            for k, v in self.headers.items()
-            if k.lower() not in ("connection", "transfer-encoding", "content-length", "expect")
-        }
+        headers = {k: v for k, v in self.headers.items() if k.lower() not in OF_ONE_HOP}
         connection.request(
             self.command, self.path, body, headers | {"Content-Length": str(len(body))}
         )
@@ -117,20 +106,12 @@ class FaultyProxy(BaseHTTPRequestHandler):
         content = reply.read()
         self.send_response(reply.status)
         for name, value in reply.getheaders():
-            if name.lower() not in (
-                "connection",
-                "transfer-encoding",
-                "content-length",
-                "date",
-                "server",
-            ):
+            if name.lower() not in OF_ONE_HOP:
                 self.send_header(name, value)
         length = reply.getheader("Content-Length") if self.command == "HEAD" else str(len(content))
         self.send_header("Content-Length", length or "0")
         self.end_headers()
         self.wfile.write(content[: len(content) // 2] if short else content)
-        if short:
-            self.close_connection = True
         connection.close()
 
     def log_message(self, *args: object) -> None:
@@ -140,8 +121,6 @@ class FaultyProxy(BaseHTTPRequestHandler):
 @pytest.fixture
 def faulty(s3: None, monkeypatch: pytest.MonkeyPatch, cache: Path) -> Iterator[type[FaultyProxy]]:
     """Put the proxy in front of the S3 server; without faults until `probability` is set."""
-    import os
-
     host, _, port = os.environ["AWS_ENDPOINT_URL"].removeprefix("http://").partition(":")
     FaultyProxy.upstream = (host, int(port))
     FaultyProxy.probability = 0.0
@@ -167,109 +146,82 @@ def faulty(s3: None, monkeypatch: pytest.MonkeyPatch, cache: Path) -> Iterator[t
     server.server_close()
 
 
-def upload_model(folder: Path) -> None:
-    for path in folder.iterdir():
+THREE_SHOTS = MASKED | {"pruning__num_shots": 3}
+THERE = {"model__source": "s3://bucket/model", "calibration__source": "s3://bucket/text.txt"}
+
+
+@pytest.fixture
+def sound(faulty: type[FaultyProxy], job: Jobs) -> Done:
+    """A run on disk, of what is then in the bucket too."""
+    done = job(THREE_SHOTS, folder="sound", cluster__num_shards=2)
+    for path in job.models["llama"].iterdir():
         files.put_file(f"s3://bucket/model/{path.name}", path)
+    files.put_file("s3://bucket/text.txt", job.folder / "sound/text.txt")
+    return done
 
 
-def download_run(uri: str, target: Path) -> None:
+def assert_came(uri: str, folder: Path, sound: Done) -> None:
+    """Download a run, and compare it with a sound one."""
     filesystem, path = files.open_filesystem(uri)
-    filesystem.get(path, str(target), recursive=True)
+    filesystem.get(path, str(folder), recursive=True)
+    came = Done(folder, "", "")
+    for shot in (1, 2, 3):
+        assert_same_shot(sound.uri, came.uri, shot)
+    assert len(came.shots) == 3
+    assert [event["shot"] for event in came.events if event["step"] == "commit"] == [1, 2, 3]
+    exports = list(sound.uri.glob("export/masked/*.safetensors"))
+    assert exports
+    for export in exports:
+        mine, expected = (load_file(p) for p in (came.uri / "export/masked" / export.name, export))
+        assert mine.keys() == expected.keys()
+        assert all(torch.equal(mine[key], expected[key]) for key in expected)
 
 
 @pytest.mark.slow
 def test_two_hundred_faults_and_no_shot_lost(
-    faulty: type[FaultyProxy],
-    model_folders: dict[str, Path],
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    faulty: type[FaultyProxy], sound: Done, job: Jobs
 ) -> None:
-    options = {"pruning__num_shots": 3, "output__exports": ["masked"]}
-    assert run(tmp_path / "sound", model_folders["llama"], **options) == 0
-    upload_model(model_folders["llama"])
+    said = ""
     number = 0
     while sum(faulty.injected.values()) < NUM_FAULTS:
         number += 1
         uri = f"s3://bucket/runs/{number}"
-        text = tmp_path / "sound/text.txt"
-        files.put_file("s3://bucket/text.txt", text)
-        changes: dict[str, Any] = {
-            "model__source": "s3://bucket/model",
-            "output__uri": uri,
-            "calibration__source": "s3://bucket/text.txt",
-        }
-        if number > 1:  # one export is enough, the fresh process that reloads it takes long
-            changes["output__exports"] = []
-        spec = tiny_spec(
-            tmp_path / f"run-{number}", model_folders["llama"], **{**options, **changes}
-        )
         faulty.probability = 0.6
-        assert main([str(spec)]) == 0
+        ended = job(THREE_SHOTS | THERE, folder=f"run-{number}", output__uri=uri)
         faulty.probability = 0.0
-        download_run(uri, tmp_path / f"came-{number}")
-        for shot in (1, 2, 3):
-            assert_same_shot(tmp_path / "sound/run", tmp_path / f"came-{number}", shot)
-        assert len(report_of(tmp_path / f"came-{number}")["shots"]) == 3
-        events = [
-            json.loads(line)
-            for line in (tmp_path / f"came-{number}/events.jsonl").read_text().splitlines()
-        ]
-        assert [event["shot"] for event in events if event["step"] == "commit"] == [1, 2, 3]
-        names = (
-            [path.name for path in (tmp_path / "sound/run/export/masked").glob("*.safetensors")]
-            if number == 1
-            else []
-        )
-        assert names or number > 1
-        for name in names:
-            mine, sound = (
-                load_file(folder / "export/masked" / name)
-                for folder in (tmp_path / f"came-{number}", tmp_path / "sound/run")
-            )
-            assert mine.keys() == sound.keys()
-            assert all(torch.equal(mine[key], sound[key]) for key in sound)
+        assert_came(uri, job.folder / f"came-{number}", sound)
+        said += ended.out + ended.error
     assert set(faulty.injected) == set(FAULTS)
-    out = capsys.readouterr()
-    written = "".join(
-        path.read_text(errors="ignore") for path in tmp_path.glob("came-*/**/*") if path.is_file()
-    )
-    assert SECRET not in written + out.out + out.err
+    written = [path for path in job.folder.glob("came-*/**/*") if path.is_file()]
+    assert SECRET not in said + "".join(path.read_text(errors="ignore") for path in written)
 
 
-def test_a_store_that_stays_away_ends_the_run_and_keeps_its_shots(
-    faulty: type[FaultyProxy],
-    model_folders: dict[str, Path],
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+def test_everything_on_a_store_that_goes_away_and_comes_back(
+    faulty: type[FaultyProxy], sound: Done, job: Jobs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(retrying, "PATIENCE_S", 1.0)
-    options = {"pruning__num_shots": 3, "output__uri": "s3://bucket/run"}
-    spec = tiny_spec(tmp_path, model_folders["llama"], **options)
+    """That ends the run, which keeps its shots."""
     put = tensor_files.write
 
     def put_and_fail(uri: str, tensors: Any) -> int:
         if "shots/0002/masks" in uri:
+            patch.setattr(retrying, "PATIENCE_S", 1.0)
             faulty.probability = 1.0
             faulty.kinds = ("503", "reset")
         return put(uri, tensors)
 
-    monkeypatch.setattr(tensor_files, "write", put_and_fail)
-    assert main([str(spec)]) == 1
-    error = capsys.readouterr().err
+    uri = "s3://bucket/run"
+    options = THREE_SHOTS | THERE | {"output__uri": uri}
+    with monkeypatch.context() as patch:
+        patch.setattr(tensor_files, "write", put_and_fail)
+        error = job(options, code=1).error
     assert "failed: " in error
     assert "--resume" in error
     faulty.probability = 0.0
-    monkeypatch.setattr(tensor_files, "write", put)
-    assert files.exists("s3://bucket/run/shots/0002/shard-0001.safetensors"), (
-        "the second shot is half written"
-    )
-    assert not files.exists("s3://bucket/run/shots/0002/manifest.json")
-    assert main([str(spec), "--resume"]) == 0
-    assert "resumed_after_shot=1" in capsys.readouterr().out
-    assert run(tmp_path / "sound", model_folders["llama"], pruning__num_shots=3) == 0
-    download_run("s3://bucket/run", tmp_path / "came")
-    assert_same_shot(tmp_path / "sound/run", tmp_path / "came", 3)
+    names = files.list_names(f"{uri}/shots/0002")
+    assert names == ["shard-0001.safetensors"], "the second shot is half written"
+    assert "resumed_after_shot=1" in job(options, "--resume").out
+    assert {"spec.yaml", "run.json", "events.jsonl", "report.json"} <= set(files.list_names(uri))
+    assert_came(uri, job.folder / "came", sound)
 
 
 def test_records_of_steps_wait_for_a_store_that_is_away(
@@ -370,39 +322,22 @@ def test_large_files_go_in_parts_and_come_back_whole(s3: None, cache: Path) -> N
     )
 
 
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EACCES])
-def test_a_full_or_forbidden_disk_is_said_and_the_shot_before_stays(
-    number: int,
-    model_folders: dict[str, Path],
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+def test_a_full_disk_is_said_and_the_shot_before_stays(
+    job: Jobs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     replace = os.replace
 
     def full(source: Path, target: Path) -> None:
         if "shots/0002/masks" in str(target):
-            raise OSError(number, os.strerror(number), str(target))
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target))
         replace(source, target)
 
-    monkeypatch.setattr(os, "replace", full)
-    assert run(tmp_path, model_folders["llama"], pruning__num_shots=3) == 1
-    error = capsys.readouterr().err
-    assert os.strerror(number) in error
-    assert "masks-0001.safetensors" in error
-    assert "--resume" in error
-    monkeypatch.undo()
-    assert [p.name for p in sorted((tmp_path / "run/shots").glob("*/manifest.json"))] == [
-        "manifest.json"
-    ]
-    assert not list((tmp_path / "run").rglob(".writing-*")), "scratch files stay behind"
-    assert run(tmp_path, model_folders["llama"], "--resume", pruning__num_shots=3) == 0
-    assert "resumed_after_shot=1" in capsys.readouterr().out
-
-
-def test_a_truly_full_disk(tmp_path: Path) -> None:
-    """What the library that writes tensors says of one becomes an OSError with the file's name."""
-    if not Path("/dev/full").is_char_device():
-        pytest.skip("there is no /dev/full here")
-    with pytest.raises(OSError, match="No space left on device"), open("/dev/full", "w") as file:
-        file.write("x" * 10000)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", full)
+        failed = job(THREE_SHOTS, code=1)
+    for part in ("No space left on device", "masks-0001.safetensors", "--resume"):
+        assert part in failed.error
+    manifests = [path.parent.name for path in failed.uri.glob("shots/*/manifest.json")]
+    assert manifests == ["0001"]
+    assert not list(failed.uri.rglob(".writing-*")), "scratch files stay behind"
+    assert "resumed_after_shot=1" in job(THREE_SHOTS, "--resume").out

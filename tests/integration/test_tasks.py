@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,7 +13,6 @@ from tests.integration.runs import GROUPS, ONE, Jobs, windows
 
 pytest.importorskip("lm_eval", reason="needs the extra eval")
 
-TEXTS = [windows("python-docs", name="docs")]
 EXPORTED = GROUPS | ONE | {"output__exports": ["per_block"]}
 TASK = """
 task: colours
@@ -28,7 +28,7 @@ metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
 
 
 @pytest.fixture
-def tasks(tmp_path: Path) -> Path:
+def asked(tmp_path: Path) -> dict[str, Any]:
     questions = [
         {"question": f"The {thing} is", "choices": [" red", " blue"], "answer": i % 2}
         for i, thing in enumerate(["sky", "rose"] * 4)
@@ -36,28 +36,31 @@ def tasks(tmp_path: Path) -> Path:
     (tmp_path / "questions.jsonl").write_text("\n".join(map(json.dumps, questions)))
     (tmp_path / "tasks").mkdir()
     (tmp_path / "tasks/colours.yaml").write_text(TASK.format(file=tmp_path / "questions.jsonl"))
-    return tmp_path / "tasks"
+    return {"names": ["colours"], "include": str(tmp_path / "tasks"), "limit": 6}
 
 
-def test_tasks_before_and_after(tasks: Path, job: Jobs) -> None:
+def evaluated(job: Jobs, asked: dict[str, Any]) -> dict[str, Any]:
+    text = windows(job.folder / "text.txt", 2, name="docs")
+    return EXPORTED | {"evaluation": {"texts": [text], "tasks": asked}}
+
+
+@pytest.mark.usefixtures("forked")
+def test_tasks_before_and_after(asked: dict[str, Any], job: Jobs) -> None:
     """On an export that needs the modeling code beside it."""
-    asked = {"names": ["colours"], "include": str(tasks), "limit": 6}
-    done = job(EXPORTED | {"evaluation": {"texts": TEXTS, "tasks": asked}})
+    done = job(evaluated(job, asked))
     before = done.report["dense"]["tasks"]["colours"]["acc"]
     after = done.report["exports"][0]["tasks"]["colours"]["acc"]
     assert before * 6 == pytest.approx(round(before * 6)), "six questions"
     assert 0 <= after <= 1
     assert f"colours acc {' ' * 10}" in done.out
-    assert (
-        f"| colours | acc | {before:.4f} | {after:.4f} |"
-        in (done.uri / "export/per_block/README.md").read_text()
-    )
-    assert set(done.report["dense"]["perplexity"]) == {"docs"}
+    card = (done.uri / "export/per_block/README.md").read_text()
+    assert f"| colours | acc | {before:.4f} | {after:.4f} |" in card
 
 
-def test_tasks_that_cannot_be(tasks: Path, job: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = {"names": ["colours", "no_such_task"], "include": str(tasks)}
-    options = EXPORTED | {"evaluation": {"texts": TEXTS, "tasks": asked}}
+def test_tasks_that_cannot_be(
+    asked: dict[str, Any], job: Jobs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = evaluated(job, asked | {"names": ["colours", "no_such_task"]})
     assert "output.exports has none" in job(options | {"output__exports": []}, code=2).error
     assert "does not know no_such_task" in job(options, code=2).error
     (job.folder / "without").mkdir()
