@@ -90,7 +90,7 @@ class ExpertSet:
         Nothing of their last linears is kept, not even rows.
         """
         of_consumers = [masks[linears[-1]] for linears in self.linears]
-        return torch.tensor([not mask.tensors()["rows"].any() for mask in of_consumers])
+        return torch.tensor([not vars(mask)["rows"].any() for mask in of_consumers])
 
 
 Linears = tuple[LinearShape, ...]

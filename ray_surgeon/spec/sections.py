@@ -200,10 +200,10 @@ class OutputSection(Section):
     while a shot is written; 0 keeps all. The record of a shot is always kept
     """
     exports: tuple[Literal["masked", "uniform", "per_block", "gguf"], ...] = ("masked",)
-    """Checkpoints to write at the end. masked: dense shapes with zeros, refused for whole experts.
-    With structure groups also: uniform: really smaller, for plain classes; per_block: really
-    smaller, widths differ by block, with modeling code beside the weights; gguf: files for
-    llama.cpp, where widths that differ need a Llama or Mistral
+    """Checkpoints to write at the end. masked: dense shapes with zeros. With structure groups also:
+    uniform: really smaller, for plain classes; per_block: really smaller, widths differ by block,
+    with modeling code beside the weights; gguf: files for llama.cpp, where widths that differ need
+    a Llama or Mistral
     """
     gguf: tuple[GgufKind, ...] | None = Field(None, min_length=1)
     """For the export gguf: types of the matrices, one file for each; null: bf16 alone"""

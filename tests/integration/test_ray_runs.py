@@ -162,7 +162,7 @@ def test_what_two_workers_say(connected: None, job: Jobs, monkeypatch: pytest.Mo
     workers = of_llama(2, cpus_per_worker=2, ping_timeout_s=5)
     with pytest.raises(ValueError, match="absent"):
         workers.run_all(load, ModelRecipe(ModelSection(source="/absent/folder")), False, Stores())
-    usage = workers.usages()
+    usage = workers.run_all(Worker.usage)
     assert len({u.process for u in usage}) == 2
     assert all(u.peak_rss_bytes > 50 * 2**20 for u in usage)
     assert workers.run_all(num_threads) == [2, 2]

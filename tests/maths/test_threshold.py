@@ -82,10 +82,11 @@ DEAD = StructureCosts("x", 20, 4, 5, torch.tensor([0.0, 0.0, 1.0, 2.0]), torch.f
 
 
 @pytest.mark.parametrize(
-    ("costs", "target", "expected"), [(ALIVE, 18 / 50, 18), (ALIVE, 19 / 50, 22), (DEAD, 0.01, 10)]
+    ("costs", "target", "expected"),
+    [(ALIVE, 18 / 50, 0.0), (ALIVE, 19 / 50, 1.0), (DEAD, 0.01, 0.0)],
 )
-def test_what_is_gone_or_dead_counts(costs: StructureCosts, target: float, expected: int) -> None:
-    assert structured_threshold([costs], target).num_removed == expected
+def test_what_is_gone_or_dead_counts(costs: StructureCosts, target: float, expected: float) -> None:
+    assert structured_threshold([costs], target) == expected
 
 
 def test_targets_out_of_reach() -> None:
