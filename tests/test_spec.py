@@ -155,7 +155,7 @@ MISTAKES = [
     ("output.exports=uniform", r"expected a list, such as \[a, b\] \(got 'uniform'\)"),
     ("curvature=null", "needs one"),
     ("curvature.max_damping=0.001", "below damping"),
-    ("curvature.seed=3", "seed draws the labels"),
+    ("curvature.seed=3", "seed draws labels"),
     ("curvature={kind: activations, fisher: sampled}", f"fisher: {NO_OPTION} of activations"),
     ("curvature={kind: activations, damping: {g: 0.2}}", "damping.g has no effect"),
     ("curvature.kind=extended_kfac; pruning.costs=greedy", "greedy needs one Kronecker term"),
@@ -176,7 +176,7 @@ MISTAKES = [
         f"{GROUPS}; pruning.allocation=uniform; pruning.rank_by=cost",
         "of groups, allocation uniform",
     ),
-    (f"{GROUPS}; pruning.groups=[experts]; pruning.remove_blocks=true", "only whole experts go"),
+    (f"{GROUPS}; pruning.groups=[experts]; pruning.remove_blocks=true", "is of KV groups and channels"),
     (f"{GROUPS}; pruning.groups=[experts]; curvature.damping={{a: 0.1}}", "invert no factor"),
 ]
 
