@@ -168,10 +168,11 @@ def check(spec: JobSpec, *, resume: bool = False, dry_run: bool = False) -> Inpu
     reading.check_requests(spec, layout)
     is_read = source.has_weights or not dry_run
     model_fingerprint = reading.check_weights(source, layout) if is_read else None
-    texts = reading.unread_texts(spec)
     chosen = None
     if is_read:
         spec, texts, chosen = _read(spec, load_tokenizer(folder, source.origin), layout)
+    else:
+        texts = reading.unread_texts(spec)
     stages = stages_of(spec, layout, method, texts, last)
     inputs = Inputs(
         spec,
