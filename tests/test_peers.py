@@ -82,12 +82,11 @@ def test_scores_are_those_of_the_definitions(inputs: Inputs) -> None:
 def test_scores_are_comparable_between_blocks(inputs: Inputs) -> None:
     """A block whose activations are a hundred times as large does not keep more for it."""
     found = gathered(dense(inputs), inputs)
+    factors = {name: 100 if ".0." in name else 1 for name in found.mean}
     louder = replace(
         found,
-        square={
-            name: value * (1e4 if ".0." in name else 1) for name, value in found.square.items()
-        },
-        mean={name: value * (100 if ".0." in name else 1) for name, value in found.mean.items()},
+        square={name: value * factors[name] ** 2 for name, value in found.square.items()},
+        mean={name: value * factors[name] for name, value in found.mean.items()},
     )
     pruned = [dense(inputs), dense(inputs)]
     for each, statistics in zip(pruned, (found, louder), strict=True):

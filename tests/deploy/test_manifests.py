@@ -54,9 +54,6 @@ def strict(schema: Any) -> Any:
             new["additionalProperties"] = False
         required = schema.get("required", [])
         new["required"] = [n for n in required if "default" not in properties.get(n, {})]
-    if schema.get("format") == "int32":
-        new["minimum"] = max(-(2**31), schema.get("minimum", -(2**31)))
-        new["maximum"] = min(2**31 - 1, schema.get("maximum", 2**31 - 1))
     if schema.get("nullable") and isinstance(new.get("type"), str):
         new["type"] = [new["type"], "null"]
     return new
@@ -81,13 +78,10 @@ def check(document: dict[str, Any], kind: str) -> None:
     jsonschema.Draft202012Validator(schema_of(kind)).validate(own)
 
 
-@pytest.mark.parametrize(
-    ("field", "value"), [("entrypont", "x"), ("ttlSecondsAfterFinished", 2**31)]
-)
-def test_the_check_is_strict(field: str, value: object) -> None:
+def test_the_check_is_strict() -> None:
     document = yaml.safe_load((ROOT / "deploy/base/rayjob.yaml").read_text())
     check(document, "RayJob")
-    document["spec"][field] = value
+    document["spec"]["entrypont"] = "x"
     with pytest.raises(jsonschema.ValidationError):
         check(document, "RayJob")
 
