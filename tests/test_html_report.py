@@ -36,7 +36,7 @@ def runs(
         patch.setattr(fresh_process, "run_module", zygote.run_module)
         assert run(folder / "groups", model_folders["llama"], name="some-groups", **groups) == 0
         patch.setattr(LivePage, "draw", lambda *_, **__: None)
-        rows = {"name": "some-rows", "cluster__num_shards": 2}
+        rows = {"name": "some-rows", "cluster__num_shards": 2, "pruning__costs": "obs"}
         assert run(folder / "rows", model_folders["opt"], **rows) == 0
     return {"groups": folder / "groups/run", "rows": folder / "rows/run"}
 
