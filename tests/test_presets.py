@@ -67,6 +67,7 @@ SETTINGS = ("num_backward", "fisher", "damping", "reconstruction")
 @pytest.mark.parametrize(
     ("pruning", "curvature", "left"),
     [
+        ("structure: groups, groups: [attention]", "kfac", SETTINGS[:3]),
         ("structure: groups, groups: [expert_channels]", "kfac", ("fisher", "damping")),
         ("structure: groups, groups: [shared_experts]", "kfac", SETTINGS[1:]),
         ("structure: groups, groups: [experts]", "kfac", ("fisher",)),
