@@ -17,7 +17,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import importlib
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,10 +61,10 @@ class _Signature:
 
     names: tuple[str, ...]  # of all arguments
     # tensors that are only written to; they may be of another size, or one of the inputs
-    out: frozenset[str]
-    changed: frozenset[str]  # tensors that are written to
-    plain: frozenset[str]  # single tensors, for which torch may hand over a number
-    anywhere: frozenset[str]  # may be on the CPU as well
+    out: Set[str]
+    changed: Set[str]  # tensors that are written to
+    plain: Set[str]  # single tensors, for which torch may hand over a number
+    anywhere: Set[str]  # may be on the CPU as well
     is_view: bool  # whether the result shares the storage of an argument
     returns_first: bool  # whether the result is the first argument
 
@@ -73,21 +73,14 @@ class _Signature:
     def of(op: OpOverload) -> _Signature:
         arguments = op._schema.arguments
         returns = [r.alias_info for r in op._schema.returns if r.alias_info is not None]
-        changed = frozenset(
-            a.name for a in arguments if a.alias_info is not None and a.alias_info.is_write
-        )
+        changed = {a.name for a in arguments if a.alias_info is not None and a.alias_info.is_write}
+        takes_numbers = _takes_numbers(op._schema.name.split("::")[1])
         return _Signature(
             names=tuple(a.name for a in arguments),
-            out=frozenset(a.name for a in arguments if a.kwarg_only and a.name in changed),
+            out={a.name for a in arguments if a.kwarg_only and a.name in changed},
             changed=changed,
-            plain=frozenset(
-                a.name
-                for a in arguments
-                if str(a.type) == "Tensor" and not _takes_numbers(op._schema.name.split("::")[1])
-            ),
-            anywhere=frozenset(
-                a.name for a in arguments if a.name == "indices" and "index" in op._schema.name
-            ),
+            plain={a.name for a in arguments if str(a.type) == "Tensor" and not takes_numbers},
+            anywhere={"indices"} if "index" in op._schema.name else set(),
             is_view=any(not alias.is_write for alias in returns),
             returns_first=any(alias.is_write for alias in returns),
         )
@@ -129,21 +122,15 @@ def _check_devices(op: OpOverload, signature: _Signature, bound: dict[str, Any])
         RuntimeError: a tensor is on the CPU that has dimensions, or is written to; or a generator
             is.
     """
-    for name, value in bound.items():
-        if name in signature.anywhere:
-            continue
+    for name in bound.keys() - signature.anywhere:
+        value = bound[name]
         for item in value if isinstance(value, list | tuple) else (value,):
             if isinstance(item, Tensor):
-                misplaced = item.device.type != SIM and (
-                    item.dim() > 0 or name in signature.changed
-                )
+                counts = item.dim() > 0 or name in signature.changed
             else:
-                misplaced = isinstance(item, torch.Generator)
-            if misplaced:
-                raise RuntimeError(
-                    f"{op}: {name} is on {item.device}, and others are on {SIM}; all must be on "
-                    "one device"
-                )
+                counts = isinstance(item, torch.Generator)
+            if counts and item.device.type != SIM:
+                raise RuntimeError(f"{op}: {name} is on {item.device}, and others are on {SIM}")
 
 
 def _on_cpu(value: Any) -> Any:

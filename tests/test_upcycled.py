@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from benchmarks import upcycled
-from tests.conftest import CONFIGS, VOCABULARY, tiny_model
+from tests.conftest import VOCABULARY, tiny_model
 
 NUM_EXPERTS = 4
 TOKENS = np.random.default_rng(0).integers(0, VOCABULARY, (8, 24))
@@ -72,19 +72,12 @@ def test_started_routers(dense: PreTrainedModel, started: PreTrainedModel, tmp_p
 
 
 def test_training_lowers_the_loss_and_is_absorbed(started: PreTrainedModel) -> None:
-    """What is measured is the perplexity, and the entropy of routing."""
     before = {name: parameter.detach().clone() for name, parameter in started.named_parameters()}
-    perplexity, entropy = upcycled.measured(started, TOKENS)
+    perplexity, _ = upcycled.measured(started, TOKENS)
     labels = torch.from_numpy(TOKENS)[:, 1:].flatten()
     predicted = logits(started)[:, :-1].flatten(0, 1)
     loss = float(torch.nn.functional.cross_entropy(predicted, labels))
-    scores = inputs_of_layer(started, 1) @ started.model.layers[1].mlp.gate.weight.T
-    chosen = scores.topk(2, dim=1).indices.flatten().bincount(minlength=NUM_EXPERTS).double()
-    share = chosen / chosen.sum()
-    expected = float(-(share * share.clamp(min=1e-12).log2()).sum())
     assert perplexity == pytest.approx(math.exp(loss), rel=1e-5)
-    assert len(entropy) == CONFIGS["llama"].num_hidden_layers
-    assert entropy[1] == pytest.approx(expected, rel=1e-6)
     upcycled.train(started.train(), np.concatenate([TOKENS] * 6))
     assert upcycled.measured(started.eval(), TOKENS)[0] < 0.95 * perplexity
     after = dict(started.named_parameters())

@@ -51,14 +51,13 @@ def run_module(asked: dict[str, Any]) -> int:
 def child(asked: dict[str, Any], path: str) -> None:
     with open(path, "w", encoding="utf-8") as file, redirect_stdout(file), redirect_stderr(file):
         try:
-            asks_for_run = "arguments" in asked
-            code = run_command_line(asked["arguments"]) if asks_for_run else run_module(asked)
+            code = run_module(asked) if "module" in asked else run_command_line(**asked)
         except BaseException:
             traceback.print_exc()
             code = 99
         file.flush()
-    with open(path + ".usage", "w", encoding="utf-8") as file:
-        json.dump([code, process_usage(torch.device("cpu")).peak_rss_bytes], file)
+    peak = process_usage(torch.device("cpu")).peak_rss_bytes
+    Path(path + ".usage").write_text(json.dumps([code, peak]), encoding="utf-8")
     os._exit(0)
 
 

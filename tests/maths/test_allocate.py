@@ -108,12 +108,11 @@ def saved_by(costs: Sequence[GroupCosts], found: Allocation) -> float:
         (per_unit, lambda seed: random_groups(seed, EVEN), 0.45),
         (per_unit, lambda seed: random_groups(seed, EVEN, 7), 0.45),
         (per_unit, lambda seed: with_plateaus(random_groups(seed), seed), 0.5),
-        (per_unit, lambda seed: random_experts(seed, 3, 3.0), 0.1),
         (per_unit, lambda seed: random_experts(seed, 3, 3.0), 0.5),
         (per_group, lambda seed: narrowed(random_experts(seed, 3, 1.0), 2), 0.5),
         (per_unit, lambda seed: gaining(random_experts(seed, 3, 2.0)), 0.3),
     ],
-    ids=["units", "groups", "even", "odd", "plateaus", "few", "experts", "narrowed", "gains"],
+    ids=["units", "groups", "even", "odd", "plateaus", "experts", "narrowed", "gains"],
 )
 def test_the_threshold_is_the_lowest_and_nothing_is_better_at_its_price(
     allocate: Allocate, costs_of: Callable[[int], list[GroupCosts]], share: float, seed: int
@@ -207,10 +206,6 @@ FALLING = [groups("x", [1.0] * 4, [0.0, 40.0, 60.0, 70.0, 80.0])]
 ODD = narrowed([c for c in random_groups(0, EVEN) if c.kind == "ffn"], 7)
 """One channel of each layer must go."""
 FREE = groups("x", [0.0, 0.0, 5.0], [0.0, 10.0, 20.0, 30.0])
-HEAD = groups("y", [1.0], [0.0, 10.0], "attention")
-SMALLER = replace(FREE, needs=[0.0, 8.0, 16.0, 24.0])
-LARGER = replace(HEAD, needs=[0.0, 12.0])
-"""Both free channels and this head save 28, where one channel less saves 20."""
 UNEQUAL = [
     replace(FREE, consumer="0"),
     replace(FREE, consumer="1", costs=torch.tensor([1.0, *STAYS[1:]])),
@@ -230,11 +225,8 @@ UNIFORM = [allocate_uniformly]
 @pytest.mark.parametrize(
     ("allocators", "costs", "missing", "fewest", "expected"),
     [
-        ([per_unit], FALLING, 10, 0, {"x": 1}),
         ([per_unit], FALLING, 15, 0, {"x": 2}),
         ([per_unit], ODD, 18, 0, {"0.ffn": 1, "1.ffn": 1, "2.ffn": 1}),
-        (UNIFORM, [FREE, HEAD], 15, 0, {"x": 2}),
-        (UNIFORM, [SMALLER, LARGER], 20, 0, {"x": 1, "y": 1}),
         (UNIFORM, UNEQUAL, 20, 0, {"0": 1, "1": 1}),
         (BOTH, LOST_BEFORE, 20, 0, {"0.0": 2}),
         (BOTH, PROMISES, 48, 0, {"0.0": 3, "0.1": 3}),
@@ -243,7 +235,6 @@ UNIFORM = [allocate_uniformly]
         (BOTH, [NOT_ALLOWED], 1, 0, 0),
         (UNIFORM, UNEQUAL, 30, 0, 20),
         ([per_unit], [*experts([0.1, 0.2]), *GONE], 30, 2, 0),
-        (UNIFORM, experts([0.1, 0.2]) + experts(STAYS[:2], layer=1), 20, 0, 0),
         (BOTH, LAYERS, 90, 2, 60),
     ],
 )

@@ -33,9 +33,7 @@ def test_by_numpy() -> None:
         ([[2.0] * 4, [2.0] * 4, [12.0] * 4], [1.0, 2.0, 4.0], [0, 0, 0], [7 / 8, 7 / 16, 21 / 16]),
         # undoing makes it worse
         ([[1.0, -3.0], [1.0, -1.0]], [1.0, 2.0], [0, 1], [1.0, 1.0]),
-        # the smallest that is allowed
-        ([[-2.0, -2.0], [9.0, 9.0]], [1.0, 2.0], [0, 0], [0.05]),
-        # a kind whose undoing makes it worse is drawn towards all
+        # a kind whose undoing makes it worse is drawn towards all, to the smallest that is allowed
         ([[-2.0, -2.1], [9.0, 9.0]], [1.0, 2.0], [0, 1], [0.05]),
         # by what chance leaves of it: half of the ratio of all is 8.5 / 6, the error 1.5
         (

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from benchmarks.attention import main
 from ray_surgeon.models import attention
 from ray_surgeon.models.attention import in_products
 
@@ -111,11 +110,3 @@ def test_everything_else_goes_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     for T, dropout in ((4, 0.0), (9, 0.5)):
         attention.attention(Layer(), *drawn(T, 9, torch.bfloat16), None, dropout=dropout)
         assert of_torch.call_args.kwargs["dropout"] == dropout
-
-
-def test_the_benchmark_measures_both(capsys: pytest.CaptureFixture[str]) -> None:
-    sizes = "--tokens 16 --heads 2 --key-heads 1 --head-dim 8 --texts 2 --repeats 1"
-    assert main(sizes.split()) == 0
-    said = capsys.readouterr().out
-    assert "16 tokens and gradients" in said
-    assert "next token of 2 texts" in said

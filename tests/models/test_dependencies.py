@@ -70,11 +70,3 @@ def test_one_row_less_that_is_alive_changes_the_logits(family: str) -> None:
     consumer = next(groups for groups in layout.group_sets if groups.kind == "ffn").consumer
     masks[consumer].columns[int(masks[consumer].columns.nonzero()[0])] = False
     assert (write(model, masks) - before).abs().max() > 1e-4
-
-
-@pytest.mark.parametrize("family", ["gpt2", "qwen2_moe"])
-def test_nothing_is_propagated_in_the_dense_model(family: str) -> None:
-    layout = LAYOUTS[family]
-    masks = {s.name: StructuredMask.full(s.num_rows, s.num_columns) for s in layout.linears}
-    assert propagate(layout, masks, layout.group_sets) == {}
-    assert shrinkable(masks, layout.group_sets) == 0

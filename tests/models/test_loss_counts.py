@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from ray_surgeon.models.loss import compare_with_dense, next_token_loss, next_tokens, perplexity_of
 from ray_surgeon.runtime import passes
 from ray_surgeon.runtime.cluster import LocalCluster
-from ray_surgeon.runtime.passes import compared, measure, num_counted
+from ray_surgeon.runtime.passes import compared, measure
 from ray_surgeon.runtime.pipelines import forward_and_backward
 from ray_surgeon.runtime.wave import Labels
 from ray_surgeon.stages.curvature.gather import gather_curvature
@@ -142,19 +142,11 @@ def test_a_perplexity_is_a_number_infinite_or_an_error() -> None:
         perplexity_of(math.nan)
 
 
-def test_the_number_of_tokens_leaves_out_first_ones() -> None:
-    sequences = np.zeros((3, 5), dtype=np.int64)
-    counts = np.array([[1, 1, 0, 0, 1], [1, 0, 0, 0, 0], [0, 1, 1, 1, 1]], dtype=np.bool_)
-    assert num_counted(sequences, only=[0, 2]) == 8
-    assert num_counted(sequences, counts) == 6
-    assert num_counted(sequences, counts, [2, 1]) == 4
-
-
 # In a cluster of two shards and two replicas
 
 SEQUENCES = np.random.default_rng(2).integers(0, VOCABULARY, (5, 24))
 COUNTS = np.random.default_rng(3).random((5, 24)) < 0.5
-NUM_TOKENS = num_counted(SEQUENCES, COUNTS)
+NUM_TOKENS = int(COUNTS[:, 1:].sum())
 
 
 @pytest.fixture(scope="module")
@@ -193,16 +185,6 @@ def test_factors_are_of_what_counts(cluster: LocalCluster, model_folders: dict[s
         of_a_token = g.T @ g * (5 * 23 / NUM_TOKENS)
         atol = 1e-4 * float(of_a_token.abs().max())
         torch.testing.assert_close(G.double(), of_a_token, rtol=1e-3, atol=atol)
-
-
-@pytest.mark.parametrize("options", [{}, {"label_seed": 4}, {"num_backward": 3}], ids=str)
-def test_factors_if_all_tokens_count(cluster: LocalCluster, options: dict[str, Any]) -> None:
-    loss, factors = gathered(cluster, None, **options)
-    other_loss, others = gathered(cluster, np.ones_like(COUNTS), **options)
-    assert loss == other_loss
-    for name, (*own, num_tokens) in factors.items():
-        assert all(map(torch.equal, own, others[name][:2]))
-        assert num_tokens == others[name][2]
 
 
 def test_gradients_of_some_sequences_are_brought_to_all_tokens(cluster: LocalCluster) -> None:
