@@ -204,14 +204,14 @@ def test_the_best_allocation_is_taken(job: Jobs, monkeypatch: pytest.MonkeyPatch
 def test_paths_are_followed_as_far_as_scales_call_for(
     family: str, kinds: list[str], multiple: int, rank_by: str, job: Jobs
 ) -> None:
-    """With any scales the allocation is that of paths which were followed to their ends."""
+    """With any scales and with none the allocation is that of paths followed to their ends."""
     options: Any = {"pruning__width_multiple": multiple, "pruning__rank_by": rank_by}
     search, cluster, scores, _ = scored(job, family, pruning__groups=kinds, **options)
     method = search.paths.method
     units = sorted({c.unit for c in scores.costs})
     differ = False
-    for seed in range(4):
-        factors = np.exp(np.random.default_rng(seed).normal(size=len(units)) * 2)
+    for seed, spread in enumerate((0, 2, 2)):
+        factors = np.exp(np.random.default_rng(seed).normal(size=len(units)) * spread)
         scales = dict(zip(units, factors.tolist(), strict=True))
         found = Paths(method, cluster, 1).rescaled(scores, scales)
         whole = Scores.merged(cluster.run_all(method.costs, Reach(math.inf, scales=scales), 1))
@@ -262,17 +262,6 @@ def test_windows_of_a_search_lie_beside_those_of_the_calibration(job: Jobs) -> N
     assert stage.windows.shape == (5, 40)
     rows = {tuple(row) for row in (*with_search.calibration, *stage.windows)}
     assert len(rows) == 4 + 5 + 1, "all different, and two that are still to be written"
-
-
-@pytest.mark.parametrize(("stride", "first"), [(16, 8 * 16), (64, 6 * 64)])
-def test_windows_begin_where_the_calibrations_end(stride: int, first: int, job: Jobs) -> None:
-    """Six windows of 40 tokens are the calibration's."""
-    found = job.inputs(SEARCHING, calibration__stride=stride).stage(SearchStage)
-    assert found is not None
-    places = {"calibration__stride": 1, "calibration__num_sequences": first + 1}
-    expected = job.inputs(SEARCHING | places, pruning__search=None).calibration[first]
-    assert np.array_equal(found.windows[0], expected)
-    assert first >= 5 * stride + 40
 
 
 def test_a_divergence_that_is_no_number_ends_a_search(job: Jobs) -> None:
