@@ -210,15 +210,6 @@ def test_a_model_is_written_whole_or_not_at_all(
     prune(given, run, resume=True)
 
 
-def test_any_number_of_sequences_is_a_number(
-    expected: Perplexity, given: Given, tmp_path: Path
-) -> None:
-    text = TEXT | {"num_sequences": np.int64(8), "sequence_length": "32"}
-    found = prune(given, tmp_path / "run", calibration=text)
-    assert found.report["spec"]["evaluation"]["texts"][0]["num_sequences"] == 2
-    assert found.perplexity == expected
-
-
 def test_what_is_refused_leaves_a_folder_that_another_model_may_take(
     given: Given, tmp_path: Path
 ) -> None:
@@ -267,11 +258,11 @@ def test_arguments_of_other_kinds_are_named(given: Given, tmp_path: Path) -> Non
             ray_surgeon.curvature(model, sequences, tokenizer)
 
 
-def test_paths_wrappers_and_iterators_are_taken(
+def test_paths_wrappers_numbers_and_iterators_are_taken(
     given: Given, model_folders: dict[str, Path], tmp_path: Path
 ) -> None:
     model, tokenizer = given
-    text = TEXT | {"source": Path(TEXT["source"])}
+    text = TEXT | {"source": Path(TEXT["source"]), "num_sequences": np.int64(8)}
     output = {"uri": tmp_path / "run", "exports": []}
     result = prune([model_folders["llama"]], "", calibration=text, output=output)
     assert result.uri == str(tmp_path / "run")
