@@ -23,8 +23,10 @@ from tests.integration import runs
 from tests.integration.runs import (
     Jobs,
     assert_same_shot,
+    config_like,
     kept_of,
     loaded,
+    new_model,
     overflowing_model,
     windows,
 )
@@ -121,13 +123,15 @@ OPTIONS: list[dict[str, Any]] = [
 
 
 def test_options_do_something(job: Jobs) -> None:
-    """Each option changes the weights of the result."""
+    """Each option changes the weights of the result, here of two blocks."""
+    config = config_like("llama", num_hidden_layers=2)
+    model = new_model(config, job.folder / "model", job.models["llama"])
     results = dict[tuple[float, ...], dict[str, Any]]()
     text = shutil.copy(__file__, job.folder / "docs.txt")
     evaluated = {"evaluation": [windows(text, 2, name="docs")]}
     for options in OPTIONS:
         shots = {} if "pruning" in options else runs.ONE
-        done = job(evaluated | shots | options, folder=str(len(results)))
+        done = job(evaluated | shots | options, model=model, folder=str(len(results)))
         tensors = done.tensors(len(done.shots))
         weights = [tensors[name] for name in sorted(tensors) if name.endswith("weight")]
         result = tuple(float(weight.double().sum()) for weight in weights)

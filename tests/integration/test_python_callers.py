@@ -19,13 +19,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    BloomConfig,
-    BloomForCausalLM,
-    LlamaForSequenceClassification,
-)
+from transformers import BloomConfig, BloomForCausalLM, LlamaForSequenceClassification
 
 import ray_surgeon
 from ray_surgeon.plan.plan import DoesNotFitError
@@ -33,29 +27,19 @@ from ray_surgeon.run.arguments import causal_lm
 from ray_surgeon.run.loop import run_shots
 from ray_surgeon.storage import files
 from tests.conftest import CONFIGS, SPARSE_CONFIGS, tiny_model
+from tests.integration.runs import Given, in_memory
 
 TEXT: dict[str, Any] = {"num_sequences": 8, "sequence_length": 32, "max_tokens": 4000}
 ELEMENTS = {"structure": "element", "target_sparsity": 0.3, "num_shots": 1}
 
 
-Given = tuple[Any, Any]
-"""A model in memory and its tokenizer."""
 Perplexity = dict[str, tuple[float, float]]
-
-
-def in_memory(folder: Path) -> Given:
-    return AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
 
 
 @pytest.fixture(scope="module", autouse=True)
 def text(tmp_path_factory: pytest.TempPathFactory) -> None:
     """A file is read sooner than the help of Python."""
     TEXT["source"] = shutil.copy(__file__, tmp_path_factory.mktemp("text") / "text.txt")
-
-
-@pytest.fixture
-def given(model_folders: dict[str, Path]) -> Given:
-    return in_memory(model_folders["llama"])
 
 
 def prune(given: Sequence[Any], uri: str | Path, **changes: Any) -> ray_surgeon.PruneResult:
