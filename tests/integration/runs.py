@@ -219,6 +219,14 @@ def loaded(
     return cluster
 
 
+def weights_of(cluster: LocalCluster) -> dict[str, Tensor]:
+    return {
+        name: worker.shard.weight(name)
+        for worker in cluster.workers.values()
+        for name in worker.shard.linears
+    }
+
+
 def overflowing_model(model: Path, folder: Path) -> Path:
     """Write a copy of a Llama with finite weights, whose second block's products are not."""
     loaded = AutoModelForCausalLM.from_pretrained(model)

@@ -133,7 +133,6 @@ ELEMENT = "pruning.structure=element; pruning.method"
     [
         ("olmoe", "pruning.costs=obs"),
         ("glm4_moe", "pruning.structure=element; correction.lora_rank=2"),
-        ("gpt_oss", f"{ELEMENT}=sparsegpt"),
         ("gpt_oss", "curvature.kind=extended_kfac"),
     ],
 )

@@ -28,7 +28,7 @@ from ray_surgeon.stages.prune.method import Scores
 from ray_surgeon.stages.search.search import SEARCHED, Search, SearchStage, prune_on_trial
 from ray_surgeon.stages.stage import CalibrationText, Facts
 from tests.integration import runs
-from tests.integration.runs import Jobs, assert_same_shot, difference, loaded
+from tests.integration.runs import Jobs, assert_same_shot, difference, loaded, weights_of
 
 SEARCHING: dict[str, Any] = {
     **runs.GROUPS,
@@ -74,14 +74,6 @@ def say_divergences(monkeypatch: pytest.MonkeyPatch, *values: float) -> None:
     monkeypatch.setattr("ray_surgeon.stages.search.search.divergences_of", lambda *_: [next(given)])
 
 
-def linears_of(cluster: LocalCluster) -> dict[str, torch.Tensor]:
-    return {
-        name: worker.shard.weight(name)
-        for worker in cluster.workers.values()
-        for name in worker.shard.linears
-    }
-
-
 @pytest.mark.parametrize(("family", "num_replicas"), [("gpt2", 2), ("qwen3_moe", 1)])
 def test_scales_are_what_removals_change_over_what_they_were_to_cost(
     family: str, num_replicas: int, job: Jobs, monkeypatch: pytest.MonkeyPatch
@@ -93,7 +85,7 @@ def test_scales_are_what_removals_change_over_what_they_were_to_cost(
     options = mixture if family == "qwen3_moe" else {}
     search, cluster, scores, windows = scored(job, family, num_replicas, **options)
     method = search.paths.method
-    dense = linears_of(cluster)
+    dense = weights_of(cluster)
     counts = method.allocate(scores, 1).counts
     pruned = dict(dense)
     for worker in cluster.workers.values():
@@ -160,7 +152,7 @@ def test_scales_of_another_round_go_on_from_those_before(job: Jobs) -> None:
 def test_the_best_allocation_is_taken(job: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
     """And everything else is left as it was. Every round goes on from the scales before."""
     search, cluster, scores, _ = scored(job, num_replicas=2, rounds=3)
-    dense = linears_of(cluster)
+    dense = weights_of(cluster)
     losing = losing_units(search, scores)
     before = list[dict[Unit, float]]()
     scales = list[dict[Unit, float]]()
@@ -176,7 +168,7 @@ def test_the_best_allocation_is_taken(job: Jobs, monkeypatch: pytest.MonkeyPatch
     followed = list[bool]()
 
     def following(self: Paths, *others: Any) -> Scores[ConsumerCosts]:
-        followed.append(all(torch.equal(W, dense[name]) for name, W in linears_of(cluster).items()))
+        followed.append(all(torch.equal(W, dense[name]) for name, W in weights_of(cluster).items()))
         return rescaled(self, *others)
 
     monkeypatch.setattr(Paths, "rescaled", following)
