@@ -24,16 +24,8 @@ from ray_surgeon.run import driver
 from ray_surgeon.run.loop import run_shots
 from ray_surgeon.stages.curvature.gather import gather_curvature
 from ray_surgeon.storage import files
-from tests.integration.runs import (
-    ONE,
-    Given,
-    Jobs,
-    assert_same_shot,
-    beginning,
-    config_like,
-    in_memory,
-    loaded,
-)
+from tests.integration import runs
+from tests.integration.runs import ONE, Given, Jobs, assert_same_shot, loaded
 
 ROOT = Path(__file__).parent.parent.parent
 TEXT = {"source": "python-docs", "num_sequences": 4, "sequence_length": 32, "max_tokens": 4000}
@@ -193,7 +185,7 @@ def test_bad_arguments_are_said_before_a_start(given: Given, job: Jobs) -> None:
 
 @pytest.mark.parametrize("family", ["llama", "opt"])
 def test_curvature_as_in_a_run(family: str, job: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, _ = in_memory(job.models[family])
+    model, _ = runs.in_memory(job.models[family])
     tokens = job.inputs(model=family).calibration
     found = ray_surgeon.curvature(model, tokens)
     cluster = loaded(job.models[family])
@@ -226,7 +218,7 @@ def test_curvature_as_in_a_run(family: str, job: Jobs, monkeypatch: pytest.Monke
 
 
 def test_curvature_of_texts_is_of_their_tokens(model_folders: dict[str, Path]) -> None:
-    model, tokenizer = in_memory(model_folders["opt"])
+    model, tokenizer = runs.in_memory(model_folders["opt"])
     texts = ["The quick brown fox jumps over it.", "Another text of another, greater length."]
     tokens = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
     name = next(iter(ModelLayout.of(model.config).shapes))
@@ -236,7 +228,7 @@ def test_curvature_of_texts_is_of_their_tokens(model_folders: dict[str, Path]) -
 
     assert torch.equal(inputs(texts, tokenizer), inputs(tokens))
     with_bos = [[tokenizer.bos_token_id, *sequence] for sequence in tokens]
-    assert torch.equal(inputs(texts, beginning(tokenizer, "<end> $A")), inputs(with_bos))
+    assert torch.equal(inputs(texts, runs.beginning(tokenizer, "<end> $A")), inputs(with_bos))
     for sequences, options, message in [
         (texts, {}, "texts need one"),
         ([[3]], {}, r"sequences\[0\]: 1 tokens.*takes 2"),
@@ -252,7 +244,7 @@ def test_curvature_of_texts_is_of_their_tokens(model_folders: dict[str, Path]) -
 
 def test_linears_with_and_without_a_bias_share_no_inputs() -> None:
     """DeepSeek-V3's query projection without low rank never has one; what is beside it may."""
-    config = config_like("deepseek_v3", q_lora_rank=None, attention_bias=True)
+    config = runs.config_like("deepseek_v3", q_lora_rank=None, attention_bias=True)
     found = ray_surgeon.curvature(AutoModelForCausalLM.from_config(config), [[1, 2, 3, 4]])
     without, has_bias = (
         found[f"model.layers.0.self_attn.{name}"].A for name in ("q_proj", "kv_a_proj_with_mqa")
@@ -262,7 +254,7 @@ def test_linears_with_and_without_a_bias_share_no_inputs() -> None:
 
 
 def test_models_that_see_later_tokens_are_refused() -> None:
-    config = config_like("gemma3", use_bidirectional_attention=True)
+    config = runs.config_like("gemma3", use_bidirectional_attention=True)
     with pytest.raises(ValueError, match="use_bidirectional_attention"):
         ModelLayout.of(config)
 

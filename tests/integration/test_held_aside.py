@@ -29,15 +29,7 @@ from ray_surgeon.stages.prune.method import Method
 from ray_surgeon.stages.self_text.stage import SelfText
 from ray_surgeon.stages.stage import HELD, CalibrationText, held_measure, held_places
 from tests.integration import runs
-from tests.integration.runs import (
-    ONE,
-    Jobs,
-    assert_same_shot,
-    changes_of,
-    copied_model,
-    loaded,
-    weights_of,
-)
+from tests.integration.runs import ONE, Jobs, assert_same_shot, changes_of, copied_model, loaded
 from tests.integration.test_conversations import TEMPLATE
 
 LORA = "correction.lora_rank=2"
@@ -158,12 +150,12 @@ def test_the_highest_rate_that_does_no_harm_goes_on(
 
 def test_a_loss_that_is_no_number(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cluster, text = pruned(llama)
-    before = weights_of(cluster)
+    before = runs.weights_of(cluster)
     nothing = [math.nan, math.nan]
     monkeypatch.setattr(f"{TRAINING}.forward_and_backward", lambda *_, **__: nothing)
     found = trained(cluster, text)
     assert found.undone is not None
-    assert all(torch.equal(W, before[name]) for name, W in weights_of(cluster).items())
+    assert all(torch.equal(W, before[name]) for name, W in runs.weights_of(cluster).items())
     assert held_measure(cluster, text) == pytest.approx(found.held[0][1], rel=1e-6)
     record = found.as_record()
     assert record["correction_losses"] == []
@@ -190,7 +182,7 @@ def test_corrections_are_equal_for_every_cluster(llama: Path) -> None:
     assert one.rate == other.rate
     measures, of_other = ([value for _, value in found.held] for found in (one, other))
     assert measures == pytest.approx(of_other, rel=1e-3)
-    after, expected = (weights_of(cluster) for cluster, _ in clusters)
+    after, expected = (runs.weights_of(cluster) for cluster, _ in clusters)
     torch.testing.assert_close(after, expected, rtol=0, atol=2e-3)
 
 

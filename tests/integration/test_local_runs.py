@@ -20,16 +20,7 @@ from ray_surgeon.stages import evaluation
 from ray_surgeon.stages.curvature.gather import NOTHING_BESIDE, finish_curvature, gather_curvature
 from tests.conftest import CONFIGS
 from tests.integration import runs
-from tests.integration.runs import (
-    Jobs,
-    assert_same_shot,
-    config_like,
-    kept_of,
-    loaded,
-    new_model,
-    overflowing_model,
-    windows,
-)
+from tests.integration.runs import Jobs, assert_same_shot, loaded, overflowing_model, windows
 
 GREEDY_FAMILIES = ("gpt2", "llama", "opt")
 LORA = {"correction__lora_rank": 2, "calibration__held_aside": 0}
@@ -58,7 +49,7 @@ def test_every_family_runs_the_whole_pipeline(family: str, job: Jobs) -> None:
     assert steps[:17] == ["plan", "load", "evaluation", *STEPS * 2]
     assert (done.uri / "spec.yaml").exists()
 
-    first, second = (kept_of(done.tensors(shot), family) for shot in (1, 2))
+    first, second = (runs.kept_of(done.tensors(shot), family) for shot in (1, 2))
     assert all((second[name] <= first[name]).all() for name in first), "something came back"
     linears = report["linears"]
     removed = sum(s["rows"] * s["columns"] - s["rows_kept"] * s["columns_kept"] for s in linears)
@@ -124,8 +115,8 @@ OPTIONS: list[dict[str, Any]] = [
 
 def test_options_do_something(job: Jobs) -> None:
     """Each option changes the weights of the result, here of two blocks."""
-    config = config_like("llama", num_hidden_layers=2)
-    model = new_model(config, job.folder / "model", job.models["llama"])
+    config = runs.config_like("llama", num_hidden_layers=2)
+    model = runs.new_model(config, job.folder / "model", job.models["llama"])
     results = dict[tuple[float, ...], dict[str, Any]]()
     text = shutil.copy(__file__, job.folder / "docs.txt")
     evaluated = {"evaluation": [windows(text, 2, name="docs")]}
