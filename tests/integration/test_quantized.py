@@ -73,7 +73,7 @@ REFUSED: dict[str, dict[str, Any]] = {
     "o_proj, whose columns will be a multiple of 16 on each of 2 devices": four_bits(
         "ffn", 32, **ON_TWO_DEVICES
     ),
-    "is a copy of the export uniform": INT8 | {"output__exports": ["masked"]},
+    "needs one of the exports uniform": INT8 | {"output__exports": ["masked"]},
     "the linears of gpt2 are Conv1D": INT8 | {"model": "gpt2"},
 }
 
