@@ -7,7 +7,7 @@ import pytest
 from ray.cluster_utils import Cluster
 
 from ray_surgeon.report.html_report import LivePage
-from tests.integration.runs import Jobs
+from tests.integration.runs import Given, Jobs, in_memory
 
 
 @pytest.fixture(autouse=True)
@@ -44,3 +44,8 @@ def cluster() -> Iterator[Cluster]:
 @pytest.fixture(scope="session")
 def llama(model_folders: dict[str, Path]) -> Path:
     return model_folders["llama"]
+
+
+@pytest.fixture
+def given(llama: Path) -> Given:
+    return in_memory(llama)

@@ -19,7 +19,13 @@ import torch
 import yaml
 from tokenizers.processors import TemplateProcessing
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedTokenizerFast,
+)
 
 from ray_surgeon.memory.stores import Stores
 from ray_surgeon.models.layout import ModelLayout
@@ -110,6 +116,14 @@ def copied_model(model: Path, folder: Path, **changes: Any) -> Path:
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | changes))
     return folder
+
+
+Given = tuple[Any, Any]
+"""A model in memory and its tokenizer."""
+
+
+def in_memory(folder: Path) -> Given:
+    return AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
 
 
 @dataclass(frozen=True)
@@ -205,6 +219,14 @@ def loaded(
     return cluster
 
 
+def weights_of(cluster: LocalCluster) -> dict[str, Tensor]:
+    return {
+        name: worker.shard.weight(name)
+        for worker in cluster.workers.values()
+        for name in worker.shard.linears
+    }
+
+
 def overflowing_model(model: Path, folder: Path) -> Path:
     """Write a copy of a Llama with finite weights, whose second block's products are not."""
     loaded = AutoModelForCausalLM.from_pretrained(model)
@@ -233,7 +255,10 @@ def wait_for(what: Callable[[], object], seconds: float = 90) -> None:
 
 
 def tensors_of_shot(uri: Path, shot: int) -> dict[str, Tensor]:
-    folder = uri / "shots" / f"{shot:04d}"
+    return tensors_in(uri / "shots" / f"{shot:04d}")
+
+
+def tensors_in(folder: Path) -> dict[str, Tensor]:
     return {
         k: v
         for path in sorted(folder.glob("*.safetensors"))

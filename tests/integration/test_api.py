@@ -12,13 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    LlamaForCausalLM,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 import ray_surgeon
 from ray_surgeon import JobSpec, pipeline
@@ -30,22 +24,13 @@ from ray_surgeon.run import driver
 from ray_surgeon.run.loop import run_shots
 from ray_surgeon.stages.curvature.gather import gather_curvature
 from ray_surgeon.storage import files
-from tests.integration.runs import ONE, Jobs, assert_same_shot, beginning, config_like, loaded
+from tests.integration import runs
+from tests.integration.runs import ONE, Given, Jobs, assert_same_shot, loaded
 
 ROOT = Path(__file__).parent.parent.parent
 TEXT = {"source": "python-docs", "num_sequences": 4, "sequence_length": 32, "max_tokens": 4000}
 GROUPS: dict[str, Any] = {"structure": "groups", "groups": ["ffn"], "width_multiple": 8}
 GROUPS |= {"target_sparsity": 0.2, "num_shots": 1}
-Model = tuple[PreTrainedModel, PreTrainedTokenizerBase]
-
-
-def in_memory(folder: Path) -> Model:
-    return AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-
-
-@pytest.fixture
-def given(llama: Path) -> Model:
-    return in_memory(llama)
 
 
 def prune(*given: Any, **sections: Any) -> ray_surgeon.PruneResult:
@@ -53,13 +38,14 @@ def prune(*given: Any, **sections: Any) -> ray_surgeon.PruneResult:
     return ray_surgeon.prune(*given, **defaults | sections)
 
 
-def test_the_dtype_of_a_checkpoint_is_kept_if_asked_for(given: Model, job: Jobs) -> None:
-    """Everything is computed and exported in float32 otherwise, which a line says; and a section
-    `cluster` stays in this process.
+def test_the_dtype_of_a_checkpoint_is_kept_if_asked_for(given: Given, job: Jobs) -> None:
+    """Everything is computed and exported in float32 otherwise, which a line says. A tokenizer's
+    binary file stays, and a section `cluster` stays in this process.
     """
     narrow = job.folder / "narrow"
     given[0].to(torch.bfloat16).save_pretrained(narrow)
     given[1].save_pretrained(narrow)
+    (narrow / "tokenizer.model").write_bytes(b"\xff\xfe\x00binary")  # as Llama-2 has it
     output = job.folder / "a run"
     source = {"source": narrow, "dtype": "bfloat16"}
     result = prune(source, output=output, cluster={"num_shards": 2})
@@ -67,6 +53,7 @@ def test_the_dtype_of_a_checkpoint_is_kept_if_asked_for(given: Model, job: Jobs)
     assert result.report["spec"]["cluster"]["backend"] == "local"
     assert result.report["spec"]["name"] == "narrow"
     size = sum(p.numel() for p in result.load().parameters())
+    assert (Path(result.path) / "tokenizer.model").read_bytes() == b"\xff\xfe\x00binary"
     assert 1.9 < result.report["exports"][0]["size_bytes"] / size < 2.5
     for options, is_said in ({}, True), ({"model__dtype": "bfloat16"}, False):
         said = " ".join(job(options, "--dry-run", model=narrow).out.split())
@@ -75,7 +62,7 @@ def test_the_dtype_of_a_checkpoint_is_kept_if_asked_for(given: Model, job: Jobs)
 
 
 def test_a_model_in_memory_becomes_really_smaller(
-    given: Model, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    given: Given, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """And that of another run is not overwritten."""
     model, tokenizer = given
@@ -115,7 +102,7 @@ def test_a_model_in_memory_becomes_really_smaller(
     assert not (tmp_path / "project/source").exists()
 
 
-def test_an_export_elsewhere_has_all_chat_templates(given: Model, tmp_path: Path) -> None:
+def test_an_export_elsewhere_has_all_chat_templates(given: Given, tmp_path: Path) -> None:
     model, tokenizer = given
     tokenizer.chat_template = {"default": "{{ messages }}", "tool_use": "{{ tools }}"}
     result = prune(*given, output="memory://api/run")
@@ -174,15 +161,7 @@ def test_what_is_wrong_is_said_once_in_words(llama: Path) -> None:
         _ = ray_surgeon.prun
 
 
-def test_a_perplexity_that_is_no_number_ends_the_run(given: Model, tmp_path: Path) -> None:
-    """Of random logits that are huge, the loss is, too."""
-    given[0].lm_head.weight.data *= 1e5
-    message = "the perplexity on test, or its divergence, is not finite"
-    with pytest.raises(FloatingPointError, match=message):
-        prune(*given, output=str(tmp_path / "run"))
-
-
-def test_bad_arguments_are_said_before_a_start(given: Model, job: Jobs) -> None:
+def test_bad_arguments_are_said_before_a_start(given: Given, job: Jobs) -> None:
     model, tokenizer = given
     folder = (str(job.models["llama"]),)
     spec = ray_surgeon.parse_spec(job.spec().read_text())
@@ -194,11 +173,9 @@ def test_bad_arguments_are_said_before_a_start(given: Model, job: Jobs) -> None:
         ((*folder, tokenizer), {}, "belongs to a model in memory"),
         (given, {"spec": spec}, "it says everything already"),
         ((str(job.folder / "absent"),), {}, "no folder"),
-        (folder, {"calibration": TEXT | {"num_sequences": [1]}}, "num_sequences"),
         (folder, {"calibration": ["one text", "another"]}, "calibration: expected fields, such as"),
         (folder, {"calibration": TEXT | {"split": "test"}}, "calibration reads the test part"),
         (folder, {"output": 3}, r"output.uri: .*\(got 3\)"),
-        (folder, {"pruning": "groups"}, "pruning: expected"),
     ]
     for arguments, sections, message in cases:
         with pytest.raises(ValueError, match=message):
@@ -208,7 +185,7 @@ def test_bad_arguments_are_said_before_a_start(given: Model, job: Jobs) -> None:
 
 @pytest.mark.parametrize("family", ["llama", "opt"])
 def test_curvature_as_in_a_run(family: str, job: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, _ = in_memory(job.models[family])
+    model, _ = runs.in_memory(job.models[family])
     tokens = job.inputs(model=family).calibration
     found = ray_surgeon.curvature(model, tokens)
     cluster = loaded(job.models[family])
@@ -241,7 +218,7 @@ def test_curvature_as_in_a_run(family: str, job: Jobs, monkeypatch: pytest.Monke
 
 
 def test_curvature_of_texts_is_of_their_tokens(model_folders: dict[str, Path]) -> None:
-    model, tokenizer = in_memory(model_folders["opt"])
+    model, tokenizer = runs.in_memory(model_folders["opt"])
     texts = ["The quick brown fox jumps over it.", "Another text of another, greater length."]
     tokens = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
     name = next(iter(ModelLayout.of(model.config).shapes))
@@ -251,7 +228,7 @@ def test_curvature_of_texts_is_of_their_tokens(model_folders: dict[str, Path]) -
 
     assert torch.equal(inputs(texts, tokenizer), inputs(tokens))
     with_bos = [[tokenizer.bos_token_id, *sequence] for sequence in tokens]
-    assert torch.equal(inputs(texts, beginning(tokenizer, "<end> $A")), inputs(with_bos))
+    assert torch.equal(inputs(texts, runs.beginning(tokenizer, "<end> $A")), inputs(with_bos))
     for sequences, options, message in [
         (texts, {}, "texts need one"),
         ([[3]], {}, r"sequences\[0\]: 1 tokens.*takes 2"),
@@ -267,7 +244,7 @@ def test_curvature_of_texts_is_of_their_tokens(model_folders: dict[str, Path]) -
 
 def test_linears_with_and_without_a_bias_share_no_inputs() -> None:
     """DeepSeek-V3's query projection without low rank never has one; what is beside it may."""
-    config = config_like("deepseek_v3", q_lora_rank=None, attention_bias=True)
+    config = runs.config_like("deepseek_v3", q_lora_rank=None, attention_bias=True)
     found = ray_surgeon.curvature(AutoModelForCausalLM.from_config(config), [[1, 2, 3, 4]])
     without, has_bias = (
         found[f"model.layers.0.self_attn.{name}"].A for name in ("q_proj", "kv_a_proj_with_mqa")
@@ -277,7 +254,7 @@ def test_linears_with_and_without_a_bias_share_no_inputs() -> None:
 
 
 def test_models_that_see_later_tokens_are_refused() -> None:
-    config = config_like("gemma3", use_bidirectional_attention=True)
+    config = runs.config_like("gemma3", use_bidirectional_attention=True)
     with pytest.raises(ValueError, match="use_bidirectional_attention"):
         ModelLayout.of(config)
 

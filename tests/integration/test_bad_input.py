@@ -8,10 +8,8 @@ import json
 import re
 import shutil
 from pathlib import Path
-from pydoc_data.topics import topics
 from typing import Any
 
-import datasets
 import fsspec
 import pytest
 import torch
@@ -23,7 +21,7 @@ from ray_surgeon import pipeline
 from ray_surgeon.pipeline import main
 from ray_surgeon.report import html_report
 from ray_surgeon.run import driver
-from ray_surgeon.storage import copies, retrying
+from ray_surgeon.storage import retrying
 from ray_surgeon.storage.sources import ModelFiles
 from tests.integration.runs import ONE, Jobs, changes_of, copied_model
 
@@ -50,6 +48,7 @@ def model(llama: Path, tmp_path: Path) -> Path:
 
 
 GROUPS = "pruning.structure=groups; pruning.groups"
+ELEMENT = "model=opt; pruning.structure=element"
 SEARCH = "pruning.width_multiple=8; pruning.search={num_sequences: 600}"
 IDENTITY = "curvature.kind=identity; pruning.reconstruction={}"
 
@@ -67,6 +66,8 @@ IDENTITY = "curvature.kind=identity; pruning.reconstruction={}"
         (f"{GROUPS}=[attention]; pruning.reconstruction={{}}", ["is of channels", "to groups"]),
         (f"{GROUPS}=[ffn]; {IDENTITY}", ["identity keeps no inputs", "use kfac or activations"]),
         (f"{GROUPS}=[ffn]; {SEARCH}", ["606 sequences", "need 38760"]),
+        (f"{ELEMENT}; pruning.target_sparsity=0.995", ["biases count and stay"]),
+        (f"{ELEMENT}; pruning.method=wanda; pruning.target_sparsity=0.975", ["0.9697 is all"]),
         ("model.source=/absent/model", ["model.source", "no folder '/absent/model'"]),
         (f"model.source={'/' + 'long' * 80}", ["model.source: cannot read"]),
         ("calibration.source=/absent/text.txt", ["calibration", "no file /absent/text.txt"]),
@@ -142,31 +143,11 @@ def test_run_directory_that_holds_something_else(job: Jobs) -> None:
     assert "holds no run of this program" in job.refused()
     (folder / "thesis.txt").rename(folder / "run.json")
     (folder / "run.json").write_text(json.dumps({"fingerprints": {"method": "another"}}))
+    (folder / "spec.yaml").write_text("{}")
     message = job.refused()
     assert "another run: different calibration, code, evaluation, method, model, tok" in message
-    assert "(version None there, 0.2.0 here)" in message
     assert job.refused("", "--resume") == message
-    assert [path.name for path in folder.iterdir()] == ["run.json"]
-
-
-def test_a_data_set_is_cut_at_one_place(job: Jobs) -> None:
-    topic_texts = datasets.Dataset.from_dict({"text": list(topics.values())[:8]})
-    topic_texts.save_to_disk(str(job.folder / "set"))
-    text = {"source": str(job.folder / "set"), "num_sequences": 2, "sequence_length": 40}
-    text["max_tokens"] = 3000
-    named = text | {"name": "docs"}
-    other = named | {"max_tokens": 1000}
-    message = job.refused(calibration=text, evaluation=[other])
-    assert "evaluation.0.max_tokens: must equal that of" in message
-    job({"calibration": text, "evaluation": [named]}, "--dry-run")
-
-
-def test_more_than_the_weights_beside_biases(job: Jobs) -> None:
-    """Of 32 inputs and a bias 32 of 33 can go."""
-    wanda = "pruning.method=wanda; pruning.structure=element; pruning.target_sparsity=0.975"
-    message = "0.9697 is all that wanda can take from this model, because biases count and stay"
-    assert message in job.refused(wanda, model="opt")
-    job(changes_of(wanda), "--dry-run")
+    assert sorted(path.name for path in folder.iterdir()) == ["run.json", "spec.yaml"]
 
 
 def test_channels_that_cannot_be_split(job: Jobs) -> None:
@@ -210,21 +191,6 @@ def test_unreachable_s3(job: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
     ):
         assert "s3://bucket/" in job.refused(setting)
     S3FileSystem.clear_instance_cache()
-
-
-def test_files_that_may_not_be_read(job: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
-    def denied(uri: str) -> Path:
-        raise PermissionError(f"{uri}: Forbidden")
-
-    with fsspec.open("memory://denied/config.json", "w") as file:
-        file.write("{}")
-    monkeypatch.setattr(copies, "local_copy", denied)
-    assert "cannot read memory://denied" in job.refused("model.source=memory://denied")
-
-
-def test_output_that_cannot_be_written(job: Jobs) -> None:
-    (job.folder / "file").write_text("")
-    assert "output.uri: cannot use" in job.refused(output__uri=str(job.folder / "file" / "run"))
 
 
 @pytest.mark.usefixtures("workers_may_start")

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import AutoTokenizer, Qwen3MoeConfig
+from transformers import AutoTokenizer
 
 from ray_surgeon.maths.damping import A_CHOICES, G_CHOICES
 from ray_surgeon.run.inputs import Inputs, check
@@ -28,7 +28,6 @@ from ray_surgeon.stages.correction.training import HARMLESS, RATES, Training, ba
 from ray_surgeon.stages.prune.method import Method
 from ray_surgeon.stages.self_text.stage import SelfText
 from ray_surgeon.stages.stage import HELD, CalibrationText, held_measure, held_places
-from tests.conftest import COMMON, ROTARY, SPARSE
 from tests.integration import runs
 from tests.integration.runs import ONE, Jobs, assert_same_shot, changes_of, copied_model, loaded
 from tests.integration.test_conversations import TEMPLATE
@@ -92,14 +91,6 @@ def pruned(
     return cluster, text
 
 
-def weights(cluster: LocalCluster) -> dict[str, torch.Tensor]:
-    return {
-        name: worker.shard.weight(name)
-        for worker in cluster.workers.values()
-        for name in worker.shard.linears
-    }
-
-
 def trained(cluster: LocalCluster, text: CalibrationText, **options: Any) -> Training:
     sizes = {"lora_rank": 4, "steps_per_shot": 32, "sequences_per_step": 2}
     section = CorrectionSection.model_validate(sizes | options)
@@ -159,12 +150,12 @@ def test_the_highest_rate_that_does_no_harm_goes_on(
 
 def test_a_loss_that_is_no_number(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cluster, text = pruned(llama)
-    before = weights(cluster)
+    before = runs.weights_of(cluster)
     nothing = [math.nan, math.nan]
     monkeypatch.setattr(f"{TRAINING}.forward_and_backward", lambda *_, **__: nothing)
     found = trained(cluster, text)
     assert found.undone is not None
-    assert all(torch.equal(W, before[name]) for name, W in weights(cluster).items())
+    assert all(torch.equal(W, before[name]) for name, W in runs.weights_of(cluster).items())
     assert held_measure(cluster, text) == pytest.approx(found.held[0][1], rel=1e-6)
     record = found.as_record()
     assert record["correction_losses"] == []
@@ -191,7 +182,7 @@ def test_corrections_are_equal_for_every_cluster(llama: Path) -> None:
     assert one.rate == other.rate
     measures, of_other = ([value for _, value in found.held] for found in (one, other))
     assert measures == pytest.approx(of_other, rel=1e-3)
-    after, expected = (weights(cluster) for cluster, _ in clusters)
+    after, expected = (runs.weights_of(cluster) for cluster, _ in clusters)
     torch.testing.assert_close(after, expected, rtol=0, atol=2e-3)
 
 
@@ -264,21 +255,6 @@ def test_damping_with_fewer_windows_than_replicas(job: Jobs) -> None:
     assert "damping_chosen" not in auto.shot
     given = job(options, folder="given", curvature__damping={"a": 0.01, "g": 0.1})
     assert_same_shot(auto.uri, given.uri, 1)
-
-
-def test_experts_that_promise_a_gain_stay_beyond_the_next_step(job: Jobs) -> None:
-    """A random mixture of eight experts, of which a fifth is to go, loses two of them; four and
-    more have negative costs.
-    """
-    sizes = {**ROTARY, **COMMON, **SPARSE, "initializer_range": 0.05}
-    config = Qwen3MoeConfig(**sizes, num_experts=8, head_dim=8, norm_topk_prob=True)
-    model = runs.new_model(config, job.folder / "model", job.models["llama"])
-    options = runs.GROUPS | ONE | {"pruning__groups": ["experts"], "pruning__allocation": "uniform"}
-    shot = job(options, model=model, pruning__target_sparsity=0.18).shot
-    gone = [name.split(".")[2] for name in shot["experts_removed"]]
-    assert sorted(gone) == ["0", "0", "1", "1", "2", "2", "3", "3"]
-    promising = sum(cost < 0 for cost in shot["expert_costs"].values())
-    assert promising > len(gone), "more of them promised a gain"
 
 
 PYTHON_DOCS = {"name": "docs", "source": "python-docs", "num_sequences": 3, "sequence_length": 40}

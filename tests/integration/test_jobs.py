@@ -161,6 +161,7 @@ def test_a_job_that_is_watched_and_stopped_and_goes_on(head: Head, job: Jobs) ->
     ended, logs = head.ended("stops")
     assert "STOPPED" in ended
     assert "interrupted; continue with: python -m ray_surgeon.pipeline" in logs
+    assert "\x1b[" not in logs, "a log has no cursor codes"
 
     events = Done(job.folder / "run", "", "").events
     told = [event["facts"]["perplexity docs"] for event in events if event["step"] == "evaluation"]

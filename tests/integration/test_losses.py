@@ -154,6 +154,7 @@ def _hold(worker: Worker, seconds: float) -> int:
     return os.getppid()
 
 
+@pytest.mark.slow
 def test_what_does_not_answer_is_a_worker_or_its_machine(
     monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:

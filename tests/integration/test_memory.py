@@ -9,7 +9,6 @@ import gc
 import hashlib
 import itertools
 import re
-import resource
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -20,9 +19,8 @@ from unittest import mock
 import pytest
 import torch
 
-from ray_surgeon.maths.kronecker import PackedSymmetric
 from ray_surgeon.memory import weights
-from ray_surgeon.memory.stores import NO_SCRATCH, FactorStore, Scratch
+from ray_surgeon.memory.stores import NO_SCRATCH, Scratch
 from ray_surgeon.memory.weights import ReadAhead
 from ray_surgeon.plan.plan import DoesNotFitError
 from ray_surgeon.plan.room import Resources, Room
@@ -142,19 +140,6 @@ def test_a_full_scratch_disk(job: Jobs, monkeypatch: pytest.MonkeyPatch) -> None
     assert "No space left on device; free space on that disk, or name another one in" in said
     assert "--resume" in said
     assert not list(scratch.rglob("*"))
-
-
-def test_factors_that_have_no_room_on_the_scratch_disk_are_named(tmp_path: Path) -> None:
-    store = FactorStore("disk", torch.device("cpu"), Scratch(str(tmp_path), "run", "try", "0"))
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
-    try:
-        with pytest.raises(
-            OSError, match=r"a\.A\.factor: cannot write: .* free space on that disk"
-        ):
-            store.put("a.A", PackedSymmetric.zeros(300))
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def test_an_interrupted_run_leaves_nothing(job: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:

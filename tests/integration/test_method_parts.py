@@ -1,20 +1,22 @@
-"""Parts of methods by themselves: labels, curves, choices, and corrections' losses."""
+"""Parts of methods by themselves: labels, choices, and corrections' losses."""
 
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from ray_surgeon.maths.threshold import StructureCosts
 from ray_surgeon.models.low_rank import LowRankCorrections
 from ray_surgeon.stages.correction.section import CorrectionSection
-from ray_surgeon.stages.correction.steps import start
 from ray_surgeon.stages.correction.training import Training, batches_of
+from ray_surgeon.stages.curvature.section import KfacSection
 from ray_surgeon.stages.curvature.stage import calibrate
+from ray_surgeon.stages.prune.method import Scores
+from ray_surgeon.stages.prune.rows_columns import RowsColumns, RowsColumnsSection
 from ray_surgeon.stages.stage import CalibrationText
 from tests.integration.runs import Jobs, loaded
 
@@ -78,19 +80,36 @@ def test_corrections_are_means_over_tokens(job: Jobs, monkeypatch: pytest.Monkey
     assert found.absorbed < 0.5, "steps are too short for float32"
 
 
-def test_corrections_start_from_their_own(model_folders: dict[str, Path]) -> None:
-    """Those of every linear, shot and seed."""
-    (worker,) = loaded(model_folders["llama"]).workers.values()
-    starts = []
-    for seed, shot in ((0, 1), (0, 2), (1, 1)):
-        start(worker, CorrectionSection(lora_rank=1, seed=seed), shot)
-        parts = worker.drop(LowRankCorrections)
-        parts.absorb()
-        starts.append([tuple(part.A.flatten().tolist()) for part in parts.parts.values()])
-    first, second, of_another_seed = starts
-    assert len({*first, *second}) == 2 * len(first)
-    assert all(one != other for one, other in zip(first, of_another_seed, strict=True))
-    one, other = (
-        batches_of(CorrectionSection(lora_rank=1, seed=seed), 1, 1, 20) for seed in (0, 1)
-    )
-    assert one != other, "the order of the sequences"
+COSTS = (
+    StructureCosts("a", 40, 8, 5, torch.arange(1.0, 9.0), torch.tensor([3.5, 4.5, 5.5, 6.5])),
+    StructureCosts("b", 12, 4, 3, torch.arange(2.0, 6.0), torch.tensor([1.5, 2.5, 3.5])),
+)
+
+
+class Propagating:
+    """Workers whose propagation takes `extra` entries more of each linear, at any threshold."""
+
+    def __init__(self, extra: int) -> None:
+        self.extra = extra
+
+    def run_all(self, step: Any, value: float) -> list[int]:
+        def kept(c: StructureCosts) -> int:
+            rows = int((c.rows > value).sum() + c.num_rows - len(c.rows))
+            return rows * int((c.columns > value).sum() + c.num_columns - len(c.columns))
+
+        return [max(0, kept(c) - self.extra) for c in COSTS]
+
+
+@pytest.mark.parametrize(("extra", "target"), [(0, 0.05), (3, 0.31), (40, 25.5 / 52)])
+def test_rows_and_columns_go_up_to_the_lowest_threshold_of_all(extra: int, target: float) -> None:
+    method = RowsColumns(RowsColumnsSection(target_sparsity=target, num_shots=1), KfacSection())
+    cluster: Any = Propagating(extra)
+
+    def removed(value: float) -> int:
+        return 52 - sum(cluster.run_all(None, value))
+
+    values = sorted({0.0, *(float(x) for c in COSTS for side in (c.rows, c.columns) for x in side)})
+    expected = next(value for value in values if removed(value) >= target * 52 - 1e-6)
+    choice = method.choose(cluster, Scores(COSTS, 52, 52), 1)
+    assert choice.threshold == expected == choice.facts["threshold"]
+    assert choice.facts["sparsity"] == pytest.approx(removed(expected) / 52)

@@ -5,7 +5,6 @@ it.
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,9 +17,8 @@ from transformers import AutoModelForCausalLM
 from ray_surgeon.export.quantized import PRESETS, quantised, scheme_of
 from ray_surgeon.maths.columns import round_columns, upper_inverse
 from ray_surgeon.report.html_report import page
-from ray_surgeon.storage import tensor_files
 from tests.conftest import LAYOUTS
-from tests.integration.runs import DISK, GROUPS, ONE, Jobs
+from tests.integration.runs import DISK, GROUPS, ONE, Jobs, tensors_in
 
 UNIFORM: dict[str, Any] = {
     **GROUPS,
@@ -37,14 +35,6 @@ def restored(stored: dict[str, Tensor], scheme: QuantizationScheme) -> Tensor:
     compressor = BaseCompressor.get_value_from_registry(scheme.format)
     weight: Tensor = compressor.decompress(dict(stored), scheme)["weight"]
     return weight
-
-
-def stored_in(folder: Path) -> dict[str, Tensor]:
-    return {
-        name: tensor
-        for path in folder.glob("*.safetensors")
-        for name, tensor in tensor_files.read(str(path)).items()
-    }
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -108,8 +98,8 @@ def test_a_quantised_copy(scheme: str, size: int | None, job: Jobs) -> None:
     document = json.loads((folder / "config.json").read_text())
     assert document["quantization_config"]["quant_method"] == "compressed-tensors"
     shapes = LAYOUTS["llama"].shapes
-    stored = stored_in(folder)
-    for name, tensor in stored_in(done.uri / "export/uniform").items():
+    stored = tensors_in(folder)
+    for name, tensor in tensors_in(done.uri / "export/uniform").items():
         assert name.removesuffix(".weight") in shapes or torch.equal(stored[name], tensor)
     leaf = "weight_packed" if scheme == "w4a16" else "weight"
     assert {stored[f"{name}.{leaf}"].dtype for name in shapes} == {DTYPES[scheme]}
@@ -125,7 +115,7 @@ def test_four_bits_are_rounded_by_the_calibration_text(job: Jobs) -> None:
     one = job(options, folder="one")
     replicas = job(options, folder="replicas", cluster__num_replicas=2)
     streamed = job(options | DISK, folder="streamed", cluster__num_shards=2)
-    stored, other = (stored_in(done.uri / "export/uniform-w4a16") for done in (one, streamed))
+    stored, other = (tensors_in(done.uri / "export/uniform-w4a16") for done in (one, streamed))
     assert stored.keys() == other.keys()
     assert all(torch.equal(stored[key], other[key]) for key in stored)
     # replicas sum in another order, which tips single numbers

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -220,22 +218,3 @@ def test_a_gpu_that_fails_is_a_lost_worker_and_a_full_disk_is_none() -> None:
     assert RayCluster._as_failure(nobody, full) is full
     wrong = RayTaskError("step", "", torch.OutOfMemoryError("CUDA out of memory"))
     assert RayCluster._as_failure(nobody, wrong) is wrong
-
-
-def test_sigterm_ends_the_run_and_says_how_to_go_on(cluster: Cluster, job: Jobs) -> None:
-    shots = {"pruning__num_shots": 500, "pruning__target_sparsity": 0.5}
-    spec = job.spec(shots | on_ray(cluster))
-    command = [sys.executable, "-m", "ray_surgeon.pipeline", str(spec)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    output = ""
-    while "shot 1/500 commit" not in output:
-        line = process.stdout.readline()
-        assert line, "the run ended before its first shot"
-        output += line
-    process.send_signal(signal.SIGTERM)
-    rest, errors = process.communicate(timeout=60)
-    output += rest
-    assert process.returncode == 130, output + errors
-    assert "interrupted; continue with: python -m ray_surgeon.pipeline" in errors
-    assert "\x1b[" not in output, "a log has no cursor codes"

@@ -11,33 +11,10 @@ from typing import Any
 import pytest
 
 from ray_surgeon.report.directory import RunDirectory
-from ray_surgeon.stages import evaluation
 from ray_surgeon.stages.prune.rows_columns import RowsColumns
 from tests.integration.runs import MASKED, ONE, Jobs
 
 EXPORTED = MASKED | ONE
-
-
-def test_a_try_that_slept_takes_nothing(job: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
-    """From the one that went on: it wakes up before a commit, when the other one has ended, on
-    another number of shards.
-    """
-    slept = list[int]()
-
-    def sleep(*arguments: Any) -> None:
-        if not slept:
-            slept.append(1)
-            job({"cluster__num_shards": 2}, "--resume")
-        ended(*arguments)
-
-    ended = evaluation.Evaluation.ended
-    monkeypatch.setattr(evaluation.Evaluation, "ended", sleep)
-    done = job(code=1)
-    assert slept
-    directory = RunDirectory(str(done.uri))
-    for index in directory.committed_indices():
-        directory.check_tensors(directory.read_shot(index))
-    assert len(directory.committed_indices()) == 2
 
 
 def test_a_run_that_has_ended_is_not_done_again_unless_its_end_is_damaged(job: Jobs) -> None:

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from ray_surgeon.runtime import writing
 from ray_surgeon.runtime.collectives import TensorPayload
 from ray_surgeon.runtime.worker import Worker
-from ray_surgeon.runtime.writing import Wanted, texts_together, write_texts
+from ray_surgeon.runtime.writing import Wanted, write_texts
 from tests.conftest import CONFIGS
 from tests.integration.runs import loaded
 
@@ -112,18 +112,6 @@ def test_a_batch_stops_when_its_texts_have_ended(
     assert len(calls) <= steps + writing._STEPS_IN_FLIGHT
     assert len(set(calls)) > 1, "rows of ended texts are left out"
     assert not cluster.workers[cluster.placement.workers[0]].kept(writing._Writing)
-
-
-def test_no_more_tokens_than_the_model_has_positions(model_folders: dict[str, Path]) -> None:
-    wanted = replace(OF_MANY_LENGTHS, num_tokens=127, max_length=128)
-    found = write_texts(loaded(model_folders["opt"]), wanted)
-    lengths = [len(prompt) for prompt in wanted.prompts]
-    assert [len(text) for text in found] == [min(127, 128 - length) for length in lengths]
-
-
-def test_short_texts_are_written_in_larger_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(writing, "TOKENS_TOGETHER", 8192)
-    assert [texts_together(length) for length in (8192, 512, 128, 1)] == [16, 16, 64, 8192]
 
 
 def test_texts_of_similar_length_are_written_together() -> None:

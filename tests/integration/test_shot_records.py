@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 
-from ray_surgeon.maths.columns import sparsegpt
 from tests.conftest import LAYOUTS
 from tests.integration.runs import GROUPS, ONE, SPARSEGPT, Jobs
 
@@ -78,24 +77,3 @@ def test_predictions_for_whole_experts_are_their_costs(job: Jobs) -> None:
     (shot,) = job(experts | ONE, model="mixtral", cluster__num_shards=2).shots
     assert shot["experts_removed"]
     assert shot["predicted_loss_increase"] == pytest.approx(sum(shot["experts_removed"].values()))
-
-
-def test_rows_of_producers_of_what_is_gone_are_zero(job: Jobs) -> None:
-    tensors = job(GROUPS).tensors(2)
-    num_rows = 0
-    for name in {name for groups in LAYOUTS["llama"].group_sets for name, _ in groups.producers}:
-        gone = ~tensors[f"{name}.rows"]
-        assert not tensors[f"{name}.weight"][gone].any()
-        num_rows += int(gone.sum())
-    assert num_rows > 0
-
-
-def test_pruned_stays_pruned(job: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where a linear has several blocks of columns, too."""
-    defaults: Any = sparsegpt.__kwdefaults__
-    monkeypatch.setitem(defaults, "block_size", 8)
-    done = job(SPARSEGPT)
-    first, second = (done.tensors(shot) for shot in (1, 2))
-    masks = [name for name in first if name.endswith(".kept")]
-    assert masks
-    assert not any((second[name] & ~first[name]).any() for name in masks)
