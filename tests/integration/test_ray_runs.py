@@ -138,10 +138,6 @@ def slowly(worker: Worker) -> None:
         time.sleep(0.5)
 
 
-def num_threads(worker: Worker) -> int:
-    return torch.get_num_threads()
-
-
 class Link:
     """One of two actors of which the second takes what the first was to give."""
 
@@ -163,7 +159,7 @@ def test_what_two_workers_say(connected: None, job: Jobs, monkeypatch: pytest.Mo
     usage = workers.run_all(Worker.usage)
     assert len({u.process for u in usage}) == 2
     assert all(u.peak_rss_bytes > 50 * 2**20 for u in usage)
-    assert workers.run_all(num_threads) == [2, 2]
+    assert workers.run_all(lambda worker: torch.get_num_threads()) == [2, 2]
 
     seen: list[tuple[int, int]] = []
     progress = workers.progress

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from ray_surgeon import pipeline
 from ray_surgeon.run.inputs import Inputs, check
-from tests.integration.runs import report_of, windows
+from tests.integration.runs import report_of
 
 MOST_BY_BFLOAT16 = 2.0
 """What another order of sums may change in logits of up to 30, behind 30 blocks in bfloat16, whose
@@ -25,8 +25,8 @@ pytestmark = pytest.mark.ray
 def test_quickstart_makes_an_ordinary_model_that_is_smaller(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The quickstart's spec on a short sequence of each text, two of them backward, with one text
-    to measure on and one step of corrections.
+    """The quickstart's spec on a short sequence of each text, two of them backward, with two
+    windows of each text to measure on and three steps of corrections.
     """
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     checked = list[Inputs]()
@@ -36,18 +36,17 @@ def test_quickstart_makes_an_ordinary_model_that_is_smaller(
         return checked[0]
 
     monkeypatch.setattr(pipeline, "check", noting)
-    few = {"num_sequences": 2, "sequence_length": 128, "max_tokens": 20_000}
     overrides = {
         "calibration.num_sequences": 4,
         "calibration.sequence_length": 128,
-        "calibration.max_tokens": 20_000,
-        "calibration.mix.0.max_tokens": 20_000,
-        "calibration.mix.1.max_tokens": 20_000,
         "curvature.num_backward": 2,
         # tests of tiny models compare answers and measure speed
-        "evaluation": {"texts": [windows("python-docs", name="docs", **few)]},
+        "evaluation.texts.0.num_sequences": 2,
+        "evaluation.texts.1.num_sequences": 2,
+        "evaluation.texts.2.num_sequences": 2,
+        "evaluation.generation": "null",
         "output.speed": "null",
-        "correction.steps_per_shot": 1,
+        "correction.steps_per_shot": 3,
         "correction.learning_rate": 1e-4,  # Adam's first step has full length, however flat
         "output.uri": tmp_path / "run",
     }
@@ -71,8 +70,9 @@ def test_quickstart_makes_an_ordinary_model_that_is_smaller(
     )
     assert (type(model).__name__, model.config.intermediate_size) == ("LlamaForCausalLM", 1152)
     assert "load it: AutoModelForCausalLM.from_pretrained(" in capsys.readouterr().out
-    tokens = torch.from_numpy(checked[0].texts["docs"])
+    text, windows = next(iter(checked[0].texts.items()))
+    tokens = torch.from_numpy(windows)
     with torch.no_grad():
         loss = float(model(tokens, labels=tokens).loss)
-    measured_loss = math.log(report["shots"][0]["perplexity"]["docs"])
+    measured_loss = math.log(report["shots"][0]["perplexity"][text])
     assert measured_loss == pytest.approx(loss, abs=0.05), "that of transformers in float32"
