@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import platform
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -20,6 +20,7 @@ from ray_surgeon.models.attention import check_rope
 from ray_surgeon.models.checkpoint import check_checkpoint, check_tied
 from ray_surgeon.models.families import check_family, check_not_quantised, check_sizes
 from ray_surgeon.models.layout import ModelLayout
+from ray_surgeon.spec.base import refusing
 from ray_surgeon.spec.job import JobSpec
 from ray_surgeon.spec.sections import LocalSection
 from ray_surgeon.spec.targets import LatencyTarget
@@ -85,15 +86,9 @@ def read_texts(spec: JobSpec, tokenizer: Any, config: PretrainedConfig) -> Texts
     return Texts(tokenizer, interleaved(parts), all_further, measured)
 
 
-@contextlib.contextmanager
-def as_input_error(what: str) -> Iterator[None]:
+def as_input_error(what: str) -> AbstractContextManager[None]:
     """Turn a failing file system into a clear error of the user's input."""
-    try:
-        yield
-    except OSError as error:
-        raise ValueError(
-            f"{what}: {error}; check the address, the permissions, the credentials and the network"
-        ) from error
+    return refusing(what, "check the address, the permissions, the credentials and the network")
 
 
 def load_config(folder: Path, origin: str) -> PretrainedConfig:
