@@ -63,6 +63,7 @@ class RunDirectory:
         self.uri = uri
         self._events: list[str] = []
         self._events_written_s = -math.inf
+        self._num_dropped = 0  # shots whose tensors are gone
         self._attempt = attempt or Attempt()
 
     def path(self, *parts: str) -> str:
@@ -216,8 +217,9 @@ class RunDirectory:
         Raises as `check_attempt` does, because another try may resume from them.
         """
         self.check_attempt()
-        for index in range(1, last + 1):
-            store.remove_files(self.shot_folder(index), ["*.safetensors"])
+        while self._num_dropped < last:
+            self._num_dropped += 1
+            store.remove_files(self.shot_folder(self._num_dropped), ["*.safetensors"])
 
     def committed_indices(self) -> list[int]:
         """Return 1, 2, ... up to the last shot before which every shot is committed."""

@@ -223,7 +223,10 @@ class RayCluster(Cluster):
 
 
 def _settle(worker: Worker, num_threads: int) -> str:
-    """Take the GPU that Ray gave, of all that the machine shows; return the machine's identity."""
+    """Set torch's threads and take the GPU that Ray gave, of all that the machine shows.
+
+    Returns the machine's identity.
+    """
     torch.set_num_threads(num_threads)
     context = ray.get_runtime_context()
     if worker.device.type == "cuda":
