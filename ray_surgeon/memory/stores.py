@@ -1,4 +1,4 @@
-"""What a worker keeps where: stores of tensors and factors, and the folder on its disk."""
+"""What a worker keeps where: stores of tensors, and the folder on its disk."""
 
 from __future__ import annotations
 
@@ -6,15 +6,13 @@ import contextlib
 import math
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
-
-from ray_surgeon.maths.kronecker import PackedSymmetric
 
 Place = Literal["device", "host", "disk"]
 """Of weights or factors."""
@@ -75,9 +73,8 @@ class Scratch:
         self.folder.mkdir(parents=True, exist_ok=True)
         return self.folder / name
 
-    @contextlib.contextmanager
-    def replacing(self, name: str) -> Iterator[Path]:
-        """Yield a path to write to; its file then replaces the one of this name.
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Write the entries of a tensor into a file, which replaces the one of this name.
 
         Who still reads the old one keeps it.
 
@@ -87,7 +84,7 @@ class Scratch:
         path = self.path(name)
         written = path.with_suffix(".writing")
         try:
-            yield written
+            tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().tofile(written)
             written.replace(path)
         except OSError as error:
             raise OSError(
@@ -97,8 +94,7 @@ class Scratch:
 
     def _earlier(self) -> list[Path]:
         """Return the folders of earlier tries of this run."""
-        tries = self._run.iterdir() if self._run.exists() else ()
-        return [folder for folder in tries if folder.name != self._attempt]
+        return [folder for folder in self._run.glob("*") if folder.name != self._attempt]
 
     def earlier_bytes(self) -> int:
         """Return the bytes of what earlier tries of this run left."""
@@ -202,6 +198,7 @@ class TensorStore:
     def __init__(self, place: Place, device: torch.device, scratch: Scratch, ending: str) -> None:
         """Start empty; names of files have an ending."""
         self.place = place
+        self._device = device
         self._scratch = scratch
         self._ending = ending
         self._memory = HostMemory(device)
@@ -220,11 +217,15 @@ class TensorStore:
         flat = torch.from_file(file, shared=False, size=kept.numel(), dtype=kept.dtype)
         return flat.view(kept.shape)
 
+    def on_device(self, name: str) -> Tensor:
+        """Return a tensor that may be written to; `put` keeps what was written."""
+        tensor = self.get(name)
+        return tensor if self.place == "device" else tensor.to(self._device, copy=True)
+
     def put(self, name: str, tensor: Tensor) -> None:
         """Keep a tensor in place of the one there was."""
         if self.place == "disk":
-            with self._scratch.replacing(name + self._ending) as path:
-                tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().tofile(path)
+            self._scratch.write(name + self._ending, tensor)
             self._kept[name] = tensor.to("meta")
         elif name in self._kept:
             self._kept[name].copy_(tensor)
@@ -241,50 +242,7 @@ class TensorStore:
         if self.place == "disk":
             self._scratch.path(name + self._ending).unlink()
 
-
-class FactorStore:
-    """Packed sums by key.
-
-    A block's sums are on the device while the block runs; between that they are where the plan
-    says.
-    """
-
-    def __init__(self, place: Place, device: torch.device, scratch: Scratch) -> None:
-        """Start empty."""
-        self._device = device
-        self._flat = TensorStore(place, device, scratch, ".factor")
-        self._sizes: dict[str, int] = {}
-
-    def __contains__(self, key: str) -> bool:
-        """Whether there is such a sum."""
-        return key in self._sizes
-
-    def get(self, key: str) -> PackedSymmetric:
-        """Return a sum where it lies. It is not to be written to: on disk it is a private copy."""
-        return PackedSymmetric(self._sizes[key], self._flat.get(key))
-
-    def on_device(self, key: str, n: int) -> PackedSymmetric:
-        """Return a sum [n, n] that may be added to, zeros if there is none.
-
-        `put` keeps what was added.
-        """
-        if key not in self:
-            return PackedSymmetric.zeros(n, self._device)
-        is_there = self._flat.place == "device"
-        flat = self._flat.get(key)
-        return PackedSymmetric(n, flat if is_there else flat.to(self._device, copy=True))
-
-    def put(self, key: str, total: PackedSymmetric) -> None:
-        """Keep a sum in place of the one there was."""
-        self._sizes[key] = total.n
-        self._flat.put(key, total.flat)
-
-    def drop(self, key: str) -> None:
-        """Forget a sum."""
-        del self._sizes[key]
-        self._flat.drop(key)
-
     def clear(self) -> None:
         """Forget everything."""
-        for key in list(self._sizes):
-            self.drop(key)
+        for name in list(self._kept):
+            self.drop(name)

@@ -26,9 +26,7 @@ Read = Callable[[str], Tensor]
 class ReadAhead:
     """Reads tensors from afar, several at a time, in the order in which they will be asked for."""
 
-    def __init__(
-        self, read: Read, names: Sequence[str], shapes: Mapping[str, Sequence[int]]
-    ) -> None:
+    def __init__(self, read: Read, names: list[str], shapes: Mapping[str, Sequence[int]]) -> None:
         """Start to read.
 
         Args:
@@ -98,12 +96,9 @@ class WeightStore:
         """
         self._slots = slots
         self._device = device
-        self._all = {name: slot for of_block in slots for name, slot in of_block.items()}
-        self.names = tuple(self._all)
+        self.slot_of = {name: slot for of_block in slots for name, slot in of_block.items()}
         self.kept = TensorStore(place, device, scratch, ".weight")
         self._reads: dict[str, Read] = {}  # of the names that are read from elsewhere
-        # on meta
-        self._absent = {n: getattr(s.module, s.leaf).detach() for n, s in self._all.items()}
         self._ahead: tuple[int, Future[dict[str, Tensor]]] | None = None
         # a new thread begins with the first GPU, and would make a context there
         begin = partial(torch.cuda.set_device, device) if device.type == "cuda" else None
@@ -137,15 +132,13 @@ class WeightStore:
         try:
             yield
         finally:
-            for name, slot in self._slots[place].items():
-                slot.fill(self._absent[name])
+            for slot in self._slots[place].values():
+                slot.fill(getattr(slot.module, slot.leaf).to("meta"))
 
     def _fetch(self, place: int) -> dict[str, Tensor]:
         with torch.cuda.stream(self._stream) if self._stream else contextlib.nullcontext():
-            return {
-                name: self.get(name).to(self._device, non_blocking=True)
-                for name in self._slots[place]
-            }
+            tensors = ((name, self.get(name)) for name in self._slots[place])
+            return {name: x.to(self._device, non_blocking=True) for name, x in tensors}
 
     def _forget_ahead(self) -> None:
         if self._ahead is not None:
@@ -162,8 +155,8 @@ class WeightStore:
                 disk.
         """
         is_there = stays and self.kept.place == "disk"
-        self._reads = dict.fromkeys(self._all, read) if is_there else {}
-        for name in self._all:
+        self._reads = dict.fromkeys(self.slot_of, read) if is_there else {}
+        for name in self.slot_of:
             value = read(name)
             checked(name, value)
             if not is_there:
@@ -175,7 +168,7 @@ class WeightStore:
         Nothing stays open that no name needs.
         """
         self._forget_ahead()
-        for name in (name for name in self._all if name in names):
+        for name in (name for name in self.slot_of if name in names):
             self._reads[name] = read
             if name in self.kept:
                 self.kept.drop(name)
@@ -186,13 +179,13 @@ class WeightStore:
         On disk it is mapped from its file unless its dtype must be changed.
         """
         if name in self._reads:
-            return self._reads[name](name).to(self._all[name].dtype)
+            return self._reads[name](name).to(self.slot_of[name].dtype)
         return self.kept.get(name)
 
     def set(self, name: str, tensor: Tensor) -> None:
         """Replace the content of a tensor; not inside of its block."""
         self._forget_ahead()
-        slot = self._all[name]
+        slot = self.slot_of[name]
         if self.kept.place == "device" and name not in self.kept:
             tensor = tensor.to(self._device, slot.dtype, copy=True)
             slot.fill(tensor)

@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 import ray_surgeon.maths.experts as of_experts
 from ray_surgeon.maths.kronecker import PackedFactors, PackedSymmetric, Term
-from ray_surgeon.memory.stores import FactorStore, Scratch, Stores
+from ray_surgeon.memory.stores import Scratch, Stores, TensorStore
 from ray_surgeon.memory.weights import Read, Slot, WeightStore
 from ray_surgeon.models import build
 from ray_surgeon.models.checkpoint import check_finite
@@ -59,8 +59,9 @@ class ModelShard:
         self._ends = WeightStore("device", [slots.pop(None, {})], device, scratch)
         self.weights = WeightStore(self.stores.weights, list(slots.values()), device, scratch)
         # global names of the tensors that `load` reads, in its order
-        self.wanted = [*self._ends.names, *self.weights.names]
-        self.factor_store = FactorStore(self.stores.factors, device, scratch)
+        self.wanted = [*self._ends.slot_of, *self.weights.slot_of]
+        # packed sums; those of a block are on the device while it runs
+        self.factor_store = TensorStore(self.stores.factors, device, scratch, ".factor")
         own = (shape for shape in layout.linears if shape.block in blocks)
         groups = itertools.groupby(own, key=lambda shape: shape.shared_input)
         self.shared_inputs = [SharedInput(self, list(shapes)) for _, shapes in groups]
@@ -77,11 +78,8 @@ class ModelShard:
             for module in self.linears.values():
                 build.use_fast_products(module)
         self.gathering: list[SharedInput] = []
-        # the linears for which the curvature pass gathers factors, by name
-        self.gathered: dict[str, build.LinearModule] = {}
         self.terms: dict[str, list[Term]] = {}
         self._kind: str | None = None
-        self._has_tokens = True  # factors are sums over tokens, of which an expert may have few
         self._layer_means: dict[tuple[int, str], of_experts.LayerMean] = {}
 
     def _slot(self, name: str) -> Slot:
@@ -161,12 +159,14 @@ class ModelShard:
         assert self._kind is None
         self.drop_curvature()
         self.gathering = [g for g in self.shared_inputs if only is None or g.roles & only]
+        # the linears for which the curvature pass gathers factors, by name
         self.gathered = {n: m for group in self.gathering for n, m in group.linears.items()}
         for place, mixture in self.mixtures.items() if experts else ():
             self.expert_sums[place] = of_experts.ExpertSums(len(mixture.experts), self.device)
         for group in self.gathering:
             group.num_tokens = int(kind == "identity")
         self._kind = kind
+        # factors are sums over tokens, of which an expert may have few
         self._has_tokens = kind != "identity"
 
     @contextlib.contextmanager
@@ -186,7 +186,7 @@ class ModelShard:
         for group in (group for group in self.gathering if gathers and group.place == place):
             sums_G = self._kind != "activations" and torch.is_grad_enabled()
             keys = group.sizes if sums_G else [group.key_of_A]
-            factors = {key: self.factor_store.on_device(key, group.sizes[key]) for key in keys}
+            factors = {key: self._sum(group, key) for key in keys}
             hooks += group.add_to(factors, wide=wide)
             sums |= factors
         try:
@@ -195,7 +195,14 @@ class ModelShard:
             for hook in hooks:
                 hook.remove()
             for key, total in sums.items():
-                self.factor_store.put(key, total)
+                self.factor_store.put(key, total.flat)
+
+    def _sum(self, group: SharedInput, key: str) -> PackedSymmetric:
+        """Return a sum that may be added to, zeros if there is none."""
+        n = group.sizes[key]
+        if key not in self.factor_store:
+            return PackedSymmetric.zeros(n, self.device)
+        return PackedSymmetric(n, self.factor_store.on_device(key))
 
     def stop_gathering(self) -> None:
         """Stop to gather; what was summed stays."""
@@ -205,11 +212,10 @@ class ModelShard:
         """Stop to gather, and set the factors that the kind does not sum."""
         assert self._kind is not None, "no curvature pass has been made"
         for group in self.gathering:
-            for key, n in group.sizes.items():
-                if key not in self.factor_store:
-                    total = PackedSymmetric.zeros(n, self.device)
-                    total.fill_diagonal(group.num_tokens)
-                    self.factor_store.put(key, total)
+            for key in (key for key in group.sizes if key not in self.factor_store):
+                total = self._sum(group, key)
+                total.fill_diagonal(group.num_tokens)
+                self.factor_store.put(key, total.flat)
         self.stop_gathering()
 
     def drop_curvature(self) -> None:
@@ -230,8 +236,8 @@ class ModelShard:
     def own_factors(self, name: str) -> PackedFactors:
         """Return the sums of a linear where they lie; A is that of its shared input."""
         group = self._group_of[name]
-        A = self.factor_store.get(group.key_of_A)
-        G = self.factor_store.get(group.keys_of_G[name])
+        keys = (group.key_of_A, group.keys_of_G[name])
+        A, G = (PackedSymmetric(group.sizes[key], self.factor_store.get(key)) for key in keys)
         return PackedFactors(A, G, group.num_tokens, tuple(self.terms.get(name, ())))
 
     def own_divisor(self, name: str, num_tokens: int) -> float:
@@ -243,25 +249,22 @@ class ModelShard:
 
     def layer_mean(self, block: int, role: str) -> of_experts.LayerMean:
         """Return the mean factors of the linears of a role over all experts of a block."""
-        if (block, role) not in self._layer_means:
-            # blocks have their turns
-            means = {key: mean for key, mean in self._layer_means.items() if key[0] == block}
-            self._layer_means = means  # those of other blocks are free before one is made
-            means[block, role] = self._mean_of_layer(block, role)
-        return self._layer_means[block, role]
-
-    def _mean_of_layer(self, block: int, role: str) -> of_experts.LayerMean:
-        shapes = [s for s in self.layout.linears if s.block == block and s.role == role]
-        own = [self.own_factors(shape.name) for shape in shapes]
-        is_consumer = role.endswith(self.layout.family.sparse.linears.consumer)
-        As = ((factors.A, factors.num_tokens) for factors in own)
-        Gs = ((factors.G, factors.num_tokens) for factors in own)
-        num_tokens = sum(factors.num_tokens for factors in own)
-        return of_experts.LayerMean(
-            of_experts.mean_factor(As, has_basis=not is_consumer, has_bias=shapes[0].has_bias),
-            of_experts.mean_factor(Gs, has_basis=is_consumer),
-            num_tokens / self.mixtures[block - self.blocks.first].num_chosen,
-        )
+        # blocks have their turns: means of other blocks are free before one is made
+        means = {key: mean for key, mean in self._layer_means.items() if key[0] == block}
+        self._layer_means = means
+        if (block, role) not in means:
+            shapes = [s for s in self.layout.linears if s.block == block and s.role == role]
+            own = [self.own_factors(shape.name) for shape in shapes]
+            is_consumer = role.endswith(self.layout.family.sparse.linears.consumer)
+            As = ((factors.A, factors.num_tokens) for factors in own)
+            Gs = ((factors.G, factors.num_tokens) for factors in own)
+            num_tokens = sum(factors.num_tokens for factors in own)
+            means[block, role] = of_experts.LayerMean(
+                of_experts.mean_factor(As, has_basis=not is_consumer, has_bias=shapes[0].has_bias),
+                of_experts.mean_factor(Gs, has_basis=is_consumer),
+                num_tokens / self.mixtures[block - self.blocks.first].num_chosen,
+            )
+        return means[block, role]
 
     @property
     def head_weight(self) -> Tensor:

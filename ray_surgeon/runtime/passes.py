@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ray_surgeon.maths.kronecker import PackedSymmetric
 from ray_surgeon.models.hooks import SharedInput
 from ray_surgeon.models.loss import perplexity_of
 from ray_surgeon.models.runner import Call
@@ -221,7 +222,7 @@ class BlockPass(ABC):
         store = worker.shard.factor_store
         for group in groups:
             key = group.key_of_A
-            total = store.on_device(key, store.get(key).n)
+            total = PackedSymmetric(group.sizes[key], store.on_device(key))
             num_tokens = torch.tensor(group.num_tokens, device=worker.device)
             for tensor in (total.flat, num_tokens):
                 worker.replicas.reduce(tensor, worker.owner(group.names[0]))

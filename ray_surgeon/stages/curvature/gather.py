@@ -58,7 +58,7 @@ def first_not_finite(worker: Worker) -> str | None:
     """Return the first linear of this shard whose inputs in the pass were not finite."""
     store = worker.shard.factor_store
     for group in worker.shard.gathering:
-        if group.key_of_A in store and not store.get(group.key_of_A).flat.isfinite().all():
+        if group.key_of_A in store and not store.get(group.key_of_A).isfinite().all():
             return group.names[0]
     return None
 
@@ -68,8 +68,8 @@ def weigh_gradients(worker: Worker, factor: float, beside: SumsBeside) -> None:
     shard = worker.shard
     store = shard.factor_store
     for key in (key for group in shard.gathering for key in group.keys_of_G.values()):
-        total = store.on_device(key, store.get(key).n)
-        total.flat.mul_(factor)
+        total = store.on_device(key)
+        total.mul_(factor)
         store.put(key, total)
     beside.weigh(worker, factor)
 
@@ -92,8 +92,8 @@ def finish_curvature(worker: Worker, beside: SumsBeside) -> None:
         worker.replicas.reduce(num_tokens, owner)
         group.num_tokens = int(num_tokens)
         for key in group.sizes:
-            total = store.on_device(key, store.get(key).n)
-            worker.replicas.reduce(total.flat, owner)
+            total = store.on_device(key)
+            worker.replicas.reduce(total, owner)
             if worker.replicas.rank == owner:
                 store.put(key, total)
             else:
