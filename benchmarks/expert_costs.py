@@ -59,7 +59,7 @@ class SingleRemovals:
 
         States before the block are given.
         """
-        kept = self.shard.mixtures[place].router.kept
+        kept = self.shard.mixtures[place].kept
         kept[expert] = False
         found = self.compare(place, states)
         kept[expert] = True

@@ -197,48 +197,16 @@ def routed(top_k_index: Tensor, num_experts: int) -> Iterator[tuple[int, Tensor,
             yield number, places // k, places % k
 
 
-class Router:
-    """A family's router that may go around some experts: what its own code says of the others."""
-
-    def __init__(self, module: nn.Module) -> None:
-        """Take the router, whose calls come here from now on."""
-        self.module = module
-        self.kept = torch.ones(int(module.num_experts), dtype=torch.bool)  # type: ignore[arg-type]
-        module.forward = self
-
-    def __call__(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return logits [num_tokens, kept], weights and experts [num_tokens, k]."""
-        return self.among(hidden, self.kept)
-
-    def among(self, hidden: Tensor, kept: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Route among some experts only, [num_experts] bool.
-
-        The layer computes as if there were no others.
-        """
-        whole: Any = type(self.module).forward
-        if bool(kept.all()):
-            logits, weights, numbers = whole(self.module, hidden)
-            return logits, weights, numbers
-        rows = kept.to(hidden.device).nonzero()[:, 0]
-        narrow: Any = copy.copy(self.module)
-        narrow._parameters = {
-            name: nn.Parameter(p[rows], requires_grad=False)
-            for name, p in self.module.named_parameters(recurse=False)
-        }
-        narrow._buffers = {name: b[rows] for name, b in self.module.named_buffers(recurse=False)}
-        narrow.num_experts = len(rows)
-        narrow.top_k = min(narrow.top_k, len(rows))
-        logits, weights, numbers = whole(narrow, hidden)
-        return logits, weights, rows[numbers]
-
-
 class Mixture:
     """The mixture of experts of a block whose experts are linears; once a block.
+
+    Its router goes around removed experts: what the family's own code says of the others.
 
     Attributes:
         layer: the whole layer, whose output is added to the hidden states.
         experts: all of them.
         router: that chooses among them.
+        kept: which of them it chooses among, [num_experts] bool.
         num_chosen: experts a token goes to.
         has_softmax: see `SparseLayer`.
     """
@@ -246,14 +214,33 @@ class Mixture:
     def __init__(self, block: nn.Module, sparse: SparseLayer) -> None:
         self.layer = block.get_submodule(sparse.layer)
         self.experts: Any = block.get_submodule(sparse.experts)
-        self.router = Router(block.get_submodule(sparse.router))
-        self.num_chosen = int(self.router.module.top_k)  # type: ignore[arg-type]
+        self.router: Any = block.get_submodule(sparse.router)
+        self.router.forward = self.route
+        self.kept = torch.ones(self.router.num_experts, dtype=torch.bool)
+        self.num_chosen = int(self.router.top_k)
         self.has_softmax = sparse.has_softmax
 
     @property
     def can_spare_one(self) -> bool:
         """Whether a token finds as many experts when one more is removed."""
-        return int(self.router.kept.sum()) > self.num_chosen
+        return int(self.kept.sum()) > self.num_chosen
+
+    def route(self, hidden: Tensor, kept: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Return logits [num_tokens, kept], weights and experts [num_tokens, k].
+
+        The router computes as if there were no others than the kept ones, which may be given.
+        """
+        kept = self.kept if kept is None else kept
+        rows = kept.nonzero()[:, 0].to(hidden.device)
+        router = self.router
+        if len(rows) < len(kept):
+            router = copy.copy(router)
+            router._parameters = {name: p[rows] for name, p in router._parameters.items()}
+            router._buffers = {name: b[rows] for name, b in router._buffers.items()}
+            router.num_experts = len(rows)
+            router.top_k = min(router.top_k, len(rows))
+        logits, weights, numbers = type(router).forward(router, hidden)
+        return logits, weights, rows[numbers]
 
 
 def _combine(whole: nn.Module, sparse: SparseLayer) -> Combine:

@@ -180,9 +180,9 @@ def removals(mixture: Mixture, hidden: Tensor, numbers: Tensor, weights: Tensor)
     for number, token, _ in whole:
         chosen = (numbers[token], weights[token])
         if mixture.can_spare_one:
-            kept = mixture.router.kept.clone()
+            kept = mixture.kept.clone()
             kept[number] = False
-            _, new_weights, new_numbers = mixture.router.among(hidden[token], kept)
+            _, new_weights, new_numbers = mixture.route(hidden[token], kept)
             chosen = (new_numbers, new_weights)
         without.append(chosen)
     every = torch.arange(num_tokens, device=hidden.device)
@@ -215,12 +215,11 @@ def _rises(mixture: Mixture, hidden: Tensor, is_routed: Tensor) -> Tensor | None
 
     By so much a softmax that is not normalised later rises without them.
     """
-    if not mixture.has_softmax or getattr(mixture.router.module, "norm_topk_prob", True):
+    if not mixture.has_softmax or getattr(mixture.router, "norm_topk_prob", True):
         return None
     logits, _, _ = mixture.router(hidden)
-    kept = mixture.router.kept.to(hidden.device)
     p = logits.new_zeros(is_routed.shape, dtype=torch.float32)
-    p[:, kept] = logits.float().softmax(dim=1)
+    p[:, mixture.kept] = logits.float().softmax(dim=1)
     return (p / (1 - p)).masked_fill(is_routed, 0.0)
 
 
@@ -247,7 +246,5 @@ def sum_removals(sums: ExpertSums, mixture: Mixture) -> list[RemovableHandle]:
 
         see_gradient(outputs[0] if isinstance(outputs, tuple) else outputs, add)
 
-    return [
-        mixture.experts.register_forward_pre_hook(enter),
-        mixture.layer.register_forward_hook(leave),
-    ]
+    entering = mixture.experts.register_forward_pre_hook(enter)
+    return [entering, mixture.layer.register_forward_hook(leave)]

@@ -131,14 +131,14 @@ def test_gradients_are_the_familys_own(family: str, gathered: Gathered, own: Own
 @torch.no_grad()
 def change_without(mixture: Mixture, x: Tensor, expert: int) -> Tensor:
     """Return what the output of a layer changes if its router has no such expert."""
-    before = mixture.router.kept
+    before = mixture.kept
     outputs = []
     for gone in ([], [expert]):
-        mixture.router.kept = before.clone()
-        mixture.router.kept[gone] = False
+        mixture.kept = before.clone()
+        mixture.kept[gone] = False
         output = mixture.layer(x[None])
         outputs.append(output[0] if isinstance(output, tuple) else output)
-    mixture.router.kept = before
+    mixture.kept = before
     return (outputs[1] - outputs[0])[0]
 
 
@@ -146,7 +146,7 @@ def change_without(mixture: Mixture, x: Tensor, expert: int) -> Tensor:
 def test_removals_change_what_two_layers_differ_by(family: str, gathered: Gathered) -> None:
     """Expert 0 is gone, as after an earlier shot."""
     mixture = gathered.part.mixtures[3]
-    mixture.router.kept[0] = False
+    mixture.kept[0] = False
     x = torch.randn(30, 32, generator=torch.Generator().manual_seed(2))
     _, weights, numbers = mixture.router(x)
     found = removals(mixture, x, numbers, weights)
@@ -169,7 +169,7 @@ def test_removals_change_what_two_layers_differ_by(family: str, gathered: Gather
             norm = mixture.experts[expert](x[tokens]).norm(dim=1)
         weight = (weights * (numbers == expert)).sum(dim=1)[tokens]
         torch.testing.assert_close(found.norms[mine], norm * weight, rtol=1e-4, atol=1e-5)
-    mixture.router.kept[0] = True
+    mixture.kept[0] = True
 
 
 @without_groups

@@ -85,7 +85,7 @@ def go_around_removed(worker: Worker) -> None:
         removed = experts.removed(worker.masks)
         if removed.any():
             place = experts.block - worker.shard.blocks.first
-            worker.shard.mixtures[place].router.kept = ~removed
+            worker.shard.mixtures[place].kept = ~removed
 
 
 def remove_experts(worker: Worker, consumers: Collection[str]) -> None:
