@@ -26,18 +26,7 @@ TOKENS_OF_ROOM = 128
 """By which the memory for keys and values grows."""
 
 
-class _ReachedTheEndError(Exception):
-    """Ends the family's forward when its last block has been called."""
-
-
-class _Passing:
-    """Stands for a block's output, which the family takes whole, or its first item."""
-
-    def __getitem__(self, index: int) -> _Passing:
-        return self
-
-
-Call = tuple[tuple[Any, ...], dict[str, Any]]
+Call = tuple[list[Any], dict[str, Any]]
 """What a block is called with beside the hidden states."""
 
 
@@ -75,22 +64,18 @@ class BlockRunner:
         calls: list[Call] = []
         hidden: list[Tensor] = []
 
-        def note(*args: Any, **kwargs: Any) -> _Passing:
-            states, rest = (args[0], args[1:]) if args else (kwargs.pop("hidden_states"), ())
-            if not calls:
-                hidden.append(states)
+        def note(*args: Any, **kwargs: Any) -> Tensor:
+            states, *rest = args or (kwargs.pop("hidden_states"),)
+            hidden.append(states)
             calls.append((rest, kwargs))
-            if len(calls) == len(self._blocks):
-                raise _ReachedTheEndError
-            return _Passing()
+            return hidden[0]  # of which a family may take the first item
 
         key = "input_ids" if inputs.dtype == torch.int64 else "inputs_embeds"
         going_on = {} if cache is None else {cache_argument(self._shard.base): cache}
         for block in self._blocks:
             block.forward = note
         try:
-            with contextlib.suppress(_ReachedTheEndError):
-                self._shard.base(**{key: inputs}, **going_on, use_cache=cache is not None)
+            self._shard.base(**{key: inputs}, **going_on, use_cache=cache is not None)
         finally:
             for block in self._blocks:
                 del block.forward
@@ -238,8 +223,8 @@ class ShardCache(DynamicCache):  # type: ignore[misc]
     def __init__(self, config: Any, first: int) -> None:
         super().__init__(config=config)
         self._first = first
-        # layer -> keys and values, [m, heads, at least as many tokens, head_dim]
-        self._rooms: dict[int, tuple[Tensor, Tensor]] = {}
+        # of a layer the "keys" or "values", [m, heads, at least as many tokens, head_dim]
+        self._rooms: dict[tuple[int, str], Tensor] = {}
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -253,13 +238,10 @@ class ShardCache(DynamicCache):  # type: ignore[misc]
         if not layer.is_initialized:
             layer.lazy_initialization(key_states, value_states)
         before = layer.get_seq_length()
-        rooms = self._rooms.get(number, (layer.keys, layer.values))
-        keys = _with_room(rooms[0], before, key_states)
-        values = _with_room(rooms[1], before, value_states)
-        self._rooms[number] = keys, values
-        after = before + key_states.shape[-2]
-        layer.keys = keys[:, :, :after]
-        layer.values = values[:, :, :after]
+        for name, states in (("keys", key_states), ("values", value_states)):
+            room = self._rooms.get((number, name), getattr(layer, name))
+            room = self._rooms[number, name] = _with_room(room, before, states)
+            setattr(layer, name, room[:, :, : before + states.shape[-2]])
         return layer.keys, layer.values
 
 
