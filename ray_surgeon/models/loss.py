@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -78,14 +78,13 @@ def next_token_loss(
         [num_sequences] float64 NLL of the data in nats, summed over the tokens that count, and the
         gradient [num_sequences, T, d] or None.
     """
-    places = _places(counts)
-    flat = _chosen(hidden[:, :-1], places)
-    labels = _chosen(tokens[:, 1:, None], places)
+    predicted = _Predicted(tokens, counts)
+    labels = predicted.labels
     nll = torch.empty(len(labels), dtype=torch.float64, device=hidden.device)
     chances = None
     if generator is not None:
         of_all = torch.rand(tokens[:, 1:].numel(), generator=generator).to(hidden.device)
-        chances = of_all if places is None else of_all[places]
+        chances = predicted.chosen(of_all[:, None])[:, 0]
 
     def work(span: slice, logits: Tensor) -> None:
         wide = logits.float()
@@ -99,10 +98,8 @@ def next_token_loss(
             minus = torch.full_like(targets, -1, dtype=probabilities.dtype)
             logits.copy_(probabilities.scatter_add_(1, targets, minus))
 
-    gradient = _in_parts([flat], head_weight, work, with_gradient=with_gradient)
-    if gradient is not None:
-        gradient = pad(_placed(gradient, places, tokens), (0, 0, 0, 1))
-    return _placed(nll, places, tokens).sum(dim=1), gradient
+    gradient = predicted.work_on([hidden], head_weight, work, with_gradient)
+    return predicted.placed(nll).sum(dim=1), gradient
 
 
 @dataclass(frozen=True)
@@ -144,12 +141,10 @@ def compare_with_dense(
         with_acceptance: whether acceptance and agreement are wanted. Source: docs/method.md,
             section 12.
     """
-    places = _places(counts)
-    flat = _chosen(hidden[:, :-1], places)
-    target = _chosen(dense[:, :-1], places)
-    labels = _chosen(tokens[:, 1:, None], places)
+    predicted = _Predicted(tokens, counts)
+    labels = predicted.labels
     names = ("divergence", "nll", *(("acceptance", "agreement") if with_acceptance else ()))
-    sums = {n: torch.empty(len(flat), dtype=torch.float64, device=hidden.device) for n in names}
+    sums = {n: torch.empty(len(labels), dtype=torch.float64, device=hidden.device) for n in names}
 
     def work(span: slice, logits: Tensor, wanted: Tensor) -> None:
         log_q = torch.log_softmax(logits, dim=-1, dtype=torch.float32)
@@ -165,10 +160,8 @@ def compare_with_dense(
         if with_gradient:
             logits.copy_(log_q.exp_().sub_(p))
 
-    gradient = _in_parts([flat, target], head_weight, work, with_gradient=with_gradient)
-    if gradient is not None:
-        gradient = pad(_placed(gradient, places, tokens), (0, 0, 0, 1))
-    of_each = {name: _placed(values, places, tokens).sum(dim=1) for name, values in sums.items()}
+    gradient = predicted.work_on([hidden, dense], head_weight, work, with_gradient)
+    of_each = {name: predicted.placed(values).sum(dim=1) for name, values in sums.items()}
     return Comparison(gradient=gradient, **of_each)
 
 
@@ -192,56 +185,53 @@ def next_tokens(hidden: Tensor, head_weight: Tensor, chances: Tensor, temperatur
     return _drawn(torch.softmax(logits / temperature, dim=-1), chances)[:, 0]
 
 
-def _places(counts: Tensor | None) -> Tensor | None:
-    """Return the positions that count, [n], of all that predict a token; None for all.
+class _Predicted:
+    """The tokens that are predicted and count, of [num_sequences, T]."""
 
-    There are ``num_sequences * (T - 1)``.
-    """
-    return None if counts is None else counts[:, 1:].reshape(-1).nonzero()[:, 0]
+    def __init__(self, tokens: Tensor, counts: Tensor | None) -> None:
+        """Look them up; see `next_token_loss`."""
+        self._shape = tokens[:, 1:].shape
+        self._places = None if counts is None else counts[:, 1:].reshape(-1).nonzero()[:, 0]
+        self.labels = self.chosen(tokens[:, 1:, None])  # [n, 1]
 
+    def chosen(self, rows: Tensor) -> Tensor:
+        """Return the rows [n, d] of [num_sequences, T - 1, d] that predict one of them."""
+        flat = rows.reshape(-1, rows.shape[-1])
+        return flat if self._places is None else flat[self._places]
 
-def _chosen(rows: Tensor, places: Tensor | None) -> Tensor:
-    """Return the rows [n, d] that count, of [num_sequences, T - 1, d]."""
-    flat = rows.reshape(-1, rows.shape[-1])
-    return flat if places is None else flat[places]
+    def placed(self, rows: Tensor) -> Tensor:
+        """Return rows [n, ...] as [num_sequences, T - 1, ...], the others zero."""
+        if self._places is not None:
+            of_all = rows.new_zeros(self._shape.numel(), *rows.shape[1:])
+            rows = of_all.index_copy_(0, self._places, rows)
+        return rows.view(*self._shape, *rows.shape[1:])
 
+    def work_on(
+        self, hidden: list[Tensor], head: Tensor, work: Callable[..., None], with_gradient: bool
+    ) -> Tensor | None:
+        """Call ``work(places, logits, ...)`` on parts of the tokens that are worked on together.
 
-def _placed(rows: Tensor, places: Tensor | None, tokens: Tensor) -> Tensor:
-    """Return rows [n, ...] that count as [num_sequences, T - 1, ...], the others zero.
-
-    Tokens are [num_sequences, T].
-    """
-    all_tokens = tokens[:, 1:]
-    if places is not None:
-        of_all = rows.new_zeros(all_tokens.numel(), *rows.shape[1:])
-        rows = of_all.index_copy_(0, places, rows)
-    return rows.view(*all_tokens.shape, *rows.shape[1:])
-
-
-def _in_parts(
-    states: Sequence[Tensor], head_weight: Tensor, work: Callable[..., None], *, with_gradient: bool
-) -> Tensor | None:
-    """Call ``work(places, logits, ...)`` on parts of the tokens that are worked on together.
-
-    Args:
-        states: what the head reads [n, d], once for every logits [len(places), vocabulary].
-        head_weight: [vocabulary, d].
-        work: if a gradient is wanted, it leaves that at the first logits in their place.
-        with_gradient: whether to return the gradient [n, d] at the first states.
-    """
-    first, *_ = states
-    gradient = torch.empty_like(first) if with_gradient else None
-    for start in range(0, len(first), TOKENS_PER_SLICE):
-        part = slice(start, min(start + TOKENS_PER_SLICE, len(first)))
-        logits = [product(of_model[part].to(first.dtype), head_weight.T) for of_model in states]
-        size = TOKENS_IN_CACHE if first.device.type == "cpu" else TOKENS_PER_SLICE
-        for place in range(start, part.stop, size):
-            span = slice(place, min(place + size, part.stop))
-            work(span, *(whole[place - start : span.stop - start] for whole in logits))
-        if gradient is not None:
-            gradient[part] = product(logits[0], head_weight)
-        del logits  # before the next slice's are made
-    return gradient
+        Args:
+            hidden: what the head reads [num_sequences, T, d], once for every logits
+                [len(places), vocabulary].
+            head: its weight [vocabulary, d].
+            work: if a gradient is wanted, it leaves that at the first logits in their place.
+            with_gradient: whether to return the gradient at the first hidden states.
+        """
+        states = [self.chosen(of_model[:, :-1]) for of_model in hidden]
+        first = states[0]
+        gradient = torch.empty_like(first) if with_gradient else None
+        for start in range(0, len(first), TOKENS_PER_SLICE):
+            part = slice(start, min(start + TOKENS_PER_SLICE, len(first)))
+            logits = [product(of_model[part].to(first.dtype), head.T) for of_model in states]
+            size = TOKENS_IN_CACHE if first.device.type == "cpu" else TOKENS_PER_SLICE
+            for place in range(start, part.stop, size):
+                span = slice(place, min(place + size, part.stop))
+                work(span, *(whole[place - start : span.stop - start] for whole in logits))
+            if gradient is not None:
+                gradient[part] = product(logits[0], head)
+            del logits  # before the next slice's are made
+        return None if gradient is None else pad(self.placed(gradient), (0, 0, 0, 1))
 
 
 def _drawn(probabilities: Tensor, chances: Tensor) -> Tensor:
