@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
+from torch.utils._pytree import tree_map_only
 
 from ray_surgeon.maths.masks import ElementMask, Mask
 from ray_surgeon.models.build import LinearModule, matrix
@@ -51,11 +51,9 @@ class LowRank:
 
     def added(self, x: Tensor) -> Tensor:
         """Return what is added to the outputs for inputs x [..., C]."""
-        added: Tensor
         if self.kept is None:
-            added = x @ (self.A * self.columns).T.to(x.dtype) @ (self.B * self.rows).T.to(x.dtype)
-        else:
-            added = _ByElement.apply(x, self.A, self.B, self.kept)  # type: ignore[no-untyped-call]
+            return x @ (self.A * self.columns).T.to(x.dtype) @ (self.B * self.rows).T.to(x.dtype)
+        added: Tensor = _ByElement.apply(x, self.A, self.B, self.kept)  # type: ignore[no-untyped-call]
         return added
 
     def product(self) -> Tensor:
@@ -125,12 +123,8 @@ class LowRankCorrections:
             of_W = float(shard.weight(name)[:, : A.shape[1]].square().mean().sqrt())
             groups.append({"params": [A], "size": RATE_OF_A * of_A})
             groups.append({"params": [parts[name].B], "size": of_W / (of_A * len(A) ** 0.5)})
-        for group in groups:
-            group |= {"mean_norm": 0.0, "num_steps": 0}
         self._optimizer = torch.optim.Adam(groups)
-        self._hooks: list[RemovableHandle] = [
-            shard.linears[name].register_forward_hook(partial(self._add, name)) for name in parts
-        ]
+        self._hooks = [shard.linears[n].register_forward_hook(partial(self._add, n)) for n in parts]
 
     def gradients(self, name: str, num_tokens: int) -> list[Tensor]:
         """Return the gradients of the mean loss at A and B of a linear, and keep them there.
@@ -153,8 +147,15 @@ class LowRankCorrections:
         for group in self._optimizer.param_groups:
             group["lr"] = rate * group["size"]
             gradient = group["params"][0].grad
-            if gradient is not None:  # something has passed
-                _clip(gradient, group)
+            if gradient is None:  # nothing has passed
+                continue
+            norm = float(gradient.norm())
+            mean = group.get("mean_norm", 0.0)  # of those before
+            if mean > 0 and norm > CLIP * mean:
+                gradient.mul_(CLIP * mean / norm)
+                norm = CLIP * mean
+            count = group.get("num_steps", 0)
+            group |= {"mean_norm": (mean * count + norm) / (count + 1), "num_steps": count + 1}
         self._optimizer.step()
         self.forget_gradients()
 
@@ -215,21 +216,6 @@ class LowRankCorrections:
         return arrived
 
 
-def _clip(gradient: Tensor, group: dict[str, Any]) -> None:
-    """Clip a gradient by the norms before it, and count its own among them."""
-    norm = float(gradient.norm())
-    mean = group["mean_norm"]
-    if mean > 0 and norm > CLIP * mean:
-        gradient.mul_(CLIP * mean / norm)
-        norm = CLIP * mean
-    count = group["num_steps"]
-    group |= {"mean_norm": (mean * count + norm) / (count + 1), "num_steps": count + 1}
-
-
-def _copied(state: Mapping[str, Any]) -> dict[str, Any]:
+def _copied(state: Any) -> Any:
     """Copy the state of an optimizer: tensors of some devices cannot be deep-copied."""
-    moments = {
-        number: {name: value.clone() for name, value in of_tensor.items()}
-        for number, of_tensor in state["state"].items()
-    }
-    return {**state, "state": moments}
+    return tree_map_only(Tensor, Tensor.clone, state)
