@@ -5,6 +5,7 @@ That is under the family's own name, or inside of a tensor with all experts of a
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
 
@@ -174,10 +175,8 @@ def check_checkpoint(layout: ModelLayout, shapes: Shapes, where: str) -> None:
         ValueError: a tensor is missing or has another shape.
     """
     read = read_shapes(shapes)
-    problems: dict[str, list[str]] = {"missing": [], "of another shape": []}
+    problems = defaultdict[str, list[str]](list)
     for name, shape in layout.parameters.items():
-        if name in layout.tied and name not in shapes:
-            continue
         stored = find_stored(layout, name, shapes)
         if stored is None:
             problems["missing"].append(name)
@@ -190,12 +189,8 @@ def check_checkpoint(layout: ModelLayout, shapes: Shapes, where: str) -> None:
             expected = f"{layout.num_experts} times {expected}"
         if present != expected:
             problems["of another shape"].append(f"{key} is {present}, expected {expected}")
-    details = [
-        f"{len(parts)} {what} ({', '.join(parts[:3])}{', ...' if len(parts) > 3 else ''})"
-        for what, parts in problems.items()
-        if parts
-    ]
-    if details:
+    if problems:
+        details = [f"{len(p)} {what} ({', '.join(p[:3])})" for what, p in problems.items()]
         raise ValueError(
             f"model.source: {where} does not fit its config.json: {'; '.join(details)}. Give a "
             "complete checkpoint"
@@ -230,25 +225,6 @@ def check_tied(layout: ModelLayout, keys: Container[str], read: ReadStored, wher
                 )
 
 
-class Stack:
-    """Puts tensors of experts together as a checkpoint has them.
-
-    Shapes are [num_experts, inputs, outputs], of a bias [num_experts, outputs].
-    """
-
-    def __init__(self, num_experts: int) -> None:
-        """Start empty; so many experts are put together."""
-        self._num_experts = num_experts
-        self.tensor = torch.empty(0)  # what was put together
-
-    def put(self, part: ExpertTensor, place: int, tensor: Tensor) -> None:
-        """Put a linear's weight [R, C] or bias [R] at a place among the experts."""
-        if not self.tensor.numel():
-            num_outputs = len(tensor) * (part.every.step or 1)
-            self.tensor = tensor.new_empty(self._num_experts, *tensor.shape[1:], num_outputs)
-        self.tensor[place, ..., part.every] = tensor.t()
-
-
 class Stored:
     """What a checkpoint calls tensors, without removed experts, and which it keeps together."""
 
@@ -267,8 +243,8 @@ class Stored:
         prefix = layout.family.block_prefix
         # name of a router -> which of its entries are left
         self.entries = {prefix(e.block) + router: self._left[e.name] for e in sets}
-        self._whole = ""  # the tensor of all experts that is being put together
-        self._stack = Stack(0)
+        # by its name, the tensor of all experts that is being put together
+        self._stack = dict[str, Tensor]()
 
     def _part(self, name: str) -> ExpertTensor | None:
         return self._layout.family.part_of_stack(name) if self._stored else None
@@ -287,12 +263,22 @@ class Stored:
         return self._layout.family.stored_name(name) if self._stored else name
 
     def whole(self, name: str, tensor: Tensor) -> Tensor:
-        """Return the tensor of `name(name)`, with all parts that were given before filled in."""
+        """Return the tensor of `name(name)`, with all parts that were given before filled in.
+
+        Of experts that checkpoints keep together it is [num_experts, inputs, outputs], of a bias
+        [num_experts, outputs].
+
+        Args:
+            name: of a tensor here.
+            tensor: a linear's weight [R, C] or bias [R], or any other.
+        """
         part = self._part(name)
         if part is None or not tensor.numel():
             return tensor
-        if self._whole != part.whole:
-            self._whole = part.whole
-            self._stack = Stack(self._place(part.experts, self._layout.num_experts))
-        self._stack.put(part, self._place(part.experts, part.expert), tensor)
-        return self._stack.tensor
+        if part.whole not in self._stack:
+            num_left = self._place(part.experts, self._layout.num_experts)
+            num_outputs = len(tensor) * (part.every.step or 1)
+            self._stack = {part.whole: tensor.new_empty(num_left, *tensor.shape[1:], num_outputs)}
+        stack = self._stack[part.whole]
+        stack[self._place(part.experts, part.expert), ..., part.every] = tensor.t()
+        return stack

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from ray_surgeon.models import checkpoint
+from ray_surgeon.models.build import BlockRange
 from ray_surgeon.models.checkpoint import check_checkpoint, read_state, tensor_reader
 from ray_surgeon.models.families import check_not_quantised
 from tests.conftest import LAYOUTS
@@ -59,14 +60,12 @@ def test_numbers_of_four_bits_are_those_of_transformers() -> None:
 
 def test_parts_are_put_together_as_they_were(state: dict[str, Tensor]) -> None:
     read = tensor_reader(LAYOUT, state, read_state(state), "here")
-    stacks: dict[str, checkpoint.Stack] = {}
-    for name, shape in LAYOUT.parameters.items():
-        part = LAYOUT.family.part_of_stack(name)
-        if part is not None:
-            stacks.setdefault(part.whole, checkpoint.Stack(6)).put(part, part.expert, read(name))
-            assert read(name).shape == shape
-    assert len(stacks) == 4 * 4
-    assert all(torch.equal(stack.tensor, state[name]) for name, stack in stacks.items())
+    stored = checkpoint.Stored(LAYOUT, BlockRange(0, 4, 4), {}, stored=True)
+    assert all(read(name).shape == shape for name, shape in LAYOUT.parameters.items())
+    names = sorted(LAYOUT.parameters, key=stored.name)
+    whole = {stored.name(name): stored.whole(name, read(name)) for name in names}
+    assert len([name for name in whole if ".experts." in name]) == 4 * 4
+    assert all(torch.equal(tensor, state[name]) for name, tensor in whole.items())
 
 
 EXPERTS = "model.layers.1.mlp.experts"
