@@ -31,15 +31,7 @@ The keys after the last of them are left out, so that fewer queries are less wor
 
 
 def attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    is_causal: bool | None = None,
-    **kwargs: Any,
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **others: Any
 ) -> tuple[Tensor, None]:
     """Return the outputs of attention.
 
@@ -51,20 +43,22 @@ def attention(
         query: [n, heads, T, d].
         key: [n, key heads, S, d], each for as many query heads that follow each other.
         value: [n, key heads, S, e].
-        attention_mask: None if every query reads all keys, or those up to its own place.
-        dropout: share of weights that are set to zero.
-        scaling: factor of the scores; 1 / sqrt(d) if None.
-        is_causal: whether a query reads the keys up to its own place only.
-        kwargs: of other functions.
+        mask: None if every query reads all keys, or those up to its own place.
+        others: `dropout`, the share of weights that are set to zero; `scaling`, the factor of the
+            scores, 1 / sqrt(d) if None; `is_causal`, whether a query reads the keys up to its own
+            place only; and what other functions want.
 
     Returns:
         [n, T, heads, e], and None in place of the weights.
     """
     T = query.shape[2]
     S = key.shape[2]
+    scaling = others.get("scaling")
+    is_causal = others.get("is_causal")
     causal = T > 1 and (getattr(module, "is_causal", True) if is_causal is None else is_causal)
-    special = (attention_mask, kwargs.get("position_bias"), kwargs.get("softcap"))
-    plain = not dropout and all(part is None for part in special) and (not causal or T == S)
+    special = (mask, others.get("position_bias"), others.get("softcap"))
+    is_plain = not others.get("dropout") and all(part is None for part in special)
+    plain = is_plain and (not causal or T == S)
     on_cpu = query.device.type == "cpu"
     shared = query.shape[1] // key.shape[1]
     if plain and not on_cpu and shared > 1 and query.dtype == torch.float32:
@@ -75,8 +69,7 @@ def attention(
         return outputs.transpose(1, 2).contiguous(), None
     gains = on_cpu and (query.dtype == torch.bfloat16 or T == 1)
     if not plain or not gains:
-        kwargs |= {"dropout": dropout, "scaling": scaling, "is_causal": is_causal}
-        outputs, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+        outputs, _ = sdpa_attention_forward(module, query, key, value, mask, **others)
         return outputs, None
     factor = query.shape[-1] ** -0.5 if scaling is None else scaling
     return in_products(query * factor, key, value, causal=causal).transpose(1, 2).contiguous(), None
@@ -172,18 +165,14 @@ AttentionInterface.register(IN_PRODUCTS, attention)
 AttentionMaskInterface.register(IN_PRODUCTS, sdpa_mask)
 
 
-def of_full_attention(parameters: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return what `rope_parameters` says of full attention, which may have a table of its own."""
+def rope_of(config: PretrainedConfig) -> Mapping[str, Any]:
+    """Return what a configuration says of rotary embeddings; nothing if it has none.
+
+    That is of full attention, which may have a table of its own.
+    """
+    parameters = getattr(config, "rope_parameters", None) or {}
     table: Mapping[str, Any] = parameters.get("full_attention", parameters)
     return table
-
-
-def rope_of(config: PretrainedConfig) -> Mapping[str, Any]:
-    """Return what a configuration says of rotary embeddings of full attention.
-
-    Nothing if it has none.
-    """
-    return of_full_attention(getattr(config, "rope_parameters", None) or {})
 
 
 def rope_kind(config: PretrainedConfig) -> str:
@@ -199,7 +188,7 @@ def for_older_readers(document: Mapping[str, Any]) -> dict[str, Any]:
     parameters = document.get("rope_parameters")
     if not parameters:
         return dict(document)
-    of_all = of_full_attention(parameters)
+    of_all = parameters.get("full_attention", parameters)
     older = {"rope_theta": of_all["rope_theta"]}
     if "sliding_attention" in parameters:
         older["rope_local_base_freq"] = parameters["sliding_attention"]["rope_theta"]
@@ -208,33 +197,3 @@ def for_older_readers(document: Mapping[str, Any]) -> dict[str, Any]:
     if of_all.get("rope_type", "default") != "default":
         older["rope_scaling"] = {name: of_all[name] for name in of_all if name not in older}
     return dict(document) | older
-
-
-def check_rope(document: Mapping[str, Any]) -> None:
-    """Refuse a config.json that says two things of the rotary embeddings.
-
-    Programs read one or the other.
-
-    Raises:
-        ValueError: names both.
-    """
-    parameters = document.get("rope_parameters")
-    if parameters is None:
-        return
-    scaling = document.get("rope_scaling") or {}
-    names = ("rope_theta", "rope_local_base_freq", "partial_rotary_factor")
-    try:
-        said = for_older_readers(document) | dict(of_full_attention(parameters))
-        older = {name: document.get(name) for name in names} | scaling
-    except (AttributeError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"model.source: rope_scaling in config.json is {str(scaling)[:200]}, expected an "
-            f"object, and rope_parameters {str(parameters)[:200]}, expected an object with "
-            "rope_theta; fetch it again"
-        ) from error
-    for name, value in older.items():
-        if value is not None and name in said and value != said[name]:
-            raise ValueError(
-                f"model.source: config.json has {name} {value}, and {said[name]} in "
-                "rope_parameters; programs read one or the other: remove the wrong one"
-            )

@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 from transformers import AutoConfig, PretrainedConfig
 
 import ray_surgeon
-from ray_surgeon.models.attention import check_rope
 from ray_surgeon.models.checkpoint import check_checkpoint, check_tied
 from ray_surgeon.models.families import check_family, check_not_quantised, check_sizes
 from ray_surgeon.models.layout import ModelLayout
@@ -110,7 +109,6 @@ def load_config(folder: Path, origin: str) -> PretrainedConfig:
     check_family(str(document.get("model_type", "")), document.get("text_config"))
     check_sizes(document, origin)
     check_not_quantised(document)
-    check_rope(document)
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # the code of any family may raise anything

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from transformers import AutoConfig, LlamaConfig
 
-from ray_surgeon.models.attention import check_rope, for_older_readers
+from ray_surgeon.models.attention import for_older_readers
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.models.pruned_config import BlockWidths, uniform_document
 from tests.conftest import CONFIGS
@@ -18,7 +18,6 @@ LLAMA_3 |= {"low_freq_factor": 1.0}
 LLAMA_3 |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 64}
 THETA = {"rope_theta": 10000.0}
 YARN = THETA | {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
-OF_ONE_KIND = {"full_attention": THETA, "sliding_attention": {}}
 
 
 def read(document: dict[str, Any]) -> dict[str, Any]:
@@ -35,7 +34,6 @@ def test_transformers_reads_the_same(family: str, rope: dict[str, Any] | None) -
     if rope:
         document["rope_parameters"] = dict(rope)
     both = for_older_readers(document)
-    check_rope(both)
     expected = read(document)
     assert {name: value for name, value in read(both).items() if name in expected} == expected
     if family == "gpt2":
@@ -45,20 +43,6 @@ def test_transformers_reads_the_same(family: str, rope: dict[str, Any] | None) -
     assert both["rope_theta"] == of_all["rope_theta"]
     assert ("rope_scaling" in both) == (rope is not None)
     assert ("rope_local_base_freq" in both) == (family == "gemma3")
-
-
-@pytest.mark.parametrize(
-    ("name", "value", "expected"),
-    [
-        ("rope_theta", 5.0, r"config\.json has rope_theta 5\.0, and 10000\.0 in rope_parameters"),
-        ("rope_scaling", "linear", r"rope_scaling in config\.json is linear, expected an object"),
-        ("rope_parameters", OF_ONE_KIND, "expected an object with rope_theta"),
-    ],
-)
-def test_two_different_values_are_refused(name: str, value: object, expected: str) -> None:
-    document = for_older_readers(CONFIGS["llama"].to_dict()) | {name: value}
-    with pytest.raises(ValueError, match=expected):
-        check_rope(document)
 
 
 def test_a_llama_that_becomes_a_mistral_keeps_its_context() -> None:
