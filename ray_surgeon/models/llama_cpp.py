@@ -13,9 +13,6 @@ from ray_surgeon.models.families import LlamaCpp
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.models.pruned_config import BlockWidths
 
-_WHERE = "output.exports: gguf"
-_OTHERWISE = "export uniform or per_block instead"
-
 _PRE_TOKENIZERS = {
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+": "llama-bpe",  # noqa: E501
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+": "llama-bpe",  # noqa: E501
@@ -27,6 +24,12 @@ The expression is that of tokenizer.json.
 """
 
 
+def _refusal(problem: str) -> ValueError:
+    """Return an error that says what to do, if the problem does not."""
+    remedy = "" if "; " in problem else "; export uniform or per_block instead"
+    return ValueError(f"output.exports: gguf: {problem}{remedy}")
+
+
 def architecture_of(layout: ModelLayout, widths: Sequence[BlockWidths]) -> LlamaCpp:
     """Return the architecture of llama.cpp that holds a model with these widths.
 
@@ -35,17 +38,14 @@ def architecture_of(layout: ModelLayout, widths: Sequence[BlockWidths]) -> Llama
     """
     known = layout.family.llama_cpp
     if known is None:
-        raise ValueError(
-            f"{_WHERE}: llama.cpp does not know the family {layout.config.model_type}; {_OTHERWISE}"
-        )
+        raise _refusal(f"llama.cpp does not know the family {layout.config.model_type}")
     for problem in _misread(layout, known, widths):
-        remedy = "" if "; " in problem else f"; {_OTHERWISE}"
-        raise ValueError(f"{_WHERE}: {problem}{remedy}")
+        raise _refusal(problem)
     return known if len(set(widths)) == 1 else LlamaCpp("deci", "silu", pairs_rotary=True)
 
 
 def _misread(layout: ModelLayout, known: LlamaCpp, widths: Sequence[BlockWidths]) -> Iterator[str]:
-    """Yield what llama.cpp would misread, and what to do, if not `_OTHERWISE`."""
+    """Yield what llama.cpp would misread; see `_refusal`."""
     config = layout.config
     its = f"llama.cpp's {known.name}"
     if layout.activation != known.activation:
@@ -60,8 +60,8 @@ def _misread(layout: ModelLayout, known: LlamaCpp, widths: Sequence[BlockWidths]
         yield from _misread_of_gemma(config)
     elif window is not None and getattr(config, "use_sliding_window", True):
         yield (
-            f"llama.cpp would ignore sliding_window {window}; {_OTHERWISE}, or set it to null in "
-            "config.json if no text is longer"
+            f"llama.cpp would ignore sliding_window {window}; export uniform or per_block instead, "
+            "or set it to null in config.json if no text is longer"
         )
     if not _knows_rope(config, known):
         rope = json.dumps(dict(rope_of(config)))
@@ -72,15 +72,9 @@ def _misread(layout: ModelLayout, known: LlamaCpp, widths: Sequence[BlockWidths]
         yield f"{its} wants heads that fill the hidden size; set pruning.groups: [ffn]"
     differ = len(set(widths)) > 1
     if differ and known.name != "llama":
-        yield (
-            f"blocks of {config.model_type} that differ in width have no place there; set "
-            "pruning.allocation: uniform"
-        )
+        yield f"{its} has blocks of one width only; set pruning.allocation: uniform"
     if differ and any(not width.num_kv_heads or not width.num_channels for width in widths):
-        yield (
-            "llama.cpp misreads some blocks without heads or channels; set pruning.remove_blocks: "
-            "false"
-        )
+        yield "it misreads blocks without heads or channels; set pruning.remove_blocks: false"
 
 
 def _misread_of_gemma(config: PretrainedConfig) -> Iterator[str]:
@@ -126,16 +120,14 @@ def tokenizer_names(document: Mapping[str, Any]) -> tuple[str, str]:
     if model["type"] == "BPE" and (document.get("decoder") or {}).get("type") == "ByteLevel":
         steps = (normaliser or {"normalizers": []}).get("normalizers", [normaliser])
         if unknown := [step["type"] for step in steps if step["type"] != "NFC"]:
-            raise ValueError(
-                f"{_WHERE}: llama.cpp would not apply the tokenizer's normalizer "
-                f"{', '.join(unknown)}; {_OTHERWISE}"
-            )
+            names = ", ".join(unknown)
+            raise _refusal(f"llama.cpp would not apply the tokenizer's normalizer {names}")
         return "gpt2", _pre_tokenizer(document.get("pre_tokenizer"))
     if model["type"] == "BPE" and model.get("byte_fallback"):
         return "llama", "default"
-    raise ValueError(
-        f"{_WHERE}: the tokenizer is of type {model['type']}; known are BPE of bytes, and "
-        f"SentencePiece's BPE with bytes for what has no piece; {_OTHERWISE}"
+    raise _refusal(
+        f"the tokenizer is of type {model['type']}, known are BPE of bytes and SentencePiece's BPE "
+        "with bytes for what has no piece"
     )
 
 
@@ -151,8 +143,7 @@ def _pre_tokenizer(document: Mapping[str, Any] | None) -> str:
             return "smollm"
         if kinds == ["Split", "ByteLevel"] and first["pattern"].get("Regex") in _PRE_TOKENIZERS:
             return _PRE_TOKENIZERS[first["pattern"]["Regex"]]
-    raise ValueError(
-        f"{_WHERE}: how the tokenizer cuts text has no known name in llama.cpp: "
-        f"{json.dumps(document)[:300]}; known are those of GPT-2, Llama 3, Qwen 2 and SmolLM; "
-        f"{_OTHERWISE}"
+    raise _refusal(
+        "how the tokenizer cuts text has no known name in llama.cpp, as those of GPT-2, Llama 3, "
+        f"Qwen 2 and SmolLM have: {json.dumps(document)[:300]}"
     )
