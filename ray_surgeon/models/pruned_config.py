@@ -105,48 +105,31 @@ def uniform_document(layout: ModelLayout, document: Document, widths: Widths) ->
     Args:
         layout: of the dense model.
         document: its config.json.
-        widths: of every block.
-
-    Raises:
-        ValueError: the widths differ, or no plain class can hold them.
+        widths: of every block, the same in all that have experts and in all others.
     """
     config = layout.config
     heads = layout.heads
+    sparse = layout.family.sparse
     num_kv_heads = widths[0].num_kv_heads
-    dense = {width for width in widths if not width.experts}
-    sparse = {width for width in widths if width.experts}
-    heads_left = {width.num_kv_heads for width in widths}
-    of_experts = {channels for width in sparse for channels in width.experts}
-    if any(len(values) > 1 for values in (dense, sparse, heads_left, of_experts)):
-        raise ValueError(
-            "the blocks have different widths, which no plain class can hold; set "
-            "pruning.allocation to uniform"
-        )
-    if not _holds_heads(layout, num_kv_heads):
-        raise ValueError(
-            f"{config.model_type} cannot hold {num_kv_heads} of {heads.num_kv} KV heads in a "
-            "plain class"
-        )
     narrow = dict(document)
-    for width in dense:
-        narrow[layout.family.width_field] = width.num_channels
-    for width in sparse:
-        fields = layout.family.sparse
-        names = [name for name in fields.num_experts if name in document] or fields.num_experts[:1]
-        narrow |= dict.fromkeys(names, len(width.experts)) | {fields.width: width.experts[0]}
-        if fields.shared_width is not None:
-            narrow[fields.shared_width] = width.num_channels
+    for width in widths:
+        if not width.experts:
+            narrow[layout.family.width_field] = width.num_channels
+            continue
+        names = [name for name in sparse.num_experts if name in document] or sparse.num_experts[:1]
+        narrow |= dict.fromkeys(names, len(width.experts)) | {sparse.width: width.experts[0]}
+        if sparse.shared_width is not None:
+            narrow[sparse.shared_width] = width.num_channels
     if num_kv_heads == heads.num_kv:
         return narrow
-    num_query_heads = num_kv_heads * heads.n_rep
-    narrow |= {
-        "num_attention_heads": num_query_heads,
-        "num_key_value_heads": num_kv_heads,
-        "head_dim": heads.head_dim,
-    }
-    if config.model_type == "llama" and config.hidden_size % num_query_heads:
+    narrow |= _numbers_of_heads(layout, num_kv_heads) | {"head_dim": heads.head_dim}
+    if config.model_type == "llama" and config.hidden_size % narrow["num_attention_heads"]:
         return _as_mistral(config, narrow)
     return narrow
+
+
+def _numbers_of_heads(layout: ModelLayout, num_kv: int) -> Document:
+    return {"num_attention_heads": num_kv * layout.heads.n_rep, "num_key_value_heads": num_kv}
 
 
 def _as_mistral(config: PretrainedConfig, document: Document) -> Document:
@@ -191,11 +174,10 @@ def per_block_document(layout: ModelLayout, document: Document, widths: Widths) 
     """
     layers = {}
     for block, width in enumerate(widths):
-        layers[str(block)] = {
-            layout.family.width_field: width.num_channels,
-            "num_attention_heads": width.num_kv_heads * layout.heads.n_rep,
-            "num_key_value_heads": width.num_kv_heads,
-        } | ({"expert_widths": list(width.experts)} if layout.num_experts else {})
+        layer = {layout.family.width_field: width.num_channels}
+        layer |= _numbers_of_heads(layout, width.num_kv_heads)
+        experts = {"expert_widths": list(width.experts)} if layout.num_experts else {}
+        layers[str(block)] = layer | experts
     classes = {"AutoConfig": "PrunedConfig", "AutoModel": "PrunedModel"}
     classes["AutoModelForCausalLM"] = "PrunedForCausalLM"
     return document | {
