@@ -79,10 +79,8 @@ def fewest_left(
     """
     in_all = {groups.kind: len(groups.columns) for groups in reversed(layout.group_sets)}
     needed = {kind: number for kind, (_, _, number) in layout.wholes.items()}
-    fewest = {
-        kind: needed[kind] if kind in needed else min(number, in_all[kind])
-        for kind, number in least.items()
-    }
+    fewest = {kind: min(number, in_all.get(kind, 0)) for kind, number in least.items()}
+    fewest |= {kind: number for kind, number in needed.items() if kind in least}
     if "attention" in fewest:
         possible = kv_heads_left(layout, tensor_parallel, uniform=uniform)
         fewest["attention"] = min(k for k in possible if k >= fewest["attention"])

@@ -109,15 +109,12 @@ def build_blocks(config: PretrainedConfig, blocks: BlockRange, dtype: torch.dtyp
     if getattr(config, "layer_types", None):
         base.config = copy.copy(base.config)
         base.config.layer_types = config.layer_types[blocks.first : blocks.last]  # type: ignore[union-attr]
-    if not blocks.is_first:
-        for name in family.embeddings:
-            if getattr(base, name, None) is not None:
-                setattr(base, name, NoPositions() if name in family.positions else nn.Identity())
+    missing = [] if blocks.is_first else [(base, name) for name in family.embeddings]
     if not blocks.is_last:
-        for name in (*family.final, family.head.rpartition(".")[2]):
-            owner = model if name == family.head else base
-            if getattr(owner, name, None) is not None:
-                setattr(owner, name, nn.Identity())
+        missing += [(model, family.head), *((base, name) for name in family.final)]
+    for owner, name in missing:
+        if getattr(owner, name, None) is not None:
+            setattr(owner, name, NoPositions() if name in family.positions else nn.Identity())
     return model
 
 

@@ -20,9 +20,7 @@ from transformers import PretrainedConfig
 from ray_surgeon.models.attention import IN_PRODUCTS
 from ray_surgeon.models.experts import Coupling, ExpertTensor, SparseLayer
 
-_ATTENTION = Coupling(
-    "self_attn.o_proj", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
-)
+_ATTENTION = Coupling("self_attn.o_proj", tuple(f"self_attn.{part}_proj" for part in "qkv"))
 _FFN = Coupling("mlp.down_proj", ("mlp.gate_proj", "mlp.up_proj"))
 _NO_EXPERTS = SparseLayer()
 
@@ -50,7 +48,7 @@ class Family:
     embeddings: tuple[str, ...] = ("embed_tokens",)
     positions: tuple[str, ...] = ()  # of these, the ones whose output is added to hidden states
     final: tuple[str, ...] = ("norm",)  # below `base`, only for the last shard
-    head: str = "lm_head"  # path of the output linear
+    head: str = "lm_head"  # name of the output linear
     # what a KV group with its query heads is: rows of queries, keys and values
     attention: Coupling = _ATTENTION
     in_attention: tuple[str, ...] = ()  # its further linears, each with an input of its own
@@ -130,9 +128,7 @@ _LARGEST = {
 
 _OTHER_LOSS = {
     "final_logit_softcapping": "the model caps its logits ({}), which the loss here does not",
-    "use_bidirectional_attention": (
-        "its tokens see later ones ({}), and the loss here is of the next one"
-    ),
+    "use_bidirectional_attention": "its tokens see later ones ({}), the loss is of the next one",
 }
 """Field of config.json -> what is wrong with a model that has it."""
 

@@ -162,7 +162,6 @@ def _rotated(alive: Tensor, config: PretrainedConfig) -> Tensor:
     The rotation mixes pairs of them.
     """
     head_dim = alive.shape[-1]
-    of_config = getattr(config, "partial_rotary_factor", None)
-    rotated = int(head_dim * (rope_of(config).get("partial_rotary_factor") or of_config or 1.0))
+    rotated = int(head_dim * rope_of(config).get("partial_rotary_factor", 1.0))
     halves = alive[..., :rotated].reshape(*alive.shape[:-1], 2, rotated // 2).any(dim=-2)
     return torch.cat([halves, halves, alive[..., rotated:]], dim=-1)

@@ -255,12 +255,7 @@ def _linears(family: Family, model: nn.Module) -> Iterator[LinearShape]:
                 linear = build.as_linear(modules[name])
                 R, C = build.matrix(linear).shape
                 bias = linear.bias is not None
-                yield LinearShape(
-                    family.block_prefix(block) + name,
-                    R,
-                    C + bias,
-                    bias,
-                    block,
-                    shared_inputs[block, group, bias],
-                    re.sub(r"\.\d+\.", ".*.", name),
-                )
+                full_name = family.block_prefix(block) + name
+                shared_input = shared_inputs[block, group, bias]
+                role = re.sub(r"\.\d+\.", ".*.", name)
+                yield LinearShape(full_name, R, C + bias, bias, block, shared_input, role)
