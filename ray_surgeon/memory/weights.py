@@ -65,10 +65,9 @@ class Slot:
 
     def fill(self, tensor: Tensor) -> None:
         """Put a tensor there."""
-        if self.leaf in self.module._parameters:
-            self.module._parameters[self.leaf] = nn.Parameter(tensor, requires_grad=False)
-        else:
-            self.module._buffers[self.leaf] = tensor
+        is_parameter = self.leaf in self.module._parameters
+        content = nn.Parameter(tensor, requires_grad=False) if is_parameter else tensor
+        setattr(self.module, self.leaf, content)
 
 
 Slots = Sequence[Mapping[str, Slot]]

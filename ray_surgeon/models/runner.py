@@ -10,7 +10,6 @@ own forward, which sees blocks that only note what they are given.
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -30,15 +29,8 @@ Call = tuple[list[Any], dict[str, Any]]
 """What a block is called with beside the hidden states."""
 
 
-@dataclass
-class _Wave:
-    """Sequences between their forward and their backward pass."""
-
-    calls: list[Call]  # one a block
-    # for each block, what every sequence came with
-    inputs: list[list[Tensor]] = field(default_factory=list)
-    # for each block, if its activations are kept
-    outputs: list[list[Tensor]] = field(default_factory=list)
+_Step = tuple[list[Tensor], list[Tensor]]
+"""Inputs and outputs of a block, of every sequence; no outputs if activations are not kept."""
 
 
 class BlockRunner:
@@ -48,7 +40,8 @@ class BlockRunner:
         """Take a shard, with or without its weights."""
         self._shard = shard
         self._blocks = shard.block_modules
-        self._waves: dict[int, _Wave] = {}
+        # of each wave between its forward and its backward pass
+        self._waves: dict[int, tuple[list[Call], list[_Step]]] = {}
 
     @torch.no_grad()
     def enter(self, inputs: Tensor, cache: DynamicCache | None = None) -> tuple[Tensor, list[Call]]:
@@ -130,7 +123,8 @@ class BlockRunner:
             Hidden states [1, T, d] of every sequence, detached.
         """
         hidden, calls = self._enter(inputs, None)
-        passing = self._waves[wave] = _Wave(calls)
+        steps: list[_Step] = []
+        self._waves[wave] = calls, steps
         shard = self._shard
         keeps = shard.stores.activations == "keep"
         for place in range(len(self._blocks)):
@@ -139,9 +133,7 @@ class BlockRunner:
             with weights, gathering, torch.set_grad_enabled(keeps):
                 leaves = [h.detach().requires_grad_(keeps) for h in hidden]
                 outputs = [self.through(place, leaf, calls) for leaf in leaves]
-            passing.inputs.append(leaves)
-            if keeps:
-                passing.outputs.append(outputs)
+            steps.append((leaves, outputs if keeps else []))
             hidden = [output.detach() for output in outputs]
         return hidden
 
@@ -150,18 +142,18 @@ class BlockRunner:
 
         They are [1, T, d] of every sequence.
         """
-        passing = self._waves.pop(wave)
+        calls, steps = self._waves.pop(wave)
         for place in reversed(range(len(self._blocks))):
-            leaves = passing.inputs.pop()
-            if passing.outputs:
-                for i, output in enumerate(passing.outputs.pop()):
+            leaves, outputs = steps.pop()
+            if outputs:
+                for i, output in enumerate(outputs):
                     torch.autograd.backward(output, gradients[i])
                     gradients[i] = _gradient(leaves[i])
                 continue
             with self._shard.weights.block(place, place - 1), self._shard.gathering_in(place):
                 for i in range(len(leaves)):
                     leaf = leaves[i].requires_grad_()
-                    torch.autograd.backward(self.through(place, leaf, passing.calls), gradients[i])
+                    torch.autograd.backward(self.through(place, leaf, calls), gradients[i])
                     gradients[i] = _gradient(leaf)
                     leaves[i] = leaf = gradients[i]  # the inputs are not needed any more
         return gradients
