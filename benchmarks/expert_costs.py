@@ -28,7 +28,7 @@ from ray_surgeon.maths.experts import rerouting_costs, share_of_tokens, shrunk_f
 from ray_surgeon.models.build import BlockRange
 from ray_surgeon.models.checkpoint import tensor_reader
 from ray_surgeon.models.layout import ModelLayout
-from ray_surgeon.models.loss import Comparison, compare_with_dense
+from ray_surgeon.models.loss import Comparison, Predicted, compare_with_dense
 from ray_surgeon.models.runner import BlockRunner, Call
 from ray_surgeon.models.shard import ModelShard
 from ray_surgeon.spec.sections import ModelSection
@@ -84,7 +84,7 @@ class SingleRemovals:
         for place in range(first, len(self.calls)):
             hidden = self.runner.through(place, hidden, self.calls)
         states = self.runner.leave(hidden)
-        return compare_with_dense(states, dense, tokens[None], self.shard.head_weight)
+        return compare_with_dense(states, dense, Predicted(tokens[None]), self.shard.head_weight)
 
 
 def loaded(model: Path, layout: ModelLayout) -> ModelShard:
@@ -100,7 +100,7 @@ def gather(runner: BlockRunner, tokens: Tensor) -> None:
     """Pass sequences [num_sequences, T] forward and backward."""
     for i, sequence in enumerate(tokens):
         (hidden,) = runner.forward(i, sequence[None])
-        _, gradient, _ = runner.loss(hidden, sequence[None])
+        _, gradient, _ = runner.loss(hidden, Predicted(sequence[None]))
         runner.backward(i, [gradient])
 
 

@@ -25,6 +25,7 @@ from torch import Tensor
 from ray_surgeon.maths.extended.terms import power_iteration, quadratic_forms
 from ray_surgeon.maths.kronecker import Term
 from ray_surgeon.models.hooks import watch_pairs
+from ray_surgeon.models.loss import Predicted
 from ray_surgeon.report.display import new_console
 from ray_surgeon.report.plots import save
 from ray_surgeon.run.inputs import Inputs, check
@@ -58,7 +59,7 @@ def token_pairs(inputs: Inputs, linears: Sequence[str]) -> dict[str, tuple[Tenso
     for number, tokens in enumerate(torch.from_numpy(inputs.calibration)):
         (hidden,) = worker.runner.forward(number, tokens[None])
         generator = None if seed is None else torch.Generator().manual_seed(seed + number)
-        _, gradient, _ = worker.runner.loss(hidden, tokens[None], generator)
+        _, gradient, _ = worker.runner.loss(hidden, Predicted(tokens[None], generator=generator))
         worker.runner.backward(number, [gradient])
     return {
         name: (torch.cat([a for a, _ in store]), torch.cat([g for _, g in store]))

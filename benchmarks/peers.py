@@ -50,7 +50,7 @@ from ray_surgeon.export.folder import copy_small_files
 from ray_surgeon.maths.allocate import GroupCosts, allocate_globally, allocate_uniformly
 from ray_surgeon.models.groups import GroupSet
 from ray_surgeon.models.layout import ModelLayout
-from ray_surgeon.models.loss import compare_with_dense, perplexity_of
+from ray_surgeon.models.loss import Predicted, compare_with_dense, perplexity_of
 from ray_surgeon.run.inputs import Inputs, check
 from ray_surgeon.spec.job import JobSpec
 from ray_surgeon.spec.parsing import parse_spec
@@ -247,7 +247,7 @@ def measure(
     for name, windows in states(model, inputs, inputs.texts).items():
         tokens = torch.from_numpy(inputs.texts[name])
         compared = [
-            compare_with_dense(h, d, tokens[i : i + 1], head)
+            compare_with_dense(h, d, Predicted(tokens[i : i + 1]), head)
             for i, (h, d) in enumerate(zip(windows, dense[name], strict=True))
         ]
         count = tokens.shape[0] * (tokens.shape[1] - 1)

@@ -44,7 +44,7 @@ from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_fun
 
 from ray_surgeon.maths.masks import StructuredMask
 from ray_surgeon.models.families import FAMILIES
-from ray_surgeon.models.loss import next_token_loss
+from ray_surgeon.models.loss import Predicted, next_token_loss
 from ray_surgeon.models.low_rank import LowRank
 from ray_surgeon.spec.parsing import parse_spec
 from ray_surgeon.spec.texts import SourceSection
@@ -229,7 +229,8 @@ def train(model: PreTrainedModel, tokens: NDArray[np.int64], say: float = 30.0) 
             balance = load_balancing_loss_func(found.router_logits, *sizes)
         hidden = found.last_hidden_state
         num_predicted = BATCH * (part.shape[1] - 1)
-        nll, gradient = next_token_loss(hidden.detach().bfloat16(), head, part, with_gradient=True)
+        states = hidden.detach().bfloat16()
+        nll, gradient = next_token_loss(states, head, Predicted(part), with_gradient=True)
         assert gradient is not None
         torch.autograd.backward(
             [hidden, coefficient / NUM_THREADS * balance],

@@ -21,6 +21,7 @@ from ray_surgeon.memory.stores import Stores
 from ray_surgeon.models.build import BlockRange
 from ray_surgeon.models.checkpoint import reader_of
 from ray_surgeon.models.layout import ModelLayout
+from ray_surgeon.models.loss import Predicted
 from ray_surgeon.models.runner import BlockRunner
 from ray_surgeon.models.shard import ModelShard
 from ray_surgeon.report.display import Display, new_console
@@ -166,7 +167,7 @@ def curvature(
         if label_seed is not None:
             generator = torch.Generator().manual_seed(label_seed + number)
         (hidden,) = runner.forward(number, batch)
-        _, gradient, _ = runner.loss(hidden, batch, generator)
+        _, gradient, _ = runner.loss(hidden, Predicted(batch, generator=generator))
         runner.backward(number, [gradient])
     shard.stop_curvature()
     return {name: shard.own_factors(name).dense() for name in names}

@@ -49,42 +49,89 @@ def perplexity_of(mean: float) -> float:
     return math.exp(mean) if mean < 700 else math.inf
 
 
+class Predicted:
+    """The tokens that are predicted: position t predicts token t + 1, so T - 1 in each sequence."""
+
+    def __init__(
+        self, tokens: Tensor, counts: Tensor | None = None, generator: torch.Generator | None = None
+    ) -> None:
+        """Look them up.
+
+        Args:
+            tokens: [num_sequences, T] int64.
+            counts: [num_sequences, T] bool, whether a token counts as something that is predicted:
+                the loss of position t counts if token t + 1 does. None if all count. The others
+                have no logits, no loss and a gradient of 0.
+            generator: of the CPU; if given, the labels of the gradient are drawn from the model
+                (sampled Fisher) instead of the data, the same ones on every device, and the same
+                ones whichever tokens count.
+        """
+        self._shape = tokens[:, 1:].shape
+        self._places = None if counts is None else counts[:, 1:].reshape(-1).nonzero()[:, 0]
+        self.labels = self.chosen(tokens[:, 1:, None])  # [n, 1]
+        self.chances: Tensor | None = None  # [n], by which labels are drawn
+        if generator is not None:
+            of_all = torch.rand(self._shape.numel(), generator=generator).to(tokens.device)
+            self.chances = self.chosen(of_all[:, None])[:, 0]
+
+    def chosen(self, rows: Tensor) -> Tensor:
+        """Return the rows [n, d] of [num_sequences, T - 1, d] that predict one of them."""
+        flat = rows.reshape(-1, rows.shape[-1])
+        return flat if self._places is None else flat[self._places]
+
+    def placed(self, rows: Tensor) -> Tensor:
+        """Return rows [n, ...] as [num_sequences, T - 1, ...], the others zero."""
+        if self._places is not None:
+            of_all = rows.new_zeros(self._shape.numel(), *rows.shape[1:])
+            rows = of_all.index_copy_(0, self._places, rows)
+        return rows.view(*self._shape, *rows.shape[1:])
+
+    def work_on(
+        self, hidden: list[Tensor], head: Tensor, work: Callable[..., None], with_gradient: bool
+    ) -> Tensor | None:
+        """Call ``work(places, logits, ...)`` on parts of the tokens that are worked on together.
+
+        Args:
+            hidden: what the head reads [num_sequences, T, d], once for every logits
+                [len(places), vocabulary].
+            head: its weight [vocabulary, d].
+            work: if a gradient is wanted, it leaves that at the first logits in their place.
+            with_gradient: whether to return the gradient at the first hidden states.
+        """
+        states = [self.chosen(of_model[:, :-1]) for of_model in hidden]
+        first = states[0]
+        gradient = torch.empty_like(first) if with_gradient else None
+        for start in range(0, len(first), TOKENS_PER_SLICE):
+            part = slice(start, min(start + TOKENS_PER_SLICE, len(first)))
+            logits = [product(of_model[part].to(first.dtype), head.T) for of_model in states]
+            size = TOKENS_IN_CACHE if first.device.type == "cpu" else TOKENS_PER_SLICE
+            for place in range(start, part.stop, size):
+                span = slice(place, min(place + size, part.stop))
+                work(span, *(whole[place - start : span.stop - start] for whole in logits))
+            if gradient is not None:
+                gradient[part] = product(logits[0], head)
+            del logits  # before the next slice's are made
+        return None if gradient is None else pad(self.placed(gradient), (0, 0, 0, 1))
+
+
 @torch.no_grad()
 def next_token_loss(
-    hidden: Tensor,
-    head_weight: Tensor,
-    tokens: Tensor,
-    *,
-    with_gradient: bool = False,
-    generator: torch.Generator | None = None,
-    counts: Tensor | None = None,
+    hidden: Tensor, head_weight: Tensor, predicted: Predicted, *, with_gradient: bool = False
 ) -> tuple[Tensor, Tensor | None]:
     """Negative log-likelihood of the next tokens, and its gradient at the hidden states.
 
     Args:
         hidden: [num_sequences, T, d] output of the final norm.
         head_weight: [vocabulary, d].
-        tokens: [num_sequences, T] int64; position t predicts token t + 1, so T - 1 tokens are
-            predicted.
+        predicted: tokens.
         with_gradient: whether to return the gradient of the summed loss.
-        generator: of the CPU; if given, the labels of the gradient are drawn from the model
-            (sampled Fisher) instead of the data, the same ones on every device, and the same ones
-            whichever tokens count.
-        counts: [num_sequences, T] bool, whether a token counts as something that is predicted: the
-            loss of position t counts if token t + 1 does. None if all count. The others have no
-            logits, no loss and a gradient of 0.
 
     Returns:
         [num_sequences] float64 NLL of the data in nats, summed over the tokens that count, and the
         gradient [num_sequences, T, d] or None.
     """
-    predicted = _Predicted(tokens, counts)
     labels = predicted.labels
     nll = torch.empty(len(labels), dtype=torch.float64, device=hidden.device)
-    chances = None
-    if generator is not None:
-        of_all = torch.rand(tokens[:, 1:].numel(), generator=generator).to(hidden.device)
-        chances = predicted.chosen(of_all[:, None])[:, 0]
 
     def work(span: slice, logits: Tensor) -> None:
         wide = logits.float()
@@ -93,8 +140,8 @@ def next_token_loss(
         if with_gradient:
             probabilities = torch.softmax(wide, dim=-1)
             targets = labels[span]
-            if chances is not None:
-                targets = _drawn(probabilities, chances[span])
+            if predicted.chances is not None:
+                targets = _drawn(probabilities, predicted.chances[span])
             minus = torch.full_like(targets, -1, dtype=probabilities.dtype)
             logits.copy_(probabilities.scatter_add_(1, targets, minus))
 
@@ -120,11 +167,10 @@ class Comparison:
 def compare_with_dense(
     hidden: Tensor,
     dense: Tensor,
-    tokens: Tensor,
+    predicted: Predicted,
     head_weight: Tensor,
     *,
     with_gradient: bool = False,
-    counts: Tensor | None = None,
     with_acceptance: bool = False,
 ) -> Comparison:
     """Compare a model's next-token distributions with the dense model's and the text.
@@ -134,14 +180,12 @@ def compare_with_dense(
     Args:
         hidden: [num_sequences, T, d] output of the final norm.
         dense: [num_sequences, T, d] of the dense model, of any float dtype.
-        tokens: [num_sequences, T] int64.
+        predicted: tokens; labels are the text's.
         head_weight: [vocabulary, d] of both.
         with_gradient: whether the gradient is wanted.
-        counts: [num_sequences, T] bool, see `next_token_loss`; None if all tokens count.
         with_acceptance: whether acceptance and agreement are wanted. Source: docs/method.md,
             section 12.
     """
-    predicted = _Predicted(tokens, counts)
     labels = predicted.labels
     names = ("divergence", "nll", *(("acceptance", "agreement") if with_acceptance else ()))
     sums = {n: torch.empty(len(labels), dtype=torch.float64, device=hidden.device) for n in names}
@@ -183,55 +227,6 @@ def next_tokens(hidden: Tensor, head_weight: Tensor, chances: Tensor, temperatur
     if temperature == 0:
         return logits.argmax(dim=-1)
     return _drawn(torch.softmax(logits / temperature, dim=-1), chances)[:, 0]
-
-
-class _Predicted:
-    """The tokens that are predicted and count, of [num_sequences, T]."""
-
-    def __init__(self, tokens: Tensor, counts: Tensor | None) -> None:
-        """Look them up; see `next_token_loss`."""
-        self._shape = tokens[:, 1:].shape
-        self._places = None if counts is None else counts[:, 1:].reshape(-1).nonzero()[:, 0]
-        self.labels = self.chosen(tokens[:, 1:, None])  # [n, 1]
-
-    def chosen(self, rows: Tensor) -> Tensor:
-        """Return the rows [n, d] of [num_sequences, T - 1, d] that predict one of them."""
-        flat = rows.reshape(-1, rows.shape[-1])
-        return flat if self._places is None else flat[self._places]
-
-    def placed(self, rows: Tensor) -> Tensor:
-        """Return rows [n, ...] as [num_sequences, T - 1, ...], the others zero."""
-        if self._places is not None:
-            of_all = rows.new_zeros(self._shape.numel(), *rows.shape[1:])
-            rows = of_all.index_copy_(0, self._places, rows)
-        return rows.view(*self._shape, *rows.shape[1:])
-
-    def work_on(
-        self, hidden: list[Tensor], head: Tensor, work: Callable[..., None], with_gradient: bool
-    ) -> Tensor | None:
-        """Call ``work(places, logits, ...)`` on parts of the tokens that are worked on together.
-
-        Args:
-            hidden: what the head reads [num_sequences, T, d], once for every logits
-                [len(places), vocabulary].
-            head: its weight [vocabulary, d].
-            work: if a gradient is wanted, it leaves that at the first logits in their place.
-            with_gradient: whether to return the gradient at the first hidden states.
-        """
-        states = [self.chosen(of_model[:, :-1]) for of_model in hidden]
-        first = states[0]
-        gradient = torch.empty_like(first) if with_gradient else None
-        for start in range(0, len(first), TOKENS_PER_SLICE):
-            part = slice(start, min(start + TOKENS_PER_SLICE, len(first)))
-            logits = [product(of_model[part].to(first.dtype), head.T) for of_model in states]
-            size = TOKENS_IN_CACHE if first.device.type == "cpu" else TOKENS_PER_SLICE
-            for place in range(start, part.stop, size):
-                span = slice(place, min(place + size, part.stop))
-                work(span, *(whole[place - start : span.stop - start] for whole in logits))
-            if gradient is not None:
-                gradient[part] = product(logits[0], head)
-            del logits  # before the next slice's are made
-        return None if gradient is None else pad(self.placed(gradient), (0, 0, 0, 1))
 
 
 def _drawn(probabilities: Tensor, chances: Tensor) -> Tensor:

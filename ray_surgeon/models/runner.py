@@ -18,7 +18,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from ray_surgeon.models.build import cache_argument
-from ray_surgeon.models.loss import compare_with_dense, next_token_loss
+from ray_surgeon.models.loss import Predicted, compare_with_dense, next_token_loss
 from ray_surgeon.models.shard import ModelShard
 
 TOKENS_OF_ROOM = 128
@@ -159,22 +159,15 @@ class BlockRunner:
         return gradients
 
     def loss(
-        self,
-        hidden: Tensor,
-        tokens: Tensor,
-        generator: torch.Generator | None = None,
-        dense: Tensor | None = None,
-        counts: Tensor | None = None,
+        self, hidden: Tensor, predicted: Predicted, dense: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return the loss of a sequence after the last block, and its gradient there.
 
         Args:
             hidden: [1, T, d] detached.
-            tokens: [1, T].
-            generator: see `next_token_loss`.
+            predicted: tokens of the sequence.
             dense: [1, T, d] last hidden states of the dense model; the loss is the divergence from
                 it, if they are given.
-            counts: [1, T] bool, see `next_token_loss`.
 
         Returns:
             [1] float64 NLL of the data, or divergence, in nats, summed over the tokens that count;
@@ -184,11 +177,10 @@ class BlockRunner:
         output = self.leave(leaf)
         states = output.detach()
         head = self._shard.head_weight
-        wanted: dict[str, Any] = {"with_gradient": True, "counts": counts}
         if dense is None:
-            loss, gradient = next_token_loss(states, head, tokens, generator=generator, **wanted)
+            loss, gradient = next_token_loss(states, head, predicted, with_gradient=True)
         else:
-            compared = compare_with_dense(states, dense, tokens, head, **wanted)
+            compared = compare_with_dense(states, dense, predicted, head, with_gradient=True)
             loss = compared.divergence
             gradient = compared.gradient
         torch.autograd.backward(output, gradient)

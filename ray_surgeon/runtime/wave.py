@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ray_surgeon.models.loss import compare_with_dense, next_token_loss
+from ray_surgeon.models.loss import Predicted, compare_with_dense, next_token_loss
 from ray_surgeon.runtime.collectives import TensorPayload, decode, encode
 from ray_surgeon.runtime.worker import Worker
 from ray_surgeon.storage import tensor_files
@@ -185,9 +185,8 @@ def forward_backward(
             generator = torch.Generator().manual_seed(labels.seed + sequence.number)
         if labels.of_dense_model:
             dense = worker.kept(DenseStates)[CALIBRATION][sequence.number].to(worker.device)
-        loss, gradients[i], states = worker.runner.loss(
-            gradients[i], sequence.tokens, generator, dense, sequence.counts
-        )
+        predicted = Predicted(sequence.tokens, sequence.counts, generator)
+        loss, gradients[i], states = worker.runner.loss(gradients[i], predicted, dense)
         if wave.text is not None:
             keep_states(worker, wave.text, [sequence.number], [states])
         losses.append(float(loss))
@@ -250,7 +249,7 @@ def infer_each(
 def nll(worker: Worker, hidden: Tensor, sequence: SequenceOfWave) -> float:
     """Return a sequence's NLL in nats, summed over its tokens that count."""
     head = worker.shard.head_weight
-    return float(next_token_loss(hidden, head, sequence.tokens, counts=sequence.counts)[0])
+    return float(next_token_loss(hidden, head, Predicted(sequence.tokens, sequence.counts))[0])
 
 
 def is_finite(worker: Worker, hidden: Tensor, sequence: SequenceOfWave) -> bool:
@@ -282,8 +281,7 @@ def comparison(
     _, tokens, counts = sequence
     dense = worker.kept(DenseStates)[text][sequence.number].to(worker.device)
     head = worker.shard.head_weight
-    sums = compare_with_dense(
-        hidden, dense, tokens, head, counts=counts, with_acceptance=with_acceptance
-    )
+    predicted = Predicted(tokens, counts)
+    sums = compare_with_dense(hidden, dense, predicted, head, with_acceptance=with_acceptance)
     values = (sums.nll, sums.divergence, sums.acceptance, sums.agreement)
     return Compared(*(float(value) for value in values if value is not None))

@@ -14,7 +14,13 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from ray_surgeon.models.loss import compare_with_dense, next_token_loss, next_tokens, perplexity_of
+from ray_surgeon.models.loss import (
+    Predicted,
+    compare_with_dense,
+    next_token_loss,
+    next_tokens,
+    perplexity_of,
+)
 from ray_surgeon.runtime import passes
 from ray_surgeon.runtime.cluster import LocalCluster
 from ray_surgeon.runtime.passes import compared, measure
@@ -47,8 +53,8 @@ def a_text() -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
 def sampled(which: Tensor | None) -> Any:
     """Return the gradient with labels that are drawn from the model."""
     hidden, _, head, tokens, _ = a_text()
-    options: dict[str, Any] = {"generator": torch.Generator().manual_seed(5), "counts": which}
-    return next_token_loss(hidden, head, tokens, with_gradient=True, **options)[1]
+    predicted = Predicted(tokens, which, torch.Generator().manual_seed(5))
+    return next_token_loss(hidden, head, predicted, with_gradient=True)[1]
 
 
 def nll_of(logits: Tensor, tokens: Tensor, counts: Tensor) -> Tensor:
@@ -71,7 +77,8 @@ def test_losses_and_gradients_are_those_of_the_tokens_that_count() -> None:
     logits = leaf @ head.double().T
     expected = nll_of(logits, tokens, counts)
     (gradient,) = torch.autograd.grad(expected.sum(), leaf, retain_graph=True)
-    nll, found = next_token_loss(hidden, head, tokens, with_gradient=True, counts=counts)
+    predicted = Predicted(tokens, counts)
+    nll, found = next_token_loss(hidden, head, predicted, with_gradient=True)
     assert_sums(nll, expected)
     assert found is not None
     torch.testing.assert_close(found.double(), gradient, rtol=1e-4, atol=1e-5)
@@ -79,8 +86,8 @@ def test_losses_and_gradients_are_those_of_the_tokens_that_count() -> None:
     aside[:, :-1] = ~counts[:, 1:]
     assert not found[aside].any(), "also of the last position, which predicts nothing"
 
-    options: dict[str, Any] = {"with_gradient": True, "with_acceptance": True, "counts": counts}
-    comparison = compare_with_dense(hidden, dense, tokens, head, **options)
+    options: dict[str, Any] = {"with_gradient": True, "with_acceptance": True}
+    comparison = compare_with_dense(hidden, dense, predicted, head, **options)
     q = logits[:, :-1].softmax(dim=-1)
     p = (dense.double() @ head.double().T)[:, :-1].softmax(dim=-1)
     weights = counts[:, 1:]
@@ -100,9 +107,9 @@ def test_if_all_tokens_count_every_bit_is_as_without_counts_and_if_none_nothing_
     hidden, dense, head, tokens, counts = a_text()
 
     def outcomes(which: Tensor | None) -> list[Any]:
-        options: dict[str, Any] = {"with_gradient": True, "counts": which}
-        found = compare_with_dense(hidden, dense, tokens, head, **options)
-        of_text = next_token_loss(hidden, head, tokens, **options)
+        predicted = Predicted(tokens, which)
+        found = compare_with_dense(hidden, dense, predicted, head, with_gradient=True)
+        of_text = next_token_loss(hidden, head, predicted, with_gradient=True)
         return [*of_text, sampled(which), found.divergence, found.nll, found.gradient]
 
     everything = outcomes(torch.ones_like(counts))
@@ -122,8 +129,8 @@ def test_sampled_labels_are_drawn_from_the_model() -> None:
     hidden, _, head, _, _ = a_text()
     states = hidden[:1, :1].expand(1, 20_001, 8)
     tokens = torch.zeros(1, 20_001, dtype=torch.int64)
-    seeded = torch.Generator().manual_seed(0)
-    found: Any = next_token_loss(states, head, tokens, with_gradient=True, generator=seeded)[1]
+    predicted = Predicted(tokens, generator=torch.Generator().manual_seed(0))
+    found: Any = next_token_loss(states, head, predicted, with_gradient=True)[1]
     assert found.mean(dim=1).norm() < 0.03 * found.norm(dim=2).mean()
 
 

@@ -15,7 +15,7 @@ from transformers import BertConfig
 from ray_surgeon.models.build import BlockRange
 from ray_surgeon.models.checkpoint import reader_of
 from ray_surgeon.models.families import family_of
-from ray_surgeon.models.loss import next_token_loss
+from ray_surgeon.models.loss import Predicted, next_token_loss
 from ray_surgeon.models.runner import BlockRunner
 from ray_surgeon.models.shard import ModelShard
 from tests.conftest import CONFIGS, LAYOUTS, VOCABULARY, tiny_model
@@ -46,7 +46,7 @@ def gather(parts: list[ModelShard], *, experts: bool = False) -> None:
         hidden = sequence[None]
         for runner in runners:
             (hidden,) = runner.forward(i, hidden)
-        _, gradient, _ = runners[-1].loss(hidden, sequence[None])
+        _, gradient, _ = runners[-1].loss(hidden, Predicted(sequence[None]))
         for runner in reversed(runners):
             (gradient,) = runner.backward(i, [gradient])
     for part in parts:
@@ -91,7 +91,7 @@ def test_shards_are_the_whole_model(family: str) -> None:
     (NUM_PREDICTED * found.loss).backward()
     logits = part.logits(hidden)
     torch.testing.assert_close(logits, found.logits.detach(), rtol=1e-5, atol=1e-5)
-    nll, _ = next_token_loss(hidden, part.head_weight, TOKENS)
+    nll, _ = next_token_loss(hidden, part.head_weight, Predicted(TOKENS))
     assert float(nll.sum()) / NUM_PREDICTED == pytest.approx(float(found.loss.detach()), rel=1e-5)
     gather(cut)
     gather([whole])
