@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from transformers import AutoConfig, PretrainedConfig
 
 import ray_surgeon
+from ray_surgeon.models.attention import check_rope
 from ray_surgeon.models.checkpoint import check_checkpoint, check_tied
 from ray_surgeon.models.families import check_family, check_not_quantised, check_sizes
 from ray_surgeon.models.layout import ModelLayout
@@ -110,13 +111,15 @@ def load_config(folder: Path, origin: str) -> PretrainedConfig:
     check_sizes(document, origin)
     check_not_quantised(document)
     try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # the code of any family may raise anything
         reason = " ".join(str(error).split())[:300]
         raise ValueError(
             f"model.source: transformers cannot read config.json of {origin}: {reason}; give a "
             "checkpoint it knows"
         ) from error
+    check_rope(document)
+    return config
 
 
 @dataclass(frozen=True)
