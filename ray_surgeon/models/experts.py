@@ -216,8 +216,8 @@ class Mixture:
         self.experts: Any = block.get_submodule(sparse.experts)
         self.router: Any = block.get_submodule(sparse.router)
         self.router.forward = self.route
-        self.kept = torch.ones(self.router.num_experts, dtype=torch.bool)
-        self.num_chosen = int(self.router.top_k)
+        self.kept = torch.ones(int(self.router.num_experts), dtype=torch.bool)  # type: ignore[arg-type]
+        self.num_chosen = int(self.router.top_k)  # type: ignore[arg-type]
         self.has_softmax = sparse.has_softmax
 
     @property

@@ -76,8 +76,7 @@ class Family:
         """
         sparse = self.sparse
         kinds = {name: "shared_experts" for name in names if name == sparse.shared}
-        experts = (name for name in names if name.rpartition(".")[0] == sparse.experts)
-        kinds |= dict.fromkeys(experts, "expert_channels")
+        kinds |= {n: "expert_channels" for n in names if n.rpartition(".")[0] == sparse.experts}
         inside = [(kind, f"{name}.", sparse.linears) for name, kind in kinds.items()]
         return [("attention", "", self.attention), ("ffn", "", self.ffn), *inside]
 

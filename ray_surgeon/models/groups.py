@@ -91,17 +91,16 @@ def propagate(
         masks: name of a linear -> what is kept of it.
         sets: the groups of the blocks whose linears are in `masks`.
     """
-    rows = {name: mask.rows.clone() for name, mask in masks.items()}
-    columns = {name: mask.columns.clone() for name, mask in masks.items()}
+    kept = {n: StructuredMask(m.rows.clone(), m.columns.clone()) for n, m in masks.items()}
     for groups in sets:
         if groups.kind == "attention":
-            _propagate_in_heads(layout, groups, rows, columns)
+            _propagate_in_heads(layout, groups, kept)
         elif layout.activation in _KEEP_ZERO:
-            _propagate_in_ffn(layout, groups, rows, columns)
+            _propagate_in_ffn(layout, groups, kept)
     return {
-        name: StructuredMask(rows[name], columns[name])
-        for name, mask in masks.items()
-        if not (torch.equal(rows[name], mask.rows) and torch.equal(columns[name], mask.columns))
+        name: mask
+        for name, mask in kept.items()
+        if not all(map(torch.equal, vars(mask).values(), vars(masks[name]).values()))
     }
 
 
@@ -114,11 +113,11 @@ def shrinkable(masks: Mapping[str, StructuredMask], sets: Sequence[GroupSet]) ->
     return sum(int(part.sum()) * g.num_parameters for part, g in zip(gone, sets, strict=True))
 
 
-Kept = dict[str, Tensor]
-"""Name of a linear -> which of its rows, or columns, are kept."""
+Kept = Mapping[str, StructuredMask]
+"""Name of a linear -> what is kept of it."""
 
 
-def _propagate_in_ffn(layout: ModelLayout, groups: GroupSet, rows: Kept, columns: Kept) -> None:
+def _propagate_in_ffn(layout: ModelLayout, groups: GroupSet, kept: Kept) -> None:
     """A channel is a product or a function of its producers' outputs: zero if one of them is.
 
     Not each of them does that in every mixture.
@@ -126,34 +125,34 @@ def _propagate_in_ffn(layout: ModelLayout, groups: GroupSet, rows: Kept, columns
     names = tuple(name for name, _ in groups.producers)
     zeroing = names if groups.kind == "ffn" else layout.family.sparse.zeroing
     channels = groups.columns[:, 0]
-    alive = columns[groups.consumer][channels]
+    alive = kept[groups.consumer].columns[channels]
     for name, written in groups.producers:
         if name.endswith(zeroing):
-            alive = alive & rows[name][written[:, 0]]
-    columns[groups.consumer][channels] = alive
+            alive = alive & kept[name].rows[written[:, 0]]
+    kept[groups.consumer].columns[channels] = alive
     for name, written in groups.producers:
-        rows[name][written[:, 0]] &= alive
+        kept[name].rows[written[:, 0]] &= alive
 
 
-def _propagate_in_heads(layout: ModelLayout, groups: GroupSet, rows: Kept, columns: Kept) -> None:
+def _propagate_in_heads(layout: ModelLayout, groups: GroupSet, kept: Kept) -> None:
     num_groups = len(groups.columns)
     head_dim = layout.heads.head_dim
     (query, query_rows), (key, key_rows), (value, value_rows) = groups.producers
-    read = columns[groups.consumer][groups.columns].view(num_groups, -1, head_dim)
-    values = rows[value][value_rows].view(num_groups, 1, head_dim)
+    read = kept[groups.consumer].columns[groups.columns].view(num_groups, -1, head_dim)
+    values = kept[value].rows[value_rows].view(num_groups, 1, head_dim)
     read, values = read & values, values & read.any(dim=1, keepdim=True)
     is_read = read.any(dim=2, keepdim=True)
-    queries = rows[query][query_rows].view(num_groups, -1, head_dim) & is_read
-    keys = rows[key][key_rows].view(num_groups, 1, head_dim) & is_read.any(dim=1, keepdim=True)
+    queries = kept[query].rows[query_rows].view(num_groups, -1, head_dim) & is_read
+    keys = kept[key].rows[key_rows].view(num_groups, 1, head_dim) & is_read.any(dim=1, keepdim=True)
     if layout.family.positions:
         queries, keys = queries & keys, keys & queries.any(dim=1, keepdim=True)
     elif not layout.family.norms_queries:
         is_queried = _rotated(queries, layout.config).any(dim=1, keepdim=True)
         queries = queries & _rotated(keys, layout.config)
         keys = keys & is_queried
-    columns[groups.consumer][groups.columns.flatten()] = read.flatten()
+    kept[groups.consumer].columns[groups.columns.flatten()] = read.flatten()
     for (name, places), alive in zip(groups.producers, (queries, keys, values), strict=True):
-        rows[name][places.flatten()] = alive.flatten()
+        kept[name].rows[places.flatten()] = alive.flatten()
 
 
 def _rotated(alive: Tensor, config: PretrainedConfig) -> Tensor:

@@ -69,9 +69,8 @@ class SharedInput:
         """Take the linears of a block that have these shapes."""
         first, *_ = shapes
         self.place = first.block - shard.blocks.first
-        inside = len(shard.layout.family.block_prefix(first.block))
-        block = shard.block_modules[self.place]
-        self.linears = {s.name: as_linear(block.get_submodule(s.name[inside:])) for s in shapes}
+        slots = shard.weights.slot_of
+        self.linears = {s.name: as_linear(slots[f"{s.name}.weight"].module) for s in shapes}
         self.names = tuple(self.linears)
         self.roles = {shape.role for shape in shapes}
         self.key_of_A = f"{first.name}.A"

@@ -78,9 +78,9 @@ def _misread(layout: ModelLayout, known: LlamaCpp, widths: Sequence[BlockWidths]
 
 
 def _misread_of_gemma(config: PretrainedConfig) -> Iterator[str]:
-    sixth = [(i + 1) % 6 == 0 for i in range(config.num_hidden_layers)]
-    pattern = ["full_attention" if is_full else "sliding_attention" for is_full in sixth]
-    if list(config.layer_types) != pattern or config.query_pre_attn_scalar != config.head_dim:
+    usual = (["sliding_attention"] * 5 + ["full_attention"]) * config.num_hidden_layers
+    kinds = list(config.layer_types)
+    if kinds != usual[: len(kinds)] or config.query_pre_attn_scalar != config.head_dim:
         yield (
             "llama.cpp reads a Gemma 3 whose every sixth block attends to everything and whose "
             f"queries are scaled by head_dim, here layer_types {config.layer_types} and "

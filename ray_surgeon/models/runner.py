@@ -105,9 +105,8 @@ class BlockRunner:
             Hidden states [1, T, d] of every sequence, or [m, T, d] of all that go on.
         """
         hidden, calls = self._enter(inputs, cache)
-        shard = self._shard
         for place in range(len(self._blocks)):
-            with shard.weights.block(place, place + 1), shard.gathering_in(place):
+            with self._shard.weights.block(place, place + 1), self._shard.gathering_in(place):
                 for i, h in enumerate(hidden):
                     hidden[i] = self.through(place, h, calls)
         return [self.leave(h) for h in hidden]
@@ -125,11 +124,10 @@ class BlockRunner:
         hidden, calls = self._enter(inputs, None)
         steps: list[_Step] = []
         self._waves[wave] = calls, steps
-        shard = self._shard
-        keeps = shard.stores.activations == "keep"
+        keeps = self._shard.stores.activations == "keep"
         for place in range(len(self._blocks)):
-            weights = shard.weights.block(place, place + 1)
-            gathering = shard.gathering_in(place) if keeps else contextlib.nullcontext()
+            weights = self._shard.weights.block(place, place + 1)
+            gathering = self._shard.gathering_in(place) if keeps else contextlib.nullcontext()
             with weights, gathering, torch.set_grad_enabled(keeps):
                 leaves = [h.detach().requires_grad_(keeps) for h in hidden]
                 outputs = [self.through(place, leaf, calls) for leaf in leaves]

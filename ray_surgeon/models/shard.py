@@ -137,8 +137,7 @@ class ModelShard:
         """
         if linears_only:
             return [f"{n}.{p}" for n, m in self.linears.items() for p, _ in m.named_parameters()]
-        names = self.layout.parameters_of(self.blocks)
-        return [name for name in names if name not in self.layout.tied]
+        return [n for n in self.layout.parameters_of(self.blocks) if n not in self.layout.tied]
 
     def tensor(self, name: str) -> Tensor:
         """Return a saved tensor by its global name, where it lies."""
