@@ -216,7 +216,7 @@ def _rises(mixture: Mixture, hidden: Tensor, is_routed: Tensor) -> Tensor | None
     """
     if not mixture.has_softmax or getattr(mixture.router, "norm_topk_prob", True):
         return None
-    logits, _, _ = mixture.router(hidden)
+    logits, _, _ = mixture.route(hidden)
     p = logits.new_zeros(is_routed.shape, dtype=torch.float32)
     p[:, mixture.kept] = logits.float().softmax(dim=1)
     return (p / (1 - p)).masked_fill(is_routed, 0.0)

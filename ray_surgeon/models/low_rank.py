@@ -40,7 +40,7 @@ class LowRank:
         R, C = matrix(module).shape
         generator = torch.Generator().manual_seed(seed)
         start = (2 * torch.rand(rank, C, generator=generator) - 1) / C**0.5
-        self.A = start.to(device).requires_grad_()
+        self.A: Tensor = start.to(device).requires_grad_()
         self.B = torch.zeros(R, rank, device=device, requires_grad=True)
         self.kept: Tensor | None = None  # [R, C], of elements
         if isinstance(mask, ElementMask):
