@@ -14,13 +14,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from ray_surgeon.models.loss import (
-    Predicted,
-    compare_with_dense,
-    next_token_loss,
-    next_tokens,
-    perplexity_of,
-)
+from ray_surgeon.models import loss as losses
+from ray_surgeon.models.loss import Predicted, compare_with_dense, next_token_loss, next_tokens
 from ray_surgeon.runtime import passes
 from ray_surgeon.runtime.cluster import LocalCluster
 from ray_surgeon.runtime.passes import compared, measure
@@ -143,10 +138,10 @@ def test_a_token_is_drawn_where_the_cumulated_probabilities_pass_the_chance() ->
 
 
 def test_a_perplexity_is_a_number_infinite_or_an_error() -> None:
-    assert perplexity_of(699.0) == math.exp(699)
-    assert perplexity_of(1e4) == perplexity_of(math.inf) == math.inf
+    assert losses.perplexity_of(699.0) == math.exp(699)
+    assert losses.perplexity_of(1e4) == losses.perplexity_of(math.inf) == math.inf
     with pytest.raises(FloatingPointError, match="not a number"):
-        perplexity_of(math.nan)
+        losses.perplexity_of(math.nan)
 
 
 # In a cluster of two shards and two replicas
