@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import reprlib
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import yaml
@@ -13,7 +11,6 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from ray_surgeon.spec.base import REASON, refusing
-from ray_surgeon.spec.evaluation import EvaluationSection
 from ray_surgeon.spec.job import JobSpec
 
 _Place = tuple[int | str, ...]
@@ -24,16 +21,14 @@ _YAML_ERRORS = (yaml.YAMLError, RecursionError, ValueError, LookupError, Attribu
 class _Loader(yaml.SafeLoader):
     """YAML's safe loader, which refuses a key that is given twice: the last one would win."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> Any:
         """Return a mapping."""
-        seen = set[str]()
-        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
-            if key.value in seen and key.value != "<<":
+        names = [key.value for key, _ in node.value]
+        for number, (key, _) in enumerate(node.value):
+            if key.value in names[:number] and key.value != "<<":
                 problem = f"{key.value} is given twice; remove one"
                 raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
-            seen.add(key.value)
-        mapping: dict[Any, Any] = super().construct_mapping(node, deep)
-        return mapping
+        return super().construct_mapping(node, deep)
 
 
 def parse_spec(text: str, overrides: Sequence[str] = ()) -> JobSpec:
@@ -65,30 +60,23 @@ def _apply_override(document: dict[str, Any], override: str) -> None:
     remedy = f"put it into quotes, as in '{path}=\"{value}\"'"
     with refusing(f"--set {override}: the value is no YAML ({REASON})", remedy, _YAML_ERRORS):
         content = yaml.safe_load(value)
-    names_a_field = keys[0] == "evaluation" and EvaluationSection.model_fields.keys() & keys[1:2]
-    if names_a_field and isinstance(document.get("evaluation"), list):
-        document["evaluation"] = {"texts": document["evaluation"]}  # for which a list is short
+    texts = document.get("evaluation")
+    if keys[0] == "evaluation" and isinstance(texts, list) and not "".join(keys[1:2]).isdecimal():
+        document["evaluation"] = {"texts": texts}  # for which a list is short
     place: Any = document
     for number, key in enumerate(keys):
-        at = _item(place, key, f"--set {override}: {'.'.join(keys[:number])}")
+        where = f"--set {override}: {'.'.join(keys[:number])} is"
+        if not isinstance(place, dict | list):
+            raise ValueError(f"{where} {place!r}, which has no fields; set it itself")
+        at: Any = int(key) if isinstance(place, list) and key.isdecimal() else key
+        if isinstance(place, list) and at not in range(len(place)):
+            last = len(place) - 1
+            raise ValueError(f"{where} a list with items 0 to {last}, and {key!r} is none of them")
         if number == len(keys) - 1:
             place[at] = content
         elif isinstance(place, dict) and place.get(at) is None:  # absent, or switched off by null
             place[at] = {}
         place = place[at]
-
-
-def _item(place: Any, key: str, where: str) -> str | int:
-    """Return the key of a mapping, or the index of a list, that an override names."""
-    if isinstance(place, dict):
-        return key
-    if not isinstance(place, list):
-        raise ValueError(f"{where} is {place!r}, which has no fields; set it itself")
-    if not key.isdecimal() or not int(key) < len(place):
-        raise ValueError(
-            f"{where} is a list with items 0 to {len(place) - 1}, and {key!r} is none of them"
-        )
-    return int(key)
 
 
 _FIELDS = "expected fields, such as {name: value}"
@@ -140,23 +128,3 @@ def _follows(problem: ErrorDetails, others: Sequence[_Place], derived: Sequence[
     is_told = any(loc and loc[0] not in derived for loc in others)
     follows = bool(place) and place[0] in derived and is_told
     return is_short or follows or problem["type"] == "default_factory_not_called"
-
-
-def absolute(uri: str) -> str:
-    """Return a local path whole, and any other URI as it is."""
-    return uri if "://" in uri else str(Path(uri).expanduser().resolve())
-
-
-def with_absolute_paths(spec: JobSpec) -> JobSpec:
-    """Return the spec with absolute local paths; workers run in other folders."""
-    path = Path(spec.model.source).expanduser()
-    is_local = os.path.exists(path)  # Path.exists raises where it may not look
-    source = str(path.resolve()) if is_local else spec.model.source
-    scratch = None if spec.memory.scratch is None else absolute(spec.memory.scratch)
-    tasks = spec.evaluation.tasks
-    if tasks is not None and tasks.include is not None:
-        tasks = tasks.model_copy(update={"include": absolute(tasks.include)})
-    changes: dict[str, Any] = {"model": {"source": source}, "memory": {"scratch": scratch}}
-    changes |= {"evaluation": {"tasks": tasks}, "output": {"uri": absolute(spec.output.uri)}}
-    changed = {name: getattr(spec, name).model_copy(update=new) for name, new in changes.items()}
-    return spec.model_copy(update=changed)
