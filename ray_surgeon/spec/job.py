@@ -92,13 +92,11 @@ class JobSpec(Section):
         yield from self._problems_of_exports()
 
     def _problems_of_curvature(self) -> Iterator[str]:
-        method = f"curvature: pruning.method {self.pruning.method}"
-        if self.curvature is None:
-            if self.pruning.takes_curvature:
-                yield f"{method} needs one; remove the null"
-        elif not self.pruning.takes_curvature:
-            yield f"{method} gathers its own; remove the section"
-        elif problem := self.pruning.problem_with(self.curvature):
+        is_taken = self.pruning.takes_curvature
+        if is_taken != (self.curvature is not None):
+            why = "needs one; remove the null" if is_taken else "gathers its own; remove it"
+            yield f"curvature: pruning.method {self.pruning.method} {why}"
+        elif self.curvature is not None and (problem := self.pruning.problem_with(self.curvature)):
             yield problem
         kind = "null" if self.curvature is None else self.curvature.kind
         takes_gradients = kind == "kfac" or (kind != "extended_kfac" and self.correction)
