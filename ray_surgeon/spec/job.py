@@ -109,16 +109,17 @@ class JobSpec(Section):
         names = [text.name for text in self.evaluation.texts]
         if len(set(names)) < len(names):
             yield f"evaluation: names must differ, got {names}; rename one"
-        of_all = f"of {most} calibration sequences"
+        sequences = f"{most} calibration sequences"
         if replicas > most:
-            yield f"cluster.num_replicas: {replicas} cannot be filled by {most} sequences; lower it"
+            yield f"cluster.num_replicas: {replicas} cannot be filled by {sequences}; lower it"
         backward = None if self.curvature is None else self.curvature.sequences_backward
         if backward is not None and not replicas <= backward <= most:
-            yield f"curvature.num_backward: {backward} {of_all}; give {replicas} to {most}"
+            remedy = f"every replica needs one, so give {replicas} to {most}"
+            yield f"curvature.num_backward: {backward} of {sequences}; {remedy}"
         self.check_borders()
         in_a_step = 0 if self.correction is None else self.correction.sequences_per_step
         if in_a_step > most:
-            yield f"correction.sequences_per_step: {in_a_step} {of_all}; lower it"
+            yield f"correction.sequences_per_step: {in_a_step} of {sequences}; lower it"
 
     def _problems_of_exports(self) -> Iterator[str]:
         pruning = self.pruning
