@@ -22,9 +22,10 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel, PreTraine
 from ray_surgeon.models.families import family_of
 from ray_surgeon.report.directory import RunDirectory
 from ray_surgeon.run.reading import as_input_error
+from ray_surgeon.spec.base import absolute
 from ray_surgeon.spec.calibration import CalibrationSection
 from ray_surgeon.spec.job import JobSpec
-from ray_surgeon.spec.parsing import absolute, validation_message
+from ray_surgeon.spec.parsing import validation_message
 from ray_surgeon.spec.texts import TextSection
 from ray_surgeon.storage import files
 

@@ -28,7 +28,6 @@ from ray_surgeon.run.reading import Texts
 from ray_surgeon.run.stages import Stages, stages_after_shots, stages_of
 from ray_surgeon.runtime.placement import Placement, place
 from ray_surgeon.spec.job import JobSpec
-from ray_surgeon.spec.parsing import with_absolute_paths
 from ray_surgeon.spec.sections import KERNEL_COLUMNS, ModelSection, RaySection
 from ray_surgeon.stages.prune.groups import Groups
 from ray_surgeon.stages.prune.groups_section import CoupledSection
@@ -155,7 +154,6 @@ def check(spec: JobSpec, *, resume: bool = False, dry_run: bool = False) -> Inpu
     Raises:
         ValueError: something cannot work; names the field, what was found, and the remedy.
     """
-    spec = with_absolute_paths(spec)
     reading.check_machine(spec, dry_run=dry_run)
     with reading.as_input_error(f"output.uri: cannot use {spec.output.uri}"):
         RunDirectory(spec.output.uri).is_new()  # raises if it holds something else

@@ -18,6 +18,7 @@ from ray_surgeon.stages.prune.method import Method
 from ray_surgeon.stages.prune.methods import Costs, Latency, Threshold, Update
 from ray_surgeon.stages.reconstruction.stage import ReconstructionStage
 from ray_surgeon.stages.search.search import SearchStage
+from ray_surgeon.stages.self_text.requests import Language
 from ray_surgeon.stages.self_text.stage import SelfText
 from ray_surgeon.stages.stage import Stage
 from ray_surgeon.stages.weights import Commit, Load, exports_of
@@ -53,14 +54,14 @@ def stages_of(
         ValueError: a stage cannot work; names the field, what was found, and the remedy.
     """
     tasks = spec.evaluation.tasks
-    config = layout.config
     held = spec.num_held
     sizes = [(text.num_sequences, text.sequence_length) for text in spec.evaluation.texts]
     sizes += [(held, spec.calibration.sequence_length)] * (held > 0)
     tokenizer = texts.tokenizer
-    self_text = SelfText.of(spec.calibration, tokenizer, config)
+    language = Language(tokenizer, layout.config) if tokenizer else None
+    self_text = SelfText.of(spec.calibration, language)
     yardstick, self_text = yardstick_for(
-        spec.evaluation.generation, self_text, tokenizer, config, texts.first
+        spec.evaluation.generation, self_text, language, texts.first
     )
     has_costs = method.has_costs
     correction = None

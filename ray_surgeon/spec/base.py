@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, TypeVar
 
 import pydantic
-from pydantic import AfterValidator, BeforeValidator, Discriminator, Field
+from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag
 
 Errors = type[Exception] | tuple[type[Exception], ...]
 
@@ -41,9 +40,8 @@ def refusing(what: str, remedy: str, kinds: Errors = OSError) -> Iterator[None]:
 Positive = Annotated[int, Field(gt=0)]
 
 _SECRETS = re.compile(
-    r"https?://[^/]*@|://[^/@]*:[^/@]*@"
-    r"|[?&][^=&]*(?:signature|token|secret|password|credential|api_?key|auth|sig)=",
-    re.IGNORECASE,
+    r"(?i)https?://[^/]*@|://[^/@]*:[^/@]*@"
+    r"|[?&][^=&]*(?:signature|token|secret|password|credential|api_?key|auth|sig)="
 )
 
 
@@ -65,8 +63,16 @@ def local_path(value: Any) -> Any:
     return path
 
 
-Address = Annotated[str, BeforeValidator(local_path), AfterValidator(_without_secrets)]
+def absolute(uri: str) -> str:
+    """Return a local path whole, as workers run in other folders, and any other URI as it is."""
+    return uri if "://" in uri else os.path.realpath(os.path.expanduser(uri))
+
+
+_Text = Annotated[str, Field(min_length=1)]
+Address = Annotated[_Text, BeforeValidator(local_path), AfterValidator(_without_secrets)]
 """A path, URI or Hub id, which the run's records show."""
+Place = Annotated[Address, AfterValidator(absolute)]
+"""A path or URI; a local path becomes a whole one."""
 
 
 class Section(pydantic.BaseModel):
@@ -94,8 +100,7 @@ class Section(pydantic.BaseModel):
     @pydantic.model_validator(mode="after")
     def _has_no_problems(self) -> Section:
         for section in reversed(type(self).__mro__):
-            problems = vars(section).get("problems")
-            for problem in problems(self) if problems is not None else ():
+            for problem in vars(section).get("problems", Section.problems)(self):
                 raise ValueError(problem)
         return self
 
@@ -105,9 +110,7 @@ def tag(name: str) -> str:
     return f"<{name}>"
 
 
-def by_tag(
-    tag_of: Callable[[Callable[[str, Any], Any]], str | None], expected: str
-) -> Discriminator:
+def by_tag(tag_of: Callable[[Any], str | None], expected: str) -> Discriminator:
     """Return a discriminator for a union of sections, given as mappings or as sections.
 
     Args:
@@ -117,20 +120,15 @@ def by_tag(
     """
 
     def find(value: Any) -> str | None:
-        if not isinstance(value, dict | Section):
-            return None
-        get = value.get if isinstance(value, dict) else functools.partial(getattr, value)
-        name = tag_of(get)
-        return None if name is None else tag(name)
+        fields = vars(value) if isinstance(value, Section) else value
+        return tag(str(tag_of(fields.get))) if isinstance(fields, dict) else None
 
-    return Discriminator(
-        find, custom_error_type="no_such_section", custom_error_message=f"expected {expected}"
-    )
+    return Discriminator(find, "no_such_section", f"expected {expected}")
 
 
-def word_or_section(word: str) -> Discriminator:
-    """Return a discriminator for a union of a word and a section.
-
-    The word is tagged by itself, the section ``section``, and errors are of the one that was meant.
-    """
-    return Discriminator(lambda value: tag(word) if isinstance(value, str) else tag("section"))
+_S = TypeVar("_S")
+OrAuto = Annotated[
+    Annotated[_S, Tag(tag("section"))] | Annotated[Literal["auto"], Tag(tag("auto"))],
+    Discriminator(lambda value: tag("auto") if isinstance(value, str) else tag("section")),
+]
+"""A section or the word auto; errors are of the one that was meant."""

@@ -10,15 +10,12 @@ from pydantic import Field
 from ray_surgeon.spec.base import Address
 from ray_surgeon.spec.texts import SourceSection, TextSection, WritingSection
 
-_OF_READING = SourceSection.model_fields.keys() - {"source", "seed"}
-_OF_WRITING = WritingSection.model_fields.keys()
+_READING = SourceSection.model_fields.keys() - {"source", "seed"}
+_WRITING = WritingSection.model_fields.keys()
 _MISPLACED = {
-    "auto": (
-        _OF_READING | _OF_WRITING | {"weight", "mix"},
-        "{} cannot be given to auto; remove it",
-    ),
-    "self": (_OF_READING, "{} belongs to a text that is read, and the model writes this one"),
-    "text": (_OF_WRITING, "{} belongs to text that the model writes; set source to self"),
+    "auto": (_READING | _WRITING | {"weight", "mix"}, "{} cannot be given to auto; remove it"),
+    "self": (_READING, "{} belongs to a text that is read, and the model writes this one"),
+    "text": (_WRITING, "{} belongs to text that the model writes; set source to self"),
 }
 """Source -> fields that it has not, and what is said of them."""
 
@@ -42,8 +39,7 @@ class MixedSection(SourceSection, WritingSection):
     def problems(self) -> Iterator[str]:
         """Yield fields that do not fit the source."""
         misplaced, problem = _MISPLACED.get(self.source, _MISPLACED["text"])
-        fields = type(self).model_fields.items()
-        changed = [name for name, field in fields if getattr(self, name) != field.default]
+        changed = self.model_dump(exclude_defaults=True)
         if names := [name for name in changed if name in misplaced]:
             yield problem.format(", ".join(names))
 
@@ -53,7 +49,7 @@ class CalibrationSection(MixedSection, TextSection):
 
     may_be: ClassVar[tuple[str, ...]] = ("self", "auto")
 
-    source: Address = Field(min_length=1)
+    source: Address
     """As for other texts; or `self`, text that the dense model writes, see the fields from
     temperature on; or `auto`, a mix that suits the model: its own conversations if it has a chat
     template, what it writes after `def ` and beginnings of docstrings, and Python's code,
@@ -86,9 +82,7 @@ class CalibrationSection(MixedSection, TextSection):
         """
         weights = [0.0 if text.is_written else text.weight for text in (self, *self.mix)]
         if num_sequences and not any(weights):
-            raise ValueError(
-                f"calibration: the model writes all of it; add one for {num_sequences} more windows"
-            )
+            raise ValueError("calibration: the model writes all of it; add a text for more windows")
         return _split(num_sequences, weights)
 
     def check_border(self, measured: SourceSection, where: str) -> None:
@@ -98,43 +92,33 @@ class CalibrationSection(MixedSection, TextSection):
             ValueError: the calibration reads more or less of the same text; `where` is the measured
                 one's place in the spec.
         """
-        if measured.source == "python-code":
-            return  # its train and test are different files, however much is read
+        source = measured.source
         texts = (text.starts if text.is_written else text for text in (self, *self.mix))
-        cuts = [text.max_tokens for text in texts if text and text.source == measured.source]
-        if any(max_tokens != measured.max_tokens for max_tokens in cuts):
-            raise ValueError(
-                f"{where}.max_tokens: must equal that of {measured.source} in calibration, because "
-                "both are cut from it and the border between train and test would move; set both"
-            )
+        cuts = {text.max_tokens for text in texts if text and text.source == source}
+        # train and test of python-code are different files, however much is read
+        if source != "python-code" and cuts - {measured.max_tokens}:
+            why = ", or the border between train and test moves"
+            raise ValueError(f"{where}.max_tokens: must equal that of {source} in calibration{why}")
 
     def problems(self) -> Iterator[str]:
         """Yield texts that do not fit each other."""
+        total = self.num_sequences
         windows = list[dict[str, Any]]()
         for number, (text, count) in enumerate(self.shares):
             where = f"mix.{number - 1}: " if number else ""
             if not count:
-                yield (
-                    f"mix: the share of {text.source} in {self.num_sequences} sequences is none; "
-                    "raise its weight or num_sequences"
-                )
+                yield f"mix: the share of {text.source} in {total} sequences is none; raise weight"
             if text.is_written:
                 yield from text.problems_of_lengths(self.sequence_length, where)
             fields = text.model_dump(include=MixedSection.model_fields.keys() - {"weight"})
             if fields in windows:
-                yield (
-                    f"{where}these windows of {text.source} are in the calibration already; raise "
-                    "the weight of that text instead"
-                )
+                yield f"{where}windows of {text.source} are in the calibration; raise their weight"
             windows.append(fields)
         if not self.mix and self.weight != 1.0:
             yield "weight has no effect without mix; remove it"
         has_answers = any(text.is_written and text.has_answers for text in (self, *self.mix))
         if self.weigh == "answers" and not has_answers and self.source != "auto":
-            yield (
-                "weigh is answers, but no text of the calibration has any; set it to all, or add "
-                "{source: self, chat: true} or {source: self, prompts: FILE} to mix"
-            )
+            yield "weigh: no text of the calibration has any answers; add one with chat or prompts"
 
 
 def _split(total: int, weights: Sequence[float]) -> list[int]:

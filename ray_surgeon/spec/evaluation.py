@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from pydantic import Field, model_validator
 
-from pydantic import Field, Tag, model_validator
-
-from ray_surgeon.spec.base import Address, Positive, Section, tag, word_or_section
+from ray_surgeon.spec.base import Address, OrAuto, Place, Positive, Section
 from ray_surgeon.spec.texts import TextSection
 
 
@@ -22,7 +20,7 @@ class EvaluationText(TextSection):
 class GenerationSection(Section):
     """Answers to prompts, by the dense model and, after every shot, by the pruned one."""
 
-    prompts: Address | None = Field(None, min_length=1)
+    prompts: Address | None = None
     """File of prompts on any fsspec URI, each line a JSON object with `prompt` (a text that is
     continued) or `messages` (a list of {role, content} for the chat template). Use prompts that are
     no part of the calibration. null: the dense model writes them, as users' turns from the opening
@@ -44,7 +42,7 @@ class TasksSection(Section):
 
     names: tuple[str, ...] = Field(min_length=1)
     """Tasks or groups of tasks that the harness knows, e.g. [piqa, arc_easy]"""
-    include: Address | None = None
+    include: Place | None = None
     """Folder or fsspec URI of more task definitions; code in them is run"""
     num_fewshot: int | None = Field(None, ge=0)
     """Examples before each question; without it, as each task defines"""
@@ -54,19 +52,12 @@ class TasksSection(Section):
     """Questions at once"""
 
 
-_GenerationField = Annotated[
-    Annotated[GenerationSection, Tag(tag("section"))]
-    | Annotated[Literal["auto"], Tag(tag("auto"))],
-    word_or_section("auto"),
-]
-
-
 class EvaluationSection(Section):
     """What the model is measured on. A list is short for `texts`."""
 
     texts: tuple[EvaluationText, ...] = Field(min_length=1)
     """Texts for perplexity, each reported after every shot"""
-    generation: _GenerationField | None = "auto"
+    generation: OrAuto[GenerationSection] | None = "auto"
     """Compare the pruned model's answers to prompts with the dense model's: the share of tokens
     that speculative decoding would accept, and free answers. auto: if the model has a chat
     template, or the calibration has prompts, of which a tenth is held aside then; null: do not

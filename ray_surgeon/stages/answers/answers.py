@@ -13,15 +13,15 @@ from dataclasses import asdict, dataclass
 from statistics import fmean, median
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
+import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from ray_surgeon.plan.needs import StepPlan, WorkerView
 from ray_surgeon.runtime import passes
 from ray_surgeon.runtime.cluster import Cluster
-from ray_surgeon.runtime.wave import ANSWERS
+from ray_surgeon.runtime.wave import ANSWERS, Counts, Tokens
 from ray_surgeon.runtime.writing import Wanted, write_texts
-from ray_surgeon.stages.answers.prompts import Yardstick
+from ray_surgeon.stages.answers.prompts import Prompts, Yardstick
 from ray_surgeon.stages.self_text.conversations import repeats
 from ray_surgeon.stages.self_text.stage import was_written
 from ray_surgeon.stages.stage import Facts, RunState, Stage
@@ -32,8 +32,6 @@ _EXAMPLE_CHARACTERS = 2000
 _PROMPT_TOKENS = 256
 """Tokens of a prompt, chat template included; a guess for the plan."""
 
-Prompts = tuple[tuple[int, ...], ...]
-"""Tokens of each, one or more."""
 Decode = Callable[[Sequence[int]], str]
 """Returns the text of tokens."""
 
@@ -47,14 +45,20 @@ class Answers:
     ends: frozenset[int]  # tokens that end an answer
 
     @property
-    def num_tokens(self) -> int:
-        """Tokens of all answers."""
-        return sum(map(len, self.answers))
-
-    @property
     def ended(self) -> list[bool]:
         """Whether each answer has ended, rather than been cut."""
         return [answer[-1] in self.ends for answer in self.answers]
+
+    def windows(self) -> tuple[Tokens, Counts]:
+        """Return each of n prompts with its answer, filled up on the right, where no model looks.
+
+        Returns:
+            [n, T] tokens, and [n, T] whether a token belongs to the answer.
+        """
+        pairs = list(zip(self.prompts, self.answers, strict=True))
+        tokens = pad_sequence([torch.tensor(p + a) for p, a in pairs], batch_first=True)
+        counts = [torch.arange(len(p + a)) >= len(p) for p, a in pairs]
+        return tokens.numpy(), pad_sequence(counts, batch_first=True).numpy()
 
 
 @dataclass(frozen=True)
@@ -95,29 +99,13 @@ def _written(cluster: Cluster, prompts: Prompts, max_tokens: int, ends: frozense
     return tuple(tuple(text.tolist()) for text in write_texts(cluster, wanted))
 
 
-def windows_of_answers(answers: Answers) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-    """Return each of n prompts with its answer, filled up on the right, where no model looks.
-
-    Returns:
-        [n, T] tokens, and [n, T] whether a token belongs to the answer.
-    """
-    pairs = list(zip(answers.prompts, answers.answers, strict=True))
-    tokens = np.zeros((len(pairs), max(len(p) + len(a) for p, a in pairs)), dtype=np.int64)
-    counts = np.zeros(tokens.shape, dtype=np.bool_)
-    for row, (prompt, answer) in enumerate(pairs):
-        length = len(prompt) + len(answer)
-        tokens[row, :length] = prompt + answer
-        counts[row, len(prompt) : length] = True
-    return tokens, counts
-
-
 def remember_answers(cluster: Cluster, answers: Answers) -> None:
     """Let the last shards of all replicas keep the dense model's states of its answers.
 
     Raises:
         FloatingPointError: a state is not finite.
     """
-    tokens, _ = windows_of_answers(answers)
+    tokens, _ = answers.windows()
     every = range(len(tokens))
     passes.pass_up_to_the_head(cluster, tokens, every, ANSWERS, "the dense model's answers")
 
@@ -131,7 +119,7 @@ def measure_rates(cluster: Cluster, answers: Answers) -> dict[str, float]:
     Raises:
         FloatingPointError: the divergence is not a number.
     """
-    tokens, counts = windows_of_answers(answers)
+    tokens, counts = answers.windows()
     comparisons = passes.compared(cluster, ANSWERS, tokens, counts, acceptance=True)
     num_tokens = passes.num_counted(tokens, counts)
     means = {
@@ -171,7 +159,7 @@ def dense_record(answers: Answers, decode_tokens: Decode) -> dict[str, Any]:
     """Return what a report tells of the dense model's answers; `decode_tokens` gives their text."""
     return {
         "num_prompts": len(answers.prompts),
-        "num_tokens": answers.num_tokens,
+        "num_tokens": sum(map(len, answers.answers)),
         "share_ended": fmean(answers.ended),
         "share_repeating": fmean(map(repeats, answers.answers)),
         "example": {
@@ -193,13 +181,8 @@ def shot_record(answers: Answers, generation: Generation, decode_tokens: Decode)
     }
 
 
-def write_answers(uri: str, answers: Answers) -> None:
-    """Write the dense model's answers, for a run that goes on later without the dense model."""
-    files.write_json(uri, asdict(answers) | {"ends": sorted(answers.ends)})
-
-
 def read_answers(uri: str) -> Answers:
-    """Read what `write_answers` wrote."""
+    """Read the dense model's answers, for a run that goes on without the dense model."""
     record = files.read_json(uri)
     prompts, answers = (tuple(map(tuple, record[part])) for part in ("prompts", "answers"))
     return Answers(prompts, answers, frozenset(record["ends"]))
@@ -222,19 +205,21 @@ class DenseAnswers(Stage):
             ValueError: the answers of an earlier try are gone.
         """
         uri = run.directory.path("answers.json")
-        section = self.yardstick.section
+        yardstick = self.yardstick
         if not was_written(run, uri):
-            prompts = self.yardstick.prompts_on(run.cluster)
-            answers = answers_of(run.cluster, prompts, section.max_new_tokens, self.yardstick.ends)
-            write_answers(uri, answers)
+            prompts = yardstick.prompts_on(run.cluster)
+            most = yardstick.section.max_new_tokens
+            answers = answers_of(run.cluster, prompts, most, yardstick.ends)
+            files.write_json(uri, asdict(answers) | {"ends": sorted(answers.ends)})
         else:
             answers = read_answers(uri)
             if not run.resumes:  # otherwise its states are among those of the dense model
                 remember_answers(run.cluster, answers)
         run.keep(answers)
-        facts |= {"prompts": len(answers.prompts), "num_tokens": answers.num_tokens}
+        record = dense_record(answers, yardstick.text_of)
+        facts |= {"prompts": record["num_prompts"], "num_tokens": record["num_tokens"]}
         if not run.resumes:
-            run.report.dense["generation"] = dense_record(answers, self.yardstick.text_of)
+            run.report.dense["generation"] = record
 
     def fingerprints(self) -> Mapping[str, Any]:
         """Return the prompts: answers before and after are to the same ones."""

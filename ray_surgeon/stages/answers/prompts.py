@@ -11,10 +11,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
-from transformers import PretrainedConfig
 
 from ray_surgeon.runtime.cluster import Cluster
+from ray_surgeon.runtime.wave import Tokens
 from ray_surgeon.spec.evaluation import GenerationSection
 from ray_surgeon.spec.texts import START_TOKENS, TURN_TOKENS
 from ray_surgeon.stages.self_text.conversations import Writer
@@ -31,14 +30,17 @@ So the prompts are not those of conversations in the calibration with the same s
 _HELD_SHARE = 0.1
 """Share of a calibration's file of prompts that is held aside for the comparison, at most."""
 
+Prompts = tuple[tuple[int, ...], ...]
+"""Tokens of each, one or more."""
+
 
 @dataclass(frozen=True)
 class Yardstick:
     """Prompts, and what their answers need."""
 
     section: GenerationSection
-    # tokens of each; if the dense model writes some, in case that none of them is of use
-    prompts: tuple[tuple[int, ...], ...]
+    # if the dense model writes some, in case that none of them is of use
+    prompts: Prompts
     request: Conversations | None  # for prompts that the dense model writes
     ends: frozenset[int]  # tokens that end an answer
     tokenizer: Any = field(repr=False)
@@ -49,7 +51,7 @@ class Yardstick:
         digest = None if self.request else hashlib.sha256(repr(self.prompts).encode()).hexdigest()
         return self.section.model_dump(mode="json", exclude={"prompts"}) | {"prompts": digest}
 
-    def prompts_on(self, cluster: Cluster) -> tuple[tuple[int, ...], ...]:
+    def prompts_on(self, cluster: Cluster) -> Prompts:
         """Return the prompts, written by the dense model on the cluster if they are not given."""
         if self.request is None:
             return self.prompts
@@ -63,9 +65,8 @@ class Yardstick:
 def yardstick_for(
     section: GenerationSection | str | None,
     self_text: SelfText | None,
-    tokenizer: Any,
-    config: PretrainedConfig,
-    windows: NDArray[np.int64],
+    language: Language | None,
+    windows: Tokens,
 ) -> tuple[Yardstick | None, SelfText | None]:
     """Return the prompts whose answers are compared, and what is left for the model to write.
 
@@ -75,13 +76,14 @@ def yardstick_for(
     Args:
         section: `evaluation.generation`.
         self_text: the stage in which the model writes, if there is one.
-        tokenizer: of the model; None for a plan alone, which has no prompts.
-        config: of the model.
+        language: of the model; None for a plan alone, which has no prompts.
         windows: [num_windows, sequence_length] of the first evaluation text.
+
+    Raises:
+        ValueError: a prompt cannot be read or answered; names the field.
     """
-    if section is None or tokenizer is None:
+    if section is None or language is None:
         return None, self_text
-    language = Language(tokenizer, config)
     if isinstance(section, GenerationSection):
         return _yardstick_of(section, language, windows), self_text
     if self_text is not None and (held := _held_prompts(self_text, language)):
@@ -113,38 +115,29 @@ def check_prompts(prompts: Sequence[Sequence[int]], new: int, longest: float, wh
             )
 
 
-def _yardstick_of(
-    section: GenerationSection, language: Language, windows: NDArray[np.int64]
-) -> Yardstick:
-    """Return the prompts of a section, or how they are to be written.
+def _drawn(count: int, most: int, seed: int) -> list[int]:
+    """Return the numbers of the prompts, of so many, that are drawn from a file."""
+    return sorted(np.random.default_rng(seed).permutation(count)[:most].tolist())
 
-    Args:
-        section: `evaluation.generation`.
-        language: of the model.
-        windows: [num_sequences, sequence_length] of the evaluation text that a model without a chat
-            template goes on with.
 
-    Raises:
-        ValueError: a prompt cannot be read or answered; names the field.
-    """
-    longest = language.longest
+def _yardstick_of(section: GenerationSection, language: Language, windows: Tokens) -> Yardstick:
+    """Return the prompts of a file, or how they are to be written, or beginnings of windows."""
     new = section.max_new_tokens
     marks = language.marks(WHERE)
     request = None
-    starts = windows[: section.num_prompts, :START_TOKENS]
-    prompts = tuple(tuple(start) for start in starts.tolist())
+    where = f"{WHERE}.prompts"
+    prompts: Prompts = tuple(map(tuple, windows[: section.num_prompts, :START_TOKENS].tolist()))
+    checked = prompts
     if section.prompts is not None:
-        where = f"{WHERE}.prompts"
-        read = read_prompts(section.prompts, language.tokenizer, where, longest - new)
-        order = np.random.default_rng(section.seed).permutation(len(read))
-        prompts = tuple(read[number].tokens for number in sorted(order[: section.num_prompts]))
+        read = read_prompts(section.prompts, language.tokenizer, where, language.longest - new)
+        drawn = _drawn(len(read), section.num_prompts, section.seed)
+        prompts = checked = tuple(read[number].tokens for number in drawn)
     elif marks.opening:
         length = marks.num_tokens + 3 * TURN_TOKENS  # a third is a turn's
         request = Conversations(marks, None, 0, length, 1.0, section.seed + _SEED, WHERE)
-        prompt = (*marks.opening, *marks.closing, *[0] * request.turn_tokens)
-        check_prompts([prompt], new, longest, f"{WHERE}.max_new_tokens")
-    if request is None:
-        check_prompts(prompts, new, longest, f"{WHERE}.prompts")
+        checked = ((*marks.opening, *marks.closing, *[0] * request.turn_tokens),)
+        where = f"{WHERE}.max_new_tokens"
+    check_prompts(checked, new, language.longest, where)
     return Yardstick(section, prompts, request, marks.ends_of_answer, language.tokenizer)
 
 
@@ -160,11 +153,10 @@ def _held_prompts(self_text: SelfText, language: Language) -> tuple[Yardstick, S
         if isinstance(request, Texts) or len(prompts := request.prompts or ()) < 2:
             continue
         count = min(section.num_prompts, max(1, round(_HELD_SHARE * len(prompts))))
-        held = set(np.random.default_rng(section.seed).permutation(len(prompts))[:count].tolist())
-        taken = tuple(prompts[i].tokens for i in sorted(held))
+        held = _drawn(len(prompts), count, section.seed)
+        taken = tuple(prompts[i].tokens for i in held)
         rest = tuple(prompt for i, prompt in enumerate(prompts) if i not in held)
-        where = f"{request.where}.prompts"
-        check_prompts(taken, section.max_new_tokens, language.longest, where)
+        check_prompts(taken, section.max_new_tokens, language.longest, f"{request.where}.prompts")
         ends = request.marks.ends_of_answer
         yardstick = Yardstick(section, taken, None, ends, language.tokenizer)
         requests = {**self_text.requests, number: replace(request, prompts=rest)}

@@ -8,7 +8,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field, Tag
 
 from ray_surgeon.maths.kronecker import Damping
-from ray_surgeon.spec.base import Positive, Section, by_tag, tag, word_or_section
+from ray_surgeon.spec.base import OrAuto, Positive, Section, by_tag, tag
 
 
 class DampingSection(Section):
@@ -18,12 +18,6 @@ class DampingSection(Section):
     """Damping of A, the inputs' second moment"""
     g: float = Field(0.1, ge=0, le=10)
     """Damping of G, the output gradients' second moment, estimated badly from few tokens"""
-
-
-_DampingField = Annotated[
-    Annotated[DampingSection, Tag(tag("section"))] | Annotated[Literal["auto"], Tag(tag("auto"))],
-    word_or_section("auto"),
-]
 
 
 class _Curvature(Section):
@@ -54,7 +48,7 @@ class _Curvature(Section):
 
 
 class _Damped(_Curvature):
-    damping: _DampingField = DampingSection()
+    damping: OrAuto[DampingSection] = DampingSection()
     """Damping of A and G. auto: in every shot, that with which the removal of a part of some
     linears costs least by factors of the windows held aside
     """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import ClassVar
 
 from pydantic import Field
 
@@ -14,6 +15,8 @@ from ray_surgeon.stages.curvature.section import AnyCurvature
 
 class ReconstructionSection(Section):
     """Reconstruction of feed-forward layers, see `ray_surgeon.stages.reconstruction.layers`."""
+
+    checks_itself: ClassVar[bool] = True
 
     learning_rate: float | None = Field(None, gt=0, le=1)
     """Adam's largest rate, in units of the root mean square of each weight; it rises shortly, then
@@ -36,11 +39,6 @@ class Reconstructed(ScheduleSection):
     """In every shot, after the update: train every feed-forward layer that lost channels to
     reproduce its earlier outputs. Workers keep its inputs until then. null: no reconstruction
     """
-
-    @property
-    def checks_itself(self) -> bool:
-        """Whether there is a reconstruction, or another stage that measures itself."""
-        return self.reconstruction is not None or super().checks_itself
 
     def problem_with(self, curvature: AnyCurvature) -> str | None:
         """Return why this section and a curvature do not go together; see `ScheduleSection`."""

@@ -122,8 +122,7 @@ class Search:
         tried = list[tuple[GroupScores, Counts]]()
         record: dict[str, Any] = {"divergences": [], "held_aside": []}
         for number in range(self.section.rounds + 1):
-            if number:
-                scores = self.paths.rescaled(scores, scales)
+            scores = self.paths.rescaled(scores, scales) if number else scores
             counts = self.paths.method.allocate(scores, self.paths.shot).counts
             if any(counts == before for _, before in tried):
                 break  # nothing more can be learnt
@@ -220,8 +219,7 @@ class SearchStage(Stage):
     def needs(self, worker: WorkerView) -> Iterable[StepPlan]:
         """Return the passes, while factors stay and the host keeps every consumer twice."""
         (update,) = Update(self.method).needs(worker)
-        sizes = [(self.section.num_sequences, worker.sequence_length)]
-        passes = worker.measuring(self.name, sizes)
+        passes = worker.measuring(self.name, [(self.section.num_sequences, worker.sequence_length)])
         factors = worker.all_factors / worker.num_replicas
         of_passes = passes.device + factors * (worker.stores.factors == "device")
         roles = self.method.consumers

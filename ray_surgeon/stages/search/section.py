@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from pydantic import Field
 
 from ray_surgeon.spec.base import Positive, Section
@@ -10,6 +12,8 @@ from ray_surgeon.spec.targets import ScheduleSection
 
 class SearchSection(Section):
     """The search for how many groups every block loses; see `ray_surgeon.stages.search.search`."""
+
+    checks_itself: ClassVar[bool] = True
 
     rounds: Positive = 1
     """Allocations that are tried after the first one, each with scales from the one before"""
@@ -34,8 +38,3 @@ class Searched(ScheduleSection):
     def num_further_windows(self) -> int:
         """Windows that the search measures on."""
         return 0 if self.search is None else self.search.num_sequences
-
-    @property
-    def checks_itself(self) -> bool:
-        """Whether there is a search, or another stage that measures itself."""
-        return self.search is not None or super().checks_itself

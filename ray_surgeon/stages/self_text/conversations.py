@@ -90,20 +90,15 @@ def pack(conversations: Sequence[Conversation], num_sequences: int, length: int)
     Every window begins with the beginning of a conversation; the last one in it is cut where the
     window ends. There are `num_sequences` windows at most.
     """
-    tokens = np.zeros(num_sequences * length, dtype=np.int64)
-    answers = np.zeros(len(tokens), dtype=np.bool_)
-    place = 0
-    for conversation in conversations:
-        if place == len(tokens):
-            break
-        answer = conversation.answer
-        end_of_window = place - place % length + length
-        end = min(place + len(conversation.tokens), end_of_window)
-        tokens[place:end] = conversation.tokens[: end - place]
-        answers[place + answer.start : min(place + answer.stop, end_of_window)] = True
-        place = end
-    windows = slice(place // length)  # that are full
-    return WrittenText(tokens.reshape(-1, length)[windows], answers.reshape(-1, length)[windows])
+    windows = list[list[tuple[int, bool]]]()  # each token, and whether it belongs to an answer
+    for made in conversations:
+        if not windows or len(windows[-1]) >= length:
+            windows.append([])
+        answer = range(made.answer.start, made.answer.stop)
+        windows[-1] += [(token, place in answer) for place, token in enumerate(made.tokens)]
+    full = [window[:length] for window in windows if len(window) >= length][:num_sequences]
+    pairs = np.array(full, dtype=np.int64).reshape(-1, length, 2)
+    return WrittenText(pairs[..., 0].copy(), pairs[..., 1] == 1)
 
 
 class Writer:
@@ -113,7 +108,6 @@ class Writer:
         """Take a cluster with loaded workers, and what they are to write."""
         self._cluster = cluster
         self._request = request
-        self._marks = request.marks
         self._conversations: list[Conversation] = []
         self._unanswered: list[Prompt] = []
         self._of_file = self._prompts()
@@ -130,19 +124,17 @@ class Writer:
         """
         request = self._request
         missing = request.num_sequences
-        for number in range(MAX_ROUNDS + 1):
+        for number in range(MAX_ROUNDS):
+            self._write_round(missing, number)
             written = pack(self._conversations, request.num_sequences, request.sequence_length)
             missing = request.num_sequences - len(written.tokens)
             if not missing:
                 return written
-            if number < MAX_ROUNDS:
-                self._write_round(missing, number)
         raise RuntimeError(
             f"{request.where}: after {MAX_ROUNDS} rounds, {len(self._turns)} of {self._num_turns} "
             f"users' turns and {len(self._conversations)} of {self._num_answers} answers were of "
-            f"use (others came twice, were in a loop or had special tokens), and {missing} of "
-            f"{request.num_sequences} windows are not full; change temperature, give prompts, or "
-            "give another text in place of this one"
+            f"use (no loops, no special tokens, none twice), and {missing} windows are not full; "
+            "change temperature, give prompts, or give another text in place of this one"
         )
 
     def prompts(self, count: int) -> tuple[tuple[int, ...], ...]:
@@ -169,9 +161,8 @@ class Writer:
             self._unanswered += itertools.islice(self._of_file, max(0, more))
             if not self._unanswered:
                 raise ValueError(
-                    f"{request.where}.prompts: {len(request.prompts)} prompts gave "
-                    f"{len(self._conversations)} conversations, and {missing} windows are not full "
-                    "yet; give more prompts or fewer num_sequences"
+                    f"{request.where}.prompts: {len(request.prompts)} leave {missing} windows that "
+                    "are not full; give more prompts or fewer num_sequences"
                 )
         elif more > 0:
             self._write_turns(more, number)
@@ -184,34 +175,28 @@ class Writer:
 
     def _num_needed(self, missing: int) -> int:
         """Return how many answers are to be written to fill so many windows."""
-        length = self._request.sequence_length
-        each = self._mean_tokens()
-        useful = _usual(len(self._conversations), self._num_answers, _YIELD_OF_ANSWERS)
-        tokens = missing * (length + each / 2)  # half a conversation is cut off at the end
-        return max(4, math.ceil(_MARGIN * tokens / each / useful))
-
-    def _mean_tokens(self) -> float:
-        """Return how many tokens a conversation has, as far as is known."""
         request = self._request
-        if self._conversations:
-            return fmean(len(conversation.tokens) for conversation in self._conversations)
+        before = request.marks.num_tokens + _USUAL_TURN * request.turn_tokens
         if prompts := self._unanswered or request.prompts:
             before = fmean(len(prompt.tokens) for prompt in prompts)
-        else:
-            before = request.marks.num_tokens + _USUAL_TURN * request.turn_tokens
-        return min(before + _USUAL_ANSWER * ANSWER_TOKENS, request.sequence_length)
+        each = min(before + _USUAL_ANSWER * ANSWER_TOKENS, request.sequence_length)
+        if self._conversations:
+            each = fmean(len(conversation.tokens) for conversation in self._conversations)
+        useful = _usual(len(self._conversations), self._num_answers, _YIELD_OF_ANSWERS)
+        # half a conversation is cut off at the end
+        tokens = missing * (request.sequence_length + each / 2)
+        return max(4, math.ceil(_MARGIN * tokens / each / useful))
 
     def _write_turns(self, count: int, number: int) -> None:
         """Let the model write users' turns, and keep those that make sense."""
         request = self._request
-        marks = self._marks
+        marks = request.marks
         useful = _usual(len(self._turns), self._num_turns, _YIELD_OF_TURNS)
         count = max(_FEWEST_TURNS, math.ceil(count / useful))
-        prompts = (marks.opening,) * count
-        seed = _seed(request.seed, number, 0)
-        ends = marks.ends_of_turn
-        wanted = Wanted(prompts, request.turn_tokens + 1, request.temperature, seed, ends)
         self._num_turns += count
+        prompts = (marks.opening,) * count
+        draws = (request.temperature, _seed(request.seed, number, 0))
+        wanted = Wanted(prompts, request.turn_tokens + 1, *draws, marks.ends_of_turn)
         for text in write_texts(self._cluster, wanted):
             # one that has not ended is cut: models of code paste long pieces of it
             turn = tuple(text[:-1].tolist())
@@ -220,7 +205,7 @@ class Writer:
                 self._unanswered.append(Prompt((*marks.opening, *turn, *marks.closing)))
 
     def _makes_sense(self, tokens: Sequence[int], fewest: int) -> bool:
-        is_text = len(tokens) >= fewest and self._marks.special.isdisjoint(tokens)
+        is_text = len(tokens) >= fewest and self._request.marks.special.isdisjoint(tokens)
         return is_text and not repeats(tokens)
 
     def _prompts(self) -> Iterator[Prompt]:
@@ -235,13 +220,11 @@ class Writer:
     def _write_answers(self, prompts: Sequence[Prompt], number: int) -> None:
         """Let the model answer what has no answer, and keep the conversations that make sense."""
         request = self._request
-        end = self._marks.end
-        ends = self._marks.ends_of_answer
+        end = request.marks.end
+        ends = request.marks.ends_of_answer
         questions = tuple(prompt.tokens for prompt in prompts if prompt.answer is None)
-        temperature = COOLER * request.temperature
-        seed = _seed(request.seed, number, 1)
-        length = request.sequence_length
-        wanted = Wanted(questions, ANSWER_TOKENS, temperature, seed, ends, max_length=length)
+        draws = (COOLER * request.temperature, _seed(request.seed, number, 1))
+        wanted = Wanted(questions, ANSWER_TOKENS, *draws, ends, request.sequence_length)
         written = iter(write_texts(self._cluster, wanted))
         self._num_answers += len(prompts)
         for prompt in prompts:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from transformers import PretrainedConfig
@@ -63,7 +64,7 @@ class Conversations:
     """Conversations of a user's turn and an answer, packed into windows."""
 
     marks: ChatMarks
-    prompts: tuple[Prompt, ...] | None  # of a file; None: the model writes the turns, too
+    prompts: Sequence[Prompt] | None  # of a file; None: the model writes the turns, too
     num_sequences: int
     sequence_length: int
     temperature: float
@@ -71,14 +72,9 @@ class Conversations:
     where: str  # field of the job spec, for errors
 
     @property
-    def room(self) -> int:
-        """Tokens of a window beside those of the chat template."""
-        return self.sequence_length - self.marks.num_tokens
-
-    @property
     def turn_tokens(self) -> int:
-        """Tokens of a turn, at most."""
-        return min(TURN_TOKENS, self.room // 3)
+        """Tokens of a turn, at most: a third of a window beside those of the chat template."""
+        return min(TURN_TOKENS, (self.sequence_length - self.marks.num_tokens) // 3)
 
 
 Request = Texts | Conversations
@@ -110,36 +106,43 @@ class Language:
         tokenizer = self.tokenizer
         eos = self.config.eos_token_id
         ending = {tokenizer.eos_token_id, *(eos if isinstance(eos, list | tuple) else (eos,))}
-        last = frozenset(int(token) for token in ending if token is not None)
-        added = getattr(tokenizer, "added_tokens_decoder", {})
-        special = {token for token, about in added.items() if getattr(about, "special", False)}
+        special = {n for n, token in tokenizer.added_tokens_decoder.items() if token.special}
         # the rest of a table that was rounded up
         unused = range(len(tokenizer), self.config.vocab_size)
         not_text = frozenset({*special, *tokenizer.all_special_ids, *unused})
+        marks = ChatMarks(last=frozenset(ending - {None}), special=not_text)
         if not has_chat_template(tokenizer):
-            return ChatMarks(last=last, special=not_text)
-        around = self._around_turns(where)
-        opening, closing, end = (tokens_of(tokenizer, text) for text in around)
-        return ChatMarks(opening, closing, end, last, not_text)
-
-    def _around_turns(self, where: str) -> tuple[str, str, str]:
-        """Return what a chat template puts before a turn, between it and its answer, and after."""
+            return marks
         messages = [{"role": "user", "content": _SAID}, {"role": "assistant", "content": _ANSWERED}]
-        render = self.tokenizer.apply_chat_template
-        remedy = "give a tokenizer with another one"
+        render = tokenizer.apply_chat_template
+        remedy = "give a tokenizer with another one, or a text without chat"
         failure = f"{where}: the model's chat template fails ({REASON})"
         with refusing(failure, remedy, Exception):  # it is code of the model's
             question = render(messages[:1], tokenize=False, add_generation_prompt=True)
             whole = render(messages, tokenize=False)
         if _SAID not in question or _ANSWERED not in whole:
-            raise ValueError(
-                f"{where}: the chat template changes what is said; {remedy}, or a text without chat"
-            )
+            raise ValueError(f"{where}: the chat template changes what is said; {remedy}")
         before, _, between = question.partition(_SAID)
-        return before, between, whole.rpartition(_ANSWERED)[2]
+        around = (before, between, whole.rpartition(_ANSWERED)[2])
+        opening, closing, end = (tokens_of(tokenizer, text) for text in around)
+        return replace(marks, opening=opening, closing=closing, end=end)
+
+    def requests(self, section: CalibrationSection) -> dict[int, Request]:
+        """Return number of a calibration text -> what the dense model is to write for it.
+
+        Raises:
+            ValueError: the model cannot write it, or a file for it cannot be read; names the field.
+        """
+        requests: dict[int, Request] = {}
+        for number, (text, count) in enumerate(section.shares):
+            if text.is_written:
+                where = f"calibration.mix.{number - 1}" if number else "calibration"
+                make = self.chats if text.has_answers else self.texts
+                requests[number] = make(text, count, section.sequence_length, where)
+        return requests
 
     def texts(self, text: MixedSection, count: int, sequence_length: int, where: str) -> Texts:
-        """Return what is to be written of plain texts; see `to_be_written`."""
+        """Return what is to be written of plain texts; see `requests`."""
         tokenizer = self.tokenizer
         num_texts, length = text.sizes(count, sequence_length)
         prompt: tuple[int, ...] = ()  # before every text, and no part of it
@@ -148,78 +151,45 @@ class Language:
             windows = read_windows(text.starts, num_texts, text.start_tokens, tokenizer, at)
             starts = prompts = tuple(map(tuple, windows.tokens.tolist()))
         else:
-            if text.prompt is not None:
-                prompt = tokens_of(tokenizer, text.prompt)
-            else:
-                tokens = (tokenizer.bos_token_id, tokenizer.eos_token_id)
-                prompt = tuple(int(token) for token in tokens if token is not None)[:1]
+            ends = [n for n in (tokenizer.bos_token_id, tokenizer.eos_token_id) if n is not None]
+            prompt = tuple(ends[:1]) if text.prompt is None else tokens_of(tokenizer, text.prompt)
             first = first_token(tokenizer)
             start = prompt[-1:] if first is None and text.texts_per_sequence > 1 else ()
             starts = (start if first is None else (first,),) * num_texts
             prompts = (prompt,) * num_texts
-        longest = self.longest
-        if not prompts[0] or len(prompt) + length > longest:
-            raise ValueError(
-                f"{where}: the prompt has {len(prompt)} tokens, and 1 to {longest - length} may "
-                f"stand before a text of {length}; change the prompt or the lengths"
-            )
+        most = self.longest - length
+        if not prompts[0] or len(prompt) > most:
+            size = f"the prompt has {len(prompt)} tokens, and 1 to {most} may stand there"
+            raise ValueError(f"{where}: {size}; change the prompt or the lengths")
+        self.check(prompts)
         own = length - len(starts[0])
         together = texts_together(length)
         wanted = Wanted(prompts, own, text.temperature, text.seed, num_together=together)
         return Texts(wanted, starts, sequence_length)
 
-    def conversations(
-        self, text: MixedSection, count: int, length: int, where: str
-    ) -> Conversations:
-        """Return what is to be written of conversations; see `to_be_written`."""
+    def chats(self, text: MixedSection, count: int, length: int, where: str) -> Conversations:
+        """Return what is to be written of conversations; see `requests`."""
+        short = f"calibration.sequence_length: {length}, but"
         if length > self.longest:
-            raise ValueError(
-                f"calibration.sequence_length: {length}, but the model takes at most {self.longest}"
-            )
+            raise ValueError(f"{short} the model takes at most {self.longest}")
         marks = self.marks(where)
         prompts = None
         if text.prompts is not None:
-            read = read_prompts(text.prompts, self.tokenizer, f"{where}.prompts", length - 1)
-            prompts = tuple(read)
+            prompts = read_prompts(text.prompts, self.tokenizer, f"{where}.prompts", length - 1)
         elif not marks.opening:
             raise ValueError(
                 f"{where}.chat: true, but the model has no chat template, or one that puts nothing "
                 "before a user's turn; give starts, such as {source: python-docstrings}, or prompts"
             )
         elif length - marks.num_tokens < _LEAST_ROOM:
-            raise ValueError(
-                f"calibration.sequence_length: {length}, but the chat template alone takes "
-                f"{marks.num_tokens} tokens, and {_LEAST_ROOM} more are needed; make it longer"
-            )
+            raise ValueError(f"{short} the chat template alone takes {marks.num_tokens}; raise it")
+        said = [prompt.tokens + (prompt.answer or ()) for prompt in prompts or ()]
+        self.check([marks.opening, marks.closing, marks.end, *said])
         return Conversations(marks, prompts, count, length, text.temperature, text.seed, where)
 
-
-def to_be_written(
-    section: CalibrationSection, tokenizer: Any, config: PretrainedConfig
-) -> dict[int, Request]:
-    """Return number of a calibration text -> what the dense model is to write for it.
-
-    Raises:
-        ValueError: the model cannot write it, or a file for it cannot be read; names the field.
-    """
-    language = Language(tokenizer, config)
-    requests: dict[int, Request] = {}
-    for number, (text, count) in enumerate(section.shares):
-        if text.is_written:
-            where = f"calibration.mix.{number - 1}" if number else "calibration"
-            make = language.conversations if text.has_answers else language.texts
-            requests[number] = make(text, count, section.sequence_length, where)
-            _check_vocabulary(requests[number], config.vocab_size)
-    return requests
-
-
-def _check_vocabulary(request: Request, size: int) -> None:
-    if isinstance(request, Texts):
-        texts = request.wanted.prompts
-    else:
-        marks = request.marks
-        texts = (marks.opening, marks.closing, marks.end)
-        texts += tuple(p.tokens + (p.answer or ()) for p in request.prompts or ())
-    largest = max(itertools.chain.from_iterable(texts), default=0)
-    if largest >= size:
-        raise ValueError(f"model.source: the tokenizer's token {largest} is none of the {size}")
+    def check(self, texts: Iterable[Iterable[int]]) -> None:
+        """Refuse tokens that the model has not, which a tokenizer of another model may give."""
+        size = self.config.vocab_size
+        largest = max(itertools.chain.from_iterable(texts), default=0)
+        if largest >= size:
+            raise ValueError(f"model.source: the tokenizer's token {largest} is none of the {size}")
