@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from transformers import AutoTokenizer
+from safetensors.torch import load_file
+from transformers import AutoTokenizer, PretrainedConfig
 
 from ray_surgeon.export.reload import agree
 from ray_surgeon.models.layout import ModelLayout
@@ -21,13 +22,16 @@ from ray_surgeon.plan.room import available_bytes
 from ray_surgeon.runtime import fresh_process
 from ray_surgeon.runtime.cluster import Cluster
 from ray_surgeon.runtime.collectives import decode
+from ray_surgeon.runtime.fresh_process import run_on_worker
 from ray_surgeon.runtime.passes import logits
 from ray_surgeon.runtime.weights import num_files, save_weights
 from ray_surgeon.spec.sections import ModelSection
-from ray_surgeon.storage import files, tensor_files
+from ray_surgeon.storage import files
 from ray_surgeon.storage.sources import goes_along, open_model
 
 NUM_COMPARED_TOKENS = 64
+SHIPPED = "modeling_pruned.py"
+"""The file of code beside weights whose blocks differ."""
 _WRITTEN = ("*.index.json", "model*.safetensors", "masks*.safetensors")
 """Names of the files of weights and masks."""
 
@@ -40,7 +44,9 @@ class Pruned:
     layout: ModelLayout  # of the dense model
     model: ModelSection  # the dense model, whose tokenizer and configuration go along
     facts: Mapping[str, Any]  # see `RunReport.model_card_facts`
-    tokens: NDArray[np.int64]  # [T] a sequence on which exports are compared
+    # [num_sequences, T] tokens, by which four bits are rounded; exports are compared on the first
+    calibration: NDArray[np.int64]
+    texts: Mapping[str, NDArray[np.int64]]  # name -> [num_windows, T] tokens to evaluate on
 
 
 def write_weights(cluster: Cluster, uri: str, kind: str = "", left_out: Sequence[str] = ()) -> int:
@@ -120,13 +126,17 @@ def copy_small_files(model: ModelSection, uri: str, *, another_type: bool = Fals
         return
     with tempfile.TemporaryDirectory() as scratch:
         AutoTokenizer.from_pretrained(dense.small_files_folder()).save_pretrained(scratch)
-        if not (Path(scratch) / "tokenizer.json").exists():
-            return
         settings = f"{scratch}/tokenizer_config.json"
         document = files.read_json(settings) | {"tokenizer_class": "PreTrainedTokenizerFast"}
         files.write_json(settings, document)
         for path in Path(scratch).iterdir():
             files.put_file(files.join(uri, path.name), path)
+
+
+def shipped_source(config: PretrainedConfig) -> str:
+    """Return the source of `SHIPPED` for the family of the dense model."""
+    text = (Path(__file__).parent / "shipped" / SHIPPED).read_text(encoding="utf-8")
+    return text.replace('DENSE = "llama"', f'DENSE = "{config.model_type}"')
 
 
 @contextlib.contextmanager
@@ -149,23 +159,28 @@ def local_folder(uri: str, *, weights: bool = True) -> Iterator[tuple[Path, Path
         yield folder, scratch
 
 
-@contextlib.contextmanager
-def explaining(problem: str) -> Iterator[None]:
-    """Let errors inside, of workers or other processes, begin with what they prevent."""
+def run_beside(
+    cluster: Cluster, module: str, request: Mapping[str, Any], offline: bool = True
+) -> dict[str, Any]:
+    """Run a module in a process beside the first worker; see `run_on_worker`."""
+    first = cluster.placement.workers[0]
+    return cluster.get([cluster.submit(first, run_on_worker, module, request, offline)])[0]
+
+
+def run_for(uri: str, name: str, request: Mapping[str, Any]) -> dict[str, Any]:
+    """Run a module of this folder in a process of its own, whose errors begin with the export."""
     try:
-        yield
+        return fresh_process.run_module(f"{__package__}.{name}", request)
     except RuntimeError as error:
-        raise RuntimeError(f"{problem}:\n{error}") from error
+        raise RuntimeError(f"the export {uri} cannot be written or loaded:\n{error}") from error
 
 
-def run_reload(folder: Path, scratch: Path, request: Mapping[str, Any]) -> dict[str, Any]:
-    """Load a local folder in a process of its own; `request` is the rest of what `reload` takes."""
-    size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-    most = available_bytes()
-    request = {"folder": str(folder), **request}
-    if 1.5 * size > most:
-        request |= {"max_memory": int(most / 2), "offload": str(scratch / "offload")}
-    return fresh_process.run_module("ray_surgeon.export.reload", request)
+def run_reload(uri: str, request: Mapping[str, Any]) -> dict[str, Any]:
+    """Load an export in a process of its own; `request` is the rest of what `reload` takes."""
+    with local_folder(uri) as (folder, scratch):
+        places = {"folder": str(folder), "offload": str(scratch)}
+        request = {**places, "max_memory": available_bytes() // 2, **request}
+        return run_for(uri, "reload", request)
 
 
 def reload_difference(pruned: Pruned, uri: str) -> float:
@@ -182,13 +197,12 @@ def reload_difference(pruned: Pruned, uri: str) -> float:
     """
     dtype = pruned.model.dtype
     half = pruned.layout.is_mixture and dtype != "float32"
-    some = pruned.tokens[:NUM_COMPARED_TOKENS].tolist()
+    some = pruned.calibration[0, :NUM_COMPARED_TOKENS].tolist()
     workers_logits = decode(logits(pruned.cluster, some), torch.device("cpu"))
-    with local_folder(uri) as (folder, scratch):
-        request = {"tokens": some, "logits": str(scratch / "logits"), "dtype": dtype, "half": half}
-        with explaining(f"the export {uri} cannot be loaded by transformers"):
-            run_reload(folder, scratch, request)
-        reloaded_logits = tensor_files.read(str(scratch / "logits"))["logits"]
+    with tempfile.NamedTemporaryFile() as file:
+        request = {"tokens": some, "logits": file.name, "dtype": dtype, "half": half}
+        run_reload(uri, request)
+        reloaded_logits = load_file(file.name)["logits"]
     largest = float((workers_logits - reloaded_logits).abs().max())
     if not agree(reloaded_logits, workers_logits, dtype, half=half):
         raise RuntimeError(

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -46,18 +46,17 @@ def _load(request: Mapping[str, Any]) -> PreTrainedModel:
     """Load a checkpoint as it is.
 
     Args:
-        request: ``folder``; ``max_memory`` and ``offload`` if there is more than fits in memory.
+        request: ``folder``; blocks beyond ``max_memory`` bytes come from the folder ``offload``
+            when they run.
 
     Raises:
         RuntimeError: a tensor is missing or left over.
     """
-    options: dict[str, Any] = {}
-    if "max_memory" in request:  # what does not fit stays in its files and comes block by block
-        options = {"device_map": "auto", "max_memory": {"cpu": request["max_memory"]}}
-        options["offload_folder"] = request["offload"]
     # exports have no code but ours
+    options = {"dtype": "auto", "trust_remote_code": True, "output_loading_info": True}
+    options |= {"device_map": "auto", "offload_folder": request["offload"]}
     model, info = AutoModelForCausalLM.from_pretrained(
-        request["folder"], dtype="auto", trust_remote_code=True, output_loading_info=True, **options
+        request["folder"], max_memory={"cpu": request["max_memory"]}, **options
     )
     wrong = {kind: sorted(map(str, names)) for kind, names in info.items() if names}
     if wrong:
@@ -70,13 +69,13 @@ def _load(request: Mapping[str, Any]) -> PreTrainedModel:
 def answer(request: Mapping[str, Any]) -> dict[str, Any]:
     """Write the logits [1, T, vocabulary] float32 of tokens, and generate; see `reload_difference`.
 
-    If there are ``windows``, return the perplexity on every text instead.
+    If there are ``texts``, return the perplexity on every text instead.
 
     Raises:
         RuntimeError: a tensor is missing or left over; or the logits with a cache are not those
             without.
     """
-    if "windows" in request:
+    if "texts" in request:
         return _perplexities(request)
     model = _load(request)
     tokens = torch.tensor([request["tokens"]])
@@ -103,9 +102,9 @@ def _perplexities(request: Mapping[str, Any]) -> dict[str, float]:
     torch.set_num_threads(request["num_threads"])
     model = _load(request)
     perplexities = {}
-    for name, windows in load_file(request["windows"]).items():
+    for name, windows in request["texts"].items():
         losses = []
-        for window in windows:
+        for window in torch.tensor(windows):
             logits = model(window[None], use_cache=False).logits[0, :-1].float()
             losses.append(float(torch.nn.functional.cross_entropy(logits, window[1:])))
         perplexities[name] = perplexity_of(sum(losses) / len(losses))

@@ -36,30 +36,30 @@ class Windows:
     fingerprint: str  # SHA-256 over the tokens
 
 
-def cut_windows(
-    stream: NDArray[np.int64],
-    num_sequences: int,
-    sequence_length: int,
-    stride: int | None,
-    seed: int,
-    where: str,
-    first: int | None = None,
+def read_windows(
+    section: SourceSection, num_sequences: int, sequence_length: int, tokenizer: Any, where: str
 ) -> Windows:
-    """Cut windows from a stream of tokens.
+    """Read a text and cut windows from it, each with the first token that its `bos` says.
 
     Args:
-        stream: [num_tokens].
+        section: which text. Window i starts at token ``stride * i``; without a stride, windows that
+            do not overlap are drawn without replacement.
         num_sequences: how many windows.
         sequence_length: tokens in each.
-        stride: window i starts at token ``stride * i``; None draws windows that do not overlap,
-            without replacement.
-        seed: of the draw.
-        where: field and source, for the error.
-        first: token that every window begins with; the text has one place less then.
+        tokenizer: a transformers tokenizer.
+        where: the field of the job spec, for errors.
 
     Raises:
-        ValueError: the text is too short; says how much there is and how much is needed.
+        ValueError: the text is too short, or the tokenizer has no BOS token.
     """
+    first = tokenizer.bos_token_id if section.bos else None
+    if section.bos is None:
+        first = first_token(tokenizer)
+    if section.bos and first is None:
+        raise ValueError(f"{where}.bos: true, but the tokenizer has no BOS token; remove it")
+    stream = token_stream(section, tokenizer, where)
+    where = f"{where} ({section.source})"
+    stride = section.stride
     own = sequence_length - (first is not None)
     needed = (num_sequences - 1) * stride + own if stride else num_sequences * own
     if len(stream) < needed:
@@ -75,35 +75,10 @@ def cut_windows(
     if stride:
         starts = np.arange(num_sequences) * stride
     else:
-        starts = np.random.default_rng(seed).permutation(len(stream) // own)[:num_sequences] * own
+        generator = np.random.default_rng(section.seed)
+        starts = generator.permutation(len(stream) // own)[:num_sequences] * own
     tokens = np.stack([stream[start : start + own] for start in starts]).astype(np.int64)
     return windows_of(tokens if first is None else np.insert(tokens, 0, first, axis=1))
-
-
-def read_windows(
-    section: SourceSection, num_sequences: int, sequence_length: int, tokenizer: Any, where: str
-) -> Windows:
-    """Read a text and cut windows from it, each with the first token that its `bos` says.
-
-    Args:
-        section: which text.
-        num_sequences: how many windows.
-        sequence_length: tokens in each.
-        tokenizer: a transformers tokenizer.
-        where: the field of the job spec, for errors.
-
-    Raises:
-        ValueError: the text is too short, or the tokenizer has no BOS token.
-    """
-    first = tokenizer.bos_token_id if section.bos else None
-    if section.bos is None:
-        first = first_token(tokenizer)
-    if section.bos and first is None:
-        raise ValueError(f"{where}.bos: true, but the tokenizer has no BOS token; remove it")
-    stream = token_stream(section, tokenizer, where)
-    at = f"{where} ({section.source})"
-    sizes = (num_sequences, sequence_length, section.stride, section.seed)
-    return cut_windows(stream, *sizes, at, first)
 
 
 def load_tokenizer(folder: Path, origin: str) -> Any:
