@@ -1,4 +1,7 @@
-"""A Hugging Face folder: written by the workers, reloaded in a fresh process, compared."""
+"""A Hugging Face folder: written by the workers, reloaded in a fresh process, compared.
+
+The fresh process loads it with transformers alone; see `fresh_process`.
+"""
 
 from __future__ import annotations
 
@@ -13,11 +16,12 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors.torch import load_file
-from transformers import AutoTokenizer, PretrainedConfig
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
 
-from ray_surgeon.export.reload import agree
 from ray_surgeon.models.layout import ModelLayout
+from ray_surgeon.models.loss import perplexity_of
 from ray_surgeon.plan.room import available_bytes
 from ray_surgeon.runtime import fresh_process
 from ray_surgeon.runtime.cluster import Cluster
@@ -32,6 +36,15 @@ from ray_surgeon.storage.sources import goes_along, open_model
 NUM_COMPARED_TOKENS = 64
 SHIPPED = "modeling_pruned.py"
 """The file of code beside weights whose blocks differ."""
+_NUM_PROMPT_TOKENS = 8
+_NUM_NEW_TOKENS = 6
+
+TOLERANCE = {"float32": 1e-3, "bfloat16": 0.15, "float16": 0.03}
+"""dtype -> tolerated error of the logits of half of the tokens.
+
+The error of a token is the norm of the difference over that of the logits' deviations from their
+mean.
+"""
 _WRITTEN = ("*.index.json", "model*.safetensors", "masks*.safetensors")
 """Names of the files of weights and masks."""
 
@@ -95,12 +108,7 @@ def _names(stem: str, numbers: Sequence[int]) -> list[list[str]]:
 
 
 def dense_document(model: ModelSection) -> dict[str, Any]:
-    """Return the dense model's config.json, with the dtype of the job.
-
-    It is not quantised and names no code.
-
-    Every family here has classes in transformers, and files of code are not copied.
-    """
+    """Return the dense model's config.json, with the job's dtype, not quantised, naming no code."""
     config = open_model(model).fetch("config.json")
     document: dict[str, Any] = files.read_json(str(config))
     for name in ("torch_dtype", "quantization_config", "auto_map"):
@@ -176,11 +184,11 @@ def run_for(uri: str, name: str, request: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def run_reload(uri: str, request: Mapping[str, Any]) -> dict[str, Any]:
-    """Load an export in a process of its own; `request` is the rest of what `reload` takes."""
+    """Load an export in a process of its own; `request` is the rest of what `answer` takes."""
     with local_folder(uri) as (folder, scratch):
         places = {"folder": str(folder), "offload": str(scratch)}
         request = {**places, "max_memory": available_bytes() // 2, **request}
-        return run_for(uri, "reload", request)
+        return run_for(uri, "folder", request)
 
 
 def reload_difference(pruned: Pruned, uri: str) -> float:
@@ -210,3 +218,79 @@ def reload_difference(pruned: Pruned, uri: str) -> float:
             "not use it"
         )
     return largest
+
+
+def agree(logits: Tensor, expected: Tensor, dtype: str, *, half: bool) -> bool:
+    """Whether logits [..., vocabulary] are the same but for rounding.
+
+    Args:
+        logits: of one program.
+        expected: of another.
+        dtype: of the model.
+        half: whether half of the tokens may be off by anything: in a mixture a token may be routed
+            otherwise if attention rounds otherwise.
+    """
+    differences = (logits - expected).norm(dim=-1)
+    errors = differences / (expected - expected.mean(dim=-1, keepdim=True)).norm(dim=-1)
+    allowed = TOLERANCE[dtype]
+    return float(errors.median()) <= allowed and (half or float(errors.max()) <= 4 * allowed)
+
+
+def _load(request: Mapping[str, Any]) -> PreTrainedModel:
+    """Load a checkpoint as it is; what does not fit stays in files and comes block by block."""
+    # exports have no code but ours
+    options = {"dtype": "auto", "trust_remote_code": True, "output_loading_info": True}
+    options |= {"device_map": "auto", "offload_folder": request["offload"]}
+    model, info = AutoModelForCausalLM.from_pretrained(
+        request["folder"], max_memory={"cpu": request["max_memory"]}, **options
+    )
+    wrong = {kind: sorted(map(str, names)) for kind, names in info.items() if names}
+    if wrong:
+        raise RuntimeError(f"tensors do not fit the classes: {wrong}")
+    loaded: PreTrainedModel = model.eval()
+    return loaded
+
+
+@torch.no_grad()
+def answer(request: Mapping[str, Any]) -> dict[str, Any]:
+    """Write the logits [1, T, vocabulary] float32 of tokens, and generate; see `reload_difference`.
+
+    If there are ``texts``, return the perplexity on every text instead; see `run_module`.
+
+    Raises:
+        RuntimeError: a tensor is missing or left over, or the logits with a cache are not the same.
+    """
+    if "texts" in request:
+        return _perplexities(request)
+    model = _load(request)
+    tokens = torch.tensor([request["tokens"]])
+    logits = model(tokens, use_cache=False).logits.float()
+    prompt = tokens[:, :_NUM_PROMPT_TOKENS]
+    length = dict.fromkeys(("max_new_tokens", "min_new_tokens"), _NUM_NEW_TOKENS)
+    generated = model.generate(
+        prompt, return_dict_in_generate=True, output_logits=True, do_sample=False, **length
+    )
+    again = model(generated.sequences, use_cache=False).logits
+    again = again[:, prompt.shape[1] - 1 : -1].float()
+    cached = torch.stack(generated.logits, dim=1).float()
+    if not agree(cached, again, request["dtype"], half=request["half"]):
+        raise RuntimeError(
+            f"with a cache the logits differ by {float((cached - again).abs().max()):g} from those "
+            "without"
+        )
+    save_file({"logits": logits.contiguous()}, request["logits"])
+    return {}
+
+
+def _perplexities(request: Mapping[str, Any]) -> dict[str, float]:
+    """Return exp of the mean over windows of the mean loss of a token, for every text."""
+    torch.set_num_threads(request["num_threads"])
+    model = _load(request)
+    perplexities = {}
+    for name, windows in request["texts"].items():
+        losses = []
+        for window in torch.tensor(windows):
+            logits = model(window[None], use_cache=False).logits[0, :-1].float()
+            losses.append(float(torch.nn.functional.cross_entropy(logits, window[1:])))
+        perplexities[name] = perplexity_of(sum(losses) / len(losses))
+    return perplexities

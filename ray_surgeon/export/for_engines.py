@@ -134,14 +134,14 @@ def export_gguf(
     document = folder.dense_document(model)
     pairs = [[width.num_channels, width.num_kv_heads] for width in widths]
     name = model.source.rstrip("/").rpartition("/")[2].removesuffix(".gguf") + "-pruned"
-    request: dict[str, Any] = {"folder": weights, "document": document, "kinds": kinds}
-    request |= {"widths": pairs, "name": name, "target": uri}
+    request: dict[str, Any] = {"folder": weights, "document": document, "widths": pairs}
+    request |= {"name": name, "target": uri}
     files.remove_folder(uri)  # of a try that was interrupted
     try:
         folder.write_weights(pruned.cluster, weights)
         folder.copy_small_files(model, weights)
         files.write_json(files.join(weights, "config.json"), document)
-        written = folder.run_for(uri, "gguf_file", request)["files"]
+        written = [folder.run_for(uri, "gguf_file", request | {"kind": kind}) for kind in kinds]
     finally:
         files.remove_folder(weights)
     first = written[0]["file"]

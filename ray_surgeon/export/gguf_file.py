@@ -186,8 +186,8 @@ class Tensors:
         self._keys: dict[str, tuple[str, bool]] = {}
         self._computed = _rope_factors(layout)
         shapes = {name: tensor.shape for name, tensor in self._computed.items()}
-        numbers = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
-        names = gguf.get_tensor_name_map(numbers[architecture.name], layout.num_blocks)
+        number = gguf.MODEL_ARCH[architecture.name.upper()]
+        names = gguf.get_tensor_name_map(number, layout.num_blocks)
         for key, shape in self._source.shapes_and_fingerprint()[0].items():
             name = names.get_name(key, try_suffixes=(".weight", ".bias"))
             if name is None:
@@ -274,14 +274,12 @@ def _largest_error(file: Path, tensors: Tensors, kind: str) -> float:
 
 
 def answer(request: Mapping[str, Any]) -> dict[str, Any]:
-    """Write the files of a request, and return what was written; see `run_module`."""
+    """Write the file of a request, and return what was written; see `run_module`."""
     config = AutoConfig.for_model(**request["document"])
     widths = [BlockWidths(*width) for width in request["widths"]]
-    written = []
-    for kind in request["kinds"]:
-        file = f"{request['name']}-{kind.upper()}.gguf"
-        with files.replacing(files.join(request["target"], file)) as path:
-            error = write_gguf(request["folder"], config, widths, kind, request["name"], path)
-            size = path.stat().st_size
-        written.append({"file": file, "size_bytes": size, "largest_error": error})
-    return {"files": written}
+    kind = request["kind"]
+    file = f"{request['name']}-{kind.upper()}.gguf"
+    with files.replacing(files.join(request["target"], file)) as path:
+        error = write_gguf(request["folder"], config, widths, kind, request["name"], path)
+        size = path.stat().st_size
+    return {"file": file, "size_bytes": size, "largest_error": error}

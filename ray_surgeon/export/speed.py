@@ -234,7 +234,6 @@ def _model_of_blocks(request: Record, widths: Sequence[Any], folder: Path) -> Pr
     document = dict(request["document"])
     config = AutoConfig.for_model(**document)
     document[config.attribute_map.get("num_hidden_layers", "num_hidden_layers")] = len(widths)
-    document.pop("layer_types", None)
     if request["layer_type"] is not None:
         document["layer_types"] = [request["layer_type"]] * len(widths)
     layout = ModelLayout(config, family_of(config), {}, ())

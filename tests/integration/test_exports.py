@@ -17,8 +17,7 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from ray_surgeon.export.folder import dense_document, shipped_source, write_weights
-from ray_surgeon.export.reload import agree
+from ray_surgeon.export.folder import agree, dense_document, shipped_source, write_weights
 from ray_surgeon.models import pruned_config
 from ray_surgeon.models.build import cache_argument
 from ray_surgeon.models.layout import ModelLayout
