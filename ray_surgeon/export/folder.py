@@ -213,10 +213,8 @@ def reload_difference(pruned: Pruned, uri: str) -> float:
         reloaded_logits = load_file(file.name)["logits"]
     largest = float((workers_logits - reloaded_logits).abs().max())
     if not agree(reloaded_logits, workers_logits, dtype, half=half):
-        raise RuntimeError(
-            f"the export {uri} loads, but its logits differ from the workers' by {largest:g}; do "
-            "not use it"
-        )
+        problem = f"its logits differ from the workers' by {largest:g}; do not use it"
+        raise RuntimeError(f"the export {uri} loads, but {problem}")
     return largest
 
 
@@ -274,10 +272,8 @@ def answer(request: Mapping[str, Any]) -> dict[str, Any]:
     again = again[:, prompt.shape[1] - 1 : -1].float()
     cached = torch.stack(generated.logits, dim=1).float()
     if not agree(cached, again, request["dtype"], half=request["half"]):
-        raise RuntimeError(
-            f"with a cache the logits differ by {float((cached - again).abs().max()):g} from those "
-            "without"
-        )
+        largest = float((cached - again).abs().max())
+        raise RuntimeError(f"with a cache the logits differ by {largest:g} from those without")
     save_file({"logits": logits.contiguous()}, request["logits"])
     return {}
 

@@ -91,10 +91,9 @@ def _check_groups(layout: ModelLayout, shrinking: Shrinking, size: int) -> None:
     family = layout.family
     devices = shrinking.tensor_parallel
     width = layout.heads.n_rep * layout.heads.head_dim
-    possible = {
-        family.ffn.consumer: shrinking.channels(layout),
-        family.attention.consumer: [number * width for number in shrinking.kv_heads(layout)],
-    }
+    of_heads = [number * width for number in shrinking.kv_heads(layout)]
+    possible = {family.attention.consumer: of_heads}
+    possible[family.ffn.consumer] = shrinking.channels(layout)
     for name, shape in layout.shapes.items():
         is_split = shape.role in possible
         columns = shape.num_columns - shape.has_bias
@@ -146,15 +145,10 @@ def export_gguf(
         files.remove_folder(weights)
     first = written[0]["file"]
     architecture = architecture_of(pruned.layout, widths).name
-    return {
-        "kind": "gguf",
-        "uri": uri,
-        "size_bytes": written[0]["size_bytes"],
-        "loaders": {"llama.cpp": f"as {architecture}", "vLLM, transformers": "no"},
-        "load": f"llama-server --model {f'{uri}/{first}' if files.is_local(uri) else first}",
-        "files": written,
-        "widths": pairs,
-    }
+    loaders = {"llama.cpp": f"as {architecture}", "vLLM, transformers": "no"}
+    load = f"llama-server --model {f'{uri}/{first}' if files.is_local(uri) else first}"
+    entry = {"kind": "gguf", "uri": uri, "size_bytes": written[0]["size_bytes"]}
+    return entry | {"loaders": loaders, "load": load, "files": written, "widths": pairs}
 
 
 NUM_BITS = 4

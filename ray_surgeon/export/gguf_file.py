@@ -145,10 +145,8 @@ def _add_tokenizer(writer: GGUFWriter, uri: str, vocab_size: int) -> None:
             # they are numbered in the order of their merges
             writer.add_token_scores([-float(number) for number in range(len(tokens))])
         special = gguf.SpecialVocab(folder, load_merges=model == "gpt2", n_vocab=vocab_size)
-        special.add_special_token |= {
-            "bos": first_token(tokenizer) is not None,
-            "eos": len(whole) > len(plain) and whole[-1] == tokenizer.eos_token_id,
-        }
+        has_last = len(whole) > len(plain) and whole[-1] == tokenizer.eos_token_id
+        special.add_special_token |= {"bos": first_token(tokenizer) is not None, "eos": has_last}
         special.add_to_gguf(writer, quiet=True)
 
 
@@ -265,10 +263,7 @@ def _largest_error(file: Path, tensors: Tensors, kind: str) -> float:
         difference = np.abs(values.reshape(expected.shape) - expected).max()
         error = float(difference / max(float(np.abs(expected).max()), 1e-30))
         if not error <= KINDS[kind]:
-            raise ValueError(
-                f"{file.name}: {name} read again differs by {error:g} of its largest entry; do not "
-                "use the file"
-            )
+            raise ValueError(f"{file.name}: {name} read again differs by {error:g}; do not use it")
         largest = max(largest, error)
     return largest
 

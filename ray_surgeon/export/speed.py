@@ -245,6 +245,7 @@ def _model_of_blocks(request: Record, widths: Sequence[Any], folder: Path) -> Pr
 def _of_widths(request: Record, options: SpeedSection) -> Record:
     """Return the seconds of every width and of what is outside the blocks."""
     device = torch.device(request["device"])
+    name = _device_name(device, options.num_threads)
     torch.manual_seed(0)
     widths = [tuple(width) for width in request["widths"]]
     whole = max(widths)
@@ -261,11 +262,8 @@ def _of_widths(request: Record, options: SpeedSection) -> Record:
         of_whole.append(seconds[0])
         more |= {width: s - seconds[0] for width, s in zip(batch, seconds, strict=True)}
     dense = statistics.median(of_whole)
-    return {
-        "device": _device_name(device, options.num_threads),
-        "seconds": [dense + more[width] for width in widths],
-        "rest_seconds": statistics.median(rests),
-    }
+    measured = {"seconds": [dense + more[width] for width in widths]}
+    return {"device": name, **measured, "rest_seconds": statistics.median(rests)}
 
 
 def answer(request: Record) -> Record:

@@ -36,8 +36,7 @@ def check_tasks(options: TasksSection) -> None:
     if reply["unknown"]:
         raise ValueError(
             f"evaluation.tasks.names: the harness does not know {', '.join(reply['unknown'])}; "
-            "`lm_eval ls tasks` lists what it knows, and evaluation.tasks.include is a folder with "
-            "more"
+            "`lm_eval ls tasks` lists what it knows, and evaluation.tasks.include may have more"
         )
 
 
@@ -66,7 +65,6 @@ def _numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
 def answer(request: Mapping[str, Any]) -> dict[str, Any]:
     """Return the scores, or the tasks that are not known; see `fresh_process.run_module`."""
     from lm_eval.evaluator import simple_evaluate
-    from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
     options = TasksSection(**request["options"])
@@ -84,20 +82,10 @@ def answer(request: Mapping[str, Any]) -> dict[str, Any]:
             folder, _ = held.enter_context(local_folder(model))
         else:
             folder = open_model(ModelSection(**model)).small_files_folder(weights=True)
-        config = files.read_json(str(folder / "config.json"))
-        loaded = HFLM(
-            str(folder),
-            device="cuda" if torch.cuda.is_available() else "cpu",
-            batch_size=options.batch_size,
-            trust_remote_code=is_export and "auto_map" in config,
-        )
-        results = simple_evaluate(
-            loaded,
-            tasks=list(options.names),
-            task_manager=manager,
-            bootstrap_iters=0,
-            num_fewshot=options.num_fewshot,
-            limit=options.limit,
-            log_samples=False,
-        )
+        has_code = "auto_map" in files.read_json(str(folder / "config.json"))
+        arguments = {"pretrained": str(folder), "trust_remote_code": is_export and has_code}
+        settings = options.model_dump(include={"batch_size", "num_fewshot", "limit"})
+        settings |= {"tasks": list(options.names), "task_manager": manager, "log_samples": False}
+        settings |= {"device": "cuda" if torch.cuda.is_available() else "cpu", "bootstrap_iters": 0}
+        results = simple_evaluate("hf", arguments, **settings)
     return {task: _numbers(metrics) for task, metrics in results["results"].items()}

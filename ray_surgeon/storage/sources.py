@@ -100,15 +100,13 @@ class ModelFiles:
         return names
 
     def _files_in_index(self) -> list[str]:
-        refused = f"model.source: the index of {self.origin} has no weight_map of names to files"
-        with refusing(refused, "fetch it again", (AttributeError, KeyError, TypeError)):
+        index = f"model.source: the index of {self.origin}"
+        kinds = (AttributeError, KeyError, TypeError)
+        with refusing(f"{index} has no weight_map of names to files", "fetch it again", kinds):
             named = set(files.read_json(str(self.fetch(_INDEX)))["weight_map"].values())
         missing = sorted(named.difference(self.names), key=str)[:3]
         if missing or not named:
-            raise ValueError(
-                f"model.source: the index of {self.origin} names missing files: {missing}; fetch "
-                "it again"
-            )
+            raise ValueError(f"{index} names missing files: {missing}; fetch it again")
         return sorted(named)
 
     def shapes_and_fingerprint(self) -> tuple[dict[str, tuple[int, ...]], str]:

@@ -66,8 +66,7 @@ def read_windows(
         at_stride = f" at stride {stride}" if stride else ""
         raise ValueError(
             f"{where}: the text has {len(stream)} tokens, but {num_sequences} sequences of "
-            f"{sequence_length}{at_stride} need {needed}; give more text, or fewer or shorter "
-            "sequences"
+            f"{sequence_length}{at_stride} need {needed}; give more text, or fewer or shorter ones"
         )
     different = len(np.unique(stream))
     if different < min(_FEWEST_TOKENS, len(stream)):
