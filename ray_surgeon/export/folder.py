@@ -239,9 +239,8 @@ def _load(request: Mapping[str, Any]) -> PreTrainedModel:
     # exports have no code but ours
     options = {"dtype": "auto", "trust_remote_code": True, "output_loading_info": True}
     options |= {"device_map": "auto", "offload_folder": request["offload"]}
-    model, info = AutoModelForCausalLM.from_pretrained(
-        request["folder"], max_memory={"cpu": request["max_memory"]}, **options
-    )
+    options["max_memory"] = {"cpu": request["max_memory"]}
+    model, info = AutoModelForCausalLM.from_pretrained(request["folder"], **options)
     wrong = {kind: sorted(map(str, names)) for kind, names in info.items() if names}
     if wrong:
         raise RuntimeError(f"tensors do not fit the classes: {wrong}")
@@ -264,10 +263,9 @@ def answer(request: Mapping[str, Any]) -> dict[str, Any]:
     tokens = torch.tensor([request["tokens"]])
     logits = model(tokens, use_cache=False).logits.float()
     prompt = tokens[:, :_NUM_PROMPT_TOKENS]
-    length = dict.fromkeys(("max_new_tokens", "min_new_tokens"), _NUM_NEW_TOKENS)
-    generated = model.generate(
-        prompt, return_dict_in_generate=True, output_logits=True, do_sample=False, **length
-    )
+    options = dict.fromkeys(("max_new_tokens", "min_new_tokens"), _NUM_NEW_TOKENS)
+    options |= {"return_dict_in_generate": True, "output_logits": True, "do_sample": False}
+    generated = model.generate(prompt, **options)
     again = model(generated.sequences, use_cache=False).logits
     again = again[:, prompt.shape[1] - 1 : -1].float()
     cached = torch.stack(generated.logits, dim=1).float()

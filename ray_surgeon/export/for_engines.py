@@ -70,14 +70,12 @@ def check_quantised(layout: ModelLayout, shrinking: Shrinking, section: Quantize
     Raises:
         ValueError: says why, and what to do.
     """
+    kind = layout.config.model_type
+    absent = importlib.util.find_spec("compressed_tensors") is None
     problems = {
-        "needs the package compressed-tensors; run `pip install 'ray-surgeon[quantize]'`": (
-            importlib.util.find_spec("compressed_tensors") is None
-        ),
-        f"quantises nn.Linear, the linears of {layout.config.model_type} are Conv1D; remove "
-        "quantize": layout.family.transposed,
-        "mixtures are not quantised here; remove quantize, and quantise the export with other "
-        "tools": layout.is_mixture,
+        "needs compressed-tensors; run `pip install 'ray-surgeon[quantize]'`": absent,
+        f"the linears of {kind} are Conv1D; remove quantize": layout.family.transposed,
+        "mixtures are not quantised here; remove quantize, or use other tools": layout.is_mixture,
     }
     for problem, applies in problems.items():
         if applies:
@@ -103,9 +101,8 @@ def _check_groups(layout: ModelLayout, shrinking: Shrinking, size: int) -> None:
             each = f" on each of {devices} devices" if is_split and devices > 1 else ""
             raise ValueError(
                 f"output.quantize: groups of group_size {size} do not fill the rows of {name}, "
-                f"whose columns will be a multiple of {columns}{each}; if they are pruned, raise "
-                "pruning.width_multiple, or set group_size to a divisor, such as "
-                f"{math.gcd(columns, size)}"
+                f"whose columns will be a multiple of {columns}{each}; raise width_multiple or set "
+                f"group_size to a divisor, such as {math.gcd(columns, size)}"
             )
 
 

@@ -213,12 +213,10 @@ def _random_model(document: Record, folder: Path) -> PreTrainedModel:
     """
     (folder / "config.json").write_text(json.dumps(document))
     config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
-    dtype = getattr(torch, document["dtype"])
+    options = {"dtype": getattr(torch, document["dtype"]), "trust_remote_code": True}
     # classes whose blocks differ build the dense model, and make it narrow
     with init_empty_weights(include_buffers=False):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(
-            config, dtype=dtype, trust_remote_code=True
-        )
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, **options)
     for name, absent in list(model.named_parameters()):
         values = torch.empty_like(absent, device="cpu").normal_(std=0.02)
         set_module_tensor_to_device(model, name, "cpu", values)

@@ -258,7 +258,6 @@ def _dataset_documents(text: SourceSection) -> Iterator[str]:
             elif text.split not in ("train", "test"):
                 raise ValueError("it has no splits, so only train and test can be cut from it")
         else:
-            dataset = datasets.load_dataset(
-                text.source, text.config, split=text.split, revision=text.revision, streaming=True
-            )
+            options = {"split": text.split, "revision": text.revision, "streaming": True}
+            dataset = datasets.load_dataset(text.source, text.config, **options)
         yield from _texts_of(dataset, text.column, f"has no text in column {text.column!r}")
