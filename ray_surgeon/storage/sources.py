@@ -215,9 +215,9 @@ def _hub(source: ModelSection) -> ModelFiles:
         info = api.model_info(source.source, revision=revision)
         if revision is None and not any(name.endswith(".safetensors") for name in _names(info)):
             # the Hub's own bot proposes them beside pickles
-            proposals = api.get_repo_discussions(info.id, author="SFconvertbot")
-            titles = {proposal.title: proposal.git_reference for proposal in proposals}
-            if proposed := titles.get("Adding `safetensors` variant of this model"):
+            title = "Adding `safetensors` variant of this model"
+            of_bot = api.get_repo_discussions(info.id, author="SFconvertbot")
+            if proposed := next((p.git_reference for p in of_bot if p.title == title), None):
                 info = api.model_info(info.id, revision=proposed)
     repo = info.id  # the whole name: old repositories have a short one, too (gpt2)
     commit = info.sha
