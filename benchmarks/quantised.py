@@ -45,10 +45,9 @@ def row(
     model = ModelSection(source=folder)
     if size is not None:
         cluster.run_all(load, ModelRecipe(model), False, cluster.stores)
-    pruned = Pruned(cluster, inputs.layout, model, {}, inputs.calibration[0])
-    texts = inputs.calibration, inputs.texts
+    pruned = Pruned(cluster, inputs.layout, model, {}, inputs.calibration, inputs.texts)
     uniform = {"uri": folder, "widths": []}
-    found = export_quantised(pruned, uniform, str(target), *texts, section)
+    found = export_quantised(pruned, uniform, str(target), section)
     return {"model": name, "scheme": scheme + (f", groups of {size}" if size else ""), **found}
 
 

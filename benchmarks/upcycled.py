@@ -49,7 +49,7 @@ from ray_surgeon.models.low_rank import LowRank
 from ray_surgeon.spec.parsing import parse_spec
 from ray_surgeon.spec.texts import SourceSection
 from ray_surgeon.storage.sources import open_model
-from ray_surgeon.storage.texts import cut_windows, token_stream
+from ray_surgeon.storage.texts import read_windows
 
 TEXTS = ("python-docs", "python-docstrings", "package-descriptions")
 DROPPED = 0.25
@@ -135,14 +135,8 @@ def adding(part: LowRank) -> Callable[[torch.nn.Module, tuple[Tensor, ...], Tens
 
 def windows(tokenizer: Any, source: str, split: str, count: int, length: int) -> NDArray[np.int64]:
     """Return [count, length] tokens of a text."""
-    return cut_windows(
-        token_stream(SourceSection(source=source, split=split), tokenizer, source),
-        count,
-        length,
-        None,
-        0,
-        source,
-    ).tokens
+    section = SourceSection(source=source, split=split, bos=False)
+    return read_windows(section, count, length, tokenizer, source).tokens
 
 
 @torch.no_grad()

@@ -25,7 +25,7 @@ from ray_surgeon.spec.parsing import parse_spec
 from ray_surgeon.spec.texts import SourceSection
 from ray_surgeon.storage import documents, prompts, texts
 from ray_surgeon.storage.default_text import default_mix
-from ray_surgeon.storage.texts import Windows, cut_windows, first_token, interleaved
+from ray_surgeon.storage.texts import Windows, first_token, interleaved
 from tests.integration.runs import beginning, tiny_spec
 
 DOCUMENTS = [f"Document {i}: " + "the quick brown fox. " * 5 for i in range(40)]
@@ -56,24 +56,28 @@ def test_a_tokenizer_that_loses_spaces_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("begin", [[], [7777]])
-def test_windows(begin: list[int]) -> None:
+def test_windows(begin: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     """Strided ones are where they should be, drawn ones do not overlap and depend on the seed; all
     begin with the first token if there is one.
     """
     own = 10 - len(begin)
     text = np.arange(100 * own)
-    placed = cut_windows(text, 3, 10, 200, 0, "calibration", *begin)
+    monkeypatch.setattr(texts, "token_stream", lambda section, *_: text[: section.max_tokens])
+
+    def cut(count: int, **fields: int) -> Windows:
+        section = source("text", bos=bool(begin), **fields)
+        return texts.read_windows(section, count, 10, Mock(bos_token_id=7777), "calibration")
+
+    placed = cut(3, stride=200)
     assert placed.tokens.tolist() == [[*begin, *range(s, s + own)] for s in (0, 200, 400)]
-    drawn, again, other = (
-        cut_windows(text, 100, 10, None, seed, "calibration", *begin) for seed in (0, 0, 1)
-    )
+    drawn, again, other = (cut(100, seed=seed) for seed in (0, 0, 1))
     assert np.array_equal(np.sort(drawn.tokens[:, -own:].flatten()), text)
     assert {*drawn.tokens[:, :-own].flatten()} == {*begin}
     assert drawn.fingerprint == again.fingerprint != other.fingerprint
     with pytest.raises(ValueError, match=f"{len(text) - 1} tokens.*need {len(text)}"):
-        cut_windows(text[1:], 100, 10, None, 0, "evaluation 'x'", *begin)
+        cut(100, max_tokens=len(text) - 1)
     with pytest.raises(ValueError, match=f"need {400 + own}"):
-        cut_windows(text[:400], 3, 10, 200, 0, "calibration", *begin)
+        cut(3, stride=200, max_tokens=400)
 
 
 def test_mixed_windows_are_spread_evenly() -> None:

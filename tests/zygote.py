@@ -26,7 +26,7 @@ from transformers import LlamaForCausalLM  # noqa: F401 - so that forks need not
 import ray_surgeon.pipeline
 from ray_surgeon.runtime.usage import process_usage
 
-MODULES = ("ray_surgeon.export.reload", "ray_surgeon.export.speed", "ray_surgeon.export.latency")
+MODULES = ("ray_surgeon.export.folder", "ray_surgeon.export.speed")
 
 
 def refuse(*args: object, **kwargs: object) -> None:

@@ -1,4 +1,7 @@
-"""A Hugging Face folder: written by the workers, reloaded in a fresh process, compared."""
+"""A Hugging Face folder: written by the workers, reloaded in a fresh process, compared.
+
+The fresh process loads it with transformers alone; see `fresh_process`.
+"""
 
 from __future__ import annotations
 
@@ -13,21 +16,35 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from transformers import AutoTokenizer
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
 
-from ray_surgeon.export.reload import agree
 from ray_surgeon.models.layout import ModelLayout
+from ray_surgeon.models.loss import perplexity_of
 from ray_surgeon.plan.room import available_bytes
 from ray_surgeon.runtime import fresh_process
 from ray_surgeon.runtime.cluster import Cluster
 from ray_surgeon.runtime.collectives import decode
+from ray_surgeon.runtime.fresh_process import run_on_worker
 from ray_surgeon.runtime.passes import logits
 from ray_surgeon.runtime.weights import num_files, save_weights
 from ray_surgeon.spec.sections import ModelSection
-from ray_surgeon.storage import files, tensor_files
+from ray_surgeon.storage import files
 from ray_surgeon.storage.sources import goes_along, open_model
 
 NUM_COMPARED_TOKENS = 64
+SHIPPED = "modeling_pruned.py"
+"""The file of code beside weights whose blocks differ."""
+_NUM_PROMPT_TOKENS = 8
+_NUM_NEW_TOKENS = 6
+
+TOLERANCE = {"float32": 1e-3, "bfloat16": 0.15, "float16": 0.03}
+"""dtype -> tolerated error of the logits of half of the tokens.
+
+The error of a token is the norm of the difference over that of the logits' deviations from their
+mean.
+"""
 _WRITTEN = ("*.index.json", "model*.safetensors", "masks*.safetensors")
 """Names of the files of weights and masks."""
 
@@ -40,7 +57,9 @@ class Pruned:
     layout: ModelLayout  # of the dense model
     model: ModelSection  # the dense model, whose tokenizer and configuration go along
     facts: Mapping[str, Any]  # see `RunReport.model_card_facts`
-    tokens: NDArray[np.int64]  # [T] a sequence on which exports are compared
+    # [num_sequences, T] tokens, by which four bits are rounded; exports are compared on the first
+    calibration: NDArray[np.int64]
+    texts: Mapping[str, NDArray[np.int64]]  # name -> [num_windows, T] tokens to evaluate on
 
 
 def write_weights(cluster: Cluster, uri: str, kind: str = "", left_out: Sequence[str] = ()) -> int:
@@ -89,12 +108,7 @@ def _names(stem: str, numbers: Sequence[int]) -> list[list[str]]:
 
 
 def dense_document(model: ModelSection) -> dict[str, Any]:
-    """Return the dense model's config.json, with the dtype of the job.
-
-    It is not quantised and names no code.
-
-    Every family here has classes in transformers, and files of code are not copied.
-    """
+    """Return the dense model's config.json, with the job's dtype, not quantised, naming no code."""
     config = open_model(model).fetch("config.json")
     document: dict[str, Any] = files.read_json(str(config))
     for name in ("torch_dtype", "quantization_config", "auto_map"):
@@ -120,13 +134,17 @@ def copy_small_files(model: ModelSection, uri: str, *, another_type: bool = Fals
         return
     with tempfile.TemporaryDirectory() as scratch:
         AutoTokenizer.from_pretrained(dense.small_files_folder()).save_pretrained(scratch)
-        if not (Path(scratch) / "tokenizer.json").exists():
-            return
         settings = f"{scratch}/tokenizer_config.json"
         document = files.read_json(settings) | {"tokenizer_class": "PreTrainedTokenizerFast"}
         files.write_json(settings, document)
         for path in Path(scratch).iterdir():
             files.put_file(files.join(uri, path.name), path)
+
+
+def shipped_source(config: PretrainedConfig) -> str:
+    """Return the source of `SHIPPED` for the family of the dense model."""
+    text = (Path(__file__).parent / "shipped" / SHIPPED).read_text(encoding="utf-8")
+    return text.replace('DENSE = "llama"', f'DENSE = "{config.model_type}"')
 
 
 @contextlib.contextmanager
@@ -149,23 +167,28 @@ def local_folder(uri: str, *, weights: bool = True) -> Iterator[tuple[Path, Path
         yield folder, scratch
 
 
-@contextlib.contextmanager
-def explaining(problem: str) -> Iterator[None]:
-    """Let errors inside, of workers or other processes, begin with what they prevent."""
+def run_beside(
+    cluster: Cluster, module: str, request: Mapping[str, Any], offline: bool = True
+) -> dict[str, Any]:
+    """Run a module in a process beside the first worker; see `run_on_worker`."""
+    first = cluster.placement.workers[0]
+    return cluster.get([cluster.submit(first, run_on_worker, module, request, offline)])[0]
+
+
+def run_for(uri: str, name: str, request: Mapping[str, Any]) -> dict[str, Any]:
+    """Run a module of this folder in a process of its own, whose errors begin with the export."""
     try:
-        yield
+        return fresh_process.run_module(f"{__package__}.{name}", request)
     except RuntimeError as error:
-        raise RuntimeError(f"{problem}:\n{error}") from error
+        raise RuntimeError(f"the export {uri} cannot be written or loaded:\n{error}") from error
 
 
-def run_reload(folder: Path, scratch: Path, request: Mapping[str, Any]) -> dict[str, Any]:
-    """Load a local folder in a process of its own; `request` is the rest of what `reload` takes."""
-    size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-    most = available_bytes()
-    request = {"folder": str(folder), **request}
-    if 1.5 * size > most:
-        request |= {"max_memory": int(most / 2), "offload": str(scratch / "offload")}
-    return fresh_process.run_module("ray_surgeon.export.reload", request)
+def run_reload(uri: str, request: Mapping[str, Any]) -> dict[str, Any]:
+    """Load an export in a process of its own; `request` is the rest of what `answer` takes."""
+    with local_folder(uri) as (folder, scratch):
+        places = {"folder": str(folder), "offload": str(scratch)}
+        request = {**places, "max_memory": available_bytes() // 2, **request}
+        return run_for(uri, "folder", request)
 
 
 def reload_difference(pruned: Pruned, uri: str) -> float:
@@ -182,17 +205,86 @@ def reload_difference(pruned: Pruned, uri: str) -> float:
     """
     dtype = pruned.model.dtype
     half = pruned.layout.is_mixture and dtype != "float32"
-    some = pruned.tokens[:NUM_COMPARED_TOKENS].tolist()
+    some = pruned.calibration[0, :NUM_COMPARED_TOKENS].tolist()
     workers_logits = decode(logits(pruned.cluster, some), torch.device("cpu"))
-    with local_folder(uri) as (folder, scratch):
-        request = {"tokens": some, "logits": str(scratch / "logits"), "dtype": dtype, "half": half}
-        with explaining(f"the export {uri} cannot be loaded by transformers"):
-            run_reload(folder, scratch, request)
-        reloaded_logits = tensor_files.read(str(scratch / "logits"))["logits"]
+    with tempfile.NamedTemporaryFile() as file:
+        request = {"tokens": some, "logits": file.name, "dtype": dtype, "half": half}
+        run_reload(uri, request)
+        reloaded_logits = load_file(file.name)["logits"]
     largest = float((workers_logits - reloaded_logits).abs().max())
     if not agree(reloaded_logits, workers_logits, dtype, half=half):
-        raise RuntimeError(
-            f"the export {uri} loads, but its logits differ from the workers' by {largest:g}; do "
-            "not use it"
-        )
+        problem = f"its logits differ from the workers' by {largest:g}; do not use it"
+        raise RuntimeError(f"the export {uri} loads, but {problem}")
     return largest
+
+
+def agree(logits: Tensor, expected: Tensor, dtype: str, *, half: bool) -> bool:
+    """Whether logits [..., vocabulary] are the same but for rounding.
+
+    Args:
+        logits: of one program.
+        expected: of another.
+        dtype: of the model.
+        half: whether half of the tokens may be off by anything: in a mixture a token may be routed
+            otherwise if attention rounds otherwise.
+    """
+    differences = (logits - expected).norm(dim=-1)
+    errors = differences / (expected - expected.mean(dim=-1, keepdim=True)).norm(dim=-1)
+    allowed = TOLERANCE[dtype]
+    return float(errors.median()) <= allowed and (half or float(errors.max()) <= 4 * allowed)
+
+
+def _load(request: Mapping[str, Any]) -> PreTrainedModel:
+    """Load a checkpoint as it is; what does not fit stays in files and comes block by block."""
+    # exports have no code but ours
+    options = {"dtype": "auto", "trust_remote_code": True, "output_loading_info": True}
+    options |= {"device_map": "auto", "offload_folder": request["offload"]}
+    options["max_memory"] = {"cpu": request["max_memory"]}
+    model, info = AutoModelForCausalLM.from_pretrained(request["folder"], **options)
+    wrong = {kind: sorted(map(str, names)) for kind, names in info.items() if names}
+    if wrong:
+        raise RuntimeError(f"tensors do not fit the classes: {wrong}")
+    loaded: PreTrainedModel = model.eval()
+    return loaded
+
+
+@torch.no_grad()
+def answer(request: Mapping[str, Any]) -> dict[str, Any]:
+    """Write the logits [1, T, vocabulary] float32 of tokens, and generate; see `reload_difference`.
+
+    If there are ``texts``, return the perplexity on every text instead; see `run_module`.
+
+    Raises:
+        RuntimeError: a tensor is missing or left over, or the logits with a cache are not the same.
+    """
+    if "texts" in request:
+        return _perplexities(request)
+    model = _load(request)
+    tokens = torch.tensor([request["tokens"]])
+    logits = model(tokens, use_cache=False).logits.float()
+    prompt = tokens[:, :_NUM_PROMPT_TOKENS]
+    options = dict.fromkeys(("max_new_tokens", "min_new_tokens"), _NUM_NEW_TOKENS)
+    options |= {"return_dict_in_generate": True, "output_logits": True, "do_sample": False}
+    generated = model.generate(prompt, **options)
+    again = model(generated.sequences, use_cache=False).logits
+    again = again[:, prompt.shape[1] - 1 : -1].float()
+    cached = torch.stack(generated.logits, dim=1).float()
+    if not agree(cached, again, request["dtype"], half=request["half"]):
+        largest = float((cached - again).abs().max())
+        raise RuntimeError(f"with a cache the logits differ by {largest:g} from those without")
+    save_file({"logits": logits.contiguous()}, request["logits"])
+    return {}
+
+
+def _perplexities(request: Mapping[str, Any]) -> dict[str, float]:
+    """Return exp of the mean over windows of the mean loss of a token, for every text."""
+    torch.set_num_threads(request["num_threads"])
+    model = _load(request)
+    perplexities = {}
+    for name, windows in request["texts"].items():
+        losses = []
+        for window in torch.tensor(windows):
+            logits = model(window[None], use_cache=False).logits[0, :-1].float()
+            losses.append(float(torch.nn.functional.cross_entropy(logits, window[1:])))
+        perplexities[name] = perplexity_of(sum(losses) / len(losses))
+    return perplexities

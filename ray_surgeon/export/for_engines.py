@@ -8,9 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from ray_surgeon.export import folder
@@ -20,7 +18,6 @@ from ray_surgeon.models.build import num_inputs
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.models.llama_cpp import architecture_of
 from ray_surgeon.models.pruned_config import BlockWidths, kv_heads_left
-from ray_surgeon.runtime import fresh_process
 from ray_surgeon.runtime.passes import BlockPass
 from ray_surgeon.runtime.worker import Worker
 from ray_surgeon.spec.sections import GgufKind, QuantizeSection
@@ -73,14 +70,12 @@ def check_quantised(layout: ModelLayout, shrinking: Shrinking, section: Quantize
     Raises:
         ValueError: says why, and what to do.
     """
+    kind = layout.config.model_type
+    absent = importlib.util.find_spec("compressed_tensors") is None
     problems = {
-        "needs the package compressed-tensors; run `pip install 'ray-surgeon[quantize]'`": (
-            importlib.util.find_spec("compressed_tensors") is None
-        ),
-        f"quantises nn.Linear, the linears of {layout.config.model_type} are Conv1D; remove "
-        "quantize": layout.family.transposed,
-        "mixtures are not quantised here; remove quantize, and quantise the export with other "
-        "tools": layout.is_mixture,
+        "needs compressed-tensors; run `pip install 'ray-surgeon[quantize]'`": absent,
+        f"the linears of {kind} are Conv1D; remove quantize": layout.family.transposed,
+        "mixtures are not quantised here; remove quantize, or use other tools": layout.is_mixture,
     }
     for problem, applies in problems.items():
         if applies:
@@ -94,23 +89,20 @@ def _check_groups(layout: ModelLayout, shrinking: Shrinking, size: int) -> None:
     family = layout.family
     devices = shrinking.tensor_parallel
     width = layout.heads.n_rep * layout.heads.head_dim
-    possible = {
-        family.ffn.consumer: shrinking.channels(layout),
-        family.attention.consumer: [number * width for number in shrinking.kv_heads(layout)],
-    }
+    of_heads = [number * width for number in shrinking.kv_heads(layout)]
+    possible = {family.attention.consumer: of_heads}
+    possible[family.ffn.consumer] = shrinking.channels(layout)
     for name, shape in layout.shapes.items():
         is_split = shape.role in possible
         columns = shape.num_columns - shape.has_bias
         if is_split:
             columns = math.gcd(*possible[shape.role]) // devices
         if columns % size:
-            shrinks = shape.role == family.ffn.consumer and "ffn" in shrinking.fewest
-            remedy = "raise pruning.width_multiple, or " if shrinks else ""
             each = f" on each of {devices} devices" if is_split and devices > 1 else ""
             raise ValueError(
                 f"output.quantize: groups of group_size {size} do not fill the rows of {name}, "
-                f"whose columns will be a multiple of {columns}{each}; {remedy}set group_size to a "
-                f"divisor, such as {math.gcd(columns, size)}"
+                f"whose columns will be a multiple of {columns}{each}; raise width_multiple or set "
+                f"group_size to a divisor, such as {math.gcd(columns, size)}"
             )
 
 
@@ -138,28 +130,22 @@ def export_gguf(
     document = folder.dense_document(model)
     pairs = [[width.num_channels, width.num_kv_heads] for width in widths]
     name = model.source.rstrip("/").rpartition("/")[2].removesuffix(".gguf") + "-pruned"
-    request: dict[str, Any] = {"folder": weights, "document": document, "kinds": kinds}
-    request |= {"widths": pairs, "name": name, "target": uri}
+    request: dict[str, Any] = {"folder": weights, "document": document, "widths": pairs}
+    request |= {"name": name, "target": uri}
     files.remove_folder(uri)  # of a try that was interrupted
     try:
-        with folder.explaining(f"the export {uri} cannot be written"):
-            folder.write_weights(pruned.cluster, weights)
-            folder.copy_small_files(model, weights)
-            files.write_json(files.join(weights, "config.json"), document)
-            written = fresh_process.run_module("ray_surgeon.export.gguf_file", request)["files"]
+        folder.write_weights(pruned.cluster, weights)
+        folder.copy_small_files(model, weights)
+        files.write_json(files.join(weights, "config.json"), document)
+        written = [folder.run_for(uri, "gguf_file", request | {"kind": kind}) for kind in kinds]
     finally:
         files.remove_folder(weights)
     first = written[0]["file"]
     architecture = architecture_of(pruned.layout, widths).name
-    return {
-        "kind": "gguf",
-        "uri": uri,
-        "size_bytes": written[0]["size_bytes"],
-        "loaders": {"llama.cpp": f"as {architecture}", "vLLM, transformers": "no"},
-        "load": f"llama-server --model {f'{uri}/{first}' if files.is_local(uri) else first}",
-        "files": written,
-        "widths": pairs,
-    }
+    loaders = {"llama.cpp": f"as {architecture}", "vLLM, transformers": "no"}
+    load = f"llama-server --model {f'{uri}/{first}' if files.is_local(uri) else first}"
+    entry = {"kind": "gguf", "uri": uri, "size_bytes": written[0]["size_bytes"]}
+    return entry | {"loaders": loaders, "load": load, "files": written, "widths": pairs}
 
 
 NUM_BITS = 4
@@ -200,12 +186,7 @@ def write_scales(worker: Worker, target: str) -> None:
 
 
 def export_quantised(
-    pruned: folder.Pruned,
-    uniform: Mapping[str, Any],
-    target: str,
-    calibration: NDArray[np.int64],
-    texts: Mapping[str, NDArray[np.int64]],
-    section: QuantizeSection,
+    pruned: folder.Pruned, uniform: Mapping[str, Any], target: str, section: QuantizeSection
 ) -> dict[str, Any]:
     """Write the quantised copy of the export uniform, and evaluate it in a process of its own.
 
@@ -215,8 +196,6 @@ def export_quantised(
         pruned: the model, of which the workers have the export's weights.
         uniform: entry of the export.
         target: folder of the copy.
-        calibration: [num_sequences, sequence_length] tokens by which four bits are rounded.
-        texts: name -> [num_windows, T] tokens to evaluate on.
         section: how.
 
     Returns:
@@ -238,18 +217,14 @@ def export_quantised(
     request |= {"scheme": section.scheme, "group_size": size, "linears": list(pruned.layout.shapes)}
     try:
         if section.scheme == "w4a16":
-            Rounding(size).pass_all(pruned.cluster, calibration)
+            Rounding(size).pass_all(pruned.cluster, pruned.calibration)
             folder.write_weights(pruned.cluster, rounded)
             pruned.cluster.run_all(write_scales, scales)
             request["source"] = rounded
-        with folder.explaining(f"the quantised export {target} cannot be made"):
-            copy = fresh_process.run_module("ray_surgeon.export.quantized", request)
-            with folder.local_folder(target) as (copied, scratch):
-                windows = {name: torch.from_numpy(tokens) for name, tokens in texts.items()}
-                tensor_files.write(str(scratch / "windows"), windows)
-                request = {"windows": str(scratch / "windows")}
-                request["num_threads"] = torch.get_num_threads()
-                copy["perplexity"] = folder.run_reload(copied, scratch, request)
+        copy = folder.run_for(target, "quantized", request)
+        texts = {name: tokens.tolist() for name, tokens in pruned.texts.items()}
+        request = {"texts": texts, "num_threads": torch.get_num_threads()}
+        copy["perplexity"] = folder.run_reload(target, request)
     finally:
         files.remove_folder(rounded)
     loaders = {"transformers with compressed-tensors": "loaded and evaluated"}

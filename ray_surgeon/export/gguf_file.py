@@ -1,6 +1,4 @@
-"""GGUF files for llama.cpp, by the package gguf.
-
-Tensors are read from an export's files one at a time.
+"""GGUF files for llama.cpp, by the package gguf, from an export's files, a tensor at a time.
 
 Blocks of one width are the family's own architecture there. Where widths differ, a Llama or Mistral
 is written as ``deci``, whose blocks have widths of their own. Runs as a module of its own, see
@@ -9,6 +7,7 @@ is written as ``deci``, whose blocks have widths of their own. Runs as a module 
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -19,19 +18,22 @@ import gguf
 import numpy as np
 import torch
 from gguf import GGMLQuantizationType as Kind
-from gguf import GGUFReader, GGUFWriter
+from gguf import GGUFReader, GGUFWriter, TokenType
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers import AutoConfig, PretrainedConfig
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from ray_surgeon.export.gguf_tokenizer import add_tokenizer
+from ray_surgeon.export.folder import local_folder
 from ray_surgeon.models.attention import rope_kind, rope_of
 from ray_surgeon.models.families import LlamaCpp
 from ray_surgeon.models.layout import ModelLayout
-from ray_surgeon.models.llama_cpp import architecture_of
+from ray_surgeon.models.llama_cpp import architecture_of, tokenizer_names
 from ray_surgeon.models.pruned_config import BlockWidths
-from ray_surgeon.storage import files, tensor_files
+from ray_surgeon.spec.sections import ModelSection
+from ray_surgeon.storage import files
+from ray_surgeon.storage.sources import open_model
+from ray_surgeon.storage.texts import first_token
 
 KINDS = {"f32": 1e-6, "f16": 1e-3, "bf16": 4e-3, "q8_0": 5e-3}
 KINDS |= {"q5_1": 0.04, "q5_0": 0.07, "q4_1": 0.07, "q4_0": 0.14}
@@ -72,7 +74,7 @@ def write_gguf(
     writer.add_file_type(gguf.LlamaFileType[f"{all_or_mostly}_{kind.upper()}"])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     _describe(writer, layout, widths)
-    add_tokenizer(writer, folder, int(config.vocab_size))
+    _add_tokenizer(writer, folder, int(config.vocab_size))
     tensors = Tensors(folder, layout, architecture)
     storage = {key: _storage(key, shape, kind) for key, shape in tensors.shapes.items()}
     for key, shape in tensors.shapes.items():
@@ -123,6 +125,54 @@ def _describe(writer: GGUFWriter, layout: ModelLayout, widths: Sequence[BlockWid
         writer.add_rope_scaling_orig_ctx_len(int(parameters["original_max_position_embeddings"]))
 
 
+def _add_tokenizer(writer: GGUFWriter, uri: str, vocab_size: int) -> None:
+    """Write tokens, merges, special tokens and the chat template of an export."""
+    with local_folder(uri, weights=False) as (folder, _):
+        # for some families it is not what the file says
+        AutoTokenizer.from_pretrained(folder).save_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        document = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+        model, cut = tokenizer_names(document)
+        writer.add_tokenizer_model(model)
+        writer.add_tokenizer_pre(cut)
+        tokens = tokens_of(document, vocab_size, has_pieces=model == "llama")
+        writer.add_token_list([token.encode() for token, _ in tokens])
+        writer.add_token_types([kind for _, kind in tokens])
+        plain, whole = (tokenizer("a", add_special_tokens=s)["input_ids"] for s in (False, True))
+        if model == "llama":
+            piece = tokenizer.convert_ids_to_tokens(plain[0])
+            writer.add_add_space_prefix(piece.startswith("\u2581"))
+            # they are numbered in the order of their merges
+            writer.add_token_scores([-float(number) for number in range(len(tokens))])
+        special = gguf.SpecialVocab(folder, load_merges=model == "gpt2", n_vocab=vocab_size)
+        has_last = len(whole) > len(plain) and whole[-1] == tokenizer.eos_token_id
+        special.add_special_token |= {"bos": first_token(tokenizer) is not None, "eos": has_last}
+        special.add_to_gguf(writer, quiet=True)
+
+
+def tokens_of(
+    document: Mapping[str, Any], vocab_size: int, *, has_pieces: bool
+) -> list[tuple[str, TokenType]]:
+    """Return every token by its number; numbers that no token has are embeddings that nothing uses.
+
+    Of a tokenizer of pieces, llama.cpp takes U+2581 for a space, but not in tokens that were added
+    and are not special.
+    """
+    by_number = {}
+    for token, number in document["model"]["vocab"].items():
+        is_byte = re.fullmatch("<0x[0-9A-F]{2}>", token)
+        by_number[number] = token, TokenType.BYTE if is_byte else TokenType.NORMAL
+    for added in document.get("added_tokens", []):
+        token = added["content"]
+        kind = TokenType.CONTROL if added["special"] else TokenType.USER_DEFINED
+        if token == document["model"].get("unk_token"):
+            kind = TokenType.UNKNOWN
+        if has_pieces and not added["special"]:
+            token = token.replace("\u2581", " ")
+        by_number[added["id"]] = token, kind
+    return [by_number.get(n, (f"[PAD{n}]", TokenType.UNUSED)) for n in range(vocab_size)]
+
+
 class Tensors:
     """Tensors of a model by llama.cpp's names, each read and rearranged when asked for."""
 
@@ -130,35 +180,31 @@ class Tensors:
         """Read the headers of a folder's files."""
         self._head_dim = layout.heads.head_dim
         self._architecture = architecture
-        self._reader = tensor_files.Reader()
-        self._source: dict[str, tuple[str, str, bool]] = {}
+        self._source = open_model(ModelSection(source=folder))
+        self._keys: dict[str, tuple[str, bool]] = {}
         self._computed = _rope_factors(layout)
         shapes = {name: tensor.shape for name, tensor in self._computed.items()}
-        numbers = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
-        names = gguf.get_tensor_name_map(numbers[architecture.name], layout.num_blocks)
-        for file in files.list_names(folder):
-            if not file.endswith(".safetensors"):
-                continue
-            uri = files.join(folder, file)
-            for key, shape in self._reader.header(uri).shapes.items():
-                name = names.get_name(key, try_suffixes=(".weight", ".bias"))
-                if name is None:
-                    raise ValueError(
-                        f"output.exports: gguf: llama.cpp's {architecture.name} has no place for "
-                        f"{key}; export uniform or per_block instead"
-                    )
-                is_in_block = layout.block_of(key) is not None
-                is_transposed = layout.family.transposed and is_in_block and len(shape) == 2
-                self._source[name] = uri, key, is_transposed
-                shapes[name] = shape[::-1] if is_transposed else shape
+        number = gguf.MODEL_ARCH[architecture.name.upper()]
+        names = gguf.get_tensor_name_map(number, layout.num_blocks)
+        for key, shape in self._source.shapes_and_fingerprint()[0].items():
+            name = names.get_name(key, try_suffixes=(".weight", ".bias"))
+            if name is None:
+                raise ValueError(
+                    f"output.exports: gguf: llama.cpp's {architecture.name} has no place for "
+                    f"{key}; export uniform or per_block instead"
+                )
+            is_in_block = layout.block_of(key) is not None
+            is_transposed = layout.family.transposed and is_in_block and len(shape) == 2
+            self._keys[name] = key, is_transposed
+            shapes[name] = shape[::-1] if is_transposed else shape
         self.shapes = dict(sorted(shapes.items()))
 
     def read(self, name: str) -> NDArray[np.float32]:
         """Return a tensor in float32."""
         if name in self._computed:
             return self._computed[name]
-        uri, key, is_transposed = self._source[name]
-        tensor = self._reader.read(uri, key).float()
+        key, is_transposed = self._keys[name]
+        tensor = self._source.read(key).float()
         if is_transposed:
             tensor = tensor.T
         if self._architecture.pairs_rotary and re.search(r"\.attn_[qk]\.", name):
@@ -194,11 +240,7 @@ def _paired(tensor: Tensor, head_dim: int) -> Tensor:
 
 
 def _storage(name: str, shape: Sequence[int], kind: str) -> Kind:
-    """Return how a tensor is stored.
-
-    Matrices are stored as asked, or in float16 if their rows are no whole blocks of that. All else
-    is in float32.
-    """
+    """Return how a tensor is stored: matrices as asked if their rows are whole blocks of that."""
     if len(shape) < 2 or name.startswith("position_embd"):
         return Kind.F32
     block_size, _ = gguf.GGML_QUANT_SIZES[Kind[kind.upper()]]
@@ -206,9 +248,7 @@ def _storage(name: str, shape: Sequence[int], kind: str) -> Kind:
 
 
 def _largest_error(file: Path, tensors: Tensors, kind: str) -> float:
-    """Read a file again and return the largest error of an entry.
-
-    It is relative to the largest entry of its tensor.
+    """Read a file again; return the largest error, relative to the largest entry of a tensor.
 
     Raises:
         ValueError: a tensor is missing, or further from what it was made of than its type explains.
@@ -223,23 +263,18 @@ def _largest_error(file: Path, tensors: Tensors, kind: str) -> float:
         difference = np.abs(values.reshape(expected.shape) - expected).max()
         error = float(difference / max(float(np.abs(expected).max()), 1e-30))
         if not error <= KINDS[kind]:
-            raise ValueError(
-                f"{file.name}: {name} read again differs by {error:g} of its largest entry; do not "
-                "use the file"
-            )
+            raise ValueError(f"{file.name}: {name} read again differs by {error:g}; do not use it")
         largest = max(largest, error)
     return largest
 
 
 def answer(request: Mapping[str, Any]) -> dict[str, Any]:
-    """Write the files of a request, and return what was written; see `run_module`."""
+    """Write the file of a request, and return what was written; see `run_module`."""
     config = AutoConfig.for_model(**request["document"])
     widths = [BlockWidths(*width) for width in request["widths"]]
-    written = []
-    for kind in request["kinds"]:
-        file = f"{request['name']}-{kind.upper()}.gguf"
-        with files.replacing(files.join(request["target"], file)) as path:
-            error = write_gguf(request["folder"], config, widths, kind, request["name"], path)
-            size = path.stat().st_size
-        written.append({"file": file, "size_bytes": size, "largest_error": error})
-    return {"files": written}
+    kind = request["kind"]
+    file = f"{request['name']}-{kind.upper()}.gguf"
+    with files.replacing(files.join(request["target"], file)) as path:
+        error = write_gguf(request["folder"], config, widths, kind, request["name"], path)
+        size = path.stat().st_size
+    return {"file": file, "size_bytes": size, "largest_error": error}

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
-
-from transformers import AutoModel, AutoModelForCausalLM, PretrainedConfig
 
 from ray_surgeon.export import folder
 from ray_surgeon.export.for_engines import Shrinking, check_gguf, check_quantised, export_gguf
@@ -21,8 +18,6 @@ from ray_surgeon.spec.sections import OutputSection
 from ray_surgeon.storage import files
 
 _RELOADED = "reloaded and compared"
-SHIPPED = "modeling_pruned.py"
-"""The file of code beside weights whose blocks differ."""
 
 
 def check_exports(output: OutputSection, layout: ModelLayout, shrinking: Shrinking) -> None:
@@ -84,7 +79,7 @@ def export(
     folder.copy_small_files(pruned.model, uri, another_type=not is_of_family)
     files.write_json(files.join(uri, "config.json"), for_older_readers(document))
     if has_code:
-        files.write_text(files.join(uri, SHIPPED), shipped_source(layout.config))
+        files.write_text(files.join(uri, folder.SHIPPED), folder.shipped_source(layout.config))
     trusts = ", trust_remote_code=True" if has_code else ""
     entry: dict[str, Any] = {"kind": kind, "uri": uri, "size_bytes": size}
     entry["loaders"] = _loaders(kind, layout, widths)
@@ -116,16 +111,3 @@ def _loaders(kind: str, layout: ModelLayout, widths: Sequence[BlockWidths]) -> d
         return loaders | {"vLLM": "not run"}
     vllm = "by its transformers backend, if every block has an attention; not GPT-2"
     return loaders | {"vLLM with --trust-remote-code": vllm}
-
-
-def shipped_source(config: PretrainedConfig) -> str:
-    """Return the source of `SHIPPED`, its base classes those of the dense model's family."""
-    text = (Path(__file__).parent / "shipped" / SHIPPED).read_text(encoding="utf-8")
-    of_family = {
-        "LlamaConfig": type(config),
-        "LlamaForCausalLM": AutoModelForCausalLM._model_mapping[type(config)],
-        "LlamaModel": AutoModel._model_mapping[type(config)],
-    }
-    for dense, kind in of_family.items():
-        text = text.replace(f"{dense} as", f"{kind.__name__} as")
-    return text.replace("pruned_llama", f"pruned_{config.model_type}")

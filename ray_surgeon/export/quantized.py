@@ -96,11 +96,8 @@ def answer(request: Mapping[str, Any]) -> dict[str, Any]:
         weight_map |= dict.fromkeys(tensors, file)
     write_index(target, weight_map, total)
     document = files.read_json(files.join(target, "config.json"))
-    document["quantization_config"] = QuantizationConfig(
-        config_groups={"group_0": scheme},
-        format=scheme.format,
-        ignore=sorted(plain),
-        quantization_status="compressed",
-    ).to_dict()
+    about = {"config_groups": {"group_0": scheme}, "format": scheme.format, "ignore": sorted(plain)}
+    quantised_so = QuantizationConfig(quantization_status="compressed", **about)
+    document["quantization_config"] = quantised_so.to_dict()
     files.write_json(files.join(target, "config.json"), document)
     return {"size_bytes": total}

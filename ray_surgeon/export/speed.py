@@ -1,42 +1,53 @@
-"""How fast a smaller model is beside the dense one: in one process of its own, measured in turns.
+"""How fast models are: an export beside the dense model, and blocks of every width.
 
-Both are built from their configurations with random weights: speed depends on shapes and dtype, not
-on values.
+Each is measured in a process of its own, with random weights: speed depends on shapes and dtype,
+not on values.
 """
 
 from __future__ import annotations
 
 import json
 import statistics
+import tempfile
 import time
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from operator import mul
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import init_empty_weights
 from accelerate.utils import set_module_tensor_to_device
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from ray_surgeon.export.folder import local_folder
+from ray_surgeon.export import folder as folders
+from ray_surgeon.export.for_engines import Shrinking
+from ray_surgeon.models.budgets import Budget
 from ray_surgeon.models.build import cache_argument
-from ray_surgeon.runtime.cluster import Cluster, Future
-from ray_surgeon.runtime.fresh_process import run_on_worker
-from ray_surgeon.runtime.placement import WorkerIndex
+from ray_surgeon.models.families import family_of
+from ray_surgeon.models.layout import ModelLayout
+from ray_surgeon.models.pruned_config import BlockWidths, per_block_document
+from ray_surgeon.runtime.cluster import Cluster
 from ray_surgeon.runtime.usage import process_usage
-from ray_surgeon.spec.targets import SpeedSection
+from ray_surgeon.spec.targets import LatencyTarget, SpeedSection
+from ray_surgeon.storage import files
+
+_BLOCKS_AT_ONCE = 8
+"""Of one timed model, so that it fits where the whole model might not."""
 
 Record = dict[str, Any]
 """Something that travels as JSON."""
 
 
 def measure(cluster: Cluster, uri: str, dense: Record, options: SpeedSection) -> Record:
-    """Measure an export beside the dense model, in fresh processes.
-
-    They run beside the first worker and the last, on their GPUs if they have some.
+    """Measure an export beside the dense model, in fresh processes beside the first worker.
 
     Args:
-        cluster: its first worker times, and the last one finds out what the export needs of memory.
+        cluster: its first worker measures, on its GPU if it has one.
         uri: the export.
         dense: config.json of the dense model.
         options: what to time.
@@ -49,53 +60,137 @@ def measure(cluster: Cluster, uri: str, dense: Record, options: SpeedSection) ->
     Raises:
         RuntimeError: a process fails.
     """
-    request = {"uri": uri, "dense": dense, "options": options.model_dump()}
-
-    def run(on: WorkerIndex, only: str | None) -> Future[Record]:
-        return cluster.submit(on, run_on_worker, __name__, request | {"only": only})
-
-    first = cluster.placement.workers[0]
-    (record,) = cluster.get([run(first, None)])
-    # at the same time: what they need does not depend on how long it takes
-    alone = cluster.get([run(first, "dense"), run(cluster.placement.workers[-1], "pruned")])
-    for name, usage in zip(("dense", "pruned"), alone, strict=True):
-        record[name] |= usage
+    request = {"uri": uri, "dense": dense, "request": options.model_dump()}
+    record = folders.run_beside(cluster, __name__, request | {"only": None})
+    for name in ("dense", "pruned"):
+        record[name] |= folders.run_beside(cluster, __name__, request | {"only": name})
     return record
 
 
-def device_name(device: torch.device, num_threads: int) -> str:
+def latency_budget(
+    dense: folders.Pruned, target: LatencyTarget, shrinking: Shrinking, uri: str
+) -> Budget:
+    """Return the latency of a model as a sum over its blocks.
+
+    Args:
+        dense: the model; the first worker's machine measures.
+        target: what is measured.
+        shrinking: which widths are measured.
+        uri: a JSON file; what it holds already, measured with the same options, is not measured
+            again.
+
+    Raises:
+        RuntimeError: the measuring process fails.
+    """
+    layout = dense.layout
+    channels = shrinking.channels(layout)
+    heads = shrinking.kv_heads(layout)
+    widths = [[number, heads[-1]] for number in channels]
+    widths += [[channels[-1], number] for number in heads[:-1]]
+    options = target.model_dump(mode="json", exclude={"latency_s"})
+    options |= {"dtype": dense.model.dtype} | asdict(shrinking)
+    about = {"options": options, "widths": widths}
+    kept: Record = files.read_json(uri) if files.exists(uri) else {}
+    if not about.items() <= kept.items():
+        document = folders.dense_document(dense.model)
+        kept = about | _measured(dense, options | {"document": document, "widths": widths})
+        files.write_json(uri, kept)
+    of_channels = kept["seconds"][: len(channels)]
+    whole = of_channels[-1]
+    of_heads = [seconds - whole for seconds in (*kept["seconds"][len(channels) :], whole)]
+    by_left = {"ffn": _table(channels, of_channels), "attention": _table(heads, of_heads)}
+    num_blocks = dict.fromkeys(by_left, layout.num_blocks)
+    return Budget("latency_s", kept["rest_seconds"], by_left, num_blocks)
+
+
+def _measured(dense: folders.Pruned, request: Record) -> Record:
+    """Return the seconds of every width, in the mean over the kinds of blocks of the model."""
+    # a block with a sliding window takes another time
+    kinds = Counter(getattr(dense.layout.config, "layer_types", None) or [None])
+    shares = [count / kinds.total() for count in kinds.values()]
+    requests = [request | {"layer_type": kind} for kind in kinds]
+    measured = [folders.run_beside(dense.cluster, __name__, of_kind) for of_kind in requests]
+    times = zip(*([*m["seconds"], m["rest_seconds"]] for m in measured), strict=True)
+    *seconds, rest = (sum(map(mul, shares, of_kinds)) for of_kinds in times)
+    return {"device": measured[0]["device"], "seconds": seconds, "rest_seconds": rest}
+
+
+def _table(numbers: Sequence[int], seconds: Sequence[float]) -> tuple[float, ...]:
+    """Return the seconds with 0, 1, ... groups left.
+
+    Values are linear between measured numbers, and never fall.
+    """
+    rising = np.maximum.accumulate(np.asarray(seconds))
+    return tuple(float(value) for value in np.interp(range(numbers[-1] + 1), numbers, rising))
+
+
+def _device_name(device: torch.device, num_threads: int) -> str:
     """Return what a report calls a device."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"CPU, {num_threads} threads"
 
 
-def _now(device: torch.device) -> float:
-    """Return the time when a device has done all its work."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
+def _moment(device: torch.device) -> Any:
+    """Return the present moment of a device's work."""
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+    event.record()
+    return event
+
+
+def _seconds(start: Any, end: Any) -> float:
+    """Return the seconds between two moments of a device's work."""
+    if isinstance(start, float):
+        return float(end - start)
+    end.synchronize()
+    return float(start.elapsed_time(end)) / 1000
 
 
 @torch.no_grad()
-def timed(model: PreTrainedModel, options: SpeedSection) -> tuple[float, float]:
+def _timed(model: PreTrainedModel, options: SpeedSection) -> tuple[float, float]:
     """Return the seconds of one prefill and of the decode that follows it."""
     cache = cache_argument(model)
     size = (options.batch_size, options.prompt_length)
     generator = torch.Generator().manual_seed(0)
     prompts = torch.randint(model.config.vocab_size, size, generator=generator).to(model.device)
-    start = _now(model.device)
+    start = _moment(model.device)
     out = model(prompts, use_cache=True, logits_to_keep=1)
-    middle = _now(model.device)
+    middle = _moment(model.device)
     for _ in range(options.num_new_tokens):
         out = model(out.logits[:, -1:].argmax(dim=-1), **{cache: out[cache]}, use_cache=True)
-    return middle - start, _now(model.device) - middle
+    end = _moment(model.device)
+    return _seconds(start, middle), _seconds(middle, end)
+
+
+def _time_blocks(model: PreTrainedModel, options: SpeedSection) -> list[float]:
+    """Return the seconds of each block, and of all the rest: medians over the measured turns."""
+    num_blocks = len(model.config.block_sizes)
+    lists = (module for module in model.modules() if isinstance(module, nn.ModuleList))
+    (blocks,) = (blocks for blocks in lists if len(blocks) == num_blocks)
+    moments: dict[nn.Module, list[Any]] = {block: [] for block in blocks}
+
+    def note(block: nn.Module, *_: object) -> None:
+        moments[block].append(_moment(model.device))
+
+    for block in blocks:
+        block.register_forward_pre_hook(note)
+        block.register_forward_hook(note)
+    turns = []
+    for _ in range(options.num_repeats + 1):
+        for noted in moments.values():
+            noted.clear()
+        whole = sum(_timed(model, options))
+        in_blocks = [sum(map(_seconds, noted[::2], noted[1::2])) for noted in moments.values()]
+        turns.append([*in_blocks, whole - sum(in_blocks)])
+    return [statistics.median(times) for times in zip(*turns[1:], strict=True)]
 
 
 def _compare(models: Mapping[str, PreTrainedModel], options: SpeedSection) -> Record:
     """Time models in turns, after one unmeasured turn each. See `measure` for what is returned."""
     turns = range(options.num_repeats + 1)
-    timings = [{name: timed(model, options) for name, model in models.items()} for _ in turns]
+    timings = [{name: _timed(model, options) for name, model in models.items()} for _ in turns]
     record: Record = {name: {} for name in models}
     for i, step in enumerate(("prefill", "decode")):
         each = options.num_new_tokens if i else options.prompt_length
@@ -109,7 +204,7 @@ def _compare(models: Mapping[str, PreTrainedModel], options: SpeedSection) -> Re
     return record
 
 
-def random_model(document: Record, folder: Path) -> PreTrainedModel:
+def _random_model(document: Record, folder: Path) -> PreTrainedModel:
     """Return a model with random weights.
 
     Args:
@@ -118,12 +213,10 @@ def random_model(document: Record, folder: Path) -> PreTrainedModel:
     """
     (folder / "config.json").write_text(json.dumps(document))
     config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
-    dtype = getattr(torch, document["dtype"])
+    options = {"dtype": getattr(torch, document["dtype"]), "trust_remote_code": True}
     # classes whose blocks differ build the dense model, and make it narrow
     with init_empty_weights(include_buffers=False):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(
-            config, dtype=dtype, trust_remote_code=True
-        )
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, **options)
     for name, absent in list(model.named_parameters()):
         values = torch.empty_like(absent, device="cpu").normal_(std=0.02)
         set_module_tensor_to_device(model, name, "cpu", values)
@@ -131,22 +224,65 @@ def random_model(document: Record, folder: Path) -> PreTrainedModel:
     return model.eval()
 
 
+def _model_of_blocks(request: Record, widths: Sequence[Any], folder: Path) -> PreTrainedModel:
+    """Return a model with random weights that has one block of each width.
+
+    All blocks are of the request's kind if the model has several.
+    """
+    document = dict(request["document"])
+    config = AutoConfig.for_model(**document)
+    document[config.attribute_map.get("num_hidden_layers", "num_hidden_layers")] = len(widths)
+    if request["layer_type"] is not None:
+        document["layer_types"] = [request["layer_type"]] * len(widths)
+    layout = ModelLayout(config, family_of(config), {}, ())
+    blocks = [BlockWidths(*width) for width in widths]
+    (folder / folders.SHIPPED).write_text(folders.shipped_source(config))
+    return _random_model(per_block_document(layout, document, blocks), folder)
+
+
+def _of_widths(request: Record, options: SpeedSection) -> Record:
+    """Return the seconds of every width and of what is outside the blocks."""
+    device = torch.device(request["device"])
+    name = _device_name(device, options.num_threads)
+    torch.manual_seed(0)
+    widths = [tuple(width) for width in request["widths"]]
+    whole = max(widths)
+    others = [width for width in widths if width != whole]
+    more = {whole: 0.0}  # than the whole block beside it
+    of_whole = []
+    rests = []
+    for first in range(0, max(1, len(others)), _BLOCKS_AT_ONCE - 1):
+        batch = [whole, *others[first : first + _BLOCKS_AT_ONCE - 1]]
+        with tempfile.TemporaryDirectory() as folder:
+            model = _model_of_blocks(request, batch, Path(folder)).to(device)
+            seconds = _time_blocks(model, options)
+        rests.append(seconds.pop())
+        of_whole.append(seconds[0])
+        more |= {width: s - seconds[0] for width, s in zip(batch, seconds, strict=True)}
+    dense = statistics.median(of_whole)
+    measured = {"seconds": [dense + more[width] for width in widths]}
+    return {"device": name, **measured, "rest_seconds": statistics.median(rests)}
+
+
 def answer(request: Record) -> Record:
-    """Return the comparison, or what one model alone needs of memory.
+    """Return seconds of widths, the comparison, or what one model alone needs of memory.
 
     See `fresh_process.run_module`.
     """
-    options = SpeedSection(**request["options"])
+    options = SpeedSection(**request["request"])
     torch.set_num_threads(options.num_threads)
+    if "widths" in request:
+        return _of_widths(request, options)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    with local_folder(request["uri"], weights=False) as (folder, scratch):
+    with folders.local_folder(request["uri"], weights=False) as (folder, scratch):
         document = json.loads((folder / "config.json").read_text())
         places = {"dense": (request["dense"], scratch), "pruned": (document, folder)}
         names = [request["only"]] if request["only"] else list(places)
-        models = {name: random_model(*places[name]).to(device) for name in names}
+        models = {name: _random_model(*places[name]).to(device) for name in names}
         if request["only"] is None:
-            about = {"device": device_name(device, options.num_threads), "dtype": document["dtype"]}
+            name = _device_name(device, options.num_threads)
+            about = {"device": name, "dtype": document["dtype"]}
             return _compare(models, options) | about | options.model_dump()
-        timed(models[request["only"]], options)
+        _timed(models[request["only"]], options)
     usage = process_usage(device)
     return {"peak_rss_bytes": usage.peak_rss_bytes, "peak_gpu_bytes": usage.peak_gpu_bytes}

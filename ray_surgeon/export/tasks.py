@@ -6,20 +6,19 @@ They run on the dense model and on exports.
 from __future__ import annotations
 
 import contextlib
-import tempfile
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from ray_surgeon.export.folder import local_folder
+from ray_surgeon.export.folder import local_folder, run_beside
 from ray_surgeon.runtime.cluster import Cluster
-from ray_surgeon.runtime.fresh_process import run_module, run_on_worker
+from ray_surgeon.runtime.fresh_process import run_module
+from ray_surgeon.spec.base import refusing
 from ray_surgeon.spec.evaluation import TasksSection
 from ray_surgeon.spec.sections import ModelSection
 from ray_surgeon.storage import files
-from ray_surgeon.storage.sources import SMALL_FILES, open_model
+from ray_surgeon.storage.sources import open_model
 
 Scores = dict[str, dict[str, float]]
 """Task -> metric -> value."""
@@ -31,19 +30,13 @@ def check_tasks(options: TasksSection) -> None:
     Raises:
         ValueError: the harness is not installed, or names the tasks.
     """
-    try:
+    remedy = "pip install 'ray_surgeon[eval]', or correct the task definitions"
+    with refusing("evaluation.tasks: the harness cannot be used", remedy, RuntimeError):
         reply = run_module(__name__, {"options": options.model_dump(), "model": None})
-    except RuntimeError as error:
-        missing = "No module named 'lm_eval'" in str(error)
-        remedy = "pip install 'ray_surgeon[eval]'" if missing else "correct the task definitions"
-        raise ValueError(
-            f"evaluation.tasks: the harness cannot be used: {error}; {remedy}"
-        ) from error
     if reply["unknown"]:
         raise ValueError(
             f"evaluation.tasks.names: the harness does not know {', '.join(reply['unknown'])}; "
-            "`lm_eval ls tasks` lists what it knows, and evaluation.tasks.include is a folder with "
-            "more"
+            "`lm_eval ls tasks` lists what it knows, and evaluation.tasks.include may have more"
         )
 
 
@@ -60,16 +53,7 @@ def evaluate_tasks(cluster: Cluster, model: ModelSection | str, options: TasksSe
     """
     named = model if isinstance(model, str) else model.model_dump()
     request = {"options": options.model_dump(), "model": named}
-    first = cluster.placement.workers[0]
-    return cluster.get([cluster.submit(first, run_on_worker, __name__, request, False)])[0]
-
-
-def _fetch_dense(source: ModelSection, folder: Path) -> None:
-    dense = open_model(source)
-    weights = dense.weight_files()
-    for name in dense.names:
-        if name in SMALL_FILES or name in weights or name.endswith(".safetensors.index.json"):
-            (folder / name).symlink_to(dense.fetch(name).resolve())
+    return run_beside(cluster, __name__, request, offline=False)
 
 
 def _numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
@@ -81,7 +65,6 @@ def _numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
 def answer(request: Mapping[str, Any]) -> dict[str, Any]:
     """Return the scores, or the tasks that are not known; see `fresh_process.run_module`."""
     from lm_eval.evaluator import simple_evaluate
-    from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
     options = TasksSection(**request["options"])
@@ -98,22 +81,11 @@ def answer(request: Mapping[str, Any]) -> dict[str, Any]:
         if is_export:
             folder, _ = held.enter_context(local_folder(model))
         else:
-            folder = Path(held.enter_context(tempfile.TemporaryDirectory()))
-            _fetch_dense(ModelSection(**model), folder)
-        config = files.read_json(str(folder / "config.json"))
-        loaded = HFLM(
-            str(folder),
-            device="cuda" if torch.cuda.is_available() else "cpu",
-            batch_size=options.batch_size,
-            trust_remote_code=is_export and "auto_map" in config,
-        )
-        results = simple_evaluate(
-            loaded,
-            tasks=list(options.names),
-            task_manager=manager,
-            bootstrap_iters=0,
-            num_fewshot=options.num_fewshot,
-            limit=options.limit,
-            log_samples=False,
-        )
+            folder = open_model(ModelSection(**model)).small_files_folder(weights=True)
+        has_code = "auto_map" in files.read_json(str(folder / "config.json"))
+        arguments = {"pretrained": str(folder), "trust_remote_code": is_export and has_code}
+        settings = options.model_dump(include={"batch_size", "num_fewshot", "limit"})
+        settings |= {"tasks": list(options.names), "task_manager": manager, "log_samples": False}
+        settings |= {"device": "cuda" if torch.cuda.is_available() else "cpu", "bootstrap_iters": 0}
+        results = simple_evaluate("hf", arguments, **settings)
     return {task: _numbers(metrics) for task, metrics in results["results"].items()}

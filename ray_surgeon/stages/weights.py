@@ -110,7 +110,7 @@ class Commit(Stage):
 
 def _pruned(run: RunState) -> Pruned:
     facts = run.report.model_card_facts()
-    return Pruned(run.cluster, run.layout, run.model, facts, run.calibration[0])
+    return Pruned(run.cluster, run.layout, run.model, facts, run.calibration, run.texts)
 
 
 def _tell_of(entry: dict[str, Any], run: RunState, facts: Facts) -> None:
@@ -150,10 +150,8 @@ class Quantise(Stage):
     def run(self, run: RunState, facts: Facts) -> None:
         """Write and evaluate the copy."""
         (uniform,) = (entry for entry in run.report.exports if entry["kind"] == "uniform")
-        texts = run.calibration, run.texts
         target = f"{uniform['uri']}-{self.section.scheme}"
-        copy = export_quantised(_pruned(run), uniform, target, *texts, self.section)
-        _tell_of(copy, run, facts)
+        _tell_of(export_quantised(_pruned(run), uniform, target, self.section), run, facts)
 
     def needs(self, worker: WorkerView) -> Iterable[StepPlan]:
         """Return the rounding by the calibration text; other schemes need none."""

@@ -130,18 +130,14 @@ def convert_gguf(gguf: Path, folder: Path) -> None:
     Raises:
         ValueError: the package gguf is not installed.
     """
-    import torch  # with transformers this takes seconds
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer  # which takes seconds
 
     remedy = "run `pip install gguf` (or install ray-surgeon[quickstart])"
     with refusing(f"model.source: cannot read {gguf}", remedy, ImportError):
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    model = AutoModelForCausalLM.from_pretrained(
-        gguf.parent, gguf_file=gguf.name, dtype=torch.float32
-    )
+    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype="float32")
     model.hf_quantizer = None
     model.is_quantized = False
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
+    vars(model.config).pop("quantization_config", None)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -163,14 +163,13 @@ def _is_prose(paragraph: str) -> bool:
 
 
 def _file_documents(text: SourceSection) -> Iterator[str]:
-    remedy = "check the address, the credentials and the network"
+    remedy = "check the address, the permissions and the network"
+    column = text.column
     with refusing(f"cannot read {text.source}", remedy):
         uris = files.glob(text.source)
-    if not uris:
-        raise ValueError(f"there is no file {text.source}; give a .txt, .jsonl or .parquet file")
-    column = text.column
-    for uri in uris:
-        with refusing(f"cannot read {uri}", "check the permissions and the network"):
+        if not uris:
+            raise ValueError(f"there is no file {text.source}; give .txt, .jsonl or .parquet")
+        for uri in uris:
             if uri.endswith(".txt"):
                 yield from _pieces(uri)
                 continue
@@ -232,10 +231,8 @@ def _parquet_rows(uri: str, column: str) -> Iterator[Any]:
     damaged = f"{uri} is not a parquet file ({REASON})"
     with refusing(damaged, "check the file", pyarrow.ArrowInvalid), open(path, "rb") as file:
         table = pyarrow.parquet.ParquetFile(file)
-        names = table.schema_arrow.names
-        if column not in names:
-            raise ValueError(f"{uri} has no column {column!r}; it has {names}; set the column")
-        for batch in table.iter_batches(columns=[column]):
+        columns = [column] if column in table.schema_arrow.names else None
+        for batch in table.iter_batches(columns=columns):
             yield from batch.to_pylist()
 
 
@@ -261,7 +258,6 @@ def _dataset_documents(text: SourceSection) -> Iterator[str]:
             elif text.split not in ("train", "test"):
                 raise ValueError("it has no splits, so only train and test can be cut from it")
         else:
-            dataset = datasets.load_dataset(
-                text.source, text.config, split=text.split, revision=text.revision, streaming=True
-            )
+            options = {"split": text.split, "revision": text.revision, "streaming": True}
+            dataset = datasets.load_dataset(text.source, text.config, **options)
         yield from _texts_of(dataset, text.column, f"has no text in column {text.column!r}")

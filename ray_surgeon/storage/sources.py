@@ -5,11 +5,9 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
-from typing import Any
+from pathlib import Path
 
 from huggingface_hub import HfApi, ModelInfo, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
@@ -31,6 +29,7 @@ SMALL_FILES += ("special_tokens_map.json", "added_tokens.json", "vocab.json", "m
 SMALL_FILES += ("chat_template.jinja",)
 """Everything of a checkpoint folder that is not weights and that a tokenizer or a reload may need.
 """
+_INDEX = "model.safetensors.index.json"
 TEMPLATES = "additional_chat_templates"
 """The folder of chat templates beside the first one."""
 
@@ -53,8 +52,8 @@ class ModelFiles:
     fetch: Callable[[str], Path]  # file name -> local path, downloading it if need be
     _reader: tensor_files.Reader = field(default_factory=tensor_files.Reader)
 
-    def small_files_folder(self) -> Path:
-        """Return a local folder with the configuration and the tokenizer.
+    def small_files_folder(self, *, weights: bool = False) -> Path:
+        """Return a local folder with configuration and tokenizer, and with the weights if wanted.
 
         Raises:
             ValueError: there is no config.json.
@@ -62,20 +61,19 @@ class ModelFiles:
         if "config.json" not in self.names:
             raise ValueError(f"model.source: {self.origin} has no config.json; give a checkpoint")
         names = [name for name in SMALL_FILES if name in self.names]
-        remedy = "a model's file of this name is smaller; fetch it again"
-        for name in names:
-            files.check_size(self.open_uri(name), files.MAX_JSON_BYTES, remedy)
+        if weights:
+            names += [*self.weight_files(), *filter(_INDEX.__eq__, self.names)]
         paths = [self.fetch(name) for name in names]
         if len({path.parent for path in paths}) == 1:
             return paths[0].parent
         digest = hashlib.sha256("\n".join(map(str, paths)).encode()).hexdigest()[:32]
 
-        def copy(folder: Path) -> None:
+        def link(folder: Path) -> None:
             folder.mkdir(exist_ok=True)
             for path in paths:
-                shutil.copyfile(path, folder / path.name)
+                (folder / path.name).symlink_to(path.resolve())
 
-        return copies.made_once("small", digest, copy)
+        return copies.made_once("small", digest, link)
 
     @property
     def has_weights(self) -> bool:
@@ -87,12 +85,11 @@ class ModelFiles:
         """Return the safetensors files that hold the weights.
 
         Raises:
-            ValueError: there are none, or the index names files that are not there or lie
-                elsewhere.
+            ValueError: there are none, or the index names files that are not there.
         """
         if "model.safetensors" in self.names:  # transformers reads it, too, whatever else is there
             return ["model.safetensors"]
-        if "model.safetensors.index.json" in self.names:
+        if _INDEX in self.names:
             return self._files_in_index()
         names = [name for name in self.names if name.endswith(".safetensors")]
         if not names:
@@ -103,17 +100,14 @@ class ModelFiles:
         return names
 
     def _files_in_index(self) -> list[str]:
-        index = files.read_json(str(self.fetch("model.safetensors.index.json")))
-        weight_map = index.get("weight_map") if isinstance(index, dict) else None
-        of_index = f"model.source: the index of {self.origin}"
-        named: list[Any] = [*weight_map.values()] if isinstance(weight_map, dict) else [None]
-        if not all(isinstance(file, str) for file in named):
-            raise ValueError(f"{of_index} has no weight_map of names to files; fetch it again")
-        names = sorted(set(named))
-        strange = [f for f in names if f not in self.names or PurePosixPath(f).name != f]
-        if strange or not names:
-            raise ValueError(f"{of_index} names missing files: {strange[:3]}; fetch it again")
-        return names
+        index = f"model.source: the index of {self.origin}"
+        kinds = (AttributeError, KeyError, TypeError)
+        with refusing(f"{index} has no weight_map of names to files", "fetch it again", kinds):
+            named = set(files.read_json(str(self.fetch(_INDEX)))["weight_map"].values())
+        missing = sorted(named.difference(self.names), key=str)[:3]
+        if missing or not named:
+            raise ValueError(f"{index} names missing files: {missing}; fetch it again")
+        return sorted(named)
 
     def shapes_and_fingerprint(self) -> tuple[dict[str, tuple[int, ...]], str]:
         """Return key -> shape of every tensor, and a SHA-256 of the checkpoint.
@@ -172,11 +166,13 @@ def open_model(source: ModelSection) -> ModelFiles:
     """
     where = source.source
     if where.startswith("pkg://"):
-        return _folder(source, copies.converted(copies.package_file(source)))
+        return _folder(source, str(copies.converted(copies.package_file(source))))
     if "://" in where:
-        return _remote(source)
+        return _folder(source, where)
     if Path(where).is_dir():
-        return _folder(source, Path(where).resolve())
+        if source.revision is not None:
+            raise ValueError(f"model.revision: {where} is a local folder; remove it")
+        return _folder(source, str(Path(where).resolve()))
     if where.startswith((".", "/", "~")) or where.count("/") > 1:
         raise ValueError(
             f"model.source: there is no folder {where!r} (looked in {os.getcwd()}); give a folder, "
@@ -185,33 +181,28 @@ def open_model(source: ModelSection) -> ModelFiles:
     return _hub(source)
 
 
-def _folder(source: ModelSection, folder: Path) -> ModelFiles:
-    if source.revision is not None:
-        raise ValueError(f"model.revision: {source.source} is a local folder; remove it")
-    paths = [*folder.iterdir(), *(folder / TEMPLATES).glob("*.jinja")]
-    names = tuple(sorted(path.relative_to(folder).as_posix() for path in paths if path.is_file()))
-    for name in filter(goes_along, names):  # into exports; weights may lie elsewhere
-        target = (folder / name).resolve()
-        # where the Hub's cache keeps content
-        if folder.resolve() not in target.parents and target.parent.name != "blobs":
-            raise ValueError(
-                f"model.source: {folder / name} is a link to {target}, outside of the model; put "
-                "the file itself there"
-            )
-    address = functools.partial(files.join, str(folder))
-    return ModelFiles(source.source, source, names, address, folder.joinpath)
-
-
-def _remote(source: ModelSection) -> ModelFiles:
-    uri = source.source
+def _folder(source: ModelSection, uri: str) -> ModelFiles:
     remedy = "check the address, the credentials and the network"
     with refusing(f"model.source: cannot list {uri}", remedy):
         templates = [f"{TEMPLATES}/{name}" for name in files.list_names(files.join(uri, TEMPLATES))]
         names = tuple(files.list_names(uri) + templates)
     if not names:
         raise ValueError(f"model.source: nothing at {uri}; check bucket, key and credentials")
+    folder = Path(files.open_filesystem(uri)[1]).resolve()
+    for name in filter(goes_along, names) if files.is_local(uri) else ():
+        target = (folder / name).resolve()
+        # into exports; weights may lie elsewhere, and the Hub's cache keeps content in blobs
+        if folder not in target.parents and target.parent.name != "blobs":
+            raise ValueError(
+                f"model.source: {folder / name} is a link to {target}, outside of the model; put "
+                "the file itself there"
+            )
     address = functools.partial(files.join, uri)
-    return ModelFiles(uri, source, names, address, lambda name: copies.local_copy(address(name)))
+
+    def fetch(name: str) -> Path:
+        return copies.local_copy(address(name))
+
+    return ModelFiles(source.source, source, names, address, fetch)
 
 
 def _hub(source: ModelSection) -> ModelFiles:
@@ -222,9 +213,12 @@ def _hub(source: ModelSection) -> ModelFiles:
     remedy = "check the id, HF_TOKEN and the network, or give a folder"
     with refusing(refused, remedy, (HTTP_ERROR, HFValidationError, OSError, RuntimeError)):
         info = api.model_info(source.source, revision=revision)
-        is_pickled = not any(name.endswith(".safetensors") for name in _names(info))
-        if is_pickled and revision is None and (revision := _conversion_revision(api, info.id)):
-            info = api.model_info(info.id, revision=revision)
+        if revision is None and not any(name.endswith(".safetensors") for name in _names(info)):
+            # the Hub's own bot proposes them beside pickles
+            title = "Adding `safetensors` variant of this model"
+            of_bot = api.get_repo_discussions(info.id, author="SFconvertbot")
+            if proposed := next((p.git_reference for p in of_bot if p.title == title), None):
+                info = api.model_info(info.id, revision=proposed)
     repo = info.id  # the whole name: old repositories have a short one, too (gpt2)
     commit = info.sha
 
@@ -241,15 +235,3 @@ def _hub(source: ModelSection) -> ModelFiles:
 
 def _names(info: ModelInfo) -> tuple[str, ...]:
     return tuple(sibling.rfilename for sibling in info.siblings or ())
-
-
-def _conversion_revision(api: HfApi, repo: str) -> str | None:
-    """Return the pull request that adds safetensors to a repository of pickles.
-
-    The Hub's own bot makes it.
-    """
-    title = "Adding `safetensors` variant of this model"
-    discussions = api.get_repo_discussions(
-        repo, author="SFconvertbot", discussion_type="pull_request"
-    )
-    return next((f"refs/pr/{d.num}" for d in discussions if d.title == title), None)

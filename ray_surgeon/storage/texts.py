@@ -36,57 +36,14 @@ class Windows:
     fingerprint: str  # SHA-256 over the tokens
 
 
-def cut_windows(
-    stream: NDArray[np.int64],
-    num_sequences: int,
-    sequence_length: int,
-    stride: int | None,
-    seed: int,
-    where: str,
-    first: int | None = None,
-) -> Windows:
-    """Cut windows from a stream of tokens.
-
-    Args:
-        stream: [num_tokens].
-        num_sequences: how many windows.
-        sequence_length: tokens in each.
-        stride: window i starts at token ``stride * i``; None draws windows that do not overlap,
-            without replacement.
-        seed: of the draw.
-        where: field and source, for the error.
-        first: token that every window begins with; the text has one place less then.
-
-    Raises:
-        ValueError: the text is too short; says how much there is and how much is needed.
-    """
-    own = sequence_length - (first is not None)
-    needed = (num_sequences - 1) * stride + own if stride else num_sequences * own
-    if len(stream) < needed:
-        at_stride = f" at stride {stride}" if stride else ""
-        raise ValueError(
-            f"{where}: the text has {len(stream)} tokens, but {num_sequences} sequences of "
-            f"{sequence_length}{at_stride} need {needed}; give more text, or fewer or shorter "
-            "sequences"
-        )
-    different = len(np.unique(stream))
-    if different < min(_FEWEST_TOKENS, len(stream)):
-        raise ValueError(f"{where}: the text has only {different} different tokens; give real text")
-    if stride:
-        starts = np.arange(num_sequences) * stride
-    else:
-        starts = np.random.default_rng(seed).permutation(len(stream) // own)[:num_sequences] * own
-    tokens = np.stack([stream[start : start + own] for start in starts]).astype(np.int64)
-    return windows_of(tokens if first is None else np.insert(tokens, 0, first, axis=1))
-
-
 def read_windows(
     section: SourceSection, num_sequences: int, sequence_length: int, tokenizer: Any, where: str
 ) -> Windows:
     """Read a text and cut windows from it, each with the first token that its `bos` says.
 
     Args:
-        section: which text.
+        section: which text. Window i starts at token ``stride * i``; without a stride, windows that
+            do not overlap are drawn without replacement.
         num_sequences: how many windows.
         sequence_length: tokens in each.
         tokenizer: a transformers tokenizer.
@@ -101,9 +58,26 @@ def read_windows(
     if section.bos and first is None:
         raise ValueError(f"{where}.bos: true, but the tokenizer has no BOS token; remove it")
     stream = token_stream(section, tokenizer, where)
-    at = f"{where} ({section.source})"
-    sizes = (num_sequences, sequence_length, section.stride, section.seed)
-    return cut_windows(stream, *sizes, at, first)
+    where = f"{where} ({section.source})"
+    stride = section.stride
+    own = sequence_length - (first is not None)
+    needed = (num_sequences - 1) * stride + own if stride else num_sequences * own
+    if len(stream) < needed:
+        at_stride = f" at stride {stride}" if stride else ""
+        raise ValueError(
+            f"{where}: the text has {len(stream)} tokens, but {num_sequences} sequences of "
+            f"{sequence_length}{at_stride} need {needed}; give more text, or fewer or shorter ones"
+        )
+    different = len(np.unique(stream))
+    if different < min(_FEWEST_TOKENS, len(stream)):
+        raise ValueError(f"{where}: the text has only {different} different tokens; give real text")
+    if stride:
+        starts = np.arange(num_sequences) * stride
+    else:
+        generator = np.random.default_rng(section.seed)
+        starts = generator.permutation(len(stream) // own)[:num_sequences] * own
+    tokens = np.stack([stream[start : start + own] for start in starts]).astype(np.int64)
+    return windows_of(tokens if first is None else np.insert(tokens, 0, first, axis=1))
 
 
 def load_tokenizer(folder: Path, origin: str) -> Any:

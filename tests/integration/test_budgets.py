@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from transformers import AutoModelForCausalLM
 
-from ray_surgeon.export import latency
+from ray_surgeon.export import folder
 from ray_surgeon.models.budgets import bytes_budget, flops_budget, parameters_budget
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.models.pruned_config import kv_heads_left
@@ -71,13 +71,13 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> Asked:
     """
     requests = []
 
-    def measure(worker: Worker, module: str, request: dict[str, Any]) -> dict[str, Any]:
+    def measure(worker: Worker, module: str, request: dict[str, Any], _: bool) -> dict[str, Any]:
         requests.append(request)
         factor = 2.0 if request["layer_type"] == "full_attention" else 1.0
         of_widths = [factor * seconds(*width) for width in request["widths"]]
         return {"device": "a table", "seconds": of_widths, "rest_seconds": 0.1}
 
-    monkeypatch.setattr(latency, "run_on_worker", measure)
+    monkeypatch.setattr(folder, "run_on_worker", measure)
     return requests
 
 
@@ -134,7 +134,7 @@ def test_every_width_is_timed(family: str, zygote: Zygote, model_folders: dict[s
     asked: dict[str, Any] = {"device": "cpu", "request": request, "widths": widths}
     asked["document"] = document | {"dtype": "float32"}
     asked["layer_type"] = "full_attention" if family == "gemma3" else None
-    found = zygote.run_module("ray_surgeon.export.latency", asked)
+    found = zygote.run_module("ray_surgeon.export.speed", asked)
     assert len(found["seconds"]) == len(widths)
     assert found["rest_seconds"] > 0
     assert found["seconds"][0] > 0

@@ -17,9 +17,7 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from ray_surgeon.export.folder import dense_document, write_weights
-from ray_surgeon.export.kinds import shipped_source
-from ray_surgeon.export.reload import agree
+from ray_surgeon.export.folder import agree, dense_document, shipped_source, write_weights
 from ray_surgeon.models import pruned_config
 from ray_surgeon.models.build import cache_argument
 from ray_surgeon.models.layout import ModelLayout
@@ -155,7 +153,7 @@ def test_memory_of_a_narrow_model_is_less(zygote: Zygote, tmp_path: Path) -> Non
     (tmp_path / "config.json").write_text(json.dumps(document))
     (tmp_path / "modeling_pruned.py").write_text(shipped_source(config))
     options = {"prompt_length": 8, "num_new_tokens": 2, "num_repeats": 1, "num_threads": 1}
-    request = {"uri": str(tmp_path), "dense": dense, "options": options}
+    request = {"uri": str(tmp_path), "dense": dense, "request": options}
     of_dense, of_pruned = (
         zygote.run_module("ray_surgeon.export.speed", request | {"only": only})["peak_rss_bytes"]
         for only in ("dense", "pruned")

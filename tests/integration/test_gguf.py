@@ -15,8 +15,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from ray_surgeon.export.gguf_file import KINDS, Tensors, write_gguf
-from ray_surgeon.export.gguf_tokenizer import tokens_of
+from ray_surgeon.export.gguf_file import KINDS, Tensors, tokens_of, write_gguf
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.models.llama_cpp import architecture_of, tokenizer_names
 from ray_surgeon.models.pruned_config import BlockWidths

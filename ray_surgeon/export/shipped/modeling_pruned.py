@@ -15,10 +15,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig as DenseConfig
-from transformers import LlamaForCausalLM as DenseForCausalLM
-from transformers import LlamaModel as DenseModel
+from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
 from transformers.pytorch_utils import Conv1D
+
+DENSE = "llama"
+DenseConfig: Any = CONFIG_MAPPING[DENSE]
+DenseModel: Any = MODEL_MAPPING[DenseConfig]
+DenseForCausalLM: Any = MODEL_FOR_CAUSAL_LM_MAPPING[DenseConfig]
 
 
 class PrunedConfig(DenseConfig):  # type: ignore[misc]
@@ -27,7 +30,7 @@ class PrunedConfig(DenseConfig):  # type: ignore[misc]
     The classes are transformers' own where it has them, and a list of plain values otherwise.
     """
 
-    model_type = "pruned_llama"
+    model_type = f"pruned_{DENSE}"
 
     def __init__(
         self, per_layer_config: dict[str, dict[str, Any]] | None = None, **kwargs: Any
@@ -71,7 +74,6 @@ class NoAttention(nn.Module):
     def __init__(self, output_name: str, output: nn.Module, layer_idx: int) -> None:
         super().__init__()
         self.layer_idx = layer_idx
-        self.output_name = output_name
         self.add_module(output_name, output)
 
     def forward(
@@ -85,8 +87,8 @@ class NoAttention(nn.Module):
         if cache is not None:
             nothing = hidden_states.new_zeros(hidden_states.shape[0], 1, hidden_states.shape[1], 1)
             cache.update(nothing, nothing, self.layer_idx)
-        bias: Tensor = self.get_submodule(self.output_name)(hidden_states)
-        return bias, None
+        (output,) = self.children()
+        return output(hidden_states), None
 
 
 def new_linear(num_inputs: int, num_outputs: int, bias: bool, is_conv: bool = False) -> nn.Module:
@@ -208,33 +210,25 @@ def narrow_attention(block: nn.Module, name: str, config: Any, sizes: dict[str, 
         setattr(block, name, NoAttention(output, getattr(attention, output), attention.layer_idx))
 
 
-def narrow(model: nn.Module, config: PrunedConfig) -> None:
-    """Make the blocks of a dense model as narrow as its configuration says."""
-    lists = (module for module in model.modules() if isinstance(module, nn.ModuleList))
-    (blocks,) = (blocks for blocks in lists if len(blocks) == config.num_hidden_layers)
-    for block, sizes in zip(blocks, config.block_sizes, strict=True):
-        narrow_block(block, config, sizes)
-        if sizes.get("expert_widths"):
-            narrow_experts(block.mlp, sizes["expert_widths"])
+class Narrow(nn.Module):
+    """A model whose blocks are made as narrow as its configuration says."""
+
+    config_class = PrunedConfig
+
+    def __init__(self, config: PrunedConfig) -> None:
+        super().__init__(config)
+        lists = (module for module in self.modules() if isinstance(module, nn.ModuleList))
+        (blocks,) = (blocks for blocks in lists if len(blocks) == config.num_hidden_layers)
+        for block, sizes in zip(blocks, config.block_sizes, strict=True):
+            narrow_block(block, config, sizes)
+            if sizes.get("expert_widths"):
+                narrow_experts(block.mlp, sizes["expert_widths"])
+        self.post_init()  # type: ignore[operator]
 
 
-class PrunedModel(DenseModel):  # type: ignore[misc]
+class PrunedModel(Narrow, DenseModel):  # type: ignore[misc]
     """The dense model without a head, with narrower blocks."""
 
-    config_class = PrunedConfig
 
-    def __init__(self, config: PrunedConfig) -> None:
-        super().__init__(config)
-        narrow(self, config)
-        self.post_init()
-
-
-class PrunedForCausalLM(DenseForCausalLM):  # type: ignore[misc]
+class PrunedForCausalLM(Narrow, DenseForCausalLM):  # type: ignore[misc]
     """The dense model with narrower blocks."""
-
-    config_class = PrunedConfig
-
-    def __init__(self, config: PrunedConfig) -> None:
-        super().__init__(config)
-        narrow(self, config)
-        self.post_init()

@@ -11,7 +11,7 @@ from pydantic import Tag
 
 from ray_surgeon.export.folder import Pruned
 from ray_surgeon.export.for_engines import Shrinking
-from ray_surgeon.export.latency import latency_budget
+from ray_surgeon.export.speed import latency_budget
 from ray_surgeon.maths.element_pruning import ElementUnits
 from ray_surgeon.models import budgets
 from ray_surgeon.models.layout import ModelLayout
@@ -179,7 +179,7 @@ class Latency(Stage):
         widths = section.multiple, section.tensor_parallel, section.uniform
         shrinking = Shrinking(method.fewest, *widths)
         uri = run.directory.path("latency.json")
-        dense = Pruned(run.cluster, run.layout, run.model, {}, run.calibration[0])
+        dense = Pruned(run.cluster, run.layout, run.model, {}, run.calibration, run.texts)
         budget = latency_budget(dense, section.target, shrinking, uri)
         run.keep(Present(replace(method, budget=budget)))
         facts["dense_s"] = budget.dense
