@@ -50,14 +50,6 @@ class StepPlan:
         return StepPlan(self.name, **both)
 
 
-@dataclass(frozen=True)
-class Beside:
-    """Bytes that a stage needs in the steps of others."""
-
-    device: float = 0.0
-    host: float = 0.0
-
-
 class WorkerView:
     """One worker, in whose terms a stage says what it needs.
 
@@ -153,10 +145,10 @@ class WorkerView:
         steps: dict[str, StepPlan] = {}
         for step in (step for stage in self._stages for step in stage.needs(self)):
             steps[step.name] = steps[step.name].then(step) if step.name in steps else step
-        for name, more in (needs for s in self._stages for needs in s.beside(self).items()):
-            if name in steps:
-                device = steps[name].device + more.device
-                steps[name] = replace(steps[name], device=device, host=steps[name].host + more.host)
+        for more in (needs for stage in self._stages for needs in stage.beside(self)):
+            if (own := steps.get(more.name)) is not None:
+                device = own.device + more.device
+                steps[more.name] = replace(own, device=device, host=own.host + more.host)
         return list(steps.values())
 
     # What stages are made of

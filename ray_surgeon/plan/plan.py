@@ -40,10 +40,8 @@ class Plan:
 
     stores: Stores
     workers: tuple[WorkerView, ...]  # one a shard; replicas of a shard need the same
-    num_replicas: int
     room: Room
     device: Device
-    dtype: str
 
     @property
     def steps(self) -> dict[str, tuple[StepPlan, ...]]:
@@ -54,8 +52,9 @@ class Plan:
     @property
     def seconds(self) -> dict[str, float]:
         """Expected time of every step: that of the slowest worker."""
+        dtype = self.workers[0].shapes.work.dtype
         return {
-            name: max(step.seconds(self.device, self.dtype) for step in shards)
+            name: max(step.seconds(self.device, dtype) for step in shards)
             for name, shards in self.steps.items()
         }
 
@@ -108,8 +107,8 @@ class Plan:
                 needs.append((where, host, "host memory", room.host))
             needs.append((f"shard {worker.shard}", worker.disk_bytes, "disk", max(1.0, room.disk)))
         where, need, what, available = max(needs, key=lambda row: row[1] / row[3])
-        sentence = f"{where} needs {_gib(need)} of {what}, there are {_gib(available)}"
-        return need / available, sentence
+        has = f"there are {available / 2**30:.1f} GiB"
+        return need / available, f"{where} needs {need / 2**30:.1f} GiB of {what}, {has}"
 
     @property
     def fits(self) -> bool:
@@ -157,8 +156,7 @@ class Planner:
             WorkerView(self.shapes, placement, stores, room.device_is_host, shard)
             for shard in range(placement.num_shards)
         )
-        dtype = self.shapes.work.dtype
-        return Plan(stores, workers, placement.num_replicas, room, self.device, dtype)
+        return Plan(stores, workers, room, self.device)
 
     def plans(self, placement: Placement, room: Room) -> Iterator[Plan]:
         """Yield what the spec allows, the simplest first."""
@@ -220,7 +218,7 @@ def plan_table(plan: Plan) -> Table:
     stores = plan.stores
     record = plan.as_record()
     table = Table(
-        title=f"shards: {len(plan.workers)}, replicas: {plan.num_replicas}; weights: "
+        title=f"shards: {len(plan.workers)}, replicas: {plan.workers[0].num_replicas}; weights: "
         f"{stores.weights}, factors: {stores.factors}, activations: {stores.activations}, wave: "
         f"{stores.wave}; GiB of a worker's device at the peak of each step"
     )
@@ -245,7 +243,3 @@ def _time(seconds: float) -> str:
     if seconds < 100:
         return f"{seconds:.2g} s"
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
-
-
-def _gib(size: float) -> str:
-    return f"{size / 2**30:.1f} GiB"
