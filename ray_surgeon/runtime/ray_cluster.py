@@ -30,6 +30,8 @@ _ENVIRONMENT = {
     # with a list of one device a worker, NCCL hung (Ray issue 61073)
     "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1",
 }
+_OF_NODES = (ray.exceptions.NodeDiedError, ray.exceptions.ObjectLostError)
+"""Errors that a lost machine has, if Ray does not say more of it."""
 _LOOK_S = 2.0
 """How often a step over linears is asked how many are done."""
 _ANSWER_S = 30.0
@@ -59,7 +61,21 @@ class RayCluster(Cluster):
         super().__init__(placement)
         self._ping_timeout_s = section.ping_timeout_s
         self._group = _reserve(len(placement.workers), section)
-        self._actors = _start_actors(layout, placement, section, self._group)
+        threads = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")  # as many as a worker has CPUs
+        environment = _ENVIRONMENT | dict.fromkeys(threads, str(section.cpus_per_worker))
+        actor_class = ray.remote(concurrency_groups={"ping": 1})(Worker)  # type: ignore[call-overload]
+        layout_reference = ray.put(layout)
+        self._actors: dict[WorkerIndex, Any] = {
+            index: actor_class.options(
+                num_cpus=section.cpus_per_worker,
+                num_gpus=section.gpus_per_worker,
+                max_restarts=0,
+                max_task_retries=0,
+                runtime_env={"env_vars": environment},
+                scheduling_strategy=strategies.PlacementGroupSchedulingStrategy(self._group, i),
+            ).remote(layout_reference, placement, index, section.device)
+            for i, index in enumerate(placement.workers)
+        }
         self._nodes: dict[WorkerIndex, str] = {}  # once all have started
         self._nodes_at_start = nodes_alive()
         try:
@@ -73,7 +89,8 @@ class RayCluster(Cluster):
             self.close()
             raise
 
-    def _start(self, index: WorkerIndex, num_futures: int, *step: Any, **kwargs: Any) -> Any:
+    def start(self, index: WorkerIndex, num_futures: int, *step: Any, **kwargs: Any) -> Any:
+        """Start a step."""
         return self._actors[index].call.options(num_returns=num_futures).remote(*step, **kwargs)
 
     def get(self, futures: Sequence[Future[T]]) -> list[T]:
@@ -186,10 +203,7 @@ class RayCluster(Cluster):
         num_gone = sum(node not in alive for node in self._nodes.values())
         if num_gone or (not self._nodes and not self._nodes_at_start <= alive):
             return WorkerFailureError("node", f"{num_gone or 'some'} workers were on lost machines")
-        is_of_node = isinstance(
-            error, ray.exceptions.NodeDiedError | ray.exceptions.ObjectLostError
-        )
-        return WorkerFailureError("node" if is_of_node else "worker", error)
+        return WorkerFailureError("node" if isinstance(error, _OF_NODES) else "worker", error)
 
     def _what_became_of_it(self, error: RayError) -> RayError:
         """Ask until Ray knows whether a worker is dead, or its machine is.
@@ -275,24 +289,3 @@ def _reserve(num_workers: int, section: RaySection) -> PlacementGroup:
             f"the cluster has {shown}. Ask for fewer shards or replicas, or add nodes"
         )
     return group
-
-
-def _start_actors(
-    layout: ModelLayout, placement: Placement, section: RaySection, group: PlacementGroup
-) -> dict[WorkerIndex, Any]:
-    """Start an actor for every worker, each in a bundle of the placement group."""
-    threads = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")  # as many as a worker has CPUs
-    environment = _ENVIRONMENT | dict.fromkeys(threads, str(section.cpus_per_worker))
-    actor_class = ray.remote(concurrency_groups={"ping": 1})(Worker)  # type: ignore[call-overload]
-    layout_reference = ray.put(layout)
-    return {
-        index: actor_class.options(
-            num_cpus=section.cpus_per_worker,
-            num_gpus=section.gpus_per_worker,
-            max_restarts=0,
-            max_task_retries=0,
-            runtime_env={"env_vars": environment},
-            scheduling_strategy=strategies.PlacementGroupSchedulingStrategy(group, bundle),
-        ).remote(layout_reference, placement, index, section.device)
-        for bundle, index in enumerate(placement.workers)
-    }

@@ -85,7 +85,7 @@ def held_measure(cluster: Cluster, text: CalibrationText, loss: str = "kl") -> f
     """
     held = text.held, text.held_counts
     if loss == "kl":
-        sums = [comparison.divergence for comparison in compared(cluster, HELD, *held)]
+        sums = [comparison["divergence"] for comparison in compared(cluster, HELD, *held)]
     else:
         sums = sequence_losses(cluster, *held)
     mean = sum(sums) / max(1, num_counted(*held))
