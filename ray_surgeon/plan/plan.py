@@ -231,10 +231,9 @@ def plan_table(plan: Plan) -> Table:
         blocks = f"{worker.blocks.first}-{worker.blocks.last - 1}"
         table.add_row(str(worker.shard), blocks, *(f"{size / 2**30:.2f}" for size in sizes))
     table.add_section()
-    flops = (f"{flops / 1e12:.3g}" for flops in record["flops"].values())
-    moved = (f"{size / 1e9:.3g}" for size in record["moved_bytes"].values())
-    table.add_row("all", "TFLOP", *flops, "", "")
-    table.add_row("all", "GB moved", *moved, "", "")
+    for name, of_steps, unit in (("TFLOP", "flops", 1e12), ("GB moved", "moved_bytes", 1e9)):
+        sums = (f"{value / unit:.3g}" for value in record[of_steps].values())
+        table.add_row("all", name, *sums, "", "")
     table.add_row("slowest", plan.device.name, *map(_time, plan.seconds.values()), "", "")
     return table
 

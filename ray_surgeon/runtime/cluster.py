@@ -190,8 +190,7 @@ class LocalCluster(Cluster):
         """
         super().__init__(placement)
         torch.set_num_threads(num_threads)
-        workers = placement.workers
-        self.workers = {index: Worker(layout, placement, index, device) for index in workers}
+        self.workers = {i: Worker(layout, placement, i, device) for i in placement.workers}
         copies = placement.num_replicas
         meetings = [(Barrier(copies), [torch.empty(0)] * copies) for _ in placement.blocks]
         for index, worker in self.workers.items():

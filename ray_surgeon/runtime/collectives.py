@@ -118,21 +118,14 @@ class ProcessReplica(ReplicaGroup):
         size = len(placement.workers)
         shards = [[*range(i, size, placement.num_shards)] for i in range(placement.num_shards)]
         timeout = timedelta(seconds=timeout_s)
+        backend = "nccl" if worker.device.type == "cuda" else "gloo"
+        rank = placement.workers.index(worker.index)
         try:
-            dist.init_process_group(
-                "nccl" if worker.device.type == "cuda" else "gloo",
-                init_method=address,
-                rank=placement.workers.index(worker.index),
-                world_size=size,
-                timeout=timeout,
-            )
+            dist.init_process_group(backend, address, timeout, world_size=size, rank=rank)
             groups = [dist.new_group(ranks, timeout=timeout) for ranks in shards]
         # another is lost before all have met, or its port was taken meanwhile
         except RuntimeError as error:
-            raise CollectiveError(
-                f"the workers could not connect to each other: {error}"
-            ) from error
-
+            raise CollectiveError(f"workers could not connect to each other: {error}") from error
         self._group = groups[worker.index.shard]
 
     def reduce(self, tensor: Tensor, owner: int) -> None:

@@ -74,7 +74,6 @@ def run_pass(cluster: Cluster, passing: Passing, work: Labels | OfEach[T]) -> li
     # (replica, number of its wave) -> what comes of its last operation, and of its sequences
     moving: dict[tuple[int, int], Future[TensorPayload]] = {}
     results: dict[tuple[int, int], Future[list[T]]] = {}
-    num_done = 0
     for _, replica, (shard, direction, number) in turns:
         key = (replica, number)
         index = WorkerIndex(shard, replica)
@@ -83,7 +82,7 @@ def run_pass(cluster: Cluster, passing: Passing, work: Labels | OfEach[T]) -> li
             earlier = (replica, number - num_shards - 1)
             if earlier in moving:  # so many are on their way at once
                 cluster.get([moving.pop(earlier)])
-                num_done += len(waves[replica][earlier[1]].numbers)
+                progress.reach(progress.done + len(waves[replica][earlier[1]].numbers))
             moving[key] = at_hand(wave.tokens)
         inputs = value_of(moving[key])
         if shard == num_shards - 1:
@@ -91,7 +90,6 @@ def run_pass(cluster: Cluster, passing: Passing, work: Labels | OfEach[T]) -> li
             moving[key], results[key] = pair
         else:
             moving[key] = cluster.submit(index, _STEPS[direction], number, inputs)
-        progress.reach(num_done)
     values = chain.from_iterable(cluster.get(list(results.values())))
     progress.reach(num_sequences)
     if passing.text is not None:

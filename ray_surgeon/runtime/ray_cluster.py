@@ -281,9 +281,7 @@ def _reserve(num_workers: int, section: RaySection) -> PlacementGroup:
         total = ray.cluster_resources()  # type: ignore[no-untyped-call]
         free = ray.available_resources()  # type: ignore[no-untyped-call]
         remove_placement_group(group)
-        shown = ", ".join(
-            f"{key} {free.get(key, 0):g} free of {total.get(key, 0):g}" for key in bundle
-        )
+        shown = ", ".join(f"{k} {free.get(k, 0):g} free of {total.get(k, 0):g}" for k in bundle)
         raise NoRoomError(
             f"no room for {num_workers} workers of {bundle} within {section.start_timeout_s:g} s; "
             f"the cluster has {shown}. Ask for fewer shards or replicas, or add nodes"

@@ -185,11 +185,9 @@ def write_texts(cluster: Cluster, wanted: Wanted) -> list[NDArray[np.int64]]:
     # so many batches at once keep all workers busy
     num_slots = min(len(batches), len(cluster.placement.workers))
     slots = [write_waiting(slot % cluster.placement.num_replicas) for slot in range(num_slots)]
-    done = 0
     cluster.progress.begin(sum(map(wanted.num_steps, batches)), "tokens")
     for steps in zip_longest(*slots, fillvalue=0):
-        done += sum(steps)
-        cluster.progress.reach(done)
+        cluster.progress.reach(cluster.progress.done + sum(steps))
     return [np.array(text, dtype=np.int64) for text in writer.texts]
 
 
