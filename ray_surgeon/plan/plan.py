@@ -184,9 +184,8 @@ class Planner:
         if (number := self._enough_shards(placement, best.room)) is not None:
             remedies.append(f"set cluster.num_shards: {number}, on as many such devices")
         free = MemorySection(limit_gib=wanted.limit_gib, scratch=wanted.scratch)
-        if free != wanted and any(
-            plan.fits for plan in replace(self, wanted=free).plans(placement, best.room)
-        ):
+        freed = replace(self, wanted=free)
+        if free != wanted and any(plan.fits for plan in freed.plans(placement, best.room)):
             remedies.append("leave memory to the plan, which finds a way")
         times = best.excess()[0]
         if wanted.limit_gib is not None and self.plan(placement, safe, best.stores).fits:

@@ -118,9 +118,7 @@ class Shapes:
 
 def _factor_sizes(linears: list[LinearShape], work: Work) -> list[int]:
     """Return the bytes of A and G of a block's linears, packed float32."""
-    if work.factors == "none":
-        return []
-    gathered = [linear for linear in linears if linear.name in work.gathered]
+    gathered = [s for s in linears if s.name in work.gathered and work.factors != "none"]
     columns = {linear.shared_input: linear.num_columns for linear in gathered}
     rows = [linear.num_rows for linear in gathered]
     return [4 * PackedSymmetric.size(n) for n in (*columns.values(), *rows)]

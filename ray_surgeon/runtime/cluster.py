@@ -155,9 +155,7 @@ class Cluster(ABC):
 
         Results come in the order of `placement.workers`.
         """
-        return self.get(
-            [self.submit(index, step, *args, **kwargs) for index in self.placement.workers]
-        )
+        return self.get([self.submit(i, step, *args, **kwargs) for i in self.placement.workers])
 
     def clean_up(self) -> None:
         """Let workers remove what they have on their disks, after an error.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 
 import numpy as np
 
@@ -37,11 +38,8 @@ class Placement:
     @property
     def workers(self) -> list[WorkerIndex]:
         """Every worker, replica by replica."""
-        return [
-            WorkerIndex(shard, replica)
-            for replica in range(self.num_replicas)
-            for shard in range(self.num_shards)
-        ]
+        places = product(range(self.num_replicas), range(self.num_shards))
+        return [WorkerIndex(shard, replica) for replica, shard in places]
 
 
 def head_cost_in_blocks(layout: ModelLayout) -> float:

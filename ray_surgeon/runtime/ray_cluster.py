@@ -106,12 +106,11 @@ class RayCluster(Cluster):
         values: dict[Any, Any] = {}
         pending: list[Any] = list(dict.fromkeys(futures))
         heard = time.monotonic()
+        look_s = min(patience_s, _LOOK_S)
         try:
             # in the order of completion, so that a failure is seen while the others still run
             while pending:
-                done, pending = ray.wait(
-                    pending, num_returns=1, timeout=min(patience_s, _LOOK_S), fetch_local=False
-                )
+                done, pending = ray.wait(pending, timeout=look_s, fetch_local=False)
                 values.update(zip(done, ray.get(done), strict=True))
                 if done:
                     heard = time.monotonic()

@@ -39,9 +39,7 @@ class DenseStates(dict[str, dict[int, Tensor]]):
     """
 
 
-def keep_states(
-    worker: Worker, text: str, numbers: Sequence[int], states: Sequence[Tensor]
-) -> None:
+def keep_states(worker: Worker, text: str, numbers: list[int], states: Sequence[Tensor]) -> None:
     """Keep the states [1, T, d] of some sequences of a text.
 
     They are rounded to bfloat16, but those of answers, of which that alone would cost a float32
@@ -53,14 +51,12 @@ def keep_states(
     of_text.update(zip(numbers, rows, strict=True))
 
 
-def receive_states(
-    worker: Worker, text: str, numbers: Sequence[int], states: TensorPayload
-) -> None:
+def receive_states(worker: Worker, text: str, numbers: list[int], states: TensorPayload) -> None:
     """Keep the states [m, T, d] that another worker sent."""
     keep_states(worker, text, numbers, torch.split(decode(states, torch.device("cpu")), 1))
 
 
-def kept_states(worker: Worker, text: str, numbers: Sequence[int]) -> TensorPayload:
+def kept_states(worker: Worker, text: str, numbers: list[int]) -> TensorPayload:
     """Return the states [m, T, d] of some sequences of a text."""
     of_text = worker.kept(DenseStates)[text]
     return worker.pack(torch.cat([of_text[number] for number in numbers]))

@@ -26,6 +26,7 @@ from ray_surgeon.models.loss import next_tokens
 from ray_surgeon.runtime.cluster import Cluster, Future, at_hand, value_of
 from ray_surgeon.runtime.collectives import TensorPayload
 from ray_surgeon.runtime.placement import WorkerIndex
+from ray_surgeon.runtime.wave import Only
 from ray_surgeon.runtime.worker import Worker
 
 TEXTS_TOGETHER = 16
@@ -128,9 +129,7 @@ def begin(worker: Worker, batch: int, numbers: Sequence[int], wanted: Wanted) ->
     worker.keeping(_Writing)[batch] = _Batch(worker, numbers, wanted)
 
 
-def write_on(
-    worker: Worker, batch: int, inputs: TensorPayload, rows: Sequence[int] | None = None
-) -> TensorPayload:
+def write_on(worker: Worker, batch: int, inputs: TensorPayload, rows: Only) -> TensorPayload:
     """Run the next tokens of a batch through a shard.
 
     Args:
@@ -207,9 +206,7 @@ class _Writer:
         cluster = self.cluster
         workers = [WorkerIndex(shard, replica) for shard in range(cluster.placement.num_shards)]
 
-        def pass_on(
-            inputs: Future[TensorPayload], rows: list[int] | None = None
-        ) -> Future[TensorPayload]:
+        def pass_on(inputs: Future[TensorPayload], rows: Only = None) -> Future[TensorPayload]:
             for worker in workers:
                 inputs = cluster.submit(worker, write_on, batch, value_of(inputs), rows)
             return inputs
