@@ -83,7 +83,6 @@ class WorkerView:
         self.blocks = blocks = placement.blocks[shard]
         self.shapes = shapes
         self.stores = stores
-        self._stages = work.stages
         self._own = slice(blocks.first, blocks.last)
         self.num_blocks = blocks.last - blocks.first
         self.num_shards = placement.num_shards
@@ -140,9 +139,9 @@ class WorkerView:
     def steps(self) -> list[StepPlan]:
         """All steps, each of them once, in their order."""
         steps: dict[str, StepPlan] = {}
-        for step in (step for stage in self._stages for step in stage.needs(self)):
+        for step in (step for stage in self.shapes.work.stages for step in stage.needs(self)):
             steps[step.name] = steps[step.name].then(step) if step.name in steps else step
-        for more in (needs for stage in self._stages for needs in stage.beside(self)):
+        for more in (needs for stage in self.shapes.work.stages for needs in stage.beside(self)):
             if (own := steps.get(more.name)) is not None:
                 device = own.device + more.device
                 steps[more.name] = replace(own, device=device, host=own.host + more.host)

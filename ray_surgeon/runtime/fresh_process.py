@@ -64,7 +64,6 @@ def run_on_worker(
 
     The process sees that worker's device alone, and no GPU if that is a CPU.
     """
-    if worker.device.type == "cuda":
-        # what torch keeps of freed memory is not there for the other process
-        torch.cuda.empty_cache()
+    # what torch keeps of freed memory is not there for the other process
+    torch.cuda.empty_cache()
     return run_module(module, request, offline, "" if worker.device.type == "cpu" else worker.gpu)

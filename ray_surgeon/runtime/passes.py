@@ -203,9 +203,8 @@ class BlockPass(ABC):
         """Change the blocks of one shard in turn; workers of other shards do nothing."""
         if shard != worker.index.shard:
             return
-        blocks = worker.shard.blocks
         passing = worker.kept(_Passing)
-        for place in range(blocks.last - blocks.first):
+        for place in range(len(worker.shard.block_modules)):
             self._change_block(worker, place)
             with worker.shard.weights.block(place):
                 for micro_batch, hidden in passing.hidden.items():

@@ -90,12 +90,12 @@ def run_pass(cluster: Cluster, passing: Passing, work: Labels | OfEach[T]) -> li
             moving[key], results[key] = pair
         else:
             moving[key] = cluster.submit(index, _STEPS[direction], number, inputs)
-    values = chain.from_iterable(cluster.get(list(results.values())))
+    values = cluster.get(list(results.values()))
     progress.reach(num_sequences)
     if passing.text is not None:
         _share_states(cluster, passing.text, waves)
     numbers = chain.from_iterable(waves[replica][number].numbers for replica, number in results)
-    result_of = dict(zip(numbers, values, strict=True))
+    result_of = dict(zip(numbers, chain.from_iterable(values), strict=True))
     return [result_of[number] for number in passing.numbers]
 
 

@@ -69,8 +69,6 @@ class RayCluster(Cluster):
             index: actor_class.options(
                 num_cpus=section.cpus_per_worker,
                 num_gpus=section.gpus_per_worker,
-                max_restarts=0,
-                max_task_retries=0,
                 runtime_env={"env_vars": environment},
                 scheduling_strategy=strategies.PlacementGroupSchedulingStrategy(self._group, i),
             ).remote(layout_reference, placement, index, section.device)
@@ -151,11 +149,9 @@ class RayCluster(Cluster):
         if silent:
             index = silent[0]
             cause = "worker" if self._machine_answers(index) else "node"
-            message = (
-                f"shard {index.shard} of replica {index.replica} did not answer for {timeout_s:g} "
-                "s when asked whether it lives"
-            )
-            raise WorkerFailureError(cause, message)
+            who = f"shard {index.shard} of replica {index.replica}"
+            message = f"did not answer for {timeout_s:g} s when asked whether it lives"
+            raise WorkerFailureError(cause, f"{who} {message}")
 
     def _machine_answers(self, index: WorkerIndex) -> bool:
         """Whether the machine of a worker still runs anything.

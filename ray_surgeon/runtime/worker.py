@@ -223,12 +223,13 @@ class Worker:
         """Return what is left of a linear."""
         mask = self.masks[name]
         if isinstance(mask, StructuredMask):
-            sides = [mask.rows, mask.columns]
+            sides = mask.rows, mask.columns
         else:
-            sides = [mask.kept.any(1), mask.kept.any(0)]
-        num_kept = *(int(side.sum()) for side in sides), mask.num_kept
+            sides = mask.kept.any(1), mask.kept.any(0)
+        rows, columns = sides
+        kept = int(rows.sum()), int(columns.sum()), mask.num_kept
         num_nonzero = int(self.shard.weight(name).count_nonzero())
-        return LinearSummary(name, *map(len, sides), *num_kept, num_nonzero, predicted, residual)
+        return LinearSummary(name, len(rows), len(columns), *kept, num_nonzero, predicted, residual)
 
 
 Step = Callable[Concatenate[Worker, P], T]
