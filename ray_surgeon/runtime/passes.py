@@ -23,7 +23,7 @@ from ray_surgeon.runtime.cluster import Cluster, at_hand, value_of
 from ray_surgeon.runtime.collectives import TensorPayload
 from ray_surgeon.runtime.pipelines import run_pass
 from ray_surgeon.runtime.placement import WorkerIndex
-from ray_surgeon.runtime.wave import Counts, Only, Passing, Tokens
+from ray_surgeon.runtime.wave import Counts, Only, Passage, Tokens
 from ray_surgeon.runtime.worker import Worker, collective
 
 
@@ -35,7 +35,7 @@ def num_counted(sequences: Tokens, counts: Counts = None, only: Only = None) -> 
         counts: [num_sequences, sequence_length], whether a token counts; None if all do.
         only: numbers of the sequences that are meant; all if not given.
     """
-    numbers = Passing(sequences, only=only).numbers
+    numbers = Passage(sequences, only=only).numbers
     if counts is None:
         return len(numbers) * (int(sequences.shape[1]) - 1)
     return int(counts[numbers, 1:].sum())
@@ -53,7 +53,7 @@ def sequence_losses(
         text: as whose states those before the head are kept by the last shards of all replicas;
             None if they are not.
     """
-    return run_pass(cluster, Passing(sequences, counts, text=text), on_worker.nll)
+    return run_pass(cluster, Passage(sequences, counts, text=text), on_worker.nll)
 
 
 def pass_up_to_the_head(
@@ -74,7 +74,7 @@ def pass_up_to_the_head(
     Raises:
         FloatingPointError: a state before the head is not finite.
     """
-    if not all(run_pass(cluster, Passing(sequences, None, only, text), on_worker.is_finite)):
+    if not all(run_pass(cluster, Passage(sequences, None, only, text), on_worker.is_finite)):
         finite(f"a hidden state of {whose}", math.nan)
 
 
@@ -148,7 +148,7 @@ def compared(
         acceptance: whether to compute acceptance and agreement.
     """
     comparison = partial(on_worker.comparison, text=text, with_acceptance=acceptance)
-    return run_pass(cluster, Passing(windows, counts), comparison)
+    return run_pass(cluster, Passage(windows, counts), comparison)
 
 
 def finite(what: str, value: float) -> float:
@@ -164,7 +164,7 @@ def finite(what: str, value: float) -> float:
 
 def logits(cluster: Cluster, tokens: Sequence[int]) -> TensorPayload:
     """Return the logits [1, T, vocabulary] of one sequence."""
-    return run_pass(cluster, Passing(np.array([tokens])), on_worker.logits)[0]
+    return run_pass(cluster, Passage(np.array([tokens])), on_worker.logits)[0]
 
 
 @dataclass

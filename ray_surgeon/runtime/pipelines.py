@@ -9,16 +9,7 @@ from ray_surgeon.runtime import wave as on_worker
 from ray_surgeon.runtime.cluster import Cluster, Future, Progress, at_hand, value_of
 from ray_surgeon.runtime.collectives import TensorPayload
 from ray_surgeon.runtime.placement import WorkerIndex
-from ray_surgeon.runtime.wave import (
-    CALIBRATION,
-    Counts,
-    Labels,
-    OfEach,
-    Only,
-    Passing,
-    Tokens,
-    Wave,
-)
+from ray_surgeon.runtime.wave import CALIBRATION, Counts, Labels, Only, Passage, Tokens, Wave
 
 T = TypeVar("T")
 
@@ -46,26 +37,26 @@ def forward_and_backward(
             count.
     """
     text = CALIBRATION if labels.remembers else None
-    return run_pass(cluster, Passing(sequences, counts, only, text), labels)
+    return run_pass(cluster, Passage(sequences, counts, only, text), labels)
 
 
-def run_pass(cluster: Cluster, passing: Passing, work: Labels | OfEach[T]) -> list[T]:
+def run_pass(cluster: Cluster, passage: Passage, work: Labels | on_worker.OfEach[T]) -> list[T]:
     """Let sequences pass, and return what comes of each; see `forward_and_backward`.
 
     Args:
         cluster: with loaded workers.
-        passing: the sequences.
+        passage: the sequences.
         work: what to do at the end: go backward from the loss at labels, or what to make of the
             states of each sequence.
     """
     num_shards = cluster.placement.num_shards
-    num_sequences = len(passing.numbers)
+    num_sequences = len(passage.numbers)
     goes_back = isinstance(work, Labels)
     progress = Progress() if isinstance(work, Labels) and work.is_step else cluster.progress
-    progress.begin(num_sequences, "sequences", passing.tokens.shape[1])
+    progress.begin(num_sequences, "sequences", passage.tokens.shape[1])
     order = one_forward_one_backward if goes_back else one_by_one
     at_the_end = on_worker.forward_backward if goes_back else on_worker.infer_each
-    waves = passing.waves(cluster.placement.num_replicas, cluster.stores.wave)
+    waves = passage.waves(cluster.placement.num_replicas, cluster.stores.wave)
     turns = sorted(
         (turn, replica, operation)
         for replica, own in enumerate(waves)
@@ -92,11 +83,11 @@ def run_pass(cluster: Cluster, passing: Passing, work: Labels | OfEach[T]) -> li
             moving[key] = cluster.submit(index, _STEPS[direction], number, inputs)
     values = cluster.get(list(results.values()))
     progress.reach(num_sequences)
-    if passing.text is not None:
-        _share_states(cluster, passing.text, waves)
+    if passage.text is not None:
+        _share_states(cluster, passage.text, waves)
     numbers = chain.from_iterable(waves[replica][number].numbers for replica, number in results)
     result_of = dict(zip(numbers, chain.from_iterable(values), strict=True))
-    return [result_of[number] for number in passing.numbers]
+    return [result_of[number] for number in passage.numbers]
 
 
 def _share_states(cluster: Cluster, text: str, waves: list[list[Wave]]) -> None:

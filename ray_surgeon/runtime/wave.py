@@ -138,8 +138,8 @@ class Wave:
 
 
 @dataclass(frozen=True)
-class Passing:
-    """Sequences of a text that are to pass the shards."""
+class Passage:
+    """Sequences of a text that pass the shards, and which of them and of their tokens are meant."""
 
     tokens: Tokens
     counts: Counts = None

@@ -63,12 +63,11 @@ def load(worker: Worker, recipe: ModelRecipe, by_element: bool, stores: Stores) 
     source = open_model(recipe.model)
     layout = worker.layout
     index = worker.index
-    scratch = Scratch(*recipe.scratch, f"{index.shard}-{index.replica}")
+    worker.scratch = scratch = Scratch(*recipe.scratch, f"{index.shard}-{index.replica}")
     scratch.remove_earlier()
     blocks = worker.placement.blocks[index.shard]
     dtype = getattr(torch, recipe.model.dtype)
     worker.shard = ModelShard(layout, blocks, dtype, worker.device, stores, scratch)
-    worker.scratch = scratch
     worker.runner = BlockRunner(worker.shard)
     pruned_in = dict(recipe.shot_files)
     read_dense = tensor_reader(layout, source.uri_of, source.read, source.origin)
