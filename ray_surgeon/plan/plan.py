@@ -214,13 +214,11 @@ def plan_table(plan: Plan) -> Table:
 
     It has the peak of each step on every shard, operations, bytes that move and expected times.
     """
-    stores = plan.stores
     record = plan.as_record()
-    table = Table(
-        title=f"shards: {len(plan.workers)}, replicas: {plan.workers[0].num_replicas}; weights: "
-        f"{stores.weights}, factors: {stores.factors}, activations: {stores.activations}, wave: "
-        f"{stores.wave}; GiB of a worker's device at the peak of each step"
-    )
+    stores = ", ".join(f"{name}: {value}" for name, value in record["stores"].items())
+    workers = f"shards: {len(plan.workers)}, replicas: {plan.workers[0].num_replicas}"
+    what = "GiB of a worker's device at the peak of each step"
+    table = Table(title=f"{workers}; {stores}; {what}")
     for column in ("shard", "blocks", *plan.seconds, "host", "disk"):
         table.add_column(column, justify="right")
     for worker in plan.workers:

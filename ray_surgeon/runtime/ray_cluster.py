@@ -161,13 +161,11 @@ class RayCluster(Cluster):
         if index not in self._nodes:
             return True
         there = strategies.NodeAffinitySchedulingStrategy(self._nodes[index], soft=False)
-        answer = _answer.options(scheduling_strategy=there).remote()
         try:
-            done, _ = ray.wait([answer], timeout=_ANSWER_S)
-            ray.get(done)
+            ray.get(_answer.options(scheduling_strategy=there).remote(), timeout=_ANSWER_S)
         except RayError:
             return False
-        return bool(done)
+        return True
 
     def _as_failure(self, error: RayError) -> Exception:
         """Return the failure behind an error, or the error itself if the work raised it."""
