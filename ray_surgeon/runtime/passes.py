@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -167,12 +167,10 @@ def logits(cluster: Cluster, tokens: Sequence[int]) -> TensorPayload:
     return run_pass(cluster, Passage(np.array([tokens])), on_worker.logits)[0]
 
 
-@dataclass
-class _Passing:
-    """Micro-batches, of one shape, on their way through a worker's shard."""
+class _Passing(dict[int, Tensor]):
+    """Micro-batches, of one shape, on their way through a worker's shard: states [n, T, d]."""
 
-    hidden: dict[int, Tensor] = field(default_factory=dict)  # number -> states [n, T, d]
-    calls: list[Call] = field(default_factory=list)  # of the blocks
+    calls: list[Call]  # of the blocks, once a micro-batch is there
 
 
 class BlockPass(ABC):
@@ -194,8 +192,7 @@ class BlockPass(ABC):
     def enter(self, worker: Worker, micro_batch: int, inputs: TensorPayload) -> None:
         """Take a micro-batch that will pass the shard block by block."""
         passing = worker.keeping(_Passing)
-        hidden, passing.calls = worker.runner.enter(worker.unpack(inputs))
-        passing.hidden[micro_batch] = hidden
+        passing[micro_batch], passing.calls = worker.runner.enter(worker.unpack(inputs))
 
     @collective
     @torch.no_grad()
@@ -207,9 +204,8 @@ class BlockPass(ABC):
         for place in range(len(worker.shard.block_modules)):
             self._change_block(worker, place)
             with worker.shard.weights.block(place):
-                for micro_batch, hidden in passing.hidden.items():
-                    after = worker.runner.through(place, hidden, passing.calls)
-                    passing.hidden[micro_batch] = after
+                for micro_batch, hidden in passing.items():
+                    passing[micro_batch] = worker.runner.through(place, hidden, passing.calls)
 
     def _change_block(self, worker: Worker, place: int) -> None:
         """Sum A of every shared input of a block over all micro-batches, and change its linears.
@@ -220,7 +216,7 @@ class BlockPass(ABC):
         passing = worker.kept(_Passing)
         shard.start_curvature("activations")
         with shard.weights.block(place), shard.gathering_in(place, wide=True):
-            for hidden in passing.hidden.values():
+            for hidden in passing.values():
                 worker.runner.through(place, hidden, passing.calls)
         shard.stop_gathering()
         groups = [group for group in shard.gathering if group.place == place]
@@ -243,7 +239,7 @@ class BlockPass(ABC):
 
     def leave(self, worker: Worker, micro_batch: int) -> TensorPayload:
         """Hand over a micro-batch that has passed all blocks."""
-        return worker.pack(worker.runner.leave(worker.kept(_Passing).hidden.pop(micro_batch)))
+        return worker.pack(worker.runner.leave(worker.kept(_Passing).pop(micro_batch)))
 
     def forget(self, worker: Worker) -> None:
         """Free what the pass kept."""

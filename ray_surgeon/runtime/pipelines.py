@@ -95,8 +95,7 @@ def _share_states(cluster: Cluster, text: str, waves: list[list[Wave]]) -> None:
 
     This comes after the pass, in which replicas would wait for each other.
     """
-    last = cluster.placement.num_shards - 1
-    owners = [WorkerIndex(last, replica) for replica in range(len(waves))]
+    owners = [WorkerIndex(cluster.placement.num_shards - 1, i) for i in range(len(waves))]
     futures = list[Future[None]]()
     for owner, own in zip(owners, waves, strict=True):
         for wave in own if len(owners) > 1 else ():
