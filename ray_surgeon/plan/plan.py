@@ -136,8 +136,7 @@ class Planner:
         """
         sizes = {name: _SAFE * getattr(room, name) for name in ("device", "host", "disk")}
         safe = replace(room, **sizes)
-        limit_gib = self.wanted.limit_gib
-        limit = math.inf if limit_gib is None else limit_gib * 2**30
+        limit = 2**30 * (self.wanted.limit_gib or math.inf)
         plans = list(self.plans(placement, replace(safe, device=min(limit, safe.device))))
         if fitting := [plan for plan in plans if plan.fits]:
             # the first of equals, which is the simplest
