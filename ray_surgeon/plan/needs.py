@@ -50,14 +50,6 @@ class StepPlan:
         return StepPlan(self.name, **both)
 
 
-@dataclass(frozen=True)
-class Beside:
-    """Bytes that a stage needs in the steps of others."""
-
-    device: float = 0.0
-    host: float = 0.0
-
-
 class WorkerView:
     """One worker, in whose terms a stage says what it needs.
 
@@ -67,7 +59,6 @@ class WorkerView:
         shapes: sizes of the model.
         stores: where idle weights and factors are kept.
         linears: of the worker's blocks.
-        gathered: those of the linears whose factors are gathered.
         owners: linear -> replica that owns it.
         sequences: of the calibration that the replica with most of them has.
         wave: sequences that pass together.
@@ -92,16 +83,13 @@ class WorkerView:
         self.blocks = blocks = placement.blocks[shard]
         self.shapes = shapes
         self.stores = stores
-        self._stages = work.stages
-        self._own = range(blocks.first, blocks.last)
-        self.num_blocks = len(self._own)
+        self._own = slice(blocks.first, blocks.last)
+        self.num_blocks = blocks.last - blocks.first
         self.num_shards = placement.num_shards
         self.num_replicas = placement.num_replicas
         self.device_is_host = device_is_host
-        self.linears = [linear for block in self._own for linear in shapes.linears[block]]
-        self.gathered = [linear for linear in self.linears if linear.name in work.gathered]
-        owners = placement.owners
-        self.owners = {linear.name: owners[linear.shared_input] for linear in self.linears}
+        self.linears = [linear for block in shapes.linears[self._own] for linear in block]
+        self.owners = {s.name: placement.owners[s.shared_input] for s in self.linears}
         self.num_sequences = work.num_sequences
         self.sequence_length = work.sequence_length
         self.sequences = -(-self.num_sequences // self.num_replicas)
@@ -120,14 +108,14 @@ class WorkerView:
     def _sum_up_blocks(self) -> None:
         shapes = self.shapes
         stores = self.stores
-        sizes = [shapes.block_bytes[block] for block in self._own]
-        factors = [shapes.factor_bytes[block] for block in self._own]
-        activations = [shapes.activations[block] for block in self._own]
-        self._activations = ActivationBytes(*map(max, zip(*activations, strict=True)))
+        sizes = shapes.block_bytes[self._own]
+        factors = shapes.factor_bytes[self._own]
+        most = map(max, zip(*shapes.activations[self._own], strict=True))
+        self._activations = ActivationBytes(*most)
         self.all_blocks = sum(sizes)
         self.all_factors = sum(factors)
         self.largest_factors = max(factors)
-        self.active = sum(shapes.active_parameters[block] for block in self._own)
+        self.active = sum(shapes.active_parameters[self._own])
         # of weights and factors for a GPU there are pinned pieces, which torch keeps
         self.outside, pinned_weights, pinned_factors = shapes.of_shard(self.blocks)
         is_resident = stores.weights == "device"
@@ -151,12 +139,12 @@ class WorkerView:
     def steps(self) -> list[StepPlan]:
         """All steps, each of them once, in their order."""
         steps: dict[str, StepPlan] = {}
-        for step in (step for stage in self._stages for step in stage.needs(self)):
+        for step in (step for stage in self.shapes.work.stages for step in stage.needs(self)):
             steps[step.name] = steps[step.name].then(step) if step.name in steps else step
-        for name, more in (needs for s in self._stages for needs in s.beside(self).items()):
-            if name in steps:
-                device = steps[name].device + more.device
-                steps[name] = replace(steps[name], device=device, host=steps[name].host + more.host)
+        for more in (needs for stage in self.shapes.work.stages for needs in stage.beside(self)):
+            if (own := steps.get(more.name)) is not None:
+                device = own.device + more.device
+                steps[more.name] = replace(own, device=device, host=own.host + more.host)
         return list(steps.values())
 
     # What stages are made of
@@ -206,7 +194,7 @@ class WorkerView:
             own = min(num_texts, rounds * batch)
             cached = of_token * (length + TOKENS_OF_ROOM)
             # those of a block are copied when they grow
-            in_blocks = min(own, batch * self.num_shards) * len(self._own)
+            in_blocks = min(own, batch * self.num_shards) * self.num_blocks
             caches = cached * (in_blocks + batch)
             logits = 20 * self.shapes.layout.config.vocab_size if self.head_flops else 0
             most = max(most, caches + batch * (self._activations.moment + logits))
@@ -229,7 +217,8 @@ class WorkerView:
         own = self._activations
         kept = own.kept + more_kept + 2 * T * own.scores
         moment = own.moment + more_in_a_moment + 4 * T * own.scores
-        widest = max((linear.num_columns for linear in self.gathered), default=0)
+        gathered = self.shapes.work.gathered
+        widest = max((s.num_columns for s in self.linears if s.name in gathered), default=0)
         conversion = 4 * (T + 256) * widest
         # what is packed and unpacked on the way
         waiting: float = 2 * of_wave + 3 * of_wave * (self.num_shards > 1)
@@ -274,7 +263,7 @@ class WorkerView:
         and operations.
         """
         T = self.sequence_length
-        blocks = [self.shapes.linears[block] for block in self._own]
+        blocks = self.shapes.linears[self._own]
         moments = max(sum(4 * linear.num_columns**2 for linear in block) for block in blocks)
         widest = max(linear.num_columns for linear in self.linears)
         passing = self.sequences * T * self._hidden + self._forward(T) + 4 * T * widest

@@ -40,10 +40,8 @@ class Plan:
 
     stores: Stores
     workers: tuple[WorkerView, ...]  # one a shard; replicas of a shard need the same
-    num_replicas: int
     room: Room
     device: Device
-    dtype: str
 
     @property
     def steps(self) -> dict[str, tuple[StepPlan, ...]]:
@@ -54,8 +52,9 @@ class Plan:
     @property
     def seconds(self) -> dict[str, float]:
         """Expected time of every step: that of the slowest worker."""
+        dtype = self.workers[0].shapes.work.dtype
         return {
-            name: max(step.seconds(self.device, self.dtype) for step in shards)
+            name: max(step.seconds(self.device, dtype) for step in shards)
             for name, shards in self.steps.items()
         }
 
@@ -108,8 +107,8 @@ class Plan:
                 needs.append((where, host, "host memory", room.host))
             needs.append((f"shard {worker.shard}", worker.disk_bytes, "disk", max(1.0, room.disk)))
         where, need, what, available = max(needs, key=lambda row: row[1] / row[3])
-        sentence = f"{where} needs {_gib(need)} of {what}, there are {_gib(available)}"
-        return need / available, sentence
+        has = f"there are {available / 2**30:.1f} GiB"
+        return need / available, f"{where} needs {need / 2**30:.1f} GiB of {what}, {has}"
 
     @property
     def fits(self) -> bool:
@@ -137,8 +136,7 @@ class Planner:
         """
         sizes = {name: _SAFE * getattr(room, name) for name in ("device", "host", "disk")}
         safe = replace(room, **sizes)
-        limit_gib = self.wanted.limit_gib
-        limit = math.inf if limit_gib is None else limit_gib * 2**30
+        limit = 2**30 * (self.wanted.limit_gib or math.inf)
         plans = list(self.plans(placement, replace(safe, device=min(limit, safe.device))))
         if fitting := [plan for plan in plans if plan.fits]:
             # the first of equals, which is the simplest
@@ -157,8 +155,7 @@ class Planner:
             WorkerView(self.shapes, placement, stores, room.device_is_host, shard)
             for shard in range(placement.num_shards)
         )
-        dtype = self.shapes.work.dtype
-        return Plan(stores, workers, placement.num_replicas, room, self.device, dtype)
+        return Plan(stores, workers, room, self.device)
 
     def plans(self, placement: Placement, room: Room) -> Iterator[Plan]:
         """Yield what the spec allows, the simplest first."""
@@ -186,9 +183,8 @@ class Planner:
         if (number := self._enough_shards(placement, best.room)) is not None:
             remedies.append(f"set cluster.num_shards: {number}, on as many such devices")
         free = MemorySection(limit_gib=wanted.limit_gib, scratch=wanted.scratch)
-        if free != wanted and any(
-            plan.fits for plan in replace(self, wanted=free).plans(placement, best.room)
-        ):
+        freed = replace(self, wanted=free)
+        if free != wanted and any(plan.fits for plan in freed.plans(placement, best.room)):
             remedies.append("leave memory to the plan, which finds a way")
         times = best.excess()[0]
         if wanted.limit_gib is not None and self.plan(placement, safe, best.stores).fits:
@@ -217,13 +213,11 @@ def plan_table(plan: Plan) -> Table:
 
     It has the peak of each step on every shard, operations, bytes that move and expected times.
     """
-    stores = plan.stores
     record = plan.as_record()
-    table = Table(
-        title=f"shards: {len(plan.workers)}, replicas: {plan.num_replicas}; weights: "
-        f"{stores.weights}, factors: {stores.factors}, activations: {stores.activations}, wave: "
-        f"{stores.wave}; GiB of a worker's device at the peak of each step"
-    )
+    stores = ", ".join(f"{name}: {value}" for name, value in record["stores"].items())
+    workers = f"shards: {len(plan.workers)}, replicas: {plan.workers[0].num_replicas}"
+    what = "GiB of a worker's device at the peak of each step"
+    table = Table(title=f"{workers}; {stores}; {what}")
     for column in ("shard", "blocks", *plan.seconds, "host", "disk"):
         table.add_column(column, justify="right")
     for worker in plan.workers:
@@ -233,10 +227,9 @@ def plan_table(plan: Plan) -> Table:
         blocks = f"{worker.blocks.first}-{worker.blocks.last - 1}"
         table.add_row(str(worker.shard), blocks, *(f"{size / 2**30:.2f}" for size in sizes))
     table.add_section()
-    flops = (f"{flops / 1e12:.3g}" for flops in record["flops"].values())
-    moved = (f"{size / 1e9:.3g}" for size in record["moved_bytes"].values())
-    table.add_row("all", "TFLOP", *flops, "", "")
-    table.add_row("all", "GB moved", *moved, "", "")
+    for name, of_steps, unit in (("TFLOP", "flops", 1e12), ("GB moved", "moved_bytes", 1e9)):
+        sums = (f"{value / unit:.3g}" for value in record[of_steps].values())
+        table.add_row("all", name, *sums, "", "")
     table.add_row("slowest", plan.device.name, *map(_time, plan.seconds.values()), "", "")
     return table
 
@@ -245,7 +238,3 @@ def _time(seconds: float) -> str:
     if seconds < 100:
         return f"{seconds:.2g} s"
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
-
-
-def _gib(size: float) -> str:
-    return f"{size / 2**30:.1f} GiB"

@@ -76,12 +76,10 @@ def shared(resources: Sequence[Resources]) -> Room:
 
 def device_of(resources: Sequence[Resources], num_threads: int) -> Device:
     """Return how fast the workers' devices are; of a GPU that is not known, an A100's figures."""
-    name = resources[0].device_name.lower()
+    name = resources[0].device_name.lower().replace(" ", "")
     if not name:
         return DEVICES["cpu"].times(num_threads)
-    return next(
-        (device for key, device in DEVICES.items() if key in name.replace(" ", "")), DEVICES["a100"]
-    )
+    return next((device for key, device in DEVICES.items() if key in name), DEVICES["a100"])
 
 
 def available_bytes() -> int:

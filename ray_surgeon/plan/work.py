@@ -83,10 +83,8 @@ class Shapes:
         self.block_bytes = [sum(sizes) for sizes in self._in_blocks]
         self._factors = [_factor_sizes(linears, work) for linears in self.linears]
         self.factor_bytes = [sum(sizes) for sizes in self._factors]
-        self.active_parameters = [
-            sum(linear.size * layout.part_of_tokens(linear) for linear in linears)
-            for linears in self.linears
-        ]
+        part = layout.part_of_tokens
+        self.active_parameters = [sum(s.size * part(s) for s in block) for block in self.linears]
         self.activations = [self._activation_bytes(linears) for linears in self.linears]
         self.of_shard = functools.cache(self._of_shard)
 
@@ -118,9 +116,7 @@ class Shapes:
 
 def _factor_sizes(linears: list[LinearShape], work: Work) -> list[int]:
     """Return the bytes of A and G of a block's linears, packed float32."""
-    if work.factors == "none":
-        return []
-    gathered = [linear for linear in linears if linear.name in work.gathered]
+    gathered = [s for s in linears if s.name in work.gathered and work.factors != "none"]
     columns = {linear.shared_input: linear.num_columns for linear in gathered}
     rows = [linear.num_rows for linear in gathered]
     return [4 * PackedSymmetric.size(n) for n in (*columns.values(), *rows)]

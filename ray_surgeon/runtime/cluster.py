@@ -20,7 +20,6 @@ from ray_surgeon.runtime.worker import Step, Worker, clean_up
 
 P = ParamSpec("P")
 T = TypeVar("T")
-U = TypeVar("U")
 
 
 class NoRoomError(RuntimeError):
@@ -75,11 +74,8 @@ class Progress:
 
     def begin(self, total: int = 0, unit: str = "", tokens_each: int = 0) -> None:
         """Start to count."""
-        self.done = 0
-        self.total = total
-        self.unit = unit
-        self.tokens_each = tokens_each
-        self.started_s = time.monotonic()
+        begun = Progress(0, total, unit, tokens_each, time.monotonic(), self.listener)
+        vars(self).update(vars(begun))
         self._tell()
 
     def reach(self, done: int, total: int | None = None) -> None:
@@ -141,19 +137,14 @@ class Cluster(ABC):
             args: of the step; see `value_of` for those that other steps return.
             kwargs: plain values.
         """
-        future: Future[T] = self._start(index, 1, step, *args, **kwargs)
-        return future
-
-    def submit_pair(
-        self, index: WorkerIndex, step: Callable[..., tuple[T, U]], *args: Any
-    ) -> tuple[Future[T], Future[U]]:
-        """Start a step that returns a pair of which each half gets a future of its own."""
-        first, second = self._start(index, 2, step, *args)
-        return first, second
+        return cast(Future[T], self.start(index, 1, step, *args, **kwargs))
 
     @abstractmethod
-    def _start(self, index: WorkerIndex, num_futures: int, *step: Any, **kwargs: Any) -> Any:
-        """Start a step with its arguments; what it returns becomes so many futures."""
+    def start(self, index: WorkerIndex, num_futures: int, *step: Any, **kwargs: Any) -> Any:
+        """Start a step with its arguments; what it returns becomes so many futures.
+
+        One that returns a pair may so have a future for each half; see `submit`.
+        """
 
     @abstractmethod
     def get(self, futures: Sequence[Future[T]]) -> list[T]:
@@ -164,16 +155,14 @@ class Cluster(ABC):
 
         Results come in the order of `placement.workers`.
         """
-        return self.get(
-            [self.submit(index, step, *args, **kwargs) for index in self.placement.workers]
-        )
+        return self.get([self.submit(i, step, *args, **kwargs) for i in self.placement.workers])
 
-    @abstractmethod
     def clean_up(self) -> None:
         """Let workers remove what they have on their disks, after an error.
 
         A worker that is still inside of a step may be left out.
         """
+        self.run_all(clean_up)
 
     @abstractmethod
     def close(self) -> None:
@@ -199,8 +188,7 @@ class LocalCluster(Cluster):
         """
         super().__init__(placement)
         torch.set_num_threads(num_threads)
-        workers = placement.workers
-        self.workers = {index: Worker(layout, placement, index, device) for index in workers}
+        self.workers = {i: Worker(layout, placement, i, device) for i in placement.workers}
         copies = placement.num_replicas
         meetings = [(Barrier(copies), [torch.empty(0)] * copies) for _ in placement.blocks]
         for index, worker in self.workers.items():
@@ -210,7 +198,8 @@ class LocalCluster(Cluster):
             if copies > 1:
                 worker.replicas = ThreadReplica(index.replica, *meetings[index.shard])
 
-    def _start(self, index: WorkerIndex, num_futures: int, *step: Any, **kwargs: Any) -> Any:
+    def start(self, index: WorkerIndex, num_futures: int, *step: Any, **kwargs: Any) -> Any:
+        """Run a step."""
         return self.workers[index].call(*step, **kwargs)
 
     def get(self, futures: Sequence[Future[T]]) -> list[T]:
@@ -241,11 +230,6 @@ class LocalCluster(Cluster):
         if errors:  # the cause, rather than what it did to those that waited
             raise min(errors, key=lambda error: isinstance(error, BrokenBarrierError))
         return [future.result() for future in futures]
-
-    def clean_up(self) -> None:
-        """Remove what the workers have on the disk."""
-        for worker in self.workers.values():
-            clean_up(worker)
 
     def close(self) -> None:
         """Drop the workers and what they have on the disk."""

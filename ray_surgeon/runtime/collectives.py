@@ -5,11 +5,9 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
@@ -120,21 +118,14 @@ class ProcessReplica(ReplicaGroup):
         size = len(placement.workers)
         shards = [[*range(i, size, placement.num_shards)] for i in range(placement.num_shards)]
         timeout = timedelta(seconds=timeout_s)
+        backend = "nccl" if worker.device.type == "cuda" else "gloo"
+        rank = placement.workers.index(worker.index)
         try:
-            dist.init_process_group(
-                "nccl" if worker.device.type == "cuda" else "gloo",
-                init_method=address,
-                rank=placement.rank(worker.index),
-                world_size=size,
-                timeout=timeout,
-            )
+            dist.init_process_group(backend, address, timeout, world_size=size, rank=rank)
             groups = [dist.new_group(ranks, timeout=timeout) for ranks in shards]
         # another is lost before all have met, or its port was taken meanwhile
         except RuntimeError as error:
-            raise CollectiveError(
-                f"the workers could not connect to each other: {error}"
-            ) from error
-
+            raise CollectiveError(f"workers could not connect to each other: {error}") from error
         self._group = groups[worker.index.shard]
 
     def reduce(self, tensor: Tensor, owner: int) -> None:
@@ -152,12 +143,8 @@ class ProcessReplica(ReplicaGroup):
             raise CollectiveError(f"a replica of this shard is lost: {error}") from error
 
 
-@dataclass(frozen=True)
-class TensorPayload:
-    """A tensor on its way: a numpy array, int16 where it stands for bfloat16."""
-
-    array: NDArray[np.generic]
-    is_bfloat16: bool
+TensorPayload: TypeAlias = NDArray[Any]
+"""A tensor on its way; int16 stands for bfloat16, and no tensor here is of int16."""
 
 
 def encode(tensor: Tensor) -> TensorPayload:
@@ -168,8 +155,7 @@ def encode(tensor: Tensor) -> TensorPayload:
     dense = tensor.detach().cpu().contiguous()
     if dense.untyped_storage().nbytes() != dense.nbytes:
         dense = dense.clone()
-    is_bfloat16 = dense.dtype == torch.bfloat16
-    return TensorPayload((dense.view(torch.int16) if is_bfloat16 else dense).numpy(), is_bfloat16)
+    return (dense.view(torch.int16) if dense.dtype == torch.bfloat16 else dense).numpy()
 
 
 def decode(payload: TensorPayload, device: torch.device) -> Tensor:
@@ -177,7 +163,7 @@ def decode(payload: TensorPayload, device: torch.device) -> Tensor:
 
     What lies in the object store is shared with other readers.
     """
-    tensor = torch.tensor(payload.array)
-    if payload.is_bfloat16:
+    tensor = torch.tensor(payload)
+    if tensor.dtype == torch.int16:
         tensor = tensor.view(torch.bfloat16)
     return tensor.to(device)

@@ -36,19 +36,14 @@ def run_module(
         RuntimeError: it fails; its last lines are shown.
     """
     with tempfile.TemporaryDirectory() as modules:
-        settings = {"HF_MODULES_CACHE": modules, "OMP_WAIT_POLICY": "PASSIVE"}
+        env = os.environ | {"HF_MODULES_CACHE": modules, "OMP_WAIT_POLICY": "PASSIVE"}
         if offline:
-            settings["HF_HUB_OFFLINE"] = "1"
+            env["HF_HUB_OFFLINE"] = "1"
         if gpu is not None:
-            settings["CUDA_VISIBLE_DEVICES"] = gpu
-        runner = ["-m", f"{__package__}.with_parent", str(os.getpid())]
+            env["CUDA_VISIBLE_DEVICES"] = gpu
+        command = [sys.executable, "-m", f"{__package__}.with_parent", str(os.getpid()), module]
         done = subprocess.run(
-            [sys.executable, *runner, module],
-            input=json.dumps(request),
-            capture_output=True,
-            text=True,
-            check=False,
-            env=os.environ | settings,
+            command, input=json.dumps(request), capture_output=True, text=True, check=False, env=env
         )
     if done.returncode:
         last_lines = "\n".join(done.stderr.strip().splitlines()[-5:])
@@ -64,7 +59,6 @@ def run_on_worker(
 
     The process sees that worker's device alone, and no GPU if that is a CPU.
     """
-    if worker.device.type == "cuda":
-        # what torch keeps of freed memory is not there for the other process
-        torch.cuda.empty_cache()
+    # what torch keeps of freed memory is not there for the other process
+    torch.cuda.empty_cache()
     return run_module(module, request, offline, "" if worker.device.type == "cpu" else worker.gpu)

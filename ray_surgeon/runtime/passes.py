@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from ray_surgeon.maths.kronecker import PackedSymmetric
-from ray_surgeon.models.hooks import SharedInput
 from ray_surgeon.models.loss import perplexity_of
 from ray_surgeon.models.runner import Call
 from ray_surgeon.runtime import wave as on_worker
@@ -25,11 +24,11 @@ from ray_surgeon.runtime.cluster import Cluster, at_hand, value_of
 from ray_surgeon.runtime.collectives import TensorPayload
 from ray_surgeon.runtime.pipelines import run_pass
 from ray_surgeon.runtime.placement import WorkerIndex
-from ray_surgeon.runtime.wave import Compared, Counts, Tokens, token_payload
+from ray_surgeon.runtime.wave import Counts, Only, Passage, Tokens
 from ray_surgeon.runtime.worker import Worker, collective
 
 
-def num_counted(sequences: Tokens, counts: Counts = None, only: Sequence[int] | None = None) -> int:
+def num_counted(sequences: Tokens, counts: Counts = None, only: Only = None) -> int:
     """Return how many tokens are predicted and count; the first of a sequence is not predicted.
 
     Args:
@@ -37,9 +36,10 @@ def num_counted(sequences: Tokens, counts: Counts = None, only: Sequence[int] | 
         counts: [num_sequences, sequence_length], whether a token counts; None if all do.
         only: numbers of the sequences that are meant; all if not given.
     """
+    numbers = Passage(sequences, only=only).numbers
     if counts is None:
-        return (len(sequences) if only is None else len(only)) * (int(sequences.shape[1]) - 1)
-    return int((counts if only is None else counts[list(only)])[:, 1:].sum())
+        return len(numbers) * (int(sequences.shape[1]) - 1)
+    return int(counts[numbers, 1:].sum())
 
 
 def sequence_losses(
@@ -54,12 +54,11 @@ def sequence_losses(
         text: as whose states those before the head are kept by the last shards of all replicas;
             None if they are not.
     """
-    step = partial(on_worker.infer_each, of_each=on_worker.nll)
-    return run_pass(cluster, sequences, step, counts=counts, text=text)
+    return run_pass(cluster, Passage(sequences, counts, text=text), on_worker.nll)
 
 
 def pass_up_to_the_head(
-    cluster: Cluster, sequences: Tokens, only: Sequence[int], text: str | None, whose: str
+    cluster: Cluster, sequences: Tokens, only: Only, text: str | None, whose: str
 ) -> None:
     """Run sequences forward without the head.
 
@@ -68,7 +67,7 @@ def pass_up_to_the_head(
     Args:
         cluster: with loaded workers, whose hooks gather what is wanted.
         sequences: [num_sequences, sequence_length] tokens.
-        only: numbers of the sequences to run.
+        only: numbers of the sequences to run; None for all.
         text: as whose states those before the head are kept by the last shards of all replicas;
             None if they are not.
         whose: states they are, for the error.
@@ -76,9 +75,7 @@ def pass_up_to_the_head(
     Raises:
         FloatingPointError: a state before the head is not finite.
     """
-    step = partial(on_worker.infer_each, of_each=on_worker.is_finite)
-    are_finite = run_pass(cluster, sequences, step, only=only, text=text)
-    if not all(are_finite):
+    if not all(run_pass(cluster, Passage(sequences, None, only, text), on_worker.is_finite)):
         finite(f"a hidden state of {whose}", math.nan)
 
 
@@ -117,8 +114,8 @@ def measure(cluster: Cluster, text: str, windows: Tokens) -> Measured:
     """
     comparisons = compared(cluster, text, windows)
     num_tokens = num_counted(windows)
-    loss = sum(comparison.nll for comparison in comparisons) / num_tokens
-    divergence = sum(comparison.divergence for comparison in comparisons) / num_tokens
+    loss = sum(sums["nll"] for sums in comparisons) / num_tokens
+    divergence = sum(sums["divergence"] for sums in comparisons) / num_tokens
     what = f"the perplexity on {text}, or its divergence,"
     return Measured(finite(what, perplexity_of(loss)), finite(what, divergence))
 
@@ -133,13 +130,16 @@ def divergences_of(cluster: Cluster, text: str, windows: Tokens) -> list[float]:
     """
     what = f"the divergence from the dense model on {text}"
     num_tokens = windows.shape[1] - 1
-    return [finite(what, c.divergence / num_tokens) for c in compared(cluster, text, windows)]
+    comparisons = compared(cluster, text, windows)
+    return [finite(what, sums["divergence"] / num_tokens) for sums in comparisons]
 
 
 def compared(
     cluster: Cluster, text: str, windows: Tokens, counts: Counts = None, *, acceptance: bool = False
-) -> list[Compared]:
+) -> list[dict[str, float]]:
     """Compare the present weights with the dense ones on windows of a remembered text.
+
+    Returned is, for every window, what `on_worker.comparison` returns.
 
     Args:
         cluster: with loaded workers.
@@ -149,8 +149,7 @@ def compared(
         acceptance: whether to compute acceptance and agreement.
     """
     comparison = partial(on_worker.comparison, text=text, with_acceptance=acceptance)
-    step = partial(on_worker.infer_each, of_each=comparison)
-    return run_pass(cluster, windows, step, counts=counts)
+    return run_pass(cluster, Passage(windows, counts), comparison)
 
 
 def finite(what: str, value: float) -> float:
@@ -166,19 +165,13 @@ def finite(what: str, value: float) -> float:
 
 def logits(cluster: Cluster, tokens: Sequence[int]) -> TensorPayload:
     """Return the logits [1, T, vocabulary] of one sequence."""
-    inputs = at_hand(token_payload(np.asarray(tokens, dtype=np.int64)))
-    *before, last = (WorkerIndex(shard, 0) for shard in range(cluster.placement.num_shards))
-    for index in before:
-        inputs = cluster.submit(index, on_worker.infer, 0, value_of(inputs))
-    return cluster.get([cluster.submit(last, on_worker.infer_logits, value_of(inputs))])[0]
+    return run_pass(cluster, Passage(np.array([tokens])), on_worker.logits)[0]
 
 
-@dataclass
-class _Passing:
-    """Micro-batches, of one shape, on their way through a worker's shard."""
+class _Passing(dict[int, Tensor]):
+    """Micro-batches, of one shape, on their way through a worker's shard: states [n, T, d]."""
 
-    hidden: dict[int, Tensor] = field(default_factory=dict)  # number -> states [n, T, d]
-    calls: list[Call] = field(default_factory=list)  # of the blocks
+    calls: list[Call]  # of the blocks, once a micro-batch is there
 
 
 class BlockPass(ABC):
@@ -200,8 +193,7 @@ class BlockPass(ABC):
     def enter(self, worker: Worker, micro_batch: int, inputs: TensorPayload) -> None:
         """Take a micro-batch that will pass the shard block by block."""
         passing = worker.keeping(_Passing)
-        hidden, passing.calls = worker.runner.enter(worker.unpack(inputs))
-        passing.hidden[micro_batch] = hidden
+        passing[micro_batch], passing.calls = worker.runner.enter(worker.unpack(inputs))
 
     @collective
     @torch.no_grad()
@@ -209,17 +201,27 @@ class BlockPass(ABC):
         """Change the blocks of one shard in turn; workers of other shards do nothing."""
         if shard != worker.index.shard:
             return
-        blocks = worker.shard.blocks
         passing = worker.kept(_Passing)
-        for place in range(blocks.last - blocks.first):
-            self._change_block(worker, _gathered(worker, place))
+        for place in range(len(worker.shard.block_modules)):
+            self._change_block(worker, place)
             with worker.shard.weights.block(place):
-                for micro_batch, hidden in passing.hidden.items():
-                    after = worker.runner.through(place, hidden, passing.calls)
-                    passing.hidden[micro_batch] = after
+                for micro_batch, hidden in passing.items():
+                    passing[micro_batch] = worker.runner.through(place, hidden, passing.calls)
 
-    def _change_block(self, worker: Worker, groups: list[SharedInput]) -> None:
-        store = worker.shard.factor_store
+    def _change_block(self, worker: Worker, place: int) -> None:
+        """Sum A of every shared input of a block over all micro-batches, and change its linears.
+
+        See `ModelShard.start_curvature`, kind ``activations``.
+        """
+        shard = worker.shard
+        passing = worker.kept(_Passing)
+        shard.start_curvature("activations")
+        with shard.weights.block(place), shard.gathering_in(place, wide=True):
+            for hidden in passing.values():
+                worker.runner.through(place, hidden, passing.calls)
+        shard.stop_gathering()
+        groups = [group for group in shard.gathering if group.place == place]
+        store = shard.factor_store
         for group in groups:
             key = group.key_of_A
             total = PackedSymmetric(group.sizes[key], store.on_device(key))
@@ -238,7 +240,7 @@ class BlockPass(ABC):
 
     def leave(self, worker: Worker, micro_batch: int) -> TensorPayload:
         """Hand over a micro-batch that has passed all blocks."""
-        return worker.pack(worker.runner.leave(worker.kept(_Passing).hidden.pop(micro_batch)))
+        return worker.pack(worker.runner.leave(worker.kept(_Passing).pop(micro_batch)))
 
     def forget(self, worker: Worker) -> None:
         """Free what the pass kept."""
@@ -250,33 +252,14 @@ class BlockPass(ABC):
         """Change shard after shard, block after block, while the sequences pass once."""
         num_shards = cluster.placement.num_shards
         num_replicas = cluster.placement.num_replicas
-        moving = [at_hand(token_payload(tokens)) for tokens in sequences]
+        moving = [at_hand(tokens[None]) for tokens in sequences]
         cluster.progress.begin(num_shards, "shards")
         for shard in range(num_shards):
-            indices = [WorkerIndex(shard, i % num_replicas) for i in range(len(sequences))]
-            arriving = [
-                cluster.submit(index, self.enter, i, value_of(moving[i]))
-                for i, index in enumerate(indices)
-            ]
-            cluster.get(arriving)
+            workers = [(i, WorkerIndex(shard, i % num_replicas)) for i in range(len(sequences))]
+            cluster.get([cluster.submit(w, self.enter, i, value_of(moving[i])) for i, w in workers])
             moving.clear()  # workers have taken them out of the object store
             cluster.run_all(self.pass_shard, shard)
             if shard < num_shards - 1:
-                moving = [cluster.submit(index, self.leave, i) for i, index in enumerate(indices)]
+                moving = [cluster.submit(w, self.leave, i) for i, w in workers]
             cluster.progress.reach(shard + 1)
         cluster.run_all(self.forget)
-
-
-def _gathered(worker: Worker, place: int) -> list[SharedInput]:
-    """Sum A of every shared input of a block over all micro-batches.
-
-    See `ModelShard.start_curvature`, kind ``activations``.
-    """
-    shard = worker.shard
-    passing = worker.kept(_Passing)
-    shard.start_curvature("activations")
-    with shard.weights.block(place), shard.gathering_in(place, wide=True):
-        for hidden in passing.hidden.values():
-            worker.runner.through(place, hidden, passing.calls)
-    shard.stop_gathering()
-    return [group for group in shard.gathering if group.place == place]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 
 import numpy as np
 
@@ -36,15 +38,8 @@ class Placement:
     @property
     def workers(self) -> list[WorkerIndex]:
         """Every worker, replica by replica."""
-        return [
-            WorkerIndex(shard, replica)
-            for replica in range(self.num_replicas)
-            for shard in range(self.num_shards)
-        ]
-
-    def rank(self, index: WorkerIndex) -> int:
-        """Return the position of a worker in `workers`."""
-        return index.replica * self.num_shards + index.shard
+        places = product(range(self.num_replicas), range(self.num_shards))
+        return [WorkerIndex(shard, replica) for replica, shard in places]
 
 
 def head_cost_in_blocks(layout: ModelLayout) -> float:
@@ -105,13 +100,13 @@ def assign_owners(
     # block -> its first group that sees a part of the tokens, which stands for all of them
     first_of_mixture: dict[int, int] = {}
     stands_for: dict[int, int] = {}
-    work: dict[tuple[int, int], int] = {}  # (block, group) -> of the linears that it stands for
+    work = Counter[tuple[int, int]]()  # (block, group) -> of the linears that it stands for
     for s in shapes:
         group = s.shared_input
         if not s.sees_all_tokens:
             group = first_of_mixture.setdefault(s.block, group)
         stands_for[s.shared_input] = group
-        work[s.block, group] = work.get((s.block, group), 0) + s.num_rows**3 + s.num_columns**3
+        work[s.block, group] += s.num_rows**3 + s.num_columns**3
     owner_of: dict[int, int] = {}
     for shard in blocks:
         load = [0] * num_replicas

@@ -30,6 +30,8 @@ _ENVIRONMENT = {
     # with a list of one device a worker, NCCL hung (Ray issue 61073)
     "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1",
 }
+_OF_NODES = (ray.exceptions.NodeDiedError, ray.exceptions.ObjectLostError)
+"""Errors that a lost machine has, if Ray does not say more of it."""
 _LOOK_S = 2.0
 """How often a step over linears is asked how many are done."""
 _ANSWER_S = 30.0
@@ -59,7 +61,19 @@ class RayCluster(Cluster):
         super().__init__(placement)
         self._ping_timeout_s = section.ping_timeout_s
         self._group = _reserve(len(placement.workers), section)
-        self._actors = _start_actors(layout, placement, section, self._group)
+        threads = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")  # as many as a worker has CPUs
+        environment = _ENVIRONMENT | dict.fromkeys(threads, str(section.cpus_per_worker))
+        actor_class = ray.remote(concurrency_groups={"ping": 1})(Worker)  # type: ignore[call-overload]
+        layout_reference = ray.put(layout)
+        self._actors: dict[WorkerIndex, Any] = {
+            index: actor_class.options(
+                num_cpus=section.cpus_per_worker,
+                num_gpus=section.gpus_per_worker,
+                runtime_env={"env_vars": environment},
+                scheduling_strategy=strategies.PlacementGroupSchedulingStrategy(self._group, i),
+            ).remote(layout_reference, placement, index, section.device)
+            for i, index in enumerate(placement.workers)
+        }
         self._nodes: dict[WorkerIndex, str] = {}  # once all have started
         self._nodes_at_start = nodes_alive()
         try:
@@ -73,7 +87,8 @@ class RayCluster(Cluster):
             self.close()
             raise
 
-    def _start(self, index: WorkerIndex, num_futures: int, *step: Any, **kwargs: Any) -> Any:
+    def start(self, index: WorkerIndex, num_futures: int, *step: Any, **kwargs: Any) -> Any:
+        """Start a step."""
         return self._actors[index].call.options(num_returns=num_futures).remote(*step, **kwargs)
 
     def get(self, futures: Sequence[Future[T]]) -> list[T]:
@@ -89,12 +104,11 @@ class RayCluster(Cluster):
         values: dict[Any, Any] = {}
         pending: list[Any] = list(dict.fromkeys(futures))
         heard = time.monotonic()
+        look_s = min(patience_s, _LOOK_S)
         try:
             # in the order of completion, so that a failure is seen while the others still run
             while pending:
-                done, pending = ray.wait(
-                    pending, num_returns=1, timeout=min(patience_s, _LOOK_S), fetch_local=False
-                )
+                done, pending = ray.wait(pending, timeout=look_s, fetch_local=False)
                 values.update(zip(done, ray.get(done), strict=True))
                 if done:
                     heard = time.monotonic()
@@ -135,11 +149,9 @@ class RayCluster(Cluster):
         if silent:
             index = silent[0]
             cause = "worker" if self._machine_answers(index) else "node"
-            message = (
-                f"shard {index.shard} of replica {index.replica} did not answer for {timeout_s:g} "
-                "s when asked whether it lives"
-            )
-            raise WorkerFailureError(cause, message)
+            who = f"shard {index.shard} of replica {index.replica}"
+            message = f"did not answer for {timeout_s:g} s when asked whether it lives"
+            raise WorkerFailureError(cause, f"{who} {message}")
 
     def _machine_answers(self, index: WorkerIndex) -> bool:
         """Whether the machine of a worker still runs anything.
@@ -149,13 +161,11 @@ class RayCluster(Cluster):
         if index not in self._nodes:
             return True
         there = strategies.NodeAffinitySchedulingStrategy(self._nodes[index], soft=False)
-        answer = _answer.options(scheduling_strategy=there).remote()
         try:
-            done, _ = ray.wait([answer], timeout=_ANSWER_S)
-            ray.get(done)
+            ray.get(_answer.options(scheduling_strategy=there).remote(), timeout=_ANSWER_S)
         except RayError:
             return False
-        return bool(done)
+        return True
 
     def _as_failure(self, error: RayError) -> Exception:
         """Return the failure behind an error, or the error itself if the work raised it."""
@@ -186,10 +196,7 @@ class RayCluster(Cluster):
         num_gone = sum(node not in alive for node in self._nodes.values())
         if num_gone or (not self._nodes and not self._nodes_at_start <= alive):
             return WorkerFailureError("node", f"{num_gone or 'some'} workers were on lost machines")
-        is_of_node = isinstance(
-            error, ray.exceptions.NodeDiedError | ray.exceptions.ObjectLostError
-        )
-        return WorkerFailureError("node" if is_of_node else "worker", error)
+        return WorkerFailureError("node" if isinstance(error, _OF_NODES) else "worker", error)
 
     def _what_became_of_it(self, error: RayError) -> RayError:
         """Ask until Ray knows whether a worker is dead, or its machine is.
@@ -267,32 +274,9 @@ def _reserve(num_workers: int, section: RaySection) -> PlacementGroup:
         total = ray.cluster_resources()  # type: ignore[no-untyped-call]
         free = ray.available_resources()  # type: ignore[no-untyped-call]
         remove_placement_group(group)
-        shown = ", ".join(
-            f"{key} {free.get(key, 0):g} free of {total.get(key, 0):g}" for key in bundle
-        )
+        shown = ", ".join(f"{k} {free.get(k, 0):g} free of {total.get(k, 0):g}" for k in bundle)
         raise NoRoomError(
             f"no room for {num_workers} workers of {bundle} within {section.start_timeout_s:g} s; "
             f"the cluster has {shown}. Ask for fewer shards or replicas, or add nodes"
         )
     return group
-
-
-def _start_actors(
-    layout: ModelLayout, placement: Placement, section: RaySection, group: PlacementGroup
-) -> dict[WorkerIndex, Any]:
-    """Start an actor for every worker, each in a bundle of the placement group."""
-    threads = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")  # as many as a worker has CPUs
-    environment = _ENVIRONMENT | dict.fromkeys(threads, str(section.cpus_per_worker))
-    actor_class = ray.remote(concurrency_groups={"ping": 1})(Worker)  # type: ignore[call-overload]
-    layout_reference = ray.put(layout)
-    return {
-        index: actor_class.options(
-            num_cpus=section.cpus_per_worker,
-            num_gpus=section.gpus_per_worker,
-            max_restarts=0,
-            max_task_retries=0,
-            runtime_env={"env_vars": environment},
-            scheduling_strategy=strategies.PlacementGroupSchedulingStrategy(group, bundle),
-        ).remote(layout_reference, placement, index, section.device)
-        for bundle, index in enumerate(placement.workers)
-    }

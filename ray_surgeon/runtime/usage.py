@@ -90,9 +90,8 @@ def give_back() -> None:
 
     So the next step's peak is its own.
     """
-    if sys.platform == "linux":
-        with contextlib.suppress(OSError, AttributeError):
-            ctypes.CDLL("libc.so.6").malloc_trim(0)
+    with contextlib.suppress(OSError, AttributeError):  # of another system, or another library
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def _status_bytes(field: str) -> int:

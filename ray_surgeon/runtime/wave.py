@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ray_surgeon.models.loss import Predicted, compare_with_dense, next_token_loss
-from ray_surgeon.runtime.collectives import TensorPayload, decode, encode
+from ray_surgeon.runtime.collectives import TensorPayload, decode
 from ray_surgeon.runtime.worker import Worker
 from ray_surgeon.storage import tensor_files
 
@@ -39,9 +39,7 @@ class DenseStates(dict[str, dict[int, Tensor]]):
     """
 
 
-def keep_states(
-    worker: Worker, text: str, numbers: Sequence[int], states: Sequence[Tensor]
-) -> None:
+def keep_states(worker: Worker, text: str, numbers: list[int], states: Sequence[Tensor]) -> None:
     """Keep the states [1, T, d] of some sequences of a text.
 
     They are rounded to bfloat16, but those of answers, of which that alone would cost a float32
@@ -53,14 +51,12 @@ def keep_states(
     of_text.update(zip(numbers, rows, strict=True))
 
 
-def receive_states(
-    worker: Worker, text: str, numbers: Sequence[int], states: TensorPayload
-) -> None:
+def receive_states(worker: Worker, text: str, numbers: list[int], states: TensorPayload) -> None:
     """Keep the states [m, T, d] that another worker sent."""
     keep_states(worker, text, numbers, torch.split(decode(states, torch.device("cpu")), 1))
 
 
-def kept_states(worker: Worker, text: str, numbers: Sequence[int]) -> TensorPayload:
+def kept_states(worker: Worker, text: str, numbers: list[int]) -> TensorPayload:
     """Return the states [m, T, d] of some sequences of a text."""
     of_text = worker.kept(DenseStates)[text]
     return worker.pack(torch.cat([of_text[number] for number in numbers]))
@@ -79,14 +75,11 @@ def read_states(worker: Worker, uri: str) -> None:
     """Read what `write_states` wrote."""
     if not worker.shard.blocks.is_last:
         return
-    dense_states = DenseStates()
     reader = tensor_files.Reader()
     # one after the other: all of them twice would need memory that no plan has
     for name in reader.names(uri):
         number, _, text = name.partition(" ")
-        states = reader.read(uri, name)
-        dense_states.setdefault(text, {})[int(number)] = states.clone()
-    worker.keep(dense_states)
+        keep_states(worker, text, [int(number)], [reader.read(uri, name)])
 
 
 @dataclass(frozen=True)
@@ -99,8 +92,9 @@ class Labels:
     # whether last shards keep the hidden states of the calibration, because the weights are the
     # dense model's
     remembers: bool = False
-    # whether a loss that is no number is returned, as that of a training that may go wrong
-    may_diverge: bool = False
+    # whether this is a step of a training: one that goes wrong has a loss that is no number, and
+    # the training counts its steps itself
+    is_step: bool = False
 
 
 Tokens: TypeAlias = NDArray[np.int64]
@@ -109,11 +103,8 @@ Counts: TypeAlias = NDArray[np.bool_] | None
 """[num_sequences, sequence_length], whether a token counts as something that is predicted; None if
 all do.
 """
-
-
-def token_payload(tokens: Tokens) -> TensorPayload:
-    """Return tokens [T] or [n, T] as they travel."""
-    return encode(torch.from_numpy(np.atleast_2d(tokens)))
+Only: TypeAlias = Sequence[int] | None
+"""Numbers of the sequences that are meant; None for all."""
 
 
 class SequenceOfWave(NamedTuple):
@@ -133,16 +124,9 @@ class Wave:
     """Sequences that pass the shards together, as they travel to the last one."""
 
     numbers: list[int]  # of the sequences
-    tokens: TensorPayload  # [m, T]
-    # [m, T] bool, which tokens count, see `next_token_loss`; None for all
-    counts: TensorPayload | None
+    tokens: Tokens  # [m, T]
+    counts: Counts  # [m, T]
     text: str | None  # as whose states those before the head are kept; None if they are not
-
-    @staticmethod
-    def of(sequences: Tokens, numbers: list[int], counts: Counts, text: str | None) -> Wave:
-        """Return the sequences with these numbers."""
-        counting = None if counts is None else encode(torch.from_numpy(counts[numbers]))
-        return Wave(numbers, token_payload(sequences[numbers]), counting, text)
 
     def sequences(self, worker: Worker) -> Iterator[SequenceOfWave]:
         """Yield the sequences."""
@@ -151,6 +135,32 @@ class Wave:
         if self.counts is not None:
             counts = torch.split(worker.unpack(self.counts), 1)
         yield from map(SequenceOfWave, self.numbers, tokens, counts)
+
+
+@dataclass(frozen=True)
+class Passage:
+    """Sequences of a text that pass the shards, and which of them and of their tokens are meant."""
+
+    tokens: Tokens
+    counts: Counts = None
+    only: Only = None
+    # as whose states those before the head are kept by the last shards of all replicas; None if
+    # they are not
+    text: str | None = None
+
+    @property
+    def numbers(self) -> list[int]:
+        """Numbers of those that pass."""
+        return list(range(len(self.tokens)) if self.only is None else self.only)
+
+    def waves(self, num_replicas: int, size: int) -> list[list[Wave]]:
+        """Return the waves of every replica, of `size` sequences, which replicas take in turns."""
+        own = [self.numbers[replica::num_replicas] for replica in range(num_replicas)]
+        return [[self._wave(mine[i : i + size]) for i in range(0, len(mine), size)] for mine in own]
+
+    def _wave(self, numbers: list[int]) -> Wave:
+        counts = None if self.counts is None else self.counts[numbers]
+        return Wave(numbers, self.tokens[numbers], counts, self.text)
 
 
 def forward(worker: Worker, number: int, inputs: TensorPayload) -> TensorPayload:
@@ -190,7 +200,7 @@ def forward_backward(
         if wave.text is not None:
             keep_states(worker, wave.text, [sequence.number], [states])
         losses.append(float(loss))
-        if not labels.may_diverge and not math.isfinite(losses[-1]):
+        if not labels.is_step and not math.isfinite(losses[-1]):
             raise FloatingPointError(
                 f"the loss of calibration sequence {sequence.number} is {losses[-1]}; check the "
                 "weights and the dtype"
@@ -217,11 +227,6 @@ def _gradient_below(worker: Worker, gradients: list[Tensor]) -> TensorPayload:
 def infer(worker: Worker, number: int, inputs: TensorPayload) -> TensorPayload:
     """Run a wave: tokens or hidden states in, hidden states out."""
     return worker.pack(torch.cat(worker.runner.infer(worker.unpack(inputs))))
-
-
-def infer_logits(worker: Worker, inputs: TensorPayload) -> TensorPayload:
-    """Return the logits [n, T, vocabulary]."""
-    return worker.pack(worker.shard.logits(torch.cat(worker.runner.infer(worker.unpack(inputs)))))
 
 
 def infer_each(
@@ -252,36 +257,27 @@ def nll(worker: Worker, hidden: Tensor, sequence: SequenceOfWave) -> float:
     return float(next_token_loss(hidden, head, Predicted(sequence.tokens, sequence.counts))[0])
 
 
+def logits(worker: Worker, hidden: Tensor, sequence: SequenceOfWave) -> TensorPayload:
+    """Return a sequence's logits [1, T, vocabulary]."""
+    return worker.pack(worker.shard.logits(hidden))
+
+
 def is_finite(worker: Worker, hidden: Tensor, sequence: SequenceOfWave) -> bool:
     """Return whether a sequence's hidden states are finite."""
     return bool(torch.isfinite(hidden).all())
 
 
-@dataclass(frozen=True)
-class Compared:
-    """One sequence of the present model beside the dense one; see `Comparison`.
-
-    Values are sums over its tokens that count.
-    """
-
-    nll: float  # in nats
-    divergence: float  # in nats
-    acceptance: float = math.nan  # where it is wanted
-    agreement: float = math.nan  # likewise
-
-
 def comparison(
     worker: Worker, hidden: Tensor, sequence: SequenceOfWave, text: str, with_acceptance: bool
-) -> Compared:
+) -> dict[str, float]:
     """Compare the present model with the dense one on a sequence.
 
-    The worker has the dense model's states of the text. Acceptance and agreement are computed if
-    they are wanted.
+    The worker has the dense model's states of the text. Returned are sums over the tokens that
+    count, by their names in `Comparison`; acceptance and agreement if they are wanted.
     """
     _, tokens, counts = sequence
     dense = worker.kept(DenseStates)[text][sequence.number].to(worker.device)
     head = worker.shard.head_weight
     predicted = Predicted(tokens, counts)
     sums = compare_with_dense(hidden, dense, predicted, head, with_acceptance=with_acceptance)
-    values = (sums.nll, sums.divergence, sums.acceptance, sums.agreement)
-    return Compared(*(float(value) for value in values if value is not None))
+    return {name: float(value) for name, value in vars(sums).items() if value is not None}

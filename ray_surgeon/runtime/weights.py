@@ -63,12 +63,11 @@ def load(worker: Worker, recipe: ModelRecipe, by_element: bool, stores: Stores) 
     source = open_model(recipe.model)
     layout = worker.layout
     index = worker.index
-    scratch = Scratch(*recipe.scratch, f"{index.shard}-{index.replica}")
+    worker.scratch = scratch = Scratch(*recipe.scratch, f"{index.shard}-{index.replica}")
     scratch.remove_earlier()
     blocks = worker.placement.blocks[index.shard]
     dtype = getattr(torch, recipe.model.dtype)
     worker.shard = ModelShard(layout, blocks, dtype, worker.device, stores, scratch)
-    worker.scratch = scratch
     worker.runner = BlockRunner(worker.shard)
     pruned_in = dict(recipe.shot_files)
     read_dense = tensor_reader(layout, source.uri_of, source.read, source.origin)
@@ -90,11 +89,9 @@ def load(worker: Worker, recipe: ModelRecipe, by_element: bool, stores: Stores) 
         get = ReadAhead(read, names, {**layout.parameters, **of_masks})
     worker.shard.load(get, stays=stays)
     for name in worker.shard.linears:
-        shape = layout.shapes[name]
+        sizes = layout.shapes[name].num_rows, layout.shapes[name].num_columns
         tensors = {part: get(f"{name}.{part}").to(torch.bool, copy=True) for part in parts}
-        worker.masks[name] = (
-            kind(**tensors) if parts else kind.full(shape.num_rows, shape.num_columns)
-        )
+        worker.masks[name] = kind(**tensors) if parts else kind.full(*sizes)
 
 
 @dataclass(frozen=True)
@@ -139,8 +136,8 @@ def continue_from_shot(worker: Worker, saved: Sequence[SavedFile]) -> None:
 
 def num_files(worker: Worker, masks: bool) -> tuple[int, int]:
     """Return how many files `save_weights` writes, of weights and of masks."""
-    of_masks = _mask_parts(worker) if masks else []
-    return len(_weight_parts(worker, linears_only=False)), len(of_masks)
+    num_masks = len(_mask_parts(worker)) if masks else 0
+    return len(_weight_parts(worker, linears_only=False)), num_masks
 
 
 def save_weights(
@@ -163,10 +160,8 @@ def save_weights(
         stored: whether tensors are called as in the family's own checkpoints, or as they are here.
     """
     exported = _Exported(worker, cut_out=not mask_names, stored=stored)
-    parts: list[_Tensors] = [
-        ((exported.name(n), exported.get(n)) for n in part if n not in left_out)
-        for part in _weight_parts(worker, linears_only=False)
-    ]
+    names_of_parts = _weight_parts(worker, linears_only=False)
+    parts = [exported.tensors(n for n in part if n not in left_out) for part in names_of_parts]
     parts += _mask_parts(worker) if mask_names else []
     uris = (files.join(folder, name) for name in (*names, *mask_names))
     return tuple(_write(uri, part) for uri, part in zip(uris, parts, strict=True))
@@ -177,12 +172,10 @@ class _Exported:
 
     def __init__(self, worker: Worker, *, cut_out: bool, stored: bool) -> None:
         """Look up what is left of heads and of other parts, if pruned ones are cut out."""
-        self._worker = worker
-        self._cut_out = cut_out
+        self._shard = worker.shard
+        self._masks = worker.masks if cut_out else {}
         layout = worker.layout
-        masks = worker.masks if cut_out else {}
-        self._stored = Stored(layout, worker.shard.blocks, masks, stored=stored)
-        self.name = self._stored.name
+        self._stored = Stored(layout, worker.shard.blocks, self._masks, stored=stored)
         # name of a tensor, or of a module, with an entry for each part -> which are left
         self._entries = dict(self._stored.entries)
         per_head = layout.family.per_head if cut_out else ()
@@ -190,24 +183,24 @@ class _Exported:
             if groups.kind == "attention":
                 columns = worker.mask(groups.consumer, StructuredMask).columns
                 of_heads = columns[groups.columns.flatten()].view(-1, layout.heads.head_dim)
-                for name in per_head:
-                    full_name = layout.family.block_prefix(groups.block) + name
-                    self._entries[full_name] = of_heads.any(dim=1)
+                prefix = layout.family.block_prefix(groups.block)
+                self._entries |= {prefix + name: of_heads.any(dim=1) for name in per_head}
 
-    def get(self, name: str) -> Tensor:
-        """Return a tensor, without what is cut out; see `Stored.whole`."""
-        return self._stored.whole(name, self._cut(name))
+    def tensors(self, names: Iterable[str]) -> _Tensors:
+        """Yield tensors, without what is cut out; see `Stored.whole`."""
+        for name in names:
+            yield self._stored.name(name), self._stored.whole(name, self._cut(name))
 
     def _cut(self, name: str) -> Tensor:
-        tensor = self._worker.shard.tensor(name)
+        tensor = self._shard.tensor(name)
         linear, _, part = name.rpartition(".")
         entries = self._entries.get(name, self._entries.get(linear))
         if entries is not None:
             return tensor[entries.to(tensor.device)]
-        if not self._cut_out or linear not in self._worker.shard.linears:
+        mask = self._masks.get(linear)
+        if not isinstance(mask, StructuredMask):
             return tensor
-        mask = self._worker.mask(linear, StructuredMask)
-        module = self._worker.shard.linears[linear]
+        module = self._shard.linears[linear]
         return cut(module, part, tensor, mask.rows, mask.columns[: num_inputs(module)])
 
 
@@ -217,8 +210,6 @@ def _weight_parts(worker: Worker, *, linears_only: bool) -> list[list[str]]:
     In whole models, those that checkpoints of the family keep in one tensor follow each other and
     stay together.
     """
-    if worker.index.replica != 0:
-        return []
     units: dict[str, list[str]] = {}
     for name in worker.shard.saved(linears_only=linears_only):
         stored = name if linears_only else worker.layout.family.stored_in(name)
@@ -226,26 +217,25 @@ def _weight_parts(worker: Worker, *, linears_only: bool) -> list[list[str]]:
     num_entries = {name: math.prod(shape) for name, shape in worker.layout.parameters.items()}
     width = worker.shard.dtype.itemsize
     sizes = [(unit, width * sum(num_entries[name] for name in unit)) for unit in units.values()]
-    return [list(chain.from_iterable(part)) for part in _by_size(sizes)]
+    return [list(chain.from_iterable(part)) for part in _of_files(worker, sizes)]
 
 
 def _mask_parts(worker: Worker) -> list[list[tuple[str, Tensor]]]:
     """Return the tensors of all masks by their names in files, those of one file each."""
-    if worker.index.replica != 0:
-        return []
     tensors = [
         (f"{name}.{part}", tensor)
         for name, mask in worker.masks.items()
         for part, tensor in vars(mask).items()
     ]
-    return _by_size([((name, tensor), tensor.numel()) for name, tensor in tensors])
+    return _of_files(worker, [((name, tensor), tensor.numel()) for name, tensor in tensors])
 
 
-def _by_size(sizes: Sequence[tuple[T, int]]) -> list[list[T]]:
-    parts: list[list[T]] = [[]]
+def _of_files(worker: Worker, sizes: Iterable[tuple[T, int]]) -> list[list[T]]:
+    """Put things of these sizes together as files hold them, all of which replica 0 writes."""
+    parts: list[list[T]] = []
     filled = 0
-    for thing, size in sizes:
-        if parts[-1] and filled + size > FILE_BYTES:
+    for thing, size in sizes if worker.index.replica == 0 else ():
+        if not parts or filled + size > FILE_BYTES:
             parts.append([])
             filled = 0
         parts[-1].append(thing)

@@ -10,7 +10,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Any, Concatenate, ParamSpec, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -153,18 +153,15 @@ class Worker:
 
     def kept(self, kind: type[T]) -> T:
         """Return the object of a class that is kept."""
-        thing: T = self._kept[kind]
-        return thing
+        return cast(T, self._kept[kind])
 
     def keeping(self, kind: type[T]) -> T:
         """Return the object of a class that is kept, a new one if there is none."""
-        thing: T = self._kept.setdefault(kind, kind())
-        return thing
+        return cast(T, self._kept.setdefault(kind, kind()))
 
     def drop(self, kind: type[T]) -> T:
         """Return the object of a class and keep it no longer."""
-        thing: T = self._kept.pop(kind)
-        return thing
+        return cast(T, self._kept.pop(kind))
 
     # Weights and masks
 
@@ -225,16 +222,14 @@ class Worker:
     def summary(self, name: str, predicted: float | None, residual: float) -> LinearSummary:
         """Return what is left of a linear."""
         mask = self.masks[name]
-        W = self.shard.weight(name)
-        rows, columns = (
-            (mask.rows, mask.columns)
-            if isinstance(mask, StructuredMask)
-            else (mask.kept.any(1), mask.kept.any(0))
-        )
+        if isinstance(mask, StructuredMask):
+            sides = mask.rows, mask.columns
+        else:
+            sides = mask.kept.any(1), mask.kept.any(0)
+        rows, columns = sides
         kept = int(rows.sum()), int(columns.sum()), mask.num_kept
-        return LinearSummary(
-            name, len(rows), len(columns), *kept, int(W.count_nonzero()), predicted, residual
-        )
+        num_nonzero = int(self.shard.weight(name).count_nonzero())
+        return LinearSummary(name, len(rows), len(columns), *kept, num_nonzero, predicted, residual)
 
 
 Step = Callable[Concatenate[Worker, P], T]

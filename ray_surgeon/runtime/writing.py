@@ -10,6 +10,7 @@ tokens that are a fixed number of steps old. Shards, replicas and backends chang
 
 from __future__ import annotations
 
+import sys
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -20,13 +21,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import DynamicCache
 
 from ray_surgeon.models.loss import next_tokens
 from ray_surgeon.runtime.cluster import Cluster, Future, at_hand, value_of
 from ray_surgeon.runtime.collectives import TensorPayload
 from ray_surgeon.runtime.placement import WorkerIndex
-from ray_surgeon.runtime.wave import token_payload
+from ray_surgeon.runtime.wave import Only
 from ray_surgeon.runtime.worker import Worker
 
 TEXTS_TOGETHER = 16
@@ -55,18 +55,12 @@ class Wanted:
     temperature: float = 1.0  # logits are divided by it; 0 takes the most likely token
     seed: int = 0  # of the draws
     ends: frozenset[int] = frozenset()  # a text ends with the first of these tokens
-    max_length: int | None = None  # tokens of a prompt and its text together, at most
+    max_length: int = sys.maxsize  # tokens of a prompt and its text together, at most
     num_together: int | None = None  # texts in a batch, at most; None: see `texts_together`
 
     def room(self, number: int) -> int:
         """Return how many tokens a text may have."""
-        if self.max_length is None:
-            return self.num_tokens
         return max(0, min(self.num_tokens, self.max_length - len(self.prompts[number])))
-
-    def has_ended(self, number: int, text: Sequence[int]) -> bool:
-        """Whether what was written so far of a text is all of it."""
-        return len(text) == self.room(number) or (bool(text) and text[-1] in self.ends)
 
     def num_steps(self, numbers: Sequence[int]) -> int:
         """Return in how many steps a batch is written if no text ends before it must."""
@@ -87,50 +81,23 @@ class Wanted:
 # On a worker
 
 
-@dataclass
-class _Draws:
-    """What the last shard needs to choose the next tokens of the rows of a batch."""
+class _Batch:
+    """Texts that are being written together, a row each."""
 
-    prompts: Tensor  # [m, longest prompt] int64, zeros after shorter ones
-    lengths: Tensor  # [m] int64, of the prompts
-    chances: Tensor  # [m, num_tokens] in [0, 1)
-    temperature: float
-
-    @staticmethod
-    def of(wanted: Wanted, numbers: Sequence[int], device: torch.device) -> _Draws:
-        """Return those of the texts with these numbers."""
+    def __init__(self, worker: Worker, numbers: Sequence[int], wanted: Wanted) -> None:
+        """Begin texts with these numbers, whose prompts are all that `wanted` has."""
         prompts = [torch.tensor(prompt) for prompt in wanted.prompts]
         seeds = (wanted.seed + 1_000_003 * number for number in numbers)
         generators = (torch.Generator().manual_seed(seed) for seed in seeds)
         chances = [torch.rand(wanted.num_tokens, generator=drawing) for drawing in generators]
-        return _Draws(
-            pad_sequence(prompts, batch_first=True).to(device),
-            torch.tensor([len(prompt) for prompt in prompts], device=device),
-            torch.stack(chances).to(device),
-            wanted.temperature,
-        )
-
-    def of_rows(self, rows: Tensor) -> _Draws:
-        """Return those of some rows."""
-        return _Draws(self.prompts[rows], self.lengths[rows], self.chances[rows], self.temperature)
-
-    def choose(self, worker: Worker, hidden: Tensor, position: int) -> Tensor:
-        """Return the tokens [m] at a position, after the last hidden states [m, d] before it."""
-        own = (position - self.lengths).clamp(0, self.chances.shape[1] - 1)
-        chances = self.chances.gather(1, own[:, None])[:, 0]
-        drawn = next_tokens(hidden, worker.shard.head_weight, chances, self.temperature)
-        if position >= self.prompts.shape[1]:
-            return drawn
-        return torch.where(position < self.lengths, self.prompts[:, position], drawn)
-
-
-@dataclass
-class _Batch:
-    """Texts that are being written together."""
-
-    cache: DynamicCache  # keys and values of all tokens so far
-    draws: _Draws | None  # on the last shard
-    num_tokens: int = 0  # so far, prompts included
+        self.cache = worker.runner.new_cache()  # keys and values of all tokens so far
+        self.num_tokens = 0  # so far, prompts included
+        # what the last shard needs to choose the next tokens: [m, longest prompt] int64, zeros
+        # after shorter ones; [m] int64; and [m, num_tokens] in [0, 1)
+        self._prompts = pad_sequence(prompts, batch_first=True).to(worker.device)
+        self._lengths = torch.tensor([len(prompt) for prompt in prompts], device=worker.device)
+        self._chances = torch.stack(chances).to(worker.device)
+        self._temperature = wanted.temperature
 
     def keep_rows(self, worker: Worker, rows: Tensor) -> None:
         """Forget all rows but these."""
@@ -138,8 +105,19 @@ class _Batch:
         kept = worker.runner.new_cache()  # one that has no room set aside for the rows before
         kept.layers = self.cache.layers
         self.cache = kept
-        if self.draws is not None:
-            self.draws = self.draws.of_rows(rows)
+        self._prompts = self._prompts[rows]
+        self._lengths = self._lengths[rows]
+        self._chances = self._chances[rows]
+
+    def choose(self, worker: Worker, hidden: Tensor) -> Tensor:
+        """Return the tokens [m] that follow, after the last hidden states [m, d] before them."""
+        position = self.num_tokens
+        own = (position - self._lengths).clamp(0, self._chances.shape[1] - 1)
+        chances = self._chances.gather(1, own[:, None])[:, 0]
+        drawn = next_tokens(hidden, worker.shard.head_weight, chances, self._temperature)
+        if position >= self._prompts.shape[1]:
+            return drawn
+        return torch.where(position < self._lengths, self._prompts[:, position], drawn)
 
 
 class _Writing(dict[int, _Batch]):
@@ -147,15 +125,11 @@ class _Writing(dict[int, _Batch]):
 
 
 def begin(worker: Worker, batch: int, numbers: Sequence[int], wanted: Wanted) -> None:
-    """Prepare a batch of texts with these numbers, whose prompts are all that `wanted` has."""
-    is_last = worker.shard.blocks.is_last
-    draws = _Draws.of(wanted, numbers, worker.device) if is_last else None
-    worker.keeping(_Writing)[batch] = _Batch(worker.runner.new_cache(), draws)
+    """Prepare a batch; see `_Batch`."""
+    worker.keeping(_Writing)[batch] = _Batch(worker, numbers, wanted)
 
 
-def write_on(
-    worker: Worker, batch: int, inputs: TensorPayload, rows: Sequence[int] | None = None
-) -> TensorPayload:
+def write_on(worker: Worker, batch: int, inputs: TensorPayload, rows: Only) -> TensorPayload:
     """Run the next tokens of a batch through a shard.
 
     Args:
@@ -175,9 +149,9 @@ def write_on(
         received = received[chosen] if worker.shard.blocks.is_first else received
     (hidden,) = worker.runner.infer(received, text.cache)
     text.num_tokens += received.shape[1]
-    if text.draws is None:
-        return worker.pack(hidden)
-    return worker.pack(text.draws.choose(worker, hidden[:, -1], text.num_tokens)[:, None])
+    if worker.shard.blocks.is_last:
+        hidden = text.choose(worker, hidden[:, -1])[:, None]
+    return worker.pack(hidden)
 
 
 def end(worker: Worker, batch: int) -> None:
@@ -210,11 +184,9 @@ def write_texts(cluster: Cluster, wanted: Wanted) -> list[NDArray[np.int64]]:
     # so many batches at once keep all workers busy
     num_slots = min(len(batches), len(cluster.placement.workers))
     slots = [write_waiting(slot % cluster.placement.num_replicas) for slot in range(num_slots)]
-    done = 0
     cluster.progress.begin(sum(map(wanted.num_steps, batches)), "tokens")
     for steps in zip_longest(*slots, fillvalue=0):
-        done += sum(steps)
-        cluster.progress.reach(done)
+        cluster.progress.reach(cluster.progress.done + sum(steps))
     return [np.array(text, dtype=np.int64) for text in writer.texts]
 
 
@@ -234,9 +206,7 @@ class _Writer:
         cluster = self.cluster
         workers = [WorkerIndex(shard, replica) for shard in range(cluster.placement.num_shards)]
 
-        def pass_on(
-            inputs: Future[TensorPayload], rows: list[int] | None = None
-        ) -> Future[TensorPayload]:
+        def pass_on(inputs: Future[TensorPayload], rows: Only = None) -> Future[TensorPayload]:
             for worker in workers:
                 inputs = cluster.submit(worker, write_on, batch, value_of(inputs), rows)
             return inputs
@@ -244,7 +214,9 @@ class _Writer:
         own = replace(self.wanted, prompts=tuple(self.wanted.prompts[i] for i in numbers))
         cluster.get([cluster.submit(worker, begin, batch, numbers, own) for worker in workers])
         shortest = min(map(len, own.prompts))
-        *pieces, inputs = _pieces([prompt[:shortest] for prompt in own.prompts])
+        tokens = np.array([prompt[:shortest] for prompt in own.prompts], dtype=np.int64)
+        size = max(1, PREFILL_TOKENS // len(numbers))
+        *pieces, inputs = [at_hand(tokens[:, i : i + size]) for i in range(0, shortest, size)]
         for piece in pieces:
             pass_on(piece)
         # numbers of the texts, position of the tokens that come of a step, and these [m, 1]
@@ -273,19 +245,13 @@ class _Writer:
         return [row for row, number in enumerate(numbers) if not self._has_ended(number)]
 
     def _has_ended(self, number: int) -> bool:
-        return self.wanted.has_ended(number, self.texts[number])
+        """Whether what was written so far of a text is all of it."""
+        text = self.texts[number]
+        return len(text) == self.wanted.room(number) or not self.wanted.ends.isdisjoint(text[-1:])
 
     def _take(self, numbers: list[int], position: int, payload: Future[TensorPayload]) -> None:
         """Add the tokens of a step to the texts that have not ended."""
         (tokens,) = self.cluster.get([payload])
-        for number, token in zip(numbers, tokens.array[:, 0].tolist(), strict=True):
+        for number, token in zip(numbers, tokens[:, 0].tolist(), strict=True):
             if position >= len(self.wanted.prompts[number]) and not self._has_ended(number):
                 self.texts[number].append(token)
-
-
-def _pieces(prompts: Sequence[Sequence[int]]) -> list[Future[TensorPayload]]:
-    """Return prompts of one length in pieces that pass the shards in one call each."""
-    tokens = np.array(prompts, dtype=np.int64)
-    size = max(1, PREFILL_TOKENS // len(tokens))
-    starts = range(0, tokens.shape[1], size)
-    return [at_hand(token_payload(tokens[:, start : start + size])) for start in starts]

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ray_surgeon.models.layout import ModelLayout
-from ray_surgeon.plan.needs import Beside, StepPlan, WorkerView
+from ray_surgeon.plan.needs import StepPlan, WorkerView
 from ray_surgeon.report.directory import RunDirectory
 from ray_surgeon.report.events import Fact, Steps
 from ray_surgeon.report.record import RunReport
@@ -85,7 +85,7 @@ def held_measure(cluster: Cluster, text: CalibrationText, loss: str = "kl") -> f
     """
     held = text.held, text.held_counts
     if loss == "kl":
-        sums = [comparison.divergence for comparison in compared(cluster, HELD, *held)]
+        sums = [comparison["divergence"] for comparison in compared(cluster, HELD, *held)]
     else:
         sums = sequence_losses(cluster, *held)
     mean = sum(sums) / max(1, num_counted(*held))
@@ -189,9 +189,9 @@ class Stage(ABC):
         """Return its steps with what they need."""
         return ()
 
-    def beside(self, worker: WorkerView) -> Mapping[str, Beside]:
-        """Return step -> what this stage needs in the steps of others of that name."""
-        return {}
+    def beside(self, worker: WorkerView) -> Iterable[StepPlan]:
+        """Return the bytes that this stage needs beside others, in their steps by name."""
+        return ()
 
     def on_host(self, worker: WorkerView) -> float:
         """Return the bytes of the host's memory that this stage needs in all steps."""

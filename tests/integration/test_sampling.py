@@ -94,7 +94,7 @@ def test_a_batch_stops_when_its_texts_have_ended(
     write_on = writing.write_on
 
     def counted(worker: Worker, batch: int, inputs: TensorPayload, *rest: Any) -> TensorPayload:
-        calls.append(len(inputs.array))
+        calls.append(len(inputs))
         return write_on(worker, batch, inputs, *rest)
 
     monkeypatch.setattr(writing, "write_on", counted)

@@ -242,7 +242,7 @@ def test_means_are_over_the_tokens_that_count(model_folders: dict[str, Path]) ->
         for name in worker.shard.linears:
             worker.shard.set_weight(name, 0.9 * worker.shard.weight(name))
     num_tokens = SEQUENCES.shape[1] - 1
-    found = [one.divergence for one in compared(cluster, "text", SEQUENCES)]
+    found = [one["divergence"] for one in compared(cluster, "text", SEQUENCES)]
     measured = measure(cluster, "text", SEQUENCES)
     assert measured.divergence == sum(found) / (num_tokens * len(SEQUENCES)) > 1e-3
     each = passes.divergences_of(cluster, "text", SEQUENCES)

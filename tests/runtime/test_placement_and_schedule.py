@@ -69,11 +69,11 @@ def test_order_is_that_of_every_shard_and_causal(num_shards: int, n: int) -> Non
 def test_transport_is_exact_and_gives_a_tensor_of_its_own(dtype: torch.dtype) -> None:
     tensor = (torch.randn(3, 4) * 100).to(dtype)
     payload = encode(tensor)
-    payload.array.setflags(write=False)
+    payload.setflags(write=False)
     back = decode(payload, torch.device("cpu"))
     assert back.dtype == dtype
     assert torch.equal(back, tensor)
     back.add_(1)
     assert torch.equal(decode(payload, torch.device("cpu")), tensor)
     payload = encode(torch.randn(1000, 10)[:2])
-    assert payload.array.base is None or payload.array.base.nbytes <= 80, "not of the storage"
+    assert payload.base is None or payload.base.nbytes <= 80, "not of the storage"

@@ -106,8 +106,7 @@ def remember_answers(cluster: Cluster, answers: Answers) -> None:
         FloatingPointError: a state is not finite.
     """
     tokens, _ = answers.windows()
-    every = range(len(tokens))
-    passes.pass_up_to_the_head(cluster, tokens, every, ANSWERS, "the dense model's answers")
+    passes.pass_up_to_the_head(cluster, tokens, None, ANSWERS, "the dense model's answers")
 
 
 def measure_rates(cluster: Cluster, answers: Answers) -> dict[str, float]:
@@ -123,7 +122,7 @@ def measure_rates(cluster: Cluster, answers: Answers) -> dict[str, float]:
     comparisons = passes.compared(cluster, ANSWERS, tokens, counts, acceptance=True)
     num_tokens = passes.num_counted(tokens, counts)
     means = {
-        name: sum(getattr(comparison, name) for comparison in comparisons) / num_tokens
+        name: sum(comparison[name] for comparison in comparisons) / num_tokens
         for name in ("acceptance", "agreement", "divergence")
     }
     passes.finite("the divergence from the dense model on its answers", means["divergence"])

@@ -173,10 +173,8 @@ class Training:
         num_tokens = num_counted(text.tokens, text.counts, batch)
         if not num_tokens:
             return True
-        labels = Labels(of_dense_model=self.section.loss == "kl", may_diverge=True)
-        sums = forward_and_backward(
-            self.cluster, text.tokens, labels, only=batch, counted=False, counts=text.counts
-        )
+        labels = Labels(of_dense_model=self.section.loss == "kl", is_step=True)
+        sums = forward_and_backward(self.cluster, text.tokens, labels, batch, text.counts)
         self.losses.append(sum(sums) / num_tokens)
         if not math.isfinite(self.losses[-1]):
             return False

@@ -5,7 +5,7 @@ Of several dampings the one may be chosen with which removals cost least on wind
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 from math import isfinite
@@ -16,7 +16,7 @@ import numpy as np
 from ray_surgeon.maths.damping import A_CHOICES, G_CHOICES, choose_damping, cost_held_aside
 from ray_surgeon.maths.kronecker import Damping, PackedFactors
 from ray_surgeon.models.layout import ModelLayout
-from ray_surgeon.plan.needs import Beside, StepPlan, WorkerView
+from ray_surgeon.plan.needs import StepPlan, WorkerView
 from ray_surgeon.runtime.cluster import Cluster
 from ray_surgeon.runtime.worker import Worker
 from ray_surgeon.stages.curvature.gather import gather_curvature, gather_terms
@@ -189,12 +189,12 @@ class Curvature(Stage):
         bubble = (waves + worker.num_shards - 1) / waves
         yield StepPlan(self.name, device, host, flops, 0.0, of_host, of_disk, bubble)
 
-    def beside(self, worker: WorkerView) -> Mapping[str, Beside]:
+    def beside(self, worker: WorkerView) -> Iterable[StepPlan]:
         """Return further Kronecker terms, which are not packed."""
         curvature = self.method.used_curvature
         if not isinstance(curvature, ExtendedKfacSection):
-            return {}
+            return ()
         further = curvature.num_kronecker_terms - 1
         squares = sum(linear.num_rows**2 + linear.num_columns**2 for linear in worker.linears)
-        terms = Beside(device=(further + 1.5) * 4.0 * squares)
-        return dict.fromkeys((self.name, "costs", "update"), terms)
+        device = (further + 1.5) * 4.0 * squares
+        return [StepPlan(name, device, 0.0) for name in (self.name, "costs", "update")]

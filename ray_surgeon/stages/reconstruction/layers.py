@@ -230,7 +230,7 @@ class Reconstruction:
             return
         arrivals = replace(self, num_backward=0)._arrivals(cluster, held)
         cluster.run_all(self.start, *arrivals)
-        pass_up_to_the_head(cluster, held, range(len(held)), None, "the windows held aside")
+        pass_up_to_the_head(cluster, held, None, None, "the windows held aside")
         cluster.run_all(self.share, *arrivals, are_held=True)
 
     @staticmethod

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar
 
 from ray_surgeon.maths.reconstruction import TOKENS_AT_A_TIME
 from ray_surgeon.models.layout import LinearShape
-from ray_surgeon.plan.needs import Beside, StepPlan, WorkerView
+from ray_surgeon.plan.needs import StepPlan, WorkerView
 from ray_surgeon.stages.prune.groups import Groups
 from ray_surgeon.stages.prune.method import Method
 from ray_surgeon.stages.reconstruction.layers import Reconstruction, errors_of
@@ -84,14 +84,14 @@ class ReconstructionStage(Stage):
             of_owners[worker.owners[linear.name]] += of_token
         yield StepPlan("update", device, worker.host, tokens * max(of_owners.values()))
 
-    def beside(self, worker: WorkerView) -> Mapping[str, Beside]:
+    def beside(self, worker: WorkerView) -> Iterable[StepPlan]:
         """Return the inputs of layers, bfloat16, from the curvature pass to the update."""
         owners = [worker.owners[linear.name] for linear in self._layers(worker)]
         tokens = worker.num_sequences * worker.sequence_length
         of_layer = 2.0 * tokens * worker.hidden_size
-        moving = Beside(host=of_layer * self._layers_at_once(worker, owners))
-        kept = Beside(host=of_layer * max(map(owners.count, owners), default=0))
-        return {"curvature": moving, "costs": kept, "search": kept, "update": kept}
+        kept = of_layer * max(map(owners.count, owners), default=0)
+        yield StepPlan("curvature", 0.0, of_layer * self._layers_at_once(worker, owners))
+        yield from (StepPlan(name, 0.0, kept) for name in ("costs", "search", "update"))
 
     def _layers_at_once(self, worker: WorkerView, owners: list[int]) -> float:
         """Return of how many layers a replica has the inputs at most.
