@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
@@ -114,8 +114,8 @@ class RunState:
     shot: int = 0  # number of the present one; 0 before the first
     record: dict[str, Any] = field(default_factory=dict)  # of the present shot, for the report
     linears: list[LinearSummary] = field(default_factory=list)  # what the update of the shot left
-    _kept: dict[type, Any] = field(default_factory=dict)
-    _of_shot: dict[type, Any] = field(default_factory=dict)
+    _kept: dict[Any, Any] = field(default_factory=dict)
+    _of_shot: dict[Any, Any] = field(default_factory=dict)
 
     @property
     def resumes(self) -> bool:
@@ -139,18 +139,21 @@ class RunState:
     def keep(self, thing: object, *, of_shot: bool = False) -> None:
         """Keep an object for later stages, in place of one of the same class.
 
+        `find` and `kept` know it by that class, and by those that it derives from.
+
         Args:
             thing: to keep.
             of_shot: whether it is forgotten when the next shot begins.
         """
-        (self._of_shot if of_shot else self._kept)[type(thing)] = thing
+        kept = self._of_shot if of_shot else self._kept
+        kept |= dict.fromkeys(type(thing).__mro__, thing)
 
-    def find(self, kind: type[T]) -> T | None:
+    def find(self, kind: Callable[..., T]) -> T | None:
         """Return the object of a class that is kept, if there is one."""
         thing: T | None = self._of_shot.get(kind, self._kept.get(kind))
         return thing
 
-    def kept(self, kind: type[T]) -> T:
+    def kept(self, kind: Callable[..., T]) -> T:
         """Return the object of a class that is kept."""
         thing = self.find(kind)
         assert thing is not None, f"no stage has left a {kind.__name__}"

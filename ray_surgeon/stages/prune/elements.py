@@ -8,33 +8,32 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import Field, Tag
+from pydantic import Field
 
 from ray_surgeon.maths import threshold as thresholds
-from ray_surgeon.maths.conjugate import ElementUpdate
 from ray_surgeon.maths.element_pruning import ElementUnits, find_elements
 from ray_surgeon.maths.masks import ElementMask
-from ray_surgeon.models.layout import LinearShape, ModelLayout
+from ray_surgeon.models.layout import LinearShape
 from ray_surgeon.plan.work import LinearNeeds
 from ray_surgeon.runtime.cluster import Cluster
 from ray_surgeon.runtime.worker import Worker
-from ray_surgeon.spec.base import Positive, Section, by_tag, tag
+from ray_surgeon.spec.base import Positive, Section
 from ray_surgeon.spec.targets import SparsitySection
 from ray_surgeon.stages.prune.method import ByThreshold, Choice, Scored, Scores
 
-Pattern = tuple[Positive, Positive]
 
+class UpdateSection(Section):
+    """How the kept elements make up for the pruned ones; see `maths.conjugate.ElementUpdate`."""
 
-class ConjugateGradientsUpdate(Section):
-    """All correlations at once, by preconditioned conjugate gradients."""
-
-    solver: Literal["conjugate_gradients"] = "conjugate_gradients"
-    """All correlations at once"""
+    solver: Literal["conjugate_gradients", "single", "none"] = "conjugate_gradients"
+    """conjugate_gradients: for all removals at once, by preconditioned conjugate gradients, which
+    the other fields are of; single: for each as if it were alone; none: no update (OBD)
+    """
     precision: Literal["bfloat16", "float32"] = "bfloat16"
     """dtype of the products; bfloat16 is faster where the hardware has it"""
     num_iterations: Positive = 16
@@ -43,71 +42,49 @@ class ConjugateGradientsUpdate(Section):
     """Relative residual at which they stop"""
 
 
-class PlainUpdate(Section):
-    """Each removal on its own, or no update."""
+class PatternSection(SparsitySection):
+    """What all methods have that prune single elements or N:M groups."""
 
-    solver: Literal["single", "none"]
-    """single: each removal as if it were alone; none: no update (OBD)"""
-
-
-UpdateSection = Annotated[
-    Annotated[ConjugateGradientsUpdate, Tag(tag("conjugate_gradients"))]
-    | Annotated[PlainUpdate, Tag(tag("plain"))],
-    by_tag(
-        lambda get: "plain" if get("solver", None) in ("single", "none") else "conjugate_gradients",
-        "solver conjugate_gradients, single or none",
-    ),
-]
-
-
-class _Elements(SparsitySection):
-    method: Literal["llm_surgeon"] = "llm_surgeon"
-    """One global threshold on costs, and updates"""
-    update: UpdateSection = ConjugateGradientsUpdate()
-    """How the kept weights make up for the pruned ones"""
+    structure: Literal["element", "n_m"]
+    """Single elements, or N:M groups: of every M consecutive inputs of a row, N stay"""
+    n_m: tuple[Positive, Positive] | None = None
+    """[N, M] of structure n_m: N of M consecutive inputs of a row stay; [2, 4] if not given"""
 
     @property
     def units(self) -> ElementUnits:
         """What is pruned as one."""
-        return ElementUnits(*getattr(self, "n_m", ()))
+        return ElementUnits(*(self.n_m or (2, 4))) if self.structure == "n_m" else ElementUnits()
 
-
-class ElementsSection(_Elements):
-    """Single elements."""
-
-    structure: Literal["element"]
-    """Single elements"""
-    costs: Literal["obs", "obd"] = "obs"
-    """Predicted loss increase of a removal with the optimal update of the others (obs) or without
-    an update (obd)
-    """
-
-
-class NMSection(_Elements):
-    """N:M groups: of every M consecutive inputs of a row, N stay."""
-
-    structure: Literal["n_m"]
-    """N:M groups"""
-    n_m: Pattern = (2, 4)
-    """[N, M]: N of M consecutive inputs of a row stay"""
-    costs: Literal["obs", "obs_sum", "obd"] = "obs"
-    """Cost of a group. obs: the exact joint cost of its best pattern; obs_sum: the sum of its
-    smallest single costs, as in the paper; obd: that sum without updates
-    """
+    @property
+    def largest_sparsity(self) -> float:
+        """The largest sparsity of a pattern."""
+        return 1 - self.units.n / self.units.m
 
     def problems(self) -> Iterator[str]:
-        """Yield what fields have against each other."""
-        yield from problems_of_pattern(self.n_m, self.target_sparsity)
+        """Yield why a pattern is impossible, or cannot reach the target."""
+        n = self.units.n
+        m = self.units.m
+        if self.structure == "element" and self.n_m is not None:
+            yield "n_m: structure element has no pattern; remove it, or set structure n_m"
+        if not n < m <= 16:
+            yield f"n_m: [{n}, {m}] needs N < M <= 16; give for example [2, 4] or [4, 8]"
+        if self.target_sparsity > self.largest_sparsity + thresholds.SHORT:
+            most = f"{n}:{m} can remove, {self.largest_sparsity:g}"
+            yield f"target_sparsity: {self.target_sparsity:g} is more than {most}; lower it"
 
 
-def problems_of_pattern(n_m: Pattern, target_sparsity: float) -> Iterator[str]:
-    """Yield why a pattern is impossible, or cannot reach a target."""
-    n, m = n_m
-    if not n < m <= 16:
-        yield f"n_m: [{n}, {m}] needs N < M <= 16; give for example [2, 4] or [4, 8]"
-    if target_sparsity > 1 - n / m:
-        most = f"{n}:{m} can remove, {1 - n / m:g}"
-        yield f"target_sparsity: {target_sparsity:g} is more than {most}; lower it"
+class ElementsSection(PatternSection):
+    """The LLM Surgeon on single elements or N:M groups."""
+
+    method: Literal["llm_surgeon"] = "llm_surgeon"
+    """One global threshold on costs, and updates"""
+    costs: Literal["obs", "obs_sum", "obd"] = "obs"
+    """Predicted loss increase of a removal. obs: with the optimal update of the others, of an N:M
+    group the exact joint cost of its best pattern; obs_sum: of an N:M group the sum of its smallest
+    single costs, as in the paper; obd: without updates, of an N:M group likewise a sum
+    """
+    update: UpdateSection = UpdateSection()
+    """How the kept weights make up for the pruned ones"""
 
 
 @dataclass(frozen=True)
@@ -115,21 +92,7 @@ class Elements(ByThreshold):
     """Single elements or N:M groups; the costs of all of them never leave the workers."""
 
     by_element: ClassVar[bool] = True
-    section: ElementsSection | NMSection
-
-    @property
-    def update(self) -> ElementUpdate:
-        """See `ElementCandidates`."""
-        return ElementUpdate(**self.section.update.model_dump())
-
-    def reach(self, layout: ModelLayout) -> float:
-        """Return the fraction of all candidates, less the tolerated shortfall.
-
-        Biases count and stay.
-        """
-        weights = sum(s.num_rows * (s.num_columns - s.has_bias) for s in layout.linears)
-        units = self.section.units
-        return weights * units.num_removed / units.m / layout.linear_size + thresholds.SHORT
+    section: ElementsSection
 
     def needs(self, shape: LinearShape) -> LinearNeeds:
         """Both factors are factorised for the costs.
@@ -142,7 +105,7 @@ class Elements(ByThreshold):
         # each of which every group tries
         patterns = math.comb(units.m, units.n) if self.section.costs == "obs" and units.m > 1 else 0
         update = self.section.update
-        iterations = update.num_iterations if isinstance(update, ConjugateGradientsUpdate) else 2
+        iterations = update.num_iterations if update.solver == "conjugate_gradients" else 2
         return LinearNeeds(
             costs_bytes=4 * (2 * (C**2 + R**2) + max(R, C) ** 2 + 5 * R * C),
             costs_flops=1.5 * (C**3 + R**3)

@@ -5,9 +5,8 @@ Inputs are those that the pruned blocks before give.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import ClassVar, Literal
 
 import torch
@@ -15,46 +14,29 @@ from pydantic import Field
 from torch import Tensor
 
 from ray_surgeon.maths.columns import sparsegpt, upper_inverse, wanda
-from ray_surgeon.maths.element_pruning import ElementUnits
 from ray_surgeon.maths.factorised import RaisedDamping
 from ray_surgeon.maths.masks import ElementMask
-from ray_surgeon.models.layout import LinearShape, ModelLayout
+from ray_surgeon.maths.threshold import SHORT
+from ray_surgeon.models.layout import LinearShape
 from ray_surgeon.plan.work import LinearNeeds
 from ray_surgeon.runtime.cluster import Cluster
 from ray_surgeon.runtime.passes import BlockPass
 from ray_surgeon.runtime.wave import Tokens
 from ray_surgeon.runtime.worker import LinearSummary, Worker
-from ray_surgeon.spec.targets import SparsitySection
-from ray_surgeon.stages.prune.elements import Pattern, problems_of_pattern
+from ray_surgeon.stages.prune.elements import PatternSection
 from ray_surgeon.stages.prune.method import Applied, Choice, Method
 
 
-class _Layerwise(SparsitySection):
+class _Layerwise(PatternSection):
     takes_curvature: ClassVar[bool] = False
-    structure: Literal["element", "n_m"]
-    """Single elements, or N:M groups"""
-    n_m: Pattern | None = None
-    """[N, M] of structure n_m: N of M consecutive inputs of a row stay; [2, 4] if not given"""
-
-    @property
-    def units(self) -> ElementUnits:
-        """What is pruned as one."""
-        return ElementUnits(*(self.n_m or (2, 4))) if self.structure == "n_m" else ElementUnits()
 
     def problems(self) -> Iterator[str]:
         """Yield what fields have against each other."""
-        if self.structure == "n_m":
-            n = self.units.n
-            m = self.units.m
-            is_that = math.isclose(self.target_sparsity, 1 - n / m, abs_tol=1e-3)
-            yield from problems_of_pattern((n, m), 1 - n / m if is_that else self.target_sparsity)
-            if self.shots > 1 or not is_that:
-                yield (
-                    f"n_m: takes every linear to {n}:{m} at once; set target_sparsity to "
-                    f"{1 - n / m:g} and num_shots to 1"
-                )
-        elif self.n_m is not None:
-            yield "n_m: structure element has no pattern; remove it, or set structure n_m"
+        is_short = self.target_sparsity < self.largest_sparsity - SHORT
+        if self.structure == "n_m" and (self.shots > 1 or is_short):
+            pattern = f"{self.units.n}:{self.units.m}"
+            changes = f"set target_sparsity to {self.largest_sparsity:g} and num_shots to 1"
+            yield f"n_m: takes every linear to {pattern} at once; {changes}"
 
 
 class SparseGPTSection(_Layerwise):
@@ -83,20 +65,12 @@ class WandaSection(_Layerwise):
 
 
 @dataclass(frozen=True)
-class Layerwise(Method):
+class Layerwise(Method, BlockPass):
     """SparseGPT or Wanda."""
 
     by_element: ClassVar[bool] = True
     section: SparseGPTSection | WandaSection
-
-    def reach(self, layout: ModelLayout) -> float:
-        """Return the weights' fraction of the narrowest linear, whose bias counts and stays.
-
-        A pattern is a target of its own.
-        """
-        if self.section.structure == "n_m":
-            return 1.0
-        return min((s.num_columns - s.has_bias) / s.num_columns for s in layout.linears)
+    sparsity: float = 0.0  # of every linear after the present shot
 
     def needs(self, shape: LinearShape) -> LinearNeeds:
         """A's Cholesky factor and the inverse of that."""
@@ -113,31 +87,15 @@ class Layerwise(Method):
 
         The report gets what was damped more than asked.
         """
-        _Pruning(self.section, self.section.targets[shot - 1]).pass_all(cluster, tokens)
+        replace(self, sparsity=self.section.targets[shot - 1]).pass_all(cluster, tokens)
         done = cluster.run_all(_done)
         raised = [asdict(event) for _, of_worker in done for event in of_worker]
         return [linear for linears, _ in done for linear in linears], {"damping_used": raised}
 
-
-class _Raised(list[RaisedDamping]):
-    """What owned linears needed of damping, beside what was asked, in a shot."""
-
-
-def _done(worker: Worker) -> tuple[list[LinearSummary], list[RaisedDamping]]:
-    """Return what is left of the owned linears, and which damping they needed."""
-    linears = [worker.summary(name, None, 0.0) for name in worker.owned()]
-    return linears, list(worker.drop(_Raised)) if worker.has(_Raised) else []
-
-
-@dataclass(frozen=True)
-class _Pruning(BlockPass):
-    """The pass of one shot."""
-
-    section: SparseGPTSection | WandaSection
-    sparsity: float  # of every linear
+    # On a worker
 
     def change(self, worker: Worker, name: str, A: Tensor) -> None:
-        """Prune a linear."""
+        """Prune a linear; see `BlockPass`."""
         section = self.section
         W = worker.shard.weight(name)
         shape = worker.layout.shapes[name]
@@ -159,3 +117,13 @@ class _Pruning(BlockPass):
         whole[:, :num_inputs] = kept
         worker.masks[name] = ElementMask(whole.cpu())
         worker.shard.set_weight(name, W)
+
+
+class _Raised(list[RaisedDamping]):
+    """What owned linears needed of damping, beside what was asked, in a shot."""
+
+
+def _done(worker: Worker) -> tuple[list[LinearSummary], list[RaisedDamping]]:
+    """Return what is left of the owned linears, and which damping they needed."""
+    linears = [worker.summary(name, None, 0.0) for name in worker.owned()]
+    return linears, list(worker.drop(_Raised)) if worker.has(_Raised) else []

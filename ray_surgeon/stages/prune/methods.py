@@ -10,9 +10,7 @@ import torch
 from pydantic import Tag
 
 from ray_surgeon.export.folder import Pruned
-from ray_surgeon.export.for_engines import Shrinking
 from ray_surgeon.export.latency import latency_budget
-from ray_surgeon.maths.element_pruning import ElementUnits
 from ray_surgeon.models import budgets
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.models.pruned_config import kv_heads_left
@@ -22,7 +20,7 @@ from ray_surgeon.spec.base import by_tag, tag
 from ray_surgeon.spec.targets import FlopsTarget, LatencyTarget, ParametersTarget
 from ray_surgeon.stages.curvature.section import AnyCurvature
 from ray_surgeon.stages.prune import groups_section as coupled
-from ray_surgeon.stages.prune.elements import Elements, ElementsSection, NMSection
+from ray_surgeon.stages.prune.elements import Elements, ElementsSection, PatternSection
 from ray_surgeon.stages.prune.groups import Groups
 from ray_surgeon.stages.prune.layerwise import Layerwise, SparseGPTSection, WandaSection
 from ray_surgeon.stages.prune.method import Choice, Method, Ranking, Scores
@@ -32,7 +30,6 @@ from ray_surgeon.stages.stage import Facts, RunState, Stage, held_measure
 METHODS: dict[type, type[Method]] = {
     RowsColumnsSection: RowsColumns,
     ElementsSection: Elements,
-    NMSection: Elements,
     coupled.GroupsSection: Groups,
     coupled.UniformGroupsSection: Groups,
     SparseGPTSection: Layerwise,
@@ -46,17 +43,15 @@ def _tag_of(get: Any) -> str:
     structure = get("structure", "rows_columns")
     if method != "llm_surgeon":
         return str(method)
-    if structure in ("rows", "columns"):
-        return "rows_columns"
     if structure == "groups" and get("allocation", "global") == "uniform":
         return "groups, allocation uniform"
-    return str(structure)
+    same = {"rows": "rows_columns", "columns": "rows_columns", "n_m": "element"}
+    return same.get(structure, str(structure))
 
 
 PruningSection = Annotated[
     Annotated[RowsColumnsSection, Tag(tag("rows_columns"))]
     | Annotated[ElementsSection, Tag(tag("element"))]
-    | Annotated[NMSection, Tag(tag("n_m"))]
     | Annotated[coupled.GroupsSection, Tag(tag("groups"))]
     | Annotated[coupled.UniformGroupsSection, Tag(tag("groups, allocation uniform"))]
     | Annotated[SparseGPTSection, Tag(tag("sparsegpt"))]
@@ -87,19 +82,13 @@ def method_for(
         raise ValueError(problem)
     if isinstance(pruning, coupled.CoupledSection):
         return _groups(pruning, curvature, layout, dtype)
-    m = getattr(pruning, "units", ElementUnits()).m
+    m = pruning.units.m if isinstance(pruning, PatternSection) else 1
     for shape in layout.linears:
         num_inputs = shape.num_columns - shape.has_bias
         if num_inputs % m:
             inputs = f"{shape.name} has {num_inputs} inputs"
             raise ValueError(f"pruning.n_m: {inputs}, not a multiple of {m}; choose another M")
-    method: Method = METHODS[type(pruning)](pruning, curvature)
-    if pruning.target_sparsity > (most := method.reach(layout)):
-        raise ValueError(
-            f"pruning.target_sparsity: {pruning.target_sparsity:g}, but {most:.4g} is all that "
-            f"{pruning.method} can take from this model, because biases count and stay; lower it"
-        )
-    return method
+    return METHODS[type(pruning)](pruning, curvature)
 
 
 def _groups(
@@ -123,8 +112,7 @@ def _groups(
             f"pruning.groups: {', '.join(missing)}, but {layout.config.model_type} has "
             f"{', '.join(layout.kinds)} that can be pruned here; name some of these"
         )
-    least = {str(kind): pruning.fewest_groups.get(kind, 0) for kind in pruning.groups}
-    fewest = budgets.fewest_left(layout, least, devices, uniform=uniform)
+    fewest = budgets.fewest_left(layout, pruning.fewest_groups, devices, uniform=uniform)
     roles = {groups.kind: layout.shapes[groups.consumer].role for groups in layout.group_sets}
     consumers = frozenset(roles[kind] for kind in pruning.groups if kind in roles)
     return Groups(pruning, curvature, _budget(layout, pruning, dtype), fewest, consumers)
@@ -147,19 +135,6 @@ def _budget(
 
 
 @dataclass(frozen=True)
-class Present:
-    """The method of a run; kept of a shot, the method with what was chosen in it."""
-
-    method: Method
-
-    @property
-    def ranking(self) -> Ranking:
-        """The method, in a stage that only those with costs have."""
-        assert isinstance(self.method, Ranking)
-        return self.method
-
-
-@dataclass(frozen=True)
 class Latency(Stage):
     """Gives the method of a run its budget."""
 
@@ -173,15 +148,13 @@ class Latency(Stage):
 
     def run(self, run: RunState, facts: Facts) -> None:
         """Measure, unless an earlier try of the run did."""
-        method = self.method
-        section = method.section
+        section = self.method.section
         assert isinstance(section.target, LatencyTarget)
-        widths = section.multiple, section.tensor_parallel, section.uniform
-        shrinking = Shrinking(method.fewest, *widths)
+        shrinking = section.shrinking(self.method.fewest)
         uri = run.directory.path("latency.json")
         dense = Pruned(run.cluster, run.layout, run.model, {}, run.calibration[0])
         budget = latency_budget(dense, section.target, shrinking, uri)
-        run.keep(Present(replace(method, budget=budget)))
+        run.keep(replace(self.method, budget=budget))
         facts["dense_s"] = budget.dense
 
 
@@ -211,7 +184,7 @@ class Costs(_OnLinears):
 
     def run(self, run: RunState, facts: Facts) -> None:
         """Take the costs."""
-        scores = run.kept(Present).ranking.score(run.cluster, run.shot)
+        scores = run.kept(Ranking).score(run.cluster, run.shot)
         run.keep(scores, of_shot=True)
         facts["damping_raised"] = len(scores.raised_damping)
 
@@ -223,8 +196,9 @@ class Threshold(Stage):
 
     def run(self, run: RunState, facts: Facts) -> None:
         """Choose, and may ask the workers again."""
-        choice = run.kept(Present).ranking.choose(run.cluster, run.kept(Scores), run.shot)
+        choice = run.kept(Ranking).choose(run.cluster, run.kept(Scores), run.shot)
         run.keep(choice, of_shot=True)
+        run.record |= {"threshold": choice.threshold, **choice.record}
         facts |= choice.facts
 
 
@@ -235,14 +209,14 @@ class Update(_OnLinears):
 
     def run(self, run: RunState, facts: Facts) -> None:
         """Prune, and measure what that does to the windows held aside."""
-        method = run.kept(Present).method
+        method = run.kept(Method)
         cluster = run.cluster
         choice = run.find(Choice) or Choice(None, {})
         linears, record = method.apply(cluster, run.text.tokens, choice, run.shot)
         run.linears = method.of_loss(linears)
         scores = run.find(Scores)
         if scores is not None:
-            run.record |= {**_record(run.linears, scores), **choice.record}
+            run.record |= _record(run.linears, scores)
         run.record |= record
         facts["sparsity"] = run.sparsity
         predicted = run.record.get("predicted_loss_increase")

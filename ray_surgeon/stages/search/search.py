@@ -30,7 +30,7 @@ from ray_surgeon.runtime.worker import Worker, collective
 from ray_surgeon.stages.prune.group_choice import GroupScores, Paths, Unit
 from ray_surgeon.stages.prune.groups import Groups
 from ray_surgeon.stages.prune.method import Method, Scores
-from ray_surgeon.stages.prune.methods import Present, Update
+from ray_surgeon.stages.prune.methods import Update
 from ray_surgeon.stages.search.section import SearchSection
 from ray_surgeon.stages.stage import CalibrationText, Facts, RunState, Stage, Text, held_measure
 from ray_surgeon.storage.texts import Windows
@@ -202,9 +202,7 @@ class SearchStage(Stage):
 
     def run(self, run: RunState, facts: Facts) -> None:
         """Try allocations, and leave the scores of the best one."""
-        method = run.kept(Present).method
-        assert isinstance(method, Groups)
-        paths = Paths(method, run.cluster, run.shot)
+        paths = Paths(run.kept(Groups), run.cluster, run.shot)
         search = Search(self.section, paths, self.windows, run.text)
         scores, run.record["search"] = search.run(run.kept(Scores), facts)
         run.keep(scores, of_shot=True)
