@@ -66,11 +66,11 @@ def stages_of(
     correction = None
     if spec.correction is not None:
         correction = Correction(spec.correction, held, method.by_element, has_costs)
-    keeps_states = correction is not None and correction.needs_dense_states
+    keeps_states = correction is not None and correction.section.loss == "kl"
     return Stages(
         _present(
             Load(method),
-            Latency.of(method),
+            Latency(method) if isinstance(method, Groups) and method.budget is None else None,
             self_text,
             DenseAnswers(yardstick) if yardstick else None,
             DenseEvaluation(),

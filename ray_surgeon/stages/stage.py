@@ -139,7 +139,7 @@ class RunState:
     def keep(self, thing: object, *, of_shot: bool = False) -> None:
         """Keep an object for later stages, in place of one of the same class.
 
-        `find` and `kept` know it by that class, and by those that it derives from.
+        `kept` knows it by that class, and by those that it derives from.
 
         Args:
             thing: to keep.
@@ -148,14 +148,9 @@ class RunState:
         kept = self._of_shot if of_shot else self._kept
         kept |= dict.fromkeys(type(thing).__mro__, thing)
 
-    def find(self, kind: Callable[..., T]) -> T | None:
-        """Return the object of a class that is kept, if there is one."""
-        thing: T | None = self._of_shot.get(kind, self._kept.get(kind))
-        return thing
-
     def kept(self, kind: Callable[..., T]) -> T:
         """Return the object of a class that is kept."""
-        thing = self.find(kind)
+        thing: T | None = self._of_shot.get(kind, self._kept.get(kind))
         assert thing is not None, f"no stage has left a {kind.__name__}"
         return thing
 

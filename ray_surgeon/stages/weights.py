@@ -72,16 +72,11 @@ class Commit(Stage):
             cluster.run_all(write_states, directory.dense_states)
         files.remove_files(folder, ["*.safetensors"])  # of a try that was interrupted
         written = [file for worker in cluster.run_all(save_shot, folder) for file in worker]
-        about: dict[str, Any] = {
-            "index": shot,
-            "target_sparsity": self.targets[shot - 1] if self.targets else None,
-            "sparsity": run.sparsity,
-            "threshold": None,
-            "calibration_loss": None,
-            "correction_losses": [],
-            "correction_absorbed": None,
-        }
-        last = run.report.add_shot(about | run.record, run.linears, run.steps)
+        target = self.targets[shot - 1] if self.targets else None
+        about = {"index": shot, "target_sparsity": target, "sparsity": run.sparsity}
+        absent: dict[str, Any] = dict.fromkeys(("threshold", "calibration_loss"))
+        absent |= {"correction_losses": [], "correction_absorbed": None}
+        last = run.report.add_shot(about | absent | run.record, run.linears, run.steps)
         directory.commit_shot(shot, written, last)
         cluster.run_all(continue_from_shot, written)
         directory.write_report(run.report.as_record())

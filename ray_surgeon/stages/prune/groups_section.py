@@ -64,7 +64,8 @@ class CoupledSection(Reconstructed):
     @property
     def fewest_groups(self) -> dict[str, int]:
         """Groups of each kind to prune that stay in every block; see `budgets.fewest_left`."""
-        fewest = dict.fromkeys(_CHANNELS, self.multiple) | {"attention": 1}
+        usual = dict.fromkeys(_CHANNELS, self.multiple) | {"attention": 1}
+        fewest = {} if getattr(self, "remove_blocks", False) else usual
         return {str(kind): fewest.get(kind, 0) for kind in self.groups}
 
     @property
@@ -125,10 +126,6 @@ class CoupledSection(Reconstructed):
                 reasons["activations"] = "has no gradients, which whole experts need; use kfac"
         if curvature.kind in reasons:
             return f"curvature.kind: {curvature.kind} {reasons[curvature.kind]}"
-        if set(self.groups) == {"experts"}:
-            changed = curvature.model_dump(exclude_defaults=True).keys()
-            for field in sorted(changed & {"damping", "max_damping"}):
-                return f"curvature.{field}: costs of whole experts invert no factor; leave it out"
         return super().problem_with(curvature)
 
     def problems(self) -> Iterator[str]:
@@ -158,12 +155,6 @@ class GroupsSection(CoupledSection, Searched):
         """Yield what fields have against each other."""
         if self.search is not None and "experts" in self.groups:
             yield "search: does not go with whole experts; use expert_channels, or leave it out"
-
-    @property
-    def fewest_groups(self) -> dict[str, int]:
-        """Groups of each kind that stay in every block."""
-        fewest = super().fewest_groups
-        return dict.fromkeys(fewest, 0) if self.remove_blocks else fewest
 
 
 class UniformGroupsSection(CoupledSection):

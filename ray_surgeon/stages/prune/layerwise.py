@@ -51,11 +51,6 @@ class SparseGPTSection(_Layerwise):
     fails
     """
 
-    def problems(self) -> Iterator[str]:
-        """Yield what fields have against each other."""
-        if self.max_damping < self.damping:
-            yield f"max_damping {self.max_damping:g} is below damping {self.damping:g}; raise it"
-
 
 class WandaSection(_Layerwise):
     """Wanda (Sun et al. 2023)."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from typing import Annotated, Any
 
@@ -12,12 +12,12 @@ from pydantic import Tag
 from ray_surgeon.export.folder import Pruned
 from ray_surgeon.export.latency import latency_budget
 from ray_surgeon.models import budgets
+from ray_surgeon.models.budgets import Budget
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.models.pruned_config import kv_heads_left
 from ray_surgeon.plan.needs import StepPlan, WorkerView
-from ray_surgeon.runtime.worker import LinearSummary
 from ray_surgeon.spec.base import by_tag, tag
-from ray_surgeon.spec.targets import FlopsTarget, LatencyTarget, ParametersTarget
+from ray_surgeon.spec.targets import BytesTarget, FlopsTarget, LatencyTarget, TargetSection
 from ray_surgeon.stages.curvature.section import AnyCurvature
 from ray_surgeon.stages.prune import groups_section as coupled
 from ray_surgeon.stages.prune.elements import Elements, ElementsSection, PatternSection
@@ -113,25 +113,20 @@ def _groups(
             f"{', '.join(layout.kinds)} that can be pruned here; name some of these"
         )
     fewest = budgets.fewest_left(layout, pruning.fewest_groups, devices, uniform=uniform)
-    roles = {groups.kind: layout.shapes[groups.consumer].role for groups in layout.group_sets}
-    consumers = frozenset(roles[kind] for kind in pruning.groups if kind in roles)
-    return Groups(pruning, curvature, _budget(layout, pruning, dtype), fewest, consumers)
+    sets = (groups for groups in layout.group_sets if groups.kind in pruning.groups)
+    consumers = frozenset(layout.shapes[groups.consumer].role for groups in sets)
+    return Groups(pruning, curvature, _budget(layout, pruning.target, dtype), fewest, consumers)
 
 
-def _budget(
-    layout: ModelLayout, pruning: coupled.CoupledSection, dtype: str
-) -> budgets.Budget | None:
+def _budget(layout: ModelLayout, target: TargetSection | None, dtype: str) -> Budget | None:
     """Return what groups save from; None if it must be measured first."""
-    target = pruning.target
-    if target is None:
-        return budgets.linears_budget(layout)
     if isinstance(target, LatencyTarget):
         return None
     if isinstance(target, FlopsTarget):
         return budgets.flops_budget(layout, target.prompt_length)
-    if isinstance(target, ParametersTarget):
-        return budgets.parameters_budget(layout)
-    return budgets.bytes_budget(layout, getattr(torch, dtype).itemsize)
+    if isinstance(target, BytesTarget):
+        return budgets.bytes_budget(layout, getattr(torch, dtype).itemsize)
+    return budgets.parameters_budget(layout) if target else budgets.linears_budget(layout)
 
 
 @dataclass(frozen=True)
@@ -140,11 +135,6 @@ class Latency(Stage):
 
     name = "latency"
     method: Groups
-
-    @staticmethod
-    def of(method: Method) -> Latency | None:
-        """Return the stage if the method's budget must be measured."""
-        return Latency(method) if isinstance(method, Groups) and method.budget is None else None
 
     def run(self, run: RunState, facts: Facts) -> None:
         """Measure, unless an earlier try of the run did."""
@@ -211,34 +201,26 @@ class Update(_OnLinears):
         """Prune, and measure what that does to the windows held aside."""
         method = run.kept(Method)
         cluster = run.cluster
-        choice = run.find(Choice) or Choice(None, {})
+        choice = run.kept(Choice) if method.has_costs else Choice(None, {})
         linears, record = method.apply(cluster, run.text.tokens, choice, run.shot)
         run.linears = method.of_loss(linears)
-        scores = run.find(Scores)
-        if scores is not None:
-            run.record |= _record(run.linears, scores)
         run.record |= record
         facts["sparsity"] = run.sparsity
-        predicted = run.record.get("predicted_loss_increase")
-        if predicted is not None:
-            facts["predicted_loss_increase"] = predicted
-        if len(run.text.held) and method.has_costs:
+        if not method.has_costs:
+            return
+        # by the quadratic model, in nats per token
+        predicted = [linear.predicted for linear in run.linears if linear.predicted is not None]
+        residuals = sorted(linear.residual for linear in run.linears)
+        scores = run.kept(Scores)
+        run.record |= {
+            "predicted_loss_increase": sum(predicted) if predicted else None,
+            "update_residual": {"median": residuals[len(residuals) // 2], "max": residuals[-1]},
+            "damping_used": [asdict(event) for event in scores.raised_damping],
+            "terms_clipped": [asdict(event) for event in scores.clipping],
+        }
+        if predicted:
+            facts["predicted_loss_increase"] = sum(predicted)
+        if len(run.text.held):
             divergence = held_measure(cluster, run.text)
             run.record["divergence_held_aside"] = divergence
             facts["divergence held aside"] = divergence
-
-
-def _record(linears: Sequence[LinearSummary], scores: Scores[Any]) -> dict[str, Any]:
-    """Return what the report says of a shot with costs.
-
-    The loss increase that the quadratic model predicts is in nats per token; None if it predicts
-    none.
-    """
-    predicted = [linear.predicted for linear in linears if linear.predicted is not None]
-    residuals = sorted(linear.residual for linear in linears)
-    return {
-        "predicted_loss_increase": sum(predicted) if predicted else None,
-        "update_residual": {"median": residuals[len(residuals) // 2], "max": residuals[-1]},
-        "damping_used": [asdict(event) for event in scores.raised_damping],
-        "terms_clipped": [asdict(event) for event in scores.clipping],
-    }

@@ -95,9 +95,8 @@ class Reconstruction:
         assert inputs is not None
         rank = worker.replicas.rank
         for name in list(inputs.kept) if len(arrivals) > 1 else ():
-            own = inputs.kept.pop(name)
+            own = inputs.kept.pop(name).unflatten(0, (-1, length))
             owner = worker.owner(name)
-            own = own.view(-1, length, own.shape[1])
             count = sum(map(len, arrivals))
             everything = own.new_empty(count * (owner == rank), *own.shape[1:])
             for replica, places in enumerate(arrivals):

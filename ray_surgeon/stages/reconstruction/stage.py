@@ -92,9 +92,7 @@ class ReconstructionStage(Reconstruction, Stage):
         total = worker.num_sequences
         backward = total if self.num_backward is None else self.num_backward
         part = (-(-backward // N) + -(-(total - backward) // N)) / total
-        most = 0.0
-        for number in range(len(owners)):
-            own = max(Counter(owners[: number + 1]).values())
-            # one part more is on its way
-            most = max(most, own + (len(owners) - number + 1) * part)
-        return most
+        own = [max(Counter(owners[: number + 1]).values()) for number in range(len(owners))]
+        # one part more is on its way
+        at_once = (count + (len(own) - number + 1) * part for number, count in enumerate(own))
+        return max(at_once, default=0.0)
