@@ -1,30 +1,37 @@
-"""The LLM Surgeon on single elements and N:M groups.
+"""Single elements and N:M groups, whose removals are zeros in the dense shapes.
 
-Removals are zeros in the dense shapes, by one global threshold, with correlated updates.
+The LLM Surgeon prunes them by one global threshold, with correlated updates. SparseGPT and Wanda
+are baselines: they take every linear to one sparsity, block after block, each with the inputs that
+the pruned blocks before it give.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import ClassVar, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from pydantic import Field
+from torch import Tensor
 
 from ray_surgeon.maths import threshold as thresholds
+from ray_surgeon.maths.columns import sparsegpt, upper_inverse, wanda
 from ray_surgeon.maths.element_pruning import ElementUnits, find_elements
+from ray_surgeon.maths.factorised import RaisedDamping
 from ray_surgeon.maths.masks import ElementMask
 from ray_surgeon.models.layout import LinearShape
 from ray_surgeon.plan.work import LinearNeeds
 from ray_surgeon.runtime.cluster import Cluster
-from ray_surgeon.runtime.worker import Worker
+from ray_surgeon.runtime.passes import BlockPass
+from ray_surgeon.runtime.wave import Tokens
+from ray_surgeon.runtime.worker import LinearSummary, Worker
 from ray_surgeon.spec.base import Positive, Section
 from ray_surgeon.spec.targets import SparsitySection
-from ray_surgeon.stages.prune.method import ByThreshold, Choice, Scored, Scores
+from ray_surgeon.stages.prune.method import Applied, ByThreshold, Choice, Method, Scored, Scores
 
 
 class UpdateSection(Section):
@@ -148,7 +155,7 @@ class Elements(ByThreshold):
         size = self.section.units.num_removed
         num_pruned = num_parameters - scores.num_kept
 
-        def counts(high: int | None) -> torch.Tensor:
+        def counts(high: int | None) -> Tensor:
             return torch.from_numpy(np.sum(cluster.run_all(self.histogram, high), axis=0))
 
         upper = counts(None)
@@ -163,3 +170,103 @@ class Elements(ByThreshold):
             value = thresholds.cost_of_bits(high, low)
             num_pruned += int(upper[:high].sum() + lower[: low + 1].sum()) * size
         return Choice(value, {"threshold": value, "sparsity": num_pruned / num_parameters})
+
+
+# SparseGPT and Wanda, as baselines: block after block to the same sparsity
+
+
+class _Layerwise(PatternSection):
+    takes_curvature: ClassVar[bool] = False
+
+    def problems(self) -> Iterator[str]:
+        """Yield what fields have against each other."""
+        is_short = self.target_sparsity < self.largest_sparsity - thresholds.SHORT
+        if self.structure == "n_m" and (self.shots > 1 or is_short):
+            pattern = f"{self.units.n}:{self.units.m}"
+            changes = f"set target_sparsity to {self.largest_sparsity:g} and num_shots to 1"
+            yield f"n_m: takes every linear to {pattern} at once; {changes}"
+
+
+class SparseGPTSection(_Layerwise):
+    """SparseGPT (Frantar & Alistarh 2023)."""
+
+    method: Literal["sparsegpt"]
+    """SparseGPT"""
+    damping: float = Field(0.01, ge=0, le=10)
+    """Damping of A, relative to the mean of its diagonal"""
+    max_damping: float = Field(1.0, gt=0, le=10)
+    """A factor that is not positive definite gets ten times the damping, up to this; then the run
+    fails
+    """
+
+
+class WandaSection(_Layerwise):
+    """Wanda (Sun et al. 2023)."""
+
+    method: Literal["wanda"]
+    """Wanda"""
+
+
+@dataclass(frozen=True)
+class Layerwise(Method, BlockPass):
+    """SparseGPT or Wanda."""
+
+    by_element: ClassVar[bool] = True
+    section: SparseGPTSection | WandaSection
+    sparsity: float = 0.0  # of every linear after the present shot
+
+    def needs(self, shape: LinearShape) -> LinearNeeds:
+        """A's Cholesky factor and the inverse of that."""
+        R = shape.num_rows
+        C = shape.num_columns
+        return LinearNeeds(
+            update_bytes=4 * (4 * C**2 + 4 * R * C), update_flops=2 / 3 * C**3 + 2 * R * C**2
+        )
+
+    # On the coordinator
+
+    def apply(self, cluster: Cluster, tokens: Tokens, choice: Choice, shot: int) -> Applied:
+        """Prune shard after shard, block after block, while the calibration sequences pass once.
+
+        The report gets what was damped more than asked.
+        """
+        replace(self, sparsity=self.section.targets[shot - 1]).pass_all(cluster, tokens)
+        done = cluster.run_all(_done)
+        raised = [asdict(event) for _, of_worker in done for event in of_worker]
+        return [linear for linears, _ in done for linear in linears], {"damping_used": raised}
+
+    # On a worker
+
+    def change(self, worker: Worker, name: str, A: Tensor) -> None:
+        """Prune a linear; see `BlockPass`."""
+        section = self.section
+        W = worker.shard.weight(name)
+        shape = worker.layout.shapes[name]
+        num_inputs = shape.num_columns - shape.has_bias
+        fraction = self.sparsity * W.numel() / (len(W) * num_inputs)
+        options = fraction, section.units.n, section.units.m
+        before = worker.mask(name, ElementMask).kept[:, :num_inputs].to(W.device)
+        weights = W[:, :num_inputs]
+        A = A[:num_inputs, :num_inputs]
+        if isinstance(section, SparseGPTSection):
+            U, raised = upper_inverse(A, section.damping, section.max_damping, name)
+            worker.keeping(_Raised).extend(raised)
+            live = weights.masked_fill(A.diagonal() == 0, 0.0)
+            W[:, :num_inputs], kept = sparsegpt(live, U, *options, before=before)
+        else:
+            kept = wanda(weights, A.diagonal(), *options, before=before)
+            W[:, :num_inputs] = weights * kept
+        whole = torch.ones_like(W, dtype=torch.bool)
+        whole[:, :num_inputs] = kept
+        worker.masks[name] = ElementMask(whole.cpu())
+        worker.shard.set_weight(name, W)
+
+
+class _Raised(list[RaisedDamping]):
+    """What owned linears needed of damping, beside what was asked, in a shot."""
+
+
+def _done(worker: Worker) -> tuple[list[LinearSummary], list[RaisedDamping]]:
+    """Return what is left of the owned linears, and which damping they needed."""
+    linears = [worker.summary(name, None, 0.0) for name in worker.owned()]
+    return linears, list(worker.drop(_Raised)) if worker.has(_Raised) else []

@@ -19,43 +19,42 @@ from ray_surgeon.plan.needs import StepPlan, WorkerView
 from ray_surgeon.spec.base import by_tag, tag
 from ray_surgeon.spec.targets import BytesTarget, FlopsTarget, LatencyTarget, TargetSection
 from ray_surgeon.stages.curvature.section import AnyCurvature
+from ray_surgeon.stages.prune import elements
 from ray_surgeon.stages.prune import groups_section as coupled
-from ray_surgeon.stages.prune.elements import Elements, ElementsSection, PatternSection
 from ray_surgeon.stages.prune.groups import Groups
-from ray_surgeon.stages.prune.layerwise import Layerwise, SparseGPTSection, WandaSection
 from ray_surgeon.stages.prune.method import Choice, Method, Ranking, Scores
 from ray_surgeon.stages.prune.rows_columns import RowsColumns, RowsColumnsSection
 from ray_surgeon.stages.stage import Facts, RunState, Stage, held_measure
 
 METHODS: dict[type, type[Method]] = {
     RowsColumnsSection: RowsColumns,
-    ElementsSection: Elements,
+    elements.ElementsSection: elements.Elements,
     coupled.GroupsSection: Groups,
     coupled.UniformGroupsSection: Groups,
-    SparseGPTSection: Layerwise,
-    WandaSection: Layerwise,
+    elements.SparseGPTSection: elements.Layerwise,
+    elements.WandaSection: elements.Layerwise,
 }
 """Section -> the method that takes it."""
 
 
 def _tag_of(get: Any) -> str:
     method = get("method", "llm_surgeon")
-    structure = get("structure", "rows_columns")
+    structure = str(get("structure", "rows_columns"))
     if method != "llm_surgeon":
         return str(method)
     if structure == "groups" and get("allocation", "global") == "uniform":
         return "groups, allocation uniform"
     same = {"rows": "rows_columns", "columns": "rows_columns", "n_m": "element"}
-    return same.get(structure, str(structure))
+    return same.get(structure, structure)
 
 
 PruningSection = Annotated[
     Annotated[RowsColumnsSection, Tag(tag("rows_columns"))]
-    | Annotated[ElementsSection, Tag(tag("element"))]
+    | Annotated[elements.ElementsSection, Tag(tag("element"))]
     | Annotated[coupled.GroupsSection, Tag(tag("groups"))]
     | Annotated[coupled.UniformGroupsSection, Tag(tag("groups, allocation uniform"))]
-    | Annotated[SparseGPTSection, Tag(tag("sparsegpt"))]
-    | Annotated[WandaSection, Tag(tag("wanda"))],
+    | Annotated[elements.SparseGPTSection, Tag(tag("sparsegpt"))]
+    | Annotated[elements.WandaSection, Tag(tag("wanda"))],
     by_tag(
         _tag_of,
         "structure rows_columns, rows, columns, element, n_m or groups with method llm_surgeon, or "
@@ -82,7 +81,7 @@ def method_for(
         raise ValueError(problem)
     if isinstance(pruning, coupled.CoupledSection):
         return _groups(pruning, curvature, layout, dtype)
-    m = pruning.units.m if isinstance(pruning, PatternSection) else 1
+    m = pruning.units.m if isinstance(pruning, elements.PatternSection) else 1
     for shape in layout.linears:
         num_inputs = shape.num_columns - shape.has_bias
         if num_inputs % m:

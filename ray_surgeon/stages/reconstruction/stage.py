@@ -41,11 +41,8 @@ class ReconstructionStage(Reconstruction, Stage):
         layout = worker.shapes.layout
         sets = [groups for groups in layout.group_sets if groups.kind in self.kinds]
         layers = {g.consumer: {g.consumer, *(name for name, _ in g.producers)} for g in sets}
-        return {
-            linear: sum(layout.shapes[name].size for name in layers[linear.name])
-            for linear in worker.linears
-            if linear.name in layers
-        }
+        sizes = {name: sum(layout.shapes[n].size for n in layer) for name, layer in layers.items()}
+        return {linear: sizes[linear.name] for linear in worker.linears if linear.name in sizes}
 
     def needs(self, worker: WorkerView) -> Iterable[StepPlan]:
         """Return the training of one layer at a time, with inputs and outputs of all tokens."""
