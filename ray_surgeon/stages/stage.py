@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.plan.needs import Beside, StepPlan, WorkerView
@@ -22,6 +21,7 @@ from ray_surgeon.report.events import Fact, Steps
 from ray_surgeon.report.record import RunReport
 from ray_surgeon.runtime.cluster import Cluster
 from ray_surgeon.runtime.passes import compared, num_counted, sequence_losses
+from ray_surgeon.runtime.wave import Counts, Tokens
 from ray_surgeon.runtime.worker import LinearSummary
 from ray_surgeon.spec.sections import ModelSection
 
@@ -40,24 +40,22 @@ Facts = dict[str, Fact]
 class Text(NamedTuple):
     """Windows on which later weights are compared with the dense model."""
 
-    windows: NDArray[np.int64]  # [num_windows, sequence_length] tokens
-    counts: NDArray[np.bool_] | None = None  # likewise, whether a token counts; None if all do
+    windows: Tokens  # [num_windows, sequence_length] tokens
+    counts: Counts = None  # likewise, whether a token counts; None if all do
 
 
 @dataclass(frozen=True, repr=False)
 class CalibrationText:
     """Windows of the calibration, and which of their tokens count as predicted ones."""
 
-    tokens: NDArray[np.int64]  # [num_sequences, sequence_length] what stages are fitted on
-    counts: NDArray[np.bool_] | None = None  # likewise, whether a token counts; None if all do
+    tokens: Tokens  # [num_sequences, sequence_length] what stages are fitted on
+    counts: Counts = None  # likewise, whether a token counts; None if all do
     # [num_windows, sequence_length] what no stage is fitted on
-    held: NDArray[np.int64] = field(default_factory=lambda: np.zeros((0, 0), dtype=np.int64))
-    held_counts: NDArray[np.bool_] | None = None  # likewise
+    held: Tokens = field(default_factory=lambda: np.zeros((0, 0), dtype=np.int64))
+    held_counts: Counts = None  # likewise
 
     @staticmethod
-    def split(
-        tokens: NDArray[np.int64], counts: NDArray[np.bool_] | None, num_held: int
-    ) -> CalibrationText:
+    def split(tokens: Tokens, counts: Counts, num_held: int) -> CalibrationText:
         """Hold some windows aside, spread evenly, so that every text gives its share.
 
         Args:
@@ -71,7 +69,7 @@ class CalibrationText:
         return CalibrationText(tokens[~is_held], of_fitted, tokens[is_held], of_held)
 
 
-def held_places(num_sequences: int, num_held: int) -> NDArray[np.int64]:
+def held_places(num_sequences: int, num_held: int) -> Tokens:
     """Return the places of evenly spread windows: the middles of `num_held` equal parts."""
     return ((np.arange(num_held) + 0.5) * num_sequences / max(1, num_held)).astype(np.int64)
 
@@ -105,9 +103,9 @@ class RunState:
     steps: Steps
     layout: ModelLayout
     model: ModelSection  # the dense model, pinned to what was checked
-    calibration: NDArray[np.int64]  # [num_sequences, sequence_length] tokens, all windows
+    calibration: Tokens  # [num_sequences, sequence_length] tokens, all windows
     text: CalibrationText  # the same in two parts
-    texts: Mapping[str, NDArray[np.int64]]  # evaluation text -> windows
+    texts: Mapping[str, Tokens]  # evaluation text -> windows
     stages: tuple[Stage, ...]  # all of the run
     num_shots: int
     num_done: int  # shots that an earlier try has committed

@@ -33,6 +33,8 @@ NOTHING = -1.0
 
 Unit = tuple[int, str]
 """The groups of one kind in one block."""
+Counts = Mapping[str, int]
+"""Consumer -> number of its groups."""
 
 
 @dataclass(frozen=True)
@@ -88,8 +90,7 @@ class GroupChoice(Ranking):
         Raises:
             OutOfReachError: says what is possible.
         """
-        if self.budget is not None:
-            budget = self.budget
+        if (budget := self.budget) is not None:
             self.section.check_target(budget.least(self.fewest), budget.dense, budget.unit)
 
     @property
@@ -246,9 +247,7 @@ class Paths:
             scores = self._followed(scores, threshold, needed)
             reached |= {name: max(reached[name], count) for name, count in needed.items()}
 
-    def _followed(
-        self, scores: GroupScores, limit: float, needed: Mapping[str, int]
-    ) -> GroupScores:
+    def _followed(self, scores: GroupScores, limit: float, needed: Counts) -> GroupScores:
         """Return scores of which those in `needed` were taken anew, up to a scaled cost."""
         costs = {c.consumer: c for c in scores.costs}
         reach = {name: Reach(limit / costs[name].scale, count) for name, count in needed.items()}
@@ -258,9 +257,7 @@ class Paths:
         raised = {(event.linear, event.factor): event for event in events}
         return replace(after, costs=tuple(costs.values()), raised_damping=tuple(raised.values()))
 
-    def _and_one_step(
-        self, costs: Sequence[ConsumerCosts], counts: Mapping[str, int]
-    ) -> dict[str, int]:
+    def _and_one_step(self, costs: Sequence[ConsumerCosts], counts: Counts) -> dict[str, int]:
         """Return consumer -> number of its groups and one step more.
 
         The step may be worth its mean cost though its last group alone is not.

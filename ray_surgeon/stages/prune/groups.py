@@ -67,9 +67,7 @@ class Groups(GroupChoice):
         kinds = {"expert_channels" if kind == "experts" else kind for kind in self.section.groups}
         return [groups for groups in worker.group_sets if groups.kind in kinds]
 
-    def costs(
-        self, worker: Worker, reach: Mapping[str, Reach] | None, shot: int
-    ) -> Scores[ConsumerCosts]:
+    def costs(self, worker: Worker, reach: Mapping[str, Reach] | None, shot: int) -> Scores[Any]:
         """Take the marginal costs of the owned consumers' groups and keep them for `prune`.
 
         Args:

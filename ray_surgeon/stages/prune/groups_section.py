@@ -18,8 +18,8 @@ from ray_surgeon.stages.search.section import Searched
 
 GroupKind = Literal["ffn", "attention", "shared_experts", "expert_channels", "experts"]
 
-
-_CHANNELS = ("ffn", "shared_experts", "expert_channels")
+CHANNELS = {"ffn", "shared_experts", "expert_channels"}
+"""Kinds of groups that are channels, of which a width is left."""
 
 
 ExpertCosts = Literal["rerouting", "reap", "frequency", "random"]
@@ -64,14 +64,9 @@ class CoupledSection(Reconstructed):
     @property
     def fewest_groups(self) -> dict[str, int]:
         """Groups of each kind to prune that stay in every block; see `budgets.fewest_left`."""
-        usual = dict.fromkeys(_CHANNELS, self.multiple) | {"attention": 1}
+        usual = dict.fromkeys(CHANNELS, self.multiple) | {"attention": 1}
         fewest = {} if getattr(self, "remove_blocks", False) else usual
         return {str(kind): fewest.get(kind, 0) for kind in self.groups}
-
-    @property
-    def has_widths(self) -> bool:
-        """Whether channels are removed, so that a width is left."""
-        return any(kind in self.groups for kind in _CHANNELS)
 
     @property
     def multiple(self) -> int:

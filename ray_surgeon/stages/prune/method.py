@@ -181,14 +181,12 @@ class ByThreshold(Ranking):
 
     # On a worker
 
-    def scores(
-        self, worker: Worker, candidates: dict[str, Any], costs: tuple[Any, ...] = ()
-    ) -> Scores[Any]:
+    def scores(self, worker: Worker, candidates: dict[str, Any], costs: Any = ()) -> Scores[Any]:
         """Keep candidates, by linear, for the update, and return what the coordinator gets."""
         worker.keep(Scored(candidates))
         raised = tuple(event for c in candidates.values() for event in c.basis.raised_damping)
         clipped = tuple(event for c in candidates.values() for event in c.basis.clipping)
-        return Scores(costs, *sizes(worker), raised, clipped)
+        return Scores(tuple(costs), *sizes(worker), raised, clipped)
 
     def share(self, worker: Worker) -> None:
         """Send all linears from their owners to the other replicas."""

@@ -107,7 +107,7 @@ class RowsColumns(ByThreshold):
             kept = int(mask.rows.sum()), int(mask.columns.sum())
             costs = (side[side.isfinite()].float().cpu() for side in (c.rows, c.columns))
             replies.append(StructureCosts(name, shapes[name].size, *kept, *costs))
-        return self.scores(worker, candidates, tuple(replies))
+        return self.scores(worker, candidates, replies)
 
     @collective
     def num_kept_at(self, worker: Worker, threshold: float) -> int:

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from transformers.activations import ACT2FN
 
@@ -26,6 +25,7 @@ from ray_surgeon.models.groups import GroupSet
 from ray_surgeon.models.hooks import LayerInputs
 from ray_surgeon.runtime.cluster import Cluster
 from ray_surgeon.runtime.passes import pass_up_to_the_head
+from ray_surgeon.runtime.wave import Tokens
 from ray_surgeon.runtime.worker import Worker, collective
 from ray_surgeon.stages.reconstruction.section import ReconstructionSection
 from ray_surgeon.stages.stage import CalibrationText
@@ -72,10 +72,9 @@ class Reconstruction:
     def start(self, worker: Worker, arrivals: Arrivals, length: int) -> None:
         """Let the next pass keep the inputs of the layers for sequences of a length."""
         shard = worker.shard
-        sets = [groups for groups in worker.group_sets if groups.kind in self.kinds]
-        producers = {g.consumer: (g.block, shard.linears[g.producers[0][0]]) for g in sets}
         first = shard.blocks.first
-        layers = {name: (block - first, linear) for name, (block, linear) in producers.items()}
+        sets = (groups for groups in worker.group_sets if groups.kind in self.kinds)
+        layers = {g.consumer: (g.block - first, shard.linears[g.producers[0][0]]) for g in sets}
         num_tokens = length * len(arrivals[worker.replicas.rank])
         shard.layer_inputs = LayerInputs(layers, num_tokens)
         worker.keep(Errors())
@@ -95,7 +94,8 @@ class Reconstruction:
         assert inputs is not None
         rank = worker.replicas.rank
         for name in list(inputs.kept) if len(arrivals) > 1 else ():
-            own = inputs.kept.pop(name).unflatten(0, (-1, length))
+            own = inputs.kept.pop(name)
+            own = own.view(-1, length, own.shape[1])
             owner = worker.owner(name)
             count = sum(map(len, arrivals))
             everything = own.new_empty(count * (owner == rank), *own.shape[1:])
@@ -200,20 +200,18 @@ class Reconstruction:
 
         After it they are sent to the layers' owners, and those for the windows held aside.
         """
-        with self._keeping_inputs(cluster, text.tokens, self.num_backward):
+        with self._keeping(cluster, text.tokens, self.num_backward):
             yield
         held = text.held
         if len(held):
-            with self._keeping_inputs(cluster, held, 0):
+            with self._keeping(cluster, held, 0):
                 pass_up_to_the_head(cluster, held, range(len(held)), None, "the windows held aside")
 
     @contextmanager
-    def _keeping_inputs(
-        self, cluster: Cluster, tokens: NDArray[np.int64], num_backward: int | None
-    ) -> Iterator[None]:
-        """Let workers keep inputs in a pass over tokens [num_sequences, sequence_length]."""
+    def _keeping(self, cluster: Cluster, tokens: Tokens, backward: int | None) -> Iterator[None]:
+        """Let workers keep inputs in a pass over tokens; `backward` is as `num_backward`."""
         count, length = tokens.shape
-        first = count if num_backward is None else min(num_backward, count)
+        first = count if backward is None else min(backward, count)
         N = cluster.placement.num_replicas
         arrivals = [[*range(i, first, N), *range(first + i, count, N)] for i in range(N)]
         cluster.run_all(self.start, arrivals, length)

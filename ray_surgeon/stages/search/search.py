@@ -27,7 +27,7 @@ from ray_surgeon.plan.needs import StepPlan, WorkerView
 from ray_surgeon.runtime.passes import divergences_of
 from ray_surgeon.runtime.wave import Tokens
 from ray_surgeon.runtime.worker import Worker, collective
-from ray_surgeon.stages.prune.group_choice import GroupScores, Paths, Unit
+from ray_surgeon.stages.prune.group_choice import Counts, GroupScores, Paths, Unit
 from ray_surgeon.stages.prune.groups import Groups
 from ray_surgeon.stages.prune.method import Method, Scores
 from ray_surgeon.stages.prune.methods import Update
@@ -40,8 +40,6 @@ SEARCHED = "(search)"
 """
 
 
-Counts = Mapping[str, int]
-"""Consumer -> number of its groups that go."""
 Scales = Mapping[Unit, float]
 """What costs of one kind of groups in one block are multiplied with."""
 
