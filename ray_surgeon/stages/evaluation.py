@@ -33,7 +33,7 @@ class DenseEvaluation(Stage):
         run.report.dense["perplexity"] = perplexity
         for stage in run.stages:
             for name, text in stage.texts_to_remember(run).items():
-                remember(run.cluster, name, text.windows, text.counts)
+                remember(run.cluster, name, *text)
         if len(run.text.held):
             remember(run.cluster, HELD, run.text.held, run.text.held_counts)
             facts["windows held aside"] = len(run.text.held)

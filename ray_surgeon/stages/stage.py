@@ -10,7 +10,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, NamedTuple, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 
@@ -37,11 +37,8 @@ Facts = dict[str, Fact]
 """What the line of a step says, by name."""
 
 
-class Text(NamedTuple):
-    """Windows on which later weights are compared with the dense model."""
-
-    windows: Tokens  # [num_windows, sequence_length] tokens
-    counts: Counts = None  # likewise, whether a token counts; None if all do
+Text = tuple[Tokens, Counts]
+"""Windows on which later weights are compared with the dense model, and which tokens count."""
 
 
 @dataclass(frozen=True, repr=False)

@@ -36,7 +36,7 @@ class Correction(Stage):
         """Return the calibration text, unless a curvature pass sees it anyway."""
         if self.has_pass or self.section.loss != "kl":
             return {}
-        return {CALIBRATION: Text(run.text.tokens, run.text.counts)}
+        return {CALIBRATION: (run.text.tokens, run.text.counts)}
 
     # For the plan
 

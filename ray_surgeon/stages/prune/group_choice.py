@@ -28,8 +28,6 @@ if TYPE_CHECKING:
 
 _FAR_ENOUGH = 40.0
 """How many times as many groups as single costs say are followed before all are."""
-NOTHING = -1.0
-"""A limit below every cost."""
 
 Unit = tuple[int, str]
 """The groups of one kind in one block."""
@@ -207,7 +205,8 @@ class Paths:
         is_uniform = self.method.section.uniform
         singly = {name: n for name, n in first.counts.items() if name not in first.experts}
         factor = 1.25
-        limit = NOTHING if is_uniform else factor * max(0.0, first.threshold or 0.0)
+        # uniform widths have no threshold: below every cost
+        limit = -1.0 if is_uniform else factor * max(0.0, first.threshold or 0.0)
         following: Sequence[ConsumerCosts] = scores.costs
         while True:
             wanted = {name: math.ceil(factor * count) for name, count in singly.items()}

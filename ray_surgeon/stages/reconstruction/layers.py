@@ -222,14 +222,10 @@ class Reconstruction:
     def best_rate(tried: Sequence[tuple[float, float]]) -> float:
         """Return the learning rate with the smallest mean of relative errors, one at each trial.
 
-        Errors that are no number count as no gain.
+        A mean that is no number counts as no gain.
         """
-
-        def mean(rate: float) -> float:
-            errors = [error if np.isfinite(error) else np.inf for r, error in tried if r == rate]
-            return float(np.mean(errors or np.inf))
-
-        return min(RATES, key=mean)
+        means = {rate: np.mean([e for r, e in tried if r == rate] or np.inf) for rate in RATES}
+        return min(RATES, key=lambda rate: (not np.isfinite(means[rate]), means[rate]))
 
 
 def _layer(worker: Worker, groups: GroupSet, W: Tensor, kept: Tensor) -> FeedForward:

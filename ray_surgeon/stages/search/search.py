@@ -207,7 +207,7 @@ class SearchStage(Stage):
 
     def texts_to_remember(self, run: RunState) -> Mapping[str, Text]:
         """Return the windows of the search."""
-        return {SEARCHED: Text(self.windows)}
+        return {SEARCHED: (self.windows, None)}
 
     def fingerprints(self) -> Mapping[str, Any]:
         """Return that of the windows."""
