@@ -30,7 +30,7 @@ from ray_surgeon.runtime.placement import Placement, place
 from ray_surgeon.spec.job import JobSpec
 from ray_surgeon.spec.sections import KERNEL_COLUMNS, ModelSection, RaySection
 from ray_surgeon.stages.prune.groups import Groups
-from ray_surgeon.stages.prune.groups_section import CoupledSection
+from ray_surgeon.stages.prune.groups_section import CHANNELS, CoupledSection
 from ray_surgeon.stages.prune.method import Method
 from ray_surgeon.stages.prune.methods import method_for
 from ray_surgeon.stages.stage import CalibrationText, Stage
@@ -94,7 +94,7 @@ class Inputs:
     def widths(self) -> str | None:
         """What engines think of the widths that will be left; None if nothing gets narrower."""
         pruning = self.spec.pruning
-        if not isinstance(pruning, CoupledSection) or not pruning.has_widths:
+        if not isinstance(pruning, CoupledSection) or CHANNELS.isdisjoint(pruning.groups):
             return None
         said = f"feed-forward widths stay multiples of {pruning.multiple} channels"
         liked = KERNEL_COLUMNS * pruning.tensor_parallel

@@ -21,7 +21,6 @@ from ray_surgeon.run.reading import environment
 from ray_surgeon.run.stages import Stages
 from ray_surgeon.runtime.cluster import Cluster, WorkerFailureError
 from ray_surgeon.runtime.worker import clean_up
-from ray_surgeon.stages.prune.methods import Present
 from ray_surgeon.stages.stage import RunState, Stage
 
 _PAUSE_S = 5.0
@@ -125,7 +124,7 @@ def _begun(inputs: Inputs, workers: Cluster, directory: RunDirectory, listen: Li
         num_shots,
         len(done),
     )
-    for thing in (scratch, Present(inputs.method), LivePage(directory)):
+    for thing in (scratch, inputs.method, LivePage(directory)):
         run.keep(thing)
     return run
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ray_surgeon.export.for_engines import Shrinking
+from ray_surgeon.export.kinds import check_exports
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.run.reading import Texts
 from ray_surgeon.spec.job import JobSpec
@@ -13,10 +13,10 @@ from ray_surgeon.stages.answers.prompts import yardstick_for
 from ray_surgeon.stages.correction.stage import Correction
 from ray_surgeon.stages.curvature.stage import Curvature
 from ray_surgeon.stages.evaluation import DenseEvaluation, Evaluation, Tasks
+from ray_surgeon.stages.prune.groups import Groups
 from ray_surgeon.stages.prune.groups_section import CoupledSection
 from ray_surgeon.stages.prune.method import Method
 from ray_surgeon.stages.prune.methods import Costs, Latency, Threshold, Update
-from ray_surgeon.stages.reconstruction.stage import ReconstructionStage
 from ray_surgeon.stages.search.search import SearchStage
 from ray_surgeon.stages.self_text.requests import Language
 from ray_surgeon.stages.self_text.stage import SelfText
@@ -67,15 +67,15 @@ def stages_of(
     correction = None
     if spec.correction is not None:
         correction = Correction(spec.correction, held, method.by_element, has_costs)
-    keeps_states = correction is not None and correction.needs_dense_states
+    keeps_states = correction is not None and correction.section.loss == "kl"
     return Stages(
         _present(
             Load(method),
-            Latency.of(method),
+            Latency(method) if isinstance(method, Groups) and method.budget is None else None,
             self_text,
             DenseAnswers(yardstick) if yardstick else None,
             DenseEvaluation(),
-            Tasks.of(tasks) if tokenizer else None,
+            Tasks(tasks) if tokenizer and tasks else None,
         ),
         _present(
             Curvature(method, keeps_states) if has_costs else None,
@@ -83,7 +83,7 @@ def stages_of(
             SearchStage.of(method, texts.further),
             Threshold() if has_costs else None,
             Update(method),
-            ReconstructionStage.of(method),
+            method.reconstruction if isinstance(method, Groups) else None,
             BeforeCorrection() if yardstick and correction else None,
             correction,
             Evaluation(sizes, spec.evaluation.stop_above),
@@ -101,12 +101,9 @@ def stages_after_shots(spec: JobSpec, layout: ModelLayout) -> tuple[Stage, ...]:
         ValueError: the model cannot be written so; names the field, and the remedy.
     """
     pruning = spec.pruning
-    shrinking = None  # all shapes stay
-    if isinstance(pruning, CoupledSection):
-        fewest = {str(kind): pruning.fewest_groups.get(kind, 0) for kind in pruning.groups}
-        devices = pruning.tensor_parallel
-        shrinking = Shrinking(fewest, pruning.multiple, devices, pruning.uniform)
-    return exports_of(spec.output, spec.evaluation.tasks, layout, shrinking)
+    if isinstance(pruning, CoupledSection):  # others leave the shapes as they are
+        check_exports(spec.output, layout, pruning.shrinking(pruning.fewest_groups))
+    return exports_of(spec.output, spec.evaluation.tasks)
 
 
 def _present(*stages: Stage | None) -> tuple[Stage, ...]:

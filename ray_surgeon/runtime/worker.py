@@ -15,7 +15,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar, cast
 import torch
 from torch import Tensor
 
-from ray_surgeon.maths.masks import ElementMask, Mask, StructuredMask
+from ray_surgeon.maths.masks import Mask, StructuredMask
 from ray_surgeon.memory.stores import Scratch
 from ray_surgeon.models.groups import GroupSet
 from ray_surgeon.models.layout import ModelLayout
@@ -28,7 +28,7 @@ from ray_surgeon.storage import tensor_files
 
 P = ParamSpec("P")
 T = TypeVar("T")
-AnyMask = TypeVar("AnyMask", StructuredMask, ElementMask)
+AnyMask = TypeVar("AnyMask", bound=Mask)
 
 
 def collective(step: Callable[P, T]) -> Callable[P, T]:
@@ -212,7 +212,7 @@ class Worker:
                 self.shard.set_weight(name, W)
             self.masks[name] = self.share_mask(name, self.masks[name])
 
-    def share_mask(self, name: str, mask: Mask) -> Mask:
+    def share_mask(self, name: str, mask: AnyMask) -> AnyMask:
         """Return the owner's mask of a linear; every replica calls this."""
         parts = {part: tensor.to(self.device) for part, tensor in vars(mask).items()}
         for tensor in parts.values():

@@ -11,17 +11,13 @@ from typing import Any
 
 from ray_surgeon.export.tasks import check_tasks, evaluate_tasks
 from ray_surgeon.plan.needs import StepPlan, WorkerView
-from ray_surgeon.runtime.passes import Measured, measure, remember
+from ray_surgeon.runtime.passes import measure, remember
 from ray_surgeon.spec.evaluation import TasksSection
 from ray_surgeon.stages.stage import HELD, Facts, RunState, Stage
 
 
 class CollapseError(RuntimeError):
     """The model is worse than the spec allows."""
-
-
-class Measures(dict[str, Measured]):
-    """Evaluation text -> what was measured on it after a shot."""
 
 
 class DenseEvaluation(Stage):
@@ -37,7 +33,7 @@ class DenseEvaluation(Stage):
         run.report.dense["perplexity"] = perplexity
         for stage in run.stages:
             for name, text in stage.texts_to_remember(run).items():
-                remember(run.cluster, name, text.windows, text.counts)
+                remember(run.cluster, name, *text)
         if len(run.text.held):
             remember(run.cluster, HELD, run.text.held, run.text.held_counts)
             facts["windows held aside"] = len(run.text.held)
@@ -55,10 +51,11 @@ class Evaluation(Stage):
         """Measure every text."""
         facts["sparsity"] = run.sparsity
         texts = run.texts.items()
-        measures = Measures({name: measure(run.cluster, name, text) for name, text in texts})
-        facts |= {f"perplexity {name}": value.perplexity for name, value in measures.items()}
-        facts |= {f"divergence {name}": value.divergence for name, value in measures.items()}
-        run.keep(measures, of_shot=True)
+        measured = {name: measure(run.cluster, name, text) for name, text in texts}
+        for what in ("perplexity", "divergence"):
+            values = {name: getattr(of_text, what) for name, of_text in measured.items()}
+            facts |= {f"{what} {name}": value for name, value in values.items()}
+            run.record[what] = values
 
     def ended(self, run: RunState) -> None:
         """End the run if the model is too much worse.
@@ -67,8 +64,7 @@ class Evaluation(Stage):
             CollapseError: a perplexity is above the limit.
         """
         limit = self.stop_above
-        for text, measured in run.kept(Measures).items() if limit is not None else ():
-            value = measured.perplexity
+        for text, value in run.record["perplexity"].items() if limit is not None else ():
             dense = run.report.dense["perplexity"][text]
             if not value <= limit * dense:
                 raise CollapseError(
@@ -94,17 +90,13 @@ class Tasks(Stage):
     of_dense_model = True
     section: TasksSection
 
-    @staticmethod
-    def of(section: TasksSection | None) -> Tasks | None:
-        """Return the stage if there are tasks.
+    def __post_init__(self) -> None:
+        """Check that the tasks can run.
 
         Raises:
             ValueError: the harness is not installed, or does not know a task.
         """
-        if section is None:
-            return None
-        check_tasks(section)
-        return Tasks(section)
+        check_tasks(self.section)
 
     def run(self, run: RunState, facts: Facts) -> None:
         """Measure the dense model."""

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, NamedTuple, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.plan.needs import StepPlan, WorkerView
@@ -22,6 +21,7 @@ from ray_surgeon.report.events import Fact, Steps
 from ray_surgeon.report.record import RunReport
 from ray_surgeon.runtime.cluster import Cluster
 from ray_surgeon.runtime.passes import compared, num_counted, sequence_losses
+from ray_surgeon.runtime.wave import Counts, Tokens
 from ray_surgeon.runtime.worker import LinearSummary
 from ray_surgeon.spec.sections import ModelSection
 
@@ -37,27 +37,22 @@ Facts = dict[str, Fact]
 """What the line of a step says, by name."""
 
 
-class Text(NamedTuple):
-    """Windows on which later weights are compared with the dense model."""
-
-    windows: NDArray[np.int64]  # [num_windows, sequence_length] tokens
-    counts: NDArray[np.bool_] | None = None  # likewise, whether a token counts; None if all do
+Text = tuple[Tokens, Counts]
+"""Windows on which later weights are compared with the dense model, and which tokens count."""
 
 
 @dataclass(frozen=True, repr=False)
 class CalibrationText:
     """Windows of the calibration, and which of their tokens count as predicted ones."""
 
-    tokens: NDArray[np.int64]  # [num_sequences, sequence_length] what stages are fitted on
-    counts: NDArray[np.bool_] | None = None  # likewise, whether a token counts; None if all do
+    tokens: Tokens  # [num_sequences, sequence_length] what stages are fitted on
+    counts: Counts = None  # likewise, whether a token counts; None if all do
     # [num_windows, sequence_length] what no stage is fitted on
-    held: NDArray[np.int64] = field(default_factory=lambda: np.zeros((0, 0), dtype=np.int64))
-    held_counts: NDArray[np.bool_] | None = None  # likewise
+    held: Tokens = field(default_factory=lambda: np.zeros((0, 0), dtype=np.int64))
+    held_counts: Counts = None  # likewise
 
     @staticmethod
-    def split(
-        tokens: NDArray[np.int64], counts: NDArray[np.bool_] | None, num_held: int
-    ) -> CalibrationText:
+    def split(tokens: Tokens, counts: Counts, num_held: int) -> CalibrationText:
         """Hold some windows aside, spread evenly, so that every text gives its share.
 
         Args:
@@ -71,7 +66,7 @@ class CalibrationText:
         return CalibrationText(tokens[~is_held], of_fitted, tokens[is_held], of_held)
 
 
-def held_places(num_sequences: int, num_held: int) -> NDArray[np.int64]:
+def held_places(num_sequences: int, num_held: int) -> Tokens:
     """Return the places of evenly spread windows: the middles of `num_held` equal parts."""
     return ((np.arange(num_held) + 0.5) * num_sequences / max(1, num_held)).astype(np.int64)
 
@@ -105,17 +100,17 @@ class RunState:
     steps: Steps
     layout: ModelLayout
     model: ModelSection  # the dense model, pinned to what was checked
-    calibration: NDArray[np.int64]  # [num_sequences, sequence_length] tokens, all windows
+    calibration: Tokens  # [num_sequences, sequence_length] tokens, all windows
     text: CalibrationText  # the same in two parts
-    texts: Mapping[str, NDArray[np.int64]]  # evaluation text -> windows
+    texts: Mapping[str, Tokens]  # evaluation text -> windows
     stages: tuple[Stage, ...]  # all of the run
     num_shots: int
     num_done: int  # shots that an earlier try has committed
     shot: int = 0  # number of the present one; 0 before the first
     record: dict[str, Any] = field(default_factory=dict)  # of the present shot, for the report
     linears: list[LinearSummary] = field(default_factory=list)  # what the update of the shot left
-    _kept: dict[type, Any] = field(default_factory=dict)
-    _of_shot: dict[type, Any] = field(default_factory=dict)
+    _kept: dict[Any, Any] = field(default_factory=dict)
+    _of_shot: dict[Any, Any] = field(default_factory=dict)
 
     @property
     def resumes(self) -> bool:
@@ -139,20 +134,18 @@ class RunState:
     def keep(self, thing: object, *, of_shot: bool = False) -> None:
         """Keep an object for later stages, in place of one of the same class.
 
+        `kept` knows it by that class, and by those that it derives from.
+
         Args:
             thing: to keep.
             of_shot: whether it is forgotten when the next shot begins.
         """
-        (self._of_shot if of_shot else self._kept)[type(thing)] = thing
+        kept = self._of_shot if of_shot else self._kept
+        kept |= dict.fromkeys(type(thing).__mro__, thing)
 
-    def find(self, kind: type[T]) -> T | None:
-        """Return the object of a class that is kept, if there is one."""
-        thing: T | None = self._of_shot.get(kind, self._kept.get(kind))
-        return thing
-
-    def kept(self, kind: type[T]) -> T:
+    def kept(self, kind: Callable[..., T]) -> T:
         """Return the object of a class that is kept."""
-        thing = self.find(kind)
+        thing: T | None = self._of_shot.get(kind, self._kept.get(kind))
         assert thing is not None, f"no stage has left a {kind.__name__}"
         return thing
 

@@ -10,18 +10,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from ray_surgeon.export.folder import Pruned
-from ray_surgeon.export.for_engines import Shrinking, export_quantised
-from ray_surgeon.export.kinds import check_exports, export
+from ray_surgeon.export.for_engines import export_quantised
+from ray_surgeon.export.kinds import export
 from ray_surgeon.memory.stores import ScratchNames
-from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.plan.needs import StepPlan, WorkerView
 from ray_surgeon.report.html_report import LivePage, rendered
 from ray_surgeon.runtime.wave import read_states, write_states
 from ray_surgeon.runtime.weights import FILE_BYTES, ModelRecipe, continue_from_shot, load, save_shot
 from ray_surgeon.spec.evaluation import TasksSection
 from ray_surgeon.spec.sections import OutputSection, QuantizeSection
-from ray_surgeon.stages.evaluation import Measures
-from ray_surgeon.stages.prune.method import Choice, Method
+from ray_surgeon.stages.prune.method import Method
 from ray_surgeon.stages.stage import Facts, RunState, Stage
 from ray_surgeon.storage import files
 
@@ -74,20 +72,11 @@ class Commit(Stage):
             cluster.run_all(write_states, directory.dense_states)
         files.remove_files(folder, ["*.safetensors"])  # of a try that was interrupted
         written = [file for worker in cluster.run_all(save_shot, folder) for file in worker]
-        choice = run.find(Choice)
-        measured = run.kept(Measures).items()
-        about: dict[str, Any] = {
-            "index": shot,
-            "target_sparsity": self.targets[shot - 1] if self.targets else None,
-            "sparsity": run.sparsity,
-            "threshold": None if choice is None else choice.threshold,
-            "perplexity": {text: measure.perplexity for text, measure in measured},
-            "divergence": {text: measure.divergence for text, measure in measured},
-            "calibration_loss": None,
-            "correction_losses": [],
-            "correction_absorbed": None,
-        }
-        last = run.report.add_shot(about | run.record, run.linears, run.steps)
+        target = self.targets[shot - 1] if self.targets else None
+        about = {"index": shot, "target_sparsity": target, "sparsity": run.sparsity}
+        absent: dict[str, Any] = dict.fromkeys(("threshold", "calibration_loss"))
+        absent |= {"correction_losses": [], "correction_absorbed": None}
+        last = run.report.add_shot(about | absent | run.record, run.linears, run.steps)
         directory.commit_shot(shot, written, last)
         cluster.run_all(continue_from_shot, written)
         directory.write_report(run.report.as_record())
@@ -162,24 +151,7 @@ class Quantise(Stage):
         yield worker.block_by_block(self.name, of_linears)
 
 
-def exports_of(
-    output: OutputSection,
-    tasks: TasksSection | None,
-    layout: ModelLayout,
-    shrinking: Shrinking | None,
-) -> tuple[Stage, ...]:
-    """Return a stage for every export, and for a quantised copy.
-
-    Args:
-        output: of the job spec.
-        tasks: to measure; None for none.
-        layout: of the dense model.
-        shrinking: what pruning may leave; None if it leaves the shapes as they are.
-
-    Raises:
-        ValueError: the model cannot have one of them; says why, and what to export instead.
-    """
-    if shrinking is not None:
-        check_exports(output, layout, shrinking)
+def exports_of(output: OutputSection, tasks: TasksSection | None) -> tuple[Stage, ...]:
+    """Return a stage for every export, with tasks that it is measured on, and a quantised copy."""
     copies = () if output.quantize is None else (Quantise(output.quantize),)
     return (*(Export(kind, output, tasks) for kind in output.exports), *copies)

@@ -206,10 +206,10 @@ def test_paths_are_followed_as_far_as_scales_call_for(
         factors = np.exp(np.random.default_rng(seed).normal(size=len(units)) * spread)
         scales = dict(zip(units, factors.tolist(), strict=True))
         found = Paths(method, cluster, 1).rescaled(scores, scales)
-        whole = Scores.merged(cluster.run_all(method.costs, Reach(math.inf, scales=scales), 1))
-        assert {c.consumer: c.scale for c in found.costs} == {
-            c.consumer: scales[c.unit] for c in whole.costs
-        }
+        assert all(c.scale == scales[c.unit] for c in found.costs)
+        reach = {c.consumer: Reach(math.inf) for c in found.costs}
+        whole = Scores.merged(cluster.run_all(method.costs, reach, 1))
+        whole = replace(whole, costs=tuple(replace(c, scale=scales[c.unit]) for c in whole.costs))
         counts = method.allocate(found, 1).counts
         assert counts == method.allocate(whole, 1).counts
         differ |= counts != method.allocate(scores, 1).counts

@@ -23,11 +23,6 @@ class Correction(Stage):
     # whether the curvature pass keeps the dense model's states of the calibration text
     has_pass: bool
 
-    @property
-    def needs_dense_states(self) -> bool:
-        """Whether the dense model's states of the calibration text are needed."""
-        return self.section.loss == "kl"
-
     def run(self, run: RunState, facts: Facts) -> None:
         """Train."""
         num_sequences = len(run.text.tokens)
@@ -39,9 +34,9 @@ class Correction(Stage):
 
     def texts_to_remember(self, run: RunState) -> Mapping[str, Text]:
         """Return the calibration text, unless a curvature pass sees it anyway."""
-        if self.has_pass or not self.needs_dense_states:
+        if self.has_pass or self.section.loss != "kl":
             return {}
-        return {CALIBRATION: Text(run.text.tokens, run.text.counts)}
+        return {CALIBRATION: (run.text.tokens, run.text.counts)}
 
     # For the plan
 
@@ -89,4 +84,4 @@ class Correction(Stage):
     def on_host(self, worker: WorkerView) -> float:
         """Return the dense model's states of the calibration text."""
         tokens = worker.num_sequences * worker.sequence_length
-        return worker.remembered(tokens * self.needs_dense_states)
+        return worker.remembered(tokens * (self.section.loss == "kl"))

@@ -113,8 +113,7 @@ class Training:
             for number in range(len(self.batches)):
                 self._step(number)
         of_workers = self.cluster.run_all(steps.end, self.undone is None)
-        wanted = sum(part for _, part in of_workers)
-        arrived = sum(part for part, _ in of_workers)
+        arrived, wanted = map(sum, zip(*of_workers, strict=True))
         self.absorbed = arrived / wanted if wanted else float(self.undone is None)
 
     def _train_checked(self, known: float | None) -> None:
@@ -134,8 +133,7 @@ class Training:
         """Take the first steps with the highest harmless rate, or else the lowest."""
         for rate in RATES:
             self.rate = rate
-            if self.tried:
-                self.cluster.run_all(steps.take_state)
+            self.cluster.run_all(steps.take_state)
             self.losses = []
             measure = self._measure() if all(map(self._step, range(count))) else math.inf
             self.tried[rate] = measure

@@ -22,7 +22,6 @@ from ray_surgeon.runtime.worker import Worker
 from ray_surgeon.stages.curvature.gather import gather_curvature, gather_terms
 from ray_surgeon.stages.curvature.section import DampingSection, ExtendedKfacSection
 from ray_surgeon.stages.prune.method import Method
-from ray_surgeon.stages.prune.methods import Present
 from ray_surgeon.stages.stage import CalibrationText, Facts, RunState, Stage
 
 
@@ -145,9 +144,9 @@ class Curvature(Stage):
     def run(self, run: RunState, facts: Facts) -> None:
         """Gather, and choose the damping if the job leaves it open."""
         remembers = self.remembers and run.shot == 1
-        method = run.kept(Present).method
+        method = run.kept(Method)
         method, record = calibrate(method, run.cluster, run.text, run.shot, remembers=remembers)
-        run.keep(Present(method), of_shot=True)
+        run.keep(method, of_shot=True)
         run.record |= record
         facts["calibration_loss"] = record["calibration_loss"]
         facts["num_tokens"] = run.text.tokens.size

@@ -1,7 +1,7 @@
 """Ways to prune.
 
-A file holds one: its section of the job spec, what it does on a worker and what it does on the
-coordinator.
+A file holds those of one kind of parts: their sections of the job spec, what they do on a worker
+and what they do on the coordinator.
 
 Coupled groups, the longest, have further files: their section, costs as workers send them with how
 far these are followed, what the coordinator chooses, what goes whole, the search, and the

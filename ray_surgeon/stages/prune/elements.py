@@ -1,40 +1,46 @@
-"""The LLM Surgeon on single elements and N:M groups.
+"""Single elements and N:M groups, whose removals are zeros in the dense shapes.
 
-Removals are zeros in the dense shapes, by one global threshold, with correlated updates.
+The LLM Surgeon prunes them by one global threshold, with correlated updates. SparseGPT and Wanda
+are baselines: they take every linear to one sparsity, block after block, each with the inputs that
+the pruned blocks before it give.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal
+from dataclasses import asdict, dataclass, replace
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import Field, Tag
+from pydantic import Field
+from torch import Tensor
 
 from ray_surgeon.maths import threshold as thresholds
-from ray_surgeon.maths.conjugate import ElementUpdate
+from ray_surgeon.maths.columns import sparsegpt, upper_inverse, wanda
 from ray_surgeon.maths.element_pruning import ElementUnits, find_elements
+from ray_surgeon.maths.factorised import RaisedDamping
 from ray_surgeon.maths.masks import ElementMask
-from ray_surgeon.models.layout import LinearShape, ModelLayout
+from ray_surgeon.models.layout import LinearShape
 from ray_surgeon.plan.work import LinearNeeds
 from ray_surgeon.runtime.cluster import Cluster
-from ray_surgeon.runtime.worker import Worker
-from ray_surgeon.spec.base import Positive, Section, by_tag, tag
+from ray_surgeon.runtime.passes import BlockPass
+from ray_surgeon.runtime.wave import Tokens
+from ray_surgeon.runtime.worker import LinearSummary, Worker
+from ray_surgeon.spec.base import Positive, Section
 from ray_surgeon.spec.targets import SparsitySection
-from ray_surgeon.stages.prune.method import ByThreshold, Choice, Scored, Scores
-
-Pattern = tuple[Positive, Positive]
+from ray_surgeon.stages.prune.method import Applied, ByThreshold, Choice, Method, Scored, Scores
 
 
-class ConjugateGradientsUpdate(Section):
-    """All correlations at once, by preconditioned conjugate gradients."""
+class UpdateSection(Section):
+    """How the kept elements make up for the pruned ones; see `maths.conjugate.ElementUpdate`."""
 
-    solver: Literal["conjugate_gradients"] = "conjugate_gradients"
-    """All correlations at once"""
+    solver: Literal["conjugate_gradients", "single", "none"] = "conjugate_gradients"
+    """conjugate_gradients: for all removals at once, by preconditioned conjugate gradients, which
+    the other fields are of; single: for each as if it were alone; none: no update (OBD)
+    """
     precision: Literal["bfloat16", "float32"] = "bfloat16"
     """dtype of the products; bfloat16 is faster where the hardware has it"""
     num_iterations: Positive = 16
@@ -43,71 +49,49 @@ class ConjugateGradientsUpdate(Section):
     """Relative residual at which they stop"""
 
 
-class PlainUpdate(Section):
-    """Each removal on its own, or no update."""
+class PatternSection(SparsitySection):
+    """What all methods have that prune single elements or N:M groups."""
 
-    solver: Literal["single", "none"]
-    """single: each removal as if it were alone; none: no update (OBD)"""
-
-
-UpdateSection = Annotated[
-    Annotated[ConjugateGradientsUpdate, Tag(tag("conjugate_gradients"))]
-    | Annotated[PlainUpdate, Tag(tag("plain"))],
-    by_tag(
-        lambda get: "plain" if get("solver", None) in ("single", "none") else "conjugate_gradients",
-        "solver conjugate_gradients, single or none",
-    ),
-]
-
-
-class _Elements(SparsitySection):
-    method: Literal["llm_surgeon"] = "llm_surgeon"
-    """One global threshold on costs, and updates"""
-    update: UpdateSection = ConjugateGradientsUpdate()
-    """How the kept weights make up for the pruned ones"""
+    structure: Literal["element", "n_m"]
+    """Single elements, or N:M groups: of every M consecutive inputs of a row, N stay"""
+    n_m: tuple[Positive, Positive] | None = None
+    """[N, M] of structure n_m: N of M consecutive inputs of a row stay; [2, 4] if not given"""
 
     @property
     def units(self) -> ElementUnits:
         """What is pruned as one."""
-        return ElementUnits(*getattr(self, "n_m", ()))
+        return ElementUnits(*(self.n_m or (2, 4))) if self.structure == "n_m" else ElementUnits()
 
-
-class ElementsSection(_Elements):
-    """Single elements."""
-
-    structure: Literal["element"]
-    """Single elements"""
-    costs: Literal["obs", "obd"] = "obs"
-    """Predicted loss increase of a removal with the optimal update of the others (obs) or without
-    an update (obd)
-    """
-
-
-class NMSection(_Elements):
-    """N:M groups: of every M consecutive inputs of a row, N stay."""
-
-    structure: Literal["n_m"]
-    """N:M groups"""
-    n_m: Pattern = (2, 4)
-    """[N, M]: N of M consecutive inputs of a row stay"""
-    costs: Literal["obs", "obs_sum", "obd"] = "obs"
-    """Cost of a group. obs: the exact joint cost of its best pattern; obs_sum: the sum of its
-    smallest single costs, as in the paper; obd: that sum without updates
-    """
+    @property
+    def largest_sparsity(self) -> float:
+        """The largest sparsity of a pattern."""
+        return 1 - self.units.n / self.units.m
 
     def problems(self) -> Iterator[str]:
-        """Yield what fields have against each other."""
-        yield from problems_of_pattern(self.n_m, self.target_sparsity)
+        """Yield why a pattern is impossible, or cannot reach the target."""
+        n = self.units.n
+        m = self.units.m
+        if self.structure == "element" and self.n_m is not None:
+            yield "n_m: structure element has no pattern; remove it, or set structure n_m"
+        if not n < m <= 16:
+            yield f"n_m: [{n}, {m}] needs N < M <= 16; give for example [2, 4] or [4, 8]"
+        if self.target_sparsity > self.largest_sparsity + thresholds.SHORT:
+            most = f"{n}:{m} can remove, {self.largest_sparsity:g}"
+            yield f"target_sparsity: {self.target_sparsity:g} is more than {most}; lower it"
 
 
-def problems_of_pattern(n_m: Pattern, target_sparsity: float) -> Iterator[str]:
-    """Yield why a pattern is impossible, or cannot reach a target."""
-    n, m = n_m
-    if not n < m <= 16:
-        yield f"n_m: [{n}, {m}] needs N < M <= 16; give for example [2, 4] or [4, 8]"
-    if target_sparsity > 1 - n / m:
-        most = f"{n}:{m} can remove, {1 - n / m:g}"
-        yield f"target_sparsity: {target_sparsity:g} is more than {most}; lower it"
+class ElementsSection(PatternSection):
+    """The LLM Surgeon on single elements or N:M groups."""
+
+    method: Literal["llm_surgeon"] = "llm_surgeon"
+    """One global threshold on costs, and updates"""
+    costs: Literal["obs", "obs_sum", "obd"] = "obs"
+    """Predicted loss increase of a removal. obs: with the optimal update of the others, of an N:M
+    group the exact joint cost of its best pattern; obs_sum: of an N:M group the sum of its smallest
+    single costs, as in the paper; obd: without updates, of an N:M group likewise a sum
+    """
+    update: UpdateSection = UpdateSection()
+    """How the kept weights make up for the pruned ones"""
 
 
 @dataclass(frozen=True)
@@ -115,21 +99,7 @@ class Elements(ByThreshold):
     """Single elements or N:M groups; the costs of all of them never leave the workers."""
 
     by_element: ClassVar[bool] = True
-    section: ElementsSection | NMSection
-
-    @property
-    def update(self) -> ElementUpdate:
-        """See `ElementCandidates`."""
-        return ElementUpdate(**self.section.update.model_dump())
-
-    def reach(self, layout: ModelLayout) -> float:
-        """Return the fraction of all candidates, less the tolerated shortfall.
-
-        Biases count and stay.
-        """
-        weights = sum(s.num_rows * (s.num_columns - s.has_bias) for s in layout.linears)
-        units = self.section.units
-        return weights * units.num_removed / units.m / layout.linear_size + thresholds.SHORT
+    section: ElementsSection
 
     def needs(self, shape: LinearShape) -> LinearNeeds:
         """Both factors are factorised for the costs.
@@ -142,7 +112,7 @@ class Elements(ByThreshold):
         # each of which every group tries
         patterns = math.comb(units.m, units.n) if self.section.costs == "obs" and units.m > 1 else 0
         update = self.section.update
-        iterations = update.num_iterations if isinstance(update, ConjugateGradientsUpdate) else 2
+        iterations = update.num_iterations if update.solver == "conjugate_gradients" else 2
         return LinearNeeds(
             costs_bytes=4 * (2 * (C**2 + R**2) + max(R, C) ** 2 + 5 * R * C),
             costs_flops=1.5 * (C**3 + R**3)
@@ -185,7 +155,7 @@ class Elements(ByThreshold):
         size = self.section.units.num_removed
         num_pruned = num_parameters - scores.num_kept
 
-        def counts(high: int | None) -> torch.Tensor:
+        def counts(high: int | None) -> Tensor:
             return torch.from_numpy(np.sum(cluster.run_all(self.histogram, high), axis=0))
 
         upper = counts(None)
@@ -200,3 +170,103 @@ class Elements(ByThreshold):
             value = thresholds.cost_of_bits(high, low)
             num_pruned += int(upper[:high].sum() + lower[: low + 1].sum()) * size
         return Choice(value, {"threshold": value, "sparsity": num_pruned / num_parameters})
+
+
+# SparseGPT and Wanda, as baselines: block after block to the same sparsity
+
+
+class _Layerwise(PatternSection):
+    takes_curvature: ClassVar[bool] = False
+
+    def problems(self) -> Iterator[str]:
+        """Yield what fields have against each other."""
+        is_short = self.target_sparsity < self.largest_sparsity - thresholds.SHORT
+        if self.structure == "n_m" and (self.shots > 1 or is_short):
+            pattern = f"{self.units.n}:{self.units.m}"
+            changes = f"set target_sparsity to {self.largest_sparsity:g} and num_shots to 1"
+            yield f"n_m: takes every linear to {pattern} at once; {changes}"
+
+
+class SparseGPTSection(_Layerwise):
+    """SparseGPT (Frantar & Alistarh 2023)."""
+
+    method: Literal["sparsegpt"]
+    """SparseGPT"""
+    damping: float = Field(0.01, ge=0, le=10)
+    """Damping of A, relative to the mean of its diagonal"""
+    max_damping: float = Field(1.0, gt=0, le=10)
+    """A factor that is not positive definite gets ten times the damping, up to this; then the run
+    fails
+    """
+
+
+class WandaSection(_Layerwise):
+    """Wanda (Sun et al. 2023)."""
+
+    method: Literal["wanda"]
+    """Wanda"""
+
+
+@dataclass(frozen=True)
+class Layerwise(Method, BlockPass):
+    """SparseGPT or Wanda."""
+
+    by_element: ClassVar[bool] = True
+    section: SparseGPTSection | WandaSection
+    sparsity: float = 0.0  # of every linear after the present shot
+
+    def needs(self, shape: LinearShape) -> LinearNeeds:
+        """A's Cholesky factor and the inverse of that."""
+        R = shape.num_rows
+        C = shape.num_columns
+        return LinearNeeds(
+            update_bytes=4 * (4 * C**2 + 4 * R * C), update_flops=2 / 3 * C**3 + 2 * R * C**2
+        )
+
+    # On the coordinator
+
+    def apply(self, cluster: Cluster, tokens: Tokens, choice: Choice, shot: int) -> Applied:
+        """Prune shard after shard, block after block, while the calibration sequences pass once.
+
+        The report gets what was damped more than asked.
+        """
+        replace(self, sparsity=self.section.targets[shot - 1]).pass_all(cluster, tokens)
+        done = cluster.run_all(_done)
+        raised = [asdict(event) for _, of_worker in done for event in of_worker]
+        return [linear for linears, _ in done for linear in linears], {"damping_used": raised}
+
+    # On a worker
+
+    def change(self, worker: Worker, name: str, A: Tensor) -> None:
+        """Prune a linear; see `BlockPass`."""
+        section = self.section
+        W = worker.shard.weight(name)
+        shape = worker.layout.shapes[name]
+        num_inputs = shape.num_columns - shape.has_bias
+        fraction = self.sparsity * W.numel() / (len(W) * num_inputs)
+        options = fraction, section.units.n, section.units.m
+        before = worker.mask(name, ElementMask).kept[:, :num_inputs].to(W.device)
+        weights = W[:, :num_inputs]
+        A = A[:num_inputs, :num_inputs]
+        if isinstance(section, SparseGPTSection):
+            U, raised = upper_inverse(A, section.damping, section.max_damping, name)
+            worker.keeping(_Raised).extend(raised)
+            live = weights.masked_fill(A.diagonal() == 0, 0.0)
+            W[:, :num_inputs], kept = sparsegpt(live, U, *options, before=before)
+        else:
+            kept = wanda(weights, A.diagonal(), *options, before=before)
+            W[:, :num_inputs] = weights * kept
+        whole = torch.ones_like(W, dtype=torch.bool)
+        whole[:, :num_inputs] = kept
+        worker.masks[name] = ElementMask(whole.cpu())
+        worker.shard.set_weight(name, W)
+
+
+class _Raised(list[RaisedDamping]):
+    """What owned linears needed of damping, beside what was asked, in a shot."""
+
+
+def _done(worker: Worker) -> tuple[list[LinearSummary], list[RaisedDamping]]:
+    """Return what is left of the owned linears, and which damping they needed."""
+    linears = [worker.summary(name, None, 0.0) for name in worker.owned()]
+    return linears, list(worker.drop(_Raised)) if worker.has(_Raised) else []

@@ -35,8 +35,8 @@ class ExpertSumsBeside(SumsBeside):
 
     def reduce(self, worker: Worker) -> None:
         """Sum over the replicas to the owners of the experts' first linears."""
-        for experts in worker.shard.expert_sets:
-            sums = worker.shard.expert_sums[experts.block - worker.shard.blocks.first]
+        shard = worker.shard
+        for experts, sums in zip(shard.expert_sets, shard.expert_sums.values(), strict=True):
             worker.replicas.reduce(sums.total, worker.owner(experts.linears[0][0]))
 
 
@@ -55,13 +55,12 @@ def whole_expert_costs(
         FloatingPointError: a cost is not usable; names the experts.
     """
     by_expert = dict[str, float]()
-    for experts in worker.shard.expert_sets:
+    shard = worker.shard
+    of_layers = shard.expert_sets, shard.mixtures.values(), shard.expert_sums.values()
+    for experts, mixture, sums in zip(*of_layers, strict=True):
         consumers = [linears[-1] for linears in experts.linears]
         if not worker.owns(consumers[0]):
             continue
-        place = experts.block - worker.shard.blocks.first
-        mixture = worker.shard.mixtures[place]
-        sums = worker.shard.expert_sums[place]
         if kind == "rerouting":
             costs = rerouting_costs(sums, mixture.num_chosen, first_order=first_order)
         elif kind == "reap":
@@ -81,11 +80,11 @@ def whole_expert_costs(
 
 def go_around_removed(worker: Worker) -> None:
     """Let routers go around the experts that are removed; weights and masks are loaded before."""
-    for experts in worker.shard.expert_sets:
+    shard = worker.shard
+    for experts, mixture in zip(shard.expert_sets, shard.mixtures.values(), strict=True):
         removed = experts.removed(worker.masks)
         if removed.any():
-            place = experts.block - worker.shard.blocks.first
-            worker.shard.mixtures[place].kept = ~removed
+            mixture.kept = ~removed
 
 
 def remove_experts(worker: Worker, consumers: Collection[str]) -> None:

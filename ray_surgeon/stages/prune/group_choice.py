@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -28,11 +28,11 @@ if TYPE_CHECKING:
 
 _FAR_ENOUGH = 40.0
 """How many times as many groups as single costs say are followed before all are."""
-NOTHING = -1.0
-"""A limit below every cost."""
 
 Unit = tuple[int, str]
 """The groups of one kind in one block."""
+Counts = Mapping[str, int]
+"""Consumer -> number of its groups."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,8 @@ class ConsumerCosts(GroupCosts):
     # before scaling, per unit of the target if groups are ranked so; what costs more may be missing
     # in `costs`
     limit: float = math.inf
-    # what costs are multiplied with to be compared with those of other consumers; see `Search`
+    # what costs are multiplied with to be compared with those of other consumers; see `Search`,
+    # the workers know nothing of it
     scale: float = 1.0
 
     @property
@@ -60,34 +61,16 @@ class ConsumerCosts(GroupCosts):
         """Return what the cheapest groups cost together, before scaling."""
         return float(self.costs.double().sort().values[:count].sum())
 
-    def scaled(self, needs: Sequence[float]) -> GroupCosts:
-        """Return the costs as an allocation sees them; `needs` are those of `GroupCosts`."""
-        return replace(self, costs=self.costs * self.scale, needs=needs)
-
 
 GroupScores = Scores[ConsumerCosts]
 """Costs of the consumers that a worker owns, or of all."""
 
 
-@dataclass(frozen=True)
-class Reach:
-    """How far the greedy paths are followed."""
+class Reach(NamedTuple):
+    """How far the greedy path of a consumer is followed."""
 
-    # largest scaled cost, per unit likewise; None for the cost of each group on its own
-    limit: float | None = None
-    # consumer -> its groups that may be needed even if they cost more
-    needed: Mapping[str, int] = field(default_factory=dict)
-    only: frozenset[str] | None = None  # consumers whose paths are followed anew; None for all
-    # those of `ConsumerCosts`; 1 where there is none
-    scales: Mapping[Unit, float] = field(default_factory=dict)
-
-
-def renewed(before: GroupScores, after: GroupScores) -> GroupScores:
-    """Return scores in which those of some consumers were taken anew."""
-    costs = {c.consumer: c for c in (*before.costs, *after.costs)}
-    events = (*before.raised_damping, *after.raised_damping)
-    raised = {(event.linear, event.factor): event for event in events}
-    return replace(after, costs=tuple(costs.values()), raised_damping=tuple(raised.values()))
+    limit: float  # largest cost, before scaling, per unit likewise
+    needed: int = 0  # groups that may be needed even if they cost more
 
 
 @dataclass(frozen=True)
@@ -105,8 +88,7 @@ class GroupChoice(Ranking):
         Raises:
             OutOfReachError: says what is possible.
         """
-        if self.budget is not None:
-            budget = self.budget
+        if (budget := self.budget) is not None:
             self.section.check_target(budget.least(self.fewest), budget.dense, budget.unit)
 
     @property
@@ -175,7 +157,8 @@ class GroupChoice(Ranking):
         budget = self.known_budget
         costs = sorted(scores.costs, key=lambda c: c.consumer)
         present = [c for c in costs if c.num_left or c.kind != "expert_channels"]
-        groups = [c.scaled(budget.by_left[c.kind]) for c in present]
+        needs = budget.by_left
+        groups = [replace(c, costs=c.costs * c.scale, needs=needs[c.kind]) for c in present]
         missing = budget.of((c.kind, c.num_left) for c in costs) - self.goal(shot)
         fewest = self.fewest.get("experts", 0)
         if self.section.uniform:
@@ -192,10 +175,10 @@ class GroupChoice(Ranking):
         num_kept = scores.num_kept - sum(going[c.consumer] * c.num_parameters for c in costs)
         need = budget.of((c.kind, c.num_left - going[c.consumer]) for c in costs)
         sparsity = 1 - num_kept / scores.num_parameters
-        facts: dict[str, Any] = {"groups": sum(counts.values()), "sparsity": sparsity}
-        facts |= {"need": need, "unit": budget.unit}
-        of_budget = {"dense": budget.dense, "goal": self.goal(shot), "need": need}
-        record = {"groups_removed": counts, "budget": {"unit": budget.unit} | of_budget}
+        of_need = {"need": need, "unit": budget.unit}
+        facts: dict[str, Any] = {"groups": sum(counts.values()), "sparsity": sparsity} | of_need
+        of_budget = of_need | {"dense": budget.dense, "goal": self.goal(shot)}
+        record: dict[str, Any] = {"groups_removed": counts, "budget": of_budget}
         experts = {c.consumer: c.whole for c in costs if c.consumer in allocation.experts}
         if self.ranks_experts:
             facts["experts"] = len(experts)
@@ -217,27 +200,28 @@ class Paths:
 
         If that was not far enough, it goes on.
         """
-        scores = self.method.taken(self.cluster, Reach(), self.shot)
+        scores = self.method.taken(self.cluster, None, self.shot)
         first = self.method.allocate(scores, self.shot)
         is_uniform = self.method.section.uniform
         singly = {name: n for name, n in first.counts.items() if name not in first.experts}
         factor = 1.25
-        limit = NOTHING if is_uniform else factor * max(0.0, first.threshold or 0.0)
-        only = None
+        # uniform widths have no threshold: below every cost
+        limit = -1.0 if is_uniform else factor * max(0.0, first.threshold or 0.0)
+        following: Sequence[ConsumerCosts] = scores.costs
         while True:
             wanted = {name: math.ceil(factor * count) for name, count in singly.items()}
-            scores = self._followed(scores, Reach(limit, self.and_one_step(scores, wanted), only))
+            scores = self._followed(scores, limit, self._and_one_step(following, wanted))
             try:
                 threshold = max(0.0, self.method.allocate(scores, self.shot).threshold or 0.0)
             except OutOfReachError:
                 if math.isinf(limit):  # all paths were followed to their ends
                     raise
                 factor = 2 * factor
-                only = None
+                following = scores.costs
                 limit = 4 * limit if factor < _FAR_ENOUGH else math.inf
                 continue
-            only = self._short(scores, threshold)
-            if is_uniform or not only:
+            following = [c for c in scores.costs if self._is_short(c, threshold)]
+            if is_uniform or not following:
                 return scores
             limit = threshold  # with all paths up to there the threshold is this one or lower
 
@@ -252,44 +236,45 @@ class Paths:
         while True:
             allocation = self.method.allocate(scores, self.shot)
             threshold = max(0.0, allocation.threshold or 0.0)
-            needed = self.and_one_step(scores, allocation.counts)
-            open_paths = {c.consumer for c in scores.costs if not self.has_ended(c)}
-            cut = {name for name in open_paths if reached[name] < needed[name]}
-            only = self._short(scores, threshold) | cut
-            if not only:
+            wanted = self._and_one_step(scores.costs, allocation.counts)
+            short = {c.consumer for c in scores.costs if self._is_short(c, threshold)}
+            going_on = (c.consumer for c in scores.costs if not self._has_ended(c))
+            short |= {name for name in going_on if reached[name] < wanted[name]}
+            if not short:
                 return scores
-            scores = self._followed(scores, Reach(threshold, needed, only, scales))
-            reached |= {name: max(reached[name], needed[name]) for name in only}
+            needed = {name: wanted[name] for name in short}
+            scores = self._followed(scores, threshold, needed)
+            reached |= {name: max(reached[name], count) for name, count in needed.items()}
 
-    def _followed(self, scores: GroupScores, reach: Reach) -> GroupScores:
-        return renewed(scores, self.method.taken(self.cluster, reach, self.shot))
+    def _followed(self, scores: GroupScores, limit: float, needed: Counts) -> GroupScores:
+        """Return scores of which those in `needed` were taken anew, up to a scaled cost."""
+        costs = {c.consumer: c for c in scores.costs}
+        reach = {name: Reach(limit / costs[name].scale, count) for name, count in needed.items()}
+        after = self.method.taken(self.cluster, reach, self.shot)
+        costs |= {c.consumer: replace(c, scale=costs[c.consumer].scale) for c in after.costs}
+        events = (*scores.raised_damping, *after.raised_damping)
+        raised = {(event.linear, event.factor): event for event in events}
+        return replace(after, costs=tuple(costs.values()), raised_damping=tuple(raised.values()))
 
-    def and_one_step(self, scores: GroupScores, counts: Mapping[str, int]) -> dict[str, int]:
-        """Return numbers of groups and one step more.
+    def _and_one_step(self, costs: Sequence[ConsumerCosts], counts: Counts) -> dict[str, int]:
+        """Return consumer -> number of its groups and one step more.
 
         The step may be worth its mean cost though its last group alone is not.
         """
-        return {
-            c.consumer: counts.get(c.consumer, 0) + self.method.multiple(c.kind, self.shot)
-            for c in scores.costs
-        }
+        steps = {c.consumer: self.method.multiple(c.kind, self.shot) for c in costs}
+        return {name: counts.get(name, 0) + step for name, step in steps.items()}
 
-    def _short(self, scores: GroupScores, threshold: float) -> frozenset[str]:
-        """Return the consumers whose paths end before a threshold of scaled costs."""
-        return frozenset(c.consumer for c in scores.costs if not self.is_followed(c, threshold))
+    def _is_short(self, costs: ConsumerCosts, threshold: float) -> bool:
+        """Whether a path could go on and ends before a threshold of scaled costs.
 
-    def is_followed(self, costs: ConsumerCosts, threshold: float) -> bool:
-        """Whether a path goes on to the threshold of scaled costs.
-
-        It does if its limit is above, if it came that far because its groups were needed, or if it
-        ended.
+        It does not if its limit is above, or if it came that far because its groups were needed.
         """
         unscaled = threshold / costs.scale
-        if unscaled <= costs.limit or self.has_ended(costs):
-            return True
+        if unscaled <= costs.limit or self._has_ended(costs):
+            return False
         reached = costs.costs[torch.isfinite(costs.costs)]
-        return bool((reached >= unscaled * self.method.unit_of(costs.kind)).any())
+        return not (reached >= unscaled * self.method.unit_of(costs.kind)).any()
 
-    def has_ended(self, costs: ConsumerCosts) -> bool:
+    def _has_ended(self, costs: ConsumerCosts) -> bool:
         """Whether a path has all groups that may go."""
         return costs.num_reached >= costs.num_left - self.method.fewest.get(costs.kind, 0)

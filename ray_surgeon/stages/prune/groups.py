@@ -33,6 +33,7 @@ from ray_surgeon.stages.prune.experts import go_around_removed, remove_experts, 
 from ray_surgeon.stages.prune.group_choice import ConsumerCosts, GroupChoice, Paths, Reach
 from ray_surgeon.stages.prune.method import Applied, Choice, Scored, Scores
 from ray_surgeon.stages.reconstruction.layers import RATES, Reconstruction
+from ray_surgeon.stages.reconstruction.stage import ReconstructionStage
 from ray_surgeon.stages.stage import CalibrationText
 
 _FAR = 4.0
@@ -46,14 +47,15 @@ class Groups(GroupChoice):
     """Coupled groups."""
 
     @property
-    def reconstruction(self) -> Reconstruction | None:
+    def reconstruction(self) -> ReconstructionStage | None:
         """The reconstruction of layers that lose groups, if there is one."""
         section = self.section.reconstruction
         if section is None:
             return None
         curvature = self.used_curvature
         num_backward = 0 if curvature.gathers == "A" else curvature.sequences_backward
-        return Reconstruction(section, FEED_FORWARD_OF_ALL & set(self.section.groups), num_backward)
+        kinds = FEED_FORWARD_OF_ALL & set(self.section.groups)
+        return ReconstructionStage(section, kinds, num_backward)
 
     # On a worker
 
@@ -65,54 +67,57 @@ class Groups(GroupChoice):
         kinds = {"expert_channels" if kind == "experts" else kind for kind in self.section.groups}
         return [groups for groups in worker.group_sets if groups.kind in kinds]
 
-    def costs(self, worker: Worker, reach: Reach, shot: int) -> Scores[ConsumerCosts]:
+    def costs(self, worker: Worker, reach: Mapping[str, Reach] | None, shot: int) -> Scores[Any]:
         """Take the marginal costs of the owned consumers' groups and keep them for `prune`.
+
+        Args:
+            worker: with curvature.
+            reach: consumers whose paths are followed -> how far; None for the cost of each group on
+                its own, of all consumers.
+            shot: its number.
 
         Raises:
             FloatingPointError: a factor or a cost is not usable; names the linear.
         """
-        if reach.only is None:
+        if reach is None:
             worker.keep(Scored())
         scored = worker.kept(Scored)
         owned = {g.consumer: g for g in self.sets(worker) if worker.owns(g.consumer)}
-        names = [name for name in owned if reach.only is None or name in reach.only]
+        names = [name for name in owned if reach is None or name in reach]
         whole = self._expert_costs(worker, shot)
-        costs = [
-            self._costs_of(worker, owned[name], reach, shot, whole.get(name, math.inf))
-            for name in worker.each(names)
-        ]
+        costs = []
+        for name in worker.each(names):
+            c = self._costs_of(worker, owned[name], None if reach is None else reach[name], shot)
+            costs.append(replace(c, whole=whole.get(name, math.inf) if c.num_left else math.inf))
         bases = (scored[name][0] for name in names if name in scored)
         raised = chain.from_iterable(basis.raised_damping for basis in bases)
         return Scores(tuple(costs), *sizes(worker), tuple(raised))
 
     def _costs_of(
-        self, worker: Worker, groups: GroupSet, reach: Reach, shot: int, whole: float
+        self, worker: Worker, groups: GroupSet, reach: Reach | None, shot: int
     ) -> ConsumerCosts:
-        """Return the costs of an owned consumer's groups, and keep them; `whole` is an expert's."""
+        """Return the costs of an owned consumer's groups, and keep them."""
         name = groups.consumer
         kind = groups.kind
         mask = worker.mask(name, StructuredMask)
         left = int(mask.columns[groups.columns].all(dim=1).sum())
         nothing = torch.full((len(groups.columns),), torch.inf)
         about: dict[str, Any] = {"layer": groups.block, "num_parameters": groups.num_parameters}
-        about["whole"] = whole if left else math.inf
         costs = ConsumerCosts(name, kind, nothing, left, frozenset((left,)), **about)
         if not left or worker.layout.shapes[name].role not in self.consumers:
             return costs  # nothing goes group by group
         linear = self.linear(worker, name)
         curvature = LinearCurvature(linear, alive_part(linear, mask))
-        scale = reach.scales.get(costs.unit, 1.0)
-        unscaled = -math.inf if reach.limit is None else reach.limit / scale
-        limit = unscaled * self.unit_of(kind)
+        per_unit, needed = reach or Reach(-math.inf)
+        limit = per_unit * self.unit_of(kind)
         odd = left % self.multiple(kind, shot)  # must go whatever they cost
         most = math.inf if self.section.uniform or odd else _FAR * limit
-        needed = max(reach.needed.get(name, 0), odd)
-        limits = Limits(limit, needed, most, self.section.fewest_groups[kind])
-        singly = reach.limit is None
+        limits = Limits(limit, max(needed, odd), most, self.section.fewest_groups[kind])
+        singly = reach is None
         marginal = group_costs(curvature, groups.columns, limits, singly=singly).float()
         worker.kept(Scored)[name] = curvature.basis, marginal
         allowed = self._allowed(worker, groups, shot)
-        return replace(costs, costs=marginal, allowed=allowed, limit=unscaled, scale=scale)
+        return replace(costs, costs=marginal, allowed=allowed, limit=per_unit)
 
     def _expert_costs(self, worker: Worker, shot: int) -> dict[str, float]:
         if not self.ranks_experts:
@@ -231,20 +236,15 @@ class Groups(GroupChoice):
     def apply(self, cluster: Cluster, tokens: Tokens, choice: Choice, shot: int) -> Applied:
         """Prune, update, and train layers with the learning rate that did best on some of them."""
         counts, experts = choice.removed
-        rate = self._learning_rate(cluster, counts)
+        section = self.section.reconstruction
+        rate = 0.0 if section is None else section.learning_rate
+        if rate is None:
+            tried = chain.from_iterable(cluster.run_all(self.try_rates, counts))
+            rate = Reconstruction.best_rate(list(tried))
         cluster.progress.begin(unit="linears")
         workers = cluster.run_all(self.prune, counts, experts, rate)
-        return list(chain.from_iterable(workers)), {}
-
-    def _learning_rate(self, cluster: Cluster, counts: Mapping[str, int]) -> float:
-        """Return the learning rate of reconstructions: the given one, or the best on two layers."""
-        if self.reconstruction is None:
-            return 0.0
-        rate = self.reconstruction.section.learning_rate
-        if rate is not None:
-            return rate
-        tried = list(chain.from_iterable(cluster.run_all(self.try_rates, counts)))
-        return Reconstruction.best_rate(tried)
+        record = {} if section is None else {"reconstruction_rate": rate}
+        return list(chain.from_iterable(workers)), record
 
 
 def _remove_producers(worker: Worker, groups: GroupSet) -> None:

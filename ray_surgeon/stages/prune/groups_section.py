@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import ClassVar, Literal
 
 from pydantic import Field
 
+from ray_surgeon.export.for_engines import Shrinking
 from ray_surgeon.maths.threshold import OutOfReachError
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.spec.base import Positive
@@ -17,8 +18,8 @@ from ray_surgeon.stages.search.section import Searched
 
 GroupKind = Literal["ffn", "attention", "shared_experts", "expert_channels", "experts"]
 
-
-_CHANNELS = ("ffn", "shared_experts", "expert_channels")
+CHANNELS = {"ffn", "shared_experts", "expert_channels"}
+"""Kinds of groups that are channels, of which a width is left."""
 
 
 ExpertCosts = Literal["rerouting", "reap", "frequency", "random"]
@@ -62,18 +63,19 @@ class CoupledSection(Reconstructed):
 
     @property
     def fewest_groups(self) -> dict[str, int]:
-        """Groups of each kind that stay in every block."""
-        return dict.fromkeys(_CHANNELS, self.multiple) | {"attention": 1}
-
-    @property
-    def has_widths(self) -> bool:
-        """Whether channels are removed, so that a width is left."""
-        return any(kind in self.groups for kind in _CHANNELS)
+        """Groups of each kind to prune that stay in every block; see `budgets.fewest_left`."""
+        usual = dict.fromkeys(CHANNELS, self.multiple) | {"attention": 1}
+        fewest = {} if getattr(self, "remove_blocks", False) else usual
+        return {str(kind): fewest.get(kind, 0) for kind in self.groups}
 
     @property
     def multiple(self) -> int:
         """The number that widths are multiples of in the end."""
         return self.width_multiple or 64 * self.tensor_parallel
+
+    def shrinking(self, fewest: Mapping[str, int]) -> Shrinking:
+        """Return what pruning may leave if so many groups of each kind stay."""
+        return Shrinking(fewest, self.multiple, self.tensor_parallel, self.uniform)
 
     def goal(self, dense: float, shot: int) -> float:
         """Return what the model may need of a budget after a shot, of which it needs `dense`."""
@@ -119,19 +121,11 @@ class CoupledSection(Reconstructed):
                 reasons["activations"] = "has no gradients, which whole experts need; use kfac"
         if curvature.kind in reasons:
             return f"curvature.kind: {curvature.kind} {reasons[curvature.kind]}"
-        if set(self.groups) == {"experts"}:
-            changed = curvature.model_dump(exclude_defaults=True).keys()
-            for field in sorted(changed & {"damping", "max_damping"}):
-                return f"curvature.{field}: costs of whole experts invert no factor; leave it out"
         return super().problem_with(curvature)
 
     def problems(self) -> Iterator[str]:
         """Yield what fields have against each other."""
-        kinds = set(self.groups)
-        named = ", ".join(self.groups)
-        if len(kinds) < len(self.groups):
-            yield f"groups: {named} name a kind twice; remove one"
-        if self.expert_costs != "rerouting" and kinds != {"experts"}:
+        if self.expert_costs != "rerouting" and set(self.groups) != {"experts"}:
             problem = "is of whole experts alone and has another unit; set groups to [experts]"
             yield f"expert_costs: {self.expert_costs} {problem}"
         if self.multiple % self.tensor_parallel:
@@ -156,14 +150,6 @@ class GroupsSection(CoupledSection, Searched):
         """Yield what fields have against each other."""
         if self.search is not None and "experts" in self.groups:
             yield "search: does not go with whole experts; use expert_channels, or leave it out"
-        if self.remove_blocks and set(self.groups) == {"experts"}:
-            yield "remove_blocks: is of KV groups and channels; remove it, or name other groups"
-
-    @property
-    def fewest_groups(self) -> dict[str, int]:
-        """Groups of each kind that stay in every block."""
-        fewest = super().fewest_groups
-        return dict.fromkeys(fewest, 0) if self.remove_blocks else fewest
 
 
 class UniformGroupsSection(CoupledSection):
@@ -192,10 +178,9 @@ def problems_of_mixture(
         yield "pruning.target: a latency is not for mixtures; give parameters, bytes or flops"
     if "experts" not in pruning.groups:
         return
-    sparse = layout.family.sparse
-    field = sparse.num_groups if sparse is not None else None
-    num_groups = getattr(layout.config, field) if field else None
-    if num_groups is not None and num_groups > 1:
+    field = layout.family.sparse.num_groups
+    num_groups = getattr(layout.config, field or "", None) or 1
+    if num_groups > 1:
         yield (
             f"pruning.groups: the router chooses among {num_groups} groups of experts of one size "
             f"({field} in config.json), so no single expert can go; use expert_channels"

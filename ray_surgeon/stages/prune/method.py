@@ -18,7 +18,7 @@ from typing import Any, ClassVar, Generic, TypeVar
 
 from ray_surgeon.maths.curvature import Clipping, Linear
 from ray_surgeon.maths.factorised import RaisedDamping
-from ray_surgeon.models.layout import LinearShape, ModelLayout
+from ray_surgeon.models.layout import LinearShape
 from ray_surgeon.plan.work import LinearNeeds
 from ray_surgeon.runtime.cluster import Cluster
 from ray_surgeon.runtime.wave import Tokens
@@ -87,10 +87,6 @@ class Method(ABC):
     def beside(self) -> SumsBeside:
         """What the curvature pass sums beside A and G."""
         return NOTHING_BESIDE
-
-    def reach(self, layout: ModelLayout) -> float:
-        """Return the largest target that a model's shapes allow."""
-        return 1.0
 
     @property
     def used_curvature(self) -> AnyCurvature:
@@ -176,21 +172,21 @@ class Scored(dict[str, Any]):
 
 
 class ByThreshold(Ranking):
-    """A method that ranks what it may remove from every linear on the linear's own."""
+    """A method that ranks what it may remove from every linear on the linear's own.
 
-    update: Any
-    """How kept weights make up for pruned ones, as its candidates take it."""
+    Its section says with `update` how kept weights make up for pruned ones.
+    """
+
+    section: Any
 
     # On a worker
 
-    def scores(
-        self, worker: Worker, candidates: dict[str, Any], costs: tuple[Any, ...] = ()
-    ) -> Scores[Any]:
+    def scores(self, worker: Worker, candidates: dict[str, Any], costs: Any = ()) -> Scores[Any]:
         """Keep candidates, by linear, for the update, and return what the coordinator gets."""
         worker.keep(Scored(candidates))
         raised = tuple(event for c in candidates.values() for event in c.basis.raised_damping)
         clipped = tuple(event for c in candidates.values() for event in c.basis.clipping)
-        return Scores(costs, *sizes(worker), raised, clipped)
+        return Scores(tuple(costs), *sizes(worker), raised, clipped)
 
     def share(self, worker: Worker) -> None:
         """Send all linears from their owners to the other replicas."""
@@ -203,7 +199,7 @@ class ByThreshold(Ranking):
         removals = dict[str, tuple[float, float]]()
         for name in worker.each(list(candidates)):
             removal, worker.masks[name] = candidates.pop(name).prune(
-                self.linear(worker, name), worker.masks[name], threshold, self.update
+                self.linear(worker, name), worker.masks[name], threshold, self.section.update
             )
             worker.shard.set_weight(name, removal.W)
             removals[name] = removal.predicted, removal.residual

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from typing import Annotated, Any
 
@@ -10,57 +10,51 @@ import torch
 from pydantic import Tag
 
 from ray_surgeon.export.folder import Pruned
-from ray_surgeon.export.for_engines import Shrinking
 from ray_surgeon.export.speed import latency_budget
-from ray_surgeon.maths.element_pruning import ElementUnits
 from ray_surgeon.models import budgets
+from ray_surgeon.models.budgets import Budget
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.models.pruned_config import kv_heads_left
 from ray_surgeon.plan.needs import StepPlan, WorkerView
-from ray_surgeon.runtime.worker import LinearSummary
 from ray_surgeon.spec.base import by_tag, tag
-from ray_surgeon.spec.targets import FlopsTarget, LatencyTarget, ParametersTarget
+from ray_surgeon.spec.targets import BytesTarget, FlopsTarget, LatencyTarget, TargetSection
 from ray_surgeon.stages.curvature.section import AnyCurvature
+from ray_surgeon.stages.prune import elements
 from ray_surgeon.stages.prune import groups_section as coupled
-from ray_surgeon.stages.prune.elements import Elements, ElementsSection, NMSection
 from ray_surgeon.stages.prune.groups import Groups
-from ray_surgeon.stages.prune.layerwise import Layerwise, SparseGPTSection, WandaSection
 from ray_surgeon.stages.prune.method import Choice, Method, Ranking, Scores
 from ray_surgeon.stages.prune.rows_columns import RowsColumns, RowsColumnsSection
 from ray_surgeon.stages.stage import Facts, RunState, Stage, held_measure
 
 METHODS: dict[type, type[Method]] = {
     RowsColumnsSection: RowsColumns,
-    ElementsSection: Elements,
-    NMSection: Elements,
+    elements.ElementsSection: elements.Elements,
     coupled.GroupsSection: Groups,
     coupled.UniformGroupsSection: Groups,
-    SparseGPTSection: Layerwise,
-    WandaSection: Layerwise,
+    elements.SparseGPTSection: elements.Layerwise,
+    elements.WandaSection: elements.Layerwise,
 }
 """Section -> the method that takes it."""
 
 
 def _tag_of(get: Any) -> str:
     method = get("method", "llm_surgeon")
-    structure = get("structure", "rows_columns")
+    structure = str(get("structure", "rows_columns"))
     if method != "llm_surgeon":
         return str(method)
-    if structure in ("rows", "columns"):
-        return "rows_columns"
     if structure == "groups" and get("allocation", "global") == "uniform":
         return "groups, allocation uniform"
-    return str(structure)
+    same = {"rows": "rows_columns", "columns": "rows_columns", "n_m": "element"}
+    return same.get(structure, structure)
 
 
 PruningSection = Annotated[
     Annotated[RowsColumnsSection, Tag(tag("rows_columns"))]
-    | Annotated[ElementsSection, Tag(tag("element"))]
-    | Annotated[NMSection, Tag(tag("n_m"))]
+    | Annotated[elements.ElementsSection, Tag(tag("element"))]
     | Annotated[coupled.GroupsSection, Tag(tag("groups"))]
     | Annotated[coupled.UniformGroupsSection, Tag(tag("groups, allocation uniform"))]
-    | Annotated[SparseGPTSection, Tag(tag("sparsegpt"))]
-    | Annotated[WandaSection, Tag(tag("wanda"))],
+    | Annotated[elements.SparseGPTSection, Tag(tag("sparsegpt"))]
+    | Annotated[elements.WandaSection, Tag(tag("wanda"))],
     by_tag(
         _tag_of,
         "structure rows_columns, rows, columns, element, n_m or groups with method llm_surgeon, or "
@@ -87,19 +81,13 @@ def method_for(
         raise ValueError(problem)
     if isinstance(pruning, coupled.CoupledSection):
         return _groups(pruning, curvature, layout, dtype)
-    m = getattr(pruning, "units", ElementUnits()).m
+    m = pruning.units.m if isinstance(pruning, elements.PatternSection) else 1
     for shape in layout.linears:
         num_inputs = shape.num_columns - shape.has_bias
         if num_inputs % m:
             inputs = f"{shape.name} has {num_inputs} inputs"
             raise ValueError(f"pruning.n_m: {inputs}, not a multiple of {m}; choose another M")
-    method: Method = METHODS[type(pruning)](pruning, curvature)
-    if pruning.target_sparsity > (most := method.reach(layout)):
-        raise ValueError(
-            f"pruning.target_sparsity: {pruning.target_sparsity:g}, but {most:.4g} is all that "
-            f"{pruning.method} can take from this model, because biases count and stay; lower it"
-        )
-    return method
+    return METHODS[type(pruning)](pruning, curvature)
 
 
 def _groups(
@@ -123,40 +111,21 @@ def _groups(
             f"pruning.groups: {', '.join(missing)}, but {layout.config.model_type} has "
             f"{', '.join(layout.kinds)} that can be pruned here; name some of these"
         )
-    least = {str(kind): pruning.fewest_groups.get(kind, 0) for kind in pruning.groups}
-    fewest = budgets.fewest_left(layout, least, devices, uniform=uniform)
-    roles = {groups.kind: layout.shapes[groups.consumer].role for groups in layout.group_sets}
-    consumers = frozenset(roles[kind] for kind in pruning.groups if kind in roles)
-    return Groups(pruning, curvature, _budget(layout, pruning, dtype), fewest, consumers)
+    fewest = budgets.fewest_left(layout, pruning.fewest_groups, devices, uniform=uniform)
+    sets = (groups for groups in layout.group_sets if groups.kind in pruning.groups)
+    consumers = frozenset(layout.shapes[groups.consumer].role for groups in sets)
+    return Groups(pruning, curvature, _budget(layout, pruning.target, dtype), fewest, consumers)
 
 
-def _budget(
-    layout: ModelLayout, pruning: coupled.CoupledSection, dtype: str
-) -> budgets.Budget | None:
+def _budget(layout: ModelLayout, target: TargetSection | None, dtype: str) -> Budget | None:
     """Return what groups save from; None if it must be measured first."""
-    target = pruning.target
-    if target is None:
-        return budgets.linears_budget(layout)
     if isinstance(target, LatencyTarget):
         return None
     if isinstance(target, FlopsTarget):
         return budgets.flops_budget(layout, target.prompt_length)
-    if isinstance(target, ParametersTarget):
-        return budgets.parameters_budget(layout)
-    return budgets.bytes_budget(layout, getattr(torch, dtype).itemsize)
-
-
-@dataclass(frozen=True)
-class Present:
-    """The method of a run; kept of a shot, the method with what was chosen in it."""
-
-    method: Method
-
-    @property
-    def ranking(self) -> Ranking:
-        """The method, in a stage that only those with costs have."""
-        assert isinstance(self.method, Ranking)
-        return self.method
+    if isinstance(target, BytesTarget):
+        return budgets.bytes_budget(layout, getattr(torch, dtype).itemsize)
+    return budgets.parameters_budget(layout) if target else budgets.linears_budget(layout)
 
 
 @dataclass(frozen=True)
@@ -166,22 +135,15 @@ class Latency(Stage):
     name = "latency"
     method: Groups
 
-    @staticmethod
-    def of(method: Method) -> Latency | None:
-        """Return the stage if the method's budget must be measured."""
-        return Latency(method) if isinstance(method, Groups) and method.budget is None else None
-
     def run(self, run: RunState, facts: Facts) -> None:
         """Measure, unless an earlier try of the run did."""
-        method = self.method
-        section = method.section
+        section = self.method.section
         assert isinstance(section.target, LatencyTarget)
-        widths = section.multiple, section.tensor_parallel, section.uniform
-        shrinking = Shrinking(method.fewest, *widths)
+        shrinking = section.shrinking(self.method.fewest)
         uri = run.directory.path("latency.json")
         dense = Pruned(run.cluster, run.layout, run.model, {}, run.calibration, run.texts)
         budget = latency_budget(dense, section.target, shrinking, uri)
-        run.keep(Present(replace(method, budget=budget)))
+        run.keep(replace(self.method, budget=budget))
         facts["dense_s"] = budget.dense
 
 
@@ -211,7 +173,7 @@ class Costs(_OnLinears):
 
     def run(self, run: RunState, facts: Facts) -> None:
         """Take the costs."""
-        scores = run.kept(Present).ranking.score(run.cluster, run.shot)
+        scores = run.kept(Ranking).score(run.cluster, run.shot)
         run.keep(scores, of_shot=True)
         facts["damping_raised"] = len(scores.raised_damping)
 
@@ -223,8 +185,9 @@ class Threshold(Stage):
 
     def run(self, run: RunState, facts: Facts) -> None:
         """Choose, and may ask the workers again."""
-        choice = run.kept(Present).ranking.choose(run.cluster, run.kept(Scores), run.shot)
+        choice = run.kept(Ranking).choose(run.cluster, run.kept(Scores), run.shot)
         run.keep(choice, of_shot=True)
+        run.record |= {"threshold": choice.threshold, **choice.record}
         facts |= choice.facts
 
 
@@ -235,36 +198,28 @@ class Update(_OnLinears):
 
     def run(self, run: RunState, facts: Facts) -> None:
         """Prune, and measure what that does to the windows held aside."""
-        method = run.kept(Present).method
+        method = run.kept(Method)
         cluster = run.cluster
-        choice = run.find(Choice) or Choice(None, {})
+        choice = run.kept(Choice) if method.has_costs else Choice(None, {})
         linears, record = method.apply(cluster, run.text.tokens, choice, run.shot)
         run.linears = method.of_loss(linears)
-        scores = run.find(Scores)
-        if scores is not None:
-            run.record |= {**_record(run.linears, scores), **choice.record}
         run.record |= record
         facts["sparsity"] = run.sparsity
-        predicted = run.record.get("predicted_loss_increase")
-        if predicted is not None:
-            facts["predicted_loss_increase"] = predicted
-        if len(run.text.held) and method.has_costs:
+        if not method.has_costs:
+            return
+        # by the quadratic model, in nats per token
+        predicted = [linear.predicted for linear in run.linears if linear.predicted is not None]
+        residuals = sorted(linear.residual for linear in run.linears)
+        scores = run.kept(Scores)
+        run.record |= {
+            "predicted_loss_increase": sum(predicted) if predicted else None,
+            "update_residual": {"median": residuals[len(residuals) // 2], "max": residuals[-1]},
+            "damping_used": [asdict(event) for event in scores.raised_damping],
+            "terms_clipped": [asdict(event) for event in scores.clipping],
+        }
+        if predicted:
+            facts["predicted_loss_increase"] = sum(predicted)
+        if len(run.text.held):
             divergence = held_measure(cluster, run.text)
             run.record["divergence_held_aside"] = divergence
             facts["divergence held aside"] = divergence
-
-
-def _record(linears: Sequence[LinearSummary], scores: Scores[Any]) -> dict[str, Any]:
-    """Return what the report says of a shot with costs.
-
-    The loss increase that the quadratic model predicts is in nats per token; None if it predicts
-    none.
-    """
-    predicted = [linear.predicted for linear in linears if linear.predicted is not None]
-    residuals = sorted(linear.residual for linear in linears)
-    return {
-        "predicted_loss_increase": sum(predicted) if predicted else None,
-        "update_residual": {"median": residuals[len(residuals) // 2], "max": residuals[-1]},
-        "damping_used": [asdict(event) for event in scores.raised_damping],
-        "terms_clipped": [asdict(event) for event in scores.clipping],
-    }

@@ -67,11 +67,6 @@ class RowsColumns(ByThreshold):
 
     section: RowsColumnsSection
 
-    @property
-    def update(self) -> str:
-        """See `Candidates`."""
-        return self.section.update
-
     def needs(self, shape: LinearShape) -> LinearNeeds:
         """Both factors of every linear are factorised, then the parts that stay."""
         R = shape.num_rows
@@ -112,7 +107,7 @@ class RowsColumns(ByThreshold):
             kept = int(mask.rows.sum()), int(mask.columns.sum())
             costs = (side[side.isfinite()].float().cpu() for side in (c.rows, c.columns))
             replies.append(StructureCosts(name, shapes[name].size, *kept, *costs))
-        return self.scores(worker, candidates, tuple(replies))
+        return self.scores(worker, candidates, replies)
 
     @collective
     def num_kept_at(self, worker: Worker, threshold: float) -> int:
@@ -123,10 +118,7 @@ class RowsColumns(ByThreshold):
         masks = _masks(worker)
         for name, candidates in worker.kept(Scored).items():
             masks[name] = masks[name].without(*candidates.to_prune(threshold))
-        for name, mask in masks.items():
-            shared = worker.share_mask(name, mask)
-            assert isinstance(shared, StructuredMask)
-            masks[name] = shared
+        masks = {name: worker.share_mask(name, mask) for name, mask in masks.items()}
         masks |= propagate(worker.layout, masks, worker.group_sets)
         return sum(mask.num_kept for mask in masks.values()) if worker.index.replica == 0 else 0
 

@@ -12,11 +12,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from transformers.activations import ACT2FN
 
@@ -26,6 +25,7 @@ from ray_surgeon.models.groups import GroupSet
 from ray_surgeon.models.hooks import LayerInputs
 from ray_surgeon.runtime.cluster import Cluster
 from ray_surgeon.runtime.passes import pass_up_to_the_head
+from ray_surgeon.runtime.wave import Tokens
 from ray_surgeon.runtime.worker import Worker, collective
 from ray_surgeon.stages.reconstruction.section import ReconstructionSection
 from ray_surgeon.stages.stage import CalibrationText
@@ -39,21 +39,15 @@ TRIAL_PART = 0.25
 """Share of a pass over the calibration tokens that each of them is tried for, on two layers."""
 
 
-@dataclass
-class Errors:
-    """What reconstructions of a shot left on a worker for the report."""
-
-    # consumer -> its mean loss held aside before and after
-    of_layer: dict[str, tuple[float, float]] = field(default_factory=dict)
-    rate: float = 0.0  # the learning rate; 0 if the worker trained nothing
+class Errors(dict[str, tuple[float, float]]):
+    """Consumer of a layer that a worker trained -> mean loss held aside before and after."""
 
 
-@dataclass
-class KeptInputs:
-    """Inputs of layers on a worker, from the curvature pass until the layers are trained."""
+class KeptInputs(list[LayerInputs]):
+    """Inputs of layers on a worker, from the curvature pass until the layers are trained.
 
-    fitted: LayerInputs  # of the windows that layers are trained on
-    held: LayerInputs | None = None  # of the windows held aside
+    They are of the windows that layers are trained on, then of those held aside, if there are any.
+    """
 
 
 Arrivals = list[list[int]]
@@ -78,16 +72,15 @@ class Reconstruction:
     def start(self, worker: Worker, arrivals: Arrivals, length: int) -> None:
         """Let the next pass keep the inputs of the layers for sequences of a length."""
         shard = worker.shard
-        layers = {
-            g.consumer: (g.block - shard.blocks.first, shard.linears[g.producers[0][0]])
-            for g in worker.group_sets
-            if g.kind in self.kinds
-        }
+        first = shard.blocks.first
+        sets = (groups for groups in worker.group_sets if groups.kind in self.kinds)
+        layers = {g.consumer: (g.block - first, shard.linears[g.producers[0][0]]) for g in sets}
         num_tokens = length * len(arrivals[worker.replicas.rank])
         shard.layer_inputs = LayerInputs(layers, num_tokens)
+        worker.keep(Errors())
 
     @collective
-    def share(self, worker: Worker, arrivals: Arrivals, length: int, are_held: bool) -> None:
+    def share(self, worker: Worker, arrivals: Arrivals, length: int) -> None:
         """Send the inputs of every layer to the owner of its consumer, after a pass.
 
         They come in the order that one replica has.
@@ -96,15 +89,14 @@ class Reconstruction:
             worker: of any replica; all of them call this.
             arrivals: of the sequences of the pass.
             length: of a sequence.
-            are_held: whether the pass was over the windows held aside.
         """
         inputs = worker.shard.layer_inputs
         assert inputs is not None
         rank = worker.replicas.rank
         for name in list(inputs.kept) if len(arrivals) > 1 else ():
             own = inputs.kept.pop(name)
-            owner = worker.owner(name)
             own = own.view(-1, length, own.shape[1])
+            owner = worker.owner(name)
             count = sum(map(len, arrivals))
             everything = own.new_empty(count * (owner == rank), *own.shape[1:])
             for replica, places in enumerate(arrivals):
@@ -118,11 +110,7 @@ class Reconstruction:
             if owner == rank:
                 inputs.kept[name] = everything.flatten(0, 1)
         worker.shard.layer_inputs = None
-        if are_held:
-            worker.kept(KeptInputs).held = inputs
-        else:
-            worker.keep(KeptInputs(inputs))
-            worker.keep(Errors())
+        worker.keeping(KeptInputs).append(inputs)
 
     def tried(
         self, worker: Worker, groups: GroupSet, W: Tensor, kept: Tensor, rate: float
@@ -159,9 +147,7 @@ class Reconstruction:
         if not kept.any():
             return W
         trained = self._trained(worker, groups, W, kept, rate, is_trial=False)
-        errors = worker.kept(Errors)
-        errors.of_layer[name] = trained.before, trained.after
-        errors.rate = rate
+        worker.kept(Errors)[name] = trained.before, trained.after
         *producers, consumer = trained.layer.weights
         for (producer, rows), V in zip(groups.producers, producers, strict=True):
             changed = shard.weight(producer)
@@ -175,7 +161,6 @@ class Reconstruction:
         """Return an owned layer that was trained, in a trial only shortly; see `tried`."""
         shard = worker.shard
         name = groups.consumer
-        inputs_of = worker.kept(KeptInputs)
         whole = _layer(worker, groups, shard.weight(name), torch.ones_like(kept)).to(shard.dtype)
 
         def pairs(stored: LayerInputs) -> tuple[Tensor, Tensor]:
@@ -184,10 +169,11 @@ class Reconstruction:
             return inputs, outputs_of(whole, inputs)
 
         seed = self.section.seed + worker.layout.linear_numbers[name]
+        fitted, *held = map(pairs, worker.kept(KeptInputs))
         return reconstruct(
             _layer(worker, groups, W, kept),
-            *pairs(inputs_of.fitted),
-            None if inputs_of.held is None else pairs(inputs_of.held),
+            *fitted,
+            *held,
             learning_rate=rate,
             tokens_per_step=self.section.tokens_per_step,
             num_epochs=TRIAL_PART if is_trial else self.section.num_epochs,
@@ -208,48 +194,38 @@ class Reconstruction:
 
     # On the coordinator
 
-    def _arrivals(self, cluster: Cluster, tokens: NDArray[np.int64]) -> tuple[Arrivals, int]:
-        """Return those of a curvature pass over tokens [num_sequences, sequence_length], too."""
-        count, length = tokens.shape
-        first = count if self.num_backward is None else min(self.num_backward, count)
-        N = cluster.placement.num_replicas
-        return [[*range(i, first, N), *range(first + i, count, N)] for i in range(N)], length
-
     @contextmanager
     def around_pass(self, cluster: Cluster, text: CalibrationText) -> Iterator[None]:
         """Let workers keep the inputs of the layers in the curvature pass over a text.
 
         After it they are sent to the layers' owners, and those for the windows held aside.
         """
-        arrivals = self._arrivals(cluster, text.tokens)
-        cluster.run_all(self.start, *arrivals)
-        yield
-        cluster.run_all(self.share, *arrivals, are_held=False)
+        with self._keeping(cluster, text.tokens, self.num_backward):
+            yield
         held = text.held
-        if not len(held):
-            return
-        arrivals = replace(self, num_backward=0)._arrivals(cluster, held)
-        cluster.run_all(self.start, *arrivals)
-        pass_up_to_the_head(cluster, held, None, None, "the windows held aside")
-        cluster.run_all(self.share, *arrivals, are_held=True)
+        if len(held):
+            with self._keeping(cluster, held, 0):
+                pass_up_to_the_head(cluster, held, None, None, "the windows held aside")
+
+    @contextmanager
+    def _keeping(self, cluster: Cluster, tokens: Tokens, backward: int | None) -> Iterator[None]:
+        """Let workers keep inputs in a pass over tokens; `backward` is as `num_backward`."""
+        count, length = tokens.shape
+        first = count if backward is None else min(backward, count)
+        N = cluster.placement.num_replicas
+        arrivals = [[*range(i, first, N), *range(first + i, count, N)] for i in range(N)]
+        cluster.run_all(self.start, arrivals, length)
+        yield
+        cluster.run_all(self.share, arrivals, length)
 
     @staticmethod
     def best_rate(tried: Sequence[tuple[float, float]]) -> float:
         """Return the learning rate with the smallest mean of relative errors, one at each trial.
 
-        Errors that are no number count as no gain.
+        A mean that is no number counts as no gain.
         """
-
-        def mean(rate: float) -> float:
-            errors = [error if np.isfinite(error) else np.inf for r, error in tried if r == rate]
-            return float(np.mean(errors or np.inf))
-
-        return min(RATES, key=mean)
-
-
-def errors_of(worker: Worker) -> Errors:
-    """Return what reconstructions of a shot left on a worker."""
-    return worker.kept(Errors)
+        means = {rate: np.mean([e for r, e in tried if r == rate] or np.inf) for rate in RATES}
+        return min(RATES, key=lambda rate: (not np.isfinite(means[rate]), means[rate]))
 
 
 def _layer(worker: Worker, groups: GroupSet, W: Tensor, kept: Tensor) -> FeedForward:

@@ -4,36 +4,25 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import ClassVar
 
 from ray_surgeon.maths.reconstruction import TOKENS_AT_A_TIME
 from ray_surgeon.models.layout import LinearShape
 from ray_surgeon.plan.needs import StepPlan, WorkerView
-from ray_surgeon.stages.prune.groups import Groups
-from ray_surgeon.stages.prune.method import Method
-from ray_surgeon.stages.reconstruction.layers import Reconstruction, errors_of
+from ray_surgeon.runtime.worker import Worker
+from ray_surgeon.stages.reconstruction.layers import Errors, Reconstruction
 from ray_surgeon.stages.stage import Facts, RunState, Stage
 
 
-@dataclass(frozen=True)
-class ReconstructionStage(Stage):
+class ReconstructionStage(Reconstruction, Stage):
     """Layers are trained in the update, where the weights from before are still there."""
 
-    name: ClassVar[str] = "reconstruction"
-    reconstruction: Reconstruction
-
-    @staticmethod
-    def of(method: Method) -> ReconstructionStage | None:
-        """Return the stage if a method reconstructs layers."""
-        reconstruction = method.reconstruction if isinstance(method, Groups) else None
-        return None if reconstruction is None else ReconstructionStage(reconstruction)
+    name = "reconstruction"
 
     def run(self, run: RunState, facts: Facts) -> None:
         """Report which layers the update trained, and their errors held aside."""
-        workers = run.cluster.run_all(errors_of)
-        errors = {name: pair for own in workers for name, pair in own.of_layer.items()}
-        rate = max(own.rate for own in workers)
+        workers = run.cluster.run_all(Worker.kept, Errors)
+        errors = {name: pair for own in workers for name, pair in own.items()}
+        rate = run.record["reconstruction_rate"] if errors else 0.0
         run.record |= {"reconstruction": errors, "reconstruction_rate": rate}
         trained = [(before, after) for before, after in errors.values() if before > 0]
         better = [after / before for before, after in trained if after < before]
@@ -50,21 +39,17 @@ class ReconstructionStage(Stage):
         Each has the parameters of its layer, a fused producer's once.
         """
         layout = worker.shapes.layout
-        kinds = self.reconstruction.kinds
-        sets = [groups for groups in layout.group_sets if groups.kind in kinds]
+        sets = [groups for groups in layout.group_sets if groups.kind in self.kinds]
         layers = {g.consumer: {g.consumer, *(name for name, _ in g.producers)} for g in sets}
-        return {
-            linear: sum(layout.shapes[name].size for name in layers[linear.name])
-            for linear in worker.linears
-            if linear.name in layers
-        }
+        sizes = {name: sum(layout.shapes[n].size for n in layer) for name, layer in layers.items()}
+        return {linear: sizes[linear.name] for linear in worker.linears if linear.name in sizes}
 
     def needs(self, worker: WorkerView) -> Iterable[StepPlan]:
         """Return the training of one layer at a time, with inputs and outputs of all tokens."""
         sizes = self._layers(worker)
         if not sizes:
             return
-        section = self.reconstruction.section
+        section = self.section
         width = worker.shapes.width
         hidden = worker.hidden_size
         tokens = worker.num_sequences * worker.sequence_length
@@ -102,12 +87,9 @@ class ReconstructionStage(Stage):
         if N == 1:
             return len(owners)
         total = worker.num_sequences
-        num_backward = self.reconstruction.num_backward
-        backward = total if num_backward is None else num_backward
+        backward = total if self.num_backward is None else self.num_backward
         part = (-(-backward // N) + -(-(total - backward) // N)) / total
-        most = 0.0
-        for number in range(len(owners)):
-            own = max(Counter(owners[: number + 1]).values())
-            # one part more is on its way
-            most = max(most, own + (len(owners) - number + 1) * part)
-        return most
+        own = [max(Counter(owners[: number + 1]).values()) for number in range(len(owners))]
+        # one part more is on its way
+        at_once = (count + (len(own) - number + 1) * part for number, count in enumerate(own))
+        return max(at_once, default=0.0)

@@ -27,10 +27,10 @@ from ray_surgeon.plan.needs import StepPlan, WorkerView
 from ray_surgeon.runtime.passes import divergences_of
 from ray_surgeon.runtime.wave import Tokens
 from ray_surgeon.runtime.worker import Worker, collective
-from ray_surgeon.stages.prune.group_choice import GroupScores, Paths, Unit
+from ray_surgeon.stages.prune.group_choice import Counts, GroupScores, Paths, Unit
 from ray_surgeon.stages.prune.groups import Groups
 from ray_surgeon.stages.prune.method import Method, Scores
-from ray_surgeon.stages.prune.methods import Present, Update
+from ray_surgeon.stages.prune.methods import Update
 from ray_surgeon.stages.search.section import SearchSection
 from ray_surgeon.stages.stage import CalibrationText, Facts, RunState, Stage, Text, held_measure
 from ray_surgeon.storage.texts import Windows
@@ -40,8 +40,6 @@ SEARCHED = "(search)"
 """
 
 
-Counts = Mapping[str, int]
-"""Consumer -> number of its groups that go."""
 Scales = Mapping[Unit, float]
 """What costs of one kind of groups in one block are multiplied with."""
 
@@ -201,16 +199,14 @@ class SearchStage(Stage):
 
     def run(self, run: RunState, facts: Facts) -> None:
         """Try allocations, and leave the scores of the best one."""
-        method = run.kept(Present).method
-        assert isinstance(method, Groups)
-        paths = Paths(method, run.cluster, run.shot)
+        paths = Paths(run.kept(Groups), run.cluster, run.shot)
         search = Search(self.section, paths, self.windows, run.text)
         scores, run.record["search"] = search.run(run.kept(Scores), facts)
         run.keep(scores, of_shot=True)
 
     def texts_to_remember(self, run: RunState) -> Mapping[str, Text]:
         """Return the windows of the search."""
-        return {SEARCHED: Text(self.windows)}
+        return {SEARCHED: (self.windows, None)}
 
     def fingerprints(self) -> Mapping[str, Any]:
         """Return that of the windows."""
