@@ -29,7 +29,10 @@ from ray_surgeon.run.inputs import check
 from ray_surgeon.run.result import PruneResult, ended_before, run
 from ray_surgeon.spec.base import local_path
 from ray_surgeon.spec.job import JobSpec
+from ray_surgeon.spec.parsing import parse_spec
 from ray_surgeon.storage.texts import first_token
+
+__all__ = ["JobSpec", "KroneckerFactors", "PruneResult", "curvature", "parse_spec", "prune"]
 
 
 @own_modes()
