@@ -13,7 +13,6 @@ import shlex
 import signal
 import sys
 from collections.abc import Sequence
-from types import FrameType
 from typing import Any
 
 import torch
@@ -25,9 +24,9 @@ from ray_surgeon.maths.threshold import OutOfReachError
 from ray_surgeon.models.checkpoint import BadWeightsError
 from ray_surgeon.plan.plan import DoesNotFitError, plan_table
 from ray_surgeon.plan.room import DEVICES, Device, Room, resources_here
-from ray_surgeon.report import tables
 from ray_surgeon.report.directory import RunDirectory, TakenOverError
-from ray_surgeon.report.display import Display, new_console
+from ray_surgeon.report.display import Display, new_console, shots_table, summary_lines
+from ray_surgeon.report.display import main as compare
 from ray_surgeon.run.inputs import Inputs, check
 from ray_surgeon.run.reading import as_input_error
 from ray_surgeon.run.result import PruneResult, ended_before, run
@@ -45,6 +44,8 @@ INTERRUPTED = 130
 
 _REFUSED = (BadWeightsError, DoesNotFitError, OutOfReachError)
 """What only a run can find to be wrong with its input."""
+_ENDS = (ValueError, RuntimeError, OSError, FloatingPointError, KeyboardInterrupt, SystemExit)
+"""What ends a command with words; anything else is a defect, and has a traceback."""
 
 
 def _bytes(text: str) -> float:
@@ -58,24 +59,17 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     "--set": {"action": "append", "default": [], "metavar": "section.field=value"},
     "--schema": {"action": "store_true", "help": "print the JSON Schema of the job spec"},
 }
+_DEVICE = (
+    "what workers compute on; expected times are this device's; if not given, the CPU, or an h100 "
+    "where the spec has gpus_per_worker, or with --device-memory"
+)
 _SIZES = {
-    "--device-memory": ("80GB", "of each worker's device; the device's own if not given"),
-    "--host-memory": ("1TB", "of each machine; this one's if not given"),
-    "--disk": ("4TB", "free on each machine; this one's if not given"),
+    "--device-memory": (_bytes, "80GB", "of each worker's device; the device's own if not given"),
+    "--host-memory": (_bytes, "1TB", "of each machine; this one's if not given"),
+    "--disk": (_bytes, "4TB", "free on each machine; this one's if not given"),
+    "--workers-per-machine": (int, "8", "that share its memory and disk, at most; 8 if not given"),
 }
-_PLAN_OPTIONS: dict[str, dict[str, Any]] = {
-    "--device": {
-        "choices": sorted(DEVICES),
-        "help": "what workers compute on; expected times are this device's; if not given, the CPU, "
-        "or an h100 where the spec has gpus_per_worker, or with --device-memory",
-    },
-    **{o: {"type": _bytes, "metavar": size, "help": text} for o, (size, text) in _SIZES.items()},
-    "--workers-per-machine": {
-        "type": int,
-        "help": "that share its memory and disk, at most; 8 if not given",
-    },
-}
-"""Option -> settings of its argument: what other machines have that a plan is made for."""
+"""Option -> type, example and help: what other machines have that a plan is made for."""
 
 
 def _interrupt_on_sigterm() -> None:
@@ -83,14 +77,11 @@ def _interrupt_on_sigterm() -> None:
 
     Again after ray.init, which has a handler of its own.
     """
-
-    def interrupt(signum: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    signal.signal(signal.SIGTERM, interrupt)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
-def _parser(prog: str) -> argparse.ArgumentParser:
+def _arguments(argv: Sequence[str] | None, prog: str) -> argparse.Namespace:
+    """Return the arguments of the command line; it ends with exit code 2 if they do not fit."""
     parser = argparse.ArgumentParser(
         prog=prog, description="Prune a language model as a job spec says."
     )
@@ -102,18 +93,14 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     plan_options = parser.add_argument_group(
         "a plan for other machines than this one", "ray-surgeon plan, or --dry-run"
     )
-    for option, settings in _PLAN_OPTIONS.items():
-        plan_options.add_argument(option, **settings)
-    return parser
-
-
-def _arguments(argv: Sequence[str] | None, prog: str) -> argparse.Namespace:
-    """Return the arguments of the command line; it ends with exit code 2 if they do not fit."""
-    parser = _parser(prog)
+    plan_options.add_argument("--device", choices=sorted(DEVICES), help=_DEVICE)
+    for option, (kind, example, text) in _SIZES.items():
+        plan_options.add_argument(option, type=kind, metavar=example, help=text)
     arguments = parser.parse_args(argv)
     if not arguments.schema and arguments.spec is None:
         parser.error("a job spec is needed, for instance pipelines/quickstart.yaml")
-    named = [o for o in _PLAN_OPTIONS if getattr(arguments, o[2:].replace("-", "_")) is not None]
+    options = ("--device", *_SIZES)
+    named = [o for o in options if getattr(arguments, o[2:].replace("-", "_")) is not None]
     if named and not arguments.dry_run:
         parser.error(
             f"{', '.join(named)}: only for a plan (ray-surgeon plan, or --dry-run); "
@@ -144,34 +131,28 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m ray_surgeon.p
     _interrupt_on_sigterm()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     console = new_console()
+    resume_with = ""
     try:
         inputs = _checked(arguments, console)
         if arguments.dry_run:
             if not inputs.fingerprints:
                 console.print("planned from config.json alone: there are no weights to check")
-            if inputs.widths is not None:
-                console.print(inputs.widths)
             console.print(plan_table(inputs.plan(*_planned_for(arguments, inputs))))
             return DONE
         result = ended_before(inputs, console.print)
-        if result is None and isinstance(inputs.spec.cluster, RaySection):
-            from ray_surgeon.run.driver import connect_to_ray  # Ray is imported only if it is used
-
-            console.print(f"running on {connect_to_ray(inputs)}")
-            _interrupt_on_sigterm()
-    except (ValueError, RuntimeError, OSError, KeyboardInterrupt, SystemExit) as error:
-        return _end(error, None)
-    try:
         if result is None:
+            if isinstance(inputs.spec.cluster, RaySection):
+                from ray_surgeon.run.driver import connect  # Ray is imported only if it is used
+
+                console.print(f"running on {connect(inputs.ray)}")
+                _interrupt_on_sigterm()
+            resume_with = "continue with: python -m ray_surgeon.pipeline "
+            overrides = (f"--set={override}" for override in arguments.set)
+            resume_with += shlex.join([arguments.spec, "--resume", *overrides])
             with Display(console, inputs.spec.name) as display:
                 result = run(inputs, display, disconnects=True)
-    except (RuntimeError, OSError, ValueError, FloatingPointError, KeyboardInterrupt) as error:
-        overrides = "".join(f" --set {shlex.quote(override)}" for override in arguments.set)
-        return _end(
-            error,
-            f"continue with: python -m ray_surgeon.pipeline {shlex.quote(arguments.spec)} "
-            f"--resume{overrides}",
-        )
+    except _ENDS as error:
+        return _end(error, resume_with)
     _show(result, console)
     return DONE
 
@@ -207,32 +188,32 @@ def _planned_for(arguments: argparse.Namespace, inputs: Inputs) -> tuple[Room, D
     return Room(memory, host, disk, device_is_host=False), device
 
 
-def _end(error: BaseException, resume_with: str | None) -> int:
+def _end(error: BaseException, resume_with: str) -> int:
     """Say why the command ends, and return its exit code.
 
     Args:
         error: what ended it.
-        resume_with: the command that goes on; None where nothing has begun.
+        resume_with: the command that goes on; empty where nothing has begun.
     """
     console = Console(stderr=True)
     if isinstance(error, SystemExit) and error.code != signal.SIGTERM:
         raise error  # Ray makes an exit of SIGTERM while it starts, and of nothing else
     if isinstance(error, KeyboardInterrupt | SystemExit):
-        if resume_with is not None:
+        if resume_with:
             console.print(f"interrupted; {resume_with}", markup=False, soft_wrap=True)
         return INTERRUPTED
-    of_input = isinstance(error, ValueError) if resume_with is None else isinstance(error, _REFUSED)
+    of_input = isinstance(error, _REFUSED if resume_with else ValueError)
     message = f"error: {error}" if of_input else f"failed: {error}"
-    if not of_input and resume_with is not None and not isinstance(error, TakenOverError):
+    if resume_with and not (of_input or isinstance(error, TakenOverError)):
         message += f"\n{resume_with}"
     console.print(message, style="red", markup=False, highlight=False, soft_wrap=True)
     return BAD_INPUT if of_input else FAILED
 
 
 def _show(result: PruneResult, console: Console) -> None:
-    console.print(tables.shots_table(result.report))
+    console.print(shots_table(result.report))
     for part in ("exports", "answers"):
-        for line in tables.summary_lines(part, result.report):
+        for line in summary_lines(part, result.report):
             console.print(line, soft_wrap=True, highlight=False, markup=False)
     directory = RunDirectory(result.uri)
     console.print(
@@ -265,7 +246,7 @@ def cli(argv: Sequence[str] | None = None) -> int:
         commands.add_parser(name, help=text, add_help=False)
     known, rest = parser.parse_known_args(argv)
     if known.command == "report":
-        return tables.main(rest)
+        return compare(rest)
     return main([*rest, *_COMMANDS[known.command][1]], f"ray-surgeon {known.command}")
 
 

@@ -68,15 +68,20 @@ class Moment:
         return self.elapsed_s / self.done * (self.total - self.done)
 
     @property
+    def pace(self) -> str:
+        """What comes after the numbers of units, e.g. ``sequences, 134 tokens/s, 40 s left``."""
+        rate = f", {self.tokens_per_s:.0f} tokens/s" if self.tokens_per_s else ""
+        left = "" if self.left_s is None else f", {self.left_s:.0f} s left"
+        return f"{self.unit}{rate}{left}"
+
+    @property
     def line(self) -> str:
         """One line of the log, e.g.
 
-        ``shot 1/3  curvature  12 of 64 sequences, 134 tokens per second, 40 s left``.
+        ``shot 1/3  curvature  12 of 64 sequences, 134 tokens/s, 40 s left``.
         """
-        parts = [f"{self.done} of {self.total} {self.unit}"] if self.total else ["..."]
-        parts += [f"{self.tokens_per_s:.0f} tokens per second"] if self.tokens_per_s else []
-        parts += [f"{self.left_s:.0f} s left"] if self.left_s is not None else []
-        return f"{_place(self)} {', '.join(parts)}"
+        units = f"{self.done} of {self.total} {self.pace}" if self.total else "..."
+        return f"{_place(self)} {units}"
 
 
 def _place(news: Event | Moment) -> str:
@@ -141,7 +146,7 @@ class Steps:
         if "num_tokens" in facts:
             facts["tokens_per_s"] = float(facts.pop("num_tokens")) / seconds
         event = Event(name, shot, self._num_shots, round(seconds, 3), facts, busy)
-        self._run.add_event(asdict(event) | {"time": time.time()})
+        self._run.add_event(asdict(event))
         self._listen(event)
 
     def moment(self) -> Moment:

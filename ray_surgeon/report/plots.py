@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter, MaxNLocator
 
-from ray_surgeon.report.progress import has_generation, texts_of
+from ray_surgeon.report.record import has_generation, texts_of
 from ray_surgeon.storage import files
 
 Records = Sequence[Mapping[str, Any]]
@@ -60,8 +60,7 @@ def inline_svg(figure: Figure, name: str) -> str:
     figure.set_layout_engine("none")  # it is laid out; another format need not do it again
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :].replace(_INK, "currentColor")
-    svg = re.sub(r"\b(id=\"|url\(#|href=\"#)", rf"\g<1>{name}-", svg)
-    return re.sub(r'width="[^"]*" height="[^"]*"', "", svg, count=1)
+    return re.sub(r"\b(id=\"|url\(#|href=\"#)", rf"\g<1>{name}-", svg)
 
 
 def _axes(x_label: str, y_label: str, height: float = 4.0) -> tuple[Figure, Axes]:
@@ -155,13 +154,18 @@ def _short(kinds: Sequence[str]) -> list[str]:
     return [kind if last.count(part) > 1 else part for kind, part in zip(kinds, last, strict=True)]
 
 
+def steps_of(shots: Records) -> list[str]:
+    """Return the names of the steps of shots, in their order."""
+    return list(dict.fromkeys(step for shot in shots for step in shot["seconds"]))
+
+
 def time_figure(shots: Records) -> Figure:
     """Plot the time of every step of every shot, stacked, and all workers' peak memory."""
     figure = Figure(figsize=(6.4, 4.0), layout="constrained")
     times, memory = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     places = [shot["index"] for shot in shots]
     below = [0.0] * len(shots)
-    for step in dict.fromkeys(step for shot in shots for step in shot["seconds"]):
+    for step in steps_of(shots):
         heights = [shot["seconds"].get(step, 0.0) for shot in shots]
         times.bar(places, heights, 0.7, bottom=below, label=step)
         below = [a + b for a, b in zip(below, heights, strict=True)]

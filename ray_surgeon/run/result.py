@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from ray_surgeon.export.folder import local_folder
 from ray_surgeon.report.directory import RunDirectory
 from ray_surgeon.report.display import Display
+from ray_surgeon.report.record import report_if_finished
 from ray_surgeon.run.arguments import own_modes
 from ray_surgeon.run.inputs import Inputs
 from ray_surgeon.run.loop import run_shots
@@ -116,7 +117,7 @@ def ended_before(inputs: Inputs, say: Callable[[str], None]) -> PruneResult | No
     Nothing is to be done then.
     """
     directory = RunDirectory(inputs.spec.output.uri)
-    report = directory.report_if_finished(inputs.spec.model_dump(mode="json"))
+    report = report_if_finished(directory, inputs.spec.model_dump(mode="json"))
     if report is None:
         return None
     say("this run has ended before, and its exports are there; nothing is done again")
