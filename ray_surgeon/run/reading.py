@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import platform
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -39,11 +39,6 @@ class Texts(NamedTuple):
     further: Windows  # in the same texts, that a stage reads beside the calibration
     measured: Mapping[str, Windows]  # by name, what is evaluated on
 
-    @property
-    def first(self) -> NDArray[np.int64]:
-        """Tokens of the first text that is evaluated on, or else of the calibration."""
-        return next(iter(self.measured.values()), self.calibration).tokens
-
 
 def nothing(num_sequences: int, sequence_length: int) -> NDArray[np.int64]:
     """Return tokens of a text that is not read; all places share their memory."""
@@ -59,8 +54,24 @@ def unread_texts(spec: JobSpec) -> Texts:
 
 def read_texts(spec: JobSpec, tokenizer: Any, config: PretrainedConfig) -> Texts:
     """Read the calibration, further windows beside it in the same texts, and evaluation texts."""
+
+    def windows_in(text: SourceSection, count: int, length: int, where: str) -> Windows:
+        longest = getattr(config, "max_position_embeddings", length)
+        if length > longest:
+            raise ValueError(
+                f"{where}.sequence_length: {length}, but the model takes at most {longest}; "
+                "shorten it"
+            )
+        windows = read_windows(text, count, length, tokenizer, where)
+        largest = int(windows.tokens.max())
+        if largest >= config.vocab_size:
+            raise ValueError(
+                f"model.source: the tokenizer gives token {largest}, the model's vocabulary is "
+                f"{config.vocab_size}; the tokenizer belongs to another model"
+            )
+        return windows
+
     section = spec.calibration
-    reader = _Reader(tokenizer, config)
     for i, later in enumerate(spec.evaluation.texts):
         if is_saved_whole(later):
             section.check_border(later, f"evaluation.{i}")
@@ -75,11 +86,11 @@ def read_texts(spec: JobSpec, tokenizer: Any, config: PretrainedConfig) -> Texts
         # windows that begin in the calibration's last one
         overlapping = (length - 1) // text.stride if text.stride and more else 0
         where = f"calibration.mix.{number - 1}" if number else "calibration"
-        windows = reader.windows(text, count + overlapping + more, length, where)
+        windows = windows_in(text, count + overlapping + more, length, where)
         parts.append(windows_of(windows.tokens[:count]))
         beside.append(windows.tokens[count + overlapping :])
     measured = {
-        t.name: reader.windows(t, t.num_sequences, t.sequence_length, f"evaluation.{i} ({t.name})")
+        t.name: windows_in(t, t.num_sequences, t.sequence_length, f"evaluation.{i} ({t.name})")
         for i, t in enumerate(spec.evaluation.texts)
     }
     all_further = windows_of(np.concatenate(beside) if beside else nothing(0, length))
@@ -111,39 +122,11 @@ def load_config(folder: Path, origin: str) -> PretrainedConfig:
     check_sizes(document, origin)
     check_not_quantised(document)
     check_rope(document)
-    try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # the code of any family may raise anything
-        reason = " ".join(str(error).split())[:300]
-        raise ValueError(
-            f"model.source: transformers cannot read config.json of {origin}: {reason}; give a "
-            "checkpoint it knows"
-        ) from error
-
-
-@dataclass(frozen=True)
-class _Reader:
-    """Reads texts for a model."""
-
-    tokenizer: Any
-    config: PretrainedConfig
-
-    def windows(self, text: SourceSection, count: int, length: int, where: str) -> Windows:
-        """Return so many windows of a text; `where` is its place in the job spec."""
-        longest = getattr(self.config, "max_position_embeddings", length)
-        if length > longest:
-            raise ValueError(
-                f"{where}.sequence_length: {length}, but the model takes at most {longest}; "
-                "shorten it"
-            )
-        windows = read_windows(text, count, length, self.tokenizer, where)
-        largest = int(windows.tokens.max())
-        if largest >= self.config.vocab_size:
-            raise ValueError(
-                f"model.source: the tokenizer gives token {largest}, the model's vocabulary is "
-                f"{self.config.vocab_size}; the tokenizer belongs to another model"
-            )
-        return windows
+    refused = f"model.source: transformers cannot read config.json of {origin}"
+    # the code of any family may raise anything
+    with refusing(refused, "give a checkpoint it knows", Exception):
+        config: PretrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    return config
 
 
 def environment() -> dict[str, str]:
@@ -196,15 +179,10 @@ def check_requests(spec: JobSpec, layout: ModelLayout) -> None:
     Raises:
         ValueError: names the field.
     """
-    if not layout.family.positions:
-        return
     target = getattr(spec.pruning, "target", None)
-    requests = {
-        "output.speed": spec.output.speed,
-        "pruning.target.request": target.request if isinstance(target, LatencyTarget) else None,
-    }
-    longest = layout.config.max_position_embeddings
-    for where, request in requests.items():
+    timed = target.request if isinstance(target, LatencyTarget) else None
+    longest = layout.config.max_position_embeddings if layout.family.positions else math.inf
+    for where, request in (("output.speed", spec.output.speed), ("pruning.target.request", timed)):
         if request is not None and request.prompt_length + request.num_new_tokens > longest:
             raise ValueError(
                 f"{where}: a prompt of {request.prompt_length} tokens and {request.num_new_tokens} "

@@ -59,9 +59,9 @@ def stages_of(
     sizes += [(held, spec.calibration.sequence_length)] * (held > 0)
     tokenizer = texts.tokenizer
     self_text = SelfText.of(spec.calibration, tokenizer, config)
-    yardstick, self_text = yardstick_for(
-        spec.evaluation.generation, self_text, tokenizer, config, texts.first
-    )
+    first = next(iter(texts.measured.values()), texts.calibration).tokens
+    generation = spec.evaluation.generation
+    yardstick, self_text = yardstick_for(generation, self_text, tokenizer, config, first)
     has_costs = method.has_costs
     correction = None
     if spec.correction is not None:
