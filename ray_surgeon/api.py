@@ -106,7 +106,6 @@ def prune(
         raise ValueError(
             "spec: it says everything already; leave model, tokenizer and the sections out"
         )
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if isinstance(source, PreTrainedModel):
         save(source, a_tokenizer(tokenizer), spec.model.source, spec.output.uri)
     inputs = check(spec, resume=resume)
@@ -175,11 +174,7 @@ def curvature(
     return {name: shard.own_factors(name).dense() for name in names}
 
 
-def _token_ids(
-    sequences: Sequence[Sequence[int]] | Tensor | Iterable[str],
-    tokenizer: PreTrainedTokenizerBase | None,
-    layout: ModelLayout,
-) -> list[list[int]]:
+def _token_ids(sequences: Any, tokenizer: Any, layout: ModelLayout) -> list[list[int]]:
     """Return the token ids of sequences or texts.
 
     Args:

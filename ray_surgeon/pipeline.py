@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shlex
 import signal
 import sys
@@ -24,7 +23,7 @@ from ray_surgeon.maths.threshold import OutOfReachError
 from ray_surgeon.models.checkpoint import BadWeightsError
 from ray_surgeon.plan.plan import DoesNotFitError, plan_table
 from ray_surgeon.plan.room import DEVICES, Device, Room, resources_here
-from ray_surgeon.report.directory import RunDirectory, TakenOverError
+from ray_surgeon.report.directory import TakenOverError
 from ray_surgeon.report.display import Display, new_console, shots_table, summary_lines
 from ray_surgeon.report.display import main as compare
 from ray_surgeon.run.inputs import Inputs, check
@@ -63,7 +62,7 @@ _DEVICE = (
     "what workers compute on; expected times are this device's; if not given, the CPU, or an h100 "
     "where the spec has gpus_per_worker, or with --device-memory"
 )
-_SIZES = {
+_SIZES: dict[str, tuple[Any, str, str]] = {
     "--device-memory": (_bytes, "80GB", "of each worker's device; the device's own if not given"),
     "--host-memory": (_bytes, "1TB", "of each machine; this one's if not given"),
     "--disk": (_bytes, "4TB", "free on each machine; this one's if not given"),
@@ -82,20 +81,14 @@ def _interrupt_on_sigterm() -> None:
 
 def _arguments(argv: Sequence[str] | None, prog: str) -> argparse.Namespace:
     """Return the arguments of the command line; it ends with exit code 2 if they do not fit."""
-    parser = argparse.ArgumentParser(
-        prog=prog, description="Prune a language model as a job spec says."
-    )
-    parser.add_argument(
-        "spec", nargs="?", help="job spec: a YAML or JSON file, local or on any fsspec URI"
-    )
+    parser = argparse.ArgumentParser(prog, description="Prune a language model as a job spec says.")
+    parser.add_argument("spec", nargs="?", help="job spec: YAML or JSON, on any fsspec URI")
     for option, settings in _OPTIONS.items():
         parser.add_argument(option, **settings)
-    plan_options = parser.add_argument_group(
-        "a plan for other machines than this one", "ray-surgeon plan, or --dry-run"
-    )
-    plan_options.add_argument("--device", choices=sorted(DEVICES), help=_DEVICE)
+    plans = parser.add_argument_group("a plan for other machines", "ray-surgeon plan, or --dry-run")
+    plans.add_argument("--device", choices=sorted(DEVICES), help=_DEVICE)
     for option, (kind, example, text) in _SIZES.items():
-        plan_options.add_argument(option, type=kind, metavar=example, help=text)
+        plans.add_argument(option, type=kind, metavar=example, help=text)
     arguments = parser.parse_args(argv)
     if not arguments.schema and arguments.spec is None:
         parser.error("a job spec is needed, for instance pipelines/quickstart.yaml")
@@ -129,11 +122,13 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m ray_surgeon.p
         print(json.dumps(JobSpec.model_json_schema(), indent=2))  # noqa: T201
         return DONE
     _interrupt_on_sigterm()
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     console = new_console()
     resume_with = ""
     try:
-        inputs = _checked(arguments, console)
+        spec = _read_spec(arguments.spec, arguments.set)
+        inputs = check(spec, resume=arguments.resume, dry_run=arguments.dry_run)
+        for line in inputs.notes:
+            console.print(line, soft_wrap=True, highlight=False)
         if arguments.dry_run:
             if not inputs.fingerprints:
                 console.print("planned from config.json alone: there are no weights to check")
@@ -157,27 +152,12 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m ray_surgeon.p
     return DONE
 
 
-def _checked(arguments: argparse.Namespace, console: Console) -> Inputs:
-    """Read and check what the command line names, and say what is to be done."""
-    spec = _read_spec(arguments.spec, arguments.set)
-    inputs = check(spec, resume=arguments.resume, dry_run=arguments.dry_run)
-    shots = inputs.spec.pruning.shots
-    console.print(
-        f"{shots} shot{'s' * (shots > 1)} to {inputs.goal}, {inputs.calibration.size} "
-        "calibration tokens each"
-    )
-    for line in inputs.notes:
-        console.print(line, soft_wrap=True, highlight=False)
-    return inputs
-
-
 def _planned_for(arguments: argparse.Namespace, inputs: Inputs) -> tuple[Room, Device]:
     """Return what a worker has, as the command line says it, or else as it is here."""
     section = inputs.spec.cluster
     this_machine = resources_here(torch.device("cpu"), inputs.spec.memory.scratch).room
-    name = arguments.device or (
-        "h100" if section.gpus_per_worker or arguments.device_memory else "cpu"
-    )
+    wants_gpu = section.gpus_per_worker or arguments.device_memory
+    name = arguments.device or ("h100" if wants_gpu else "cpu")
     device = DEVICES[name] if name != "cpu" else DEVICES[name].times(section.cpus_per_worker)
     together = max(1, min(section.num_workers, arguments.workers_per_machine or 8))
     host = (arguments.host_memory or this_machine.host) / together
@@ -215,12 +195,8 @@ def _show(result: PruneResult, console: Console) -> None:
     for part in ("exports", "answers"):
         for line in summary_lines(part, result.report):
             console.print(line, soft_wrap=True, highlight=False, markup=False)
-    directory = RunDirectory(result.uri)
-    console.print(
-        f"report: {directory.path('report.html')} and report.json, plots in "
-        f"{directory.path('plots')}",
-        soft_wrap=True,
-    )
+    page = files.join(result.uri, "report.html")
+    console.print(f"report: {page}, with report.json and plots beside it", soft_wrap=True)
 
 
 _COMMANDS = {
@@ -234,13 +210,9 @@ _COMMANDS = {
 
 def cli(argv: Sequence[str] | None = None) -> int:
     """Run ``ray-surgeon COMMAND ...`` and return the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="ray-surgeon",
-        description="Prune large language models with The LLM Surgeon over Ray workers.",
-    )
-    parser.add_argument(
-        "--version", action="version", version=f"ray-surgeon {ray_surgeon.__version__}"
-    )
+    parser = argparse.ArgumentParser("ray-surgeon", description=ray_surgeon.__doc__)
+    version = f"ray-surgeon {ray_surgeon.__version__}"
+    parser.add_argument("--version", action="version", version=version)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (text, _) in _COMMANDS.items():
         commands.add_parser(name, help=text, add_help=False)

@@ -12,7 +12,7 @@ import time
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from ray_surgeon.runtime.weights import SavedFile
 from ray_surgeon.storage import files as store
@@ -42,8 +42,7 @@ class Attempt:
     has_begun: bool = False  # and has taken the folder
 
 
-@dataclass(frozen=True)
-class CommittedShot:
+class CommittedShot(NamedTuple):
     """A shot that can be resumed from."""
 
     files: tuple[SavedFile, ...]  # its weights and masks

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
 from rich.table import Table
 
 from ray_surgeon.report import record as reports
@@ -44,15 +44,10 @@ class Display(Progress):
     def __init__(self, console: Console | None, name: str) -> None:
         """Prepare the bars."""
         live = bool(console and (console.is_terminal or (console.is_jupyter and _has_widgets())))
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[rest]}"),
-            TimeElapsedColumn(),
-        )
-        super().__init__(*columns, console=console, disable=not live, transient=True)
-        self._is_silent = console is None
+        columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), "{task.fields[rest]}")
+        clock = TimeElapsedColumn()
+        console = console or Console(quiet=True)
+        super().__init__(*columns, clock, console=console, disable=not live, transient=True)
         self._run_bar = self.add_task(name, total=None, rest="shots")
         self._step_bar = self.add_task("", total=None, rest="")
         self._last_line_s = time.monotonic()
@@ -60,8 +55,7 @@ class Display(Progress):
     def note(self, text: str) -> None:
         """Show a line."""
         self._last_line_s = time.monotonic()
-        if not self._is_silent:
-            self.console.print(text, soft_wrap=True, highlight=False, markup=False)
+        self.console.print(text, soft_wrap=True, highlight=False, markup=False)
 
     def __call__(self, news: Event | Moment) -> None:
         """Show the end of a step, or how far it has come."""

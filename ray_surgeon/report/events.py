@@ -5,6 +5,7 @@ Events set the metrics of a running job, ``ray_surgeon_*`` in Prometheus; `Recor
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -152,11 +153,8 @@ class Steps:
     def moment(self) -> Moment:
         """Return how far the present step has come."""
         now = self._cluster.progress
-        elapsed_s = time.monotonic() - now.started_s
-        name, shot = self._present
-        return Moment(
-            name, shot, self._num_shots, now.done, now.total, now.unit, now.tokens_each, elapsed_s
-        )
+        units = (now.done, now.total, now.unit, now.tokens_each)
+        return Moment(*self._present, self._num_shots, *units, time.monotonic() - now.started_s)
 
     def _usages(self) -> list[Usage]:
         return [process_usage(torch.device("cpu")), *self._cluster.run_all(Worker.usage)]
@@ -209,16 +207,13 @@ def readings(event: Event) -> Iterator[tuple[str, float, dict[str, str]]]:
     for worker, seconds in enumerate(event.worker_seconds):
         yield "worker_busy_seconds", seconds, {**step, "worker": str(worker)}
     if event.worker_seconds and event.seconds:
-        offered_s = len(event.worker_seconds) * event.seconds
-        yield "efficiency", sum(event.worker_seconds) / offered_s, step
+        yield "efficiency", statistics.fmean(event.worker_seconds) / event.seconds, step
     for name, value in event.facts.items():
         metric, _, text = name.partition(" ")
-        if metric in ("perplexity", "divergence"):
-            yield metric, float(value), {"text": text}
-        elif name == "size_bytes":
+        if name == "size_bytes":
             yield "export_bytes", float(value), {"kind": str(event.facts["kind"])}
-        elif name in ("sparsity", "tokens_per_s", "parameters", "peak_rss_bytes"):
-            yield name, float(value), {}
+        elif metric in GAUGES:
+            yield metric, float(value), dict.fromkeys(GAUGES[metric][1:], text)
 
 
 class Recorder:

@@ -24,6 +24,7 @@ from ray_surgeon.runtime.ray_cluster import RayCluster, nodes_alive
 from ray_surgeon.spec.sections import RaySection
 from ray_surgeon.stages.evaluation import CollapseError
 
+_Loss = WorkerFailureError | None
 _LOSSES: tuple[type[RayError], ...] = (ObjectLostError, OutOfMemoryError)
 _LOSSES += (ray.exceptions.RayActorError, ray.exceptions.WorkerCrashedError)
 """What Ray raises where the coordinator itself is lost."""
@@ -48,9 +49,7 @@ class Coordinator:
         self._events: list[Event] = []
         self._moment: Moment | None = None
 
-    def run(
-        self, inputs: Inputs, before: WorkerFailureError | None, attempt: Attempt
-    ) -> WorkerFailureError | None:
+    def run(self, inputs: Inputs, before: _Loss, attempt: Attempt) -> _Loss:
         """Run all shots that are not committed yet.
 
         Args:
@@ -125,7 +124,7 @@ def _run_with_retries(inputs: Inputs, display: Display) -> None:
         )
     left = section.retries.model_dump()
     attempt = Attempt()
-    failure: WorkerFailureError | None = None
+    failure: _Loss = None
     while (failure := _try(inputs, failure, attempt, display)) is not None:
         cause = failure.cause
         if not left[cause]:
@@ -209,9 +208,7 @@ def _start_coordinator() -> Any:
     ).remote()
 
 
-def _try(
-    inputs: Inputs, before: WorkerFailureError | None, attempt: Attempt, show: Display
-) -> WorkerFailureError | None:
+def _try(inputs: Inputs, before: _Loss, attempt: Attempt, show: Display) -> _Loss:
     """Run a coordinator to its end and return what failed, if anything."""
     section = inputs.ray
     coordinator = _start_coordinator()
@@ -234,15 +231,14 @@ def _try(
                 show(event)
             if moment is not None and running:
                 show(moment)
-        failure: WorkerFailureError | None = ray.get(run)
+        failure: _Loss = ray.get(run)
     except ray.exceptions.GetTimeoutError:
         return WorkerFailureError("coordinator", f"the coordinator has {silence}")
     except _LOSSES as error:
         if isinstance(error, RayTaskError):  # the coordinator lives and reports another error
             raise
-        return WorkerFailureError(
-            "memory" if isinstance(error, OutOfMemoryError) else "coordinator", error
-        )
+        cause = "memory" if isinstance(error, OutOfMemoryError) else "coordinator"
+        return WorkerFailureError(cause, error)
     finally:
         ray.kill(coordinator)
     return failure

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -93,8 +94,12 @@ class Inputs:
 
     @property
     def notes(self) -> list[str]:
-        """What to know of a job before it starts, for people, a line each."""
-        lines = [] if self.chosen_text is None else [self.chosen_text]
+        """What is to be done, and what to know of it, for people, a line each."""
+        shots = self.spec.pruning.shots
+        size = self.calibration.size
+        lines = [f"{shots} shot{'s' * (shots > 1)} to {self.goal}, {size} calibration tokens each"]
+        if self.chosen_text is not None:
+            lines.append(self.chosen_text)
         stored = str(getattr(self.layout.config, "dtype", None)).removeprefix("torch.")
         if stored in ("bfloat16", "float16") and self.spec.model.dtype == "float32":
             lines.append(
@@ -144,6 +149,7 @@ def check(spec: JobSpec, *, resume: bool = False, dry_run: bool = False) -> Inpu
     Raises:
         ValueError: something cannot work; names the field, what was found, and the remedy.
     """
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     spec = with_absolute_paths(spec)
     reading.check_machine(spec, dry_run=dry_run)
     directory = RunDirectory(spec.output.uri)

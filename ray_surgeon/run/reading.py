@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from transformers import AutoConfig, PretrainedConfig
 
 import ray_surgeon
@@ -40,16 +39,11 @@ class Texts(NamedTuple):
     measured: Mapping[str, Windows]  # by name, what is evaluated on
 
 
-def nothing(num_sequences: int, sequence_length: int) -> NDArray[np.int64]:
-    """Return tokens of a text that is not read; all places share their memory."""
-    return np.broadcast_to(np.int64(0), (num_sequences, sequence_length))
-
-
 def unread_texts(spec: JobSpec) -> Texts:
     """Return what stands for the texts in a plan from config.json alone."""
-    section = spec.calibration
-    calibration = windows_of(nothing(section.num_sequences, section.sequence_length))
-    return Texts(None, calibration, windows_of(nothing(0, 1)), {})
+    shape = (spec.calibration.num_sequences, spec.calibration.sequence_length)
+    tokens = np.broadcast_to(np.int64(0), shape)  # all places share their memory
+    return Texts(None, windows_of(tokens), windows_of(tokens[:0]), {})
 
 
 def read_texts(spec: JobSpec, tokenizer: Any, config: PretrainedConfig) -> Texts:
@@ -78,7 +72,7 @@ def read_texts(spec: JobSpec, tokenizer: Any, config: PretrainedConfig) -> Texts
     length = section.sequence_length
     further = section.further(spec.pruning.num_further_windows)
     parts = list[Windows]()
-    beside = list[NDArray[np.int64]]()
+    beside = [np.zeros((0, length), dtype=np.int64)]
     for number, ((text, count), more) in enumerate(zip(section.shares, further, strict=True)):
         if text.is_written:
             parts.append(windows_of(np.zeros((count, length), dtype=np.int64)))
@@ -93,8 +87,7 @@ def read_texts(spec: JobSpec, tokenizer: Any, config: PretrainedConfig) -> Texts
         t.name: windows_in(t, t.num_sequences, t.sequence_length, f"evaluation.{i} ({t.name})")
         for i, t in enumerate(spec.evaluation.texts)
     }
-    all_further = windows_of(np.concatenate(beside) if beside else nothing(0, length))
-    return Texts(tokenizer, interleaved(parts), all_further, measured)
+    return Texts(tokenizer, interleaved(parts), windows_of(np.concatenate(beside)), measured)
 
 
 def as_input_error(what: str) -> AbstractContextManager[None]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from ray_surgeon.export.for_engines import Shrinking
 from ray_surgeon.models.layout import ModelLayout
@@ -23,8 +23,7 @@ from ray_surgeon.stages.stage import Stage
 from ray_surgeon.stages.weights import Commit, Load, exports_of
 
 
-@dataclass(frozen=True)
-class Stages:
+class Stages(NamedTuple):
     """The stages of a job."""
 
     before_shots: tuple[Stage, ...]
