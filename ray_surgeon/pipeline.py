@@ -71,14 +71,6 @@ _SIZES: dict[str, tuple[Any, str, str]] = {
 """Option -> type, example and help: what other machines have that a plan is made for."""
 
 
-def _interrupt_on_sigterm() -> None:
-    """Treat SIGTERM, with which Ray and Kubernetes stop jobs, like Ctrl-C.
-
-    Again after ray.init, which has a handler of its own.
-    """
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-
-
 def _arguments(argv: Sequence[str] | None, prog: str) -> argparse.Namespace:
     """Return the arguments of the command line; it ends with exit code 2 if they do not fit."""
     parser = argparse.ArgumentParser(prog, description="Prune a language model as a job spec says.")
@@ -121,7 +113,8 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m ray_surgeon.p
         # the schema is the output
         print(json.dumps(JobSpec.model_json_schema(), indent=2))  # noqa: T201
         return DONE
-    _interrupt_on_sigterm()
+    # with which Ray and Kubernetes stop jobs
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     console = new_console()
     resume_with = ""
     try:
@@ -140,7 +133,8 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m ray_surgeon.p
                 from ray_surgeon.run.driver import connect  # Ray is imported only if it is used
 
                 console.print(f"running on {connect(inputs.ray)}")
-                _interrupt_on_sigterm()
+                # again, because ray.init has a handler of its own
+                signal.signal(signal.SIGTERM, signal.default_int_handler)
             resume_with = "continue with: python -m ray_surgeon.pipeline "
             overrides = (f"--set={override}" for override in arguments.set)
             resume_with += shlex.join([arguments.spec, "--resume", *overrides])

@@ -143,15 +143,12 @@ def depth_figure(linears: Records) -> Figure:
     filled = axes.pcolormesh(list(kinds.values()), cmap="viridis", vmin=0, vmax=highest)
     axes.invert_yaxis()
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set_yticks([i + 0.5 for i in range(len(kinds))], _short(list(kinds)))
+    last = [kind.rpartition(".")[2] for kind in kinds]
+    # the last parts of the kinds' names, and of those with equal ones the whole names
+    labels = [kind if last.count(end) > 1 else end for kind, end in zip(kinds, last, strict=True)]
+    axes.set_yticks([i + 0.5 for i in range(len(kinds))], labels)
     figure.colorbar(filled, ax=axes, label="sparsity", aspect=12)
     return figure
-
-
-def _short(kinds: Sequence[str]) -> list[str]:
-    """Return the last parts of the kinds' names, and of those with equal ones the whole names."""
-    last = [kind.rpartition(".")[2] for kind in kinds]
-    return [kind if last.count(part) > 1 else part for kind, part in zip(kinds, last, strict=True)]
 
 
 def steps_of(shots: Records) -> list[str]:

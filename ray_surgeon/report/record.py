@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import re
 import shlex
@@ -125,19 +124,6 @@ def has_its_files(export: Record) -> bool:
     return "config.json" in names and size == export["size_bytes"]
 
 
-def report_if_finished(directory: RunDirectory, spec: Record) -> dict[str, Any] | None:
-    """Return the report if a run of this very spec has ended here and lies here whole."""
-    # it may be not there, or damaged
-    with contextlib.suppress(FileNotFoundError, ValueError, KeyError, TypeError):
-        report = directory.report()
-        if report["spec"] != dict(spec) or not is_complete(report):
-            return None
-        has_shots = len(directory.committed_indices()) == len(report["shots"])
-        if has_shots and all(map(has_its_files, report["exports"])):
-            return report
-    return None
-
-
 def has_generation(records: Sequence[Record]) -> bool:
     """Whether a run has compared the model's answers with the dense model's."""
     return any(shot.get("generation") for record in records for shot in record["shots"])
@@ -213,9 +199,8 @@ def _check_dense_states(uri: str) -> None:
 
 def _changes(directory: RunDirectory, spec_yaml: str) -> list[str]:
     """Return the fields in which a spec differs from the folder's, for an error."""
-    file = directory.path("spec.yaml")
-    old = _fields(yaml.safe_load(store.read_text(file))) if store.exists(file) else {}
-    new = _fields(yaml.safe_load(spec_yaml)) if old else {}
+    old = _fields(yaml.safe_load(store.read_text(directory.path("spec.yaml"))))
+    new = _fields(yaml.safe_load(spec_yaml))
     return [
         f"{name} {old.get(name)!r} there, {new.get(name)!r} here"
         for name in sorted({*old, *new})

@@ -164,11 +164,8 @@ def check(spec: JobSpec, *, resume: bool = False, dry_run: bool = False) -> Inpu
     reading.check_requests(spec, layout)
     is_read = source.has_weights or not dry_run
     model_fingerprint = reading.check_weights(source, layout) if is_read else None
-    chosen = None
-    if is_read:
-        spec, texts, chosen = _read(spec, load_tokenizer(folder, source.origin), layout)
-    else:
-        texts = reading.unread_texts(spec)
+    tokenizer = load_tokenizer(folder, source.origin) if is_read else None
+    spec, texts, chosen = _read(spec, tokenizer, layout)
     stages = stages_of(spec, layout, method, texts, last)
     placement = place(layout, spec.cluster.num_shards, spec.cluster.num_replicas)
     job = (spec, layout, placement, method, stages, source.pinned)
@@ -184,7 +181,12 @@ def check(spec: JobSpec, *, resume: bool = False, dry_run: bool = False) -> Inpu
 
 
 def _read(spec: JobSpec, tokenizer: Any, layout: ModelLayout) -> tuple[JobSpec, Texts, str | None]:
-    """Return a spec with its texts all named, these texts, and what was chosen of them."""
+    """Return a spec with its texts all named, these texts, and what was chosen of them.
+
+    Without a tokenizer nothing is read.
+    """
+    if tokenizer is None:
+        return spec, reading.unread_texts(spec), None
     if "gguf" in spec.output.exports:
         tokenizer_names(json.loads(tokenizer.backend_tokenizer.to_str()))
     chosen = None
