@@ -5,6 +5,7 @@ The method is The LLM Surgeon (arXiv 2312.17244).
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.2.0"
@@ -18,9 +19,7 @@ def __getattr__(name: str) -> Any:
     """Import a public name when it is used, so that ``ray_surgeon.maths`` needs torch only."""
     if name not in __all__:
         raise AttributeError(f"module 'ray_surgeon' has no attribute {name!r}")
-    from ray_surgeon import api
-
-    return getattr(api, name)
+    return getattr(importlib.import_module("ray_surgeon.api"), name)
 
 
 def __dir__() -> list[str]:
