@@ -159,8 +159,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         _compare(_arguments(argv), new_console())
     except (OSError, ValueError) as error:
-        errors = Console(stderr=True)
-        errors.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
+        Console(stderr=True).print(f"error: {error}", style="red", markup=False, soft_wrap=True)
         return 2
     return 0
 
@@ -188,15 +187,13 @@ def _compare(arguments: argparse.Namespace, console: Console) -> None:
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="ray-surgeon report", description="Compare runs in one table, one plot and one page."
-    )
+    about = "Compare runs in one table, one plot and one page."
+    parser = argparse.ArgumentParser("ray-surgeon report", description=about)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run directory, on any fsspec URI")
     for name, default, text in (
         ("--plot", "perplexity.png", "plot to write, a .png, .svg or .pdf file on any URI"),
         ("--html", "comparison.html", "page to write, with every run whole, on any URI"),
     ):
         parser.add_argument(name, default=default, metavar="FILE", help=f"{text}; %(default)s")
-    of_first = "the first one of the first run if not given"
-    parser.add_argument("--text", help=f"evaluation text of the plot; {of_first}")
+    parser.add_argument("--text", help="evaluation text of the plot; if not given, the first one")
     return parser.parse_args(argv)

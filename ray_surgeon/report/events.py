@@ -153,8 +153,10 @@ class Steps:
     def moment(self) -> Moment:
         """Return how far the present step has come."""
         now = self._cluster.progress
+        step, shot = self._present
         units = (now.done, now.total, now.unit, now.tokens_each)
-        return Moment(*self._present, self._num_shots, *units, time.monotonic() - now.started_s)
+        elapsed_s = time.monotonic() - now.started_s
+        return Moment(step, shot, self._num_shots, *units, elapsed_s)
 
     def _usages(self) -> list[Usage]:
         return [process_usage(torch.device("cpu")), *self._cluster.run_all(Worker.usage)]

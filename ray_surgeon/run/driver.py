@@ -198,13 +198,13 @@ def unwrapped(error: BaseException) -> BaseException:
 
 def _start_coordinator() -> Any:
     node = ray.get_runtime_context().get_node_id()
+    # beside this process, so that it is not lost with a machine of workers. Not soft: Ray 2.60
+    # takes a soft affinity of an actor without CPUs for none at times
+    beside = NodeAffinitySchedulingStrategy(node, soft=False)
+    environment = {"env_vars": {"OMP_WAIT_POLICY": "PASSIVE"}}
     actor_class = ray.remote(num_cpus=0, max_restarts=0, max_task_retries=0)(Coordinator)
     return actor_class.options(
-        max_concurrency=2,
-        runtime_env={"env_vars": {"OMP_WAIT_POLICY": "PASSIVE"}},
-        # beside this process, so that it is not lost with a machine of workers. Not soft: Ray 2.60
-        # takes a soft affinity of an actor without CPUs for none at times
-        scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False),
+        max_concurrency=2, runtime_env=environment, scheduling_strategy=beside
     ).remote()
 
 
