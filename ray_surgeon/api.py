@@ -30,7 +30,10 @@ from ray_surgeon.run.inputs import check
 from ray_surgeon.run.result import PruneResult, ended_before, run
 from ray_surgeon.spec.base import local_path
 from ray_surgeon.spec.job import JobSpec
+from ray_surgeon.spec.parsing import parse_spec
 from ray_surgeon.storage.texts import first_token
+
+__all__ = ["JobSpec", "KroneckerFactors", "PruneResult", "curvature", "parse_spec", "prune"]
 
 
 @own_modes()
@@ -104,7 +107,6 @@ def prune(
         raise ValueError(
             "spec: it says everything already; leave model, tokenizer and the sections out"
         )
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if isinstance(source, PreTrainedModel):
         save(source, a_tokenizer(tokenizer), spec.model.source, spec.output.uri)
     inputs = check(spec, resume=resume)
@@ -173,11 +175,7 @@ def curvature(
     return {name: shard.own_factors(name).dense() for name in names}
 
 
-def _token_ids(
-    sequences: Sequence[Sequence[int]] | Tensor | Iterable[str],
-    tokenizer: PreTrainedTokenizerBase | None,
-    layout: ModelLayout,
-) -> list[list[int]]:
+def _token_ids(sequences: Any, tokenizer: Any, layout: ModelLayout) -> list[list[int]]:
     """Return the token ids of sequences or texts.
 
     Args:

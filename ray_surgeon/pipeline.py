@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shlex
 import signal
 import sys
 from collections.abc import Sequence
-from types import FrameType
 from typing import Any
 
 import torch
@@ -25,9 +23,9 @@ from ray_surgeon.maths.threshold import OutOfReachError
 from ray_surgeon.models.checkpoint import BadWeightsError
 from ray_surgeon.plan.plan import DoesNotFitError, plan_table
 from ray_surgeon.plan.room import DEVICES, Device, Room, resources_here
-from ray_surgeon.report import tables
-from ray_surgeon.report.directory import RunDirectory, TakenOverError
-from ray_surgeon.report.display import Display, new_console
+from ray_surgeon.report.directory import TakenOverError
+from ray_surgeon.report.display import Display, new_console, shots_table, summary_lines
+from ray_surgeon.report.display import main as compare
 from ray_surgeon.run.inputs import Inputs, check
 from ray_surgeon.run.reading import as_input_error
 from ray_surgeon.run.result import PruneResult, ended_before, run
@@ -45,6 +43,8 @@ INTERRUPTED = 130
 
 _REFUSED = (BadWeightsError, DoesNotFitError, OutOfReachError)
 """What only a run can find to be wrong with its input."""
+_ENDS = (ValueError, RuntimeError, OSError, FloatingPointError, KeyboardInterrupt, SystemExit)
+"""What ends a command with words; anything else is a defect, and has a traceback."""
 
 
 def _bytes(text: str) -> float:
@@ -58,62 +58,34 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     "--set": {"action": "append", "default": [], "metavar": "section.field=value"},
     "--schema": {"action": "store_true", "help": "print the JSON Schema of the job spec"},
 }
-_SIZES = {
-    "--device-memory": ("80GB", "of each worker's device; the device's own if not given"),
-    "--host-memory": ("1TB", "of each machine; this one's if not given"),
-    "--disk": ("4TB", "free on each machine; this one's if not given"),
+_DEVICE = (
+    "what workers compute on; expected times are this device's; if not given, the CPU, or an h100 "
+    "where the spec has gpus_per_worker, or with --device-memory"
+)
+_SIZES: dict[str, tuple[Any, str, str]] = {
+    "--device-memory": (_bytes, "80GB", "of each worker's device; the device's own if not given"),
+    "--host-memory": (_bytes, "1TB", "of each machine; this one's if not given"),
+    "--disk": (_bytes, "4TB", "free on each machine; this one's if not given"),
+    "--workers-per-machine": (int, "8", "that share its memory and disk, at most; 8 if not given"),
 }
-_PLAN_OPTIONS: dict[str, dict[str, Any]] = {
-    "--device": {
-        "choices": sorted(DEVICES),
-        "help": "what workers compute on; expected times are this device's; if not given, the CPU, "
-        "or an h100 where the spec has gpus_per_worker, or with --device-memory",
-    },
-    **{o: {"type": _bytes, "metavar": size, "help": text} for o, (size, text) in _SIZES.items()},
-    "--workers-per-machine": {
-        "type": int,
-        "help": "that share its memory and disk, at most; 8 if not given",
-    },
-}
-"""Option -> settings of its argument: what other machines have that a plan is made for."""
-
-
-def _interrupt_on_sigterm() -> None:
-    """Treat SIGTERM, with which Ray and Kubernetes stop jobs, like Ctrl-C.
-
-    Again after ray.init, which has a handler of its own.
-    """
-
-    def interrupt(signum: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    signal.signal(signal.SIGTERM, interrupt)
-
-
-def _parser(prog: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog=prog, description="Prune a language model as a job spec says."
-    )
-    parser.add_argument(
-        "spec", nargs="?", help="job spec: a YAML or JSON file, local or on any fsspec URI"
-    )
-    for option, settings in _OPTIONS.items():
-        parser.add_argument(option, **settings)
-    plan_options = parser.add_argument_group(
-        "a plan for other machines than this one", "ray-surgeon plan, or --dry-run"
-    )
-    for option, settings in _PLAN_OPTIONS.items():
-        plan_options.add_argument(option, **settings)
-    return parser
+"""Option -> type, example and help: what other machines have that a plan is made for."""
 
 
 def _arguments(argv: Sequence[str] | None, prog: str) -> argparse.Namespace:
     """Return the arguments of the command line; it ends with exit code 2 if they do not fit."""
-    parser = _parser(prog)
+    parser = argparse.ArgumentParser(prog, description="Prune a language model as a job spec says.")
+    parser.add_argument("spec", nargs="?", help="job spec: YAML or JSON, on any fsspec URI")
+    for option, settings in _OPTIONS.items():
+        parser.add_argument(option, **settings)
+    plans = parser.add_argument_group("a plan for other machines", "ray-surgeon plan, or --dry-run")
+    plans.add_argument("--device", choices=sorted(DEVICES), help=_DEVICE)
+    for option, (kind, example, text) in _SIZES.items():
+        plans.add_argument(option, type=kind, metavar=example, help=text)
     arguments = parser.parse_args(argv)
     if not arguments.schema and arguments.spec is None:
         parser.error("a job spec is needed, for instance pipelines/quickstart.yaml")
-    named = [o for o in _PLAN_OPTIONS if getattr(arguments, o[2:].replace("-", "_")) is not None]
+    options = ("--device", *_SIZES)
+    named = [o for o in options if getattr(arguments, o[2:].replace("-", "_")) is not None]
     if named and not arguments.dry_run:
         parser.error(
             f"{', '.join(named)}: only for a plan (ray-surgeon plan, or --dry-run); "
@@ -141,62 +113,45 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m ray_surgeon.p
         # the schema is the output
         print(json.dumps(JobSpec.model_json_schema(), indent=2))  # noqa: T201
         return DONE
-    _interrupt_on_sigterm()
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # with which Ray and Kubernetes stop jobs
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     console = new_console()
+    resume_with = ""
     try:
-        inputs = _checked(arguments, console)
+        spec = _read_spec(arguments.spec, arguments.set)
+        inputs = check(spec, resume=arguments.resume, dry_run=arguments.dry_run)
+        for line in inputs.notes:
+            console.print(line, soft_wrap=True, highlight=False)
         if arguments.dry_run:
             if not inputs.fingerprints:
                 console.print("planned from config.json alone: there are no weights to check")
-            if inputs.widths is not None:
-                console.print(inputs.widths)
             console.print(plan_table(inputs.plan(*_planned_for(arguments, inputs))))
             return DONE
         result = ended_before(inputs, console.print)
-        if result is None and isinstance(inputs.spec.cluster, RaySection):
-            from ray_surgeon.run.driver import connect_to_ray  # Ray is imported only if it is used
-
-            console.print(f"running on {connect_to_ray(inputs)}")
-            _interrupt_on_sigterm()
-    except (ValueError, RuntimeError, OSError, KeyboardInterrupt, SystemExit) as error:
-        return _end(error, None)
-    try:
         if result is None:
+            if isinstance(inputs.spec.cluster, RaySection):
+                from ray_surgeon.run.driver import connect  # Ray is imported only if it is used
+
+                console.print(f"running on {connect(inputs.ray)}")
+                # again, because ray.init has a handler of its own
+                signal.signal(signal.SIGTERM, signal.default_int_handler)
+            resume_with = "continue with: python -m ray_surgeon.pipeline "
+            overrides = (f"--set={override}" for override in arguments.set)
+            resume_with += shlex.join([arguments.spec, "--resume", *overrides])
             with Display(console, inputs.spec.name) as display:
                 result = run(inputs, display, disconnects=True)
-    except (RuntimeError, OSError, ValueError, FloatingPointError, KeyboardInterrupt) as error:
-        overrides = "".join(f" --set {shlex.quote(override)}" for override in arguments.set)
-        return _end(
-            error,
-            f"continue with: python -m ray_surgeon.pipeline {shlex.quote(arguments.spec)} "
-            f"--resume{overrides}",
-        )
+    except _ENDS as error:
+        return _end(error, resume_with)
     _show(result, console)
     return DONE
-
-
-def _checked(arguments: argparse.Namespace, console: Console) -> Inputs:
-    """Read and check what the command line names, and say what is to be done."""
-    spec = _read_spec(arguments.spec, arguments.set)
-    inputs = check(spec, resume=arguments.resume, dry_run=arguments.dry_run)
-    shots = inputs.spec.pruning.shots
-    console.print(
-        f"{shots} shot{'s' * (shots > 1)} to {inputs.goal}, {inputs.calibration.size} "
-        "calibration tokens each"
-    )
-    for line in inputs.notes:
-        console.print(line, soft_wrap=True, highlight=False)
-    return inputs
 
 
 def _planned_for(arguments: argparse.Namespace, inputs: Inputs) -> tuple[Room, Device]:
     """Return what a worker has, as the command line says it, or else as it is here."""
     section = inputs.spec.cluster
     this_machine = resources_here(torch.device("cpu"), inputs.spec.memory.scratch).room
-    name = arguments.device or (
-        "h100" if section.gpus_per_worker or arguments.device_memory else "cpu"
-    )
+    wants_gpu = section.gpus_per_worker or arguments.device_memory
+    name = arguments.device or ("h100" if wants_gpu else "cpu")
     device = DEVICES[name] if name != "cpu" else DEVICES[name].times(section.cpus_per_worker)
     together = max(1, min(section.num_workers, arguments.workers_per_machine or 8))
     host = (arguments.host_memory or this_machine.host) / together
@@ -207,39 +162,35 @@ def _planned_for(arguments: argparse.Namespace, inputs: Inputs) -> tuple[Room, D
     return Room(memory, host, disk, device_is_host=False), device
 
 
-def _end(error: BaseException, resume_with: str | None) -> int:
+def _end(error: BaseException, resume_with: str) -> int:
     """Say why the command ends, and return its exit code.
 
     Args:
         error: what ended it.
-        resume_with: the command that goes on; None where nothing has begun.
+        resume_with: the command that goes on; empty where nothing has begun.
     """
     console = Console(stderr=True)
     if isinstance(error, SystemExit) and error.code != signal.SIGTERM:
         raise error  # Ray makes an exit of SIGTERM while it starts, and of nothing else
     if isinstance(error, KeyboardInterrupt | SystemExit):
-        if resume_with is not None:
+        if resume_with:
             console.print(f"interrupted; {resume_with}", markup=False, soft_wrap=True)
         return INTERRUPTED
-    of_input = isinstance(error, ValueError) if resume_with is None else isinstance(error, _REFUSED)
+    of_input = isinstance(error, _REFUSED if resume_with else ValueError)
     message = f"error: {error}" if of_input else f"failed: {error}"
-    if not of_input and resume_with is not None and not isinstance(error, TakenOverError):
+    if resume_with and not (of_input or isinstance(error, TakenOverError)):
         message += f"\n{resume_with}"
     console.print(message, style="red", markup=False, highlight=False, soft_wrap=True)
     return BAD_INPUT if of_input else FAILED
 
 
 def _show(result: PruneResult, console: Console) -> None:
-    console.print(tables.shots_table(result.report))
+    console.print(shots_table(result.report))
     for part in ("exports", "answers"):
-        for line in tables.summary_lines(part, result.report):
+        for line in summary_lines(part, result.report):
             console.print(line, soft_wrap=True, highlight=False, markup=False)
-    directory = RunDirectory(result.uri)
-    console.print(
-        f"report: {directory.path('report.html')} and report.json, plots in "
-        f"{directory.path('plots')}",
-        soft_wrap=True,
-    )
+    page = files.join(result.uri, "report.html")
+    console.print(f"report: {page}, with report.json and plots beside it", soft_wrap=True)
 
 
 _COMMANDS = {
@@ -253,19 +204,15 @@ _COMMANDS = {
 
 def cli(argv: Sequence[str] | None = None) -> int:
     """Run ``ray-surgeon COMMAND ...`` and return the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="ray-surgeon",
-        description="Prune large language models with The LLM Surgeon over Ray workers.",
-    )
-    parser.add_argument(
-        "--version", action="version", version=f"ray-surgeon {ray_surgeon.__version__}"
-    )
+    parser = argparse.ArgumentParser("ray-surgeon", description=ray_surgeon.__doc__)
+    version = f"ray-surgeon {ray_surgeon.__version__}"
+    parser.add_argument("--version", action="version", version=version)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (text, _) in _COMMANDS.items():
         commands.add_parser(name, help=text, add_help=False)
     known, rest = parser.parse_known_args(argv)
     if known.command == "report":
-        return tables.main(rest)
+        return compare(rest)
     return main([*rest, *_COMMANDS[known.command][1]], f"ray-surgeon {known.command}")
 
 

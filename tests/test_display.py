@@ -17,7 +17,7 @@ MOMENT = Moment("curvature", 1, 3, 12, 64, "sequences", 512, 48.0)
 
 def test_lines() -> None:
     assert EVENT.line == "shot 1/3   curvature     61.2 s  loss=2.5  tokens=12  unit=nats"
-    assert MOMENT.line.endswith("  12 of 64 sequences, 128 tokens per second, 208 s left")
+    assert MOMENT.line.endswith("  12 of 64 sequences, 128 tokens/s, 208 s left")
     start = Moment("load", 0, 3, 0, 0, "", 0, 1.0)
     assert start.line == "start      load       ..."
     assert start.left_s is start.tokens_per_s is None
@@ -26,11 +26,11 @@ def test_lines() -> None:
 def test_a_terminal_gets_bars_that_move() -> None:
     out = io.StringIO()
     with Display(Console(file=out, force_terminal=True, width=160), "my-run") as display:
-        display(Event("load", 2, 3, 1.0, {"resumed_after_shot": 1}))
+        display(Event("load", 1, 3, 1.0, {}))
         display(MOMENT)
-        display._bars.refresh()
+        display.refresh()
         display(Event("commit", 2, 3, 1.0, {}))
-        display._bars.refresh()
+        display.refresh()
     expected = ("my-run", "1/3", "2/3", "12/64", "128 tokens/s", "208 s left")
     assert not [part for part in expected if part not in out.getvalue()]
 
@@ -49,4 +49,4 @@ def test_a_log_gets_lines_now_and_then_and_no_cursor_codes(monkeypatch: pytest.M
 def test_a_notebook_gets_bars_if_they_can_be_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
     for widgets in (True, False):
         monkeypatch.setattr(display_module, "_has_widgets", lambda widgets=widgets: widgets)
-        assert Display(Console(force_jupyter=True), "my-run")._live is widgets
+        assert Display(Console(force_jupyter=True), "my-run").disable is not widgets

@@ -12,9 +12,8 @@ import time
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
-from ray_surgeon.report.progress import has_its_files, is_complete
 from ray_surgeon.runtime.weights import SavedFile
 from ray_surgeon.storage import files as store
 
@@ -43,11 +42,9 @@ class Attempt:
     has_begun: bool = False  # and has taken the folder
 
 
-@dataclass(frozen=True)
-class CommittedShot:
+class CommittedShot(NamedTuple):
     """A shot that can be resumed from."""
 
-    index: int  # its number, from 1
     files: tuple[SavedFile, ...]  # its weights and masks
     record: dict[str, Any]  # its entry in the report
 
@@ -97,20 +94,7 @@ class RunDirectory:
             FileNotFoundError: it has not ended.
             ValueError: the file is damaged.
         """
-        report: dict[str, Any] = store.read_json(self.path("report.json"))
-        return report
-
-    def report_if_finished(self, spec: Record) -> dict[str, Any] | None:
-        """Return the report if a run of this very spec has ended here and lies here whole."""
-        # it may be not there, or damaged
-        with contextlib.suppress(FileNotFoundError, ValueError, KeyError, TypeError):
-            report = self.report()
-            if report["spec"] != dict(spec) or not is_complete(report):
-                return None
-            has_shots = len(self.committed_indices()) == len(report["shots"])
-            if has_shots and all(map(has_its_files, report["exports"])):
-                return report
-        return None
+        return dict(store.read_json(self.path("report.json")))
 
     def check_writable(self) -> None:
         """Write and remove a small file.
@@ -146,24 +130,20 @@ class RunDirectory:
             if torn:  # by a full disk or a killed process
                 store.write_text(self.path("events.jsonl"), whole + newline)
 
-    def last_attempt(self) -> str | None:
-        """Return the name of the try that has begun last, or None before any has."""
-        try:
-            return store.read_text(self.path("attempt"))
-        except FileNotFoundError:
-            return None
-
     def check_attempt(self) -> None:
         """End this try if another one has started since, as by a second job with this spec.
 
         Raises:
             TakenOverError: it has.
         """
-        if self._attempt.has_begun and self.last_attempt() not in (None, self._attempt.name):
-            raise TakenOverError(
-                f"another try of this run has begun in {self.uri}, so this one ends; committed "
-                "shots are kept"
-            )
+        if not self._attempt.has_begun:
+            return
+        with contextlib.suppress(FileNotFoundError):
+            if store.read_text(self.path("attempt")) != self._attempt.name:
+                raise TakenOverError(
+                    f"another try of this run has begun in {self.uri}, so this one ends; committed "
+                    "shots are kept"
+                )
 
     def retries(self) -> list[dict[str, Any]]:
         """Return the facts of every loss after which the run went on."""
@@ -171,14 +151,14 @@ class RunDirectory:
         return [event["facts"] for event in events if event["step"] == "retry"]
 
     def add_event(self, event: Record) -> None:
-        """Append to events.jsonl.
+        """Append to events.jsonl, with the time.
 
         Object stores cannot append, so there the whole file is written again, now and then.
 
         A store that fails meanwhile does not end the run for that: the lines are there the next
         time, at the latest with the report.
         """
-        self._events.append(json.dumps(event))
+        self._events.append(json.dumps({**event, "time": time.time()}))
         if store.is_local(self.uri):
             self.check_attempt()
             store.append_line(self.path("events.jsonl"), self._events[-1])
@@ -239,21 +219,21 @@ class RunDirectory:
             SavedFile(store.join(folder, file["name"]), file["size_bytes"], tuple(file["keys"]))
             for file in manifest["files"]
         )
-        return CommittedShot(index, files, manifest["record"])
+        return CommittedShot(files, manifest["record"])
 
-    def check_tensors(self, shot: CommittedShot) -> None:
+    def check_tensors(self, index: int) -> None:
         """Refuse to resume from a shot of which a file is missing or cut short.
 
         Raises:
             ValueError: names the first file that is missing or has another size.
         """
-        for file in shot.files:
+        for file in self.read_shot(index).files:
             size = store.size_bytes(file.uri)
             if size == file.size_bytes:
                 continue
             problem = "is missing" if size is None else f"has {size} bytes, not {file.size_bytes}"
             raise ValueError(
-                f"{file.uri} {problem}; remove {self.shot_folder(shot.index)} to repeat this "
+                f"{file.uri} {problem}; remove {self.shot_folder(index)} to repeat this "
                 "shot from the one before, if that still has its tensors"
             )
 

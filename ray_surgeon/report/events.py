@@ -5,6 +5,7 @@ Events set the metrics of a running job, ``ray_surgeon_*`` in Prometheus; `Recor
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -68,15 +69,20 @@ class Moment:
         return self.elapsed_s / self.done * (self.total - self.done)
 
     @property
+    def pace(self) -> str:
+        """What comes after the numbers of units, e.g. ``sequences, 134 tokens/s, 40 s left``."""
+        rate = f", {self.tokens_per_s:.0f} tokens/s" if self.tokens_per_s else ""
+        left = "" if self.left_s is None else f", {self.left_s:.0f} s left"
+        return f"{self.unit}{rate}{left}"
+
+    @property
     def line(self) -> str:
         """One line of the log, e.g.
 
-        ``shot 1/3  curvature  12 of 64 sequences, 134 tokens per second, 40 s left``.
+        ``shot 1/3  curvature  12 of 64 sequences, 134 tokens/s, 40 s left``.
         """
-        parts = [f"{self.done} of {self.total} {self.unit}"] if self.total else ["..."]
-        parts += [f"{self.tokens_per_s:.0f} tokens per second"] if self.tokens_per_s else []
-        parts += [f"{self.left_s:.0f} s left"] if self.left_s is not None else []
-        return f"{_place(self)} {', '.join(parts)}"
+        units = f"{self.done} of {self.total} {self.pace}" if self.total else "..."
+        return f"{_place(self)} {units}"
 
 
 def _place(news: Event | Moment) -> str:
@@ -141,17 +147,16 @@ class Steps:
         if "num_tokens" in facts:
             facts["tokens_per_s"] = float(facts.pop("num_tokens")) / seconds
         event = Event(name, shot, self._num_shots, round(seconds, 3), facts, busy)
-        self._run.add_event(asdict(event) | {"time": time.time()})
+        self._run.add_event(asdict(event))
         self._listen(event)
 
     def moment(self) -> Moment:
         """Return how far the present step has come."""
         now = self._cluster.progress
+        step, shot = self._present
+        units = (now.done, now.total, now.unit, now.tokens_each)
         elapsed_s = time.monotonic() - now.started_s
-        name, shot = self._present
-        return Moment(
-            name, shot, self._num_shots, now.done, now.total, now.unit, now.tokens_each, elapsed_s
-        )
+        return Moment(step, shot, self._num_shots, *units, elapsed_s)
 
     def _usages(self) -> list[Usage]:
         return [process_usage(torch.device("cpu")), *self._cluster.run_all(Worker.usage)]
@@ -204,16 +209,13 @@ def readings(event: Event) -> Iterator[tuple[str, float, dict[str, str]]]:
     for worker, seconds in enumerate(event.worker_seconds):
         yield "worker_busy_seconds", seconds, {**step, "worker": str(worker)}
     if event.worker_seconds and event.seconds:
-        offered_s = len(event.worker_seconds) * event.seconds
-        yield "efficiency", sum(event.worker_seconds) / offered_s, step
+        yield "efficiency", statistics.fmean(event.worker_seconds) / event.seconds, step
     for name, value in event.facts.items():
         metric, _, text = name.partition(" ")
-        if metric in ("perplexity", "divergence"):
-            yield metric, float(value), {"text": text}
-        elif name == "size_bytes":
+        if name == "size_bytes":
             yield "export_bytes", float(value), {"kind": str(event.facts["kind"])}
-        elif name in ("sparsity", "tokens_per_s", "parameters", "peak_rss_bytes"):
-            yield name, float(value), {}
+        elif metric in GAUGES:
+            yield metric, float(value), dict.fromkeys(GAUGES[metric][1:], text)
 
 
 class Recorder:

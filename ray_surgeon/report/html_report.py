@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import statistics
 import time
 import unicodedata
 from collections.abc import Mapping, Sequence
@@ -13,31 +12,12 @@ from typing import Any
 import jinja2
 import yaml
 
-from ray_surgeon.report import plots, progress
+from ray_surgeon.report import plots
+from ray_surgeon.report import record as reports
 from ray_surgeon.report.directory import RunDirectory
 from ray_surgeon.storage import files
 
 _PAGE_EVERY_S = 60.0
-
-
-def _steps(shots: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return the steps of a run: seconds on the wall and of all CPUs, summed over shots.
-
-    The efficiency is the fraction of a step in which the workers were busy, on average.
-    """
-    steps = []
-    for name in dict.fromkeys(name for shot in shots for name in shot["seconds"]):
-        with_step = [shot for shot in shots if name in shot["seconds"]]
-        wall = sum(shot["seconds"][name] for shot in with_step)
-        cpu = sum(shot["cpu_seconds"][name] for shot in with_step)
-        busy = sum(statistics.fmean(shot["worker_seconds"][name]) for shot in with_step)
-        steps.append({"name": name, "wall_s": wall, "cpu_s": cpu, "efficiency": busy / wall})
-    return steps
-
-
-def _damping(shots: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return what factors were damped with, where more was needed than was asked for."""
-    return [event | {"shot": shot["index"]} for shot in shots for event in shot["damping_used"]]
 
 
 def excerpt(text: str, length: int | None = None) -> str:
@@ -60,9 +40,7 @@ def page(records: Sequence[Mapping[str, Any]]) -> str:
     Args:
         records: contents of report.json; of runs that have not ended, too.
     """
-    context: dict[str, Any] = {"records": records, "progress": progress, "plots": plots}
-    context |= {"steps_of": _steps, "damping_of": _damping}
-    return rendered("html_report.html.jinja", **context)
+    return rendered("html_report.html.jinja", records=records, reports=reports, plots=plots)
 
 
 def rendered(template: str, **context: Any) -> str:
@@ -106,5 +84,4 @@ class LivePage:
                 files.write_text(f"{uri}.svg", plots.inline_svg(figure, name))
                 plots.save(figure, f"{uri}.png")
         except Exception as error:  # whatever a plotting library raises
-            event = {"step": "drawing failed", "reason": repr(error), "time": time.time()}
-            self._run.add_event(event)
+            self._run.add_event({"step": "drawing failed", "reason": repr(error)})

@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter, MaxNLocator
 
-from ray_surgeon.report.progress import has_generation, texts_of
+from ray_surgeon.report.record import has_generation, texts_of
 from ray_surgeon.storage import files
 
 Records = Sequence[Mapping[str, Any]]
@@ -60,8 +60,7 @@ def inline_svg(figure: Figure, name: str) -> str:
     figure.set_layout_engine("none")  # it is laid out; another format need not do it again
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :].replace(_INK, "currentColor")
-    svg = re.sub(r"\b(id=\"|url\(#|href=\"#)", rf"\g<1>{name}-", svg)
-    return re.sub(r'width="[^"]*" height="[^"]*"', "", svg, count=1)
+    return re.sub(r"\b(id=\"|url\(#|href=\"#)", rf"\g<1>{name}-", svg)
 
 
 def _axes(x_label: str, y_label: str, height: float = 4.0) -> tuple[Figure, Axes]:
@@ -144,15 +143,17 @@ def depth_figure(linears: Records) -> Figure:
     filled = axes.pcolormesh(list(kinds.values()), cmap="viridis", vmin=0, vmax=highest)
     axes.invert_yaxis()
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set_yticks([i + 0.5 for i in range(len(kinds))], _short(list(kinds)))
+    last = [kind.rpartition(".")[2] for kind in kinds]
+    # the last parts of the kinds' names, and of those with equal ones the whole names
+    labels = [kind if last.count(end) > 1 else end for kind, end in zip(kinds, last, strict=True)]
+    axes.set_yticks([i + 0.5 for i in range(len(kinds))], labels)
     figure.colorbar(filled, ax=axes, label="sparsity", aspect=12)
     return figure
 
 
-def _short(kinds: Sequence[str]) -> list[str]:
-    """Return the last parts of the kinds' names, and of those with equal ones the whole names."""
-    last = [kind.rpartition(".")[2] for kind in kinds]
-    return [kind if last.count(part) > 1 else part for kind, part in zip(kinds, last, strict=True)]
+def steps_of(shots: Records) -> list[str]:
+    """Return the names of the steps of shots, in their order."""
+    return list(dict.fromkeys(step for shot in shots for step in shot["seconds"]))
 
 
 def time_figure(shots: Records) -> Figure:
@@ -161,7 +162,7 @@ def time_figure(shots: Records) -> Figure:
     times, memory = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     places = [shot["index"] for shot in shots]
     below = [0.0] * len(shots)
-    for step in dict.fromkeys(step for shot in shots for step in shot["seconds"]):
+    for step in steps_of(shots):
         heights = [shot["seconds"].get(step, 0.0) for shot in shots]
         times.bar(places, heights, 0.7, bottom=below, label=step)
         below = [a + b for a, b in zip(below, heights, strict=True)]

@@ -1,22 +1,21 @@
-"""What a run found: report.json, and its tables on the terminal.
-
-``ray-surgeon report RUN RUN ...`` compares run directories in one table, one plot and one HTML
-page.
-"""
+"""What a run found: report.json, what it says at a glance, and whether a folder is the run's."""
 
 from __future__ import annotations
 
 import copy
+import re
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 import yaml
 
 from ray_surgeon.report.directory import Record, RunDirectory
 from ray_surgeon.report.events import Steps
 from ray_surgeon.runtime.worker import LinearSummary
+from ray_surgeon.spec.base import refusing
 from ray_surgeon.storage import files as store
 from ray_surgeon.storage import tensor_files
 
@@ -68,11 +67,11 @@ class RunReport:
             "nonzero_in_pruned_linears": nonzero,
             "whole_model_sparsity": 1 - after / self.num_parameters,
         }
-        record = {n: getattr(self, n) for n in ("spec", "fingerprints", "environment", "dense")}
         elsewhere = ("linears", "dense")
-        record["shots"] = [{k: v for k, v in s.items() if k not in elsewhere} for s in self.shots]
-        record |= {"linears": linears, "parameters": parameters, "exports": self.exports}
-        return record | {"plan": self.plan, "retries": self.retries}
+        shots = [{k: v for k, v in s.items() if k not in elsewhere} for s in self.shots]
+        record = vars(self) | {"shots": shots, "linears": linears, "parameters": parameters}
+        del record["num_parameters"]  # which `parameters` has
+        return record
 
     def model_card_facts(self) -> dict[str, Any]:
         """Return what a model card tells of: the spec, the dense model and the last shot."""
@@ -92,6 +91,53 @@ def _linear_record(linear: LinearSummary) -> dict[str, Any]:
         "predicted_loss_increase": linear.predicted,
         "residual": linear.residual,
     }
+
+
+def num_shots(record: Record) -> int:
+    """Return how many shots the run of a report.json was to have."""
+    pruning = record["spec"]["pruning"]
+    return len(pruning["sparsities"] or range(pruning["num_shots"]))
+
+
+def num_exports(record: Record) -> int:
+    """Return how many exports it was to write."""
+    output = record["spec"]["output"]
+    return len(output["exports"]) + (output.get("quantize") is not None)
+
+
+def is_complete(record: Record) -> bool:
+    """Whether it has all its shots and exports."""
+    has_exports = len(record["exports"]) == num_exports(record)
+    return has_exports and len(record["shots"]) == num_shots(record)
+
+
+def has_its_files(export: Record) -> bool:
+    """Whether an export in a report.json lies where it was written, with its whole size."""
+    if "files" in export:
+        return all(
+            store.size_bytes(store.join(export["uri"], file["file"])) == file["size_bytes"]
+            for file in export["files"]
+        )
+    names = store.list_names(export["uri"])
+    weights = (name for name in names if re.fullmatch(r"model.*\.safetensors", name))
+    size = sum(store.size_bytes(store.join(export["uri"], name)) or 0 for name in weights)
+    return "config.json" in names and size == export["size_bytes"]
+
+
+def has_generation(records: Sequence[Record]) -> bool:
+    """Whether a run has compared the model's answers with the dense model's."""
+    return any(shot.get("generation") for record in records for shot in record["shots"])
+
+
+def texts_of(records: Sequence[Record]) -> list[str]:
+    """Return the names of the texts that the runs were measured on."""
+    return list(dict.fromkeys(text for record in records for text in record["dense"]["perplexity"]))
+
+
+def dense_bytes(record: Record) -> int:
+    """Return the bytes of the dense model's weights in the dtype of the run."""
+    dtype = getattr(torch, record["spec"]["model"]["dtype"])
+    return int(record["parameters"]["before"] * dtype.itemsize)
 
 
 _FREE_SECTIONS = ("name", "cluster.", "memory.", "output.")
@@ -141,25 +187,20 @@ def check_folder(
             f"instance --set output.uri={elsewhere} (output in Python)"
         )
     if shots:
-        directory.check_tensors(directory.read_shot(shots[-1]))
+        directory.check_tensors(shots[-1])
         _check_dense_states(directory.dense_states)
 
 
 def _check_dense_states(uri: str) -> None:
     remedy = "the dense model that wrote it is gone, too; put it back, or start a new run"
-    try:
+    with refusing(f"{uri} is gone or damaged", remedy, (FileNotFoundError, ValueError)):
         tensor_files.Reader().names(uri)
-    except FileNotFoundError as error:
-        raise ValueError(f"{uri} is gone; {remedy}") from error
-    except ValueError as error:
-        raise ValueError(f"{error.args[0].partition('; ')[0]}; {remedy}") from error
 
 
 def _changes(directory: RunDirectory, spec_yaml: str) -> list[str]:
     """Return the fields in which a spec differs from the folder's, for an error."""
-    file = directory.path("spec.yaml")
-    old = _fields(yaml.safe_load(store.read_text(file))) if store.exists(file) else {}
-    new = _fields(yaml.safe_load(spec_yaml)) if old else {}
+    old = _fields(yaml.safe_load(store.read_text(directory.path("spec.yaml"))))
+    new = _fields(yaml.safe_load(spec_yaml))
     return [
         f"{name} {old.get(name)!r} there, {new.get(name)!r} here"
         for name in sorted({*old, *new})

@@ -34,12 +34,10 @@ _NOT_SHARED |= {"num_sequences", "stride", "seed", "split"}
 """Fields of a calibration text that an evaluation text does not take over."""
 
 
-def spec_of(
-    model: str | Mapping[str, Any] | PreTrainedModel | None,
-    tokenizer: PreTrainedTokenizerBase | None,
-    sections: Mapping[str, Any],
-) -> JobSpec:
+def spec_of(model: Any, tokenizer: Any, sections: Mapping[str, Any]) -> JobSpec:
     """Return the job spec that the arguments of `prune` stand for.
+
+    The model is a source, a section, a model in memory, or None.
 
     Raises:
         ValueError: it is none that can work; names the argument, and the remedy.
@@ -179,15 +177,11 @@ def _put(written: Mapping[str, Path], source: str, *, has_begun: bool) -> None:
     digest = _digest_of(written)
     marker = files.join(source, _MARKER)
     names = set(files.list_files(source))
-    if names and _MARKER not in names:
+    is_ours = _MARKER in names and (not has_begun or files.read_text(marker) == digest)
+    if names and not is_ours:
         raise ValueError(
-            f"output.uri: {source} holds something else, and the model would go there; give output "
-            "another folder"
-        )
-    if has_begun and names and files.read_text(marker) != digest:
-        raise ValueError(
-            f"output.uri: {source} holds another model or tokenizer, with which the run began; "
-            "give output another folder"
+            f"output.uri: {source} holds something else, or another model or tokenizer, with which "
+            "the run began; give output another folder"
         )
     if has_begun and names == {_MARKER, *written}:
         return

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import time
 from contextlib import closing
 from dataclasses import asdict
 from typing import Any
@@ -22,8 +21,10 @@ from ray_surgeon.run.inputs import Inputs
 from ray_surgeon.run.loop import run_shots
 from ray_surgeon.runtime.cluster import NoRoomError, WorkerFailureError
 from ray_surgeon.runtime.ray_cluster import RayCluster, nodes_alive
+from ray_surgeon.spec.sections import RaySection
 from ray_surgeon.stages.evaluation import CollapseError
 
+_Loss = WorkerFailureError | None
 _LOSSES: tuple[type[RayError], ...] = (ObjectLostError, OutOfMemoryError)
 _LOSSES += (ray.exceptions.RayActorError, ray.exceptions.WorkerCrashedError)
 """What Ray raises where the coordinator itself is lost."""
@@ -48,9 +49,7 @@ class Coordinator:
         self._events: list[Event] = []
         self._moment: Moment | None = None
 
-    def run(
-        self, inputs: Inputs, before: WorkerFailureError | None, attempt: Attempt
-    ) -> WorkerFailureError | None:
+    def run(self, inputs: Inputs, before: _Loss, attempt: Attempt) -> _Loss:
         """Run all shots that are not committed yet.
 
         Args:
@@ -76,7 +75,7 @@ class Coordinator:
             run.start(inputs.spec_yaml, inputs.fingerprints)
             facts: dict[str, Fact] = {"cause": before.cause, "message": before.message}
             event = Event("retry", 0, spec.pruning.shots, 0.0, facts)
-            run.add_event(asdict(event) | {"time": time.time()})
+            run.add_event(asdict(event))
             metrics.record(event)
         try:
             with closing(RayCluster(inputs.layout, inputs.placement, inputs.ray)) as cluster:
@@ -105,7 +104,7 @@ def run_on_ray(inputs: Inputs, display: Display, *, disconnects: bool) -> None:
         Exception: what the work raised, unwrapped from Ray's task errors.
     """
     if not ray.is_initialized():
-        display.note(f"running on {connect_to_ray(inputs)}")
+        display.note(f"running on {connect(inputs.ray)}")
         disconnects = True
     try:
         _run_with_retries(inputs, display)
@@ -125,7 +124,7 @@ def _run_with_retries(inputs: Inputs, display: Display) -> None:
         )
     left = section.retries.model_dump()
     attempt = Attempt()
-    failure: WorkerFailureError | None = None
+    failure: _Loss = None
     while (failure := _try(inputs, failure, attempt, display)) is not None:
         cause = failure.cause
         if not left[cause]:
@@ -141,24 +140,12 @@ def _run_with_retries(inputs: Inputs, display: Display) -> None:
         )
 
 
-def connect_to_ray(inputs: Inputs) -> str:
-    """Connect to the cluster of the job spec, or start a Ray on this machine; return what it is.
-
-    Raises:
-        ValueError: there is no cluster at the address.
-        RuntimeError: a local Ray cannot be started.
-    """
-    section = inputs.ray
-    return connect(section.address, section.num_workers * section.cpus_per_worker)
-
-
-def connect(address: str | None, num_cpus_needed: int) -> str:
+def connect(section: RaySection) -> str:
     """Connect this process to Ray, starting one on this machine if none is named.
 
     Args:
-        address: from the job spec. If it is None, ``RAY_ADDRESS`` is used.
-        num_cpus_needed: logical CPUs of the local Ray, at least; more workers than cores take
-            turns.
+        section: of the job spec. If it has no address, ``RAY_ADDRESS`` is used. A local Ray has a
+            logical CPU for each of the workers', at least; more workers than cores take turns.
 
     Returns:
         What it is connected to, for the log.
@@ -167,14 +154,11 @@ def connect(address: str | None, num_cpus_needed: int) -> str:
         ValueError: there is no cluster at the address.
         RuntimeError: a local Ray cannot be started.
     """
-    target = address or os.environ.get("RAY_ADDRESS")
+    target = section.address or os.environ.get("RAY_ADDRESS")
     if target:
         lost_its_server = tenacity.retry_if_exception_message(match=_LOST_ITS_SERVER)
-        tries = tenacity.Retrying(
-            retry=tenacity.retry_if_exception_type(ConnectionError) & lost_its_server,
-            stop=tenacity.stop_after_attempt(_TRIES),
-            reraise=True,
-        )
+        stop = tenacity.stop_after_attempt(_TRIES)
+        tries = tenacity.Retrying(retry=lost_its_server, stop=stop, reraise=True)
         try:
             tries(ray.init, address=target, log_to_driver=False)
         except (ConnectionError, TimeoutError) as error:
@@ -183,17 +167,12 @@ def connect(address: str | None, num_cpus_needed: int) -> str:
                 "RAY_AUTH_MODE and RAY_AUTH_TOKEN, or leave the address out"
             ) from error
         return target
-    num_cpus = max(os.cpu_count() or 1, num_cpus_needed)
+    num_cpus = max(os.cpu_count() or 1, section.num_workers * section.cpus_per_worker)
+    quiet: dict[str, Any] = {"log_to_driver": False, "configure_logging": False}
     # its warning
     logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel("ERROR")
     try:
-        ray.init(
-            address="local",
-            num_cpus=num_cpus,
-            include_dashboard=False,
-            log_to_driver=False,
-            configure_logging=False,
-        )
+        ray.init(address="local", num_cpus=num_cpus, include_dashboard=False, **quiet)
     except OSError as error:
         home = os.path.expanduser("~")
         raise RuntimeError(
@@ -219,19 +198,17 @@ def unwrapped(error: BaseException) -> BaseException:
 
 def _start_coordinator() -> Any:
     node = ray.get_runtime_context().get_node_id()
+    # beside this process, so that it is not lost with a machine of workers. Not soft: Ray 2.60
+    # takes a soft affinity of an actor without CPUs for none at times
+    beside = NodeAffinitySchedulingStrategy(node, soft=False)
+    environment = {"env_vars": {"OMP_WAIT_POLICY": "PASSIVE"}}
     actor_class = ray.remote(num_cpus=0, max_restarts=0, max_task_retries=0)(Coordinator)
     return actor_class.options(
-        max_concurrency=2,
-        runtime_env={"env_vars": {"OMP_WAIT_POLICY": "PASSIVE"}},
-        # beside this process, so that it is not lost with a machine of workers. Not soft: Ray 2.60
-        # takes a soft affinity of an actor without CPUs for none at times
-        scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False),
+        max_concurrency=2, runtime_env=environment, scheduling_strategy=beside
     ).remote()
 
 
-def _try(
-    inputs: Inputs, before: WorkerFailureError | None, attempt: Attempt, show: Display
-) -> WorkerFailureError | None:
+def _try(inputs: Inputs, before: _Loss, attempt: Attempt, show: Display) -> _Loss:
     """Run a coordinator to its end and return what failed, if anything."""
     section = inputs.ray
     coordinator = _start_coordinator()
@@ -254,15 +231,14 @@ def _try(
                 show(event)
             if moment is not None and running:
                 show(moment)
-        failure: WorkerFailureError | None = ray.get(run)
+        failure: _Loss = ray.get(run)
     except ray.exceptions.GetTimeoutError:
         return WorkerFailureError("coordinator", f"the coordinator has {silence}")
     except _LOSSES as error:
         if isinstance(error, RayTaskError):  # the coordinator lives and reports another error
             raise
-        return WorkerFailureError(
-            "memory" if isinstance(error, OutOfMemoryError) else "coordinator", error
-        )
+        cause = "memory" if isinstance(error, OutOfMemoryError) else "coordinator"
+        return WorkerFailureError(cause, error)
     finally:
         ray.kill(coordinator)
     return failure

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -91,28 +92,26 @@ class Inputs:
         return f"{method.section.target.allowed:.6g}{of_dense} {method.section.target.unit}"
 
     @property
-    def widths(self) -> str | None:
-        """What engines think of the widths that will be left; None if nothing gets narrower."""
-        pruning = self.spec.pruning
-        if not isinstance(pruning, CoupledSection) or CHANNELS.isdisjoint(pruning.groups):
-            return None
-        said = f"feed-forward widths stay multiples of {pruning.multiple} channels"
-        liked = KERNEL_COLUMNS * pruning.tensor_parallel
-        if pruning.multiple % liked == 0:
-            return said
-        return f"{said}; to quantise later, set pruning.width_multiple to {liked}"
-
-    @property
     def notes(self) -> list[str]:
-        """What to know of a job before it starts, for people, a line each."""
-        lines = []
+        """What is to be done, and what to know of it, for people, a line each."""
+        shots = self.spec.pruning.shots
+        size = self.calibration.size
+        lines = [f"{shots} shot{'s' * (shots > 1)} to {self.goal}, {size} calibration tokens each"]
+        if self.chosen_text is not None:
+            lines.append(self.chosen_text)
         stored = str(getattr(self.layout.config, "dtype", None)).removeprefix("torch.")
         if stored in ("bfloat16", "float16") and self.spec.model.dtype == "float32":
             lines.append(
                 f"config.json says {stored}, but this job and its exports are in float32, twice as "
                 "large; model.dtype: bfloat16 halves it"
             )
-        return lines if self.chosen_text is None else [*lines, self.chosen_text]
+        pruning = self.spec.pruning
+        if isinstance(pruning, CoupledSection) and not CHANNELS.isdisjoint(pruning.groups):
+            liked = KERNEL_COLUMNS * pruning.tensor_parallel
+            remedy = f"; to quantise later, set pruning.width_multiple to {liked}"
+            widths = f"feed-forward widths stay multiples of {pruning.multiple} channels"
+            lines.append(widths + remedy * (pruning.multiple % liked > 0))
+        return lines
 
     def plan(self, room: Room, device: Device) -> Plan:
         """Return how the job runs.
@@ -131,15 +130,10 @@ class Inputs:
 
 def work_of(spec: JobSpec, layout: ModelLayout, method: Method, stages: Stages) -> Work:
     """Return what a plan depends on beside model, placement and memory."""
-    gathered = {shape.name for shape in layout.linears if method.needs(shape) is not None}
-    return Work(
-        spec.model.dtype,
-        spec.calibration.num_sequences,
-        spec.calibration.sequence_length,
-        "none" if method.curvature is None else method.curvature.gathers,
-        frozenset(gathered),
-        stages.all,
-    )
+    gathered = frozenset(shape.name for shape in layout.linears if method.needs(shape) is not None)
+    factors = None if method.curvature is None else method.curvature.gathers
+    sizes = (spec.calibration.num_sequences, spec.calibration.sequence_length)
+    return Work(spec.model.dtype, *sizes, factors or "none", gathered, stages.all)
 
 
 def check(spec: JobSpec, *, resume: bool = False, dry_run: bool = False) -> Inputs:
@@ -154,9 +148,11 @@ def check(spec: JobSpec, *, resume: bool = False, dry_run: bool = False) -> Inpu
     Raises:
         ValueError: something cannot work; names the field, what was found, and the remedy.
     """
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     reading.check_machine(spec, dry_run=dry_run)
+    directory = RunDirectory(spec.output.uri)
     with reading.as_input_error(f"output.uri: cannot use {spec.output.uri}"):
-        RunDirectory(spec.output.uri).is_new()  # raises if it holds something else
+        directory.is_new()  # raises if it holds something else
     with reading.as_input_error(f"model.source: cannot read {spec.model.source}"):
         source = open_model(spec.model)
         folder = source.small_files_folder()
@@ -166,35 +162,29 @@ def check(spec: JobSpec, *, resume: bool = False, dry_run: bool = False) -> Inpu
     reading.check_requests(spec, layout)
     is_read = source.has_weights or not dry_run
     model_fingerprint = reading.check_weights(source, layout) if is_read else None
-    chosen = None
-    if is_read:
-        spec, texts, chosen = _read(spec, load_tokenizer(folder, source.origin), layout)
-    else:
-        texts = reading.unread_texts(spec)
+    tokenizer = load_tokenizer(folder, source.origin) if is_read else None
+    spec, texts, chosen = _read(spec, tokenizer, layout)
     stages = stages_of(spec, layout, method, texts, last)
-    inputs = Inputs(
-        spec,
-        layout,
-        place(layout, spec.cluster.num_shards, spec.cluster.num_replicas),
-        method,
-        stages,
-        source.pinned,
-        texts.calibration.tokens,
-        {name: windows.tokens for name, windows in texts.measured.items()},
-        _fingerprints(spec, model_fingerprint, texts, stages) if is_read else {},
-        chosen,
-    )
+    placement = place(layout, spec.cluster.num_shards, spec.cluster.num_replicas)
+    job = (spec, layout, placement, method, stages, source.pinned)
+    measured = {name: windows.tokens for name, windows in texts.measured.items()}
+    fingerprints = _fingerprints(spec, model_fingerprint, texts, stages) if is_read else {}
+    inputs = Inputs(*job, texts.calibration.tokens, measured, fingerprints, chosen)
     if is_read:
         with reading.as_input_error(f"output.uri: cannot use {spec.output.uri}"):
-            directory = RunDirectory(spec.output.uri)
-            check_folder(directory, inputs.fingerprints, inputs.spec_yaml, resume=resume)
+            check_folder(directory, fingerprints, inputs.spec_yaml, resume=resume)
             if not dry_run:
                 directory.check_writable()
     return inputs
 
 
 def _read(spec: JobSpec, tokenizer: Any, layout: ModelLayout) -> tuple[JobSpec, Texts, str | None]:
-    """Return a spec with its texts all named, these texts, and what was chosen of them."""
+    """Return a spec with its texts all named, these texts, and what was chosen of them.
+
+    Without a tokenizer nothing is read.
+    """
+    if tokenizer is None:
+        return spec, reading.unread_texts(spec), None
     if "gguf" in spec.output.exports:
         tokenizer_names(json.loads(tokenizer.backend_tokenizer.to_str()))
     chosen = None

@@ -95,35 +95,24 @@ def _begun(inputs: Inputs, workers: Cluster, directory: RunDirectory, listen: Li
     plan = _plan(inputs, workers, scratch, _PATIENCE_S if directory.retries() else 0.0)
     workers.stores = plan.stores
     directory.start(inputs.spec_yaml, inputs.fingerprints)
-    done = [directory.read_shot(index) for index in directory.committed_indices()]
     layout = inputs.layout
     settings = spec.model_dump(mode="json")
     report = RunReport(settings, inputs.fingerprints, environment(), layout.num_parameters)
-    report.shots.extend(shot.record for shot in done)
-    report.retries.extend(directory.retries())
+    report.shots = [directory.read_shot(i).record for i in directory.committed_indices()]
+    report.retries = directory.retries()
     report.plan = plan.as_record()
-    if done:
-        report.dense = done[-1].record["dense"]
+    num_done = len(report.shots)
+    if num_done:
+        report.dense = report.shots[-1]["dense"]
     num_shots = spec.pruning.shots
     steps = Steps(workers, directory, num_shots, listen)
     workers.progress.listener = lambda: listen(steps.moment())
     with steps("plan") as facts:
         peaks = plan.peaks().values()
         facts |= asdict(plan.stores) | {"peak_gib": max(map(max, peaks)) / 2**30}
-    run = RunState(
-        workers,
-        directory,
-        report,
-        steps,
-        layout,
-        inputs.model,
-        inputs.calibration,
-        inputs.text,
-        inputs.texts,
-        inputs.stages.all,
-        num_shots,
-        len(done),
-    )
+    texts = (inputs.calibration, inputs.text, inputs.texts)
+    job = (layout, inputs.model, *texts, inputs.stages.all, num_shots, num_done)
+    run = RunState(workers, directory, report, steps, *job)
     for thing in (scratch, inputs.method, LivePage(directory)):
         run.keep(thing)
     return run

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import platform
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from transformers import AutoConfig, PretrainedConfig
 
 import ray_surgeon
@@ -39,35 +38,41 @@ class Texts(NamedTuple):
     further: Windows  # in the same texts, that a stage reads beside the calibration
     measured: Mapping[str, Windows]  # by name, what is evaluated on
 
-    @property
-    def first(self) -> NDArray[np.int64]:
-        """Tokens of the first text that is evaluated on, or else of the calibration."""
-        return next(iter(self.measured.values()), self.calibration).tokens
-
-
-def nothing(num_sequences: int, sequence_length: int) -> NDArray[np.int64]:
-    """Return tokens of a text that is not read; all places share their memory."""
-    return np.broadcast_to(np.int64(0), (num_sequences, sequence_length))
-
 
 def unread_texts(spec: JobSpec) -> Texts:
     """Return what stands for the texts in a plan from config.json alone."""
-    section = spec.calibration
-    calibration = windows_of(nothing(section.num_sequences, section.sequence_length))
-    return Texts(None, calibration, windows_of(nothing(0, 1)), {})
+    shape = (spec.calibration.num_sequences, spec.calibration.sequence_length)
+    tokens = np.broadcast_to(np.int64(0), shape)  # all places share their memory
+    return Texts(None, windows_of(tokens), windows_of(tokens[:0]), {})
 
 
 def read_texts(spec: JobSpec, tokenizer: Any, config: PretrainedConfig) -> Texts:
     """Read the calibration, further windows beside it in the same texts, and evaluation texts."""
+
+    def windows_in(text: SourceSection, count: int, length: int, where: str) -> Windows:
+        longest = getattr(config, "max_position_embeddings", length)
+        if length > longest:
+            raise ValueError(
+                f"{where}.sequence_length: {length}, but the model takes at most {longest}; "
+                "shorten it"
+            )
+        windows = read_windows(text, count, length, tokenizer, where)
+        largest = int(windows.tokens.max())
+        if largest >= config.vocab_size:
+            raise ValueError(
+                f"model.source: the tokenizer gives token {largest}, the model's vocabulary is "
+                f"{config.vocab_size}; the tokenizer belongs to another model"
+            )
+        return windows
+
     section = spec.calibration
-    reader = _Reader(tokenizer, config)
     for i, later in enumerate(spec.evaluation.texts):
         if is_saved_whole(later):
             section.check_border(later, f"evaluation.{i}")
     length = section.sequence_length
     further = section.further(spec.pruning.num_further_windows)
     parts = list[Windows]()
-    beside = list[NDArray[np.int64]]()
+    beside = [np.zeros((0, length), dtype=np.int64)]
     for number, ((text, count), more) in enumerate(zip(section.shares, further, strict=True)):
         if text.is_written:
             parts.append(windows_of(np.zeros((count, length), dtype=np.int64)))
@@ -75,15 +80,14 @@ def read_texts(spec: JobSpec, tokenizer: Any, config: PretrainedConfig) -> Texts
         # windows that begin in the calibration's last one
         overlapping = (length - 1) // text.stride if text.stride and more else 0
         where = f"calibration.mix.{number - 1}" if number else "calibration"
-        windows = reader.windows(text, count + overlapping + more, length, where)
+        windows = windows_in(text, count + overlapping + more, length, where)
         parts.append(windows_of(windows.tokens[:count]))
         beside.append(windows.tokens[count + overlapping :])
     measured = {
-        t.name: reader.windows(t, t.num_sequences, t.sequence_length, f"evaluation.{i} ({t.name})")
+        t.name: windows_in(t, t.num_sequences, t.sequence_length, f"evaluation.{i} ({t.name})")
         for i, t in enumerate(spec.evaluation.texts)
     }
-    all_further = windows_of(np.concatenate(beside) if beside else nothing(0, length))
-    return Texts(tokenizer, interleaved(parts), all_further, measured)
+    return Texts(tokenizer, interleaved(parts), windows_of(np.concatenate(beside)), measured)
 
 
 def as_input_error(what: str) -> AbstractContextManager[None]:
@@ -110,41 +114,12 @@ def load_config(folder: Path, origin: str) -> PretrainedConfig:
     check_family(str(document.get("model_type", "")), document.get("text_config"))
     check_sizes(document, origin)
     check_not_quantised(document)
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # the code of any family may raise anything
-        reason = " ".join(str(error).split())[:300]
-        raise ValueError(
-            f"model.source: transformers cannot read config.json of {origin}: {reason}; give a "
-            "checkpoint it knows"
-        ) from error
+    refused = f"model.source: transformers cannot read config.json of {origin}"
+    # the code of any family may raise anything
+    with refusing(refused, "give a checkpoint it knows", Exception):
+        config: PretrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     check_rope(document)
     return config
-
-
-@dataclass(frozen=True)
-class _Reader:
-    """Reads texts for a model."""
-
-    tokenizer: Any
-    config: PretrainedConfig
-
-    def windows(self, text: SourceSection, count: int, length: int, where: str) -> Windows:
-        """Return so many windows of a text; `where` is its place in the job spec."""
-        longest = getattr(self.config, "max_position_embeddings", length)
-        if length > longest:
-            raise ValueError(
-                f"{where}.sequence_length: {length}, but the model takes at most {longest}; "
-                "shorten it"
-            )
-        windows = read_windows(text, count, length, self.tokenizer, where)
-        largest = int(windows.tokens.max())
-        if largest >= self.config.vocab_size:
-            raise ValueError(
-                f"model.source: the tokenizer gives token {largest}, the model's vocabulary is "
-                f"{self.config.vocab_size}; the tokenizer belongs to another model"
-            )
-        return windows
 
 
 def environment() -> dict[str, str]:
@@ -197,15 +172,10 @@ def check_requests(spec: JobSpec, layout: ModelLayout) -> None:
     Raises:
         ValueError: names the field.
     """
-    if not layout.family.positions:
-        return
     target = getattr(spec.pruning, "target", None)
-    requests = {
-        "output.speed": spec.output.speed,
-        "pruning.target.request": target.request if isinstance(target, LatencyTarget) else None,
-    }
-    longest = layout.config.max_position_embeddings
-    for where, request in requests.items():
+    timed = target.request if isinstance(target, LatencyTarget) else None
+    longest = layout.config.max_position_embeddings if layout.family.positions else math.inf
+    for where, request in (("output.speed", spec.output.speed), ("pruning.target.request", timed)):
         if request is not None and request.prompt_length + request.num_new_tokens > longest:
             raise ValueError(
                 f"{where}: a prompt of {request.prompt_length} tokens and {request.num_new_tokens} "

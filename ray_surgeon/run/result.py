@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from ray_surgeon.export.folder import local_folder
 from ray_surgeon.report.directory import RunDirectory
 from ray_surgeon.report.display import Display
+from ray_surgeon.report.record import has_its_files, is_complete
 from ray_surgeon.run.arguments import own_modes
 from ray_surgeon.run.inputs import Inputs
 from ray_surgeon.run.loop import run_shots
@@ -89,10 +90,9 @@ class PruneResult:
             )
         # the code beside the weights is ours, written by the run
         trusted = "trust_remote_code=True" in export["load"]
+        options = {"dtype": "auto", "trust_remote_code": trusted} | options
         with local_folder(str(export["uri"])) as (folder, _):
-            model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-                folder, **({"dtype": "auto", "trust_remote_code": trusted} | options)
-            )
+            model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, **options)
         return model
 
     def _export(self, kind: str | None, *, for_transformers: bool = False) -> Mapping[str, Any]:
@@ -116,11 +116,15 @@ def ended_before(inputs: Inputs, say: Callable[[str], None]) -> PruneResult | No
     Nothing is to be done then.
     """
     directory = RunDirectory(inputs.spec.output.uri)
-    report = directory.report_if_finished(inputs.spec.model_dump(mode="json"))
-    if report is None:
-        return None
-    say("this run has ended before, and its exports are there; nothing is done again")
-    return PruneResult(directory.uri, report)
+    # the report may be not there, or damaged
+    with suppress(FileNotFoundError, ValueError, KeyError, TypeError):
+        report = directory.report()
+        is_same = report["spec"] == inputs.spec.model_dump(mode="json") and is_complete(report)
+        has_shots = len(directory.committed_indices()) == len(report["shots"])
+        if is_same and has_shots and all(map(has_its_files, report["exports"])):
+            say("this run has ended before, and its exports are there; nothing is done again")
+            return PruneResult(directory.uri, report)
+    return None
 
 
 @own_modes()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from ray_surgeon.export.kinds import check_exports
 from ray_surgeon.models.layout import ModelLayout
@@ -24,8 +24,7 @@ from ray_surgeon.stages.stage import Stage
 from ray_surgeon.stages.weights import Commit, Load, exports_of
 
 
-@dataclass(frozen=True)
-class Stages:
+class Stages(NamedTuple):
     """The stages of a job."""
 
     before_shots: tuple[Stage, ...]

@@ -261,9 +261,9 @@ def test_models_that_see_later_tokens_are_refused() -> None:
 
 def test_a_signal_while_ray_starts_interrupts(job: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ray's own handler ends the process by the number of the signal."""
-    monkeypatch.setattr(driver, "connect_to_ray", lambda _: sys.exit(signal.SIGTERM))
+    monkeypatch.setattr(driver, "connect", lambda _: sys.exit(signal.SIGTERM))
     job(cluster__backend="ray", code=130)
-    monkeypatch.setattr(driver, "connect_to_ray", lambda _: sys.exit(3))
+    monkeypatch.setattr(driver, "connect", lambda _: sys.exit(3))
     with pytest.raises(SystemExit):
         job(cluster__backend="ray")
 

@@ -235,7 +235,7 @@ def test_resuming_names_changes(job: Jobs, model: Path, monkeypatch: pytest.Monk
 
 @pytest.mark.usefixtures("workers_may_start")
 def test_a_ray_that_cannot_start_is_said(job: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
-    def no_home(address: str | None, num_cpus: int) -> str:
+    def no_home(section: object) -> str:
         raise RuntimeError("cannot start a local Ray: read-only; it needs a writable home")
 
     monkeypatch.setattr(driver, "connect", no_home)

@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from ray_surgeon.models.layout import ModelLayout
-from ray_surgeon.report import tables
+from ray_surgeon.report import display as tables
 from ray_surgeon.report.html_report import LivePage, excerpt, page, rendered
 from ray_surgeon.run.result import PruneResult
 from ray_surgeon.runtime.cluster import LocalCluster

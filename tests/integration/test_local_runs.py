@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from ray_surgeon.report.directory import RunDirectory
-from ray_surgeon.report.tables import main as compare
+from ray_surgeon.report.display import main as compare
 from ray_surgeon.runtime.passes import Measured, remember
 from ray_surgeon.stages import evaluation
 from ray_surgeon.stages.curvature.gather import NOTHING_BESIDE, finish_curvature, gather_curvature

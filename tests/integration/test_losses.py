@@ -168,7 +168,7 @@ def test_what_does_not_answer_is_a_worker_or_its_machine(
     try:
         node = two.add_node(num_cpus=1, node_ip_address="127.0.0.2")
         two.wait_for_nodes()
-        connect(two.address, 0)
+        connect(RaySection(address=two.address))
         workers = RayCluster(layout, place(layout, 1, 1), section)
         (raylet,) = workers.run_all(_hold, 0)
         assert raylet == node.all_processes["raylet"][0].process.pid

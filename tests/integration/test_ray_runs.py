@@ -66,7 +66,7 @@ def test_ray_equals_local(cluster: Cluster, job: Jobs) -> None:
 
 @pytest.fixture(scope="module")
 def connected(cluster: Cluster) -> Iterator[None]:
-    connect(cluster.address, 4)
+    connect(RaySection(address=cluster.address))
     yield
     ray.shutdown()
 
@@ -115,7 +115,7 @@ def test_connecting_again(message: str, times: int, monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(ray, "init", fail)
     with pytest.raises(ValueError, match=r"cannot reach Ray at 'ray://192.0.2.1:1'"):
-        connect("ray://192.0.2.1:1", 1)
+        connect(RaySection(address="ray://192.0.2.1:1"))
     assert asked == ["ray://192.0.2.1:1"] * times
 
 
