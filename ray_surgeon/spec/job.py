@@ -92,13 +92,11 @@ class JobSpec(Section):
         yield from self._problems_of_exports()
 
     def _problems_of_curvature(self) -> Iterator[str]:
-        method = f"curvature: pruning.method {self.pruning.method}"
-        if self.curvature is None:
-            if self.pruning.takes_curvature:
-                yield f"{method} needs one; remove the null"
-        elif not self.pruning.takes_curvature:
-            yield f"{method} gathers its own; remove the section"
-        elif problem := self.pruning.problem_with(self.curvature):
+        is_taken = self.pruning.takes_curvature
+        if is_taken != (self.curvature is not None):
+            why = "needs one; remove the null" if is_taken else "gathers its own; remove it"
+            yield f"curvature: pruning.method {self.pruning.method} {why}"
+        elif self.curvature is not None and (problem := self.pruning.problem_with(self.curvature)):
             yield problem
         kind = "null" if self.curvature is None else self.curvature.kind
         takes_gradients = kind == "kfac" or (kind != "extended_kfac" and self.correction)
@@ -111,16 +109,17 @@ class JobSpec(Section):
         names = [text.name for text in self.evaluation.texts]
         if len(set(names)) < len(names):
             yield f"evaluation: names must differ, got {names}; rename one"
-        of_all = f"of {most} calibration sequences"
+        sequences = f"{most} calibration sequences"
         if replicas > most:
-            yield f"cluster.num_replicas: {replicas} cannot be filled by {most} sequences; lower it"
+            yield f"cluster.num_replicas: {replicas} cannot be filled by {sequences}; lower it"
         backward = None if self.curvature is None else self.curvature.sequences_backward
         if backward is not None and not replicas <= backward <= most:
-            yield f"curvature.num_backward: {backward} {of_all}; give {replicas} to {most}"
+            remedy = f"every replica needs one, so give {replicas} to {most}"
+            yield f"curvature.num_backward: {backward} of {sequences}; {remedy}"
         self.check_borders()
         in_a_step = 0 if self.correction is None else self.correction.sequences_per_step
         if in_a_step > most:
-            yield f"correction.sequences_per_step: {in_a_step} {of_all}; lower it"
+            yield f"correction.sequences_per_step: {in_a_step} of {sequences}; lower it"
 
     def _problems_of_exports(self) -> Iterator[str]:
         pruning = self.pruning

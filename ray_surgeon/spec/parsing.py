@@ -8,12 +8,10 @@ from typing import Any
 
 import yaml
 from pydantic import ValidationError
-from pydantic_core import ErrorDetails
 
 from ray_surgeon.spec.base import REASON, refusing
 from ray_surgeon.spec.job import JobSpec
 
-_Place = tuple[int | str, ...]
 _YAML_ERRORS = (yaml.YAMLError, RecursionError, ValueError, LookupError, AttributeError)
 """PyYAML lets through what its constructors raise on values that do not fit their tags."""
 
@@ -100,14 +98,19 @@ def validation_message(error: ValidationError, origin: str, derived: Sequence[st
     """
     lines = [f"{origin} is not a valid job spec:"]
     problems = error.errors(include_url=False)
+    made = [(section,) for section in derived]
     for problem in problems:
-        others = [another["loc"] for another in problems if another is not problem]
-        if _follows(problem, others, derived):
-            continue
-        place = [str(part) for part in problem["loc"]]
-        tags = [part[1:-1] for part in place if part.startswith("<")]
-        path = ".".join(part for part in place if not part.startswith("<")) or "spec"
         kind = problem["type"]
+        place = problem["loc"]
+        others = [another["loc"] for another in problems if another is not problem]
+        # a list is also short of an item that is wrong itself
+        is_short = kind == "too_short" and any(loc[: len(place)] == place for loc in others)
+        follows = place[:1] in made and any(loc[:1] not in made for loc in others)
+        if is_short or follows or kind == "default_factory_not_called":
+            continue
+        parts = [str(part) for part in place]
+        tags = [part[1:-1] for part in parts if part.startswith("<")]
+        path = ".".join(part for part in parts if not part.startswith("<")) or "spec"
         message = _SENTENCES.get(kind, problem["msg"].removeprefix("Value error, "))
         shows_value = kind not in ("missing", "value_error")
         got = f" (got {reprlib.repr(problem['input'])[:80]})" if shows_value else ""
@@ -116,15 +119,3 @@ def validation_message(error: ValidationError, origin: str, derived: Sequence[st
             got += "; remove it or correct its name, `ray-surgeon schema` lists the fields"
         lines.append(f"  {path}: {message}{got}")
     return "\n".join(lines)
-
-
-def _follows(problem: ErrorDetails, others: Sequence[_Place], derived: Sequence[str]) -> bool:
-    """Whether other problems say it.
-
-    Such are a default that was not made, and a list that is short of an item that is wrong itself.
-    """
-    place = problem["loc"]
-    is_short = problem["type"] == "too_short" and any(loc[: len(place)] == place for loc in others)
-    is_told = any(loc and loc[0] not in derived for loc in others)
-    follows = bool(place) and place[0] in derived and is_told
-    return is_short or follows or problem["type"] == "default_factory_not_called"
