@@ -71,36 +71,28 @@ def structured_threshold(costs: Sequence[StructureCosts], target_sparsity: float
     It removes every structure that costs at most this.
 
     A linear with alive rows R and columns C of which p and q are pruned loses p C + q R - p q
-    entries: the overlap counts once. Bisection over the sorted costs; each probe counts by binary
-    search, so the work is O((n + linears log n) log n) for n structures and nothing of size linears
-    x structures is formed.
+    entries: the overlap counts once. Bisection over the sorted costs; each probe counts what costs
+    at most that, and nothing of size linears x structures is formed.
 
     Args:
-        costs: one entry a linear.
+        costs: one entry a linear, of numbers that `check_costs` accepts.
         target_sparsity: pruned fraction of all parameters after this shot, earlier shots included.
 
     Raises:
         OutOfReachError: everything that may be pruned is less than the target.
-        FloatingPointError: see `check_costs`.
     """
-    for linear in costs:
-        check_costs(f"{linear.name} rows", linear.rows)
-        check_costs(f"{linear.name} columns", linear.columns)
-    ordered = [(c, c.rows.double().sort().values, c.columns.double().sort().values) for c in costs]
     num_parameters = sum(c.num_parameters for c in costs)
 
     def num_removed(value: float) -> int:
-        probe = torch.tensor(value, dtype=torch.float64)
         removed = 0
-        for linear, rows, columns in ordered:
-            p = int(torch.searchsorted(rows, probe, right=True))
-            q = int(torch.searchsorted(columns, probe, right=True))
+        for linear in costs:
+            p = int((linear.rows.double() <= value).sum())
+            q = int((linear.columns.double() <= value).sum())
             removed += linear.num_parameters - (linear.num_rows - p) * (linear.num_columns - q)
         return removed
 
-    zero = torch.zeros(1, dtype=torch.float64)
-    all_costs = torch.cat([zero, *(side for _, *sides in ordered for side in sides)])
-    candidates = all_costs.sort().values
+    sides = (side.double() for linear in costs for side in (linear.rows, linear.columns))
+    candidates = torch.cat([torch.zeros(1, dtype=torch.float64), *sides]).sort().values
     wanted = math.ceil(target_sparsity * num_parameters - 1e-6)
     most = num_removed(float(candidates[-1]))
     if most < wanted:
@@ -183,6 +175,8 @@ def units_to_remove(
 
 Point = tuple[float, float, int]
 """What is saved, what it costs, and what is removed for it."""
+_ROUNDING = 1 + 1e-9
+"""Between slopes that count as equal."""
 
 
 def lower_hull(points: Sequence[Point]) -> list[Point]:
@@ -194,9 +188,7 @@ def lower_hull(points: Sequence[Point]) -> list[Point]:
     for point in points:
         if corners and point[0] <= corners[-1][0]:  # costs more and saves nothing more
             continue
-        while len(corners) > 1 and slope(corners[-2], corners[-1]) > slope(corners[-1], point) * (
-            1 + 1e-9
-        ):
+        while len(corners) > 1 and slope(*corners[-2:]) > slope(corners[-1], point) * _ROUNDING:
             corners.pop()
         corners.append(point)
     return corners
