@@ -107,9 +107,9 @@ class Groups(GroupChoice):
         odd = left % self.multiple(kind, shot)  # must go whatever they cost
         most = math.inf if self.section.uniform or odd else _FAR * limit
         needed = max(reach.needed.get(name, 0), odd)
-        limits = Limits(limit, needed, most, self.section.fewest_groups[kind])
-        singly = reach.limit is None
-        marginal = group_costs(curvature, groups.columns, limits, singly=singly).float()
+        far = None if reach.limit is None else limit
+        limits = Limits(far, needed, most, self.section.fewest_groups[kind])
+        marginal = group_costs(curvature, groups.columns, limits).float()
         worker.kept(Scored)[name] = curvature.basis, marginal
         allowed = self._allowed(worker, groups, shot)
         return replace(costs, costs=marginal, allowed=allowed, limit=unscaled, scale=scale)
