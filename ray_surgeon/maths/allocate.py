@@ -182,10 +182,8 @@ def allocate_uniformly(
     Raises:
         OutOfReachError: everything that may be pruned saves less.
     """
-    by_kind: dict[str, list[GroupCosts]] = {}
-    for c in costs:
-        by_kind.setdefault(c.kind, []).append(c)
-    kinds = [_Widths(own, fewest_experts) for own in by_kind.values()]
+    names = dict.fromkeys(c.kind for c in costs)
+    kinds = [_Widths([c for c in costs if c.kind == name], fewest_experts) for name in names]
     wanted = missing - 1e-9 * abs(missing) - 1e-6
     saved = torch.zeros(1, dtype=torch.float64)
     cost = torch.zeros(1, dtype=torch.float64)
@@ -228,10 +226,10 @@ class _Widths:
         assert len({c.num_left for c in costs}) == 1, "blocks have different widths"
         self.costs = costs
         self._numbers = sorted(set.intersection(*(set(c.possible_counts) for c in costs)))
-        layers: dict[int, list[int]] = {}
-        for place, c in enumerate(costs):
-            layers.setdefault(c.layer, []).append(place)
-        self._layers = [torch.tensor(places) for places in layers.values()]
+        layers = torch.tensor([c.layer for c in costs])
+        self._layers = [
+            (layers == layer).nonzero()[:, 0] for layer in dict.fromkeys(layers.tolist())
+        ]
         whole = torch.tensor([c.whole for c in costs], dtype=torch.float64)
         spare = min(map(len, self._layers)) - fewest_experts
         self._spare = max(0, spare) if bool(torch.isfinite(whole).all()) else 0

@@ -8,8 +8,8 @@ system's matrix is two GEMMs and a mask.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import reduce
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,8 +28,7 @@ _REFRESH = 11
 """Iterations with narrow products after which the residual is computed anew in full precision."""
 
 
-@dataclass(frozen=True)
-class ElementUpdate:
+class ElementUpdate(NamedTuple):
     """How kept elements make up for pruned ones.
 
     Attributes:

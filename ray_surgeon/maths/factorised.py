@@ -182,12 +182,11 @@ class DowndatedInverse:
             sets: [num_sets, w] indices of the diagonal blocks that are wanted.
         """
         self._factor = factor
-        n = len(factor.cholesky)
         self._sets = sets
         self.blocks = factor.inverse_blocks(sets)  # [num_sets, w, w]
-        self._V = factor.cholesky.new_empty(0, n)
+        self._V = factor.cholesky.new_empty(0, len(factor.cholesky))
         self._k = 0
-        self._is_gone = torch.zeros(n, dtype=torch.bool, device=factor.cholesky.device)
+        self._is_gone = factor.cholesky.new_zeros(len(factor.cholesky), dtype=torch.bool)
 
     def of_part(self, left: Tensor, sets: Tensor) -> DowndatedInverse:
         """Return the same for the indices that are left, [n] bool; `sets` count among them."""

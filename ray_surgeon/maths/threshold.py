@@ -9,7 +9,7 @@ from __future__ import annotations
 import bisect
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,8 +24,7 @@ def _out_of_reach(target: float, most: float) -> OutOfReachError:
     return OutOfReachError(f"pruning.target_sparsity: {target:g} cannot be reached; {most_of_all}")
 
 
-@dataclass(frozen=True)
-class StructureCosts:
+class StructureCosts(NamedTuple):
     """Costs of the alive rows and columns of one linear, as the threshold sees them."""
 
     name: str  # the linear
@@ -151,8 +150,7 @@ def bucket_of(counts: Tensor, k: int) -> tuple[int, int]:
 
 def cost_of_bits(high: int, low: int) -> float:
     """Return the float32 number with the given upper and lower 16 bits."""
-    bits = torch.tensor((high << _LOW_BITS) | low, dtype=torch.int32)
-    return float(bits.view(torch.float32))
+    return float(torch.tensor((high << _LOW_BITS) | low, dtype=torch.int32).view(torch.float32))
 
 
 def units_to_remove(

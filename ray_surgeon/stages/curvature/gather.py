@@ -60,9 +60,8 @@ def not_finite(worker: Worker) -> list[str]:
 
 def weigh_gradients(worker: Worker, factor: float, beside: SumsBeside) -> None:
     """Multiply all sums of gradients by a factor: G, and what is summed beside."""
-    shard = worker.shard
-    store = shard.factor_store
-    for key in (key for group in shard.gathering for key in group.keys_of_G.values()):
+    store = worker.shard.factor_store
+    for key in (key for group in worker.shard.gathering for key in group.keys_of_G.values()):
         total = store.on_device(key, store.get(key).n)
         total.flat.mul_(factor)
         store.put(key, total)

@@ -94,8 +94,7 @@ def calibrate(
         `calibration_loss` is the mean NLL in nats per predicted token.
     """
     curvature = method.used_curvature
-    sequences = text.tokens
-    seed = curvature.label_seed(shot, len(sequences))
+    seed = curvature.label_seed(shot, len(text.tokens))
     how = curvature.kind, seed, method.gathers
     has_held = curvature.chooses_damping and len(text.held) >= cluster.placement.num_replicas
     if has_held:
@@ -105,12 +104,12 @@ def calibrate(
     record: dict[str, Any] = {}
     with method.around_pass(cluster, text):
         loss = gather_curvature(
-            cluster, sequences, *how, n, text.counts, beside=method.beside, remembers=remembers
+            cluster, text.tokens, *how, n, text.counts, beside=method.beside, remembers=remembers
         )
         if has_held:
             method, record["damping_chosen"] = _choose_damping(cluster, method, shot)
         if isinstance(curvature, ExtendedKfacSection):
-            sizes = gather_terms(cluster, sequences, curvature, seed)
+            sizes = gather_terms(cluster, text.tokens, curvature, seed)
             record["median_size_of_terms"] = [float(np.median([*term.values()])) for term in sizes]
     record["calibration_loss"] = loss
     return method, record
