@@ -226,10 +226,9 @@ class _Widths:
         assert len({c.num_left for c in costs}) == 1, "blocks have different widths"
         self.costs = costs
         self._numbers = sorted(set.intersection(*(set(c.possible_counts) for c in costs)))
-        layers = torch.tensor([c.layer for c in costs])
-        self._layers = [
-            (layers == layer).nonzero()[:, 0] for layer in dict.fromkeys(layers.tolist())
-        ]
+        of_place = torch.tensor([c.layer for c in costs])
+        layers = dict.fromkeys(c.layer for c in costs)
+        self._layers = [(of_place == layer).nonzero()[:, 0] for layer in layers]
         whole = torch.tensor([c.whole for c in costs], dtype=torch.float64)
         spare = min(map(len, self._layers)) - fewest_experts
         self._spare = max(0, spare) if bool(torch.isfinite(whole).all()) else 0

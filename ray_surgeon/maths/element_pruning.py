@@ -159,7 +159,7 @@ def group_costs(curvature: LinearCurvature, units: ElementUnits) -> Pair:
     if not alive.any():
         return costs, choice
     inverse_blocks, row_factor = curvature.inverse_blocks(columns)
-    groups = (linear.W[live.rows][:, : linear.num_inputs] * alive).view(-1, *columns.shape)
+    groups = (linear.W[live.rows][:, : linear.num_inputs] * alive).unflatten(1, columns.shape)
     best = groups.new_full(groups.shape[:2], torch.inf)
     best_pattern = choice[live.rows]
     for places in map(list, combinations(range(units.m), units.num_removed)):

@@ -28,9 +28,8 @@ def damp_(matrix: Tensor, damping: float) -> Tensor:
 
 def solve_lower(L: Tensor, right: Tensor, *, transposed: bool = False) -> Tensor:
     """Return L^-1 right, or L^-T right, for a lower triangular L [n, n]."""
-    matrix = L.T if transposed else L
-    solved: Tensor = torch.linalg.solve_triangular(matrix, right, upper=transposed)
-    return solved
+    X: Tensor = torch.linalg.solve_triangular(L.T if transposed else L, right, upper=transposed)
+    return X
 
 
 def squares(X: Tensor) -> Tensor:

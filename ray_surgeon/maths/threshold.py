@@ -27,7 +27,6 @@ def _out_of_reach(target: float, most: float) -> OutOfReachError:
 class StructureCosts(NamedTuple):
     """Costs of the alive rows and columns of one linear, as the threshold sees them."""
 
-    name: str  # the linear
     num_parameters: int  # entries of the whole linear, bias included
     num_rows: int  # alive rows
     num_columns: int  # alive columns, bias included

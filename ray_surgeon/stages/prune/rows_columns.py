@@ -110,7 +110,7 @@ class RowsColumns(ByThreshold):
             candidates[name] = c = find_candidates(self.linear(worker, name), mask, *options)
             kept = int(mask.rows.sum()), int(mask.columns.sum())
             costs = (side[side.isfinite()].float().cpu() for side in (c.rows, c.columns))
-            replies.append(StructureCosts(name, shapes[name].size, *kept, *costs))
+            replies.append(StructureCosts(shapes[name].size, *kept, *costs))
         return self.scores(worker, candidates, tuple(replies))
 
     @collective
