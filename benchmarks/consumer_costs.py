@@ -86,9 +86,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         lines.append(f"| {step} | {taken:.1f} | {taken / gemm:.2f} |")
 
     def costs(limit: float | None, needed: int) -> Tensor:
-        limits = Limits(0.0 if limit is None else limit, needed, least=n - needed if needed else 1)
+        limits = Limits(limit, needed, least=n - needed if needed else 1)
         curvature = LinearCurvature(linear, alive)
-        return group_costs(curvature, groups, limits, singly=limit is None)
+        return group_costs(curvature, groups, limits)
 
     line("factors, single costs", lambda: costs(None, 0))
     for fraction in arguments.fractions:

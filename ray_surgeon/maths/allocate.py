@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ray_surgeon.maths.threshold import OutOfReachError, Point, lower_hull, slope, worthwhile
+from ray_surgeon.maths.threshold import OutOfReachError, lower_hull, slope, worthwhile
 
 
 def _out_of_reach(most: float, wanted: float) -> OutOfReachError:
@@ -92,7 +92,7 @@ def allocate_globally(
         path.push(steps, place)
     left = Counter(c.layer for c in costs if math.isfinite(c.whole))
     threshold = 0.0
-    saved = sum(path.saved for path in paths)
+    saved = sum(path.costs.saved(path.number) for path in paths)
     tolerance = 1e-9 * abs(missing) + 1e-6
     while saved < missing - tolerance:
         if not steps:
@@ -101,12 +101,10 @@ def allocate_globally(
         path = paths[place]
         layer = costs[place].layer
         if path.goes_whole and left[layer] <= fewest_experts:
-            path.stay()
+            path.take_corners(can_go_whole=False)
         else:
             left[layer] -= path.goes_whole
-            before = path.saved
-            path.advance(missing - tolerance - saved + before)
-            saved += path.saved - before
+            saved += path.advance(missing - tolerance - saved)
             threshold = price
         path.push(steps, place)
     counts = {path.costs.consumer: path.number for path in paths}
@@ -124,17 +122,20 @@ class _Path:
         self._per_unit = per_unit
         self._counts = costs.possible_counts or [0]
         self.number = self._counts[0]
-        self._points = self._corners(can_go_whole=math.isfinite(costs.whole))
+        self.take_corners(can_go_whole=math.isfinite(costs.whole))
 
-    def _corners(self, *, can_go_whole: bool) -> list[Point]:
-        """Return the corners from the present number of groups on; they are taken from the end."""
+    def take_corners(self, *, can_go_whole: bool) -> None:
+        """Take the corners from the present number of groups on.
+
+        They are taken from the end, without the way to a whole expert that has to stay.
+        """
         c = self.costs
         curve = c.curve.tolist()
         prices = [(n, curve[n], n) for n in self._counts if n >= self.number]
         if can_go_whole:
             prices.append((c.num_left, c.whole, c.num_left + 1))
         points = [(c.saved(n) if self._per_unit else n, cost, place) for n, cost, place in prices]
-        return lower_hull(sorted(points))[::-1]
+        self._points = lower_hull(sorted(points))[::-1]
 
     def push(self, steps: list[tuple[float, int]], place: int) -> None:
         """Put the price of the step to the next point on a heap, if there is one."""
@@ -146,26 +147,23 @@ class _Path:
         """Whether the whole expert goes at the next point."""
         return self._points[-2][2] > self.costs.num_left
 
-    @property
-    def saved(self) -> float:
-        """What is saved so far."""
-        return self.costs.saved(self.number)
-
-    def advance(self, wanted: float) -> None:
+    def advance(self, wanted: float) -> float:
         """Go to the next point, or to the first number of groups on the way that saves enough.
 
         Args:
-            wanted: what this path has to save for the goal to be met.
+            wanted: what is missing for the goal to be met.
+
+        Returns:
+            What is saved on the way.
         """
+        before = self.costs.saved(self.number)
         self.is_whole = self.goes_whole
         self._points.pop()
         last = min(self._points[-1][2], self.costs.num_left)
         on_the_way = (n for n in self._counts if self.number < n <= last and not self.is_whole)
-        self.number = next((n for n in on_the_way if self.costs.saved(n) >= wanted), last)
-
-    def stay(self) -> None:
-        """Let the whole expert stay, and go on with what lies above the way to it."""
-        self._points = self._corners(can_go_whole=False)
+        enough = (n for n in on_the_way if self.costs.saved(n) >= wanted + before)
+        self.number = next(enough, last)
+        return self.costs.saved(self.number) - before
 
 
 def allocate_uniformly(
@@ -184,10 +182,8 @@ def allocate_uniformly(
     Raises:
         OutOfReachError: everything that may be pruned saves less.
     """
-    by_kind: dict[str, list[GroupCosts]] = {}
-    for c in costs:
-        by_kind.setdefault(c.kind, []).append(c)
-    kinds = [_Widths(own, fewest_experts) for own in by_kind.values()]
+    names = dict.fromkeys(c.kind for c in costs)
+    kinds = [_Widths([c for c in costs if c.kind == name], fewest_experts) for name in names]
     wanted = missing - 1e-9 * abs(missing) - 1e-6
     saved = torch.zeros(1, dtype=torch.float64)
     cost = torch.zeros(1, dtype=torch.float64)
@@ -205,14 +201,15 @@ def allocate_uniformly(
     if not len(enough):
         raise _out_of_reach(float(saved.max()) if len(saved) else 0.0, missing)
     options = chosen[enough[0]].tolist()
+    counts = dict[str, int]()
+    experts = set[str]()
     for place, kind in enumerate(kinds):
         of_all = [float(k.saved[option]) for k, option in zip(kinds, options, strict=True)]
         others = sum(of_all[:place] + of_all[place + 1 :])
-        options[place] = kind.without_surplus(options[place], wanted, others)
-    counts = dict[str, int]()
-    experts = set[str]()
-    for kind, option in zip(kinds, options, strict=True):
-        number, whole = kind.removed(option)
+        # of those that save enough and cost no more, the one that saves least
+        possible = (kind.saved + others >= wanted) & (kind.cost <= kind.cost[options[place]])
+        options[place] = int(kind.saved.where(possible, torch.inf).argmin())
+        number, whole = kind.removed(options[place])
         counts |= {c.consumer: c.num_left if c.consumer in whole else number for c in kind.costs}
         experts |= whole
     return Allocation(counts, None, frozenset(experts))
@@ -229,10 +226,9 @@ class _Widths:
         assert len({c.num_left for c in costs}) == 1, "blocks have different widths"
         self.costs = costs
         self._numbers = sorted(set.intersection(*(set(c.possible_counts) for c in costs)))
-        layers: dict[int, list[int]] = {}
-        for place, c in enumerate(costs):
-            layers.setdefault(c.layer, []).append(place)
-        self._layers = [torch.tensor(places) for places in layers.values()]
+        of_place = torch.tensor([c.layer for c in costs])
+        layers = dict.fromkeys(c.layer for c in costs)
+        self._layers = [(of_place == layer).nonzero()[:, 0] for layer in layers]
         whole = torch.tensor([c.whole for c in costs], dtype=torch.float64)
         spare = min(map(len, self._layers)) - fewest_experts
         self._spare = max(0, spare) if bool(torch.isfinite(whole).all()) else 0
@@ -261,17 +257,6 @@ class _Widths:
         """Return so many places of each layer, ordered by what experts cost above groups."""
         above = self._above[width]
         return [places[above[places].argsort(stable=True)[:number]] for places in self._layers]
-
-    def without_surplus(self, option: int, wanted: float, others: float) -> int:
-        """Return the option that saves least of those that save enough and cost no more.
-
-        Args:
-            option: the one that was chosen.
-            wanted: to be saved.
-            others: what the other kinds save.
-        """
-        possible = (self.saved + others >= wanted) & (self.cost <= self.cost[option])
-        return int(self.saved.where(possible, torch.inf).argmin())
 
     def removed(self, option: int) -> tuple[int, set[str]]:
         """Return how many groups every consumer loses, and the consumers of the whole experts."""

@@ -17,7 +17,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ray_surgeon.maths.factorised import RaisedDamping, factorise
+from ray_surgeon.maths.factorised import Raised, factorise
 
 BLOCK_SIZE = 128
 """Columns after which those to the right learn of the errors, rounded up to whole groups.
@@ -26,11 +26,12 @@ SparseGPT chooses their mask together.
 """
 FRACTIONS = tuple(1 - 0.05 * step for step in range(10))
 """Of the largest scale of rounding, which are tried."""
+Replace = Callable[[int, int, Tensor], Tensor]
+"""First column of a block, number of the column in it, the block [R, width] as it is now -> the new
+column [R]."""
 
 
-def upper_inverse(
-    A: Tensor, damping: float, max_damping: float, name: str
-) -> tuple[Tensor, tuple[RaisedDamping, ...]]:
+def upper_inverse(A: Tensor, damping: float, largest: float, name: str) -> tuple[Tensor, Raised]:
     """Return U, the upper Cholesky factor of the inverse of the damped A [C, C].
 
     The second item is what it needed of damping beside what was asked.
@@ -41,21 +42,19 @@ def upper_inverse(
     Args:
         A: mean of the inputs' second moment.
         damping: relative to the mean of the diagonal.
-        max_damping: see `factorise`.
+        largest: damping that may be tried, see `factorise`.
         name: the linear, for errors.
     """
     A = A.flip(0, 1)
     always_zero = A.diagonal() == 0
     A[always_zero, always_zero] = 1.0 if always_zero.all() else A.diagonal()[~always_zero].mean()
-    factor = factorise(A, damping, max_damping, name)
+    factor = factorise(A, damping, largest, name)
     # With the indices reversed A is L L^T, and U is the inverse of L reversed. A's own inverse may
     # not be positive definite in float32.
     return factor.inverse_cholesky().flip(0, 1), factor.raised(name, "A")
 
 
-def replace_columns(
-    W: Tensor, U: Tensor, width: int, replace: Callable[[int, int, Tensor], Tensor]
-) -> None:
+def replace_columns(W: Tensor, U: Tensor, width: int, replace: Replace) -> None:
     """Replace the columns of W [R, C] from left to right, in place.
 
     The error of column c is (W_c - new W_c) / U_cc, and the columns after it get minus the error
@@ -65,8 +64,7 @@ def replace_columns(
         W: the matrix.
         U: see `upper_inverse`.
         width: columns of a block, after which those to its right learn of its errors.
-        replace: (first column of the block, number of the column in it, the block [R, width] as it
-            is now) -> the new column [R].
+        replace: see there.
     """
     for start in range(0, W.shape[1], width):
         stop = min(start + width, W.shape[1])

@@ -8,8 +8,8 @@ system's matrix is two GEMMs and a mask.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import reduce
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,8 +28,7 @@ _REFRESH = 11
 """Iterations with narrow products after which the residual is computed anew in full precision."""
 
 
-@dataclass(frozen=True)
-class ElementUpdate:
+class ElementUpdate(NamedTuple):
     """How kept elements make up for pruned ones.
 
     Attributes:
@@ -101,40 +100,36 @@ class SplitMatrix:
         product = (self._rest @ X.to(self._rest.dtype)).to(X.dtype)
         return product.addmm_(self.U, self.U.T @ X).addcmul_(X, self.s[:, None])
 
+    def preconditioner(self, G_diagonal: Tensor, mask: Tensor) -> Callable[[Tensor], Tensor]:
+        """Return an approximate inverse of the problem with this A on kept entries, row by row.
 
-def masked_preconditioner(
-    A: SplitMatrix, G_diagonal: Tensor, mask: Tensor
-) -> Callable[[Tensor], Tensor]:
-    """Return an approximate inverse of the problem on kept entries, row by row.
+        It takes X [R, C], zero outside the mask, and leaves the rest of A out. Of each row it is
+        the inverse of G_rr (A restricted to the row's kept columns).
 
-    It takes X [R, C], zero outside the mask. Of each row it is the inverse of G_rr (A restricted to
-    the row's kept columns).
+        With A near ``diag(s) + U U^T`` the restriction is inverted by Woodbury's formula with a
+        small system a row. The inverse of the unconstrained problem, G^-1 X A^-1, is the nearer one
+        where little is removed, but not at half: there this one needs a third of the iterations for
+        the same cost.
 
-    With A near ``diag(s) + U U^T`` the restriction is inverted by Woodbury's formula with a small
-    system a row. The inverse of the unconstrained problem, G^-1 X A^-1, is the nearer one where
-    little is removed, but not at half: there this one needs a third of the iterations for the same
-    cost.
+        Args:
+            G_diagonal: [R] of damped G.
+            mask: [R, C] 1 on kept entries, 0 elsewhere.
+        """
+        U = self.U
+        by_s = 1 / self.s
+        C, k = U.shape
+        U_by_s = U * by_s[:, None]
+        scale = mask * by_s / G_diagonal[:, None]
+        pairs = (U_by_s[:, :, None] * U[:, None, :]).reshape(C, k * k)
+        systems = (mask @ pairs).view(len(mask), k, k)
+        systems.diagonal(dim1=1, dim2=2).add_(1)
+        inverses = torch.cholesky_inverse(torch.linalg.cholesky(systems))
 
-    Args:
-        A: damped, of which the rest is left out.
-        G_diagonal: [R] of damped G.
-        mask: [R, C] 1 on kept entries, 0 elsewhere.
-    """
-    U = A.U
-    by_s = 1 / A.s
-    C, k = U.shape
-    U_by_s = U * by_s[:, None]
-    scale = mask * by_s / G_diagonal[:, None]
-    pairs = (U_by_s[:, :, None] * U[:, None, :]).reshape(C, k * k)
-    systems = (mask @ pairs).view(len(mask), k, k)
-    systems.diagonal(dim1=1, dim2=2).add_(1)
-    inverses = torch.cholesky_inverse(torch.linalg.cholesky(systems))
+        def apply(X: Tensor) -> Tensor:
+            inner = torch.bmm(inverses, (X @ U_by_s)[:, :, None])[:, :, 0]
+            return torch.addmm(X, inner, U.T, alpha=-1).mul_(scale)
 
-    def apply(X: Tensor) -> Tensor:
-        inner = torch.bmm(inverses, (X @ U_by_s)[:, :, None])[:, :, 0]
-        return torch.addmm(X, inner, U.T, alpha=-1).mul_(scale)
-
-    return apply
+        return apply
 
 
 def _dot(X: Tensor, Y: Tensor) -> Tensor:
@@ -167,7 +162,7 @@ def update_elements(W: Tensor, terms: Terms, kept: Tensor, update: ElementUpdate
         return Removal(W * mask, 0.5 * float(_dot(change, apply_terms(change, terms))), 0.0)
     narrow = getattr(torch, update.precision)
     split = [(SplitMatrix(G, _RANK_G, narrow), SplitMatrix(A, _RANK_A, narrow)) for G, A in terms]
-    precondition = masked_preconditioner(split[0][1], terms[0][0].diagonal(), mask)
+    precondition = split[0][1].preconditioner(terms[0][0].diagonal(), mask)
     z = precondition(residual)
     direction = z.clone()
     rz = _dot(residual, z)
@@ -180,8 +175,7 @@ def update_elements(W: Tensor, terms: Terms, kept: Tensor, update: ElementUpdate
         step = _dot(residual, direction) / curved
         change.addcmul_(direction, step)
         residual.addcmul_(product, step, value=-1)
-        is_last = iteration == update.num_iterations
-        if narrow != W.dtype and iteration % _REFRESH == 0 and not is_last:
+        if narrow != W.dtype and iteration % _REFRESH == 0 and iteration < update.num_iterations:
             # narrow products let the recurrence drift from it
             residual = _residual(change, terms, mask)
         z = precondition(residual)

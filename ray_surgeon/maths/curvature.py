@@ -7,41 +7,21 @@ KFAC). Everything is a mean over tokens, so costs are in nats per token.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from ray_surgeon.maths import rows_columns as kron
+from ray_surgeon.maths import factorised
+from ray_surgeon.maths import kronecker as kron
 from ray_surgeon.maths.extended.terms import TwoTermInverse, clip_term, minimise_kept
 from ray_surgeon.maths.factorised import DampedFactor, RaisedDamping, damp_, factorise
 from ray_surgeon.maths.kronecker import Damping, PackedFactors, Term, balance_
+from ray_surgeon.maths.masks import StructuredMask
 
 Pair = tuple[Tensor, Tensor]
 """Two tensors that belong together, such as one of rows and one of columns."""
-
-
-@dataclass(frozen=True)
-class Part:
-    """Rows and columns of one linear on which factors are inverted.
-
-    A pruned row makes G singular.
-    """
-
-    rows: Tensor  # [R] bool
-    columns: Tensor  # [C] bool
-
-    def of(self, whole: Tensor) -> Tensor:
-        """Return this part of a matrix [R, C], itself if this is all of it."""
-        is_all = self.rows.all() and self.columns.all()
-        return whole if is_all else whole[self.rows][:, self.columns]
-
-    def put(self, part: Tensor, into: Tensor) -> Tensor:
-        """Return a copy of a matrix [R, C] in which this part is replaced."""
-        result = into.clone()
-        result[self.rows.nonzero(), self.columns.nonzero()[:, 0]] = part
-        return result
 
 
 @dataclass(frozen=True)
@@ -60,18 +40,18 @@ class Linear:
         return self.W.shape[1] - self.has_bias
 
     @property
-    def live(self) -> Part:
+    def live(self) -> StructuredMask:
         """Rows with a gradient and columns with an input that is not always zero."""
         factors = self.factors
         G, A = (factor.diagonal().to(self.W.device) for factor in (factors.G, factors.A))
-        return Part(G > 0, A > 0)
+        return StructuredMask(G > 0, A > 0)
 
     @property
-    def nonzero(self) -> Part:
+    def nonzero(self) -> StructuredMask:
         """Those of the live rows and columns in which a weight is not zero, as in pruned ones."""
         live = self.live
         nonzero = self.W != 0
-        return Part(live.rows & nonzero.any(dim=1), live.columns & nonzero.any(dim=0))
+        return live.without(~nonzero.any(dim=1), ~nonzero.any(dim=0))
 
 
 @dataclass(frozen=True)
@@ -99,14 +79,14 @@ class Clipping:
 class Basis:
     """What costs of a linear were taken on; its update needs the same."""
 
-    part: Part  # rows and columns on which the curvature is not degenerate
+    part: StructuredMask  # rows and columns on which the curvature is not degenerate
     damping: Damping  # with which both factors of the part are positive definite
     raised_damping: tuple[RaisedDamping, ...]  # factorisations that needed more than asked for
     clipping: tuple[Clipping, ...]  # further terms that were clipped
 
     def curvature(self, linear: Linear) -> LinearCurvature:
         """Return the curvature of the linear once more."""
-        return LinearCurvature(linear, self.part, self.damping)
+        return LinearCurvature(replace(linear, damping=self.damping), self.part)
 
 
 class LinearCurvature:
@@ -115,45 +95,38 @@ class LinearCurvature:
     Factorisations are made when something needs them.
     """
 
-    def __init__(self, linear: Linear, part: Part, damping: Damping | None = None) -> None:
-        """Balance the factors of a part; `damping` replaces that of the linear."""
+    def __init__(self, linear: Linear, part: StructuredMask) -> None:
+        """Balance and damp the factors of a part."""
         self.linear = linear
         self.part = part
-        self.damping = damping or linear.damping
+        self.W = part.of(linear.W)
+        """[R, C] weights of the part."""
         factors = linear.factors.restricted(part.rows, part.columns)
         A = factors.A.div_(factors.num_tokens)
         G = factors.G.div_(factors.num_tokens)
         balance_(A, G)
         dtype = linear.W.dtype
-        self._A = A.to(dtype)
-        self._G = G.to(dtype)
-        self._diagonals = self._A.diagonal().clone(), self._G.diagonal().clone()
-        self.is_extended = bool(factors.terms)
-        self._further = [(g.to(dtype), a.to(dtype)) for g, a in factors.terms]
-
-    @cached_property
-    def W(self) -> Tensor:
-        """[R, C] weights of the part."""
-        return self.part.of(self.linear.W)
+        (G, A), *further = [(g.to(dtype), a.to(dtype)) for g, a in ((G, A), *factors.terms)]
+        self._diagonals = G.diagonal().clone(), A.diagonal().clone()
+        self.first = damp_(G, linear.damping.g), damp_(A, linear.damping.a)
+        """G and A of the first term."""
+        self._further = further
+        self.is_extended = bool(further)
 
     @cached_property
     def A(self) -> DampedFactor:
         """Damped and factorised A of the first term."""
-        self._A.diagonal().copy_(self._diagonals[0])  # `first` may have damped it
-        return factorise(self._A, self.damping.a, self.damping.max, f"{self.linear.name} A")
+        return self._factorised(1, self.linear.damping.a, "A")
 
     @cached_property
     def G(self) -> DampedFactor:
         """Damped and factorised G of the first term."""
-        self._G.diagonal().copy_(self._diagonals[1])
-        return factorise(self._G, self.damping.g, self.damping.max, f"{self.linear.name} G")
+        return self._factorised(0, self.linear.damping.g, "G")
 
-    @cached_property
-    def first(self) -> Term:
-        """Damped G and A of the first term, without a factorisation if there has been none."""
-        A = self.A.matrix if "A" in self.__dict__ else damp_(self._A, self.damping.a)
-        G = self.G.matrix if "G" in self.__dict__ else damp_(self._G, self.damping.g)
-        return G, A
+    def _factorised(self, side: int, damping: float, factor: str) -> DampedFactor:
+        matrix = self.first[side]
+        matrix.diagonal().copy_(self._diagonals[side])
+        return factorise(matrix, damping, self.linear.damping.max, f"{self.linear.name} {factor}")
 
     @cached_property
     def _clipped(self) -> list[tuple[Term, float]]:
@@ -169,7 +142,7 @@ class LinearCurvature:
     def basis(self) -> Basis:
         """What the update needs to know."""
         name = self.linear.name
-        used = Damping(self.A.damping, self.G.damping, self.damping.max)
+        used = Damping(self.A.damping, self.G.damping, self.linear.damping.max)
         raised = (*self.A.raised(name, "A"), *self.G.raised(name, "G"))
         numbered = enumerate(self._clipped, 1)
         clipped = tuple(Clipping(name, n, change) for n, (_, change) in numbered if change)
@@ -194,7 +167,8 @@ class LinearCurvature:
         if kind == "obd":
             return self._over_terms(lambda G, A: kron.row_costs(self.W, A) * G.diagonal())
         if self.is_extended:
-            return self.inverse.row_costs(self.W)
+            Y, Z = self.inverse.row_parts(self.W)
+            return 0.5 * (Y.square() / Z).sum(dim=1)
         return kron.row_costs(self.W, self.A.matrix) / self.G.inverse_diagonal()
 
     def column_costs(self, kind: str) -> Tensor:
@@ -202,24 +176,30 @@ class LinearCurvature:
         if kind == "obd":
             return self._over_terms(lambda G, A: kron.column_costs(self.W, G) * A.diagonal())
         if self.is_extended:
-            return self.inverse.column_costs(self.W)
+            Y, Z = self.inverse.column_parts(self.W)
+            return 0.5 * (Y.square() / Z).sum(dim=0)
         return kron.column_costs(self.W, self.G.matrix) / self.A.inverse_diagonal()
 
-    def element_scales(self, kind: str) -> tuple[Tensor, Tensor]:
+    def element_scales(self, kind: str) -> Pair:
         """Return factors whose product [R, C] times 1/2 W^2 is the cost of each element.
 
-        They are [R, 1] and [1, C], or [R, C] and [1, 1].
+        They are [R, 1] and [1, C], or [R, C] and [1, 1], of the whole linear; zero outside of the
+        part.
         """
-        unit = self._A.new_ones(1, 1)
         if self.is_extended and kind == "obd":
-            return self._over_terms(lambda G, A: torch.outer(G.diagonal(), A.diagonal())), unit
-        if self.is_extended:
-            return 1 / self.inverse.diagonal(), unit
-        if kind == "obd":
-            return self.G.matrix.diagonal()[:, None], self.A.matrix.diagonal()[None]
-        return 1 / self.G.inverse_diagonal()[:, None], 1 / self.A.inverse_diagonal()[None]
+            by_element = self._over_terms(lambda G, A: torch.outer(G.diagonal(), A.diagonal()))
+        elif self.is_extended:
+            by_element = 1 / self.inverse.diagonal()
+        else:
+            scales = []
+            for factor, alive in ((self.G, self.part.rows), (self.A, self.part.columns)):
+                scale = factor.matrix.diagonal() if kind == "obd" else 1 / factor.inverse_diagonal()
+                scales.append(scale.new_zeros(len(alive)).masked_scatter_(alive, scale))
+            return scales[0][:, None], scales[1][None]
+        by_element = self.part.put(by_element, torch.zeros_like(self.linear.W))
+        return by_element, by_element.new_ones(1, 1)
 
-    def inverse_blocks(self, places: Tensor) -> tuple[Tensor, Tensor]:
+    def inverse_blocks(self, places: Tensor) -> Pair:
         """Return the blocks of F^-1 of groups of columns of one row, as two factors.
 
         Args:
@@ -251,26 +231,35 @@ class LinearCurvature:
         Args:
             rows: [R] bool, True = to prune.
             columns: [C] bool, likewise.
-            update: ``full``, ``single`` (see `prune_singly`) or ``none``.
+            update: ``full``; ``single``, which corrects each as if it were pruned alone (OBS
+                without correlations): row p adds -[G^-1]_:p / [G^-1]_pp W_p, column q adds
+                -W_q [A^-1]_q: / [A^-1]_qq, all from the original weights; or ``none``.
 
         Returns:
             [R, C] new weights, zero in everything removed, and the relative residual of the
             equations.
         """
         W = self.W
-        kept = torch.outer(~rows, ~columns)
-        if update == "none":
-            return W * kept, 0.0
+        after = W
+        residual = 0.0
         if update == "single" and self.is_extended:
-            return (W + self.inverse.single_corrections(W, rows, columns)) * kept, 0.0
-        if update == "single":
-            return kron.prune_singly(W, self.A.inverse(), self.G.inverse(), rows, columns), 0.0
-        if not self.is_extended:
+            after = W + self.inverse.single_corrections(W, rows, columns)
+        elif update == "single":
+            A = self.A.inverse()
+            G = self.G.inverse()
+            by_rows = G[:, rows] / G.diagonal()[rows] @ W[rows]
+            by_columns = W[:, columns] / A.diagonal()[columns] @ A[columns]
+            after = W - by_rows - by_columns
+        elif update == "full" and self.is_extended:
+            by_rows, of_rows = minimise_kept(W, self.terms, rows, torch.zeros_like(columns))
+            by_columns, of_columns = minimise_kept(W, self.terms, torch.zeros_like(rows), columns)
+            after = by_rows + by_columns - W
+            residual = max(of_rows, of_columns)
+        elif update == "full":
             G, A = self.first
-            return kron.prune_rows_and_columns(W, A, G, rows, columns, self.linear.name), 0.0
-        by_rows, residual = minimise_kept(W, self.terms, rows, torch.zeros_like(columns))
-        by_columns, other_residual = minimise_kept(W, self.terms, torch.zeros_like(rows), columns)
-        return (by_rows + by_columns - W) * kept, max(residual, other_residual)
+            by_rows = factorised.prune_rows(W, G, rows, f"{self.linear.name} G")
+            after = by_rows + factorised.prune_columns(W, A, columns, f"{self.linear.name} A") - W
+        return after * torch.outer(~rows, ~columns), residual
 
     def quadratic_cost(self, change: Tensor) -> float:
         """Return the predicted loss increase of a change [R, C] of the weights."""

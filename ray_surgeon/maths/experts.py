@@ -7,7 +7,7 @@ sees a share.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,8 +21,7 @@ Measured; see docs/results.md.
 """
 
 
-@dataclass(frozen=True)
-class LayerMean:
+class LayerMean(NamedTuple):
     """What the experts of a layer have in common: means over all of their tokens."""
 
     A: PackedSymmetric  # [C, C]

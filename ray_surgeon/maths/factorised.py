@@ -28,9 +28,8 @@ def damp_(matrix: Tensor, damping: float) -> Tensor:
 
 def solve_lower(L: Tensor, right: Tensor, *, transposed: bool = False) -> Tensor:
     """Return L^-1 right, or L^-T right, for a lower triangular L [n, n]."""
-    matrix = L.T if transposed else L
-    solved: Tensor = torch.linalg.solve_triangular(matrix, right, upper=transposed)
-    return solved
+    X: Tensor = torch.linalg.solve_triangular(L.T if transposed else L, right, upper=transposed)
+    return X
 
 
 def squares(X: Tensor) -> Tensor:
@@ -52,6 +51,9 @@ class RaisedDamping:
     float64_retry: bool
 
 
+Raised = tuple[RaisedDamping, ...]
+
+
 @dataclass(frozen=True)
 class DampedFactor:
     """One damped factor and its Cholesky decomposition, and what follows from its inverse.
@@ -67,15 +69,11 @@ class DampedFactor:
     # whether the factorisation at the dtype of the input failed and float64 was used
     float64_retry: bool
 
-    def raised(self, linear: str, factor: str) -> tuple[RaisedDamping, ...]:
+    def raised(self, linear: str, factor: str) -> Raised:
         """Return what this factor of a linear, A or G, needed beside what was asked, if it did."""
         if self.damping == self.asked and not self.float64_retry:
             return ()
         return (RaisedDamping(linear, factor, self.asked, self.damping, self.float64_retry),)
-
-    def part(self, left: Tensor) -> DampedFactor:
-        """Return the factor of the indices that are left, [n] bool, with the damping it has."""
-        return factorise(self.matrix[left][:, left], 0.0, 1.0, "part of a damped factor")
 
     def _solved(self, indices: Tensor, start: int) -> Tensor:
         """Return rows `start` and below of some columns of L^-1.
@@ -115,11 +113,10 @@ class DampedFactor:
 
     def inverse(self) -> Tensor:
         """Return the inverse [n, n]."""
-        n = len(self.cholesky)
         X = self.inverse_cholesky()
         # rows of L^-1 that no later product reads become rows of the lower half of the inverse
-        for start in range(0, n, _INVERSE_PANEL):
-            stop = min(start + _INVERSE_PANEL, n)
+        for start in range(0, len(X), _INVERSE_PANEL):
+            stop = start + _INVERSE_PANEL
             X[start:stop, :stop] = product(X[start:, start:stop].T, X[start:, :stop])
             X[:start, start:stop] = X[start:stop, :start].T
         return X
@@ -148,18 +145,15 @@ def factorise(matrix: Tensor, damping: float, max_damping: float, name: str) -> 
         raise FloatingPointError(f"{name}: the curvature factor is zero; check the weights")
     current = damping
     while True:
-        factor, failed = torch.linalg.cholesky_ex(damp_(matrix, current))
-        if not failed:
-            return DampedFactor(matrix, factor, damping, current, float64_retry=False)
-        matrix.diagonal().copy_(diagonal)
-        del factor  # of a large matrix a float64 one has no room beside it
-        factor, failed = torch.linalg.cholesky_ex(
-            damp_(matrix.to(torch.float64, copy=True), current)
-        )
-        if not failed:
-            factor = factor.to(matrix.dtype)
+        for is_retry in (False, True):
+            matrix.diagonal().copy_(diagonal)
+            wide = damp_(matrix.to(torch.float64, copy=True), current) if is_retry else None
             damp_(matrix, current)
-            return DampedFactor(matrix, factor, damping, current, float64_retry=True)
+            factor, failed = torch.linalg.cholesky_ex(matrix if wide is None else wide)
+            if not failed:
+                factor = factor.to(matrix.dtype)
+                return DampedFactor(matrix, factor, damping, current, is_retry)
+            del factor  # of a large matrix a float64 one has no room beside it
         raised = max(current * 10.0, 1e-8)
         if raised > max_damping:
             raise FloatingPointError(
@@ -187,16 +181,16 @@ class DowndatedInverse:
             sets: [num_sets, w] indices of the diagonal blocks that are wanted.
         """
         self._factor = factor
-        n = len(factor.cholesky)
         self._sets = sets
         self.blocks = factor.inverse_blocks(sets)  # [num_sets, w, w]
-        self._V = factor.cholesky.new_empty(0, n)
+        self._V = factor.cholesky.new_empty(0, len(factor.cholesky))
         self._k = 0
-        self._is_gone = torch.zeros(n, dtype=torch.bool, device=factor.cholesky.device)
+        self._is_gone = factor.cholesky.new_zeros(len(factor.cholesky), dtype=torch.bool)
 
     def of_part(self, left: Tensor, sets: Tensor) -> DowndatedInverse:
         """Return the same for the indices that are left, [n] bool; `sets` count among them."""
-        return DowndatedInverse(self._factor.part(left), sets)
+        part = self._factor.matrix[left][:, left]  # has its damping
+        return DowndatedInverse(factorise(part, 0.0, 1.0, "part of a damped factor"), sets)
 
     def eliminate(self, Q: Tensor) -> Tensor:
         """Eliminate rows and columns [q], and return Y = (M_QQ)^-1 M_Q: [q, n].
@@ -207,20 +201,15 @@ class DowndatedInverse:
         columns = self._factor.inverse_columns(Q).addmm_(V.T, V[:, Q], alpha=-1)
         K = root(columns[Q])
         X = solve_lower(K, columns.T)
-        self._remember(X)
+        k = self._k + len(X)
+        if k > len(self._V):
+            self._V.resize_(min(max(k, 2 * self._k), X.shape[1]), X.shape[1])
+        self._V[self._k : k] = X
+        self._k = k
         self.blocks -= squares(X.T[self._sets])
         gone = self._is_gone.index_fill_(0, Q, True)[self._sets].all(dim=1)
         self.blocks[gone] = torch.eye(self._sets.shape[1], dtype=X.dtype, device=X.device)
         return solve_lower(K, X, transposed=True)
-
-    def _remember(self, X: Tensor) -> None:
-        k = self._k + len(X)
-        if k > len(self._V):
-            longer = X.new_empty(min(max(k, 2 * self._k), X.shape[1]), X.shape[1])
-            longer[: self._k] = self._V[: self._k]
-            self._V = longer
-        self._V[self._k : k] = X
-        self._k = k
 
 
 def root(block: Tensor) -> Tensor:
@@ -232,3 +221,54 @@ def root(block: Tensor) -> Tensor:
         values = values.clamp(min=1e-7 * float(values[-1].clamp(min=1e-30)))
         L = torch.linalg.qr((vectors * values.sqrt()).T).R.T.to(block.dtype)
     return L
+
+
+# Updates: they solve ``min 1/2 vec(D)^T kron(G, A) vec(D)`` subject to the pruned entries of W + D
+# being zero. Source: docs/method.md, section 4; The LLM Surgeon, section 3.2 to 3.4
+
+
+def _correlation(matrix: Tensor, to_prune: Tensor, name: str) -> Tensor:
+    """Return M = matrix_KK^-1 matrix_KP, [kept, pruned].
+
+    A part of a damped matrix is positive definite as it is.
+    """
+    kept = (~to_prune).nonzero()
+    pruned = to_prune.nonzero()[:, 0]
+    part = f"{name} (kept part, damped already)"
+    L = factorise(matrix[kept, kept[:, 0]], 0.0, 0.0, part).cholesky
+    return solve_lower(L, solve_lower(L, matrix[kept, pruned]), transposed=True)
+
+
+def prune_rows(W: Tensor, G: Tensor, to_prune: Tensor, name: str) -> Tensor:
+    """Set the pruned rows to zero and add G_KK^-1 G_KP W_P to the kept ones (A cancels).
+
+    Args:
+        W: [R, C].
+        G: [R, R] damped.
+        to_prune: [R] bool.
+        name: what G belongs to, for errors.
+
+    Returns:
+        [R, C] the new weights.
+    """
+    new = torch.zeros_like(W)
+    if not to_prune.any():
+        return W.clone()
+    if not to_prune.all():
+        new[~to_prune] = W[~to_prune] + product(_correlation(G, to_prune, name), W[to_prune])
+    return new
+
+
+def prune_columns(W: Tensor, A: Tensor, to_prune: Tensor, name: str) -> Tensor:
+    """Set the pruned columns to zero and add W_Q A_QL A_LL^-1 to the kept ones (G cancels).
+
+    Args:
+        W: [R, C].
+        A: [C, C] damped.
+        to_prune: [C] bool.
+        name: what A belongs to, for errors.
+
+    Returns:
+        [R, C] the new weights.
+    """
+    return prune_rows(W.T, A, to_prune, name).T.contiguous()

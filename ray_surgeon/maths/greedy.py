@@ -22,8 +22,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ray_surgeon.maths.curvature import Pair, Part
+from ray_surgeon.maths.curvature import Pair
 from ray_surgeon.maths.factorised import DampedFactor, DowndatedInverse, root
+from ray_surgeon.maths.masks import StructuredMask
 from ray_surgeon.maths.products import product
 from ray_surgeon.maths.threshold import check_costs
 
@@ -47,8 +48,8 @@ def _dots(x: Tensor, y: Tensor, *, dim: int) -> Tensor:
 class GreedyPath:
     """The weights and costs of one linear along its greedy path.
 
-    Indices are those of the rows, columns and sets that are here still; `numbers` says which they
-    were at the start.
+    Indices are those of the rows, columns and sets that are here still. Of those with costs
+    `row_numbers` says which they were at the start, from 0, and `set_numbers`, from R.
     """
 
     def __init__(
@@ -65,14 +66,14 @@ class GreedyPath:
             sets: [num_sets, width] columns that are pruned together; single ones if None.
         """
         self.W = W.clone()
-        self.rows, self.columns = (W.new_ones(n, dtype=torch.bool) for n in W.shape)
+        self.alive = StructuredMask(*(W.new_ones(n, dtype=torch.bool) for n in W.shape))
         every_row, every_column = (torch.arange(n, device=W.device)[:, None] for n in W.shape)
         self.sets = every_column if sets is None else sets
         self.may_prune = torch.cat(allowed).cpu()
         num_rows = len(W) if allowed[0].any() else 0
         num_sets = len(self.sets) if allowed[1].any() else 0
-        self._row_numbers = torch.arange(num_rows, device=W.device)
-        self._set_numbers = torch.arange(len(W), len(W) + num_sets, device=W.device)
+        self.row_numbers = torch.arange(num_rows, device=W.device)
+        self.set_numbers = torch.arange(len(W), len(W) + num_sets, device=W.device)
         if num_rows:
             self._H = product(W, A.matrix)
             self._by_row = DowndatedInverse(G, every_row)
@@ -80,28 +81,23 @@ class GreedyPath:
             self._U = product(G.matrix, W)
             self._by_column = DowndatedInverse(A, self.sets)
 
-    @property
-    def numbers(self) -> Tensor:
-        """[num_costs] of the rows with costs, from 0, and of the sets, from R."""
-        return torch.cat([self._row_numbers, self._set_numbers])
-
-    def costs(self, *, per_parameter: bool = False) -> Tensor:
-        """Return the costs now, as those of `numbers`.
+    def costs(self, *, per_parameter: bool) -> Tensor:
+        """Return the costs now, those of `row_numbers` and then those of `set_numbers`.
 
         Args:
             per_parameter: whether they are divided by the entries that a row, or a column, has.
         """
-        by_row = self.row_costs() if len(self._row_numbers) else self.W.new_empty(0)
-        by_set = self.column_set_costs() if len(self._set_numbers) else self.W.new_empty(0)
+        by_row = self.row_costs() if len(self.row_numbers) else self.W.new_empty(0)
+        by_set = self.column_set_costs() if len(self.set_numbers) else self.W.new_empty(0)
         if per_parameter:
-            by_row = by_row / self.columns.sum().clamp(min=1)
-            by_set = by_set / self.rows.sum().clamp(min=1)
+            by_row = by_row / self.alive.columns.sum().clamp(min=1)
+            by_set = by_set / self.alive.rows.sum().clamp(min=1)
         return torch.cat([by_row, by_set])
 
     def row_costs(self) -> Tensor:
         """Return the cost of each row now, [R]; of pruned ones, 0."""
         by_row = _dots(self.W, self._H, dim=1)
-        return 0.5 * (by_row / self._by_row.blocks[:, 0, 0]).clamp(min=0) * self.rows
+        return 0.5 * (by_row / self._by_row.blocks[:, 0, 0]).clamp(min=0) * self.alive.rows
 
     def column_set_costs(self) -> Tensor:
         """Return the joint cost of each set of columns now, [num_sets]; of pruned sets 0.
@@ -122,7 +118,7 @@ class GreedyPath:
 
     def remove(self, indices: Tensor) -> None:
         """Remove rows and sets, given by their indices among the costs."""
-        num_rows = len(self._row_numbers)
+        num_rows = len(self.row_numbers)
         rows = indices[indices < num_rows]
         sets = indices[indices >= num_rows] - num_rows
         if len(rows):
@@ -137,7 +133,7 @@ class GreedyPath:
         self._H.addmm_(X, self._H[pruned], alpha=-1)
         self.W.addmm_(X, self.W[pruned], alpha=-1)
         self.W[pruned] = 0
-        self.rows[pruned] = False
+        self.alive.rows[pruned] = False
 
     def remove_columns(self, pruned: Tensor) -> None:
         """Remove columns, given by their indices."""
@@ -145,47 +141,45 @@ class GreedyPath:
         self._U.addmm_(self._U[:, pruned], Y, alpha=-1)
         self.W.addmm_(self.W[:, pruned], Y, alpha=-1)
         self.W[:, pruned] = 0
-        self.columns[pruned] = False
+        self.alive.columns[pruned] = False
 
     def _compact(self) -> None:
         """Leave out what is gone, if that is half of the rows or of the columns.
 
         A set is gone with all of its columns.
         """
-        rows = self.rows
-        columns = self.columns
-        if 2 * int(rows.sum()) > len(rows) and 2 * int(columns.sum()) > len(columns):
+        alive = self.alive
+        if all(2 * int(side.sum()) > len(side) for side in (alive.rows, alive.columns)):
             return
-        part = Part(rows, columns)
-        self.W = part.of(self.W)
-        if len(self._row_numbers):
-            self._H = part.of(self._H)
-            every = torch.arange(len(self.W), device=rows.device)[:, None]
-            self._by_row = self._by_row.of_part(rows, every)
-            self._row_numbers = self._row_numbers[rows]
-        if len(self._set_numbers):
-            left = columns[self.sets].any(dim=1)
-            place = columns.cumsum(0) - 1
-            self.sets = place[self.sets[left]]
-            self._set_numbers = self._set_numbers[left]
-            self._U = part.of(self._U)
-            self._by_column = self._by_column.of_part(columns, self.sets)
-        self.rows = rows[rows]
-        self.columns = columns[columns]
+        self.W = alive.of(self.W)
+        if len(self.row_numbers):
+            self._H = alive.of(self._H)
+            every = torch.arange(len(self.W), device=self.W.device)[:, None]
+            self._by_row = self._by_row.of_part(alive.rows, every)
+            self.row_numbers = self.row_numbers[alive.rows]
+        if len(self.set_numbers):
+            is_left = alive.columns[self.sets].any(dim=1)
+            place = alive.columns.cumsum(0) - 1
+            self.sets = place[self.sets[is_left]]
+            self.set_numbers = self.set_numbers[is_left]
+            self._U = alive.of(self._U)
+            self._by_column = self._by_column.of_part(alive.columns, self.sets)
+        self.alive = StructuredMask(alive.rows[alive.rows], alive.columns[alive.columns])
 
 
 class Limits(NamedTuple):
     """How far a greedy path is followed."""
 
-    limit: float = math.inf  # nothing is pruned whose marginal cost is above it,
-    needed: int = 0  # except that so many are pruned,
+    # nothing is pruned whose marginal cost is above it; None for costs of each structure on its own
+    limit: float | None = math.inf
+    needed: int = 0  # so many are pruned although they cost more,
     most: float = math.inf  # as long as none costs more than this
     least: int = 0  # so many of those that may be pruned stay
+    # whether costs are divided by the entries that a row or column still has when it is pruned
+    per_parameter: bool = False
 
 
-def greedy_costs(
-    path: GreedyPath, limits: Limits, name: str, sets: str, *, per_parameter: bool = False
-) -> tuple[Tensor, Tensor]:
+def greedy_costs(path: GreedyPath, limits: Limits, name: str) -> Pair:
     """Follow the greedy path up to a marginal cost.
 
     Returns the marginal cost at which each row and each set of columns is pruned.
@@ -193,10 +187,7 @@ def greedy_costs(
     Args:
         path: with everything alive.
         limits: how far to go.
-        name: of the linear, for the error.
-        sets: what the sets are, for the error.
-        per_parameter: whether costs are divided by the entries that a structure still has when it
-            is pruned.
+        name: of what the costs belong to, for the error.
 
     Returns:
         [R] and [num_sets]: the largest marginal cost up to and including the structure's own
@@ -205,19 +196,18 @@ def greedy_costs(
     Raises:
         FloatingPointError: a cost of the first step is not usable; the path would end there.
     """
+    assert limits.limit is not None, "there is no path"
     num_rows = len(path.W)
     may_prune = path.may_prune.clone()
     marginal = torch.full((len(may_prune),), torch.inf, dtype=path.W.dtype)
     highest = 0.0
     num_pruned = 0
     while int(may_prune.sum()) > limits.least:
-        numbers = path.numbers.cpu()
-        costs = path.costs(per_parameter=per_parameter).cpu()
+        numbers = torch.cat([path.row_numbers, path.set_numbers]).cpu()
+        costs = path.costs(per_parameter=limits.per_parameter).cpu()
         candidates = may_prune[numbers]
         if num_pruned == 0:
-            is_row = numbers < num_rows
-            check_costs(f"{name} rows", costs[candidates & is_row])
-            check_costs(f"{name} {sets}", costs[candidates & ~is_row])
+            check_costs(name, costs[candidates])
         costs.masked_fill_(~candidates, torch.inf)
         left = int(torch.isfinite(costs).sum())
         few = min(max(1, int(left * _FEW)), left - limits.least)

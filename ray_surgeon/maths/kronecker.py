@@ -22,6 +22,7 @@ High enough for a fast GEMM, low enough to skip near half of it.
 """
 
 
+@dataclass(frozen=True)
 class PackedSymmetric:
     """A symmetric sum of outer products [n, n].
 
@@ -31,11 +32,8 @@ class PackedSymmetric:
     is.
     """
 
-    def __init__(self, n: int, flat: Tensor) -> None:
-        """Take the entries of a sum of this size; see `size`."""
-        assert len(flat) == self.size(n)
-        self.n = n
-        self.flat = flat
+    n: int
+    flat: Tensor  # [size(n)]
 
     @staticmethod
     def size(n: int) -> int:
@@ -84,10 +82,6 @@ class PackedSymmetric:
         with _narrow_products() if narrow else contextlib.nullcontext():
             for start, panel in self._panels():
                 panel.add_(product(weighted[start : start + len(panel)], rows[start:].T))
-
-    def copied(self) -> PackedSymmetric:
-        """Return a copy."""
-        return PackedSymmetric(self.n, self.flat.clone())
 
     def fill_diagonal(self, value: float) -> None:
         """Set the diagonal."""
@@ -202,11 +196,10 @@ def balance_(A: Tensor, G: Tensor) -> None:
     """
     norm_A = torch.linalg.norm(A)
     norm_G = torch.linalg.norm(G)
-    if norm_A == 0 or norm_G == 0:
-        return
-    ratio = torch.sqrt(norm_G / norm_A)
-    A.mul_(ratio)
-    G.div_(ratio)
+    if norm_A != 0 and norm_G != 0:
+        ratio = torch.sqrt(norm_G / norm_A)
+        A.mul_(ratio)
+        G.div_(ratio)
 
 
 @dataclass(frozen=True)
@@ -216,3 +209,49 @@ class Damping:
     a: float  # of A
     g: float  # of G
     max: float  # the largest damping that may be tried when a factor is not positive definite
+
+
+# Costs: the loss increase that the quadratic model with F = kron(G, A) predicts, in nats per token
+# where factors are means over tokens. Source: docs/method.md, section 3
+
+
+def row_costs(W: Tensor, A: Tensor) -> Tensor:
+    """Return 1/2 W_r A W_r^T of each row [R], in the loss's units.
+
+    The cost of a row after the optimal update of the others is this over [G^-1]_rr; if they stay as
+    they are (OBD), it is this times G_rr.
+    """
+    return 0.5 * (product(W, A) * W).sum(dim=1)
+
+
+def column_costs(W: Tensor, G: Tensor) -> Tensor:
+    """Return 1/2 W_c^T G W_c of each column [C]; the cost is this over [A^-1]_cc, or times A_cc."""
+    return 0.5 * (W * product(G, W)).sum(dim=0)
+
+
+def column_removal_cost(change: Tensor, A: Tensor, G: Tensor, removed: Tensor) -> float:
+    """Predicted loss increase of the removal of columns with the optimal update.
+
+    With it, D A is zero in the other columns.
+
+    Args:
+        change: [R, C] new weights minus old weights, D.
+        A: [C, C].
+        G: [R, R].
+        removed: [C] bool.
+    """
+    costs = product(G, change[:, removed]) * product(change, A[:, removed])
+    return 0.5 * float(costs.sum(dtype=change.dtype))
+
+
+def quadratic_cost(change: Tensor, A: Tensor, G: Tensor) -> float:
+    """Predicted loss increase of any change D of the weights: 1/2 tr(D^T G D A).
+
+    That is 1/2 vec(D)^T kron(G, A) vec(D).
+
+    Args:
+        change: [R, C] new weights minus old weights.
+        A: [C, C].
+        G: [R, R].
+    """
+    return 0.5 * float((product(G, change) * product(change, A)).sum(dtype=change.dtype))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class StructuredMask:
-    """Kept rows and columns of one linear."""
+    """Kept rows and columns of one linear, or those on which its factors are inverted."""
 
     rows: Tensor  # [R] bool. A pruned row takes its bias with it
     # [C] bool. The bias, where there is one, is the last column, and is never pruned as a column
@@ -37,6 +37,17 @@ class StructuredMask:
         """Zero the removed rows and columns of W [R, C] in place."""
         W[~self.rows.to(W.device)] = 0
         W[:, ~self.columns.to(W.device)] = 0
+
+    def of(self, whole: Tensor) -> Tensor:
+        """Return the kept part of a matrix [R, C] on the mask's device, itself if that is all."""
+        is_all = self.rows.all() and self.columns.all()
+        return whole if is_all else whole[self.rows][:, self.columns]
+
+    def put(self, part: Tensor, into: Tensor) -> Tensor:
+        """Return a copy of a matrix [R, C] in which the kept part is replaced."""
+        result = into.clone()
+        result[self.rows.nonzero(), self.columns.nonzero()[:, 0]] = part
+        return result
 
 
 @dataclass(frozen=True)

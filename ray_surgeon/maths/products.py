@@ -18,12 +18,9 @@ against 255 GFLOP/s a core on an EPYC with AVX-512, both with float32's full pre
 
 
 def _fast(x: Tensor, y: Tensor) -> bool:
-    return (
-        _linear is not None
-        and x.device.type == "cpu"
-        and x.dtype == y.dtype == torch.float32
-        and x.shape[0] * x.shape[1] * y.shape[1] >= _WORTH_IT
-    )
+    is_float32 = x.device.type == "cpu" and x.dtype == y.dtype == torch.float32
+    num_products = x.shape[0] * x.shape[1] * y.shape[1]
+    return _linear is not None and is_float32 and num_products >= _WORTH_IT
 
 
 def product(x: Tensor, y: Tensor) -> Tensor:

@@ -8,16 +8,20 @@ Source: docs/method.md, sections 3 to 6, and 8 for groups.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ray_surgeon.maths.curvature import Basis, Linear, LinearCurvature, Pair, Part, Removal
+from ray_surgeon.maths.curvature import Basis, Linear, LinearCurvature, Pair, Removal
+from ray_surgeon.maths.factorised import prune_columns
 from ray_surgeon.maths.greedy import GreedyPath, Limits, greedy_costs
+from ray_surgeon.maths.kronecker import PackedFactors, column_removal_cost, quadratic_cost
 from ray_surgeon.maths.masks import StructuredMask
-from ray_surgeon.maths.rows_columns import column_removal_cost, prune_columns
 from ray_surgeon.maths.threshold import check_costs
+
+Pruned = tuple[Removal, StructuredMask]
 
 
 @dataclass(frozen=True)
@@ -36,23 +40,20 @@ class Candidates:
         """Return which rows [R] and columns [C] cost at most the threshold, on the CPU."""
         return (self.rows.double() <= threshold).cpu(), (self.columns.double() <= threshold).cpu()
 
-    def prune(
-        self, linear: Linear, mask: StructuredMask, threshold: float, update: str
-    ) -> tuple[Removal, StructuredMask]:
+    def prune(self, linear: Linear, mask: StructuredMask, threshold: float, update: str) -> Pruned:
         """Prune every candidate whose cost is at most the threshold and update what stays.
 
         Args:
             linear: as for `find_candidates`.
             mask: likewise.
             threshold: the global one.
-            update: ``full``, ``single`` (see `prune_singly`) or ``none``.
+            update: ``full``, ``single`` (see `LinearCurvature.prune`) or ``none``.
         """
         live = self.basis.part
         rows, columns = self.to_prune(threshold)
         new_mask = mask.without(rows, columns)
         curvature = self.basis.curvature(linear)
-        device = linear.W.device
-        to_prune = rows.to(device)[live.rows], columns.to(device)[live.columns]
+        to_prune = rows.to(linear.W.device)[live.rows], columns.to(linear.W.device)[live.columns]
         after, residual = curvature.prune(*to_prune, update)
         W = live.put(after, linear.W)
         new_mask.apply_(W)
@@ -60,13 +61,7 @@ class Candidates:
 
 
 def find_candidates(
-    linear: Linear,
-    mask: StructuredMask,
-    structure: str,
-    costs: str,
-    *,
-    per_parameter: bool,
-    limit: float | None = None,
+    linear: Linear, mask: StructuredMask, structure: str, costs: str, limits: Limits
 ) -> Candidates:
     """Return which rows and columns may be pruned, and their costs.
 
@@ -74,10 +69,9 @@ def find_candidates(
         linear: with the weights that earlier shots left.
         mask: what earlier shots kept.
         structure: ``rows``, ``columns`` or ``rows_columns``.
-        costs: ``obs`` (with the optimal update of the others) or ``obd`` (without one).
-        per_parameter: whether costs are divided by the entries that the structure still has.
-        limit: if given, costs are the marginal ones of the greedy path, and only what is pruned up
-            to this cost is a candidate.
+        costs: ``obs`` (with the optimal update of the others) or ``obd`` (without one), where there
+            is no greedy path.
+        limits: of the greedy path, on which only what is pruned is a candidate.
 
     Raises:
         FloatingPointError: a factor or a cost is not usable.
@@ -93,35 +87,29 @@ def find_candidates(
     curvature = LinearCurvature(linear, live)
     by_row = W.new_zeros(len(W))
     by_column = W.new_zeros(W.shape[1])
-    if limit is not None:
+    if limits.limit is not None:
         may_prune = rows[live.rows], columns[live.columns]
         path = GreedyPath(curvature.W, curvature.A, curvature.G, may_prune)
-        by_row[live.rows], by_column[live.columns] = greedy_costs(
-            path, Limits(limit), linear.name, "columns", per_parameter=per_parameter
-        )
-        rows &= torch.isfinite(by_row)
-        columns &= torch.isfinite(by_column)
+        by_row[live.rows], by_column[live.columns] = greedy_costs(path, limits, linear.name)
     else:
         by_row[live.rows] = curvature.row_costs(costs)
         by_column[live.columns] = curvature.column_costs(costs)
-        if per_parameter:
+        if limits.per_parameter:
             by_row = by_row / mask.columns.sum().clamp(min=1)
             by_column = by_column / mask.rows.sum().clamp(min=1)
-    check_costs(f"{linear.name} rows", by_row[rows])
-    check_costs(f"{linear.name} columns", by_column[columns])
+        check_costs(f"{linear.name} rows", by_row[rows])
+        check_costs(f"{linear.name} columns", by_column[columns])
     by_row.masked_fill_(~rows, torch.inf)
     by_column.masked_fill_(~columns, torch.inf)
     return Candidates(by_row, by_column, curvature.basis)
 
 
-def alive_part(linear: Linear, mask: StructuredMask) -> Part:
+def alive_part(linear: Linear, mask: StructuredMask) -> StructuredMask:
     """Return the rows with a gradient and the columns that earlier shots kept."""
-    return Part(linear.live.rows, mask.columns.to(linear.W.device))
+    return StructuredMask(linear.live.rows, mask.columns.to(linear.W.device))
 
 
-def group_costs(
-    curvature: LinearCurvature, columns: Tensor, limits: Limits, *, singly: bool = False
-) -> Tensor:
+def group_costs(curvature: LinearCurvature, columns: Tensor, limits: Limits) -> Tensor:
     """Return the marginal cost at which each group is pruned, see `greedy_costs`.
 
     Groups whose inputs are always zero cost 0, if others' are not.
@@ -130,7 +118,6 @@ def group_costs(
         curvature: of the consumer's `alive_part`.
         columns: [num_groups, width] columns of each group.
         limits: how far the greedy path is followed.
-        singly: whether costs are those of each group on its own.
 
     Returns:
         [num_groups], infinite for groups that stay or are pruned already.
@@ -154,35 +141,118 @@ def group_costs(
     W = curvature.W
     may_prune = W.new_zeros(len(W), dtype=torch.bool), left[numbers]
     path = GreedyPath(W, curvature.A, curvature.G, may_prune, place[columns[numbers]])
-    if singly:
-        single, order = path.column_set_costs().cpu().sort(stable=True)
-        check_costs(f"{linear.name} groups", single)
-        num_pruned = max(0, len(numbers) - limits.least)
-        costs[numbers.cpu()[order[:num_pruned]]] = single[:num_pruned]
-        return costs
-    _, marginal = greedy_costs(path, limits, linear.name, "groups")
+    if limits.limit is None:
+        marginal = path.column_set_costs()
+        check_costs(f"{linear.name} groups", marginal)
+        stay = marginal.argsort(stable=True)[max(0, len(numbers) - limits.least) :]
+        marginal[stay] = torch.inf
+    else:
+        _, marginal = greedy_costs(path, limits, f"{linear.name} groups")
     costs[numbers.cpu()] = marginal.cpu()
     return costs
 
 
-def prune_groups(
-    curvature: LinearCurvature, mask: StructuredMask, to_prune: Tensor
-) -> tuple[Removal, StructuredMask]:
+def prune_groups(curvature: LinearCurvature, mask: StructuredMask, to_prune: Tensor) -> Pruned:
     """Remove columns [C] bool of a consumer and update the others exactly.
 
     Arguments are those of `group_costs`.
     """
     linear = curvature.linear
-    before = curvature.W
     G, A = curvature.first
-    removed = to_prune.to(before.device)[curvature.part.columns]
-    after = prune_columns(before, A, removed, name=f"{linear.name} A")
+    removed = to_prune.to(A.device)[curvature.part.columns]
+    after = prune_columns(curvature.W, A, removed, f"{linear.name} A")
     new_mask = mask.without(torch.zeros_like(mask.rows), to_prune.cpu())
     W = curvature.part.put(after, linear.W)
     new_mask.apply_(W)
-    return Removal(W, column_removal_cost(after - before, A, G, removed), 0.0), new_mask
+    return Removal(W, column_removal_cost(after - curvature.W, A, G, removed), 0.0), new_mask
 
 
 def lowest(costs: Tensor, number: int) -> Tensor:
     """Return the indices of the `number` lowest costs, ties in order."""
     return costs.argsort(stable=True)[:number]
+
+
+# The choice of damping, asked of tokens that the factors were not gathered from. Factors of few
+# tokens are noisy: an update that trusts them fits the noise, and one that is damped too much does
+# without what they know. Source: docs/method.md, section 2
+
+A_CHOICES = (1e-3, 1e-2, 1e-1, 1.0)
+"""Damping of A, relative to its mean diagonal."""
+G_CHOICES = (0.01, 0.03, 0.1, 0.3)
+"""Damping of G, likewise."""
+
+
+def cost_held_aside(linear: Linear, held: PackedFactors, share: float, prunes_rows: bool) -> float:
+    """Remove the cheapest columns of a linear, and return the cost on other tokens.
+
+    The update is by the linear's own factors, the cost by factors of other tokens.
+
+    Args:
+        linear: with its factors and their damping.
+        held: factors of tokens held aside, sums likewise; they are not damped.
+        share: of the columns, and of the rows, that are removed.
+        prunes_rows: whether the cheapest rows go, too.
+
+    Returns:
+        Predicted loss increase, in nats per token.
+
+    Raises:
+        FloatingPointError: a factor is not usable.
+    """
+    part = linear.nonzero
+    curvature = LinearCurvature(linear, part)
+    W = curvature.W
+    column_costs = curvature.column_costs("obs")
+    if linear.has_bias and bool(part.columns[-1]):
+        column_costs[-1] = torch.inf
+    gone_columns = _cheapest(column_costs, share)
+    row_costs = curvature.row_costs("obs") if prunes_rows else W.new_zeros(len(W))
+    gone_rows = _cheapest(row_costs, share if prunes_rows else 0.0)
+    after, _ = curvature.prune(gone_rows, gone_columns, "full")
+    factors = held.restricted(part.rows, part.columns)
+    A, G = ((x / held.num_tokens).to(W.dtype) for x in (factors.A, factors.G))
+    return quadratic_cost(after - W, A, G)
+
+
+def _cheapest(costs: Tensor, share: float) -> Tensor:
+    """Return which entries [n] bool are the cheapest share, fewer than all."""
+    gone = torch.zeros(len(costs), dtype=torch.bool, device=costs.device)
+    gone[costs.argsort(stable=True)[: min(int(share * len(costs)), len(costs) - 1)]] = True
+    return gone
+
+
+def choose_damping(
+    cost_of: Callable[[float, float], Sequence[float]], of_A: Sequence[float], of_G: Sequence[float]
+) -> tuple[float, float, list[tuple[float, float, float]]]:
+    """Choose the damping of A, then that of G with it.
+
+    Args:
+        cost_of: damping of A and of G -> costs held aside of several linears.
+        of_A: choices for A.
+        of_G: choices for G; the one after the middle goes with all for A.
+
+    Returns:
+        The damping of A, that of G, and for everything that was tried both with the mean of the
+        costs, relative to the smallest of each linear. Costs that are no number count as infinite.
+    """
+    middle = of_G[len(of_G) // 2]
+    costs = dict[tuple[float, float], Sequence[float]]()
+    means = dict[tuple[float, float], float]()
+
+    def best_of(pairs: Sequence[tuple[float, float]]) -> tuple[float, float]:
+        costs.update({pair: cost_of(*pair) for pair in pairs if pair not in costs})
+        means.update(zip(costs, _relative_means(list(costs.values())), strict=True))
+        return min(pairs, key=lambda pair: means[pair])
+
+    best_a, _ = best_of([(a, middle) for a in of_A])
+    _, best_g = best_of([(best_a, g) for g in of_G])
+    return best_a, best_g, [(a, g, mean) for (a, g), mean in means.items()]
+
+
+def _relative_means(costs: Sequence[Sequence[float]]) -> list[float]:
+    """Return the means of the costs of every choice, relative to the smallest of each linear."""
+    by_choice = torch.tensor(costs, dtype=torch.float64).nan_to_num(nan=torch.inf, posinf=torch.inf)
+    if not by_choice.numel():
+        return [1.0] * len(costs)
+    ratios = by_choice / by_choice.min(dim=0).values.clamp(min=1e-300)
+    return ratios.nan_to_num(nan=torch.inf).mean(dim=1).tolist()

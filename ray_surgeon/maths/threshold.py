@@ -9,7 +9,7 @@ from __future__ import annotations
 import bisect
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,11 +24,9 @@ def _out_of_reach(target: float, most: float) -> OutOfReachError:
     return OutOfReachError(f"pruning.target_sparsity: {target:g} cannot be reached; {most_of_all}")
 
 
-@dataclass(frozen=True)
-class StructureCosts:
+class StructureCosts(NamedTuple):
     """Costs of the alive rows and columns of one linear, as the threshold sees them."""
 
-    name: str  # the linear
     num_parameters: int  # entries of the whole linear, bias included
     num_rows: int  # alive rows
     num_columns: int  # alive columns, bias included
@@ -71,36 +69,28 @@ def structured_threshold(costs: Sequence[StructureCosts], target_sparsity: float
     It removes every structure that costs at most this.
 
     A linear with alive rows R and columns C of which p and q are pruned loses p C + q R - p q
-    entries: the overlap counts once. Bisection over the sorted costs; each probe counts by binary
-    search, so the work is O((n + linears log n) log n) for n structures and nothing of size linears
-    x structures is formed.
+    entries: the overlap counts once. Bisection over the sorted costs; each probe counts what costs
+    at most that, and nothing of size linears x structures is formed.
 
     Args:
-        costs: one entry a linear.
+        costs: one entry a linear, of numbers that `check_costs` accepts.
         target_sparsity: pruned fraction of all parameters after this shot, earlier shots included.
 
     Raises:
         OutOfReachError: everything that may be pruned is less than the target.
-        FloatingPointError: see `check_costs`.
     """
-    for linear in costs:
-        check_costs(f"{linear.name} rows", linear.rows)
-        check_costs(f"{linear.name} columns", linear.columns)
-    ordered = [(c, c.rows.double().sort().values, c.columns.double().sort().values) for c in costs]
     num_parameters = sum(c.num_parameters for c in costs)
 
     def num_removed(value: float) -> int:
-        probe = torch.tensor(value, dtype=torch.float64)
         removed = 0
-        for linear, rows, columns in ordered:
-            p = int(torch.searchsorted(rows, probe, right=True))
-            q = int(torch.searchsorted(columns, probe, right=True))
+        for linear in costs:
+            p = int((linear.rows.double() <= value).sum())
+            q = int((linear.columns.double() <= value).sum())
             removed += linear.num_parameters - (linear.num_rows - p) * (linear.num_columns - q)
         return removed
 
-    zero = torch.zeros(1, dtype=torch.float64)
-    all_costs = torch.cat([zero, *(side for _, *sides in ordered for side in sides)])
-    candidates = all_costs.sort().values
+    sides = (side.double() for linear in costs for side in (linear.rows, linear.columns))
+    candidates = torch.cat([torch.zeros(1, dtype=torch.float64), *sides]).sort().values
     wanted = math.ceil(target_sparsity * num_parameters - 1e-6)
     most = num_removed(float(candidates[-1]))
     if most < wanted:
@@ -159,8 +149,7 @@ def bucket_of(counts: Tensor, k: int) -> tuple[int, int]:
 
 def cost_of_bits(high: int, low: int) -> float:
     """Return the float32 number with the given upper and lower 16 bits."""
-    bits = torch.tensor((high << _LOW_BITS) | low, dtype=torch.int32)
-    return float(bits.view(torch.float32))
+    return float(torch.tensor((high << _LOW_BITS) | low, dtype=torch.int32).view(torch.float32))
 
 
 def units_to_remove(
@@ -183,6 +172,8 @@ def units_to_remove(
 
 Point = tuple[float, float, int]
 """What is saved, what it costs, and what is removed for it."""
+_ROUNDING = 1 + 1e-9
+"""Between slopes that count as equal."""
 
 
 def lower_hull(points: Sequence[Point]) -> list[Point]:
@@ -194,9 +185,7 @@ def lower_hull(points: Sequence[Point]) -> list[Point]:
     for point in points:
         if corners and point[0] <= corners[-1][0]:  # costs more and saves nothing more
             continue
-        while len(corners) > 1 and slope(corners[-2], corners[-1]) > slope(corners[-1], point) * (
-            1 + 1e-9
-        ):
+        while len(corners) > 1 and slope(*corners[-2:]) > slope(corners[-1], point) * _ROUNDING:
             corners.pop()
         corners.append(point)
     return corners

@@ -59,9 +59,9 @@ def stages_of(
     tokenizer = texts.tokenizer
     language = Language(tokenizer, layout.config) if tokenizer else None
     self_text = SelfText.of(spec.calibration, language)
-    yardstick, self_text = yardstick_for(
-        spec.evaluation.generation, self_text, language, texts.first
-    )
+    first = next(iter(texts.measured.values()), texts.calibration).tokens
+    generation = spec.evaluation.generation
+    yardstick, self_text = yardstick_for(generation, self_text, language, first)
     has_costs = method.has_costs
     correction = None
     if spec.correction is not None:

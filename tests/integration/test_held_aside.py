@@ -15,7 +15,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from ray_surgeon.maths.damping import A_CHOICES, G_CHOICES
+from ray_surgeon.maths.structured import A_CHOICES, G_CHOICES
 from ray_surgeon.run.inputs import Inputs, check
 from ray_surgeon.runtime.cluster import LocalCluster
 from ray_surgeon.runtime.passes import remember

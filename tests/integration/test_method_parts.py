@@ -81,8 +81,8 @@ def test_corrections_are_means_over_tokens(job: Jobs, monkeypatch: pytest.Monkey
 
 
 COSTS = (
-    StructureCosts("a", 40, 8, 5, torch.arange(1.0, 9.0), torch.tensor([3.5, 4.5, 5.5, 6.5])),
-    StructureCosts("b", 12, 4, 3, torch.arange(2.0, 6.0), torch.tensor([1.5, 2.5, 3.5])),
+    StructureCosts(40, 8, 5, torch.arange(1.0, 9.0), torch.tensor([3.5, 4.5, 5.5, 6.5])),
+    StructureCosts(12, 4, 3, torch.arange(2.0, 6.0), torch.tensor([1.5, 2.5, 3.5])),
 )
 
 

@@ -9,10 +9,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ray_surgeon.maths.curvature import Linear, Part
+from ray_surgeon.maths.curvature import Linear
 from ray_surgeon.maths.extended.terms import clip_term
 from ray_surgeon.maths.factorised import damp_
 from ray_surgeon.maths.kronecker import Damping, PackedFactors, PackedSymmetric, Term
+from ray_surgeon.maths.masks import StructuredMask
 
 DAMPING = Damping(0.01, 0.1, 1.0)
 
@@ -61,7 +62,7 @@ def further_terms(A: Tensor, G: Tensor, number: int) -> list[Term]:
     return [clip_term(term, *roots, 1 / number)[0] for term in wild]
 
 
-def fisher(of: Linear, live: Part, damping: Damping = DAMPING) -> Tensor:
+def fisher(of: Linear, live: StructuredMask, damping: Damping = DAMPING) -> Tensor:
     """Return F of a part of a linear: the sum of its terms, the first of them damped."""
     factors = of.factors.dense()
     first = factors.G / factors.num_tokens, factors.A / factors.num_tokens

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from ray_surgeon.maths.curvature import Linear
-from ray_surgeon.maths.damping import choose_damping, cost_held_aside
 from ray_surgeon.maths.kronecker import Damping, PackedFactors
+from ray_surgeon.maths.structured import choose_damping, cost_held_aside
 from tests.maths.dense import crossing, dense_minimum, draw, fisher, packed
 
 R = 5

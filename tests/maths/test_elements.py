@@ -13,9 +13,8 @@ from ray_surgeon.maths import conjugate
 from ray_surgeon.maths.conjugate import ElementUpdate, SplitMatrix, update_elements
 from ray_surgeon.maths.curvature import Removal
 from ray_surgeon.maths.element_pruning import ElementUnits, find_elements
-from ray_surgeon.maths.kronecker import Term
+from ray_surgeon.maths.kronecker import Term, quadratic_cost
 from ray_surgeon.maths.masks import ElementMask
-from ray_surgeon.maths.rows_columns import quadratic_cost
 from tests.maths import dense
 from tests.maths.dense import dense_minimum, draw, fisher, linear, problem, silence
 
@@ -159,7 +158,7 @@ def test_the_preconditioner_inverts_the_dominant_part_on_the_kept_columns_of_eac
     kept = kept_of(5, 24, 0.5)
     X = draw(5, 24, seed=9) * kept
     split = SplitMatrix(A, 6, torch.float64)
-    found = conjugate.masked_preconditioner(split, G.diagonal(), kept.to(A.dtype))(X)
+    found = split.preconditioner(G.diagonal(), kept.to(A.dtype))(X)
     for r, inside in enumerate(kept):
         restricted = (torch.diag(s) + U @ U.T)[inside][:, inside] * G[r, r]
         expected = torch.linalg.solve(restricted, X[r, inside])

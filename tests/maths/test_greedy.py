@@ -79,9 +79,7 @@ def test_greedy_path_by_brute_force(per_parameter: bool) -> None:
     limit cuts the same path.
     """
     found, W, F = path(R - 1, C - 1)
-    marginal = torch.cat(
-        greedy_costs(found, Limits(), "linear", "columns", per_parameter=per_parameter)
-    )
+    marginal = torch.cat(greedy_costs(found, Limits(per_parameter=per_parameter), "linear"))
     gone: dict[str, list[int]] = {"rows": [], "columns": []}
     sizes = {"rows": R, "columns": C}
 
@@ -103,7 +101,7 @@ def test_greedy_path_by_brute_force(per_parameter: bool) -> None:
     assert torch.isinf(marginal[[R - 1, R + C - 1]]).all()
     limit = float(marginal.sort().values[5])
     shorter, _, _ = path(R - 1, C - 1)
-    cut = greedy_costs(shorter, Limits(limit), "linear", "columns", per_parameter=per_parameter)
+    cut = greedy_costs(shorter, Limits(limit, per_parameter=per_parameter), "linear")
     assert torch.equal(torch.cat(cut), torch.where(marginal <= limit, marginal, torch.inf))
 
 
@@ -113,9 +111,9 @@ def test_a_linear_gives_its_greedy_candidates_on_the_alive_part() -> None:
     mask = StructuredMask(~flags(R, []), ~flags(C, [3]))
     mask.apply_(W)
     of = linear(W, A, G, has_bias=True)
-    once = find_candidates(of, mask, "rows_columns", "obs", per_parameter=False)
+    once = find_candidates(of, mask, "rows_columns", "obs", Limits(None))
     limit = float(sum(x[x.isfinite()].max() for x in (once.rows, once.columns)))
-    found = find_candidates(of, mask, "rows_columns", "obs", per_parameter=False, limit=limit)
+    found = find_candidates(of, mask, "rows_columns", "obs", Limits(limit))
     assert found.rows[2] == 0.0
     assert set(found.columns.isfinite().nonzero()[:, 0].tolist()) <= {0, 1, 2, 4, 5}
     assert torch.cat([found.rows, found.columns]).isfinite().sum() > 3

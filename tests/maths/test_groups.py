@@ -22,8 +22,7 @@ C = 9
 def found_costs(
     curvature: LinearCurvature, columns: Tensor, least: int, limit: float | None, needed: int
 ) -> Tensor:
-    limits = Limits(math.inf if limit is None else limit, needed, least=least)
-    return group_costs(curvature, columns, limits, singly=limit is None)
+    return group_costs(curvature, columns, Limits(limit, needed, least=least))
 
 
 def costs_of(

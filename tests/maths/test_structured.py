@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ray_surgeon.maths.curvature import Linear
+from ray_surgeon.maths.greedy import Limits
 from ray_surgeon.maths.masks import StructuredMask
 from ray_surgeon.maths.structured import Candidates, find_candidates
 from tests.maths import dense
@@ -22,7 +23,7 @@ def possible(costs: Tensor) -> list[int]:
 def candidates(
     of: Linear, mask: StructuredMask = FULL, structure: str = "rows_columns", costs: str = "obs"
 ) -> Candidates:
-    return find_candidates(of, mask, structure, costs, per_parameter=False)
+    return find_candidates(of, mask, structure, costs, Limits(None))
 
 
 @pytest.mark.parametrize("num_terms", [1, 2])
@@ -123,7 +124,8 @@ def test_cost_per_parameter_divides_by_what_the_structure_still_has() -> None:
     mask.apply_(W)
     of = linear(W, A, G)
     by_cost = candidates(of, mask)
-    per_parameter = find_candidates(of, mask, "rows_columns", "obs", per_parameter=True)
+    limits = Limits(None, per_parameter=True)
+    per_parameter = find_candidates(of, mask, "rows_columns", "obs", limits)
     torch.testing.assert_close(per_parameter.rows * 4, by_cost.rows)
     torch.testing.assert_close(per_parameter.columns * 5, by_cost.columns)
 
@@ -145,6 +147,6 @@ def test_a_linear_of_which_all_rows_are_pruned_has_no_candidates() -> None:
     W, A, G = problem()
     mask = StructuredMask(flags(6, []), ~flags(7, []))
     of = linear(torch.zeros_like(W), A, G)
-    found = find_candidates(of, mask, "rows_columns", "obs", per_parameter=True, limit=1.0)
+    found = find_candidates(of, mask, "rows_columns", "obs", Limits(1.0, per_parameter=True))
     assert not possible(found.rows)
     assert found.prune(of, mask, 1.0, "full")[1].num_kept == 0

@@ -62,9 +62,7 @@ def _whitened(factor: Tensor, cholesky: Tensor) -> Tensor:
     return (whitened + whitened.T) / 2
 
 
-def clip_term(
-    term: Term, G_cholesky: Tensor, A_cholesky: Tensor, share: float
-) -> tuple[Term, float]:
+def clip_term(term: Term, G_root: Tensor, A_root: Tensor, share: float) -> tuple[Term, float]:
     """Clip the negative eigenvalues that would make the sum of terms indefinite.
 
     In units of the first term, whose Cholesky factors are given, the two factors have eigenvalues s
@@ -74,18 +72,18 @@ def clip_term(
 
     Args:
         term: G_r and A_r, symmetric.
-        G_cholesky: [R, R] L with L L^T = G_0.
-        A_cholesky: [C, C] likewise.
+        G_root: [R, R] L with L L^T = G_0.
+        A_root: [C, C] likewise.
         share: of the room, 1 / number of further terms.
 
     Returns:
         G_r and A_r after clipping; and the norm of what was clipped, relative to the norm of the
         term, both measured in units of the first term.
     """
-    if not len(G_cholesky) or not len(A_cholesky):
+    if not len(G_root) or not len(A_root):
         return term, 0.0
-    (s, E) = torch.linalg.eigh(_whitened(term[0], G_cholesky))
-    (t, D) = torch.linalg.eigh(_whitened(term[1], A_cholesky))
+    (s, E) = torch.linalg.eigh(_whitened(term[0], G_root))
+    (t, D) = torch.linalg.eigh(_whitened(term[1], A_root))
     room = share * (1 - _LEAST)
     size = s.norm() * t.norm()
     clipped = []
@@ -100,8 +98,8 @@ def clip_term(
     change, is_same, low_s, low_t = min(clipped, key=lambda signed: signed[0])
     if is_same:
         return term, 0.0
-    G = G_cholesky @ E
-    A = A_cholesky @ D
+    G = G_root @ E
+    A = A_root @ D
     return ((G * low_s) @ G.T, (A * low_t) @ A.T), change
 
 
@@ -122,32 +120,21 @@ class TwoTermInverse:
         self._back1 = G_cholesky @ E
         self._back2 = A_cholesky @ D
         self.S = 1 + torch.outer(s, t)
-        assert bool((self.S > 0).all()), "the sum of the two terms is indefinite"
 
     def solve(self, B: Tensor) -> Tensor:
         """Return X [R, C] with G_0 X A_0 + G_1 X A_1 = B."""
         return (self.K1 @ ((self.K1.T @ B @ self.K2) / self.S)).matmul(self.K2.T)
 
     def row_parts(self, W: Tensor) -> tuple[Tensor, Tensor]:
-        """Return Y = W K2^-T and Z with [F^-1]_rr = K2 diag(Z_r) K2^T, both [R, C]."""
+        """Return Y = W K2^-T and Z with [F^-1]_rr = K2 diag(Z_r) K2^T, both [R, C].
+
+        A row costs 1/2 sum_j Y_rj^2 / Z_rj after the optimal update of the others.
+        """
         return W @ self._back2, self.K1.square() @ (1 / self.S)
 
     def column_parts(self, W: Tensor) -> tuple[Tensor, Tensor]:
-        """Return Y = K1^-1 W and Z with [F^-1]_cc = K1 diag(Z_:c) K1^T, both [R, C]."""
+        """Return Y = K1^-1 W and Z with [F^-1]_cc = K1 diag(Z_:c) K1^T; see `row_parts`."""
         return self._back1.T @ W, (1 / self.S) @ self.K2.square().T
-
-    def row_costs(self, W: Tensor) -> Tensor:
-        """Return the cost of each row after the optimal update of the others, [R].
-
-        It is 1/2 sum_j Y_rj^2 / Z_rj.
-        """
-        Y, Z = self.row_parts(W)
-        return 0.5 * (Y.square() / Z).sum(dim=1)
-
-    def column_costs(self, W: Tensor) -> Tensor:
-        """Return the cost of each column after the optimal update of the others, [C]."""
-        Y, Z = self.column_parts(W)
-        return 0.5 * (Y.square() / Z).sum(dim=0)
 
     def diagonal(self) -> Tensor:
         """Return the diagonal of F^-1 as [R, C]: an element's cost is 1/2 W_rc^2 over its entry."""
@@ -165,14 +152,12 @@ class TwoTermInverse:
 
         Each is as if it were pruned alone.
         """
+        Y, Z = self.row_parts(W)
+        of_rows = self.K1[rows].T @ (Y / Z)[rows]
+        Y, Z = self.column_parts(W)
+        of_columns = (Y / Z)[:, columns] @ self.K2[columns]
         total = torch.zeros_like(W)
-        if rows.any():
-            Y, Z = self.row_parts(W)
-            multipliers = self.K1[rows].T @ (Y / Z)[rows]
-            total -= self.K1 @ (multipliers / self.S) @ self.K2.T
-        if columns.any():
-            Y, Z = self.column_parts(W)
-            multipliers = (Y / Z)[:, columns] @ self.K2[columns]
+        for multipliers in (of_rows, of_columns):
             total -= self.K1 @ (multipliers / self.S) @ self.K2.T
         return total
 

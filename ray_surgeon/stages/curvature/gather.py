@@ -7,9 +7,10 @@ next for G with A held. Source: docs/method.md, section 1.
 
 from __future__ import annotations
 
+from collections import ChainMap
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 from typing import ClassVar
 
 import numpy as np
@@ -40,34 +41,27 @@ class SumsBeside:
 
     def weigh(self, worker: Worker, factor: float) -> None:
         """Multiply what follows from gradients by a factor, likewise for the tokens that count."""
-        return
 
     def reduce(self, worker: Worker) -> None:
         """Sum over the replicas to the owners; every replica calls this."""
-        return
 
 
-def start_curvature(
-    worker: Worker, kind: str, only: frozenset[str] | None, beside: SumsBeside
-) -> None:
+def start_pass(worker: Worker, kind: str, only: frozenset[str] | None, beside: SumsBeside) -> None:
     """Start gathering; see `ModelShard.start_curvature`."""
     worker.shard.start_curvature(kind, only=only, **beside.options)
 
 
-def first_not_finite(worker: Worker) -> str | None:
-    """Return the first linear of this shard whose inputs in the pass were not finite."""
+def not_finite(worker: Worker) -> list[str]:
+    """Return the linears of this shard whose inputs in the pass were not finite, one of each A."""
     store = worker.shard.factor_store
-    for group in worker.shard.gathering:
-        if group.key_of_A in store and not store.get(group.key_of_A).isfinite().all():
-            return group.names[0]
-    return None
+    gathered = [group for group in worker.shard.gathering if group.key_of_A in store]
+    return [g.names[0] for g in gathered if not store.get(g.key_of_A).isfinite().all()]
 
 
 def weigh_gradients(worker: Worker, factor: float, beside: SumsBeside) -> None:
     """Multiply all sums of gradients by a factor: G, and what is summed beside."""
-    shard = worker.shard
-    store = shard.factor_store
-    for key in (key for group in shard.gathering for key in group.keys_of_G.values()):
+    store = worker.shard.factor_store
+    for key in (key for group in worker.shard.gathering for key in group.keys_of_G.values()):
         total = store.on_device(key)
         total.mul_(factor)
         store.put(key, total)
@@ -108,12 +102,12 @@ def gather_curvature(
     sequences: Tokens,
     kind: str,
     label_seed: int | None = None,
-    *,
-    num_backward: int | None = None,
     only: frozenset[str] | None = None,
+    num_backward: int | None = None,
+    counts: Counts = None,
+    *,
     beside: SumsBeside = NOTHING_BESIDE,
     remembers: bool = False,
-    counts: Counts = None,
 ) -> float:
     """Run every calibration sequence through the model and gather A and G where they belong.
 
@@ -130,14 +124,14 @@ def gather_curvature(
         kind: see `ModelShard.start_curvature`; a forward pass is enough for ``activations`` and
             ``identity``.
         label_seed: see `Labels`.
+        only: see `ModelShard.start_curvature`.
         num_backward: sequences that pass backward, too; all if not given. G is theirs, brought to
             the number of all sequences.
-        only: see `ModelShard.start_curvature`.
+        counts: [num_sequences, sequence_length], whether a token counts as something that is
+            predicted; None if all do.
         beside: what is summed beside A and G.
         remembers: whether last shards keep the hidden states of these sequences, because the
             weights are the dense model's.
-        counts: [num_sequences, sequence_length], whether a token counts as something that is
-            predicted; None if all do.
 
     Returns:
         Mean NLL in nats per predicted token that counts, of the sequences that pass backward, or of
@@ -157,7 +151,7 @@ def gather_curvature(
             f"calibration: in none of the {len(measured)} sequences whose loss is taken does a "
             "token count; use longer ones, or more, or raise curvature.num_backward"
         )
-    cluster.run_all(start_curvature, kind, only, beside)
+    cluster.run_all(start_pass, kind, only, beside)
     remembered = CALIBRATION if remembers else None
     try:
         if both:
@@ -173,9 +167,8 @@ def gather_curvature(
             cluster.run_all(weigh_gradients, factor, beside)
         total = passes.finite("the loss of the calibration sequences", sum(losses))
     except FloatingPointError as error:
-        names = [name for name in cluster.run_all(first_not_finite) if name is not None]
         reason = getattr(error, "cause", error)  # unwrapped from Ray's task error
-        first = names[0] if names else "the head"
+        first = next(chain(*cluster.run_all(not_finite)), "the head")
         raise FloatingPointError(f"{reason}; inputs are not finite from {first} on") from error
     cluster.run_all(finish_curvature, beside)
     return total / num_tokens
@@ -193,28 +186,27 @@ def drawn(num_sequences: int, count: int) -> list[int]:
 # Further Kronecker terms
 
 
-@dataclass
 class PowerIteration:
     """The term that is being found, for every linear of a shard.
 
     The sides of a term have the numbers 0 for G and 1 for A.
     """
 
-    # for G and for A: name -> the present factor, [R, R] or [C, C], of norm 1
-    units: tuple[dict[str, Tensor], dict[str, Tensor]] = field(default_factory=lambda: ({}, {}))
-    # name -> the sum of the pass, of the side that is wanted
-    moments: dict[str, PackedSymmetric] = field(default_factory=dict)
-    # name -> the norm that the last factor had, at its owner
-    sigma: dict[str, float] = field(default_factory=dict)
-    hooks: list[RemovableHandle] = field(default_factory=list)
+    def __init__(self) -> None:
+        """Start with nothing."""
+        # for G and for A: name -> the present factor, [R, R] or [C, C], of norm 1
+        self.units = dict[str, Tensor](), dict[str, Tensor]()
+        # name -> the sum of the pass, of the side that is wanted
+        self.moments = dict[str, PackedSymmetric]()
+        # name -> the norm that the last factor had, at its owner
+        self.sigma = dict[str, float]()
+        self.hooks = list[RemovableHandle]()
 
-
-def _add_moment(
-    total: PackedSymmetric, opposite: Tensor, side: int, inputs: Tensor, gradients: Tensor
-) -> None:
-    """Add (a^T A a) g g^T for side G, with A the opposite factor; (g^T G g) a a^T for side A."""
-    pair = (gradients, inputs)
-    total.add(pair[side], quadratic_forms(pair[1 - side], opposite))
+    def add(self, side: int, name: str, inputs: Tensor, gradients: Tensor) -> None:
+        """Add (a^T A a) g g^T for side G, A being the opposite factor; (g^T G g) a a^T for A."""
+        pair = (gradients, inputs)
+        weights = quadratic_forms(pair[1 - side], self.units[1 - side][name])
+        self.moments[name].add(pair[side], weights)
 
 
 def start_iteration(worker: Worker, side: int) -> None:
@@ -227,12 +219,10 @@ def start_iteration(worker: Worker, side: int) -> None:
     for name, module in worker.shard.gathered.items():
         shape = worker.layout.shapes[name]
         R = shape.num_rows
-        if name not in opposites:
-            opposites[name] = torch.eye(R, device=worker.device) / R**0.5
-        moment = PackedSymmetric.zeros((R, shape.num_columns)[side], worker.device)
-        power.moments[name] = moment
-        see = partial(_add_moment, moment, opposites[name], side)
-        power.hooks.append(watch_pairs(module, see))
+        opposites.setdefault(name, torch.eye(R, device=worker.device) / R**0.5)
+        size = (R, shape.num_columns)[side]
+        power.moments[name] = PackedSymmetric.zeros(size, worker.device)
+        power.hooks.append(watch_pairs(module, partial(power.add, side, name)))
 
 
 @collective
@@ -294,6 +284,5 @@ def gather_terms(
             cluster.run_all(start_iteration, side)
             forward_and_backward(cluster, sequences, Labels(label_seed))
             cluster.run_all(finish_iteration, side)
-        of_workers = cluster.run_all(finish_term)
-        sizes.append({name: size for part in of_workers for name, size in part.items()})
+        sizes.append(dict(ChainMap(*cluster.run_all(finish_term))))
     return sizes

@@ -60,13 +60,8 @@ class _Damped(_Curvature):
     @property
     def as_damping(self) -> Damping:
         """The damping as the mathematics takes it; the default where it is chosen later."""
-        damping = self.given_damping
+        damping = DampingSection() if self.damping == "auto" else self.damping
         return Damping(damping.a, 0.0 if self.gathers == "A" else damping.g, self.max_damping)
-
-    @property
-    def given_damping(self) -> DampingSection:
-        """The damping in numbers, those of the defaults where it is chosen later."""
-        return DampingSection() if self.damping == "auto" else self.damping
 
     def problems(self) -> Iterator[str]:
         """Yield what fields have against each other."""
@@ -136,7 +131,7 @@ class ActivationsSection(_Damped):
 
     def problems(self) -> Iterator[str]:
         """Yield what fields have against each other."""
-        if self.given_damping.g != DampingSection().g:
+        if self.damping != "auto" and self.damping.g != DampingSection().g:
             yield "damping.g has no effect, because G is the identity; remove it"
 
 

@@ -7,15 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from functools import partial
+from itertools import chain
 from math import isfinite
 from typing import Any
 
 import numpy as np
 
-from ray_surgeon.maths.damping import A_CHOICES, G_CHOICES, choose_damping, cost_held_aside
-from ray_surgeon.maths.kronecker import Damping, PackedFactors
-from ray_surgeon.models.layout import ModelLayout
+from ray_surgeon.maths.kronecker import PackedFactors
+from ray_surgeon.maths.structured import A_CHOICES, G_CHOICES, choose_damping, cost_held_aside
 from ray_surgeon.plan.needs import StepPlan, WorkerView
 from ray_surgeon.runtime.cluster import Cluster
 from ray_surgeon.runtime.worker import Worker
@@ -30,65 +29,51 @@ class _HeldFactors(dict[str, PackedFactors]):
 
 
 def _keep_held_factors(worker: Worker, method: Method) -> None:
-    """Keep the factors of the owned linears that are probed, of the windows held aside."""
-    held = _HeldFactors()
-    for name in _probed(worker.layout, method):
-        if name in worker.shard.linears and worker.owns(name):
-            factors = worker.shard.own_factors(name)
-            held[name] = replace(factors, A=factors.A.copied(), G=factors.G.copied())
-    worker.keep(held)
-
-
-def _probed(layout: ModelLayout, method: Method) -> list[str]:
-    """Return the linears on which dampings are tried.
+    """Keep the factors of the windows held aside, of the owned linears on which dampings are tried.
 
     Of each role that is ranked, these are one a third and one two thirds through the model.
     """
     of_role: dict[str, list[str]] = {}
-    for shape in layout.linears:
+    for shape in worker.layout.linears:
         if shape.sees_all_tokens and method.needs(shape) is not None:
             of_role.setdefault(shape.role, []).append(shape.name)
-    two_each = [names[len(names) * third // 3] for names in of_role.values() for third in (1, 2)]
-    return list(dict.fromkeys(two_each))
+    tried = (names[len(names) * third // 3] for names in of_role.values() for third in (1, 2))
+    held = _HeldFactors()
+    for name in tried:
+        if name in worker.shard.linears and worker.owns(name):
+            factors = worker.shard.own_factors(name)
+            A, G = (replace(own, flat=own.flat.clone()) for own in (factors.A, factors.G))
+            held[name] = replace(factors, A=A, G=G)
+    worker.keep(held)
 
 
-def _costs_held_aside(
-    worker: Worker, method: Method, damping: Damping, share: float
-) -> list[float]:
-    """Return what removals in the owned probed linears cost by the factors held aside.
+def _costs_held_aside(worker: Worker, method: Method, share: float) -> list[float]:
+    """Return what removals in these linears cost by the factors held aside.
 
     See `cost_held_aside`.
     """
-    prunes_rows = method.gathers is None
-    costs = []
-    for name, held in worker.kept(_HeldFactors).items():
-        linear = replace(method.linear(worker, name), damping=damping)
-        costs.append(cost_held_aside(linear, held, share, prunes_rows=prunes_rows))
-    return costs
-
-
-def _drop_held_factors(worker: Worker) -> None:
-    """Keep the factors of the windows held aside no longer."""
-    worker.drop(_HeldFactors)
+    rows = method.gathers is None
+    all_held = worker.kept(_HeldFactors).items()
+    return [cost_held_aside(method.linear(worker, n), held, share, rows) for n, held in all_held]
 
 
 def _choose_damping(cluster: Cluster, method: Method, shot: int) -> tuple[Method, dict[str, Any]]:
     """Return a method with the damping that costs least, and what the report says of it."""
     curvature = method.used_curvature
-    has_G = curvature.gathers == "both"
     share = method.section.removed_in(shot)
 
-    def cost_of(a: float, g: float) -> list[float]:
-        damping = Damping(a, g if has_G else 0.0, curvature.as_damping.max)
-        of_workers = cluster.run_all(_costs_held_aside, method, damping, share)
-        return [cost for of_worker in of_workers for cost in of_worker]
+    def damped(a: float, g: float) -> Method:
+        damping = {"damping": DampingSection(a=a, g=g)}
+        return replace(method, curvature=curvature.model_copy(update=damping))
 
-    of_G = G_CHOICES if has_G else (DampingSection().g,)
+    def cost_of(a: float, g: float) -> list[float]:
+        return list(chain(*cluster.run_all(_costs_held_aside, damped(a, g), share)))
+
+    of_G = G_CHOICES if curvature.gathers == "both" else (DampingSection().g,)
     a, g, tried = choose_damping(cost_of, A_CHOICES, of_G)
-    cluster.run_all(_drop_held_factors)
-    changed = curvature.model_copy(update={"damping": DampingSection(a=a, g=g)})
+    cluster.run_all(Worker.keep, _HeldFactors())  # which frees the others
     costs = [{"a": x, "g": y, "cost": z if isfinite(z) else None} for x, y, z in tried]
-    return replace(method, curvature=changed), {"a": a, "g": g, "tried": costs}
+    return damped(a, g), {"a": a, "g": g, "tried": costs}
 
 
 def calibrate(
@@ -108,25 +93,22 @@ def calibrate(
         `calibration_loss` is the mean NLL in nats per predicted token.
     """
     curvature = method.used_curvature
-    sequences = text.tokens
-    seed = curvature.label_seed(shot, len(sequences))
-    gather = partial(
-        gather_curvature, cluster, kind=curvature.kind, label_seed=seed, only=method.gathers
-    )
+    seed = curvature.label_seed(shot, len(text.tokens))
+    how = curvature.kind, seed, method.gathers
     has_held = curvature.chooses_damping and len(text.held) >= cluster.placement.num_replicas
     if has_held:
-        gather(text.held, counts=text.held_counts)
+        gather_curvature(cluster, text.held, *how, counts=text.held_counts)
         cluster.run_all(_keep_held_factors, method)
     n = curvature.sequences_backward
     record: dict[str, Any] = {}
     with method.around_pass(cluster, text):
-        loss = gather(
-            sequences, num_backward=n, beside=method.beside, remembers=remembers, counts=text.counts
+        loss = gather_curvature(
+            cluster, text.tokens, *how, n, text.counts, beside=method.beside, remembers=remembers
         )
         if has_held:
             method, record["damping_chosen"] = _choose_damping(cluster, method, shot)
         if isinstance(curvature, ExtendedKfacSection):
-            sizes = gather_terms(cluster, sequences, curvature, seed)
+            sizes = gather_terms(cluster, text.tokens, curvature, seed)
             record["median_size_of_terms"] = [float(np.median([*term.values()])) for term in sizes]
     record["calibration_loss"] = loss
     return method, record
@@ -167,8 +149,8 @@ class Curvature(Stage):
         num_changes = self.method.beside.num_changes(worker.shapes.layout)
         forward = (1 + (num_changes > 0)) * 2 * worker.active + worker.all_factors / 2
         head = worker.head_flops * (backward or worker.sequences)
-        runs_again = stores.activations == "recompute"
-        further = (1 + runs_again) * 2 * worker.active + 2 * worker.head_flops
+        runs = 1 + (stores.activations == "recompute")
+        further = runs * 2 * worker.active + 2 * worker.head_flops
         of_pass = worker.sequences * forward + head + backward * further
         num_passes = 1
         if isinstance(curvature, ExtendedKfacSection):
@@ -183,8 +165,7 @@ class Curvature(Stage):
         factors_on_host = worker.all_factors * (stores.factors == "host" and worker.device_is_host)
         host = worker.host + factors_on_host + worker.travelling(worker.sequence_length)
         flops = num_passes * worker.sequence_length * of_pass
-        pairs = zip(weights, factors, strict=True)
-        of_host, of_disk = (num_passes * sum(pair) for pair in pairs)
+        of_host, of_disk = (num_passes * sum(pair) for pair in zip(weights, factors, strict=True))
         bubble = (waves + worker.num_shards - 1) / waves
         yield StepPlan(self.name, device, host, flops, 0.0, of_host, of_disk, bubble)
 

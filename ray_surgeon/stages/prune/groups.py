@@ -112,9 +112,9 @@ class Groups(GroupChoice):
         limit = per_unit * self.unit_of(kind)
         odd = left % self.multiple(kind, shot)  # must go whatever they cost
         most = math.inf if self.section.uniform or odd else _FAR * limit
-        limits = Limits(limit, max(needed, odd), most, self.section.fewest_groups[kind])
-        singly = reach is None
-        marginal = group_costs(curvature, groups.columns, limits, singly=singly).float()
+        far = None if reach is None else limit
+        limits = Limits(far, max(needed, odd), most, self.section.fewest_groups[kind])
+        marginal = group_costs(curvature, groups.columns, limits).float()
         worker.kept(Scored)[name] = curvature.basis, marginal
         allowed = self._allowed(worker, groups, shot)
         return replace(costs, costs=marginal, allowed=allowed, limit=per_unit)

@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 
 from ray_surgeon.maths import threshold as thresholds
+from ray_surgeon.maths.greedy import Limits
 from ray_surgeon.maths.masks import StructuredMask
 from ray_surgeon.maths.structured import find_candidates
 from ray_surgeon.maths.threshold import StructureCosts
@@ -93,20 +94,18 @@ class RowsColumns(ByThreshold):
             FloatingPointError: a factor or a cost is not usable; names the linear.
         """
         section = self.section
-        options = section.structure, "obd" if section.costs == "obd" else "obs"
-        per_parameter = section.rank_by == "cost_per_parameter"
+        limits = Limits(limit, per_parameter=section.rank_by == "cost_per_parameter")
+        options = section.structure, "obd" if section.costs == "obd" else "obs", limits
         candidates = {}
         replies = []
         shapes = worker.layout.shapes
         names = [n for n in worker.shard.linears if worker.owns(n) and not shapes[n].block % every]
         for name in worker.each(names):
             mask = worker.mask(name, StructuredMask)
-            candidates[name] = c = find_candidates(
-                self.linear(worker, name), mask, *options, per_parameter=per_parameter, limit=limit
-            )
+            candidates[name] = c = find_candidates(self.linear(worker, name), mask, *options)
             kept = int(mask.rows.sum()), int(mask.columns.sum())
             costs = (side[side.isfinite()].float().cpu() for side in (c.rows, c.columns))
-            replies.append(StructureCosts(name, shapes[name].size, *kept, *costs))
+            replies.append(StructureCosts(shapes[name].size, *kept, *costs))
         return self.scores(worker, candidates, replies)
 
     @collective
