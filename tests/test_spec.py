@@ -158,6 +158,14 @@ MISTAKES = [
     (f"{N_M}; pruning.target_sparsity=0.6", "more than 2:4 can remove"),
     (f"{WANDA}; {N_M}; pruning.target_sparsity=0.5", "to 2:4 at once; set target_sparsity to 0.5"),
     (f"{WANDA}; curvature.damping.a=0.1", "gathers its own"),
+    (f"{ELEMENT}; pruning.costs=obs_sum", "is of N:M groups"),
+    (f"{ELEMENT}; pruning.update={{solver: single, num_iterations: 4}}", "has no iterations"),
+    (f"{GROUPS}; pruning.groups=[ffn, ffn]", "name a kind twice"),
+    (
+        f"{GROUPS}; pruning.groups=[experts]; pruning.remove_blocks=true",
+        "is of KV groups and channels",
+    ),
+    (f"{GROUPS}; pruning.groups=[experts]; curvature.damping={{a: 0.1}}", "invert no factor"),
 ]
 
 

@@ -48,6 +48,7 @@ def model(llama: Path, tmp_path: Path) -> Path:
 
 
 GROUPS = "pruning.structure=groups; pruning.groups"
+ELEMENT = "model=opt; pruning.structure=element"
 SEARCH = "pruning.width_multiple=8; pruning.search={num_sequences: 600}"
 IDENTITY = "curvature.kind=identity; pruning.reconstruction={}"
 
@@ -65,6 +66,8 @@ IDENTITY = "curvature.kind=identity; pruning.reconstruction={}"
         (f"{GROUPS}=[attention]; pruning.reconstruction={{}}", ["is of channels", "to groups"]),
         (f"{GROUPS}=[ffn]; {IDENTITY}", ["identity keeps no inputs", "use kfac or activations"]),
         (f"{GROUPS}=[ffn]; {SEARCH}", ["606 sequences", "need 38760"]),
+        (f"{ELEMENT}; pruning.target_sparsity=0.995", ["biases count and stay"]),
+        (f"{ELEMENT}; pruning.method=wanda; pruning.target_sparsity=0.975", ["0.9697 is all"]),
         ("model.source=/absent/model", ["model.source", "no folder '/absent/model'"]),
         (f"model.source={'/' + 'long' * 80}", ["model.source: cannot read"]),
         ("calibration.source=/absent/text.txt", ["calibration", "no file /absent/text.txt"]),

@@ -23,7 +23,7 @@ from ray_surgeon.maths.columns import sparsegpt, upper_inverse, wanda
 from ray_surgeon.maths.element_pruning import ElementUnits, find_elements
 from ray_surgeon.maths.factorised import RaisedDamping
 from ray_surgeon.maths.masks import ElementMask
-from ray_surgeon.models.layout import LinearShape
+from ray_surgeon.models.layout import LinearShape, ModelLayout
 from ray_surgeon.plan.work import LinearNeeds
 from ray_surgeon.runtime.cluster import Cluster
 from ray_surgeon.runtime.passes import BlockPass
@@ -67,6 +67,12 @@ class PatternSection(SparsitySection):
         """The largest sparsity of a pattern."""
         return 1 - self.units.n / self.units.m
 
+    def reach(self, layout: ModelLayout) -> float:
+        """Return the largest target that a model's shapes allow; biases count and stay."""
+        weights = sum(s.num_rows * (s.num_columns - s.has_bias) for s in layout.linears)
+        share = self.units.num_removed / self.units.m
+        return weights * share / layout.linear_size + thresholds.SHORT
+
     def problems(self) -> Iterator[str]:
         """Yield why a pattern is impossible, or cannot reach the target."""
         n = self.units.n
@@ -92,6 +98,14 @@ class ElementsSection(PatternSection):
     """
     update: UpdateSection = UpdateSection()
     """How the kept weights make up for the pruned ones"""
+
+    def problems(self) -> Iterator[str]:
+        """Yield what fields have against each other."""
+        if self.structure == "element" and self.costs == "obs_sum":
+            yield "costs: obs_sum is of N:M groups; use obs or obd, or set structure n_m"
+        solver = self.update.solver
+        if solver != "conjugate_gradients" and self.update != UpdateSection(solver=solver):
+            yield f"update: solver {solver} has no iterations; leave its other fields out"
 
 
 @dataclass(frozen=True)
@@ -178,6 +192,11 @@ class Elements(ByThreshold):
 class _Layerwise(PatternSection):
     takes_curvature: ClassVar[bool] = False
 
+    def reach(self, layout: ModelLayout) -> float:
+        """Return what the narrowest linear allows; a pattern is a target of its own."""
+        widths = [(s.num_columns - s.has_bias) / s.num_columns for s in layout.linears]
+        return min(widths) if self.structure == "element" else 1.0
+
     def problems(self) -> Iterator[str]:
         """Yield what fields have against each other."""
         is_short = self.target_sparsity < self.largest_sparsity - thresholds.SHORT
@@ -198,6 +217,11 @@ class SparseGPTSection(_Layerwise):
     """A factor that is not positive definite gets ten times the damping, up to this; then the run
     fails
     """
+
+    def problems(self) -> Iterator[str]:
+        """Yield what fields have against each other."""
+        if self.max_damping < self.damping:
+            yield f"max_damping {self.max_damping:g} is below damping {self.damping:g}; raise it"
 
 
 class WandaSection(_Layerwise):

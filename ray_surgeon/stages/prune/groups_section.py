@@ -121,11 +121,18 @@ class CoupledSection(Reconstructed):
                 reasons["activations"] = "has no gradients, which whole experts need; use kfac"
         if curvature.kind in reasons:
             return f"curvature.kind: {curvature.kind} {reasons[curvature.kind]}"
+        if set(self.groups) == {"experts"}:
+            changed = curvature.model_dump(exclude_defaults=True).keys()
+            for field in sorted(changed & {"damping", "max_damping"}):
+                return f"curvature.{field}: costs of whole experts invert no factor; leave it out"
         return super().problem_with(curvature)
 
     def problems(self) -> Iterator[str]:
         """Yield what fields have against each other."""
-        if self.expert_costs != "rerouting" and set(self.groups) != {"experts"}:
+        kinds = set(self.groups)
+        if len(kinds) < len(self.groups):
+            yield f"groups: {', '.join(self.groups)} name a kind twice; remove one"
+        if self.expert_costs != "rerouting" and kinds != {"experts"}:
             problem = "is of whole experts alone and has another unit; set groups to [experts]"
             yield f"expert_costs: {self.expert_costs} {problem}"
         if self.multiple % self.tensor_parallel:
@@ -150,6 +157,8 @@ class GroupsSection(CoupledSection, Searched):
         """Yield what fields have against each other."""
         if self.search is not None and "experts" in self.groups:
             yield "search: does not go with whole experts; use expert_channels, or leave it out"
+        if self.remove_blocks and set(self.groups) == {"experts"}:
+            yield "remove_blocks: is of KV groups and channels; remove it, or name other groups"
 
 
 class UniformGroupsSection(CoupledSection):

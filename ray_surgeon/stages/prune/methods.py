@@ -81,13 +81,23 @@ def method_for(
         raise ValueError(problem)
     if isinstance(pruning, coupled.CoupledSection):
         return _groups(pruning, curvature, layout, dtype)
-    m = pruning.units.m if isinstance(pruning, elements.PatternSection) else 1
+    if isinstance(pruning, elements.PatternSection):
+        _check_pattern(pruning, layout)
+    return METHODS[type(pruning)](pruning, curvature)
+
+
+def _check_pattern(pruning: elements.PatternSection, layout: ModelLayout) -> None:
+    m = pruning.units.m
     for shape in layout.linears:
         num_inputs = shape.num_columns - shape.has_bias
         if num_inputs % m:
             inputs = f"{shape.name} has {num_inputs} inputs"
             raise ValueError(f"pruning.n_m: {inputs}, not a multiple of {m}; choose another M")
-    return METHODS[type(pruning)](pruning, curvature)
+    if pruning.target_sparsity > (most := pruning.reach(layout)):
+        raise ValueError(
+            f"pruning.target_sparsity: {pruning.target_sparsity:g}, but {most:.4g} is all that "
+            f"{pruning.method} can take from this model, because biases count and stay; lower it"
+        )
 
 
 def _groups(
