@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import _TYPES, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from ray_surgeon.spec.base import REASON, refusing
@@ -28,7 +28,13 @@ _MAX_HEADER_BYTES = 25_000_000
 
 The format allows four times that; a file of a large model has some 100 kB.
 """
-_DTYPES: dict[str, torch.dtype] = _TYPES | {"F8_E8M0": torch.float8_e8m0fnu}
+_DTYPES = {"BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "BF16": torch.bfloat16}
+_DTYPES |= {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
+_DTYPES |= {"F8_E8M0": torch.float8_e8m0fnu}
+for _bits in (16, 32, 64):
+    _DTYPES[f"F{_bits}"] = getattr(torch, f"float{_bits}")
+    _DTYPES[f"I{_bits}"] = getattr(torch, f"int{_bits}")
+    _DTYPES[f"U{_bits}"] = getattr(torch, f"uint{_bits}")
 _BAD_HEADER = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
 """What reading a damaged header raises."""
 _FINGERPRINT_BYTES = 65536
