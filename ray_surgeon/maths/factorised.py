@@ -203,7 +203,9 @@ class DowndatedInverse:
         X = solve_lower(K, columns.T)
         k = self._k + len(X)
         if k > len(self._V):
-            self._V.resize_(min(max(k, 2 * self._k), X.shape[1]), X.shape[1])
+            longer = X.new_empty(min(max(k, 2 * self._k), X.shape[1]), X.shape[1])
+            longer[: self._k] = self._V[: self._k]
+            self._V = longer
         self._V[self._k : k] = X
         self._k = k
         self.blocks -= squares(X.T[self._sets])
