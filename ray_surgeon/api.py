@@ -175,7 +175,11 @@ def curvature(
     return {name: shard.own_factors(name).dense() for name in names}
 
 
-def _token_ids(sequences: Any, tokenizer: Any, layout: ModelLayout) -> list[list[int]]:
+def _token_ids(
+    sequences: Sequence[Sequence[int]] | Tensor | Iterable[str],
+    tokenizer: PreTrainedTokenizerBase | None,
+    layout: ModelLayout,
+) -> list[list[int]]:
     """Return the token ids of sequences or texts.
 
     Args:

@@ -134,6 +134,8 @@ def copy_small_files(model: ModelSection, uri: str, *, another_type: bool = Fals
         return
     with tempfile.TemporaryDirectory() as scratch:
         AutoTokenizer.from_pretrained(dense.small_files_folder()).save_pretrained(scratch)
+        if not Path(scratch, "tokenizer.json").exists():
+            return
         settings = f"{scratch}/tokenizer_config.json"
         document = files.read_json(settings) | {"tokenizer_class": "PreTrainedTokenizerFast"}
         files.write_json(settings, document)
@@ -186,9 +188,11 @@ def run_for(uri: str, name: str, request: Mapping[str, Any]) -> dict[str, Any]:
 def run_reload(uri: str, request: Mapping[str, Any]) -> dict[str, Any]:
     """Load an export in a process of its own; `request` is the rest of what `answer` takes."""
     with local_folder(uri) as (folder, scratch):
-        places = {"folder": str(folder), "offload": str(scratch)}
-        request = {**places, "max_memory": available_bytes() // 2, **request}
-        return run_for(uri, "folder", request)
+        size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+        most = available_bytes()
+        memory = most // 2 if 1.5 * size > most else 2 * most  # all of it fits
+        places = {"folder": str(folder), "offload": str(scratch), "max_memory": memory}
+        return run_for(uri, "folder", {**places, **request})
 
 
 def reload_difference(pruned: Pruned, uri: str) -> float:

@@ -132,12 +132,19 @@ def _device_name(device: torch.device, num_threads: int) -> str:
 
 
 def _moment(device: torch.device) -> Any:
-    """Return the present moment of a device's work."""
+    """Return the present moment of a device's work, without waiting for it."""
     if device.type != "cuda":
         return time.perf_counter()
     event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
     event.record()
     return event
+
+
+def _now(device: torch.device) -> float:
+    """Return the time when a device has done all its work."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 def _seconds(start: Any, end: Any) -> float:
@@ -155,13 +162,12 @@ def _timed(model: PreTrainedModel, options: SpeedSection) -> tuple[float, float]
     size = (options.batch_size, options.prompt_length)
     generator = torch.Generator().manual_seed(0)
     prompts = torch.randint(model.config.vocab_size, size, generator=generator).to(model.device)
-    start = _moment(model.device)
+    start = _now(model.device)
     out = model(prompts, use_cache=True, logits_to_keep=1)
-    middle = _moment(model.device)
+    middle = _now(model.device)
     for _ in range(options.num_new_tokens):
         out = model(out.logits[:, -1:].argmax(dim=-1), **{cache: out[cache]}, use_cache=True)
-    end = _moment(model.device)
-    return _seconds(start, middle), _seconds(middle, end)
+    return middle - start, _now(model.device) - middle
 
 
 def _time_blocks(model: PreTrainedModel, options: SpeedSection) -> list[float]:

@@ -64,7 +64,7 @@ def replace_columns(W: Tensor, U: Tensor, width: int, replace: Replace) -> None:
         W: the matrix.
         U: see `upper_inverse`.
         width: columns of a block, after which those to its right learn of its errors.
-        replace: see there.
+        replace: see `Replace`.
     """
     for start in range(0, W.shape[1], width):
         stop = min(start + width, W.shape[1])

@@ -150,6 +150,7 @@ def factorise(matrix: Tensor, damping: float, max_damping: float, name: str) -> 
             wide = damp_(matrix.to(torch.float64, copy=True), current) if is_retry else None
             damp_(matrix, current)
             factor, failed = torch.linalg.cholesky_ex(matrix if wide is None else wide)
+            del wide  # of a large matrix it has no room beside the factor
             if not failed:
                 factor = factor.to(matrix.dtype)
                 return DampedFactor(matrix, factor, damping, current, is_retry)

@@ -31,7 +31,15 @@ The keys after the last of them are left out, so that fewer queries are less wor
 
 
 def attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **others: Any
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Return the outputs of attention.
 
@@ -43,22 +51,20 @@ def attention(
         query: [n, heads, T, d].
         key: [n, key heads, S, d], each for as many query heads that follow each other.
         value: [n, key heads, S, e].
-        mask: None if every query reads all keys, or those up to its own place.
-        others: `dropout`, the share of weights that are set to zero; `scaling`, the factor of the
-            scores, 1 / sqrt(d) if None; `is_causal`, whether a query reads the keys up to its own
-            place only; and what other functions want.
+        attention_mask: None if every query reads all keys, or those up to its own place.
+        dropout: share of weights that are set to zero.
+        scaling: factor of the scores; 1 / sqrt(d) if None.
+        is_causal: whether a query reads the keys up to its own place only.
+        kwargs: of other functions.
 
     Returns:
         [n, T, heads, e], and None in place of the weights.
     """
     T = query.shape[2]
     S = key.shape[2]
-    scaling = others.get("scaling")
-    is_causal = others.get("is_causal")
     causal = T > 1 and (getattr(module, "is_causal", True) if is_causal is None else is_causal)
-    special = (mask, others.get("position_bias"), others.get("softcap"))
-    is_plain = not others.get("dropout") and all(part is None for part in special)
-    plain = is_plain and (not causal or T == S)
+    special = (attention_mask, kwargs.get("position_bias"), kwargs.get("softcap"))
+    plain = not dropout and all(part is None for part in special) and (not causal or T == S)
     on_cpu = query.device.type == "cpu"
     shared = query.shape[1] // key.shape[1]
     if plain and not on_cpu and shared > 1 and query.dtype == torch.float32:
@@ -69,7 +75,8 @@ def attention(
         return outputs.transpose(1, 2).contiguous(), None
     gains = on_cpu and (query.dtype == torch.bfloat16 or T == 1)
     if not plain or not gains:
-        outputs, _ = sdpa_attention_forward(module, query, key, value, mask, **others)
+        kwargs |= {"dropout": dropout, "scaling": scaling, "is_causal": is_causal}
+        outputs, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
         return outputs, None
     factor = query.shape[-1] ** -0.5 if scaling is None else scaling
     return in_products(query * factor, key, value, causal=causal).transpose(1, 2).contiguous(), None

@@ -97,11 +97,11 @@ def propagate(
             _propagate_in_heads(layout, groups, kept)
         elif layout.activation in _KEEP_ZERO:
             _propagate_in_ffn(layout, groups, kept)
-    return {
-        name: mask
-        for name, mask in kept.items()
-        if not all(map(torch.equal, vars(mask).values(), vars(masks[name]).values()))
-    }
+    return {name: mask for name, mask in kept.items() if not _are_same(mask, masks[name])}
+
+
+def _are_same(mask: StructuredMask, before: StructuredMask) -> bool:
+    return torch.equal(mask.rows, before.rows) and torch.equal(mask.columns, before.columns)
 
 
 def shrinkable(masks: Mapping[str, StructuredMask], sets: Sequence[GroupSet]) -> int:
@@ -161,6 +161,6 @@ def _rotated(alive: Tensor, config: PretrainedConfig) -> Tensor:
     The rotation mixes pairs of them.
     """
     head_dim = alive.shape[-1]
-    rotated = int(head_dim * rope_of(config).get("partial_rotary_factor", 1.0))
+    rotated = int(head_dim * (rope_of(config).get("partial_rotary_factor") or 1.0))
     halves = alive[..., :rotated].reshape(*alive.shape[:-1], 2, rotated // 2).any(dim=-2)
     return torch.cat([halves, halves, alive[..., rotated:]], dim=-1)

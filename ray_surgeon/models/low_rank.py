@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
 
 from ray_surgeon.maths.masks import ElementMask, Mask
 from ray_surgeon.models.build import LinearModule, matrix
@@ -216,6 +215,10 @@ class LowRankCorrections:
         return arrived
 
 
-def _copied(state: Any) -> Any:
+def _copied(state: Mapping[str, Any]) -> dict[str, Any]:
     """Copy the state of an optimizer: tensors of some devices cannot be deep-copied."""
-    return tree_map_only(Tensor, Tensor.clone, state)
+    moments = {
+        number: {name: moment.clone() for name, moment in of_parameter.items()}
+        for number, of_parameter in state["state"].items()
+    }
+    return {**state, "state": moments}

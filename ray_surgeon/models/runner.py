@@ -47,6 +47,8 @@ class BlockRunner:
     def enter(self, inputs: Tensor, cache: DynamicCache | None = None) -> tuple[Tensor, list[Call]]:
         """Take a sequence up to the first block.
 
+        It is the family's forward, with blocks that do nothing.
+
         Args:
             inputs: tokens [n, T] int64 or hidden states [n, T, d].
             cache: keys and values of the tokens before, if these go on.

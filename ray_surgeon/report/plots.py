@@ -60,7 +60,8 @@ def inline_svg(figure: Figure, name: str) -> str:
     figure.set_layout_engine("none")  # it is laid out; another format need not do it again
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :].replace(_INK, "currentColor")
-    return re.sub(r"\b(id=\"|url\(#|href=\"#)", rf"\g<1>{name}-", svg)
+    svg = re.sub(r"\b(id=\"|url\(#|href=\"#)", rf"\g<1>{name}-", svg)
+    return re.sub(r'width="[^"]*" height="[^"]*"', "", svg, count=1)
 
 
 def _axes(x_label: str, y_label: str, height: float = 4.0) -> tuple[Figure, Axes]:

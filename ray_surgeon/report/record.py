@@ -199,8 +199,9 @@ def _check_dense_states(uri: str) -> None:
 
 def _changes(directory: RunDirectory, spec_yaml: str) -> list[str]:
     """Return the fields in which a spec differs from the folder's, for an error."""
-    old = _fields(yaml.safe_load(store.read_text(directory.path("spec.yaml"))))
-    new = _fields(yaml.safe_load(spec_yaml))
+    file = directory.path("spec.yaml")
+    old = _fields(yaml.safe_load(store.read_text(file))) if store.exists(file) else {}
+    new = _fields(yaml.safe_load(spec_yaml)) if old else {}
     return [
         f"{name} {old.get(name)!r} there, {new.get(name)!r} here"
         for name in sorted({*old, *new})

@@ -34,10 +34,12 @@ _NOT_SHARED |= {"num_sequences", "stride", "seed", "split"}
 """Fields of a calibration text that an evaluation text does not take over."""
 
 
-def spec_of(model: Any, tokenizer: Any, sections: Mapping[str, Any]) -> JobSpec:
+def spec_of(
+    model: str | Mapping[str, Any] | PreTrainedModel | None,
+    tokenizer: PreTrainedTokenizerBase | None,
+    sections: Mapping[str, Any],
+) -> JobSpec:
     """Return the job spec that the arguments of `prune` stand for.
-
-    The model is a source, a section, a model in memory, or None.
 
     Raises:
         ValueError: it is none that can work; names the argument, and the remedy.

@@ -24,7 +24,7 @@ from ray_surgeon.runtime.ray_cluster import RayCluster, nodes_alive
 from ray_surgeon.spec.sections import RaySection
 from ray_surgeon.stages.evaluation import CollapseError
 
-_Loss = WorkerFailureError | None
+_Failure = WorkerFailureError | None
 _LOSSES: tuple[type[RayError], ...] = (ObjectLostError, OutOfMemoryError)
 _LOSSES += (ray.exceptions.RayActorError, ray.exceptions.WorkerCrashedError)
 """What Ray raises where the coordinator itself is lost."""
@@ -49,7 +49,7 @@ class Coordinator:
         self._events: list[Event] = []
         self._moment: Moment | None = None
 
-    def run(self, inputs: Inputs, before: _Loss, attempt: Attempt) -> _Loss:
+    def run(self, inputs: Inputs, before: _Failure, attempt: Attempt) -> _Failure:
         """Run all shots that are not committed yet.
 
         Args:
@@ -124,7 +124,7 @@ def _run_with_retries(inputs: Inputs, display: Display) -> None:
         )
     left = section.retries.model_dump()
     attempt = Attempt()
-    failure: _Loss = None
+    failure: _Failure = None
     while (failure := _try(inputs, failure, attempt, display)) is not None:
         cause = failure.cause
         if not left[cause]:
@@ -208,7 +208,7 @@ def _start_coordinator() -> Any:
     ).remote()
 
 
-def _try(inputs: Inputs, before: _Loss, attempt: Attempt, show: Display) -> _Loss:
+def _try(inputs: Inputs, before: _Failure, attempt: Attempt, show: Display) -> _Failure:
     """Run a coordinator to its end and return what failed, if anything."""
     section = inputs.ray
     coordinator = _start_coordinator()
@@ -231,7 +231,7 @@ def _try(inputs: Inputs, before: _Loss, attempt: Attempt, show: Display) -> _Los
                 show(event)
             if moment is not None and running:
                 show(moment)
-        failure: _Loss = ray.get(run)
+        failure: _Failure = ray.get(run)
     except ray.exceptions.GetTimeoutError:
         return WorkerFailureError("coordinator", f"the coordinator has {silence}")
     except _LOSSES as error:

@@ -116,15 +116,17 @@ def ended_before(inputs: Inputs, say: Callable[[str], None]) -> PruneResult | No
     Nothing is to be done then.
     """
     directory = RunDirectory(inputs.spec.output.uri)
+    has_ended = False
     # the report may be not there, or damaged
     with suppress(FileNotFoundError, ValueError, KeyError, TypeError):
         report = directory.report()
         is_same = report["spec"] == inputs.spec.model_dump(mode="json") and is_complete(report)
         has_shots = len(directory.committed_indices()) == len(report["shots"])
-        if is_same and has_shots and all(map(has_its_files, report["exports"])):
-            say("this run has ended before, and its exports are there; nothing is done again")
-            return PruneResult(directory.uri, report)
-    return None
+        has_ended = is_same and has_shots and all(map(has_its_files, report["exports"]))
+    if not has_ended:
+        return None
+    say("this run has ended before, and its exports are there; nothing is done again")
+    return PruneResult(directory.uri, report)
 
 
 @own_modes()

@@ -20,6 +20,7 @@ from ray_surgeon.runtime.worker import Step, Worker, clean_up
 
 P = ParamSpec("P")
 T = TypeVar("T")
+U = TypeVar("U")
 
 
 class NoRoomError(RuntimeError):
@@ -74,8 +75,11 @@ class Progress:
 
     def begin(self, total: int = 0, unit: str = "", tokens_each: int = 0) -> None:
         """Start to count."""
-        begun = Progress(0, total, unit, tokens_each, time.monotonic(), self.listener)
-        vars(self).update(vars(begun))
+        self.done = 0
+        self.total = total
+        self.unit = unit
+        self.tokens_each = tokens_each
+        self.started_s = time.monotonic()
         self._tell()
 
     def reach(self, done: int, total: int | None = None) -> None:
@@ -137,14 +141,18 @@ class Cluster(ABC):
             args: of the step; see `value_of` for those that other steps return.
             kwargs: plain values.
         """
-        return cast(Future[T], self.start(index, 1, step, *args, **kwargs))
+        return cast(Future[T], self._start(index, 1, step, *args, **kwargs))
+
+    def submit_pair(
+        self, index: WorkerIndex, step: Callable[..., tuple[T, U]], *args: Any
+    ) -> tuple[Future[T], Future[U]]:
+        """Start a step that returns a pair of which each half gets a future of its own."""
+        first, second = self._start(index, 2, step, *args)
+        return first, second
 
     @abstractmethod
-    def start(self, index: WorkerIndex, num_futures: int, *step: Any, **kwargs: Any) -> Any:
-        """Start a step with its arguments; what it returns becomes so many futures.
-
-        One that returns a pair may so have a future for each half; see `submit`.
-        """
+    def _start(self, index: WorkerIndex, num_futures: int, *step: Any, **kwargs: Any) -> Any:
+        """Start a step with its arguments; what it returns becomes so many futures."""
 
     @abstractmethod
     def get(self, futures: Sequence[Future[T]]) -> list[T]:
@@ -198,8 +206,7 @@ class LocalCluster(Cluster):
             if copies > 1:
                 worker.replicas = ThreadReplica(index.replica, *meetings[index.shard])
 
-    def start(self, index: WorkerIndex, num_futures: int, *step: Any, **kwargs: Any) -> Any:
-        """Run a step."""
+    def _start(self, index: WorkerIndex, num_futures: int, *step: Any, **kwargs: Any) -> Any:
         return self.workers[index].call(*step, **kwargs)
 
     def get(self, futures: Sequence[Future[T]]) -> list[T]:

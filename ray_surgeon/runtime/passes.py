@@ -136,7 +136,7 @@ def divergences_of(cluster: Cluster, text: str, windows: Tokens) -> list[float]:
 
 def compared(
     cluster: Cluster, text: str, windows: Tokens, counts: Counts = None, *, acceptance: bool = False
-) -> list[dict[str, float]]:
+) -> list[on_worker.Compared]:
     """Compare the present weights with the dense ones on windows of a remembered text.
 
     Returned is, for every window, what `on_worker.comparison` returns.
@@ -165,7 +165,10 @@ def finite(what: str, value: float) -> float:
 
 def logits(cluster: Cluster, tokens: Sequence[int]) -> TensorPayload:
     """Return the logits [1, T, vocabulary] of one sequence."""
-    return run_pass(cluster, Passage(np.array([tokens])), on_worker.logits)[0]
+    passage = Passage(np.array([tokens], dtype=np.int64))
+    (of_sequence,) = run_pass(cluster, passage, on_worker.logits)
+    cluster.progress.begin()  # what the step does next is not counted
+    return of_sequence
 
 
 class _Passing(dict[int, Tensor]):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import chain
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 from ray_surgeon.runtime import wave as on_worker
 from ray_surgeon.runtime.cluster import Cluster, Future, Progress, at_hand, value_of
@@ -55,7 +56,7 @@ def run_pass(cluster: Cluster, passage: Passage, work: Labels | on_worker.OfEach
     progress = Progress() if isinstance(work, Labels) and work.is_step else cluster.progress
     progress.begin(num_sequences, "sequences", passage.tokens.shape[1])
     order = one_forward_one_backward if goes_back else one_by_one
-    at_the_end = on_worker.forward_backward if goes_back else on_worker.infer_each
+    at_end: Callable[..., Any] = on_worker.forward_backward if goes_back else on_worker.infer_each
     waves = passage.waves(cluster.placement.num_replicas, cluster.stores.wave)
     turns = sorted(
         (turn, replica, operation)
@@ -77,7 +78,7 @@ def run_pass(cluster: Cluster, passage: Passage, work: Labels | on_worker.OfEach
             moving[key] = at_hand(wave.tokens)
         inputs = value_of(moving[key])
         if shard == num_shards - 1:
-            pair = cluster.start(index, 2, at_the_end, number, inputs, wave, work)
+            pair = cluster.submit_pair(index, at_end, number, inputs, wave, work)
             moving[key], results[key] = pair
         else:
             moving[key] = cluster.submit(index, _STEPS[direction], number, inputs)

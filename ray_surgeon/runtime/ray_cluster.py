@@ -87,8 +87,7 @@ class RayCluster(Cluster):
             self.close()
             raise
 
-    def start(self, index: WorkerIndex, num_futures: int, *step: Any, **kwargs: Any) -> Any:
-        """Start a step."""
+    def _start(self, index: WorkerIndex, num_futures: int, *step: Any, **kwargs: Any) -> Any:
         return self._actors[index].call.options(num_returns=num_futures).remote(*step, **kwargs)
 
     def get(self, futures: Sequence[Future[T]]) -> list[T]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, TypeAlias, TypeVar
+from typing import NamedTuple, TypeAlias, TypedDict, TypeVar, cast
 
 import numpy as np
 import torch
@@ -267,17 +267,27 @@ def is_finite(worker: Worker, hidden: Tensor, sequence: SequenceOfWave) -> bool:
     return bool(torch.isfinite(hidden).all())
 
 
+class Compared(TypedDict, total=False):
+    """Sums of a sequence over the tokens that count, see `Comparison`."""
+
+    nll: float
+    divergence: float
+    acceptance: float
+    agreement: float
+
+
 def comparison(
     worker: Worker, hidden: Tensor, sequence: SequenceOfWave, text: str, with_acceptance: bool
-) -> dict[str, float]:
+) -> Compared:
     """Compare the present model with the dense one on a sequence.
 
-    The worker has the dense model's states of the text. Returned are sums over the tokens that
-    count, by their names in `Comparison`; acceptance and agreement if they are wanted.
+    The worker has the dense model's states of the text. Acceptance and agreement are there if they
+    are wanted.
     """
     _, tokens, counts = sequence
     dense = worker.kept(DenseStates)[text][sequence.number].to(worker.device)
     head = worker.shard.head_weight
     predicted = Predicted(tokens, counts)
     sums = compare_with_dense(hidden, dense, predicted, head, with_acceptance=with_acceptance)
-    return {name: float(value) for name, value in vars(sums).items() if value is not None}
+    values = {name: float(value) for name, value in vars(sums).items() if value is not None}
+    return cast(Compared, values)

@@ -198,8 +198,9 @@ class _Exported:
         if entries is not None:
             return tensor[entries.to(tensor.device)]
         mask = self._masks.get(linear)
-        if not isinstance(mask, StructuredMask):
+        if mask is None:
             return tensor
+        assert isinstance(mask, StructuredMask)
         module = self._shard.linears[linear]
         return cut(module, part, tensor, mask.rows, mask.columns[: num_inputs(module)])
 

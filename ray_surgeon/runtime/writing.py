@@ -26,7 +26,6 @@ from ray_surgeon.models.loss import next_tokens
 from ray_surgeon.runtime.cluster import Cluster, Future, at_hand, value_of
 from ray_surgeon.runtime.collectives import TensorPayload
 from ray_surgeon.runtime.placement import WorkerIndex
-from ray_surgeon.runtime.wave import Only
 from ray_surgeon.runtime.worker import Worker
 
 TEXTS_TOGETHER = 16
@@ -86,12 +85,14 @@ class _Batch:
 
     def __init__(self, worker: Worker, numbers: Sequence[int], wanted: Wanted) -> None:
         """Begin texts with these numbers, whose prompts are all that `wanted` has."""
+        self.cache = worker.runner.new_cache()  # keys and values of all tokens so far
+        self.num_tokens = 0  # so far, prompts included
+        if not worker.shard.blocks.is_last:
+            return
         prompts = [torch.tensor(prompt) for prompt in wanted.prompts]
         seeds = (wanted.seed + 1_000_003 * number for number in numbers)
         generators = (torch.Generator().manual_seed(seed) for seed in seeds)
         chances = [torch.rand(wanted.num_tokens, generator=drawing) for drawing in generators]
-        self.cache = worker.runner.new_cache()  # keys and values of all tokens so far
-        self.num_tokens = 0  # so far, prompts included
         # what the last shard needs to choose the next tokens: [m, longest prompt] int64, zeros
         # after shorter ones; [m] int64; and [m, num_tokens] in [0, 1)
         self._prompts = pad_sequence(prompts, batch_first=True).to(worker.device)
@@ -105,9 +106,10 @@ class _Batch:
         kept = worker.runner.new_cache()  # one that has no room set aside for the rows before
         kept.layers = self.cache.layers
         self.cache = kept
-        self._prompts = self._prompts[rows]
-        self._lengths = self._lengths[rows]
-        self._chances = self._chances[rows]
+        if worker.shard.blocks.is_last:
+            self._prompts = self._prompts[rows]
+            self._lengths = self._lengths[rows]
+            self._chances = self._chances[rows]
 
     def choose(self, worker: Worker, hidden: Tensor) -> Tensor:
         """Return the tokens [m] that follow, after the last hidden states [m, d] before them."""
@@ -129,7 +131,9 @@ def begin(worker: Worker, batch: int, numbers: Sequence[int], wanted: Wanted) ->
     worker.keeping(_Writing)[batch] = _Batch(worker, numbers, wanted)
 
 
-def write_on(worker: Worker, batch: int, inputs: TensorPayload, rows: Only) -> TensorPayload:
+def write_on(
+    worker: Worker, batch: int, inputs: TensorPayload, rows: list[int] | None
+) -> TensorPayload:
     """Run the next tokens of a batch through a shard.
 
     Args:
@@ -206,7 +210,9 @@ class _Writer:
         cluster = self.cluster
         workers = [WorkerIndex(shard, replica) for shard in range(cluster.placement.num_shards)]
 
-        def pass_on(inputs: Future[TensorPayload], rows: Only = None) -> Future[TensorPayload]:
+        def pass_on(
+            inputs: Future[TensorPayload], rows: list[int] | None = None
+        ) -> Future[TensorPayload]:
             for worker in workers:
                 inputs = cluster.submit(worker, write_on, batch, value_of(inputs), rows)
             return inputs

@@ -48,7 +48,8 @@ class ScheduleSection(Section):
     @property
     def checks_itself(self) -> bool:
         """Whether a stage measures itself on windows held aside, as its section says."""
-        return any(getattr(section, "checks_itself", False) for section in vars(self).values())
+        sections = (part for part in vars(self).values() if isinstance(part, Section))
+        return any(section.is_checked for section in sections)
 
     def problem_with(self, curvature: AnyCurvature) -> str | None:
         """Return why this section and a curvature do not go together, if so."""

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.plan.needs import StepPlan, WorkerView
@@ -66,7 +67,7 @@ class CalibrationText:
         return CalibrationText(tokens[~is_held], of_fitted, tokens[is_held], of_held)
 
 
-def held_places(num_sequences: int, num_held: int) -> Tokens:
+def held_places(num_sequences: int, num_held: int) -> NDArray[np.int64]:
     """Return the places of evenly spread windows: the middles of `num_held` equal parts."""
     return ((np.arange(num_held) + 0.5) * num_sequences / max(1, num_held)).astype(np.int64)
 

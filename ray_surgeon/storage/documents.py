@@ -231,8 +231,10 @@ def _parquet_rows(uri: str, column: str) -> Iterator[Any]:
     damaged = f"{uri} is not a parquet file ({REASON})"
     with refusing(damaged, "check the file", pyarrow.ArrowInvalid), open(path, "rb") as file:
         table = pyarrow.parquet.ParquetFile(file)
-        columns = [column] if column in table.schema_arrow.names else None
-        for batch in table.iter_batches(columns=columns):
+        names = table.schema_arrow.names
+        if column not in names:
+            raise ValueError(f"{uri} has no column {column!r}; it has {names}; set the column")
+        for batch in table.iter_batches(columns=[column]):
             yield from batch.to_pylist()
 
 

@@ -51,7 +51,8 @@ def _may_pass(error: Exception, uri: str) -> bool:
     if any(code in str(error.__cause__) for code in _DAMAGED):
         return True
     reply = getattr(error, "response", None)
-    status = getattr(reply, "status_code", getattr(error, "status", None))
+    places = ((reply, "status_code"), (error, "status_code"), (error, "status"))
+    status = next(filter(None, (getattr(place, name, None) for place, name in places)), None)
     if isinstance(status, int) and 400 <= status < 500 and status not in _PASSING_STATUS:
         return False
     lasts = not _kinds(error).isdisjoint(_LASTING_ERRORS)

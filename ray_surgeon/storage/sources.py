@@ -64,13 +64,14 @@ class ModelFiles:
         if weights:
             names += [*self.weight_files(), *filter(_INDEX.__eq__, self.names)]
         paths = [self.fetch(name) for name in names]
-        if len({path.parent for path in paths}) == 1:
+        if not weights and len({path.parent for path in paths}) == 1:
             return paths[0].parent
         digest = hashlib.sha256("\n".join(map(str, paths)).encode()).hexdigest()[:32]
 
         def link(folder: Path) -> None:
             folder.mkdir(exist_ok=True)
             for path in paths:
+                (folder / path.name).unlink(missing_ok=True)  # of a try that was interrupted
                 (folder / path.name).symlink_to(path.resolve())
 
         return copies.made_once("small", digest, link)
@@ -104,7 +105,7 @@ class ModelFiles:
         kinds = (AttributeError, KeyError, TypeError)
         with refusing(f"{index} has no weight_map of names to files", "fetch it again", kinds):
             named = set(files.read_json(str(self.fetch(_INDEX)))["weight_map"].values())
-        missing = sorted(named.difference(self.names), key=str)[:3]
+        missing = sorted((f for f in named if f not in self.names or "/" in f), key=str)[:3]
         if missing or not named:
             raise ValueError(f"{index} names missing files: {missing}; fetch it again")
         return sorted(named)
@@ -186,9 +187,11 @@ def _folder(source: ModelSection, uri: str) -> ModelFiles:
     with refusing(f"model.source: cannot list {uri}", remedy):
         templates = [f"{TEMPLATES}/{name}" for name in files.list_names(files.join(uri, TEMPLATES))]
         names = tuple(files.list_names(uri) + templates)
-    if not names:
-        raise ValueError(f"model.source: nothing at {uri}; check bucket, key and credentials")
     folder = Path(files.open_filesystem(uri)[1]).resolve()
+    if files.is_local(uri):
+        names = tuple(name for name in names if (folder / name).is_file())
+    elif not names:
+        raise ValueError(f"model.source: nothing at {uri}; check bucket, key and credentials")
     for name in filter(goes_along, names) if files.is_local(uri) else ():
         target = (folder / name).resolve()
         # into exports; weights may lie elsewhere, and the Hub's cache keeps content in blobs

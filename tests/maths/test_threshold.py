@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -8,6 +10,7 @@ from ray_surgeon.maths import threshold
 from ray_surgeon.maths.threshold import (
     StructureCosts,
     can_reach,
+    check_costs,
     structured_threshold,
     units_to_remove,
 )
@@ -98,3 +101,9 @@ def test_targets_out_of_reach() -> None:
     expected = r"0\.5 cannot be reached; all candidates together are 0\.4900"
     with pytest.raises(ValueError, match=expected):
         units_to_remove(0.5, 10_000, 0, 1, 4_900)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -1.0])
+def test_a_bad_cost_is_an_error_that_names_the_linear(bad: float) -> None:
+    with pytest.raises(FloatingPointError, match=r"blocks\.7\.up rows: 1 of 2"):
+        check_costs("blocks.7.up rows", torch.tensor([1.0, bad]))

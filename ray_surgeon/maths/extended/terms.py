@@ -120,6 +120,7 @@ class TwoTermInverse:
         self._back1 = G_cholesky @ E
         self._back2 = A_cholesky @ D
         self.S = 1 + torch.outer(s, t)
+        assert bool((self.S > 0).all()), "the sum of the two terms is indefinite"
 
     def solve(self, B: Tensor) -> Tensor:
         """Return X [R, C] with G_0 X A_0 + G_1 X A_1 = B."""

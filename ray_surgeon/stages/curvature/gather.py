@@ -219,7 +219,8 @@ def start_iteration(worker: Worker, side: int) -> None:
     for name, module in worker.shard.gathered.items():
         shape = worker.layout.shapes[name]
         R = shape.num_rows
-        opposites.setdefault(name, torch.eye(R, device=worker.device) / R**0.5)
+        if name not in opposites:
+            opposites[name] = torch.eye(R, device=worker.device) / R**0.5
         size = (R, shape.num_columns)[side]
         power.moments[name] = PackedSymmetric.zeros(size, worker.device)
         power.hooks.append(watch_pairs(module, partial(power.add, side, name)))

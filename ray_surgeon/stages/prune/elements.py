@@ -1,15 +1,13 @@
-"""Single elements and N:M groups, whose removals are zeros in the dense shapes.
+"""The LLM Surgeon on single elements and N:M groups.
 
-The LLM Surgeon prunes them by one global threshold, with correlated updates. SparseGPT and Wanda
-are baselines: they take every linear to one sparsity, block after block, each with the inputs that
-the pruned blocks before it give.
+Removals are zeros in the dense shapes, by one global threshold, with correlated updates.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -19,19 +17,16 @@ from pydantic import Field
 from torch import Tensor
 
 from ray_surgeon.maths import threshold as thresholds
-from ray_surgeon.maths.columns import sparsegpt, upper_inverse, wanda
+from ray_surgeon.maths.conjugate import ElementUpdate
 from ray_surgeon.maths.element_pruning import ElementUnits, find_elements
-from ray_surgeon.maths.factorised import RaisedDamping
 from ray_surgeon.maths.masks import ElementMask
 from ray_surgeon.models.layout import LinearShape, ModelLayout
 from ray_surgeon.plan.work import LinearNeeds
 from ray_surgeon.runtime.cluster import Cluster
-from ray_surgeon.runtime.passes import BlockPass
-from ray_surgeon.runtime.wave import Tokens
-from ray_surgeon.runtime.worker import LinearSummary, Worker
+from ray_surgeon.runtime.worker import Worker
 from ray_surgeon.spec.base import Positive, Section
 from ray_surgeon.spec.targets import SparsitySection
-from ray_surgeon.stages.prune.method import Applied, ByThreshold, Choice, Method, Scored, Scores
+from ray_surgeon.stages.prune.method import ByThreshold, Choice, Scored, Scores
 
 
 class UpdateSection(Section):
@@ -52,10 +47,12 @@ class UpdateSection(Section):
 class PatternSection(SparsitySection):
     """What all methods have that prune single elements or N:M groups."""
 
+    method: str
     structure: Literal["element", "n_m"]
     """Single elements, or N:M groups: of every M consecutive inputs of a row, N stay"""
     n_m: tuple[Positive, Positive] | None = None
     """[N, M] of structure n_m: N of M consecutive inputs of a row stay; [2, 4] if not given"""
+    tolerated: ClassVar[float] = 0.0  # by how much a target may be above what a pattern removes
 
     @property
     def units(self) -> ElementUnits:
@@ -81,7 +78,7 @@ class PatternSection(SparsitySection):
             yield "n_m: structure element has no pattern; remove it, or set structure n_m"
         if not n < m <= 16:
             yield f"n_m: [{n}, {m}] needs N < M <= 16; give for example [2, 4] or [4, 8]"
-        if self.target_sparsity > self.largest_sparsity + thresholds.SHORT:
+        if self.target_sparsity > self.largest_sparsity + self.tolerated:
             most = f"{n}:{m} can remove, {self.largest_sparsity:g}"
             yield f"target_sparsity: {self.target_sparsity:g} is more than {most}; lower it"
 
@@ -114,6 +111,11 @@ class Elements(ByThreshold):
 
     by_element: ClassVar[bool] = True
     section: ElementsSection
+
+    @property
+    def update(self) -> ElementUpdate:
+        """See `ElementCandidates`."""
+        return ElementUpdate(**self.section.update.model_dump())
 
     def needs(self, shape: LinearShape) -> LinearNeeds:
         """Both factors are factorised for the costs.
@@ -184,113 +186,3 @@ class Elements(ByThreshold):
             value = thresholds.cost_of_bits(high, low)
             num_pruned += int(upper[:high].sum() + lower[: low + 1].sum()) * size
         return Choice(value, {"threshold": value, "sparsity": num_pruned / num_parameters})
-
-
-# SparseGPT and Wanda, as baselines: block after block to the same sparsity
-
-
-class _Layerwise(PatternSection):
-    takes_curvature: ClassVar[bool] = False
-
-    def reach(self, layout: ModelLayout) -> float:
-        """Return what the narrowest linear allows; a pattern is a target of its own."""
-        widths = [(s.num_columns - s.has_bias) / s.num_columns for s in layout.linears]
-        return min(widths) if self.structure == "element" else 1.0
-
-    def problems(self) -> Iterator[str]:
-        """Yield what fields have against each other."""
-        is_short = self.target_sparsity < self.largest_sparsity - thresholds.SHORT
-        if self.structure == "n_m" and (self.shots > 1 or is_short):
-            pattern = f"{self.units.n}:{self.units.m}"
-            changes = f"set target_sparsity to {self.largest_sparsity:g} and num_shots to 1"
-            yield f"n_m: takes every linear to {pattern} at once; {changes}"
-
-
-class SparseGPTSection(_Layerwise):
-    """SparseGPT (Frantar & Alistarh 2023)."""
-
-    method: Literal["sparsegpt"]
-    """SparseGPT"""
-    damping: float = Field(0.01, ge=0, le=10)
-    """Damping of A, relative to the mean of its diagonal"""
-    max_damping: float = Field(1.0, gt=0, le=10)
-    """A factor that is not positive definite gets ten times the damping, up to this; then the run
-    fails
-    """
-
-    def problems(self) -> Iterator[str]:
-        """Yield what fields have against each other."""
-        if self.max_damping < self.damping:
-            yield f"max_damping {self.max_damping:g} is below damping {self.damping:g}; raise it"
-
-
-class WandaSection(_Layerwise):
-    """Wanda (Sun et al. 2023)."""
-
-    method: Literal["wanda"]
-    """Wanda"""
-
-
-@dataclass(frozen=True)
-class Layerwise(Method, BlockPass):
-    """SparseGPT or Wanda."""
-
-    by_element: ClassVar[bool] = True
-    section: SparseGPTSection | WandaSection
-    sparsity: float = 0.0  # of every linear after the present shot
-
-    def needs(self, shape: LinearShape) -> LinearNeeds:
-        """A's Cholesky factor and the inverse of that."""
-        R = shape.num_rows
-        C = shape.num_columns
-        return LinearNeeds(
-            update_bytes=4 * (4 * C**2 + 4 * R * C), update_flops=2 / 3 * C**3 + 2 * R * C**2
-        )
-
-    # On the coordinator
-
-    def apply(self, cluster: Cluster, tokens: Tokens, choice: Choice, shot: int) -> Applied:
-        """Prune shard after shard, block after block, while the calibration sequences pass once.
-
-        The report gets what was damped more than asked.
-        """
-        replace(self, sparsity=self.section.targets[shot - 1]).pass_all(cluster, tokens)
-        done = cluster.run_all(_done)
-        raised = [asdict(event) for _, of_worker in done for event in of_worker]
-        return [linear for linears, _ in done for linear in linears], {"damping_used": raised}
-
-    # On a worker
-
-    def change(self, worker: Worker, name: str, A: Tensor) -> None:
-        """Prune a linear; see `BlockPass`."""
-        section = self.section
-        W = worker.shard.weight(name)
-        shape = worker.layout.shapes[name]
-        num_inputs = shape.num_columns - shape.has_bias
-        fraction = self.sparsity * W.numel() / (len(W) * num_inputs)
-        options = fraction, section.units.n, section.units.m
-        before = worker.mask(name, ElementMask).kept[:, :num_inputs].to(W.device)
-        weights = W[:, :num_inputs]
-        A = A[:num_inputs, :num_inputs]
-        if isinstance(section, SparseGPTSection):
-            U, raised = upper_inverse(A, section.damping, section.max_damping, name)
-            worker.keeping(_Raised).extend(raised)
-            live = weights.masked_fill(A.diagonal() == 0, 0.0)
-            W[:, :num_inputs], kept = sparsegpt(live, U, *options, before=before)
-        else:
-            kept = wanda(weights, A.diagonal(), *options, before=before)
-            W[:, :num_inputs] = weights * kept
-        whole = torch.ones_like(W, dtype=torch.bool)
-        whole[:, :num_inputs] = kept
-        worker.masks[name] = ElementMask(whole.cpu())
-        worker.shard.set_weight(name, W)
-
-
-class _Raised(list[RaisedDamping]):
-    """What owned linears needed of damping, beside what was asked, in a shot."""
-
-
-def _done(worker: Worker) -> tuple[list[LinearSummary], list[RaisedDamping]]:
-    """Return what is left of the owned linears, and which damping they needed."""
-    linears = [worker.summary(name, None, 0.0) for name in worker.owned()]
-    return linears, list(worker.drop(_Raised)) if worker.has(_Raised) else []

@@ -64,8 +64,7 @@ class CoupledSection(Reconstructed):
     @property
     def fewest_groups(self) -> dict[str, int]:
         """Groups of each kind to prune that stay in every block; see `budgets.fewest_left`."""
-        usual = dict.fromkeys(CHANNELS, self.multiple) | {"attention": 1}
-        fewest = {} if getattr(self, "remove_blocks", False) else usual
+        fewest = dict.fromkeys(CHANNELS, self.multiple) | {"attention": 1}
         return {str(kind): fewest.get(kind, 0) for kind in self.groups}
 
     @property
@@ -160,6 +159,12 @@ class GroupsSection(CoupledSection, Searched):
         if self.remove_blocks and set(self.groups) == {"experts"}:
             yield "remove_blocks: is of KV groups and channels; remove it, or name other groups"
 
+    @property
+    def fewest_groups(self) -> dict[str, int]:
+        """Groups of each kind that stay in every block."""
+        fewest = super().fewest_groups
+        return dict.fromkeys(fewest, 0) if self.remove_blocks else fewest
+
 
 class UniformGroupsSection(CoupledSection):
     """Coupled groups, the same number from each block.
@@ -188,8 +193,8 @@ def problems_of_mixture(
     if "experts" not in pruning.groups:
         return
     field = layout.family.sparse.num_groups
-    num_groups = getattr(layout.config, field or "", None) or 1
-    if num_groups > 1:
+    num_groups = getattr(layout.config, field) if field else None
+    if num_groups is not None and num_groups > 1:
         yield (
             f"pruning.groups: the router chooses among {num_groups} groups of experts of one size "
             f"({field} in config.json), so no single expert can go; use expert_channels"

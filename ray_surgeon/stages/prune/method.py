@@ -172,12 +172,10 @@ class Scored(dict[str, Any]):
 
 
 class ByThreshold(Ranking):
-    """A method that ranks what it may remove from every linear on the linear's own.
+    """A method that ranks what it may remove from every linear on the linear's own."""
 
-    Its section says with `update` how kept weights make up for pruned ones.
-    """
-
-    section: Any
+    update: Any
+    """How kept weights make up for pruned ones, as its candidates take it."""
 
     # On a worker
 
@@ -199,7 +197,7 @@ class ByThreshold(Ranking):
         removals = dict[str, tuple[float, float]]()
         for name in worker.each(list(candidates)):
             removal, worker.masks[name] = candidates.pop(name).prune(
-                self.linear(worker, name), worker.masks[name], threshold, self.section.update
+                self.linear(worker, name), worker.masks[name], threshold, self.update
             )
             worker.shard.set_weight(name, removal.W)
             removals[name] = removal.predicted, removal.residual

@@ -22,6 +22,7 @@ from ray_surgeon.stages.curvature.section import AnyCurvature
 from ray_surgeon.stages.prune import elements
 from ray_surgeon.stages.prune import groups_section as coupled
 from ray_surgeon.stages.prune.groups import Groups
+from ray_surgeon.stages.prune.layerwise import Layerwise, SparseGPTSection, WandaSection
 from ray_surgeon.stages.prune.method import Choice, Method, Ranking, Scores
 from ray_surgeon.stages.prune.rows_columns import RowsColumns, RowsColumnsSection
 from ray_surgeon.stages.stage import Facts, RunState, Stage, held_measure
@@ -31,8 +32,8 @@ METHODS: dict[type, type[Method]] = {
     elements.ElementsSection: elements.Elements,
     coupled.GroupsSection: Groups,
     coupled.UniformGroupsSection: Groups,
-    elements.SparseGPTSection: elements.Layerwise,
-    elements.WandaSection: elements.Layerwise,
+    SparseGPTSection: Layerwise,
+    WandaSection: Layerwise,
 }
 """Section -> the method that takes it."""
 
@@ -53,8 +54,8 @@ PruningSection = Annotated[
     | Annotated[elements.ElementsSection, Tag(tag("element"))]
     | Annotated[coupled.GroupsSection, Tag(tag("groups"))]
     | Annotated[coupled.UniformGroupsSection, Tag(tag("groups, allocation uniform"))]
-    | Annotated[elements.SparseGPTSection, Tag(tag("sparsegpt"))]
-    | Annotated[elements.WandaSection, Tag(tag("wanda"))],
+    | Annotated[SparseGPTSection, Tag(tag("sparsegpt"))]
+    | Annotated[WandaSection, Tag(tag("wanda"))],
     by_tag(
         _tag_of,
         "structure rows_columns, rows, columns, element, n_m or groups with method llm_surgeon, or "

@@ -68,6 +68,11 @@ class RowsColumns(ByThreshold):
 
     section: RowsColumnsSection
 
+    @property
+    def update(self) -> str:
+        """See `Candidates`."""
+        return self.section.update
+
     def needs(self, shape: LinearShape) -> LinearNeeds:
         """Both factors of every linear are factorised, then the parts that stay."""
         R = shape.num_rows

@@ -16,7 +16,7 @@ from ray_surgeon.stages.curvature.section import AnyCurvature
 class ReconstructionSection(Section):
     """Reconstruction of feed-forward layers, see `ray_surgeon.stages.reconstruction.layers`."""
 
-    checks_itself: ClassVar[bool] = True
+    is_checked: ClassVar[bool] = True
 
     learning_rate: float | None = Field(None, gt=0, le=1)
     """Adam's largest rate, in units of the root mean square of each weight; it rises shortly, then

@@ -13,7 +13,7 @@ from ray_surgeon.spec.targets import ScheduleSection
 class SearchSection(Section):
     """The search for how many groups every block loses; see `ray_surgeon.stages.search.search`."""
 
-    checks_itself: ClassVar[bool] = True
+    is_checked: ClassVar[bool] = True
 
     rounds: Positive = 1
     """Allocations that are tried after the first one, each with scales from the one before"""

@@ -195,8 +195,13 @@ class Writer:
         count = max(_FEWEST_TURNS, math.ceil(count / useful))
         self._num_turns += count
         prompts = (marks.opening,) * count
-        draws = (request.temperature, _seed(request.seed, number, 0))
-        wanted = Wanted(prompts, request.turn_tokens + 1, *draws, marks.ends_of_turn)
+        wanted = Wanted(
+            prompts,
+            request.turn_tokens + 1,
+            temperature=request.temperature,
+            seed=_seed(request.seed, number, 0),
+            ends=marks.ends_of_turn,
+        )
         for text in write_texts(self._cluster, wanted):
             # one that has not ended is cut: models of code paste long pieces of it
             turn = tuple(text[:-1].tolist())
@@ -223,8 +228,14 @@ class Writer:
         end = request.marks.end
         ends = request.marks.ends_of_answer
         questions = tuple(prompt.tokens for prompt in prompts if prompt.answer is None)
-        draws = (COOLER * request.temperature, _seed(request.seed, number, 1))
-        wanted = Wanted(questions, ANSWER_TOKENS, *draws, ends, request.sequence_length)
+        wanted = Wanted(
+            questions,
+            ANSWER_TOKENS,
+            temperature=COOLER * request.temperature,
+            seed=_seed(request.seed, number, 1),
+            ends=ends,
+            max_length=request.sequence_length,
+        )
         written = iter(write_texts(self._cluster, wanted))
         self._num_answers += len(prompts)
         for prompt in prompts:

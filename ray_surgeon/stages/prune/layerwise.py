@@ -1,0 +1,135 @@
+"""SparseGPT and Wanda, as baselines: block after block to the same sparsity.
+
+Inputs are those that the pruned blocks before give.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from ray_surgeon.maths import threshold as thresholds
+from ray_surgeon.maths.columns import sparsegpt, upper_inverse, wanda
+from ray_surgeon.maths.factorised import RaisedDamping
+from ray_surgeon.maths.masks import ElementMask
+from ray_surgeon.models.layout import LinearShape, ModelLayout
+from ray_surgeon.plan.work import LinearNeeds
+from ray_surgeon.runtime.cluster import Cluster
+from ray_surgeon.runtime.passes import BlockPass
+from ray_surgeon.runtime.wave import Tokens
+from ray_surgeon.runtime.worker import LinearSummary, Worker
+from ray_surgeon.stages.prune.elements import PatternSection
+from ray_surgeon.stages.prune.method import Applied, Choice, Method
+
+
+class _Layerwise(PatternSection):
+    takes_curvature: ClassVar[bool] = False
+    tolerated: ClassVar[float] = thresholds.SHORT
+
+    def reach(self, layout: ModelLayout) -> float:
+        """Return what the narrowest linear allows; a pattern is a target of its own."""
+        widths = [(s.num_columns - s.has_bias) / s.num_columns for s in layout.linears]
+        return min(widths) if self.structure == "element" else 1.0
+
+    def problems(self) -> Iterator[str]:
+        """Yield what fields have against each other."""
+        is_short = self.target_sparsity < self.largest_sparsity - thresholds.SHORT
+        if self.structure == "n_m" and (self.shots > 1 or is_short):
+            pattern = f"{self.units.n}:{self.units.m}"
+            changes = f"set target_sparsity to {self.largest_sparsity:g} and num_shots to 1"
+            yield f"n_m: takes every linear to {pattern} at once; {changes}"
+
+
+class SparseGPTSection(_Layerwise):
+    """SparseGPT (Frantar & Alistarh 2023)."""
+
+    method: Literal["sparsegpt"]
+    """SparseGPT"""
+    damping: float = Field(0.01, ge=0, le=10)
+    """Damping of A, relative to the mean of its diagonal"""
+    max_damping: float = Field(1.0, gt=0, le=10)
+    """A factor that is not positive definite gets ten times the damping, up to this; then the run
+    fails
+    """
+
+    def problems(self) -> Iterator[str]:
+        """Yield what fields have against each other."""
+        if self.max_damping < self.damping:
+            yield f"max_damping {self.max_damping:g} is below damping {self.damping:g}; raise it"
+
+
+class WandaSection(_Layerwise):
+    """Wanda (Sun et al. 2023)."""
+
+    method: Literal["wanda"]
+    """Wanda"""
+
+
+@dataclass(frozen=True)
+class Layerwise(Method, BlockPass):
+    """SparseGPT or Wanda."""
+
+    by_element: ClassVar[bool] = True
+    section: SparseGPTSection | WandaSection
+    sparsity: float = 0.0  # of every linear after the present shot
+
+    def needs(self, shape: LinearShape) -> LinearNeeds:
+        """A's Cholesky factor and the inverse of that."""
+        R = shape.num_rows
+        C = shape.num_columns
+        return LinearNeeds(
+            update_bytes=4 * (4 * C**2 + 4 * R * C), update_flops=2 / 3 * C**3 + 2 * R * C**2
+        )
+
+    # On the coordinator
+
+    def apply(self, cluster: Cluster, tokens: Tokens, choice: Choice, shot: int) -> Applied:
+        """Prune shard after shard, block after block, while the calibration sequences pass once.
+
+        The report gets what was damped more than asked.
+        """
+        replace(self, sparsity=self.section.targets[shot - 1]).pass_all(cluster, tokens)
+        done = cluster.run_all(_done)
+        raised = [asdict(event) for _, of_worker in done for event in of_worker]
+        return [linear for linears, _ in done for linear in linears], {"damping_used": raised}
+
+    # On a worker
+
+    def change(self, worker: Worker, name: str, A: Tensor) -> None:
+        """Prune a linear; see `BlockPass`."""
+        section = self.section
+        W = worker.shard.weight(name)
+        shape = worker.layout.shapes[name]
+        num_inputs = shape.num_columns - shape.has_bias
+        fraction = self.sparsity * W.numel() / (len(W) * num_inputs)
+        options = fraction, section.units.n, section.units.m
+        before = worker.mask(name, ElementMask).kept[:, :num_inputs].to(W.device)
+        weights = W[:, :num_inputs]
+        A = A[:num_inputs, :num_inputs]
+        if isinstance(section, SparseGPTSection):
+            U, raised = upper_inverse(A, section.damping, section.max_damping, name)
+            worker.keeping(_Raised).extend(raised)
+            live = weights.masked_fill(A.diagonal() == 0, 0.0)
+            W[:, :num_inputs], kept = sparsegpt(live, U, *options, before=before)
+        else:
+            kept = wanda(weights, A.diagonal(), *options, before=before)
+            W[:, :num_inputs] = weights * kept
+        whole = torch.ones_like(W, dtype=torch.bool)
+        whole[:, :num_inputs] = kept
+        worker.masks[name] = ElementMask(whole.cpu())
+        worker.shard.set_weight(name, W)
+
+
+class _Raised(list[RaisedDamping]):
+    """What owned linears needed of damping, beside what was asked, in a shot."""
+
+
+def _done(worker: Worker) -> tuple[list[LinearSummary], list[RaisedDamping]]:
+    """Return what is left of the owned linears, and which damping they needed."""
+    linears = [worker.summary(name, None, 0.0) for name in worker.owned()]
+    return linears, list(worker.drop(_Raised)) if worker.has(_Raised) else []
