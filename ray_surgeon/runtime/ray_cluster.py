@@ -159,9 +159,9 @@ class RayCluster(Cluster):
         """
         if index not in self._nodes:
             return True
-        there = strategies.NodeAffinitySchedulingStrategy(self._nodes[index], soft=False)
+        beside = strategies.NodeAffinitySchedulingStrategy(self._nodes[index], soft=False)
         try:
-            ray.get(_answer.options(scheduling_strategy=there).remote(), timeout=_ANSWER_S)
+            ray.get(_answer.options(scheduling_strategy=beside).remote(), timeout=_ANSWER_S)
         except RayError:
             return False
         return True

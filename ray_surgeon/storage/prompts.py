@@ -102,11 +102,11 @@ def _prompt(text: str, tokenizer: Any, at: str) -> Prompt:
     refused = f"{at}: the model's chat template refuses these messages ({REASON})"
     # templates are code of the model's, which may raise anything
     with refusing(refused, "change their roles", Exception):
-        asked = tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True)
+        start = tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True)
         whole = tokenizer.apply_chat_template(messages, tokenize=False)
     answer = None
     if is_answered:
         said = messages[-1]["content"].strip()
         after = tokens_of(tokenizer, whole.rpartition(said)[2])
         answer = (*tokens_of(tokenizer, said), *after[:1])
-    return Prompt(tokens_of(tokenizer, asked), answer)
+    return Prompt(tokens_of(tokenizer, start), answer)

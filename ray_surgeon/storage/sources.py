@@ -62,7 +62,7 @@ class ModelFiles:
             raise ValueError(f"model.source: {self.origin} has no config.json; give a checkpoint")
         names = [name for name in SMALL_FILES if name in self.names]
         if weights:
-            names += [*self.weight_files(), *filter(_INDEX.__eq__, self.names)]
+            names += [*self.weight_files(), *(name for name in self.names if name == _INDEX)]
         paths = [self.fetch(name) for name in names]
         if not weights and len({path.parent for path in paths}) == 1:
             return paths[0].parent
