@@ -154,6 +154,8 @@ class GroupsSection(CoupledSection, Searched):
 
     def problems(self) -> Iterator[str]:
         """Yield what fields have against each other."""
+        if self.search is not None and "experts" in self.groups:
+            yield "search: does not go with whole experts; use expert_channels, or leave it out"
         if self.remove_blocks and set(self.groups) == {"experts"}:
             yield "remove_blocks: is of KV groups and channels; remove it, or name other groups"
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import ClassVar
 
 from pydantic import Field
@@ -34,11 +33,6 @@ class Searched(ScheduleSection):
     of groups and scale their costs by how far the divergence from the dense model falls; then
     compute the threshold again. null: no search
     """
-
-    def problems(self) -> Iterator[str]:
-        """Yield what fields have against each other."""
-        if self.search is not None and "experts" in self.groups:
-            yield "search: does not go with whole experts; use expert_channels, or leave it out"
 
     @property
     def num_further_windows(self) -> int:
