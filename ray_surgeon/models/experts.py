@@ -217,12 +217,12 @@ class ExpertLinears(nn.ModuleList):
         return self._outputs(x, counts, _unseen)
 
     def _outputs(self, x: Tensor, counts: list[int], run: Callable[..., Tensor]) -> Tensor:
-        first: Any = self[0]
+        experts: list[Any] = list(self)
         # as many parts as there are readers, so that their gradients are added in one sum
-        producers = zip(*(expert.producers for expert in self), strict=True)  # type: ignore[attr-defined]
+        producers = zip(*(expert.producers for expert in experts), strict=True)
         gate, up = (_by_segment(linears, x, counts, run) for linears in producers)
-        consumers = [expert.down_proj for expert in self]
-        return _by_segment(consumers, first.combine(gate, up), counts, run)
+        consumers = [expert.down_proj for expert in experts]
+        return _by_segment(consumers, experts[0].combine(gate, up), counts, run)
 
 
 def _by_segment(
