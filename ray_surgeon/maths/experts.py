@@ -6,19 +6,25 @@ sees a share.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ray_surgeon.maths.kronecker import PackedFactors, PackedSymmetric
+from ray_surgeon.maths.kronecker import PackedFactors
+from ray_surgeon.maths.packed import PackedSymmetric, dense_stack, diagonals
 
 PRIOR_TOKENS = 256.0
 """Tokens with which an expert's own mean counts as much as its layer's.
 
 Measured; see docs/results.md.
 """
+
+
+_BATCH_BYTES = 2**28
+"""Of factors that are copied to be added up in one launch."""
 
 
 class LayerMean(NamedTuple):
@@ -44,23 +50,39 @@ def mean_factor(
         has_bias: whether the last entry is the bias's, which means the same in all experts.
     """
     totals = list(totals)
-    first, _ = totals[0]
-    mean = PackedSymmetric.zeros(first.n, first.flat.device, first.flat.dtype)
-    for total, _ in totals:
-        mean.flat.add_(total.flat)
-    num_tokens = sum(n for _, n in totals)
-    mean.flat.div_(max(1, num_tokens))
+    sums = [total for total, _ in totals]
+    numbers = [num_tokens for _, num_tokens in totals]
+    first, *_ = sums
+    divisor = max(1, sum(numbers))
     if has_basis:
-        return mean
-    num_channels = mean.n - has_bias
-    used = (n * int(total.diagonal()[:num_channels].count_nonzero()) for total, n in totals)
-    share = num_tokens * num_channels / max(1, sum(used))
-    diagonal = mean.diagonal()
-    mean.flat.zero_()
-    mean.fill_diagonal(float(diagonal[:num_channels].mean()) * share)
-    if has_bias:
-        mean.flat[-1] = diagonal[-1]
+        return replace(first, flat=_added([total.flat for total in sums]).div_(divisor))
+    own = diagonals(sums)
+    channels = own[:, : first.n - has_bias]
+    diagonal = _added(list(own)).div_(divisor)
+    level = diagonal[: first.n - has_bias]
+    used = (channels != 0).sum(dim=1)
+    if own.device.type == "cpu":
+        num_used = sum(n * k for n, k in zip(numbers, used.tolist(), strict=True))
+        level.fill_(float(level.mean()) * (sum(numbers) * len(level) / max(1, num_used)))
+    else:
+        used.mul_(torch.tensor(numbers).to(own.device, non_blocking=True))
+        level.copy_(channels.sum(dtype=torch.float64).div_(used.sum().clamp_(min=1)))
+    mean = replace(first, flat=torch.zeros_like(first.flat))
+    mean.fill_diagonal(diagonal)
     return mean
+
+
+def _added(parts: list[Tensor]) -> Tensor:
+    """Return the sum of tensors of one shape [n]: one after the other on the CPU, else at once."""
+    total = torch.zeros_like(parts[0])
+    if total.device.type == "cpu":
+        for part in parts:
+            total.add_(part)
+        return total
+    size = max(1, _BATCH_BYTES // max(1, total.nbytes))
+    for first in range(0, len(parts), size):
+        total.add_(torch.stack(parts[first : first + size]).sum(dim=0))
+    return total
 
 
 def share_of_tokens(num_tokens: int, mean: LayerMean) -> float:
@@ -97,6 +119,37 @@ def shrunk_factors(
     A = own.A.flat.add(mean.A.flat.to(own.A.flat.device), alpha=prior_tokens).div_(n)
     G = own.G.flat.add(mean.G.flat.to(own.G.flat.device), alpha=prior_tokens).mul_(share / n)
     return PackedFactors(PackedSymmetric(own.A.n, A), PackedSymmetric(own.G.n, G), 1, own.terms)
+
+
+class FactorStack(NamedTuple):
+    """Factors of several linears of one shape, whole matrices, as means over tokens."""
+
+    A: Tensor  # [b, C, C]
+    G: Tensor  # [b, R, R]
+
+
+def factor_stack(
+    own: Sequence[PackedFactors], mean: LayerMean | None, device: torch.device | None = None
+) -> FactorStack:
+    """Return `shrunk_factors` of several experts of a layer, in as many launches as those of one.
+
+    Args:
+        own: sums over the tokens of each; of their terms the first alone is taken.
+        mean: of the layer; None for linears that see all tokens, which are not shrunk.
+        device: of the result; that of the sums if not given.
+    """
+    of_A = torch.stack([factors.A.flat for factors in own])
+    of_G = torch.stack([factors.G.flat for factors in own])
+    divisors = [max(1, factors.num_tokens) for factors in own]
+    scales = [[1 / n for n in divisors]] * 2
+    if mean is not None:
+        shrunk = [factors.num_tokens + PRIOR_TOKENS for factors in own]
+        of_A.add_(mean.A.flat.to(of_A.device), alpha=PRIOR_TOKENS)
+        of_G.add_(mean.G.flat.to(of_G.device), alpha=PRIOR_TOKENS)
+        scales = [[1 / n for n in shrunk], [1 / own_divisor(f.num_tokens, mean) for f in own]]
+    by_A, by_G = torch.tensor(scales, dtype=of_A.dtype).to(of_A.device, non_blocking=True)
+    A = dense_stack(of_A.mul_(by_A[:, None]), own[0].A.n, device)
+    return FactorStack(A, dense_stack(of_G.mul_(by_G[:, None]), own[0].G.n, device))
 
 
 def own_divisor(num_tokens: int, mean: LayerMean) -> float:
@@ -190,8 +243,8 @@ def frequency_costs(sums: ExpertSums, num_chosen: int) -> Tensor:
     return sums.of("tokens") / _num_tokens(sums, num_chosen)
 
 
-def _num_tokens(sums: ExpertSums, num_chosen: int) -> float:
-    return max(1.0, float(sums.of("tokens").sum()) / num_chosen)
+def _num_tokens(sums: ExpertSums, num_chosen: int) -> Tensor:
+    return (sums.of("tokens").sum() / num_chosen).clamp(min=1)
 
 
 def random_costs(num_experts: int, seed: int) -> Tensor:
