@@ -109,8 +109,9 @@ class PackedSymmetric:
             for start, panel in self._panels():
                 add_product_(panel, left[start : start + len(panel)], x[:, start:])
             return
-        # a copy even if the dtype is the same: parts of it have no gaps
-        rows = x.T.to(dtype, copy=True, memory_format=torch.contiguous_format)
+        rows = x.T
+        if rows.dtype != dtype or not rows.is_contiguous():  # so that parts of it have no gaps
+            rows = rows.to(dtype, copy=True, memory_format=torch.contiguous_format)
         weighted = rows if weights is None else rows * weights
         is_bfloat16 = narrow and x.dtype == torch.bfloat16
         with _narrow_products() if is_bfloat16 else contextlib.nullcontext():
@@ -151,7 +152,9 @@ def _panels_of(
     """
     num_entries = flats.shape[1]
     for start, stop, place, stride in _layout(n, is_tall=num_entries != PackedSymmetric.size(n)):
-        rows = flats[:, place : place + (stop - start) * stride].to(device or flats.device)
+        rows = flats[:, place : place + (stop - start) * stride]
+        if device is not None:
+            rows = rows.to(device, non_blocking=device.type != "cpu")
         yield start, rows.view(len(flats), stop - start, stride)[:, :, : n - start]
 
 
@@ -222,11 +225,15 @@ def _narrow_products() -> Iterator[None]:
 def with_ones(x: Tensor) -> Tensor:
     """Append the input of the bias, a column of ones: [num_tokens, C - 1] -> [num_tokens, C].
 
-    On a device that is not the CPU, rows are apart by a multiple of 16 bytes.
+    It lies by columns on the CPU, as `PackedSymmetric.add` takes it without a copy. On any other
+    device its rows are apart by a multiple of 16 bytes.
     """
     num_tokens, num_inputs = x.shape
     if x.device.type == "cpu":
-        return torch.cat([x, x.new_ones(num_tokens, 1)], dim=1)
+        columns = x.new_empty(num_inputs + 1, num_tokens)
+        columns[:num_inputs] = x.T
+        columns[num_inputs] = 1
+        return columns.T
     wide = x.new_empty(num_tokens, _round_up(num_inputs + 1))
     wide[:, :num_inputs] = x
     wide[:, num_inputs] = 1

@@ -269,8 +269,10 @@ class ModelShard:
             Gs = ((factors.G, factors.num_tokens) for factors in own)
             num_tokens = sum(factors.num_tokens for factors in own)
             means[block, role] = of_experts.LayerMean(
-                of_experts.mean_factor(As, has_basis=not is_consumer, has_bias=shapes[0].has_bias),
-                of_experts.mean_factor(Gs, has_basis=is_consumer),
+                of_experts.mean_factor(
+                    As, has_basis=not is_consumer, has_bias=shapes[0].has_bias, device=self.device
+                ),
+                of_experts.mean_factor(Gs, has_basis=is_consumer, device=self.device),
                 num_tokens / self.mixtures[block - self.blocks.first].num_chosen,
             )
         return means[block, role]

@@ -202,11 +202,11 @@ def layer(device: str, sizes: list[int], num_experts: int) -> dict[str, Any]:
             found_side = getattr(found, side).dense()
             errors.append(distance(found_side, getattr(expected, side).dense()))
     with Counts() as of_stack:
-        stack = factor_stack(there, found)
+        stack = factor_stack(there, found, where)
     for i, factors in enumerate(there):
         one = shrunk_factors(factors, found).dense()
         errors += [distance(getattr(stack, side)[i], getattr(one, side).cpu()) for side in "AG"]
-    whole = factor_stack(there, None).A[3]
+    whole = factor_stack(there, None, where).A[3]
     errors.append(distance(whole, inputs[3].T @ inputs[3] / 3))
     counts = (of_mean, of_stack)
     return {
