@@ -121,8 +121,11 @@ class PackedSymmetric:
     def fill_diagonal(self, value: float | Tensor) -> None:
         """Set the diagonal to a number, or to entries [n]."""
         for start, panel in self._panels():
-            entries = value[start : start + len(panel)] if isinstance(value, Tensor) else value
-            panel.diagonal()[:] = entries
+            diagonal = panel.diagonal()
+            if isinstance(value, Tensor):
+                diagonal.copy_(value[start : start + len(panel)])
+            else:
+                diagonal.fill_(value)
 
     def diagonal(self) -> Tensor:
         """Return a copy of the diagonal [n]."""
@@ -232,9 +235,9 @@ def with_ones(x: Tensor) -> Tensor:
     if x.device.type == "cpu":
         columns = x.new_empty(num_inputs + 1, num_tokens)
         columns[:num_inputs] = x.T
-        columns[num_inputs] = 1
+        columns[num_inputs].fill_(1)
         return columns.T
     wide = x.new_empty(num_tokens, _round_up(num_inputs + 1))
     wide[:, :num_inputs] = x
-    wide[:, num_inputs] = 1
+    wide[:, num_inputs].fill_(1)
     return wide[:, : num_inputs + 1]

@@ -193,8 +193,10 @@ class ModelShard:
         finally:
             for hook in hooks:
                 hook.remove()
+            stays = self.factor_store.place == "device"
             for key, total in sums.items():
-                self.factor_store.put(key, total.flat)
+                if not (stays and key in self.factor_store):  # what is there is the sum itself
+                    self.factor_store.put(key, total.flat)
 
     def _sum(self, group: SharedInput, key: str) -> PackedSymmetric:
         """Return a sum that may be added to, zeros if there is none."""

@@ -83,8 +83,13 @@ def second_moments(device: str, sizes: list[int], dtype: str, adds_wide: bool) -
         expected = exact.T @ (exact * weights.double()[:, None])
         sums = torch.promote_types(x.dtype, torch.float32)
         total = PackedSymmetric.zeros(n, torch.device(device), sums)
-        there = with_ones(x.to(device)) if has_bias else x.to(device)
-        assert there.stride(0) % packed._ALIGNMENT == 0 or not has_bias
+        there = x.to(device)
+        if has_bias:
+            with Counts() as of_ones:
+                there = with_ones(there)
+            assert there.stride(0) % packed._ALIGNMENT == 0
+            assert of_ones.launches.total() == 2
+            assert not of_ones.syncs
         for part in (slice(0, 10), slice(10, 24)):
             of_part = weights[part].to(device) if has_weights else None
             with Counts() as counts:
