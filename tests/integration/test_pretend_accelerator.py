@@ -46,6 +46,8 @@ BY_CANCELLATION = (5e-5, 5e-6)
 """With further Kronecker terms, which are differences: 8e-6 and 6e-7. And where a bias is near
 zero: 1e-5.
 """
+BY_DEPTH = (2e-4, 5e-6)
+"""Of four blocks, where an error is that of all blocks before: 5e-5 in one bias."""
 BY_ITERATIONS = (1e-2, 5e-4)
 """After conjugate gradients, which stop at a residual of 1e-3 and multiply in bfloat16: 3e-3 and
 8e-5.
@@ -92,6 +94,8 @@ METHODS: dict[str, tuple[dict[str, Any], tuple[float, float]]] = {
     "groups-disk": (CORRECTED | WAVES | EXPORTED, BY_TRAINING),
     "groups-uniform": (CORRECTED | UNIFORM, BY_ORDER_OF_SUMS),
 }
+ALWAYS = ("llama", "opt", "gpt2", "gemma3", "phi3", "qwen2_moe", "glm4_moe")
+"""Families of which tiny models with two blocks run always."""
 MODULE = "tests.integration.test_pretend_accelerator"
 
 
@@ -177,7 +181,7 @@ def small_models(
 ) -> dict[str, Path]:
     """The tiny models with two blocks."""
     folders = {}
-    for family in ("llama", "opt", "gpt2", "gemma3", "phi3", "qwen2_moe", "glm4_moe"):
+    for family in ALWAYS:
         configs = SPARSE_CONFIGS if family in SPARSE_CONFIGS else CONFIGS
         document = configs[family].to_dict()
         document |= {"n_layer" if family == "gpt2" else "num_hidden_layers": 2}
@@ -224,13 +228,13 @@ Tolerances = tuple[float, float]
 
 @pytest.fixture
 def assert_same_run(
-    zygote: Zygote, small_models: dict[str, Path], tmp_path: Path
+    zygote: Zygote, small_models: dict[str, Path], model_folders: dict[str, Path], tmp_path: Path
 ) -> Callable[[str, Mapping[str, Any], Tolerances], None]:
     def on_both(family: str, options: Mapping[str, Any], tolerances: Tolerances) -> None:
         """Run a job on both devices: the same masks, and weights, perplexities and exports within
         tolerances.
         """
-        model = small_models[family]
+        model = small_models.get(family) or model_folders[family]
         run_on("cpu", spec_in(tmp_path / "cpu", model, **options))
         elsewhere(zygote, run_on_sim, spec=spec_in(tmp_path / "sim", model, **options))
         on_cpu, on_sim = (report_of(tmp_path / device / "run") for device in ("cpu", "sim"))
@@ -256,6 +260,20 @@ def assert_same_run(
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method(method: str, assert_same_run: Callable[..., None]) -> None:
     assert_same_run("llama", *METHODS[method])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", sorted(set(CONFIGS) - set(ALWAYS)))
+def test_remaining_families(family: str, assert_same_run: Callable[..., None]) -> None:
+    assert_same_run(family, runs.GROUPS, BY_DEPTH)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", sorted(set(SPARSE_CONFIGS) - set(ALWAYS)))
+def test_remaining_mixtures(family: str, assert_same_run: Callable[..., None]) -> None:
+    more = ["shared_experts"] if family == "deepseek_v3" else ["experts"]
+    options = {"pruning__groups": ["expert_channels", *more]}
+    assert_same_run(family, runs.GROUPS | options, BY_DEPTH)
 
 
 @pytest.mark.parametrize("family", ["opt", "gpt2", "gemma3", "phi3"])
