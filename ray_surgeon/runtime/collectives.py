@@ -4,17 +4,25 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ray_surgeon.memory.transfers import Transfers, transfers
+
 if TYPE_CHECKING:
     from ray_surgeon.runtime.worker import Worker
+
+
+MESSAGE_BYTES = 2**25
+"""Of tensors that are sent together."""
 
 
 class CollectiveError(RuntimeError):
@@ -96,6 +104,53 @@ def together(
         tensor.copy_(part.view_as(tensor))
 
 
+class Sent(NamedTuple):
+    """A tensor that its owner sends to the other replicas."""
+
+    owner: int
+    like: Tensor  # of its shape and dtype, with or without memory
+    get: Callable[[], Tensor]  # returns it, asked at the owner
+    put: Callable[[Tensor], None]  # takes it, at the others
+
+
+def send(
+    group: ReplicaGroup, tensors: Iterable[Sent], device: torch.device, place: torch.device
+) -> None:
+    """Send tensors from their owners to the other replicas, many in one message.
+
+    Args:
+        group: of the replicas; all of them call this.
+        tensors: the same ones in the same order on all of them.
+        device: where the group copies.
+        place: where those that come are wanted.
+    """
+    for message in _messages(tensors):
+        first, *_ = message
+        sizes = [sent.like.numel() for sent in message]
+        if group.rank == first.owner:
+            flat = torch.cat([sent.get().to(device).flatten() for sent in message])
+        else:
+            flat = torch.empty(sum(sizes), dtype=first.like.dtype, device=device)
+        group.broadcast(flat, first.owner)
+        if group.rank != first.owner:
+            for sent, part in zip(message, torch.split(flat.to(place), sizes), strict=True):
+                sent.put(part.view(sent.like.shape))
+
+
+def _messages(tensors: Iterable[Sent]) -> Iterator[list[Sent]]:
+    """Yield tensors of one owner and dtype, about `MESSAGE_BYTES` or one tensor at a time."""
+    left = defaultdict[tuple[int, torch.dtype], list[Sent]](list)
+    sizes = Counter[tuple[int, torch.dtype]]()
+    for sent in tensors:
+        key = (sent.owner, sent.like.dtype)
+        left[key].append(sent)
+        sizes[key] += sent.like.nbytes
+        if sizes[key] >= MESSAGE_BYTES:
+            del sizes[key]
+            yield left.pop(key)
+    yield from left.values()
+
+
 class ProcessReplica(ReplicaGroup):
     """A replica in a process of its own, in a torch.distributed group.
 
@@ -118,7 +173,7 @@ class ProcessReplica(ReplicaGroup):
         size = len(placement.workers)
         shards = [[*range(i, size, placement.num_shards)] for i in range(placement.num_shards)]
         timeout = timedelta(seconds=timeout_s)
-        backend = "nccl" if worker.device.type == "cuda" else "gloo"
+        backend = "gloo" if worker.device.type == "cpu" else "nccl"
         rank = placement.workers.index(worker.index)
         try:
             dist.init_process_group(backend, address, timeout, world_size=size, rank=rank)
@@ -152,8 +207,11 @@ def encode(tensor: Tensor) -> TensorPayload:
 
     A view becomes a copy of its own, or its whole storage would travel.
     """
-    dense = tensor.detach().cpu().contiguous()
-    if dense.untyped_storage().nbytes() != dense.nbytes:
+    dense = tensor.detach().contiguous()
+    if dense.device.type != "cpu":
+        stage = Transfers.pinned(dense.shape, dense.dtype)
+        dense = transfers(dense.device).to_host(dense, stage).on_host()
+    elif dense.untyped_storage().nbytes() != dense.nbytes:
         dense = dense.clone()
     return (dense.view(torch.int16) if dense.dtype == torch.bfloat16 else dense).numpy()
 
@@ -163,7 +221,10 @@ def decode(payload: TensorPayload, device: torch.device) -> Tensor:
 
     What lies in the object store is shared with other readers.
     """
-    tensor = torch.tensor(payload)
-    if tensor.dtype == torch.int16:
-        tensor = tensor.view(torch.bfloat16)
-    return tensor.to(device)
+    if device.type == "cpu":
+        tensor = torch.tensor(payload)
+    else:
+        tensor = Transfers.pinned(payload.shape, torch.from_numpy(np.empty(0, payload.dtype)).dtype)
+        np.copyto(tensor.numpy(), payload)
+        tensor = transfers(device).to_device(tensor).on_device()
+    return tensor.view(torch.bfloat16) if tensor.dtype == torch.int16 else tensor

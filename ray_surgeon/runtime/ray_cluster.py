@@ -235,7 +235,7 @@ def _settle(worker: Worker, num_threads: int) -> str:
     """
     torch.set_num_threads(num_threads)
     context = ray.get_runtime_context()
-    if worker.device.type == "cuda":
+    if worker.device.type != "cpu":
         (name,) = context.get_accelerator_ids()["GPU"]
         worker.take_gpu(name)
     return str(context.get_node_id())
