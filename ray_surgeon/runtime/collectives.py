@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from ray_surgeon.runtime.worker import Worker
 
 
+_NO_LIMIT = timedelta(days=365)
+
 MESSAGE_BYTES = 2**25
 """Of tensors that are sent together."""
 
@@ -154,7 +156,9 @@ def _messages(tensors: Iterable[Sent]) -> Iterator[list[Sent]]:
 class ProcessReplica(ReplicaGroup):
     """A replica in a process of its own, in a torch.distributed group.
 
-    The backend is gloo on CPUs and NCCL on GPUs.
+    The backend is gloo on CPUs and NCCL on GPUs. Replicas meet before they begin, for which there
+    is no limit of time: one that waits because another one still computes has lost nothing, and
+    who has died has broken its connections. Of one that is silent, the coordinator hears.
     """
 
     def __init__(self, worker: Worker, address: str, timeout_s: float) -> None:
@@ -163,7 +167,7 @@ class ProcessReplica(ReplicaGroup):
         Args:
             worker: which of them this is.
             address: ``tcp://host:port`` of worker 0.
-            timeout_s: a collective that takes longer raises.
+            timeout_s: a collective that takes longer, once all have come to it, raises.
 
         Raises:
             CollectiveError: not all have come.
@@ -176,12 +180,14 @@ class ProcessReplica(ReplicaGroup):
         backend = "gloo" if worker.device.type == "cpu" else "nccl"
         rank = placement.workers.index(worker.index)
         try:
-            dist.init_process_group(backend, address, timeout, world_size=size, rank=rank)
-            groups = [dist.new_group(ranks, timeout=timeout) for ranks in shards]
+            dist.init_process_group("gloo", address, timeout, world_size=size, rank=rank)
+            groups = [dist.new_group(ranks, timeout, backend) for ranks in shards]
+            meetings = [dist.new_group(ranks, _NO_LIMIT, "gloo") for ranks in shards]
         # another is lost before all have met, or its port was taken meanwhile
         except RuntimeError as error:
             raise CollectiveError(f"workers could not connect to each other: {error}") from error
         self._group = groups[worker.index.shard]
+        self._meeting = meetings[worker.index.shard]
 
     def reduce(self, tensor: Tensor, owner: int) -> None:
         """Sum to the owner."""
@@ -193,8 +199,10 @@ class ProcessReplica(ReplicaGroup):
 
     def _join(self, collective: Callable[..., object], tensor: Tensor, **owner: int) -> None:
         try:
+            dist.barrier(self._meeting)
             collective(tensor, group=self._group, **owner)
-        except RuntimeError as error:  # of gloo and NCCL: a connection closed, or the timeout
+        # of gloo and NCCL (DistBackendError): a connection closed, or the timeout
+        except RuntimeError as error:
             raise CollectiveError(f"a replica of this shard is lost: {error}") from error
 
 
