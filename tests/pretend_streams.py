@@ -41,6 +41,7 @@ class Stream:
         self.num_issued = 0
         self.num_done = 0
         self.seen = dict[int, int]()  # thread -> its operators that were waited for
+        self.arriving: int | None = None  # address of what was last copied to the device
         self.recorded = set[int]()  # addresses of memory that is not given away before it is done
 
     def add(self, work: Callable[[], object]) -> None:
@@ -62,6 +63,8 @@ class Stream:
         for thread, number in event.seen.items():
             self.seen[thread] = max(number, self.seen.get(thread, 0))
         self.add(event.synchronize)
+        if self is COMPUTES and event.arriving is not None:
+            _not_recorded().add(event.arriving)
 
     def wait_stream(self, stream: Stream) -> None:
         event = Event()
@@ -81,6 +84,8 @@ class Event:
     def record(self, stream: Stream | None = None) -> None:
         self.stream = stream or current_stream()
         self.place = self.stream.num_issued
+        self.arriving = self.stream.arriving
+        self.stream.arriving = None
         computed = {_number(): num_computed()}
         self.seen = computed if self.stream is COMPUTES else dict(self.stream.seen)
         self.time_s = time.perf_counter()
@@ -122,6 +127,8 @@ def pinned(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
 
 def record_stream(tensor: Tensor, stream: Stream) -> None:
     stream.recorded.add(address(tensor))
+    if stream is COMPUTES:
+        _not_recorded().discard(address(tensor))
 
 
 def address(tensor: Tensor) -> int:
@@ -162,6 +169,7 @@ def copy(
         # what is not pinned is read at once
         read = host if address(host) in _pinned else host.clone()
         own.add(lambda: do(read))
+        own.arriving = address(target)
 
 
 class Backend(_DummyBackendModule):
@@ -203,10 +211,17 @@ def _number() -> int:
     return int(_here.number)
 
 
+def _not_recorded() -> set[int]:
+    """Return the addresses of what has arrived in this thread, and belongs to another stream."""
+    addresses: set[int] = _here.__dict__.setdefault("not_recorded", set())
+    return addresses
+
+
 def num_computed() -> int:
     return getattr(_here, "num_computed", 0)
 
 
 def count() -> None:
     """Count an operator that computes."""
+    assert not _not_recorded(), "what has arrived may be given away while it is used"
     _here.num_computed = num_computed() + 1

@@ -102,6 +102,7 @@ def forgotten() -> dict[str, str]:
         "device": lambda: in_another_thread(lambda: own.staged(torch.zeros(3))),
         "record": no_record,
         "wait": no_wait,
+        "arrived": lambda: own.staged(torch.zeros(3)) + 1,
     }
     told = {}
     for name, attempt in attempts.items():
@@ -217,11 +218,12 @@ def test_what_is_copied_arrives(zygote: Zygote) -> None:
 
 def test_what_was_forgotten_is_an_error(zygote: Zygote) -> None:
     told = on_sim(zygote, forgotten)
-    assert set(told) == {"pinned", "device", "record", "wait"}, told
+    assert set(told) == {"pinned", "device", "record", "wait", "arrived"}, told
     assert "not pinned" in told["pinned"]
     assert "said where it computes" in told["device"]
     assert "given away" in told["record"]
     assert "has not waited" in told["wait"]
+    assert "while it is used" in told["arrived"]
 
 
 @pytest.mark.parametrize("place", ["device", "host", "disk"])
