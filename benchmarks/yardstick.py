@@ -31,9 +31,9 @@ from benchmarks.peers import inputs_of_spec
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.models.loss import perplexity_of
 from ray_surgeon.runtime.cluster import LocalCluster
+from ray_surgeon.runtime.dense_states import ANSWERS, DenseStates
 from ray_surgeon.runtime.passes import num_counted, sequence_losses
 from ray_surgeon.runtime.placement import place
-from ray_surgeon.runtime.wave import ANSWERS, DenseStates
 from ray_surgeon.runtime.weights import ModelRecipe, load
 from ray_surgeon.runtime.worker import Worker
 from ray_surgeon.spec.sections import ModelSection

@@ -3,9 +3,9 @@ see when the two are mixed.
 
 Its tensors are torch's own, with storages, strides and views, and say that they are on "sim", but
 their memory is the CPU's. An operator runs on CPU tensors over the same memory, after a check that
-no CPU tensor is among its arguments. It checks where tensors are, and knows nothing of streams,
-memory, NCCL, or how a GPU rounds. Not there: generators on the device, convolutions, copy.deepcopy
-and torch.save.
+no CPU tensor is among its arguments. It checks where tensors are, and, see `tests.pretend_streams`,
+what waits for what; it knows nothing of memory, NCCL, or how a GPU rounds. Not there: generators on
+the device, convolutions, copy.deepcopy and torch.save.
 
 Importing this registers the device, and a process keeps it. torch prepares its threads for backward
 passes at the first one and does not know devices that come later. So the device lives in processes
@@ -25,6 +25,9 @@ import torch
 from torch import Tensor
 from torch._C import DispatchKey, DispatchKeySet
 from torch._ops import OpOverload
+
+from ray_surgeon.memory.transfers import Transfers
+from tests import pretend_streams
 
 SIM = "sim"
 
@@ -95,6 +98,7 @@ def _run(op: OpOverload, *args: Any, **kwargs: Any) -> Any:
     _check_devices(op, signature, bound)
     if signature.is_view:  # those kernels only make sizes and strides
         return op.redispatch(_CPU_KERNELS, *args, **kwargs)
+    pretend_streams.count()
     given = {name: _on_cpu(value) for name, value in bound.items() if name not in signature.out}
     given |= {name: torch.empty(0, dtype=bound[name].dtype) for name in signature.out}
     for name in signature.plain:
@@ -175,7 +179,14 @@ def _on_sim(value: Any) -> Any:
 
 def _copy_from(source: Tensor, target: Tensor, non_blocking: bool = False) -> Tensor:
     """Copy between the devices, or within one: what `copy_` and `to` come to."""
-    _on_cpu(target).copy_(_on_cpu(source))
+    on_device = source if source.device.type == SIM else target
+    pretend_streams.copy(
+        source,
+        target,
+        on_device,
+        lambda tensor: _on_cpu(target).copy_(_on_cpu(tensor)),
+        waits=not non_blocking,
+    )
     return target
 
 
@@ -195,7 +206,10 @@ def _resize(
 
 
 def _register() -> tuple[torch.library.Library, ...]:
-    torch.utils.backend_registration._setup_privateuseone_for_python_backend(SIM)
+    setup = torch.utils.backend_registration._setup_privateuseone_for_python_backend
+    setup(SIM, pretend_streams.Backend())
+    Transfers.pinned = staticmethod(pretend_streams.pinned)  # type: ignore[assignment, method-assign]
+    Tensor.record_stream = pretend_streams.record_stream  # type: ignore[assignment]
     everything = torch.library.Library("_", "IMPL")
     some = torch.library.Library("aten", "IMPL")
     everything.fallback(_run, "PrivateUse1")

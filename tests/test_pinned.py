@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from ray_surgeon.memory.stores import HostMemory, Pieces, reserved_bytes
+from ray_surgeon.memory.transfers import Transfers
 
 
 def test_places_do_not_overlap_and_pieces_are_full() -> None:
@@ -35,8 +36,7 @@ def test_little_is_reserved_for_nothing(size: int, number: int) -> None:
 
 
 def test_tensors_lie_where_they_were_placed(monkeypatch: pytest.MonkeyPatch) -> None:
-    reserve = staticmethod(lambda size: torch.zeros(size, dtype=torch.uint8))
-    monkeypatch.setattr(HostMemory, "_reserve", reserve)
+    monkeypatch.setattr(Transfers, "pinned", torch.zeros)
     memory = HostMemory(torch.device("cuda"))
     shapes = [(3, 5), (7,), (), (0, 4)]
     dtypes = [torch.bfloat16, torch.float32, torch.float64, torch.float32]

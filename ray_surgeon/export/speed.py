@@ -26,6 +26,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from ray_surgeon.export import folder as folders
 from ray_surgeon.export.for_engines import Shrinking
+from ray_surgeon.memory.transfers import backend
 from ray_surgeon.models.budgets import Budget
 from ray_surgeon.models.build import cache_argument
 from ray_surgeon.models.families import family_of
@@ -126,24 +127,24 @@ def _table(numbers: Sequence[int], seconds: Sequence[float]) -> tuple[float, ...
 
 def _device_name(device: torch.device, num_threads: int) -> str:
     """Return what a report calls a device."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"CPU, {num_threads} threads"
+    if device.type == "cpu":
+        return f"CPU, {num_threads} threads"
+    return str(backend(device).get_device_name(device))
 
 
 def _moment(device: torch.device) -> Any:
     """Return the present moment of a device's work, without waiting for it."""
-    if device.type != "cuda":
+    if device.type == "cpu":
         return time.perf_counter()
-    event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+    event = backend(device).Event(enable_timing=True)
     event.record()
     return event
 
 
 def _now(device: torch.device) -> float:
     """Return the time when a device has done all its work."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    if device.type != "cpu":
+        backend(device).synchronize(device)
     return time.perf_counter()
 
 

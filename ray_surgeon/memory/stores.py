@@ -9,10 +9,12 @@ import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
+
+from ray_surgeon.memory.transfers import Arrival, Fetcher, Transfers, transfers
 
 Place = Literal["device", "host", "disk"]
 """Of weights or factors."""
@@ -173,7 +175,7 @@ class HostMemory:
 
     def __init__(self, device: torch.device) -> None:
         """Reserve nothing yet."""
-        self._pins = device.type == "cuda"
+        self._pins = device.type != "cpu"
         self.clear()
 
     def empty(self, shape: torch.Size, dtype: torch.dtype) -> Tensor:
@@ -183,7 +185,7 @@ class HostMemory:
         size = math.prod(shape) * dtype.itemsize
         number, first = self._pieces.place(size)
         if number == len(self._memory):
-            self._memory.append(self._reserve(self._pieces.sizes[number]))
+            self._memory.append(Transfers.pinned([self._pieces.sizes[number]], dtype=torch.uint8))
         return self._memory[number][first : first + size].view(dtype).view(shape)
 
     def clear(self) -> None:
@@ -193,10 +195,6 @@ class HostMemory:
         """
         self._pieces = Pieces()
         self._memory = list[Tensor]()
-
-    @staticmethod
-    def _reserve(size: int) -> Tensor:
-        return torch.empty(size, dtype=torch.uint8, pin_memory=True)
 
 
 class TensorStore:
@@ -210,6 +208,9 @@ class TensorStore:
         self._ending = ending
         self._memory = HostMemory(device)
         self._kept: dict[str, Tensor] = {}  # on meta what is in a file
+        # of what is in the host's memory, when the last copy from or to a device is done
+        self._moved: dict[str, Any] = {}
+        self._fetcher = Fetcher(device, self.begin)
 
     def __contains__(self, name: str) -> bool:
         """Whether there is such a tensor."""
@@ -219,30 +220,54 @@ class TensorStore:
         """Return a tensor where it lies; what is mapped from a file is not to be written to."""
         kept = self._kept[name]
         if self.place != "disk":
-            return kept
+            return Arrival(kept, self._moved.get(name)).on_host()
         file = str(self._scratch.path(name + self._ending))
         flat = torch.from_file(file, shared=False, size=kept.numel(), dtype=kept.dtype)
         return flat.view(kept.shape)
 
+    def begin(self, name: str) -> Arrival:
+        """Begin to copy a tensor to the device; on the CPU, return it where it lies."""
+        if self.place != "host" or self._device.type == "cpu":
+            return transfers(self._device).to_device(self.get(name))
+        arrival = transfers(self._device).to_device(self._kept[name], self._moved.get(name))
+        self._moved[name] = arrival.event
+        return arrival
+
+    def expect(self, names: Iterable[str]) -> None:
+        """Bring tensors to the device that will be wanted next, those of them that are kept."""
+        if self.place != "device":
+            self._fetcher.expect([name for name in names if name in self._kept])
+
     def on_device(self, name: str) -> Tensor:
         """Return a tensor that may be written to; `put` keeps what was written."""
-        tensor = self.get(name)
-        return tensor if self.place == "device" else tensor.to(self._device, copy=True)
+        if self.place == "device":
+            return self._kept[name]
+        tensor = self._fetcher.take(name)
+        return tensor.clone() if self._device.type == "cpu" else tensor
 
     def put(self, name: str, tensor: Tensor) -> None:
-        """Keep a tensor in place of the one there was."""
+        """Keep a tensor in place of the one there was; it is not to be written to afterwards."""
+        self._fetcher.forget([name])
         if self.place == "disk":
             self._scratch.write(name + self._ending, tensor)
             self._kept[name] = tensor.to("meta")
-        elif name in self._kept:
-            self._kept[name].copy_(tensor)
-        elif self.place == "device":
-            self._kept[name] = tensor
+            return
+        if name not in self._kept:
+            if self.place == "device":
+                self._kept[name] = tensor
+                return
+            self._kept[name] = self._memory.empty(tensor.shape, tensor.dtype)
+        kept = self._kept[name]
+        moved = self._moved.pop(name, None)
+        if self.place == "device" or tensor.device.type == "cpu":
+            Arrival(kept, moved).on_host().copy_(tensor)
         else:
-            self._kept[name] = self._memory.empty(tensor.shape, tensor.dtype).copy_(tensor)
+            self._moved[name] = transfers(self._device).to_host(tensor, kept, moved).event
 
     def drop(self, name: str) -> None:
         """Forget a tensor."""
+        self._fetcher.forget([name])
+        self._moved.pop(name, None)
         del self._kept[name]
         if not self._kept:
             self._memory.clear()

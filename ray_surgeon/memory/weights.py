@@ -8,12 +8,12 @@ from collections import deque
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from ray_surgeon.memory.stores import Place, Scratch, TensorStore
+from ray_surgeon.memory.transfers import Arrival, Fetcher, transfers
 
 TENSORS_AHEAD = 8
 """Tensors that are on their way or wait to be taken, at most."""
@@ -63,6 +63,12 @@ class Slot:
     leaf: str  # its name there
     dtype: torch.dtype  # that it has there
 
+    @property
+    def content(self) -> Tensor:
+        """What is there, on meta where the weights are elsewhere."""
+        content: Tensor = getattr(self.module, self.leaf)
+        return content
+
     def fill(self, tensor: Tensor) -> None:
         """Put a tensor there."""
         is_parameter = self.leaf in self.module._parameters
@@ -98,11 +104,8 @@ class WeightStore:
         self.slot_of = {name: slot for of_block in slots for name, slot in of_block.items()}
         self.kept = TensorStore(place, device, scratch, ".weight")
         self._reads: dict[str, Read] = {}  # of the names that are read from elsewhere
-        self._ahead: tuple[int, Future[dict[str, Tensor]]] | None = None
-        # a new thread begins with the first GPU, and would make a context there
-        begin = partial(torch.cuda.set_device, device) if device.type == "cuda" else None
-        self._fetching = ThreadPoolExecutor(1, initializer=begin)
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        self.then = -1  # the block that will be wanted after the present one; -1 if there is none
+        self._fetcher = Fetcher(device, self._begin)
 
     @contextlib.contextmanager
     def block(self, place: int, then: int = -1) -> Iterator[None]:
@@ -113,36 +116,25 @@ class WeightStore:
             then: the block that will be wanted next, if there is one; its weights are fetched
                 meanwhile.
         """
+        self.then = then
         if self.kept.place == "device":
             yield
             return
-        ahead = self._ahead
-        self._ahead = None
-        tensors = ahead[1].result() if ahead and ahead[0] == place else self._fetch(place)
-        if self._stream is not None:
-            torch.cuda.current_stream(self._device).wait_stream(self._stream)
-            for tensor in tensors.values():
-                tensor.record_stream(torch.cuda.current_stream(self._device))
-        if 0 <= then < len(self._slots) and self._device.type != "cpu":
-            self._ahead = then, self._fetching.submit(self._fetch, then)
+        tensors = {name: self._fetcher.take(name) for name in self._slots[place]}
+        self._fetcher.expect(self._slots[then] if 0 <= then < len(self._slots) else ())
         for name, slot in self._slots[place].items():
             slot.fill(tensors[name])
-        del tensors, ahead
+        del tensors
         try:
             yield
         finally:
             for slot in self._slots[place].values():
-                slot.fill(getattr(slot.module, slot.leaf).to("meta"))
+                slot.fill(slot.content.to("meta"))
 
-    def _fetch(self, place: int) -> dict[str, Tensor]:
-        with torch.cuda.stream(self._stream) if self._stream else contextlib.nullcontext():
-            tensors = ((name, self.get(name)) for name in self._slots[place])
-            return {name: x.to(self._device, non_blocking=True) for name, x in tensors}
-
-    def _forget_ahead(self) -> None:
-        if self._ahead is not None:
-            self._ahead[1].result()
-            self._ahead = None
+    def _begin(self, name: str) -> Arrival:
+        if name in self._reads:
+            return transfers(self._device).to_device(self.get(name))
+        return self.kept.begin(name)
 
     def fill(self, read: Read, checked: Callable[[str, Tensor], None], *, stays: bool) -> None:
         """Look at every tensor once, and keep it if it would not stay.
@@ -166,7 +158,7 @@ class WeightStore:
 
         Nothing stays open that no name needs.
         """
-        self._forget_ahead()
+        self._fetcher.forget()
         for name in (name for name in self.slot_of if name in names):
             self._reads[name] = read
             if name in self.kept:
@@ -181,9 +173,13 @@ class WeightStore:
             return self._reads[name](name).to(self.slot_of[name].dtype)
         return self.kept.get(name)
 
+    def on_device(self, name: str) -> Tensor:
+        """Return a tensor on the device; it is not to be written to."""
+        return self._begin(name).on_device()
+
     def set(self, name: str, tensor: Tensor) -> None:
         """Replace the content of a tensor; not inside of its block."""
-        self._forget_ahead()
+        self._fetcher.forget()
         slot = self.slot_of[name]
         if self.kept.place == "device" and name not in self.kept:
             tensor = tensor.to(self._device, slot.dtype, copy=True)

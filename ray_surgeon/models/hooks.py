@@ -12,6 +12,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ray_surgeon.maths.experts import ExpertSums, add_changes, add_rises
 from ray_surgeon.maths.kronecker import PackedSymmetric, with_ones
+from ray_surgeon.memory.transfers import transfers
 from ray_surgeon.models.build import LinearModule, as_linear, num_inputs
 from ray_surgeon.models.experts import Mixture, Routed
 
@@ -103,24 +104,34 @@ class SharedInput:
 class LayerInputs:
     """Inputs of some layers, bfloat16 in the host's memory.
 
-    The memory is reserved at the start and returned as soon as one is taken.
+    The memory is reserved at the start and returned as soon as one is taken. From an accelerator
+    they come in the background.
     """
 
-    def __init__(self, layers: Mapping[str, tuple[int, LinearModule]], num_tokens: int) -> None:
+    def __init__(
+        self, layers: Mapping[str, tuple[int, LinearModule]], num_tokens: int, device: torch.device
+    ) -> None:
         """Start with none.
 
         Args:
             layers: name of a layer's last linear -> place of its block in the shard, and a linear
                 that reads the layer's inputs.
             num_tokens: that will pass.
+            device: from which they come.
         """
         self._layers = layers
-        # name of a layer's last linear -> its inputs [N, d]
-        self.kept = {
+        self._kept = {
             name: torch.empty(num_tokens, num_inputs(module), dtype=torch.bfloat16)
             for name, (_, module) in layers.items()
         }
         self._num_kept = dict.fromkeys(layers, 0)
+        self._device = device
+
+    @property
+    def kept(self) -> dict[str, Tensor]:
+        """Name of a layer's last linear -> its inputs [N, d], once all are there."""
+        transfers(self._device).settle()
+        return self._kept
 
     def watch(self, place: int) -> list[RemovableHandle]:
         """Keep what the layers of a block read from now on, until the hooks are removed."""
@@ -133,7 +144,7 @@ class LayerInputs:
     def _keep(self, name: str, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         x = inputs[0].detach().flatten(0, -2)
         first = self._num_kept[name]
-        self.kept[name][first : first + len(x)] = x
+        transfers(self._device).land(x, self._kept[name][first : first + len(x)])
         self._num_kept[name] += len(x)
 
 

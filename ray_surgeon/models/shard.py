@@ -115,11 +115,11 @@ class ModelShard:
     def weight(self, name: str) -> Tensor:
         """Return a copy of W [R, C] of a linear, float32, its bias as the last column."""
         module = self.linears[name]
-        matrix = self.weights.get(f"{name}.weight").to(self.device)
+        matrix = self.weights.on_device(f"{name}.weight")
         matrix = matrix.T if isinstance(module, Conv1D) else matrix
         if module.bias is None:
             return matrix.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
-        bias = self.weights.get(f"{name}.bias").to(self.device)
+        bias = self.weights.on_device(f"{name}.bias")
         return torch.cat([matrix.float(), bias.float()[:, None]], dim=1)
 
     def set_weight(self, name: str, W: Tensor) -> None:
@@ -182,12 +182,17 @@ class ModelShard:
         sums = dict[str, PackedSymmetric]()
         if gathers and place in self.expert_sums:
             hooks += sum_removals(self.expert_sums[place], self.mixtures[place])
-        for group in (group for group in self.gathering if gathers and group.place == place):
-            sums_G = self._kind != "activations" and torch.is_grad_enabled()
-            keys = group.sizes if sums_G else [group.key_of_A]
-            factors = {key: self._sum(group, key) for key in keys}
-            hooks += group.add_to(factors, wide=wide)
-            sums |= factors
+        sums_G = self._kind != "activations" and torch.is_grad_enabled()
+        ahead = list[str]()
+        for group in self.gathering if gathers else ():
+            keys = [*group.sizes] if sums_G else [group.key_of_A]
+            if group.place == place:
+                factors = {key: self._sum(group, key) for key in keys}
+                hooks += group.add_to(factors, wide=wide)
+                sums |= factors
+            elif group.place == self.weights.then:
+                ahead += keys
+        self.factor_store.expect(ahead)
         try:
             yield
         finally:

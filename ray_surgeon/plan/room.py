@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from ray_surgeon.memory.stores import Scratch, scratch_root
+from ray_surgeon.memory.transfers import backend
 from ray_surgeon.runtime.worker import Worker
 
 _CGROUPS = (
@@ -53,14 +54,13 @@ def resources_here(device: torch.device, root: str | None, to_go: float = 0.0) -
     machine = socket.gethostname()
     host = float(available_bytes())
     disk = float(shutil.disk_usage(folder).free + to_go)
-    if device.type != "cuda":
-        is_host = device.type == "cpu"
-        name = "" if is_host else device.type
-        return Resources(machine, device.type, name, Room(host, host, disk, device_is_host=is_host))
+    if device.type == "cpu":
+        return Resources(machine, "cpu", "", Room(host, host, disk, device_is_host=True))
     gc.collect()  # of earlier runs in this process
-    torch.cuda.empty_cache()
-    properties = torch.cuda.get_device_properties(device)
-    room = Room(float(torch.cuda.mem_get_info(device)[0]), host, disk, device_is_host=False)
+    gpus = backend(device)
+    gpus.empty_cache()
+    properties = gpus.get_device_properties(device)
+    room = Room(float(gpus.mem_get_info(device)[0]), host, disk, device_is_host=False)
     return Resources(machine, str(properties.uuid), properties.name, room)
 
 

@@ -201,7 +201,7 @@ class LocalCluster(Cluster):
         meetings = [(Barrier(copies), [torch.empty(0)] * copies) for _ in placement.blocks]
         for index, worker in self.workers.items():
             worker.on_progress = self._look
-            if device == "cuda":
+            if device != "cpu":
                 worker.take_gpu()
             if copies > 1:
                 worker.replicas = ThreadReplica(index.replica, *meetings[index.shard])

@@ -4,17 +4,27 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ray_surgeon.memory.transfers import Transfers, transfers
+
 if TYPE_CHECKING:
     from ray_surgeon.runtime.worker import Worker
+
+
+_NO_LIMIT = timedelta(days=365)
+
+MESSAGE_BYTES = 2**25
+"""Of tensors that are sent together."""
 
 
 class CollectiveError(RuntimeError):
@@ -96,10 +106,59 @@ def together(
         tensor.copy_(part.view_as(tensor))
 
 
+class Sent(NamedTuple):
+    """A tensor that its owner sends to the other replicas."""
+
+    owner: int
+    like: Tensor  # of its shape and dtype, with or without memory
+    get: Callable[[], Tensor]  # returns it, asked at the owner
+    put: Callable[[Tensor], None]  # takes it, at the others
+
+
+def send(
+    group: ReplicaGroup, tensors: Iterable[Sent], device: torch.device, place: torch.device
+) -> None:
+    """Send tensors from their owners to the other replicas, many in one message.
+
+    Args:
+        group: of the replicas; all of them call this.
+        tensors: the same ones in the same order on all of them.
+        device: where the group copies.
+        place: where those that come are wanted.
+    """
+    for message in _messages(tensors):
+        first, *_ = message
+        sizes = [sent.like.numel() for sent in message]
+        if group.rank == first.owner:
+            flat = torch.cat([sent.get().to(device).flatten() for sent in message])
+        else:
+            flat = torch.empty(sum(sizes), dtype=first.like.dtype, device=device)
+        group.broadcast(flat, first.owner)
+        if group.rank != first.owner:
+            for sent, part in zip(message, torch.split(flat.to(place), sizes), strict=True):
+                sent.put(part.view(sent.like.shape))
+
+
+def _messages(tensors: Iterable[Sent]) -> Iterator[list[Sent]]:
+    """Yield tensors of one owner and dtype, about `MESSAGE_BYTES` or one tensor at a time."""
+    left = defaultdict[tuple[int, torch.dtype], list[Sent]](list)
+    sizes = Counter[tuple[int, torch.dtype]]()
+    for sent in tensors:
+        key = (sent.owner, sent.like.dtype)
+        left[key].append(sent)
+        sizes[key] += sent.like.nbytes
+        if sizes[key] >= MESSAGE_BYTES:
+            del sizes[key]
+            yield left.pop(key)
+    yield from left.values()
+
+
 class ProcessReplica(ReplicaGroup):
     """A replica in a process of its own, in a torch.distributed group.
 
-    The backend is gloo on CPUs and NCCL on GPUs.
+    The backend is gloo on CPUs and NCCL on GPUs. Replicas meet before they begin, for which there
+    is no limit of time: one that waits because another one still computes has lost nothing, and
+    who has died has broken its connections. Of one that is silent, the coordinator hears.
     """
 
     def __init__(self, worker: Worker, address: str, timeout_s: float) -> None:
@@ -108,7 +167,7 @@ class ProcessReplica(ReplicaGroup):
         Args:
             worker: which of them this is.
             address: ``tcp://host:port`` of worker 0.
-            timeout_s: a collective that takes longer raises.
+            timeout_s: a collective that takes longer, once all have come to it, raises.
 
         Raises:
             CollectiveError: not all have come.
@@ -118,15 +177,17 @@ class ProcessReplica(ReplicaGroup):
         size = len(placement.workers)
         shards = [[*range(i, size, placement.num_shards)] for i in range(placement.num_shards)]
         timeout = timedelta(seconds=timeout_s)
-        backend = "nccl" if worker.device.type == "cuda" else "gloo"
+        backend = "gloo" if worker.device.type == "cpu" else "nccl"
         rank = placement.workers.index(worker.index)
         try:
-            dist.init_process_group(backend, address, timeout, world_size=size, rank=rank)
-            groups = [dist.new_group(ranks, timeout=timeout) for ranks in shards]
+            dist.init_process_group("gloo", address, timeout, world_size=size, rank=rank)
+            groups = [dist.new_group(ranks, timeout, backend) for ranks in shards]
+            meetings = [dist.new_group(ranks, _NO_LIMIT, "gloo") for ranks in shards]
         # another is lost before all have met, or its port was taken meanwhile
         except RuntimeError as error:
             raise CollectiveError(f"workers could not connect to each other: {error}") from error
         self._group = groups[worker.index.shard]
+        self._meeting = meetings[worker.index.shard]
 
     def reduce(self, tensor: Tensor, owner: int) -> None:
         """Sum to the owner."""
@@ -138,8 +199,10 @@ class ProcessReplica(ReplicaGroup):
 
     def _join(self, collective: Callable[..., object], tensor: Tensor, **owner: int) -> None:
         try:
+            dist.barrier(self._meeting)
             collective(tensor, group=self._group, **owner)
-        except RuntimeError as error:  # of gloo and NCCL: a connection closed, or the timeout
+        # of gloo and NCCL (DistBackendError): a connection closed, or the timeout
+        except RuntimeError as error:
             raise CollectiveError(f"a replica of this shard is lost: {error}") from error
 
 
@@ -152,8 +215,11 @@ def encode(tensor: Tensor) -> TensorPayload:
 
     A view becomes a copy of its own, or its whole storage would travel.
     """
-    dense = tensor.detach().cpu().contiguous()
-    if dense.untyped_storage().nbytes() != dense.nbytes:
+    dense = tensor.detach().contiguous()
+    if dense.device.type != "cpu":
+        stage = Transfers.pinned(dense.shape, dense.dtype)
+        dense = transfers(dense.device).to_host(dense, stage).on_host()
+    elif dense.untyped_storage().nbytes() != dense.nbytes:
         dense = dense.clone()
     return (dense.view(torch.int16) if dense.dtype == torch.bfloat16 else dense).numpy()
 
@@ -163,7 +229,10 @@ def decode(payload: TensorPayload, device: torch.device) -> Tensor:
 
     What lies in the object store is shared with other readers.
     """
-    tensor = torch.tensor(payload)
-    if tensor.dtype == torch.int16:
-        tensor = tensor.view(torch.bfloat16)
-    return tensor.to(device)
+    if device.type == "cpu":
+        tensor = torch.tensor(payload)
+    else:
+        tensor = Transfers.pinned(payload.shape, torch.from_numpy(np.empty(0, payload.dtype)).dtype)
+        np.copyto(tensor.numpy(), payload)
+        tensor = transfers(device).to_device(tensor).on_device()
+    return tensor.view(torch.bfloat16) if tensor.dtype == torch.int16 else tensor

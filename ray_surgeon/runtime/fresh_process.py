@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-import torch
+from ray_surgeon.memory.transfers import backend
 
 if TYPE_CHECKING:  # the processes that read requests need no workers
     from ray_surgeon.runtime.worker import Worker
@@ -59,6 +59,8 @@ def run_on_worker(
 
     The process sees that worker's device alone, and no GPU if that is a CPU.
     """
+    if worker.device.type == "cpu":
+        return run_module(module, request, offline, "")
     # what torch keeps of freed memory is not there for the other process
-    torch.cuda.empty_cache()
-    return run_module(module, request, offline, "" if worker.device.type == "cpu" else worker.gpu)
+    backend(worker.device).empty_cache()
+    return run_module(module, request, offline, worker.gpu)

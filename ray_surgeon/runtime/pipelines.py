@@ -6,11 +6,12 @@ from collections.abc import Callable
 from itertools import chain
 from typing import Any, Literal, TypeVar
 
+from ray_surgeon.runtime import dense_states
 from ray_surgeon.runtime import wave as on_worker
 from ray_surgeon.runtime.cluster import Cluster, Future, Progress, at_hand, value_of
 from ray_surgeon.runtime.collectives import TensorPayload
 from ray_surgeon.runtime.placement import WorkerIndex
-from ray_surgeon.runtime.wave import CALIBRATION, Counts, Labels, Only, Passage, Tokens, Wave
+from ray_surgeon.runtime.wave import Counts, Labels, Only, Passage, Tokens, Wave
 
 T = TypeVar("T")
 
@@ -37,7 +38,7 @@ def forward_and_backward(
             predicted; None if all do. The gradients are those of the summed loss of the tokens that
             count.
     """
-    text = CALIBRATION if labels.remembers else None
+    text = dense_states.CALIBRATION if labels.remembers else None
     return run_pass(cluster, Passage(sequences, counts, only, text), labels)
 
 
@@ -116,9 +117,9 @@ def _share_states(cluster: Cluster, text: str, waves: list[list[Wave]]) -> None:
     futures = list[Future[None]]()
     for owner, own in zip(owners, waves, strict=True):
         for wave in own if len(owners) > 1 else ():
-            states = value_of(cluster.submit(owner, on_worker.kept_states, text, wave.numbers))
+            states = value_of(cluster.submit(owner, dense_states.kept_states, text, wave.numbers))
             futures += [
-                cluster.submit(receiver, on_worker.receive_states, text, wave.numbers, states)
+                cluster.submit(receiver, dense_states.receive_states, text, wave.numbers, states)
                 for receiver in owners
                 if receiver != owner
             ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import time
 from collections.abc import Sequence
@@ -29,6 +30,14 @@ _ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "false",
     # with a list of one device a worker, NCCL hung (Ray issue 61073)
     "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1",
+}
+_UNLESS_SET = {
+    # memory of GPUs grows in place, so that tensors of other sizes than before find room
+    "PYTORCH_ALLOC_CONF": "expandable_segments:True",
+    # a collective that fails raises where it is waited for; else a thread of torch's ends the
+    # process, and nobody says why
+    "TORCH_NCCL_BLOCKING_WAIT": "1",
+    "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0",
 }
 _OF_NODES = (ray.exceptions.NodeDiedError, ray.exceptions.ObjectLostError)
 """Errors that a lost machine has, if Ray does not say more of it."""
@@ -61,15 +70,13 @@ class RayCluster(Cluster):
         super().__init__(placement)
         self._ping_timeout_s = section.ping_timeout_s
         self._group = _reserve(len(placement.workers), section)
-        threads = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")  # as many as a worker has CPUs
-        environment = _ENVIRONMENT | dict.fromkeys(threads, str(section.cpus_per_worker))
         actor_class = ray.remote(concurrency_groups={"ping": 1})(Worker)  # type: ignore[call-overload]
         layout_reference = ray.put(layout)
         self._actors: dict[WorkerIndex, Any] = {
             index: actor_class.options(
                 num_cpus=section.cpus_per_worker,
                 num_gpus=section.gpus_per_worker,
-                runtime_env={"env_vars": environment},
+                runtime_env={"env_vars": _environment(section.cpus_per_worker)},
                 scheduling_strategy=strategies.PlacementGroupSchedulingStrategy(self._group, i),
             ).remote(layout_reference, placement, index, section.device)
             for i, index in enumerate(placement.workers)
@@ -228,6 +235,14 @@ class RayCluster(Cluster):
         remove_placement_group(self._group)
 
 
+def _environment(num_threads: int) -> dict[str, str]:
+    """Return the variables of a worker's process; some of them are the user's if they are set."""
+    users = {name.replace("PYTORCH_CUDA_", "PYTORCH_") for name in os.environ}  # an older name
+    ours = {name: value for name, value in _UNLESS_SET.items() if name not in users}
+    threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(num_threads))
+    return _ENVIRONMENT | ours | threads
+
+
 def _settle(worker: Worker, num_threads: int) -> str:
     """Set torch's threads and take the GPU that Ray gave, of all that the machine shows.
 
@@ -235,7 +250,7 @@ def _settle(worker: Worker, num_threads: int) -> str:
     """
     torch.set_num_threads(num_threads)
     context = ray.get_runtime_context()
-    if worker.device.type == "cuda":
+    if worker.device.type != "cpu":
         (name,) = context.get_accelerator_ids()["GPU"]
         worker.take_gpu(name)
     return str(context.get_node_id())

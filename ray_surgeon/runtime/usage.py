@@ -16,6 +16,8 @@ from pathlib import Path
 
 import torch
 
+from ray_surgeon.memory.transfers import backend
+
 _STATUS = Path("/proc/self/status")
 
 
@@ -74,9 +76,9 @@ _peak_here = functools.cache(AnonymousPeak)
 def process_usage(device: torch.device, busy_s: float = 0.0, packing_s: float = 0.0) -> Usage:
     """Return what this process has used so far; `device` says whether GPU memory counts."""
     gpu = 0
-    if device.type == "cuda":
-        gpu = torch.cuda.max_memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
+    if device.type != "cpu":
+        gpu = backend(device).max_memory_allocated(device)
+        backend(device).reset_peak_memory_stats(device)
     name = f"{socket.gethostname()}:{os.getpid()}"
     # it also counts the process that this one was forked from
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -1,9 +1,4 @@
-"""A wave of sequences on a worker: what it does with what comes from the shard before.
-
-Workers with the last shard keep the dense model's last hidden states of texts, with which later
-weights are compared: the head is never pruned, so the distributions of the next tokens follow from
-these states, a slice of tokens at a time.
-"""
+"""A wave of sequences on a worker: what it does with what comes from the shard before."""
 
 from __future__ import annotations
 
@@ -18,68 +13,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ray_surgeon.models.loss import Predicted, compare_with_dense, next_token_loss
-from ray_surgeon.runtime.collectives import TensorPayload, decode
+from ray_surgeon.runtime.collectives import TensorPayload
+from ray_surgeon.runtime.dense_states import CALIBRATION, dense_state, keep_states
 from ray_surgeon.runtime.worker import Worker
-from ray_surgeon.storage import tensor_files
 
 T = TypeVar("T")
-
-CALIBRATION = "(calibration)"
-ANSWERS = "(answers)"
-"""Names of the calibration text and of the dense model's answers among the texts that have states.
-
-No evaluation text can have them.
-"""
-
-
-class DenseStates(dict[str, dict[int, Tensor]]):
-    """Last hidden states of the dense model, in the memory of the last shard's host.
-
-    Text -> number of a sequence -> [1, T, d].
-    """
-
-
-def keep_states(worker: Worker, text: str, numbers: list[int], states: Sequence[Tensor]) -> None:
-    """Keep the states [1, T, d] of some sequences of a text.
-
-    They are rounded to bfloat16, but those of answers, of which that alone would cost a float32
-    model some thousandths of the acceptance.
-    """
-    dtype = None if text == ANSWERS else torch.bfloat16
-    rows = (row.to("cpu", dtype, copy=True) for row in states)
-    of_text = worker.keeping(DenseStates).setdefault(text, {})
-    of_text.update(zip(numbers, rows, strict=True))
-
-
-def receive_states(worker: Worker, text: str, numbers: list[int], states: TensorPayload) -> None:
-    """Keep the states [m, T, d] that another worker sent."""
-    keep_states(worker, text, numbers, torch.split(decode(states, torch.device("cpu")), 1))
-
-
-def kept_states(worker: Worker, text: str, numbers: list[int]) -> TensorPayload:
-    """Return the states [m, T, d] of some sequences of a text."""
-    of_text = worker.kept(DenseStates)[text]
-    return worker.pack(torch.cat([of_text[number] for number in numbers]))
-
-
-def write_states(worker: Worker, uri: str) -> None:
-    """Write the states of all texts into one file, for a run that goes on later."""
-    if worker.shard.blocks.is_last and worker.index.replica == 0:
-        tensors = dict[str, Tensor]()
-        for text, states in worker.kept(DenseStates).items():
-            tensors |= {f"{number} {text}": tensor for number, tensor in states.items()}
-        tensor_files.write(uri, tensors)
-
-
-def read_states(worker: Worker, uri: str) -> None:
-    """Read what `write_states` wrote."""
-    if not worker.shard.blocks.is_last:
-        return
-    reader = tensor_files.Reader()
-    # one after the other: all of them twice would need memory that no plan has
-    for name in reader.names(uri):
-        number, _, text = name.partition(" ")
-        keep_states(worker, text, [int(number)], [reader.read(uri, name)])
 
 
 @dataclass(frozen=True)
@@ -194,7 +132,7 @@ def forward_backward(
         if labels.seed is not None:
             generator = torch.Generator().manual_seed(labels.seed + sequence.number)
         if labels.of_dense_model:
-            dense = worker.kept(DenseStates)[CALIBRATION][sequence.number].to(worker.device)
+            dense = dense_state(worker, CALIBRATION, sequence.number)
         predicted = Predicted(sequence.tokens, sequence.counts, generator)
         loss, gradients[i], states = worker.runner.loss(gradients[i], predicted, dense)
         if wave.text is not None:
@@ -288,7 +226,7 @@ def comparison(
     are wanted.
     """
     _, tokens, counts = sequence
-    dense = worker.kept(DenseStates)[text][sequence.number].to(worker.device)
+    dense = dense_state(worker, text, sequence.number)
     head = worker.shard.head_weight
     predicted = Predicted(tokens, counts)
     sums = compare_with_dense(hidden, dense, predicted, head, with_acceptance=with_acceptance)

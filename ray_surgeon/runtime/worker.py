@@ -5,11 +5,11 @@ A plain class; Ray or a local cluster calls it, and it runs the steps it is give
 
 from __future__ import annotations
 
-import functools
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property, partial
 from typing import Any, Concatenate, ParamSpec, TypeVar, cast
 
 import torch
@@ -17,11 +17,12 @@ from torch import Tensor
 
 from ray_surgeon.maths.masks import Mask, StructuredMask
 from ray_surgeon.memory.stores import Scratch
+from ray_surgeon.memory.transfers import backend, compute_on
 from ray_surgeon.models.groups import GroupSet
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.models.runner import BlockRunner
 from ray_surgeon.models.shard import ModelShard
-from ray_surgeon.runtime.collectives import ReplicaGroup, TensorPayload, decode, encode
+from ray_surgeon.runtime.collectives import ReplicaGroup, Sent, TensorPayload, decode, encode, send
 from ray_surgeon.runtime.placement import Placement, WorkerIndex
 from ray_surgeon.runtime.usage import Usage, give_back, process_usage
 from ray_surgeon.storage import tensor_files
@@ -78,7 +79,7 @@ class Worker:
             placement: where every block is.
             index: which worker this is.
             device: "cpu", or a GPU such as "cuda:0"; "cuda" if the worker is to take one by
-                `take_gpu`.
+                `take_gpu` before its first step that computes.
         """
         self.layout = layout
         self.placement = placement
@@ -97,6 +98,7 @@ class Worker:
     def call(self, step: Step[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Run a step and count the time."""
         start = time.perf_counter()
+        compute_on(self.device)  # whichever thread this is
         try:
             return step(self, *args, **kwargs)
         finally:
@@ -119,11 +121,12 @@ class Worker:
             name: as in ``CUDA_VISIBLE_DEVICES``; the process's present GPU if not given.
         """
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-        names = visible.split(",") if visible else list(map(str, range(torch.cuda.device_count())))
-        number = torch.cuda.current_device() if name is None else names.index(name)
+        gpus = backend(self.device)
+        names = visible.split(",") if visible else list(map(str, range(gpus.device_count())))
+        number = gpus.current_device() if name is None else names.index(name)
         self.gpu = names[number].strip()
-        self.device = torch.device("cuda", number)
-        torch.cuda.set_device(self.device)
+        self.device = torch.device(self.device.type, number)
+        compute_on(self.device)
 
     # Tensors to and from other workers; packing them is what the object store costs a worker
 
@@ -195,7 +198,7 @@ class Worker:
         assert isinstance(mask, kind)
         return mask
 
-    @functools.cached_property
+    @cached_property
     def group_sets(self) -> list[GroupSet]:
         """Coupled groups of this shard's blocks."""
         return [groups for groups in self.layout.group_sets if groups.block in self.shard.blocks]
@@ -205,19 +208,33 @@ class Worker:
 
         All owners have done their own before.
         """
-        for name in names if self.placement.num_replicas > 1 else ():
-            W = self.shard.weight(name)
-            self.replicas.broadcast(W, self.owner(name))
-            if not self.owns(name):
-                self.shard.set_weight(name, W)
-            self.masks[name] = self.share_mask(name, self.masks[name])
+        names = list(names)
+        self.share_weights({name: self.owner(name) for name in names})
+        self.masks |= self.share_masks({name: self.masks[name] for name in names})
 
-    def share_mask(self, name: str, mask: AnyMask) -> AnyMask:
-        """Return the owner's mask of a linear; every replica calls this."""
-        parts = {part: tensor.to(self.device) for part, tensor in vars(mask).items()}
-        for tensor in parts.values():
-            self.replicas.broadcast(tensor, self.owner(name))
-        return type(mask)(**{part: tensor.cpu() for part, tensor in parts.items()})
+    def share_weights(self, owners: Mapping[str, int]) -> None:
+        """Send linears, by name, from the replicas that have changed them to the others."""
+        store = self.shard.weights
+        names = ((f"{n}.{part}", owners[n]) for n in owners for part in ("weight", "bias"))
+        slots = ((n, owner, store.slot_of[n]) for n, owner in names if n in store.slot_of)
+        sent = (
+            Sent(owner, slot.content, partial(store.on_device, name), partial(store.set, name))
+            for name, owner, slot in slots
+        )
+        if self.placement.num_replicas > 1:
+            send(self.replicas, sent, self.device, self.device)
+
+    def share_masks(self, masks: dict[str, AnyMask]) -> dict[str, AnyMask]:
+        """Return the owners' masks of linears; every replica calls this, for the same ones."""
+        parts = {name: dict(vars(mask)) for name, mask in masks.items()}
+        sent = (
+            Sent(self.owner(n), kept, partial(of.__getitem__, part), partial(of.__setitem__, part))
+            for n, of in parts.items()
+            for part, kept in list(of.items())
+        )
+        if self.placement.num_replicas > 1:
+            send(self.replicas, sent, self.device, torch.device("cpu"))
+        return {name: type(masks[name])(**of) for name, of in parts.items()}
 
     def summary(self, name: str, predicted: float | None, residual: float) -> LinearSummary:
         """Return what is left of a linear."""

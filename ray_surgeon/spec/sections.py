@@ -25,9 +25,7 @@ class RetriesSection(Section):
     coordinator: int = Field(3, ge=0)
     """The coordinator's process ended or stopped answering"""
     communication: int = Field(3, ge=0)
-    """A collective between replicas failed or took longer than step_timeout_s; on GPUs that counts
-    as a lost worker
-    """
+    """A collective between replicas failed or took longer than step_timeout_s"""
     memory: int = Field(1, ge=0)
     """Ray ended a worker because its machine ran out of memory"""
 
@@ -72,7 +70,8 @@ class RaySection(_Workers):
     start_timeout_s: float = Field(300.0, gt=0)
     """How long to wait for the cluster to have room for all workers"""
     step_timeout_s: float = Field(1800.0, gt=0)
-    """A collective between replicas that takes longer fails"""
+    """A collective between replicas that takes longer fails, from when all of them have come to it
+    """
     ping_timeout_s: float = Field(60.0, gt=0)
     """A process that does not answer for this long counts as lost"""
     retries: RetriesSection = RetriesSection()

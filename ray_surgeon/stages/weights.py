@@ -15,7 +15,7 @@ from ray_surgeon.export.kinds import export
 from ray_surgeon.memory.stores import ScratchNames
 from ray_surgeon.plan.needs import StepPlan, WorkerView
 from ray_surgeon.report.html_report import LivePage, rendered
-from ray_surgeon.runtime.wave import read_states, write_states
+from ray_surgeon.runtime.dense_states import read_states, write_states
 from ray_surgeon.runtime.weights import FILE_BYTES, ModelRecipe, continue_from_shot, load, save_shot
 from ray_surgeon.spec.evaluation import TasksSection
 from ray_surgeon.spec.sections import OutputSection, QuantizeSection

@@ -183,6 +183,14 @@ def test_the_image_is_pinned_small_and_not_root() -> None:
     rayjob = yaml.safe_load((ROOT / "deploy/base/rayjob.yaml").read_text())
     version = rayjob["spec"]["rayClusterSpec"]["rayVersion"]
     assert images[-1].startswith(f"rayproject/ray:{version}-")
+    # a release of torch is built for one CUDA, which needs a driver
+    torch, cuda, driver = "2.13.0", "13.0", "580"
+    text = "\n".join(lines)
+    assert re.findall(r"torch==(\S+)", text) == [torch]
+    assert f"torch {torch} of PyPI is built for CUDA {cuda}" in text
+    assert f'NVIDIA_REQUIRE_CUDA="cuda>={cuda}"' in text
+    for page in (text, (ROOT / "deploy/README.md").read_text()):
+        assert f"driver {driver} or newer" in page
     assert (ROOT / ".dockerignore").read_text().split()[0] == "*"
 
 

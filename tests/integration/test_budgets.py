@@ -125,20 +125,29 @@ def test_latency_of_blocks_with_and_without_a_window(asked: Asked, job: Jobs) ->
     assert shot["budget"]["dense"] == pytest.approx(dense)
 
 
-@pytest.mark.parametrize("family", ["gemma3", "gpt2"])
-def test_every_width_is_timed(family: str, zygote: Zygote, model_folders: dict[str, Path]) -> None:
+@pytest.mark.parametrize(
+    ("family", "device"), [("gemma3", "cpu"), ("gpt2", "cpu"), ("gpt2", "sim:0")]
+)
+def test_every_width_is_timed(
+    family: str, device: str, zygote: Zygote, model_folders: dict[str, Path]
+) -> None:
     """Nothing is said of the seconds but that there are some: they are measured."""
     request = SpeedSection(**REQUEST).model_dump()
     document = json.loads((model_folders[family] / "config.json").read_text())
     widths = [[48, 2], [24, 2], [0, 2], [48, 1], [48, 0], [1, 2]]
-    asked: dict[str, Any] = {"device": "cpu", "request": request, "widths": widths}
+    asked: dict[str, Any] = {"device": device, "request": request, "widths": widths}
     asked["document"] = document | {"dtype": "float32"}
     asked["layer_type"] = "full_attention" if family == "gemma3" else None
-    found = zygote.run_module("ray_surgeon.export.speed", asked)
+    module = "ray_surgeon.export.speed"
+    if device == "cpu":
+        found = zygote.run_module(module, asked)
+    else:
+        on_sim = {"function": f"{module}:answer", "arguments": {"request": asked}}
+        found = zygote.run_module("tests.pretend_accelerator", on_sim)["returned"]
     assert len(found["seconds"]) == len(widths)
     assert found["rest_seconds"] > 0
     assert found["seconds"][0] > 0
-    assert found["device"] == "CPU, 1 threads"
+    assert found["device"] == ("CPU, 1 threads" if device == "cpu" else "pretend H100")
 
 
 BYTES = "pruning.target={bytes: 10}"

@@ -18,9 +18,9 @@ from transformers import AutoTokenizer
 from ray_surgeon.maths.structured import A_CHOICES, G_CHOICES
 from ray_surgeon.run.inputs import Inputs, check
 from ray_surgeon.runtime.cluster import LocalCluster
+from ray_surgeon.runtime.dense_states import CALIBRATION
 from ray_surgeon.runtime.passes import remember
 from ray_surgeon.runtime.pipelines import forward_and_backward
-from ray_surgeon.runtime.wave import CALIBRATION
 from ray_surgeon.spec.parsing import parse_spec
 from ray_surgeon.stages.answers.answers import DenseAnswers
 from ray_surgeon.stages.correction.section import CorrectionSection

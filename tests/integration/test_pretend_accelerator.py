@@ -72,6 +72,11 @@ SOLVED = {
     "tolerance": 1e-6,
 }
 CORRECTED = runs.GROUPS | {"correction__lora_rank": 2, "correction__learning_rate": 1e-2}
+FITTED = runs.GROUPS | {
+    "pruning__groups": ["ffn"],
+    "pruning__reconstruction": {"tokens_per_step": 16, "num_epochs": 4, "learning_rate": 0.02},
+    "calibration__held_aside": 0,
+}
 EXPORTED = {"output__exports": ["masked", "per_block"]}
 UNIFORM = {"pruning__allocation": "uniform", "output__exports": ["masked", "uniform"]}
 METHODS: dict[str, tuple[dict[str, Any], tuple[float, float]]] = {
@@ -93,6 +98,7 @@ METHODS: dict[str, tuple[dict[str, Any], tuple[float, float]]] = {
     "wanda-host": (WANDA | runs.ELEMENT | HOST, EQUAL),
     "groups-disk": (CORRECTED | WAVES | EXPORTED, BY_TRAINING),
     "groups-uniform": (CORRECTED | UNIFORM, BY_ORDER_OF_SUMS),
+    "fitted-replicas": (FITTED | runs.FOUR | HOST, BY_ITERATIONS),
 }
 ALWAYS = ("llama", "opt", "gpt2", "gemma3", "phi3", "qwen2_moe", "glm4_moe")
 """Families of which tiny models with two blocks run always."""

@@ -32,9 +32,12 @@ def test_a_process_beside_a_worker_on_a_cpu_sees_no_gpu(
 ) -> None:
     run_module = Mock(return_value={})
     monkeypatch.setattr(fresh_process, "run_module", run_module)
+    emptied = Mock()
+    monkeypatch.setattr(torch.cuda, "empty_cache", emptied)
     worker: Any = SimpleNamespace(device=torch.device(device), gpu=gpu)
     fresh_process.run_on_worker(worker, "module", {})
     assert run_module.call_args_list == [call("module", {}, True, seen)]
+    assert emptied.called == (device != "cpu")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="a request of the kernel of Linux")

@@ -19,7 +19,8 @@ from torch.nn.utils.rnn import pad_sequence
 from ray_surgeon.plan.needs import StepPlan, WorkerView
 from ray_surgeon.runtime import passes
 from ray_surgeon.runtime.cluster import Cluster
-from ray_surgeon.runtime.wave import ANSWERS, Counts, Tokens
+from ray_surgeon.runtime.dense_states import ANSWERS
+from ray_surgeon.runtime.wave import Counts, Tokens
 from ray_surgeon.runtime.writing import Wanted, write_texts
 from ray_surgeon.stages.answers.prompts import Prompts, Yardstick
 from ray_surgeon.stages.self_text.conversations import repeats

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from ray_surgeon.plan.needs import StepPlan, WorkerView
-from ray_surgeon.runtime.wave import CALIBRATION
+from ray_surgeon.runtime.dense_states import CALIBRATION
 from ray_surgeon.stages.correction import training
 from ray_surgeon.stages.correction.section import CorrectionSection
 from ray_surgeon.stages.stage import Facts, RunState, Stage, Text

@@ -24,8 +24,9 @@ from ray_surgeon.models.hooks import watch_pairs
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.runtime import passes
 from ray_surgeon.runtime.cluster import Cluster
+from ray_surgeon.runtime.dense_states import CALIBRATION
 from ray_surgeon.runtime.pipelines import forward_and_backward
-from ray_surgeon.runtime.wave import CALIBRATION, Counts, Labels, Tokens
+from ray_surgeon.runtime.wave import Counts, Labels, Tokens
 from ray_surgeon.runtime.worker import Worker, collective
 from ray_surgeon.stages.curvature.section import ExtendedKfacSection
 

@@ -158,7 +158,9 @@ class Curvature(Stage):
         loads = (waves + -(-backward // worker.wave)) * worker.all_blocks
         weights = worker.moved(stores.weights, loads)
         factors = worker.moved(stores.factors, 2 * waves * worker.all_factors)
-        on_device = worker.all_factors if stores.factors == "device" else worker.largest_factors
+        on_device = worker.all_factors
+        if stores.factors != "device":  # beside an accelerator's, those of the next block are ahead
+            on_device = worker.largest_factors * (1 if worker.device_is_host else 2)
         changes = num_changes * worker.hidden_size
         passing = worker.passing(more_kept=4 * changes, more_in_a_moment=12 * changes)
         device = worker.weights + on_device + passing

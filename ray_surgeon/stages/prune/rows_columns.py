@@ -122,7 +122,7 @@ class RowsColumns(ByThreshold):
         masks = _masks(worker)
         for name, candidates in worker.kept(Scored).items():
             masks[name] = masks[name].without(*candidates.to_prune(threshold))
-        masks = {name: worker.share_mask(name, mask) for name, mask in masks.items()}
+        masks = worker.share_masks(masks)
         masks |= propagate(worker.layout, masks, worker.group_sets)
         return sum(mask.num_kept for mask in masks.values()) if worker.index.replica == 0 else 0
 

@@ -76,7 +76,7 @@ class Reconstruction:
         sets = (groups for groups in worker.group_sets if groups.kind in self.kinds)
         layers = {g.consumer: (g.block - first, shard.linears[g.producers[0][0]]) for g in sets}
         num_tokens = length * len(arrivals[worker.replicas.rank])
-        shard.layer_inputs = LayerInputs(layers, num_tokens)
+        shard.layer_inputs = LayerInputs(layers, num_tokens, shard.device)
         worker.keep(Errors())
 
     @collective
@@ -185,11 +185,8 @@ class Reconstruction:
 
         Every replica calls this, for the same layers.
         """
-        for groups in sets if worker.placement.num_replicas > 1 else ():
-            for name in dict.fromkeys(producer for producer, _ in groups.producers):
-                V = worker.shard.weight(name)
-                worker.replicas.broadcast(V, worker.owner(groups.consumer))
-                worker.shard.set_weight(name, V)
+        producers = ((name, groups) for groups in sets for name, _ in groups.producers)
+        worker.share_weights({name: worker.owner(groups.consumer) for name, groups in producers})
         worker.drop(KeptInputs)
 
     # On the coordinator

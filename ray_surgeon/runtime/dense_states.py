@@ -1,0 +1,86 @@
+"""The dense model's last hidden states of texts, on workers with the last shard.
+
+Later weights are compared with them: the head is never pruned, so the distributions of the next
+tokens follow from these states, a slice of tokens at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ray_surgeon.memory.transfers import transfers
+from ray_surgeon.runtime.collectives import TensorPayload, decode
+from ray_surgeon.runtime.worker import Worker
+from ray_surgeon.storage import tensor_files
+
+CALIBRATION = "(calibration)"
+ANSWERS = "(answers)"
+"""Names of the calibration text and of the dense model's answers among the texts that have states.
+
+No evaluation text can have them.
+"""
+
+
+class DenseStates(dict[str, dict[int, Tensor]]):
+    """Last hidden states of the dense model, in the memory of the last shard's host.
+
+    Text -> number of a sequence -> [1, T, d].
+    """
+
+
+def keep_states(worker: Worker, text: str, numbers: list[int], states: Sequence[Tensor]) -> None:
+    """Keep the states [1, T, d] of some sequences of a text.
+
+    They are rounded to bfloat16, but those of answers, of which that alone would cost a float32
+    model some thousandths of the acceptance.
+    """
+    of_text = worker.keeping(DenseStates).setdefault(text, {})
+    for number, row in zip(numbers, states, strict=True):
+        dtype = row.dtype if text == ANSWERS else torch.bfloat16
+        of_text[number] = torch.empty(row.shape, dtype=dtype)
+        transfers(row.device).land(row, of_text[number])
+
+
+def dense_states(worker: Worker) -> DenseStates:
+    """Return the states of all texts, once all are there."""
+    transfers(worker.device).settle()
+    return worker.kept(DenseStates)
+
+
+def dense_state(worker: Worker, text: str, number: int) -> Tensor:
+    """Return the states [1, T, d] of a sequence of a text, on the device."""
+    return transfers(worker.device).staged(dense_states(worker)[text][number])
+
+
+def receive_states(worker: Worker, text: str, numbers: list[int], states: TensorPayload) -> None:
+    """Keep the states [m, T, d] that another worker sent."""
+    keep_states(worker, text, numbers, torch.split(decode(states, torch.device("cpu")), 1))
+
+
+def kept_states(worker: Worker, text: str, numbers: list[int]) -> TensorPayload:
+    """Return the states [m, T, d] of some sequences of a text."""
+    of_text = dense_states(worker)[text]
+    return worker.pack(torch.cat([of_text[number] for number in numbers]))
+
+
+def write_states(worker: Worker, uri: str) -> None:
+    """Write the states of all texts into one file, for a run that goes on later."""
+    if worker.shard.blocks.is_last and worker.index.replica == 0:
+        tensors = dict[str, Tensor]()
+        for text, states in dense_states(worker).items():
+            tensors |= {f"{number} {text}": tensor for number, tensor in states.items()}
+        tensor_files.write(uri, tensors)
+
+
+def read_states(worker: Worker, uri: str) -> None:
+    """Read what `write_states` wrote."""
+    if not worker.shard.blocks.is_last:
+        return
+    reader = tensor_files.Reader()
+    # one after the other: all of them twice would need memory that no plan has
+    for name in reader.names(uri):
+        number, _, text = name.partition(" ")
+        keep_states(worker, text, [int(number)], [reader.read(uri, name)])
