@@ -6,16 +6,33 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import math
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
+from transformers import AutoModelForCausalLM, PretrainedConfig
+
+from benchmarks.shaped_model import write_tokenizer
+import ray_surgeon.models.attention
+from ray_surgeon import models
+from ray_surgeon.plan.plan import Plan, Planner
+from ray_surgeon.plan.room import DEVICES, Room
+from ray_surgeon.plan.work import Shapes
+from ray_surgeon.report.directory import RunDirectory
+from ray_surgeon.report.events import Event, Moment
+from ray_surgeon.run.inputs import check, work_of
+from ray_surgeon.run.loop import run_shots
+from ray_surgeon.runtime.cluster import LocalCluster
+from ray_surgeon.spec.job import JobSpec
 
 _NO_KERNELS = frozenset(
     re.findall(
@@ -42,6 +59,9 @@ _SCATTERS = frozenset(
 """Operators that read and write as much of their first argument as their last one has."""
 _OVERWRITES = frozenset(re.findall(r"\S+", "copy_ zero_ fill_ normal_ uniform_ bernoulli_"))
 """Operators that only write to their first argument."""
+
+
+_COUNTED = ("launches", "syncs", "bytes", "moved_bytes", "flops", "operators", "waits")
 
 
 class Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -72,6 +92,22 @@ class Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.flops: collections.Counter[torch.dtype] = collections.Counter()
         self.operators: collections.Counter[str] = collections.Counter()
         self.waits: collections.Counter[str] = collections.Counter()
+
+    def taken(self) -> Counter:
+        """Return what was counted so far, and begin anew."""
+        counts = Counter(self.device_type)
+        for name in _COUNTED:
+            value = getattr(self, name)
+            setattr(counts, name, value)
+            setattr(self, name, type(value)())
+        return counts
+
+    def plus(self, other: Counter) -> Counter:
+        """Return the sums of both."""
+        counts = Counter(self.device_type)
+        for name in _COUNTED:
+            setattr(counts, name, getattr(self, name) + getattr(other, name))
+        return counts
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -171,3 +207,121 @@ def _flops(func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], resu
     packet = getattr(torch.ops.aten, name, None)
     counted = flop_registry.get(packet)
     return int(counted(*args, **kwargs, out_val=results)) if counted else 0
+
+
+@torch.library.custom_op("ray_surgeon_benchmarks::attention", mutates_args=())
+def _attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool, scale: float
+) -> Tensor:
+    with sdpa_kernel(SDPBackend.MATH):
+        return _sdpa(query, key, value, mask, is_causal=is_causal, scale=scale, enable_gqa=True)
+
+
+@torch.library.custom_op("ray_surgeon_benchmarks::attention_backward", mutates_args=())
+def _attention_backward(
+    gradient: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    is_causal: bool,
+    scale: float,
+) -> list[Tensor]:
+    num_repeats = query.shape[1] // key.shape[1]
+    keys, values = (x.repeat_interleave(num_repeats, dim=1) for x in (key, value))
+    scores = scale * query @ keys.mT
+    if is_causal:
+        mask = torch.ones_like(scores[0, 0], dtype=torch.bool).tril()
+    if mask is not None:
+        is_bool = mask.dtype == torch.bool
+        scores = scores.masked_fill(~mask, -math.inf) if is_bool else scores + mask
+    chances = scores.softmax(dim=-1)
+    of_chances = gradient @ values.mT
+    of_scores = scale * chances * (of_chances - (of_chances * chances).sum(dim=-1, keepdim=True))
+    of_pairs = (of_scores.mT @ query, chances.mT @ gradient)
+    of_key, of_value = (x.unflatten(1, (-1, num_repeats)).sum(dim=2) for x in of_pairs)
+    return [of_scores @ keys, of_key, of_value]
+
+
+def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    return *_attention_backward(gradient, *ctx.saved_tensors, *ctx.rest), None, None, None
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:3])
+    ctx.rest = inputs[3:]
+
+
+_attention.register_autograd(_backward, setup_context=_keep)
+_sdpa = torch.nn.functional.scaled_dot_product_attention
+
+
+@contextlib.contextmanager
+def attention_as_one_launch() -> Iterator[None]:
+    """Let attention be one operator forward and one backward, as a GPU's is."""
+
+    def attention(
+        query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **kwargs: Any
+    ) -> Tensor:
+        scale = kwargs.get("scale") or query.shape[-1] ** -0.5
+        is_causal = bool(kwargs.get("is_causal"))
+        return _attention(query, key, value, attn_mask, is_causal, scale)
+
+    modules: tuple[Any, ...] = torch.nn.functional, models.attention  # both have it by its name
+    for module in modules:
+        module.scaled_dot_product_attention = attention
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.scaled_dot_product_attention = _sdpa
+
+
+def counted_steps(
+    config: PretrainedConfig, folder: Path, device: str, **sections: Any
+) -> tuple[dict[str, Counter], Plan]:
+    """Run a job on a model with random weights in this thread, and count every step.
+
+    Args:
+        config: of the model.
+        folder: an empty one, for the model and the run.
+        device: "cpu", or "sim" in a process that has it.
+        sections: of the job spec, beside those of a small one.
+
+    Returns:
+        Step -> what it came to, and the plan, with times of an H100.
+    """
+    model = AutoModelForCausalLM.from_config(config)
+    model.save_pretrained(folder / "model")
+    write_tokenizer(folder / "model", config.vocab_size)
+    text = {"source": "python-docs", "sequence_length": 64}
+    document: dict[str, Any] = {
+        "version": 2,
+        "name": "counted",
+        "model": {"source": str(folder / "model")},
+        "calibration": text | {"num_sequences": 8, "held_aside": 0.0},
+        "evaluation": [text | {"name": "docs", "num_sequences": 2}],
+        "pruning": {"structure": "groups", "target_sparsity": 0.2, "num_shots": 1},
+        "cluster": {"backend": "local"},
+        "output": {"uri": str(folder / "run"), "exports": []},
+    }
+    for section, fields in sections.items():
+        is_mapping = isinstance(fields, dict)
+        document[section] = document.get(section, {}) | fields if is_mapping else fields
+    inputs = check(JobSpec.model_validate(document))
+    cluster = LocalCluster(inputs.layout, inputs.placement, 1, device)
+    total = Counter(device)
+    of_shots: dict[int, dict[str, Counter]] = {0: {}, 1: {}}
+
+    def listen(event: Event | Moment) -> None:
+        if isinstance(event, Event):
+            counts = total.taken()
+            steps = of_shots[event.shot]
+            steps[event.step] = steps[event.step].plus(counts) if event.step in steps else counts
+
+    with total, attention_as_one_launch():
+        run_shots(inputs, cluster, RunDirectory(inputs.spec.output.uri), listen)
+    work = work_of(inputs.spec, inputs.layout, inputs.method, inputs.stages)
+    planner = Planner(Shapes(inputs.layout, work), inputs.spec.memory, DEVICES["h100"])
+    room = Room(80e9, 1e12, 4e12, device_is_host=False)
+    return of_shots[0] | of_shots[1], planner.plan(inputs.placement, room, cluster.stores)

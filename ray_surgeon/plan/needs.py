@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from ray_surgeon.memory.stores import Place, Stores
 from ray_surgeon.models.loss import bytes_at_the_head
 from ray_surgeon.models.runner import TOKENS_OF_ROOM
+from ray_surgeon.plan.counts import NOTHING, Counts
 from ray_surgeon.plan.room import Device
 from ray_surgeon.plan.work import ActivationBytes, Shapes
 from ray_surgeon.runtime.placement import Placement
@@ -31,22 +32,31 @@ class StepPlan:
     host_bytes: float = 0.0  # that move between host and device
     disk_bytes: float = 0.0  # that move between disk and host
     bubble: float = 1.0  # how much longer it takes because the shards wait for each other
+    counts: Counts = NOTHING
 
     def seconds(self, device: Device, dtype: str) -> float:
         """Return the expected time.
 
-        Factors do not move while something computes; that weights do is not counted on.
+        A GPU computes while the host launches, so the longer of the two counts; a CPU does both
+        itself. Products and what passes the device's memory are taken one after the other: most
+        kernels are bound by one of them. Factors do not move while something computes; that
+        weights do is not counted on.
         """
+        counts = self.counts
         computing = self.flops / device.flops[dtype] + self.float32_flops / device.float32_flops
+        computing += counts.memory_bytes / device.memory_bytes_per_s
+        launching = counts.launches * device.launch_s
+        busy = max(computing, launching) if device.memory_bytes else computing + launching
         moving = self.host_bytes / device.host_bytes_per_s
         moving += self.disk_bytes / device.disk_bytes_per_s
-        return self.bubble * (computing + moving)
+        moving += counts.sent_bytes / device.network_bytes_per_s
+        return self.bubble * (busy + counts.syncs * device.sync_s + moving) + counts.waiting_s
 
     def then(self, later: StepPlan) -> StepPlan:
         """Return both as one step, in which one comes after the other."""
         peaks = ("device", "host", "bubble")
         pairs = {n: (own, vars(later)[n]) for n, own in vars(self).items() if n != "name"}
-        both = {name: max(pair) if name in peaks else sum(pair) for name, pair in pairs.items()}
+        both = {n: max(pair) if n in peaks else pair[0] + pair[1] for n, pair in pairs.items()}
         return StepPlan(self.name, **both)
 
 
