@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Iterator, Mapping
+import itertools
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -144,27 +145,51 @@ class Expert(nn.Module):
 
     def __init__(self, width: int, hidden: int, combine: Combine, like: Tensor, bias: bool) -> None:
         super().__init__()
-        self._combine = combine
+        self.combine = combine
         make = functools.partial(_Linear, bias=bias, device=like.device, dtype=like.dtype)
         self.gate_proj = make(hidden, width)
         self.up_proj = make(hidden, width)
         self.down_proj = make(width, hidden)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[num_tokens, d] -> [num_tokens, d]."""
-        output: Tensor = self.down_proj(self._combine(self.gate_proj(x), self.up_proj(x)))
-        return output
+    @property
+    def producers(self) -> tuple[nn.Module, nn.Module]:
+        """Gate and up, which read the inputs."""
+        return self.gate_proj, self.up_proj
 
-    def unseen(self, x: Tensor) -> Tensor:
-        """Return the same without calling the linears, so that hooks on them notice nothing."""
-        if len(x) == 1:  # see `times_constant`
-            return self.unseen(torch.cat([x, x]))[:1]
-        gate, up = (nn.Linear.forward(module, x) for module in (self.gate_proj, self.up_proj))
-        return nn.Linear.forward(self.down_proj, self._combine(gate, up))
+
+class Routed:
+    """Pairs of a token and one of its experts, those of an expert together, tokens ascending.
+
+    Attributes:
+        experts: [n] ascending.
+        tokens: [n].
+        order: [n] places of the pairs in a flattened [num_tokens, k].
+        counts: how many every expert has. Only these are read by the host.
+    """
+
+    def __init__(self, top_k_index: Tensor, num_experts: int) -> None:
+        """Sort the experts [num_tokens, k] of all tokens."""
+        self.experts, self.order = top_k_index.flatten().sort(stable=True)
+        self.tokens = self.order // top_k_index.shape[1]
+        self.counts = _counts(self.experts, num_experts)
+
+    def of(self, values: Tensor) -> Tensor:
+        """Return what a [num_tokens, k] says of the pairs, [n]."""
+        return values.flatten().index_select(0, self.order)
+
+
+def _counts(numbers: Tensor, num_experts: int) -> list[int]:
+    """Return how often each expert occurs among ascending numbers [n]."""
+    every = torch.arange(num_experts, device=numbers.device)
+    last = torch.searchsorted(numbers, every, right=True).tolist()
+    return [stop - start for start, stop in itertools.pairwise([0, *last])]
 
 
 class ExpertLinears(nn.ModuleList):
-    """All experts of a layer, in place of the family's own module."""
+    """All experts of a layer, in place of the family's own module.
+
+    The tokens of an expert are a segment of one buffer, and only products go expert by expert.
+    """
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Return the weighted sum of the experts that every token goes to.
@@ -177,24 +202,40 @@ class ExpertLinears(nn.ModuleList):
         Returns:
             [num_tokens, d].
         """
+        pairs = Routed(top_k_index, len(self))
+        x = hidden_states.index_select(0, pairs.tokens)
+        outputs = self._outputs(x, pairs.counts, lambda linear, part: linear(part))
+        weighted = outputs * pairs.of(top_k_weights)[:, None]
         total = torch.zeros_like(hidden_states)
-        for number, token, place in routed(top_k_index, len(self)):
-            output = self[number](hidden_states[token]) * top_k_weights[token, place, None]
-            total = total.index_add(0, token, output.to(total.dtype))
-        return total
+        return total.index_add_(0, pairs.tokens, weighted.to(total.dtype))
+
+    def unseen(self, x: Tensor, counts: list[int]) -> Tensor:
+        """Return the outputs [n, d] of experts for inputs [n, d], so many of each expert.
+
+        The linears are not called, so that hooks on them notice nothing.
+        """
+        return self._outputs(x, counts, _unseen)
+
+    def _outputs(self, x: Tensor, counts: list[int], run: Callable[..., Tensor]) -> Tensor:
+        experts: list[Any] = list(self)
+        # as many parts as there are readers, so that their gradients are added in one sum
+        producers = zip(*(expert.producers for expert in experts), strict=True)
+        gate, up = (_by_segment(linears, x, counts, run) for linears in producers)
+        consumers = [expert.down_proj for expert in experts]
+        return _by_segment(consumers, experts[0].combine(gate, up), counts, run)
 
 
-def routed(top_k_index: Tensor, num_experts: int) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """Yield each expert that has tokens, with their numbers, ascending.
+def _by_segment(
+    linears: Iterable[nn.Module], x: Tensor, counts: list[int], run: Callable[..., Tensor]
+) -> Tensor:
+    parts = zip(linears, torch.split(x, counts), strict=True)
+    return torch.cat([run(linear, part) for linear, part in parts if len(part)])
 
-    The third item is the expert's place among those of each token.
-    """
-    numbers, order = top_k_index.flatten().sort(stable=True)
-    counts = torch.bincount(numbers, minlength=num_experts).tolist()
-    k = top_k_index.shape[1]
-    for number, places in enumerate(torch.split(order, counts)):
-        if len(places):
-            yield number, places // k, places % k
+
+def _unseen(linear: nn.Linear, x: Tensor) -> Tensor:
+    if len(x) == 1:  # see `times_constant`
+        return nn.Linear.forward(linear, torch.cat([x, x]))[:1]
+    return nn.Linear.forward(linear, x)
 
 
 class Mixture:
@@ -206,7 +247,6 @@ class Mixture:
         layer: the whole layer, whose output is added to the hidden states.
         experts: all of them.
         router: that chooses among them.
-        kept: which of them it chooses among, [num_experts] bool.
         num_chosen: experts a token goes to.
         has_softmax: see `SparseLayer`.
     """
@@ -221,26 +261,63 @@ class Mixture:
         self.has_softmax = sparse.has_softmax
 
     @property
+    def kept(self) -> Tensor:
+        """Which experts the router chooses among, [num_experts] bool."""
+        return self._kept
+
+    @kept.setter
+    def kept(self, kept: Tensor) -> None:
+        self._kept = kept.cpu()
+        self._numbers: list[int] = self._kept.nonzero()[:, 0].tolist()
+        self._rows: Tensor | None = None
+
+    @property
     def can_spare_one(self) -> bool:
         """Whether a token finds as many experts when one more is removed."""
-        return int(self.kept.sum()) > self.num_chosen
+        return len(self._numbers) > self.num_chosen
 
-    def route(self, hidden: Tensor, kept: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    def rows(self, device: torch.device) -> Tensor:
+        """Return the numbers of the kept experts, ascending, on a device."""
+        if self._rows is None or self._rows.device != device:
+            self._rows = torch.tensor(self._numbers, device=device)
+        return self._rows
+
+    def route(self, hidden: Tensor, without: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Return logits [num_tokens, kept], weights and experts [num_tokens, k].
 
-        The router computes as if there were no others than the kept ones, which may be given.
+        The router computes as if there were no others than the kept ones, of which one more may be
+        left out.
         """
-        kept = self.kept if kept is None else kept
-        rows = kept.nonzero()[:, 0].to(hidden.device)
+        rows = self.rows(hidden.device)
+        if without is not None:
+            place = self._numbers.index(without)
+            rows = torch.cat([rows[:place], rows[place + 1 :]])
         router = self.router
-        if len(rows) < len(kept):
+        if len(rows) < len(self._kept):
             router = copy.copy(router)
-            router._parameters = {name: p[rows] for name, p in router._parameters.items()}
-            router._buffers = {name: b[rows] for name, b in router._buffers.items()}
+            router._parameters = {n: p.index_select(0, rows) for n, p in router._parameters.items()}
+            router._buffers = {n: b.index_select(0, rows) for n, b in router._buffers.items()}
             router.num_experts = len(rows)
             router.top_k = min(router.top_k, len(rows))
         logits, weights, numbers = type(router).forward(router, hidden)
         return logits, weights, rows[numbers]
+
+    def rerouted(self, hidden: Tensor, pairs: Routed) -> tuple[Tensor, Tensor] | None:
+        """Return where the token of each pair goes without the pair's expert.
+
+        Args:
+            hidden: [num_tokens, d] inputs.
+            pairs: of tokens and experts.
+
+        Returns:
+            Experts [n, k] and their weights [n, k]; None if there is no expert to spare.
+        """
+        if not self.can_spare_one:
+            return None
+        parts = torch.split(hidden.index_select(0, pairs.tokens), pairs.counts)
+        routes = [self.route(part, number) for number, part in enumerate(parts) if len(part)]
+        _, weights, numbers = map(torch.cat, zip(*routes, strict=True))
+        return numbers, weights
 
 
 def _combine(whole: nn.Module, sparse: SparseLayer) -> Combine:

@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from ray_surgeon.maths.experts import ExpertSums, add_changes, add_rises
 from ray_surgeon.maths.kronecker import PackedSymmetric, with_ones
 from ray_surgeon.models.build import LinearModule, as_linear, num_inputs
-from ray_surgeon.models.experts import Mixture, routed
+from ray_surgeon.models.experts import Mixture, Routed
 
 if TYPE_CHECKING:
     from ray_surgeon.models.layout import LinearShape
@@ -141,6 +141,10 @@ class LayerInputs:
 # gradients pass. Source: docs/method.md, section 10
 
 
+_ENTRIES_MIXED = 2**25
+"""Of outputs of experts that are gathered at once for a weighted sum."""
+
+
 class Removals(NamedTuple):
     """What the removal of each expert would change in the output of a layer.
 
@@ -172,41 +176,41 @@ def removals(mixture: Mixture, hidden: Tensor, numbers: Tensor, weights: Tensor)
         numbers: [num_tokens, k] of the experts they go to.
         weights: [num_tokens, k].
     """
-    num_experts = len(mixture.experts)
     num_tokens = len(hidden)
-    whole = list(routed(numbers, num_experts))
-    without = []  # for each expert, where its tokens go without it, and with what weights
-    for number, token, _ in whole:
-        chosen = (numbers[token], weights[token])
-        if mixture.can_spare_one:
-            kept = mixture.kept.clone()
-            kept[number] = False
-            _, new_weights, new_numbers = mixture.route(hidden[token], kept)
-            chosen = (new_numbers, new_weights)
-        without.append(chosen)
+    num_experts = len(mixture.experts)
+    pairs = Routed(numbers, num_experts)
     every = torch.arange(num_tokens, device=hidden.device)
     needed = torch.zeros(num_experts, num_tokens, dtype=torch.bool, device=hidden.device)
-    needed[numbers.T, every] = True
+    yes = torch.ones((), dtype=torch.bool, device=hidden.device)
+    needed[numbers.T, every] = yes
     is_routed = needed.T.clone()
-    for (_, token, _), (new_numbers, _) in zip(whole, without, strict=True):
-        needed[new_numbers.T, token] = True
+    rerouted = mixture.rerouted(hidden, pairs)
+    if rerouted is not None:
+        needed[rerouted[0].T, pairs.tokens] = yes
     row = needed.flatten().cumsum(0).view(num_experts, num_tokens) - 1
-    wanted = [(number, tokens) for number, tokens in enumerate(needed) if tokens.any()]
-    of_experts = torch.cat([mixture.experts[i].unseen(hidden[t]).float() for i, t in wanted])
+    wanted = needed.flatten().nonzero()[:, 0]
+    counts = needed.sum(dim=1).tolist()
+    x = hidden.index_select(0, wanted % num_tokens)
+    outputs = mixture.experts.unseen(x, counts).float()
 
-    def mixed(token: Tensor, numbers: Tensor, weights: Tensor) -> Tensor:
-        return torch.einsum("nk,nkd->nd", weights.float(), of_experts[row[numbers, token[:, None]]])
+    def mixed(tokens: Tensor, numbers: Tensor, weights: Tensor) -> Tensor:
+        size = max(1, _ENTRIES_MIXED // (numbers.shape[1] * hidden.shape[1]))
+        parts = zip(*(torch.split(x, size) for x in (tokens, numbers, weights)), strict=True)
+        sums = [
+            torch.einsum("nk,nkd->nd", w.float(), outputs[row[number, token[:, None]]])
+            for token, number, w in parts
+        ]
+        return torch.cat(sums)
 
     before = mixed(every, numbers, weights)
-    changes = []
-    norms = []
-    for (number, token, place), chosen in zip(whole, without, strict=True):
-        changes.append(mixed(token, *chosen) - before[token])
-        norms.append(of_experts[row[number, token]].norm(dim=1) * weights[token, place].float())
-    experts = torch.cat([torch.full_like(token, number) for number, token, _ in whole])
-    tokens = torch.cat([token for _, token, _ in whole])
+    if rerouted is None:
+        changes = torch.zeros_like(before).index_select(0, pairs.tokens)
+    else:
+        changes = mixed(pairs.tokens, *rerouted) - before.index_select(0, pairs.tokens)
+    own = outputs[row[pairs.experts, pairs.tokens]]
+    norms = own.norm(dim=1) * pairs.of(weights).float()
     rises = _rises(mixture, hidden, is_routed)
-    return Removals(experts, tokens, torch.cat(changes), torch.cat(norms), before, rises)
+    return Removals(pairs.experts, pairs.tokens, changes, norms, before, rises)
 
 
 def _rises(mixture: Mixture, hidden: Tensor, is_routed: Tensor) -> Tensor | None:
@@ -218,7 +222,7 @@ def _rises(mixture: Mixture, hidden: Tensor, is_routed: Tensor) -> Tensor | None
         return None
     logits, _, _ = mixture.route(hidden)
     p = logits.new_zeros(is_routed.shape, dtype=torch.float32)
-    p[:, mixture.kept] = logits.float().softmax(dim=1)
+    p.index_copy_(1, mixture.rows(p.device), logits.float().softmax(dim=1))
     return (p / (1 - p)).masked_fill(is_routed, 0.0)
 
 
@@ -239,7 +243,7 @@ def sum_removals(sums: ExpertSums, mixture: Mixture) -> list[RemovableHandle]:
         effects = waiting.pop()
 
         def add(g: Tensor) -> None:
-            add_changes(sums, effects.experts, effects.changes, g[effects.tokens])
+            add_changes(sums, effects.experts, effects.changes, g.index_select(0, effects.tokens))
             if effects.rises is not None:
                 add_rises(sums, effects.rises, effects.output, g)
 

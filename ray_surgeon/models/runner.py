@@ -2,7 +2,8 @@
 
 So weights and factors of one block are enough on the device.
 
-A *wave* of sequences passes a shard together: block b runs on every one of them before block b + 1.
+A *wave* of sequences passes a shard together: block b runs on every one of them before block b + 1,
+on a GPU several in one call, each of which launches as many kernels as one sequence's would.
 What a block is called with beside the hidden states (masks, positions) is taken from the family's
 own forward, which sees blocks that only note what they are given.
 """
@@ -10,6 +11,7 @@ own forward, which sees blocks that only note what they are given.
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -29,8 +31,13 @@ Call = tuple[list[Any], dict[str, Any]]
 """What a block is called with beside the hidden states."""
 
 
+_Calls = dict[int, list[Call]]
+"""Number of sequences that pass together -> what every block is called with."""
+
+
 _Step = tuple[list[Tensor], list[Tensor]]
-"""Inputs and outputs of a block, of every sequence; no outputs if activations are not kept."""
+"""Inputs and outputs of a block, of every part of a wave; no outputs if activations are not kept.
+"""
 
 
 class BlockRunner:
@@ -41,7 +48,7 @@ class BlockRunner:
         self._shard = shard
         self._blocks = shard.block_modules
         # of each wave between its forward and its backward pass
-        self._waves: dict[int, tuple[list[Call], list[_Step]]] = {}
+        self._waves: dict[int, tuple[_Calls, list[_Step]]] = {}
 
     @torch.no_grad()
     def enter(self, inputs: Tensor, cache: DynamicCache | None = None) -> tuple[Tensor, list[Call]]:
@@ -77,7 +84,7 @@ class BlockRunner:
         return hidden[0], calls
 
     def through(self, place: int, hidden: Tensor, calls: list[Call]) -> Tensor:
-        """Run one block, whose weights must be there, on a sequence [n, T, d]."""
+        """Run one block, whose weights must be there, on sequences [n, T, d]."""
         args, kwargs = calls[place]
         output = self._blocks[place](hidden, *args, **kwargs)
         first: Tensor = output[0] if isinstance(output, tuple) else output
@@ -110,8 +117,10 @@ class BlockRunner:
         for place in range(len(self._blocks)):
             with self._shard.weights.block(place, place + 1), self._shard.gathering_in(place):
                 for i, h in enumerate(hidden):
-                    hidden[i] = self.through(place, h, calls)
-        return [self.leave(h) for h in hidden]
+                    hidden[i] = self.through(place, h, calls[len(h)])
+        if cache is not None:
+            return [self.leave(h) for h in hidden]
+        return [sequence for h in hidden for sequence in torch.split(self.leave(h), 1)]
 
     def forward(self, wave: int, inputs: Tensor) -> list[Tensor]:
         """Run the blocks on a wave, and keep what its backward pass needs.
@@ -132,17 +141,18 @@ class BlockRunner:
             gathering = self._shard.gathering_in(place) if keeps else contextlib.nullcontext()
             with weights, gathering, torch.set_grad_enabled(keeps):
                 leaves = [h.detach().requires_grad_(keeps) for h in hidden]
-                outputs = [self.through(place, leaf, calls) for leaf in leaves]
+                outputs = [self.through(place, leaf, calls[len(leaf)]) for leaf in leaves]
             steps.append((leaves, outputs if keeps else []))
             hidden = [output.detach() for output in outputs]
-        return hidden
+        return [sequence for part in hidden for sequence in torch.split(part, 1)]
 
     def backward(self, wave: int, gradients: list[Tensor]) -> list[Tensor]:
         """Run a wave backward: gradients at the outputs -> gradients at the inputs.
 
-        They are [1, T, d] of every sequence.
+        They are [1, T, d] of every sequence, and [n, T, d] of those that pass together.
         """
         calls, steps = self._waves.pop(wave)
+        gradients = list(self._together(gradients))
         for place in reversed(range(len(self._blocks))):
             leaves, outputs = steps.pop()
             if outputs:
@@ -153,7 +163,9 @@ class BlockRunner:
             with self._shard.weights.block(place, place - 1), self._shard.gathering_in(place):
                 for i in range(len(leaves)):
                     leaf = leaves[i].requires_grad_()
-                    torch.autograd.backward(self.through(place, leaf, calls), gradients[i])
+                    output = self.through(place, leaf, calls[len(leaf)])
+                    torch.autograd.backward(output, gradients[i])
+                    del output
                     gradients[i] = _gradient(leaf)
                     leaves[i] = leaf = gradients[i]  # the inputs are not needed any more
         return gradients
@@ -186,10 +198,20 @@ class BlockRunner:
         torch.autograd.backward(output, gradient)
         return loss, _gradient(leaf), states
 
-    def _enter(self, inputs: Tensor, cache: DynamicCache | None) -> tuple[list[Tensor], list[Call]]:
-        parts = torch.split(inputs, 1) if cache is None else [inputs]
+    def _enter(self, inputs: Tensor, cache: DynamicCache | None) -> tuple[list[Tensor], _Calls]:
+        parts = [inputs]
+        if cache is None:
+            parts = list(torch.split(inputs, self._shard.stores.together))
         entered = [self.enter(part, cache) for part in parts]
-        return [hidden for hidden, _ in entered], entered[-1][1]
+        return [h for h, _ in entered], {len(h): calls for h, calls in entered}
+
+    def _together(self, sequences: list[Tensor]) -> Iterator[Tensor]:
+        """Yield those [n, T, d] that pass together of sequences [1, T, d], which are forgotten."""
+        size = self._shard.stores.together
+        while sequences:
+            part = sequences[:size]
+            del sequences[:size]
+            yield torch.cat(part) if len(part) > 1 else part[0]
 
 
 def _gradient(leaf: Tensor) -> Tensor:

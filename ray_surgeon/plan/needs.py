@@ -72,6 +72,7 @@ class WorkerView:
         owners: linear -> replica that owns it.
         sequences: of the calibration that the replica with most of them has.
         wave: sequences that pass together.
+        together: of these, sequences that pass a block in one call.
         device_is_host: whether device and host have one memory.
         weights: bytes on the device while blocks run.
         idle: bytes on the device of weights that stay there.
@@ -104,6 +105,7 @@ class WorkerView:
         self.sequence_length = work.sequence_length
         self.sequences = -(-self.num_sequences // self.num_replicas)
         self.wave = min(stores.wave, self.sequences)
+        self.together = min(stores.together, self.wave)
         self.num_waves = -(-self.sequences // self.wave)
         self._in_flight = min(self.num_waves, self.num_shards - shard)
         config = shapes.layout.config
@@ -172,7 +174,7 @@ class WorkerView:
             own = -(-count // self.num_replicas)
             wave = min(self.stores.wave, own)
             between = 3 + 3 * (self.num_shards > 1)
-            moment = max(self._forward(length), self._head)
+            moment = max(min(self.stores.together, wave) * self._forward(length), self._head)
             peak = max(peak, between * wave * length * self._hidden + moment)
             tokens += own * length
             loads += -(-own // wave)
@@ -182,7 +184,7 @@ class WorkerView:
         return StepPlan(name, self.weights + peak, host, flops, 0.0, *moved)
 
     def _forward(self, length: int) -> float:
-        """Return the bytes of a block that runs forward on a sequence."""
+        """Return the bytes of a block that runs forward on one sequence."""
         own = self._activations
         return length * (own.forward_only + 4 * length * own.scores)
 
@@ -229,7 +231,8 @@ class WorkerView:
         moment = own.moment + more_in_a_moment + 4 * T * own.scores
         gathered = self.shapes.work.gathered
         widest = max((s.num_columns for s in self.linears if s.name in gathered), default=0)
-        conversion = 4 * (T + 256) * widest
+        tokens = self.together * T
+        conversion = 4 * (tokens + 256) * widest
         # what is packed and unpacked on the way
         waiting: float = 2 * of_wave + 3 * of_wave * (self.num_shards > 1)
         if self.stores.activations == "keep":
@@ -237,7 +240,7 @@ class WorkerView:
         else:
             waiting += self._in_flight * self.num_blocks * of_wave
             moment += kept
-        return waiting + max(T * moment + conversion, self._head)
+        return waiting + max(tokens * moment + conversion, self._head)
 
     def travelling(self, length: int) -> float:
         """Return the host's bytes of a GPU's hidden states that travel.

@@ -17,7 +17,7 @@ from typing import Any, get_args
 
 from rich.table import Table
 
-from ray_surgeon.memory.stores import Activations, Place, Stores
+from ray_surgeon.memory.stores import TOGETHER, Activations, Place, Stores
 from ray_surgeon.plan.needs import StepPlan, WorkerView
 from ray_surgeon.plan.room import Device, Room
 from ray_surgeon.plan.work import Shapes
@@ -161,8 +161,6 @@ class Planner:
         """Yield what the spec allows, the simplest first."""
         wanted = self.wanted
         per_replica = -(-self.shapes.work.num_sequences // placement.num_replicas)
-        num_waves = max(1, math.ceil(math.log2(per_replica)) + 1)
-        waves = [wanted.wave] if wanted.wave else [2**i for i in range(num_waves)]
         places = ("device", "disk") if room.device_is_host else get_args(Place)
         for weights, factors, activations in itertools.product(
             places if wanted.weights == "auto" else [wanted.weights],
@@ -172,9 +170,29 @@ class Planner:
             is_resident = weights == factors == "device"
             if activations == "keep" and not is_resident:
                 continue
-            for wave in waves[:1] if is_resident else waves:
-                stores = Stores(weights, factors, activations, min(wave, per_replica))
+            for wave, together in self._waves(per_replica, is_resident, room.device_is_host):
+                stores = Stores(weights, factors, activations, wave, together)
                 yield self.plan(placement, room, stores)
+
+    def _waves(
+        self, per_replica: int, is_resident: bool, device_is_host: bool
+    ) -> Iterator[tuple[int, int]]:
+        """Yield how many sequences may pass in a wave, and of these in one call.
+
+        On a GPU the more the better: a call launches as many kernels whatever their number. On a
+        CPU one after the other stays in its cache.
+        """
+        num_waves = max(1, math.ceil(math.log2(per_replica)) + 1)
+        waves = [self.wanted.wave] if self.wanted.wave else [2**i for i in range(num_waves)]
+        most = 1 if device_is_host else TOGETHER
+        if is_resident:
+            waves = [wave for wave in reversed(waves) if wave <= most] or waves[:1]
+        for wave in (min(wave, per_replica) for wave in waves):
+            together = min(wave, most)
+            while together:
+                yield wave, together
+                # where nothing waits for a wave to end, a smaller one is as good
+                together = 0 if is_resident else together // 2
 
     def remedy(self, placement: Placement, safe: Room, best: Plan) -> str:
         """Return the smallest change that would do; `safe` is without `memory.limit_gib`."""

@@ -56,7 +56,9 @@ def resources_here(device: torch.device, root: str | None, to_go: float = 0.0) -
     host = float(available_bytes())
     disk = float(shutil.disk_usage(folder).free + to_go)
     if device.type != "cuda":
-        return Resources(machine, "cpu", "", Room(host, host, disk, device_is_host=True))
+        is_host = device.type == "cpu"
+        name = "" if is_host else device.type
+        return Resources(machine, device.type, name, Room(host, host, disk, device_is_host=is_host))
     gc.collect()  # of earlier runs in this process
     torch.cuda.empty_cache()
     properties = torch.cuda.get_device_properties(device)

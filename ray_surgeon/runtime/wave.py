@@ -188,7 +188,7 @@ def forward_backward(
         FloatingPointError: a loss is not finite, and no training may have made it so.
     """
     gradients = worker.runner.forward(number, worker.unpack(inputs))
-    losses = []
+    of_each = list[Tensor]()
     for i, sequence in enumerate(wave.sequences(worker)):
         generator = dense = None
         if labels.seed is not None:
@@ -199,13 +199,16 @@ def forward_backward(
         loss, gradients[i], states = worker.runner.loss(gradients[i], predicted, dense)
         if wave.text is not None:
             keep_states(worker, wave.text, [sequence.number], [states])
-        losses.append(float(loss))
-        if not labels.is_step and not math.isfinite(losses[-1]):
+        of_each.append(loss)
+    gradient = _gradient_below(worker, worker.runner.backward(number, gradients))
+    losses = torch.cat(of_each).tolist()  # once all is launched
+    for sequence_number, value in zip(wave.numbers, losses, strict=True):
+        if not labels.is_step and not math.isfinite(value):
             raise FloatingPointError(
-                f"the loss of calibration sequence {sequence.number} is {losses[-1]}; check the "
+                f"the loss of calibration sequence {sequence_number} is {value}; check the "
                 "weights and the dtype"
             )
-    return _gradient_below(worker, worker.runner.backward(number, gradients)), losses
+    return gradient, losses
 
 
 def backward(worker: Worker, number: int, gradient: TensorPayload) -> TensorPayload:
@@ -289,5 +292,5 @@ def comparison(
     head = worker.shard.head_weight
     predicted = Predicted(tokens, counts)
     sums = compare_with_dense(hidden, dense, predicted, head, with_acceptance=with_acceptance)
-    values = {name: float(value) for name, value in vars(sums).items() if value is not None}
-    return cast(Compared, values)
+    values = {name: value for name, value in vars(sums).items() if value is not None}
+    return cast(Compared, dict(zip(values, torch.cat(list(values.values())).tolist(), strict=True)))

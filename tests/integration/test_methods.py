@@ -279,8 +279,14 @@ def test_further_terms_of_experts_weigh_what_their_own_tokens_do(job: Jobs) -> N
 
 @pytest.mark.parametrize(
     ("stores", "num_backward"),
-    [(Stores(), None), (Stores(), 2), (Stores("host", "host", "recompute", 2), 2)],
-    ids=["all", "kept", "streamed"],
+    [
+        (Stores(), None),
+        (Stores(), 2),
+        (Stores("host", "host", "recompute", 2), 2),
+        (Stores(wave=3, together=2), None),
+        (Stores("host", "host", "recompute", wave=3, together=2), None),
+    ],
+    ids=["all", "kept", "streamed", "together", "streamed-together"],
 )
 def test_gradients_of_some_sequences_and_inputs_of_all(
     stores: Stores, num_backward: int | None, job: Jobs

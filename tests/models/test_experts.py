@@ -134,8 +134,7 @@ def change_without(mixture: Mixture, x: Tensor, expert: int) -> Tensor:
     before = mixture.kept
     outputs = []
     for gone in ([], [expert]):
-        mixture.kept = before.clone()
-        mixture.kept[gone] = False
+        mixture.kept = before.clone().index_fill_(0, torch.tensor(gone, dtype=torch.long), False)
         output = mixture.layer(x[None])
         outputs.append(output[0] if isinstance(output, tuple) else output)
     mixture.kept = before
@@ -146,7 +145,7 @@ def change_without(mixture: Mixture, x: Tensor, expert: int) -> Tensor:
 def test_removals_change_what_two_layers_differ_by(family: str, gathered: Gathered) -> None:
     """Expert 0 is gone, as after an earlier shot."""
     mixture = gathered.part.mixtures[3]
-    mixture.kept[0] = False
+    mixture.kept = mixture.kept.clone().index_fill_(0, torch.tensor([0]), False)
     x = torch.randn(30, 32, generator=torch.Generator().manual_seed(2))
     _, weights, numbers = mixture.router(x)
     found = removals(mixture, x, numbers, weights)
@@ -166,10 +165,12 @@ def test_removals_change_what_two_layers_differ_by(family: str, gathered: Gather
             rises = found.rises[:, expert, None] * found.output
         torch.testing.assert_close(change[~is_mine], rises[~is_mine], rtol=0, atol=1e-5)
         with torch.no_grad():
-            norm = mixture.experts[expert](x[tokens]).norm(dim=1)
+            linears = mixture.experts[expert]
+            hidden = linears.combine(linears.gate_proj(x[tokens]), linears.up_proj(x[tokens]))
+            norm = linears.down_proj(hidden).norm(dim=1)
         weight = (weights * (numbers == expert)).sum(dim=1)[tokens]
         torch.testing.assert_close(found.norms[mine], norm * weight, rtol=1e-4, atol=1e-5)
-    mixture.kept[0] = True
+    mixture.kept = torch.ones_like(mixture.kept)
 
 
 @without_groups
