@@ -17,13 +17,13 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverload
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from benchmarks.shaped_model import write_tokenizer
-import ray_surgeon.models.attention
-from ray_surgeon import models
+from ray_surgeon.models import attention as own_attention
 from ray_surgeon.plan.plan import Plan, Planner
 from ray_surgeon.plan.room import DEVICES, Room
 from ray_surgeon.plan.work import Shapes
@@ -61,6 +61,21 @@ _OVERWRITES = frozenset(re.findall(r"\S+", "copy_ zero_ fill_ normal_ uniform_ b
 """Operators that only write to their first argument."""
 
 
+class _CopiedTensors(TorchFunctionMode):
+    """Makes ``torch.tensor`` on a device a copy from the CPU, as it is, which modes can see.
+
+    Without, torch fails where the device's kernels are written in Python.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        device = kwargs.pop("device", None) if func is torch.tensor else None
+        result = func(*args, **kwargs)
+        return result if device is None else result.to(device)
+
+
 _COUNTED = ("launches", "syncs", "bytes", "moved_bytes", "flops", "operators", "waits")
 
 
@@ -92,6 +107,16 @@ class Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.flops: collections.Counter[torch.dtype] = collections.Counter()
         self.operators: collections.Counter[str] = collections.Counter()
         self.waits: collections.Counter[str] = collections.Counter()
+
+    def __enter__(self) -> Counter:
+        self._copied = _CopiedTensors()
+        self._copied.__enter__()
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._copied.__exit__(*error)
 
     def taken(self) -> Counter:
         """Return what was counted so far, and begin anew."""
@@ -267,7 +292,7 @@ def attention_as_one_launch() -> Iterator[None]:
         is_causal = bool(kwargs.get("is_causal"))
         return _attention(query, key, value, attn_mask, is_causal, scale)
 
-    modules: tuple[Any, ...] = torch.nn.functional, models.attention  # both have it by its name
+    modules: tuple[Any, ...] = torch.nn.functional, own_attention  # both have it by its name
     for module in modules:
         module.scaled_dot_product_attention = attention
     try:

@@ -28,7 +28,7 @@ from ray_surgeon.maths.masks import StructuredMask
 from ray_surgeon.maths.products import product
 from ray_surgeon.maths.threshold import check_costs
 
-_FEW = 1 / 128
+FEW = 1 / 128
 """Fraction of the structures left that is pruned in one step (at least one)."""
 
 _ROWS = 128
@@ -210,7 +210,7 @@ def greedy_costs(path: GreedyPath, limits: Limits, name: str) -> Pair:
             check_costs(name, costs[candidates])
         costs.masked_fill_(~candidates, torch.inf)
         left = int(torch.isfinite(costs).sum())
-        few = min(max(1, int(left * _FEW)), left - limits.least)
+        few = min(max(1, int(left * FEW)), left - limits.least)
         cheapest = costs.topk(max(0, few), largest=False)
         is_needed = torch.arange(len(cheapest.values)) < limits.needed - num_pruned
         to_prune = cheapest.values <= limits.limit

@@ -16,6 +16,7 @@ from ray_surgeon.maths.allocate import Allocation, GroupCosts, allocate_globally
 from ray_surgeon.maths.threshold import OutOfReachError
 from ray_surgeon.models.budgets import Budget
 from ray_surgeon.models.layout import LinearShape
+from ray_surgeon.plan.counts import Counted, num_steps
 from ray_surgeon.plan.work import LinearNeeds
 from ray_surgeon.runtime.cluster import Cluster
 from ray_surgeon.stages.curvature.gather import NOTHING_BESIDE, SumsBeside
@@ -28,6 +29,20 @@ if TYPE_CHECKING:
 
 _FAR_ENOUGH = 40.0
 """How many times as many groups as single costs say are followed before all are."""
+
+_FARTHER = 1.25
+"""Times as many groups as go are on the paths that are followed."""
+_HEAD = 128
+"""Columns of a group of attention."""
+_TOGETHER = 64
+"""Consumers of one shape in a batch."""
+_STEP = 40
+"""Launches of a step of a batch's paths, for which the host waits once."""
+_COSTS = 110
+_SYNCS_OF_COSTS = 30
+_UPDATE = 90
+_SYNCS_OF_UPDATE = 30
+"""Launches and syncs of a batch beside the steps, and of a consumer's update."""
 
 Unit = tuple[int, str]
 """The groups of one kind in one block."""
@@ -150,7 +165,25 @@ class GroupChoice(Ranking):
             costs_flops=5.0 * C**3 + R**3 + 4 * R**2 * C,
             update_bytes=shrinking + 4 * (measured + R**2),
             update_flops=2.0 * C**3,
+            costs_counts=self._counts_of_path(shape),
+            update_counts=Counted(_UPDATE, _SYNCS_OF_UPDATE, 4.0 * (4 * C**2 + 6 * R * C)),
         )
+
+    def _counts_of_path(self, shape: LinearShape) -> Counted:
+        """Return the counts of a consumer's costs: singly, then along its path.
+
+        Consumers of a mixture's parts, which have one shape, go together.
+        """
+        R = shape.num_rows
+        C = shape.num_columns
+        share = min(1.0, _FARTHER * (self.section.target_sparsity or 0.5))
+        num_groups = C // _HEAD if "att" in shape.role else C
+        steps = num_steps(num_groups, share * num_groups)
+        together = 1 if shape.sees_all_tokens else _TOGETHER
+        # of the inverse and the weights, read and written, and of the products of both
+        memory = Counted(memory_bytes=4.0 * (2 * C**2 + 6 * R * C) * steps)
+        launched = Counted(_COSTS + _STEP * steps, _SYNCS_OF_COSTS + steps)
+        return launched.times(1 / together) + memory
 
     def allocate(self, scores: GroupScores, shot: int) -> Allocation:
         """Return how many groups every block loses."""

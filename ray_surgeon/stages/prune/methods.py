@@ -15,6 +15,7 @@ from ray_surgeon.models import budgets
 from ray_surgeon.models.budgets import Budget
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.models.pruned_config import kv_heads_left
+from ray_surgeon.plan.counts import NOTHING
 from ray_surgeon.plan.needs import StepPlan, WorkerView
 from ray_surgeon.spec.base import by_tag, tag
 from ray_surgeon.spec.targets import BytesTarget, FlopsTarget, LatencyTarget, TargetSection
@@ -170,11 +171,12 @@ class _OnLinears(Stage):
         needs = [vars(of_linear) for of_linear in all_needs if of_linear is not None]
         sizes = [of_linear[f"{self.name}_bytes"] for of_linear in needs]
         flops = [of_linear[f"{self.name}_flops"] for of_linear in needs]
+        counts = sum((of_linear[f"{self.name}_counts"] for of_linear in needs), NOTHING)
         if self.method.has_costs:
             kept = sum(of_linear["kept_bytes"] for of_linear in needs)
-            yield worker.linear_by_linear(self.name, sizes, flops, kept)
+            yield worker.linear_by_linear(self.name, sizes, flops, kept, counts)
         else:
-            yield worker.block_by_block(self.name, list(zip(sizes, flops, strict=True)))
+            yield worker.block_by_block(self.name, list(zip(sizes, flops, strict=True)), counts)
 
 
 class Costs(_OnLinears):
