@@ -15,9 +15,9 @@ from ray_surgeon.models.layout import LinearShape, ModelLayout
 
 _NORM = (6, 12)
 """Launches of a norm forward and backward, of which 2 are added where it leaves its dtype."""
-_REST = (16, 34)
+_REST = (18, 34)
 """Launches of a block beside linears and norms: positions, attention, activation, sums."""
-_MIXTURE = (40, 60)
+_MIXTURE = (19, 24)
 """Launches of a mixture's layer beside its linears, which go one by one."""
 _ROUTED = (1.0, 1.0)
 """Launches of one linear of a mixture."""
@@ -29,10 +29,12 @@ _NORM_BYTES = 36.0
 """More of them for each entry of a norm that leaves its dtype."""
 _PANEL = 1024
 """Rows of a panel of a symmetric sum, each of which is one launch."""
-SEQUENCE = 45
-"""Launches of a sequence before the first block and behind the last, beside slices at the head."""
-SLICE = 16
-"""Launches of a slice of tokens at the head."""
+CALL = 25
+"""Launches before the first block and behind the last one."""
+SEQUENCE = (6, 13)
+"""Launches of a sequence at the head, and more of them if it passes backward."""
+SLICE = 15
+"""Launches of a slice of its tokens."""
 LOGIT_BYTES = 40.0
 """Bytes that pass the memory for a logit."""
 ADAM_BYTES = 28.0

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from ray_surgeon.memory.stores import Place, Stores
 from ray_surgeon.models.loss import TOKENS_PER_SLICE, bytes_at_the_head
 from ray_surgeon.models.runner import TOKENS_OF_ROOM
-from ray_surgeon.plan.counts import LOGIT_BYTES, NOTHING, SEQUENCE, SLICE, Counted
+from ray_surgeon.plan.counts import CALL, LOGIT_BYTES, NOTHING, SEQUENCE, SLICE, Counted
 from ray_surgeon.plan.room import Device
 from ray_surgeon.plan.work import ActivationBytes, Shapes
 from ray_surgeon.runtime.placement import Placement
@@ -209,10 +209,12 @@ class WorkerView:
         counts += blocks.backward.times(num_calls * backward)
         of_tokens = forward * blocks.forward_token + backward * blocks.backward_token
         counts += Counted(memory_bytes=tokens * of_tokens)
+        counts += Counted(CALL, 4).times(num_calls * forward)
         if self.head_flops:
             vocabulary = self.head_flops / (2 * self.hidden_size)
-            slices = -(-length // TOKENS_PER_SLICE)
-            logits = Counted(SEQUENCE + SLICE * slices, 1, LOGIT_BYTES * length * vocabulary)
+            launches = SEQUENCE[0] + SEQUENCE[1] * bool(backward)
+            launches += SLICE * -(-length // TOKENS_PER_SLICE)
+            logits = Counted(launches, not backward, LOGIT_BYTES * length * vocabulary)
             counts += logits.times(num_sequences * heads)
         sent = tokens * self._hidden * (forward + backward) * (self.num_shards > 1)
         return counts + Counted(sent_bytes=sent)
@@ -251,7 +253,7 @@ class WorkerView:
             counts += Counted(memory_bytes=self.num_blocks * own * length * of_token * length / 2)
         counts += self.shapes.counts(self.blocks).forward.times(num_passes)
         head = self.outside * (self.head_flops > 0)
-        counts += Counted(SEQUENCE, 1, head).times(num_passes)
+        counts += Counted(CALL + SLICE, 1, head).times(num_passes)
         moved = self.moved(self.stores.weights, num_passes * self.all_blocks)
         return StepPlan(name, self.weights + most, self.host, flops, 0.0, *moved, counts=counts)
 

@@ -30,10 +30,6 @@ _PINNED_BYTES_PER_S = 4e9
 """At which the host pins memory."""
 
 
-def _num_tensors(worker: WorkerView) -> int:
-    return len(worker.shapes.layout.parameters_of(worker.blocks))
-
-
 @dataclass(frozen=True)
 class Load(Stage):
     """The first stage of every run."""
@@ -59,8 +55,8 @@ class Load(Stage):
         host = worker.host + worker.shapes.largest_tensor
         size = worker.all_blocks + worker.outside
         moved = size * (not worker.device_is_host)
-        # every number is looked at; pinned memory is faulted in
-        counts = Counted(4 * _num_tensors(worker), 2 * _num_tensors(worker), 4.0 * size)
+        num_tensors = len(worker.shapes.layout.parameters_of(worker.blocks))
+        counts = Counted(num_tensors, num_tensors, size)
         counts += Counted(waiting_s=worker.host / _PINNED_BYTES_PER_S)
         yield StepPlan(self.name, worker.weights, host, 0.0, 0.0, moved, size, counts=counts)
 
@@ -110,7 +106,7 @@ class Commit(Stage):
         """Return the writing, a file at a time."""
         of_file = min(FILE_BYTES, worker.all_blocks + worker.outside)
         host = worker.host + max(of_file, worker.shapes.largest_stored)
-        counts = Counted(_num_tensors(worker), _num_tensors(worker))
+        counts = Counted(len(worker.linears), len(worker.linears))
         written = worker.all_blocks
         yield StepPlan(self.name, worker.idle, host, 0.0, 0.0, written, written, counts=counts)
 

@@ -115,8 +115,8 @@ def calibrate(
     return method, record
 
 
-_CHANGES = 60
-_REROUTED = 5.0
+_CHANGES = 56
+_REROUTED = 11 / 3
 """Launches for what removals of whole parts of a mixture would change: of a block, and more of each
 of its linears.
 """
@@ -194,9 +194,10 @@ class Curvature(Stage):
         calls = -(-worker.sequences // worker.together), -(-backward // worker.together)
         for of_call, num_calls in zip(of_calls, calls, strict=True):
             counts += of_call.times(num_calls)
+            counts += Counted(len(gathered) * (num_calls > 0))  # zeros at the start
         if num_changes:
             routed = sum(not linear.sees_all_tokens for linear in worker.linears)
-            own = Counted(_CHANGES * worker.num_blocks + _REROUTED * routed, 2 * worker.num_blocks)
+            own = Counted(_CHANGES * worker.num_blocks + _REROUTED * routed, 3 * worker.num_blocks)
             counts += own.times(calls[0])
         # of every factor to its owner
         between = worker.all_factors * (worker.num_replicas > 1)
