@@ -17,7 +17,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import importlib
-from collections.abc import Sequence, Set
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -102,7 +102,7 @@ def _run(op: OpOverload, *args: Any, **kwargs: Any) -> Any:
             given[name] = torch.tensor(
                 given[name], dtype=torch.float64 if isinstance(given[name], float) else None
             )
-    results = op(**given)
+    results = _WIDE_PRODUCTS.get(op, op)(**given)
     for name in signature.out:
         out = bound[name]
         result = given[name]
@@ -113,6 +113,32 @@ def _run(op: OpOverload, *args: Any, **kwargs: Any) -> Any:
         outs = tuple(bound[name] for name in signature.names if name in signature.out)
         return outs if len(outs) > 1 else outs[0]
     return args[0] if signature.returns_first else _on_sim(results)
+
+
+def _wide_mm(self: Tensor, mat2: Tensor, out_dtype: torch.dtype) -> Tensor:
+    return self.to(out_dtype) @ mat2.to(out_dtype)
+
+
+def _wide_addmm(
+    self: Tensor,
+    mat1: Tensor,
+    mat2: Tensor,
+    out_dtype: torch.dtype,
+    *,
+    out: Tensor,
+    beta: float = 1,
+    alpha: float = 1,
+) -> Tensor:
+    return torch.addmm(
+        self, mat1.to(out_dtype), mat2.to(out_dtype), beta=beta, alpha=alpha, out=out
+    )
+
+
+_WIDE_PRODUCTS: dict[Any, Callable[..., Tensor]] = {
+    torch.ops.aten.mm.dtype: _wide_mm,
+    torch.ops.aten.addmm.dtype_out: _wide_addmm,
+}
+"""Products of narrow numbers with float32 results, which the CPU does not have."""
 
 
 def _check_devices(op: OpOverload, signature: _Signature, bound: dict[str, Any]) -> None:

@@ -263,4 +263,4 @@ class LinearCurvature:
 
     def quadratic_cost(self, change: Tensor) -> float:
         """Return the predicted loss increase of a change [R, C] of the weights."""
-        return sum(kron.quadratic_cost(change, A, G) for G, A in self.terms)
+        return sum(float(kron.quadratic_cost(change, A, G)) for G, A in self.terms)

@@ -6,19 +6,25 @@ sees a share.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ray_surgeon.maths.kronecker import PackedFactors, PackedSymmetric
+from ray_surgeon.maths.kronecker import PackedFactors
+from ray_surgeon.maths.packed import PackedSymmetric, dense_stack, diagonals
 
 PRIOR_TOKENS = 256.0
 """Tokens with which an expert's own mean counts as much as its layer's.
 
 Measured; see docs/results.md.
 """
+
+
+_BATCH_BYTES = 2**27
+"""Of factors that are copied to be added up in one launch."""
 
 
 class LayerMean(NamedTuple):
@@ -30,7 +36,11 @@ class LayerMean(NamedTuple):
 
 
 def mean_factor(
-    totals: Iterable[tuple[PackedSymmetric, int]], *, has_basis: bool, has_bias: bool = False
+    totals: Iterable[tuple[PackedSymmetric, int]],
+    *,
+    has_basis: bool,
+    has_bias: bool = False,
+    device: torch.device | None = None,
 ) -> PackedSymmetric:
     """Return the mean of a factor over all tokens of all experts of a layer.
 
@@ -42,25 +52,49 @@ def mean_factor(
             Channels that are always zero, as pruned ones are, say nothing of the others and do not
             count.
         has_bias: whether the last entry is the bias's, which means the same in all experts.
+        device: of the mean, and where it is taken; that of the sums if not given.
     """
     totals = list(totals)
-    first, _ = totals[0]
-    mean = PackedSymmetric.zeros(first.n, first.flat.device, first.flat.dtype)
-    for total, _ in totals:
-        mean.flat.add_(total.flat)
-    num_tokens = sum(n for _, n in totals)
-    mean.flat.div_(max(1, num_tokens))
+    sums = [total for total, _ in totals]
+    numbers = [num_tokens for _, num_tokens in totals]
+    first, *_ = sums
+    device = device or first.flat.device
+    divisor = max(1, sum(numbers))
     if has_basis:
-        return mean
-    num_channels = mean.n - has_bias
-    used = (n * int(total.diagonal()[:num_channels].count_nonzero()) for total, n in totals)
-    share = num_tokens * num_channels / max(1, sum(used))
-    diagonal = mean.diagonal()
-    mean.flat.zero_()
-    mean.fill_diagonal(float(diagonal[:num_channels].mean()) * share)
-    if has_bias:
-        mean.flat[-1] = diagonal[-1]
+        return replace(first, flat=_added([total.flat for total in sums], device).div_(divisor))
+    own = _moved(diagonals(sums), device)
+    channels = own[:, : first.n - has_bias]
+    diagonal = _added(list(own), device).div_(divisor)
+    level = diagonal[: first.n - has_bias]
+    used = (channels != 0).sum(dim=1)
+    if device.type == "cpu":
+        num_used = sum(n * k for n, k in zip(numbers, used.tolist(), strict=True))
+        level.fill_(float(level.mean()) * (sum(numbers) * len(level) / max(1, num_used)))
+    else:
+        used.mul_(_moved(torch.tensor(numbers), device))
+        level.copy_(channels.sum(dtype=torch.float64).div_(used.sum().clamp_(min=1)))
+    mean = replace(first, flat=torch.zeros_like(first.flat, device=device))
+    mean.fill_diagonal(diagonal)
     return mean
+
+
+def _moved(tensor: Tensor, device: torch.device) -> Tensor:
+    """Return a tensor on a device; the host waits only for what comes to it."""
+    return tensor.to(device, non_blocking=device.type != "cpu")
+
+
+def _added(parts: list[Tensor], device: torch.device) -> Tensor:
+    """Return the sum of tensors of one shape [n]: one after the other on the CPU, else at once."""
+    total = torch.zeros_like(parts[0], device=device)
+    if device.type == "cpu":
+        for part in parts:
+            total.add_(part)
+        return total
+    size = max(1, _BATCH_BYTES // max(1, total.nbytes))
+    for first in range(0, len(parts), size):
+        batch = [_moved(part, device) for part in parts[first : first + size]]
+        total.add_(torch.stack(batch).sum(dim=0))
+    return total
 
 
 def share_of_tokens(num_tokens: int, mean: LayerMean) -> float:
@@ -90,13 +124,46 @@ def shrunk_factors(
         prior_tokens: k.
 
     Returns:
-        Means, with `num_tokens` 1.
+        Means on the device of the layer's, with `num_tokens` 1.
     """
     n = own.num_tokens + prior_tokens
     share = share_of_tokens(own.num_tokens, mean)
-    A = own.A.flat.add(mean.A.flat.to(own.A.flat.device), alpha=prior_tokens).div_(n)
-    G = own.G.flat.add(mean.G.flat.to(own.G.flat.device), alpha=prior_tokens).mul_(share / n)
+    device = mean.A.flat.device
+    A = _moved(own.A.flat, device).add(mean.A.flat, alpha=prior_tokens).div_(n)
+    G = _moved(own.G.flat, device).add(mean.G.flat, alpha=prior_tokens).mul_(share / n)
     return PackedFactors(PackedSymmetric(own.A.n, A), PackedSymmetric(own.G.n, G), 1, own.terms)
+
+
+class FactorStack(NamedTuple):
+    """Factors of several linears of one shape, whole matrices, as means over tokens."""
+
+    A: Tensor  # [b, C, C]
+    G: Tensor  # [b, R, R]
+
+
+def factor_stack(
+    own: Sequence[PackedFactors], mean: LayerMean | None, device: torch.device
+) -> FactorStack:
+    """Return `shrunk_factors` of several experts of a layer, in as many launches as those of one.
+
+    Args:
+        own: sums over the tokens of each; of their terms the first alone is taken.
+        mean: of the layer, on the device; None for linears that see all tokens, which are not
+            shrunk.
+        device: of the result.
+    """
+    of_A = torch.stack([_moved(factors.A.flat, device) for factors in own])
+    of_G = torch.stack([_moved(factors.G.flat, device) for factors in own])
+    divisors = [max(1, factors.num_tokens) for factors in own]
+    scales = [[1 / n for n in divisors]] * 2
+    if mean is not None:
+        shrunk = [factors.num_tokens + PRIOR_TOKENS for factors in own]
+        of_A.add_(mean.A.flat, alpha=PRIOR_TOKENS)
+        of_G.add_(mean.G.flat, alpha=PRIOR_TOKENS)
+        scales = [[1 / n for n in shrunk], [1 / own_divisor(f.num_tokens, mean) for f in own]]
+    by_A, by_G = _moved(torch.tensor(scales, dtype=of_A.dtype), device)
+    A = dense_stack(of_A.mul_(by_A[:, None]), own[0].A.n)
+    return FactorStack(A, dense_stack(of_G.mul_(by_G[:, None]), own[0].G.n))
 
 
 def own_divisor(num_tokens: int, mean: LayerMean) -> float:
@@ -190,8 +257,8 @@ def frequency_costs(sums: ExpertSums, num_chosen: int) -> Tensor:
     return sums.of("tokens") / _num_tokens(sums, num_chosen)
 
 
-def _num_tokens(sums: ExpertSums, num_chosen: int) -> float:
-    return max(1.0, float(sums.of("tokens").sum()) / num_chosen)
+def _num_tokens(sums: ExpertSums, num_chosen: int) -> Tensor:
+    return (sums.of("tokens").sum() / num_chosen).clamp(min=1)
 
 
 def random_costs(num_experts: int, seed: int) -> Tensor:

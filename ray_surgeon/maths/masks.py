@@ -8,6 +8,18 @@ import torch
 from torch import Tensor
 
 
+def places(*masks: Tensor) -> list[Tensor | None]:
+    """Return the indices of what masks [n] of one device keep, None where that is all.
+
+    The host waits once for all of them.
+    """
+    counts = torch.stack([mask.sum() for mask in masks]).tolist()
+    return [
+        None if count == len(mask) else mask.byte().argsort(descending=True, stable=True)[:count]
+        for mask, count in zip(masks, counts, strict=True)
+    ]
+
+
 @dataclass(frozen=True)
 class StructuredMask:
     """Kept rows and columns of one linear, or those on which its factors are inverted."""
@@ -40,13 +52,18 @@ class StructuredMask:
 
     def of(self, whole: Tensor) -> Tensor:
         """Return the kept part of a matrix [R, C] on the mask's device, itself if that is all."""
-        is_all = self.rows.all() and self.columns.all()
-        return whole if is_all else whole[self.rows][:, self.columns]
+        rows, columns = places(self.rows, self.columns)
+        whole = whole if rows is None else whole[rows]
+        return whole if columns is None else whole[:, columns]
 
     def put(self, part: Tensor, into: Tensor) -> Tensor:
         """Return a copy of a matrix [R, C] in which the kept part is replaced."""
         result = into.clone()
-        result[self.rows.nonzero(), self.columns.nonzero()[:, 0]] = part
+        rows, columns = places(self.rows, self.columns)
+        whole = slice(None)
+        if rows is not None and columns is not None:
+            rows = rows[:, None]
+        result[whole if rows is None else rows, whole if columns is None else columns] = part
         return result
 
 

@@ -1,4 +1,4 @@
-"""Matrix products in float32 on the CPU, by the faster of the two libraries that torch ships."""
+"""Matrix products: on the CPU by the faster of two libraries, elsewhere with the sum in them."""
 
 from __future__ import annotations
 
@@ -46,6 +46,26 @@ def _dense(matrix: Tensor) -> Tensor:
     oneDNN multiplies others a thousand times as slowly.
     """
     return matrix if matrix.is_contiguous() or matrix.T.is_contiguous() else matrix.contiguous()
+
+
+_adds_wide = torch.__version__ >= "2.10"
+"""Whether torch adds products of narrow numbers to a float32 sum within the product."""
+
+
+def add_product_(total: Tensor, x: Tensor, y: Tensor) -> None:
+    """Add x y to a sum on a device that is not the CPU, in one launch where torch has it.
+
+    Args:
+        total: [m, n], as wide as x and y, or float32.
+        x: [m, k].
+        y: [k, n] of the same dtype, such as bfloat16.
+    """
+    if x.dtype == total.dtype:
+        total.addmm_(x, y)
+    elif _adds_wide:
+        torch.addmm(total, x, y, out_dtype=total.dtype, out=total)
+    else:
+        total.add_(torch.mm(x, y, out_dtype=total.dtype))
 
 
 class _TimesConstant(torch.autograd.Function):

@@ -164,7 +164,8 @@ def prune_groups(curvature: LinearCurvature, mask: StructuredMask, to_prune: Ten
     new_mask = mask.without(torch.zeros_like(mask.rows), to_prune.cpu())
     W = curvature.part.put(after, linear.W)
     new_mask.apply_(W)
-    return Removal(W, column_removal_cost(after - curvature.W, A, G, removed), 0.0), new_mask
+    predicted = float(column_removal_cost(after - curvature.W, A, G, removed))
+    return Removal(W, predicted, 0.0), new_mask
 
 
 def lowest(costs: Tensor, number: int) -> Tensor:
@@ -211,7 +212,7 @@ def cost_held_aside(linear: Linear, held: PackedFactors, share: float, prunes_ro
     after, _ = curvature.prune(gone_rows, gone_columns, "full")
     factors = held.restricted(part.rows, part.columns)
     A, G = ((x / held.num_tokens).to(W.dtype) for x in (factors.A, factors.G))
-    return quadratic_cost(after - W, A, G)
+    return float(quadratic_cost(after - W, A, G))
 
 
 def _cheapest(costs: Tensor, share: float) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -193,8 +193,10 @@ class ModelShard:
         finally:
             for hook in hooks:
                 hook.remove()
+            stays = self.factor_store.place == "device"
             for key, total in sums.items():
-                self.factor_store.put(key, total.flat)
+                if not (stays and key in self.factor_store):  # what is there is the sum itself
+                    self.factor_store.put(key, total.flat)
 
     def _sum(self, group: SharedInput, key: str) -> PackedSymmetric:
         """Return a sum that may be added to, zeros if there is none."""
@@ -227,10 +229,20 @@ class ModelShard:
     def factors(self, name: str) -> PackedFactors:
         """Return the factors of a linear, those of an expert shrunk; see `shrunk_factors`."""
         own = self.own_factors(name)
+        mean = self._mean_for(name)
+        return own if mean is None else of_experts.shrunk_factors(own, mean)
+
+    def factor_stack(self, names: Sequence[str]) -> of_experts.FactorStack:
+        """Return whole factors, on the device, of linears of one role of a block; see `factors`."""
+        own = [self.own_factors(name) for name in names]
+        return of_experts.factor_stack(own, self._mean_for(names[0]), self.device)
+
+    def _mean_for(self, name: str) -> of_experts.LayerMean | None:
+        """Return towards what the factors of a linear are shrunk, if they are."""
         shape = self.layout.shapes[name]
         if shape.sees_all_tokens or not self._has_tokens:
-            return own
-        return of_experts.shrunk_factors(own, self.layer_mean(shape.block, shape.role))
+            return None
+        return self.layer_mean(shape.block, shape.role)
 
     def own_factors(self, name: str) -> PackedFactors:
         """Return the sums of a linear where they lie; A is that of its shared input."""
@@ -259,8 +271,10 @@ class ModelShard:
             Gs = ((factors.G, factors.num_tokens) for factors in own)
             num_tokens = sum(factors.num_tokens for factors in own)
             means[block, role] = of_experts.LayerMean(
-                of_experts.mean_factor(As, has_basis=not is_consumer, has_bias=shapes[0].has_bias),
-                of_experts.mean_factor(Gs, has_basis=is_consumer),
+                of_experts.mean_factor(
+                    As, has_basis=not is_consumer, has_bias=shapes[0].has_bias, device=self.device
+                ),
+                of_experts.mean_factor(Gs, has_basis=is_consumer, device=self.device),
                 num_tokens / self.mixtures[block - self.blocks.first].num_chosen,
             )
         return means[block, role]

@@ -66,7 +66,8 @@ class Shapes:
             host reserves for its weights, and for its factors.
     """
 
-    def __init__(self, layout: ModelLayout, work: Work) -> None:
+    def __init__(self, layout: ModelLayout, work: Work, device_type: str = "cpu") -> None:
+        """Compute them for workers on a type of device, for which factors are laid out."""
         self.layout = layout
         self.work = work
         self.width = getattr(torch, work.dtype).itemsize
@@ -86,7 +87,7 @@ class Shapes:
         for linear in layout.linears:
             self.linears[linear.block].append(linear)
         self.block_bytes = [sum(sizes) for sizes in self._in_blocks]
-        self._factors = [_factor_sizes(linears, work) for linears in self.linears]
+        self._factors = [_factor_sizes(linears, work, device_type) for linears in self.linears]
         self.factor_bytes = [sum(sizes) for sizes in self._factors]
         part = layout.part_of_tokens
         self.active_parameters = [sum(s.size * part(s) for s in block) for block in self.linears]
@@ -125,12 +126,12 @@ class Shapes:
         return outside, weights, reserved_bytes(itertools.chain(*self._factors[own]))
 
 
-def _factor_sizes(linears: list[LinearShape], work: Work) -> list[int]:
+def _factor_sizes(linears: list[LinearShape], work: Work, device_type: str) -> list[int]:
     """Return the bytes of A and G of a block's linears, packed float32."""
     gathered = [s for s in linears if s.name in work.gathered and work.factors != "none"]
     columns = {linear.shared_input: linear.num_columns for linear in gathered}
     rows = [linear.num_rows for linear in gathered]
-    return [4 * PackedSymmetric.size(n) for n in (*columns.values(), *rows)]
+    return [4 * PackedSymmetric.size(n, device_type) for n in (*columns.values(), *rows)]
 
 
 @dataclass(frozen=True)

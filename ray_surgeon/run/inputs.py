@@ -124,7 +124,8 @@ class Inputs:
             DoesNotFitError: no way to run it fits.
         """
         work = work_of(self.spec, self.layout, self.method, self.stages)
-        planner = Planner(Shapes(self.layout, work), self.spec.memory, device)
+        shapes = Shapes(self.layout, work, "cpu" if room.device_is_host else "cuda")
+        planner = Planner(shapes, self.spec.memory, device)
         return planner.best(self.placement, room)
 
 

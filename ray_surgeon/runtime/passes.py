@@ -218,8 +218,9 @@ class BlockPass(ABC):
         """
         shard = worker.shard
         passing = worker.kept(_Passing)
+        on_cpu = worker.device.type == "cpu"  # where the products of all threads change at once
         shard.start_curvature("activations")
-        with shard.weights.block(place), shard.gathering_in(place, wide=True):
+        with shard.weights.block(place), shard.gathering_in(place, wide=on_cpu):
             for hidden in passing.values():
                 worker.runner.through(place, hidden, passing.calls)
         shard.stop_gathering()

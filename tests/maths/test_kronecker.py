@@ -26,6 +26,16 @@ def test_packed_second_moment_equals_the_full_product(n: int) -> None:
     assert torch.equal(half.dense(), total.fill_diagonal_(3.0))
 
 
+def test_balancing_several_pairs_is_balancing_each() -> None:
+    As = torch.stack([spd(5, 0) * 1e6, spd(5, 2), torch.zeros(5, 5, dtype=torch.float64)])
+    Gs = torch.stack([spd(4, 1), spd(4, 3), spd(4, 4)])
+    pairs = [(A.clone(), G.clone()) for A, G in zip(As, Gs, strict=True)]
+    balance_(As, Gs)
+    for A, G, pair in zip(As, Gs, pairs, strict=True):
+        balance_(*pair)
+        torch.testing.assert_close((A, G), pair, rtol=1e-14, atol=0)
+
+
 def test_balancing_keeps_the_product_and_a_zero_factor() -> None:
     A = spd(5, 0) * 1e6
     G = spd(4, 1) * 1e-7

@@ -170,6 +170,16 @@ def test_pinned_memory_is_counted_as_it_is_reserved() -> None:
     assert kept["evaluation"] == kept["curvature"] == kept["costs"]
 
 
+def test_factors_are_counted_as_they_are_laid_out_for_the_device() -> None:
+    of_cpu, of_gpu = (
+        Shapes(layout_of("llama-3-70b"), job().work, device).factor_bytes[0]
+        for device in ("cpu", "cuda")
+    )
+    rows = (8192, 8192, 28672, 8192)
+    assert of_cpu == 4 * sum(PackedSymmetric.size(n) for n in rows)
+    assert of_gpu == 4 * sum(n * (n + 1024) // 2 for n in rows)
+
+
 def test_a_search_passes_once_for_every_kind_of_groups() -> None:
     searched = {"search": {"num_sequences": 24, "rounds": 2}}
     search = job(num_shards=8, pruning=searched, **NOTHING_HELD)

@@ -1,0 +1,248 @@
+"""What another device than the CPU computes in another way: results, launches and syncs, on the
+pretend accelerator.
+
+Functions that take ``device`` first run in a process that has it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ray_surgeon.maths import packed, products
+from ray_surgeon.maths.experts import LayerMean, factor_stack, mean_factor, shrunk_factors
+from ray_surgeon.maths.kronecker import PackedFactors, balance_
+from ray_surgeon.maths.packed import PackedSymmetric, part_stack, with_ones
+from tests.conftest import Zygote
+
+SYNCS = {"_local_scalar_dense", "nonzero", "equal", "masked_select"}
+NO_LAUNCHES = {"empty", "new_empty", "empty_strided", "empty_like", "_unsafe_view", "detach"}
+
+
+class Counts(TorchDispatchMode):
+    """Counts operators that start a kernel, and those for which the host waits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.launches = Counter[str]()
+        self.syncs = Counter[str]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func._schema.name.removeprefix("aten::")
+        is_view = any(r.alias_info and not r.alias_info.is_write for r in func._schema.returns)
+        masks = [x for x in args[1] if x is not None] if name in {"index", "index_put_"} else []
+        moves = name == "_to_copy" and "device" in kwargs and not kwargs.get("non_blocking")
+        moves |= name == "copy_" and args[0].device != args[1].device
+        if name in SYNCS or moves or any(mask.dtype == torch.bool for mask in masks):
+            self.syncs[name] += 1
+        elif not is_view and name not in NO_LAUNCHES:
+            self.launches[name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def elsewhere(zygote: Zygote) -> Callable[..., Any]:
+    def call(function: Callable[..., object], **arguments: object) -> Any:
+        """Call a function in a process that has the device."""
+        where = f"{__name__}:{function.__name__}"
+        asked = {"function": where, "arguments": {"device": "sim"} | arguments}
+        return zygote.run_module("tests.pretend_accelerator", asked)["returned"]
+
+    return call
+
+
+def distance(found: Tensor, expected: Tensor) -> float:
+    """Return the largest difference, relative to the largest entry."""
+    found = found.cpu().double()
+    return float((found - expected).abs().max() / expected.abs().max())
+
+
+def summed(x: Tensor) -> PackedSymmetric:
+    total = PackedSymmetric.zeros(x.shape[1], x.device, x.dtype)
+    total.add(x)
+    return total
+
+
+def second_moments(device: str, sizes: list[int], dtype: str, adds_wide: bool) -> list[Any]:
+    """Return, for sums with and without a bias, without and with weights, how far both layouts are
+    from float64's product, and what was launched.
+    """
+    products._adds_wide = adds_wide
+    cases = [(n, bias, weighs) for n in sizes for bias in (False, True) for weighs in (False, True)]
+    found = []
+    for n, has_bias, has_weights in cases:
+        x = torch.randn(24, n - has_bias).to(getattr(torch, dtype))
+        weights = torch.randn(24) if has_weights else torch.ones(24)
+        exact = (torch.cat([x, x.new_ones(24, 1)], dim=1) if has_bias else x).double()
+        expected = exact.T @ (exact * weights.double()[:, None])
+        sums = torch.promote_types(x.dtype, torch.float32)
+        total = PackedSymmetric.zeros(n, torch.device(device), sums)
+        there = x.to(device)
+        if has_bias:
+            with Counts() as of_ones:
+                there = with_ones(there)
+            assert there.stride(0) % packed._ALIGNMENT == 0
+            assert of_ones.launches.total() == 2
+            assert not of_ones.syncs
+        for part in (slice(0, 10), slice(10, 24)):
+            of_part = weights[part].to(device) if has_weights else None
+            with Counts() as counts:
+                total.add(there[part], of_part)
+        assert not counts.syncs
+        whole = total.dense().cpu()
+        assert torch.equal(whole, whole.T)
+        assert torch.equal(total.diagonal().cpu(), whole.diagonal())
+        in_memory = PackedSymmetric(n, total.flat.cpu())  # of the host: in the layout of the device
+        assert torch.equal(in_memory.dense(torch.device(device)).cpu(), whole)
+        found.append((distance(whole, expected), counts.launches))
+        found.append((distance(in_memory.dense(), expected), counts.launches))
+    return found
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "float64"])
+def test_second_moments(elsewhere: Any, dtype: str) -> None:
+    """Below, at and above the height of a panel: one launch for each."""
+    sizes = [7, 1024, 2049]
+    found = elsewhere(second_moments, sizes=sizes, dtype=dtype, adds_wide=True)
+    assert max(error for error, _ in found) < (1e-12 if dtype == "float64" else 2e-6)
+    is_narrow = dtype in ("bfloat16", "float16")
+    expected = []
+    for num_panels in (1, 1, 2):
+        plain = {"addmm" if is_narrow else "addmm_": num_panels}
+        weighted = {"mul": 1, "addmm_": num_panels} | ({"_to_copy": 1} if is_narrow else {})
+        expected += 2 * [plain, plain, weighted, weighted]
+    assert [launches for _, launches in found] == expected
+
+
+def test_second_moments_by_an_older_torch(elsewhere: Any) -> None:
+    """Before 2.10 it does not add narrow products to a float32 sum."""
+    found = elsewhere(second_moments, sizes=[2049], dtype="bfloat16", adds_wide=False)
+    assert max(error for error, _ in found) < 2e-6
+    assert found[0][1] == {"mm": 2, "add_": 2}
+
+
+def test_the_number_of_entries_tells_the_layout() -> None:
+    """The CPU's has fewer, or both are the same. Panels elsewhere have 1,024 rows, but the last."""
+    for n in [*range(3200), 4096, 4097, 11008, 14337, 28672]:
+        low, tall = (packed._layout(n, is_tall=is_tall) for is_tall in (False, True))
+        low_size, tall_size = (PackedSymmetric.size(n, device) for device in ("cpu", "cuda"))
+        assert low_size <= tall_size
+        assert (low_size == tall_size) == (low == tall)
+        if n > 1024:
+            assert min(stop - start for start, stop, *_ in tall) >= 768
+            assert tall_size <= n * (n + 2064) / 2
+        assert all(place % 8 == stride % 8 == start % 8 == 0 for start, _, place, stride in tall)
+
+
+def parts(device: str) -> dict[str, Any]:
+    """Restrict and balance factors of which some rows and columns are alive, or all."""
+    where = torch.device(device)
+    errors = []
+    syncs = []
+    for dead in ([], [0, 3, 1030]):
+        a, g = (torch.randn(50, n, dtype=torch.float64) for n in (1100, 40))
+        factors = PackedFactors(summed(a.to(where)), summed(g.to(where)), 50)
+        masks = torch.ones(40, dtype=torch.bool), torch.ones(1100, dtype=torch.bool)
+        masks[1][dead] = False
+        there = [mask.to(where) for mask in masks]
+        with Counts() as counts:
+            found = factors.restricted(*there)
+        syncs.append(counts.syncs)
+        A = (a.T @ a)[masks[1]][:, masks[1]]
+        G = g.T @ g
+        errors += [distance(found.A, A), distance(found.G, G)]
+        with Counts() as counts:
+            balance_(found.A, found.G)
+        assert not counts.syncs
+        ratio = float(G.norm() / A.norm()) ** 0.5
+        errors += [distance(found.A, A * ratio), distance(found.G, G / ratio)]
+    zero = torch.zeros(2, 2, device=where)
+    kept = torch.eye(3, device=where) * 5
+    balance_(zero, kept)
+    return {"errors": errors, "syncs": syncs, "zero": zero.tolist(), "kept": kept[0].tolist()}
+
+
+def test_parts_take_one_read_and_balancing_none(elsewhere: Any) -> None:
+    found = elsewhere(parts)
+    assert max(found["errors"]) < 1e-12
+    assert found["syncs"] == [{"_to_copy": 1}] * 2
+    assert found["zero"] == [[0.0, 0.0]] * 2
+    assert found["kept"] == [5.0, 0.0, 0.0]
+
+
+def layer(device: str, sizes: list[int], num_experts: int) -> dict[str, Any]:
+    """Take the mean of a layer's experts, which have C inputs and R outputs, and their factors."""
+    C, R = sizes
+    where = torch.device(device)
+    numbers = [i % 4 for i in range(num_experts)]
+    inputs, gradients = (
+        [torch.randn(n, size, dtype=torch.float64) for n in numbers] for size in (C, R)
+    )
+    inputs[1][:, :2] = 0  # channels of one that are pruned
+
+    def own(device: torch.device) -> list[PackedFactors]:
+        return [
+            PackedFactors(summed(a.to(device)), summed(g.to(device)), number)
+            for a, g, number in zip(inputs, gradients, numbers, strict=True)
+        ]
+
+    def mean(factors: list[PackedFactors], has_bias: bool) -> LayerMean:
+        of_A, of_G = ([(getattr(f, side), f.num_tokens) for f in factors] for side in "AG")
+        by_channel = mean_factor(of_A, has_basis=False, has_bias=has_bias)
+        return LayerMean(by_channel, mean_factor(of_G, has_basis=True), sum(numbers) / 2)
+
+    errors = []
+    there = own(where)
+    for has_bias in (False, True):
+        expected = mean(own(torch.device("cpu")), has_bias)
+        with Counts() as of_mean:
+            found = mean(there, has_bias)
+        for side in "AG":
+            found_side = getattr(found, side).dense()
+            errors.append(distance(found_side, getattr(expected, side).dense()))
+    with Counts() as of_stack:
+        stack = factor_stack(there, found, where)
+    for i, factors in enumerate(there):
+        one = shrunk_factors(factors, found).dense()
+        errors += [distance(getattr(stack, side)[i], getattr(one, side).cpu()) for side in "AG"]
+    whole = factor_stack(there, None, where).A[3]
+    errors.append(distance(whole, inputs[3].T @ inputs[3] / 3))
+    counts = (of_mean, of_stack)
+    return {
+        "errors": errors,
+        "launches": [c.launches.total() for c in counts],
+        "syncs": [c.syncs.total() for c in counts],
+    }
+
+
+def test_experts_of_a_layer_at_once(elsewhere: Any) -> None:
+    """As many launches for 128 experts as for 8, and no read."""
+    few, many = (elsewhere(layer, sizes=[24, 16], num_experts=n) for n in (8, 128))
+    wide = elsewhere(layer, sizes=[12, 2056], num_experts=4)
+    assert max(few["errors"] + many["errors"] + wide["errors"]) < 1e-12
+    assert few["launches"] == many["launches"]
+    assert many["launches"][0] <= 23
+    assert many["launches"][1] <= 15
+    assert [found["syncs"] for found in (few, many, wide)] == [[0, 0]] * 3
+
+
+def test_alive_parts_of_several_matrices() -> None:
+    matrices = torch.randn(3, 7, 7)
+    alive = torch.rand(3, 7) < 0.6
+    alive[1] = True
+    alive[2] = False
+    found = part_stack(matrices, alive, 7)
+    for matrix, mask, part in zip(matrices, alive, found, strict=True):
+        expected = torch.zeros(7, 7)
+        count = int(mask.sum())
+        expected[:count, :count] = matrix[mask][:, mask]
+        assert torch.equal(part, expected)
+    assert part_stack(matrices[:1], alive[:1], int(alive[0].sum())).equal(
+        matrices[0][alive[0]][:, alive[0]][None]
+    )
