@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 from ray_surgeon.maths.greedy import FEW
 from ray_surgeon.models.layout import LinearShape, ModelLayout
@@ -49,11 +49,18 @@ class Counted:
     syncs: float = 0.0  # for which the host waits
     memory_bytes: float = 0.0  # of the device's own memory that are read and written
     sent_bytes: float = 0.0  # between workers
+    calls: float = 0.0  # of a worker, for which it waits
     waiting_s: float = 0.0  # until processes have started, and the like
 
     def __add__(self, more: Counted) -> Counted:
-        names = (field.name for field in fields(self))
-        return Counted(**{name: getattr(self, name) + getattr(more, name) for name in names})
+        return Counted(
+            self.launches + more.launches,
+            self.syncs + more.syncs,
+            self.memory_bytes + more.memory_bytes,
+            self.sent_bytes + more.sent_bytes,
+            self.calls + more.calls,
+            self.waiting_s + more.waiting_s,
+        )
 
     def times(self, number: float) -> Counted:
         """Return the counts of so many such parts."""

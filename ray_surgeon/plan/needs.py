@@ -50,7 +50,8 @@ class StepPlan:
         moving = self.host_bytes / device.host_bytes_per_s
         moving += self.disk_bytes / device.disk_bytes_per_s
         moving += counts.sent_bytes / device.network_bytes_per_s
-        return self.bubble * (busy + counts.syncs * device.sync_s + moving) + counts.waiting_s
+        waiting = counts.syncs * device.sync_s + counts.calls * device.call_s
+        return self.bubble * (busy + moving + waiting) + counts.waiting_s
 
     def then(self, later: StepPlan) -> StepPlan:
         """Return both as one step, in which one comes after the other."""
@@ -224,10 +225,13 @@ class WorkerView:
         own = self._activations
         return length * (own.forward_only + 4 * length * own.scores)
 
-    def writing(self, name: str, texts: Sequence[tuple[int, int]]) -> StepPlan:
+    def writing(
+        self, name: str, texts: Sequence[tuple[int, int]], num_prompt_tokens: int = 0
+    ) -> StepPlan:
         """Return the writing of texts, token by token, with their keys and values.
 
-        `texts` has the number of those that are written together, and the tokens of each.
+        `texts` has the number of those that are written together, and the tokens of each, beside
+        those of its prompt.
         """
         heads = self.shapes.layout.heads
         # keys and values of a token in a block
@@ -248,12 +252,13 @@ class WorkerView:
             logits = 20 * self.shapes.layout.config.vocab_size if self.head_flops else 0
             most = max(most, caches + batch * (self._activations.moment + logits))
             flops += own * length * (2 * self.active + self.head_flops)
+            flops += own * num_prompt_tokens * 2 * self.active
             num_passes += length * rounds
             # keys and values of half of the tokens in the mean
             counts += Counted(memory_bytes=self.num_blocks * own * length * of_token * length / 2)
         counts += self.shapes.counts(self.blocks).forward.times(num_passes)
         head = self.outside * (self.head_flops > 0)
-        counts += Counted(CALL + SLICE, 1, head).times(num_passes)
+        counts += Counted(CALL + SLICE, 1, head, calls=1).times(num_passes)
         moved = self.moved(self.stores.weights, num_passes * self.all_blocks)
         return StepPlan(name, self.weights + most, self.host, flops, 0.0, *moved, counts=counts)
 

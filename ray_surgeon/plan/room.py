@@ -160,6 +160,7 @@ class Device:
     network_bytes_per_s: float = 1.0  # between workers
     launch_s: float = 0.0  # host's time for an operator
     sync_s: float = 0.0  # until the host goes on after it waited for the device
+    call_s: float = 0.0  # until a worker that waits has its next step
 
     def times(self, factor: float) -> Device:
         """Return a device that computes so many times as fast."""
@@ -178,7 +179,7 @@ def _gpu(
     """Return a GPU; `memory` are its bytes, and how many of them pass in a second."""
     flops = {"bfloat16": half, "float16": half, "float32": float32}
     # seven microseconds a launch of PyTorch are usual; a network of 400 Gb/s
-    return Device(name, flops, float32, host, 3e9, *memory, 5e10, 7e-6, 15e-6)
+    return Device(name, flops, float32, host, 3e9, *memory, 5e10, 7e-6, 15e-6, 2e-3)
 
 
 DEVICES = {
@@ -191,17 +192,18 @@ DEVICES = {
     "l40s": _gpu("l40s", 1.5e14, 4e13, 2e10, (48e9, 6.9e11)),
     "cpu": Device(
         "cpu",
-        {"bfloat16": 1.2e11, "float16": 2e10, "float32": 7e10},
-        7e10,
+        {"bfloat16": 1.7e11, "float16": 2e10, "float32": 8e10},
+        8e10,
         1e10,
         1e9,
         memory_bytes_per_s=1e10,
         network_bytes_per_s=1.5e9,
-        launch_s=4e-6,
+        launch_s=5e-6,
+        call_s=0.1,
     ),
 }
 """Devices by name: about 0.4 of the published dense rates and 0.8 of the bandwidth; of the CPU one
-core of a server, as measured.
+core of a server, as measured, whose workers share all cores with what calls them.
 
 Published are, in TFLOP/s of bfloat16 and float32, and TB/s: H100 SXM 989, 67, 3.35 and H200 989,
 67, 4.8 (NVIDIA's data sheets of H100 and H200); B200 2250, 75, 8 and GB200 2500, 80, 8 with 900

@@ -91,7 +91,7 @@ class Correction(Stage):
         calls = -(-backward // worker.together)
         counts += Counted(_PRODUCTS * len(worker.linears)).times(calls)
         size = self.section.lora_rank * entries
-        optimizer = Counted(_STEP * len(worker.linears), _SYNCS * len(worker.linears))
+        optimizer = Counted(_STEP * len(worker.linears), _SYNCS * len(worker.linears), calls=2)
         optimizer += Counted(memory_bytes=ADAM_BYTES * size, sent_bytes=12.0 * size * (N > 1))
         per_step = max(1, -(-self.section.sequences_per_step // N))
         return counts + optimizer.times(backward / per_step)

@@ -155,10 +155,15 @@ class Curvature(Stage):
         backward = 0 if curvature.gathers == "A" else -(-of_all // worker.num_replicas)
         # the changes that removals would make for a token
         num_changes = self.method.beside.num_changes(worker.shapes.layout)
-        forward = (1 + (num_changes > 0)) * 2 * worker.active + worker.all_factors / 2
+        part = worker.shapes.layout.part_of_tokens
+        gathered = [s for s in worker.linears if s.name in worker.shapes.work.gathered]
+        # half of each product is left out
+        A_flops = sum({s.shared_input: part(s) * s.num_columns**2 for s in gathered}.values())
+        G_flops = sum(part(s) * s.num_rows**2 for s in gathered)
+        forward = (1 + (num_changes > 0)) * 2 * worker.active + A_flops
         head = worker.head_flops * (backward or worker.sequences)
         runs = 1 + (stores.activations == "recompute")
-        further = runs * 2 * worker.active + 2 * worker.head_flops
+        further = runs * 2 * worker.active + 2 * worker.head_flops + G_flops
         of_pass = worker.sequences * forward + head + backward * further
         num_passes = 1
         if isinstance(curvature, ExtendedKfacSection):
