@@ -23,7 +23,7 @@ Activations = Literal["keep", "recompute"]
 TOGETHER = 8
 """Sequences that pass a block in one call on a GPU, where memory allows.
 
-Of 2,048 tokens each, products take longer than launches even in a mixture of 128 experts.
+With 2,048 tokens each, products take longer than launches, be it in a mixture of 128.
 """
 
 

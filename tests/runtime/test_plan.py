@@ -13,7 +13,7 @@ import pytest
 
 from benchmarks.shaped_model import shaped_config
 from ray_surgeon.maths.kronecker import PackedSymmetric
-from ray_surgeon.memory.stores import Stores
+from ray_surgeon.memory.stores import TOGETHER, Stores
 from ray_surgeon.models.build import BlockRange
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.pipeline import _bytes
@@ -121,6 +121,22 @@ def test_resident_where_it_fits() -> None:
     assert (found.stores.weights, found.stores.factors) == ("device", "device")
     assert all(seconds > 0 for name, seconds in found.seconds.items() if name != "load")
     assert found.excess()[0] <= 1
+
+
+def test_as_many_sequences_pass_together_as_memory_allows() -> None:
+    together = {gb: job("llama-2-7b").plan(gb).stores.together for gb in (24, 40, 80)}
+    assert 1 < together[24] < together[40] == TOGETHER
+    wide = (
+        job("llama-2-7b")
+        .steps(Stores(activations="recompute", wave=8, together=8))["curvature"]
+        .device
+    )
+    narrow = job("llama-2-7b").steps(Stores(activations="recompute", wave=8))["curvature"].device
+    assert wide > narrow + GB
+    on_cpu = Room(80 * GB, 80 * GB, 4000 * GB, device_is_host=True)
+    one = job("llama-2-7b")
+    planner = Planner(Shapes(layout_of(one.name), one.work), one.spec.memory, DEVICES["cpu"])
+    assert planner.best(one.placement, on_cpu).stores.together == 1
 
 
 @pytest.mark.parametrize(
