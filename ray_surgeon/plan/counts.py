@@ -10,7 +10,7 @@ import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ray_surgeon.maths.greedy import FEW
+from ray_surgeon.maths.greedy import num_at_once
 from ray_surgeon.models.layout import LinearShape, ModelLayout
 
 _NORM = (6, 12)
@@ -129,6 +129,6 @@ def num_steps(num_structures: int, num_removed: float) -> int:
     left = num_structures
     steps = 0
     while num_structures - left < num_removed:
-        left -= max(1, int(left * FEW))
+        left -= num_at_once(left, 0)
         steps += 1
     return steps

@@ -92,6 +92,10 @@ METHODS: dict[str, tuple[dict[str, Any], tuple[float, float]]] = {
     "groups-disk": (CORRECTED | WAVES | EXPORTED, BY_TRAINING),
     "groups-uniform": (CORRECTED | UNIFORM, BY_ORDER_OF_SUMS),
 }
+EXPERTS = CORRECTED | {
+    "pruning__groups": ["ffn", "shared_experts", "expert_channels", "experts"],
+    "output__exports": ["per_block"],
+}
 MODULE = "tests.integration.test_pretend_accelerator"
 
 
@@ -263,11 +267,15 @@ def test_other_families(family: str, assert_same_run: Callable[..., None]) -> No
     assert_same_run(family, CORRECTED | EXPORTED, BY_CANCELLATION)
 
 
-@pytest.mark.parametrize(("family", "stores"), [("qwen2_moe", {}), ("glm4_moe", WAVES)])
-def test_experts(family: str, stores: dict[str, Any], assert_same_run: Callable[..., None]) -> None:
-    kinds = ["ffn", "shared_experts", "expert_channels", "experts"]
-    options = {"pruning__groups": kinds, "output__exports": ["per_block"]}
-    assert_same_run(family, CORRECTED | stores | options, BY_CANCELLATION)
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [("qwen2_moe", EXPERTS), ("glm4_moe", EXPERTS | WAVES), ("qwen2_moe", runs.MASKED)],
+    ids=["groups", "groups-disk", "rows_columns"],
+)
+def test_experts(
+    family: str, options: dict[str, Any], assert_same_run: Callable[..., None]
+) -> None:
+    assert_same_run(family, options, BY_CANCELLATION)
 
 
 def test_curvature_of_a_model_in_memory(
