@@ -34,7 +34,7 @@ from ray_surgeon.runtime.worker import LinearSummary, Worker, collective, sizes
 from ray_surgeon.stages.prune.experts import go_around_removed, remove_experts, whole_expert_costs
 from ray_surgeon.stages.prune.group_choice import ConsumerCosts, GroupChoice, Paths, Reach
 from ray_surgeon.stages.prune.method import Applied, Choice, Scored, Scores
-from ray_surgeon.stages.reconstruction.layers import RATES, Reconstruction
+from ray_surgeon.stages.reconstruction.layers import Reconstruction
 from ray_surgeon.stages.reconstruction.stage import ReconstructionStage
 from ray_surgeon.stages.stage import CalibrationText
 
@@ -172,14 +172,13 @@ class Groups(GroupChoice):
         sets = [g for g in worker.layout.group_sets if g.kind in reconstruction.kinds]
         losing = [groups for groups in sets if counts.get(groups.consumer)]
         layers = {g.consumer: g for g in (losing[len(losing) * i // 3] for i in (1, 2) if losing)}
-        tried = []
+        tried = list[tuple[float, float]]()
         for name, groups in layers.items():
             if name in worker.kept(Scored):
                 removal, mask = self.removal(worker, groups, counts[name])
                 kept = mask.columns[groups.columns].all(dim=1)
-                for rate in RATES if kept.any() else ():
-                    error = reconstruction.tried(worker, groups, removal.W, kept, rate)
-                    tried.append((rate, error))
+                if kept.any():
+                    tried += reconstruction.tried(worker, groups, removal.W, kept)
         return tried
 
     @collective

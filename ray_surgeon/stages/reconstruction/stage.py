@@ -70,8 +70,9 @@ class ReconstructionStage(Reconstruction, Stage):
         together = max(4 * TOKENS_AT_A_TIME, 7 * min(tokens, section.tokens_per_step))
         widest = max(linear.num_columns for linear in sizes)
         at_a_time = together * (width * widest + 4 * hidden)
-        # and the consumer that is returned
-        states = max(sizes.values()) * (28 + 2 * width) + 4 * max(linear.size for linear in sizes)
+        # float32: the whole layer, what is left of it, weights, gradients and two moments; narrow
+        # ones take as much; and the consumer that is returned
+        states = max(sizes.values()) * 24 + 4 * max(linear.size for linear in sizes)
         device = worker.idle + states + tokens * hidden * (2 + 2 * width) + at_a_time
         factors = worker.all_factors / worker.num_replicas
         device += factors * (worker.stores.factors == "device")
