@@ -1,305 +1,81 @@
-"""Launches, syncs, bytes and operations, counted where there is no GPU.
+"""Launches, syncs, bytes and operations by step, counted and planned where there is no GPU.
 
-`Counter` counts them of whatever runs within it, on CPU tensors or on a pretend accelerator's.
+``python -m benchmarks.launches`` prints two tables. The first has what the curvature pass of a tiny
+model's block starts for a sequence, counted on a pretend accelerator. The second has the plans of
+jobs on large models: their configurations alone are used, and times are those of an H100.
 """
 
 from __future__ import annotations
 
-import collections
-import contextlib
-import math
-import re
-from collections.abc import Iterator
+import argparse
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
-import torch
-from torch import Tensor
-from torch._ops import OpOverload
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import (
+    AutoModelForCausalLM,
+    GptOssConfig,
+    LlamaConfig,
+    PretrainedConfig,
+    Qwen3MoeConfig,
+)
 
-from benchmarks.shaped_model import write_tokenizer
-from ray_surgeon.models import attention as own_attention
+from benchmarks.counter import Counter as Counter
+from benchmarks.counter import attention_as_one_launch
+from benchmarks.shaped_model import shaped_config, write_tokenizer
+from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.plan.plan import Plan, Planner
 from ray_surgeon.plan.room import DEVICES, Room
 from ray_surgeon.plan.work import Shapes
 from ray_surgeon.report.directory import RunDirectory
 from ray_surgeon.report.events import Event, Moment
+from ray_surgeon.report.html_report import LivePage
 from ray_surgeon.run.inputs import check, work_of
 from ray_surgeon.run.loop import run_shots
+from ray_surgeon.run.reading import unread_texts
+from ray_surgeon.run.stages import stages_after_shots, stages_of
 from ray_surgeon.runtime.cluster import LocalCluster
+from ray_surgeon.runtime.placement import place
 from ray_surgeon.spec.job import JobSpec
+from ray_surgeon.stages.prune.methods import method_for
 
-_NO_KERNELS = frozenset(
-    re.findall(
-        r"\S+",
-        "empty empty_like empty_strided new_empty new_empty_strided empty_permuted resize_ set_ "
-        "detach detach_ alias lift_fresh lift _unsafe_view _reshape_alias reshape is_pinned "
-        "_pin_memory record_stream is_same_size _local_scalar_dense _nested_tensor_size",
+H100 = DEVICES["h100"]
+ROOM = Room(80e9, 1e12, 4e12, device_is_host=False)
+"""Of a worker; eight of them share a host of 2 TB and more."""
+
+# Counted
+
+_TINY = {
+    "vocab_size": 512,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "tie_word_embeddings": False,
+}
+SEQUENCES = 8
+
+
+def tiny_llama(num_blocks: int) -> PretrainedConfig:
+    """Return the configuration of a tiny dense model."""
+    return LlamaConfig(**_TINY, num_hidden_layers=num_blocks)
+
+
+def tiny_mixture(num_blocks: int, num_experts: int) -> PretrainedConfig:
+    """Return the configuration of a tiny mixture with eight experts a token, or half of all."""
+    return Qwen3MoeConfig(
+        **_TINY,
+        num_hidden_layers=num_blocks,
+        moe_intermediate_size=32,
+        num_experts=num_experts,
+        num_experts_per_tok=min(8, num_experts // 2),
+        head_dim=16,
+        norm_topk_prob=True,
     )
-)
-"""Operators that are no views by their schema, and start no kernel: allocations and the like."""
-_SYNCS = frozenset(
-    re.findall(
-        r"\S+",
-        "_local_scalar_dense nonzero masked_select equal bincount _unique2 unique_dim "
-        "unique_consecutive unique_dim_consecutive _linalg_check_errors _linalg_eigh _linalg_svd",
-    )
-)
-"""Operators whose result, or its size, is waited for by the host."""
-_GATHERS = frozenset(re.findall(r"\S+", "index index_select gather embedding"))
-"""Operators that read as much of their first argument as they return."""
-_SCATTERS = frozenset(
-    re.findall(r"\S+", "index_add_ index_put_ index_copy_ scatter_ scatter_add_ index_fill_")
-)
-"""Operators that read and write as much of their first argument as their last one has."""
-_OVERWRITES = frozenset(re.findall(r"\S+", "copy_ zero_ fill_ normal_ uniform_ bernoulli_"))
-"""Operators that only write to their first argument."""
-
-
-class _CopiedTensors(TorchFunctionMode):
-    """Makes ``torch.tensor`` on a device a copy from the CPU, as it is, which modes can see.
-
-    Without, torch fails where the device's kernels are written in Python.
-    """
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        device = kwargs.pop("device", None) if func is torch.tensor else None
-        result = func(*args, **kwargs)
-        return result if device is None else result.to(device)
-
-
-_COUNTED = ("launches", "syncs", "bytes", "moved_bytes", "flops", "operators", "waits")
-
-
-class Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts what a device would do of all that is computed in this thread.
-
-    A launch is an operator that starts a kernel: neither a view nor an allocation, and with a
-    result that has elements. A sync is one for which the host waits. Copies between devices are
-    launches, and syncs unless they are ``non_blocking``. Only operators count that have a tensor on
-    the device.
-
-    Attributes:
-        launches: how many.
-        syncs: how many.
-        bytes: of the device's memory, read and written.
-        moved_bytes: that are copied between host and device.
-        flops: of products, by the dtype of their first matrix.
-        operators: launches by the operator's name.
-        waits: syncs by the operator's name.
-    """
-
-    def __init__(self, device_type: str = "cpu") -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.device_type = device_type
-        self.launches = 0
-        self.syncs = 0
-        self.bytes = 0
-        self.moved_bytes = 0
-        self.flops: collections.Counter[torch.dtype] = collections.Counter()
-        self.operators: collections.Counter[str] = collections.Counter()
-        self.waits: collections.Counter[str] = collections.Counter()
-
-    def __enter__(self) -> Counter:
-        self._copied = _CopiedTensors()
-        self._copied.__enter__()
-        super().__enter__()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)
-        self._copied.__exit__(*error)
-
-    def taken(self) -> Counter:
-        """Return what was counted so far, and begin anew."""
-        counts = Counter(self.device_type)
-        for name in _COUNTED:
-            value = getattr(self, name)
-            setattr(counts, name, value)
-            setattr(self, name, type(value)())
-        return counts
-
-    def plus(self, other: Counter) -> Counter:
-        """Return the sums of both."""
-        counts = Counter(self.device_type)
-        for name in _COUNTED:
-            setattr(counts, name, getattr(self, name) + getattr(other, name))
-        return counts
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        """Run an operator and count it."""
-        kwargs = kwargs or {}
-        name = func._schema.name.removeprefix("aten::")
-        inputs = list(_tensors((args, kwargs)))
-        waits = self._waits(name, func, args, kwargs)
-        # before it runs, because in-place operators may give tensors other sizes
-        read = sum(map(_size, _read(name, func, args, kwargs)))
-        results = func(*args, **kwargs)
-        outputs = list(_tensors(results))
-        if not any(t.device.type == self.device_type for t in inputs + outputs):
-            return results
-        if waits:
-            self.syncs += 1
-            self.waits[name] += 1
-        if not _starts_a_kernel(name, func) or not any(t.numel() for t in outputs or inputs):
-            return results
-        self.launches += 1
-        self.operators[name] += 1
-        if len({t.device.type for t in (inputs + outputs) if t.dim()}) > 1:
-            self.moved_bytes += sum(map(_size, outputs))
-        self.bytes += read + _written(name, args, outputs)
-        if (flops := _flops(func, args, kwargs, results)) and inputs:
-            matrices = [t for t in inputs if t.dim() > 1] or inputs
-            self.flops[matrices[-1].dtype] += flops
-        return results
-
-    def _waits(self, name: str, func: OpOverload, args: Any, kwargs: dict[str, Any]) -> bool:
-        if name in {"index", "index_put_", "index_put", "_index_put_impl_"}:
-            masks = [t for t in args[1] if t is not None and t.dtype in {torch.bool, torch.uint8}]
-            # a mask and a number is a masked_fill_
-            return bool(masks) and not (name != "index" and args[2].numel() == 1)
-        if name == "repeat_interleave":
-            return kwargs.get("output_size") is None
-        if name == "_to_copy":
-            device = kwargs.get("device") or args[0].device
-            other = torch.device(device).type != args[0].device.type
-            return other and not kwargs.get("non_blocking", False)
-        if name == "copy_":
-            is_blocking = not (kwargs.get("non_blocking", False) or (len(args) > 2 and args[2]))
-            return bool(args[0].device.type != args[1].device.type and is_blocking)
-        return name in _SYNCS
-
-
-def _tensors(values: Any) -> Iterator[Tensor]:
-    if isinstance(values, Tensor):
-        yield values
-    elif isinstance(values, list | tuple):
-        for value in values:
-            yield from _tensors(value)
-    elif isinstance(values, dict):
-        yield from _tensors(list(values.values()))
-
-
-def _starts_a_kernel(name: str, func: OpOverload) -> bool:
-    returned = [r.alias_info for r in func._schema.returns]
-    is_view = any(alias is not None and not alias.is_write for alias in returned)
-    is_aten = func.namespace in {"aten", "torchvision"} or bool(returned)
-    return is_aten and not is_view and name not in _NO_KERNELS
-
-
-def _size(tensor: Tensor) -> int:
-    """Return the bytes of a tensor's elements; those that an expansion repeats count once."""
-    if tensor.is_sparse:
-        return int(tensor._values().numel() * tensor.element_size())
-    sizes = (n for n, stride in zip(tensor.shape, tensor.stride(), strict=True) if stride)
-    return math.prod(sizes) * tensor.element_size() if tensor.numel() else 0
-
-
-def _read(name: str, func: OpOverload, args: tuple[Any, ...], kwargs: Any) -> Iterator[Tensor]:
-    out = {a.name for a in func._schema.arguments if a.kwarg_only and a.alias_info is not None}
-    skips_first = name in _OVERWRITES | _GATHERS | _SCATTERS
-    yield from _tensors(args[1:] if skips_first else args)
-    yield from _tensors([value for key, value in kwargs.items() if key not in out])
-
-
-def _written(name: str, args: tuple[Any, ...], outputs: list[Tensor]) -> int:
-    """Return the bytes that are written, and those read of an argument of which a part is."""
-    if name in _SCATTERS:
-        return 2 * (_size(args[-1]) if isinstance(args[-1], Tensor) else 0)
-    return sum(map(_size, outputs)) * (2 if name in _GATHERS else 1)
-
-
-def _flops(func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], results: Any) -> int:
-    """Return the operations of a product, a factorisation or a triangular solution; else 0."""
-    name = func._schema.name.removeprefix("aten::").rstrip("_")
-    if name in {"mv", "addmv", "dot", "vdot"}:
-        return int(2 * args[1 if name == "addmv" else 0].numel())
-    if name in {"linalg_cholesky_ex", "cholesky", "cholesky_inverse"}:
-        return int(args[0].numel() * args[0].shape[-1] // (3 if "inverse" not in name else 1.5))
-    if name in {"linalg_solve_triangular", "triangular_solve", "cholesky_solve"}:
-        both = args[1].numel() if name == "linalg_solve_triangular" else args[0].numel()
-        return int(both * args[1 if name != "linalg_solve_triangular" else 0].shape[-1])
-    packet = getattr(torch.ops.aten, name, None)
-    counted = flop_registry.get(packet)
-    return int(counted(*args, **kwargs, out_val=results)) if counted else 0
-
-
-@torch.library.custom_op("ray_surgeon_benchmarks::attention", mutates_args=())
-def _attention(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool, scale: float
-) -> Tensor:
-    with sdpa_kernel(SDPBackend.MATH):
-        return _sdpa(query, key, value, mask, is_causal=is_causal, scale=scale, enable_gqa=True)
-
-
-@torch.library.custom_op("ray_surgeon_benchmarks::attention_backward", mutates_args=())
-def _attention_backward(
-    gradient: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    is_causal: bool,
-    scale: float,
-) -> list[Tensor]:
-    num_repeats = query.shape[1] // key.shape[1]
-    keys, values = (x.repeat_interleave(num_repeats, dim=1) for x in (key, value))
-    scores = scale * query @ keys.mT
-    if is_causal:
-        mask = torch.ones_like(scores[0, 0], dtype=torch.bool).tril()
-    if mask is not None:
-        is_bool = mask.dtype == torch.bool
-        scores = scores.masked_fill(~mask, -math.inf) if is_bool else scores + mask
-    chances = scores.softmax(dim=-1)
-    of_chances = gradient @ values.mT
-    of_scores = scale * chances * (of_chances - (of_chances * chances).sum(dim=-1, keepdim=True))
-    of_pairs = (of_scores.mT @ query, chances.mT @ gradient)
-    of_key, of_value = (x.unflatten(1, (-1, num_repeats)).sum(dim=2) for x in of_pairs)
-    return [of_scores @ keys, of_key, of_value]
-
-
-def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-    return *_attention_backward(gradient, *ctx.saved_tensors, *ctx.rest), None, None, None
-
-
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:3])
-    ctx.rest = inputs[3:]
-
-
-_attention.register_autograd(_backward, setup_context=_keep)
-_sdpa = torch.nn.functional.scaled_dot_product_attention
-
-
-@contextlib.contextmanager
-def attention_as_one_launch() -> Iterator[None]:
-    """Let attention be one operator forward and one backward, as a GPU's is."""
-
-    def attention(
-        query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **kwargs: Any
-    ) -> Tensor:
-        scale = kwargs.get("scale") or query.shape[-1] ** -0.5
-        is_causal = bool(kwargs.get("is_causal"))
-        return _attention(query, key, value, attn_mask, is_causal, scale)
-
-    modules: tuple[Any, ...] = torch.nn.functional, own_attention  # both have it by its name
-    for module in modules:
-        module.scaled_dot_product_attention = attention
-    try:
-        yield
-    finally:
-        for module in modules:
-            module.scaled_dot_product_attention = _sdpa
 
 
 def counted_steps(
@@ -316,24 +92,20 @@ def counted_steps(
     Returns:
         Step -> what it came to, and the plan, with times of an H100.
     """
-    model = AutoModelForCausalLM.from_config(config)
-    model.save_pretrained(folder / "model")
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder / "model")
     write_tokenizer(folder / "model", config.vocab_size)
     text = {"source": "python-docs", "sequence_length": 64}
     document: dict[str, Any] = {
         "version": 2,
         "name": "counted",
         "model": {"source": str(folder / "model")},
-        "calibration": text | {"num_sequences": 8, "held_aside": 0.0},
+        "calibration": text | {"num_sequences": SEQUENCES, "held_aside": 0.0},
         "evaluation": [text | {"name": "docs", "num_sequences": 2}],
         "pruning": {"structure": "groups", "target_sparsity": 0.2, "num_shots": 1},
         "cluster": {"backend": "local"},
         "output": {"uri": str(folder / "run"), "exports": []},
     }
-    for section, fields in sections.items():
-        is_mapping = isinstance(fields, dict)
-        document[section] = document.get(section, {}) | fields if is_mapping else fields
-    inputs = check(JobSpec.model_validate(document))
+    inputs = check(JobSpec.model_validate(_merged(document, sections)))
     cluster = LocalCluster(inputs.layout, inputs.placement, 1, device)
     total = Counter(device)
     of_shots: dict[int, dict[str, Counter]] = {0: {}, 1: {}}
@@ -344,9 +116,143 @@ def counted_steps(
             steps = of_shots[event.shot]
             steps[event.step] = steps[event.step].plus(counts) if event.step in steps else counts
 
-    with total, attention_as_one_launch():
+    with total, attention_as_one_launch(), patch.object(LivePage, "draw"):
         run_shots(inputs, cluster, RunDirectory(inputs.spec.output.uri), listen)
     work = work_of(inputs.spec, inputs.layout, inputs.method, inputs.stages)
-    planner = Planner(Shapes(inputs.layout, work), inputs.spec.memory, DEVICES["h100"])
-    room = Room(80e9, 1e12, 4e12, device_is_host=False)
-    return of_shots[0] | of_shots[1], planner.plan(inputs.placement, room, cluster.stores)
+    planner = Planner(Shapes(inputs.layout, work, "cuda"), inputs.spec.memory, H100)
+    return of_shots[0] | of_shots[1], planner.plan(inputs.placement, ROOM, cluster.stores)
+
+
+def _merged(document: dict[str, Any], sections: Mapping[str, Any]) -> dict[str, Any]:
+    for section, fields in sections.items():
+        is_mapping = isinstance(fields, Mapping)
+        document[section] = document.get(section, {}) | fields if is_mapping else fields
+    return document
+
+
+def of_a_block(name: str, device: str) -> tuple[float, float]:
+    """Return launches and syncs of a block for a sequence of 256 tokens in the curvature pass.
+
+    Args:
+        name: "dense", "mixture" (128 experts), or "whole" (that with whole experts ranked).
+        device: see `counted_steps`.
+    """
+    groups = {"dense": ["ffn"], "mixture": ["expert_channels"]}
+    pruning = {"groups": groups.get(name, ["expert_channels", "experts"]), "width_multiple": 8}
+    found = []
+    for num_blocks in (1, 2):
+        config = tiny_llama(num_blocks) if name == "dense" else tiny_mixture(num_blocks, 128)
+        with tempfile.TemporaryDirectory() as folder:
+            calibration = {"sequence_length": 256}
+            sections = {"pruning": pruning, "calibration": calibration}
+            steps, _ = counted_steps(config, Path(folder), device, **sections)
+        found.append((steps["curvature"].launches, steps["curvature"].syncs))
+    launches, syncs = (two - one for one, two in zip(*found, strict=True))
+    return launches / SEQUENCES, syncs / SEQUENCES
+
+
+# Planned
+
+_TRAINED = {"reconstruction": {}}
+_MIXTURE: dict[str, Any] = {
+    "pruning": {"groups": ["expert_channels", "experts"]},
+    "output": {"exports": ["per_block"]},
+}
+GPT_OSS_120B = {
+    "hidden_size": 2880,
+    "intermediate_size": 2880,
+    "num_hidden_layers": 36,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "head_dim": 64,
+    "num_local_experts": 128,
+    "num_experts_per_tok": 4,
+    "vocab_size": 201088,
+}
+JOBS: dict[str, tuple[str, int, dict[str, Any]]] = {
+    "Llama-2-7B, reconstruction": ("llama-2-7b", 1, {"pruning": _TRAINED}),
+    "Llama-3-70B": ("llama-3-70b", 8, {}),
+    "Qwen3-30B-A3B": ("qwen3-30b-a3b", 1, _MIXTURE),
+    "gpt-oss-120b": ("gpt-oss-120b", 8, _MIXTURE),
+}
+"""Name -> model, number of GPUs, and sections of the spec."""
+
+
+def planned(model: str, num_gpus: int, sections: Mapping[str, Any]) -> Plan:
+    """Return the plan of a job with 128 sequences of 2,048 tokens, from configurations alone."""
+    text = {"source": "python-docs", "sequence_length": 2048}
+    document: dict[str, Any] = {
+        "version": 2,
+        "name": "planned",
+        "model": {"source": "x", "dtype": "bfloat16"},
+        "calibration": text | {"num_sequences": 128},
+        "evaluation": [text | {"name": "docs", "num_sequences": 24}],
+        "pruning": {"structure": "groups", "target_sparsity": 0.2, "num_shots": 1},
+        "cluster": {"num_shards": num_gpus, "gpus_per_worker": 1},
+        "output": {"uri": "x"},
+    }
+    spec = JobSpec.model_validate(_merged(document, sections))
+    is_shaped = model != "gpt-oss-120b"
+    layout = ModelLayout.of(shaped_config(model) if is_shaped else GptOssConfig(**GPT_OSS_120B))
+    method = method_for(spec.pruning, spec.curvature, layout, spec.model.dtype)
+    last = stages_after_shots(spec, layout)
+    work = work_of(spec, layout, method, stages_of(spec, layout, method, unread_texts(spec), last))
+    planner = Planner(Shapes(layout, work, "cuda"), spec.memory, H100)
+    room = Room(ROOM.device, 2e12 / num_gpus, ROOM.disk, device_is_host=False)
+    return planner.best(place(layout, num_gpus, 1), room)
+
+
+def rows_of(plan: Plan) -> list[tuple[str, ...]]:
+    """Return the rows of a plan: its steps, and the seconds of a shot.
+
+    Counts are of the worker with most launches.
+    """
+    rows = []
+    in_shot = 0.0
+    for name, shards in plan.steps.items():
+        step = max(shards, key=lambda own: own.counts.launches)
+        counts = step.counts
+        seconds = plan.seconds[name]
+        in_shot += seconds * (name not in {"load", "sampling", "export", "quantise"})
+        numbers = (counts.launches, counts.syncs, counts.memory_bytes / 1e9)
+        flops = (step.flops + step.float32_flops) / 1e12
+        rows.append((name, *(f"{number:,.0f}" for number in numbers), f"{flops:,.0f}"))
+        rows[-1] += (f"{seconds:.1f}",)
+    return [*rows, ("of a shot", "", "", "", "", f"{in_shot:.1f}")]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Count and plan, and print the tables."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.launches", description="Count launches where there is no GPU."
+    )
+    parser.add_argument("--jobs", nargs="*", choices=JOBS, default=list(JOBS), help="planned ones")
+    parser.add_argument("--planned", action="store_true", help="count nothing")
+    arguments = parser.parse_args(argv)
+    if not arguments.planned:
+        # the device is there before the first backward pass, and as long as the process
+        from tests import pretend_accelerator
+
+        print("| block, sequence of 256 tokens, curvature | launches | syncs |\n|---|---|---|")  # noqa: T201
+        for name in ("mixture", "whole", "dense"):
+            launches, syncs = of_a_block(name, pretend_accelerator.SIM)
+            print(f"| {name} | {launches:.0f} | {syncs:.2f} |")  # noqa: T201
+    print(  # noqa: T201
+        f"\n{H100.name}: {H100.flops['bfloat16']:.1e} FLOP/s in bfloat16, {H100.float32_flops:.1e} "
+        f"in float32, {H100.memory_bytes_per_s:.1e} B/s of its memory, {H100.host_bytes_per_s:.1e} "
+        f"of the host's, {H100.launch_s:.1e} s a launch, {H100.sync_s:.1e} a sync\n"
+    )
+    for job in arguments.jobs:
+        model, num_gpus, sections = JOBS[job]
+        plan = planned(model, num_gpus, sections)
+        stores = f"weights on the {plan.stores.weights}, factors on the {plan.stores.factors}"
+        print(f"{job} on {num_gpus}: {stores}, {plan.stores.together} sequences a call")  # noqa: T201
+        print("| step | launches | syncs | GB | TFLOP | seconds |\n|---|---|---|---|---|---|")  # noqa: T201
+        for row in rows_of(plan):
+            print(f"| {' | '.join(row)} |")  # noqa: T201
+        print()  # noqa: T201
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -33,8 +33,8 @@ CALL = 25
 """Launches before the first block and behind the last one."""
 SEQUENCE = (6, 13)
 """Launches of a sequence at the head, and more of them if it passes backward."""
-SLICE = 15
-"""Launches of a slice of its tokens."""
+SLICE = (30, 19)
+"""Launches of a slice of its tokens: beside the dense model's, or with a gradient."""
 LOGIT_BYTES = 40.0
 """Bytes that pass the memory for a logit."""
 ADAM_BYTES = 28.0

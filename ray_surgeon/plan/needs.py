@@ -214,7 +214,7 @@ class WorkerView:
         if self.head_flops:
             vocabulary = self.head_flops / (2 * self.hidden_size)
             launches = SEQUENCE[0] + SEQUENCE[1] * bool(backward)
-            launches += SLICE * -(-length // TOKENS_PER_SLICE)
+            launches += SLICE[bool(backward)] * -(-length // TOKENS_PER_SLICE)
             logits = Counted(launches, not backward, LOGIT_BYTES * length * vocabulary)
             counts += logits.times(num_sequences * heads)
         sent = tokens * self._hidden * (forward + backward) * (self.num_shards > 1)
@@ -258,7 +258,7 @@ class WorkerView:
             counts += Counted(memory_bytes=self.num_blocks * own * length * of_token * length / 2)
         counts += self.shapes.counts(self.blocks).forward.times(num_passes)
         head = self.outside * (self.head_flops > 0)
-        counts += Counted(CALL + SLICE, 1, head, calls=1).times(num_passes)
+        counts += Counted(CALL + SLICE[0], 1, head, calls=1).times(num_passes)
         moved = self.moved(self.stores.weights, num_passes * self.all_blocks)
         return StepPlan(name, self.weights + most, self.host, flops, 0.0, *moved, counts=counts)
 

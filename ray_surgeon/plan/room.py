@@ -84,7 +84,7 @@ def device_of(resources: Sequence[Resources], num_threads: int, named: str | Non
     Args:
         resources: of the workers.
         num_threads: of a worker on the CPU.
-        named: `cluster.device` of the job spec, which then says it.
+        named: `cluster.device_speed` of the job spec, which then says it.
     """
     if named is not None:
         return named_device(named, num_threads)
@@ -107,21 +107,25 @@ def named_device(named: str, num_threads: int) -> Device:
     if not named.endswith(".json"):
         if named not in DEVICES:
             names = ", ".join(sorted(DEVICES))
-            raise ValueError(f"cluster.device: {named} is none of {names}, nor a JSON file")
+            raise ValueError(f"cluster.device_speed: {named} is none of {names}, nor a JSON file")
         return DEVICES["cpu"].times(num_threads) if named == "cpu" else DEVICES[named]
     try:
-        measured = {"name": Path(named).stem, **json.loads(Path(named).read_text())}
-        figures = vars(DEVICES[measured.pop("like", "h100")])
+        measured = json.loads(Path(named).read_text())
+        if not isinstance(measured, dict):
+            raise ValueError("they are an object with the figures' names")
+        figures = vars(DEVICES[measured.pop("like", "h100")]) | {"name": Path(named).stem}
         if unknown := measured.keys() - figures.keys():
             raise ValueError(f"no figures are {', '.join(sorted(unknown))}")
-        rates = figures["flops"] | measured.pop("flops", {})
-        device = _FIGURES.validate_python(figures | measured | {"flops": rates})
-        numbers = {**device.flops, **vars(device)}
-        if bad := sorted(n for n, rate in numbers.items() if isinstance(rate, float) and rate < 0):
-            raise ValueError(f"{', '.join(bad)} must not be negative")
+        rates = {"flops": figures["flops"] | measured.get("flops", {})}
+        device = _FIGURES.validate_python(figures | measured | rates)
+        numbers = {**device.flops, **{n: x for n, x in vars(device).items() if n in measured}}
+        if bad := [n for n, x in numbers.items() if isinstance(x, int | float) and not x > 0]:
+            raise ValueError(f"{', '.join(bad)} must be above 0")
     except (OSError, KeyError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())
-        raise ValueError(f"cluster.device: {named} has no figures of a device: {reason}") from error
+        raise ValueError(
+            f"cluster.device_speed: {named} has no figures of a device: {reason}"
+        ) from error
     return device
 
 

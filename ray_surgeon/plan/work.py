@@ -146,6 +146,9 @@ class LinearNeeds:
     update_bytes: float = 0.0
     update_flops: float = 0.0
     kept_bytes: float = 0.0  # from its costs to its update, all linears at a time
-    # beside products; linears of one role in a block go together where that is so
+    # beside products
     costs_counts: Counted = NOTHING
     update_counts: Counted = NOTHING
+    # of the costs of linears of one shape that go together, and how many these are at most
+    batch_counts: Counted = NOTHING
+    together: int = 1

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from ray_surgeon.maths.allocate import Allocation, GroupCosts, allocate_globally, allocate_uniformly
+from ray_surgeon.maths.group_batch import BATCH_BYTES, bytes_needed
 from ray_surgeon.maths.threshold import OutOfReachError
 from ray_surgeon.models.budgets import Budget
 from ray_surgeon.models.layout import LinearShape
@@ -34,15 +35,15 @@ _FARTHER = 1.25
 """Times as many groups as go are on the paths that are followed."""
 _HEAD = 128
 """Columns of a group of attention."""
-_TOGETHER = 64
-"""Consumers of one shape in a batch."""
-_STEP = 40
+_STEP = 24
 """Launches of a step of a batch's paths, for which the host waits once."""
-_COSTS = 110
-_SYNCS_OF_COSTS = 30
-_UPDATE = 90
-_SYNCS_OF_UPDATE = 30
-"""Launches and syncs of a batch beside the steps, and of a consumer's update."""
+_BATCH = 80
+_SYNCS_OF_BATCH = 30
+"""Launches and syncs of a batch beside the steps."""
+_COSTS = 45
+_UPDATE = 120
+_SYNCS_OF_UPDATE = 29
+"""Of each consumer, in its costs and its update."""
 
 Unit = tuple[int, str]
 """The groups of one kind in one block."""
@@ -158,6 +159,7 @@ class GroupChoice(Ranking):
         reach = min(1.0, 2 * (self.section.target_sparsity or 0.5))
         # the mean of the layer and the shrunk factors, packed
         shrinking = 0 if shape.sees_all_tokens else 4 * (R**2 + C**2)
+        steps = self._steps_of_path(shape)
         # the first where nearly all stays
         measured = max(3.75 * C**2 + 2 * R * C, 2.2 * C**2 + 5 * R * C)
         return LinearNeeds(
@@ -165,25 +167,25 @@ class GroupChoice(Ranking):
             costs_flops=5.0 * C**3 + R**3 + 4 * R**2 * C,
             update_bytes=shrinking + 4 * (measured + R**2),
             update_flops=2.0 * C**3,
-            costs_counts=self._counts_of_path(shape),
+            costs_counts=Counted(_COSTS, 0, 4.0 * (2 * C**2 + 6 * R * C) * steps),
             update_counts=Counted(_UPDATE, _SYNCS_OF_UPDATE, 4.0 * (4 * C**2 + 6 * R * C)),
+            batch_counts=Counted(_BATCH + _STEP * steps, _SYNCS_OF_BATCH + steps),
+            together=max(1, BATCH_BYTES // bytes_needed(R, C)),
         )
 
-    def _counts_of_path(self, shape: LinearShape) -> Counted:
-        """Return the counts of a consumer's costs: singly, then along its path.
+    def _steps_of_path(self, shape: LinearShape) -> int:
+        """Return how many steps of a consumer's path are followed in the first shot.
 
-        Consumers of a mixture's parts, which have one shape, go together.
+        All consumers lose the same share of what the budget lets go.
         """
-        R = shape.num_rows
+        budget = self.budget
+        share = 0.5
+        if budget is not None:
+            share = (budget.dense - self.goal(1)) / (budget.dense - budget.least(self.fewest))
+        farther = 1.0 if self.section.uniform else _FARTHER
         C = shape.num_columns
-        share = min(1.0, _FARTHER * (self.section.target_sparsity or 0.5))
         num_groups = C // _HEAD if "att" in shape.role else C
-        steps = num_steps(num_groups, share * num_groups)
-        together = 1 if shape.sees_all_tokens else _TOGETHER
-        # of the inverse and the weights, read and written, and of the products of both
-        memory = Counted(memory_bytes=4.0 * (2 * C**2 + 6 * R * C) * steps)
-        launched = Counted(_COSTS + _STEP * steps, _SYNCS_OF_COSTS + steps)
-        return launched.times(1 / together) + memory
+        return num_steps(num_groups, min(1.0, farther * share) * num_groups)
 
     def allocate(self, scores: GroupScores, shot: int) -> Allocation:
         """Return how many groups every block loses."""
