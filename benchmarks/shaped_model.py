@@ -114,6 +114,15 @@ def shaped_config(name: str, num_blocks: int | None = None) -> PretrainedConfig:
     return type(config)(**document)
 
 
+def write_tokenizer(folder: Path, vocab_size: int) -> None:
+    """Write a tokenizer with so many tokens at most, trained on Python's help."""
+    trained = ByteLevelBPETokenizer()
+    trained.train_from_iterator(
+        list(topics.values()), vocab_size=min(8000, vocab_size), show_progress=False
+    )
+    PreTrainedTokenizerFast(tokenizer_object=trained._tokenizer).save_pretrained(folder)
+
+
 def write(name: str, folder: Path, num_blocks: int | None, dtype: torch.dtype) -> None:
     """Write configuration, tokenizer and random weights, one file a block.
 
@@ -124,11 +133,7 @@ def write(name: str, folder: Path, num_blocks: int | None, dtype: torch.dtype) -
     generator = torch.Generator().manual_seed(0)
     folder.mkdir(parents=True)
     config.save_pretrained(folder)
-    trained = ByteLevelBPETokenizer()
-    trained.train_from_iterator(
-        list(topics.values()), vocab_size=min(8000, config.vocab_size), show_progress=False
-    )
-    PreTrainedTokenizerFast(tokenizer_object=trained._tokenizer).save_pretrained(folder)
+    write_tokenizer(folder, config.vocab_size)
     of_file: dict[int, list[str]] = {}
     for key in layout.parameters:
         block = layout.block_of(key)

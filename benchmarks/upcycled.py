@@ -128,7 +128,8 @@ def adding(part: LowRank) -> Callable[[torch.nn.Module, tuple[Tensor, ...], Tens
     """Return the forward hook that adds B A x to the outputs of a linear."""
 
     def hook(module: torch.nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        return output + part.added(inputs[0])
+        (x,) = inputs
+        return output + x @ part.A.T.to(x.dtype) @ part.B.T.to(x.dtype)
 
     return hook
 

@@ -22,7 +22,7 @@ import ray_surgeon
 from ray_surgeon.maths.threshold import OutOfReachError
 from ray_surgeon.models.checkpoint import BadWeightsError
 from ray_surgeon.plan.plan import DoesNotFitError, plan_table
-from ray_surgeon.plan.room import DEVICES, Device, Room, resources_here
+from ray_surgeon.plan.room import DEVICES, Device, Room, named_device, resources_here
 from ray_surgeon.report.directory import TakenOverError
 from ray_surgeon.report.display import Display, new_console, shots_table, summary_lines
 from ray_surgeon.report.display import main as compare
@@ -151,8 +151,8 @@ def _planned_for(arguments: argparse.Namespace, inputs: Inputs) -> tuple[Room, D
     section = inputs.spec.cluster
     this_machine = resources_here(torch.device("cpu"), inputs.spec.memory.scratch).room
     wants_gpu = section.gpus_per_worker or arguments.device_memory
-    name = arguments.device or ("h100" if wants_gpu else "cpu")
-    device = DEVICES[name] if name != "cpu" else DEVICES[name].times(section.cpus_per_worker)
+    name = arguments.device or section.device_speed or ("h100" if wants_gpu else "cpu")
+    device = named_device(name, section.cpus_per_worker)
     together = max(1, min(section.num_workers, arguments.workers_per_machine or 8))
     host = (arguments.host_memory or this_machine.host) / together
     disk = (arguments.disk or this_machine.disk) / together

@@ -139,6 +139,12 @@ class LinearCurvature:
         return (self.first, *(term for term, _ in self._clipped))
 
     @property
+    def basis_of_columns(self) -> Basis:
+        """What an update of columns needs to know, for which G is not factorised."""
+        used = replace(self.linear.damping, a=self.A.damping)
+        return Basis(self.part, used, self.A.raised(self.linear.name, "A"), ())
+
+    @property
     def basis(self) -> Basis:
         """What the update needs to know."""
         name = self.linear.name
@@ -178,7 +184,7 @@ class LinearCurvature:
         if self.is_extended:
             Y, Z = self.inverse.column_parts(self.W)
             return 0.5 * (Y.square() / Z).sum(dim=0)
-        return kron.column_costs(self.W, self.G.matrix) / self.A.inverse_diagonal()
+        return kron.column_costs(self.W, self.first[0]) / self.A.inverse_diagonal()
 
     def element_scales(self, kind: str) -> Pair:
         """Return factors whose product [R, C] times 1/2 W^2 is the cost of each element.

@@ -22,8 +22,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ray_surgeon.maths.curvature import Pair
-from ray_surgeon.maths.factorised import DampedFactor, DowndatedInverse, root
+from ray_surgeon.maths.curvature import LinearCurvature, Pair
+from ray_surgeon.maths.factorised import DowndatedInverse, root
 from ray_surgeon.maths.masks import StructuredMask
 from ray_surgeon.maths.products import product
 from ray_surgeon.maths.threshold import check_costs
@@ -53,18 +53,17 @@ class GreedyPath:
     """
 
     def __init__(
-        self, W: Tensor, A: DampedFactor, G: DampedFactor, allowed: Pair, sets: Tensor | None = None
+        self, curvature: LinearCurvature, allowed: Pair, sets: Tensor | None = None
     ) -> None:
         """Start with everything alive.
 
         Args:
-            W: [R, C] alive weights.
-            A: [C, C].
-            G: [R, R].
+            curvature: of the alive part [R, C]. Only what is inverted is factorised.
             allowed: rows [R] bool and sets [num_sets] bool that may be pruned. If no row may be,
                 rows have no costs, and what only these need is left out; sets likewise.
             sets: [num_sets, width] columns that are pruned together; single ones if None.
         """
+        W = curvature.W
         self.W = W.clone()
         self.alive = StructuredMask(*(W.new_ones(n, dtype=torch.bool) for n in W.shape))
         every_row, every_column = (torch.arange(n, device=W.device)[:, None] for n in W.shape)
@@ -75,11 +74,14 @@ class GreedyPath:
         self.row_numbers = torch.arange(num_rows, device=W.device)
         self.set_numbers = torch.arange(len(W), len(W) + num_sets, device=W.device)
         if num_rows:
-            self._H = product(W, A.matrix)
-            self._by_row = DowndatedInverse(G, every_row)
+            self._by_row = DowndatedInverse(curvature.G, every_row)
         if num_sets:
-            self._U = product(G.matrix, W)
-            self._by_column = DowndatedInverse(A, self.sets)
+            self._by_column = DowndatedInverse(curvature.A, self.sets)
+        G, A = curvature.first  # which a factorisation may have damped more
+        if num_rows:
+            self._H = product(W, A)
+        if num_sets:
+            self._U = product(G, W)
 
     def costs(self, *, per_parameter: bool) -> Tensor:
         """Return the costs now, those of `row_numbers` and then those of `set_numbers`.
@@ -179,6 +181,16 @@ class Limits(NamedTuple):
     per_parameter: bool = False
 
 
+def num_at_once(left: int, least: int) -> int:
+    """Return how many of those that are left are pruned in one step, at most.
+
+    Args:
+        left: that may be pruned.
+        least: so many of them stay.
+    """
+    return max(0, min(max(1, int(left * _FEW)), left - least))
+
+
 def greedy_costs(path: GreedyPath, limits: Limits, name: str) -> Pair:
     """Follow the greedy path up to a marginal cost.
 
@@ -210,8 +222,7 @@ def greedy_costs(path: GreedyPath, limits: Limits, name: str) -> Pair:
             check_costs(name, costs[candidates])
         costs.masked_fill_(~candidates, torch.inf)
         left = int(torch.isfinite(costs).sum())
-        few = min(max(1, int(left * _FEW)), left - limits.least)
-        cheapest = costs.topk(max(0, few), largest=False)
+        cheapest = costs.topk(num_at_once(left, limits.least), largest=False)
         is_needed = torch.arange(len(cheapest.values)) < limits.needed - num_pruned
         to_prune = cheapest.values <= limits.limit
         to_prune |= is_needed & (cheapest.values <= limits.most)

@@ -15,8 +15,10 @@ import torch
 from torch import Tensor
 
 from ray_surgeon.maths.curvature import Basis, Linear, LinearCurvature, Pair, Removal
+from ray_surgeon.maths.downdated import Downdated
 from ray_surgeon.maths.factorised import prune_columns
 from ray_surgeon.maths.greedy import GreedyPath, Limits, greedy_costs
+from ray_surgeon.maths.greedy_batch import GreedyBatch
 from ray_surgeon.maths.kronecker import PackedFactors, column_removal_cost, quadratic_cost
 from ray_surgeon.maths.masks import StructuredMask
 from ray_surgeon.maths.threshold import check_costs
@@ -89,8 +91,7 @@ def find_candidates(
     by_column = W.new_zeros(W.shape[1])
     if limits.limit is not None:
         may_prune = rows[live.rows], columns[live.columns]
-        path = GreedyPath(curvature.W, curvature.A, curvature.G, may_prune)
-        by_row[live.rows], by_column[live.columns] = greedy_costs(path, limits, linear.name)
+        by_row[live.rows], by_column[live.columns] = _path_costs(curvature, may_prune, limits)
     else:
         by_row[live.rows] = curvature.row_costs(costs)
         by_column[live.columns] = curvature.column_costs(costs)
@@ -102,6 +103,32 @@ def find_candidates(
     by_row.masked_fill_(~rows, torch.inf)
     by_column.masked_fill_(~columns, torch.inf)
     return Candidates(by_row, by_column, curvature.basis)
+
+
+def _path_costs(curvature: LinearCurvature, allowed: Pair, limits: Limits) -> Pair:
+    """Return what `greedy_costs` does for rows and single columns.
+
+    Args:
+        curvature: of the part.
+        allowed: rows [R] bool and columns [C] bool that may be pruned.
+        limits: how far to go.
+    """
+    name = curvature.linear.name
+    W = curvature.W
+    if W.device.type == "cpu":
+        return greedy_costs(GreedyPath(curvature, allowed), limits, name)
+    sides = [side.cpu() for side in allowed]
+    costs = [torch.full((len(side),), torch.inf, dtype=W.dtype, device=W.device) for side in sides]
+    used = [number for number, side in enumerate(sides) if side.any()]
+    if used:
+        state = Downdated.of_linear(curvature, rows=0 in used, columns=1 in used)
+        may_prune = torch.cat([sides[number] for number in used])[None]
+        marginal = GreedyBatch(state, may_prune, [limits], [name]).follow()[0]
+        for number, part in zip(
+            used, torch.split(marginal, [len(sides[n]) for n in used]), strict=True
+        ):
+            costs[number] = part
+    return costs[0], costs[1]
 
 
 def alive_part(linear: Linear, mask: StructuredMask) -> StructuredMask:
@@ -140,7 +167,7 @@ def group_costs(curvature: LinearCurvature, columns: Tensor, limits: Limits) -> 
         return costs
     W = curvature.W
     may_prune = W.new_zeros(len(W), dtype=torch.bool), left[numbers]
-    path = GreedyPath(W, curvature.A, curvature.G, may_prune, place[columns[numbers]])
+    path = GreedyPath(curvature, may_prune, place[columns[numbers]])
     if limits.limit is None:
         marginal = path.column_set_costs()
         check_costs(f"{linear.name} groups", marginal)

@@ -14,9 +14,10 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ray_surgeon.maths.masks import ElementMask, Mask
+from ray_surgeon.maths.products import product, times_constant
 from ray_surgeon.models.build import LinearModule, matrix
 from ray_surgeon.models.shard import ModelShard
 
@@ -39,27 +40,65 @@ class LowRank:
         R, C = matrix(module).shape
         generator = torch.Generator().manual_seed(seed)
         start = (2 * torch.rand(rank, C, generator=generator) - 1) / C**0.5
-        self.A: Tensor = start.to(device).requires_grad_()
-        self.B = torch.zeros(R, rank, device=device, requires_grad=True)
+        self.size = float(start.square().mean().sqrt())  # of an entry of A, the removed included
         self.kept: Tensor | None = None  # [R, C], of elements
         if isinstance(mask, ElementMask):
             self.kept = mask.kept[:, :C].to(device)
         else:
             self.rows = mask.rows.to(device)[:, None]
             self.columns = mask.columns[:C].to(device)
+            start *= mask.columns[:C].to(start.device)
+        self.A: Tensor = start.to(device).requires_grad_()
+        self.B = torch.zeros(R, rank, device=device, requires_grad=True)
 
-    def added(self, x: Tensor) -> Tensor:
-        """Return what is added to the outputs for inputs x [..., C]."""
+    def outputs(self, x: Tensor, W: Tensor) -> Tensor:
+        """Return x (W + B A)^T [N, R] for inputs x [N, C]; W [R, C] has no gradient."""
+        outputs: Tensor
+        if self.kept is not None:
+            outputs = times_constant(x, W.T)
+            return outputs + _ByElement.apply(x, self.A, self.B, self.kept)  # type: ignore[no-untyped-call]
+        rows = torch.cat([x, x]) if len(x) == 1 else x  # see `times_constant`
+        outputs = _Corrected.apply(rows, W, self.A, self.B)  # type: ignore[no-untyped-call]
+        return outputs[: len(x)]
+
+    def keep_removed_(self, of_A: Tensor, of_B: Tensor) -> None:
+        """Take removed columns from a gradient at A, and removed rows from one at B.
+
+        So these stay zero, as they start, and no pass has to leave them out.
+        """
         if self.kept is None:
-            return x @ (self.A * self.columns).T.to(x.dtype) @ (self.B * self.rows).T.to(x.dtype)
-        added: Tensor = _ByElement.apply(x, self.A, self.B, self.kept)  # type: ignore[no-untyped-call]
-        return added
+            of_A.mul_(self.columns)
+            of_B.mul_(self.rows)
 
     def product(self) -> Tensor:
         """Return B A [R, C], zero where the mask is."""
         if self.kept is None:
             return torch.matmul(self.B * self.rows, self.A * self.columns)
         return torch.mul(self.B @ self.A, self.kept)
+
+
+class _Corrected(torch.autograd.Function):
+    """x W^T + (x A^T) B^T, of which W has no gradient.
+
+    What A and B add is summed in the products: outputs and gradients of a linear exist once.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, W: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        inner = product(x, A.T.to(x.dtype))
+        ctx.save_for_backward(x, W, A, B, inner)
+        return product(x, W.T).addmm_(inner, B.T.to(x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None, Tensor, Tensor]:
+        x, W, A, B, inner = ctx.saved_tensors
+        (g,) = gradients
+        of_inner = product(g, B.to(g.dtype))
+        of_x = None
+        if ctx.needs_input_grad[0]:
+            of_x = product(g, W).addmm_(of_inner, A.to(g.dtype))
+        of_A = product(of_inner.T, x).to(A.dtype)
+        return of_x, None, of_A, product(inner.T, g).T.to(B.dtype)
 
 
 class _ByElement(torch.autograd.Function):
@@ -118,23 +157,29 @@ class LowRankCorrections:
         groups: list[dict[str, Any]] = [{"params": [torch.empty(0)], "size": 0.0}]
         for name in filter(owned.__contains__, parts):
             A = parts[name].A
-            of_A = float(A.detach().square().mean().sqrt())
+            of_A = parts[name].size
             of_W = float(shard.weight(name)[:, : A.shape[1]].square().mean().sqrt())
             groups.append({"params": [A], "size": RATE_OF_A * of_A})
             groups.append({"params": [parts[name].B], "size": of_W / (of_A * len(A) ** 0.5)})
         self._optimizer = torch.optim.Adam(groups)
-        self._hooks = [shard.linears[n].register_forward_hook(partial(self._add, n)) for n in parts]
+        self._forwards = {
+            name: shard.linears[name].forward for name in parts
+        }  # as they are without
+        for name in parts:
+            shard.linears[name].forward = partial(self._forward, name)  # type: ignore[method-assign]
 
     def gradients(self, name: str, num_tokens: int) -> list[Tensor]:
         """Return the gradients of the mean loss at A and B of a linear, and keep them there.
 
         They are zero if nothing has passed.
         """
+        part = self.parts[name]
         gradients = []
-        for parameter in (self.parts[name].A, self.parts[name].B):
+        for parameter in (part.A, part.B):
             passed = parameter.grad
             parameter.grad = torch.zeros_like(parameter) if passed is None else passed / num_tokens
             gradients.append(parameter.grad)
+        part.keep_removed_(*gradients)
         return gradients
 
     def step(self, rate: float) -> None:
@@ -143,12 +188,12 @@ class LowRankCorrections:
         Args:
             rate: relative to the sizes of the weights, see above.
         """
-        for group in self._optimizer.param_groups:
+        groups = self._optimizer.param_groups
+        passed = [group for group in groups if group["params"][0].grad is not None]
+        gradients = [group["params"][0].grad for group in passed]
+        norms = torch.stack(torch._foreach_norm(gradients)).tolist() if passed else []
+        for group, gradient, norm in zip(passed, gradients, norms, strict=True):
             group["lr"] = rate * group["size"]
-            gradient = group["params"][0].grad
-            if gradient is None:  # nothing has passed
-                continue
-            norm = float(gradient.norm())
             mean = group.get("mean_norm", 0.0)  # of those before
             if mean > 0 and norm > CLIP * mean:
                 gradient.mul_(CLIP * mean / norm)
@@ -176,20 +221,23 @@ class LowRankCorrections:
         self._optimizer.load_state_dict(_copied(state.optimizer))
         self.forget_gradients()
 
-    def _add(self, name: str, _: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        """Add B A x to the outputs of a linear; a forward hook."""
+    def _forward(self, name: str, x: Tensor) -> Tensor:
+        """Return the outputs [..., R] of a linear with its correction, for inputs [..., C]."""
         part = self.parts[name]
-        x = inputs[0]
-        if not self.rounds:
-            return output + part.added(x)
-        W = self._shard.weight(name)[:, : part.A.shape[1]]
-        change = (W + part.product().detach()).to(x.dtype) - W.to(x.dtype)
-        return output + x @ change.T
+        module = self._shard.linears[name]
+        if self.rounds:
+            W = self._shard.weight(name)[:, : part.A.shape[1]]
+            change = (W + part.product().detach()).to(x.dtype) - W.to(x.dtype)
+            plain: Tensor = self._forwards[name](x)
+            return plain + x @ change.T
+        outputs = part.outputs(x.flatten(0, -2), matrix(module))
+        outputs = outputs if module.bias is None else outputs + module.bias
+        return outputs.view(*x.shape[:-1], outputs.shape[1])
 
     def remove(self) -> None:
         """Remove the corrections; the weights are as they were."""
-        for hook in self._hooks:
-            hook.remove()
+        for name, forward in self._forwards.items():
+            self._shard.linears[name].forward = forward  # type: ignore[method-assign]
 
     @torch.no_grad()
     def absorb(self) -> dict[str, tuple[float, float]]:

@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from ray_surgeon.memory.stores import Place, Stores
-from ray_surgeon.models.loss import bytes_at_the_head
+from ray_surgeon.models.loss import TOKENS_PER_SLICE, bytes_at_the_head
 from ray_surgeon.models.runner import TOKENS_OF_ROOM
+from ray_surgeon.plan.counts import CALL, LOGIT_BYTES, NOTHING, SEQUENCE, SLICE, Counted
 from ray_surgeon.plan.room import Device
 from ray_surgeon.plan.work import ActivationBytes, Shapes
 from ray_surgeon.runtime.placement import Placement
@@ -31,22 +32,32 @@ class StepPlan:
     host_bytes: float = 0.0  # that move between host and device
     disk_bytes: float = 0.0  # that move between disk and host
     bubble: float = 1.0  # how much longer it takes because the shards wait for each other
+    counts: Counted = NOTHING
 
     def seconds(self, device: Device, dtype: str) -> float:
         """Return the expected time.
 
-        Factors do not move while something computes; that weights do is not counted on.
+        A GPU computes while the host launches, so the longer of the two counts; a CPU does both
+        itself. Products and what passes the device's memory are taken one after the other: most
+        kernels are bound by one of them. Factors do not move while something computes; that
+        weights do is not counted on.
         """
+        counts = self.counts
         computing = self.flops / device.flops[dtype] + self.float32_flops / device.float32_flops
+        computing += counts.memory_bytes / device.memory_bytes_per_s
+        launching = counts.launches * device.launch_s
+        busy = max(computing, launching) if device.memory_bytes else computing + launching
         moving = self.host_bytes / device.host_bytes_per_s
         moving += self.disk_bytes / device.disk_bytes_per_s
-        return self.bubble * (computing + moving)
+        moving += counts.sent_bytes / device.network_bytes_per_s
+        waiting = counts.syncs * device.sync_s + counts.calls * device.call_s
+        return self.bubble * (busy + moving + waiting) + counts.waiting_s
 
     def then(self, later: StepPlan) -> StepPlan:
         """Return both as one step, in which one comes after the other."""
         peaks = ("device", "host", "bubble")
         pairs = {n: (own, vars(later)[n]) for n, own in vars(self).items() if n != "name"}
-        both = {name: max(pair) if name in peaks else sum(pair) for name, pair in pairs.items()}
+        both = {n: max(pair) if n in peaks else pair[0] + pair[1] for n, pair in pairs.items()}
         return StepPlan(self.name, **both)
 
 
@@ -160,8 +171,10 @@ class WorkerView:
         peak = 0.0
         tokens = 0
         loads = 0
+        counts = NOTHING
         for count, length in texts:
             own = -(-count // self.num_replicas)
+            counts += self.pass_counts(own, length)
             wave = min(self.stores.wave, own)
             between = 3 + 3 * (self.num_shards > 1)
             moment = max(min(self.stores.together, wave) * self._forward(length), self._head)
@@ -171,17 +184,54 @@ class WorkerView:
         flops = tokens * (2 * self.active + 2 * self.head_flops)
         host = self.host + max((self.travelling(length) for _, length in texts), default=0.0)
         moved = self.moved(self.stores.weights, loads * self.all_blocks)
-        return StepPlan(name, self.weights + peak, host, flops, 0.0, *moved)
+        return StepPlan(name, self.weights + peak, host, flops, 0.0, *moved, counts=counts)
+
+    def pass_counts(
+        self,
+        num_sequences: float,
+        length: int,
+        forward: float = 1.0,
+        backward: float = 0.0,
+        heads: float = 1.0,
+    ) -> Counted:
+        """Return the counts of passes over sequences, beside their products.
+
+        Args:
+            num_sequences: of one replica.
+            length: of a sequence.
+            forward: how often each passes forward.
+            backward: likewise, backward.
+            heads: how often there are logits.
+        """
+        num_calls = -(-num_sequences // self.together)
+        tokens = num_sequences * length
+        blocks = self.shapes.counts(self.blocks)
+        counts = blocks.forward.times(num_calls * forward)
+        counts += blocks.backward.times(num_calls * backward)
+        of_tokens = forward * blocks.forward_token + backward * blocks.backward_token
+        counts += Counted(memory_bytes=tokens * of_tokens)
+        counts += Counted(CALL, 4).times(num_calls * forward)
+        if self.head_flops:
+            vocabulary = self.head_flops / (2 * self.hidden_size)
+            launches = SEQUENCE[0] + SEQUENCE[1] * bool(backward)
+            launches += SLICE[bool(backward)] * -(-length // TOKENS_PER_SLICE)
+            logits = Counted(launches, not backward, LOGIT_BYTES * length * vocabulary)
+            counts += logits.times(num_sequences * heads)
+        sent = tokens * self._hidden * (forward + backward) * (self.num_shards > 1)
+        return counts + Counted(sent_bytes=sent)
 
     def _forward(self, length: int) -> float:
         """Return the bytes of a block that runs forward on one sequence."""
         own = self._activations
         return length * (own.forward_only + 4 * length * own.scores)
 
-    def writing(self, name: str, texts: Sequence[tuple[int, int]]) -> StepPlan:
+    def writing(
+        self, name: str, texts: Sequence[tuple[int, int]], num_prompt_tokens: int = 0
+    ) -> StepPlan:
         """Return the writing of texts, token by token, with their keys and values.
 
-        `texts` has the number of those that are written together, and the tokens of each.
+        `texts` has the number of those that are written together, and the tokens of each, beside
+        those of its prompt.
         """
         heads = self.shapes.layout.heads
         # keys and values of a token in a block
@@ -189,6 +239,7 @@ class WorkerView:
         most = 0.0
         flops = 0.0
         num_passes = 0
+        counts = NOTHING
         for num_texts, length in texts:
             batches = -(-num_texts // texts_together(length))  # whatever the cluster is
             batch = -(-num_texts // batches)
@@ -201,9 +252,15 @@ class WorkerView:
             logits = 20 * self.shapes.layout.config.vocab_size if self.head_flops else 0
             most = max(most, caches + batch * (self._activations.moment + logits))
             flops += own * length * (2 * self.active + self.head_flops)
+            flops += own * num_prompt_tokens * 2 * self.active
             num_passes += length * rounds
+            # keys and values of half of the tokens in the mean
+            counts += Counted(memory_bytes=self.num_blocks * own * length * of_token * length / 2)
+        counts += self.shapes.counts(self.blocks).forward.times(num_passes)
+        head = self.outside * (self.head_flops > 0)
+        counts += Counted(CALL + SLICE[0], 1, head, calls=1).times(num_passes)
         moved = self.moved(self.stores.weights, num_passes * self.all_blocks)
-        return StepPlan(name, self.weights + most, self.host, flops, 0.0, *moved)
+        return StepPlan(name, self.weights + most, self.host, flops, 0.0, *moved, counts=counts)
 
     def passing(self, *, more_kept: float = 0.0, more_in_a_moment: float = 0.0) -> float:
         """Return the device's bytes of a pass forward and backward.
@@ -242,7 +299,12 @@ class WorkerView:
         return float((2 + self._in_flight) * self.wave * length * self._hidden)
 
     def linear_by_linear(
-        self, name: str, sizes: Sequence[float], flops: Sequence[float], kept: float = 0.0
+        self,
+        name: str,
+        sizes: Sequence[float],
+        flops: Sequence[float],
+        kept: float = 0.0,
+        counts: Counted = NOTHING,
     ) -> StepPlan:
         """Return a step in which linears have their turns, each on the replica that owns it.
 
@@ -251,15 +313,19 @@ class WorkerView:
             sizes: bytes on the device of each linear.
             flops: of each linear, in float32.
             kept: bytes on the device of all linears together.
+            counts: of all linears together.
         """
         factors = self.all_factors / self.num_replicas
         on_device = factors * (self.stores.factors == "device")
         device = self.idle + on_device + kept / self.num_replicas + max(sizes, default=0.0)
         host = self.host + factors * (self.stores.factors == "host" and self.device_is_host)
         moved = self.moved(self.stores.factors, factors)
-        return StepPlan(name, device, host, 0.0, sum(flops) / self.num_replicas, *moved)
+        own = sum(flops) / self.num_replicas, *moved
+        return StepPlan(name, device, host, 0.0, *own, counts=counts.times(1 / self.num_replicas))
 
-    def block_by_block(self, name: str, of_linears: Sequence[tuple[float, float]]) -> StepPlan:
+    def block_by_block(
+        self, name: str, of_linears: Sequence[tuple[float, float]], counts: Counted = NOTHING
+    ) -> StepPlan:
         """Return a step in which linears change while all sequences pass.
 
         It needs a block's second moments and one linear at a time, of which `of_linears` has bytes
@@ -275,7 +341,8 @@ class WorkerView:
         in_float32 = sum(flops for _, flops in of_linears) / self.num_replicas
         host = self.host + moments * (self.stores.factors == "host")
         moved = self.moved(self.stores.weights, 2 * self.all_blocks)
-        return StepPlan(name, device, host, flops, in_float32, *moved)
+        counts += self.pass_counts(self.sequences, T, 2.0, heads=0.0)
+        return StepPlan(name, device, host, flops, in_float32, *moved, counts=counts)
 
     @staticmethod
     def moved(where: Place, size: float) -> tuple[float, float]:

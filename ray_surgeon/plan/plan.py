@@ -81,12 +81,18 @@ class Plan:
         """
         steps = self.steps.items()
         moved = {n: sum(s.host_bytes + s.disk_bytes for s in shards) for n, shards in steps}
+
+        def counted(what: str) -> dict[str, int]:
+            sums = {n: sum(getattr(s.counts, what) for s in shards) for n, shards in steps}
+            return {name: round(number) for name, number in sums.items()}
+
         return {
             "stores": asdict(self.stores),
             "device": self.device.name,
             "seconds": {name: round(seconds, 3) for name, seconds in self.seconds.items()},
             "flops": {n: sum(s.flops + s.float32_flops for s in shards) for n, shards in steps},
             "moved_bytes": moved,
+            **{of_step: counted(of_step) for of_step in ("launches", "syncs", "memory_bytes")},
             "peak_bytes": {name: list(map(int, peaks)) for name, peaks in self.peaks().items()},
             "disk_bytes": [int(worker.disk_bytes) for worker in self.workers],
         }
@@ -226,6 +232,16 @@ class Planner:
         return more[bisect.bisect_left(more[:-1], True, key=fits)]
 
 
+_SHOWN = (
+    ("TFLOP", "flops", 1e12),
+    ("GB moved", "moved_bytes", 1e9),
+    ("GB in memory", "memory_bytes", 1e9),
+    ("1000 launches", "launches", 1e3),
+    ("syncs", "syncs", 1),
+)
+"""Rows of the table of a plan: what, of which it has the sums, and their unit."""
+
+
 def plan_table(plan: Plan) -> Table:
     """Return the plan as a table.
 
@@ -245,7 +261,7 @@ def plan_table(plan: Plan) -> Table:
         blocks = f"{worker.blocks.first}-{worker.blocks.last - 1}"
         table.add_row(str(worker.shard), blocks, *(f"{size / 2**30:.2f}" for size in sizes))
     table.add_section()
-    for name, of_steps, unit in (("TFLOP", "flops", 1e12), ("GB moved", "moved_bytes", 1e9)):
+    for name, of_steps, unit in _SHOWN:
         sums = (f"{value / unit:.3g}" for value in record[of_steps].values())
         table.add_row("all", name, *sums, "", "")
     table.add_row("slowest", plan.device.name, *map(_time, plan.seconds.values()), "", "")

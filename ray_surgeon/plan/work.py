@@ -15,6 +15,7 @@ from ray_surgeon.maths.kronecker import PackedSymmetric
 from ray_surgeon.memory.stores import reserved_bytes
 from ray_surgeon.models.build import BlockRange
 from ray_surgeon.models.layout import LinearShape, ModelLayout
+from ray_surgeon.plan.counts import NOTHING, BlockCounts, Counted
 
 if TYPE_CHECKING:
     from ray_surgeon.stages.stage import Stage
@@ -60,6 +61,7 @@ class Shapes:
         factor_bytes: of the packed factors of every block that are gathered.
         active_parameters: of every block's linears, what a token is multiplied with.
         activations: of every block.
+        counts: range of blocks -> what they launch.
         of_shard: range of blocks -> bytes of what a shard of them holds beside them, and what a
             host reserves for its weights, and for its factors.
     """
@@ -73,10 +75,13 @@ class Shapes:
         self.largest_tensor = max(self._sizes.values())
         stored: dict[str, int] = defaultdict(int)
         self._in_blocks: list[list[int]] = [[] for _ in range(layout.num_blocks)]
+        norms: list[list[int]] = [[] for _ in range(layout.num_blocks)]
         for name, size in self._sizes.items():
             stored[layout.family.stored_in(name)] += size
             if (block := layout.block_of(name)) is not None:
                 self._in_blocks[block].append(size)
+                if len(shape := layout.parameters[name]) == 1 and name.endswith("weight"):
+                    norms[block].append(shape[0])
         self.largest_stored = max(stored.values())
         self.linears: list[list[LinearShape]] = [[] for _ in range(layout.num_blocks)]
         for linear in layout.linears:
@@ -87,6 +92,9 @@ class Shapes:
         part = layout.part_of_tokens
         self.active_parameters = [sum(s.size * part(s) for s in block) for block in self.linears]
         self.activations = [self._activation_bytes(linears) for linears in self.linears]
+        of_blocks = zip(self.linears, norms, self.block_bytes, strict=True)
+        self._counts = [BlockCounts.of(layout, *of_block) for of_block in of_blocks]
+        self.counts = functools.cache(self._counts_of)
         self.of_shard = functools.cache(self._of_shard)
 
     def _activation_bytes(self, linears: list[LinearShape]) -> ActivationBytes:
@@ -106,6 +114,9 @@ class Shapes:
             self.width * 3 * widest + 4 * hidden,
             self.width * layout.heads.num_query * is_eager,
         )
+
+    def _counts_of(self, blocks: BlockRange) -> BlockCounts:
+        return sum(self._counts[blocks.first : blocks.last], BlockCounts())
 
     def _of_shard(self, blocks: BlockRange) -> tuple[int, int, int]:
         own = slice(blocks.first, blocks.last)
@@ -135,3 +146,9 @@ class LinearNeeds:
     update_bytes: float = 0.0
     update_flops: float = 0.0
     kept_bytes: float = 0.0  # from its costs to its update, all linears at a time
+    # beside products
+    costs_counts: Counted = NOTHING
+    update_counts: Counted = NOTHING
+    # of the costs of linears of one shape that go together, and how many these are at most
+    batch_counts: Counted = NOTHING
+    together: int = 1

@@ -144,7 +144,9 @@ def _plan(inputs: Inputs, workers: Cluster, scratch: ScratchNames, patience_s: f
         machines = workers.run_all(look_around, *scratch)
         room = shared(machines)
         try:
-            return inputs.plan(room, device_of(machines, inputs.spec.cluster.cpus_per_worker))
+            section = inputs.spec.cluster
+            device = device_of(machines, section.cpus_per_worker, section.device_speed)
+            return inputs.plan(room, device)
         except DoesNotFitError:
             if time.monotonic() >= until_s:
                 raise

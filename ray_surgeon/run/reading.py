@@ -19,6 +19,7 @@ from ray_surgeon.models.attention import check_rope
 from ray_surgeon.models.checkpoint import check_checkpoint, check_tied
 from ray_surgeon.models.families import check_family, check_not_quantised, check_sizes
 from ray_surgeon.models.layout import ModelLayout
+from ray_surgeon.plan.room import named_device
 from ray_surgeon.spec.base import refusing
 from ray_surgeon.spec.job import JobSpec
 from ray_surgeon.spec.sections import LocalSection
@@ -137,6 +138,8 @@ def check_machine(spec: JobSpec, *, dry_run: bool) -> None:
         ValueError: names the field.
     """
     section = spec.cluster
+    if section.device_speed is not None:
+        named_device(section.device_speed, section.cpus_per_worker)
     wants_gpu = isinstance(section, LocalSection) and section.device == "cuda"
     if not dry_run and wants_gpu and not torch.cuda.is_available():
         raise ValueError(

@@ -39,6 +39,10 @@ class _Workers(Section):
     """CPUs of a worker, which is also its number of torch threads"""
     gpus_per_worker: Literal[0, 1] = 0
     """1 puts every worker on a GPU of its own (backend local: all on one)"""
+    device_speed: str | None = None
+    """Whose figures the plan's expected times are of: the name of a device, e.g. h200, or the path
+    of a JSON file with measured ones; if not given, what workers find
+    """
 
     @property
     def num_workers(self) -> int:

@@ -13,6 +13,7 @@ from ray_surgeon.export.folder import Pruned
 from ray_surgeon.export.for_engines import export_quantised
 from ray_surgeon.export.kinds import export
 from ray_surgeon.memory.stores import ScratchNames
+from ray_surgeon.plan.counts import Counted
 from ray_surgeon.plan.needs import StepPlan, WorkerView
 from ray_surgeon.report.html_report import LivePage, rendered
 from ray_surgeon.runtime.dense_states import read_states, write_states
@@ -22,6 +23,11 @@ from ray_surgeon.spec.sections import OutputSection, QuantizeSection
 from ray_surgeon.stages.prune.method import Method
 from ray_surgeon.stages.stage import Facts, RunState, Stage
 from ray_surgeon.storage import files
+
+_PROCESS_S = 8.0
+"""Until a fresh process has imported torch and transformers."""
+_PINNED_BYTES_PER_S = 4e9
+"""At which the host pins memory."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +52,13 @@ class Load(Stage):
 
     def needs(self, worker: WorkerView) -> Iterable[StepPlan]:
         """Return what a worker needs until its weights are where they stay."""
-        yield StepPlan(self.name, worker.weights, worker.host + worker.shapes.largest_tensor)
+        host = worker.host + worker.shapes.largest_tensor
+        size = worker.all_blocks + worker.outside
+        moved = size * (not worker.device_is_host)
+        num_tensors = len(worker.shapes.layout.parameters_of(worker.blocks))
+        counts = Counted(num_tensors, num_tensors, size)
+        counts += Counted(waiting_s=worker.host / _PINNED_BYTES_PER_S)
+        yield StepPlan(self.name, worker.weights, host, 0.0, 0.0, moved, size, counts=counts)
 
     def on_host(self, worker: WorkerView) -> float:
         """Return the bytes of masks of elements; others are small."""
@@ -94,7 +106,9 @@ class Commit(Stage):
         """Return the writing, a file at a time."""
         of_file = min(FILE_BYTES, worker.all_blocks + worker.outside)
         host = worker.host + max(of_file, worker.shapes.largest_stored)
-        yield StepPlan(self.name, worker.idle, host, disk_bytes=worker.all_blocks)
+        counts = Counted(len(worker.linears), len(worker.linears))
+        written = worker.all_blocks
+        yield StepPlan(self.name, worker.idle, host, 0.0, 0.0, written, written, counts=counts)
 
 
 def _pruned(run: RunState) -> Pruned:
@@ -127,6 +141,20 @@ class Export(Stage):
         folder = run.directory.path("export", self.kind)
         entry = export(self.kind, _pruned(run), folder, self.output, self.tasks)
         _tell_of(entry, run, facts)
+
+    def needs(self, worker: WorkerView) -> Iterable[StepPlan]:
+        """Return the writing, and the reading in a process of its own, which the workers outlast.
+
+        Tasks are not planned.
+        """
+        host = worker.host + max(FILE_BYTES, worker.shapes.largest_stored)
+        moved = worker.all_blocks + worker.outside
+        # one process reads what all shards have written
+        whole = worker.shapes.width * worker.shapes.layout.num_parameters
+        processes = 1 + 2 * (self.output.speed is not None)
+        counts = Counted(waiting_s=processes * _PROCESS_S)
+        on_disk = moved + processes * whole
+        yield StepPlan(self.name, worker.idle, host, 0.0, 0.0, moved, on_disk, counts=counts)
 
 
 @dataclass(frozen=True)

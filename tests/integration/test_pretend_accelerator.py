@@ -21,6 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from ray_surgeon.api import curvature
+from ray_surgeon.maths.reconstruction import FeedForward, reconstruct
 from ray_surgeon.report.directory import RunDirectory
 from ray_surgeon.report.html_report import LivePage
 from ray_surgeon.run.inputs import check
@@ -78,6 +79,7 @@ FITTED = runs.GROUPS | {
     "calibration__held_aside": 0,
 }
 EXPORTED = {"output__exports": ["masked", "per_block"]}
+RECONSTRUCTED = runs.GROUPS | {"pruning__reconstruction": {"tokens_per_step": 16}}
 UNIFORM = {"pruning__allocation": "uniform", "output__exports": ["masked", "uniform"]}
 METHODS: dict[str, tuple[dict[str, Any], tuple[float, float]]] = {
     "greedy": (SHOTS | runs.MASKED, BY_ORDER_OF_SUMS),
@@ -97,8 +99,13 @@ METHODS: dict[str, tuple[dict[str, Any], tuple[float, float]]] = {
     "sparsegpt-n_m": (runs.SPARSEGPT | HALF_N_M, BY_ORDER_OF_SUMS),
     "wanda-host": (WANDA | runs.ELEMENT | HOST, EQUAL),
     "groups-disk": (CORRECTED | WAVES | EXPORTED, BY_TRAINING),
+    "reconstructed": (RECONSTRUCTED, BY_CANCELLATION),
     "groups-uniform": (CORRECTED | UNIFORM, BY_ORDER_OF_SUMS),
     "fitted-replicas": (FITTED | runs.FOUR | HOST, BY_ITERATIONS),
+}
+EXPERTS = CORRECTED | {
+    "pruning__groups": ["ffn", "shared_experts", "expert_channels", "experts"],
+    "output__exports": ["per_block"],
 }
 ALWAYS = ("llama", "opt", "gpt2", "gemma3", "phi3", "qwen2_moe", "glm4_moe")
 """Families of which tiny models with two blocks run always."""
@@ -151,6 +158,18 @@ def curvature_on(device: str, model: str, path: str) -> None:
     assert {factors.A.device.type for factors in found.values()} == {device}
     parts = {f"{name}.{part}": getattr(f, part).cpu() for name, f in found.items() for part in "AG"}
     torch.save(parts, path)
+
+
+def reconstructed_on(device: str, path: str) -> None:
+    """Write the weights of a bfloat16 layer that is trained."""
+    drawn = torch.Generator().manual_seed(0)
+    shapes = [(48, 32), (48, 32), (32, 48), (400, 32), (400, 32)]
+    *weights, x, y = (torch.randn(*shape, generator=drawn).to(device) for shape in shapes)
+    layer = FeedForward(tuple(weights), torch.nn.functional.silu)
+    options: Any = {"learning_rate": 0.01, "tokens_per_step": 20, "num_epochs": 4}
+    trained = reconstruct(layer, x.bfloat16(), 100 * y.bfloat16(), generator=drawn, **options)
+    assert trained.after < 0.8 * trained.before
+    torch.save({str(i): weight.cpu() for i, weight in enumerate(trained.layer.weights)}, path)
 
 
 def mixtures() -> dict[str, str]:
@@ -287,11 +306,15 @@ def test_other_families(family: str, assert_same_run: Callable[..., None]) -> No
     assert_same_run(family, CORRECTED | EXPORTED, BY_CANCELLATION)
 
 
-@pytest.mark.parametrize(("family", "stores"), [("qwen2_moe", {}), ("glm4_moe", WAVES)])
-def test_experts(family: str, stores: dict[str, Any], assert_same_run: Callable[..., None]) -> None:
-    kinds = ["ffn", "shared_experts", "expert_channels", "experts"]
-    options = {"pruning__groups": kinds, "output__exports": ["per_block"]}
-    assert_same_run(family, CORRECTED | stores | options, BY_CANCELLATION)
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [("qwen2_moe", EXPERTS), ("glm4_moe", EXPERTS | WAVES), ("qwen2_moe", runs.MASKED)],
+    ids=["groups", "groups-disk", "rows_columns"],
+)
+def test_experts(
+    family: str, options: dict[str, Any], assert_same_run: Callable[..., None]
+) -> None:
+    assert_same_run(family, options, BY_CANCELLATION)
 
 
 def test_curvature_of_a_model_in_memory(
@@ -302,6 +325,13 @@ def test_curvature_of_a_model_in_memory(
     elsewhere(zygote, curvature_on, device="sim", model=model, path=str(tmp_path / "sim"))
     on_cpu, on_sim = (torch.load(tmp_path / device) for device in ("cpu", "sim"))
     assert_same(on_cpu, on_sim, BY_ORDER_OF_SUMS[0])
+
+
+def test_a_bfloat16_layer_is_reconstructed(zygote: Zygote, tmp_path: Path) -> None:
+    reconstructed_on("cpu", str(tmp_path / "cpu"))
+    elsewhere(zygote, reconstructed_on, device="sim", path=str(tmp_path / "sim"))
+    on_cpu, on_sim = (torch.load(tmp_path / device) for device in ("cpu", "sim"))
+    assert_same(on_cpu, on_sim, BY_BFLOAT16[0])
 
 
 def test_a_tensor_that_was_left_on_the_cpu_is_an_error(

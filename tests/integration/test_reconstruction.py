@@ -205,18 +205,27 @@ def test_the_best_learning_rate_is_taken(job: Jobs, monkeypatch: pytest.MonkeyPa
     plain = Reconstruction.tried
 
     def noting(
-        self: Reconstruction, worker: Any, groups: Any, W: Tensor, kept: Tensor, rate: float
-    ) -> float:
+        self: Reconstruction, worker: Any, groups: Any, W: Tensor, kept: Tensor
+    ) -> list[tuple[float, float]]:
         weights = {name: worker.shard.weight(name) for name in worker.shard.linears}
-        error = plain(self, worker, groups, W, kept, rate)
+        tried = plain(self, worker, groups, W, kept)
         assert all(torch.equal(worker.shard.weight(name), W) for name, W in weights.items())
-        seen.append((groups.consumer, rate, error))
-        return error
+        seen.extend((groups.consumer, rate, error) for rate, error in tried)
+        return tried
+
+    computed = list[int]()
+
+    def counting(layer: Any, inputs: Tensor) -> Tensor:
+        computed.append(len(inputs))
+        return outputs_of(layer, inputs)
 
     monkeypatch.setattr(Reconstruction, "tried", noting)
+    monkeypatch.setattr("ray_surgeon.stages.reconstruction.layers.outputs_of", counting)
     section = {"tokens_per_step": 16, "num_epochs": 4}
     options = FIT | runs.ONE | {"pruning__reconstruction": section, "calibration__held_aside": 0.3}
     one = job(options, folder="one")
+    trials_and_layers = 2 + len(one.shots[0]["reconstruction"])
+    assert len(computed) == 2 * trials_and_layers, "of tokens to train on and held aside, once each"
     four = job(options | runs.FOUR, folder="four")
     assert {rate for _, rate, _ in seen} == set(RATES)
     assert len({layer for layer, _, _ in seen}) == 2

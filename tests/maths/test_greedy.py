@@ -2,26 +2,38 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 
-from ray_surgeon.maths.factorised import factorise, root
+from ray_surgeon.maths.curvature import LinearCurvature
+from ray_surgeon.maths.factorised import root
 from ray_surgeon.maths.greedy import GreedyPath, Limits, greedy_costs
+from ray_surgeon.maths.kronecker import Damping
 from ray_surgeon.maths.masks import StructuredMask
 from ray_surgeon.maths.structured import find_candidates
-from tests.maths.dense import crossing, dense_minimum, flags, linear, problem, silence, spd
+from tests.maths.dense import crossing, damped, dense_minimum, flags, linear, problem, silence, spd
 
 R = 6
 C = 7
 
 
+UNDAMPED = Damping(0.0, 0.0, 0.0)
+
+
+def curvature_of(W: Tensor, A: Tensor, G: Tensor) -> LinearCurvature:
+    undamped = replace(linear(W, A, G), damping=UNDAMPED)
+    return LinearCurvature(undamped, StructuredMask.full(*W.shape))
+
+
 def path(rows: int = R, columns: int = C) -> tuple[GreedyPath, Tensor, Tensor]:
     """Return a path on which the first rows and columns may go, the weights, and F."""
     W, A, G = problem(R, C)
-    factors = factorise(A.clone(), 0.0, 0.0, "A"), factorise(G.clone(), 0.0, 0.0, "G")
     may_prune = flags(R, list(range(rows))), flags(C, list(range(columns)))
-    return GreedyPath(W, *factors, may_prune), W, torch.kron(G, A)
+    return GreedyPath(curvature_of(W, A, G), may_prune), W, torch.kron(G, A)
 
 
 def test_a_block_that_rounding_made_indefinite_still_has_a_root() -> None:
@@ -39,16 +51,16 @@ def test_costs_of_wide_sets_are_the_dense_ones_on_two_threads() -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        A, G = (factorise(matrix.float(), 0.1, 0.1, "x") for matrix in matrices)
+        A, G = (damped(matrix, 0.1).float() for matrix in matrices)
         may_prune = flags(5, []), flags(3, [0, 1, 2])
-        found = GreedyPath(W, A, G, may_prune, sets).column_set_costs()
+        found = GreedyPath(curvature_of(W, A, G), may_prune, sets).column_set_costs()
     finally:
         torch.set_num_threads(before)
-    inverse = torch.linalg.inv(A.matrix.double())
+    inverse = torch.linalg.inv(A.double())
     for cost, places in zip(found.tolist(), sets, strict=True):
         part = W[:, places].double()
         own = torch.linalg.inv(inverse[places][:, places])
-        expected = 0.5 * torch.trace(part.T @ G.matrix.double() @ part @ own)
+        expected = 0.5 * torch.trace(part.T @ G.double() @ part @ own)
         assert cost == pytest.approx(float(expected), rel=1e-3)
 
 
@@ -73,31 +85,44 @@ def test_weights_and_costs_after_downdating_are_the_dense_ones() -> None:
         )
 
 
-@pytest.mark.parametrize("per_parameter", [False, True])
-def test_greedy_path_by_brute_force(per_parameter: bool) -> None:
-    """One at a time, the cheapest by the dense marginal cost; the result is the running maximum. A
-    limit cuts the same path.
+def marginals_by_brute_force(
+    W: Tensor, F: Tensor, rows: Sequence[int], columns: Sequence[int], *, per_parameter: bool
+) -> tuple[Tensor, list[int]]:
+    """Return the running maximum of dense marginal costs, of rows and then columns, and the order
+    in which they go: one at a time, the cheapest first.
     """
-    found, W, F = path(R - 1, C - 1)
-    marginal = torch.cat(greedy_costs(found, Limits(per_parameter=per_parameter), "linear"))
+    sizes = {"rows": W.shape[0], "columns": W.shape[1]}
     gone: dict[str, list[int]] = {"rows": [], "columns": []}
-    sizes = {"rows": R, "columns": C}
+    marginal = torch.full((sum(W.shape),), torch.inf, dtype=W.dtype)
+    order = list[int]()
 
     def cost(**more: list[int]) -> float:
-        rows, columns = (gone[side] + more.get(side, []) for side in gone)
-        return dense_minimum(W, F, crossing(R, C, rows, columns))[1]
+        sides = [gone[side] + more.get(side, []) for side in gone]
+        return dense_minimum(W, F, crossing(*W.shape, *sides))[1] if any(sides) else 0.0
 
     highest = 0.0
-    while sum(map(len, gone.values())) < R + C - 2:
+    while len(order) < len(rows) + len(columns):
         options = []
-        for side, other in (("rows", "columns"), ("columns", "rows")):
-            entries = sizes[other] - len(gone[other]) if per_parameter else 1
-            for i in set(range(sizes[side] - 1)) - set(gone[side]):
+        for side, other, indices in (("rows", "columns", rows), ("columns", "rows", columns)):
+            entries = max(1, sizes[other] - len(gone[other])) if per_parameter else 1
+            for i in set(indices) - set(gone[side]):
                 options.append(((cost(**{side: [i]}) - cost()) / entries, side, i))
         cheapest, side, i = min(options)
         highest = max(highest, cheapest)
         gone[side].append(i)
-        assert float(marginal[i if side == "rows" else R + i]) == pytest.approx(highest, rel=1e-7)
+        order.append(i if side == "rows" else len(W) + i)
+        marginal[order[-1]] = highest
+    return marginal, order
+
+
+@pytest.mark.parametrize("per_parameter", [False, True])
+def test_greedy_path_by_brute_force(per_parameter: bool) -> None:
+    """One at a time, the cheapest by the dense marginal cost. A limit cuts the same path."""
+    found, W, F = path(R - 1, C - 1)
+    marginal = torch.cat(greedy_costs(found, Limits(per_parameter=per_parameter), "linear"))
+    sides = range(R - 1), range(C - 1)
+    expected, _ = marginals_by_brute_force(W, F, *sides, per_parameter=per_parameter)
+    torch.testing.assert_close(marginal, expected, rtol=1e-7, atol=0)
     assert torch.isinf(marginal[[R - 1, R + C - 1]]).all()
     limit = float(marginal.sort().values[5])
     shorter, _, _ = path(R - 1, C - 1)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ray_surgeon.maths.reconstruction import (
     BEND,
@@ -61,6 +62,42 @@ def huber(errors: Tensor, bend: Tensor) -> Tensor:
 
 def seeded(layer: FeedForward, *data: Any, **options: Any) -> Reconstructed:
     return reconstruct(layer, *data, generator=torch.Generator().manual_seed(0), **options)
+
+
+class Launches(TorchDispatchMode):
+    """Bytes of tensors with one of some numbers of entries that launches read and write, and how
+    often the host waits for a number.
+    """
+
+    def __init__(self, sizes: set[int]) -> None:
+        super().__init__()
+        self.sizes = sizes
+        self.num_bytes = 0
+        self.num_syncs = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.num_syncs += func is torch.ops.aten._local_scalar_dense.default
+        aliases = [r.alias_info for r in func._schema.returns if r.alias_info is not None]
+        if any(not alias.is_write for alias in aliases) or "empty" in str(func):
+            return result
+        values = dict(zip((a.name for a in func._schema.arguments), args, strict=False))
+        values |= kwargs or {}
+        for argument in func._schema.arguments:
+            changes = argument.alias_info is not None and argument.alias_info.is_write
+            # fused Adam changes gradients only where it takes them out of a scale
+            changes &= argument.name != "grads"
+            reads = not (changes and argument.kwarg_only)
+            self.num_bytes += (reads + changes) * self._size(values.get(argument.name))
+        self.num_bytes += 0 if aliases else self._size(result)
+        return result
+
+    def _size(self, value: Any) -> int:
+        values = value if isinstance(value, list | tuple) else [value]
+        tensors = [each for each in values if isinstance(each, Tensor)]
+        return sum(tensor.nbytes for tensor in tensors if tensor.numel() in self.sizes)
 
 
 def trained(layer: FeedForward, x: Tensor, y: Tensor, **options: float) -> Reconstructed:
@@ -136,6 +173,17 @@ def test_adam(gated: bool, biased: bool, activation: str, size: int, num_epochs:
         torch.testing.assert_close(after.double() - start, wanted - start, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize(("gated", "biased"), [(True, True), (False, True), (True, False)])
+def test_gradients_are_those_of_the_loss(gated: bool, biased: bool, activation: str) -> None:
+    layer, x, y = problem(gated, biased, activation)
+    leaves = tuple(weight.clone().requires_grad_() for weight in layer.weights)
+    expected = torch.autograd.grad(by_hand(leaves, layer, x, y).mean(), leaves)
+    gradients = layer.gradients(x, lambda outputs: (outputs - y) / N)
+    for gradient, wanted in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(gradient, wanted, rtol=1e-12, atol=1e-12)
+
+
 def test_a_layer_that_gets_slightly_worse_or_is_exact_stays() -> None:
     layer, x, _ = problem()
     y = outputs_of(layer, x) + 0.01 * draw(N, D, seed=6)
@@ -178,7 +226,7 @@ def pairs_of_channels() -> tuple[FeedForward, FeedForward, Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_narrow_products_train_float32_weights(dtype: torch.dtype) -> None:
+def test_narrow_products_add_up_small_steps(dtype: torch.dtype) -> None:
     """A step is far below that of the dtype; all of them together change what those of float32 do,
     and errors are summed in float64.
     """
@@ -207,13 +255,31 @@ def test_tokens_with_huge_outputs_do_not_refuse_what_all_others_gain_from() -> N
     assert error_of(found.layer, x, y) > error_of(left, x, y)
 
 
+def test_bytes_of_a_step_and_no_waiting_in_it() -> None:
+    """In bfloat16: forward 2 for a weight, backward 2 for its gradient and 2 more of a third, 14 of
+    Adam and 6 of the sum of start and change. With float32 masters it was 44.7 in all.
+    """
+    shapes = [(48, 32), (48, 32), (32, 48)]
+    layer = FeedForward(tuple(draw(*shape).float() for shape in shapes), torch.relu)
+    x, y = (draw(80, 32, seed=seed).bfloat16() for seed in (1, 2))
+    counts = []
+    for num_epochs in (1, 3):
+        with Launches({48 * 32}) as launches:
+            seeded(layer, x, y, learning_rate=0.01, tokens_per_step=8, num_epochs=num_epochs)
+        counts.append((launches.num_bytes, launches.num_syncs))
+    (few, once), (many, later) = counts
+    assert once == later
+    assert (many - few) / (20 * 3 * 48 * 32) == pytest.approx(2 + 2 + 2 / 3 + 14 + 6)
+
+
 def test_outputs_of_any_size_train_alike_in_float16() -> None:
     """Of outputs up to half of what float16 can hold."""
     _, left, x, y = pairs_of_channels()
     left = replace(left, weights=(*left.weights[:-1], 500 * left.weights[-1]))
     options = {"learning_rate": 0.01, "tokens_per_step": 2000, "num_epochs": 20}
     found = seeded(left, x.half(), (500 * y).half(), **options)
-    assert_trained_alike(found.layer, left, trained(left, x, 500 * y, **options).layer, 0.002)
+    # what bfloat16 rounds of the change makes 0.007
+    assert_trained_alike(found.layer, left, trained(left, x, 500 * y, **options).layer, 0.015)
 
 
 def test_a_layer_is_taken_by_tokens_held_aside_alone() -> None:

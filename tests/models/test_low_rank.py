@@ -45,7 +45,7 @@ def test_steps_are_as_long_as_the_rate_and_removed_rows_and_columns_stay(shard: 
         moved.append(float((last - part.B.detach()).mean()))
     # under a gradient that does not change, every step of Adam is as long as its rate, here
     # relative to the weights
-    of_A = float(start.square().mean().sqrt())
+    of_A = part.size
     of_W = float(before[:, : start.shape[1]].square().mean().sqrt())
     assert moved == pytest.approx([0.01 * of_W / (of_A * 2**0.5)] * 4, rel=1e-4)
     of_all = torch.full_like(start, 4 * 0.01 * RATE_OF_A * of_A)
@@ -82,16 +82,17 @@ def test_elements_have_gradients_of_the_product_and_keep_none(dtype: torch.dtype
     if dtype == torch.float64:
         part.A = part.A.detach().double().requires_grad_()
     part.B = torch.randn(R, 2, dtype=part.A.dtype).requires_grad_()
-    x = torch.randn(2, 3, C, dtype=dtype, requires_grad=True)
-    direction = torch.randn(2, 3, R, dtype=dtype)
+    x = torch.randn(6, C, dtype=dtype, requires_grad=True)
+    W = torch.zeros(R, C, dtype=dtype)
+    direction = torch.randn(6, R, dtype=dtype)
     kept: list[Tensor] = []
 
     def keep(t: Tensor) -> Tensor:
-        kept.append(t)
+        kept.extend([t] * (t.data_ptr() != W.data_ptr()))
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-        added = part.added(x)
+        added = part.outputs(x, W)
     leaves = x, part.A, part.B
     found = torch.autograd.grad(added, leaves, direction)
     plain = x @ torch.mul(part.B @ part.A, mask.kept).T.to(dtype)
@@ -100,6 +101,35 @@ def test_elements_have_gradients_of_the_product_and_keep_none(dtype: torch.dtype
     for one, other in zip(found, torch.autograd.grad(plain, leaves, direction), strict=True):
         torch.testing.assert_close(one, other, rtol=rtol, atol=1e-12)
     assert max(t.numel() for t in kept if t.is_floating_point()) <= x.numel() < R * C
+
+
+@pytest.mark.parametrize("num_tokens", [1, 7, 300])
+def test_outputs_and_gradients_are_those_of_the_dense_sum(num_tokens: int) -> None:
+    """Beside removed rows and columns; the products of the most tokens are large enough for the
+    faster library.
+    """
+    R = 96
+    C = 80
+    mask = StructuredMask(torch.rand(R) < 0.7, torch.rand(C) < 0.7)
+    part = LowRank(torch.nn.Linear(C, R, bias=False), mask, 4, 0, torch.device("cpu"))
+    part.B.data += torch.randn(R, 4) * mask.rows[:, None]
+    x = torch.randn(num_tokens, C, requires_grad=True)
+    W = torch.randn(R, C)
+    direction = torch.randn(num_tokens, R)
+    outputs = part.outputs(x, W)
+    leaves = [x, part.A, part.B]
+    gradients = torch.autograd.grad(outputs, leaves, direction)
+    part.keep_removed_(*gradients[1:])
+    wide = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    states, A, B = wide
+    dense = W.double() + (B * mask.rows[:, None]) @ (A * mask.columns)
+    expected = states @ dense.T
+    oracle = torch.autograd.grad(expected, wide, direction.double())
+    pairs = zip([outputs, *gradients], [expected, *oracle], strict=True)
+    for own, exact in pairs:
+        torch.testing.assert_close(own.double(), exact, rtol=1e-4, atol=1e-4)
+    assert not gradients[1][:, ~mask.columns].any()
+    assert not gradients[2][~mask.rows].any()
 
 
 def test_corrections_start_uniform_and_add_nothing() -> None:

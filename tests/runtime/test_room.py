@@ -1,12 +1,21 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 
 from ray_surgeon.plan import room
-from ray_surgeon.plan.room import DEVICES, Resources, Room, available_bytes, device_of, shared
+from ray_surgeon.plan.room import (
+    DEVICES,
+    Resources,
+    Room,
+    available_bytes,
+    device_of,
+    named_device,
+    shared,
+)
 
 GPU = Room(80.0, 1000.0, 4000.0, device_is_host=False)
 CPU = Room(1000.0, 1000.0, 4000.0, device_is_host=True)
@@ -51,3 +60,41 @@ def test_files_that_a_container_has_read_leave_its_memory_when_it_is_wanted(
     for text, expected in (("12000\n", 12000 - 10000 + 3400), ("6601\n", 1), ("6000\n", 1)):
         (tmp_path / limit).write_text(text)
         assert available_bytes() == expected
+
+
+def test_a_device_is_known_by_its_longest_name() -> None:
+    def found(name: str) -> str:
+        return device_of([Resources("a", "0", name, GPU)], 1).name
+
+    names = ("NVIDIA H200", "NVIDIA B200", "NVIDIA GB200", "AMD Instinct MI325X", "another")
+    assert [found(name) for name in names] == ["h200", "b200", "gb200", "mi325x", "a100"]
+    assert device_of([Resources("a", "0", "NVIDIA H200", GPU)], 1, "l40s") is DEVICES["l40s"]
+
+
+def test_measured_figures_are_read_from_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "own.json"
+    path.write_text(json.dumps({"like": "h200", "flops": {"bfloat16": 5e14}, "launch_s": 4e-6}))
+    device = named_device(str(path), 1)
+    assert (device.name, device.launch_s, device.flops["bfloat16"]) == ("own", 4e-6, 5e14)
+    assert device.flops["float32"] == DEVICES["h200"].flops["float32"]
+    assert device.memory_bytes_per_s == DEVICES["h200"].memory_bytes_per_s
+    assert named_device("cpu", 3).float32_flops == 3 * DEVICES["cpu"].float32_flops
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ('{"lunch_s": 1}', "no figures are lunch_s"),
+        ('{"launch_s": "slow"}', "launch_s"),
+        ('{"launch_s": -1}', "launch_s must be above 0"),
+        ('{"like": "h900"}', "h900"),
+        ("[]", "figures"),
+    ],
+)
+def test_a_file_without_figures_is_refused(text: str, reason: str, tmp_path: Path) -> None:
+    path = tmp_path / "own.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=rf"cluster\.device_speed: .*own\.json.*{reason}"):
+        named_device(str(path), 1)
+    with pytest.raises(ValueError, match="h900 is none of a100, .*, nor a JSON file"):
+        named_device("h900", 1)

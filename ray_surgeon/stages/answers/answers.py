@@ -228,7 +228,8 @@ class DenseAnswers(Stage):
     def needs(self, worker: WorkerView) -> Iterable[StepPlan]:
         """Return the writing of the answers."""
         section = self.yardstick.section
-        yield worker.writing(self.name, [(section.num_prompts, section.max_new_tokens)])
+        sizes = [(section.num_prompts, section.max_new_tokens)]
+        yield worker.writing(self.name, sizes, _PROMPT_TOKENS)
 
     def on_host(self, worker: WorkerView) -> float:
         """Return the dense model's states of prompts and answers."""
@@ -265,7 +266,9 @@ class PrunedAnswers(Stage):
         facts |= {"accepted": generation.acceptance, "agreement": generation.agreement}
 
     def needs(self, worker: WorkerView) -> Iterable[StepPlan]:
-        """Return the comparison; the writing is as that of the dense model."""
+        """Return the writing, which is as that of the dense model, and the comparison."""
         section = self.yardstick.section
+        sizes = [(section.num_prompts, section.max_new_tokens)]
+        yield worker.writing(self.name, sizes, _PROMPT_TOKENS)
         length = _PROMPT_TOKENS + section.max_new_tokens
         yield worker.measuring(self.name, [(section.num_prompts, length)])

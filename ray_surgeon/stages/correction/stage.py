@@ -5,11 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from ray_surgeon.plan.counts import ADAM_BYTES, Counted
 from ray_surgeon.plan.needs import StepPlan, WorkerView
 from ray_surgeon.runtime.dense_states import CALIBRATION
 from ray_surgeon.stages.correction import training
 from ray_surgeon.stages.correction.section import CorrectionSection
 from ray_surgeon.stages.stage import Facts, RunState, Stage, Text
+
+_PRODUCTS = 9
+"""Launches of B A x forward and backward, beside a linear's own."""
+_STEP = 30
+_SYNCS = 4
+"""Launches and syncs of an optimizer's step for a linear."""
 
 
 @dataclass(frozen=True)
@@ -53,33 +60,57 @@ class Correction(Stage):
         adapters = of_entry * self.section.lora_rank * entries
         columns = sum(linear.num_columns for linear in worker.linears)
         inputs = worker.shapes.width * columns / worker.num_blocks
-        num_passing = self._num_passing(worker)
+        forward, backward = self._num_passing(worker)
         # B A and copies: of elements in every pass, of others when absorbed
         product = 16.0 * max(linear.size for linear in worker.linears)
         passing = worker.passing(more_kept=inputs) + product * self.by_element
         # on a CPU masks of elements are those of the host
         masks = sum(linear.size for linear in worker.linears) * self.by_element
         on_device = masks * (not worker.device_is_host)
-        loads = 2 * worker.all_blocks * -(-num_passing // worker.wave)
+        loads = worker.all_blocks * -(-(forward + backward) // worker.wave)
         device = worker.weights + adapters + on_device + max(passing, product)
         host = worker.host + worker.travelling(worker.sequence_length)
-        flops = 6 * worker.active * num_passing * worker.sequence_length
+        runs = 1 + (worker.stores.activations == "recompute")
+        # weights get no gradients; A and B do
+        flops = 2 * worker.active * (forward + runs * backward)
+        flops += 2 * self.section.lora_rank * entries * (forward + (1 + runs) * backward)
+        flops += worker.head_flops * (2 * forward + backward)
+        flops *= worker.sequence_length
         moved = worker.moved(worker.stores.weights, loads)
-        yield StepPlan(self.name, device, host, flops, 0.0, *moved)
+        waves = -(-self.section.sequences_per_step // (N * worker.wave))
+        bubble = (waves + worker.num_shards - 1) / waves
+        counts = self._counts(worker, forward, backward)
+        yield StepPlan(self.name, device, host, flops, 0.0, *moved, bubble, counts)
 
-    def _num_passing(self, worker: WorkerView) -> int:
-        """Return how many sequences pass in a shot; one forward alone counts as a third."""
+    def _counts(self, worker: WorkerView, forward: int, backward: int) -> Counted:
+        """Return the counts of so many sequences that pass, and of the steps they make."""
+        N = worker.num_replicas
+        T = worker.sequence_length
+        counts = worker.pass_counts(forward, T, 1.0, backward / forward)
+        entries = sum(linear.num_rows + linear.num_columns for linear in worker.linears)
+        calls = -(-backward // worker.together)
+        counts += Counted(_PRODUCTS * len(worker.linears)).times(calls)
+        size = self.section.lora_rank * entries
+        optimizer = Counted(_STEP * len(worker.linears), _SYNCS * len(worker.linears), calls=2)
+        optimizer += Counted(memory_bytes=ADAM_BYTES * size, sent_bytes=12.0 * size * (N > 1))
+        per_step = max(1, -(-self.section.sequences_per_step // N))
+        return counts + optimizer.times(backward / per_step)
+
+    def _num_passing(self, worker: WorkerView) -> tuple[int, int]:
+        """Return how many sequences pass a replica forward, and how many of them backward."""
         section = self.section
         size = section.sequences_per_step
         num_fitted = worker.num_sequences - self.num_held
         num_steps = section.steps_per_shot + section.final_epochs * -(-num_fitted // size)
-        num_passing = section.steps_per_shot * size + section.final_epochs * num_fitted
-        if not self.num_held:
-            return num_passing
-        if section.learning_rate is None:
-            num_passing += (len(training.RATES) - 1) * training.trial_steps(num_steps) * size
-        num_checks = training.NUM_CHECKS + len(training.RATES) + 2
-        return num_passing + -(-self.num_held * num_checks // 3)
+        num_trials = 0
+        num_checks = 0
+        if self.num_held:
+            # the second rate is taken most often, after the first one was tried
+            num_trials = training.trial_steps(num_steps) * (section.learning_rate is None)
+            num_checks = training.NUM_CHECKS + 2 + 2 * (section.learning_rate is None)
+        N = worker.num_replicas
+        backward = (num_steps + num_trials) * -(-size // N)
+        return backward + num_checks * -(-self.num_held // N), backward
 
     def on_host(self, worker: WorkerView) -> float:
         """Return the dense model's states of the calibration text."""

@@ -15,6 +15,7 @@ import numpy as np
 
 from ray_surgeon.maths.kronecker import PackedFactors
 from ray_surgeon.maths.structured import A_CHOICES, G_CHOICES, choose_damping, cost_held_aside
+from ray_surgeon.plan.counts import Counted, launches_of_sum
 from ray_surgeon.plan.needs import StepPlan, WorkerView
 from ray_surgeon.runtime.cluster import Cluster
 from ray_surgeon.runtime.worker import Worker
@@ -114,6 +115,13 @@ def calibrate(
     return method, record
 
 
+_CHANGES = 56
+_REROUTED = 11 / 3
+"""Launches for what removals of whole parts of a mixture would change: of a block, and more of each
+of its linears.
+"""
+
+
 @dataclass(frozen=True)
 class Curvature(Stage):
     """Workers gather the curvature of the present weights."""
@@ -147,10 +155,15 @@ class Curvature(Stage):
         backward = 0 if curvature.gathers == "A" else -(-of_all // worker.num_replicas)
         # the changes that removals would make for a token
         num_changes = self.method.beside.num_changes(worker.shapes.layout)
-        forward = (1 + (num_changes > 0)) * 2 * worker.active + worker.all_factors / 2
+        part = worker.shapes.layout.part_of_tokens
+        gathered = [s for s in worker.linears if s.name in worker.shapes.work.gathered]
+        # half of each product is left out
+        A_flops = sum({s.shared_input: part(s) * s.num_columns**2 for s in gathered}.values())
+        G_flops = sum(part(s) * s.num_rows**2 for s in gathered)
+        forward = (1 + (num_changes > 0)) * 2 * worker.active + A_flops
         head = worker.head_flops * (backward or worker.sequences)
         runs = 1 + (stores.activations == "recompute")
-        further = runs * 2 * worker.active + 2 * worker.head_flops
+        further = runs * 2 * worker.active + 2 * worker.head_flops + G_flops
         of_pass = worker.sequences * forward + head + backward * further
         num_passes = 1
         if isinstance(curvature, ExtendedKfacSection):
@@ -169,7 +182,33 @@ class Curvature(Stage):
         flops = num_passes * worker.sequence_length * of_pass
         of_host, of_disk = (num_passes * sum(pair) for pair in zip(weights, factors, strict=True))
         bubble = (waves + worker.num_shards - 1) / waves
-        yield StepPlan(self.name, device, host, flops, 0.0, of_host, of_disk, bubble)
+        counts = self._counts(worker, backward, runs, num_changes).times(num_passes)
+        yield StepPlan(self.name, device, host, flops, 0.0, of_host, of_disk, bubble, counts)
+
+    @staticmethod
+    def _counts(worker: WorkerView, backward: int, runs: int, num_changes: int) -> Counted:
+        """Return what passes launch whose sequences pass backward in part."""
+        once = worker.sequences - backward
+        T = worker.sequence_length
+        counts = worker.pass_counts(once, T, heads=float(not backward))
+        counts += worker.pass_counts(backward, T, runs, 1.0)
+        gathered = [s for s in worker.linears if s.name in worker.shapes.work.gathered]
+        of_A = {linear.shared_input: linear.num_columns for linear in gathered}.values()
+        of_calls = [
+            Counted(sum(map(launches_of_sum, sizes)), 0, sum(4.0 * n**2 for n in sizes))
+            for sizes in (of_A, [linear.num_rows for linear in gathered])
+        ]
+        calls = -(-worker.sequences // worker.together), -(-backward // worker.together)
+        for of_call, num_calls in zip(of_calls, calls, strict=True):
+            counts += of_call.times(num_calls)
+            counts += Counted(len(gathered) * (num_calls > 0))  # zeros at the start
+        if num_changes:
+            routed = sum(not linear.sees_all_tokens for linear in worker.linears)
+            own = Counted(_CHANGES * worker.num_blocks + _REROUTED * routed, 3 * worker.num_blocks)
+            counts += own.times(calls[0])
+        # of every factor to its owner
+        between = worker.all_factors * (worker.num_replicas > 1)
+        return counts + Counted(2 * len(gathered) * (between > 0), 0, 0.0, between)
 
     def beside(self, worker: WorkerView) -> Iterable[StepPlan]:
         """Return further Kronecker terms, which are not packed."""

@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from ray_surgeon.maths.allocate import Allocation, GroupCosts, allocate_globally, allocate_uniformly
+from ray_surgeon.maths.group_batch import BATCH_BYTES, bytes_needed
 from ray_surgeon.maths.threshold import OutOfReachError
 from ray_surgeon.models.budgets import Budget
 from ray_surgeon.models.layout import LinearShape
+from ray_surgeon.plan.counts import Counted, num_steps
 from ray_surgeon.plan.work import LinearNeeds
 from ray_surgeon.runtime.cluster import Cluster
 from ray_surgeon.stages.curvature.gather import NOTHING_BESIDE, SumsBeside
@@ -28,6 +30,20 @@ if TYPE_CHECKING:
 
 _FAR_ENOUGH = 40.0
 """How many times as many groups as single costs say are followed before all are."""
+
+_FARTHER = 1.25
+"""Times as many groups as go are on the paths that are followed."""
+_HEAD = 128
+"""Columns of a group of attention."""
+_STEP = 24
+"""Launches of a step of a batch's paths, for which the host waits once."""
+_BATCH = 80
+_SYNCS_OF_BATCH = 30
+"""Launches and syncs of a batch beside the steps."""
+_COSTS = 45
+_UPDATE = 120
+_SYNCS_OF_UPDATE = 29
+"""Of each consumer, in its costs and its update."""
 
 Unit = tuple[int, str]
 """The groups of one kind in one block."""
@@ -143,6 +159,7 @@ class GroupChoice(Ranking):
         reach = min(1.0, 2 * (self.section.target_sparsity or 0.5))
         # the mean of the layer and the shrunk factors, packed
         shrinking = 0 if shape.sees_all_tokens else 4 * (R**2 + C**2)
+        steps = self._steps_of_path(shape)
         # the first where nearly all stays
         measured = max(3.75 * C**2 + 2 * R * C, 2.2 * C**2 + 5 * R * C)
         return LinearNeeds(
@@ -150,7 +167,25 @@ class GroupChoice(Ranking):
             costs_flops=5.0 * C**3 + R**3 + 4 * R**2 * C,
             update_bytes=shrinking + 4 * (measured + R**2),
             update_flops=2.0 * C**3,
+            costs_counts=Counted(_COSTS, 0, 4.0 * (2 * C**2 + 6 * R * C) * steps),
+            update_counts=Counted(_UPDATE, _SYNCS_OF_UPDATE, 4.0 * (4 * C**2 + 6 * R * C)),
+            batch_counts=Counted(_BATCH + _STEP * steps, _SYNCS_OF_BATCH + steps),
+            together=max(1, BATCH_BYTES // bytes_needed(R, C)),
         )
+
+    def _steps_of_path(self, shape: LinearShape) -> int:
+        """Return how many steps of a consumer's path are followed in the first shot.
+
+        All consumers lose the same share of what the budget lets go.
+        """
+        budget = self.budget
+        share = 0.5
+        if budget is not None:
+            share = (budget.dense - self.goal(1)) / (budget.dense - budget.least(self.fewest))
+        farther = 1.0 if self.section.uniform else _FARTHER
+        C = shape.num_columns
+        num_groups = C // _HEAD if "att" in shape.role else C
+        return num_steps(num_groups, min(1.0, farther * share) * num_groups)
 
     def allocate(self, scores: GroupScores, shot: int) -> Allocation:
         """Return how many groups every block loses."""

@@ -11,7 +11,8 @@ next experts, see `ray_surgeon.maths.experts`.
 from __future__ import annotations
 
 import math
-from collections.abc import Container, Mapping
+from collections import defaultdict
+from collections.abc import Container, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from itertools import chain
@@ -19,10 +20,11 @@ from typing import Any
 
 import torch
 
-from ray_surgeon.maths.curvature import LinearCurvature, Removal
+from ray_surgeon.maths.curvature import Removal
 from ray_surgeon.maths.greedy import Limits
+from ray_surgeon.maths.group_batch import BATCH_BYTES, bytes_needed, costs_of_groups
 from ray_surgeon.maths.masks import StructuredMask
-from ray_surgeon.maths.structured import alive_part, group_costs, lowest, prune_groups
+from ray_surgeon.maths.structured import lowest, prune_groups
 from ray_surgeon.models.groups import GroupSet
 from ray_surgeon.models.layout import FEED_FORWARD_OF_ALL
 from ray_surgeon.models.pruned_config import kv_heads_left
@@ -32,7 +34,7 @@ from ray_surgeon.runtime.worker import LinearSummary, Worker, collective, sizes
 from ray_surgeon.stages.prune.experts import go_around_removed, remove_experts, whole_expert_costs
 from ray_surgeon.stages.prune.group_choice import ConsumerCosts, GroupChoice, Paths, Reach
 from ray_surgeon.stages.prune.method import Applied, Choice, Scored, Scores
-from ray_surgeon.stages.reconstruction.layers import RATES, Reconstruction
+from ray_surgeon.stages.reconstruction.layers import Reconstruction
 from ray_surgeon.stages.reconstruction.stage import ReconstructionStage
 from ray_surgeon.stages.stage import CalibrationText
 
@@ -85,39 +87,55 @@ class Groups(GroupChoice):
         owned = {g.consumer: g for g in self.sets(worker) if worker.owns(g.consumer)}
         names = [name for name in owned if reach is None or name in reach]
         whole = self._expert_costs(worker, shot)
-        costs = []
-        for name in worker.each(names):
-            c = self._costs_of(worker, owned[name], None if reach is None else reach[name], shot)
-            costs.append(replace(c, whole=whole.get(name, math.inf) if c.num_left else math.inf))
+        batches = _batches(worker, [owned[name] for name in names])
+        starting = {batch[0].consumer: batch for batch in batches}
+        by_name = dict[str, ConsumerCosts]()
+        for name in worker.each([groups.consumer for batch in batches for groups in batch]):
+            if name in starting:
+                by_name |= self._costs_of(worker, starting[name], reach, shot)
+        costs = [
+            replace(c, whole=whole.get(name, math.inf) if c.num_left else math.inf)
+            for name, c in ((name, by_name[name]) for name in names)
+        ]
         bases = (scored[name][0] for name in names if name in scored)
         raised = chain.from_iterable(basis.raised_damping for basis in bases)
         return Scores(tuple(costs), *sizes(worker), tuple(raised))
 
     def _costs_of(
-        self, worker: Worker, groups: GroupSet, reach: Reach | None, shot: int
-    ) -> ConsumerCosts:
-        """Return the costs of an owned consumer's groups, and keep them."""
-        name = groups.consumer
-        kind = groups.kind
-        mask = worker.mask(name, StructuredMask)
-        left = int(mask.columns[groups.columns].all(dim=1).sum())
-        nothing = torch.full((len(groups.columns),), torch.inf)
-        about: dict[str, Any] = {"layer": groups.block, "num_parameters": groups.num_parameters}
-        costs = ConsumerCosts(name, kind, nothing, left, frozenset((left,)), **about)
-        if not left or worker.layout.shapes[name].role not in self.consumers:
-            return costs  # nothing goes group by group
-        linear = self.linear(worker, name)
-        curvature = LinearCurvature(linear, alive_part(linear, mask))
-        per_unit, needed = reach or Reach(-math.inf)
-        limit = per_unit * self.unit_of(kind)
-        odd = left % self.multiple(kind, shot)  # must go whatever they cost
-        most = math.inf if self.section.uniform or odd else _FAR * limit
-        far = None if reach is None else limit
-        limits = Limits(far, max(needed, odd), most, self.section.fewest_groups[kind])
-        marginal = group_costs(curvature, groups.columns, limits).float()
-        worker.kept(Scored)[name] = curvature.basis, marginal
-        allowed = self._allowed(worker, groups, shot)
-        return replace(costs, costs=marginal, allowed=allowed, limit=per_unit)
+        self,
+        worker: Worker,
+        batch: Sequence[GroupSet],
+        reach: Mapping[str, Reach] | None,
+        shot: int,
+    ) -> dict[str, ConsumerCosts]:
+        """Return consumer -> the costs of its groups, of owned ones of one shape; keep them."""
+        costs = dict[str, ConsumerCosts]()
+        limits = dict[str, Limits]()
+        for groups in batch:
+            name = groups.consumer
+            left = int(worker.mask(name, StructuredMask).columns[groups.columns].all(1).sum())
+            about: dict[str, Any] = {"layer": groups.block, "num_parameters": groups.num_parameters}
+            nothing = torch.full((len(groups.columns),), torch.inf)
+            allowed: Container[int] = frozenset((left,))
+            per_unit, needed = Reach(-math.inf) if reach is None else reach[name]
+            if left and worker.layout.shapes[name].role in self.consumers:  # else none goes singly
+                allowed = self._allowed(worker, groups, shot)
+                about["limit"] = per_unit
+                limit = per_unit * self.unit_of(groups.kind)
+                odd = left % self.multiple(groups.kind, shot)  # must go whatever they cost
+                most = math.inf if self.section.uniform or odd else _FAR * limit
+                least = self.section.fewest_groups[groups.kind]
+                far = None if reach is None else limit
+                limits[name] = Limits(far, max(needed, odd), most, least)
+            costs[name] = ConsumerCosts(name, groups.kind, nothing, left, allowed, **about)
+        if limits:
+            linears = [self.linear(worker, name) for name in limits]
+            masks = [worker.mask(name, StructuredMask) for name in limits]
+            marginals = costs_of_groups(linears, masks, batch[0].columns, list(limits.values()))
+            for name, (basis, marginal) in zip(limits, marginals, strict=True):
+                worker.kept(Scored)[name] = basis, marginal.float()
+                costs[name] = replace(costs[name], costs=marginal.float())
+        return costs
 
     def _expert_costs(self, worker: Worker, shot: int) -> dict[str, float]:
         if not self.ranks_experts:
@@ -154,14 +172,13 @@ class Groups(GroupChoice):
         sets = [g for g in worker.layout.group_sets if g.kind in reconstruction.kinds]
         losing = [groups for groups in sets if counts.get(groups.consumer)]
         layers = {g.consumer: g for g in (losing[len(losing) * i // 3] for i in (1, 2) if losing)}
-        tried = []
+        tried = list[tuple[float, float]]()
         for name, groups in layers.items():
             if name in worker.kept(Scored):
                 removal, mask = self.removal(worker, groups, counts[name])
                 kept = mask.columns[groups.columns].all(dim=1)
-                for rate in RATES if kept.any() else ():
-                    error = reconstruction.tried(worker, groups, removal.W, kept, rate)
-                    tried.append((rate, error))
+                if kept.any():
+                    tried += reconstruction.tried(worker, groups, removal.W, kept)
         return tried
 
     @collective
@@ -245,6 +262,25 @@ class Groups(GroupChoice):
         workers = cluster.run_all(self.prune, counts, experts, rate)
         record = {} if section is None else {"reconstruction_rate": rate}
         return list(chain.from_iterable(workers)), record
+
+
+def _batches(worker: Worker, sets: Sequence[GroupSet]) -> list[list[GroupSet]]:
+    """Return groups in batches whose costs are taken together.
+
+    On the CPU each consumer is one. Elsewhere those of one shape are one, as far as there is room.
+    """
+    if worker.device.type == "cpu":
+        return [[groups] for groups in sets]
+    alike = defaultdict[tuple[str, int, int], list[GroupSet]](list)
+    for groups in sets:
+        of_consumer = worker.layout.shapes[groups.consumer]
+        alike[groups.kind, of_consumer.num_rows, of_consumer.num_columns].append(groups)
+    batches = []
+    for (_, *shape), own in alike.items():
+        number = math.ceil(len(own) * bytes_needed(*shape) / BATCH_BYTES)
+        size = math.ceil(len(own) / min(number, len(own)))
+        batches += [own[start : start + size] for start in range(0, len(own), size)]
+    return batches
 
 
 def _remove_producers(worker: Worker, groups: GroupSet) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from typing import Annotated, Any
@@ -15,6 +16,7 @@ from ray_surgeon.models import budgets
 from ray_surgeon.models.budgets import Budget
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.models.pruned_config import kv_heads_left
+from ray_surgeon.plan.counts import NOTHING
 from ray_surgeon.plan.needs import StepPlan, WorkerView
 from ray_surgeon.spec.base import by_tag, tag
 from ray_surgeon.spec.targets import BytesTarget, FlopsTarget, LatencyTarget, TargetSection
@@ -166,15 +168,21 @@ class _OnLinears(Stage):
 
     def needs(self, worker: WorkerView) -> Iterable[StepPlan]:
         """Return the work, linear by linear, or block by block where nothing is ranked."""
-        all_needs = (self.method.needs(linear) for linear in worker.linears)
+        all_needs = [self.method.needs(linear) for linear in worker.linears]
         needs = [vars(of_linear) for of_linear in all_needs if of_linear is not None]
         sizes = [of_linear[f"{self.name}_bytes"] for of_linear in needs]
         flops = [of_linear[f"{self.name}_flops"] for of_linear in needs]
+        counts = sum((of_linear[f"{self.name}_counts"] for of_linear in needs), NOTHING)
+        if self.name == "costs":
+            alike = Counter(needed for needed in all_needs if needed is not None)
+            counts = sum(
+                (own.batch_counts.times(-(-n // own.together)) for own, n in alike.items()), counts
+            )
         if self.method.has_costs:
             kept = sum(of_linear["kept_bytes"] for of_linear in needs)
-            yield worker.linear_by_linear(self.name, sizes, flops, kept)
+            yield worker.linear_by_linear(self.name, sizes, flops, kept, counts)
         else:
-            yield worker.block_by_block(self.name, list(zip(sizes, flops, strict=True)))
+            yield worker.block_by_block(self.name, list(zip(sizes, flops, strict=True)), counts)
 
 
 class Costs(_OnLinears):

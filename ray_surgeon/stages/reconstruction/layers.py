@@ -113,21 +113,22 @@ class Reconstruction:
         worker.keeping(KeptInputs).append(inputs)
 
     def tried(
-        self, worker: Worker, groups: GroupSet, W: Tensor, kept: Tensor, rate: float
-    ) -> float:
-        """Return the error held aside of an owned layer after a short training.
-
-        It is a share of the error before; nothing changes.
+        self, worker: Worker, groups: GroupSet, W: Tensor, kept: Tensor
+    ) -> list[tuple[float, float]]:
+        """Train an owned layer shortly with every rate of `RATES`; nothing changes.
 
         Args:
             worker: whose weights are those from before.
             groups: those of the layer.
             W: [R, C] the consumer after its update, zero in what is removed.
             kept: [num_groups] bool, the groups that stay.
-            rate: the learning rate.
+
+        Returns:
+            Each rate, and the error held aside after it as a share of the error before.
         """
-        trained = self._trained(worker, groups, W, kept, rate, is_trial=True)
-        return trained.after / trained.before if trained.before else 1.0
+        every = self._trained(worker, groups, W, kept, RATES, is_trial=True)
+        errors = (each.after / each.before if each.before else 1.0 for each in every)
+        return list(zip(RATES, errors, strict=True))
 
     def fitted(self, worker: Worker, groups: GroupSet, W: Tensor, rate: float) -> Tensor:
         """Train an owned layer after groups were removed.
@@ -146,7 +147,7 @@ class Reconstruction:
         kept = worker.mask(name, StructuredMask).columns[groups.columns].all(dim=1)
         if not kept.any():
             return W
-        trained = self._trained(worker, groups, W, kept, rate, is_trial=False)
+        (trained,) = self._trained(worker, groups, W, kept, [rate], is_trial=False)
         worker.kept(Errors)[name] = trained.before, trained.after
         *producers, consumer = trained.layer.weights
         for (producer, rows), V in zip(groups.producers, producers, strict=True):
@@ -156,12 +157,19 @@ class Reconstruction:
         return W.index_copy(1, _columns(groups, kept, W), consumer)
 
     def _trained(
-        self, worker: Worker, groups: GroupSet, W: Tensor, kept: Tensor, rate: float, is_trial: bool
-    ) -> Reconstructed:
-        """Return an owned layer that was trained, in a trial only shortly; see `tried`."""
+        self,
+        worker: Worker,
+        groups: GroupSet,
+        W: Tensor,
+        kept: Tensor,
+        rates: Sequence[float],
+        is_trial: bool,
+    ) -> Iterator[Reconstructed]:
+        """Yield an owned layer trained with each rate, in a trial only shortly; see `tried`."""
         shard = worker.shard
         name = groups.consumer
         whole = _layer(worker, groups, shard.weight(name), torch.ones_like(kept)).to(shard.dtype)
+        left = _layer(worker, groups, W, kept)
 
         def pairs(stored: LayerInputs) -> tuple[Tensor, Tensor]:
             inputs = stored.kept[name] if is_trial else stored.kept.pop(name)
@@ -170,15 +178,16 @@ class Reconstruction:
 
         seed = self.section.seed + worker.layout.linear_numbers[name]
         fitted, *held = map(pairs, worker.kept(KeptInputs))
-        return reconstruct(
-            _layer(worker, groups, W, kept),
-            *fitted,
-            *held,
-            learning_rate=rate,
-            tokens_per_step=self.section.tokens_per_step,
-            num_epochs=TRIAL_PART if is_trial else self.section.num_epochs,
-            generator=torch.Generator().manual_seed(seed),
-        )
+        for rate in rates:
+            yield reconstruct(
+                left,
+                *fitted,
+                *held,
+                learning_rate=rate,
+                tokens_per_step=self.section.tokens_per_step,
+                num_epochs=TRIAL_PART if is_trial else self.section.num_epochs,
+                generator=torch.Generator().manual_seed(seed),
+            )
 
     def end(self, worker: Worker, sets: Iterable[GroupSet]) -> None:
         """Send the producers of trained layers from their owners, and drop all inputs.

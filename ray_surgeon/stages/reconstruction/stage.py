@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
-from collections import Counter
+import collections
 from collections.abc import Iterable
 
 from ray_surgeon.maths.reconstruction import TOKENS_AT_A_TIME
 from ray_surgeon.models.layout import LinearShape
+from ray_surgeon.plan.counts import NOTHING, Counted
 from ray_surgeon.plan.needs import StepPlan, WorkerView
 from ray_surgeon.runtime.worker import Worker
 from ray_surgeon.stages.reconstruction.layers import Errors, Reconstruction
 from ray_surgeon.stages.stage import Facts, RunState, Stage
+
+_STEP = 45
+"""Launches of a step of a training."""
+_LAYER = 190
+_SYNCS_OF_LAYER = 20
+"""Launches and syncs of a layer's training beside its steps: its errors, and its weights."""
+_STEP_BYTES = (40.0, 24.0)
+"""Bytes of a step for a parameter, in float32 and in a narrower dtype: Adam's, gradients, products.
+"""
+_HIDDEN = 7.0
+_WIDE = 15.0
+"""Entries that pass the memory for each of a token's hidden states and channels."""
 
 
 class ReconstructionStage(Reconstruction, Stage):
@@ -57,17 +70,36 @@ class ReconstructionStage(Reconstruction, Stage):
         together = max(4 * TOKENS_AT_A_TIME, 7 * min(tokens, section.tokens_per_step))
         widest = max(linear.num_columns for linear in sizes)
         at_a_time = together * (width * widest + 4 * hidden)
-        # and the consumer that is returned
-        states = max(sizes.values()) * (28 + 2 * width) + 4 * max(linear.size for linear in sizes)
+        # float32: the whole layer, what is left of it, weights, gradients and two moments; narrow
+        # ones take as much; and the consumer that is returned
+        states = max(sizes.values()) * 24 + 4 * max(linear.size for linear in sizes)
         device = worker.idle + states + tokens * hidden * (2 + 2 * width) + at_a_time
         factors = worker.all_factors / worker.num_replicas
         device += factors * (worker.stores.factors == "device")
         # whole, and in every epoch left, its weights' gradients and those of the hidden entries
-        of_owners = Counter[int]()
+        of_owners = collections.Counter[int]()
+        counts = dict.fromkeys(worker.owners.values(), NOTHING)
         for linear, size in sizes.items():
             of_token = 2 * size + section.num_epochs * (4 * size + 2 * linear.size)
-            of_owners[worker.owners[linear.name]] += of_token
-        yield StepPlan("update", device, worker.host, tokens * max(of_owners.values()))
+            owner = worker.owners[linear.name]
+            of_owners[owner] += of_token
+            counts[owner] += self._counts(worker, linear, size)
+        slowest = max(of_owners, key=lambda owner: of_owners[owner])
+        flops = tokens * of_owners[slowest]
+        yield StepPlan("update", device, worker.host, flops, counts=counts[slowest])
+
+    def _counts(self, worker: WorkerView, linear: LinearShape, size: int) -> Counted:
+        """Return the counts of the training of one layer, with so many parameters."""
+        section = self.section
+        tokens = worker.num_sequences * worker.sequence_length
+        num_steps = section.num_epochs * (tokens // min(tokens, section.tokens_per_step))
+        entries = _HIDDEN * worker.hidden_size + _WIDE * linear.num_columns
+        passed = (1 + section.num_epochs) * tokens * worker.shapes.width * entries
+        counts = Counted(_LAYER, _SYNCS_OF_LAYER, passed)
+        counts += Counted(_STEP, 0, _STEP_BYTES[worker.shapes.width < 4] * size).times(num_steps)
+        # the inputs of all replicas come to the owner
+        inputs = 2.0 * tokens * worker.hidden_size * (worker.num_replicas > 1)
+        return counts + Counted(sent_bytes=inputs)
 
     def beside(self, worker: WorkerView) -> Iterable[StepPlan]:
         """Return the inputs of layers, bfloat16, from the curvature pass to the update."""
@@ -89,7 +121,9 @@ class ReconstructionStage(Reconstruction, Stage):
         total = worker.num_sequences
         backward = total if self.num_backward is None else self.num_backward
         part = (-(-backward // N) + -(-(total - backward) // N)) / total
-        own = [max(Counter(owners[: number + 1]).values()) for number in range(len(owners))]
+        own = [
+            max(collections.Counter(owners[: number + 1]).values()) for number in range(len(owners))
+        ]
         # one part more is on its way
         at_once = (count + (len(own) - number + 1) * part for number, count in enumerate(own))
         return max(at_once, default=0.0)

@@ -231,7 +231,8 @@ class SearchStage(Stage):
         of_host = num_passes * passes.host_bytes + trials * update.host_bytes
         of_disk = num_passes * passes.disk_bytes + trials * update.disk_bytes
         device = max(of_passes, update.device)
-        yield StepPlan(self.name, device, host, *flops, of_host, of_disk)
+        counts = passes.counts.times(num_passes) + update.counts.times(trials)
+        yield StepPlan(self.name, device, host, *flops, of_host, of_disk, counts=counts)
 
     def on_host(self, worker: WorkerView) -> float:
         """Return the dense model's states of the windows."""

@@ -1,0 +1,134 @@
+"""What a GPU does beside products: launches, waits, and bytes that pass its memory.
+
+Numbers of launches were counted on Llama and Qwen3, on tiny models with a dispatch mode; see
+benchmarks/launches.py, and tests/runtime/test_launches.py, which holds them. Bytes are fits.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ray_surgeon.maths.greedy import num_at_once
+from ray_surgeon.models.layout import LinearShape, ModelLayout
+
+_NORM = (6, 12)
+"""Launches of a norm forward and backward, of which 2 are added where it leaves its dtype."""
+_REST = (18, 34)
+"""Launches of a block beside linears and norms: positions, attention, activation, sums."""
+_MIXTURE = (19, 24)
+"""Launches of a mixture's layer beside its linears, which go one by one."""
+_ROUTED = (1.0, 1.0)
+"""Launches of one linear of a mixture."""
+_SYNCS_OF_MIXTURE = 1
+"""The host reads once how many tokens every segment has."""
+_ENTRIES = (4.5, 12.0)
+"""Entries that pass the memory for an input or output of a linear, forward and backward."""
+_NORM_BYTES = 36.0
+"""More of them for each entry of a norm that leaves its dtype."""
+_PANEL = 1024
+"""Rows of a panel of a symmetric sum, each of which is one launch."""
+CALL = 25
+"""Launches before the first block and behind the last one."""
+SEQUENCE = (6, 13)
+"""Launches of a sequence at the head, and more of them if it passes backward."""
+SLICE = (30, 19)
+"""Launches of a slice of its tokens: beside the dense model's, or with a gradient."""
+LOGIT_BYTES = 40.0
+"""Bytes that pass the memory for a logit."""
+ADAM_BYTES = 28.0
+"""Bytes of a step of Adam for a parameter in float32: four read, three written."""
+
+
+@dataclass(frozen=True)
+class Counted:
+    """Counted of a step, or of a part of it, on one worker."""
+
+    launches: float = 0.0  # operators that start a kernel
+    syncs: float = 0.0  # for which the host waits
+    memory_bytes: float = 0.0  # of the device's own memory that are read and written
+    sent_bytes: float = 0.0  # between workers
+    calls: float = 0.0  # of a worker, for which it waits
+    waiting_s: float = 0.0  # until processes have started, and the like
+
+    def __add__(self, more: Counted) -> Counted:
+        return Counted(
+            self.launches + more.launches,
+            self.syncs + more.syncs,
+            self.memory_bytes + more.memory_bytes,
+            self.sent_bytes + more.sent_bytes,
+            self.calls + more.calls,
+            self.waiting_s + more.waiting_s,
+        )
+
+    def times(self, number: float) -> Counted:
+        """Return the counts of so many such parts."""
+        return Counted(*(number * value for value in vars(self).values()))
+
+
+NOTHING = Counted()
+
+
+@dataclass(frozen=True)
+class BlockCounts:
+    """Counted of blocks: of a call of each, and bytes of a token that passes them."""
+
+    forward: Counted = NOTHING
+    backward: Counted = NOTHING
+    forward_token: float = 0.0
+    backward_token: float = 0.0
+
+    def __add__(self, more: BlockCounts) -> BlockCounts:
+        pairs = zip(vars(self).values(), vars(more).values(), strict=True)
+        return BlockCounts(*(own + other for own, other in pairs))
+
+    @staticmethod
+    def of(
+        layout: ModelLayout, linears: Sequence[LinearShape], norms: Sequence[int], weight_bytes: int
+    ) -> BlockCounts:
+        """Count a block.
+
+        Args:
+            layout: of the model.
+            linears: of the block.
+            norms: entries of each of its norms.
+            weight_bytes: of its weights, which every call reads.
+        """
+        width = weight_bytes / max(1, sum(linear.size for linear in linears))
+        is_narrow = width < 3
+        num_dense = sum(linear.sees_all_tokens for linear in linears)
+        num_routed = len(linears) - num_dense
+        launches = [
+            num_dense
+            + len(norms) * (norm + 2 * is_narrow)
+            + rest
+            + (mixture + num_routed * routed if num_routed else 0)
+            for norm, rest, mixture, routed in zip(_NORM, _REST, _MIXTURE, _ROUTED, strict=True)
+        ]
+        forward, backward = launches
+        syncs = _SYNCS_OF_MIXTURE * (num_routed > 0)
+        part = layout.part_of_tokens
+        entries = sum(part(s) * (s.num_rows + s.num_columns) for s in linears)
+        wide = _NORM_BYTES * is_narrow * sum(norms)
+        return BlockCounts(
+            Counted(forward, syncs, weight_bytes),
+            Counted(backward, 0, weight_bytes),
+            *(width * times * entries + wide for times in _ENTRIES),
+        )
+
+
+def launches_of_sum(num_rows: int) -> int:
+    """Return the launches of one addition to a symmetric sum."""
+    return max(1, num_rows // _PANEL)
+
+
+@functools.cache
+def num_steps(num_structures: int, num_removed: float) -> int:
+    """Return the steps of a greedy path, which each remove a part of what is left."""
+    left = num_structures
+    steps = 0
+    while num_structures - left < num_removed:
+        left -= num_at_once(left, 0)
+        steps += 1
+    return steps

@@ -1,0 +1,152 @@
+"""What the counter of launches counts, by hand; and what plans say of it.
+
+Whole runs are on a pretend accelerator, in processes of their own; see pretend_accelerator.py.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.launches import (
+    Counter,
+    counted_steps,
+    of_a_block,
+    planned,
+    rows_of,
+    tiny_llama,
+    tiny_mixture,
+)
+from tests.conftest import Zygote
+
+X = torch.randn(4, 4)
+MASK = X > 0
+CASES: dict[str, tuple[Callable[[], object], int, int]] = {
+    "sum": (lambda: X + X, 1, 0),
+    "view": (lambda: X.t()[1:].unsqueeze(0), 0, 0),
+    "allocation": (lambda: torch.empty(4, 4).resize_(2, 2), 0, 0),
+    "zeros": (lambda: torch.zeros(4), 1, 0),
+    "scalar": (lambda: float(X[0, 0]), 0, 1),
+    "truth": (lambda: bool((X > 0).any()), 2, 1),
+    "nonzero": (lambda: MASK.nonzero(), 1, 1),
+    "mask": (lambda: X[MASK], 1, 1),
+    "places": (lambda: X[torch.tensor([0, 1])], 1, 0),
+    "filled": (lambda: X.clone().masked_fill_(MASK, 0.0), 2, 0),
+    "assigned by mask": (lambda: X.clone().__setitem__(MASK, 0.0), 2, 0),
+    "equal": (lambda: torch.equal(X, X), 1, 1),
+    "bincount": (lambda: torch.bincount(torch.arange(3)), 2, 1),
+    "empty": (lambda: X[:0] @ X, 0, 0),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_launches_and_syncs(case: str) -> None:
+    compute, launches, syncs = CASES[case]
+    with Counter() as counter:
+        compute()
+    assert (counter.launches, counter.syncs) == (launches, syncs), counter.operators
+
+
+def test_bytes_and_operations() -> None:
+    x = torch.randn(8, 4)
+    y = torch.randn(4, 2)
+    with Counter() as counter:
+        product = x @ y
+        product.add_(1.0)
+        x[torch.tensor([1, 2])]
+    assert counter.flops == {torch.float32: 2 * 8 * 4 * 2}
+    # operands and result; read and written; two rows read and written, and their indices
+    assert counter.bytes == 4 * (32 + 8 + 16) + 2 * 4 * 16 + 2 * 4 * 8 + 2 * 8
+
+
+def test_backward_passes_count() -> None:
+    x = torch.randn(4, 4, requires_grad=True)
+    with Counter() as counter:
+        (x @ x).sum().backward()
+    assert counter.operators["mm"] == 3
+    assert sum(counter.flops.values()) == 3 * 2 * 4**3
+
+
+# Against plans
+
+TENTH = 0.1
+HELD = ("load", "curvature", "costs", "update", "evaluation", "commit", "correction")
+"""Steps whose launches are held; their syncs, which are few, as well where there are ten and more.
+"""
+DENSE: dict[str, Any] = {"pruning": {"groups": ["ffn"], "width_multiple": 8}}
+RECONSTRUCTED = {
+    "pruning": DENSE["pruning"] | {"reconstruction": {"tokens_per_step": 128}},
+    "correction": {"lora_rank": 4, "steps_per_shot": 8},
+}
+MIXTURE = {"pruning": {"groups": ["expert_channels"], "width_multiple": 8}}
+WHOLE = {"pruning": {"groups": ["expert_channels", "experts"], "width_multiple": 8}}
+
+
+def counts_and_plans(name: str, sections: dict[str, Any]) -> dict[str, list[list[float]]]:
+    """Return step -> launches, syncs, operations and bytes as counted, and as planned."""
+    config = tiny_llama(2) if name == "dense" else tiny_mixture(2, 16)
+    with tempfile.TemporaryDirectory() as folder:
+        steps, plan = counted_steps(config, Path(folder), "sim", **sections)
+    found = {}
+    for name, shards in plan.steps.items():
+        if name not in steps:
+            continue
+        (step,) = shards
+        own = steps[name]
+        flops = step.flops + step.float32_flops
+        by_plan = [step.counts.launches, step.counts.syncs, flops, step.counts.memory_bytes]
+        found[name] = [[own.launches, own.syncs, sum(own.flops.values()), own.bytes], by_plan]
+    return found
+
+
+def on_sim(zygote: Zygote, function: Callable[..., object], **arguments: object) -> Any:
+    request = {"function": f"{function.__module__}:{function.__name__}", "arguments": arguments}
+    return zygote.run_module("tests.pretend_accelerator", request)["returned"]
+
+
+@pytest.mark.parametrize(
+    ("name", "sections"),
+    [("dense", DENSE), ("dense", RECONSTRUCTED), ("mixture", MIXTURE), ("mixture", WHOLE)],
+    ids=["dense", "trained", "mixture", "whole"],
+)
+def test_planned_counts_are_those_of_a_run(
+    name: str, sections: dict[str, Any], zygote: Zygote
+) -> None:
+    found = on_sim(zygote, counts_and_plans, name=name, sections=sections)
+    far = {}
+    for step in (step for step in HELD if step in found):
+        (launches, syncs, *_), (planned_launches, planned_syncs, *_) = found[step]
+        far[step] = planned_launches / launches - 1
+        if syncs >= 10:
+            far[f"{step}, syncs"] = planned_syncs / syncs - 1
+    assert all(abs(share) <= TENTH for share in far.values()), (far, found)
+    (_, _, flops, size), (_, _, planned_flops, planned_size) = found["curvature"]
+    assert planned_flops == pytest.approx(flops, rel=TENTH)
+    assert 0.6 < planned_size / size < 1.1
+
+
+@pytest.mark.parametrize(
+    ("name", "launches", "syncs"), [("dense", 16, 0.0), ("mixture", 200, 0.2), ("whole", 400, 0.6)]
+)
+def test_a_block_launches_no_more_for_a_sequence(
+    name: str, launches: float, syncs: float, zygote: Zygote
+) -> None:
+    counted = on_sim(zygote, of_a_block, name=name, device="sim")
+    assert counted[0] <= launches
+    assert counted[1] <= syncs
+
+
+def test_the_table_of_a_large_model() -> None:
+    rows = {row[0]: row[1:] for row in rows_of(planned("llama-2-7b", 1, {}))}
+    assert {"curvature", "costs", "update", "evaluation", "commit", "export"} <= rows.keys()
+    launches, syncs, size, flops, seconds = rows["curvature"]
+    assert all(number != "0" for number in (launches, syncs, size, flops))
+    of_shot = float(rows["of a shot"][-1])
+    steps = ("curvature", "costs", "update", "evaluation", "commit")
+    assert of_shot == pytest.approx(sum(float(rows[step][-1]) for step in steps), abs=0.5)
+    assert 8 < float(seconds) < 60
