@@ -24,7 +24,7 @@ from ray_surgeon.models.runner import BlockRunner
 from ray_surgeon.models.shard import ModelShard
 from ray_surgeon.runtime.collectives import ReplicaGroup, Sent, TensorPayload, decode, encode, send
 from ray_surgeon.runtime.placement import Placement, WorkerIndex
-from ray_surgeon.runtime.usage import Usage, give_back, process_usage
+from ray_surgeon.runtime.usage import Usage, bound_shapes, give_back, process_usage
 from ray_surgeon.storage import tensor_files
 
 P = ParamSpec("P")
@@ -81,6 +81,9 @@ class Worker:
             device: "cpu", or a GPU such as "cuda:0"; "cuda" if the worker is to take one by
                 `take_gpu` before its first step that computes.
         """
+        # a mixture's products have as many shapes as counts of tokens, and these come again
+        if all(shape.sees_all_tokens for shape in layout.linears):
+            bound_shapes()
         self.layout = layout
         self.placement = placement
         self.index = index
