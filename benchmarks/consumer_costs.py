@@ -1,10 +1,10 @@
-"""Costs of one wide consumer, as a ratio to one GEMM of this machine.
+"""Costs of wide consumers, as a ratio to one GEMM of this machine.
 
 These are factors, single costs and greedy paths.
 
 ``python -m benchmarks.consumer_costs --rows 4096 --columns 11008`` prints a Markdown table. The
 GEMM is torch's own, of two square float32 matrices with as many columns as the consumer, timed in
-the same process.
+the same process. With ``--number 128 --device cuda`` it is that of a batch of consumers.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ray_surgeon.maths.curvature import Linear, LinearCurvature
+from ray_surgeon.maths.curvature import Linear
 from ray_surgeon.maths.greedy import Limits
+from ray_surgeon.maths.group_batch import costs_of_groups
 from ray_surgeon.maths.kronecker import Damping, PackedFactors, PackedSymmetric
 from ray_surgeon.maths.masks import StructuredMask
-from ray_surgeon.maths.structured import alive_part, group_costs
 
 _TOKENS = 4096
 
 
-def consumer(num_rows: int, num_columns: int) -> Linear:
+def consumer(num_rows: int, num_columns: int, device: str = "cpu") -> Linear:
     """Return a linear with random weights and factors of random tokens.
 
     Their channels differ in scale.
@@ -38,9 +38,9 @@ def consumer(num_rows: int, num_columns: int) -> Linear:
         x = torch.randn(_TOKENS, n, generator=generator) * torch.randn(n, generator=generator).exp()
         total = PackedSymmetric.zeros(n)
         total.add(x)
-        return total
+        return PackedSymmetric(n, total.flat.to(device))
 
-    W = torch.randn(num_rows, num_columns, generator=generator) * num_columns**-0.5
+    W = (torch.randn(num_rows, num_columns, generator=generator) * num_columns**-0.5).to(device)
     factors = PackedFactors(second_moments(num_columns), second_moments(num_rows), _TOKENS)
     return Linear("consumer", W, factors, has_bias=False, damping=Damping(a=0.01, g=0.01, max=1.0))
 
@@ -66,14 +66,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         default=[0.2, 0.5, 0.99],
         help="of the columns that a path prunes",
     )
+    parser.add_argument("--number", type=int, default=1, help="of consumers of this shape")
+    parser.add_argument("--device", default="cpu", help="on which torch computes")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch")
     arguments = parser.parse_args(argv)
     torch.set_num_threads(arguments.threads)
     n = arguments.columns
-    gemm = min(map(seconds, [partial(torch.mm, *torch.randn(2, n, n))] * 3))
-    linear = consumer(arguments.rows, n)
+    device = arguments.device
+    x, y = torch.randn(2, n, n, device=device)
+    gemm = min(seconds(lambda: torch.mm(x, y)[:1].cpu()) for _ in range(3))
+    linears = [consumer(arguments.rows, n, device)] * arguments.number
+    masks = [StructuredMask.full(arguments.rows, n)] * arguments.number
     groups = torch.arange(n)[:, None]
-    alive = alive_part(linear, StructuredMask.full(arguments.rows, n))
     lines = [
         f"GEMM of {n}^3: {gemm:.1f} s, {2 * n**3 / gemm / 1e9:.0f} GFLOP/s",
         "",
@@ -87,8 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def costs(limit: float | None, needed: int) -> Tensor:
         limits = Limits(limit, needed, least=n - needed if needed else 1)
-        curvature = LinearCurvature(linear, alive)
-        return group_costs(curvature, groups, limits)
+        return costs_of_groups(linears, masks, groups, [limits] * len(linears))[-1][1]
 
     line("factors, single costs", lambda: costs(None, 0))
     for fraction in arguments.fractions:

@@ -5,7 +5,7 @@ Source: docs/method.md, sections 2, 3 and 8.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -68,6 +68,8 @@ class DampedFactor:
     damping: float  # the one that was needed
     # whether the factorisation at the dtype of the input failed and float64 was used
     float64_retry: bool
+    # sets that `known_blocks` was asked for last, and their blocks
+    known: list[Tensor] = field(default_factory=list, repr=False, compare=False)
 
     def raised(self, linear: str, factor: str) -> Raised:
         """Return what this factor of a linear, A or G, needed beside what was asked, if it did."""
@@ -96,6 +98,12 @@ class DampedFactor:
             X = self._solved(part.flatten(), int(part.min())).view(-1, *part.shape).permute(1, 2, 0)
             blocks.append(squares(X))
         return torch.cat(blocks) if blocks else self.cholesky.new_zeros(0, width, width)
+
+    def known_blocks(self, sets: Tensor) -> Tensor:
+        """Return `inverse_blocks`, a copy of what they were if the last call had the same sets."""
+        if not self.known or not torch.equal(self.known[0], sets):
+            self.known[:] = [sets, self.inverse_blocks(sets)]
+        return self.known[1].clone()
 
     def inverse_diagonal(self) -> Tensor:
         """Return the diagonal [n] of the inverse."""
@@ -183,7 +191,7 @@ class DowndatedInverse:
         """
         self._factor = factor
         self._sets = sets
-        self.blocks = factor.inverse_blocks(sets)  # [num_sets, w, w]
+        self.blocks = factor.known_blocks(sets)  # [num_sets, w, w]
         self._V = factor.cholesky.new_empty(0, len(factor.cholesky))
         self._k = 0
         self._is_gone = factor.cholesky.new_zeros(len(factor.cholesky), dtype=torch.bool)

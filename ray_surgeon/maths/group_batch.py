@@ -26,6 +26,20 @@ from ray_surgeon.maths.structured import alive_part, group_costs
 BATCH_BYTES = 2**32
 """What the linears of one batch may take of the device together; one linear may take more."""
 
+KEPT_BYTES = 2**27
+"""What Cholesky factors may take of a worker from one walk along the paths to the next."""
+
+
+class KeptFactors(dict[str, DampedFactor]):
+    """Consumer -> its factorised A, without the matrix, as far as there is room."""
+
+    def keep(self, name: str, factor: DampedFactor) -> None:
+        """Keep a factor, if all together take no more than `KEPT_BYTES`."""
+        size = factor.cholesky.nbytes
+        if size + sum(kept.cholesky.nbytes for kept in self.values()) <= KEPT_BYTES:
+            self[name] = replace(factor, matrix=factor.matrix.new_empty(0, 0))
+
+
 GroupResult = tuple[Basis, Tensor]
 """What costs of a linear's groups were taken on, and the costs."""
 
@@ -35,6 +49,7 @@ def costs_of_groups(
     masks: Sequence[StructuredMask],
     columns: Tensor,
     limits: Sequence[Limits],
+    factors: KeptFactors | None = None,
 ) -> list[GroupResult]:
     """Return the `group_costs` of several consumers of one shape, and what they were taken on.
 
@@ -43,6 +58,7 @@ def costs_of_groups(
         masks: what earlier shots kept of each, on the CPU.
         columns: [num_groups, width] columns of each group, the same for all, on the CPU.
         limits: how far the greedy paths are followed; single costs for all, or for none.
+        factors: what an earlier call kept; the CPU takes and leaves factors there.
 
     Raises:
         FloatingPointError: a factor or a cost is not usable.
@@ -51,17 +67,28 @@ def costs_of_groups(
         return batched_group_costs(linears, masks, columns, limits)
     costs = []
     for linear, mask, limit in zip(linears, masks, limits, strict=True):
-        curvature = LinearCurvature(linear, alive_part(linear, mask))
+        part = alive_part(linear, mask)
+        kept = None if factors is None else factors.get(linear.name)
+        if kept is None:
+            curvature = LinearCurvature(linear, part)
+        else:
+            damping = replace(linear.damping, a=kept.damping)
+            curvature = LinearCurvature(replace(linear, damping=damping), part)
+            curvature.A = replace(kept, matrix=curvature.first[1])
         marginal = group_costs(curvature, columns, limit)
+        if factors is not None and kept is None:
+            factors.keep(linear.name, curvature.A)
         costs.append((curvature.basis_of_columns, marginal))
     return costs
 
 
-def bytes_needed(num_rows: int, num_columns: int) -> int:
-    """Return the bytes that each linear of a batch takes, in float32.
+def most_at_once(num_rows: int, num_columns: int) -> int:
+    """Return how many linears of a shape make a batch, at most."""
+    return max(1, BATCH_BYTES // bytes_needed(num_rows, num_columns))
 
-    With factors and weights, of which the batch has copies.
-    """
+
+def bytes_needed(num_rows: int, num_columns: int) -> int:
+    """Return the bytes that each linear of a batch takes, with its own weights and factors."""
     R = num_rows
     C = num_columns
     # dense G beside dense A and the weights, or A^-1 beside two triangular matrices
@@ -167,25 +194,20 @@ def _roots(
     return L, factors
 
 
-class _Prepared(NamedTuple):
-    """What the paths of a batch start from."""
-
-    tall: Tensor  # see `Downdated`; of the columns that are in sets
-    layouts: list[_Layout]
-    live_rows: Tensor  # [B, R] bool: with a gradient
-    factors: list[DampedFactor | None]  # see `_roots`
-
-
 def _prepared(
     linears: Sequence[Linear], alive: Tensor, groups: Tensor, least: Sequence[int]
-) -> _Prepared:
-    """Balance, damp and factorise, and return what the paths start from.
+) -> tuple[Tensor, list[_Layout], Tensor, list[DampedFactor | None]]:
+    """Balance, damp and factorise.
 
     Args:
         linears: of one shape.
         alive: [B, C] bool: columns that earlier shots kept, on the CPU.
         groups: see `batched_group_costs`.
         least: groups of each linear that stay.
+
+    Returns:
+        `tall` of `Downdated` for the columns in sets, layouts, rows with a gradient [B, R] bool,
+        and the second of `_roots`.
     """
     device = linears[0].W.device
     R = len(linears[0].W)
@@ -219,7 +241,7 @@ def _prepared(
     X = torch.linalg.solve_triangular(L, unit, upper=False)
     del L
     tall[:, 2 * R :].baddbmm_(X.mT, X, beta=0)
-    return _Prepared(tall, layouts, live_rows, factors)
+    return tall, layouts, live_rows, factors
 
 
 def batched_group_costs(

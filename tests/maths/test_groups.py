@@ -9,11 +9,22 @@ import pytest
 import torch
 from torch import Tensor
 
+from ray_surgeon.maths import group_batch
 from ray_surgeon.maths.curvature import Linear, LinearCurvature
 from ray_surgeon.maths.greedy import Limits
+from ray_surgeon.maths.group_batch import KeptFactors, costs_of_groups
 from ray_surgeon.maths.masks import StructuredMask
 from ray_surgeon.maths.structured import alive_part, group_costs, lowest, prune_groups
-from tests.maths.dense import crossing, dense_minimum, fisher, flags, linear, problem, silence
+from tests.maths.dense import (
+    crossing,
+    dense_minimum,
+    fisher,
+    flags,
+    linear,
+    problem,
+    silence,
+    too_indefinite,
+)
 
 R = 5
 C = 9
@@ -109,3 +120,24 @@ def test_costs_that_are_no_numbers_are_an_error(bad: float, limit: float | None)
     W[0, 3] = bad
     with pytest.raises(FloatingPointError, match="x groups: "):
         costs_of(linear(W, A, G), torch.arange(C)[:, None], 0, limit)
+
+
+def test_a_second_walk_has_the_factors_of_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the bit, also where damping was raised; and where there is no room, it makes its own."""
+    W, A, G = problem(R, C)
+    of = linear(W, too_indefinite(A), G)
+    known = [of], [StructuredMask.full(R, C)], torch.arange(8).view(-1, 2)
+    ((basis, expected),) = costs_of_groups(*known, [Limits()])
+    assert basis.raised_damping
+    kept = KeptFactors()
+    costs_of_groups(*known, [Limits(None)], kept)
+    with monkeypatch.context() as patch:
+        patch.setattr("ray_surgeon.maths.curvature.factorise", None)
+        ((own_basis, costs),) = costs_of_groups(*known, [Limits()], kept)
+    assert torch.equal(costs, expected)
+    assert own_basis.damping == basis.damping
+    assert own_basis.raised_damping == basis.raised_damping
+    monkeypatch.setattr(group_batch, "KEPT_BYTES", kept["x"].cholesky.nbytes - 1)
+    nothing = KeptFactors()
+    costs_of_groups(*known, [Limits(None)], nothing)
+    assert not nothing

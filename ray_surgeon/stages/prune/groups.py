@@ -22,7 +22,7 @@ import torch
 
 from ray_surgeon.maths.curvature import Removal
 from ray_surgeon.maths.greedy import Limits
-from ray_surgeon.maths.group_batch import BATCH_BYTES, bytes_needed, costs_of_groups
+from ray_surgeon.maths.group_batch import KeptFactors, costs_of_groups, most_at_once
 from ray_surgeon.maths.masks import StructuredMask
 from ray_surgeon.maths.structured import lowest, prune_groups
 from ray_surgeon.models.groups import GroupSet
@@ -43,6 +43,10 @@ _FAR = 4.0
 
 Single costs say how many are needed.
 """
+
+
+Far = Mapping[str, Reach]
+"""Consumer -> how far its path is followed."""
 
 
 class Groups(GroupChoice):
@@ -69,7 +73,7 @@ class Groups(GroupChoice):
         kinds = {"expert_channels" if kind == "experts" else kind for kind in self.section.groups}
         return [groups for groups in worker.group_sets if groups.kind in kinds]
 
-    def costs(self, worker: Worker, reach: Mapping[str, Reach] | None, shot: int) -> Scores[Any]:
+    def costs(self, worker: Worker, reach: Far | None, shot: int) -> Scores[Any]:
         """Take the marginal costs of the owned consumers' groups and keep them for `prune`.
 
         Args:
@@ -83,6 +87,7 @@ class Groups(GroupChoice):
         """
         if reach is None:
             worker.keep(Scored())
+            worker.keep(KeptFactors())
         scored = worker.kept(Scored)
         owned = {g.consumer: g for g in self.sets(worker) if worker.owns(g.consumer)}
         names = [name for name in owned if reach is None or name in reach]
@@ -90,23 +95,16 @@ class Groups(GroupChoice):
         batches = _batches(worker, [owned[name] for name in names])
         starting = {batch[0].consumer: batch for batch in batches}
         by_name = dict[str, ConsumerCosts]()
-        for name in worker.each([groups.consumer for batch in batches for groups in batch]):
-            if name in starting:
-                by_name |= self._costs_of(worker, starting[name], reach, shot)
-        costs = [
-            replace(c, whole=whole.get(name, math.inf) if c.num_left else math.inf)
-            for name, c in ((name, by_name[name]) for name in names)
-        ]
+        for name in worker.each([groups.consumer for groups in chain(*batches)]):
+            by_name |= self._costs_of(worker, starting.get(name, ()), reach, shot)
+        for name, c in by_name.items():
+            by_name[name] = replace(c, whole=whole.get(name, math.inf) if c.num_left else math.inf)
         bases = (scored[name][0] for name in names if name in scored)
         raised = chain.from_iterable(basis.raised_damping for basis in bases)
-        return Scores(tuple(costs), *sizes(worker), tuple(raised))
+        return Scores(tuple(by_name[name] for name in names), *sizes(worker), tuple(raised))
 
     def _costs_of(
-        self,
-        worker: Worker,
-        batch: Sequence[GroupSet],
-        reach: Mapping[str, Reach] | None,
-        shot: int,
+        self, worker: Worker, batch: Sequence[GroupSet], reach: Far | None, shot: int
     ) -> dict[str, ConsumerCosts]:
         """Return consumer -> the costs of its groups, of owned ones of one shape; keep them."""
         costs = dict[str, ConsumerCosts]()
@@ -130,8 +128,9 @@ class Groups(GroupChoice):
             costs[name] = ConsumerCosts(name, groups.kind, nothing, left, allowed, **about)
         if limits:
             linears = [self.linear(worker, name) for name in limits]
-            masks = [worker.mask(name, StructuredMask) for name in limits]
-            marginals = costs_of_groups(linears, masks, batch[0].columns, list(limits.values()))
+            kept = worker.kept(KeptFactors) if worker.has(KeptFactors) else None
+            of_each = [worker.mask(name, StructuredMask) for name in limits], batch[0].columns
+            marginals = costs_of_groups(linears, *of_each, list(limits.values()), kept)
             for name, (basis, marginal) in zip(limits, marginals, strict=True):
                 worker.kept(Scored)[name] = basis, marginal.float()
                 costs[name] = replace(costs[name], costs=marginal.float())
@@ -248,7 +247,9 @@ class Groups(GroupChoice):
 
     def score(self, cluster: Cluster, shot: int) -> Scores[ConsumerCosts]:
         """Let every block follow its greedy path as far as the threshold needs."""
-        return Paths(self, cluster, shot).far_enough()
+        scores = Paths(self, cluster, shot).far_enough()
+        cluster.run_all(_forget_factors)
+        return scores
 
     def apply(self, cluster: Cluster, tokens: Tokens, choice: Choice, shot: int) -> Applied:
         """Prune, update, and train layers with the learning rate that did best on some of them."""
@@ -267,7 +268,7 @@ class Groups(GroupChoice):
 def _batches(worker: Worker, sets: Sequence[GroupSet]) -> list[list[GroupSet]]:
     """Return groups in batches whose costs are taken together.
 
-    On the CPU each consumer is one. Elsewhere those of one shape are one, as far as there is room.
+    Those of one shape, as many as there is room for; on the CPU each on its own.
     """
     if worker.device.type == "cpu":
         return [[groups] for groups in sets]
@@ -277,10 +278,13 @@ def _batches(worker: Worker, sets: Sequence[GroupSet]) -> list[list[GroupSet]]:
         alike[groups.kind, of_consumer.num_rows, of_consumer.num_columns].append(groups)
     batches = []
     for (_, *shape), own in alike.items():
-        number = math.ceil(len(own) * bytes_needed(*shape) / BATCH_BYTES)
-        size = math.ceil(len(own) / min(number, len(own)))
+        size = math.ceil(len(own) / math.ceil(len(own) / most_at_once(*shape)))
         batches += [own[start : start + size] for start in range(0, len(own), size)]
     return batches
+
+
+def _forget_factors(worker: Worker) -> None:
+    worker.drop(KeptFactors)
 
 
 def _remove_producers(worker: Worker, groups: GroupSet) -> None:
