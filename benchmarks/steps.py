@@ -2,8 +2,9 @@
 
 They are in those of this machine's own matrix products, measured in the same run.
 
-``python -m benchmarks.steps OUT`` writes OUT.json and OUT.md. The operations are those of the plan;
-a ratio of 1 is the speed of a GEMM.
+``python -m benchmarks.steps OUT`` writes OUT.json and OUT.md. The job runs twice: once its products
+and factorisations are counted as they are made, by dtype, and once it is timed. A ratio of 1 is the
+speed of a GEMM. Attention counts as if no query left keys out.
 """
 
 from __future__ import annotations
@@ -13,14 +14,25 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
+from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 from benchmarks.shaped_model import write
-from ray_surgeon import JobSpec, prune
+from ray_surgeon import JobSpec
+from ray_surgeon.maths import products
+from ray_surgeon.report.directory import RunDirectory
+from ray_surgeon.report.events import Event
+from ray_surgeon.run.inputs import check
+from ray_surgeon.run.loop import run_shots
+from ray_surgeon.runtime.cluster import LocalCluster
 
 _GEMM = 4096
 SMOLLM2 = {
@@ -31,6 +43,8 @@ SMOLLM2 = {
 MODELS = ("smollm2-135m", "opt-1.3b", "llama-2-7b", "llama-3-70b")
 """The first is whole, of the others one block with random weights."""
 _TARGETS = {"groups": 0.2, "rows_columns": 0.05}
+Counted = tuple[dict[str, float], dict[str, dict[str, int]]]
+"""Step -> seconds, and step -> dtype -> operations."""
 
 
 def gemm_rate(dtype: torch.dtype) -> float:
@@ -39,34 +53,103 @@ def gemm_rate(dtype: torch.dtype) -> float:
     seconds = []
     for _ in range(4):
         start = time.perf_counter()
-        _ = x @ x
+        products.product(x, x)
         seconds.append(time.perf_counter() - start)
     return float(2 * _GEMM**3 / min(seconds[1:]))
 
 
-def steps_of(model: str, structure: str, folder: Path, num_threads: int) -> dict[str, Any]:
-    """Run one shot and return its record and its plan."""
-    section: dict[str, Any] = SMOLLM2
-    if model != "smollm2-135m":
-        write(model, folder / "model", 1, torch.bfloat16)
-        section = {"source": str(folder / "model"), "dtype": "bfloat16"}
+def _of_onednn(x: Tensor, weight: Tensor, *_: Any, **kwargs: Any) -> int:
+    return 2 * x.numel() * weight.shape[0]
+
+
+def _of_cholesky(A: Tensor, *_: Any, **kwargs: Any) -> int:
+    return A.numel() * A.shape[-1] // 3
+
+
+def _of_solution(A: Tensor, B: Tensor, *_: Any, **kwargs: Any) -> int:
+    return B.numel() * A.shape[-1]
+
+
+_COUNTS: dict[Any, Callable[..., int]] = {
+    **flop_registry,
+    products._linear: _of_onednn,
+    torch.ops.aten.linalg_cholesky_ex: _of_cholesky,
+    torch.ops.aten.linalg_solve_triangular: _of_solution,
+}
+
+
+class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts the operations of this thread's products, factorisations and solutions."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.done: Counter[torch.dtype] = Counter()  # by the dtype of what is multiplied
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Run an operator and count it."""
+        results = func(*args, **(kwargs or {}))
+        count = _COUNTS.get(func.overloadpacket)
+        if count is not None:
+            self.done[args[0].dtype] += int(count(*args, **(kwargs or {}), out_val=results))
+        return results
+
+
+def job(source: dict[str, Any], structure: str, num_threads: int) -> dict[str, Any]:
+    """Return the document of a job of one shot, with reconstruction and corrections."""
     text = {"source": "python-docs", "sequence_length": 512}
-    spec = {
+    pruning: dict[str, Any] = {"structure": structure, "target_sparsity": _TARGETS[structure]}
+    if structure == "groups":
+        pruning["reconstruction"] = {"num_epochs": 1, "learning_rate": 0.006}
+    return {
         "version": 2,
         "name": "steps",
-        "model": section,
+        "model": source,
         "calibration": text | {"num_sequences": 8},
         "evaluation": [text | {"name": "docs", "num_sequences": 4}],
-        "pruning": {"structure": structure, "target_sparsity": _TARGETS[structure], "num_shots": 1},
+        "pruning": pruning | {"num_shots": 1},
+        "correction": {"lora_rank": 32, "steps_per_shot": 4, "learning_rate": 5e-4},
         "cluster": {"backend": "local", "cpus_per_worker": num_threads},
-        "output": {"uri": str(folder / "run"), "exports": []},
+        "output": {"exports": []},
     }
-    report = prune(spec=JobSpec.model_validate(spec), progress=False).report
-    return {
-        "dtype": section.get("dtype", "float32"),
-        "seconds": report["shots"][0]["seconds"],
-        "plan": report["plan"],
-    }
+
+
+def run_steps(document: dict[str, Any], folder: Path, operations: Operations | None) -> Counted:
+    """Run a job, and return the seconds of each step and the operations by dtype, if counted."""
+    output = document["output"] | {"uri": str(folder)}
+    inputs = check(JobSpec.model_validate(document | {"output": output}))
+    seconds: defaultdict[str, float] = defaultdict(float)
+    flops: defaultdict[str, dict[str, int]] = defaultdict(dict)
+
+    def listen(event: Any) -> None:
+        if not isinstance(event, Event):
+            return
+        seconds[event.step] += event.seconds
+        if operations is None:
+            return
+        for dtype, number in operations.done.items():
+            name = str(dtype).removeprefix("torch.")
+            flops[event.step][name] = flops[event.step].get(name, 0) + number
+        operations.done.clear()
+
+    num_threads = document["cluster"]["cpus_per_worker"]
+    workers = closing(LocalCluster(inputs.layout, inputs.placement, num_threads))
+    with workers as cluster, operations or nullcontext():
+        run_shots(inputs, cluster, RunDirectory(str(folder)), listen)
+    return dict(seconds), dict(flops)
+
+
+def steps_of(model: str, structure: str, folder: Path, num_threads: int) -> dict[str, Any]:
+    """Run one shot twice, and return its steps' seconds and operations."""
+    source: dict[str, Any] = SMOLLM2
+    if model != "smollm2-135m":
+        write(model, folder / "model", 1, torch.bfloat16)
+        source = {"source": str(folder / "model"), "dtype": "bfloat16"}
+    document = job(source, structure, num_threads)
+    _, flops = run_steps(document, folder / "counted", Operations())
+    seconds, _ = run_steps(document, folder / "timed", None)
+    return {"seconds": seconds, "flops": flops}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -93,7 +176,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch")
     arguments = parser.parse_args(argv)
     torch.set_num_threads(arguments.threads)
-    rates = {dtype: gemm_rate(getattr(torch, dtype)) for dtype in ("float32", "bfloat16")}
+    rates = {name: gemm_rate(getattr(torch, name)) for name in ("float32", "bfloat16")}
+    rates["float64"] = rates["float32"] / 2  # half as many numbers in a register
     found: dict[str, Any] = {"threads": arguments.threads, "gemm_flops_per_s": rates, "runs": []}
     lines = [
         f"GEMMs of {_GEMM}: "
@@ -109,13 +193,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             with tempfile.TemporaryDirectory() as scratch:
                 run = steps_of(model, structure, Path(scratch), arguments.threads)
             found["runs"].append({"model": model, "structure": structure} | run)
-            for step, flops in run["plan"]["flops"].items():
-                seconds = run["seconds"].get(step)
-                if seconds and flops:
-                    rate = rates["float32" if step in ("costs", "update") else run["dtype"]]
+            for step, flops in run["flops"].items():
+                of_gemms = sum(number / rates[dtype] for dtype, number in flops.items())
+                if of_gemms:
+                    taken = run["seconds"][step]
                     lines.append(
-                        f"| {model} | {structure} | {step} | {flops / 1e9:.0f} | {seconds:.1f} | "
-                        f"{flops / seconds / rate:.2f} |"
+                        f"| {model} | {structure} | {step} | {sum(flops.values()) / 1e9:.0f} | "
+                        f"{taken:.1f} | {of_gemms / taken:.2f} |"
                     )
     arguments.out.with_suffix(".json").write_text(json.dumps(found, indent=2) + "\n")
     arguments.out.with_suffix(".md").write_text("\n".join(lines) + "\n")

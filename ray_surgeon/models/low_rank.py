@@ -55,8 +55,8 @@ class LowRank:
         """Return x (W + B A)^T [N, R] for inputs x [N, C]; W [R, C] has no gradient."""
         outputs: Tensor
         if self.kept is not None:
-            outputs = times_constant(x, W.T)
-            return outputs + _ByElement.apply(x, self.A, self.B, self.kept)  # type: ignore[no-untyped-call]
+            outputs = _ByElement.apply(x, self.A, self.B, self.kept)  # type: ignore[no-untyped-call]
+            return times_constant(x, W.T) + outputs
         rows = torch.cat([x, x]) if len(x) == 1 else x  # see `times_constant`
         outputs = _Corrected.apply(rows, W, self.A, self.B)  # type: ignore[no-untyped-call]
         return outputs[: len(x)]
