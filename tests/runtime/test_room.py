@@ -96,5 +96,5 @@ def test_a_file_without_figures_is_refused(text: str, reason: str, tmp_path: Pat
     path.write_text(text)
     with pytest.raises(ValueError, match=rf"cluster\.device_speed: .*own\.json.*{reason}"):
         named_device(str(path), 1)
-    with pytest.raises(ValueError, match="h900 is none of a100, .*, nor a JSON file"):
+    with pytest.raises(ValueError, match=r"h900 is none of a100, .*, nor a JSON file"):
         named_device("h900", 1)
