@@ -76,9 +76,13 @@ def test_backward_passes_count() -> None:
 
 TENTH = 0.1
 HELD = ("load", "curvature", "costs", "update", "evaluation", "commit", "correction")
-"""Steps whose launches are held; their syncs, which are few, as well where there are ten and more.
+"""Steps whose launches are held; their syncs, which are few, as well where there are fifteen.
 """
-DENSE: dict[str, Any] = {"pruning": {"groups": ["ffn"], "width_multiple": 8}}
+DATA = {"mixture": {"costs"}, "whole": {"costs", "update"}}
+"""Where they depend on the data: on how far paths are followed, and on what goes whole."""
+DENSE: dict[str, Any] = {
+    "pruning": {"groups": ["ffn"], "width_multiple": 8, "allocation": "uniform"}
+}
 RECONSTRUCTED = {
     "pruning": DENSE["pruning"] | {"reconstruction": {"tokens_per_step": 128}},
     "correction": {"lora_rank": 4, "steps_per_shot": 8},
@@ -87,9 +91,10 @@ MIXTURE = {"pruning": {"groups": ["expert_channels"], "width_multiple": 8}}
 WHOLE = {"pruning": {"groups": ["expert_channels", "experts"], "width_multiple": 8}}
 
 
-def counts_and_plans(name: str, sections: dict[str, Any]) -> dict[str, list[list[float]]]:
+def counts_and_plans(kind: str, sections: dict[str, Any]) -> dict[str, list[list[float]]]:
     """Return step -> launches, syncs, operations and bytes as counted, and as planned."""
-    config = tiny_llama(2) if name == "dense" else tiny_mixture(2, 16)
+    is_mixture = kind in {"mixture", "whole"}
+    config = tiny_mixture(2, 16) if is_mixture else tiny_llama(2)
     with tempfile.TemporaryDirectory() as folder:
         steps, plan = counted_steps(config, Path(folder), "sim", **sections)
     found = {}
@@ -110,19 +115,20 @@ def on_sim(zygote: Zygote, function: Callable[..., object], **arguments: object)
 
 
 @pytest.mark.parametrize(
-    ("name", "sections"),
-    [("dense", DENSE), ("dense", RECONSTRUCTED), ("mixture", MIXTURE), ("mixture", WHOLE)],
+    ("kind", "sections"),
+    [("dense", DENSE), ("trained", RECONSTRUCTED), ("mixture", MIXTURE), ("whole", WHOLE)],
     ids=["dense", "trained", "mixture", "whole"],
 )
 def test_planned_counts_are_those_of_a_run(
-    name: str, sections: dict[str, Any], zygote: Zygote
+    kind: str, sections: dict[str, Any], zygote: Zygote
 ) -> None:
-    found = on_sim(zygote, counts_and_plans, name=name, sections=sections)
+    found = on_sim(zygote, counts_and_plans, kind=kind, sections=sections)
     far = {}
-    for step in (step for step in HELD if step in found):
+    held = set(HELD) - DATA.get(kind, set())
+    for step in held & found.keys():
         (launches, syncs, *_), (planned_launches, planned_syncs, *_) = found[step]
         far[step] = planned_launches / launches - 1
-        if syncs >= 10:
+        if syncs >= 15:
             far[f"{step}, syncs"] = planned_syncs / syncs - 1
     assert all(abs(share) <= TENTH for share in far.values()), (far, found)
     (_, _, flops, size), (_, _, planned_flops, planned_size) = found["curvature"]

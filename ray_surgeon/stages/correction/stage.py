@@ -14,9 +14,11 @@ from ray_surgeon.stages.stage import Facts, RunState, Stage, Text
 
 _PRODUCTS = 9
 """Launches of B A x forward and backward, beside a linear's own."""
-_STEP = 30
-_SYNCS = 4
-"""Launches and syncs of an optimizer's step for a linear."""
+_STEP = 22
+"""Launches of an optimizer's step for a linear."""
+_START = 28
+_SYNCS_OF_START = 6
+"""Launches and syncs for a linear at the start and the end."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,9 @@ class Correction(Stage):
         adapters = of_entry * self.section.lora_rank * entries
         columns = sum(linear.num_columns for linear in worker.linears)
         inputs = worker.shapes.width * columns / worker.num_blocks
-        forward, backward = self._num_passing(worker)
+        num_steps, num_checks = self._num_steps(worker)
+        backward = num_steps * -(-self.section.sequences_per_step // N)
+        forward = backward + num_checks * -(-self.num_held // N)
         # B A and copies: of elements in every pass, of others when absorbed
         product = 16.0 * max(linear.size for linear in worker.linears)
         passing = worker.passing(more_kept=inputs) + product * self.by_element
@@ -79,38 +83,39 @@ class Correction(Stage):
         moved = worker.moved(worker.stores.weights, loads)
         waves = -(-self.section.sequences_per_step // (N * worker.wave))
         bubble = (waves + worker.num_shards - 1) / waves
-        counts = self._counts(worker, forward, backward)
+        counts = self._counts(worker, num_steps, num_checks)
         yield StepPlan(self.name, device, host, flops, 0.0, *moved, bubble, counts)
 
-    def _counts(self, worker: WorkerView, forward: int, backward: int) -> Counted:
-        """Return the counts of so many sequences that pass, and of the steps they make."""
+    def _counts(self, worker: WorkerView, num_steps: int, num_checks: int) -> Counted:
+        """Return the counts of so many steps, and measurements on the windows held aside."""
         N = worker.num_replicas
         T = worker.sequence_length
-        counts = worker.pass_counts(forward, T, 1.0, backward / forward)
+        num_linears = len(worker.linears)
+        per_step = -(-self.section.sequences_per_step // N)
         entries = sum(linear.num_rows + linear.num_columns for linear in worker.linears)
-        calls = -(-backward // worker.together)
-        counts += Counted(_PRODUCTS * len(worker.linears)).times(calls)
         size = self.section.lora_rank * entries
-        optimizer = Counted(_STEP * len(worker.linears), _SYNCS * len(worker.linears), calls=2)
-        optimizer += Counted(memory_bytes=ADAM_BYTES * size, sent_bytes=12.0 * size * (N > 1))
-        per_step = max(1, -(-self.section.sequences_per_step // N))
-        return counts + optimizer.times(backward / per_step)
+        runs = 1 + (worker.stores.activations == "recompute")
+        calls = -(-per_step // worker.together)
+        step = worker.pass_counts(per_step, T, runs, 1.0)
+        step += Counted((_PRODUCTS * calls + _STEP) * num_linears, 2, calls=2)
+        # parameters and two moments, read and written, and gradients
+        step += Counted(memory_bytes=ADAM_BYTES * size, sent_bytes=12.0 * size * (N > 1))
+        check = worker.pass_counts(-(-self.num_held // N), T)
+        start = Counted(_START * num_linears, _SYNCS_OF_START * num_linears)
+        return step.times(num_steps) + check.times(num_checks) + start
 
-    def _num_passing(self, worker: WorkerView) -> tuple[int, int]:
-        """Return how many sequences pass a replica forward, and how many of them backward."""
+    def _num_steps(self, worker: WorkerView) -> tuple[int, int]:
+        """Return how many steps are made in a shot, and how often windows held aside pass."""
         section = self.section
-        size = section.sequences_per_step
         num_fitted = worker.num_sequences - self.num_held
-        num_steps = section.steps_per_shot + section.final_epochs * -(-num_fitted // size)
-        num_trials = 0
-        num_checks = 0
-        if self.num_held:
-            # the second rate is taken most often, after the first one was tried
-            num_trials = training.trial_steps(num_steps) * (section.learning_rate is None)
-            num_checks = training.NUM_CHECKS + 2 + 2 * (section.learning_rate is None)
-        N = worker.num_replicas
-        backward = (num_steps + num_trials) * -(-size // N)
-        return backward + num_checks * -(-self.num_held // N), backward
+        num_steps = section.steps_per_shot
+        num_steps += section.final_epochs * -(-num_fitted // section.sequences_per_step)
+        if not self.num_held:
+            return num_steps, 0
+        # the second rate is taken most often, after the first one was tried
+        tries = section.learning_rate is None
+        num_steps += training.trial_steps(num_steps) * tries
+        return num_steps, training.NUM_CHECKS + 2 + 2 * tries
 
     def on_host(self, worker: WorkerView) -> float:
         """Return the dense model's states of the calibration text."""

@@ -35,15 +35,15 @@ _FARTHER = 1.25
 """Times as many groups as go are on the paths that are followed."""
 _HEAD = 128
 """Columns of a group of attention."""
-_STEP = 24
+_STEP = 25
 """Launches of a step of a batch's paths, for which the host waits once."""
-_BATCH = 80
-_SYNCS_OF_BATCH = 30
+_BATCH = 610
+_SYNCS_OF_BATCH = 51
 """Launches and syncs of a batch beside the steps."""
-_COSTS = 45
-_UPDATE = 120
-_SYNCS_OF_UPDATE = 29
-"""Of each consumer, in its costs and its update."""
+_COSTS = 22
+"""More launches for each consumer in it."""
+_UPDATE = ((105, 22), (120, 29))
+"""Launches and syncs of a consumer's update: of one in a mixture, and of all others."""
 
 Unit = tuple[int, str]
 """The groups of one kind in one block."""
@@ -168,7 +168,7 @@ class GroupChoice(Ranking):
             update_bytes=shrinking + 4 * (measured + R**2),
             update_flops=2.0 * C**3,
             costs_counts=Counted(_COSTS, 0, 4.0 * (2 * C**2 + 6 * R * C) * steps),
-            update_counts=Counted(_UPDATE, _SYNCS_OF_UPDATE, 4.0 * (4 * C**2 + 6 * R * C)),
+            update_counts=Counted(*_UPDATE[shape.sees_all_tokens], 4.0 * (4 * C**2 + 6 * R * C)),
             batch_counts=Counted(_BATCH + _STEP * steps, _SYNCS_OF_BATCH + steps),
             together=max(1, BATCH_BYTES // bytes_needed(R, C)),
         )

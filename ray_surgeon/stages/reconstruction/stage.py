@@ -10,13 +10,13 @@ from ray_surgeon.models.layout import LinearShape
 from ray_surgeon.plan.counts import NOTHING, Counted
 from ray_surgeon.plan.needs import StepPlan, WorkerView
 from ray_surgeon.runtime.worker import Worker
-from ray_surgeon.stages.reconstruction.layers import Errors, Reconstruction
+from ray_surgeon.stages.reconstruction.layers import RATES, TRIAL_PART, Errors, Reconstruction
 from ray_surgeon.stages.stage import Facts, RunState, Stage
 
-_STEP = 45
+_STEP = 32
 """Launches of a step of a training."""
-_LAYER = 190
-_SYNCS_OF_LAYER = 20
+_LAYER = 124
+_SYNCS_OF_LAYER = 15
 """Launches and syncs of a layer's training beside its steps: its errors, and its weights."""
 _STEP_BYTES = (40.0, 24.0)
 """Bytes of a step for a parameter, in float32 and in a narrower dtype: Adam's, gradients, products.
@@ -83,18 +83,25 @@ class ReconstructionStage(Reconstruction, Stage):
             of_token = 2 * size + section.num_epochs * (4 * size + 2 * linear.size)
             owner = worker.owners[linear.name]
             of_owners[owner] += of_token
-            counts[owner] += self._counts(worker, linear, size)
+            counts[owner] += self._counts(worker, linear, size, section.num_epochs)
         slowest = max(of_owners, key=lambda owner: of_owners[owner])
+        if section.learning_rate is None:
+            first, size = next(iter(sizes.items()))
+            num_trials = len(RATES) * min(2, len(sizes))
+            trial = self._counts(worker, first, size, TRIAL_PART)
+            counts[slowest] += trial.times(num_trials)
         flops = tokens * of_owners[slowest]
         yield StepPlan("update", device, worker.host, flops, counts=counts[slowest])
 
-    def _counts(self, worker: WorkerView, linear: LinearShape, size: int) -> Counted:
+    def _counts(
+        self, worker: WorkerView, linear: LinearShape, size: int, num_epochs: float
+    ) -> Counted:
         """Return the counts of the training of one layer, with so many parameters."""
         section = self.section
         tokens = worker.num_sequences * worker.sequence_length
-        num_steps = section.num_epochs * (tokens // min(tokens, section.tokens_per_step))
+        num_steps = max(1, int(num_epochs * (tokens // min(tokens, section.tokens_per_step))))
         entries = _HIDDEN * worker.hidden_size + _WIDE * linear.num_columns
-        passed = (1 + section.num_epochs) * tokens * worker.shapes.width * entries
+        passed = (1 + num_epochs) * tokens * worker.shapes.width * entries
         counts = Counted(_LAYER, _SYNCS_OF_LAYER, passed)
         counts += Counted(_STEP, 0, _STEP_BYTES[worker.shapes.width < 4] * size).times(num_steps)
         # the inputs of all replicas come to the owner
