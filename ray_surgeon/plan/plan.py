@@ -178,12 +178,16 @@ class Planner:
                 continue
             for wave, together in self._waves(per_replica, is_resident, room.device_is_host):
                 stores = Stores(weights, factors, activations, wave, together)
-                yield self.plan(placement, room, stores)
+                plan = self.plan(placement, room, stores)
+                while not plan.fits and stores.together > 1:
+                    stores = replace(stores, together=stores.together // 2)
+                    plan = self.plan(placement, room, stores)
+                yield plan
 
     def _waves(
         self, per_replica: int, is_resident: bool, device_is_host: bool
     ) -> Iterator[tuple[int, int]]:
-        """Yield how many sequences may pass in a wave, and of these in one call.
+        """Yield how many sequences may pass in a wave, and of these at most in one call.
 
         On a GPU the more the better: a call launches as many kernels whatever their number. On a
         CPU one after the other stays in its cache.
@@ -194,11 +198,7 @@ class Planner:
         if is_resident:
             waves = [wave for wave in reversed(waves) if wave <= most] or waves[:1]
         for wave in (min(wave, per_replica) for wave in waves):
-            together = min(wave, most)
-            while together:
-                yield wave, together
-                # where nothing waits for a wave to end, a smaller one is as good
-                together = 0 if is_resident else together // 2
+            yield wave, min(wave, most)
 
     def remedy(self, placement: Placement, safe: Room, best: Plan) -> str:
         """Return the smallest change that would do; `safe` is without `memory.limit_gib`."""

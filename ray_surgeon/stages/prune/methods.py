@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
@@ -168,15 +169,18 @@ class _OnLinears(Stage):
 
     def needs(self, worker: WorkerView) -> Iterable[StepPlan]:
         """Return the work, linear by linear, or block by block where nothing is ranked."""
-        all_needs = [self.method.needs(linear) for linear in worker.linears]
+        of_shape = functools.cache(self.method.needs)
+        alike = (replace(shape, name="", block=0, shared_input=0) for shape in worker.linears)
+        all_needs = list(map(of_shape, alike))
         needs = [vars(of_linear) for of_linear in all_needs if of_linear is not None]
         sizes = [of_linear[f"{self.name}_bytes"] for of_linear in needs]
         flops = [of_linear[f"{self.name}_flops"] for of_linear in needs]
         counts = sum((of_linear[f"{self.name}_counts"] for of_linear in needs), NOTHING)
         if self.name == "costs":
-            alike = Counter(needed for needed in all_needs if needed is not None)
+            numbers = Counter(needed for needed in all_needs if needed is not None)
             counts = sum(
-                (own.batch_counts.times(-(-n // own.together)) for own, n in alike.items()), counts
+                (own.batch_counts.times(-(-n // own.together)) for own, n in numbers.items()),
+                counts,
             )
         if self.method.has_costs:
             kept = sum(of_linear["kept_bytes"] for of_linear in needs)
