@@ -153,7 +153,7 @@ def of_a_block(name: str, device: str) -> tuple[float, float]:
 
 # Planned
 
-_TRAINED = {"reconstruction": {}}
+_TRAINED: dict[str, Any] = {"reconstruction": {}}
 _MIXTURE: dict[str, Any] = {
     "pruning": {"groups": ["expert_channels", "experts"]},
     "output": {"exports": ["per_block"]},
