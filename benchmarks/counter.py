@@ -98,13 +98,13 @@ class Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __enter__(self) -> Counter:
         self._copied = _CopiedTensors()
-        self._copied.__enter__()
-        super().__enter__()
+        self._copied.__enter__()  # type: ignore[no-untyped-call]
+        super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)
-        self._copied.__exit__(*error)
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        self._copied.__exit__(*error)  # type: ignore[no-untyped-call]
 
     def taken(self) -> Counter:
         """Return what was counted so far, and begin anew."""
@@ -227,7 +227,9 @@ def _attention(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool, scale: float
 ) -> Tensor:
     with sdpa_kernel(SDPBackend.MATH):
-        return _sdpa(query, key, value, mask, is_causal=is_causal, scale=scale, enable_gqa=True)
+        how: dict[str, Any] = {"is_causal": is_causal, "scale": scale, "enable_gqa": True}
+        result: Tensor = _sdpa(query, key, value, mask, **how)
+        return result
 
 
 @torch.library.custom_op("ray_surgeon_benchmarks::attention_backward", mutates_args=())
@@ -252,7 +254,7 @@ def _attention_backward(
     of_chances = gradient @ values.mT
     of_scores = scale * chances * (of_chances - (of_chances * chances).sum(dim=-1, keepdim=True))
     of_pairs = (of_scores.mT @ query, chances.mT @ gradient)
-    of_key, of_value = (x.unflatten(1, (-1, num_repeats)).sum(dim=2) for x in of_pairs)
+    of_key, of_value = (x.unflatten(1, (-1, num_repeats)).sum(dim=2) for x in of_pairs)  # type: ignore[no-untyped-call]
     return [of_scores @ keys, of_key, of_value]
 
 
@@ -278,7 +280,8 @@ def attention_as_one_launch() -> Iterator[None]:
     ) -> Tensor:
         scale = kwargs.get("scale") or query.shape[-1] ** -0.5
         is_causal = bool(kwargs.get("is_causal"))
-        return _attention(query, key, value, attn_mask, is_causal, scale)
+        result: Tensor = _attention(query, key, value, attn_mask, is_causal, scale)
+        return result
 
     modules: tuple[Any, ...] = torch.nn.functional, own_attention  # both have it by its name
     for module in modules:

@@ -169,9 +169,12 @@ class Device:
     def times(self, factor: float) -> Device:
         """Return a device that computes so many times as fast."""
         flops = {dtype: factor * rate for dtype, rate in self.flops.items()}
-        memory = factor * self.memory_bytes_per_s
-        rates = {"flops": flops, "float32_flops": factor * self.float32_flops}
-        return replace(self, **rates, memory_bytes_per_s=memory)
+        return replace(
+            self,
+            flops=flops,
+            float32_flops=factor * self.float32_flops,
+            memory_bytes_per_s=factor * self.memory_bytes_per_s,
+        )
 
 
 _FIGURES = TypeAdapter(Device)

@@ -55,7 +55,8 @@ class Load(Stage):
         host = worker.host + worker.shapes.largest_tensor
         size = worker.all_blocks + worker.outside
         moved = size * (not worker.device_is_host)
-        num_tensors = len(worker.shapes.layout.parameters_of(worker.blocks))
+        # and buffers that no checkpoint has
+        num_tensors = 2 + len(worker.shapes.layout.parameters_of(worker.blocks))
         counts = Counted(num_tensors, num_tensors, size)
         counts += Counted(waiting_s=worker.host / _PINNED_BYTES_PER_S)
         yield StepPlan(self.name, worker.weights, host, 0.0, 0.0, moved, size, counts=counts)
