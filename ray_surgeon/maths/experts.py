@@ -6,7 +6,7 @@ sees a share.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ray_surgeon.maths.kronecker import PackedFactors
-from ray_surgeon.maths.packed import PackedSymmetric, dense_stack, diagonals
+from ray_surgeon.maths.packed import PackedSymmetric, diagonals
 
 PRIOR_TOKENS = 256.0
 """Tokens with which an expert's own mean counts as much as its layer's.
@@ -132,38 +132,6 @@ def shrunk_factors(
     A = _moved(own.A.flat, device).add(mean.A.flat, alpha=prior_tokens).div_(n)
     G = _moved(own.G.flat, device).add(mean.G.flat, alpha=prior_tokens).mul_(share / n)
     return PackedFactors(PackedSymmetric(own.A.n, A), PackedSymmetric(own.G.n, G), 1, own.terms)
-
-
-class FactorStack(NamedTuple):
-    """Factors of several linears of one shape, whole matrices, as means over tokens."""
-
-    A: Tensor  # [b, C, C]
-    G: Tensor  # [b, R, R]
-
-
-def factor_stack(
-    own: Sequence[PackedFactors], mean: LayerMean | None, device: torch.device
-) -> FactorStack:
-    """Return `shrunk_factors` of several experts of a layer, in as many launches as those of one.
-
-    Args:
-        own: sums over the tokens of each; of their terms the first alone is taken.
-        mean: of the layer, on the device; None for linears that see all tokens, which are not
-            shrunk.
-        device: of the result.
-    """
-    of_A = torch.stack([_moved(factors.A.flat, device) for factors in own])
-    of_G = torch.stack([_moved(factors.G.flat, device) for factors in own])
-    divisors = [max(1, factors.num_tokens) for factors in own]
-    scales = [[1 / n for n in divisors]] * 2
-    if mean is not None:
-        shrunk = [factors.num_tokens + PRIOR_TOKENS for factors in own]
-        of_A.add_(mean.A.flat, alpha=PRIOR_TOKENS)
-        of_G.add_(mean.G.flat, alpha=PRIOR_TOKENS)
-        scales = [[1 / n for n in shrunk], [1 / own_divisor(f.num_tokens, mean) for f in own]]
-    by_A, by_G = _moved(torch.tensor(scales, dtype=of_A.dtype), device)
-    A = dense_stack(of_A.mul_(by_A[:, None]), own[0].A.n)
-    return FactorStack(A, dense_stack(of_G.mul_(by_G[:, None]), own[0].G.n))
 
 
 def own_divisor(num_tokens: int, mean: LayerMean) -> float:

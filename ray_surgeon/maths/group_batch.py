@@ -19,8 +19,8 @@ from ray_surgeon.maths.downdated import Downdated
 from ray_surgeon.maths.factorised import DampedFactor, factorise
 from ray_surgeon.maths.greedy import Limits
 from ray_surgeon.maths.greedy_batch import GreedyBatch
-from ray_surgeon.maths.kronecker import PackedSymmetric
 from ray_surgeon.maths.masks import StructuredMask
+from ray_surgeon.maths.packed import PackedSymmetric
 from ray_surgeon.maths.structured import alive_part, group_costs
 
 BATCH_BYTES = 2**32

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from ray_surgeon.maths.masks import places
-from ray_surgeon.maths.packed import PackedSymmetric as PackedSymmetric
-from ray_surgeon.maths.packed import with_ones as with_ones
+from ray_surgeon.maths.packed import PackedSymmetric
 from ray_surgeon.maths.products import product
 
 Term = tuple[Tensor, Tensor]

@@ -185,24 +185,6 @@ def dense_stack(flats: Tensor, n: int, device: torch.device | None = None) -> Te
     return total.add_(total.triu(1).mT)
 
 
-def part_stack(matrices: Tensor, alive: Tensor, count: int) -> Tensor:
-    """Return the alive rows and columns of several matrices, in few launches and without a wait.
-
-    Args:
-        matrices: [b, n, n].
-        alive: [b, n] bool.
-        count: the largest number of alive ones.
-
-    Returns:
-        [b, count, count]. Where fewer are alive, zeros follow.
-    """
-    at = alive.byte().argsort(dim=1, descending=True, stable=True)[:, :count]
-    wide = at[:, :, None].expand(-1, -1, matrices.shape[2])
-    parts = matrices.gather(1, wide).gather(2, at[:, None].expand(-1, count, -1))
-    is_alive = alive.gather(1, at)
-    return parts.masked_fill_(~(is_alive[:, :, None] & is_alive[:, None]), 0.0)
-
-
 _narrow_lock = threading.Lock()
 _precisions: list[str] = []
 """Of float32 products, before each of the threads in `_narrow_products` entered."""

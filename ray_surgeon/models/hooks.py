@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ray_surgeon.maths.experts import ExpertSums, add_changes, add_rises
-from ray_surgeon.maths.kronecker import PackedSymmetric, with_ones
+from ray_surgeon.maths.packed import PackedSymmetric, with_ones
 from ray_surgeon.memory.transfers import transfers
 from ray_surgeon.models.build import LinearModule, as_linear, num_inputs
 from ray_surgeon.models.experts import Mixture, Routed

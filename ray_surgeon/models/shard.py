@@ -5,14 +5,15 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
 import ray_surgeon.maths.experts as of_experts
-from ray_surgeon.maths.kronecker import PackedFactors, PackedSymmetric, Term
+from ray_surgeon.maths.kronecker import PackedFactors, Term
+from ray_surgeon.maths.packed import PackedSymmetric
 from ray_surgeon.memory.stores import Scratch, Stores, TensorStore
 from ray_surgeon.memory.weights import Read, Slot, WeightStore
 from ray_surgeon.models import build
@@ -234,20 +235,10 @@ class ModelShard:
     def factors(self, name: str) -> PackedFactors:
         """Return the factors of a linear, those of an expert shrunk; see `shrunk_factors`."""
         own = self.own_factors(name)
-        mean = self._mean_for(name)
-        return own if mean is None else of_experts.shrunk_factors(own, mean)
-
-    def factor_stack(self, names: Sequence[str]) -> of_experts.FactorStack:
-        """Return whole factors, on the device, of linears of one role of a block; see `factors`."""
-        own = [self.own_factors(name) for name in names]
-        return of_experts.factor_stack(own, self._mean_for(names[0]), self.device)
-
-    def _mean_for(self, name: str) -> of_experts.LayerMean | None:
-        """Return towards what the factors of a linear are shrunk, if they are."""
         shape = self.layout.shapes[name]
         if shape.sees_all_tokens or not self._has_tokens:
-            return None
-        return self.layer_mean(shape.block, shape.role)
+            return own
+        return of_experts.shrunk_factors(own, self.layer_mean(shape.block, shape.role))
 
     def own_factors(self, name: str) -> PackedFactors:
         """Return the sums of a linear where they lie; A is that of its shared input."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 
-from ray_surgeon.maths.kronecker import PackedSymmetric
+from ray_surgeon.maths.packed import PackedSymmetric
 from ray_surgeon.memory.stores import reserved_bytes
 from ray_surgeon.models.build import BlockRange
 from ray_surgeon.models.layout import LinearShape, ModelLayout

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ray_surgeon.maths.kronecker import PackedSymmetric
+from ray_surgeon.maths.packed import PackedSymmetric
 from ray_surgeon.models.loss import perplexity_of
 from ray_surgeon.models.runner import Call
 from ray_surgeon.runtime import wave as on_worker

@@ -12,7 +12,8 @@ from ray_surgeon.maths.experts import (
     mean_factor,
     shrunk_factors,
 )
-from ray_surgeon.maths.kronecker import PackedFactors, PackedSymmetric, with_ones
+from ray_surgeon.maths.kronecker import PackedFactors
+from ray_surgeon.maths.packed import PackedSymmetric, with_ones
 from ray_surgeon.maths.threshold import check_costs
 from tests.maths.dense import draw, packed
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from ray_surgeon.maths.factorised import damp_, factorise
-from ray_surgeon.maths.kronecker import PackedSymmetric, balance_
+from ray_surgeon.maths.kronecker import balance_
+from ray_surgeon.maths.packed import PackedSymmetric
 from tests.maths.dense import damped, draw, packed, spd
 
 

@@ -16,9 +16,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ray_surgeon.maths import packed, products
-from ray_surgeon.maths.experts import LayerMean, factor_stack, mean_factor, shrunk_factors
+from ray_surgeon.maths.experts import LayerMean, mean_factor
 from ray_surgeon.maths.kronecker import PackedFactors, balance_
-from ray_surgeon.maths.packed import PackedSymmetric, part_stack, with_ones
+from ray_surgeon.maths.packed import PackedSymmetric, with_ones
 from tests.conftest import Zygote
 
 SYNCS = {"_local_scalar_dense", "nonzero", "equal", "masked_select"}
@@ -206,19 +206,8 @@ def layer(device: str, sizes: list[int], num_experts: int) -> dict[str, Any]:
         for side in "AG":
             found_side = getattr(found, side).dense()
             errors.append(distance(found_side, getattr(expected, side).dense()))
-    with Counts() as of_stack:
-        stack = factor_stack(there, found, where)
-    for i, factors in enumerate(there):
-        one = shrunk_factors(factors, found).dense()
-        errors += [distance(getattr(stack, side)[i], getattr(one, side).cpu()) for side in "AG"]
-    whole = factor_stack(there, None, where).A[3]
-    errors.append(distance(whole, inputs[3].T @ inputs[3] / 3))
-    counts = (of_mean, of_stack)
-    return {
-        "errors": errors,
-        "launches": [c.launches.total() for c in counts],
-        "syncs": [c.syncs.total() for c in counts],
-    }
+    launches = of_mean.launches.total()
+    return {"errors": errors, "launches": launches, "syncs": of_mean.syncs.total()}
 
 
 def test_experts_of_a_layer_at_once(elsewhere: Any) -> None:
@@ -226,23 +215,5 @@ def test_experts_of_a_layer_at_once(elsewhere: Any) -> None:
     few, many = (elsewhere(layer, sizes=[24, 16], num_experts=n) for n in (8, 128))
     wide = elsewhere(layer, sizes=[12, 2056], num_experts=4)
     assert max(few["errors"] + many["errors"] + wide["errors"]) < 1e-12
-    assert few["launches"] == many["launches"]
-    assert many["launches"][0] <= 23
-    assert many["launches"][1] <= 15
-    assert [found["syncs"] for found in (few, many, wide)] == [[0, 0]] * 3
-
-
-def test_alive_parts_of_several_matrices() -> None:
-    matrices = torch.randn(3, 7, 7)
-    alive = torch.rand(3, 7) < 0.6
-    alive[1] = True
-    alive[2] = False
-    found = part_stack(matrices, alive, 7)
-    for matrix, mask, part in zip(matrices, alive, found, strict=True):
-        expected = torch.zeros(7, 7)
-        count = int(mask.sum())
-        expected[:count, :count] = matrix[mask][:, mask]
-        assert torch.equal(part, expected)
-    assert part_stack(matrices[:1], alive[:1], int(alive[0].sum())).equal(
-        matrices[0][alive[0]][:, alive[0]][None]
-    )
+    assert few["launches"] == many["launches"] <= 23
+    assert [found["syncs"] for found in (few, many, wide)] == [0] * 3

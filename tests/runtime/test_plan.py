@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from benchmarks.shaped_model import shaped_config
-from ray_surgeon.maths.kronecker import PackedSymmetric
+from ray_surgeon.maths.packed import PackedSymmetric
 from ray_surgeon.memory.stores import TOGETHER, Stores
 from ray_surgeon.models.build import BlockRange
 from ray_surgeon.models.layout import ModelLayout

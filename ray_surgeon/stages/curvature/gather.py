@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from ray_surgeon.maths.extended.terms import power_iteration, quadratic_forms
-from ray_surgeon.maths.kronecker import PackedSymmetric
+from ray_surgeon.maths.packed import PackedSymmetric
 from ray_surgeon.models.hooks import watch_pairs
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.runtime import passes
