@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import copy
 import functools
-import itertools
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from ray_surgeon.models.routed import Routed
 
 
 @dataclass(frozen=True)
@@ -151,39 +152,6 @@ class Expert(nn.Module):
         self.up_proj = make(hidden, width)
         self.down_proj = make(width, hidden)
 
-    @property
-    def producers(self) -> tuple[nn.Module, nn.Module]:
-        """Gate and up, which read the inputs."""
-        return self.gate_proj, self.up_proj
-
-
-class Routed:
-    """Pairs of a token and one of its experts, those of an expert together, tokens ascending.
-
-    Attributes:
-        experts: [n] ascending.
-        tokens: [n].
-        order: [n] places of the pairs in a flattened [num_tokens, k].
-        counts: how many every expert has. Only these are read by the host.
-    """
-
-    def __init__(self, top_k_index: Tensor, num_experts: int) -> None:
-        """Sort the experts [num_tokens, k] of all tokens."""
-        self.experts, self.order = top_k_index.flatten().sort(stable=True)
-        self.tokens = self.order // top_k_index.shape[1]
-        self.counts = _counts(self.experts, num_experts)
-
-    def of(self, values: Tensor) -> Tensor:
-        """Return what a [num_tokens, k] says of the pairs, [n]."""
-        return values.flatten().index_select(0, self.order)
-
-
-def _counts(numbers: Tensor, num_experts: int) -> list[int]:
-    """Return how often each expert occurs among ascending numbers [n]."""
-    every = torch.arange(num_experts, device=numbers.device)
-    last = torch.searchsorted(numbers, every, right=True).tolist()
-    return [stop - start for start, stop in itertools.pairwise([0, *last])]
-
 
 class ExpertLinears(nn.ModuleList):
     """All experts of a layer, in place of the family's own module.
@@ -219,8 +187,10 @@ class ExpertLinears(nn.ModuleList):
     def _outputs(self, x: Tensor, counts: list[int], run: Callable[..., Tensor]) -> Tensor:
         experts: list[Any] = list(self)
         # as many parts as there are readers, so that their gradients are added in one sum
-        producers = zip(*(expert.producers for expert in experts), strict=True)
-        gate, up = (_by_segment(linears, x, counts, run) for linears in producers)
+        gate, up = (
+            _by_segment([getattr(expert, name) for expert in experts], x, counts, run)
+            for name in _LINEARS.producers
+        )
         consumers = [expert.down_proj for expert in experts]
         return _by_segment(consumers, experts[0].combine(gate, up), counts, run)
 

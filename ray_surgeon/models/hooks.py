@@ -14,7 +14,8 @@ from ray_surgeon.maths.experts import ExpertSums, add_changes, add_rises
 from ray_surgeon.maths.packed import PackedSymmetric, with_ones
 from ray_surgeon.memory.transfers import transfers
 from ray_surgeon.models.build import LinearModule, as_linear, num_inputs
-from ray_surgeon.models.experts import Mixture, Routed
+from ray_surgeon.models.experts import Mixture
+from ray_surgeon.models.routed import Routed
 
 if TYPE_CHECKING:
     from ray_surgeon.models.layout import LinearShape
@@ -218,10 +219,10 @@ def removals(mixture: Mixture, hidden: Tensor, numbers: Tensor, weights: Tensor)
         changes = torch.zeros_like(before).index_select(0, pairs.tokens)
     else:
         changes = mixed(pairs.tokens, *rerouted) - before.index_select(0, pairs.tokens)
-    own = outputs[row[pairs.experts, pairs.tokens]]
+    own = outputs[row[pairs.places, pairs.tokens]]
     norms = own.norm(dim=1) * pairs.of(weights).float()
     rises = _rises(mixture, hidden, is_routed)
-    return Removals(pairs.experts, pairs.tokens, changes, norms, before, rises)
+    return Removals(pairs.places, pairs.tokens, changes, norms, before, rises)
 
 
 def _rises(mixture: Mixture, hidden: Tensor, is_routed: Tensor) -> Tensor | None:

@@ -194,6 +194,7 @@ def test_memory_of_ended_workers_is_waited_for(monkeypatch: pytest.MonkeyPatch) 
     workers: Any = SimpleNamespace(run_all=lambda *args: found)
     inputs: Any = mock.MagicMock(plan=mock.Mock(side_effect=answers))
     inputs.spec.cluster.cpus_per_worker = 1
+    inputs.spec.cluster.device_speed = None
     with pytest.raises(DoesNotFitError):
         loop._plan(inputs, workers, NO_SCRATCH, 0.0)
     assert loop._plan(inputs, workers, NO_SCRATCH, 6.0) == answers[-1]

@@ -13,15 +13,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from ray_surgeon.maths.allocate import Allocation, GroupCosts, allocate_globally, allocate_uniformly
-from ray_surgeon.maths.group_batch import BATCH_BYTES, bytes_needed
 from ray_surgeon.maths.threshold import OutOfReachError
 from ray_surgeon.models.budgets import Budget
 from ray_surgeon.models.layout import LinearShape
-from ray_surgeon.plan.counts import Counted, num_steps
 from ray_surgeon.plan.work import LinearNeeds
 from ray_surgeon.runtime.cluster import Cluster
 from ray_surgeon.stages.curvature.gather import NOTHING_BESIDE, SumsBeside
 from ray_surgeon.stages.prune.experts import ExpertSumsBeside
+from ray_surgeon.stages.prune.group_needs import FARTHER, needs_of_consumer
 from ray_surgeon.stages.prune.groups_section import CoupledSection
 from ray_surgeon.stages.prune.method import Choice, Ranking, Scores
 
@@ -30,20 +29,6 @@ if TYPE_CHECKING:
 
 _FAR_ENOUGH = 40.0
 """How many times as many groups as single costs say are followed before all are."""
-
-_FARTHER = 1.25
-"""Times as many groups as go are on the paths that are followed."""
-_HEAD = 128
-"""Columns of a group of attention."""
-_STEP = 25
-"""Launches of a step of a batch's paths, for which the host waits once."""
-_BATCH = 610
-_SYNCS_OF_BATCH = 51
-"""Launches and syncs of a batch beside the steps."""
-_COSTS = 22
-"""More launches for each consumer in it."""
-_UPDATE = ((105, 22), (120, 29))
-"""Launches and syncs of a consumer's update: of one in a mixture, and of all others."""
 
 Unit = tuple[int, str]
 """The groups of one kind in one block."""
@@ -148,44 +133,15 @@ class GroupChoice(Ranking):
         return self.known_budget.size(kind) if self._per_unit else 1.0
 
     def needs(self, shape: LinearShape) -> LinearNeeds | None:
-        """Only consumers are ranked and updated.
-
-        Their A is factorised, then the part of it that stays.
-        """
+        """Return what a consumer needs; nothing else is ranked and updated."""
         if shape.role not in self.consumers:
             return None
-        R = shape.num_rows
-        C = shape.num_columns
-        reach = min(1.0, 2 * (self.section.target_sparsity or 0.5))
-        # the mean of the layer and the shrunk factors, packed
-        shrinking = 0 if shape.sees_all_tokens else 4 * (R**2 + C**2)
-        steps = self._steps_of_path(shape)
-        # the first where nearly all stays
-        measured = max(3.75 * C**2 + 2 * R * C, 2.2 * C**2 + 5 * R * C)
-        return LinearNeeds(
-            costs_bytes=shrinking + 4 * ((2.6 + reach) * C**2 + 2 * R**2 + 4.2 * R * C),
-            costs_flops=5.0 * C**3 + R**3 + 4 * R**2 * C,
-            update_bytes=shrinking + 4 * (measured + R**2),
-            update_flops=2.0 * C**3,
-            costs_counts=Counted(_COSTS, 0, 4.0 * (2 * C**2 + 6 * R * C) * steps),
-            update_counts=Counted(*_UPDATE[shape.sees_all_tokens], 4.0 * (4 * C**2 + 6 * R * C)),
-            batch_counts=Counted(_BATCH + _STEP * steps, _SYNCS_OF_BATCH + steps),
-            together=max(1, BATCH_BYTES // bytes_needed(R, C)),
-        )
-
-    def _steps_of_path(self, shape: LinearShape) -> int:
-        """Return how many steps of a consumer's path are followed in the first shot.
-
-        All consumers lose the same share of what the budget lets go.
-        """
         budget = self.budget
-        share = 0.5
+        share = 0.5  # of the groups, in the first shot: all consumers lose the same
         if budget is not None:
             share = (budget.dense - self.goal(1)) / (budget.dense - budget.least(self.fewest))
-        farther = 1.0 if self.section.uniform else _FARTHER
-        C = shape.num_columns
-        num_groups = C // _HEAD if "att" in shape.role else C
-        return num_steps(num_groups, min(1.0, farther * share) * num_groups)
+        reach = min(1.0, 2 * (self.section.target_sparsity or 0.5))
+        return needs_of_consumer(shape, reach, share * (1.0 if self.section.uniform else FARTHER))
 
     def allocate(self, scores: GroupScores, shot: int) -> Allocation:
         """Return how many groups every block loses."""
