@@ -98,6 +98,22 @@ def test_losses_and_gradients_are_those_of_the_tokens_that_count() -> None:
     torch.testing.assert_close(comparison.nll, nll, rtol=1e-6, atol=1e-9)
 
 
+def test_losses_of_a_large_vocabulary_have_all_digits() -> None:
+    """Its exponentials have errors in common, which a sum does not take out."""
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(1, 40, 16, generator=generator)
+    head = torch.randn(20_000, 16, generator=generator)
+    tokens = torch.randint(0, 20_000, (1, 40), generator=generator)
+    every = torch.ones_like(tokens, dtype=torch.bool)
+    exact = nll_of(hidden.double() @ head.double().T, tokens, every)
+    predicted = Predicted(tokens)
+    of_text, _ = next_token_loss(hidden, head, predicted)
+    beside = compare_with_dense(hidden, hidden, predicted, head)
+    for found in (of_text, beside.nll):
+        torch.testing.assert_close(found / 39, exact / 39, rtol=0, atol=5e-7)
+    assert float(beside.divergence) == 0
+
+
 def test_if_all_tokens_count_every_bit_is_as_without_counts_and_if_none_nothing_is_left() -> None:
     hidden, dense, head, tokens, counts = a_text()
 
