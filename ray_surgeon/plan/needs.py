@@ -8,57 +8,16 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from ray_surgeon.memory.stores import Place, Stores
 from ray_surgeon.models.loss import TOKENS_PER_SLICE, bytes_at_the_head
 from ray_surgeon.models.runner import TOKENS_OF_ROOM
 from ray_surgeon.plan.counts import CALL, LOGIT_BYTES, NOTHING, SEQUENCE, SLICE, Counted
-from ray_surgeon.plan.room import Device
+from ray_surgeon.plan.counts import StepPlan as StepPlan
 from ray_surgeon.plan.work import ActivationBytes, Shapes
 from ray_surgeon.runtime.placement import Placement
 from ray_surgeon.runtime.writing import texts_together
-
-
-@dataclass(frozen=True)
-class StepPlan:
-    """One step on one worker."""
-
-    name: str
-    device: float  # peak bytes on the device
-    host: float  # peak bytes in the host's memory beside it
-    flops: float = 0.0  # of the products in the weights' dtype
-    float32_flops: float = 0.0
-    host_bytes: float = 0.0  # that move between host and device
-    disk_bytes: float = 0.0  # that move between disk and host
-    bubble: float = 1.0  # how much longer it takes because the shards wait for each other
-    counts: Counted = NOTHING
-
-    def seconds(self, device: Device, dtype: str) -> float:
-        """Return the expected time.
-
-        A GPU computes while the host launches, so the longer of the two counts; a CPU does both
-        itself. Products and what passes the device's memory are taken one after the other: most
-        kernels are bound by one of them. Factors do not move while something computes; that
-        weights do is not counted on.
-        """
-        counts = self.counts
-        computing = self.flops / device.flops[dtype] + self.float32_flops / device.float32_flops
-        computing += counts.memory_bytes / device.memory_bytes_per_s
-        launching = counts.launches * device.launch_s
-        busy = max(computing, launching) if device.memory_bytes else computing + launching
-        moving = self.host_bytes / device.host_bytes_per_s
-        moving += self.disk_bytes / device.disk_bytes_per_s
-        moving += counts.sent_bytes / device.network_bytes_per_s
-        waiting = counts.syncs * device.sync_s + counts.calls * device.call_s
-        return self.bubble * (busy + moving + waiting) + counts.waiting_s
-
-    def then(self, later: StepPlan) -> StepPlan:
-        """Return both as one step, in which one comes after the other."""
-        peaks = ("device", "host", "bubble")
-        pairs = {n: (own, vars(later)[n]) for n, own in vars(self).items() if n != "name"}
-        both = {n: max(pair) if n in peaks else pair[0] + pair[1] for n, pair in pairs.items()}
-        return StepPlan(self.name, **both)
 
 
 class WorkerView:

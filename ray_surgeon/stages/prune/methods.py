@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
@@ -169,19 +168,19 @@ class _OnLinears(Stage):
 
     def needs(self, worker: WorkerView) -> Iterable[StepPlan]:
         """Return the work, linear by linear, or block by block where nothing is ranked."""
-        of_shape = functools.cache(self.method.needs)
-        alike = (replace(shape, name="", block=0, shared_input=0) for shape in worker.linears)
-        all_needs = list(map(of_shape, alike))
-        needs = [vars(of_linear) for of_linear in all_needs if of_linear is not None]
+        # asked once for all linears of a shape, of which a mixture has thousands
+        shapes = [(s.role, s.num_rows, s.num_columns) for s in worker.linears]
+        firsts = dict(zip(reversed(shapes), reversed(worker.linears), strict=True))
+        of_shapes = {shape: self.method.needs(first) for shape, first in firsts.items()}
+        needs = [vars(own) for shape in shapes if (own := of_shapes[shape]) is not None]
         sizes = [of_linear[f"{self.name}_bytes"] for of_linear in needs]
         flops = [of_linear[f"{self.name}_flops"] for of_linear in needs]
-        counts = sum((of_linear[f"{self.name}_counts"] for of_linear in needs), NOTHING)
-        if self.name == "costs":
-            numbers = Counter(needed for needed in all_needs if needed is not None)
-            counts = sum(
-                (own.batch_counts.times(-(-n // own.together)) for own, n in numbers.items()),
-                counts,
-            )
+        counts = NOTHING
+        for shape, number in Counter(shapes).items():
+            if (own := of_shapes[shape]) is not None:
+                counts += getattr(own, f"{self.name}_counts").times(number)
+                if self.name == "costs":
+                    counts += own.batch_counts.times(-(-number // own.together))
         if self.method.has_costs:
             kept = sum(of_linear["kept_bytes"] for of_linear in needs)
             yield worker.linear_by_linear(self.name, sizes, flops, kept, counts)
