@@ -32,11 +32,11 @@ _PANEL = 1024
 """Rows of a panel of a symmetric sum, each of which is one launch."""
 CALL = 25
 """Launches before the first block and behind the last one."""
-SEQUENCE = (6, 13)
+_SEQUENCE = (6, 13)
 """Launches of a sequence at the head, and more of them if it passes backward."""
 SLICE = (30, 19)
 """Launches of a slice of its tokens: beside the dense model's, or with a gradient."""
-LOGIT_BYTES = 40.0
+_LOGIT_BYTES = 40.0
 """Bytes that pass the memory for a logit."""
 ADAM_BYTES = 28.0
 """Bytes of a step of Adam for a parameter in float32: four read, three written."""
@@ -125,6 +125,14 @@ class BlockCounts:
         pairs = zip(vars(self).values(), vars(more).values(), strict=True)
         return BlockCounts(*(own + other for own, other in pairs))
 
+    def of_passes(
+        self, num_calls: float, num_tokens: float, forward: float, backward: float
+    ) -> Counted:
+        """Return the counts of calls, and of tokens that pass so often forward and backward."""
+        counts = self.forward.times(num_calls * forward) + self.backward.times(num_calls * backward)
+        of_token = forward * self.forward_token + backward * self.backward_token
+        return counts + Counted(memory_bytes=num_tokens * of_token)
+
     @staticmethod
     def of(
         layout: ModelLayout, linears: Sequence[LinearShape], norms: Sequence[int], weight_bytes: int
@@ -158,6 +166,13 @@ class BlockCounts:
             Counted(backward, 0, weight_bytes),
             *(width * times * entries + wide for times in _ENTRIES),
         )
+
+
+def head_counts(length: int, slice_length: int, vocabulary: float, *, backward: bool) -> Counted:
+    """Return the counts of the loss of a sequence, slice after slice of its tokens."""
+    launches = _SEQUENCE[0] + _SEQUENCE[1] * backward
+    launches += SLICE[backward] * -(-length // slice_length)
+    return Counted(launches, not backward, _LOGIT_BYTES * length * vocabulary)
 
 
 def launches_of_sum(num_rows: int) -> int:

@@ -13,8 +13,7 @@ from dataclasses import replace
 from ray_surgeon.memory.stores import Place, Stores
 from ray_surgeon.models.loss import TOKENS_PER_SLICE, bytes_at_the_head
 from ray_surgeon.models.runner import TOKENS_OF_ROOM
-from ray_surgeon.plan.counts import CALL, LOGIT_BYTES, NOTHING, SEQUENCE, SLICE, Counted
-from ray_surgeon.plan.counts import StepPlan as StepPlan
+from ray_surgeon.plan.counts import CALL, NOTHING, SLICE, Counted, StepPlan, head_counts
 from ray_surgeon.plan.work import ActivationBytes, Shapes
 from ray_surgeon.runtime.placement import Placement
 from ray_surgeon.runtime.writing import texts_together
@@ -164,17 +163,11 @@ class WorkerView:
         """
         num_calls = -(-num_sequences // self.together)
         tokens = num_sequences * length
-        blocks = self.shapes.counts(self.blocks)
-        counts = blocks.forward.times(num_calls * forward)
-        counts += blocks.backward.times(num_calls * backward)
-        of_tokens = forward * blocks.forward_token + backward * blocks.backward_token
-        counts += Counted(memory_bytes=tokens * of_tokens)
+        counts = self.shapes.counts(self.blocks).of_passes(num_calls, tokens, forward, backward)
         counts += Counted(CALL, 4).times(num_calls * forward)
         if self.head_flops:
             vocabulary = self.head_flops / (2 * self.hidden_size)
-            launches = SEQUENCE[0] + SEQUENCE[1] * bool(backward)
-            launches += SLICE[bool(backward)] * -(-length // TOKENS_PER_SLICE)
-            logits = Counted(launches, not backward, LOGIT_BYTES * length * vocabulary)
+            logits = head_counts(length, TOKENS_PER_SLICE, vocabulary, backward=bool(backward))
             counts += logits.times(num_sequences * heads)
         sent = tokens * self._hidden * (forward + backward) * (self.num_shards > 1)
         return counts + Counted(sent_bytes=sent)
@@ -258,28 +251,23 @@ class WorkerView:
         return float((2 + self._in_flight) * self.wave * length * self._hidden)
 
     def linear_by_linear(
-        self,
-        name: str,
-        sizes: Sequence[float],
-        flops: Sequence[float],
-        kept: float = 0.0,
-        counts: Counted = NOTHING,
+        self, name: str, largest: float, flops: float, kept: float, counts: Counted
     ) -> StepPlan:
         """Return a step in which linears have their turns, each on the replica that owns it.
 
         Args:
             name: of the step.
-            sizes: bytes on the device of each linear.
-            flops: of each linear, in float32.
+            largest: bytes on the device of one linear, at most.
+            flops: of all linears, in float32.
             kept: bytes on the device of all linears together.
-            counts: of all linears together.
+            counts: of all linears.
         """
         factors = self.all_factors / self.num_replicas
         on_device = factors * (self.stores.factors == "device")
-        device = self.idle + on_device + kept / self.num_replicas + max(sizes, default=0.0)
+        device = self.idle + on_device + kept / self.num_replicas + largest
         host = self.host + factors * (self.stores.factors == "host" and self.device_is_host)
         moved = self.moved(self.stores.factors, factors)
-        own = sum(flops) / self.num_replicas, *moved
+        own = flops / self.num_replicas, *moved
         return StepPlan(name, device, host, 0.0, *own, counts=counts.times(1 / self.num_replicas))
 
     def block_by_block(

@@ -18,7 +18,8 @@ from typing import Any, get_args
 from rich.table import Table
 
 from ray_surgeon.memory.stores import TOGETHER, Activations, Place, Stores
-from ray_surgeon.plan.needs import StepPlan, WorkerView
+from ray_surgeon.plan.counts import StepPlan
+from ray_surgeon.plan.needs import WorkerView
 from ray_surgeon.plan.room import Device, Room
 from ray_surgeon.plan.work import Shapes
 from ray_surgeon.runtime.placement import Placement, place

@@ -146,6 +146,8 @@ class LinearNeeds:
     update_bytes: float = 0.0
     update_flops: float = 0.0
     kept_bytes: float = 0.0  # from its costs to its update, all linears at a time
+    batch_bytes: float = 0.0  # of one in a batch, see `together`
+    reused_bytes: float = 0.0  # on a CPU, kept while costs are taken, as far as that is allowed
     # beside products
     costs_counts: Counted = NOTHING
     update_counts: Counted = NOTHING

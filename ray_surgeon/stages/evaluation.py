@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ray_surgeon.export.tasks import check_tasks, evaluate_tasks
-from ray_surgeon.plan.needs import StepPlan, WorkerView
+from ray_surgeon.plan.counts import StepPlan
+from ray_surgeon.plan.needs import WorkerView
 from ray_surgeon.runtime.passes import measure, remember
 from ray_surgeon.spec.evaluation import TasksSection
 from ray_surgeon.stages.stage import HELD, Facts, RunState, Stage

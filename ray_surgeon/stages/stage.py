@@ -16,7 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ray_surgeon.models.layout import ModelLayout
-from ray_surgeon.plan.needs import StepPlan, WorkerView
+from ray_surgeon.plan.counts import StepPlan
+from ray_surgeon.plan.needs import WorkerView
 from ray_surgeon.report.directory import RunDirectory
 from ray_surgeon.report.events import Fact, Steps
 from ray_surgeon.report.record import RunReport

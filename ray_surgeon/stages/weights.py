@@ -13,8 +13,8 @@ from ray_surgeon.export.folder import Pruned
 from ray_surgeon.export.for_engines import export_quantised
 from ray_surgeon.export.kinds import export
 from ray_surgeon.memory.stores import ScratchNames
-from ray_surgeon.plan.counts import Counted
-from ray_surgeon.plan.needs import StepPlan, WorkerView
+from ray_surgeon.plan.counts import Counted, StepPlan
+from ray_surgeon.plan.needs import WorkerView
 from ray_surgeon.report.html_report import LivePage, rendered
 from ray_surgeon.runtime.dense_states import read_states, write_states
 from ray_surgeon.runtime.weights import FILE_BYTES, ModelRecipe, continue_from_shot, load, save_shot

@@ -17,7 +17,8 @@ from ray_surgeon.memory.stores import TOGETHER, Stores
 from ray_surgeon.models.build import BlockRange
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.pipeline import _bytes
-from ray_surgeon.plan.needs import StepPlan, WorkerView
+from ray_surgeon.plan.counts import StepPlan
+from ray_surgeon.plan.needs import WorkerView
 from ray_surgeon.plan.plan import DoesNotFitError, Plan, Planner
 from ray_surgeon.plan.room import DEVICES, Room
 from ray_surgeon.plan.work import Shapes, Work

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from ray_surgeon.plan.needs import StepPlan, WorkerView
+from ray_surgeon.plan.counts import StepPlan
+from ray_surgeon.plan.needs import WorkerView
 from ray_surgeon.runtime import passes
 from ray_surgeon.runtime.cluster import Cluster
 from ray_surgeon.runtime.dense_states import ANSWERS

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from ray_surgeon.plan.counts import ADAM_BYTES, Counted
-from ray_surgeon.plan.needs import StepPlan, WorkerView
+from ray_surgeon.plan.counts import ADAM_BYTES, Counted, StepPlan
+from ray_surgeon.plan.needs import WorkerView
 from ray_surgeon.runtime.dense_states import CALIBRATION
 from ray_surgeon.stages.correction import training
 from ray_surgeon.stages.correction.section import CorrectionSection
@@ -17,7 +17,7 @@ _PRODUCTS = 9
 _STEP = 22
 """Launches of an optimizer's step for a linear."""
 _START = 28
-_SYNCS_OF_START = 6
+_SYNCS_OF_START = 4
 """Launches and syncs for a linear at the start and the end."""
 
 

@@ -15,8 +15,8 @@ import numpy as np
 
 from ray_surgeon.maths.kronecker import PackedFactors
 from ray_surgeon.maths.structured import A_CHOICES, G_CHOICES, choose_damping, cost_held_aside
-from ray_surgeon.plan.counts import Counted, launches_of_sum
-from ray_surgeon.plan.needs import StepPlan, WorkerView
+from ray_surgeon.plan.counts import Counted, StepPlan, launches_of_sum
+from ray_surgeon.plan.needs import WorkerView
 from ray_surgeon.runtime.cluster import Cluster
 from ray_surgeon.runtime.worker import Worker
 from ray_surgeon.stages.curvature.gather import gather_curvature, gather_terms

@@ -50,4 +50,6 @@ def needs_of_consumer(shape: LinearShape, reach: float, share: float) -> LinearN
         update_counts=Counted(*_UPDATE[shape.sees_all_tokens], 4.0 * (4 * C**2 + 6 * R * C)),
         batch_counts=Counted(_BATCH + _STEP * steps, _SYNCS_OF_BATCH + steps),
         together=max(1, BATCH_BYTES // bytes_needed(R, C)),
+        batch_bytes=bytes_needed(R, C),
+        reused_bytes=4.0 * C**2,
     )

@@ -12,12 +12,13 @@ from pydantic import Tag
 
 from ray_surgeon.export.folder import Pruned
 from ray_surgeon.export.speed import latency_budget
+from ray_surgeon.maths.group_batch import KEPT_BYTES
 from ray_surgeon.models import budgets
 from ray_surgeon.models.budgets import Budget
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.models.pruned_config import kv_heads_left
-from ray_surgeon.plan.counts import NOTHING
-from ray_surgeon.plan.needs import StepPlan, WorkerView
+from ray_surgeon.plan.counts import NOTHING, StepPlan
+from ray_surgeon.plan.needs import WorkerView
 from ray_surgeon.spec.base import by_tag, tag
 from ray_surgeon.spec.targets import BytesTarget, FlopsTarget, LatencyTarget, TargetSection
 from ray_surgeon.stages.curvature.section import AnyCurvature
@@ -176,14 +177,22 @@ class _OnLinears(Stage):
         sizes = [of_linear[f"{self.name}_bytes"] for of_linear in needs]
         flops = [of_linear[f"{self.name}_flops"] for of_linear in needs]
         counts = NOTHING
+        reused = 0.0
         for shape, number in Counter(shapes).items():
-            if (own := of_shapes[shape]) is not None:
-                counts += getattr(own, f"{self.name}_counts").times(number)
-                if self.name == "costs":
-                    counts += own.batch_counts.times(-(-number // own.together))
+            if (own := of_shapes[shape]) is None:
+                continue
+            counts += getattr(own, f"{self.name}_counts").times(number)
+            if self.name == "costs":
+                counts += own.batch_counts.times(-(-number // own.together))
+                sizes.append(min(number, own.together) * own.batch_bytes)
+                reused += number * own.reused_bytes
+        if worker.device_is_host:  # which has no batches
+            sizes = sizes[: len(needs)]
         if self.method.has_costs:
             kept = sum(of_linear["kept_bytes"] for of_linear in needs)
-            yield worker.linear_by_linear(self.name, sizes, flops, kept, counts)
+            largest = max(sizes, default=0.0)
+            largest += min(KEPT_BYTES, reused / worker.num_replicas) * worker.device_is_host
+            yield worker.linear_by_linear(self.name, largest, sum(flops), kept, counts)
         else:
             yield worker.block_by_block(self.name, list(zip(sizes, flops, strict=True)), counts)
 

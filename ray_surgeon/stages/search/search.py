@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 
 from ray_surgeon.maths.threshold import next_scales, shrunk_ratios
-from ray_surgeon.plan.needs import StepPlan, WorkerView
+from ray_surgeon.plan.counts import StepPlan
+from ray_surgeon.plan.needs import WorkerView
 from ray_surgeon.runtime.passes import divergences_of
 from ray_surgeon.runtime.wave import Tokens
 from ray_surgeon.runtime.worker import Worker, collective
