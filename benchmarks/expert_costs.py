@@ -59,10 +59,11 @@ class SingleRemovals:
 
         States before the block are given.
         """
-        kept = self.shard.mixtures[place].kept
-        kept[expert] = False
+        mixture = self.shard.mixtures[place]
+        kept = mixture.kept
+        mixture.kept = kept.clone().index_fill_(0, torch.tensor([expert]), False)
         found = self.compare(place, states)
-        kept[expert] = True
+        mixture.kept = kept
         return found
 
     def compare(self, place: int, states: list[Tensor]) -> tuple[float, float]:

@@ -21,14 +21,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.backend_registration import _DummyBackendModule
 
 _here = threading.local()
 """The present stream and the device of a thread, its number, and its operators that compute."""
 _numbers = itertools.count()
 _lock = threading.RLock()
-_pinned: set[int] = set()
-"""Addresses of pinned memory."""
+_pinned: dict[int, StorageWeakRef] = {}
+"""Address of pinned memory -> a reference that ends with it."""
 num_blocking = 0
 """Copies so far between host and device for which the host waits."""
 
@@ -121,8 +122,13 @@ def set_device(device: torch.device) -> None:
 
 def pinned(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     tensor = torch.empty(tuple(shape), dtype=dtype)
-    _pinned.add(address(tensor))
+    _pinned[address(tensor)] = StorageWeakRef(tensor.untyped_storage())
     return tensor
+
+
+def is_pinned(tensor: Tensor) -> bool:
+    reference = _pinned.get(address(tensor))
+    return reference is not None and not reference.expired()
 
 
 def record_stream(tensor: Tensor, stream: Stream) -> None:
@@ -154,7 +160,7 @@ def copy(
         num_blocking += waits and host.device != device.device and host.dim() > 0
         do(source)
     elif device is source:
-        assert address(host) in _pinned, "a copy in the background into memory that is not pinned"
+        assert is_pinned(host), "a copy in the background into memory that is not pinned"
         seen = own.seen.get(_number())
         assert seen == num_computed(), "a copy has not waited for what is computed"
 
@@ -167,7 +173,7 @@ def copy(
         if target.is_floating_point():
             do(torch.full_like(host, torch.nan))
         # what is not pinned is read at once
-        read = host if address(host) in _pinned else host.clone()
+        read = host if is_pinned(host) else host.clone()
         own.add(lambda: do(read))
         own.arriving = address(target)
 

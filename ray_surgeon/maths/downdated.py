@@ -76,16 +76,22 @@ class Downdated:
     def of_linear(curvature: LinearCurvature, *, rows: bool, columns: bool) -> Downdated:
         """Return one linear as a batch, of which rows, single columns or both may go."""
         W = curvature.W
-        wide = None
-        tall = [W]
-        inverses = curvature.G.inverse() if rows else W, curvature.A.inverse() if columns else W
-        G, A = curvature.first  # which a factorisation may have damped more
-        if rows:
-            wide = torch.cat([inverses[0], product(W, A).mul_(0.5)], dim=1)[None]
+        R, C = W.shape
+        wide = W.new_empty(R, R + C) if rows else None
+        tall = W.new_empty(2 * R + C if columns else R, C)
+        tall[:R] = W
+        # one inverse after the other: beside all else there is room for one of them
+        if wide is not None:
+            wide[:, :R] = curvature.G.inverse()
         if columns:
-            tall += [product(G, W).mul_(0.5), inverses[1]]
-        num_sets = W.shape[1] if columns else 0
-        return Downdated(torch.cat(tall)[None], wide, len(W), num_sets, 1)
+            tall[2 * R :] = curvature.A.inverse()
+        G, A = curvature.first  # which a factorisation may have damped more
+        if wide is not None:
+            wide[:, R:] = product(W, A).mul_(0.5)
+        if columns:
+            tall[R : 2 * R] = product(G, W).mul_(0.5)
+        sides = None if wide is None else wide[None]
+        return Downdated(tall[None], sides, R, C if columns else 0, 1)
 
     @property
     def W(self) -> Tensor:

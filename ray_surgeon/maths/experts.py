@@ -23,7 +23,7 @@ Measured; see docs/results.md.
 """
 
 
-_BATCH_BYTES = 2**27
+_BATCH_BYTES = 2**25
 """Of factors that are copied to be added up in one launch."""
 
 

@@ -19,12 +19,13 @@ from ray_surgeon.maths.downdated import Downdated
 from ray_surgeon.maths.factorised import DampedFactor, factorise
 from ray_surgeon.maths.greedy import Limits
 from ray_surgeon.maths.greedy_batch import GreedyBatch
+from ray_surgeon.maths.kronecker import balance_
 from ray_surgeon.maths.masks import StructuredMask
 from ray_surgeon.maths.packed import PackedSymmetric
 from ray_surgeon.maths.structured import alive_part, group_costs
 
 BATCH_BYTES = 2**32
-"""What the linears of one batch may take of the device together; one linear may take more."""
+"""What the linears of one batch may take of the device together."""
 
 KEPT_BYTES = 2**27
 """What Cholesky factors may take of a worker from one walk along the paths to the next."""
@@ -35,8 +36,8 @@ class KeptFactors(dict[str, DampedFactor]):
 
     def keep(self, name: str, factor: DampedFactor) -> None:
         """Keep a factor, if all together take no more than `KEPT_BYTES`."""
-        size = factor.cholesky.nbytes
-        if size + sum(kept.cholesky.nbytes for kept in self.values()) <= KEPT_BYTES:
+        sizes = (kept.cholesky.nbytes for kept in (factor, *self.values()))
+        if sum(sizes) <= KEPT_BYTES:
             self[name] = replace(factor, matrix=factor.matrix.new_empty(0, 0))
 
 
@@ -63,7 +64,7 @@ def costs_of_groups(
     Raises:
         FloatingPointError: a factor or a cost is not usable.
     """
-    if linears[0].W.device.type != "cpu":
+    if linears[0].W.device.type != "cpu" and most_at_once(*linears[0].W.shape):
         return batched_group_costs(linears, masks, columns, limits)
     costs = []
     for linear, mask, limit in zip(linears, masks, limits, strict=True):
@@ -83,8 +84,12 @@ def costs_of_groups(
 
 
 def most_at_once(num_rows: int, num_columns: int) -> int:
-    """Return how many linears of a shape make a batch, at most."""
-    return max(1, BATCH_BYTES // bytes_needed(num_rows, num_columns))
+    """Return how many linears of a shape make a batch, at most.
+
+    None does if one is so large that launches are nothing beside its products: it goes as on the
+    CPU, without the inverse, which takes a third of the memory.
+    """
+    return BATCH_BYTES // bytes_needed(num_rows, num_columns)
 
 
 def bytes_needed(num_rows: int, num_columns: int) -> int:
@@ -137,15 +142,6 @@ def _means(linears: Sequence[Linear], factor: str, device: torch.device) -> Tens
         places = PackedSymmetric(packed[0].n, numbers).dense()
         dense = flat.index_select(1, places.flatten()).view(len(packed), *places.shape)
     return dense.div_(num_tokens.to(dense.dtype)[:, None, None]).to(linears[0].W.dtype)
-
-
-def _balance(A: Tensor, G: Tensor) -> None:
-    """Do for each pair what `ray_surgeon.maths.kronecker.balance_` does."""
-    norm_A, norm_G = (torch.linalg.norm(x, dim=(1, 2), keepdim=True) for x in (A, G))
-    ratio = torch.sqrt(norm_G / norm_A)
-    ratio = torch.where((norm_A != 0) & (norm_G != 0), ratio, torch.ones_like(ratio))
-    A.mul_(ratio)
-    G.div_(ratio)
 
 
 def _damp(matrices: Tensor, damping: Sequence[float], is_there: Tensor) -> Tensor:
@@ -226,7 +222,7 @@ def _prepared(
         A = A.gather(1, columns[:, :, None].expand(-1, -1, A.shape[2]))
         A = A.gather(2, columns[:, None].expand(-1, n, -1))
         A.mul_(is_there[:, None]).mul_(is_there[:, :, None])
-    _balance(A, G)
+    balance_(A, G)
     _damp(G, [linear.damping.g for linear in linears], live_rows.to(G.dtype))
     before = _damp(A, [linear.damping.a for linear in linears], is_there)
     inside = groups.shape[1] * max(len(layout.numbers) for layout in layouts)

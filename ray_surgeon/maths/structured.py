@@ -230,11 +230,12 @@ def cost_held_aside(linear: Linear, held: PackedFactors, share: float, prunes_ro
     part = linear.nonzero
     curvature = LinearCurvature(linear, part)
     W = curvature.W
+    # first those of rows, for which G may be damped more
+    row_costs = curvature.row_costs("obs") if prunes_rows else W.new_zeros(len(W))
     column_costs = curvature.column_costs("obs")
     if linear.has_bias and bool(part.columns[-1]):
         column_costs[-1] = torch.inf
     gone_columns = _cheapest(column_costs, share)
-    row_costs = curvature.row_costs("obs") if prunes_rows else W.new_zeros(len(W))
     gone_rows = _cheapest(row_costs, share if prunes_rows else 0.0)
     after, _ = curvature.prune(gone_rows, gone_columns, "full")
     factors = held.restricted(part.rows, part.columns)

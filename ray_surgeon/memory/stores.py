@@ -39,6 +39,23 @@ class Stores:
     wave: int = 1  # sequences that pass a block before the next block runs
     together: int = 1  # those of them that pass it in one call
 
+    def wave_of(self, num_sequences: int, num_shards: int) -> int:
+        """Return the size of a wave: at least as many waves as shards, so that all are busy.
+
+        To move weights or factors for more waves would cost more than shards that wait.
+
+        Args:
+            num_sequences: that pass on a replica.
+            num_shards: of the model.
+        """
+        if not self.weights == self.factors == "device":
+            return self.wave
+        return min(self.wave, max(1, num_sequences // num_shards))
+
+    def in_a_call(self, num_sequences: float, num_shards: int) -> int:
+        """Return how many sequences of a wave pass a block in one call; see `wave_of`."""
+        return min(self.together, self.wave_of(math.ceil(num_sequences), num_shards))
+
 
 class ScratchNames(NamedTuple):
     """What names the folders of scratch of a run."""

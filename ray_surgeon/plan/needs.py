@@ -63,7 +63,7 @@ class WorkerView:
         self.num_sequences = work.num_sequences
         self.sequence_length = work.sequence_length
         self.sequences = -(-self.num_sequences // self.num_replicas)
-        self.wave = min(stores.wave, self.sequences)
+        self.wave = min(stores.wave_of(self.sequences, self.num_shards), self.sequences)
         self.together = min(stores.together, self.wave)
         self.num_waves = -(-self.sequences // self.wave)
         self._in_flight = min(self.num_waves, self.num_shards - shard)
@@ -118,8 +118,6 @@ class WorkerView:
                 steps[more.name] = replace(own, device=device, host=own.host + more.host)
         return list(steps.values())
 
-    # What stages are made of
-
     def remembered(self, num_tokens: int) -> float:
         """Return the bytes of the dense model's last hidden states, bfloat16."""
         return 2.0 * self.hidden_size * num_tokens * self.blocks.is_last
@@ -133,7 +131,7 @@ class WorkerView:
         for count, length in texts:
             own = -(-count // self.num_replicas)
             counts += self.pass_counts(own, length)
-            wave = min(self.stores.wave, own)
+            wave = min(self.stores.wave_of(own, self.num_shards), own)
             between = 3 + 3 * (self.num_shards > 1)
             moment = max(min(self.stores.together, wave) * self._forward(length), self._head)
             peak = max(peak, between * wave * length * self._hidden + moment)
@@ -151,6 +149,7 @@ class WorkerView:
         forward: float = 1.0,
         backward: float = 0.0,
         heads: float = 1.0,
+        together: int = 0,
     ) -> Counted:
         """Return the counts of passes over sequences, beside their products.
 
@@ -160,8 +159,11 @@ class WorkerView:
             forward: how often each passes forward.
             backward: likewise, backward.
             heads: how often there are logits.
+            together: sequences of a call; as many as the stores say if not given.
         """
-        num_calls = -(-num_sequences // self.together)
+        num_calls = -(
+            -num_sequences // (together or self.stores.in_a_call(num_sequences, self.num_shards))
+        )
         tokens = num_sequences * length
         counts = self.shapes.counts(self.blocks).of_passes(num_calls, tokens, forward, backward)
         counts += Counted(CALL, 4).times(num_calls * forward)
@@ -288,12 +290,10 @@ class WorkerView:
         in_float32 = sum(flops for _, flops in of_linears) / self.num_replicas
         host = self.host + moments * (self.stores.factors == "host")
         moved = self.moved(self.stores.weights, 2 * self.all_blocks)
-        counts += self.pass_counts(self.sequences, T, 2.0, heads=0.0)
+        counts += self.pass_counts(self.sequences, T, 2.0, heads=0.0, together=1)
         return StepPlan(name, device, host, flops, in_float32, *moved, counts=counts)
 
     @staticmethod
     def moved(where: Place, size: float) -> tuple[float, float]:
         """Return the bytes that move between host and device, and between disk and host."""
-        if where == "device":
-            return 0.0, 0.0
-        return (size, 0.0) if where == "host" else (size, size)
+        return size * (where != "device"), size * (where == "disk")

@@ -54,11 +54,11 @@ def resources_here(device: torch.device, root: str | None, to_go: float = 0.0) -
     while not os.path.exists(folder):
         folder = folder.parent
     machine = socket.gethostname()
+    gc.collect()  # of earlier runs in this process
     host = float(available_bytes())
     disk = float(shutil.disk_usage(folder).free + to_go)
     if device.type == "cpu":
         return Resources(machine, "cpu", "", Room(host, host, disk, device_is_host=True))
-    gc.collect()  # of earlier runs in this process
     gpus = backend(device)
     gpus.empty_cache()
     properties = gpus.get_device_properties(device)

@@ -28,7 +28,7 @@ MESSAGE_BYTES = 2**25
 
 
 class CollectiveError(RuntimeError):
-    """A sum or a copy between replicas failed, or another replica did not join it in time."""
+    """A sum or a copy between replicas failed, or took too long once all had come to it."""
 
 
 class ReplicaGroup:
@@ -197,10 +197,11 @@ class ProcessReplica(ReplicaGroup):
         """Copy from the owner."""
         self._join(dist.broadcast, tensor, group_src=owner)
 
-    def _join(self, collective: Callable[..., object], tensor: Tensor, **owner: int) -> None:
+    def _join(self, collective: Callable[..., Any], tensor: Tensor, **owner: int) -> None:
         try:
             dist.barrier(self._meeting)
-            collective(tensor, group=self._group, **owner)
+            # NCCL has an error or a timeout for who waits, and only for a collective of its own
+            collective(tensor, group=self._group, async_op=True, **owner).wait()
         # of gloo and NCCL (DistBackendError): a connection closed, or the timeout
         except RuntimeError as error:
             raise CollectiveError(f"a replica of this shard is lost: {error}") from error

@@ -52,14 +52,13 @@ def run_pass(cluster: Cluster, passage: Passage, work: Labels | on_worker.OfEach
             states of each sequence.
     """
     num_shards = cluster.placement.num_shards
-    num_replicas = cluster.placement.num_replicas
     num_sequences = len(passage.numbers)
     goes_back = isinstance(work, Labels)
     progress = Progress() if isinstance(work, Labels) and work.is_step else cluster.progress
     progress.begin(num_sequences, "sequences", passage.tokens.shape[1])
     order = one_forward_one_backward if goes_back else one_by_one
     at_end: Callable[..., Any] = on_worker.forward_backward if goes_back else on_worker.infer_each
-    waves = passage.waves(num_replicas, _wave(cluster, -(-num_sequences // num_replicas)))
+    waves = passage.waves(cluster.placement, cluster.stores)
     turns = sorted(
         (turn, replica, operation)
         for replica, own in enumerate(waves)
@@ -91,21 +90,6 @@ def run_pass(cluster: Cluster, passage: Passage, work: Labels | on_worker.OfEach
     numbers = chain.from_iterable(waves[replica][number].numbers for replica, number in results)
     result_of = dict(zip(numbers, chain.from_iterable(values), strict=True))
     return [result_of[number] for number in passage.numbers]
-
-
-def _wave(cluster: Cluster, num_sequences: int) -> int:
-    """Return the size of a wave: at least as many waves as shards, so that all are busy.
-
-    To move weights or factors for more waves would cost more than shards that wait.
-
-    Args:
-        cluster: with loaded workers.
-        num_sequences: that pass on a replica.
-    """
-    stores = cluster.stores
-    if not stores.weights == stores.factors == "device":
-        return stores.wave
-    return min(stores.wave, max(1, num_sequences // cluster.placement.num_shards))
 
 
 def _share_states(cluster: Cluster, text: str, waves: list[list[Wave]]) -> None:

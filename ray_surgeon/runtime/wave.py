@@ -12,9 +12,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ray_surgeon.memory.stores import Stores
 from ray_surgeon.models.loss import Predicted, compare_with_dense, next_token_loss
 from ray_surgeon.runtime.collectives import TensorPayload
 from ray_surgeon.runtime.dense_states import CALIBRATION, dense_state, keep_states
+from ray_surgeon.runtime.placement import Placement
 from ray_surgeon.runtime.worker import Worker
 
 T = TypeVar("T")
@@ -91,8 +93,10 @@ class Passage:
         """Numbers of those that pass."""
         return list(range(len(self.tokens)) if self.only is None else self.only)
 
-    def waves(self, num_replicas: int, size: int) -> list[list[Wave]]:
-        """Return the waves of every replica, of `size` sequences, which replicas take in turns."""
+    def waves(self, placement: Placement, stores: Stores) -> list[list[Wave]]:
+        """Return the waves of every replica; replicas take sequences in turns."""
+        num_replicas = placement.num_replicas
+        size = stores.wave_of(-(-len(self.numbers) // num_replicas), placement.num_shards)
         own = [self.numbers[replica::num_replicas] for replica in range(num_replicas)]
         return [[self._wave(mine[i : i + size]) for i in range(0, len(mine), size)] for mine in own]
 

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field, Tag
+from pydantic import AfterValidator, Field, Tag, field_validator
 
 from ray_surgeon.spec.base import Address, Place, Positive, Section, absolute, by_tag, tag
 from ray_surgeon.spec.targets import SpeedSection
@@ -25,7 +25,7 @@ class RetriesSection(Section):
     coordinator: int = Field(3, ge=0)
     """The coordinator's process ended or stopped answering"""
     communication: int = Field(3, ge=0)
-    """A collective between replicas failed or took longer than step_timeout_s"""
+    """A collective between replicas failed, or took longer than step_timeout_s once all had come"""
     memory: int = Field(1, ge=0)
     """Ray ended a worker because its machine ran out of memory"""
 
@@ -43,6 +43,11 @@ class _Workers(Section):
     """Whose figures the plan's expected times are of: the name of a device, e.g. h200, or the path
     of a JSON file with measured ones; if not given, what workers find
     """
+
+    @field_validator("device_speed")
+    @classmethod
+    def _whole(cls, device: str | None) -> str | None:
+        return absolute(device) if device is not None and device.endswith(".json") else device
 
     @property
     def num_workers(self) -> int:

@@ -58,7 +58,7 @@ class Load(Stage):
         # and buffers that no checkpoint has
         num_tensors = 2 + len(worker.shapes.layout.parameters_of(worker.blocks))
         counts = Counted(num_tensors, num_tensors, size)
-        counts += Counted(waiting_s=worker.host / _PINNED_BYTES_PER_S)
+        counts += Counted(waiting_s=worker.host * (moved > 0) / _PINNED_BYTES_PER_S)
         yield StepPlan(self.name, worker.weights, host, 0.0, 0.0, moved, size, counts=counts)
 
     def on_host(self, worker: WorkerView) -> float:
@@ -109,7 +109,8 @@ class Commit(Stage):
         host = worker.host + max(of_file, worker.shapes.largest_stored)
         counts = Counted(len(worker.linears), len(worker.linears))
         written = worker.all_blocks
-        yield StepPlan(self.name, worker.idle, host, 0.0, 0.0, written, written, counts=counts)
+        moved = written * (not worker.device_is_host)
+        yield StepPlan(self.name, worker.idle, host, 0.0, 0.0, moved, written, counts=counts)
 
 
 def _pruned(run: RunState) -> Pruned:
@@ -148,13 +149,14 @@ class Export(Stage):
 
         Tasks are not planned.
         """
-        host = worker.host + max(FILE_BYTES, worker.shapes.largest_stored)
-        moved = worker.all_blocks + worker.outside
+        size = worker.all_blocks + worker.outside
+        host = worker.host + max(min(FILE_BYTES, size), worker.shapes.largest_stored)
+        moved = size * (not worker.device_is_host)
         # one process reads what all shards have written
         whole = worker.shapes.width * worker.shapes.layout.num_parameters
         processes = 1 + 2 * (self.output.speed is not None)
         counts = Counted(waiting_s=processes * _PROCESS_S)
-        on_disk = moved + processes * whole
+        on_disk = size + processes * whole
         yield StepPlan(self.name, worker.idle, host, 0.0, 0.0, moved, on_disk, counts=counts)
 
 

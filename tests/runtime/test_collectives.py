@@ -103,9 +103,11 @@ def test_on_a_gpu_nccl_copies_and_gloo_meets(monkeypatch: pytest.MonkeyPatch) ->
         groups.append(backend)
         return backend
 
-    def broadcast(tensor: torch.Tensor, group: str, group_src: int) -> None:
+    def broadcast(tensor: torch.Tensor, group: str, group_src: int, async_op: bool) -> Mock:
         done.append(group)
-        raise dist.DistBackendError("NCCL error: remote process exited")
+        assert async_op, "NCCL tells only who waits for a collective of its own"
+        error = dist.DistBackendError("NCCL error: remote process exited")
+        return Mock(wait=Mock(side_effect=error))
 
     monkeypatch.setattr(dist, "init_process_group", Mock())
     monkeypatch.setattr(dist, "new_group", new_group)

@@ -217,7 +217,9 @@ def test_a_reconstruction_keeps_the_inputs_of_layers_and_trains_one_at_a_time() 
     for name in ("evaluation", "commit"):
         assert trained[name] == without[name]
     # producers need no gradients of their inputs, the consumer does
-    expected = 10 / 2 * TOKENS * layer * (2 + 3 * (4 + 2 / 3))
+    of_layer = 2 + 3 * (4 + 2 / 3)
+    of_trials = 2 * 2 + 2 * 3 * 0.25 * (4 + 2 / 3)  # three rates on two layers
+    expected = TOKENS * layer * (10 / 2 * of_layer + of_trials)
     assert trained["update"].flops == pytest.approx(expected)
     weights = 24 * layer + 4 * layer / 3
     assert trained["update"].device > weights + (2 + 2 + 2) * TOKENS * 8192, "inputs and outputs"

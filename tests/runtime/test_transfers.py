@@ -260,16 +260,24 @@ def test_what_a_device_tells(zygote: Zygote) -> None:
     }
 
 
-def test_what_was_expected_and_not_taken_is_let_go() -> None:
-    begun = []
+def expected_and_not_taken(device: str) -> list[list[str]]:
+    """Return what was begun after each of some calls."""
+    begun = list[str]()
 
     def begin(name: str) -> Any:
         begun.append(name)
         return SimpleNamespace(on_device=lambda: name.upper())
 
-    fetcher = Fetcher(torch.device("cpu"), begin)
+    fetcher = Fetcher(torch.device(device), begin)
     fetcher.expect(["a", "b"])
-    assert begun == [], "on the CPU nothing comes ahead"
-    assert fetcher.take("b") == "B"
+    taken: Any = fetcher.take("b")
+    seen = [taken, *sorted(begun)]
     fetcher.forget(["a"])
-    assert begun == ["b"]
+    assert str(fetcher.take("a")) == "A"
+    return [seen, sorted(begun)]
+
+
+def test_what_was_expected_and_not_taken_is_let_go(zygote: Zygote) -> None:
+    assert expected_and_not_taken("cpu") == [["B", "b"], ["a", "b"]], "nothing comes ahead"
+    told = on_sim(zygote, expected_and_not_taken, device="sim:0")
+    assert told == [["B", "a", "b"], ["a", "a", "b"]]

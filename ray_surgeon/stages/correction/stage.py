@@ -81,7 +81,8 @@ class Correction(Stage):
         flops += worker.head_flops * (2 * forward + backward)
         flops *= worker.sequence_length
         moved = worker.moved(worker.stores.weights, loads)
-        waves = -(-self.section.sequences_per_step // (N * worker.wave))
+        per_step = -(-self.section.sequences_per_step // N)
+        waves = -(-per_step // worker.stores.wave_of(per_step, worker.num_shards))
         bubble = (waves + worker.num_shards - 1) / waves
         counts = self._counts(worker, num_steps, num_checks)
         yield StepPlan(self.name, device, host, flops, 0.0, *moved, bubble, counts)
@@ -95,7 +96,7 @@ class Correction(Stage):
         entries = sum(linear.num_rows + linear.num_columns for linear in worker.linears)
         size = self.section.lora_rank * entries
         runs = 1 + (worker.stores.activations == "recompute")
-        calls = -(-per_step // worker.together)
+        calls = -(-per_step // worker.stores.in_a_call(per_step, worker.num_shards))
         step = worker.pass_counts(per_step, T, runs, 1.0)
         step += Counted((_PRODUCTS * calls + _STEP) * num_linears, 2, calls=2)
         # parameters and two moments, read and written, and gradients

@@ -81,11 +81,12 @@ def finish_curvature(worker: Worker, beside: SumsBeside) -> None:
     if worker.placement.num_replicas == 1:
         return
     beside.reduce(worker)
-    for group in shard.gathering:
+    num_tokens = torch.tensor([group.num_tokens for group in shard.gathering], device=worker.device)
+    worker.replicas.reduce(num_tokens, 0)
+    worker.replicas.broadcast(num_tokens, 0)
+    for group, number in zip(shard.gathering, num_tokens.tolist(), strict=True):
         owner = worker.owner(group.names[0])
-        num_tokens = torch.tensor(group.num_tokens, device=worker.device)
-        worker.replicas.reduce(num_tokens, owner)
-        group.num_tokens = int(num_tokens)
+        group.num_tokens = number
         for key in group.sizes:
             total = store.on_device(key)
             worker.replicas.reduce(total, owner)

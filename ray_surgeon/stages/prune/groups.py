@@ -278,7 +278,7 @@ def _batches(worker: Worker, sets: Sequence[GroupSet]) -> list[list[GroupSet]]:
         alike[groups.kind, of_consumer.num_rows, of_consumer.num_columns].append(groups)
     batches = []
     for (_, *shape), own in alike.items():
-        size = math.ceil(len(own) / math.ceil(len(own) / most_at_once(*shape)))
+        size = math.ceil(len(own) / math.ceil(len(own) / max(1, most_at_once(*shape))))
         batches += [own[start : start + size] for start in range(0, len(own), size)]
     return batches
 

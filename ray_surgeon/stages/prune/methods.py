@@ -183,7 +183,8 @@ class _OnLinears(Stage):
                 continue
             counts += getattr(own, f"{self.name}_counts").times(number)
             if self.name == "costs":
-                counts += own.batch_counts.times(-(-number // own.together))
+                together = 1 if worker.device_is_host else own.together
+                counts += own.batch_counts.times(-(-number // together))
                 sizes.append(min(number, own.together) * own.batch_bytes)
                 reused += number * own.reused_bytes
         if worker.device_is_host:  # which has no batches

@@ -77,7 +77,7 @@ class ReconstructionStage(Reconstruction, Stage):
         factors = worker.all_factors / worker.num_replicas
         device += factors * (worker.stores.factors == "device")
         # whole, and in every epoch left, its weights' gradients and those of the hidden entries
-        of_owners = collections.Counter[int]()
+        of_owners = collections.defaultdict[int, float](float)
         counts = dict.fromkeys(worker.owners.values(), NOTHING)
         for linear, size in sizes.items():
             of_token = 2 * size + section.num_epochs * (4 * size + 2 * linear.size)
@@ -87,9 +87,12 @@ class ReconstructionStage(Reconstruction, Stage):
         slowest = max(of_owners, key=lambda owner: of_owners[owner])
         if section.learning_rate is None:
             first, size = next(iter(sizes.items()))
-            num_trials = len(RATES) * min(2, len(sizes))
+            num_layers = min(2, len(sizes))  # whose dense outputs serve all rates
+            num_trials = len(RATES) * num_layers
             trial = self._counts(worker, first, size, TRIAL_PART)
             counts[slowest] += trial.times(num_trials)
+            trained = TRIAL_PART * (4 * size + 2 * first.size)
+            of_owners[slowest] += num_layers * 2 * size + num_trials * trained
         flops = tokens * of_owners[slowest]
         yield StepPlan("update", device, worker.host, flops, counts=counts[slowest])
 
