@@ -73,6 +73,11 @@ class PackedSymmetric:
         return sum((stop - start) * stride for start, stop, _, stride in panels)
 
     @staticmethod
+    def num_panels(n: int, device_type: str = "cpu") -> int:
+        """Return how many panels such a sum has, each of which an addition makes in one product."""
+        return len(_layout(n, is_tall=device_type != "cpu"))
+
+    @staticmethod
     def zeros(
         n: int, device: torch.device | None = None, dtype: torch.dtype = torch.float32
     ) -> PackedSymmetric:

@@ -28,8 +28,6 @@ _ENTRIES = (4.5, 12.0)
 """Entries that pass the memory for an input or output of a linear, forward and backward."""
 _NORM_BYTES = 36.0
 """More of them for each entry of a norm that leaves its dtype."""
-_PANEL = 1024
-"""Rows of a panel of a symmetric sum, each of which is one launch."""
 CALL = 25
 """Launches before the first block and behind the last one."""
 _SEQUENCE = (6, 13)
@@ -173,11 +171,6 @@ def head_counts(length: int, slice_length: int, vocabulary: float, *, backward: 
     launches = _SEQUENCE[0] + _SEQUENCE[1] * backward
     launches += SLICE[backward] * -(-length // slice_length)
     return Counted(launches, not backward, _LOGIT_BYTES * length * vocabulary)
-
-
-def launches_of_sum(num_rows: int) -> int:
-    """Return the launches of one addition to a symmetric sum."""
-    return max(1, num_rows // _PANEL)
 
 
 @functools.cache

@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 
 from ray_surgeon.maths.kronecker import PackedFactors
+from ray_surgeon.maths.packed import PackedSymmetric
 from ray_surgeon.maths.structured import A_CHOICES, G_CHOICES, choose_damping, cost_held_aside
-from ray_surgeon.plan.counts import Counted, StepPlan, launches_of_sum
+from ray_surgeon.plan.counts import Counted, StepPlan
 from ray_surgeon.plan.needs import WorkerView
 from ray_surgeon.runtime.cluster import Cluster
 from ray_surgeon.runtime.worker import Worker
@@ -195,7 +196,10 @@ class Curvature(Stage):
         gathered = [s for s in worker.linears if s.name in worker.shapes.work.gathered]
         of_A = {linear.shared_input: linear.num_columns for linear in gathered}.values()
         of_calls = [
-            Counted(sum(map(launches_of_sum, sizes)), 0, sum(4.0 * n**2 for n in sizes))
+            Counted(
+                sum(PackedSymmetric.num_panels(n, "cuda") for n in sizes),
+                memory_bytes=sum(4.0 * n**2 for n in sizes),
+            )
             for sizes in (of_A, [linear.num_rows for linear in gathered])
         ]
         calls = -(-worker.sequences // worker.together), -(-backward // worker.together)
