@@ -268,18 +268,18 @@ def specs(
     ways: dict[str, dict[str, Any]] = {}
     if "ours" in which:
         ways |= {
-            "The LLM Surgeon": {"correction": None},
+            "The LLM Surgeon": {"recovery": None},
             "The LLM Surgeon, corrections on divergence": {},
         }
     if "reconstruction" in which:
         trained = {
             "pruning": pruning | {"reconstruction": document["pruning"].get("reconstruction") or {}}
         }
-        ways["The LLM Surgeon, reconstruction"] = trained | {"correction": None}
+        ways["The LLM Surgeon, reconstruction"] = trained | {"recovery": None}
         ways["The LLM Surgeon, reconstruction, corrections on divergence"] = trained
     if "search" in which and "allocation" not in point:
         searching = {"pruning": pruning | {"search": {}}}
-        ways["The LLM Surgeon, search"] = searching | {"correction": None}
+        ways["The LLM Surgeon, search"] = searching | {"recovery": None}
         ways["The LLM Surgeon, search, corrections on divergence"] = searching
     changed = dict(document) | {
         "pruning": pruning,

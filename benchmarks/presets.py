@@ -75,9 +75,9 @@ def _texts(config: Mapping[str, Any]) -> list[dict[str, Any]]:
 def row_of(name: str, report: Mapping[str, Any]) -> list[str]:
     """Return a line of the table."""
     shot = report["shots"][-1]
-    before = shot.get("generation_before_correction") or {}
+    before = shot.get("generation_before_recovery") or {}
     after = shot["generation"]
-    held = [entry["value"] for entry in shot.get("correction_held_aside") or ()]
+    held = [entry["value"] for entry in shot.get("recovery_held_aside") or ()]
     first = shot.get("divergence_held_aside")
     errors = list((shot.get("reconstruction") or {}).values())
     undone = sum(trained >= start for start, trained in errors)
@@ -90,8 +90,8 @@ def row_of(name: str, report: Mapping[str, Any]) -> list[str]:
         + (f", {undone} of {len(errors)} undone" if undone else ""),
         "" if first is None else f"{first:.4f}",
         f"{before['acceptance']:.1%}" if before else "",
-        "undone" if shot.get("correction_undone") else f"{shot.get('correction_rate', 0):g}",
-        f"{held[-1]:.4f}" if held and not shot.get("correction_undone") else "",
+        "undone" if shot.get("recovery_undone") else f"{shot.get('recovery_rate', 0):g}",
+        f"{held[-1]:.4f}" if held and not shot.get("recovery_undone") else "",
         f"{after['acceptance']:.1%}",
         f"{sum(shot['seconds'].values()):.0f}",
     ]

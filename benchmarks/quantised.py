@@ -87,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "width_multiple": 64,
         }
         spec = JobSpec.model_validate(
-            document | {"correction": None, "output": output, "pruning": pruning}
+            document | {"recovery": None, "output": output, "pruning": pruning}
         )
         if inputs is None:
             inputs = check(spec, resume=False, dry_run=True)

@@ -109,7 +109,12 @@ def job(source: dict[str, Any], structure: str, num_threads: int) -> dict[str, A
         "calibration": text | {"num_sequences": 8},
         "evaluation": [text | {"name": "docs", "num_sequences": 4}],
         "pruning": pruning | {"num_shots": 1},
-        "correction": {"lora_rank": 32, "steps_per_shot": 4, "learning_rate": 5e-4},
+        "recovery": {
+            "rank": 32,
+            "num_tokens": 2048,
+            "learning_rate": 5e-4,
+            "sequences_per_step": 1,
+        },
         "cluster": {"backend": "local", "cpus_per_worker": num_threads},
         "output": {"exports": []},
     }

@@ -54,7 +54,7 @@ def dense_and_pruned(run: Path) -> tuple[Path, Path]:
         Path("pipelines/quickstart.yaml").read_text(), ["model.dtype=float32"]
     ).model_dump(mode="json")
     spec = JobSpec.model_validate(
-        document | {"correction": None, "output": {"uri": str(run), "exports": ["uniform", "gguf"]}}
+        document | {"recovery": None, "output": {"uri": str(run), "exports": ["uniform", "gguf"]}}
     )
     if not list((run / "export" / "gguf").glob("*.gguf")):
         ray_surgeon.prune(spec=spec, resume=(run / "spec.yaml").exists())

@@ -45,7 +45,7 @@ def prune(
     calibration: Mapping[str, Any] | None = None,
     pruning: Mapping[str, Any] | None = None,
     curvature: Mapping[str, Any] | None = None,
-    correction: Mapping[str, Any] | None = None,
+    recovery: Mapping[str, Any] | None = None,
     evaluation: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
     cluster: Mapping[str, Any] | None = None,
     memory: Mapping[str, Any] | None = None,
@@ -66,7 +66,7 @@ def prune(
             of texts that suits the model if not given.
         pruning: section of that name: structure, target_sparsity and more. Needed without `spec`.
         curvature: section of that name; KFAC if not given.
-        correction: section of that name; no low-rank corrections if not given.
+        recovery: section of that name; no training after pruning if not given.
         evaluation: texts to measure on, generation and tasks; if not given, the test part of the
             calibration text, or of Python's help and docstrings if the calibration is chosen by a
             preset or the model writes it.

@@ -12,7 +12,7 @@ from tests.house import ROOT, files_with, too_large, weight, words, words_of_doc
 CEILING = 15_000
 """Lines of the package. What comes in pushes something out; it is lowered when something leaves."""
 MOST_FILES_WITH_EXPERTS = 15
-FEATURES = {"answers", "correction", "curvature", "elements", "experts", "groups", "latency"}
+FEATURES = {"answers", "recovery", "curvature", "elements", "experts", "groups", "latency"}
 FEATURES |= {"layerwise", "quantise", "reconstruction", "search", "self_text", "tasks"}
 
 

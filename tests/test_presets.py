@@ -36,15 +36,15 @@ def test_a_preset_is_all_that_a_job_of_groups_needs(preset: str) -> None:
     assert spec.pruning.shots == 1
     assert spec.pruning.reconstruction.num_epochs == wanted["reconstruction"]["num_epochs"]
     assert spec.pruning.reconstruction.learning_rate is None
-    assert (spec.correction is None) == (wanted["correction"] is None)
-    assert getattr(spec.correction, "learning_rate", None) is None
+    assert (spec.recovery is None) == (wanted["recovery"] is None)
+    assert getattr(spec.recovery, "learning_rate", None) is None
     assert spec.num_held == min(MOST_HELD, round(0.1 * spec.calibration.num_sequences))
     assert [text.name for text in spec.evaluation.texts] == ["python-docs", "python-docstrings"]
 
 
 def test_what_a_spec_says_goes_before_its_preset() -> None:
     changes = "calibration.num_sequences=7 curvature.damping.a=0.5 evaluation.generation=null "
-    changes += "pruning.reconstruction.num_epochs=5 correction.steps_per_shot=9"
+    changes += "pruning.reconstruction.num_epochs=5 recovery.num_tokens=9"
     spec = spec_of("quality", *changes.split())
     calibration = spec.calibration
     assert (calibration.source, calibration.num_sequences) == ("auto", 7)
@@ -52,11 +52,11 @@ def test_what_a_spec_says_goes_before_its_preset() -> None:
     assert not spec.curvature.chooses_damping
     assert spec.curvature.sequences_backward == 7, "no more than there are"
     assert spec.pruning.reconstruction.num_epochs == 5
-    assert spec.correction.steps_per_shot == 9
-    assert spec.correction.lora_rank == PRESETS["quality"]["correction"]["lora_rank"]
+    assert spec.recovery.num_tokens == 9
+    assert spec.recovery.rank == PRESETS["quality"]["recovery"]["rank"]
     assert spec.evaluation.generation is None
-    off = spec_of("quality", "correction=null", "pruning.reconstruction=null")
-    assert off.correction is off.pruning.reconstruction is None
+    off = spec_of("quality", "recovery=null", "pruning.reconstruction=null")
+    assert off.recovery is off.pruning.reconstruction is None
     assert JobSpec.model_validate(off.model_dump(mode="json")) == off, "it is read as it is"
 
 
@@ -91,7 +91,7 @@ def test_presets_leave_out_the_rest(pruning: str, curvature: str, left: tuple[st
 def test_methods_without_curvature_take_a_preset_too() -> None:
     spec = spec_of("balanced", "pruning={structure: element, method: wanda, target_sparsity: 0.5}")
     assert spec.curvature is None
-    assert spec.correction is not None
+    assert spec.recovery is not None
     assert JobSpec.model_validate(spec.model_dump(mode="json")) == spec, "it is read as it is"
 
 
@@ -101,7 +101,7 @@ def test_a_spec_without_a_preset_and_texts_has_defaults() -> None:
     sizes = "calibration={source: auto, num_sequences: 8, sequence_length: 128}"
     spec = parse_spec(GROUPS, [sizes])
     assert spec.preset is None
-    assert spec.correction is None
+    assert spec.recovery is None
     assert [text.sequence_length for text in spec.evaluation.texts] == [128, 128]
     with pytest.raises(ValidationError, match="num_sequences"):
         parse_spec(GROUPS, ["calibration={source: auto}"])

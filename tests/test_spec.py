@@ -64,11 +64,11 @@ def test_every_pruning_section_is_chosen_by_structure_and_method() -> None:
 def test_sections_that_are_absent_and_null() -> None:
     assert spec_of().curvature is not None
     assert spec_of("pruning.method=wanda; pruning.structure=element").curvature is None
-    on = spec_of("correction.lora_rank=4; correction.learning_rate=0.1")
-    assert on.correction is not None
-    off = parse_spec(yaml.safe_dump(on.model_dump(mode="json")), ["correction=null"])
-    assert off.correction is None
-    assert spec_of("correction={}").correction is not None
+    on = spec_of("recovery.rank=4; recovery.learning_rate=0.1")
+    assert on.recovery is not None
+    off = parse_spec(yaml.safe_dump(on.model_dump(mode="json")), ["recovery=null"])
+    assert off.recovery is None
+    assert spec_of("recovery={}").recovery is not None
 
 
 def test_shares_of_a_mix_add_up() -> None:
@@ -150,7 +150,7 @@ MISTAKES = [
     ("curvature={kind: activations, damping: {g: 0.2}}", "damping.g has no effect"),
     ("curvature.kind=extended_kfac; pruning.costs=greedy", "greedy needs one Kronecker term"),
     (f"curvature.kind=extended_kfac; {GROUPS}", "extended_kfac does not go with structure groups"),
-    ("correction.steps_per_shot=0", "set one of them"),
+    ("recovery.rank=some", "recovery.rank"),
     ("pruning.sparsities=[0.2, 0.1, 0.2]", "must rise"),
     ("pruning.sparsities=[0.1, 0.2]; pruning.num_shots=2", "takes the place"),
     ("pruning.width_multiple=8", f"pruning.width_multiple: {NO_OPTION} of rows_columns"),

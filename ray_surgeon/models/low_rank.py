@@ -8,8 +8,7 @@ the pruned rows of B and columns of A are left out, and for elements B A itself 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
 from functools import partial
 from typing import Any
 
@@ -19,12 +18,11 @@ from torch import Tensor
 from ray_surgeon.maths.masks import ElementMask, Mask
 from ray_surgeon.maths.products import product, times_constant
 from ray_surgeon.models.build import LinearModule, matrix
+from ray_surgeon.models.optimizer import RelativeAdam, Trained
 from ray_surgeon.models.shard import ModelShard
 
 RATE_OF_A = 24.0
 """How much faster A changes than B A, both relative to their sizes; found on SmolLM2."""
-CLIP = 2.0
-"""Times the mean norm of the gradients before, to which a gradient is clipped."""
 
 
 class LowRank:
@@ -122,24 +120,17 @@ class _ByElement(torch.autograd.Function):
         return of_x, B.T @ of_product, of_product @ A.T, None
 
 
-@dataclass(frozen=True)
-class CorrectionState:
-    """Everything that training changes."""
-
-    parameters: list[Tensor]  # A and B of every linear
-    optimizer: dict[str, Any]  # what Adam keeps, mean norms included
-
-
 class LowRankCorrections:
     """Corrections of all linears of a shard while they are trained.
 
     A step of Adam changes B by its rate, whatever the weight's size is, so rates are given relative
     to that: by a step of rate 1 the correction changes by the root mean square of the weight, and A
-    by `RATE_OF_A` times its own. Each gradient is clipped to `CLIP` times the mean norm of those
-    before.
+    by `RATE_OF_A` times its own.
     """
 
-    def __init__(self, shard: ModelShard, parts: Mapping[str, LowRank], owned: set[str]) -> None:
+    def __init__(
+        self, shard: ModelShard, parts: Mapping[str, LowRank], owned: Collection[str]
+    ) -> None:
         """Add corrections to the outputs.
 
         Args:
@@ -149,24 +140,26 @@ class LowRankCorrections:
         """
         self._shard = shard
         self.parts = parts
-        self._parameters = [x for part in parts.values() for x in (part.A, part.B)]
         # whether outputs are those of weights that have absorbed the corrections, rounded to their
         # own dtype
         self.rounds = False
-        # `size`: by how much A or B changes in a step of rate 1; Adam wants a group at least
-        groups: list[dict[str, Any]] = [{"params": [torch.empty(0)], "size": 0.0}]
+        trained = dict[str, Trained]()
         for name in filter(owned.__contains__, parts):
             A = parts[name].A
             of_A = parts[name].size
             of_W = float(shard.weight(name)[:, : A.shape[1]].square().mean().sqrt())
-            groups.append({"params": [A], "size": RATE_OF_A * of_A})
-            groups.append({"params": [parts[name].B], "size": of_W / (of_A * len(A) ** 0.5)})
-        self._optimizer = torch.optim.Adam(groups)
+            trained[f"{name}.A"] = Trained(A, RATE_OF_A * of_A)
+            trained[f"{name}.B"] = Trained(parts[name].B, of_W / (of_A * len(A) ** 0.5))
+        self._optimizer = RelativeAdam(trained)
         self._forwards = {
             name: shard.linears[name].forward for name in parts
         }  # as they are without
         for name in parts:
             shard.linears[name].forward = partial(self._forward, name)  # type: ignore[method-assign]
+
+    def tensors(self, name: str) -> list[Tensor]:
+        """Return A and B of a linear, which its owner sends to the others."""
+        return [self.parts[name].A.detach(), self.parts[name].B.detach()]
 
     def gradients(self, name: str, num_tokens: int) -> list[Tensor]:
         """Return the gradients of the mean loss at A and B of a linear, and keep them there.
@@ -188,38 +181,36 @@ class LowRankCorrections:
         Args:
             rate: relative to the sizes of the weights, see above.
         """
-        groups = self._optimizer.param_groups
-        passed = [group for group in groups if group["params"][0].grad is not None]
-        gradients = [group["params"][0].grad for group in passed]
-        norms = torch.stack(torch._foreach_norm(gradients)).tolist() if passed else []
-        for group, gradient, norm in zip(passed, gradients, norms, strict=True):
-            group["lr"] = rate * group["size"]
-            mean = group.get("mean_norm", 0.0)  # of those before
-            if mean > 0 and norm > CLIP * mean:
-                gradient.mul_(CLIP * mean / norm)
-                norm = CLIP * mean
-            count = group.get("num_steps", 0)
-            group |= {"mean_norm": (mean * count + norm) / (count + 1), "num_steps": count + 1}
-        self._optimizer.step()
+        self._optimizer.step(rate)
         self.forget_gradients()
 
     def forget_gradients(self) -> None:
         """Start the sums of gradients anew."""
-        for parameter in self._parameters:
-            parameter.grad = None
+        for part in self.parts.values():
+            part.A.grad = part.B.grad = None
 
-    def state(self) -> CorrectionState:
-        """Return a copy of everything that steps change."""
-        parameters = [parameter.detach().clone() for parameter in self._parameters]
-        return CorrectionState(parameters, _copied(self._optimizer.state_dict()))
+    def state(self) -> dict[str, Tensor]:
+        """Return everything that steps change, by name; not copied."""
+        pairs = ((n, dict(zip("AB", self.tensors(n), strict=True))) for n in self.parts)
+        tensors = {f"{name}.{part}": x for name, of_part in pairs for part, x in of_part.items()}
+        return tensors | self._optimizer.state()
 
     @torch.no_grad()
-    def restore(self, state: CorrectionState) -> None:
-        """Go back to a state; what it holds stays untouched."""
-        for parameter, kept in zip(self._parameters, state.parameters, strict=True):
-            parameter.copy_(kept)
-        self._optimizer.load_state_dict(_copied(state.optimizer))
+    def load_state(self, tensors: Mapping[str, Tensor]) -> None:
+        """Go back to a state; its tensors stay untouched."""
+        for name, part in self.parts.items():
+            part.A.copy_(tensors[f"{name}.A"])
+            part.B.copy_(tensors[f"{name}.B"])
+        self._optimizer.load_state(tensors)
         self.forget_gradients()
+
+    def best(self) -> dict[str, Tensor]:
+        """Return a copy to which `back_to` goes back."""
+        return {name: tensor.clone() for name, tensor in self.state().items()}
+
+    def back_to(self, best: Mapping[str, Tensor]) -> None:
+        """Go back to what `best` returned, which stays untouched."""
+        self.load_state(best)
 
     def _forward(self, name: str, x: Tensor) -> Tensor:
         """Return the outputs [..., R] of a linear with its correction, for inputs [..., C]."""
@@ -235,7 +226,7 @@ class LowRankCorrections:
         return outputs.view(*x.shape[:-1], outputs.shape[1])
 
     def remove(self) -> None:
-        """Remove the corrections; the weights are as they were."""
+        """Remove the corrections; the weights are as they were before the training."""
         for name, forward in self._forwards.items():
             self._shard.linears[name].forward = forward  # type: ignore[method-assign]
 
@@ -261,12 +252,3 @@ class LowRankCorrections:
             wanted = float(torch.linalg.vecdot(added, added).sum())
             arrived[name] = float(torch.linalg.vecdot(change, added).sum()), wanted
         return arrived
-
-
-def _copied(state: Mapping[str, Any]) -> dict[str, Any]:
-    """Copy the state of an optimizer: tensors of some devices cannot be deep-copied."""
-    moments = {
-        number: {name: moment.clone() for name, moment in of_parameter.items()}
-        for number, of_parameter in state["state"].items()
-    }
-    return {**state, "state": moments}

@@ -8,15 +8,15 @@ from ray_surgeon.export.kinds import check_exports
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.run.reading import Texts
 from ray_surgeon.spec.job import JobSpec
-from ray_surgeon.stages.answers.answers import BeforeCorrection, DenseAnswers, PrunedAnswers
+from ray_surgeon.stages.answers.answers import BeforeRecovery, DenseAnswers, PrunedAnswers
 from ray_surgeon.stages.answers.prompts import yardstick_for
-from ray_surgeon.stages.correction.stage import Correction
 from ray_surgeon.stages.curvature.stage import Curvature
 from ray_surgeon.stages.evaluation import DenseEvaluation, Evaluation, Tasks
 from ray_surgeon.stages.prune.groups import Groups
 from ray_surgeon.stages.prune.groups_section import CoupledSection
 from ray_surgeon.stages.prune.method import Method
 from ray_surgeon.stages.prune.methods import Costs, Latency, Threshold, Update
+from ray_surgeon.stages.recovery.stage import Recovery
 from ray_surgeon.stages.search.search import SearchStage
 from ray_surgeon.stages.self_text.requests import Language
 from ray_surgeon.stages.self_text.stage import SelfText
@@ -63,10 +63,10 @@ def stages_of(
     generation = spec.evaluation.generation
     yardstick, self_text = yardstick_for(generation, self_text, language, first)
     has_costs = method.has_costs
-    correction = None
-    if spec.correction is not None:
-        correction = Correction(spec.correction, held, method.by_element, has_costs)
-    keeps_states = correction is not None and correction.section.loss == "kl"
+    recovery = None
+    if spec.recovery is not None:
+        recovery = Recovery(spec.recovery, held, method.by_element, has_costs)
+    keeps_states = recovery is not None and recovery.section.loss == "kl"
     return Stages(
         _present(
             Load(method),
@@ -83,8 +83,8 @@ def stages_of(
             Threshold() if has_costs else None,
             Update(method),
             method.reconstruction if isinstance(method, Groups) else None,
-            BeforeCorrection() if yardstick and correction else None,
-            correction,
+            BeforeRecovery() if yardstick and recovery else None,
+            recovery,
             Evaluation(sizes, spec.evaluation.stop_above),
             PrunedAnswers(yardstick) if yardstick else None,
             Commit(spec.pruning.targets, spec.output.keep_shots),

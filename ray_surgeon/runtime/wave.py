@@ -15,7 +15,7 @@ from torch import Tensor
 from ray_surgeon.memory.stores import Stores
 from ray_surgeon.models.loss import Predicted, compare_with_dense, next_token_loss
 from ray_surgeon.runtime.collectives import TensorPayload
-from ray_surgeon.runtime.dense_states import CALIBRATION, dense_state, keep_states
+from ray_surgeon.runtime.dense_states import dense_state, keep_states
 from ray_surgeon.runtime.placement import Placement
 from ray_surgeon.runtime.worker import Worker
 
@@ -27,8 +27,8 @@ class Labels:
     """What the model is to say in a pass forward and backward; the text by default."""
 
     seed: int | None = None  # of labels drawn from the model itself (sampled Fisher)
-    # what the dense model says, whose states are kept; sequences are those of the calibration then
-    of_dense_model: bool = False
+    # what the dense model says: name of the text as which its states of these sequences are kept
+    dense: str | None = None
     # whether last shards keep the hidden states of the calibration, because the weights are the
     # dense model's
     remembers: bool = False
@@ -135,8 +135,8 @@ def forward_backward(
         generator = dense = None
         if labels.seed is not None:
             generator = torch.Generator().manual_seed(labels.seed + sequence.number)
-        if labels.of_dense_model:
-            dense = dense_state(worker, CALIBRATION, sequence.number)
+        if labels.dense is not None:
+            dense = dense_state(worker, labels.dense, sequence.number)
         predicted = Predicted(sequence.tokens, sequence.counts, generator)
         loss, gradients[i], states = worker.runner.loss(gradients[i], predicted, dense)
         if wave.text is not None:

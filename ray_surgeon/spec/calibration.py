@@ -65,7 +65,7 @@ class CalibrationSection(MixedSection, TextSection):
     held_aside: float | None = Field(None, ge=0, le=0.5)
     """Fraction of the calibration's windows that no stage is fitted on; stages are measured on them
     before and after, and what does not help is undone. null: a tenth, at most six windows, if a
-    stage checks itself so (reconstruction, search, corrections, damping auto), otherwise none
+    stage checks itself so (reconstruction, search, recovery, damping auto), otherwise none
     """
 
     @property

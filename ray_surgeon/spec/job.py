@@ -15,10 +15,10 @@ from ray_surgeon.spec.calibration import CalibrationSection
 from ray_surgeon.spec.evaluation import EvaluationSection
 from ray_surgeon.spec.presets import PresetName, with_preset
 from ray_surgeon.spec.targets import LatencyTarget
-from ray_surgeon.stages.correction.section import CorrectionSection
 from ray_surgeon.stages.curvature.section import CurvatureSection, KfacSection
 from ray_surgeon.stages.prune.groups_section import CoupledSection
 from ray_surgeon.stages.prune.methods import PruningSection
+from ray_surgeon.stages.recovery.section import RecoverySection
 
 HELD_SHARE = 0.1
 MOST_HELD = 6
@@ -39,8 +39,8 @@ class JobSpec(Section):
     """Version of this format"""
     preset: PresetName | None = None
     """Settings of text and method that fit together; what the spec itself says goes before them.
-    fast: few windows and no corrections; balanced: more windows, and corrections; quality: many
-    windows, and longer corrections. None of them has a number of one model: learning rates and
+    fast: few windows and no recovery; balanced: more windows, and a short recovery; quality: many
+    windows, and a longer recovery. None of them has a number of one model: learning rates and
     damping are chosen in the run by windows held aside
     """
     name: str = Field(pattern="^[a-z0-9][a-z0-9.-]*$", max_length=63)
@@ -59,8 +59,8 @@ class JobSpec(Section):
     """What is removed and how much"""
     curvature: CurvatureSection | None = Field(default_factory=_default_curvature)
     """Curvature of the loss; kfac if not given. sparsegpt and wanda have none"""
-    correction: CorrectionSection | None = None
-    """Low-rank first-order corrections after every shot; null: none"""
+    recovery: RecoverySection | None = None
+    """Training after pruning; null: none"""
     memory: sections.MemorySection = sections.MemorySection()
     """Where workers keep what they do not use at the moment; may differ on --resume"""
     cluster: sections.ClusterSection = sections.RaySection()
@@ -99,7 +99,7 @@ class JobSpec(Section):
         elif self.curvature is not None and (problem := self.pruning.problem_with(self.curvature)):
             yield problem
         kind = "null" if self.curvature is None else self.curvature.kind
-        takes_gradients = kind == "kfac" or (kind != "extended_kfac" and self.correction)
+        takes_gradients = kind == "kfac" or (kind != "extended_kfac" and self.recovery)
         if self.calibration.weigh == "answers" and not takes_gradients:
             yield f"calibration.weigh: answers does not go with curvature {kind}; use kfac or all"
 
@@ -117,9 +117,6 @@ class JobSpec(Section):
             remedy = f"every replica needs one, so give {replicas} to {most}"
             yield f"curvature.num_backward: {backward} of {sequences}; {remedy}"
         self.check_borders()
-        in_a_step = 0 if self.correction is None else self.correction.sequences_per_step
-        if in_a_step > most:
-            yield f"correction.sequences_per_step: {in_a_step} of {sequences}; lower it"
 
     def _problems_of_exports(self) -> Iterator[str]:
         pruning = self.pruning
@@ -157,7 +154,7 @@ class JobSpec(Section):
         most = num_sequences
         if share is None:
             chooses = self.curvature is not None and self.curvature.chooses_damping
-            share = HELD_SHARE if chooses or self.pruning.checks_itself or self.correction else 0.0
+            share = HELD_SHARE if chooses or self.pruning.checks_itself or self.recovery else 0.0
             most = MOST_HELD
         wanted = max(num_replicas, min(most, round(share * num_sequences))) if share else 0
         return min(wanted, num_sequences - num_replicas)

@@ -65,8 +65,8 @@ def _fill(document: dict[str, Any], preset: Mapping[str, Any]) -> None:
         if isinstance(count, int) and "num_backward" in settings:
             settings["num_backward"] = min(settings["num_backward"], max(1, count))
         _under(document, "curvature", settings)
-    if preset["correction"] is not None:
-        _under(document, "correction", preset["correction"])
+    if preset["recovery"] is not None:
+        _under(document, "recovery", preset["recovery"])
     if pruning.get("structure") == "groups":
         shots = {} if "sparsities" in pruning else {"num_shots": 1}
         document["pruning"] = {**shots, **pruning}

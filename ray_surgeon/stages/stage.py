@@ -73,20 +73,31 @@ def held_places(num_sequences: int, num_held: int) -> NDArray[np.int64]:
     return ((np.arange(num_held) + 0.5) * num_sequences / max(1, num_held)).astype(np.int64)
 
 
-def held_measure(cluster: Cluster, text: CalibrationText, loss: str = "kl") -> float:
-    """Return the divergence (kl) or the loss on the windows held aside.
+def held_aside(
+    cluster: Cluster, text: CalibrationText, loss: str = "kl"
+) -> tuple[float, float | None]:
+    """Measure the present weights on the windows held aside.
 
-    It is in nats per token that counts.
-
-    It is infinite if it is no number, as where a training diverged.
+    Returns:
+        The divergence (kl) or the loss, in nats per token that counts; infinite if it is no number,
+        as where a training diverged. With kl, the acceptance, too: the share of the dense model's
+        tokens that would be accepted.
     """
     held = text.held, text.held_counts
+    num_tokens = max(1, num_counted(*held))
+    acceptance = None
     if loss == "kl":
-        sums = [comparison["divergence"] for comparison in compared(cluster, HELD, *held)]
+        comparisons = compared(cluster, HELD, *held, acceptance=True)
+        mean = sum(each["divergence"] for each in comparisons) / num_tokens
+        acceptance = sum(each["acceptance"] for each in comparisons) / num_tokens
     else:
-        sums = sequence_losses(cluster, *held)
-    mean = sum(sums) / max(1, num_counted(*held))
-    return mean if math.isfinite(mean) else math.inf
+        mean = sum(sequence_losses(cluster, *held)) / num_tokens
+    return (mean if math.isfinite(mean) else math.inf), acceptance
+
+
+def held_measure(cluster: Cluster, text: CalibrationText, loss: str = "kl") -> float:
+    """Return the measure of `held_aside` alone."""
+    return held_aside(cluster, text, loss)[0]
 
 
 @dataclass

@@ -88,7 +88,7 @@ class Commit(Stage):
         target = self.targets[shot - 1] if self.targets else None
         about = {"index": shot, "target_sparsity": target, "sparsity": run.sparsity}
         absent: dict[str, Any] = dict.fromkeys(("threshold", "calibration_loss"))
-        absent |= {"correction_losses": [], "correction_absorbed": None}
+        absent |= {"recovery_losses": [], "recovery_absorbed": None}
         last = run.report.add_shot(about | absent | run.record, run.linears, run.steps)
         directory.commit_shot(shot, written, last)
         cluster.run_all(continue_from_shot, written)

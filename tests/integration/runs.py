@@ -47,6 +47,13 @@ ELEMENT = {"pruning__structure": "element"}
 N_M = {"pruning__structure": "n_m"}
 SPARSEGPT = ELEMENT | {"pruning__method": "sparsegpt"}
 GROUPS: dict[str, Any] = {"pruning__structure": "groups", "pruning__width_multiple": 8}
+LORA: dict[str, Any] = {
+    "recovery__rank": 2,
+    "recovery__num_tokens": 120,
+    "recovery__num_tokens_between_shots": 120,
+    "recovery__sequences_per_step": 1,
+}
+"""Three steps of corrections after every shot."""
 MASKED = {"output__exports": ["masked"]}
 DISK = {"memory__weights": "disk", "memory__factors": "disk"}
 FOUR = {"cluster__num_shards": 2, "cluster__num_replicas": 2}

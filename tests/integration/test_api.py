@@ -25,7 +25,7 @@ from ray_surgeon.run.loop import run_shots
 from ray_surgeon.stages.curvature.gather import gather_curvature
 from ray_surgeon.storage import files
 from tests.integration import runs
-from tests.integration.runs import ONE, Given, Jobs, assert_same_shot, loaded
+from tests.integration.runs import LORA, ONE, Given, Jobs, assert_same_shot, loaded
 
 ROOT = Path(__file__).parent.parent.parent
 TEXT = {"source": "python-docs", "num_sequences": 4, "sequence_length": 32, "max_tokens": 4000}
@@ -272,7 +272,7 @@ def test_long_steps_show_that_they_move(job: Jobs) -> None:
     """Sequences in the passes, linears in costs and updates, steps in corrections: all of them, in
     order, to the end.
     """
-    options = ONE | {"correction__lora_rank": 2, "calibration__held_aside": 0}
+    options = ONE | LORA | {"calibration__held_aside": 0}
     inputs = job.inputs(options, pruning__costs="greedy", cluster__num_shards=2)
     news: list[object] = []
     directory = RunDirectory(inputs.spec.output.uri)
@@ -282,7 +282,7 @@ def test_long_steps_show_that_they_move(job: Jobs) -> None:
         ("curvature", "sequences", 6),
         ("costs", "linears", 28),
         ("update", "linears", 28),
-        ("correction", "steps", 3),
+        ("recovery", "steps", 3),
     ):
         own = [m for m in moments if m.step == step and m.unit == unit]
         assert (own[-1].done, own[-1].total) == (total, total), step

@@ -132,7 +132,7 @@ ELEMENT = "pruning.structure=element; pruning.method"
     ("family", "settings"),
     [
         ("olmoe", "pruning.costs=obs"),
-        ("glm4_moe", "pruning.structure=element; correction.lora_rank=2"),
+        ("glm4_moe", "pruning.structure=element; recovery.rank=2; recovery.num_tokens=120"),
         ("gpt_oss", "curvature.kind=extended_kfac"),
     ],
 )

@@ -23,17 +23,18 @@ from ray_surgeon.runtime.passes import remember
 from ray_surgeon.runtime.pipelines import forward_and_backward
 from ray_surgeon.spec.parsing import parse_spec
 from ray_surgeon.stages.answers.answers import DenseAnswers
-from ray_surgeon.stages.correction.section import CorrectionSection
-from ray_surgeon.stages.correction.training import HARMLESS, RATES, Training, batches_of
 from ray_surgeon.stages.prune.method import Method
+from ray_surgeon.stages.recovery.batches import CalibrationBatches
+from ray_surgeon.stages.recovery.section import RecoverySection
+from ray_surgeon.stages.recovery.training import HARMLESS, RATES, Training
 from ray_surgeon.stages.self_text.stage import SelfText
 from ray_surgeon.stages.stage import HELD, CalibrationText, held_measure, held_places
 from tests.integration import runs
 from tests.integration.runs import ONE, Jobs, assert_same_shot, changes_of, copied_model, loaded
 from tests.integration.test_conversations import TEMPLATE
 
-LORA = "correction.lora_rank=2"
-TRAINING = "ray_surgeon.stages.correction.training"
+LORA = "recovery.rank=2; recovery.num_tokens=120; recovery.sequences_per_step=1"
+TRAINING = "ray_surgeon.stages.recovery.training"
 
 
 def test_windows_held_aside_are_spread_over_all_texts() -> None:
@@ -92,9 +93,9 @@ def pruned(
 
 
 def trained(cluster: LocalCluster, text: CalibrationText, **options: Any) -> Training:
-    sizes = {"lora_rank": 4, "steps_per_shot": 32, "sequences_per_step": 2}
-    section = CorrectionSection.model_validate(sizes | options)
-    training = Training(section, cluster, text, batches_of(section, 1, 1, len(text.tokens)))
+    sizes = {"rank": 4, "num_tokens": 32 * 2 * 24, "sequences_per_step": 2}
+    section = RecoverySection.model_validate(sizes | options)
+    training = Training(section, cluster, text, CalibrationBatches(section, text, 1, 1))
     training.train(1)
     return training
 
@@ -102,7 +103,7 @@ def trained(cluster: LocalCluster, text: CalibrationText, **options: Any) -> Tra
 def measured(monkeypatch: pytest.MonkeyPatch, *measures: float) -> None:
     """Let measures on the windows held aside be these."""
     come = iter(measures)
-    monkeypatch.setattr(f"{TRAINING}.held_measure", lambda *_: next(come))
+    monkeypatch.setattr(f"{TRAINING}.held_aside", lambda *_: (next(come), None))
 
 
 @pytest.mark.parametrize("loss", ["kl", "cross_entropy"])
@@ -115,12 +116,12 @@ def test_corrections_choose_a_rate_and_end_better_than_they_began(loss: str, lla
     assert (*harmful, first) == RATES[: len(found.tried)]
     assert all(found.tried[rate] > HARMLESS * before for rate in harmful)
     assert first / found.rate == 2 ** round(math.log2(first / found.rate)), "halved, or as it was"
-    assert found.held[0] == (0, before)
+    assert (found.held[0].steps, found.held[0].value) == (0, before)
     after = held_measure(cluster, text, loss)
     assert after < before
-    last = found.held[-1][1]
+    last = found.held[-1].value
     assert last == pytest.approx(after, rel=1e-3), "that of the absorbed weights"
-    assert last == pytest.approx(min(value for _, value in found.held), rel=1e-3)
+    assert last == pytest.approx(min(check.value for check in found.held), rel=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -156,10 +157,10 @@ def test_a_loss_that_is_no_number(llama: Path, monkeypatch: pytest.MonkeyPatch) 
     found = trained(cluster, text)
     assert found.undone is not None
     assert all(torch.equal(W, before[name]) for name, W in runs.weights_of(cluster).items())
-    assert held_measure(cluster, text) == pytest.approx(found.held[0][1], rel=1e-6)
+    assert held_measure(cluster, text) == pytest.approx(found.held[0].value, rel=1e-6)
     record = found.as_record()
-    assert record["correction_losses"] == []
-    assert {entry["held_aside"] for entry in record["correction_tried"]} == {None}
+    assert record["recovery_losses"] == []
+    assert {entry["held_aside"] for entry in record["recovery_tried"]} == {None}
 
 
 def test_a_rate_is_halved_where_measures_rise(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -170,17 +171,17 @@ def test_a_rate_is_halved_where_measures_rise(llama: Path, monkeypatch: pytest.M
     measured(monkeypatch, 1.0, 1.1, 0.8, 0.7, 0.9, 0.85, 0.72)
     found = trained(cluster, text)
     assert list(found.tried.values()) == [1.1, 0.8]
-    assert found.rate == RATES[1] / 2**2
-    assert found.held[-1] == (11, 0.72)
-    assert min(found.held, key=lambda pair: pair[1])[1] == 0.7
+    assert found.rate == RATES[1] / 2
+    assert (found.held[-1].steps, found.held[-1].value) == (11, 0.72)
+    assert min(check.value for check in found.held) == 0.7
     assert found.undone is None
 
 
 def test_corrections_are_equal_for_every_cluster(llama: Path) -> None:
     clusters = [pruned(llama, *workers) for workers in ((1, 1), (2, 2))]
-    one, other = (trained(cluster, text, steps_per_shot=10) for cluster, text in clusters)
+    one, other = (trained(cluster, text, num_tokens=480) for cluster, text in clusters)
     assert one.rate == other.rate
-    measures, of_other = ([value for _, value in found.held] for found in (one, other))
+    measures, of_other = ([check.value for check in found.held] for found in (one, other))
     assert measures == pytest.approx(of_other, rel=1e-3)
     after, expected = (runs.weights_of(cluster) for cluster, _ in clusters)
     torch.testing.assert_close(after, expected, rtol=0, atol=2e-3)
@@ -192,14 +193,17 @@ def test_corrections_are_equal_for_every_cluster(llama: Path) -> None:
 def test_diverging_corrections_are_undone(rate: float, dtype: str, why: str, job: Jobs) -> None:
     """Those that rounding takes away likewise: in bfloat16 a tiny one changes no weight."""
     options = ONE | {"model__dtype": dtype}
-    done = job(options, correction={"lora_rank": 2, "steps_per_shot": 32, "learning_rate": rate})
+    done = job(
+        options,
+        recovery={"rank": 2, "num_tokens": 1280, "sequences_per_step": 1, "learning_rate": rate},
+    )
     (shot,) = done.shots
-    assert "no state was better on the windows held aside" in shot["correction_undone"]
-    assert why in shot["correction_undone"]
-    assert shot["correction_absorbed"] == 0
-    assert (len(shot["correction_losses"]) < 32) == (why == "diverged"), "it was given up"
-    assert shot["divergence_held_aside"] == pytest.approx(shot["correction_held_aside"][0]["value"])
-    (event,) = [event for event in done.events if event["step"] == "correction"]
+    assert "no state was better on the windows held aside" in shot["recovery_undone"]
+    assert why in shot["recovery_undone"]
+    assert shot["recovery_absorbed"] == 0
+    assert (len(shot["recovery_losses"]) < 32) == (why == "diverged"), "it was given up"
+    assert shot["divergence_held_aside"] == pytest.approx(shot["recovery_held_aside"][0]["value"])
+    (event,) = [event for event in done.events if event["step"] == "recovery"]
     assert why in json.dumps(event)
     plain = job(options, folder="plain", calibration__held_aside=0.1)
     assert_same_shot(done.uri, plain.uri, 1)
@@ -281,7 +285,7 @@ def test_answers_alone_count_where_they_are_weighed(job: Jobs) -> None:
         "model": model,
         "calibration": calibration | {"num_sequences": 6, "sequence_length": 96},
         "evaluation": {"texts": [PYTHON_DOCS], "generation": generation},
-        "correction": {"lora_rank": 2, "steps_per_shot": 6},
+        "recovery": {"rank": 2, "num_tokens": 240, "sequences_per_step": 1},
     }
     done = job(options)
     report = done.report

@@ -23,9 +23,9 @@ from tests.integration import runs
 from tests.integration.runs import Jobs, assert_same_shot, loaded, overflowing_model, windows
 
 GREEDY_FAMILIES = ("gpt2", "llama", "opt")
-LORA = {"correction__lora_rank": 2, "calibration__held_aside": 0}
+LORA = runs.LORA | {"calibration__held_aside": 0}
 EXTENDED = {"curvature__kind": "extended_kfac"}
-STEPS = ["curvature", "costs", "threshold", "update", "correction", "evaluation", "commit"]
+STEPS = ["curvature", "costs", "threshold", "update", "recovery", "evaluation", "commit"]
 WANDA = runs.ELEMENT | {"pruning__method": "wanda"}
 
 
@@ -107,9 +107,9 @@ OPTIONS: list[dict[str, Any]] = [
     *each(runs.SPARSEGPT, "pruning", damping=[0.5]),
     WANDA,
     LORA,
-    *each(LORA, "correction", loss=["cross_entropy"], lora_rank=[3], learning_rate=[1e-2]),
-    *each(LORA, "correction", steps_per_shot=[2], sequences_per_step=[2], final_epochs=[1]),
-    *each(LORA, "correction", seed=[1]),
+    *each(LORA, "recovery", loss=["cross_entropy"], rank=[3], learning_rate=[1e-2]),
+    *each(LORA, "recovery", num_tokens=[200], sequences_per_step=[2]),
+    *each(LORA, "recovery", seed=[1]),
 ]
 
 

@@ -45,11 +45,12 @@ METHODS: dict[str, dict[str, Any]] = {
     "sampled": {"curvature__fisher": "sampled"},
     "activations": {"curvature__kind": "activations"},
     "two-terms": {"curvature__kind": "extended_kfac"},
-    "element": runs.ELEMENT | {"correction__lora_rank": 2},
+    "element": runs.ELEMENT | runs.LORA,
     "n_m": runs.N_M,
     "sparsegpt": runs.SPARSEGPT,
     "groups": runs.GROUPS
-    | {"correction": {"lora_rank": 2, "sequences_per_step": 2}, "output__exports": ["per_block"]},
+    | runs.LORA
+    | {"recovery__sequences_per_step": 2, "output__exports": ["per_block"]},
 }
 WAYS: list[dict[str, Any]] = [
     {"memory__activations": "recompute"},

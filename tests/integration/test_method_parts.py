@@ -5,18 +5,20 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 from ray_surgeon.maths.threshold import StructureCosts
 from ray_surgeon.models.low_rank import LowRankCorrections
-from ray_surgeon.stages.correction.section import CorrectionSection
-from ray_surgeon.stages.correction.training import Training, batches_of
 from ray_surgeon.stages.curvature.section import KfacSection
 from ray_surgeon.stages.curvature.stage import calibrate
 from ray_surgeon.stages.prune.method import Scores
 from ray_surgeon.stages.prune.rows_columns import RowsColumns, RowsColumnsSection
+from ray_surgeon.stages.recovery.batches import CalibrationBatches
+from ray_surgeon.stages.recovery.section import RecoverySection
+from ray_surgeon.stages.recovery.training import Training
 from ray_surgeon.stages.stage import CalibrationText
 from tests.integration.runs import Jobs, loaded
 
@@ -33,24 +35,23 @@ def test_labels_are_drawn_anew_in_every_shot(job: Jobs) -> None:
     assert float((found[1] - found[0]).norm() / found[0].norm()) > 0.05
 
 
-@pytest.mark.parametrize(("size", "steps", "epochs"), [(1, 13, 0), (4, 5, 2)])
-def test_batches_of_corrections(size: int, steps: int, epochs: int) -> None:
+@pytest.mark.parametrize(("size", "steps"), [(1, 13), (4, 9)])
+def test_windows_of_a_recovery(size: int, steps: int) -> None:
     """Passes over all of six sequences, in an order of every pass; the last step of a pass has what
-    is left, and the final passes are over all of them.
+    is left. Between shots there are fewer.
     """
-    section = CorrectionSection(sequences_per_step=size, steps_per_shot=steps, final_epochs=epochs)
-    first, last = (batches_of(section, shot, 2, 6) for shot in (1, 2))
+    text = CalibrationText(np.arange(60).reshape(6, 10))
+    sizes = {"num_tokens": steps * size * 10 - 3, "num_tokens_between_shots": 10}
+    section = RecoverySection(sequences_per_step=size, **sizes)
+    first, last = (CalibrationBatches(section, text, shot, 2) for shot in (1, 2))
+    assert (first.num_steps, last.num_steps) == (1, steps)
+    numbers = [list(last.batch(i).numbers) for i in range(steps)]
     per_pass = math.ceil(6 / size)
-    assert (len(first), len(last)) == (steps, steps + epochs * per_pass)
-    passes = [
-        part[i : i + per_pass]
-        for part in (first, last[:steps], last[steps:])
-        for i in range(0, len(part), per_pass)
-    ]
-    orders = [[number for batch in one for number in batch] for one in passes]
-    for one, order in zip(passes, orders, strict=True):
-        assert all(len(batch) == size for batch in one[: per_pass - 1])
-        assert len(one) < per_pass or sorted(order) == list(range(6))
+    passes = [numbers[i : i + per_pass] for i in range(0, steps, per_pass)]
+    orders = [[number for batch in own for number in batch] for own in passes]
+    for own, order in zip(passes, orders, strict=True):
+        assert all(len(batch) == size for batch in own[: per_pass - 1])
+        assert len(own) < per_pass or sorted(order) == list(range(6))
     assert len({tuple(order) for order in orders}) == len(orders)
 
 
@@ -67,15 +68,16 @@ def test_corrections_are_means_over_tokens(job: Jobs, monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(LowRankCorrections, "gradients", noting)
     sequences = job.inputs().calibration
-    steps = {"sequences_per_step": 4, "steps_per_shot": 2, "learning_rate": 1e-12}
-    section = CorrectionSection(loss="cross_entropy", lora_rank=1, **steps)
+    steps = {"sequences_per_step": 4, "num_tokens": 2 * 4 * 40, "learning_rate": 1e-12}
+    section = RecoverySection.model_validate(steps | {"loss": "cross_entropy", "rank": 1})
     cluster = loaded(job.models["llama"])
-    found = Training(section, cluster, CalibrationText(sequences), batches_of(section, 1, 1, 6))
+    text = CalibrationText(sequences)
+    found = Training(section, cluster, text, CalibrationBatches(section, text, 1, 1))
     found.train(1)
     assert seen == {4 * 39, 2 * 39}
     model = AutoModelForCausalLM.from_pretrained(job.models["llama"])
-    for loss, batch in zip(found.losses, found.batches, strict=True):
-        tokens = torch.from_numpy(sequences[batch])
+    for number, loss in enumerate(found.losses):
+        tokens = torch.from_numpy(sequences[found.batches.batch(number).numbers])
         assert loss == pytest.approx(float(model(tokens, labels=tokens).loss.detach()), rel=1e-5)
     assert found.absorbed < 0.5, "steps are too short for float32"
 

@@ -28,13 +28,9 @@ from tests.integration.runs import Jobs, assert_same_shot, difference, kept_of, 
 
 TERMS = ExtendedKfacSection(kind="extended_kfac", num_power_iterations=6)
 EXTENDED = {"curvature__kind": "extended_kfac"}
-LORA = {
-    "calibration__held_aside": 1 / 3,
-    "correction__lora_rank": 2,
-    "correction__learning_rate": 1e-3,
-}
+LORA = {"calibration__held_aside": 1 / 3, **runs.LORA, "recovery__learning_rate": 1e-3}
 THREE_TERMS = {"curvature__num_kronecker_terms": 3, "curvature__num_power_iterations": 3}
-SEQUENCES = {"correction__steps_per_shot": 6, "correction__final_epochs": 1}
+SEQUENCES = {"recovery__num_tokens": 400, "recovery__num_tokens_between_shots": 240}
 METHODS: dict[str, dict[str, Any]] = {
     "greedy": runs.GREEDY,
     "once": {},
@@ -43,7 +39,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "lora": LORA | SEQUENCES | {"curvature__num_backward": 2},
     "element": runs.ELEMENT
     | EXTENDED
-    | {"correction__lora_rank": 2, "calibration__held_aside": 0}
+    | runs.LORA
+    | {"calibration__held_aside": 0}
     | {"pruning__target_sparsity": 0.4, "model": "opt"},
     "n_m": runs.N_M | EXTENDED | {"model": "gpt2"},
 }
@@ -144,9 +141,9 @@ def test_divergence_is_that_of_the_export_from_the_dense_model(job: Jobs) -> Non
     )
     expected = (dense.exp() * (dense - pruned)).sum(dim=-1).mean()
     assert shot["divergence"]["seen"] == pytest.approx(float(expected.detach()), rel=0.02)
-    lora = {"correction__lora_rank": 2, "correction__sequences_per_step": 6}
+    lora = runs.LORA | {"recovery__sequences_per_step": 6}
     (corrected,) = job(options | lora, folder="kl", calibration__held_aside=0).shots
-    assert corrected["correction_losses"][0] == pytest.approx(shot["divergence"]["seen"], rel=1e-4)
+    assert corrected["recovery_losses"][0] == pytest.approx(shot["divergence"]["seen"], rel=1e-4)
     assert corrected["divergence"]["seen"] < shot["divergence"]["seen"]
 
 

@@ -72,7 +72,7 @@ SOLVED = {
     "num_iterations": 200,
     "tolerance": 1e-6,
 }
-CORRECTED = runs.GROUPS | {"correction__lora_rank": 2, "correction__learning_rate": 1e-2}
+CORRECTED = runs.GROUPS | runs.LORA | {"recovery__learning_rate": 1e-2}
 FITTED = runs.GROUPS | {
     "pruning__groups": ["ffn"],
     "pruning__reconstruction": {"tokens_per_step": 16, "num_epochs": 4, "learning_rate": 0.02},

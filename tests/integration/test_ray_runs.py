@@ -44,7 +44,7 @@ def on_ray(cluster: Cluster) -> dict[str, Any]:
     return {"cluster__backend": "ray", "cluster__address": cluster.address}
 
 
-CORRECTED = {"correction__lora_rank": 2, "calibration__mix": [{"source": "self"}]}
+CORRECTED = runs.LORA | {"calibration__mix": [{"source": "self"}]}
 TWO_REPLICAS = runs.ONE | {"cluster__num_replicas": 2}
 
 

@@ -46,8 +46,8 @@ def test_quickstart_makes_an_ordinary_model_that_is_smaller(
         "evaluation.texts.2.num_sequences": 2,
         "evaluation.generation": "null",
         "output.speed": "null",
-        "correction.steps_per_shot": 3,
-        "correction.learning_rate": 1e-4,  # Adam's first step has full length, however flat
+        "recovery.num_tokens": 3 * 2 * 512,
+        "recovery.learning_rate": 1e-4,  # Adam's first step has full length, however flat
         "output.uri": tmp_path / "run",
     }
     arguments = [p for path, value in overrides.items() for p in ("--set", f"{path}={value}")]
@@ -59,7 +59,7 @@ def test_quickstart_makes_an_ordinary_model_that_is_smaller(
         step: [a / b for a, b in zip(measured[step], 2 * planned[step], strict=True)]
         for step in measured.keys() & planned.keys()
     }
-    assert {"curvature", "costs", "update", "correction", "evaluation"} <= ratios.keys()
+    assert {"curvature", "costs", "update", "recovery", "evaluation"} <= ratios.keys()
     assert all(0.85 < ratio < 1.15 for of_step in ratios.values() for ratio in of_step), ratios
     (export,) = report["exports"]
     assert export["widths"] == [[1152, 3]] * 30

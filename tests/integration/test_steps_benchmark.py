@@ -46,13 +46,15 @@ def test_every_step_has_seconds_and_operations(
     }
     path = tiny_spec(tmp_path, model_folders["llama"], **changes)
     plain = yaml.safe_load(path.read_text())
-    trained = plain | {"correction": {"steps_per_shot": 2, "learning_rate": 0.001}}
+    trained = plain | {
+        "recovery": {"num_tokens": 80, "sequences_per_step": 1, "learning_rate": 0.001}
+    }
     seconds, flops = run_steps(trained, tmp_path / "with", Operations())
-    assert {"evaluation", "curvature", "costs", "update", "correction"} <= set(flops)
+    assert {"evaluation", "curvature", "costs", "update", "recovery"} <= set(flops)
     assert all(seconds[step] > 0 for step in flops)
     without, none = run_steps(plain, tmp_path / "without", None)
     assert not none
-    assert "correction" not in without
+    assert "recovery" not in without
     changes["pruning__reconstruction"] = None
     bare = yaml.safe_load(tiny_spec(tmp_path, model_folders["llama"], **changes).read_text())
     _, fewer = run_steps(bare, tmp_path / "bare", Operations())

@@ -18,6 +18,7 @@ from ray_surgeon.models import loss as losses
 from ray_surgeon.models.loss import Predicted, compare_with_dense, next_token_loss, next_tokens
 from ray_surgeon.runtime import passes
 from ray_surgeon.runtime.cluster import LocalCluster
+from ray_surgeon.runtime.dense_states import CALIBRATION
 from ray_surgeon.runtime.passes import compared, measure
 from ray_surgeon.runtime.pipelines import forward_and_backward
 from ray_surgeon.runtime.wave import Labels
@@ -263,10 +264,10 @@ def test_means_are_over_the_tokens_that_count(model_folders: dict[str, Path]) ->
     assert measured.divergence == sum(found) / (num_tokens * len(SEQUENCES)) > 1e-3
     each = passes.divergences_of(cluster, "text", SEQUENCES)
     assert each == [one / num_tokens for one in found]
-    for labels in (Labels(), Labels(seed=3), Labels(of_dense_model=True)):
+    for labels in (Labels(), Labels(seed=3), Labels(dense=CALIBRATION)):
         losses = forward_and_backward(cluster, SEQUENCES, labels, counts=COUNTS)
         some = forward_and_backward(cluster, SEQUENCES, labels, only=[3, 1], counts=COUNTS)
         assert some == [losses[3], losses[1]]
-        if not labels.of_dense_model:
+        if labels.dense is None:
             of_text = passes.sequence_losses(cluster, SEQUENCES, COUNTS)
             assert losses == pytest.approx(of_text, rel=1e-6)

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from ray_surgeon.maths.masks import ElementMask, StructuredMask
-from ray_surgeon.models.low_rank import CLIP, RATE_OF_A, LowRank, LowRankCorrections
+from ray_surgeon.models.low_rank import RATE_OF_A, LowRank, LowRankCorrections
+from ray_surgeon.models.optimizer import CLIP
 from ray_surgeon.models.shard import ModelShard
 from tests.models.test_shard import shards
 
@@ -168,11 +169,11 @@ def test_a_state_is_gone_back_to_whole(shard: ModelShard) -> None:
         return torch.cat([part.A.detach().flatten(), part.B.detach().flatten()])
 
     steps(3)
-    state = corrections.state()
+    state = corrections.best()
     expected = steps(4)
     for _ in range(2):
         steps(5)
-        corrections.restore(state)
+        corrections.back_to(state)
         assert part.A.grad is None
         assert torch.equal(steps(4), expected)
 

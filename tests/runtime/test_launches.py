@@ -75,7 +75,7 @@ def test_backward_passes_count() -> None:
 # Against plans
 
 TENTH = 0.1
-HELD = ("load", "curvature", "costs", "update", "evaluation", "commit", "correction")
+HELD = ("load", "curvature", "costs", "update", "evaluation", "commit", "recovery")
 """Steps whose launches are held; their syncs, which are few, as well where there are fifteen.
 """
 DATA = {"mixture": {"costs"}, "whole": {"costs", "update"}}
@@ -85,7 +85,7 @@ DENSE: dict[str, Any] = {
 }
 RECONSTRUCTED = {
     "pruning": DENSE["pruning"] | {"reconstruction": {"tokens_per_step": 128}},
-    "correction": {"lora_rank": 4, "steps_per_shot": 8},
+    "recovery": {"rank": 4, "num_tokens": 8 * 64, "sequences_per_step": 1},
 }
 MIXTURE = {"pruning": {"groups": ["expert_channels"], "width_multiple": 8}}
 WHOLE = {"pruning": {"groups": ["expert_channels", "experts"], "width_multiple": 8}}

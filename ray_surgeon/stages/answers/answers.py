@@ -239,15 +239,15 @@ class DenseAnswers(Stage):
 
 
 @dataclass(frozen=True)
-class BeforeCorrection(Stage):
-    """How many of the dense model's tokens the pruned model would accept, before corrections."""
+class BeforeRecovery(Stage):
+    """How many of the dense model's tokens the pruned model would accept, before recovery."""
 
     name = "answers"
 
     def run(self, run: RunState, facts: Facts) -> None:
-        """Measure what corrections begin from."""
+        """Measure what recovery begins from."""
         rates = measure_rates(run.cluster, run.kept(Answers))
-        run.record["generation_before_correction"] = rates
+        run.record["generation_before_recovery"] = rates
         facts["accepted"] = rates["acceptance"]
 
 

@@ -1,4 +1,4 @@
-"""The stage of low-rank corrections, after the update of every shot."""
+"""The stage of recovery: training after the update of a shot."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from ray_surgeon.plan.counts import ADAM_BYTES, Counted, StepPlan
 from ray_surgeon.plan.needs import WorkerView
 from ray_surgeon.runtime.dense_states import CALIBRATION
-from ray_surgeon.stages.correction import training
-from ray_surgeon.stages.correction.section import CorrectionSection
+from ray_surgeon.stages.recovery.batches import CalibrationBatches
+from ray_surgeon.stages.recovery.section import RecoverySection
+from ray_surgeon.stages.recovery.training import Training, steps_between_checks, trial_steps
 from ray_surgeon.stages.stage import Facts, RunState, Stage, Text
 
 _PRODUCTS = 9
@@ -22,11 +23,11 @@ _SYNCS_OF_START = 4
 
 
 @dataclass(frozen=True)
-class Correction(Stage):
-    """Trains corrections of all linears, and absorbs them if they help."""
+class Recovery(Stage):
+    """Trains towards the dense model, and keeps what helps."""
 
-    name = "correction"
-    section: CorrectionSection
+    name = "recovery"
+    section: RecoverySection
     num_held: int  # windows held aside, on which it is measured
     by_element: bool  # whether masks are of elements
     # whether the curvature pass keeps the dense model's states of the calibration text
@@ -34,9 +35,8 @@ class Correction(Stage):
 
     def run(self, run: RunState, facts: Facts) -> None:
         """Train."""
-        num_sequences = len(run.text.tokens)
-        batches = training.batches_of(self.section, run.shot, run.num_shots, num_sequences)
-        trained = training.Training(self.section, run.cluster, run.text, batches)
+        batches = CalibrationBatches(self.section, run.text, run.shot, run.num_shots)
+        trained = Training(self.section, run.cluster, run.text, batches)
         trained.train(run.shot, run.record.get("divergence_held_aside"))
         facts |= trained.facts
         run.record |= trained.as_record()
@@ -49,6 +49,11 @@ class Correction(Stage):
 
     # For the plan
 
+    @property
+    def _rank(self) -> int:
+        assert isinstance(self.section.rank, int)
+        return self.section.rank
+
     def needs(self, worker: WorkerView) -> Iterable[StepPlan]:
         """Return the training of B A.
 
@@ -59,7 +64,7 @@ class Correction(Stage):
         num_states = int(self.num_held > 0)
         of_entry = 8 + (8 if N == 1 else 12 / N) + num_states * (4 + 8 / N)
         entries = sum(linear.num_rows + linear.num_columns for linear in worker.linears)
-        adapters = of_entry * self.section.lora_rank * entries
+        adapters = of_entry * self._rank * entries
         columns = sum(linear.num_columns for linear in worker.linears)
         inputs = worker.shapes.width * columns / worker.num_blocks
         num_steps, num_checks = self._num_steps(worker)
@@ -77,7 +82,7 @@ class Correction(Stage):
         runs = 1 + (worker.stores.activations == "recompute")
         # weights get no gradients; A and B do
         flops = 2 * worker.active * (forward + runs * backward)
-        flops += 2 * self.section.lora_rank * entries * (forward + (1 + runs) * backward)
+        flops += 2 * self._rank * entries * (forward + (1 + runs) * backward)
         flops += worker.head_flops * (2 * forward + backward)
         flops *= worker.sequence_length
         moved = worker.moved(worker.stores.weights, loads)
@@ -94,7 +99,7 @@ class Correction(Stage):
         num_linears = len(worker.linears)
         per_step = -(-self.section.sequences_per_step // N)
         entries = sum(linear.num_rows + linear.num_columns for linear in worker.linears)
-        size = self.section.lora_rank * entries
+        size = self._rank * entries
         runs = 1 + (worker.stores.activations == "recompute")
         calls = -(-per_step // worker.stores.in_a_call(per_step, worker.num_shards))
         step = worker.pass_counts(per_step, T, runs, 1.0)
@@ -108,15 +113,14 @@ class Correction(Stage):
     def _num_steps(self, worker: WorkerView) -> tuple[int, int]:
         """Return how many steps are made in a shot, and how often windows held aside pass."""
         section = self.section
-        num_fitted = worker.num_sequences - self.num_held
-        num_steps = section.steps_per_shot
-        num_steps += section.final_epochs * -(-num_fitted // section.sequences_per_step)
+        num_steps = section.num_steps(1, 1, worker.sequence_length)
         if not self.num_held:
             return num_steps, 0
         # the second rate is taken most often, after the first one was tried
         tries = section.learning_rate is None
-        num_steps += training.trial_steps(num_steps) * tries
-        return num_steps, training.NUM_CHECKS + 2 + 2 * tries
+        num_checks = num_steps // steps_between_checks(num_steps)
+        num_steps += trial_steps(num_steps) * tries
+        return num_steps, num_checks + 2 + 2 * tries
 
     def on_host(self, worker: WorkerView) -> float:
         """Return the dense model's states of the calibration text."""

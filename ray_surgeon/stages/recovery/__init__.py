@@ -1,0 +1,1 @@
+"""Training after pruning, from low-rank corrections to all weights."""

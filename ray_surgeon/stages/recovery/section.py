@@ -1,0 +1,53 @@
+"""The section of a job spec on recovery: training after pruning."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Discriminator, Field, Tag
+
+from ray_surgeon.spec.base import Positive, Section, tag
+
+_Rank = Annotated[
+    Annotated[int, Field(ge=1, le=4096), Tag(tag("rank"))]
+    | Annotated[Literal["all"], Tag(tag("all"))],
+    Discriminator(lambda value: tag("all" if isinstance(value, str) else "rank")),
+]
+
+
+class RecoverySection(Section):
+    """Training after pruning, towards the dense model.
+
+    Low-rank corrections beside every linear are the smallest setting; they are absorbed.
+    """
+
+    rank: _Rank = 32
+    """What is trained: a product B A of this rank beside every linear, which is absorbed; or all
+    weights of the blocks
+    """
+    num_tokens: Positive = 65_536
+    """Tokens of the training after the last shot, rounded up to whole steps"""
+    num_tokens_between_shots: int = Field(0, ge=0)
+    """Likewise after every shot before the last one, as in the paper"""
+    loss: Literal["kl", "cross_entropy"] = "kl"
+    """What is lowered on the text: the divergence from the dense model (kl), which recovers what
+    pruning took, or the loss (cross_entropy), which also teaches the text
+    """
+    learning_rate: float | None = Field(None, gt=0, le=1)
+    """Largest learning rate of Adam, relative to the root mean square of each weight; it rises
+    shortly, then falls to zero. null: the highest of three whose first steps do no harm on the
+    windows held aside; it is halved where they get worse later
+    """
+    sequences_per_step: Positive = 2
+    """Sequences of one step"""
+    seed: int = Field(0, ge=0)
+    """Seed of A at the start, and of the order of the sequences"""
+
+    def tokens_after(self, shot: int, num_shots: int) -> int:
+        """Return how many tokens are trained on after a shot."""
+        return self.num_tokens if shot == num_shots else self.num_tokens_between_shots
+
+    def num_steps(self, shot: int, num_shots: int, sequence_length: int) -> int:
+        """Return how many steps are made after a shot."""
+        of_step = self.sequences_per_step * sequence_length
+        return -(-self.tokens_after(shot, num_shots) // of_step)

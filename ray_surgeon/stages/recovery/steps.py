@@ -1,0 +1,135 @@
+"""What workers do in a recovery."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Protocol
+
+from torch import Tensor
+
+from ray_surgeon.models.low_rank import LowRank, LowRankCorrections
+from ray_surgeon.runtime.collectives import MESSAGE_BYTES, together
+from ray_surgeon.runtime.worker import Worker, collective
+from ray_surgeon.stages.recovery.section import RecoverySection
+
+
+class Trainee(Protocol):
+    """What is trained on a worker: parts by name, each of which has an owner among the replicas."""
+
+    rounds: bool  # whether outputs are those of the weights after the training, in their dtype
+
+    def tensors(self, name: str) -> list[Tensor]:
+        """Return the tensors of a part, which its owner sends to the others after a step."""
+
+    def gradients(self, name: str, num_tokens: int) -> list[Tensor]:
+        """Return the gradients of the mean loss at a part, and keep them for the step."""
+
+    def step(self, rate: float) -> None:
+        """Make a step with the gradients of the owned parts, and forget all gradients."""
+
+    def state(self) -> dict[str, Tensor]:
+        """Return everything that steps change here, by name; not copied."""
+
+    def load_state(self, tensors: Mapping[str, Tensor]) -> None:
+        """Go back to a state; its tensors stay untouched."""
+
+    def best(self) -> dict[str, Tensor]:
+        """Return a copy of what is needed to go back to the present weights."""
+
+    def back_to(self, best: Mapping[str, Tensor]) -> None:
+        """Go back to the weights of what `best` returned."""
+
+    def remove(self) -> None:
+        """End the training; the weights are as they were before it."""
+
+    def absorb(self) -> dict[str, tuple[float, float]]:
+        """End the training; the weights are the trained ones.
+
+        Returns:
+            Name -> <change, wanted change> and |wanted change|^2.
+        """
+
+
+class _Training:
+    """The training on a worker."""
+
+    def __init__(self, trainee: Trainee, owners: Mapping[str, int]) -> None:
+        """Start it; `owners` says which replica owns a part."""
+        self.trainee = trainee
+        self.owners = owners
+        self.best: dict[str, Tensor] | None = None
+
+    def messages(self) -> Iterator[tuple[int, list[str]]]:
+        """Yield an owner and parts of it that travel together."""
+        for owner in sorted(set(self.owners.values())):
+            names = list[str]()
+            size = 0
+            for name in (name for name, rank in self.owners.items() if rank == owner):
+                names.append(name)
+                size += sum(tensor.nbytes for tensor in self.trainee.tensors(name))
+                if size >= MESSAGE_BYTES:
+                    yield owner, names
+                    names = []
+                    size = 0
+            if names:
+                yield owner, names
+
+
+def start(worker: Worker, section: RecoverySection, shot: int) -> None:
+    """Start to train; see `LowRankCorrections`."""
+    shard = worker.shard
+    first = section.seed + 1_000_003 * shot
+    assert isinstance(section.rank, int)
+    parts = {}
+    for name, module in shard.linears.items():
+        seed = first + worker.layout.linear_numbers[name]
+        parts[name] = LowRank(module, worker.masks[name], section.rank, seed, shard.device)
+    owners = {name: worker.owner(name) for name in parts}
+    owned = [name for name in parts if worker.owns(name)]
+    worker.keep(_Training(LowRankCorrections(shard, parts, owned), owners))
+
+
+@collective
+def step(worker: Worker, num_tokens: int, rate: float) -> None:
+    """Sum the gradients to the owners, which make a step and send the result back."""
+    training = worker.kept(_Training)
+    trainee = training.trainee
+    for owner, names in training.messages():
+        gradients = [part for name in names for part in trainee.gradients(name, num_tokens)]
+        together(worker.replicas.reduce, gradients, owner)
+    trainee.step(rate)
+    for owner, names in training.messages():
+        tensors = [tensor for name in names for tensor in trainee.tensors(name)]
+        together(worker.replicas.broadcast, tensors, owner)
+
+
+def keep_best(worker: Worker) -> None:
+    """Keep the present state as the best."""
+    training = worker.kept(_Training)
+    training.best = training.trainee.best()
+
+
+def take_best(worker: Worker) -> None:
+    """Go back to the best state."""
+    training = worker.kept(_Training)
+    assert training.best is not None
+    training.trainee.back_to(training.best)
+
+
+def round_as_absorbed(worker: Worker) -> None:
+    """Let outputs be those of the weights once they have absorbed the corrections."""
+    worker.kept(_Training).trainee.rounds = True
+
+
+def end(worker: Worker, absorbs: bool) -> tuple[float, float]:
+    """Keep what was trained, or remove it without a trace.
+
+    Returns how much of it arrived in the owned weights, see `Trainee.absorb`.
+    """
+    training = worker.drop(_Training)
+    if not absorbs:
+        training.trainee.remove()
+        return 0.0, 0.0
+    parts = training.trainee.absorb().items()
+    own = [of_part for name, of_part in parts if training.owners[name] == worker.replicas.rank]
+    return sum(arrived for arrived, _ in own), sum(wanted for _, wanted in own)
