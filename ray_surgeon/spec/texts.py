@@ -42,6 +42,7 @@ class SourceSection(Section):
     """A text, and where its windows start."""
 
     may_be: ClassVar[tuple[str, ...]] = ()  # self, which the model writes, or auto
+    own_splits: ClassVar[tuple[str, ...]] = ("train", "test")  # of sources without splits
 
     source: Address
     """python-docs (the topics of Python's own help), python-docstrings (the longer docstrings of
@@ -86,8 +87,9 @@ class SourceSection(Section):
         """Yield what does not fit the kind of source."""
         if self.source in {"self", "auto"}.difference(self.may_be):
             yield f"source {self.source} has a place in the calibration only; name a text"
-        if self.has_own_split and self.split not in ("train", "test"):
-            yield f"split is {self.split!r}, but {self.source} has train and test only"
+        if self.has_own_split and self.split not in self.own_splits:
+            splits = " and ".join(self.own_splits)
+            yield f"split is {self.split!r}, but {self.source} has {splits} only"
         if self.has_own_split and (self.config or self.revision):
             yield f"config and revision belong to a Hub data set, not to {self.source}; remove them"
         if self.column != "text" and (self.source in OWN_TEXTS or self.source.endswith(".txt")):
@@ -103,6 +105,28 @@ class TextSection(SourceSection):
     """Number of windows"""
     sequence_length: int = Field(gt=1)
     """Tokens in each window"""
+
+
+class StreamedSection(SourceSection):
+    """A text of a recovery, read from its beginning as far as the tokens need it."""
+
+    own_splits: ClassVar[tuple[str, ...]] = ("train", "test", "all")
+
+    weight: float = Field(1.0, gt=0)
+    """Its share of the tokens is its weight over the sum of all weights"""
+    split: str = "train"
+    """Split of a data set. Files, Python's texts and local data sets without splits also have all
+    (the whole text, read as it is needed), train (the first 80 % of the tokens that are read, see
+    max_tokens) and test (the rest)
+    """
+    max_tokens: Positive = 10_000_000
+    """Where train and test are cut from the text: read no more than this many tokens of it, at once
+    """
+
+    def problems(self) -> Iterator[str]:
+        """Yield fields that choose windows."""
+        if self.stride is not None or self.seed:
+            yield "stride and seed choose windows, and this text gives all in turn; remove them"
 
 
 class WritingSection(Section):

@@ -70,6 +70,8 @@ def documents_of(text: SourceSection, where: str) -> Iterator[str]:
 
 def is_split_here(text: SourceSection) -> bool:
     """Whether train and test are cut from a text's tokens, because its source has no splits."""
+    if text.split == "all":
+        return False
     return is_saved_whole(text) or (text.has_own_split and text.source != "python-code")
 
 
@@ -102,14 +104,15 @@ def _docstrings_in(path: Path, *, of_modules: bool) -> Iterator[str]:
 def _code(split: str) -> Iterator[str]:
     """Yield source files of the packages of the standard library, in an order that mixes packages.
 
-    Files are drawn for train and test one by one, so that how much is read does not matter. Modules
-    outside of packages are left out, because python-docstrings are theirs, and so is pydoc_data,
-    which holds the text of python-docs.
+    Files are drawn for train and test one by one, so that how much is read does not matter; split
+    all has both. Modules outside of packages are left out, because python-docstrings are theirs,
+    and so is pydoc_data, which holds the text of python-docs.
     """
     root = Path(sysconfig.get_path("stdlib"))
     for digest, path in _drawn(path.relative_to(root) for path in root.glob("*/**/*.py")):
         is_test = digest[-1] >= TRAIN_SHARE * 256
-        if is_test == (split == "test") and _NOT_CODE.isdisjoint(path.parts):
+        is_wanted = split == "all" or is_test == (split == "test")
+        if is_wanted and _NOT_CODE.isdisjoint(path.parts):
             with contextlib.suppress(OSError, UnicodeDecodeError):
                 if source := (root / path).read_text(encoding="utf-8").strip():
                     yield source
@@ -257,8 +260,8 @@ def _dataset_documents(text: SourceSection) -> Iterator[str]:
             dataset = datasets.load_from_disk(text.source)
             if isinstance(dataset, datasets.DatasetDict):
                 dataset = dataset[text.split]
-            elif text.split not in ("train", "test"):
-                raise ValueError("it has no splits, so only train and test can be cut from it")
+            elif text.split not in text.own_splits:
+                raise ValueError(f"it has no splits, only {' and '.join(text.own_splits)} are cut")
         else:
             options = {"split": text.split, "revision": text.revision, "streaming": True}
             dataset = datasets.load_dataset(text.source, text.config, **options)

@@ -8,7 +8,7 @@ begins with it: such models are lost without it.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,11 +52,7 @@ def read_windows(
     Raises:
         ValueError: the text is too short, or the tokenizer has no BOS token.
     """
-    first = tokenizer.bos_token_id if section.bos else None
-    if section.bos is None:
-        first = first_token(tokenizer)
-    if section.bos and first is None:
-        raise ValueError(f"{where}.bos: true, but the tokenizer has no BOS token; remove it")
+    first = window_beginning(section, tokenizer, where)
     stream = token_stream(section, tokenizer, where)
     where = f"{where} ({section.source})"
     stride = section.stride
@@ -105,6 +101,21 @@ def load_tokenizer(folder: Path, origin: str) -> Any:
     return tokenizer
 
 
+def window_beginning(section: SourceSection, tokenizer: Any, where: str) -> int | None:
+    """Return the token that every window of a text begins with, if there is one.
+
+    Raises:
+        ValueError: it is wanted, and the tokenizer has none; `where` is the text's place in the
+            job spec.
+    """
+    if section.bos is None:
+        return first_token(tokenizer)
+    first: int | None = tokenizer.bos_token_id if section.bos else None
+    if section.bos and first is None:
+        raise ValueError(f"{where}.bos: true, but the tokenizer has no BOS token; remove it")
+    return first
+
+
 def first_token(tokenizer: Any) -> int | None:
     """Return the token that a transformers tokenizer itself puts before a text, if there is one."""
     whole = tokenizer("a", add_special_tokens=True)["input_ids"]
@@ -148,19 +159,34 @@ def token_stream(text: SourceSection, tokenizer: Any, where: str) -> NDArray[np.
     Raises:
         ValueError: the text cannot be found or read, or has no such split or column.
     """
-    of_text = documents.documents_of(text, where)
     pieces = []
     count = 0
+    for piece in token_pieces(text, tokenizer, where):
+        pieces.append(piece)
+        count += len(piece)
+        if count >= text.max_tokens:
+            break
+    stream = np.concatenate(pieces)[: text.max_tokens] if pieces else np.zeros(0, dtype=np.int64)
+    part = part_of_split(text, len(stream))
+    return stream[part.start : part.stop]
+
+
+def token_pieces(text: SourceSection, tokenizer: Any, where: str) -> Iterator[NDArray[np.int64]]:
+    """Yield all tokens of a text [num_tokens], in pieces that are read one by one.
+
+    See `token_stream`; neither `max_tokens` nor the border between train and test counts here.
+    """
+    of_text = documents.documents_of(text, where)
     per_call = _CODE_FILES_PER_CALL if text.source == "python-code" else _DOCUMENTS_PER_CALL
     for batch in documents.batches(of_text, documents.PIECE_BYTES, per_call):
         goes_on = len(batch) == per_call or sum(map(len, batch)) >= documents.PIECE_BYTES
         chunk = "\n\n".join(batch) + "\n\n" * goes_on
-        pieces.append(np.array(tokens_of(tokenizer, chunk), dtype=np.int64))
-        count += len(pieces[-1])
-        if count >= text.max_tokens:
-            break
-    stream = np.concatenate(pieces)[: text.max_tokens] if pieces else np.zeros(0, dtype=np.int64)
+        yield np.array(tokens_of(tokenizer, chunk), dtype=np.int64)
+
+
+def part_of_split(text: SourceSection, num_tokens: int) -> range:
+    """Return which of the first tokens of a text are in its split."""
     if not documents.is_split_here(text):
-        return stream
-    border = int(len(stream) * documents.TRAIN_SHARE)
-    return stream[:border] if text.split == "train" else stream[border:]
+        return range(num_tokens)
+    border = int(num_tokens * documents.TRAIN_SHARE)
+    return range(border) if text.split == "train" else range(border, num_tokens)
