@@ -19,6 +19,7 @@ from ray_surgeon.stages.recovery import steps
 from ray_surgeon.stages.recovery.batches import Batches
 from ray_surgeon.stages.recovery.section import RecoverySection
 from ray_surgeon.stages.stage import CalibrationText, Facts, held_aside
+from ray_surgeon.storage.streams import TextEndedError
 
 RATES = (1e-3, 5e-4, 2.5e-4)
 """Learning rates that are tried in turn, relative to the root mean square of each weight.
@@ -126,6 +127,8 @@ class Training:
             self._train_checked(before if self.section.loss == "kl" else None)
         else:  # the last state is kept
             for number in range(self.batches.num_steps):
+                if self._has_ended(number):
+                    break
                 self._step(number)
         of_workers = self.cluster.run_all(steps.end, self.undone is None)
         arrived, wanted = map(sum, zip(*of_workers, strict=True))
@@ -167,6 +170,9 @@ class Training:
         every = steps_between_checks(num_steps)
         num_in_vain = 0
         for number in range(first, num_steps):
+            if self._has_ended(number):
+                self._note_if_best(self._measured(number))
+                return
             is_finite = self._step(number)
             done = number + 1
             is_last = done == num_steps
@@ -190,6 +196,14 @@ class Training:
                 rise = f"{self.before:.4g} became {check.value:.4g}"
                 self.ended = f"it was given up after {done} steps, because it diverged: {rise}"
                 return
+
+    def _has_ended(self, number: int) -> bool:
+        """Whether the text ends before a step."""
+        try:
+            self.batches.batch(number)
+        except TextEndedError as error:
+            self.ended = str(error)
+        return self.ended is not None
 
     def _step(self, number: int) -> bool:
         """Make one step; return whether the loss was finite."""
