@@ -161,9 +161,8 @@ class WorkerView:
             heads: how often there are logits.
             together: sequences of a call; as many as the stores say if not given.
         """
-        num_calls = -(
-            -num_sequences // (together or self.stores.in_a_call(num_sequences, self.num_shards))
-        )
+        size = together or self.stores.in_a_call(num_sequences, self.num_shards)
+        num_calls = -(-num_sequences // size)
         tokens = num_sequences * length
         counts = self.shapes.counts(self.blocks).of_passes(num_calls, tokens, forward, backward)
         counts += Counted(CALL, 4).times(num_calls * forward)
@@ -268,8 +267,7 @@ class WorkerView:
         on_device = factors * (self.stores.factors == "device")
         device = self.idle + on_device + kept / self.num_replicas + largest
         host = self.host + factors * (self.stores.factors == "host" and self.device_is_host)
-        moved = self.moved(self.stores.factors, factors)
-        own = flops / self.num_replicas, *moved
+        own = flops / self.num_replicas, *self.moved(self.stores.factors, factors)
         return StepPlan(name, device, host, 0.0, *own, counts=counts.times(1 / self.num_replicas))
 
     def block_by_block(
