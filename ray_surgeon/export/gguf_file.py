@@ -189,10 +189,8 @@ class Tensors:
         for key, shape in self._source.shapes_and_fingerprint()[0].items():
             name = names.get_name(key, try_suffixes=(".weight", ".bias"))
             if name is None:
-                raise ValueError(
-                    f"output.exports: gguf: llama.cpp's {architecture.name} has no place for "
-                    f"{key}; export uniform or per_block instead"
-                )
+                problem = f"llama.cpp's {architecture.name} has no place for {key}"
+                raise ValueError(f"output.exports: gguf: {problem}; export uniform or per_block")
             is_in_block = layout.block_of(key) is not None
             is_transposed = layout.family.transposed and is_in_block and len(shape) == 2
             self._keys[name] = key, is_transposed

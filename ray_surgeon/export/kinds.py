@@ -34,10 +34,8 @@ def check_exports(output: OutputSection, layout: ModelLayout, shrinking: Shrinki
     if "uniform" in output.exports:
         pruned_config.check_uniform(layout, tuple(shrinking.fewest))
     if "masked" in output.exports and "experts" in shrinking.fewest:
-        raise ValueError(
-            "output.exports: masked keeps all shapes, and routers would go on to choose experts "
-            "that are zero; export uniform"
-        )
+        problem = "masked keeps all shapes, and routers would go on to choose zeroed experts"
+        raise ValueError(f"output.exports: {problem}; export uniform")
     if "gguf" in output.exports:
         check_gguf(layout, shrinking)
     if output.quantize is not None:

@@ -34,10 +34,9 @@ def check_tasks(options: TasksSection) -> None:
     with refusing("evaluation.tasks: the harness cannot be used", remedy, RuntimeError):
         reply = run_module(__name__, {"options": options.model_dump(), "model": None})
     if reply["unknown"]:
-        raise ValueError(
-            f"evaluation.tasks.names: the harness does not know {', '.join(reply['unknown'])}; "
-            "`lm_eval ls tasks` lists what it knows, and evaluation.tasks.include may have more"
-        )
+        unknown = ", ".join(reply["unknown"])
+        remedy = "see `lm_eval ls tasks`, or name a folder in evaluation.tasks.include"
+        raise ValueError(f"evaluation.tasks.names: the harness has no {unknown}; {remedy}")
 
 
 def evaluate_tasks(cluster: Cluster, model: ModelSection | str, options: TasksSection) -> Scores:

@@ -222,7 +222,5 @@ def check_rope(document: Mapping[str, Any]) -> None:
     older = {name: document.get(name) for name in names} | (document.get("rope_scaling") or {})
     for name, value in older.items():
         if value is not None and value != said.get(name, value):
-            raise ValueError(
-                f"model.source: config.json has {name} {value}, and {said[name]} in "
-                "rope_parameters; programs read one or the other: remove the wrong one"
-            )
+            both = f"{name} {value}, and {said[name]} in rope_parameters"
+            raise ValueError(f"model.source: config.json has {both}; remove the wrong one")

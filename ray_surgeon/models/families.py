@@ -141,10 +141,8 @@ def check_sizes(document: Mapping[str, Any], where: str) -> None:
     for name, most in _LARGEST.items():
         value = document.get(name)
         if value is not None and (type(value) is not int or not 1 <= value <= most):
-            raise ValueError(
-                f"model.source: {name} in config.json of {where} is {str(value)[:40]!r}, expected "
-                f"1 to {most}; fetch it again"
-            )
+            problem = f"{name} in config.json of {where} is {str(value)[:40]!r}"
+            raise ValueError(f"model.source: {problem}, expected 1 to {most}; fetch it again")
 
 
 def check_not_quantised(document: Mapping[str, Any]) -> None:
@@ -159,11 +157,9 @@ def check_not_quantised(document: Mapping[str, Any]) -> None:
     family = FAMILIES.get(str(document.get("model_type")))
     way = quantization.get("quant_method") if isinstance(quantization, Mapping) else quantization
     if way is not None and not (way == "mxfp4" and family is not None and family.sparse.stacked):
-        raise ValueError(
-            f"model.source: the weights are quantised ({str(way)[:40]}), and updates need them as "
-            "they were; give the checkpoint in bfloat16 or float32, and quantise the pruned model "
-            "with output.quantize"
-        )
+        problem = f"the weights are quantised ({str(way)[:40]})"
+        remedy = "give them in bfloat16 or float32, and quantise the pruned model: output.quantize"
+        raise ValueError(f"model.source: {problem}; {remedy}")
 
 
 def check_family(family: str, of_text: Any = None) -> None:
@@ -181,10 +177,9 @@ def check_family(family: str, of_text: Any = None) -> None:
         remedy = "Choose a model of one of these"
         if inside in FAMILIES:
             remedy = f"Save its text part, a {inside}, as a model of its own"
-        raise ValueError(
-            f"model.source: the model type is {family!r}, which is not supported; known families: "
-            f"{', '.join(sorted(FAMILIES))}. {remedy}"
-        )
+        known = ", ".join(sorted(FAMILIES))
+        problem = f"the model type is {family!r}, which is not supported; known families: {known}"
+        raise ValueError(f"model.source: {problem}. {remedy}")
 
 
 def family_of(config: PretrainedConfig) -> Family:

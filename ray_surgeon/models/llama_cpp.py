@@ -125,10 +125,8 @@ def tokenizer_names(document: Mapping[str, Any]) -> tuple[str, str]:
         return "gpt2", _pre_tokenizer(document.get("pre_tokenizer"))
     if model["type"] == "BPE" and model.get("byte_fallback"):
         return "llama", "default"
-    raise _refusal(
-        f"the tokenizer is of type {model['type']}, known are BPE of bytes and SentencePiece's BPE "
-        "with bytes for what has no piece"
-    )
+    known = "BPE of bytes, and SentencePiece's BPE with bytes for what has no piece"
+    raise _refusal(f"the tokenizer is of type {model['type']}, known are {known}")
 
 
 def _pre_tokenizer(document: Mapping[str, Any] | None) -> str:
@@ -143,7 +141,6 @@ def _pre_tokenizer(document: Mapping[str, Any] | None) -> str:
             return "smollm"
         if kinds == ["Split", "ByteLevel"] and first["pattern"].get("Regex") in _PRE_TOKENIZERS:
             return _PRE_TOKENIZERS[first["pattern"]["Regex"]]
-    raise _refusal(
-        "how the tokenizer cuts text has no known name in llama.cpp, as those of GPT-2, Llama 3, "
-        f"Qwen 2 and SmolLM have: {json.dumps(document)[:300]}"
-    )
+    known = "as those of GPT-2, Llama 3, Qwen 2 and SmolLM have"
+    cut = json.dumps(document)[:300]
+    raise _refusal(f"how the tokenizer cuts text has no known name in llama.cpp, {known}: {cut}")

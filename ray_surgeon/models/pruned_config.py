@@ -157,11 +157,9 @@ def check_uniform(layout: ModelLayout, kinds: Sequence[str]) -> None:
     sparse = layout.family.sparse
     changes_width = not {"expert_channels", "shared_experts"}.isdisjoint(kinds)
     if sparse.shared and sparse.shared_width is None and changes_width:
-        raise ValueError(
-            f"output.exports: in {layout.config.model_type} the shared experts are as wide as "
-            "n_shared_experts others, so neither can get narrower alone in a plain class; export "
-            "per_block, or prune experts"
-        )
+        problem = f"in {layout.config.model_type} shared experts are n_shared_experts others wide"
+        remedy = "export per_block, or prune experts"
+        raise ValueError(f"output.exports: {problem}, so neither narrows alone; {remedy}")
 
 
 def per_block_document(layout: ModelLayout, document: Document, widths: Widths) -> Document:

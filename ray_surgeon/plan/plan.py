@@ -150,11 +150,9 @@ class Planner:
             return min(fitting, key=lambda plan: sum(plan.seconds.values()))
         best = min(plans, key=lambda plan: plan.excess()[0])
         stores = best.stores
-        raise DoesNotFitError(
-            f"memory: the job does not fit: {best.excess()[1]} (with weights: {stores.weights}, "
-            f"factors: {stores.factors}, wave: {stores.wave}); "
-            f"{self.remedy(placement, safe, best)}"
-        )
+        ways = f"weights: {stores.weights}, factors: {stores.factors}, wave: {stores.wave}"
+        problem = f"memory: the job does not fit: {best.excess()[1]} (with {ways})"
+        raise DoesNotFitError(f"{problem}; {self.remedy(placement, safe, best)}")
 
     def plan(self, placement: Placement, room: Room, stores: Stores) -> Plan:
         """Return how the job runs if things are kept in these stores."""

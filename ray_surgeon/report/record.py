@@ -165,6 +165,7 @@ def check_folder(
         return
     uri = directory.uri
     elsewhere = shlex.quote(uri.rstrip("/") + "-2")
+    another = f"choose another folder, for instance --set output.uri={elsewhere}"
     held = store.read_json(directory.path("run.json"))["fingerprints"]
     free = {key for key, value in fingerprints.items() if value is None}
     names = sorted({*held, *fingerprints} - free)
@@ -174,18 +175,13 @@ def check_folder(
         if held.get("code") != fingerprints["code"]:
             changes.append(f"version {held.get('code')} there, {fingerprints['code']} here")
         shown = "; ".join(changes[:_MOST_CHANGES] + ["..."] * (len(changes) > _MOST_CHANGES))
-        raise ValueError(
-            f"output.uri: {uri} holds another run: different {', '.join(different)}"
-            f"{f' ({shown})' if changes else ''}; choose another folder, for instance --set "
-            f"output.uri={elsewhere}"
-        )
+        problem = f"different {', '.join(different)}{f' ({shown})' if changes else ''}"
+        raise ValueError(f"output.uri: {uri} holds another run: {problem}; {another}")
     shots = directory.committed_indices()
     if not resume:
-        raise ValueError(
-            f"output.uri: {uri} already holds this run, of which {len(shots)} shots are committed; "
-            "continue it with --resume (resume=True in Python), or choose another folder, for "
-            f"instance --set output.uri={elsewhere} (output in Python)"
-        )
+        problem = f"{uri} already holds this run, of which {len(shots)} shots are committed"
+        remedy = "continue it with --resume (resume=True in Python)"
+        raise ValueError(f"output.uri: {problem}; {remedy}, or {another} (output in Python)")
     if shots:
         directory.check_tensors(shots[-1])
         _check_dense_states(directory.dense_states)

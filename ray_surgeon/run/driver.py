@@ -21,6 +21,7 @@ from ray_surgeon.run.inputs import Inputs
 from ray_surgeon.run.loop import run_shots
 from ray_surgeon.runtime.cluster import NoRoomError, WorkerFailureError
 from ray_surgeon.runtime.ray_cluster import RayCluster, nodes_alive
+from ray_surgeon.spec.base import refusing
 from ray_surgeon.spec.sections import RaySection
 from ray_surgeon.stages.evaluation import CollapseError
 
@@ -128,11 +129,9 @@ def _run_with_retries(inputs: Inputs, display: Display) -> None:
     while (failure := _try(inputs, failure, attempt, display)) is not None:
         cause = failure.cause
         if not left[cause]:
-            raise RuntimeError(
-                f"{failure.line}. cluster.retries.{cause} allows "
-                f"{getattr(section.retries, cause)}; committed shots are kept. Look for the "
-                f"reason in Ray's logs, or raise cluster.retries.{cause}"
-            )
+            allowed = f"cluster.retries.{cause} allows {getattr(section.retries, cause)}"
+            remedy = f"Look for the reason in Ray's logs, or raise cluster.retries.{cause}"
+            raise RuntimeError(f"{failure.line}. {allowed}; committed shots are kept. {remedy}")
         left[cause] -= 1
         display.note(
             f"{failure.line}; continuing from the last committed shot, "
@@ -159,13 +158,10 @@ def connect(section: RaySection) -> str:
         lost_its_server = tenacity.retry_if_exception_message(match=_LOST_ITS_SERVER)
         stop = tenacity.stop_after_attempt(_TRIES)
         tries = tenacity.Retrying(retry=lost_its_server, stop=stop, reraise=True)
-        try:
+        remedy = "start it, check RAY_AUTH_MODE and RAY_AUTH_TOKEN, or leave the address out"
+        kinds = (ConnectionError, TimeoutError)
+        with refusing(f"cluster.address: cannot reach Ray at {target!r}", remedy, kinds):
             tries(ray.init, address=target, log_to_driver=False)
-        except (ConnectionError, TimeoutError) as error:
-            raise ValueError(
-                f"cluster.address: cannot reach Ray at {target!r}: {error}; start it, check "
-                "RAY_AUTH_MODE and RAY_AUTH_TOKEN, or leave the address out"
-            ) from error
         return target
     num_cpus = max(os.cpu_count() or 1, section.num_workers * section.cpus_per_worker)
     quiet: dict[str, Any] = {"log_to_driver": False, "configure_logging": False}
@@ -174,11 +170,8 @@ def connect(section: RaySection) -> str:
     try:
         ray.init(address="local", num_cpus=num_cpus, include_dashboard=False, **quiet)
     except OSError as error:
-        home = os.path.expanduser("~")
-        raise RuntimeError(
-            f"cannot start a local Ray: {error}; it needs a writable home ({home}) and temporary "
-            "folder"
-        ) from error
+        needs = f"a writable home ({os.path.expanduser('~')}) and temporary folder"
+        raise RuntimeError(f"cannot start a local Ray: {error}; it needs {needs}") from error
     return f"a local Ray with {num_cpus} CPUs"
 
 

@@ -289,8 +289,7 @@ def _reserve(num_workers: int, section: RaySection) -> PlacementGroup:
         free = ray.available_resources()  # type: ignore[no-untyped-call]
         remove_placement_group(group)
         shown = ", ".join(f"{k} {free.get(k, 0):g} free of {total.get(k, 0):g}" for k in bundle)
-        raise NoRoomError(
-            f"no room for {num_workers} workers of {bundle} within {section.start_timeout_s:g} s; "
-            f"the cluster has {shown}. Ask for fewer shards or replicas, or add nodes"
-        )
+        wanted = f"{num_workers} workers of {bundle} within {section.start_timeout_s:g} s"
+        problem = f"no room for {wanted}; the cluster has {shown}"
+        raise NoRoomError(f"{problem}. Ask for fewer shards or replicas, or add nodes")
     return group

@@ -68,11 +68,11 @@ class Evaluation(Stage):
         for text, value in run.record["perplexity"].items() if limit is not None else ():
             dense = run.report.dense["perplexity"][text]
             if not value <= limit * dense:
-                raise CollapseError(
-                    f"after shot {run.shot} the perplexity on {text} is {value:.4g}, "
-                    f"{value / dense:.3g} times the dense model's; evaluation.stop_above allows "
-                    f"{limit:g}. The shots before are committed; prune less, or raise the limit"
-                )
+                problem = f"after shot {run.shot} the perplexity on {text} is {value:.4g}"
+                times = f"{value / dense:.3g} times the dense model's"
+                allowed = f"evaluation.stop_above allows {limit:g}"
+                remedy = "The shots before are committed; prune less, or raise the limit"
+                raise CollapseError(f"{problem}, {times}; {allowed}. {remedy}")
 
     def needs(self, worker: WorkerView) -> Iterable[StepPlan]:
         """Return the passes over the texts."""

@@ -59,9 +59,8 @@ def default_mix(section: CalibrationSection, tokenizer: Any) -> tuple[Calibratio
     """
     is_chat = has_chat_template(tokenizer)
     if section.weigh == "answers" and not is_chat:
-        raise ValueError(
-            "calibration.weigh: answers, but the model has no chat template; give source self"
-        )
+        problem = "calibration.weigh: answers, but the model has no chat template"
+        raise ValueError(f"{problem}; give source self")
     count = section.num_sequences
     length = section.sequence_length
     num_chat = max(1, int(count * _CHAT_SHARE)) if is_chat else 0

@@ -149,10 +149,9 @@ def gather_curvature(
     measured = both or range(len(sequences))
     num_tokens = passes.num_counted(sequences, counts, measured)
     if not num_tokens:
-        raise ValueError(
-            f"calibration: in none of the {len(measured)} sequences whose loss is taken does a "
-            "token count; use longer ones, or more, or raise curvature.num_backward"
-        )
+        problem = f"in none of the {len(measured)} sequences whose loss is taken a token counts"
+        remedy = "use longer ones, or more, or raise curvature.num_backward"
+        raise ValueError(f"calibration: {problem}; {remedy}")
     cluster.run_all(start_pass, kind, only, beside)
     remembered = CALIBRATION if remembers else None
     try:

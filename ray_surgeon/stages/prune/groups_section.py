@@ -105,11 +105,10 @@ class CoupledSection(Reconstructed):
                 more = f"the dense model needs no more than {dense:.6g}; lower it"
                 raise OutOfReachError(f"{what}, but {more}")
         if allowed < least:
-            raise OutOfReachError(
-                f"{what}, but with these groups and allocation, and a width_multiple which is "
-                f"{self.multiple}, the model needs at least {least:.6g} {unit}, so at most "
-                f"{1 - least / dense:.4f} of that can be removed; ask for less, or change those"
-            )
+            how = f"these groups and allocation, and a width_multiple which is {self.multiple}"
+            need = f"the model needs at least {least:.6g} {unit}"
+            most = f"at most {1 - least / dense:.4f} of that can be removed"
+            raise OutOfReachError(f"{what}, but with {how}, {need}, so {most}; change those")
 
     def problem_with(self, curvature: AnyCurvature) -> str | None:
         """Return why this section and a curvature do not go together; see `ScheduleSection`."""

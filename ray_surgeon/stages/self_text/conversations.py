@@ -130,12 +130,12 @@ class Writer:
             missing = request.num_sequences - len(written.tokens)
             if not missing:
                 return written
-        raise RuntimeError(
-            f"{request.where}: after {MAX_ROUNDS} rounds, {len(self._turns)} of {self._num_turns} "
-            f"users' turns and {len(self._conversations)} of {self._num_answers} answers were of "
-            f"use (no loops, no special tokens, none twice), and {missing} windows are not full; "
-            "change temperature, give prompts, or give another text in place of this one"
-        )
+        turns = f"{len(self._turns)} of {self._num_turns} users' turns"
+        answers = f"{len(self._conversations)} of {self._num_answers} answers"
+        useful = "of use (no loops, no special tokens, none twice)"
+        problem = f"{turns} and {answers} were {useful}, and {missing} windows are not full"
+        remedy = "change temperature, give prompts, or another text"
+        raise RuntimeError(f"{request.where}: after {MAX_ROUNDS} rounds, {problem}; {remedy}")
 
     def prompts(self, count: int) -> tuple[tuple[int, ...], ...]:
         """Write users' turns, and return them as prompts, with the chat template around them.
@@ -160,10 +160,9 @@ class Writer:
         if request.prompts is not None:  # some of them again with other draws if there are too few
             self._unanswered += itertools.islice(self._of_file, max(0, more))
             if not self._unanswered:
-                raise ValueError(
-                    f"{request.where}.prompts: {len(request.prompts)} leave {missing} windows that "
-                    "are not full; give more prompts or fewer num_sequences"
-                )
+                problem = f"{len(request.prompts)} leave {missing} windows that are not full"
+                remedy = "give more prompts or fewer num_sequences"
+                raise ValueError(f"{request.where}.prompts: {problem}; {remedy}")
         elif more > 0:
             self._write_turns(more, number)
         needed = self._num_needed(missing)  # the lengths of turns are known now
