@@ -102,9 +102,7 @@ def prune(
         parsed = "ray_surgeon.parse_spec(Path('spec.yaml').read_text())"
         raise ValueError(f"spec: got a {type(spec).__name__}; give {parsed}")
     elif model is not None or tokenizer is not None or sections:
-        raise ValueError(
-            "spec: it says everything already; leave model, tokenizer and sections out"
-        )
+        raise ValueError("spec: it says everything already; leave all other arguments out")
     if isinstance(source, PreTrainedModel):
         save(source, a_tokenizer(tokenizer), spec.model.source, spec.output.uri)
     inputs = check(spec, resume=resume)

@@ -109,8 +109,7 @@ def _names(stem: str, numbers: Sequence[int]) -> list[list[str]]:
 
 def dense_document(model: ModelSection) -> dict[str, Any]:
     """Return the dense model's config.json, with the job's dtype, not quantised, naming no code."""
-    config = open_model(model).fetch("config.json")
-    document: dict[str, Any] = files.read_json(str(config))
+    document: dict[str, Any] = files.read_json(str(open_model(model).fetch("config.json")))
     for name in ("torch_dtype", "quantization_config", "auto_map"):
         document.pop(name, None)
     # blocks that guess further tokens are no part of the model that transformers runs, and not read

@@ -99,8 +99,7 @@ def _loaders(kind: str, layout: ModelLayout, widths: Sequence[BlockWidths]) -> d
     if kind == "masked":
         return {"transformers": _RELOADED, "others": "whatever loads the dense model; not run"}
     if kind == "uniform":
-        has_all_heads = widths[0].num_kv_heads == layout.heads.num_kv
-        if has_all_heads or layout.family.has_free_heads_in_vllm:
+        if widths[0].num_kv_heads == layout.heads.num_kv or layout.family.has_free_heads_in_vllm:
             return {"transformers": _RELOADED, "vLLM": "an ordinary configuration of the family"}
         vllm = "its own class wants heads that fill the hidden size"
         return {"transformers": _RELOADED, "vLLM": f"with --model-impl transformers; {vllm}"}

@@ -40,8 +40,7 @@ def _layout(n: int, *, is_tall: bool) -> tuple[tuple[int, int, int, int], ...]:
     Of each: its first row, the row after its last, its place among the entries, and from there how
     many entries its rows are apart.
     """
-    tall = _round_up(-(-n // max(1, n // _TALL_PANEL)))
-    height = tall if is_tall else _PANEL
+    height = _round_up(-(-n // max(1, n // _TALL_PANEL))) if is_tall else _PANEL
     place = 0
     panels = []
     for start in range(0, n, max(1, height)):
@@ -158,8 +157,7 @@ def _panels_of(
 
     They are views, or copies on another device.
     """
-    num_entries = flats.shape[1]
-    for start, stop, place, stride in _layout(n, is_tall=num_entries != PackedSymmetric.size(n)):
+    for start, stop, place, stride in _layout(n, is_tall=flats.shape[1] != PackedSymmetric.size(n)):
         rows = flats[:, place : place + (stop - start) * stride]
         if device is not None:
             rows = rows.to(device, non_blocking=device.type != "cpu")

@@ -134,8 +134,7 @@ def flops_budget(layout: ModelLayout, prompt_length: int) -> Budget:
     dense = 2.0 * (weights + ends) + layout.num_blocks * scores
 
     def of_group(groups: GroupSet) -> float:
-        seen = layout.part_of_tokens(layout.shapes[groups.consumer])
-        own = 2 * seen * groups.num_parameters
+        own = 2 * layout.part_of_tokens(layout.shapes[groups.consumer]) * groups.num_parameters
         return own + scores / heads.num_kv if groups.kind == "attention" else own
 
     return _additive(layout, "flops", dense, of_group)

@@ -113,15 +113,10 @@ _CHECK = TypeAdapter(dict[str, Family], config=ConfigDict(extra="forbid"))
 FAMILIES = _CHECK.validate_python(yaml.safe_load(_DOCUMENT))
 """Type of a model -> its family."""
 
-_LARGEST = {
-    **dict.fromkeys(("num_hidden_layers", "n_layer"), 2_000),
-    **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "n_head", "head_dim"), 100_000),
-    **dict.fromkeys(("hidden_size", "n_embd", "word_embed_proj_dim"), 1_000_000),
-    **dict.fromkeys(("intermediate_size", "ffn_dim", "n_inner", "vocab_size"), 10_000_000),
-    **dict.fromkeys(("max_position_embeddings", "n_positions"), 1_000_000_000),
-    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), 10_000),
-    **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size"), 10_000_000),
-}
+_LARGEST = dict.fromkeys(("num_hidden_layers", "n_layer"), 2_000)
+_LARGEST |= dict.fromkeys(("hidden_size", "n_embd", "word_embed_proj_dim"), 1_000_000)
+_LARGEST |= dict.fromkeys(("intermediate_size", "ffn_dim", "n_inner", "vocab_size"), 10_000_000)
+_LARGEST |= dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), 10_000)
 """Sizes in config.json far beyond any model; building one would fill the memory."""
 
 

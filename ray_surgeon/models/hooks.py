@@ -219,8 +219,7 @@ def removals(mixture: Mixture, hidden: Tensor, numbers: Tensor, weights: Tensor)
         changes = torch.zeros_like(before).index_select(0, pairs.tokens)
     else:
         changes = mixed(pairs.tokens, *rerouted) - before.index_select(0, pairs.tokens)
-    own = outputs[row[pairs.places, pairs.tokens]]
-    norms = own.norm(dim=1) * pairs.of(weights).float()
+    norms = outputs[row[pairs.places, pairs.tokens]].norm(dim=1) * pairs.of(weights).float()
     rises = _rises(mixture, hidden, is_routed)
     return Removals(pairs.places, pairs.tokens, changes, norms, before, rises)
 

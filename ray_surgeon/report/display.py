@@ -144,8 +144,7 @@ def _read_report(run: str) -> dict[str, Any]:
     if not files.exists(uri):
         raise ValueError(f"there is no {uri}; give run directories with a report.json")
     record = files.read_json(uri)
-    newer = {"plan", "retries"}
-    parts = reports.RunReport({}, {}, {}, 1).as_record().keys() - newer
+    parts = reports.RunReport({}, {}, {}, 1).as_record().keys() - {"plan", "retries"}
     if not isinstance(record, dict) or not parts <= record.keys():
         raise ValueError(f"{uri} is no report of this program")
     return record

@@ -155,8 +155,7 @@ class Steps:
         now = self._cluster.progress
         step, shot = self._present
         units = (now.done, now.total, now.unit, now.tokens_each)
-        elapsed_s = time.monotonic() - now.started_s
-        return Moment(step, shot, self._num_shots, *units, elapsed_s)
+        return Moment(step, shot, self._num_shots, *units, time.monotonic() - now.started_s)
 
     def _usages(self) -> list[Usage]:
         return [process_usage(torch.device("cpu")), *self._cluster.run_all(Worker.usage)]
@@ -236,8 +235,7 @@ class Recorder:
         self._record: dict[str, Callable[..., None]] = {}  # by the name of a metric
         for new, texts, method in ((gauge, GAUGES, "set"), (counter, COUNTERS, "inc")):
             for name, (text, *tags) in texts.items():
-                metric = new(f"surgeon_{name}", text, ("run", *tags))
-                self._record[name] = getattr(metric, method)
+                self._record[name] = getattr(new(f"surgeon_{name}", text, ("run", *tags)), method)
 
     def record(self, event: Event) -> None:
         """Set the gauges and add to the counters that an event says something of."""

@@ -125,8 +125,7 @@ class Inputs:
         """
         work = work_of(self.spec, self.layout, self.method, self.stages)
         shapes = Shapes(self.layout, work, "cpu" if room.device_is_host else "cuda")
-        planner = Planner(shapes, self.spec.memory, device)
-        return planner.best(self.placement, room)
+        return Planner(shapes, self.spec.memory, device).best(self.placement, room)
 
 
 def work_of(spec: JobSpec, layout: ModelLayout, method: Method, stages: Stages) -> Work:

@@ -58,10 +58,8 @@ def read_texts(spec: JobSpec, tokenizer: Any, config: PretrainedConfig) -> Texts
         windows = read_windows(text, count, length, tokenizer, where)
         largest = int(windows.tokens.max())
         if largest >= config.vocab_size:
-            problem = f"token {largest} and belongs to another model"
-            raise ValueError(
-                f"model.source: the tokenizer gives {problem}; it belongs to another model"
-            )
+            problem = f"the tokenizer gives token {largest}, the vocabulary is {config.vocab_size}"
+            raise ValueError(f"model.source: {problem}; it belongs to another model")
         return windows
 
     section = spec.calibration

@@ -51,8 +51,7 @@ class Evaluation(Stage):
     def run(self, run: RunState, facts: Facts) -> None:
         """Measure every text."""
         facts["sparsity"] = run.sparsity
-        texts = run.texts.items()
-        measured = {name: measure(run.cluster, name, text) for name, text in texts}
+        measured = {name: measure(run.cluster, name, text) for name, text in run.texts.items()}
         for what in ("perplexity", "divergence"):
             values = {name: getattr(of_text, what) for name, of_text in measured.items()}
             facts |= {f"{what} {name}": value for name, value in values.items()}

@@ -261,8 +261,7 @@ class PrunedAnswers(Stage):
     def run(self, run: RunState, facts: Facts) -> None:
         """Compare the answers."""
         answers = run.kept(Answers)
-        most = self.yardstick.section.max_new_tokens
-        generation = measure_answers(run.cluster, answers, most)
+        generation = measure_answers(run.cluster, answers, self.yardstick.section.max_new_tokens)
         run.record["generation"] = shot_record(answers, generation, self.yardstick.text_of)
         facts |= {"accepted": generation.acceptance, "agreement": generation.agreement}
 

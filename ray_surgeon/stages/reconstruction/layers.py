@@ -97,8 +97,7 @@ class Reconstruction:
             own = inputs.kept.pop(name)
             own = own.view(-1, length, own.shape[1])
             owner = worker.owner(name)
-            count = sum(map(len, arrivals))
-            everything = own.new_empty(count * (owner == rank), *own.shape[1:])
+            everything = own.new_empty(sum(map(len, arrivals)) * (owner == rank), *own.shape[1:])
             for replica, places in enumerate(arrivals):
                 part = own if replica == rank else own.new_empty(len(places), *own.shape[1:])
                 if replica != owner and places:

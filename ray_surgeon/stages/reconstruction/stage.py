@@ -74,8 +74,7 @@ class ReconstructionStage(Reconstruction, Stage):
         # ones take as much; and the consumer that is returned
         states = max(sizes.values()) * 24 + 4 * max(linear.size for linear in sizes)
         device = worker.idle + states + tokens * hidden * (2 + 2 * width) + at_a_time
-        factors = worker.all_factors / worker.num_replicas
-        device += factors * (worker.stores.factors == "device")
+        device += worker.all_factors / worker.num_replicas * (worker.stores.factors == "device")
         # whole, and in every epoch left, its weights' gradients and those of the hidden entries
         of_owners = collections.defaultdict[int, float](float)
         counts = dict.fromkeys(worker.owners.values(), NOTHING)
@@ -89,8 +88,7 @@ class ReconstructionStage(Reconstruction, Stage):
             first, size = next(iter(sizes.items()))
             num_layers = min(2, len(sizes))  # whose dense outputs serve all rates
             num_trials = len(RATES) * num_layers
-            trial = self._counts(worker, first, size, TRIAL_PART)
-            counts[slowest] += trial.times(num_trials)
+            counts[slowest] += self._counts(worker, first, size, TRIAL_PART).times(num_trials)
             trained = TRIAL_PART * (4 * size + 2 * first.size)
             of_owners[slowest] += num_layers * 2 * size + num_trials * trained
         flops = tokens * of_owners[slowest]
@@ -114,8 +112,7 @@ class ReconstructionStage(Reconstruction, Stage):
     def beside(self, worker: WorkerView) -> Iterable[StepPlan]:
         """Return the inputs of layers, bfloat16, from the curvature pass to the update."""
         owners = [worker.owners[linear.name] for linear in self._layers(worker)]
-        tokens = worker.num_sequences * worker.sequence_length
-        of_layer = 2.0 * tokens * worker.hidden_size
+        of_layer = 2.0 * worker.num_sequences * worker.sequence_length * worker.hidden_size
         kept = of_layer * max(map(owners.count, owners), default=0)
         yield StepPlan("curvature", 0.0, of_layer * self._layers_at_once(worker, owners))
         yield from (StepPlan(name, 0.0, kept) for name in ("costs", "search", "update"))

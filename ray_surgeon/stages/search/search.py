@@ -63,8 +63,7 @@ def prune_on_trial(worker: Worker, method: Groups, counts: Counts) -> None:
     for groups in method.sets(worker):
         name = groups.consumer
         if counts.get(name):
-            weight = shard.weight(name).to("cpu", shard.dtype)
-            trial[name] = (groups.block, groups.kind), weight
+            trial[name] = (groups.block, groups.kind), shard.weight(name).to("cpu", shard.dtype)
             if worker.owns(name):
                 shard.set_weight(name, method.removal(worker, groups, counts[name])[0].W)
     worker.keep(trial)
