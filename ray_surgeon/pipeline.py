@@ -87,10 +87,8 @@ def _arguments(argv: Sequence[str] | None, prog: str) -> argparse.Namespace:
     options = ("--device", *_SIZES)
     named = [o for o in options if getattr(arguments, o[2:].replace("-", "_")) is not None]
     if named and not arguments.dry_run:
-        parser.error(
-            f"{', '.join(named)}: only for a plan (ray-surgeon plan, or --dry-run); "
-            "a run asks its workers what they have"
-        )
+        problem = f"{', '.join(named)}: only for a plan (ray-surgeon plan, or --dry-run)"
+        parser.error(f"{problem}; a run asks its workers what they have")
     if arguments.device == "cpu" and arguments.device_memory is not None:
         parser.error("--device-memory: a CPU has the machine's; give --host-memory")
     return arguments

@@ -29,7 +29,7 @@ from ray_surgeon.models.attention import rope_kind, rope_of
 from ray_surgeon.models.families import LlamaCpp
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.models.llama_cpp import architecture_of, tokenizer_names
-from ray_surgeon.models.pruned_config import BlockWidths
+from ray_surgeon.models.pruned_config import BlockWidths, Widths
 from ray_surgeon.spec.sections import ModelSection
 from ray_surgeon.storage import files
 from ray_surgeon.storage.sources import open_model
@@ -41,12 +41,7 @@ KINDS |= {"q5_1": 0.04, "q5_0": 0.07, "q4_1": 0.07, "q4_0": 0.14}
 
 
 def write_gguf(
-    folder: str,
-    config: PretrainedConfig,
-    widths: Sequence[BlockWidths],
-    kind: str,
-    name: str,
-    target: Path,
+    folder: str, config: PretrainedConfig, widths: Widths, kind: str, name: str, target: Path
 ) -> float:
     """Write one file and compare what it holds with what it was made from.
 
@@ -89,7 +84,7 @@ def write_gguf(
     return _largest_error(target, tensors, kind)
 
 
-def _describe(writer: GGUFWriter, layout: ModelLayout, widths: Sequence[BlockWidths]) -> None:
+def _describe(writer: GGUFWriter, layout: ModelLayout, widths: Widths) -> None:
     """Write what llama.cpp has to know of the shapes."""
     config = layout.config
     heads = layout.heads

@@ -128,9 +128,8 @@ def flops_budget(layout: ModelLayout, prompt_length: int) -> Budget:
     weights = sum(shape.size * layout.part_of_tokens(shape) for shape in layout.linears)
     # OPT's embeddings may be, with a linear before and after
     narrow = getattr(config, "word_embed_proj_dim", config.hidden_size)
-    ends = config.vocab_size * narrow
-    if narrow != config.hidden_size:
-        ends += 2 * narrow * config.hidden_size
+    between = 2 * narrow * config.hidden_size * (narrow != config.hidden_size)
+    ends = config.vocab_size * narrow + between
     dense = 2.0 * (weights + ends) + layout.num_blocks * scores
 
     def of_group(groups: GroupSet) -> float:

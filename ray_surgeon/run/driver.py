@@ -29,6 +29,8 @@ _Failure = WorkerFailureError | None
 _LOSSES: tuple[type[RayError], ...] = (ObjectLostError, OutOfMemoryError)
 _LOSSES += (ray.exceptions.RayActorError, ray.exceptions.WorkerCrashedError)
 """What Ray raises where the coordinator itself is lost."""
+_TOLD = (FloatingPointError, ValueError, OSError, CollapseError, TakenOverError, NoRoomError)
+"""What the work raises that says all; anything else comes with Ray's words."""
 _POLL_S = 0.5
 _LOST_ITS_SERVER = "(?s).*Initialization failure from server"
 """What the cluster answers if it could not start what serves a client."""
@@ -119,10 +121,8 @@ def run_on_ray(inputs: Inputs, display: Display, *, disconnects: bool) -> None:
 def _run_with_retries(inputs: Inputs, display: Display) -> None:
     section = inputs.ray
     if len(nodes_alive()) > 1 and "://" not in inputs.spec.output.uri:
-        display.note(
-            f"note: the cluster has several machines; {inputs.spec.output.uri} must be a "
-            "folder that they share"
-        )
+        needed = f"{inputs.spec.output.uri} must be a folder that they share"
+        display.note(f"note: the cluster has several machines; {needed}")
     left = section.retries.model_dump()
     attempt = Attempt()
     failure: _Failure = None
@@ -133,10 +133,8 @@ def _run_with_retries(inputs: Inputs, display: Display) -> None:
             remedy = f"Look for the reason in Ray's logs, or raise cluster.retries.{cause}"
             raise RuntimeError(f"{failure.line}. {allowed}; committed shots are kept. {remedy}")
         left[cause] -= 1
-        display.note(
-            f"{failure.line}; continuing from the last committed shot, "
-            f"{left[cause]} such retries left"
-        )
+        retries = f"{left[cause]} such retries left"
+        display.note(f"{failure.line}; continuing from the last committed shot, {retries}")
 
 
 def connect(section: RaySection) -> str:
@@ -183,10 +181,7 @@ def unwrapped(error: BaseException) -> BaseException:
     cause = error
     while isinstance(cause, RayTaskError):
         cause = cause.cause
-    is_told = isinstance(
-        cause, (FloatingPointError, ValueError, OSError, CollapseError, TakenOverError, NoRoomError)
-    )
-    return cause if is_told else RuntimeError(str(error))
+    return cause if isinstance(cause, _TOLD) else RuntimeError(str(error))
 
 
 def _start_coordinator() -> Any:
@@ -196,9 +191,8 @@ def _start_coordinator() -> Any:
     beside = NodeAffinitySchedulingStrategy(node, soft=False)
     environment = {"env_vars": {"OMP_WAIT_POLICY": "PASSIVE"}}
     actor_class = ray.remote(num_cpus=0, max_restarts=0, max_task_retries=0)(Coordinator)
-    return actor_class.options(
-        max_concurrency=2, runtime_env=environment, scheduling_strategy=beside
-    ).remote()
+    options = {"max_concurrency": 2, "runtime_env": environment, "scheduling_strategy": beside}
+    return actor_class.options(**options).remote()
 
 
 def _try(inputs: Inputs, before: _Failure, attempt: Attempt, show: Display) -> _Failure:

@@ -101,10 +101,8 @@ class Inputs:
             lines.append(self.chosen_text)
         stored = str(getattr(self.layout.config, "dtype", None)).removeprefix("torch.")
         if stored in ("bfloat16", "float16") and self.spec.model.dtype == "float32":
-            lines.append(
-                f"config.json says {stored}, but this job and its exports are in float32, twice as "
-                "large; model.dtype: bfloat16 halves it"
-            )
+            twice = f"config.json says {stored}, but this job and its exports are in float32"
+            lines.append(f"{twice}, twice as large; model.dtype: bfloat16 halves it")
         pruning = self.spec.pruning
         if isinstance(pruning, CoupledSection) and not CHANNELS.isdisjoint(pruning.groups):
             liked = KERNEL_COLUMNS * pruning.tensor_parallel

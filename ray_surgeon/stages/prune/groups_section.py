@@ -194,9 +194,7 @@ def problems_of_mixture(
     field = layout.family.sparse.num_groups
     num_groups = getattr(layout.config, field) if field else None
     if num_groups is not None and num_groups > 1:
-        yield (
-            f"pruning.groups: the router chooses among {num_groups} groups of experts of one size "
-            f"({field} in config.json), so no single expert can go; use expert_channels"
-        )
+        problem = f"the router chooses among {num_groups} groups of experts of one size"
+        yield f"pruning.groups: {problem} ({field}), so no single one can go; use expert_channels"
     if isinstance(pruning.target, FlopsTarget):
         yield "pruning.target: whole experts save no flops; give parameters or bytes"
