@@ -58,10 +58,7 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     "--set": {"action": "append", "default": [], "metavar": "section.field=value"},
     "--schema": {"action": "store_true", "help": "print the JSON Schema of the job spec"},
 }
-_DEVICE = (
-    "what workers compute on; expected times are this device's; if not given, the CPU, or an h100 "
-    "where the spec has gpus_per_worker, or with --device-memory"
-)
+_DEVICE = "what workers compute on, whose times are expected; if not given, the CPU, or an h100"
 _SIZES: dict[str, tuple[Any, str, str]] = {
     "--device-memory": (_bytes, "80GB", "of each worker's device; the device's own if not given"),
     "--host-memory": (_bytes, "1TB", "of each machine; this one's if not given"),

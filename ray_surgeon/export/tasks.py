@@ -71,9 +71,8 @@ def answer(request: Mapping[str, Any]) -> dict[str, Any]:
     with contextlib.ExitStack() as held:
         definitions = None
         if options.include is not None:
-            folder, _ = held.enter_context(local_folder(options.include, weights=False))
-            definitions = str(folder)
-        manager = TaskManager(include_path=definitions)
+            definitions, _ = held.enter_context(local_folder(options.include, weights=False))
+        manager = TaskManager(include_path=definitions and str(definitions))
         if model is None:
             return {"unknown": [name for name in options.names if name not in manager.all_tasks]}
         is_export = isinstance(model, str)

@@ -84,10 +84,9 @@ def _holds_heads(layout: ModelLayout, num_kv_heads: int) -> bool:
         return num_kv_heads > 0
     if not layout.family.has_free_heads or not _fits_factors(config, num_query_heads):
         return False
-    divides = config.hidden_size % num_query_heads == 0
     # with biases no Mistral computes the same as a Llama
     as_mistral = config.model_type == "llama" and not config.attention_bias and not config.mlp_bias
-    return divides or layout.family.has_any_heads or as_mistral
+    return config.hidden_size % num_query_heads == 0 or layout.family.has_any_heads or as_mistral
 
 
 def _fits_factors(config: PretrainedConfig, num_query_heads: int) -> bool:

@@ -141,12 +141,11 @@ class BlockCounts:
             len(linears) + len(norms) * (norm + 2 * is_narrow) + rest + mixture * is_mixture
             for norm, rest, mixture in zip(_NORM, _REST, _MIXTURE, strict=True)
         )
-        syncs = _SYNCS_OF_MIXTURE * is_mixture
         part = layout.part_of_tokens
         entries = sum(part(s) * (s.num_rows + s.num_columns) for s in linears)
         wide = _NORM_BYTES * is_narrow * sum(norms)
         return BlockCounts(
-            Counted(forward, syncs, weight_bytes),
+            Counted(forward, _SYNCS_OF_MIXTURE * is_mixture, weight_bytes),
             Counted(backward, 0, weight_bytes),
             *(width * times * entries + wide for times in _ENTRIES),
         )

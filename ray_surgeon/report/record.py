@@ -44,13 +44,10 @@ class RunReport:
             linears: what is left of each.
             steps: of this shot so far.
         """
-        shot = {
-            **about,
-            **copy.deepcopy(steps.record),
-            "linears": list(map(_linear_record, linears)),
-            "num_nonzero": self.num_parameters - sum(s.size - s.num_nonzero for s in linears),
-            "dense": self.dense,
-        }
+        shot = {**about, **copy.deepcopy(steps.record)}
+        shot["linears"] = list(map(_linear_record, linears))
+        shot["num_nonzero"] = self.num_parameters - sum(s.size - s.num_nonzero for s in linears)
+        shot["dense"] = self.dense
         self.shots.append(shot)
         return shot
 
@@ -60,13 +57,9 @@ class RunReport:
         in_linears = sum(linear["rows"] * linear["columns"] for linear in linears)
         nonzero = sum(linear["num_nonzero"] for linear in linears)
         after = self.num_parameters - in_linears + nonzero
-        parameters = {
-            "before": self.num_parameters,
-            "nonzero_after": after,
-            "in_pruned_linears": in_linears,
-            "nonzero_in_pruned_linears": nonzero,
-            "whole_model_sparsity": 1 - after / self.num_parameters,
-        }
+        parameters: dict[str, float] = {"before": self.num_parameters, "nonzero_after": after}
+        parameters |= {"in_pruned_linears": in_linears, "nonzero_in_pruned_linears": nonzero}
+        parameters |= {"whole_model_sparsity": 1 - after / self.num_parameters}
         elsewhere = ("linears", "dense")
         shots = [{k: v for k, v in s.items() if k not in elsewhere} for s in self.shots]
         record = vars(self) | {"shots": shots, "linears": linears, "parameters": parameters}

@@ -98,9 +98,8 @@ class ReconstructionStage(Reconstruction, Stage):
         self, worker: WorkerView, linear: LinearShape, size: int, num_epochs: float
     ) -> Counted:
         """Return the counts of the training of one layer, with so many parameters."""
-        section = self.section
         tokens = worker.num_sequences * worker.sequence_length
-        num_steps = max(1, int(num_epochs * (tokens // min(tokens, section.tokens_per_step))))
+        num_steps = max(1, int(num_epochs * (tokens // min(tokens, self.section.tokens_per_step))))
         entries = _HIDDEN * worker.hidden_size + _WIDE * linear.num_columns
         passed = (1 + num_epochs) * tokens * worker.shapes.width * entries
         counts = Counted(_LAYER, _SYNCS_OF_LAYER, passed)
@@ -128,9 +127,8 @@ class ReconstructionStage(Reconstruction, Stage):
         total = worker.num_sequences
         backward = total if self.num_backward is None else self.num_backward
         part = (-(-backward // N) + -(-(total - backward) // N)) / total
-        own = [
-            max(collections.Counter(owners[: number + 1]).values()) for number in range(len(owners))
-        ]
+        places = range(1, len(owners) + 1)
+        own = [max(collections.Counter(owners[:place]).values()) for place in places]
         # one part more is on its way
         at_once = (count + (len(own) - number + 1) * part for number, count in enumerate(own))
         return max(at_once, default=0.0)

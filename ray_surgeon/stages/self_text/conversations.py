@@ -194,13 +194,9 @@ class Writer:
         count = max(_FEWEST_TURNS, math.ceil(count / useful))
         self._num_turns += count
         prompts = (marks.opening,) * count
-        wanted = Wanted(
-            prompts,
-            request.turn_tokens + 1,
-            temperature=request.temperature,
-            seed=_seed(request.seed, number, 0),
-            ends=marks.ends_of_turn,
-        )
+        most = request.turn_tokens + 1
+        seed = _seed(request.seed, number, 0)
+        wanted = Wanted(prompts, most, request.temperature, seed, marks.ends_of_turn)
         for text in write_texts(self._cluster, wanted):
             # one that has not ended is cut: models of code paste long pieces of it
             turn = tuple(text[:-1].tolist())
@@ -227,14 +223,8 @@ class Writer:
         end = request.marks.end
         ends = request.marks.ends_of_answer
         questions = tuple(prompt.tokens for prompt in prompts if prompt.answer is None)
-        wanted = Wanted(
-            questions,
-            ANSWER_TOKENS,
-            temperature=COOLER * request.temperature,
-            seed=_seed(request.seed, number, 1),
-            ends=ends,
-            max_length=request.sequence_length,
-        )
+        how = COOLER * request.temperature, _seed(request.seed, number, 1), ends
+        wanted = Wanted(questions, ANSWER_TOKENS, *how, max_length=request.sequence_length)
         written = iter(write_texts(self._cluster, wanted))
         self._num_answers += len(prompts)
         for prompt in prompts:
@@ -245,10 +235,8 @@ class Writer:
                 if not self._makes_sense(said, 1):
                     continue
             tail = end[1:] if answer[-1:] == end[:1] else ()
-            start = len(prompt.tokens)
-            self._conversations.append(
-                Conversation((*prompt.tokens, *answer, *tail), slice(start, start + len(answer)))
-            )
+            place = slice(len(prompt.tokens), len(prompt.tokens) + len(answer))
+            self._conversations.append(Conversation((*prompt.tokens, *answer, *tail), place))
 
 
 def _usual(num_used: int, num_written: int, guess: float) -> float:
