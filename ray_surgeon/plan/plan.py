@@ -231,16 +231,6 @@ class Planner:
         return more[bisect.bisect_left(more[:-1], True, key=fits)]
 
 
-_SHOWN = (
-    ("TFLOP", "flops", 1e12),
-    ("GB moved", "moved_bytes", 1e9),
-    ("GB in memory", "memory_bytes", 1e9),
-    ("1000 launches", "launches", 1e3),
-    ("syncs", "syncs", 1),
-)
-"""Rows of the table of a plan: what, of which it has the sums, and their unit."""
-
-
 def plan_table(plan: Plan) -> Table:
     """Return the plan as a table.
 
@@ -260,8 +250,8 @@ def plan_table(plan: Plan) -> Table:
         blocks = f"{worker.blocks.first}-{worker.blocks.last - 1}"
         table.add_row(str(worker.shard), blocks, *(f"{size / 2**30:.2f}" for size in sizes))
     table.add_section()
-    for name, of_steps, unit in _SHOWN:
-        sums = (f"{value / unit:.3g}" for value in record[of_steps].values())
+    for name in ("flops", "moved_bytes", "memory_bytes", "launches", "syncs"):
+        sums = (f"{value:.3g}" for value in record[name].values())
         table.add_row("all", name, *sums, "", "")
     table.add_row("slowest", plan.device.name, *map(_time, plan.seconds.values()), "", "")
     return table

@@ -17,7 +17,7 @@ from transformers import AutoConfig, PretrainedConfig
 import ray_surgeon
 from ray_surgeon.models.attention import check_rope
 from ray_surgeon.models.checkpoint import check_checkpoint, check_tied
-from ray_surgeon.models.families import check_family, check_not_quantised, check_sizes
+from ray_surgeon.models.families import check_depth, check_family, check_not_quantised
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.plan.room import named_device
 from ray_surgeon.spec.base import refusing
@@ -107,7 +107,7 @@ def load_config(folder: Path, origin: str) -> PretrainedConfig:
         problem = f"config.json of {origin} is a {type(document).__name__}, expected an object"
         raise ValueError(f"model.source: {problem}; fetch it again")
     check_family(str(document.get("model_type", "")), document.get("text_config"))
-    check_sizes(document, origin)
+    check_depth(document, origin)
     check_not_quantised(document)
     refused = f"model.source: transformers cannot read config.json of {origin}"
     # the code of any family may raise anything

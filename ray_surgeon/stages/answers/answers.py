@@ -193,11 +193,19 @@ def read_answers(uri: str) -> Answers:
 
 
 @dataclass(frozen=True)
-class DenseAnswers(Stage):
-    """The dense model answers the prompts, before the first shot."""
-
+class _Answering(Stage):
     name = "answers"
     yardstick: Yardstick
+
+    def needs(self, worker: WorkerView) -> Iterable[StepPlan]:
+        """Return the writing of the answers."""
+        section = self.yardstick.section
+        sizes = [(section.num_prompts, section.max_new_tokens)]
+        yield worker.writing(self.name, sizes, _PROMPT_TOKENS)
+
+
+class DenseAnswers(_Answering):
+    """The dense model answers the prompts, before the first shot."""
 
     def run(self, run: RunState, facts: Facts) -> None:
         """Let the dense model answer, unless an earlier try of the run did.
@@ -226,19 +234,12 @@ class DenseAnswers(Stage):
         """Return the prompts: answers before and after are to the same ones."""
         return {"generation": self.yardstick.fingerprint}
 
-    def needs(self, worker: WorkerView) -> Iterable[StepPlan]:
-        """Return the writing of the answers."""
-        section = self.yardstick.section
-        sizes = [(section.num_prompts, section.max_new_tokens)]
-        yield worker.writing(self.name, sizes, _PROMPT_TOKENS)
-
     def on_host(self, worker: WorkerView) -> float:
         """Return the dense model's states of prompts and answers."""
         section = self.yardstick.section
         return worker.remembered(section.num_prompts * (_PROMPT_TOKENS + section.max_new_tokens))
 
 
-@dataclass(frozen=True)
 class BeforeCorrection(Stage):
     """How many of the dense model's tokens the pruned model would accept, before corrections."""
 
@@ -251,12 +252,8 @@ class BeforeCorrection(Stage):
         facts["accepted"] = rates["acceptance"]
 
 
-@dataclass(frozen=True)
-class PrunedAnswers(Stage):
+class PrunedAnswers(_Answering):
     """The pruned model's answers beside the dense model's, after every shot."""
-
-    name = "answers"
-    yardstick: Yardstick
 
     def run(self, run: RunState, facts: Facts) -> None:
         """Compare the answers."""
@@ -267,8 +264,7 @@ class PrunedAnswers(Stage):
 
     def needs(self, worker: WorkerView) -> Iterable[StepPlan]:
         """Return the writing, which is as that of the dense model, and the comparison."""
+        yield from super().needs(worker)
         section = self.yardstick.section
-        sizes = [(section.num_prompts, section.max_new_tokens)]
-        yield worker.writing(self.name, sizes, _PROMPT_TOKENS)
         length = _PROMPT_TOKENS + section.max_new_tokens
         yield worker.measuring(self.name, [(section.num_prompts, length)])
