@@ -26,7 +26,7 @@ from ray_surgeon.plan.room import available_bytes
 from ray_surgeon.runtime import fresh_process
 from ray_surgeon.runtime.cluster import Cluster
 from ray_surgeon.runtime.collectives import decode
-from ray_surgeon.runtime.fresh_process import run_on_worker
+from ray_surgeon.runtime.fresh_process import Reply, Request, run_on_worker
 from ray_surgeon.runtime.passes import logits
 from ray_surgeon.runtime.weights import num_files, save_weights
 from ray_surgeon.spec.sections import ModelSection
@@ -168,9 +168,7 @@ def local_folder(uri: str, *, weights: bool = True) -> Iterator[tuple[Path, Path
         yield folder, scratch
 
 
-def run_beside(
-    cluster: Cluster, module: str, request: Mapping[str, Any], offline: bool = True
-) -> dict[str, Any]:
+def run_beside(cluster: Cluster, module: str, request: Request, offline: bool = True) -> Reply:
     """Run a module in a process beside the first worker; see `run_on_worker`."""
     first = cluster.placement.workers[0]
     return cluster.get([cluster.submit(first, run_on_worker, module, request, offline)])[0]

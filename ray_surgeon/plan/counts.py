@@ -114,14 +114,6 @@ class BlockCounts:
     def __add__(self, more: BlockCounts) -> BlockCounts:
         return BlockCounts(*map(add, vars(self).values(), vars(more).values()))
 
-    def of_passes(
-        self, num_calls: float, num_tokens: float, forward: float, backward: float
-    ) -> Counted:
-        """Return the counts of calls, and of tokens that pass so often forward and backward."""
-        counts = self.forward.times(num_calls * forward) + self.backward.times(num_calls * backward)
-        of_token = forward * self.forward_token + backward * self.backward_token
-        return counts + Counted(memory_bytes=num_tokens * of_token)
-
     @staticmethod
     def of(
         layout: ModelLayout, linears: Sequence[LinearShape], norms: Sequence[int], weight_bytes: int

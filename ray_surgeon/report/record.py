@@ -71,19 +71,15 @@ class RunReport:
         return {"spec": self.spec, "dense": self.dense, "last": self.shots[-1]}
 
 
+_NAMES = {"num_rows": "rows", "num_columns": "columns", "predicted": "predicted_loss_increase"}
+"""Fields of `LinearSummary` that have another name in a report."""
+
+
 def _linear_record(linear: LinearSummary) -> dict[str, Any]:
     """Return what is said of a linear; its mask's sparsity counts the bias as a column."""
-    return {
-        "name": linear.name,
-        "rows": linear.num_rows,
-        "columns": linear.num_columns,
-        "rows_kept": linear.rows_kept,
-        "columns_kept": linear.columns_kept,
-        "sparsity": 1 - linear.num_kept / linear.size,
-        "num_nonzero": linear.num_nonzero,
-        "predicted_loss_increase": linear.predicted,
-        "residual": linear.residual,
-    }
+    record = vars(linear) | {"sparsity": 1 - linear.num_kept / linear.size}
+    del record["num_kept"]
+    return {_NAMES.get(name, name): value for name, value in record.items()}
 
 
 def num_shots(record: Record) -> int:

@@ -55,7 +55,9 @@ def spec_of(
         if not model or "source" not in model:
             known = "a Hub id, a folder, a URI, a model, or a section that gives its source"
             raise ValueError(f"model: give {known}; or give a whole spec")
-        document["name"] = sections.get("name", _as_name(str(model["source"])))
+        last = str(model["source"]).rstrip("/").rpartition("/")[2].lower()
+        name = re.sub(r"[^a-z0-9.-]", "-", last).strip("-.")[:63] or "model"
+        document["name"] = sections.get("name", name)
     if isinstance(document["cluster"], Mapping):
         document["cluster"] = {"backend": "local", **document["cluster"]}
     if not isinstance(document["output"], Mapping):
@@ -99,11 +101,6 @@ def _test_part(calibration: Mapping[str, Any]) -> dict[str, Any]:
     # what is no number is refused in its own place
     quarter = max(1, int(count) // 4) if count.isdecimal() else 1
     return text | {"name": "test", "split": "test", "num_sequences": quarter}
-
-
-def _as_name(source: str) -> str:
-    last = source.rstrip("/").rpartition("/")[2].lower()
-    return re.sub(r"[^a-z0-9.-]", "-", last).strip("-.")[:63] or "model"
 
 
 _MARKER = ".from_memory"
