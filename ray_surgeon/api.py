@@ -3,8 +3,6 @@
 The command line is a thin shell over this.
 """
 
-from __future__ import annotations
-
 import math
 import operator
 import os

@@ -14,8 +14,6 @@ gone, the rest goes on as a smaller problem: the inverse of what is left is that
 factor.
 """
 
-from __future__ import annotations
-
 import math
 from typing import NamedTuple
 

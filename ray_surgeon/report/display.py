@@ -4,8 +4,6 @@
 page.
 """
 
-from __future__ import annotations
-
 import argparse
 import importlib.util
 import sys

@@ -1,7 +1,5 @@
 """Reads what a job names, and checks it: the configuration, the tokenizer and the texts."""
 
-from __future__ import annotations
-
 import math
 import platform
 from collections.abc import Mapping
