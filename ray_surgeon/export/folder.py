@@ -77,10 +77,9 @@ def write_weights(cluster: Cluster, uri: str, kind: str = "", left_out: Sequence
     numbers = cluster.run_all(num_files, kind == "masked")
     of_weights = _names("model", [n for n, _ in numbers])
     of_masks = _names("masks", [n for _, n in numbers])
-    workers = zip(cluster.placement.workers, of_weights, of_masks, strict=True)
     futures = [
         cluster.submit(index, save_weights, uri, names, masks, left_out, kind != "per_block")
-        for index, names, masks in workers
+        for index, names, masks in zip(cluster.placement.workers, of_weights, of_masks, strict=True)
     ]
     written = [file for of_worker in cluster.get(futures) for file in of_worker]
     by_name = {file.uri.rpartition("/")[2]: file for file in written}
@@ -207,8 +206,7 @@ def reload_difference(pruned: Pruned, uri: str) -> float:
     some = pruned.calibration[0, :NUM_COMPARED_TOKENS].tolist()
     workers_logits = decode(logits(pruned.cluster, some), torch.device("cpu"))
     with tempfile.NamedTemporaryFile() as file:
-        request = {"tokens": some, "logits": file.name, "dtype": dtype, "half": half}
-        run_reload(uri, request)
+        run_reload(uri, {"tokens": some, "logits": file.name, "dtype": dtype, "half": half})
         reloaded_logits = load_file(file.name)["logits"]
     largest = float((workers_logits - reloaded_logits).abs().max())
     if not agree(reloaded_logits, workers_logits, dtype, half=half):

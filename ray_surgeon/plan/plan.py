@@ -52,10 +52,8 @@ class Plan:
     def seconds(self) -> dict[str, float]:
         """Expected time of every step: that of the slowest worker."""
         dtype = self.workers[0].shapes.work.dtype
-        return {
-            name: max(step.seconds(self.device, dtype) for step in shards)
-            for name, shards in self.steps.items()
-        }
+        steps = self.steps.items()
+        return {n: max(s.seconds(self.device, dtype) for s in shards) for n, shards in steps}
 
     def peak(self, step: StepPlan) -> tuple[float, float]:
         """Return the peak bytes of a step on the device and on the host.
@@ -249,8 +247,7 @@ def plan_table(plan: Plan) -> Table:
         table.add_row(str(worker.shard), blocks, *(f"{size / 2**30:.2f}" for size in sizes))
     table.add_section()
     for name in ("flops", "moved_bytes", "memory_bytes", "launches", "syncs"):
-        sums = (f"{value:.3g}" for value in record[name].values())
-        table.add_row("all", name, *sums, "", "")
+        table.add_row("all", name, *(f"{value:.3g}" for value in record[name].values()), "", "")
     table.add_row("slowest", plan.device.name, *map(_time, plan.seconds.values()), "", "")
     return table
 

@@ -101,10 +101,8 @@ def is_complete(record: Record) -> bool:
 def has_its_files(export: Record) -> bool:
     """Whether an export in a report.json lies where it was written, with its whole size."""
     if "files" in export:
-        return all(
-            store.size_bytes(store.join(export["uri"], file["file"])) == file["size_bytes"]
-            for file in export["files"]
-        )
+        sizes = {store.join(export["uri"], f["file"]): f["size_bytes"] for f in export["files"]}
+        return all(store.size_bytes(uri) == size for uri, size in sizes.items())
     names = store.list_names(export["uri"])
     weights = (name for name in names if re.fullmatch(r"model.*\.safetensors", name))
     size = sum(store.size_bytes(store.join(export["uri"], name)) or 0 for name in weights)

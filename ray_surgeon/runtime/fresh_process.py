@@ -47,9 +47,8 @@ def run_module(
         if gpu is not None:
             env["CUDA_VISIBLE_DEVICES"] = gpu
         command = [sys.executable, "-m", f"{__package__}.with_parent", str(os.getpid()), module]
-        done = subprocess.run(
-            command, input=json.dumps(request), capture_output=True, text=True, check=False, env=env
-        )
+        told = json.dumps(request)
+        done = subprocess.run(command, input=told, capture_output=True, text=True, env=env)
     if done.returncode:
         last_lines = "\n".join(done.stderr.strip().splitlines()[-5:])
         raise RuntimeError(last_lines or f"{module} ended with exit code {done.returncode}")

@@ -133,13 +133,11 @@ class RayCluster(Cluster):
         Raises:
             RayError: a worker's process ended.
         """
-        pings = {
-            actor.ping.options(concurrency_group="ping").remote(): index
-            for index, actor in self._actors.items()
-        }
-        done, silent = ray.wait(
-            list(pings), num_returns=len(pings), timeout=timeout_s, fetch_local=False
-        )
+        actors = self._actors.items()
+        group = {"concurrency_group": "ping"}
+        pings = {actor.ping.options(**group).remote(): index for index, actor in actors}
+        count = len(pings)
+        done, silent = ray.wait([*pings], num_returns=count, timeout=timeout_s, fetch_local=False)
         return ray.get(done), [pings[ping] for ping in silent]
 
     def _check_that_all_answer(self, timeout_s: float) -> None:
