@@ -131,13 +131,9 @@ def _numbers_of_heads(layout: ModelLayout, num_kv: int) -> Document:
 
 def _as_mistral(config: PretrainedConfig, document: Document) -> Document:
     """Return the config.json of a Mistral that computes what a Llama without biases does."""
-    mistral = document | {
-        "model_type": "mistral",
-        "architectures": ["MistralForCausalLM"],
-        "sliding_window": None,
-        # of a Mistral from before 5 it doubts the tokenizer
-        "transformers_version": transformers.__version__,
-    }
+    mistral = document | {"model_type": "mistral", "architectures": ["MistralForCausalLM"]}
+    # of a Mistral from before version 5 it doubts the tokenizer
+    mistral |= {"sliding_window": None, "transformers_version": transformers.__version__}
     for name in ("attention_bias", "mlp_bias", "pretraining_tp"):
         mistral.pop(name, None)
     # a Mistral's default is another one
@@ -175,10 +171,8 @@ def per_block_document(layout: ModelLayout, document: Document, widths: Widths) 
         layers[str(block)] = layer | experts
     classes = {"AutoConfig": "PrunedConfig", "AutoModel": "PrunedModel"}
     classes["AutoModelForCausalLM"] = "PrunedForCausalLM"
-    return document | {
-        "model_type": f"pruned_{layout.config.model_type}",
-        "architectures": ["PrunedForCausalLM"],
-        "auto_map": {auto: f"modeling_pruned.{name}" for auto, name in classes.items()},
-        "head_dim": layout.heads.head_dim,
-        "per_layer_config": layers,
-    }
+    kind = {"model_type": f"pruned_{layout.config.model_type}"}
+    names = {auto: f"modeling_pruned.{name}" for auto, name in classes.items()}
+    code = {"architectures": ["PrunedForCausalLM"], "auto_map": names}
+    sizes = {"head_dim": layout.heads.head_dim, "per_layer_config": layers}
+    return document | kind | code | sizes

@@ -99,14 +99,11 @@ def _rows(record: Mapping[str, Any]) -> Iterator[dict[str, str]]:
     yield about | {"shot": "dense", "sparsity": "0.00%"} | accepted | _perplexities(record["dense"])
     for shot in record["shots"]:
         threshold = shot["threshold"]
-        row = {
-            "shot": str(shot["index"]),
-            "sparsity": f"{shot['sparsity']:.2%}",
-            "threshold": "" if threshold is None else f"{threshold:.3g}",
-            "wall s": f"{sum(shot['seconds'].values()):.0f}",
-            "CPU s": f"{sum(shot['cpu_seconds'].values()):.0f}",
-            "peak memory GiB": f"{shot['peak_rss_bytes'] / 2**30:.2f}",
-        }
+        row = {"shot": str(shot["index"]), "sparsity": f"{shot['sparsity']:.2%}"}
+        row["threshold"] = "" if threshold is None else f"{threshold:.3g}"
+        row["wall s"] = f"{sum(shot['seconds'].values()):.0f}"
+        row["CPU s"] = f"{sum(shot['cpu_seconds'].values()):.0f}"
+        row["peak memory GiB"] = f"{shot['peak_rss_bytes'] / 2**30:.2f}"
         if shot.get("generation"):
             row["accepted"] = f"{shot['generation']['acceptance']:.1%}"
         yield about | row | _perplexities(shot)

@@ -194,15 +194,12 @@ def _read(spec: JobSpec, tokenizer: Any, layout: ModelLayout) -> tuple[JobSpec, 
 def _fingerprints(spec: JobSpec, model: Any, texts: Texts, stages: Stages) -> dict[str, Any]:
     """Return what must be the same when a run goes on."""
     vocabulary = repr(sorted(texts.tokenizer.get_vocab().items()))
-    fingerprints: dict[str, Any] = {
-        "code": ray_surgeon.__version__,
-        "method": spec.method_fingerprint(),
-        "model": model,
-        "tokenizer": hashlib.sha256(vocabulary.encode()).hexdigest(),
-        "calibration": texts.calibration.fingerprint,
-        "evaluation": {name: windows.fingerprint for name, windows in texts.measured.items()},
-        "tasks": None,  # a run may go on without tasks that fail
-    }
+    fingerprints: dict[str, Any] = {"code": ray_surgeon.__version__}
+    fingerprints |= {"method": spec.method_fingerprint(), "model": model}
+    fingerprints["tokenizer"] = hashlib.sha256(vocabulary.encode()).hexdigest()
+    fingerprints["calibration"] = texts.calibration.fingerprint
+    measured = {name: windows.fingerprint for name, windows in texts.measured.items()}
+    fingerprints |= {"evaluation": measured, "tasks": None}  # which a run may go on without
     for stage in stages.all:
         fingerprints |= stage.fingerprints()
     return fingerprints

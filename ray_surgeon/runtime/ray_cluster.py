@@ -23,20 +23,14 @@ T = TypeVar("T")
 
 _COMES_AGAIN = ("out of memory", "device-side assert")
 """What errors of CUDA say that a new process would have, too."""
-_ENVIRONMENT = {
-    "OMP_WAIT_POLICY": "PASSIVE",
-    "TOKENIZERS_PARALLELISM": "false",
-    # with a list of one device a worker, NCCL hung (Ray issue 61073)
-    "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1",
-}
-_UNLESS_SET = {
-    # memory of GPUs grows in place, so that tensors of other sizes than before find room
-    "PYTORCH_ALLOC_CONF": "expandable_segments:True",
-    # a collective that fails raises where it is waited for; else a thread of torch's ends the
-    # process, and nobody says why
-    "TORCH_NCCL_BLOCKING_WAIT": "1",
-    "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0",
-}
+_ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false"}
+# with a list of one device a worker, NCCL hung (Ray issue 61073)
+_ENVIRONMENT |= {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}
+# memory of GPUs grows in place, so that tensors of other sizes than before find room
+_UNLESS_SET = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+# a collective that fails raises where it is waited for; else a thread of torch's ends the process,
+# and nobody says why
+_UNLESS_SET |= {"TORCH_NCCL_BLOCKING_WAIT": "1", "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0"}
 _OF_NODES = (ray.exceptions.NodeDiedError, ray.exceptions.ObjectLostError)
 """Errors that a lost machine has, if Ray does not say more of it."""
 _LOOK_S = 2.0

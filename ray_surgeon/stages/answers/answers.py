@@ -156,16 +156,14 @@ def departure(answer: Sequence[int], second_answer: Sequence[int]) -> int:
 
 def dense_record(answers: Answers, decode_tokens: Decode) -> dict[str, Any]:
     """Return what a report tells of the dense model's answers; `decode_tokens` gives their text."""
-    return {
-        "num_prompts": len(answers.prompts),
-        "num_tokens": sum(map(len, answers.answers)),
-        "share_ended": fmean(answers.ended),
-        "share_repeating": fmean(map(repeats, answers.answers)),
-        "example": {
-            "prompt": decode_tokens(answers.prompts[0])[:_EXAMPLE_CHARACTERS],
-            "dense": decode_tokens(answers.answers[0])[:_EXAMPLE_CHARACTERS],
-        },
-    }
+    record: dict[str, Any] = {"num_prompts": len(answers.prompts)}
+    record["num_tokens"] = sum(map(len, answers.answers))
+    record["share_ended"] = fmean(answers.ended)
+    record["share_repeating"] = fmean(map(repeats, answers.answers))
+    first = {"prompt": answers.prompts[0], "dense": answers.answers[0]}
+    texts = {name: decode_tokens(tokens) for name, tokens in first.items()}
+    record["example"] = {name: text[:_EXAMPLE_CHARACTERS] for name, text in texts.items()}
+    return record
 
 
 def shot_record(answers: Answers, generation: Generation, decode_tokens: Decode) -> dict[str, Any]:

@@ -31,12 +31,10 @@ from ray_surgeon.stages.stage import Facts, RunState, Stage, held_measure
 METHODS: dict[type, type[Method]] = {
     RowsColumnsSection: RowsColumns,
     elements.ElementsSection: elements.Elements,
-    coupled.GroupsSection: Groups,
-    coupled.UniformGroupsSection: Groups,
     SparseGPTSection: Layerwise,
     WandaSection: Layerwise,
 }
-"""Section -> the method that takes it."""
+"""Section -> the method that takes it; of coupled groups see `_groups`."""
 
 
 def _tag_of(get: Any) -> str:
@@ -237,12 +235,11 @@ class Update(_OnLinears):
         predicted = [linear.predicted for linear in run.linears if linear.predicted is not None]
         residuals = sorted(linear.residual for linear in run.linears)
         scores = run.kept(Scores)
-        run.record |= {
-            "predicted_loss_increase": sum(predicted) if predicted else None,
-            "update_residual": {"median": residuals[len(residuals) // 2], "max": residuals[-1]},
-            "damping_used": [asdict(event) for event in scores.raised_damping],
-            "terms_clipped": [asdict(event) for event in scores.clipping],
-        }
+        residual = {"median": residuals[len(residuals) // 2], "max": residuals[-1]}
+        run.record["predicted_loss_increase"] = sum(predicted) if predicted else None
+        run.record["update_residual"] = residual
+        run.record["damping_used"] = [asdict(event) for event in scores.raised_damping]
+        run.record["terms_clipped"] = [asdict(event) for event in scores.clipping]
         if predicted:
             facts["predicted_loss_increase"] = sum(predicted)
         if len(run.text.held):
