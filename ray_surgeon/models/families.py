@@ -113,10 +113,8 @@ FAMILIES = _CHECK.validate_python(yaml.safe_load(_DOCUMENT))
 
 _MOST_BLOCKS = 2_000
 """Far more than any model has; building more would take hours."""
-_OTHER_LOSS = {
-    "final_logit_softcapping": "the model caps its logits ({}), which the loss here does not",
-    "use_bidirectional_attention": "its tokens see later ones ({}), the loss is of the next one",
-}
+_OTHER_LOSS = {"final_logit_softcapping": "it caps its logits ({}), which the loss here does not"}
+_OTHER_LOSS |= {"use_bidirectional_attention": "its tokens see later ones ({}), unlike the loss"}
 """Field of config.json -> what is wrong with a model that has it."""
 
 

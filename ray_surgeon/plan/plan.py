@@ -152,10 +152,8 @@ class Planner:
 
     def plan(self, placement: Placement, room: Room, stores: Stores) -> Plan:
         """Return how the job runs if things are kept in these stores."""
-        workers = tuple(
-            WorkerView(self.shapes, placement, stores, room.device_is_host, shard)
-            for shard in range(placement.num_shards)
-        )
+        job = self.shapes, placement, stores, room.device_is_host
+        workers = tuple(WorkerView(*job, shard) for shard in range(placement.num_shards))
         return Plan(stores, workers, room, self.device)
 
     def plans(self, placement: Placement, room: Room) -> Iterator[Plan]:

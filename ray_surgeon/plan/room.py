@@ -22,10 +22,8 @@ from ray_surgeon.memory.transfers import backend
 from ray_surgeon.runtime.worker import Worker
 from ray_surgeon.spec.base import refusing
 
-_CGROUPS = (
-    ("/sys/fs/cgroup", "memory.max", "memory.current", ""),
-    ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),
-)
+_CGROUPS = [("/sys/fs/cgroup", "memory.max", "memory.current", "")]
+_CGROUPS += [("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_")]
 """Folder, limit, use and prefix in memory.stat, of cgroup versions 2 and 1."""
 
 

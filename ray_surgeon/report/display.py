@@ -184,10 +184,9 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     about = "Compare runs in one table, one plot and one page."
     parser = argparse.ArgumentParser("ray-surgeon report", description=about)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run directory, on any fsspec URI")
-    for name, default, text in (
-        ("--plot", "perplexity.png", "plot to write, a .png, .svg or .pdf file on any URI"),
-        ("--html", "comparison.html", "page to write, with every run whole, on any URI"),
-    ):
-        parser.add_argument(name, default=default, metavar="FILE", help=f"{text}; %(default)s")
+    plot = "plot to write, a .png, .svg or .pdf file on any URI; %(default)s"
+    html = "page to write, with every run whole, on any URI; %(default)s"
+    parser.add_argument("--plot", default="perplexity.png", metavar="FILE", help=plot)
+    parser.add_argument("--html", default="comparison.html", metavar="FILE", help=html)
     parser.add_argument("--text", help="evaluation text of the plot; if not given, the first one")
     return parser.parse_args(argv)
