@@ -8,19 +8,14 @@ so nothing is calibrated here. Embeddings, norms and the head stay as they are. 
 its own, see `fresh_process`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from compressed_tensors.compressors.base import BaseCompressor
 from compressed_tensors.compressors.format import infer_module_format
-from compressed_tensors.quantization import (
-    QuantizationConfig,
-    QuantizationScheme,
-    preset_name_to_scheme,
-)
+from compressed_tensors.quantization import QuantizationConfig, preset_name_to_scheme
+from compressed_tensors.quantization import QuantizationScheme as Scheme
 from compressed_tensors.quantization.utils import calculate_qparams
 from torch import Tensor
 
@@ -31,7 +26,7 @@ PRESETS = {"fp8": "FP8_DYNAMIC", "int8": "W8A8", "w4a16": "W4A16"}
 """Names of the schemes in compressed-tensors."""
 
 
-def scheme_of(name: str, group_size: int) -> QuantizationScheme:
+def scheme_of(name: str, group_size: int) -> Scheme:
     """Return a scheme for all linears.
 
     `group_size` columns share a scale where the scheme has groups.
@@ -43,9 +38,7 @@ def scheme_of(name: str, group_size: int) -> QuantizationScheme:
     return scheme
 
 
-def quantised(
-    weight: Tensor, scheme: QuantizationScheme, scale: Tensor | None = None
-) -> dict[str, Tensor]:
+def quantised(weight: Tensor, scheme: Scheme, scale: Tensor | None = None) -> dict[str, Tensor]:
     """Return what is stored of a weight [R, C], by compressed-tensors' names.
 
     Args:

@@ -3,8 +3,6 @@
 Source: docs/method.md, sections 3 to 6; The LLM Surgeon, section 3.2 and appendix A.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 from itertools import combinations
 
@@ -96,8 +94,7 @@ def find_elements(linear: Linear, units: ElementUnits, costs: str) -> ElementCan
     Raises:
         FloatingPointError: a factor is not usable.
     """
-    live = linear.live
-    curvature = LinearCurvature(linear, live)
+    curvature = LinearCurvature(linear, linear.live)
     scales = curvature.element_scales(costs)
     groups = None
     if units.m > 1 and costs == "obs":

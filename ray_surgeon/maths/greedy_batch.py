@@ -4,8 +4,6 @@ They are those of `ray_surgeon.maths.greedy`; but what is pruned is chosen on th
 host reads once in every step how much that was.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -82,10 +80,8 @@ class GreedyBatch:
         like = state.tall
         device = like.device
         is_there = may_prune | (not is_padded)
-        counts = [
-            side.sum(dim=1).tolist()
-            for side in (may_prune, is_there[:, : state.first_set], is_there[:, state.first_set :])
-        ]
+        sides = may_prune, is_there[:, : state.first_set], is_there[:, state.first_set :]
+        counts = [side.sum(dim=1).tolist() for side in sides]
         needed = [limit.needed for limit in limits]
         least = [limit.least for limit in limits]
         self._left = list(map(_Left, *counts, needed, least))

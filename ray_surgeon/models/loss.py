@@ -1,7 +1,5 @@
 """Loss at the head, in slices of tokens: the logits of a whole sequence never exist at once."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -45,9 +43,7 @@ def perplexity_of(mean: float) -> float:
         FloatingPointError: the loss is not a number.
     """
     if math.isnan(mean):
-        raise FloatingPointError(
-            "the loss on the evaluation text is not a number; the weights are damaged"
-        )
+        raise FloatingPointError("the loss on the evaluation text is no number; check the weights")
     return math.exp(mean) if mean < 700 else math.inf
 
 

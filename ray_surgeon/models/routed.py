@@ -1,7 +1,5 @@
 """Tokens sorted by where a router sends them."""
 
-from __future__ import annotations
-
 import itertools
 
 import torch

@@ -5,8 +5,6 @@
 See `fresh_process`. Imports little, because until the kernel is asked nobody ends this process.
 """
 
-from __future__ import annotations
-
 import ctypes
 import importlib
 import json

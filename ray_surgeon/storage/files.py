@@ -6,8 +6,6 @@ A file appears whole or not at all: local files are written beside their place a
 stores publish an object when its upload ends.
 """
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import fnmatch
@@ -67,8 +65,7 @@ def exists(uri: str) -> bool:
 def facts(uri: str) -> dict[str, Any]:
     """Return what the file system knows of a file: its size, and what changes with its content."""
     filesystem, path = open_filesystem(uri)
-    info: dict[str, Any] = filesystem.info(path)
-    return info
+    return dict(filesystem.info(path))
 
 
 def size_bytes(uri: str) -> int | None:

@@ -3,8 +3,6 @@
 See `ray_surgeon.stages.answers.answers`.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -109,10 +107,9 @@ def check_prompts(prompts: Sequence[Sequence[int]], new: int, longest: float, wh
     """
     for number, prompt in enumerate(prompts):
         if not 0 < len(prompt) <= longest - new:
-            raise ValueError(
-                f"{where}: prompt {number} has {len(prompt)} tokens and its answer up to {new}, "
-                f"but the model takes at most {longest}, one of a prompt at least; change those"
-            )
+            size = f"{len(prompt)} tokens and its answer up to {new}"
+            problem = f"{where}: prompt {number} has {size}, but the model takes at most {longest}"
+            raise ValueError(f"{problem}, one of a prompt at least; change those")
 
 
 def _drawn(count: int, most: int, seed: int) -> list[int]:

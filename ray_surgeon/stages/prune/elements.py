@@ -3,8 +3,6 @@
 Removals are zeros in the dense shapes, by one global threshold, with correlated updates.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass

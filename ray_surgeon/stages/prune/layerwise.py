@@ -3,8 +3,6 @@
 Inputs are those that the pruned blocks before give.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import ClassVar, Literal
@@ -82,9 +80,8 @@ class Layerwise(Method, BlockPass):
         """A's Cholesky factor and the inverse of that."""
         R = shape.num_rows
         C = shape.num_columns
-        return LinearNeeds(
-            update_bytes=4 * (4 * C**2 + 4 * R * C), update_flops=2 / 3 * C**3 + 2 * R * C**2
-        )
+        flops = 2 / 3 * C**3 + 2 * R * C**2
+        return LinearNeeds(update_bytes=4 * (4 * C**2 + 4 * R * C), update_flops=flops)
 
     # On the coordinator
 
