@@ -3,6 +3,8 @@
 The method is The LLM Surgeon (arXiv 2312.17244).
 """
 
+from __future__ import annotations
+
 import importlib
 from typing import TYPE_CHECKING, Any
 

@@ -3,6 +3,8 @@
 The command line is a thin shell over this.
 """
 
+from __future__ import annotations
+
 import math
 import operator
 import os

@@ -4,6 +4,8 @@ Exit codes: 0 done, 1 failed, 2 bad spec or input, weights that are not numbers 
 interrupted.
 """
 
+from __future__ import annotations
+
 import argparse
 import json
 import shlex

@@ -3,6 +3,8 @@
 The fresh process loads it with transformers alone; see `fresh_process`.
 """
 
+from __future__ import annotations
+
 import contextlib
 import itertools
 import tempfile

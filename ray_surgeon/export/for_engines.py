@@ -1,5 +1,7 @@
 """Exports for serving engines: GGUF for llama.cpp, and quantised copies for vLLM."""
 
+from __future__ import annotations
+
 import importlib.util
 import math
 from collections.abc import Iterable, Mapping, Sequence

@@ -5,6 +5,8 @@ is written as ``deci``, whose blocks have widths of their own. Runs as a module 
 `fresh_process`.
 """
 
+from __future__ import annotations
+
 import json
 import math
 import re

@@ -1,5 +1,7 @@
 """The kinds of checkpoints of a run, each reloaded in a fresh process."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from typing import Any
 

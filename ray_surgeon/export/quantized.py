@@ -8,6 +8,8 @@ so nothing is calibrated here. Embeddings, norms and the head stay as they are. 
 its own, see `fresh_process`.
 """
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 from typing import Any
 

@@ -4,6 +4,8 @@ Each is measured in a process of its own, with random weights: speed depends on 
 not on values.
 """
 
+from __future__ import annotations
+
 import json
 import statistics
 import tempfile

@@ -3,6 +3,8 @@
 They run on the dense model and on exports.
 """
 
+from __future__ import annotations
+
 import contextlib
 from collections.abc import Mapping
 from typing import Any

@@ -3,6 +3,8 @@
 Source: docs/method.md, section 8.
 """
 
+from __future__ import annotations
+
 import heapq
 import math
 from collections import Counter

@@ -9,6 +9,8 @@ Source: Frantar & Alistarh 2023 (arXiv 2301.00774), algorithm 1; Frantar et al. 
 section 9.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Callable
 

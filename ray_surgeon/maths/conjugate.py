@@ -5,6 +5,8 @@ kept entries of D minimise ``1/2 tr(D^T G D A)``, so (G D A) is zero on them. A 
 system's matrix is two GEMMs and a mask.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from functools import reduce
 from typing import NamedTuple

@@ -3,6 +3,8 @@
 Source: docs/method.md, sections 3 to 6; The LLM Surgeon, section 3.2 and appendix A.
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass, replace
 from itertools import combinations
 

@@ -4,6 +4,8 @@ Source: docs/method.md, section 10. Losses and costs are means over all tokens, 
 sees a share.
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import NamedTuple

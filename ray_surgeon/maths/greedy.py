@@ -14,6 +14,8 @@ gone, the rest goes on as a smaller problem: the inverse of what is left is that
 factor.
 """
 
+from __future__ import annotations
+
 import math
 from typing import NamedTuple
 

@@ -4,6 +4,8 @@ They are those of `ray_surgeon.maths.greedy`; but what is pruned is chosen on th
 host reads once in every step how much that was.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -5,6 +5,8 @@ factors to the marginal costs. Linears of which earlier shots left different num
 zeros, and the identity in A, where others have columns.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple

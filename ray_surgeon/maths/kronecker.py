@@ -3,6 +3,8 @@
 Source: docs/method.md, section 1 (KFAC, Martens & Grosse 2015; The LLM Surgeon, section 3.1).
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import dataclass
 

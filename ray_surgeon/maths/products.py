@@ -1,5 +1,7 @@
 """Matrix products: on the CPU by the faster of two libraries, elsewhere with the sum in them."""
 
+from __future__ import annotations
+
 import torch
 from torch import Tensor
 

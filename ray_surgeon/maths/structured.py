@@ -6,6 +6,8 @@ producers feed only the pruned columns, so their removal costs nothing.
 Source: docs/method.md, sections 3 to 6, and 8 for groups.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 

@@ -4,6 +4,8 @@ Source: docs/method.md, sections 5 and 8; The LLM Surgeon, section 3.2 (all cost
 unit, so one threshold allocates the sparsity of every linear).
 """
 
+from __future__ import annotations
+
 import bisect
 import math
 from collections.abc import Callable, Sequence

@@ -1,5 +1,7 @@
 """What a worker keeps where: stores of tensors, and the folder on its disk."""
 
+from __future__ import annotations
+
 import contextlib
 import math
 import shutil

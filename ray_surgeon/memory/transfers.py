@@ -4,6 +4,8 @@ Each way has a stream of its own, and host memory is pinned. On the CPU there is
 beside anything: the same functions copy at once, or give back what they get.
 """
 
+from __future__ import annotations
+
 import functools
 import threading
 from collections import deque

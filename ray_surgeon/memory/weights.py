@@ -1,5 +1,7 @@
 """Stores of the weights of a shard's blocks."""
 
+from __future__ import annotations
+
 import contextlib
 import math
 from collections import deque

@@ -9,6 +9,8 @@ kernel's is: the weights of a block of queries exist only while they are needed,
 again for gradients.
 """
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 from typing import Any
 

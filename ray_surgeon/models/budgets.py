@@ -3,6 +3,8 @@
 Additive ones are arithmetic on shapes. Latency is a table of measurements, see `export.speed`.
 """
 
+from __future__ import annotations
+
 import itertools
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping

@@ -3,6 +3,8 @@
 Names differ here, in the whole model and in checkpoints.
 """
 
+from __future__ import annotations
+
 import copy
 import inspect
 import threading

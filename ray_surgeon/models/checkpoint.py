@@ -3,6 +3,8 @@
 That is under the family's own name, or inside of a tensor with all experts of a layer.
 """
 
+from __future__ import annotations
+
 from collections import defaultdict
 from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass

@@ -5,6 +5,8 @@ every expert has linears of its own, by the names they have in checkpoints. The 
 and router stay: they are called with fewer experts once some are removed.
 """
 
+from __future__ import annotations
+
 import copy
 import functools
 from collections.abc import Callable, Mapping

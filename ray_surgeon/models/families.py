@@ -6,6 +6,8 @@ A shard runs the family's own `forward` over its own blocks (see `shard.py`), so
 to name modules.
 """
 
+from __future__ import annotations
+
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path

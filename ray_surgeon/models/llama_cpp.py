@@ -1,5 +1,7 @@
 """Which architecture of llama.cpp holds a pruned model, and what it would misread."""
 
+from __future__ import annotations
+
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any

@@ -1,5 +1,7 @@
 """Loss at the head, in slices of tokens: the logits of a whole sequence never exist at once."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Callable
 from dataclasses import dataclass

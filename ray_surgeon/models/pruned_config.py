@@ -4,6 +4,8 @@ Configurations are the content of config.json, because an export may be of anoth
 source.
 """
 
+from __future__ import annotations
+
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any

@@ -1,5 +1,7 @@
 """Tokens sorted by where a router sends them."""
 
+from __future__ import annotations
+
 import itertools
 
 import torch

@@ -1,5 +1,7 @@
 """A shard: a contiguous run of decoder blocks, with hooks that gather curvature."""
 
+from __future__ import annotations
+
 import contextlib
 import functools
 import itertools

@@ -4,6 +4,8 @@ That is memory, operations, and bytes that move. Stages say what they need in te
 `WorkerView`; the plan sums it up.
 """
 
+from __future__ import annotations
+
 import functools
 from collections.abc import Sequence
 from dataclasses import replace

@@ -6,6 +6,8 @@ The plan is a function of the model's configuration, the job and the memory ther
 fastest way that fits, or it says which step binds and what would do.
 """
 
+from __future__ import annotations
+
 import bisect
 import itertools
 import math

@@ -4,6 +4,8 @@
 page.
 """
 
+from __future__ import annotations
+
 import argparse
 import importlib.util
 import sys

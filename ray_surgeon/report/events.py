@@ -3,6 +3,8 @@
 Events set the metrics of a running job, ``ray_surgeon_*`` in Prometheus; `Recorder` passes them on.
 """
 
+from __future__ import annotations
+
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence

@@ -1,5 +1,7 @@
 """Templates of this folder; reports as one HTML file that needs nothing else, figures inside."""
 
+from __future__ import annotations
+
 import functools
 import time
 import unicodedata

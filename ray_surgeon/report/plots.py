@@ -1,5 +1,7 @@
 """Figures as PNG, SVG or PDF files, or as SVG inside a page. No window, no network."""
 
+from __future__ import annotations
+
 import io
 import math
 import re

@@ -1,5 +1,7 @@
 """What a run found: report.json, what it says at a glance, and whether a folder is the run's."""
 
+from __future__ import annotations
+
 import copy
 import re
 import shlex

@@ -3,6 +3,8 @@
 The model is written where workers can read it, and its owner's process is left as it was set up.
 """
 
+from __future__ import annotations
+
 import hashlib
 import json
 import re

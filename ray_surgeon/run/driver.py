@@ -1,5 +1,7 @@
 """A run on Ray: the coordinator as an actor, polled by the driver, retries after losses."""
 
+from __future__ import annotations
+
 import logging
 import os
 from contextlib import closing

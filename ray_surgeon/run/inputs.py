@@ -3,6 +3,8 @@
 So a job which cannot work fails in seconds.
 """
 
+from __future__ import annotations
+
 import hashlib
 import json
 import os

@@ -1,5 +1,7 @@
 """Reads what a job names, and checks it: the configuration, the tokenizer and the texts."""
 
+from __future__ import annotations
+
 import math
 import platform
 from collections.abc import Mapping

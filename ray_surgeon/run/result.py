@@ -1,5 +1,7 @@
 """Runs a job in this process, and gives what it left."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Mapping
 from contextlib import closing, suppress
 from dataclasses import dataclass, field

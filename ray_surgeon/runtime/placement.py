@@ -1,5 +1,7 @@
 """Who holds which blocks and who owns which linears: pure functions of shapes."""
 
+from __future__ import annotations
+
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,5 +1,7 @@
 """Workers as Ray actors, one bundle of a placement group each."""
 
+from __future__ import annotations
+
 import os
 import socket
 import time

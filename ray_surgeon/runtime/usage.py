@@ -1,5 +1,7 @@
 """What a process has used: CPU time and peak memory, from the operating system's own accounting."""
 
+from __future__ import annotations
+
 import contextlib
 import ctypes
 import functools

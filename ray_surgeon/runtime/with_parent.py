@@ -5,6 +5,8 @@
 See `fresh_process`. Imports little, because until the kernel is asked nobody ends this process.
 """
 
+from __future__ import annotations
+
 import ctypes
 import importlib
 import json

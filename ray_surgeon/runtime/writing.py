@@ -8,6 +8,8 @@ number, the texts of a batch on numbers and lengths, and the rows that are left 
 tokens that are a fixed number of steps old. Shards, replicas and backends change nothing.
 """
 
+from __future__ import annotations
+
 import sys
 from collections import deque
 from collections.abc import Iterator, Sequence

@@ -1,5 +1,7 @@
 """What a model is measured on: texts, answers to prompts, and tasks."""
 
+from __future__ import annotations
+
 from pydantic import Field, model_validator
 
 from ray_surgeon.spec.base import Address, OrAuto, Place, Positive, Section

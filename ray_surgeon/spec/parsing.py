@@ -1,5 +1,7 @@
 """Job specs as text: YAML, overrides, and what is wrong with them in words."""
 
+from __future__ import annotations
+
 import reprlib
 from collections.abc import Sequence
 from typing import Any

@@ -1,5 +1,7 @@
 """The sections of the model, memory, output, and of workers and where they run."""
 
+from __future__ import annotations
+
 import os
 from collections.abc import Iterator
 from typing import Annotated, Literal

@@ -3,6 +3,8 @@
 Tasks of the dense model, that is; those of exports are measured with each export.
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any

@@ -1,5 +1,7 @@
 """Copies of files on this machine, and what is made of them: plain folders of GGUF files, once."""
 
+from __future__ import annotations
+
 import functools
 import hashlib
 import importlib.util

@@ -1,5 +1,7 @@
 """The calibration text of a job that names none: a mix that suits the model."""
 
+from __future__ import annotations
+
 import math
 from typing import Any
 

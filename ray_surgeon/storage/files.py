@@ -6,6 +6,8 @@ A file appears whole or not at all: local files are written beside their place a
 stores publish an object when its upload ends.
 """
 
+from __future__ import annotations
+
 import contextlib
 import errno
 import fnmatch

@@ -1,5 +1,7 @@
 """Sources of models: a folder, an fsspec URI, the Hub, or a GGUF file in a package."""
 
+from __future__ import annotations
+
 import functools
 import hashlib
 import os

@@ -3,6 +3,8 @@
 They are read one by one, from a map of a local file or by ranges of a remote one.
 """
 
+from __future__ import annotations
+
 import functools
 import hashlib
 import json

@@ -9,6 +9,8 @@ N: tokens; a [C], g [R]: input and output gradient of one token; all factors her
 tokens.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from functools import reduce
 

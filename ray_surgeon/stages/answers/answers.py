@@ -5,6 +5,8 @@ what comes next (acceptance, agreement, divergence). And it writes its own answe
 likely token each time as the dense model did, until they part. Source: docs/method.md, section 12.
 """
 
+from __future__ import annotations
+
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass

@@ -3,6 +3,8 @@
 See `ray_surgeon.stages.answers.answers`.
 """
 
+from __future__ import annotations
+
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace

@@ -5,6 +5,8 @@ come of power iterations after that. Each is a forward and backward pass: one fo
 next for G with A held. Source: docs/method.md, section 1.
 """
 
+from __future__ import annotations
+
 from collections import ChainMap
 from collections.abc import Mapping
 from functools import partial

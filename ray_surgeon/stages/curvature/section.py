@@ -1,5 +1,7 @@
 """Which curvature of the loss a method uses: a union by `kind`."""
 
+from __future__ import annotations
+
 from collections.abc import Iterator
 from typing import Annotated, ClassVar, Literal
 

@@ -3,6 +3,8 @@
 Of several dampings the one may be chosen with which removals cost least on windows held aside.
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from itertools import chain

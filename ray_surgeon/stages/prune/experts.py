@@ -1,5 +1,7 @@
 """Whole experts on a worker: their costs, and routers that go around removed ones."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Collection, Mapping
 from itertools import chain

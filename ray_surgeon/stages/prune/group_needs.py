@@ -3,6 +3,8 @@
 Launches and syncs were counted; see tests/runtime/test_launches.py.
 """
 
+from __future__ import annotations
+
 from ray_surgeon.maths.group_batch import bytes_needed, most_at_once
 from ray_surgeon.models.layout import LinearShape
 from ray_surgeon.plan.counts import Counted, num_steps

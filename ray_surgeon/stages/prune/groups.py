@@ -8,6 +8,8 @@ consumers are updated exactly. A whole expert is one more point of its path: its
 next experts, see `ray_surgeon.maths.experts`.
 """
 
+from __future__ import annotations
+
 import math
 from collections import defaultdict
 from collections.abc import Container, Mapping, Sequence

@@ -1,5 +1,7 @@
 """The section `pruning` of coupled groups."""
 
+from __future__ import annotations
+
 from collections.abc import Iterator, Mapping
 from typing import ClassVar, Literal
 

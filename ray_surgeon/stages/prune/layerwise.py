@@ -3,6 +3,8 @@
 Inputs are those that the pruned blocks before give.
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import ClassVar, Literal

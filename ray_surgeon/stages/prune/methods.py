@@ -1,5 +1,7 @@
 """The section `pruning`, a union of those of all methods; the method of a job; its stages."""
 
+from __future__ import annotations
+
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace

@@ -3,6 +3,8 @@
 Removals are zeros in the dense shapes, by one global threshold, with correlated updates.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass

@@ -8,6 +8,8 @@ the owner of its consumer, which gets the inputs of all replicas, and trains it 
 train theirs. A layer that is no better on the windows held aside stays as the update left it.
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass

@@ -1,5 +1,7 @@
 """The section of a job spec on the reconstruction of layers."""
 
+from __future__ import annotations
+
 from collections.abc import Iterator
 from typing import ClassVar
 

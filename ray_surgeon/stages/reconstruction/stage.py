@@ -1,5 +1,7 @@
 """What the reconstruction of layers needs and did; its work is in curvature pass and update."""
 
+from __future__ import annotations
+
 import collections
 from collections.abc import Iterable
 

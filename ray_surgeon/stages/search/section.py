@@ -1,5 +1,7 @@
 """The section of a job spec on the search."""
 
+from __future__ import annotations
+
 from typing import ClassVar
 
 from pydantic import Field

@@ -4,6 +4,8 @@ Conversations from the opening of a chat template: Xu et al. 2024 (Magpie, arXiv
 text: Williams et al. 2024 (arXiv 2410.17170), self-calibration.
 """
 
+from __future__ import annotations
+
 import itertools
 import math
 from collections.abc import Iterator, Sequence

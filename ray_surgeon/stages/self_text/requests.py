@@ -1,5 +1,7 @@
 """What the dense model is to write, from the sections of a calibration."""
 
+from __future__ import annotations
+
 import itertools
 import math
 from collections.abc import Iterable, Sequence
