@@ -148,7 +148,7 @@ def curvature(
     names = list(layout.shapes if linears is None else linears)
     if unknown := [name for name in names if name not in layout.shapes]:
         problem = f"the model has no {', '.join(unknown)}"
-        raise ValueError(f"linears: {problem}; it has {', '.join(list(layout.shapes)[:7])}")
+        raise ValueError(f"linears: {problem}; it has for example {list(layout.shapes)[:7]}")
     windows = _token_ids(sequences, tokenizer, layout)
     # weights are never written, so they are read where they are: in the model
     stores = Stores(weights="disk")

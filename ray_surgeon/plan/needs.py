@@ -18,8 +18,7 @@ from ray_surgeon.plan.work import ActivationBytes, Shapes
 from ray_surgeon.runtime.placement import Placement
 from ray_surgeon.runtime.writing import texts_together
 
-TextSizes = Sequence[tuple[int, int]]
-"""Number of windows of each text, and their length."""
+TextSizes = Sequence[tuple[int, int]]  # number of windows of each text, and their length
 
 
 class WorkerView:
