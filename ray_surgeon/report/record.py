@@ -140,7 +140,7 @@ def dense_bytes(record: Record) -> int:
     return int(record["parameters"]["before"] * dtype.itemsize)
 
 
-_FREE_SECTIONS = ("name", "cluster.", "memory.", "output.")
+_FREE_SECTIONS = ("name", "cluster.", "memory.", "output.", "recovery.commit_minutes")
 """What may differ between a run and its resumption."""
 _MOST_CHANGES = 8
 """How many changed fields an error names."""
@@ -186,8 +186,7 @@ def check_folder(
             "continue it with --resume (resume=True in Python), or choose another folder, for "
             f"instance --set output.uri={elsewhere} (output in Python)"
         )
-    if shots:
-        directory.check_tensors(shots[-1])
+    if directory.check_tensors():
         _check_dense_states(directory.dense_states)
 
 

@@ -90,7 +90,7 @@ class Coordinator:
 
 
 def run_on_ray(inputs: Inputs, display: Display, *, disconnects: bool) -> None:
-    """Run on Ray; after a loss, continue from the last committed shot.
+    """Run on Ray; after a loss, continue from the last commit.
 
     Args:
         inputs: checked.
@@ -135,8 +135,7 @@ def _run_with_retries(inputs: Inputs, display: Display) -> None:
             )
         left[cause] -= 1
         display.note(
-            f"{failure.line}; continuing from the last committed shot, "
-            f"{left[cause]} such retries left"
+            f"{failure.line}; continuing from the last commit, {left[cause]} such retries left"
         )
 
 

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 from ray_surgeon.plan.counts import ADAM_BYTES, Counted, StepPlan
 from ray_surgeon.plan.needs import WorkerView
 from ray_surgeon.runtime.dense_states import CALIBRATION
 from ray_surgeon.stages.recovery.batches import CalibrationBatches
+from ray_surgeon.stages.recovery.rates import steps_between_checks, trial_steps
 from ray_surgeon.stages.recovery.section import RecoverySection
-from ray_surgeon.stages.recovery.training import Training, steps_between_checks, trial_steps
+from ray_surgeon.stages.recovery.training import Training
 from ray_surgeon.stages.stage import Facts, RunState, Stage, Text
+from ray_surgeon.stages.weights import commit_part
 
 _PRODUCTS = 9
 """Launches of B A x forward and backward, beside a linear's own."""
@@ -37,9 +41,20 @@ class Recovery(Stage):
         """Train."""
         batches = CalibrationBatches(self.section, run.text, run.shot, run.num_shots)
         trained = Training(self.section, run.cluster, run.text, batches)
-        trained.train(run.shot, run.record.get("divergence_held_aside"))
+        trained.on_step = partial(self._commit, run, trained)
+        # all weights change from the first step on
+        if batches.num_steps and run.part is None:
+            self._commit(run, trained, at_once=self.section.rank == "all")
+        trained.train(run.shot, run.record.get("divergence_held_aside"), run.part)
         facts |= trained.facts
         run.record |= trained.as_record()
+
+    def _commit(self, run: RunState, trained: Training, *, at_once: bool = False) -> None:
+        """Commit how far the shot has come, if the last commit was long ago or it is wanted."""
+        since_s = time.monotonic() - run.committed_s
+        if at_once or since_s > 60 * self.section.commit_minutes:
+            after = f"after {trained.done} steps of {self.name}"
+            commit_part(run, self.name, after, trained.state(), trained.save)
 
     def texts_to_remember(self, run: RunState) -> Mapping[str, Text]:
         """Return the calibration text, unless a curvature pass sees it anyway."""
