@@ -16,7 +16,7 @@ from ray_surgeon.stages.prune.groups import Groups
 from ray_surgeon.stages.prune.groups_section import CoupledSection
 from ray_surgeon.stages.prune.method import Method
 from ray_surgeon.stages.prune.methods import Costs, Latency, Threshold, Update
-from ray_surgeon.stages.recovery.stage import Recovery
+from ray_surgeon.stages.recovery.stage import Recovery, stream_of
 from ray_surgeon.stages.search.search import SearchStage
 from ray_surgeon.stages.self_text.requests import Language
 from ray_surgeon.stages.self_text.stage import SelfText
@@ -55,18 +55,19 @@ def stages_of(
     tasks = spec.evaluation.tasks
     held = spec.num_held
     sizes = [(text.num_sequences, text.sequence_length) for text in spec.evaluation.texts]
-    sizes += [(held, spec.calibration.sequence_length)] * (held > 0)
+    length = spec.calibration.sequence_length
+    sizes += [(held, length)] * (held > 0)
     tokenizer = texts.tokenizer
     language = Language(tokenizer, layout.config) if tokenizer else None
     self_text = SelfText.of(spec.calibration, language)
     first = next(iter(texts.measured.values()), texts.calibration).tokens
-    generation = spec.evaluation.generation
-    yardstick, self_text = yardstick_for(generation, self_text, language, first)
+    yardstick, self_text = yardstick_for(spec.evaluation.generation, self_text, language, first)
     has_costs = method.has_costs
     recovery = None
     if spec.recovery is not None:
-        recovery = Recovery(spec.recovery, held, method.by_element, has_costs)
-    keeps_states = recovery is not None and recovery.section.loss == "kl"
+        stream = stream_of(spec.recovery, spec.pruning.shots, length, tokenizer)
+        recovery = Recovery(spec.recovery, held, method.by_element, has_costs, stream)
+    keeps_states = recovery is not None and recovery.sees_calibration
     return Stages(
         _present(
             Load(method),

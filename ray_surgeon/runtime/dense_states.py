@@ -1,4 +1,4 @@
-"""The dense model's last hidden states of texts, on workers with the last shard.
+"""What the dense model says: its last hidden states of texts, on workers with the last shard.
 
 Later weights are compared with them: the head is never pruned, so the distributions of the next
 tokens follow from these states, a slice of tokens at a time.
@@ -7,21 +7,35 @@ tokens follow from these states, a slice of tokens at a time.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ray_surgeon.memory.stores import Scratch
 from ray_surgeon.memory.transfers import transfers
+from ray_surgeon.models.runner import BlockRunner
+from ray_surgeon.models.shard import ModelShard
 from ray_surgeon.runtime.collectives import TensorPayload, decode
 from ray_surgeon.runtime.worker import Worker
 from ray_surgeon.storage import tensor_files
 
 CALIBRATION = "(calibration)"
 ANSWERS = "(answers)"
-"""Names of the calibration text and of the dense model's answers among the texts that have states.
+STREAM = "(stream)"
+"""Names of texts that have states: the calibration, the dense model's answers, and what comes next
+of a text that a teacher sees while the training goes on.
 
 No evaluation text can have them.
 """
+
+
+class Teacher(NamedTuple):
+    """The dense model beside the pruned one, of the same blocks on the same worker."""
+
+    shard: ModelShard
+    runner: BlockRunner
+    scratch: Scratch
 
 
 class DenseStates(dict[str, dict[int, Tensor]]):
@@ -42,6 +56,11 @@ def keep_states(worker: Worker, text: str, numbers: list[int], states: Sequence[
         dtype = row.dtype if text == ANSWERS else torch.bfloat16
         of_text[number] = torch.empty(row.shape, dtype=dtype)
         transfers(row.device).land(row, of_text[number])
+
+
+def forget_states(worker: Worker, text: str) -> None:
+    """Free the states of a text."""
+    worker.keeping(DenseStates).pop(text, None)
 
 
 def dense_states(worker: Worker) -> DenseStates:
@@ -67,10 +86,12 @@ def kept_states(worker: Worker, text: str, numbers: list[int]) -> TensorPayload:
 
 
 def write_states(worker: Worker, uri: str) -> None:
-    """Write the states of all texts into one file, for a run that goes on later."""
+    """Write the states of all texts but a stream into one file, for a run that goes on later."""
     if worker.shard.blocks.is_last and worker.index.replica == 0:
         tensors = dict[str, Tensor]()
         for text, states in dense_states(worker).items():
+            if text == STREAM:
+                continue
             tensors |= {f"{number} {text}": tensor for number, tensor in states.items()}
         tensor_files.write(uri, tensors)
 

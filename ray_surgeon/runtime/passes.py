@@ -58,7 +58,12 @@ def sequence_losses(
 
 
 def pass_up_to_the_head(
-    cluster: Cluster, sequences: Tokens, only: Only, text: str | None, whose: str
+    cluster: Cluster,
+    sequences: Tokens,
+    only: Only,
+    text: str | None,
+    whose: str,
+    of_teacher: bool = False,
 ) -> None:
     """Run sequences forward without the head.
 
@@ -71,11 +76,13 @@ def pass_up_to_the_head(
         text: as whose states those before the head are kept by the last shards of all replicas;
             None if they are not.
         whose: states they are, for the error.
+        of_teacher: whether they pass the teacher's blocks.
 
     Raises:
         FloatingPointError: a state before the head is not finite.
     """
-    if not all(run_pass(cluster, Passage(sequences, None, only, text), on_worker.is_finite)):
+    passage = Passage(sequences, None, only, text, of_teacher)
+    if not all(run_pass(cluster, passage, on_worker.is_finite)):
         finite(f"a hidden state of {whose}", math.nan)
 
 

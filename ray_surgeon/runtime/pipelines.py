@@ -15,7 +15,11 @@ from ray_surgeon.runtime.wave import Counts, Labels, Only, Passage, Tokens, Wave
 
 T = TypeVar("T")
 
-_STEPS = {"forward": on_worker.forward, "backward": on_worker.backward, "infer": on_worker.infer}
+_STEPS: dict[str, Callable[..., TensorPayload]] = {
+    "forward": on_worker.forward,
+    "backward": on_worker.backward,
+    "infer": on_worker.infer,
+}
 """What a shard that is not the last does in an operation."""
 
 
@@ -54,7 +58,8 @@ def run_pass(cluster: Cluster, passage: Passage, work: Labels | on_worker.OfEach
     num_shards = cluster.placement.num_shards
     num_sequences = len(passage.numbers)
     goes_back = isinstance(work, Labels)
-    progress = Progress() if isinstance(work, Labels) and work.is_step else cluster.progress
+    is_inside = passage.of_teacher or (isinstance(work, Labels) and work.is_step)
+    progress = Progress() if is_inside else cluster.progress
     progress.begin(num_sequences, "sequences", passage.tokens.shape[1])
     order = one_forward_one_backward if goes_back else one_by_one
     at_end: Callable[..., Any] = on_worker.forward_backward if goes_back else on_worker.infer_each
@@ -82,7 +87,9 @@ def run_pass(cluster: Cluster, passage: Passage, work: Labels | on_worker.OfEach
             pair = cluster.submit_pair(index, at_end, number, inputs, wave, work)
             moving[key], results[key] = pair
         else:
-            moving[key] = cluster.submit(index, _STEPS[direction], number, inputs)
+            step = _STEPS[direction]
+            more = (passage.of_teacher,) if direction == "infer" else ()
+            moving[key] = cluster.submit(index, step, number, inputs, *more)
     values = cluster.get(list(results.values()))
     progress.reach(num_sequences)
     if passage.text is not None:

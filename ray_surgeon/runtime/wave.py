@@ -14,8 +14,9 @@ from torch import Tensor
 
 from ray_surgeon.memory.stores import Stores
 from ray_surgeon.models.loss import Predicted, compare_with_dense, next_token_loss
+from ray_surgeon.models.runner import BlockRunner
 from ray_surgeon.runtime.collectives import TensorPayload
-from ray_surgeon.runtime.dense_states import dense_state, keep_states
+from ray_surgeon.runtime.dense_states import Teacher, dense_state, keep_states
 from ray_surgeon.runtime.placement import Placement
 from ray_surgeon.runtime.worker import Worker
 
@@ -67,6 +68,7 @@ class Wave:
     tokens: Tokens  # [m, T]
     counts: Counts  # [m, T]
     text: str | None  # as whose states those before the head are kept; None if they are not
+    of_teacher: bool = False  # whether they pass the teacher's blocks
 
     def sequences(self, worker: Worker) -> Iterator[SequenceOfWave]:
         """Yield the sequences."""
@@ -87,6 +89,7 @@ class Passage:
     # as whose states those before the head are kept by the last shards of all replicas; None if
     # they are not
     text: str | None = None
+    of_teacher: bool = False  # whether they pass the teacher's blocks, in the midst of another step
 
     @property
     def numbers(self) -> list[int]:
@@ -102,7 +105,7 @@ class Passage:
 
     def _wave(self, numbers: list[int]) -> Wave:
         counts = None if self.counts is None else self.counts[numbers]
-        return Wave(numbers, self.tokens[numbers], counts, self.text)
+        return Wave(numbers, self.tokens[numbers], counts, self.text, self.of_teacher)
 
 
 def forward(worker: Worker, number: int, inputs: TensorPayload) -> TensorPayload:
@@ -169,9 +172,13 @@ def _gradient_below(worker: Worker, gradients: list[Tensor]) -> TensorPayload:
 # Without gradients; all but the first run at the last shard
 
 
-def infer(worker: Worker, number: int, inputs: TensorPayload) -> TensorPayload:
+def infer(worker: Worker, number: int, inputs: TensorPayload, of_teacher: bool) -> TensorPayload:
     """Run a wave: tokens or hidden states in, hidden states out."""
-    return worker.pack(torch.cat(worker.runner.infer(worker.unpack(inputs))))
+    return worker.pack(torch.cat(_runner(worker, of_teacher).infer(worker.unpack(inputs))))
+
+
+def _runner(worker: Worker, of_teacher: bool) -> BlockRunner:
+    return worker.kept(Teacher).runner if of_teacher else worker.runner
 
 
 def infer_each(
@@ -188,7 +195,7 @@ def infer_each(
         wave: the sequences.
         of_each: what is made of one; see below.
     """
-    hidden = worker.runner.infer(worker.unpack(inputs))
+    hidden = _runner(worker, wave.of_teacher).infer(worker.unpack(inputs))
     if wave.text is not None:
         keep_states(worker, wave.text, wave.numbers, hidden)
     sequences = wave.sequences(worker)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from itertools import chain
 from typing import TypeVar
 
@@ -16,12 +16,13 @@ import torch
 from torch import Tensor
 
 from ray_surgeon.maths.masks import ElementMask, StructuredMask
-from ray_surgeon.memory.stores import NO_SCRATCH, Scratch, ScratchNames, Stores
-from ray_surgeon.memory.weights import ReadAhead
+from ray_surgeon.memory.stores import NO_SCRATCH, Place, Scratch, ScratchNames, Stores
+from ray_surgeon.memory.weights import Read, ReadAhead
 from ray_surgeon.models.build import cut, num_inputs
 from ray_surgeon.models.checkpoint import Stored, tensor_reader
 from ray_surgeon.models.runner import BlockRunner
 from ray_surgeon.models.shard import ModelShard
+from ray_surgeon.runtime.dense_states import STREAM, Teacher, forget_states
 from ray_surgeon.runtime.worker import Worker
 from ray_surgeon.spec.sections import ModelSection
 from ray_surgeon.storage import files, tensor_files
@@ -60,7 +61,6 @@ def load(worker: Worker, recipe: ModelRecipe, by_element: bool, stores: Stores) 
     Raises:
         ValueError: the checkpoint cannot be read.
     """
-    source = open_model(recipe.model)
     layout = worker.layout
     index = worker.index
     worker.scratch = scratch = Scratch(*recipe.scratch, f"{index.shard}-{index.replica}")
@@ -69,19 +69,9 @@ def load(worker: Worker, recipe: ModelRecipe, by_element: bool, stores: Stores) 
     dtype = getattr(torch, recipe.model.dtype)
     worker.shard = ModelShard(layout, blocks, dtype, worker.device, stores, scratch)
     worker.runner = BlockRunner(worker.shard)
-    pruned_in = dict(recipe.shot_files)
-    read_dense = tensor_reader(layout, source.uri_of, source.read, source.origin)
-
-    def read(name: str) -> Tensor:
-        if name in pruned_in:
-            return worker.shot_reader.read(pruned_in[name], name)
-        return read_dense(name)
-
     kind: type[StructuredMask] | type[ElementMask] = ElementMask if by_element else StructuredMask
-    parts = [part.name for part in fields(kind)] if pruned_in else []
-    # stacked tensors are taken apart once, not whenever a block is read
-    stays = source.is_local and not layout.family.sparse.stacked
-    stays = stays and all(map(files.is_local, set(pruned_in.values())))
+    parts = [part.name for part in fields(kind)] if recipe.shot_files else []
+    read, stays = _reader(worker, recipe)
     get = read
     if not stays:
         names = [*worker.shard.wanted, *(f"{n}.{p}" for n in worker.shard.linears for p in parts)]
@@ -92,6 +82,49 @@ def load(worker: Worker, recipe: ModelRecipe, by_element: bool, stores: Stores) 
         sizes = layout.shapes[name].num_rows, layout.shapes[name].num_columns
         tensors = {part: get(f"{name}.{part}").to(torch.bool, copy=True) for part in parts}
         worker.masks[name] = kind(**tensors) if parts else kind.full(*sizes)
+
+
+def _reader(worker: Worker, recipe: ModelRecipe) -> tuple[Read, bool]:
+    """Return what reads a tensor by its name, and whether it goes on to at little cost."""
+    source = open_model(recipe.model)
+    layout = worker.layout
+    pruned_in = dict(recipe.shot_files)
+    read_dense = tensor_reader(layout, source.uri_of, source.read, source.origin)
+
+    def read(name: str) -> Tensor:
+        if name in pruned_in:
+            return worker.shot_reader.read(pruned_in[name], name)
+        return read_dense(name)
+
+    # stacked tensors are taken apart once, not whenever a block is read
+    stays = source.is_local and not layout.family.sparse.stacked
+    return read, stays and all(map(files.is_local, set(pruned_in.values())))
+
+
+def load_teacher(worker: Worker, recipe: ModelRecipe, place: Place) -> None:
+    """Load the dense model's blocks once more, beside those of the worker.
+
+    Args:
+        worker: with its own weights.
+        recipe: of the dense model.
+        place: where its idle weights are.
+    """
+    index = worker.index
+    scratch = Scratch(*recipe.scratch, f"{index.shard}-{index.replica}-teacher")
+    own = worker.shard
+    stores = replace(own.stores, weights=place)
+    shard = ModelShard(worker.layout, own.blocks, own.dtype, worker.device, stores, scratch)
+    read, stays = _reader(worker, recipe)
+    if not stays:
+        read = ReadAhead(read, list(shard.wanted), worker.layout.parameters)
+    shard.load(read, stays=stays)
+    worker.keep(Teacher(shard, BlockRunner(shard), scratch))
+
+
+def drop_teacher(worker: Worker) -> None:
+    """Free the second model, and its states."""
+    worker.drop(Teacher).scratch.close()
+    forget_states(worker, STREAM)
 
 
 @dataclass(frozen=True)

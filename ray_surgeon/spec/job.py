@@ -141,6 +141,8 @@ class JobSpec(Section):
         for i, text in enumerate(self.evaluation.texts):
             if text.has_own_split:
                 self.calibration.check_border(text, f"evaluation.{i}")
+                for number, streamed in enumerate(self.recovery.texts if self.recovery else ()):
+                    streamed.check_border(text, f"recovery.texts.{number}")
 
     @property
     def num_held(self) -> int:

@@ -128,6 +128,21 @@ class StreamedSection(SourceSection):
         if self.stride is not None or self.seed:
             yield "stride and seed choose windows, and this text gives all in turn; remove them"
 
+    def check_border(self, measured: SourceSection, where: str) -> None:
+        """Refuse this text if it has tokens of a measured one.
+
+        Raises:
+            ValueError: it is the whole text, or cut at another place; `where` is its place in the
+                spec.
+        """
+        if self.source != measured.source:
+            return
+        if self.split == "all":
+            raise ValueError(f"{where}: {self.source} is measured on; set split to train")
+        if self.source != "python-code" and self.max_tokens != measured.max_tokens:
+            border = "or the border between train and test moves"
+            raise ValueError(f"{where}.max_tokens: must equal that of {self.source}, {border}")
+
 
 class WritingSection(Section):
     """How the dense model writes text."""

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
-from ray_surgeon.runtime.dense_states import CALIBRATION
+from ray_surgeon.runtime.cluster import Cluster
+from ray_surgeon.runtime.dense_states import CALIBRATION, STREAM, forget_states
+from ray_surgeon.runtime.passes import pass_up_to_the_head
 from ray_surgeon.runtime.wave import Counts, Tokens
 from ray_surgeon.stages.recovery.section import RecoverySection
 from ray_surgeon.stages.stage import CalibrationText
+from ray_surgeon.storage.streams import TextEndedError, TextStream
+
+SEQUENCES_AHEAD = 32
+"""That the teacher sees in one pass: its weights move once for them, and shards wait once."""
 
 
 class Batch(NamedTuple):
@@ -64,3 +71,65 @@ class CalibrationBatches(Batches):
     def batch(self, number: int) -> Batch:
         """Return the windows of a step; the last step of a pass has what is left."""
         return Batch(self.text.tokens, self.text.counts, self._numbers[number], CALIBRATION)
+
+
+class StreamBatches(Batches):
+    """Windows of a stream of texts, of which the teacher sees some steps' at once."""
+
+    def __init__(
+        self,
+        section: RecoverySection,
+        stream: TextStream,
+        cluster: Cluster,
+        num_steps: int,
+        first: int,
+    ) -> None:
+        """Start to read at a window.
+
+        Args:
+            section: of the recovery.
+            stream: of windows.
+            cluster: whose workers have a teacher, if the section wants one.
+            num_steps: in all.
+            first: number of the first window; those before it were used after earlier shots.
+        """
+        self.num_steps = num_steps
+        self._size = section.sequences_per_step
+        self.tokens_of_step = self._size * stream.sequence_length
+        self._has_teacher = section.has_teacher
+        self._stream = stream
+        self._cluster = cluster
+        self._first = first
+        self._steps_ahead = max(1, SEQUENCES_AHEAD // self._size)
+        self._windows: Iterator[NDArray[np.int64]] = iter(())
+        self._part = -1  # number of the present part, of which every one has so many steps
+        self._tokens: list[NDArray[np.int64]] = []
+        self._ended: TextEndedError | None = None
+
+    def batch(self, number: int) -> Batch:
+        """Return the windows of a step."""
+        part, place = divmod(number, self._steps_ahead)
+        if part != self._part:
+            self._read(part)
+        numbers = range(place * self._size, (place + 1) * self._size)
+        if numbers.stop > len(self._tokens) and self._ended is not None:
+            raise self._ended
+        return Batch(np.stack(self._tokens), None, numbers, STREAM)
+
+    def _read(self, part: int) -> None:
+        """Read the windows of a part, and let the teacher see them."""
+        size = self._steps_ahead * self._size
+        if part != self._part + 1 or part == 0:
+            self._windows = self._stream.windows(self._first + part * size)
+        self._part = part
+        self._tokens = []
+        num_left = self.num_steps * self._size - part * size
+        try:
+            for _ in range(min(size, num_left)):
+                self._tokens.append(next(self._windows))
+        except TextEndedError as error:
+            self._ended = error
+        if self._has_teacher and self._tokens:
+            self._cluster.run_all(forget_states, STREAM)
+            tokens = np.stack(self._tokens)
+            pass_up_to_the_head(self._cluster, tokens, None, STREAM, "the dense model", True)

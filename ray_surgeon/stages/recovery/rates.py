@@ -1,6 +1,8 @@
-"""Learning rates of a recovery: which are tried, how they change, and when they are too high."""
+"""Learning rates of a recovery: which are tried, how they change, and how checks judge them."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 RATES = (1e-3, 5e-4, 2.5e-4)
 """Learning rates that are tried in turn, relative to the root mean square of each weight.
@@ -44,3 +46,15 @@ def rate_factor(number: int, num_steps: int) -> float:
     """
     rise = max(1, min(_MOST_WARM_UP, round(_WARM_UP * num_steps)))
     return min((number + 1) / rise, 1 - number / num_steps)
+
+
+@dataclass(frozen=True)
+class Check:
+    """A training measured on the windows held aside."""
+
+    steps: int  # that were made
+    value: float  # divergence from the dense model, or loss, in nats per token
+    acceptance: float | None = None  # share of the dense model's tokens; None with the loss
+    tokens: int = 0  # that were trained on
+    loss: float | None = None  # mean of the steps since the check before, nats per token
+    tokens_per_s: float | None = None  # likewise

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Discriminator, Field, Tag
 
 from ray_surgeon.spec.base import Positive, Section, tag
+from ray_surgeon.spec.texts import StreamedSection
 
 _Rank = Annotated[
     Annotated[int, Field(ge=1, le=4096), Tag(tag("rank"))]
@@ -29,6 +30,10 @@ class RecoverySection(Section):
     """Tokens of the training after the last shot, rounded up to whole steps"""
     num_tokens_between_shots: int = Field(0, ge=0)
     """Likewise after every shot before the last one, as in the paper"""
+    texts: tuple[StreamedSection, ...] = ()
+    """Texts of the training, read while it goes on; none: the calibration's windows, again and
+    again. The dense model sees them beside the pruned one
+    """
     loss: Literal["kl", "cross_entropy"] = "kl"
     """What is lowered on the text: the divergence from the dense model (kl), which recovers what
     pruning took, or the loss (cross_entropy), which also teaches the text
@@ -46,6 +51,11 @@ class RecoverySection(Section):
     """
     seed: int = Field(0, ge=0)
     """Seed of A at the start, and of the order of the sequences"""
+
+    @property
+    def has_teacher(self) -> bool:
+        """Whether the dense model is beside the pruned one while it is trained."""
+        return bool(self.texts) and self.loss == "kl"
 
     def tokens_after(self, shot: int, num_shots: int) -> int:
         """Return how many tokens are trained on after a shot."""

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
+from ray_surgeon.memory.stores import ScratchNames
 from ray_surgeon.plan.counts import ADAM_BYTES, Counted, StepPlan
 from ray_surgeon.plan.needs import WorkerView
 from ray_surgeon.runtime.dense_states import CALIBRATION
-from ray_surgeon.stages.recovery.batches import CalibrationBatches
+from ray_surgeon.runtime.weights import ModelRecipe, drop_teacher, load_teacher
+from ray_surgeon.stages.recovery.batches import Batches, CalibrationBatches, StreamBatches
 from ray_surgeon.stages.recovery.rates import steps_between_checks, trial_steps
 from ray_surgeon.stages.recovery.section import RecoverySection
 from ray_surgeon.stages.recovery.training import Training
 from ray_surgeon.stages.stage import Facts, RunState, Stage, Text
 from ray_surgeon.stages.weights import commit_part
+from ray_surgeon.storage.streams import TextStream
 
 _PRODUCTS = 9
 """Launches of B A x forward and backward, beside a linear's own."""
@@ -36,16 +40,22 @@ class Recovery(Stage):
     by_element: bool  # whether masks are of elements
     # whether the curvature pass keeps the dense model's states of the calibration text
     has_pass: bool
+    # windows of the texts to train on; None for those of the calibration
+    stream: TextStream | None = field(default=None, repr=False)
 
     def run(self, run: RunState, facts: Facts) -> None:
         """Train."""
-        batches = CalibrationBatches(self.section, run.text, run.shot, run.num_shots)
-        trained = Training(self.section, run.cluster, run.text, batches)
+        trained = Training(self.section, run.cluster, run.text, self._batches(run))
         trained.on_step = partial(self._commit, run, trained)
-        # all weights change from the first step on
-        if batches.num_steps and run.part is None:
+        if trained.batches.num_steps and run.part is None:
+            # all weights change from the first step on
             self._commit(run, trained, at_once=self.section.rank == "all")
+        if trained.batches.num_steps and self.section.has_teacher:
+            recipe = ModelRecipe(run.model, (), run.kept(ScratchNames))
+            run.cluster.run_all(load_teacher, recipe, run.cluster.stores.weights)
         trained.train(run.shot, run.record.get("divergence_held_aside"), run.part)
+        if trained.batches.num_steps and self.section.has_teacher:
+            run.cluster.run_all(drop_teacher)
         facts |= trained.facts
         run.record |= trained.as_record()
 
@@ -56,11 +66,26 @@ class Recovery(Stage):
             after = f"after {trained.done} steps of {self.name}"
             commit_part(run, self.name, after, trained.state(), trained.save)
 
+    def _batches(self, run: RunState) -> Batches:
+        if self.stream is None:
+            return CalibrationBatches(self.section, run.text, run.shot, run.num_shots)
+        num_steps = [
+            self.section.num_steps(shot, run.num_shots, self.stream.sequence_length)
+            for shot in range(1, run.shot + 1)
+        ]
+        first = sum(num_steps[:-1]) * self.section.sequences_per_step
+        return StreamBatches(self.section, self.stream, run.cluster, num_steps[-1], first)
+
     def texts_to_remember(self, run: RunState) -> Mapping[str, Text]:
         """Return the calibration text, unless a curvature pass sees it anyway."""
-        if self.has_pass or self.section.loss != "kl":
+        if self.has_pass or not self.sees_calibration:
             return {}
         return {CALIBRATION: (run.text.tokens, run.text.counts)}
+
+    @property
+    def sees_calibration(self) -> bool:
+        """Whether it wants the dense model's states of the calibration text."""
+        return self.section.loss == "kl" and not self.section.texts
 
     # For the plan
 
@@ -140,4 +165,21 @@ class Recovery(Stage):
     def on_host(self, worker: WorkerView) -> float:
         """Return the dense model's states of the calibration text."""
         tokens = worker.num_sequences * worker.sequence_length
-        return worker.remembered(tokens * (self.section.loss == "kl"))
+        return worker.remembered(tokens * self.sees_calibration)
+
+
+def stream_of(
+    section: RecoverySection, num_shots: int, length: int, tokenizer: Any
+) -> TextStream | None:
+    """Return the windows that a recovery reads; None without texts or a tokenizer.
+
+    Raises:
+        ValueError: a text on this machine is too short, or cannot be read.
+    """
+    if tokenizer is None or not section.texts:
+        return None
+    texts = [(text, f"recovery.texts.{i}") for i, text in enumerate(section.texts)]
+    stream = TextStream(texts, length, tokenizer, section.seed)
+    num_steps = sum(section.num_steps(i, num_shots, length) for i in range(1, num_shots + 1))
+    stream.check_length(num_steps * section.sequences_per_step)
+    return stream

@@ -21,24 +21,14 @@ from ray_surgeon.runtime.wave import Labels
 from ray_surgeon.runtime.weights import SavedFile
 from ray_surgeon.stages.recovery import rates, steps
 from ray_surgeon.stages.recovery.batches import Batches
+from ray_surgeon.stages.recovery.rates import Check
 from ray_surgeon.stages.recovery.section import RecoverySection
 from ray_surgeon.stages.stage import CalibrationText, Facts, held_aside
+from ray_surgeon.storage.streams import TextEndedError
 
 _STATE = ("done", "losses", "rate", "before", "num_tokens", "num_in_vain")
 _CLOCKS = ("started_s", "checked_s")
 """Fields from which a training goes on; of clocks, how long ago they were read."""
-
-
-@dataclass(frozen=True)
-class Check:
-    """A training measured on the windows held aside."""
-
-    steps: int  # that were made
-    value: float  # divergence from the dense model, or loss, in nats per token
-    acceptance: float | None = None  # share of the dense model's tokens; None with the loss
-    tokens: int = 0  # that were trained on
-    loss: float | None = None  # mean of the steps since the check before, nats per token
-    tokens_per_s: float | None = None  # likewise
 
 
 @dataclass
@@ -158,12 +148,12 @@ class Training:
 
     def _train_on(self) -> None:
         """Make the steps that are left."""
-        while self.done < self.batches.num_steps and self.ended is None:
+        while not self._has_ended():
             is_finite = self._step(self.done)
             self.done += 1
             if len(self.text.held):
                 self._check_on_the_way(is_finite)
-            if self.done < self.batches.num_steps and self.ended is None:
+            if self.ended is None and self.done < self.batches.num_steps:
                 self.on_step()
 
     def _check_on_the_way(self, is_finite: bool) -> None:
@@ -189,6 +179,17 @@ class Training:
         elif check.value > rates.GIVEN_UP * self.before:
             rise = f"{self.before:.4g} became {check.value:.4g}"
             self.ended = f"it was given up after {done} steps, because it diverged: {rise}"
+
+    def _has_ended(self) -> bool:
+        """Whether no step follows: all are made, or the training has ended early, as a text may."""
+        if self.ended is None and self.done < self.batches.num_steps:
+            try:
+                self.batches.batch(self.done)
+            except TextEndedError as error:
+                self.ended = str(error)
+                if len(self.text.held):
+                    self._note_if_best(self._measured(self.done))
+        return self.ended is not None or self.done == self.batches.num_steps
 
     def _step(self, number: int) -> bool:
         """Make one step; return whether the loss was finite."""

@@ -1,0 +1,138 @@
+"""Recovery on texts that are read while it goes on, beside a teacher."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from transformers import AutoTokenizer
+
+from ray_surgeon.memory.stores import NO_SCRATCH, Place, Stores
+from ray_surgeon.runtime.cluster import LocalCluster
+from ray_surgeon.runtime.passes import remember
+from ray_surgeon.runtime.weights import ModelRecipe, drop_teacher, load_teacher
+from ray_surgeon.spec.sections import ModelSection
+from ray_surgeon.spec.texts import StreamedSection
+from ray_surgeon.stages.recovery.batches import StreamBatches
+from ray_surgeon.stages.recovery.section import RecoverySection
+from ray_surgeon.stages.recovery.stage import stream_of
+from ray_surgeon.stages.recovery.training import Training
+from ray_surgeon.stages.stage import HELD, CalibrationText, held_aside
+from tests.integration import runs
+from tests.integration.runs import Jobs, loaded
+
+LENGTH = 24
+TEXT = {"recovery__texts": [{"source": "python-docs", "max_tokens": 9000}]}
+ON_TEXT = runs.ONE | runs.LORA | TEXT | {"recovery__num_tokens": 400}
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> StreamedSection:
+    path = tmp_path / "text.txt"
+    path.write_text(" ".join(f"word {i} is {i * i % 97}" for i in range(2000)), encoding="utf-8")
+    return StreamedSection(source=str(path), split="all")
+
+
+def weakened(model: Path, factor: float, **shape: Any) -> tuple[LocalCluster, CalibrationText]:
+    """Return a model whose feed-forward layers give less, and windows held aside."""
+    cluster = loaded(model, **shape)
+    tokens = np.random.default_rng(0).integers(1, 300, (6, LENGTH))
+    held = CalibrationText.split(tokens, None, 4)
+    remember(cluster, HELD, held.held)
+    for worker in cluster.workers.values():
+        for name in worker.shard.linears:
+            if "down_proj" in name:
+                worker.shard.set_weight(name, worker.shard.weight(name) * factor)
+    return cluster, held
+
+
+def trained(
+    model: Path, text: StreamedSection, factor: float, place: Place = "device", **shape: Any
+) -> tuple[Training, LocalCluster, CalibrationText]:
+    cluster, held = weakened(model, factor, **shape)
+    options = {"rank": 4, "num_tokens": 40 * 3 * LENGTH, "sequences_per_step": 3, "texts": [text]}
+    section = RecoverySection.model_validate(options | {"learning_rate": 2e-3})
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    stream = stream_of(section, 1, LENGTH, tokenizer)
+    assert stream is not None
+    recipe = ModelRecipe(ModelSection(source=str(model)), (), NO_SCRATCH)
+    cluster.run_all(load_teacher, recipe, place)
+    batches = StreamBatches(section, stream, cluster, 40, 0)
+    training = Training(section, cluster, held, batches)
+    training.train(1)
+    cluster.run_all(drop_teacher)
+    return training, cluster, held
+
+
+def test_a_model_that_lacks_nothing_has_no_loss(llama: Path, text: StreamedSection) -> None:
+    training, _, _ = trained(llama, text, 1.0)
+    assert training.undone is not None
+    assert training.losses[0] < 1e-5, "the states of the teacher are kept as bfloat16"
+
+
+@pytest.mark.parametrize("shape", [{}, {"num_shards": 2, "num_replicas": 2}], ids=str)
+def test_what_was_taken_comes_back(llama: Path, text: StreamedSection, shape: Any) -> None:
+    training, cluster, held = trained(llama, text, 0.8, **shape)
+    assert training.undone is None
+    assert held_aside(cluster, held)[0] < 0.75 * training.before
+    first, *_, last = training.held
+    assert last.value == pytest.approx(held_aside(cluster, held)[0], rel=1e-3)
+    assert (first.tokens, last.tokens) == (0, len(training.losses) * 3 * LENGTH)
+    assert last.acceptance is not None
+    assert last.acceptance > 0.9
+
+
+def test_shards_replicas_and_places_change_nothing(llama: Path, text: StreamedSection) -> None:
+    on_disk = Stores(weights="disk", factors="disk", activations="recompute")
+    ways: list[tuple[Place, dict[str, Any]]] = [
+        ("device", {}),
+        ("disk", {"stores": on_disk}),
+        ("host", {"num_shards": 2, "num_replicas": 2}),
+    ]
+    losses = [trained(llama, text, 0.8, place, **shape)[0].losses for place, shape in ways]
+    assert losses[1] == losses[0]
+    assert losses[2] == pytest.approx(losses[0], rel=1e-3)
+    assert len(set(losses[0])) == 40
+
+
+def test_a_text_that_ends_ends_the_training(
+    llama: Path, text: StreamedSection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With what was trained so far, and a sentence; where it is known before, it is refused."""
+    path = Path(text.source)
+    path.write_text(path.read_text(encoding="utf-8")[:2500], encoding="utf-8")
+    with pytest.raises(ValueError, match=r"recovery\.texts\.0.*ended|needs?"):
+        trained(llama, text, 0.8)
+    monkeypatch.setattr("ray_surgeon.storage.streams._is_here", lambda _: False)
+    training, cluster, held = trained(llama, text, 0.8)
+    assert training.ended is not None
+    assert "recovery.texts.0" in training.ended
+    assert 3 < len(training.losses) < 40
+    assert training.undone is None
+    assert held_aside(cluster, held)[0] < 0.9 * training.before
+
+
+def test_a_run_on_a_text(job: Jobs) -> None:
+    """The windows after a second shot are others than those after the first."""
+    done = job(ON_TEXT | {"pruning__num_shots": 2, "recovery__loss": "kl"})
+    first, second = done.shots
+    assert len(first["recovery_losses"]) == 3
+    assert len(second["recovery_losses"]) == 10
+    assert second["recovery_held_aside"][-1]["tokens"] > 0
+    assert second["recovery_losses"][:3] != first["recovery_losses"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ("recovery.texts=[{source: python-docs, split: all}]", "set split to train"),
+        ("recovery.texts=[{source: python-docs, max_tokens: 7000}]", "max_tokens: must equal"),
+        ("recovery.texts=[{source: python-code, stride: 3}]", "remove them"),
+        ("recovery.num_tokens=9000000", "recovery.texts.0"),
+    ],
+)
+def test_texts_that_cannot_be_used(settings: str, message: str, job: Jobs) -> None:
+    measured = [runs.windows("python-docs", name="docs", max_tokens=9000)]
+    assert message in job.refused(settings, **{**ON_TEXT, "evaluation": measured})
