@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 from ray_surgeon.runtime.weights import SavedFile
 from ray_surgeon.storage import files as store
+
+Save = Callable[[str], Iterable[SavedFile]]
+"""Lets workers write files into a folder."""
 
 
 class CommittedShot(NamedTuple):
@@ -46,7 +49,6 @@ def check_files(files: Iterable[SavedFile], remedy: str) -> None:
     """
     for file in files:
         size = store.size_bytes(file.uri)
-        if size == file.size_bytes:
-            continue
         problem = "is missing" if size is None else f"has {size} bytes, not {file.size_bytes}"
-        raise ValueError(f"{file.uri} {problem}; {remedy}")
+        if size != file.size_bytes:
+            raise ValueError(f"{file.uri} {problem}; {remedy}")

@@ -27,6 +27,8 @@ _BEFORE_A_RUN = (".writable", "attempt", "spec.yaml", "source")
 
 `source` is a model that was in memory.
 """
+_DAMAGED = (ValueError, KeyError, TypeError)
+"""What reading a damaged manifest raises."""
 _REPEAT = "remove {folder} to repeat this shot from its beginning"
 
 
@@ -193,11 +195,10 @@ class RunDirectory:
         """
         self.check_attempt()
         folder = self.part_folder(index)
-        manifest = part._asdict()
-        for kind in ("files", "of_stage"):
-            manifest[kind] = list(map(entry, manifest[kind]))
+        files, of_stage = (list(map(entry, kind)) for kind in (part.files, part.of_stage))
+        manifest = {"files": files, "of_stage": of_stage, "record": part.record}
         store.write_json(store.join(folder, "manifest.json"), manifest)
-        names = {"manifest.json", *(entry(file)["name"] for file in part.files + part.of_stage)}
+        names = {"manifest.json", *(about["name"] for about in files + of_stage)}
         store.remove_files(folder, [n for n in store.list_names(folder) if n not in names])
 
     def read_part(self, index: int) -> CommittedPart | None:
@@ -210,8 +211,7 @@ class RunDirectory:
         uri = store.join(folder, "manifest.json")
         if not store.exists(uri):
             return None
-        remedy = _REPEAT.format(folder=folder)
-        with refusing(f"{uri} is damaged", remedy, (ValueError, KeyError, TypeError)):
+        with refusing(f"{uri} is damaged", _REPEAT.format(folder=folder), _DAMAGED):
             manifest = store.read_json(uri)
             files, of_stage = (files_of(folder, manifest[kind]) for kind in ("files", "of_stage"))
             return CommittedPart(files, of_stage, manifest["record"])

@@ -116,8 +116,6 @@ class Steps:
         self._listen = listen
         self.new_shot({})
         self._present = ("", 0)
-        self._started_s = 0.0  # clock when it began, and what an earlier try has spent in it
-        self._earlier_s = 0.0
 
     def new_shot(self, earlier: Record) -> None:
         """Forget the steps of the shot before; `earlier` is what an earlier try knows of this."""
@@ -127,13 +125,10 @@ class Steps:
 
     def record_so_far(self) -> dict[str, Any]:
         """Return a copy of the record, with the seconds of the present step until now."""
-        seconds = {**self.record["seconds"], self._present[0]: self._seconds}
-        return copy.deepcopy({**self.record, "seconds": seconds})
-
-    @property
-    def _seconds(self) -> float:
-        """Wall clock of the present step and of those of its name in this shot."""
-        return self._earlier_s + time.perf_counter() - self._started_s
+        record = copy.deepcopy(self.record)
+        seconds = time.perf_counter() - self._started_s
+        record["seconds"][self._present[0]] = self._earlier_s + seconds
+        return record
 
     @contextmanager
     def __call__(self, name: str, shot: int = 0) -> Iterator[dict[str, Fact]]:
@@ -141,6 +136,7 @@ class Steps:
         self._present = (name, shot)
         self._cluster.progress.begin()
         facts: dict[str, Fact] = {}
+        # what an earlier try, or a step of this name, has spent in this shot
         self._earlier_s = self.record["seconds"].get(name, 0.0)
         self._started_s = time.perf_counter()
         before = self._usages()

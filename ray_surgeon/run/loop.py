@@ -81,10 +81,8 @@ def _run_stages(run: RunState, stages: Stages) -> None:
 
 def _left(of_a_shot: tuple[Stage, ...], run: RunState) -> tuple[Stage, ...]:
     """Return the stages of a shot from the one on that has committed a part of it."""
-    if run.part is None:
-        return of_a_shot
     names = [stage.name for stage in of_a_shot]
-    return of_a_shot[names.index(run.part.record["stage"]) :]
+    return of_a_shot[names.index(run.part.record["stage"]) if run.part else 0 :]
 
 
 def _perform(stage: Stage, run: RunState, shot: int) -> None:

@@ -90,9 +90,8 @@ def write_states(worker: Worker, uri: str) -> None:
     if worker.shard.blocks.is_last and worker.index.replica == 0:
         tensors = dict[str, Tensor]()
         for text, states in dense_states(worker).items():
-            if text == STREAM:
-                continue
-            tensors |= {f"{number} {text}": tensor for number, tensor in states.items()}
+            if text != STREAM:
+                tensors |= {f"{number} {text}": tensor for number, tensor in states.items()}
         tensor_files.write(uri, tensors)
 
 

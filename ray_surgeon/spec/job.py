@@ -169,9 +169,7 @@ class JobSpec(Section):
         Where the model lies does not count either; its content has a fingerprint of its own. Nor
         does how often a recovery commits.
         """
-        free: dict[str, Any] = dict.fromkeys(
-            ("name", "preset", "cluster", "memory", "evaluation", "output"), True
-        )
-        free |= {"model": {"source"}, "recovery": {"commit_minutes"}}
-        method = self.model_dump(mode="json", exclude=free)
+        free = dict.fromkeys(("name", "preset", "cluster", "memory", "evaluation", "output"), True)
+        inside = {"model": {"source"}, "recovery": {"commit_minutes"}}
+        method = self.model_dump(mode="json", exclude=free | inside)
         return hashlib.sha256(json.dumps(method, sort_keys=True).encode()).hexdigest()

@@ -126,8 +126,7 @@ class RunState:
     shot: int = 0  # number of the present one; 0 before the first
     record: dict[str, Any] = field(default_factory=dict)  # of the present shot, for the report
     linears: list[LinearSummary] = field(default_factory=list)  # what the update of the shot left
-    # clock at the last commit, or at the beginning of the shot
-    committed_s: float = field(default_factory=time.monotonic)
+    committed_s: float = 0.0  # clock at the last commit, or at the beginning of the shot
     _kept: dict[Any, Any] = field(default_factory=dict)
     _of_shot: dict[Any, Any] = field(default_factory=dict)
 

@@ -6,7 +6,7 @@ A commit has masks and a record, too, from which a run can go on.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import chain
 from typing import Any
@@ -17,18 +17,11 @@ from ray_surgeon.export.kinds import export
 from ray_surgeon.memory.stores import ScratchNames
 from ray_surgeon.plan.counts import Counted, StepPlan
 from ray_surgeon.plan.needs import WorkerView
-from ray_surgeon.report.commits import CommittedPart
+from ray_surgeon.report.commits import CommittedPart, Save
 from ray_surgeon.report.directory import Record
 from ray_surgeon.report.html_report import LivePage, rendered
 from ray_surgeon.runtime.dense_states import read_states, write_states
-from ray_surgeon.runtime.weights import (
-    FILE_BYTES,
-    ModelRecipe,
-    SavedFile,
-    continue_from_shot,
-    load,
-    save_shot,
-)
+from ray_surgeon.runtime.weights import FILE_BYTES, ModelRecipe, continue_from_shot, load, save_shot
 from ray_surgeon.spec.evaluation import TasksSection
 from ray_surgeon.spec.sections import OutputSection, QuantizeSection
 from ray_surgeon.stages.prune.method import Method
@@ -128,9 +121,7 @@ class Commit(Stage):
         yield StepPlan(self.name, worker.idle, host, 0.0, 0.0, moved, written, counts=counts)
 
 
-def commit_part(
-    run: RunState, stage: str, after: str, state: Record, save: Callable[[str], Iterable[SavedFile]]
-) -> None:
+def commit_part(run: RunState, stage: str, after: str, state: Record, save: Save) -> None:
     """Commit the present shot as far as a stage has come, so that a run goes on in its middle.
 
     The first commit must come before the stage changes weights.
@@ -140,8 +131,7 @@ def commit_part(
         stage: its name.
         after: how far it has come, e.g. "after 12 steps of recovery".
         state: what it goes on from on the coordinator; nothing if it has not begun.
-        save: lets workers write what they go on from into a folder, under names that no commit
-            before has used.
+        save: writes what workers go on from, under names that no commit before has used.
     """
     directory = run.directory
     directory.check_attempt()  # as in `Commit`

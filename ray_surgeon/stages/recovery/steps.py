@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import UserDict
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -62,27 +63,18 @@ class Trainee(Protocol):
         """
 
 
-class _Saved(Mapping[str, Tensor]):
-    """Tensors of committed files, each of which is read when it is wanted."""
+class _Saved(UserDict[str, Any]):
+    """Tensors of committed files by name, each of which is read when it is wanted."""
 
     def __init__(self, files: Sequence[SavedFile], prefix: str) -> None:
         """Know where those are whose names begin so, by the rest of their names."""
-        self._prefix = prefix
         keys = ((key, file.uri) for file in files for key in file.keys if key.startswith(prefix))
-        self._uri_of = {key.removeprefix(prefix): uri for key, uri in keys}
+        super().__init__({key.removeprefix(prefix): uri for key, uri in keys})
+        self._prefix = prefix
         self._reader = tensor_files.Reader()
 
     def __getitem__(self, name: str) -> Tensor:
-        return self._reader.read(self._uri_of[name], self._prefix + name)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._uri_of
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._uri_of)
-
-    def __len__(self) -> int:
-        return len(self._uri_of)
+        return self._reader.read(self.data[name], self._prefix + name)
 
 
 class _Training:
@@ -96,13 +88,11 @@ class _Training:
 
     def own(self, tensors: Mapping[str, Tensor], prefix: str, rank: int) -> dict[str, Tensor]:
         """Return the tensors of parts that a replica owns; other replicas have the same of some."""
-        owned = dict[str, Tensor]()
-        for name, tensor in tensors.items():
-            whole = name.partition(" ")[0]
-            part = whole if whole in self.owners else whole.rpartition(".")[0]
-            if self.owners[part] == rank:
-                owned[prefix + name] = tensor
-        return owned
+        wholes = {name: name.partition(" ")[0] for name in tensors}
+        parts = {
+            name: x if x in self.owners else x.rpartition(".")[0] for name, x in wholes.items()
+        }
+        return {prefix + n: x for n, x in tensors.items() if self.owners[parts[n]] == rank}
 
     def messages(self) -> Iterator[tuple[int, list[str]]]:
         """Yield an owner and parts of it that travel together."""
