@@ -14,23 +14,14 @@ __all__ = ["JobSpec", "KroneckerFactors", "PruneResult", "curvature", "parse_spe
 if TYPE_CHECKING:
     from ray_surgeon.api import JobSpec, KroneckerFactors, PruneResult, curvature, parse_spec, prune
 
-_HOMES = {
-    "JobSpec": "ray_surgeon.spec.job",
-    "KroneckerFactors": "ray_surgeon.maths.kronecker",
-    "PruneResult": "ray_surgeon.run.result",
-    "curvature": "ray_surgeon.api",
-    "parse_spec": "ray_surgeon.spec.parsing",
-    "prune": "ray_surgeon.api",
-}
-
 
 def __getattr__(name: str) -> Any:
     """Import a public name when it is used, so that ``ray_surgeon.maths`` needs torch only."""
-    if name not in _HOMES:
+    if name not in __all__:
         raise AttributeError(f"module 'ray_surgeon' has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOMES[name]), name)
+    return getattr(importlib.import_module("ray_surgeon.api"), name)
 
 
 def __dir__() -> list[str]:
     """Return the public names, too, which are not here until they are used."""
-    return sorted({*globals(), *_HOMES})
+    return sorted({*globals(), *__all__})

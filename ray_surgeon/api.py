@@ -28,10 +28,10 @@ from ray_surgeon.report.display import Display, new_console
 from ray_surgeon.run.arguments import a_tokenizer, causal_lm, own_modes, save, spec_of
 from ray_surgeon.run.inputs import check
 from ray_surgeon.run.result import PruneResult, ended_before, run
-from ray_surgeon.spec.base import local_path
+from ray_surgeon.spec.base import REASON, local_path, refusing
 from ray_surgeon.spec.job import JobSpec
 from ray_surgeon.spec.parsing import parse_spec
-from ray_surgeon.storage.texts import first_token
+from ray_surgeon.storage.texts import first_token, tokens_of
 
 __all__ = ["JobSpec", "KroneckerFactors", "PruneResult", "curvature", "parse_spec", "prune"]
 
@@ -99,14 +99,10 @@ def prune(
     if spec is None:
         spec = spec_of(source, tokenizer, sections)
     elif not isinstance(spec, JobSpec):
-        raise ValueError(
-            f"spec: got a {type(spec).__name__}; give "
-            "ray_surgeon.parse_spec(Path('spec.yaml').read_text())"
-        )
+        parsed = "ray_surgeon.parse_spec(Path('spec.yaml').read_text())"
+        raise ValueError(f"spec: got a {type(spec).__name__}; give {parsed}")
     elif model is not None or tokenizer is not None or sections:
-        raise ValueError(
-            "spec: it says everything already; leave model, tokenizer and the sections out"
-        )
+        raise ValueError("spec: it says everything already; leave all other arguments out")
     if isinstance(source, PreTrainedModel):
         save(source, a_tokenizer(tokenizer), spec.model.source, spec.output.uri)
     inputs = check(spec, resume=resume)
@@ -151,10 +147,8 @@ def curvature(
     layout = ModelLayout.of(model.config)
     names = list(layout.shapes if linears is None else linears)
     if unknown := [name for name in names if name not in layout.shapes]:
-        raise ValueError(
-            f"linears: the model has no {', '.join(unknown)}; it has for example "
-            f"{', '.join(list(layout.shapes)[:7])}"
-        )
+        problem = f"the model has no {', '.join(unknown)}"
+        raise ValueError(f"linears: {problem}; it has {', '.join(list(layout.shapes)[:7])}")
     windows = _token_ids(sequences, tokenizer, layout)
     # weights are never written, so they are read where they are: in the model
     stores = Stores(weights="disk")
@@ -191,10 +185,8 @@ def _token_ids(
         ValueError: the model cannot take one, or there is none.
     """
     if sequences is None or isinstance(sequences, str | Mapping):
-        raise ValueError(
-            f"sequences: got a {type(sequences).__name__}; give a list of sequences, such as "
-            "input_ids, or of texts"
-        )
+        kind = type(sequences).__name__
+        raise ValueError(f"sequences: got a {kind}; give a list of sequences, such as input_ids")
     config = layout.config
     # rotary embeddings go on
     longest = config.max_position_embeddings if layout.family.positions else math.inf
@@ -204,11 +196,10 @@ def _token_ids(
     for number, ids in enumerate(windows):
         # the last token predicts nothing
         if not (2 <= len(ids) <= longest and min(ids) >= 0 and max(ids) < config.vocab_size):
-            raise ValueError(
-                f"sequences[{number}]: {len(ids)} tokens from {min(ids, default=None)} to "
-                f"{max(ids, default=None)}; the model takes 2 to {longest} tokens, from 0 to "
-                f"{config.vocab_size - 1}; use its own tokenizer, and cut long texts"
-            )
+            ends = f"from {min(ids, default=None)} to {max(ids, default=None)}"
+            takes = f"2 to {longest} tokens, from 0 to {config.vocab_size - 1}"
+            problem = f"{len(ids)} tokens {ends}; the model takes {takes}"
+            raise ValueError(f"sequences[{number}]: {problem}; use its own tokenizer, and cut them")
     return windows
 
 
@@ -216,13 +207,10 @@ def _ids_of(number: int, sequence: Any, tokenizer: PreTrainedTokenizerBase | Non
     if isinstance(sequence, str):
         if tokenizer is None:
             raise ValueError("tokenizer: texts need one; give it, or sequences of tokens")
-        ids: list[int] = a_tokenizer(tokenizer)(sequence, add_special_tokens=False)["input_ids"]
-        first = first_token(tokenizer)
+        first = first_token(a_tokenizer(tokenizer))
+        ids = list(tokens_of(tokenizer, sequence))
         return ids if first is None else [first, *ids]
-    try:
-        return [operator.index(token) for token in sequence]
-    except TypeError as error:
-        raise ValueError(
-            f"sequences[{number}]: got {reprlib.repr(sequence)}; give a list of integers, or a "
-            "text and the tokenizer"
-        ) from error
+    problem = f"sequences[{number}]: got {reprlib.repr(sequence)} ({REASON})"
+    with refusing(problem, "give a list of integers, or a text and the tokenizer", TypeError):
+        ids = [operator.index(token) for token in sequence]
+    return ids

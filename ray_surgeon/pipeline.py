@@ -58,10 +58,7 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     "--set": {"action": "append", "default": [], "metavar": "section.field=value"},
     "--schema": {"action": "store_true", "help": "print the JSON Schema of the job spec"},
 }
-_DEVICE = (
-    "what workers compute on; expected times are this device's; if not given, the CPU, or an h100 "
-    "where the spec has gpus_per_worker, or with --device-memory"
-)
+_DEVICE = "what workers compute on, whose times are expected; if not given, the CPU, or an h100"
 _SIZES: dict[str, tuple[Any, str, str]] = {
     "--device-memory": (_bytes, "80GB", "of each worker's device; the device's own if not given"),
     "--host-memory": (_bytes, "1TB", "of each machine; this one's if not given"),
@@ -87,10 +84,8 @@ def _arguments(argv: Sequence[str] | None, prog: str) -> argparse.Namespace:
     options = ("--device", *_SIZES)
     named = [o for o in options if getattr(arguments, o[2:].replace("-", "_")) is not None]
     if named and not arguments.dry_run:
-        parser.error(
-            f"{', '.join(named)}: only for a plan (ray-surgeon plan, or --dry-run); "
-            "a run asks its workers what they have"
-        )
+        problem = f"{', '.join(named)}: only for a plan (ray-surgeon plan, or --dry-run)"
+        parser.error(f"{problem}; a run asks its workers what they have")
     if arguments.device == "cpu" and arguments.device_memory is not None:
         parser.error("--device-memory: a CPU has the machine's; give --host-memory")
     return arguments

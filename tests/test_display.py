@@ -20,7 +20,6 @@ def test_lines() -> None:
     assert MOMENT.line.endswith("  12 of 64 sequences, 128 tokens/s, 208 s left")
     start = Moment("load", 0, 3, 0, 0, "", 0, 1.0)
     assert start.line == "start      load       ..."
-    assert start.left_s is start.tokens_per_s is None
 
 
 def test_a_terminal_gets_bars_that_move() -> None:

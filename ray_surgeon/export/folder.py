@@ -26,7 +26,7 @@ from ray_surgeon.plan.room import available_bytes
 from ray_surgeon.runtime import fresh_process
 from ray_surgeon.runtime.cluster import Cluster
 from ray_surgeon.runtime.collectives import decode
-from ray_surgeon.runtime.fresh_process import run_on_worker
+from ray_surgeon.runtime.fresh_process import Reply, Request, run_on_worker
 from ray_surgeon.runtime.passes import logits
 from ray_surgeon.runtime.weights import num_files, save_weights
 from ray_surgeon.spec.sections import ModelSection
@@ -79,10 +79,9 @@ def write_weights(cluster: Cluster, uri: str, kind: str = "", left_out: Sequence
     numbers = cluster.run_all(num_files, kind == "masked")
     of_weights = _names("model", [n for n, _ in numbers])
     of_masks = _names("masks", [n for _, n in numbers])
-    workers = zip(cluster.placement.workers, of_weights, of_masks, strict=True)
     futures = [
         cluster.submit(index, save_weights, uri, names, masks, left_out, kind != "per_block")
-        for index, names, masks in workers
+        for index, names, masks in zip(cluster.placement.workers, of_weights, of_masks, strict=True)
     ]
     written = [file for of_worker in cluster.get(futures) for file in of_worker]
     by_name = {file.uri.rpartition("/")[2]: file for file in written}
@@ -109,8 +108,7 @@ def _names(stem: str, numbers: Sequence[int]) -> list[list[str]]:
 
 def dense_document(model: ModelSection) -> dict[str, Any]:
     """Return the dense model's config.json, with the job's dtype, not quantised, naming no code."""
-    config = open_model(model).fetch("config.json")
-    document: dict[str, Any] = files.read_json(str(config))
+    document: dict[str, Any] = files.read_json(str(open_model(model).fetch("config.json")))
     for name in ("torch_dtype", "quantization_config", "auto_map"):
         document.pop(name, None)
     # blocks that guess further tokens are no part of the model that transformers runs, and not read
@@ -169,9 +167,7 @@ def local_folder(uri: str, *, weights: bool = True) -> Iterator[tuple[Path, Path
         yield folder, scratch
 
 
-def run_beside(
-    cluster: Cluster, module: str, request: Mapping[str, Any], offline: bool = True
-) -> dict[str, Any]:
+def run_beside(cluster: Cluster, module: str, request: Request, offline: bool = True) -> Reply:
     """Run a module in a process beside the first worker; see `run_on_worker`."""
     first = cluster.placement.workers[0]
     return cluster.get([cluster.submit(first, run_on_worker, module, request, offline)])[0]
@@ -212,8 +208,7 @@ def reload_difference(pruned: Pruned, uri: str) -> float:
     some = pruned.calibration[0, :NUM_COMPARED_TOKENS].tolist()
     workers_logits = decode(logits(pruned.cluster, some), torch.device("cpu"))
     with tempfile.NamedTemporaryFile() as file:
-        request = {"tokens": some, "logits": file.name, "dtype": dtype, "half": half}
-        run_reload(uri, request)
+        run_reload(uri, {"tokens": some, "logits": file.name, "dtype": dtype, "half": half})
         reloaded_logits = load_file(file.name)["logits"]
     largest = float((workers_logits - reloaded_logits).abs().max())
     if not agree(reloaded_logits, workers_logits, dtype, half=half):

@@ -55,9 +55,7 @@ def check_gguf(layout: ModelLayout, shrinking: Shrinking) -> None:
         ValueError: says why, and what to do.
     """
     if importlib.util.find_spec("gguf") is None:
-        raise ValueError(
-            "output.exports: gguf needs the package gguf; run `pip install 'ray-surgeon[gguf]'`"
-        )
+        raise ValueError("output.exports: gguf needs `pip install 'ray-surgeon[gguf]'`")
     heads = shrinking.kv_heads(layout)[0]
     channels = shrinking.fewest.get("ffn", layout.num_channels)
     widths = [BlockWidths(channels, heads), BlockWidths(channels + 1, heads)]
@@ -99,11 +97,10 @@ def _check_groups(layout: ModelLayout, shrinking: Shrinking, size: int) -> None:
             columns = math.gcd(*possible[shape.role]) // devices
         if columns % size:
             each = f" on each of {devices} devices" if is_split and devices > 1 else ""
-            raise ValueError(
-                f"output.quantize: groups of group_size {size} do not fill the rows of {name}, "
-                f"whose columns will be a multiple of {columns}{each}; raise width_multiple or set "
-                f"group_size to a divisor, such as {math.gcd(columns, size)}"
-            )
+            problem = f"group_size {size} does not divide the columns of {name}, of which"
+            stay = f"a multiple of {columns}{each} will stay"
+            remedy = f"raise width_multiple, or give a divisor such as {math.gcd(columns, size)}"
+            raise ValueError(f"output.quantize: {problem} {stay}; {remedy}")
 
 
 def export_gguf(

@@ -29,7 +29,7 @@ from ray_surgeon.models.attention import rope_kind, rope_of
 from ray_surgeon.models.families import LlamaCpp
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.models.llama_cpp import architecture_of, tokenizer_names
-from ray_surgeon.models.pruned_config import BlockWidths
+from ray_surgeon.models.pruned_config import BlockWidths, Widths
 from ray_surgeon.spec.sections import ModelSection
 from ray_surgeon.storage import files
 from ray_surgeon.storage.sources import open_model
@@ -41,12 +41,7 @@ KINDS |= {"q5_1": 0.04, "q5_0": 0.07, "q4_1": 0.07, "q4_0": 0.14}
 
 
 def write_gguf(
-    folder: str,
-    config: PretrainedConfig,
-    widths: Sequence[BlockWidths],
-    kind: str,
-    name: str,
-    target: Path,
+    folder: str, config: PretrainedConfig, widths: Widths, kind: str, name: str, target: Path
 ) -> float:
     """Write one file and compare what it holds with what it was made from.
 
@@ -89,7 +84,7 @@ def write_gguf(
     return _largest_error(target, tensors, kind)
 
 
-def _describe(writer: GGUFWriter, layout: ModelLayout, widths: Sequence[BlockWidths]) -> None:
+def _describe(writer: GGUFWriter, layout: ModelLayout, widths: Widths) -> None:
     """Write what llama.cpp has to know of the shapes."""
     config = layout.config
     heads = layout.heads
@@ -189,10 +184,8 @@ class Tensors:
         for key, shape in self._source.shapes_and_fingerprint()[0].items():
             name = names.get_name(key, try_suffixes=(".weight", ".bias"))
             if name is None:
-                raise ValueError(
-                    f"output.exports: gguf: llama.cpp's {architecture.name} has no place for "
-                    f"{key}; export uniform or per_block instead"
-                )
+                problem = f"llama.cpp's {architecture.name} has no place for {key}"
+                raise ValueError(f"output.exports: gguf: {problem}; export uniform or per_block")
             is_in_block = layout.block_of(key) is not None
             is_transposed = layout.family.transposed and is_in_block and len(shape) == 2
             self._keys[name] = key, is_transposed

@@ -34,10 +34,8 @@ def check_exports(output: OutputSection, layout: ModelLayout, shrinking: Shrinki
     if "uniform" in output.exports:
         pruned_config.check_uniform(layout, tuple(shrinking.fewest))
     if "masked" in output.exports and "experts" in shrinking.fewest:
-        raise ValueError(
-            "output.exports: masked keeps all shapes, and routers would go on to choose experts "
-            "that are zero; export uniform"
-        )
+        problem = "masked keeps all shapes, and routers would go on to choose zeroed experts"
+        raise ValueError(f"output.exports: {problem}; export uniform")
     if "gguf" in output.exports:
         check_gguf(layout, shrinking)
     if output.quantize is not None:
@@ -101,8 +99,7 @@ def _loaders(kind: str, layout: ModelLayout, widths: Sequence[BlockWidths]) -> d
     if kind == "masked":
         return {"transformers": _RELOADED, "others": "whatever loads the dense model; not run"}
     if kind == "uniform":
-        has_all_heads = widths[0].num_kv_heads == layout.heads.num_kv
-        if has_all_heads or layout.family.has_free_heads_in_vllm:
+        if widths[0].num_kv_heads == layout.heads.num_kv or layout.family.has_free_heads_in_vllm:
             return {"transformers": _RELOADED, "vLLM": "an ordinary configuration of the family"}
         vllm = "its own class wants heads that fill the hidden size"
         return {"transformers": _RELOADED, "vLLM": f"with --model-impl transformers; {vllm}"}

@@ -16,11 +16,8 @@ from typing import Any
 import torch
 from compressed_tensors.compressors.base import BaseCompressor
 from compressed_tensors.compressors.format import infer_module_format
-from compressed_tensors.quantization import (
-    QuantizationConfig,
-    QuantizationScheme,
-    preset_name_to_scheme,
-)
+from compressed_tensors.quantization import QuantizationConfig, preset_name_to_scheme
+from compressed_tensors.quantization import QuantizationScheme as Scheme
 from compressed_tensors.quantization.utils import calculate_qparams
 from torch import Tensor
 
@@ -31,7 +28,7 @@ PRESETS = {"fp8": "FP8_DYNAMIC", "int8": "W8A8", "w4a16": "W4A16"}
 """Names of the schemes in compressed-tensors."""
 
 
-def scheme_of(name: str, group_size: int) -> QuantizationScheme:
+def scheme_of(name: str, group_size: int) -> Scheme:
     """Return a scheme for all linears.
 
     `group_size` columns share a scale where the scheme has groups.
@@ -43,9 +40,7 @@ def scheme_of(name: str, group_size: int) -> QuantizationScheme:
     return scheme
 
 
-def quantised(
-    weight: Tensor, scheme: QuantizationScheme, scale: Tensor | None = None
-) -> dict[str, Tensor]:
+def quantised(weight: Tensor, scheme: Scheme, scale: Tensor | None = None) -> dict[str, Tensor]:
     """Return what is stored of a weight [R, C], by compressed-tensors' names.
 
     Args:

@@ -34,10 +34,9 @@ def check_tasks(options: TasksSection) -> None:
     with refusing("evaluation.tasks: the harness cannot be used", remedy, RuntimeError):
         reply = run_module(__name__, {"options": options.model_dump(), "model": None})
     if reply["unknown"]:
-        raise ValueError(
-            f"evaluation.tasks.names: the harness does not know {', '.join(reply['unknown'])}; "
-            "`lm_eval ls tasks` lists what it knows, and evaluation.tasks.include may have more"
-        )
+        unknown = ", ".join(reply["unknown"])
+        remedy = "see `lm_eval ls tasks`, or name a folder in evaluation.tasks.include"
+        raise ValueError(f"evaluation.tasks.names: the harness has no {unknown}; {remedy}")
 
 
 def evaluate_tasks(cluster: Cluster, model: ModelSection | str, options: TasksSection) -> Scores:
@@ -72,9 +71,8 @@ def answer(request: Mapping[str, Any]) -> dict[str, Any]:
     with contextlib.ExitStack() as held:
         definitions = None
         if options.include is not None:
-            folder, _ = held.enter_context(local_folder(options.include, weights=False))
-            definitions = str(folder)
-        manager = TaskManager(include_path=definitions)
+            definitions, _ = held.enter_context(local_folder(options.include, weights=False))
+        manager = TaskManager(include_path=definitions and str(definitions))
         if model is None:
             return {"unknown": [name for name in options.names if name not in manager.all_tasks]}
         is_export = isinstance(model, str)

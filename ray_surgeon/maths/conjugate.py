@@ -167,8 +167,7 @@ def update_elements(W: Tensor, terms: Terms, kept: Tensor, update: ElementUpdate
     direction = z.clone()
     rz = _dot(residual, z)
     for iteration in range(1, update.num_iterations + 1):
-        parts = (G.before(A.after(direction)) for G, A in split)
-        product = reduce(torch.add, parts).mul_(mask)
+        product = reduce(torch.add, (G.before(A.after(direction)) for G, A in split)).mul_(mask)
         curved = _dot(direction, product)
         if not (rz > 0 and curved > 0):  # the dtype has nothing more to give
             break

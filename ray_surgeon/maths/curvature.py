@@ -49,9 +49,8 @@ class Linear:
     @property
     def nonzero(self) -> StructuredMask:
         """Those of the live rows and columns in which a weight is not zero, as in pruned ones."""
-        live = self.live
         nonzero = self.W != 0
-        return live.without(~nonzero.any(dim=1), ~nonzero.any(dim=0))
+        return self.live.without(~nonzero.any(dim=1), ~nonzero.any(dim=0))
 
 
 @dataclass(frozen=True)

@@ -96,8 +96,7 @@ def find_elements(linear: Linear, units: ElementUnits, costs: str) -> ElementCan
     Raises:
         FloatingPointError: a factor is not usable.
     """
-    live = linear.live
-    curvature = LinearCurvature(linear, live)
+    curvature = LinearCurvature(linear, linear.live)
     scales = curvature.element_scales(costs)
     groups = None
     if units.m > 1 and costs == "obs":

@@ -115,8 +115,7 @@ class GreedyPath:
         L, failed = torch.linalg.cholesky_ex(self._by_column.blocks)
         for number in failed.nonzero()[:, 0].tolist():
             L[number] = root(self._by_column.blocks[number])
-        solved = torch.cholesky_solve(inner, L)
-        return 0.5 * solved.diagonal(dim1=1, dim2=2).sum(dim=1).clamp(min=0)
+        return 0.5 * torch.cholesky_solve(inner, L).diagonal(dim1=1, dim2=2).sum(dim=1).clamp(min=0)
 
     def remove(self, indices: Tensor) -> None:
         """Remove rows and sets, given by their indices among the costs."""
@@ -161,8 +160,7 @@ class GreedyPath:
             self.row_numbers = self.row_numbers[alive.rows]
         if len(self.set_numbers):
             is_left = alive.columns[self.sets].any(dim=1)
-            place = alive.columns.cumsum(0) - 1
-            self.sets = place[self.sets[is_left]]
+            self.sets = (alive.columns.cumsum(0) - 1)[self.sets[is_left]]
             self.set_numbers = self.set_numbers[is_left]
             self._U = alive.of(self._U)
             self._by_column = self._by_column.of_part(alive.columns, self.sets)

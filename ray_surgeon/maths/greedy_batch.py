@@ -82,10 +82,8 @@ class GreedyBatch:
         like = state.tall
         device = like.device
         is_there = may_prune | (not is_padded)
-        counts = [
-            side.sum(dim=1).tolist()
-            for side in (may_prune, is_there[:, : state.first_set], is_there[:, state.first_set :])
-        ]
+        sides = may_prune, is_there[:, : state.first_set], is_there[:, state.first_set :]
+        counts = [side.sum(dim=1).tolist() for side in sides]
         needed = [limit.needed for limit in limits]
         least = [limit.least for limit in limits]
         self._left = list(map(_Left, *counts, needed, least))

@@ -258,9 +258,8 @@ def batched_group_costs(
         FloatingPointError: a factor or a cost is not usable.
     """
     alive = torch.stack([mask.columns for mask in masks])
-    tall, layouts, live_rows, factors = _prepared(
-        linears, alive, groups, [limit.least for limit in limits]
-    )
+    least = [limit.least for limit in limits]
+    tall, layouts, live_rows, factors = _prepared(linears, alive, groups, least)
     width = groups.shape[1]
     num_sets = tall.shape[2] // width
     marginal = tall.new_zeros(len(linears), 0)
@@ -277,7 +276,7 @@ def batched_group_costs(
         layout = layouts[place]
         own = own[: len(layout.numbers)]
         if is_single:
-            own[own.argsort(stable=True)[max(0, len(own) - limits[place].least) :]] = torch.inf
+            own[own.argsort(stable=True)[max(0, len(own) - least[place]) :]] = torch.inf
         costs = own.new_full((len(groups),), torch.inf)
         costs[layout.free] = 0.0
         costs[layout.numbers] = own

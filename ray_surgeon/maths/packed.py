@@ -40,8 +40,7 @@ def _layout(n: int, *, is_tall: bool) -> tuple[tuple[int, int, int, int], ...]:
     Of each: its first row, the row after its last, its place among the entries, and from there how
     many entries its rows are apart.
     """
-    tall = _round_up(-(-n // max(1, n // _TALL_PANEL)))
-    height = tall if is_tall else _PANEL
+    height = _round_up(-(-n // max(1, n // _TALL_PANEL))) if is_tall else _PANEL
     place = 0
     panels = []
     for start in range(0, n, max(1, height)):
@@ -85,13 +84,17 @@ class PackedSymmetric:
         size = PackedSymmetric.size(n, "cpu" if device is None else device.type)
         return PackedSymmetric(n, torch.zeros(size, device=device, dtype=dtype))
 
-    def _panels(self) -> Iterator[tuple[int, Tensor]]:
-        """Yield a panel's first row, and a view [rows, n - start] of it.
+    def _panels(self, device: torch.device | None = None) -> Iterator[tuple[int, Tensor]]:
+        """Yield a panel's first row, and a view [rows, n - start] of it, a copy on another device.
 
         The number is that of its first column, too.
         """
-        for start, panels in _panels_of(self.flat[None], self.n):
-            yield start, panels[0]
+        is_tall = len(self.flat) != PackedSymmetric.size(self.n)
+        for start, stop, place, stride in _layout(self.n, is_tall=is_tall):
+            rows = self.flat[place : place + (stop - start) * stride]
+            if device is not None:
+                rows = rows.to(device, non_blocking=device.type != "cpu")
+            yield start, rows.view(stop - start, stride)[:, : self.n - start]
 
     def add(self, x: Tensor, weights: Tensor | None = None) -> None:
         """Add ``x.T @ diag(weights) @ x``.
@@ -139,9 +142,12 @@ class PackedSymmetric:
     def dense(self, device: torch.device | None = None) -> Tensor:
         """Return the whole matrix [n, n], a copy."""
         device = device or self.flat.device
-        if device.type != "cpu":
-            return dense_stack(self.flat[None], self.n, device)[0]
         total = self.flat.new_empty(self.n, self.n, device=device)
+        if device.type != "cpu":
+            for start, panel in self._panels(device):
+                total[start : start + len(panel), start:] = panel
+            total.triu_()
+            return total.add_(total.triu(1).T)
         for start, panel in self._panels():
             stop = start + len(panel)
             total[start:stop, start:].copy_(panel)
@@ -151,43 +157,10 @@ class PackedSymmetric:
         return total
 
 
-def _panels_of(
-    flats: Tensor, n: int, device: torch.device | None = None
-) -> Iterator[tuple[int, Tensor]]:
-    """Yield what `PackedSymmetric._panels` does, of several sums: [num_sums, rows, n - start].
-
-    They are views, or copies on another device.
-    """
-    num_entries = flats.shape[1]
-    for start, stop, place, stride in _layout(n, is_tall=num_entries != PackedSymmetric.size(n)):
-        rows = flats[:, place : place + (stop - start) * stride]
-        if device is not None:
-            rows = rows.to(device, non_blocking=device.type != "cpu")
-        yield start, rows.view(len(flats), stop - start, stride)[:, :, : n - start]
-
-
 def diagonals(sums: Sequence[PackedSymmetric]) -> Tensor:
     """Return the diagonals [num_sums, n] of sums of one size, in few launches."""
     panels = zip(*(total._panels() for total in sums), strict=True)
     return torch.cat([torch.stack([p.diagonal() for _, p in of_all]) for of_all in panels], dim=1)
-
-
-def dense_stack(flats: Tensor, n: int, device: torch.device | None = None) -> Tensor:
-    """Return the whole matrices of several sums, copies, in few launches.
-
-    Args:
-        flats: [num_sums, size] their entries, see `PackedSymmetric`.
-        n: rows of each.
-        device: of the result; that of the entries if not given.
-
-    Returns:
-        [num_sums, n, n].
-    """
-    total = flats.new_empty(len(flats), n, n, device=device)
-    for start, panel in _panels_of(flats, n, device):
-        total[:, start : start + panel.shape[1], start:] = panel
-    total.triu_()
-    return total.add_(total.triu(1).mT)
 
 
 _narrow_lock = threading.Lock()

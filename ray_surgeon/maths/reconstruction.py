@@ -200,8 +200,7 @@ def reconstruct(
     num_steps = max(1, int(num_epochs * (len(inputs) // size)))
     for number, batch in enumerate(_steps(len(inputs), size, num_steps, generator, inputs.device)):
         slope_of = partial(_slope, outputs[batch], mean)
-        working = replace(layer, weights=tuple(adam.weights))
-        gradients = working.gradients(inputs[batch], slope_of)
+        gradients = replace(layer, weights=tuple(adam.weights)).gradients(inputs[batch], slope_of)
         adam.step(gradients, rate_factor(number, num_steps))
     trained = replace(layer, weights=adam.result())
     measured = own if held is None else held
@@ -265,8 +264,7 @@ def error_of(layer: FeedForward, inputs: Tensor, outputs: Tensor, limit: float =
     parts = (torch.split(whole, TOKENS_AT_A_TIME) for whole in (inputs, outputs))
     for x, y in zip(*parts, strict=True):
         errors = (layer(x) - y).double().pow(2).sum(dim=1) / 2
-        bent = 2 * (errors * limit).sqrt() - limit
-        total += torch.where(errors > limit, bent, errors).sum()
+        total += torch.where(errors > limit, 2 * (errors * limit).sqrt() - limit, errors).sum()
     return float(total) / len(inputs)
 
 

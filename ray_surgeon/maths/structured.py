@@ -124,9 +124,8 @@ def _path_costs(curvature: LinearCurvature, allowed: Pair, limits: Limits) -> Pa
         state = Downdated.of_linear(curvature, rows=0 in used, columns=1 in used)
         may_prune = torch.cat([sides[number] for number in used])[None]
         marginal = GreedyBatch(state, may_prune, [limits], [name]).follow()[0]
-        for number, part in zip(
-            used, torch.split(marginal, [len(sides[n]) for n in used]), strict=True
-        ):
+        parts = torch.split(marginal, [len(sides[number]) for number in used])
+        for number, part in zip(used, parts, strict=True):
             costs[number] = part
     return costs[0], costs[1]
 

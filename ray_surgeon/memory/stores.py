@@ -113,10 +113,8 @@ class Scratch:
             tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().tofile(written)
             written.replace(path)
         except OSError as error:
-            raise OSError(
-                f"{path}: cannot write: {error}; free space on that disk, or name another one in "
-                "memory.scratch"
-            ) from error
+            remedy = "free space on that disk, or name another one in memory.scratch"
+            raise OSError(f"{path}: cannot write: {error}; {remedy}") from error
 
     def _earlier(self) -> list[Path]:
         """Return the folders of earlier tries of this run."""

@@ -128,14 +128,12 @@ def flops_budget(layout: ModelLayout, prompt_length: int) -> Budget:
     weights = sum(shape.size * layout.part_of_tokens(shape) for shape in layout.linears)
     # OPT's embeddings may be, with a linear before and after
     narrow = getattr(config, "word_embed_proj_dim", config.hidden_size)
-    ends = config.vocab_size * narrow
-    if narrow != config.hidden_size:
-        ends += 2 * narrow * config.hidden_size
+    between = 2 * narrow * config.hidden_size * (narrow != config.hidden_size)
+    ends = config.vocab_size * narrow + between
     dense = 2.0 * (weights + ends) + layout.num_blocks * scores
 
     def of_group(groups: GroupSet) -> float:
-        seen = layout.part_of_tokens(layout.shapes[groups.consumer])
-        own = 2 * seen * groups.num_parameters
+        own = 2 * layout.part_of_tokens(layout.shapes[groups.consumer]) * groups.num_parameters
         return own + scores / heads.num_kv if groups.kind == "attention" else own
 
     return _additive(layout, "flops", dense, of_group)

@@ -92,9 +92,8 @@ def build_blocks(config: PretrainedConfig, blocks: BlockRange, dtype: torch.dtyp
     config = copy.deepcopy(config)
     _THREAD.builds_blocks = True
     try:
-        model: nn.Module = AutoModelForCausalLM.from_config(
-            config, dtype=dtype, attn_implementation=family.runs_attention
-        )
+        options = {"dtype": dtype, "attn_implementation": family.runs_attention}
+        model: nn.Module = AutoModelForCausalLM.from_config(config, **options)
     finally:
         _THREAD.builds_blocks = False
     model.eval().requires_grad_(False)

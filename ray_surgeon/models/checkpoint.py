@@ -41,9 +41,8 @@ def check_finite(name: str, value: Tensor) -> None:
     parts = torch.split(value.flatten(), _ENTRIES_AT_A_TIME)
     count = value.numel() - sum(int(torch.isfinite(part).count_nonzero()) for part in parts)
     if count:
-        raise BadWeightsError(
-            f"model.source: {name} has {count} NaN or infinite weights; fetch it again"
-        )
+        problem = f"{name} has {count} NaN or infinite weights"
+        raise BadWeightsError(f"model.source: {problem}; fetch it again")
 
 
 @dataclass(frozen=True)
@@ -191,10 +190,8 @@ def check_checkpoint(layout: ModelLayout, shapes: Shapes, where: str) -> None:
             problems["of another shape"].append(f"{key} is {present}, expected {expected}")
     if problems:
         details = [f"{len(p)} {what} ({', '.join(p[:3])})" for what, p in problems.items()]
-        raise ValueError(
-            f"model.source: {where} does not fit its config.json: {'; '.join(details)}. Give a "
-            "complete checkpoint"
-        )
+        problem = f"{where} does not fit its config.json: {'; '.join(details)}"
+        raise ValueError(f"model.source: {problem}. Give a complete checkpoint")
 
 
 def check_tied(layout: ModelLayout, keys: Container[str], read: ReadStored, where: str) -> None:
@@ -218,11 +215,9 @@ def check_tied(layout: ModelLayout, keys: Container[str], read: ReadStored, wher
         for row in (0, num_rows // 2, num_rows - 1) if key != tied_to else ():
             of_head, of_embedding = (read(k, row).float().nan_to_num() for k in (key, tied_to))
             if not torch.equal(of_head, of_embedding):
-                raise ValueError(
-                    f"model.source: the configuration of {where} ties the head to the embedding, "
-                    f"but {key} is another one than {tied_to}; set tie_word_embeddings to false, "
-                    f"or remove {key}"
-                )
+                problem = f"{where} ties the head to the embedding, but {key} is not {tied_to}"
+                remedy = f"set tie_word_embeddings to false, or remove {key}"
+                raise ValueError(f"model.source: config.json of {problem}; {remedy}")
 
 
 class Stored:

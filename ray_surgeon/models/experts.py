@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -185,21 +185,14 @@ class ExpertLinears(nn.ModuleList):
         return self._outputs(x, counts, _unseen)
 
     def _outputs(self, x: Tensor, counts: list[int], run: Callable[..., Tensor]) -> Tensor:
-        experts: list[Any] = list(self)
-        # as many parts as there are readers, so that their gradients are added in one sum
-        gate, up = (
-            _by_segment([getattr(expert, name) for expert in experts], x, counts, run)
-            for name in _LINEARS.producers
-        )
-        consumers = [expert.down_proj for expert in experts]
-        return _by_segment(consumers, experts[0].combine(gate, up), counts, run)
+        def by_segment(name: str, x: Tensor) -> Tensor:
+            # parts of its own for each reader, so that their gradients are added in one sum
+            parts = zip(self, torch.split(x, counts), strict=True)
+            return torch.cat([run(getattr(each, name), part) for each, part in parts if len(part)])
 
-
-def _by_segment(
-    linears: Iterable[nn.Module], x: Tensor, counts: list[int], run: Callable[..., Tensor]
-) -> Tensor:
-    parts = zip(linears, torch.split(x, counts), strict=True)
-    return torch.cat([run(linear, part) for linear, part in parts if len(part)])
+        gate, up = (by_segment(name, x) for name in _LINEARS.producers)
+        first: Any = self[0]
+        return by_segment(_LINEARS.consumer, first.combine(gate, up))
 
 
 def _unseen(linear: nn.Linear, x: Tensor) -> Tensor:

@@ -160,7 +160,6 @@ def _rotated(alive: Tensor, config: PretrainedConfig) -> Tensor:
 
     The rotation mixes pairs of them.
     """
-    head_dim = alive.shape[-1]
-    rotated = int(head_dim * (rope_of(config).get("partial_rotary_factor") or 1.0))
+    rotated = int(alive.shape[-1] * (rope_of(config).get("partial_rotary_factor") or 1.0))
     halves = alive[..., :rotated].reshape(*alive.shape[:-1], 2, rotated // 2).any(dim=-2)
     return torch.cat([halves, halves, alive[..., rotated:]], dim=-1)

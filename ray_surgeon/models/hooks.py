@@ -95,11 +95,9 @@ class SharedInput:
             factors[self.key_of_A].add(a.float() if wide else a)
             self.num_tokens += len(a)
 
-        return [first.register_forward_pre_hook(add_inputs)] + [
-            watch_gradients(self.linears[name], factors[key].add)
-            for name, key in self.keys_of_G.items()
-            if key in factors
-        ]
+        wanted = [(self.linears[n], factors[k]) for n, k in self.keys_of_G.items() if k in factors]
+        hooks = [watch_gradients(module, total.add) for module, total in wanted]
+        return [first.register_forward_pre_hook(add_inputs), *hooks]
 
 
 class LayerInputs:
@@ -121,10 +119,9 @@ class LayerInputs:
             device: from which they come.
         """
         self._layers = layers
-        self._kept = {
-            name: torch.empty(num_tokens, num_inputs(module), dtype=torch.bfloat16)
-            for name, (_, module) in layers.items()
-        }
+        widths = {name: num_inputs(module) for name, (_, module) in layers.items()}
+        shapes = {name: (num_tokens, width) for name, width in widths.items()}
+        self._kept = {n: torch.empty(shape, dtype=torch.bfloat16) for n, shape in shapes.items()}
         self._num_kept = dict.fromkeys(layers, 0)
         self._device = device
 
@@ -136,11 +133,8 @@ class LayerInputs:
 
     def watch(self, place: int) -> list[RemovableHandle]:
         """Keep what the layers of a block read from now on, until the hooks are removed."""
-        return [
-            module.register_forward_pre_hook(partial(self._keep, name))
-            for name, (at, module) in self._layers.items()
-            if at == place
-        ]
+        own = [(name, module) for name, (at, module) in self._layers.items() if at == place]
+        return [m.register_forward_pre_hook(partial(self._keep, name)) for name, m in own]
 
     def _keep(self, name: str, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         x = inputs[0].detach().flatten(0, -2)
@@ -219,8 +213,7 @@ def removals(mixture: Mixture, hidden: Tensor, numbers: Tensor, weights: Tensor)
         changes = torch.zeros_like(before).index_select(0, pairs.tokens)
     else:
         changes = mixed(pairs.tokens, *rerouted) - before.index_select(0, pairs.tokens)
-    own = outputs[row[pairs.places, pairs.tokens]]
-    norms = own.norm(dim=1) * pairs.of(weights).float()
+    norms = outputs[row[pairs.places, pairs.tokens]].norm(dim=1) * pairs.of(weights).float()
     rises = _rises(mixture, hidden, is_routed)
     return Removals(pairs.places, pairs.tokens, changes, norms, before, rises)
 

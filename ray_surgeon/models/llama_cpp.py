@@ -59,13 +59,10 @@ def _misread(layout: ModelLayout, known: LlamaCpp, widths: Sequence[BlockWidths]
     if known.name == "gemma3":
         yield from _misread_of_gemma(config)
     elif window is not None and getattr(config, "use_sliding_window", True):
-        yield (
-            f"llama.cpp would ignore sliding_window {window}; export uniform or per_block instead, "
-            "or set it to null in config.json if no text is longer"
-        )
+        remedy = "or set it to null in config.json if no text is longer"
+        yield f"llama.cpp would ignore sliding_window {window}; export uniform, {remedy}"
     if not _knows_rope(config, known):
-        rope = json.dumps(dict(rope_of(config)))
-        yield f"rotary embeddings {rope} are not written for {known.name}"
+        yield f"rotary embeddings {dict(rope_of(config))} are not written for {known.name}"
     heads = layout.heads
     sizes = {width.num_kv_heads * heads.n_rep * heads.head_dim for width in widths}
     if not known.has_free_heads and sizes != {config.hidden_size}:
@@ -81,15 +78,12 @@ def _misread_of_gemma(config: PretrainedConfig) -> Iterator[str]:
     usual = (["sliding_attention"] * 5 + ["full_attention"]) * config.num_hidden_layers
     kinds = list(config.layer_types)
     if kinds != usual[: len(kinds)] or config.query_pre_attn_scalar != config.head_dim:
-        yield (
-            "llama.cpp reads a Gemma 3 whose every sixth block attends to everything and whose "
-            f"queries are scaled by head_dim, here layer_types {config.layer_types} and "
-            f"query_pre_attn_scalar {config.query_pre_attn_scalar}"
-        )
+        usual_one = "whose every sixth block attends to everything, with queries scaled by head_dim"
+        other = f"layer_types {kinds} and query_pre_attn_scalar {config.query_pre_attn_scalar}"
+        yield f"llama.cpp reads a Gemma 3 {usual_one}, here {other}"
     sliding = config.rope_parameters["sliding_attention"]
     if sliding.get("rope_type", "default") != "default":
-        rope = json.dumps(sliding)
-        yield f"rotary embeddings {rope} of sliding blocks have no place in llama.cpp"
+        yield f"rotary embeddings {sliding} of sliding blocks have no place in llama.cpp"
 
 
 _OF_YARN = {"rope_type", "type", "rope_theta", "factor", "original_max_position_embeddings"}
@@ -120,15 +114,12 @@ def tokenizer_names(document: Mapping[str, Any]) -> tuple[str, str]:
     if model["type"] == "BPE" and (document.get("decoder") or {}).get("type") == "ByteLevel":
         steps = (normaliser or {"normalizers": []}).get("normalizers", [normaliser])
         if unknown := [step["type"] for step in steps if step["type"] != "NFC"]:
-            names = ", ".join(unknown)
-            raise _refusal(f"llama.cpp would not apply the tokenizer's normalizer {names}")
+            raise _refusal(f"llama.cpp would not apply the normalizer {', '.join(unknown)}")
         return "gpt2", _pre_tokenizer(document.get("pre_tokenizer"))
     if model["type"] == "BPE" and model.get("byte_fallback"):
         return "llama", "default"
-    raise _refusal(
-        f"the tokenizer is of type {model['type']}, known are BPE of bytes and SentencePiece's BPE "
-        "with bytes for what has no piece"
-    )
+    known = "BPE of bytes, and SentencePiece's BPE with bytes for what has no piece"
+    raise _refusal(f"the tokenizer is of type {model['type']}, known are {known}")
 
 
 def _pre_tokenizer(document: Mapping[str, Any] | None) -> str:
@@ -143,7 +134,6 @@ def _pre_tokenizer(document: Mapping[str, Any] | None) -> str:
             return "smollm"
         if kinds == ["Split", "ByteLevel"] and first["pattern"].get("Regex") in _PRE_TOKENIZERS:
             return _PRE_TOKENIZERS[first["pattern"]["Regex"]]
-    raise _refusal(
-        "how the tokenizer cuts text has no known name in llama.cpp, as those of GPT-2, Llama 3, "
-        f"Qwen 2 and SmolLM have: {json.dumps(document)[:300]}"
-    )
+    known = "as those of GPT-2, Llama 3, Qwen 2 and SmolLM have"
+    cut = json.dumps(document)[:300]
+    raise _refusal(f"how the tokenizer cuts text has no known name in llama.cpp, {known}: {cut}")

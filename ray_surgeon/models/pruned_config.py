@@ -84,10 +84,9 @@ def _holds_heads(layout: ModelLayout, num_kv_heads: int) -> bool:
         return num_kv_heads > 0
     if not layout.family.has_free_heads or not _fits_factors(config, num_query_heads):
         return False
-    divides = config.hidden_size % num_query_heads == 0
     # with biases no Mistral computes the same as a Llama
     as_mistral = config.model_type == "llama" and not config.attention_bias and not config.mlp_bias
-    return divides or layout.family.has_any_heads or as_mistral
+    return config.hidden_size % num_query_heads == 0 or layout.family.has_any_heads or as_mistral
 
 
 def _fits_factors(config: PretrainedConfig, num_query_heads: int) -> bool:
@@ -134,13 +133,9 @@ def _numbers_of_heads(layout: ModelLayout, num_kv: int) -> Document:
 
 def _as_mistral(config: PretrainedConfig, document: Document) -> Document:
     """Return the config.json of a Mistral that computes what a Llama without biases does."""
-    mistral = document | {
-        "model_type": "mistral",
-        "architectures": ["MistralForCausalLM"],
-        "sliding_window": None,
-        # of a Mistral from before 5 it doubts the tokenizer
-        "transformers_version": transformers.__version__,
-    }
+    mistral = document | {"model_type": "mistral", "architectures": ["MistralForCausalLM"]}
+    # of a Mistral from before version 5 it doubts the tokenizer
+    mistral |= {"sliding_window": None, "transformers_version": transformers.__version__}
     for name in ("attention_bias", "mlp_bias", "pretraining_tp"):
         mistral.pop(name, None)
     # a Mistral's default is another one
@@ -157,11 +152,9 @@ def check_uniform(layout: ModelLayout, kinds: Sequence[str]) -> None:
     sparse = layout.family.sparse
     changes_width = not {"expert_channels", "shared_experts"}.isdisjoint(kinds)
     if sparse.shared and sparse.shared_width is None and changes_width:
-        raise ValueError(
-            f"output.exports: in {layout.config.model_type} the shared experts are as wide as "
-            "n_shared_experts others, so neither can get narrower alone in a plain class; export "
-            "per_block, or prune experts"
-        )
+        problem = f"in {layout.config.model_type} shared experts are n_shared_experts others wide"
+        remedy = "export per_block, or prune experts"
+        raise ValueError(f"output.exports: {problem}, so neither narrows alone; {remedy}")
 
 
 def per_block_document(layout: ModelLayout, document: Document, widths: Widths) -> Document:
@@ -180,10 +173,8 @@ def per_block_document(layout: ModelLayout, document: Document, widths: Widths) 
         layers[str(block)] = layer | experts
     classes = {"AutoConfig": "PrunedConfig", "AutoModel": "PrunedModel"}
     classes["AutoModelForCausalLM"] = "PrunedForCausalLM"
-    return document | {
-        "model_type": f"pruned_{layout.config.model_type}",
-        "architectures": ["PrunedForCausalLM"],
-        "auto_map": {auto: f"modeling_pruned.{name}" for auto, name in classes.items()},
-        "head_dim": layout.heads.head_dim,
-        "per_layer_config": layers,
-    }
+    kind = {"model_type": f"pruned_{layout.config.model_type}"}
+    names = {auto: f"modeling_pruned.{name}" for auto, name in classes.items()}
+    code = {"architectures": ["PrunedForCausalLM"], "auto_map": names}
+    sizes = {"head_dim": layout.heads.head_dim, "per_layer_config": layers}
+    return document | kind | code | sizes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 from collections import defaultdict
 from collections.abc import Iterator
@@ -265,14 +266,12 @@ class ModelShard:
             is_consumer = role.endswith(self.layout.family.sparse.linears.consumer)
             As = ((factors.A, factors.num_tokens) for factors in own)
             Gs = ((factors.G, factors.num_tokens) for factors in own)
-            num_tokens = sum(factors.num_tokens for factors in own)
-            means[block, role] = of_experts.LayerMean(
-                of_experts.mean_factor(
-                    As, has_basis=not is_consumer, has_bias=shapes[0].has_bias, device=self.device
-                ),
-                of_experts.mean_factor(Gs, has_basis=is_consumer, device=self.device),
-                num_tokens / self.mixtures[block - self.blocks.first].num_chosen,
-            )
+            num_tokens: float = sum(factors.num_tokens for factors in own)
+            mean = functools.partial(of_experts.mean_factor, device=self.device)
+            A = mean(As, has_basis=not is_consumer, has_bias=shapes[0].has_bias)
+            G = mean(Gs, has_basis=is_consumer)
+            num_tokens /= self.mixtures[block - self.blocks.first].num_chosen
+            means[block, role] = of_experts.LayerMean(A, G, num_tokens)
         return means[block, role]
 
     @property

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import add
 
 from ray_surgeon.maths.greedy import num_at_once
 from ray_surgeon.models.layout import LinearShape, ModelLayout
@@ -20,8 +21,6 @@ _REST = (18, 34)
 """Launches of a block beside linears and norms: positions, attention, activation, sums."""
 _MIXTURE = (19, 24)
 """Launches of a mixture's layer beside its linears, which go one by one."""
-_ROUTED = (1.0, 1.0)
-"""Launches of one linear of a mixture."""
 _SYNCS_OF_MIXTURE = 1
 """The host reads once how many tokens every segment has."""
 _ENTRIES = (4.5, 12.0)
@@ -52,14 +51,7 @@ class Counted:
     waiting_s: float = 0.0  # until processes have started, and the like
 
     def __add__(self, more: Counted) -> Counted:
-        return Counted(
-            self.launches + more.launches,
-            self.syncs + more.syncs,
-            self.memory_bytes + more.memory_bytes,
-            self.sent_bytes + more.sent_bytes,
-            self.calls + more.calls,
-            self.waiting_s + more.waiting_s,
-        )
+        return Counted(*map(add, vars(self).values(), vars(more).values()))
 
     def times(self, number: float) -> Counted:
         """Return the counts of so many such parts."""
@@ -120,16 +112,7 @@ class BlockCounts:
     backward_token: float = 0.0
 
     def __add__(self, more: BlockCounts) -> BlockCounts:
-        pairs = zip(vars(self).values(), vars(more).values(), strict=True)
-        return BlockCounts(*(own + other for own, other in pairs))
-
-    def of_passes(
-        self, num_calls: float, num_tokens: float, forward: float, backward: float
-    ) -> Counted:
-        """Return the counts of calls, and of tokens that pass so often forward and backward."""
-        counts = self.forward.times(num_calls * forward) + self.backward.times(num_calls * backward)
-        of_token = forward * self.forward_token + backward * self.backward_token
-        return counts + Counted(memory_bytes=num_tokens * of_token)
+        return BlockCounts(*map(add, vars(self).values(), vars(more).values()))
 
     @staticmethod
     def of(
@@ -145,22 +128,16 @@ class BlockCounts:
         """
         width = weight_bytes / max(1, sum(linear.size for linear in linears))
         is_narrow = width < 3
-        num_dense = sum(linear.sees_all_tokens for linear in linears)
-        num_routed = len(linears) - num_dense
-        launches = [
-            num_dense
-            + len(norms) * (norm + 2 * is_narrow)
-            + rest
-            + (mixture + num_routed * routed if num_routed else 0)
-            for norm, rest, mixture, routed in zip(_NORM, _REST, _MIXTURE, _ROUTED, strict=True)
-        ]
-        forward, backward = launches
-        syncs = _SYNCS_OF_MIXTURE * (num_routed > 0)
+        is_mixture = not all(linear.sees_all_tokens for linear in linears)
+        forward, backward = (
+            len(linears) + len(norms) * (norm + 2 * is_narrow) + rest + mixture * is_mixture
+            for norm, rest, mixture in zip(_NORM, _REST, _MIXTURE, strict=True)
+        )
         part = layout.part_of_tokens
         entries = sum(part(s) * (s.num_rows + s.num_columns) for s in linears)
         wide = _NORM_BYTES * is_narrow * sum(norms)
         return BlockCounts(
-            Counted(forward, syncs, weight_bytes),
+            Counted(forward, _SYNCS_OF_MIXTURE * is_mixture, weight_bytes),
             Counted(backward, 0, weight_bytes),
             *(width * times * entries + wide for times in _ENTRIES),
         )

@@ -18,6 +18,9 @@ from ray_surgeon.plan.work import ActivationBytes, Shapes
 from ray_surgeon.runtime.placement import Placement
 from ray_surgeon.runtime.writing import texts_together
 
+TextSizes = Sequence[tuple[int, int]]
+"""Number of windows of each text, and their length."""
+
 
 class WorkerView:
     """One worker, in whose terms a stage says what it needs.
@@ -122,7 +125,7 @@ class WorkerView:
         """Return the bytes of the dense model's last hidden states, bfloat16."""
         return 2.0 * self.hidden_size * num_tokens * self.blocks.is_last
 
-    def measuring(self, name: str, texts: Sequence[tuple[int, int]]) -> StepPlan:
+    def measuring(self, name: str, texts: TextSizes) -> StepPlan:
         """Return passes forward over texts, of which each has a number of windows and a length."""
         peak = 0.0
         tokens = 0
@@ -161,11 +164,13 @@ class WorkerView:
             heads: how often there are logits.
             together: sequences of a call; as many as the stores say if not given.
         """
-        num_calls = -(
-            -num_sequences // (together or self.stores.in_a_call(num_sequences, self.num_shards))
-        )
+        size = together or self.stores.in_a_call(num_sequences, self.num_shards)
+        num_calls = -(-num_sequences // size)
         tokens = num_sequences * length
-        counts = self.shapes.counts(self.blocks).of_passes(num_calls, tokens, forward, backward)
+        own = self.shapes.counts(self.blocks)
+        counts = own.forward.times(num_calls * forward) + own.backward.times(num_calls * backward)
+        passed = forward * own.forward_token + backward * own.backward_token
+        counts += Counted(memory_bytes=tokens * passed)
         counts += Counted(CALL, 4).times(num_calls * forward)
         if self.head_flops:
             vocabulary = self.head_flops / (2 * self.hidden_size)
@@ -179,9 +184,7 @@ class WorkerView:
         own = self._activations
         return length * (own.forward_only + 4 * length * own.scores)
 
-    def writing(
-        self, name: str, texts: Sequence[tuple[int, int]], num_prompt_tokens: int = 0
-    ) -> StepPlan:
+    def writing(self, name: str, texts: TextSizes, num_prompt_tokens: int = 0) -> StepPlan:
         """Return the writing of texts, token by token, with their keys and values.
 
         `texts` has the number of those that are written together, and the tokens of each, beside
@@ -268,8 +271,7 @@ class WorkerView:
         on_device = factors * (self.stores.factors == "device")
         device = self.idle + on_device + kept / self.num_replicas + largest
         host = self.host + factors * (self.stores.factors == "host" and self.device_is_host)
-        moved = self.moved(self.stores.factors, factors)
-        own = flops / self.num_replicas, *moved
+        own = flops / self.num_replicas, *self.moved(self.stores.factors, factors)
         return StepPlan(name, device, host, 0.0, *own, counts=counts.times(1 / self.num_replicas))
 
     def block_by_block(

@@ -54,10 +54,8 @@ class Plan:
     def seconds(self) -> dict[str, float]:
         """Expected time of every step: that of the slowest worker."""
         dtype = self.workers[0].shapes.work.dtype
-        return {
-            name: max(step.seconds(self.device, dtype) for step in shards)
-            for name, shards in self.steps.items()
-        }
+        steps = self.steps.items()
+        return {n: max(s.seconds(self.device, dtype) for s in shards) for n, shards in steps}
 
     def peak(self, step: StepPlan) -> tuple[float, float]:
         """Return the peak bytes of a step on the device and on the host.
@@ -150,18 +148,14 @@ class Planner:
             return min(fitting, key=lambda plan: sum(plan.seconds.values()))
         best = min(plans, key=lambda plan: plan.excess()[0])
         stores = best.stores
-        raise DoesNotFitError(
-            f"memory: the job does not fit: {best.excess()[1]} (with weights: {stores.weights}, "
-            f"factors: {stores.factors}, wave: {stores.wave}); "
-            f"{self.remedy(placement, safe, best)}"
-        )
+        ways = f"weights: {stores.weights}, factors: {stores.factors}, wave: {stores.wave}"
+        problem = f"memory: the job does not fit: {best.excess()[1]} (with {ways})"
+        raise DoesNotFitError(f"{problem}; {self.remedy(placement, safe, best)}")
 
     def plan(self, placement: Placement, room: Room, stores: Stores) -> Plan:
         """Return how the job runs if things are kept in these stores."""
-        workers = tuple(
-            WorkerView(self.shapes, placement, stores, room.device_is_host, shard)
-            for shard in range(placement.num_shards)
-        )
+        job = self.shapes, placement, stores, room.device_is_host
+        workers = tuple(WorkerView(*job, shard) for shard in range(placement.num_shards))
         return Plan(stores, workers, room, self.device)
 
     def plans(self, placement: Placement, room: Room) -> Iterator[Plan]:
@@ -233,16 +227,6 @@ class Planner:
         return more[bisect.bisect_left(more[:-1], True, key=fits)]
 
 
-_SHOWN = (
-    ("TFLOP", "flops", 1e12),
-    ("GB moved", "moved_bytes", 1e9),
-    ("GB in memory", "memory_bytes", 1e9),
-    ("1000 launches", "launches", 1e3),
-    ("syncs", "syncs", 1),
-)
-"""Rows of the table of a plan: what, of which it has the sums, and their unit."""
-
-
 def plan_table(plan: Plan) -> Table:
     """Return the plan as a table.
 
@@ -262,9 +246,8 @@ def plan_table(plan: Plan) -> Table:
         blocks = f"{worker.blocks.first}-{worker.blocks.last - 1}"
         table.add_row(str(worker.shard), blocks, *(f"{size / 2**30:.2f}" for size in sizes))
     table.add_section()
-    for name, of_steps, unit in _SHOWN:
-        sums = (f"{value / unit:.3g}" for value in record[of_steps].values())
-        table.add_row("all", name, *sums, "", "")
+    for name in ("flops", "moved_bytes", "memory_bytes", "launches", "syncs"):
+        table.add_row("all", name, *(f"{value:.3g}" for value in record[name].values()), "", "")
     table.add_row("slowest", plan.device.name, *map(_time, plan.seconds.values()), "", "")
     return table
 

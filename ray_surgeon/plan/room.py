@@ -13,16 +13,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from pydantic import TypeAdapter
+import yaml
+from pydantic import ConfigDict, NonNegativeFloat, TypeAdapter
+from pydantic import PositiveFloat as Rate
 
 from ray_surgeon.memory.stores import Scratch, scratch_root
 from ray_surgeon.memory.transfers import backend
 from ray_surgeon.runtime.worker import Worker
+from ray_surgeon.spec.base import refusing
 
-_CGROUPS = (
-    ("/sys/fs/cgroup", "memory.max", "memory.current", ""),
-    ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),
-)
+_CGROUPS = [("/sys/fs/cgroup", "memory.max", "memory.current", "")]
+_CGROUPS += [("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_")]
 """Folder, limit, use and prefix in memory.stat, of cgroup versions 2 and 1."""
 
 
@@ -104,29 +105,18 @@ def named_device(named: str, num_threads: int) -> Device:
     Raises:
         ValueError: there is no such device or file, or the file says something else.
     """
-    if not named.endswith(".json"):
-        if named not in DEVICES:
-            names = ", ".join(sorted(DEVICES))
-            raise ValueError(f"cluster.device_speed: {named} is none of {names}, nor a JSON file")
-        return DEVICES["cpu"].times(num_threads) if named == "cpu" else DEVICES[named]
-    try:
-        measured = json.loads(Path(named).read_text())
-        if not isinstance(measured, dict):
-            raise ValueError("they are an object with the figures' names")
-        figures = vars(DEVICES[measured.pop("like", "h100")]) | {"name": Path(named).stem}
-        if unknown := measured.keys() - figures.keys():
-            raise ValueError(f"no figures are {', '.join(sorted(unknown))}")
-        rates = {"flops": figures["flops"] | measured.get("flops", {})}
-        device = _FIGURES.validate_python(figures | measured | rates)
-        numbers = {**device.flops, **{n: x for n, x in vars(device).items() if n in measured}}
-        if bad := [n for n, x in numbers.items() if isinstance(x, int | float) and not x > 0]:
-            raise ValueError(f"{', '.join(bad)} must be above 0")
-    except (OSError, KeyError, TypeError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(
-            f"cluster.device_speed: {named} has no figures of a device: {reason}"
-        ) from error
-    return device
+    if named.endswith(".json"):
+        failure = f"cluster.device_speed: {named} has no figures of a device"
+        kinds = (OSError, AttributeError, KeyError, TypeError, ValueError)
+        with refusing(failure, "those of plan/devices.yaml are an example", kinds):
+            measured = json.loads(Path(named).read_text())
+            figures = vars(DEVICES[measured.pop("like", "h100")]) | {"name": Path(named).stem}
+            rates = {"flops": figures["flops"] | measured.get("flops", {})}
+            return _CHECK.validate_python({named: figures | measured | rates})[named]
+    if named not in DEVICES:
+        names = ", ".join(sorted(DEVICES))
+        raise ValueError(f"cluster.device_speed: {named} is none of {names}, nor a JSON file")
+    return DEVICES["cpu"].times(num_threads) if named == "cpu" else DEVICES[named]
 
 
 def available_bytes() -> int:
@@ -155,69 +145,29 @@ class Device:
     """How fast a worker's device is: what it reaches on the products here, not its peak."""
 
     name: str
-    flops: Mapping[str, float]  # per second, by dtype of the weights
-    float32_flops: float  # of factorisations and products of the costs
-    host_bytes_per_s: float  # between host and device
-    disk_bytes_per_s: float  # between disk and host
-    memory_bytes: float = 0.0  # of its own; 0 for the CPU
-    memory_bytes_per_s: float = 1.0  # of its own memory, read or written
-    network_bytes_per_s: float = 1.0  # between workers
-    launch_s: float = 0.0  # host's time for an operator
-    sync_s: float = 0.0  # until the host goes on after it waited for the device
-    call_s: float = 0.0  # until a worker that waits has its next step
+    flops: Mapping[str, Rate]  # per second, by dtype of the weights
+    float32_flops: Rate  # of factorisations and products of the costs
+    host_bytes_per_s: Rate  # between host and device
+    disk_bytes_per_s: Rate  # between disk and host
+    memory_bytes_per_s: Rate  # of its own memory, read or written
+    network_bytes_per_s: Rate  # between workers
+    launch_s: NonNegativeFloat  # host's time for an operator
+    call_s: NonNegativeFloat  # until a worker that waits has its next step
+    memory_bytes: NonNegativeFloat = 0.0  # of its own; 0 for the CPU
+    sync_s: NonNegativeFloat = 0.0  # until the host goes on after it waited for the device
 
     def times(self, factor: float) -> Device:
         """Return a device that computes so many times as fast."""
         flops = {dtype: factor * rate for dtype, rate in self.flops.items()}
-        return replace(
-            self,
-            flops=flops,
-            float32_flops=factor * self.float32_flops,
-            memory_bytes_per_s=factor * self.memory_bytes_per_s,
-        )
+        wide = factor * self.float32_flops
+        moving = factor * self.memory_bytes_per_s
+        return replace(self, flops=flops, float32_flops=wide, memory_bytes_per_s=moving)
 
 
-_FIGURES = TypeAdapter(Device)
-
-
-def _gpu(
-    name: str, half: float, float32: float, host: float, memory: tuple[float, float]
-) -> Device:
-    """Return a GPU; `memory` are its bytes, and how many of them pass in a second."""
-    flops = {"bfloat16": half, "float16": half, "float32": float32}
-    # seven microseconds a launch of PyTorch are usual; a network of 400 Gb/s
-    return Device(name, flops, float32, host, 3e9, *memory, 5e10, 7e-6, 15e-6, 2e-3)
-
-
-DEVICES = {
-    "h100": _gpu("h100", 4e14, 4e13, 4e10, (80e9, 2.7e12)),
-    "h200": _gpu("h200", 4e14, 4e13, 4e10, (141e9, 3.8e12)),
-    "b200": _gpu("b200", 9e14, 4.5e13, 4e10, (180e9, 6.4e12)),
-    "gb200": _gpu("gb200", 1e15, 4.8e13, 2e11, (186e9, 6.4e12)),
-    "mi325x": _gpu("mi325x", 5.2e14, 6.5e13, 4e10, (256e9, 4.8e12)),
-    "a100": _gpu("a100", 1.5e14, 1.5e13, 2e10, (80e9, 1.6e12)),
-    "l40s": _gpu("l40s", 1.5e14, 4e13, 2e10, (48e9, 6.9e11)),
-    "cpu": Device(
-        "cpu",
-        {"bfloat16": 1.7e11, "float16": 2e10, "float32": 8e10},
-        8e10,
-        1e10,
-        1e9,
-        memory_bytes_per_s=1e10,
-        network_bytes_per_s=1.5e9,
-        launch_s=5e-6,
-        call_s=0.1,
-    ),
-}
-"""Devices by name: about 0.4 of the published dense rates and 0.8 of the bandwidth; of the CPU one
-core of a server, as measured, whose workers share all cores with what calls them.
-
-Published are, in TFLOP/s of bfloat16 and float32, and TB/s: H100 SXM 989, 67, 3.35 and H200 989,
-67, 4.8 (NVIDIA's data sheets of H100 and H200); B200 2250, 75, 8 and GB200 2500, 80, 8 with 900
-GB/s to Grace, whose memory passes 512 GB/s for two GPUs (of DGX B200 and GB200 NVL72); MI325X 1307,
-163, 6 (AMD's data sheet); A100 80GB SXM 312, 19.5, 2.04; L40S 362, 92, 0.86. Hosts are linked by
-PCI Express 5 with 64 GB/s, those of the last two by 4 with 32.
-"""
+_CHECK = TypeAdapter(dict[str, Device], config=ConfigDict(extra="forbid"))
+_DOCUMENT = Path(__file__).with_name("devices.yaml").read_text(encoding="utf-8")
+DEVICES = _CHECK.validate_python(yaml.safe_load(_DOCUMENT))
+"""Devices by name."""
 
 
 @dataclass(frozen=True)

@@ -107,12 +107,11 @@ class Shapes:
         outputs = sum(linear.num_rows * layout.part_of_tokens(linear) for linear in linears)
         widest = max(linear.num_columns for linear in linears)
         norms = 8 * hidden if self.width < 4 else 0
-        is_eager = layout.family.runs_attention == "eager"
         return ActivationBytes(
             self.width * (outputs + widest + 4 * hidden) + norms,
             self.width * 4 * widest + 12 * hidden,
             self.width * 3 * widest + 4 * hidden,
-            self.width * layout.heads.num_query * is_eager,
+            self.width * layout.heads.num_query * (layout.family.runs_attention == "eager"),
         )
 
     def _counts_of(self, blocks: BlockRange) -> BlockCounts:

@@ -101,14 +101,11 @@ def _rows(record: Mapping[str, Any]) -> Iterator[dict[str, str]]:
     yield about | {"shot": "dense", "sparsity": "0.00%"} | accepted | _perplexities(record["dense"])
     for shot in record["shots"]:
         threshold = shot["threshold"]
-        row = {
-            "shot": str(shot["index"]),
-            "sparsity": f"{shot['sparsity']:.2%}",
-            "threshold": "" if threshold is None else f"{threshold:.3g}",
-            "wall s": f"{sum(shot['seconds'].values()):.0f}",
-            "CPU s": f"{sum(shot['cpu_seconds'].values()):.0f}",
-            "peak memory GiB": f"{shot['peak_rss_bytes'] / 2**30:.2f}",
-        }
+        row = {"shot": str(shot["index"]), "sparsity": f"{shot['sparsity']:.2%}"}
+        row["threshold"] = "" if threshold is None else f"{threshold:.3g}"
+        row["wall s"] = f"{sum(shot['seconds'].values()):.0f}"
+        row["CPU s"] = f"{sum(shot['cpu_seconds'].values()):.0f}"
+        row["peak memory GiB"] = f"{shot['peak_rss_bytes'] / 2**30:.2f}"
         if shot.get("generation"):
             row["accepted"] = f"{shot['generation']['acceptance']:.1%}"
         yield about | row | _perplexities(shot)
@@ -144,8 +141,7 @@ def _read_report(run: str) -> dict[str, Any]:
     if not files.exists(uri):
         raise ValueError(f"there is no {uri}; give run directories with a report.json")
     record = files.read_json(uri)
-    newer = {"plan", "retries"}
-    parts = reports.RunReport({}, {}, {}, 1).as_record().keys() - newer
+    parts = reports.RunReport({}, {}, {}, 1).as_record().keys() - {"plan", "retries"}
     if not isinstance(record, dict) or not parts <= record.keys():
         raise ValueError(f"{uri} is no report of this program")
     return record
@@ -190,10 +186,9 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     about = "Compare runs in one table, one plot and one page."
     parser = argparse.ArgumentParser("ray-surgeon report", description=about)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run directory, on any fsspec URI")
-    for name, default, text in (
-        ("--plot", "perplexity.png", "plot to write, a .png, .svg or .pdf file on any URI"),
-        ("--html", "comparison.html", "page to write, with every run whole, on any URI"),
-    ):
-        parser.add_argument(name, default=default, metavar="FILE", help=f"{text}; %(default)s")
+    plot = "plot to write, a .png, .svg or .pdf file on any URI; %(default)s"
+    html = "page to write, with every run whole, on any URI; %(default)s"
+    parser.add_argument("--plot", default="perplexity.png", metavar="FILE", help=plot)
+    parser.add_argument("--html", default="comparison.html", metavar="FILE", help=html)
     parser.add_argument("--text", help="evaluation text of the plot; if not given, the first one")
     return parser.parse_args(argv)

@@ -11,9 +11,11 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
 from ray_surgeon.report.directory import Record, RunDirectory
 from ray_surgeon.runtime.cluster import Cluster
@@ -57,23 +59,14 @@ class Moment:
     elapsed_s: float  # since these units began
 
     @property
-    def tokens_per_s(self) -> float | None:
-        """Tokens per second so far."""
-        num_tokens = self.done * self.tokens_each
-        return num_tokens / self.elapsed_s if num_tokens and self.elapsed_s else None
-
-    @property
-    def left_s(self) -> float | None:
-        """Seconds until all units are done, at the pace so far."""
-        if not self.done or not self.total:
-            return None
-        return self.elapsed_s / self.done * (self.total - self.done)
-
-    @property
     def pace(self) -> str:
         """What comes after the numbers of units, e.g. ``sequences, 134 tokens/s, 40 s left``."""
-        rate = f", {self.tokens_per_s:.0f} tokens/s" if self.tokens_per_s else ""
-        left = "" if self.left_s is None else f", {self.left_s:.0f} s left"
+        each_s = self.elapsed_s / max(1, self.done)
+        is_known = self.done and self.tokens_each and each_s
+        rate = f", {self.tokens_each / each_s:.0f} tokens/s" if is_known else ""
+        left = (
+            f", {each_s * (self.total - self.done):.0f} s left" if self.done and self.total else ""
+        )
         return f"{self.unit}{rate}{left}"
 
     @property
@@ -166,8 +159,7 @@ class Steps:
         now = self._cluster.progress
         step, shot = self._present
         units = (now.done, now.total, now.unit, now.tokens_each)
-        elapsed_s = time.monotonic() - now.started_s
-        return Moment(step, shot, self._num_shots, *units, elapsed_s)
+        return Moment(step, shot, self._num_shots, *units, time.monotonic() - now.started_s)
 
     def _usages(self) -> list[Usage]:
         return [process_usage(torch.device("cpu")), *self._cluster.run_all(Worker.usage)]
@@ -185,26 +177,10 @@ def _total(usages: list[Usage], field: str) -> Any:
     return sum(largest_of_processes(usages, field).values())
 
 
-GAUGES: dict[str, tuple[str, ...]] = {
-    "shot": ("Shot that the last step belonged to",),
-    "num_shots": ("Shots of the job",),
-    "sparsity": ("Removed fraction of the parameters of the blocks' linears",),
-    "perplexity": ("Perplexity of the last evaluation", "text"),
-    "divergence": ("Divergence from the dense model in the last evaluation, in nats", "text"),
-    "tokens_per_s": ("Calibration tokens per second of the last curvature pass",),
-    "step_seconds": ("Seconds of the last such step", "step"),
-    "worker_busy_seconds": ("Busy seconds of a worker in the last such step", "step", "worker"),
-    "efficiency": ("Mean fraction of the last such step in which the workers were busy", "step"),
-    "parameters": ("Parameters of the model after the last shot, zeros not counted",),
-    "peak_rss_bytes": ("Peak resident memory of all workers together",),
-    "export_bytes": ("Bytes of the weights of an export", "kind"),
-}
+_DOCUMENT = Path(__file__).with_name("metrics.yaml").read_text(encoding="utf-8")
+_METRICS: dict[str, dict[str, list[str]]] = yaml.safe_load(_DOCUMENT)
+GAUGES = _METRICS["gauges"]
 """Name -> description, and its own tags."""
-COUNTERS: dict[str, tuple[str, ...]] = {
-    "steps": ("Steps that have ended", "step"),
-    "retries": ("Losses after which the run went on", "cause"),
-}
-"""Likewise."""
 
 
 def readings(event: Event) -> Iterator[tuple[str, float, dict[str, str]]]:
@@ -245,10 +221,9 @@ class Recorder:
         """
         self._run = run
         self._record: dict[str, Callable[..., None]] = {}  # by the name of a metric
-        for new, texts, method in ((gauge, GAUGES, "set"), (counter, COUNTERS, "inc")):
+        for new, texts, method in ((gauge, GAUGES, "set"), (counter, _METRICS["counters"], "inc")):
             for name, (text, *tags) in texts.items():
-                metric = new(f"surgeon_{name}", text, ("run", *tags))
-                self._record[name] = getattr(metric, method)
+                self._record[name] = getattr(new(f"surgeon_{name}", text, ("run", *tags)), method)
 
     def record(self, event: Event) -> None:
         """Set the gauges and add to the counters that an event says something of."""

@@ -45,13 +45,10 @@ def page(records: Sequence[Mapping[str, Any]]) -> str:
 
 def rendered(template: str, **context: Any) -> str:
     """Return the text of a template of this folder."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=jinja2.select_autoescape(["html.jinja"]),
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        keep_trailing_newline=True,
-    )
+    environment = jinja2.Environment(trim_blocks=True, keep_trailing_newline=True)
+    environment.loader = jinja2.FileSystemLoader(Path(__file__).parent)
+    environment.autoescape = jinja2.select_autoescape(["html.jinja"])
+    environment.undefined = jinja2.StrictUndefined
     environment.filters["excerpt"] = excerpt
     environment.filters["yaml"] = functools.partial(yaml.safe_dump, sort_keys=False)
     return environment.get_template(template).render(context)

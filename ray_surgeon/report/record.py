@@ -44,13 +44,10 @@ class RunReport:
             linears: what is left of each.
             steps: of this shot so far.
         """
-        shot = {
-            **about,
-            **copy.deepcopy(steps.record),
-            "linears": list(map(_linear_record, linears)),
-            "num_nonzero": self.num_parameters - sum(s.size - s.num_nonzero for s in linears),
-            "dense": self.dense,
-        }
+        shot = {**about, **copy.deepcopy(steps.record)}
+        shot["linears"] = list(map(_linear_record, linears))
+        shot["num_nonzero"] = self.num_parameters - sum(s.size - s.num_nonzero for s in linears)
+        shot["dense"] = self.dense
         self.shots.append(shot)
         return shot
 
@@ -60,13 +57,9 @@ class RunReport:
         in_linears = sum(linear["rows"] * linear["columns"] for linear in linears)
         nonzero = sum(linear["num_nonzero"] for linear in linears)
         after = self.num_parameters - in_linears + nonzero
-        parameters = {
-            "before": self.num_parameters,
-            "nonzero_after": after,
-            "in_pruned_linears": in_linears,
-            "nonzero_in_pruned_linears": nonzero,
-            "whole_model_sparsity": 1 - after / self.num_parameters,
-        }
+        parameters: dict[str, float] = {"before": self.num_parameters, "nonzero_after": after}
+        parameters |= {"in_pruned_linears": in_linears, "nonzero_in_pruned_linears": nonzero}
+        parameters |= {"whole_model_sparsity": 1 - after / self.num_parameters}
         elsewhere = ("linears", "dense")
         shots = [{k: v for k, v in s.items() if k not in elsewhere} for s in self.shots]
         record = vars(self) | {"shots": shots, "linears": linears, "parameters": parameters}
@@ -78,19 +71,15 @@ class RunReport:
         return {"spec": self.spec, "dense": self.dense, "last": self.shots[-1]}
 
 
+_NAMES = {"num_rows": "rows", "num_columns": "columns", "predicted": "predicted_loss_increase"}
+"""Fields of `LinearSummary` that have another name in a report."""
+
+
 def _linear_record(linear: LinearSummary) -> dict[str, Any]:
     """Return what is said of a linear; its mask's sparsity counts the bias as a column."""
-    return {
-        "name": linear.name,
-        "rows": linear.num_rows,
-        "columns": linear.num_columns,
-        "rows_kept": linear.rows_kept,
-        "columns_kept": linear.columns_kept,
-        "sparsity": 1 - linear.num_kept / linear.size,
-        "num_nonzero": linear.num_nonzero,
-        "predicted_loss_increase": linear.predicted,
-        "residual": linear.residual,
-    }
+    record = vars(linear) | {"sparsity": 1 - linear.num_kept / linear.size}
+    del record["num_kept"]
+    return {_NAMES.get(name, name): value for name, value in record.items()}
 
 
 def num_shots(record: Record) -> int:
@@ -114,10 +103,8 @@ def is_complete(record: Record) -> bool:
 def has_its_files(export: Record) -> bool:
     """Whether an export in a report.json lies where it was written, with its whole size."""
     if "files" in export:
-        return all(
-            store.size_bytes(store.join(export["uri"], file["file"])) == file["size_bytes"]
-            for file in export["files"]
-        )
+        sizes = {store.join(export["uri"], f["file"]): f["size_bytes"] for f in export["files"]}
+        return all(store.size_bytes(uri) == size for uri, size in sizes.items())
     names = store.list_names(export["uri"])
     weights = (name for name in names if re.fullmatch(r"model.*\.safetensors", name))
     size = sum(store.size_bytes(store.join(export["uri"], name)) or 0 for name in weights)
@@ -165,6 +152,7 @@ def check_folder(
         return
     uri = directory.uri
     elsewhere = shlex.quote(uri.rstrip("/") + "-2")
+    another = f"choose another folder, for instance --set output.uri={elsewhere}"
     held = store.read_json(directory.path("run.json"))["fingerprints"]
     free = {key for key, value in fingerprints.items() if value is None}
     names = sorted({*held, *fingerprints} - free)
@@ -174,18 +162,13 @@ def check_folder(
         if held.get("code") != fingerprints["code"]:
             changes.append(f"version {held.get('code')} there, {fingerprints['code']} here")
         shown = "; ".join(changes[:_MOST_CHANGES] + ["..."] * (len(changes) > _MOST_CHANGES))
-        raise ValueError(
-            f"output.uri: {uri} holds another run: different {', '.join(different)}"
-            f"{f' ({shown})' if changes else ''}; choose another folder, for instance --set "
-            f"output.uri={elsewhere}"
-        )
+        problem = f"different {', '.join(different)}{f' ({shown})' if changes else ''}"
+        raise ValueError(f"output.uri: {uri} holds another run: {problem}; {another}")
     shots = directory.committed_indices()
     if not resume:
-        raise ValueError(
-            f"output.uri: {uri} already holds this run, of which {len(shots)} shots are committed; "
-            "continue it with --resume (resume=True in Python), or choose another folder, for "
-            f"instance --set output.uri={elsewhere} (output in Python)"
-        )
+        problem = f"{uri} already holds this run, of which {len(shots)} shots are committed"
+        remedy = "continue it with --resume (resume=True in Python)"
+        raise ValueError(f"output.uri: {problem}; {remedy}, or {another} (output in Python)")
     if directory.check_tensors():
         _check_dense_states(directory.dense_states)
 

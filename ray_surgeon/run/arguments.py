@@ -22,7 +22,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel, PreTraine
 from ray_surgeon.models.families import family_of
 from ray_surgeon.report.directory import RunDirectory
 from ray_surgeon.run.reading import as_input_error
-from ray_surgeon.spec.base import absolute
+from ray_surgeon.spec.base import absolute, refusing
 from ray_surgeon.spec.calibration import CalibrationSection
 from ray_surgeon.spec.job import JobSpec
 from ray_surgeon.spec.parsing import validation_message
@@ -45,21 +45,19 @@ def spec_of(
         ValueError: it is none that can work; names the argument, and the remedy.
     """
     if isinstance(model, PreTrainedModel) == (tokenizer is None):
-        raise ValueError(
-            "tokenizer: belongs to a model in memory, which needs its tokenizer as the second "
-            "argument; that of a folder, URI or Hub id is read from there"
-        )
+        problem = "tokenizer: belongs to a model in memory, which needs its tokenizer"
+        raise ValueError(f"{problem}; that of a folder, URI or Hub id is read from there")
     document: dict[str, Any] = {"version": 2, "name": "model", "cluster": {}, "output": {}}
     document |= sections
     if isinstance(model, str):
         model = {"source": model}
     if not isinstance(model, PreTrainedModel):
         if not model or "source" not in model:
-            raise ValueError(
-                "model: give a Hub id, a folder, a URI, a model in memory, or a section that "
-                "gives its source; or a whole spec"
-            )
-        document["name"] = sections.get("name", _as_name(str(model["source"])))
+            known = "a Hub id, a folder, a URI, a model, or a section that gives its source"
+            raise ValueError(f"model: give {known}; or give a whole spec")
+        last = str(model["source"]).rstrip("/").rpartition("/")[2].lower()
+        name = re.sub(r"[^a-z0-9.-]", "-", last).strip("-.")[:63] or "model"
+        document["name"] = sections.get("name", name)
     if isinstance(document["cluster"], Mapping):
         document["cluster"] = {"backend": "local", **document["cluster"]}
     if not isinstance(document["output"], Mapping):
@@ -96,20 +94,13 @@ def _test_part(calibration: Mapping[str, Any]) -> dict[str, Any]:
         ValueError: the calibration reads that part.
     """
     if calibration.get("split", "train") == "test":
-        raise ValueError(
-            "evaluation: the calibration reads the test part of its text, so name another text "
-            "to measure on"
-        )
+        problem = "evaluation: the calibration reads the test part of its text"
+        raise ValueError(f"{problem}; name another text to measure on")
     text = {name: value for name, value in calibration.items() if name not in _NOT_SHARED}
     count = str(calibration.get("num_sequences"))
     # what is no number is refused in its own place
     quarter = max(1, int(count) // 4) if count.isdecimal() else 1
     return text | {"name": "test", "split": "test", "num_sequences": quarter}
-
-
-def _as_name(source: str) -> str:
-    last = source.rstrip("/").rpartition("/")[2].lower()
-    return re.sub(r"[^a-z0-9.-]", "-", last).strip("-.")[:63] or "model"
 
 
 _MARKER = ".from_memory"
@@ -129,10 +120,7 @@ def causal_lm(model: Any) -> PreTrainedModel:
         family_of(model.config)
         if isinstance(model, MODEL_FOR_CAUSAL_LM_MAPPING[type(model.config)]):
             return model
-    raise ValueError(
-        f"model: got a {type(model).__name__}; give a causal LM of transformers, such as a "
-        "LlamaForCausalLM"
-    )
+    raise ValueError(f"model: got a {type(model).__name__}; give a causal LM of transformers")
 
 
 def a_tokenizer(tokenizer: Any) -> PreTrainedTokenizerBase:
@@ -142,10 +130,8 @@ def a_tokenizer(tokenizer: Any) -> PreTrainedTokenizerBase:
         ValueError: it is none of transformers'.
     """
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
-        raise ValueError(
-            f"tokenizer: got a {type(tokenizer).__name__}; give a tokenizer of transformers, as "
-            "AutoTokenizer returns"
-        )
+        kind = type(tokenizer).__name__
+        raise ValueError(f"tokenizer: got a {kind}; give what AutoTokenizer returns")
     return tokenizer
 
 
@@ -158,14 +144,12 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: str
     """
     config = vars(model.config).copy()
     with tempfile.TemporaryDirectory() as scratch:
+        remedy = "fix that first, free space there or set TMPDIR, or prune a folder"
+        kinds = (ValueError, OSError, SafetensorError)
         try:
-            model.save_pretrained(scratch)
-            tokenizer.save_pretrained(scratch)
-        except (ValueError, OSError, SafetensorError) as error:
-            raise ValueError(
-                f"model: transformers cannot save it to {scratch}: {error}; fix that first, free "
-                "space there or set TMPDIR, or prune a folder"
-            ) from error
+            with refusing(f"model: transformers cannot save it to {scratch}", remedy, kinds):
+                model.save_pretrained(scratch)
+                tokenizer.save_pretrained(scratch)
         finally:
             vars(model.config).update(config)  # which `save_pretrained` changes
         paths = filter(Path.is_file, sorted(Path(scratch).rglob("*")))
@@ -181,10 +165,8 @@ def _put(written: Mapping[str, Path], source: str, *, has_begun: bool) -> None:
     names = set(files.list_files(source))
     is_ours = _MARKER in names and (not has_begun or files.read_text(marker) == digest)
     if names and not is_ours:
-        raise ValueError(
-            f"output.uri: {source} holds something else, or another model or tokenizer, with which "
-            "the run began; give output another folder"
-        )
+        problem = f"{source} holds something else, or another model or tokenizer"
+        raise ValueError(f"output.uri: {problem}; give output another folder")
     if has_begun and names == {_MARKER, *written}:
         return
     files.remove_folder(source)  # of a try before the run began, or a part

@@ -21,6 +21,7 @@ from ray_surgeon.run.inputs import Inputs
 from ray_surgeon.run.loop import run_shots
 from ray_surgeon.runtime.cluster import NoRoomError, WorkerFailureError
 from ray_surgeon.runtime.ray_cluster import RayCluster, nodes_alive
+from ray_surgeon.spec.base import refusing
 from ray_surgeon.spec.sections import RaySection
 from ray_surgeon.stages.evaluation import CollapseError
 
@@ -28,6 +29,8 @@ _Failure = WorkerFailureError | None
 _LOSSES: tuple[type[RayError], ...] = (ObjectLostError, OutOfMemoryError)
 _LOSSES += (ray.exceptions.RayActorError, ray.exceptions.WorkerCrashedError)
 """What Ray raises where the coordinator itself is lost."""
+_TOLD = (FloatingPointError, ValueError, OSError, CollapseError, TakenOverError, NoRoomError)
+"""What the work raises that says all; anything else comes with Ray's words."""
 _POLL_S = 0.5
 _LOST_ITS_SERVER = "(?s).*Initialization failure from server"
 """What the cluster answers if it could not start what serves a client."""
@@ -118,25 +121,20 @@ def run_on_ray(inputs: Inputs, display: Display, *, disconnects: bool) -> None:
 def _run_with_retries(inputs: Inputs, display: Display) -> None:
     section = inputs.ray
     if len(nodes_alive()) > 1 and "://" not in inputs.spec.output.uri:
-        display.note(
-            f"note: the cluster has several machines; {inputs.spec.output.uri} must be a "
-            "folder that they share"
-        )
+        needed = f"{inputs.spec.output.uri} must be a folder that they share"
+        display.note(f"note: the cluster has several machines; {needed}")
     left = section.retries.model_dump()
     attempt = Attempt()
     failure: _Failure = None
     while (failure := _try(inputs, failure, attempt, display)) is not None:
         cause = failure.cause
         if not left[cause]:
-            raise RuntimeError(
-                f"{failure.line}. cluster.retries.{cause} allows "
-                f"{getattr(section.retries, cause)}; committed shots are kept. Look for the "
-                f"reason in Ray's logs, or raise cluster.retries.{cause}"
-            )
+            allowed = f"cluster.retries.{cause} allows {getattr(section.retries, cause)}"
+            remedy = f"Look for the reason in Ray's logs, or raise cluster.retries.{cause}"
+            raise RuntimeError(f"{failure.line}. {allowed}; committed shots are kept. {remedy}")
         left[cause] -= 1
-        display.note(
-            f"{failure.line}; continuing from the last commit, {left[cause]} such retries left"
-        )
+        retries = f"{left[cause]} such retries left"
+        display.note(f"{failure.line}; continuing from the last commit, {retries}")
 
 
 def connect(section: RaySection) -> str:
@@ -158,13 +156,10 @@ def connect(section: RaySection) -> str:
         lost_its_server = tenacity.retry_if_exception_message(match=_LOST_ITS_SERVER)
         stop = tenacity.stop_after_attempt(_TRIES)
         tries = tenacity.Retrying(retry=lost_its_server, stop=stop, reraise=True)
-        try:
+        remedy = "start it, check RAY_AUTH_MODE and RAY_AUTH_TOKEN, or leave the address out"
+        kinds = (ConnectionError, TimeoutError)
+        with refusing(f"cluster.address: cannot reach Ray at {target!r}", remedy, kinds):
             tries(ray.init, address=target, log_to_driver=False)
-        except (ConnectionError, TimeoutError) as error:
-            raise ValueError(
-                f"cluster.address: cannot reach Ray at {target!r}: {error}; start it, check "
-                "RAY_AUTH_MODE and RAY_AUTH_TOKEN, or leave the address out"
-            ) from error
         return target
     num_cpus = max(os.cpu_count() or 1, section.num_workers * section.cpus_per_worker)
     quiet: dict[str, Any] = {"log_to_driver": False, "configure_logging": False}
@@ -173,11 +168,8 @@ def connect(section: RaySection) -> str:
     try:
         ray.init(address="local", num_cpus=num_cpus, include_dashboard=False, **quiet)
     except OSError as error:
-        home = os.path.expanduser("~")
-        raise RuntimeError(
-            f"cannot start a local Ray: {error}; it needs a writable home ({home}) and temporary "
-            "folder"
-        ) from error
+        needs = f"a writable home ({os.path.expanduser('~')}) and temporary folder"
+        raise RuntimeError(f"cannot start a local Ray: {error}; it needs {needs}") from error
     return f"a local Ray with {num_cpus} CPUs"
 
 
@@ -189,10 +181,7 @@ def unwrapped(error: BaseException) -> BaseException:
     cause = error
     while isinstance(cause, RayTaskError):
         cause = cause.cause
-    is_told = isinstance(
-        cause, (FloatingPointError, ValueError, OSError, CollapseError, TakenOverError, NoRoomError)
-    )
-    return cause if is_told else RuntimeError(str(error))
+    return cause if isinstance(cause, _TOLD) else RuntimeError(str(error))
 
 
 def _start_coordinator() -> Any:
@@ -202,9 +191,8 @@ def _start_coordinator() -> Any:
     beside = NodeAffinitySchedulingStrategy(node, soft=False)
     environment = {"env_vars": {"OMP_WAIT_POLICY": "PASSIVE"}}
     actor_class = ray.remote(num_cpus=0, max_restarts=0, max_task_retries=0)(Coordinator)
-    return actor_class.options(
-        max_concurrency=2, runtime_env=environment, scheduling_strategy=beside
-    ).remote()
+    options = {"max_concurrency": 2, "runtime_env": environment, "scheduling_strategy": beside}
+    return actor_class.options(**options).remote()
 
 
 def _try(inputs: Inputs, before: _Failure, attempt: Attempt, show: Display) -> _Failure:

@@ -101,10 +101,8 @@ class Inputs:
             lines.append(self.chosen_text)
         stored = str(getattr(self.layout.config, "dtype", None)).removeprefix("torch.")
         if stored in ("bfloat16", "float16") and self.spec.model.dtype == "float32":
-            lines.append(
-                f"config.json says {stored}, but this job and its exports are in float32, twice as "
-                "large; model.dtype: bfloat16 halves it"
-            )
+            twice = f"config.json says {stored}, but this job and its exports are in float32"
+            lines.append(f"{twice}, twice as large; model.dtype: bfloat16 halves it")
         pruning = self.spec.pruning
         if isinstance(pruning, CoupledSection) and not CHANNELS.isdisjoint(pruning.groups):
             liked = KERNEL_COLUMNS * pruning.tensor_parallel
@@ -125,8 +123,7 @@ class Inputs:
         """
         work = work_of(self.spec, self.layout, self.method, self.stages)
         shapes = Shapes(self.layout, work, "cpu" if room.device_is_host else "cuda")
-        planner = Planner(shapes, self.spec.memory, device)
-        return planner.best(self.placement, room)
+        return Planner(shapes, self.spec.memory, device).best(self.placement, room)
 
 
 def work_of(spec: JobSpec, layout: ModelLayout, method: Method, stages: Stages) -> Work:
@@ -199,15 +196,12 @@ def _read(spec: JobSpec, tokenizer: Any, layout: ModelLayout) -> tuple[JobSpec, 
 def _fingerprints(spec: JobSpec, model: Any, texts: Texts, stages: Stages) -> dict[str, Any]:
     """Return what must be the same when a run goes on."""
     vocabulary = repr(sorted(texts.tokenizer.get_vocab().items()))
-    fingerprints: dict[str, Any] = {
-        "code": ray_surgeon.__version__,
-        "method": spec.method_fingerprint(),
-        "model": model,
-        "tokenizer": hashlib.sha256(vocabulary.encode()).hexdigest(),
-        "calibration": texts.calibration.fingerprint,
-        "evaluation": {name: windows.fingerprint for name, windows in texts.measured.items()},
-        "tasks": None,  # a run may go on without tasks that fail
-    }
+    fingerprints: dict[str, Any] = {"code": ray_surgeon.__version__}
+    fingerprints |= {"method": spec.method_fingerprint(), "model": model}
+    fingerprints["tokenizer"] = hashlib.sha256(vocabulary.encode()).hexdigest()
+    fingerprints["calibration"] = texts.calibration.fingerprint
+    measured = {name: windows.fingerprint for name, windows in texts.measured.items()}
+    fingerprints |= {"evaluation": measured, "tasks": None}  # which a run may go on without
     for stage in stages.all:
         fingerprints |= stage.fingerprints()
     return fingerprints

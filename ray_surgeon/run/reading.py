@@ -15,9 +15,8 @@ import torch
 from transformers import AutoConfig, PretrainedConfig
 
 import ray_surgeon
-from ray_surgeon.models.attention import check_rope
 from ray_surgeon.models.checkpoint import check_checkpoint, check_tied
-from ray_surgeon.models.families import check_family, check_not_quantised, check_sizes
+from ray_surgeon.models.families import check_depth, check_family, check_not_quantised
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.plan.room import named_device
 from ray_surgeon.spec.base import refusing
@@ -53,17 +52,13 @@ def read_texts(spec: JobSpec, tokenizer: Any, config: PretrainedConfig) -> Texts
     def windows_in(text: SourceSection, count: int, length: int, where: str) -> Windows:
         longest = getattr(config, "max_position_embeddings", length)
         if length > longest:
-            raise ValueError(
-                f"{where}.sequence_length: {length}, but the model takes at most {longest}; "
-                "shorten it"
-            )
+            problem = f"{where}.sequence_length: {length}, but the model takes at most {longest}"
+            raise ValueError(f"{problem}; shorten it")
         windows = read_windows(text, count, length, tokenizer, where)
         largest = int(windows.tokens.max())
         if largest >= config.vocab_size:
-            raise ValueError(
-                f"model.source: the tokenizer gives token {largest}, the model's vocabulary is "
-                f"{config.vocab_size}; the tokenizer belongs to another model"
-            )
+            problem = f"the tokenizer gives token {largest}, the vocabulary is {config.vocab_size}"
+            raise ValueError(f"model.source: {problem}; it belongs to another model")
         return windows
 
     section = spec.calibration
@@ -108,18 +103,15 @@ def load_config(folder: Path, origin: str) -> PretrainedConfig:
     """
     document = files.read_json(str(folder / "config.json"))
     if not isinstance(document, dict):
-        raise ValueError(
-            f"model.source: config.json of {origin} is a {type(document).__name__}, expected an "
-            "object; fetch it again"
-        )
+        problem = f"config.json of {origin} is a {type(document).__name__}, expected an object"
+        raise ValueError(f"model.source: {problem}; fetch it again")
     check_family(str(document.get("model_type", "")), document.get("text_config"))
-    check_sizes(document, origin)
+    check_depth(document, origin)
     check_not_quantised(document)
     refused = f"model.source: transformers cannot read config.json of {origin}"
     # the code of any family may raise anything
     with refusing(refused, "give a checkpoint it knows", Exception):
         config: PretrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    check_rope(document)
     return config
 
 
@@ -142,15 +134,11 @@ def check_machine(spec: JobSpec, *, dry_run: bool) -> None:
         named_device(section.device_speed, section.cpus_per_worker)
     wants_gpu = isinstance(section, LocalSection) and section.device == "cuda"
     if not dry_run and wants_gpu and not torch.cuda.is_available():
-        raise ValueError(
-            "cluster.gpus_per_worker: 1, but torch sees no GPU here; set it to 0, or install torch "
-            "with CUDA and a driver"
-        )
+        problem = "cluster.gpus_per_worker: 1, but torch sees no GPU here"
+        raise ValueError(f"{problem}; set it to 0, or install torch with CUDA and a driver")
     if any(part.startswith("_ray_pkg_") for part in Path(spec.output.uri).parts):
-        raise ValueError(
-            f"output.uri: {spec.output.uri} is in Ray's copy of the working directory, which goes "
-            "with the job; give a whole path or a URI"
-        )
+        problem = f"{spec.output.uri} is in Ray's copy of the working directory, and goes with it"
+        raise ValueError(f"output.uri: {problem}; give a whole path or a URI")
 
 
 def check_weights(source: ModelFiles, layout: ModelLayout) -> Any:
@@ -180,7 +168,6 @@ def check_requests(spec: JobSpec, layout: ModelLayout) -> None:
     longest = layout.config.max_position_embeddings if layout.family.positions else math.inf
     for where, request in (("output.speed", spec.output.speed), ("pruning.target.request", timed)):
         if request is not None and request.prompt_length + request.num_new_tokens > longest:
-            raise ValueError(
-                f"{where}: a prompt of {request.prompt_length} tokens and {request.num_new_tokens} "
-                f"new ones, but the model takes at most {longest}; give fewer"
-            )
+            size = f"{request.prompt_length} tokens and {request.num_new_tokens} new ones"
+            problem = f"{where}: a prompt of {size}, but the model takes at most {longest}"
+            raise ValueError(f"{problem}; give fewer")

@@ -84,10 +84,8 @@ class PruneResult:
         """
         export = self._export(kind, for_transformers=kind is None)
         if "from_pretrained" not in export["load"]:
-            raise ValueError(
-                f"the export {export['kind']} is not for transformers; load another, or: "
-                f"{export['load']}"
-            )
+            problem = f"the export {export['kind']} is not for transformers"
+            raise ValueError(f"{problem}; load another, or: {export['load']}")
         # the code beside the weights is ours, written by the run
         trusted = "trust_remote_code=True" in export["load"]
         options = {"dtype": "auto", "trust_remote_code": trusted} | options
@@ -103,10 +101,9 @@ class PruneResult:
         if for_transformers:
             exports = [export for export in exports if "from_pretrained" in export["load"]]
         if not exports:
-            raise ValueError(
-                f"the run {self.uri} has no export {kind or 'for this'}; it has "
-                f"{[export['kind'] for export in written]}; name one in output.exports"
-            )
+            kinds = [export["kind"] for export in written]
+            problem = f"the run {self.uri} has no export {kind or 'for this'}; it has {kinds}"
+            raise ValueError(f"{problem}; name one in output.exports")
         return exports[-1]
 
 

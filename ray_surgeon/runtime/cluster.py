@@ -27,13 +27,9 @@ class NoRoomError(RuntimeError):
     """The cluster cannot hold the workers."""
 
 
-_LOST = {
-    "worker": "a worker was lost",
-    "node": "a machine was lost",
-    "coordinator": "the coordinator was lost",
-    "communication": "replicas could not communicate",
-    "memory": "a machine ran out of memory",
-}
+_LOST = {"worker": "a worker was lost", "node": "a machine was lost"}
+_LOST |= {"coordinator": "the coordinator was lost", "memory": "a machine ran out of memory"}
+_LOST |= {"communication": "replicas could not communicate"}
 """Cause of a failure -> what the user reads."""
 
 

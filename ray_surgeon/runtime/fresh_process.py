@@ -19,14 +19,19 @@ if TYPE_CHECKING:  # the processes that read requests need no workers
     from ray_surgeon.runtime.worker import Worker
 
 
+Request = Mapping[str, Any]
+Reply = dict[str, Any]
+"""Both travel as JSON."""
+
+
 def run_module(
-    module: str, request: Mapping[str, Any], offline: bool = True, gpu: str | None = None
-) -> dict[str, Any]:
+    module: str, request: Request, offline: bool = True, gpu: str | None = None
+) -> Reply:
     """Return the answer of a module to a request.
 
     Args:
-        module: dotted name; its function `answer` takes the request and returns a dictionary. Both
-            travel as JSON. On Linux its process is killed when this one ends.
+        module: dotted name; its function `answer` takes the request and returns the reply. On Linux
+            its process is killed when this one ends.
         request: for it.
         offline: whether it may not ask the Hub.
         gpu: the one GPU that it sees, as in ``CUDA_VISIBLE_DEVICES``, or "" for none; those of this
@@ -42,19 +47,15 @@ def run_module(
         if gpu is not None:
             env["CUDA_VISIBLE_DEVICES"] = gpu
         command = [sys.executable, "-m", f"{__package__}.with_parent", str(os.getpid()), module]
-        done = subprocess.run(
-            command, input=json.dumps(request), capture_output=True, text=True, check=False, env=env
-        )
+        told = json.dumps(request)
+        done = subprocess.run(command, input=told, capture_output=True, text=True, env=env)
     if done.returncode:
         last_lines = "\n".join(done.stderr.strip().splitlines()[-5:])
         raise RuntimeError(last_lines or f"{module} ended with exit code {done.returncode}")
-    reply: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
-    return reply
+    return dict(json.loads(done.stdout.strip().splitlines()[-1]))
 
 
-def run_on_worker(
-    worker: Worker, module: str, request: Mapping[str, Any], offline: bool = True
-) -> dict[str, Any]:
+def run_on_worker(worker: Worker, module: str, request: Request, offline: bool = True) -> Reply:
     """Run a module in a process beside a worker; see `run_module`.
 
     The process sees that worker's device alone, and no GPU if that is a CPU.

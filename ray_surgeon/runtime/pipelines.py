@@ -15,6 +15,7 @@ from ray_surgeon.runtime.wave import Counts, Labels, Only, Passage, Tokens, Wave
 
 T = TypeVar("T")
 
+_AT_END: tuple[Callable[..., Any], ...] = (on_worker.infer_each, on_worker.forward_backward)
 _STEPS: dict[str, Callable[..., TensorPayload]] = {
     "forward": on_worker.forward,
     "backward": on_worker.backward,
@@ -62,7 +63,7 @@ def run_pass(cluster: Cluster, passage: Passage, work: Labels | on_worker.OfEach
     progress = Progress() if is_inside else cluster.progress
     progress.begin(num_sequences, "sequences", passage.tokens.shape[1])
     order = one_forward_one_backward if goes_back else one_by_one
-    at_end: Callable[..., Any] = on_worker.forward_backward if goes_back else on_worker.infer_each
+    at_end = _AT_END[goes_back]
     waves = passage.waves(cluster.placement, cluster.stores)
     turns = sorted(
         (turn, replica, operation)
@@ -87,9 +88,8 @@ def run_pass(cluster: Cluster, passage: Passage, work: Labels | on_worker.OfEach
             pair = cluster.submit_pair(index, at_end, number, inputs, wave, work)
             moving[key], results[key] = pair
         else:
-            step = _STEPS[direction]
-            more = (passage.of_teacher,) if direction == "infer" else ()
-            moving[key] = cluster.submit(index, step, number, inputs, *more)
+            more = (passage.of_teacher,) * (direction == "infer")
+            moving[key] = cluster.submit(index, _STEPS[direction], number, inputs, *more)
     values = cluster.get(list(results.values()))
     progress.reach(num_sequences)
     if passage.text is not None:

@@ -69,10 +69,9 @@ def partition_blocks(num_blocks: int, num_shards: int, head_cost: float) -> tupl
         ValueError: there are more shards than blocks.
     """
     if not 1 <= num_shards <= num_blocks:
-        raise ValueError(
-            f"cluster.num_shards: {num_shards} shards cannot be filled, the model has {num_blocks} "
-            f"blocks; give 1 to {num_blocks} shards, and use cluster.num_replicas for more workers"
-        )
+        problem = f"{num_shards} shards cannot be filled, the model has {num_blocks} blocks"
+        remedy = f"give 1 to {num_blocks}, and use cluster.num_replicas for more workers"
+        raise ValueError(f"cluster.num_shards: {problem}; {remedy}")
     if num_shards == 1:
         return (BlockRange(0, num_blocks, num_blocks),)
     others = num_shards - 1

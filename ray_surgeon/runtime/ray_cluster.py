@@ -25,20 +25,14 @@ T = TypeVar("T")
 
 _COMES_AGAIN = ("out of memory", "device-side assert")
 """What errors of CUDA say that a new process would have, too."""
-_ENVIRONMENT = {
-    "OMP_WAIT_POLICY": "PASSIVE",
-    "TOKENIZERS_PARALLELISM": "false",
-    # with a list of one device a worker, NCCL hung (Ray issue 61073)
-    "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1",
-}
-_UNLESS_SET = {
-    # memory of GPUs grows in place, so that tensors of other sizes than before find room
-    "PYTORCH_ALLOC_CONF": "expandable_segments:True",
-    # a collective that fails raises where it is waited for; else a thread of torch's ends the
-    # process, and nobody says why
-    "TORCH_NCCL_BLOCKING_WAIT": "1",
-    "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0",
-}
+_ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false"}
+# with a list of one device a worker, NCCL hung (Ray issue 61073)
+_ENVIRONMENT |= {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}
+# memory of GPUs grows in place, so that tensors of other sizes than before find room
+_UNLESS_SET = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+# a collective that fails raises where it is waited for; else a thread of torch's ends the process,
+# and nobody says why
+_UNLESS_SET |= {"TORCH_NCCL_BLOCKING_WAIT": "1", "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0"}
 _OF_NODES = (ray.exceptions.NodeDiedError, ray.exceptions.ObjectLostError)
 """Errors that a lost machine has, if Ray does not say more of it."""
 _LOOK_S = 2.0
@@ -135,13 +129,11 @@ class RayCluster(Cluster):
         Raises:
             RayError: a worker's process ended.
         """
-        pings = {
-            actor.ping.options(concurrency_group="ping").remote(): index
-            for index, actor in self._actors.items()
-        }
-        done, silent = ray.wait(
-            list(pings), num_returns=len(pings), timeout=timeout_s, fetch_local=False
-        )
+        actors = self._actors.items()
+        group = {"concurrency_group": "ping"}
+        pings = {actor.ping.options(**group).remote(): index for index, actor in actors}
+        count = len(pings)
+        done, silent = ray.wait([*pings], num_returns=count, timeout=timeout_s, fetch_local=False)
         return ray.get(done), [pings[ping] for ping in silent]
 
     def _check_that_all_answer(self, timeout_s: float) -> None:
@@ -289,8 +281,7 @@ def _reserve(num_workers: int, section: RaySection) -> PlacementGroup:
         free = ray.available_resources()  # type: ignore[no-untyped-call]
         remove_placement_group(group)
         shown = ", ".join(f"{k} {free.get(k, 0):g} free of {total.get(k, 0):g}" for k in bundle)
-        raise NoRoomError(
-            f"no room for {num_workers} workers of {bundle} within {section.start_timeout_s:g} s; "
-            f"the cluster has {shown}. Ask for fewer shards or replicas, or add nodes"
-        )
+        wanted = f"{num_workers} workers of {bundle} within {section.start_timeout_s:g} s"
+        problem = f"no room for {wanted}; the cluster has {shown}"
+        raise NoRoomError(f"{problem}. Ask for fewer shards or replicas, or add nodes")
     return group

@@ -90,8 +90,7 @@ def process_usage(device: torch.device, busy_s: float = 0.0, packing_s: float = 
     # it also counts the process that this one was forked from
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     rss = _status_bytes("VmHWM") or most * (1 if sys.platform == "darwin" else 1024)
-    anonymous = _peak_here().take()
-    return Usage(name, time.process_time(), rss, gpu, anonymous, busy_s, packing_s)
+    return Usage(name, time.process_time(), rss, gpu, _peak_here().take(), busy_s, packing_s)
 
 
 def bound_shapes() -> None:

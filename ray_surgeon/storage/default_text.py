@@ -59,9 +59,8 @@ def default_mix(section: CalibrationSection, tokenizer: Any) -> tuple[Calibratio
     """
     is_chat = has_chat_template(tokenizer)
     if section.weigh == "answers" and not is_chat:
-        raise ValueError(
-            "calibration.weigh: answers, but the model has no chat template; give source self"
-        )
+        problem = "calibration.weigh: answers, but the model has no chat template"
+        raise ValueError(f"{problem}; give source self")
     count = section.num_sequences
     length = section.sequence_length
     num_chat = max(1, int(count * _CHAT_SHARE)) if is_chat else 0
@@ -86,11 +85,10 @@ def default_mix(section: CalibrationSection, tokenizer: Any) -> tuple[Calibratio
     mix = [{**text, "seed": section.seed, "weight": number} for number, text, _ in others]
     kept = {"seed", "num_sequences", "sequence_length", "weigh", "held_aside"}
     fields = {"weight": weight if mix else 1.0, "mix": mix} | section.model_dump(include=kept)
-    return CalibrationSection.model_validate(main | fields), (
-        f"calibration.source auto: {count} windows of {length} tokens, "
-        f"{', '.join(f'{number} of {what}' for number, _, what in texts)}; to change this, name a "
-        "source, and more in calibration.mix"
-    )
+    parts = ", ".join(f"{number} of {what}" for number, _, what in texts)
+    chosen = f"calibration.source auto: {count} windows of {length} tokens, {parts}"
+    remedy = "to change this, name a source, and more in calibration.mix"
+    return CalibrationSection.model_validate(main | fields), f"{chosen}; {remedy}"
 
 
 def _texts_in(length: int, most: int) -> int:

@@ -67,8 +67,7 @@ def exists(uri: str) -> bool:
 def facts(uri: str) -> dict[str, Any]:
     """Return what the file system knows of a file: its size, and what changes with its content."""
     filesystem, path = open_filesystem(uri)
-    info: dict[str, Any] = filesystem.info(path)
-    return info
+    return dict(filesystem.info(path))
 
 
 def size_bytes(uri: str) -> int | None:

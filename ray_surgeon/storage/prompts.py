@@ -71,9 +71,8 @@ def read_prompts(uri: str, tokenizer: Any, where: str, longest: float = math.inf
         prompts.append(_prompt(line, tokenizer, at))
         size = len(prompts[-1].tokens)
         if size > longest:
-            raise ValueError(
-                f"{at} is a prompt of {size} tokens, but only {longest} leave room for an answer"
-            )
+            room = f"but only {longest} leave room for an answer"
+            raise ValueError(f"{at} is a prompt of {size} tokens, {room}")
     if not prompts:
         raise ValueError(f"{where}: {uri} has no lines; {_LINES}")
     return prompts

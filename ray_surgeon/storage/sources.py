@@ -94,10 +94,9 @@ class ModelFiles:
             return self._files_in_index()
         names = [name for name in self.names if name.endswith(".safetensors")]
         if not names:
-            raise ValueError(
-                f"model.source: {self.origin} has no .safetensors weights; pickled weights are not "
-                "read. Convert it once with `model.save_pretrained(folder)`"
-            )
+            problem = f"{self.origin} has no .safetensors weights; pickled weights are not read"
+            remedy = "Convert it once with `model.save_pretrained(folder)`"
+            raise ValueError(f"model.source: {problem}. {remedy}")
         return names
 
     def _files_in_index(self) -> list[str]:
@@ -128,10 +127,9 @@ class ModelFiles:
             header = tensor_files.read_header(self.open_uri(name))
             for key, entry in header.entries.items():
                 if key.endswith(".weight") and entry.dtype not in wide:
-                    raise ValueError(
-                        f"model.source: {key} of {self.origin} is {entry.dtype}, so it is quantised"
-                        "; give float32 or bfloat16, and quantise what is pruned, output.quantize"
-                    )
+                    problem = f"{key} of {self.origin} is {entry.dtype}, so it is quantised"
+                    remedy = "give float32 or bfloat16, and quantise what is left: output.quantize"
+                    raise ValueError(f"model.source: {problem}; {remedy}")
             shapes.update(header.shapes)
             digest.update(header.fingerprint.encode())
         return shapes, digest.hexdigest()
@@ -175,10 +173,8 @@ def open_model(source: ModelSection) -> ModelFiles:
             raise ValueError(f"model.revision: {where} is a local folder; remove it")
         return _folder(source, str(Path(where).resolve()))
     if where.startswith((".", "/", "~")) or where.count("/") > 1:
-        raise ValueError(
-            f"model.source: there is no folder {where!r} (looked in {os.getcwd()}); give a folder, "
-            "a URI or a Hub id"
-        )
+        problem = f"there is no folder {where!r} (looked in {os.getcwd()})"
+        raise ValueError(f"model.source: {problem}; give a folder, a URI or a Hub id")
     return _hub(source)
 
 
@@ -196,10 +192,8 @@ def _folder(source: ModelSection, uri: str) -> ModelFiles:
         target = (folder / name).resolve()
         # into exports; weights may lie elsewhere, and the Hub's cache keeps content in blobs
         if folder not in target.parents and target.parent.name != "blobs":
-            raise ValueError(
-                f"model.source: {folder / name} is a link to {target}, outside of the model; put "
-                "the file itself there"
-            )
+            problem = f"{folder / name} is a link to {target}, outside of the model"
+            raise ValueError(f"model.source: {problem}; put the file itself there")
     address = functools.partial(files.join, uri)
 
     def fetch(name: str) -> Path:

@@ -142,9 +142,8 @@ def read_header(uri: str) -> Header:
     size = int(filesystem.size(path))
     length = int.from_bytes(files.read_range(uri, 0, min(8, size)), "little")
     if not 2 <= length <= min(_MAX_HEADER_BYTES, size - 8):
-        raise ValueError(
-            f"{uri}: not a safetensors file, or cut short ({size} bytes); fetch it again"
-        )
+        problem = f"not a safetensors file, or cut short ({size} bytes)"
+        raise ValueError(f"{uri}: {problem}; fetch it again")
     start = 8 + length
     raw = files.read_range(uri, 8, start)
     damaged = f"{uri}: the safetensors header is damaged ({REASON})"

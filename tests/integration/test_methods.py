@@ -101,7 +101,9 @@ def test_workers_and_resuming(method: str, job: Jobs, monkeypatch: pytest.Monkey
     assert_same_shot(one.uri, before, 2)
     assert [shot["perplexity"] for shot in one.shots] == perplexities
     replicas = job(options, folder="replicas", cluster__num_replicas=2)
-    assert difference(one.uri, replicas.uri, 2) < runs.MOST_BY_ORDER_OF_SUMS
+    # of single elements some are at the threshold, and a second shot goes on from those that went
+    last = 1 if method == "element" else 2
+    assert difference(one.uri, replicas.uri, last) < runs.MOST_BY_ORDER_OF_SUMS
     family = options.get("model", "llama")
     first, second = (kept_of(one.tensors(shot), family) for shot in (1, 2))
     for name, kept in second.items():

@@ -90,8 +90,7 @@ def clip_term(term: Term, G_root: Tensor, A_root: Tensor, share: float) -> tuple
     for x, y in ((s, t), (-s, -t)):
         low_x = x.clamp(min=-room / max(float(y.max()), 1e-30))
         low_y = y.clamp(min=-room / max(float(x.max()), 1e-30))
-        kept = low_x.norm() ** 2 * low_y.norm() ** 2
-        square = size**2 + kept - 2 * (x @ low_x) * (y @ low_y)
+        square = size**2 + low_x.norm() ** 2 * low_y.norm() ** 2 - 2 * (x @ low_x) * (y @ low_y)
         change = float(square.clamp(min=0).sqrt() / size.clamp(min=1e-30))
         is_same = torch.equal(low_x, x) and torch.equal(low_y, y)
         clipped.append((change, is_same, low_x, low_y))
@@ -191,8 +190,7 @@ def minimise_kept(W: Tensor, terms: Terms, rows: Tensor, columns: Tensor) -> tup
     removed = W.clone()
     removed[torch.outer(K, L)] = 0
     right = apply_terms(removed, terms)[K][:, L]
-    inside = [(G[K][:, K], A[L][:, L]) for G, A in terms]
-    X, residual = solve_terms(right, inside)
+    X, residual = solve_terms(right, [(G[K][:, K], A[L][:, L]) for G, A in terms])
     new[K.nonzero(), L.nonzero()[:, 0]] = W[K][:, L] + X
     return new, residual
 

@@ -158,16 +158,14 @@ def departure(answer: Sequence[int], second_answer: Sequence[int]) -> int:
 
 def dense_record(answers: Answers, decode_tokens: Decode) -> dict[str, Any]:
     """Return what a report tells of the dense model's answers; `decode_tokens` gives their text."""
-    return {
-        "num_prompts": len(answers.prompts),
-        "num_tokens": sum(map(len, answers.answers)),
-        "share_ended": fmean(answers.ended),
-        "share_repeating": fmean(map(repeats, answers.answers)),
-        "example": {
-            "prompt": decode_tokens(answers.prompts[0])[:_EXAMPLE_CHARACTERS],
-            "dense": decode_tokens(answers.answers[0])[:_EXAMPLE_CHARACTERS],
-        },
-    }
+    record: dict[str, Any] = {"num_prompts": len(answers.prompts)}
+    record["num_tokens"] = sum(map(len, answers.answers))
+    record["share_ended"] = fmean(answers.ended)
+    record["share_repeating"] = fmean(map(repeats, answers.answers))
+    first = {"prompt": answers.prompts[0], "dense": answers.answers[0]}
+    texts = {name: decode_tokens(tokens) for name, tokens in first.items()}
+    record["example"] = {name: text[:_EXAMPLE_CHARACTERS] for name, text in texts.items()}
+    return record
 
 
 def shot_record(answers: Answers, generation: Generation, decode_tokens: Decode) -> dict[str, Any]:
@@ -193,11 +191,19 @@ def read_answers(uri: str) -> Answers:
 
 
 @dataclass(frozen=True)
-class DenseAnswers(Stage):
-    """The dense model answers the prompts, before the first shot."""
-
+class _Answering(Stage):
     name = "answers"
     yardstick: Yardstick
+
+    def needs(self, worker: WorkerView) -> Iterable[StepPlan]:
+        """Return the writing of the answers."""
+        section = self.yardstick.section
+        sizes = [(section.num_prompts, section.max_new_tokens)]
+        yield worker.writing(self.name, sizes, _PROMPT_TOKENS)
+
+
+class DenseAnswers(_Answering):
+    """The dense model answers the prompts, before the first shot."""
 
     def run(self, run: RunState, facts: Facts) -> None:
         """Let the dense model answer, unless an earlier try of the run did.
@@ -226,19 +232,12 @@ class DenseAnswers(Stage):
         """Return the prompts: answers before and after are to the same ones."""
         return {"generation": self.yardstick.fingerprint}
 
-    def needs(self, worker: WorkerView) -> Iterable[StepPlan]:
-        """Return the writing of the answers."""
-        section = self.yardstick.section
-        sizes = [(section.num_prompts, section.max_new_tokens)]
-        yield worker.writing(self.name, sizes, _PROMPT_TOKENS)
-
     def on_host(self, worker: WorkerView) -> float:
         """Return the dense model's states of prompts and answers."""
         section = self.yardstick.section
         return worker.remembered(section.num_prompts * (_PROMPT_TOKENS + section.max_new_tokens))
 
 
-@dataclass(frozen=True)
 class BeforeRecovery(Stage):
     """How many of the dense model's tokens the pruned model would accept, before recovery."""
 
@@ -251,25 +250,19 @@ class BeforeRecovery(Stage):
         facts["accepted"] = rates["acceptance"]
 
 
-@dataclass(frozen=True)
-class PrunedAnswers(Stage):
+class PrunedAnswers(_Answering):
     """The pruned model's answers beside the dense model's, after every shot."""
-
-    name = "answers"
-    yardstick: Yardstick
 
     def run(self, run: RunState, facts: Facts) -> None:
         """Compare the answers."""
         answers = run.kept(Answers)
-        most = self.yardstick.section.max_new_tokens
-        generation = measure_answers(run.cluster, answers, most)
+        generation = measure_answers(run.cluster, answers, self.yardstick.section.max_new_tokens)
         run.record["generation"] = shot_record(answers, generation, self.yardstick.text_of)
         facts |= {"accepted": generation.acceptance, "agreement": generation.agreement}
 
     def needs(self, worker: WorkerView) -> Iterable[StepPlan]:
         """Return the writing, which is as that of the dense model, and the comparison."""
+        yield from super().needs(worker)
         section = self.yardstick.section
-        sizes = [(section.num_prompts, section.max_new_tokens)]
-        yield worker.writing(self.name, sizes, _PROMPT_TOKENS)
         length = _PROMPT_TOKENS + section.max_new_tokens
         yield worker.measuring(self.name, [(section.num_prompts, length)])

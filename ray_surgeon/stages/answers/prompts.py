@@ -109,10 +109,9 @@ def check_prompts(prompts: Sequence[Sequence[int]], new: int, longest: float, wh
     """
     for number, prompt in enumerate(prompts):
         if not 0 < len(prompt) <= longest - new:
-            raise ValueError(
-                f"{where}: prompt {number} has {len(prompt)} tokens and its answer up to {new}, "
-                f"but the model takes at most {longest}, one of a prompt at least; change those"
-            )
+            size = f"{len(prompt)} tokens and its answer up to {new}"
+            problem = f"{where}: prompt {number} has {size}, but the model takes at most {longest}"
+            raise ValueError(f"{problem}, one of a prompt at least; change those")
 
 
 def _drawn(count: int, most: int, seed: int) -> list[int]:

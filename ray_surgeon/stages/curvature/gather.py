@@ -149,10 +149,9 @@ def gather_curvature(
     measured = both or range(len(sequences))
     num_tokens = passes.num_counted(sequences, counts, measured)
     if not num_tokens:
-        raise ValueError(
-            f"calibration: in none of the {len(measured)} sequences whose loss is taken does a "
-            "token count; use longer ones, or more, or raise curvature.num_backward"
-        )
+        problem = f"in none of the {len(measured)} sequences whose loss is taken a token counts"
+        remedy = "use longer ones, or more, or raise curvature.num_backward"
+        raise ValueError(f"calibration: {problem}; {remedy}")
     cluster.run_all(start_pass, kind, only, beside)
     remembered = CALIBRATION if remembers else None
     try:
@@ -165,8 +164,7 @@ def gather_curvature(
         else:
             losses = passes.sequence_losses(cluster, sequences, counts, remembered)
         if both and passes.num_counted(sequences) != num_tokens:
-            factor = passes.num_counted(sequences) / num_tokens
-            cluster.run_all(weigh_gradients, factor, beside)
+            cluster.run_all(weigh_gradients, passes.num_counted(sequences) / num_tokens, beside)
         total = passes.finite("the loss of the calibration sequences", sum(losses))
     except FloatingPointError as error:
         reason = getattr(error, "cause", error)  # unwrapped from Ray's task error
@@ -223,8 +221,7 @@ def start_iteration(worker: Worker, side: int) -> None:
         R = shape.num_rows
         if name not in opposites:
             opposites[name] = torch.eye(R, device=worker.device) / R**0.5
-        size = (R, shape.num_columns)[side]
-        power.moments[name] = PackedSymmetric.zeros(size, worker.device)
+        power.moments[name] = PackedSymmetric.zeros((R, shape.num_columns)[side], worker.device)
         power.hooks.append(watch_pairs(module, partial(power.add, side, name)))
 
 

@@ -189,22 +189,16 @@ class Curvature(Stage):
     @staticmethod
     def _counts(worker: WorkerView, backward: int, runs: int, num_changes: int) -> Counted:
         """Return what passes launch whose sequences pass backward in part."""
-        once = worker.sequences - backward
         T = worker.sequence_length
-        counts = worker.pass_counts(once, T, heads=float(not backward))
+        counts = worker.pass_counts(worker.sequences - backward, T, heads=float(not backward))
         counts += worker.pass_counts(backward, T, runs, 1.0)
         gathered = [s for s in worker.linears if s.name in worker.shapes.work.gathered]
         of_A = {linear.shared_input: linear.num_columns for linear in gathered}.values()
-        of_calls = [
-            Counted(
-                sum(PackedSymmetric.num_panels(n, "cuda") for n in sizes),
-                memory_bytes=sum(4.0 * n**2 for n in sizes),
-            )
-            for sizes in (of_A, [linear.num_rows for linear in gathered])
-        ]
+        of_G = [linear.num_rows for linear in gathered]
         calls = -(-worker.sequences // worker.together), -(-backward // worker.together)
-        for of_call, num_calls in zip(of_calls, calls, strict=True):
-            counts += of_call.times(num_calls)
+        for sizes, num_calls in zip((of_A, of_G), calls, strict=True):
+            panels = sum(PackedSymmetric.num_panels(n, "cuda") for n in sizes)
+            counts += Counted(panels, 0, sum(4.0 * n**2 for n in sizes)).times(num_calls)
             counts += Counted(len(gathered) * (num_calls > 0))  # zeros at the start
         if num_changes:
             routed = sum(not linear.sees_all_tokens for linear in worker.linears)
@@ -219,7 +213,7 @@ class Curvature(Stage):
         curvature = self.method.used_curvature
         if not isinstance(curvature, ExtendedKfacSection):
             return ()
-        further = curvature.num_kronecker_terms - 1
         squares = sum(linear.num_rows**2 + linear.num_columns**2 for linear in worker.linears)
+        further = curvature.num_kronecker_terms - 1
         device = (further + 1.5) * 4.0 * squares
         return [StepPlan(name, device, 0.0) for name in (self.name, "costs", "update")]

@@ -20,11 +20,10 @@ from typing import Any
 
 import torch
 
-from ray_surgeon.maths.curvature import Removal
 from ray_surgeon.maths.greedy import Limits
 from ray_surgeon.maths.group_batch import KeptFactors, costs_of_groups, most_at_once
 from ray_surgeon.maths.masks import StructuredMask
-from ray_surgeon.maths.structured import lowest, prune_groups
+from ray_surgeon.maths.structured import Pruned, lowest, prune_groups
 from ray_surgeon.models.groups import GroupSet
 from ray_surgeon.models.layout import FEED_FORWARD_OF_ALL
 from ray_surgeon.models.pruned_config import kv_heads_left
@@ -217,9 +216,7 @@ class Groups(GroupChoice):
         remove_experts(worker, experts)
         return tuple(worker.summary(name, predicted.get(name, 0.0), 0.0) for name in worker.owned())
 
-    def removal(
-        self, worker: Worker, groups: GroupSet, count: int
-    ) -> tuple[Removal, StructuredMask]:
+    def removal(self, worker: Worker, groups: GroupSet, count: int) -> Pruned:
         """Return an owned consumer without its cheapest groups; see `prune_groups`.
 
         Args:

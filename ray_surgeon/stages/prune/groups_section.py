@@ -105,11 +105,10 @@ class CoupledSection(Reconstructed):
                 more = f"the dense model needs no more than {dense:.6g}; lower it"
                 raise OutOfReachError(f"{what}, but {more}")
         if allowed < least:
-            raise OutOfReachError(
-                f"{what}, but with these groups and allocation, and a width_multiple which is "
-                f"{self.multiple}, the model needs at least {least:.6g} {unit}, so at most "
-                f"{1 - least / dense:.4f} of that can be removed; ask for less, or change those"
-            )
+            how = f"these groups and allocation, and a width_multiple which is {self.multiple}"
+            need = f"the model needs at least {least:.6g} {unit}"
+            most = f"at most {1 - least / dense:.4f} of that can be removed"
+            raise OutOfReachError(f"{what}, but with {how}, {need}, so {most}; change those")
 
     def problem_with(self, curvature: AnyCurvature) -> str | None:
         """Return why this section and a curvature do not go together; see `ScheduleSection`."""
@@ -195,9 +194,7 @@ def problems_of_mixture(
     field = layout.family.sparse.num_groups
     num_groups = getattr(layout.config, field) if field else None
     if num_groups is not None and num_groups > 1:
-        yield (
-            f"pruning.groups: the router chooses among {num_groups} groups of experts of one size "
-            f"({field} in config.json), so no single expert can go; use expert_channels"
-        )
+        problem = f"the router chooses among {num_groups} groups of experts of one size"
+        yield f"pruning.groups: {problem} ({field}), so no single one can go; use expert_channels"
     if isinstance(pruning.target, FlopsTarget):
         yield "pruning.target: whole experts save no flops; give parameters or bytes"

@@ -82,9 +82,8 @@ class Layerwise(Method, BlockPass):
         """A's Cholesky factor and the inverse of that."""
         R = shape.num_rows
         C = shape.num_columns
-        return LinearNeeds(
-            update_bytes=4 * (4 * C**2 + 4 * R * C), update_flops=2 / 3 * C**3 + 2 * R * C**2
-        )
+        flops = 2 / 3 * C**3 + 2 * R * C**2
+        return LinearNeeds(update_bytes=4 * (4 * C**2 + 4 * R * C), update_flops=flops)
 
     # On the coordinator
 

@@ -33,12 +33,10 @@ from ray_surgeon.stages.stage import Facts, RunState, Stage, held_measure
 METHODS: dict[type, type[Method]] = {
     RowsColumnsSection: RowsColumns,
     elements.ElementsSection: elements.Elements,
-    coupled.GroupsSection: Groups,
-    coupled.UniformGroupsSection: Groups,
     SparseGPTSection: Layerwise,
     WandaSection: Layerwise,
 }
-"""Section -> the method that takes it."""
+"""Section -> the method that takes it; of coupled groups see `_groups`."""
 
 
 def _tag_of(get: Any) -> str:
@@ -98,10 +96,9 @@ def _check_pattern(pruning: elements.PatternSection, layout: ModelLayout) -> Non
             inputs = f"{shape.name} has {num_inputs} inputs"
             raise ValueError(f"pruning.n_m: {inputs}, not a multiple of {m}; choose another M")
     if pruning.target_sparsity > (most := pruning.reach(layout)):
-        raise ValueError(
-            f"pruning.target_sparsity: {pruning.target_sparsity:g}, but {most:.4g} is all that "
-            f"{pruning.method} can take from this model, because biases count and stay; lower it"
-        )
+        problem = f"target_sparsity: {pruning.target_sparsity:g}, but {most:.4g} is all that"
+        why = f"{pruning.method} can take from this model, because biases count and stay"
+        raise ValueError(f"pruning.{problem} {why}; lower it")
 
 
 def _groups(
@@ -112,19 +109,16 @@ def _groups(
     devices = pruning.tensor_parallel
     uniform = pruning.uniform
     if heads.num_kv not in kv_heads_left(layout, devices, uniform=uniform):
-        raise ValueError(
-            f"pruning.tensor_parallel: {devices}; give a number that divides the dense model's "
-            f"{heads.num_query} query heads and {heads.num_kv} KV heads"
-        )
+        counts = f"{heads.num_query} query heads and {heads.num_kv} KV heads"
+        raise ValueError(f"pruning.tensor_parallel: {devices}; give a divisor of the {counts}")
     for groups in layout.group_sets:
         if groups.kind != "attention" and len(groups.columns) % devices:
             channels = f"{groups.consumer} has {len(groups.columns)} channels"
             raise ValueError(f"pruning.tensor_parallel: {devices}, but {channels}; give a divisor")
     if missing := [kind for kind in pruning.groups if kind not in layout.kinds]:
-        raise ValueError(
-            f"pruning.groups: {', '.join(missing)}, but {layout.config.model_type} has "
-            f"{', '.join(layout.kinds)} that can be pruned here; name some of these"
-        )
+        present = f"{layout.config.model_type} has {', '.join(layout.kinds)}"
+        problem = f"pruning.groups: {', '.join(missing)}, but {present} that can be pruned here"
+        raise ValueError(f"{problem}; name some of these")
     fewest = budgets.fewest_left(layout, pruning.fewest_groups, devices, uniform=uniform)
     sets = (groups for groups in layout.group_sets if groups.kind in pruning.groups)
     consumers = frozenset(layout.shapes[groups.consumer].role for groups in sets)
@@ -243,12 +237,11 @@ class Update(_OnLinears):
         predicted = [linear.predicted for linear in run.linears if linear.predicted is not None]
         residuals = sorted(linear.residual for linear in run.linears)
         scores = run.kept(Scores)
-        run.record |= {
-            "predicted_loss_increase": sum(predicted) if predicted else None,
-            "update_residual": {"median": residuals[len(residuals) // 2], "max": residuals[-1]},
-            "damping_used": [asdict(event) for event in scores.raised_damping],
-            "terms_clipped": [asdict(event) for event in scores.clipping],
-        }
+        residual = {"median": residuals[len(residuals) // 2], "max": residuals[-1]}
+        run.record["predicted_loss_increase"] = sum(predicted) if predicted else None
+        run.record["update_residual"] = residual
+        run.record["damping_used"] = [asdict(event) for event in scores.raised_damping]
+        run.record["terms_clipped"] = [asdict(event) for event in scores.clipping]
         if predicted:
             facts["predicted_loss_increase"] = sum(predicted)
         if len(run.text.held):

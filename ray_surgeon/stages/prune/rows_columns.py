@@ -201,8 +201,7 @@ def _limits(sample: Sequence[StructureCosts], missing: float) -> Iterator[float]
             of the sample than of the others.
     """
     num_kept = sum(c.num_rows * c.num_columns for c in sample)
-    num_parameters = sum(c.num_parameters for c in sample)
-    wanted = 1 - num_kept / num_parameters + max(0.0, missing)
+    wanted = 1 - num_kept / sum(c.num_parameters for c in sample) + max(0.0, missing)
     if thresholds.can_reach(sample, wanted):
         positive = torch.cat([side[side > 0] for c in sample for side in (c.rows, c.columns)])
         least = float(positive.min()) if len(positive) else 0.0

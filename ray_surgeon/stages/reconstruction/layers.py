@@ -97,8 +97,7 @@ class Reconstruction:
             own = inputs.kept.pop(name)
             own = own.view(-1, length, own.shape[1])
             owner = worker.owner(name)
-            count = sum(map(len, arrivals))
-            everything = own.new_empty(count * (owner == rank), *own.shape[1:])
+            everything = own.new_empty(sum(map(len, arrivals)) * (owner == rank), *own.shape[1:])
             for replica, places in enumerate(arrivals):
                 part = own if replica == rank else own.new_empty(len(places), *own.shape[1:])
                 if replica != owner and places:
@@ -126,7 +125,7 @@ class Reconstruction:
         Returns:
             Each rate, and the error held aside after it as a share of the error before.
         """
-        every = self._trained(worker, groups, W, kept, RATES, is_trial=True)
+        every = self._trained(worker, groups, W, kept, RATES)
         errors = (each.after / each.before if each.before else 1.0 for each in every)
         return list(zip(RATES, errors, strict=True))
 
@@ -147,7 +146,7 @@ class Reconstruction:
         kept = worker.mask(name, StructuredMask).columns[groups.columns].all(dim=1)
         if not kept.any():
             return W
-        (trained,) = self._trained(worker, groups, W, kept, [rate], is_trial=False)
+        (trained,) = self._trained(worker, groups, W, kept, [rate])
         worker.kept(Errors)[name] = trained.before, trained.after
         *producers, consumer = trained.layer.weights
         for (producer, rows), V in zip(groups.producers, producers, strict=True):
@@ -157,15 +156,10 @@ class Reconstruction:
         return W.index_copy(1, _columns(groups, kept, W), consumer)
 
     def _trained(
-        self,
-        worker: Worker,
-        groups: GroupSet,
-        W: Tensor,
-        kept: Tensor,
-        rates: Sequence[float],
-        is_trial: bool,
+        self, worker: Worker, groups: GroupSet, W: Tensor, kept: Tensor, rates: Sequence[float]
     ) -> Iterator[Reconstructed]:
-        """Yield an owned layer trained with each rate, in a trial only shortly; see `tried`."""
+        """Yield an owned layer trained with each rate, shortly if these are `RATES`."""
+        is_trial = rates is RATES
         shard = worker.shard
         name = groups.consumer
         whole = _layer(worker, groups, shard.weight(name), torch.ones_like(kept)).to(shard.dtype)

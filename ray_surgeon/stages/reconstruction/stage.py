@@ -74,8 +74,7 @@ class ReconstructionStage(Reconstruction, Stage):
         # ones take as much; and the consumer that is returned
         states = max(sizes.values()) * 24 + 4 * max(linear.size for linear in sizes)
         device = worker.idle + states + tokens * hidden * (2 + 2 * width) + at_a_time
-        factors = worker.all_factors / worker.num_replicas
-        device += factors * (worker.stores.factors == "device")
+        device += worker.all_factors / worker.num_replicas * (worker.stores.factors == "device")
         # whole, and in every epoch left, its weights' gradients and those of the hidden entries
         of_owners = collections.defaultdict[int, float](float)
         counts = dict.fromkeys(worker.owners.values(), NOTHING)
@@ -89,8 +88,7 @@ class ReconstructionStage(Reconstruction, Stage):
             first, size = next(iter(sizes.items()))
             num_layers = min(2, len(sizes))  # whose dense outputs serve all rates
             num_trials = len(RATES) * num_layers
-            trial = self._counts(worker, first, size, TRIAL_PART)
-            counts[slowest] += trial.times(num_trials)
+            counts[slowest] += self._counts(worker, first, size, TRIAL_PART).times(num_trials)
             trained = TRIAL_PART * (4 * size + 2 * first.size)
             of_owners[slowest] += num_layers * 2 * size + num_trials * trained
         flops = tokens * of_owners[slowest]
@@ -100,9 +98,8 @@ class ReconstructionStage(Reconstruction, Stage):
         self, worker: WorkerView, linear: LinearShape, size: int, num_epochs: float
     ) -> Counted:
         """Return the counts of the training of one layer, with so many parameters."""
-        section = self.section
         tokens = worker.num_sequences * worker.sequence_length
-        num_steps = max(1, int(num_epochs * (tokens // min(tokens, section.tokens_per_step))))
+        num_steps = max(1, int(num_epochs * (tokens // min(tokens, self.section.tokens_per_step))))
         entries = _HIDDEN * worker.hidden_size + _WIDE * linear.num_columns
         passed = (1 + num_epochs) * tokens * worker.shapes.width * entries
         counts = Counted(_LAYER, _SYNCS_OF_LAYER, passed)
@@ -114,8 +111,7 @@ class ReconstructionStage(Reconstruction, Stage):
     def beside(self, worker: WorkerView) -> Iterable[StepPlan]:
         """Return the inputs of layers, bfloat16, from the curvature pass to the update."""
         owners = [worker.owners[linear.name] for linear in self._layers(worker)]
-        tokens = worker.num_sequences * worker.sequence_length
-        of_layer = 2.0 * tokens * worker.hidden_size
+        of_layer = 2.0 * worker.num_sequences * worker.sequence_length * worker.hidden_size
         kept = of_layer * max(map(owners.count, owners), default=0)
         yield StepPlan("curvature", 0.0, of_layer * self._layers_at_once(worker, owners))
         yield from (StepPlan(name, 0.0, kept) for name in ("costs", "search", "update"))
@@ -131,9 +127,8 @@ class ReconstructionStage(Reconstruction, Stage):
         total = worker.num_sequences
         backward = total if self.num_backward is None else self.num_backward
         part = (-(-backward // N) + -(-(total - backward) // N)) / total
-        own = [
-            max(collections.Counter(owners[: number + 1]).values()) for number in range(len(owners))
-        ]
+        places = range(1, len(owners) + 1)
+        own = [max(collections.Counter(owners[:place]).values()) for place in places]
         # one part more is on its way
         at_once = (count + (len(own) - number + 1) * part for number, count in enumerate(own))
         return max(at_once, default=0.0)

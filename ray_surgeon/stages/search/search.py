@@ -63,8 +63,7 @@ def prune_on_trial(worker: Worker, method: Groups, counts: Counts) -> None:
     for groups in method.sets(worker):
         name = groups.consumer
         if counts.get(name):
-            weight = shard.weight(name).to("cpu", shard.dtype)
-            trial[name] = (groups.block, groups.kind), weight
+            trial[name] = (groups.block, groups.kind), shard.weight(name).to("cpu", shard.dtype)
             if worker.owns(name):
                 shard.set_weight(name, method.removal(worker, groups, counts[name])[0].W)
     worker.keep(trial)
@@ -137,10 +136,8 @@ class Search:
         taken = record["taken"] = measures.index(min(measures))
         # workers keep the longest paths, which begin like the ones before
         best, _ = tried[taken]
-        record["scales"] = [
-            {"block": block, "kind": kind, "scale": scale}
-            for block, kind, scale in sorted({(*c.unit, c.scale) for c in best.costs})
-        ]
+        scaled = sorted({(*c.unit, c.scale) for c in best.costs})
+        record["scales"] = [{"block": b, "kind": kind, "scale": s} for b, kind, s in scaled]
         stays = "the first allocation stays"
         facts |= {"divergence before": measures[0], "divergence": measures[taken]}
         facts["taken"] = f"allocation {taken + 1} of {len(measures)}" if taken else stays

@@ -130,12 +130,12 @@ class Writer:
             missing = request.num_sequences - len(written.tokens)
             if not missing:
                 return written
-        raise RuntimeError(
-            f"{request.where}: after {MAX_ROUNDS} rounds, {len(self._turns)} of {self._num_turns} "
-            f"users' turns and {len(self._conversations)} of {self._num_answers} answers were of "
-            f"use (no loops, no special tokens, none twice), and {missing} windows are not full; "
-            "change temperature, give prompts, or give another text in place of this one"
-        )
+        turns = f"{len(self._turns)} of {self._num_turns} users' turns"
+        answers = f"{len(self._conversations)} of {self._num_answers} answers"
+        useful = "of use (no loops, no special tokens, none twice)"
+        problem = f"{turns} and {answers} were {useful}, and {missing} windows are not full"
+        remedy = "change temperature, give prompts, or another text"
+        raise RuntimeError(f"{request.where}: after {MAX_ROUNDS} rounds, {problem}; {remedy}")
 
     def prompts(self, count: int) -> tuple[tuple[int, ...], ...]:
         """Write users' turns, and return them as prompts, with the chat template around them.
@@ -160,10 +160,9 @@ class Writer:
         if request.prompts is not None:  # some of them again with other draws if there are too few
             self._unanswered += itertools.islice(self._of_file, max(0, more))
             if not self._unanswered:
-                raise ValueError(
-                    f"{request.where}.prompts: {len(request.prompts)} leave {missing} windows that "
-                    "are not full; give more prompts or fewer num_sequences"
-                )
+                problem = f"{len(request.prompts)} leave {missing} windows that are not full"
+                remedy = "give more prompts or fewer num_sequences"
+                raise ValueError(f"{request.where}.prompts: {problem}; {remedy}")
         elif more > 0:
             self._write_turns(more, number)
         needed = self._num_needed(missing)  # the lengths of turns are known now
@@ -195,13 +194,9 @@ class Writer:
         count = max(_FEWEST_TURNS, math.ceil(count / useful))
         self._num_turns += count
         prompts = (marks.opening,) * count
-        wanted = Wanted(
-            prompts,
-            request.turn_tokens + 1,
-            temperature=request.temperature,
-            seed=_seed(request.seed, number, 0),
-            ends=marks.ends_of_turn,
-        )
+        most = request.turn_tokens + 1
+        seed = _seed(request.seed, number, 0)
+        wanted = Wanted(prompts, most, request.temperature, seed, marks.ends_of_turn)
         for text in write_texts(self._cluster, wanted):
             # one that has not ended is cut: models of code paste long pieces of it
             turn = tuple(text[:-1].tolist())
@@ -228,14 +223,8 @@ class Writer:
         end = request.marks.end
         ends = request.marks.ends_of_answer
         questions = tuple(prompt.tokens for prompt in prompts if prompt.answer is None)
-        wanted = Wanted(
-            questions,
-            ANSWER_TOKENS,
-            temperature=COOLER * request.temperature,
-            seed=_seed(request.seed, number, 1),
-            ends=ends,
-            max_length=request.sequence_length,
-        )
+        how = COOLER * request.temperature, _seed(request.seed, number, 1), ends
+        wanted = Wanted(questions, ANSWER_TOKENS, *how, max_length=request.sequence_length)
         written = iter(write_texts(self._cluster, wanted))
         self._num_answers += len(prompts)
         for prompt in prompts:
@@ -246,10 +235,8 @@ class Writer:
                 if not self._makes_sense(said, 1):
                     continue
             tail = end[1:] if answer[-1:] == end[:1] else ()
-            start = len(prompt.tokens)
-            self._conversations.append(
-                Conversation((*prompt.tokens, *answer, *tail), slice(start, start + len(answer)))
-            )
+            place = slice(len(prompt.tokens), len(prompt.tokens) + len(answer))
+            self._conversations.append(Conversation((*prompt.tokens, *answer, *tail), place))
 
 
 def _usual(num_used: int, num_written: int, guess: float) -> float:

@@ -177,10 +177,9 @@ class Language:
         if text.prompts is not None:
             prompts = read_prompts(text.prompts, self.tokenizer, f"{where}.prompts", length - 1)
         elif not marks.opening:
-            raise ValueError(
-                f"{where}.chat: true, but the model has no chat template, or one that puts nothing "
-                "before a user's turn; give starts, such as {source: python-docstrings}, or prompts"
-            )
+            problem = "the model's chat template is absent, or puts nothing before a turn"
+            remedy = "give starts, such as {source: python-docstrings}, or prompts"
+            raise ValueError(f"{where}.chat: true, but {problem}; {remedy}")
         elif length - marks.num_tokens < _LEAST_ROOM:
             raise ValueError(f"{short} the chat template alone takes {marks.num_tokens}; raise it")
         said = [prompt.tokens + (prompt.answer or ()) for prompt in prompts or ()]
