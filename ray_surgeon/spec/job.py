@@ -170,6 +170,6 @@ class JobSpec(Section):
         does how often a recovery commits.
         """
         free = dict.fromkeys(("name", "preset", "cluster", "memory", "evaluation", "output"), True)
-        inside = {"model": {"source"}, "recovery": {"commit_minutes"}}
+        inside: Any = {"model": {"source"}, "recovery": {"commit_minutes"}}
         method = self.model_dump(mode="json", exclude=free | inside)
         return hashlib.sha256(json.dumps(method, sort_keys=True).encode()).hexdigest()
