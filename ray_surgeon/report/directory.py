@@ -1,6 +1,7 @@
 """The run directory: what identifies a run, its committed shots, its events and its report.
 
-A shot exists if its manifest does; the manifest is written after every file it names.
+A shot exists if its manifest does; the manifest is written after every file it names. So is that of
+a shot's part, for a run that goes on in the middle of a long stage.
 """
 
 from __future__ import annotations
@@ -12,9 +13,11 @@ import time
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
+from ray_surgeon.report.commits import CommittedPart, CommittedShot, check_files, entry, files_of
 from ray_surgeon.runtime.weights import SavedFile
+from ray_surgeon.spec.base import refusing
 from ray_surgeon.storage import files as store
 
 _EVENTS_EVERY_S = 20.0
@@ -24,6 +27,9 @@ _BEFORE_A_RUN = (".writable", "attempt", "spec.yaml", "source")
 
 `source` is a model that was in memory.
 """
+_DAMAGED = (ValueError, KeyError, TypeError)
+"""What reading a damaged manifest raises."""
+_REPEAT = "remove {folder} to repeat this shot from its beginning"
 
 
 Record = Mapping[str, Any]
@@ -40,13 +46,6 @@ class Attempt:
 
     name: str = field(default_factory=lambda: uuid.uuid4().hex)
     has_begun: bool = False  # and has taken the folder
-
-
-class CommittedShot(NamedTuple):
-    """A shot that can be resumed from."""
-
-    files: tuple[SavedFile, ...]  # its weights and masks
-    record: dict[str, Any]  # its entry in the report
 
 
 class RunDirectory:
@@ -182,12 +181,45 @@ class RunDirectory:
     def commit_shot(self, index: int, files: Sequence[SavedFile], record: Record) -> None:
         """Make a shot exist: write its manifest. Raises as `check_attempt` does."""
         self.check_attempt()
-        entries = [
-            {"name": f.uri.rpartition("/")[2], "size_bytes": f.size_bytes, "keys": list(f.keys)}
-            for f in files
-        ]
-        manifest = {"index": index, "files": entries, "record": dict(record)}
+        manifest = {"index": index, "files": list(map(entry, files)), "record": dict(record)}
         store.write_json(store.join(self.shot_folder(index), "manifest.json"), manifest)
+
+    def part_folder(self, index: int) -> str:
+        """Return the URI of the folder of a shot's part."""
+        return self.path("shots", f"{index:04d}", "part")
+
+    def commit_part(self, index: int, part: CommittedPart) -> None:
+        """Make a part of a shot exist in place of an earlier one. Raises as `check_attempt` does.
+
+        Files that it does not name are removed from its folder.
+        """
+        self.check_attempt()
+        folder = self.part_folder(index)
+        files, of_stage = (list(map(entry, kind)) for kind in (part.files, part.of_stage))
+        manifest = {"files": files, "of_stage": of_stage, "record": part.record}
+        store.write_json(store.join(folder, "manifest.json"), manifest)
+        names = {"manifest.json", *(about["name"] for about in files + of_stage)}
+        store.remove_files(folder, [n for n in store.list_names(folder) if n not in names])
+
+    def read_part(self, index: int) -> CommittedPart | None:
+        """Return the committed part of a shot, if there is one.
+
+        Raises:
+            ValueError: its manifest is damaged.
+        """
+        folder = self.part_folder(index)
+        uri = store.join(folder, "manifest.json")
+        if not store.exists(uri):
+            return None
+        with refusing(f"{uri} is damaged", _REPEAT.format(folder=folder), _DAMAGED):
+            manifest = store.read_json(uri)
+            files, of_stage = (files_of(folder, manifest[kind]) for kind in ("files", "of_stage"))
+            return CommittedPart(files, of_stage, manifest["record"])
+
+    def remove_part(self, index: int) -> None:
+        """Remove the part of a shot that is committed. Raises as `check_attempt` does."""
+        self.check_attempt()
+        store.remove_folder(self.part_folder(index))
 
     def drop_tensors(self, last: int) -> None:
         """Remove the weights and masks of all shots up to one; their manifests stay.
@@ -215,27 +247,26 @@ class RunDirectory:
         """
         folder = self.shot_folder(index)
         manifest = store.read_json(store.join(folder, "manifest.json"))
-        files = tuple(
-            SavedFile(store.join(folder, file["name"]), file["size_bytes"], tuple(file["keys"]))
-            for file in manifest["files"]
-        )
-        return CommittedShot(files, manifest["record"])
+        return CommittedShot(files_of(folder, manifest["files"]), manifest["record"])
 
-    def check_tensors(self, index: int) -> None:
-        """Refuse to resume from a shot of which a file is missing or cut short.
+    def check_tensors(self) -> bool:
+        """Refuse to resume from a commit of which a file is missing or cut short.
+
+        Returns:
+            Whether there is a commit, of a shot or of a part.
 
         Raises:
             ValueError: names the first file that is missing or has another size.
         """
-        for file in self.read_shot(index).files:
-            size = store.size_bytes(file.uri)
-            if size == file.size_bytes:
-                continue
-            problem = "is missing" if size is None else f"has {size} bytes, not {file.size_bytes}"
-            raise ValueError(
-                f"{file.uri} {problem}; remove {self.shot_folder(index)} to repeat this "
-                "shot from the one before, if that still has its tensors"
-            )
+        last = len(self.committed_indices())
+        part = self.read_part(last + 1)
+        if part is not None:
+            remedy = _REPEAT.format(folder=self.part_folder(last + 1))
+            check_files(part.files + part.of_stage, remedy)
+        elif last:
+            remedy = f"remove {self.shot_folder(last)} to repeat this shot from the one before"
+            check_files(self.read_shot(last).files, f"{remedy}, if that still has its tensors")
+        return part is not None or last > 0
 
     def write_report(self, report: Record) -> None:
         """Write report.json, and the events so far."""

@@ -5,6 +5,7 @@ Events set the metrics of a running job, ``ray_surgeon_*`` in Prometheus; `Recor
 
 from __future__ import annotations
 
+import copy
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 import yaml
 
-from ray_surgeon.report.directory import RunDirectory
+from ray_surgeon.report.directory import Record, RunDirectory
 from ray_surgeon.runtime.cluster import Cluster
 from ray_surgeon.runtime.usage import Usage, process_usage
 from ray_surgeon.runtime.worker import Worker
@@ -88,7 +89,8 @@ class Steps:
     """``with step("curvature", shot) as facts:`` measures a step and emits its event when it ends.
 
     Attributes:
-        record: what the report says of the present shot's steps. ``seconds`` (wall clock),
+        record: what the report says of the present shot's steps. ``seconds`` (wall clock, also of
+            an earlier try from which the step goes on),
             ``cpu_seconds`` (of all processes), ``worker_seconds`` (how long each worker was busy,
             in the order of `placement.workers`) and ``packing_seconds`` (how long each took to pack
             and unpack what goes between workers) are by step. So is ``peak_bytes``: the peak of
@@ -105,14 +107,21 @@ class Steps:
         self._run = run
         self._num_shots = num_shots
         self._listen = listen
-        self.new_shot()
+        self.new_shot({})
         self._present = ("", 0)
 
-    def new_shot(self) -> None:
-        """Forget the steps of the shot before."""
+    def new_shot(self, earlier: Record) -> None:
+        """Forget the steps of the shot before; `earlier` is what an earlier try knows of this."""
         by_step = ("seconds", "cpu_seconds", "worker_seconds", "packing_seconds")
         self.record: dict[str, Any] = {name: {} for name in by_step}
-        self.record |= {"peak_rss_bytes": 0, "peak_gpu_bytes": 0, "peak_bytes": {}}
+        self.record |= {"peak_rss_bytes": 0, "peak_gpu_bytes": 0, "peak_bytes": {}, **earlier}
+
+    def record_so_far(self) -> dict[str, Any]:
+        """Return a copy of the record, with the seconds of the present step until now."""
+        record = copy.deepcopy(self.record)
+        seconds = time.perf_counter() - self._started_s
+        record["seconds"][self._present[0]] = self._earlier_s + seconds
+        return record
 
     @contextmanager
     def __call__(self, name: str, shot: int = 0) -> Iterator[dict[str, Fact]]:
@@ -120,17 +129,19 @@ class Steps:
         self._present = (name, shot)
         self._cluster.progress.begin()
         facts: dict[str, Fact] = {}
-        wall = time.perf_counter()
+        # what an earlier try, or a step of this name, has spent in this shot
+        self._earlier_s = self.record["seconds"].get(name, 0.0)
+        self._started_s = time.perf_counter()
         before = self._usages()
         yield facts
         after = self._usages()
-        seconds = time.perf_counter() - wall
+        seconds = time.perf_counter() - self._started_s
         pairs = list(zip(before[1:], after[1:], strict=True))
         busy = [round(b.busy_s - a.busy_s, 3) for a, b in pairs]
         gpu = largest_of_processes(after, "peak_gpu_bytes")
         anonymous = largest_of_processes(after, "peak_anonymous_bytes")
         record = self.record
-        record["seconds"][name] = seconds
+        record["seconds"][name] = self._earlier_s + seconds
         record["cpu_seconds"][name] = _total(after, "cpu_s") - _total(before, "cpu_s")
         record["worker_seconds"][name] = busy
         record["packing_seconds"][name] = [round(b.packing_s - a.packing_s, 3) for a, b in pairs]

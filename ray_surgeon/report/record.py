@@ -127,7 +127,7 @@ def dense_bytes(record: Record) -> int:
     return int(record["parameters"]["before"] * dtype.itemsize)
 
 
-_FREE_SECTIONS = ("name", "cluster.", "memory.", "output.")
+_FREE_SECTIONS = ("name", "cluster.", "memory.", "output.", "recovery.commit_minutes")
 """What may differ between a run and its resumption."""
 _MOST_CHANGES = 8
 """How many changed fields an error names."""
@@ -169,8 +169,7 @@ def check_folder(
         problem = f"{uri} already holds this run, of which {len(shots)} shots are committed"
         remedy = "continue it with --resume (resume=True in Python)"
         raise ValueError(f"output.uri: {problem}; {remedy}, or {another} (output in Python)")
-    if shots:
-        directory.check_tensors(shots[-1])
+    if directory.check_tensors():
         _check_dense_states(directory.dense_states)
 
 

@@ -93,7 +93,7 @@ class Coordinator:
 
 
 def run_on_ray(inputs: Inputs, display: Display, *, disconnects: bool) -> None:
-    """Run on Ray; after a loss, continue from the last committed shot.
+    """Run on Ray; after a loss, continue from the last commit.
 
     Args:
         inputs: checked.
@@ -134,7 +134,7 @@ def _run_with_retries(inputs: Inputs, display: Display) -> None:
             raise RuntimeError(f"{failure.line}. {allowed}; committed shots are kept. {remedy}")
         left[cause] -= 1
         retries = f"{left[cause]} such retries left"
-        display.note(f"{failure.line}; continuing from the last committed shot, {retries}")
+        display.note(f"{failure.line}; continuing from the last commit, {retries}")
 
 
 def connect(section: RaySection) -> str:

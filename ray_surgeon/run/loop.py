@@ -35,7 +35,7 @@ Listener = Callable[[Event | Moment], None]
 def run_shots(inputs: Inputs, workers: Cluster, directory: RunDirectory, listen: Listener) -> None:
     """Prune the model shot by shot; every shot is committed.
 
-    A run continues after the last committed shot. What workers have on their disks is removed at
+    A run continues after the last commit. What workers have on their disks is removed at
     the end, and after errors of the work.
 
     Args:
@@ -69,7 +69,7 @@ def _run_stages(run: RunState, stages: Stages) -> None:
         _perform(stage, run, run.num_done if stage.name == "load" else 0)
     for shot in range(run.num_done + 1, run.num_shots + 1):
         run.begin_shot(shot)
-        for stage in stages.of_a_shot:
+        for stage in _left(stages.of_a_shot, run):
             _perform(stage, run, shot)
     run.directory.write_report(run.report.as_record())  # without exports of an earlier try
     for stage in stages.after_shots:
@@ -77,6 +77,12 @@ def _run_stages(run: RunState, stages: Stages) -> None:
     run.kept(LivePage).draw(run.report.as_record(), final=True)
     # last: a run whose report is whole has ended
     run.directory.write_report(run.report.as_record())
+
+
+def _left(of_a_shot: tuple[Stage, ...], run: RunState) -> tuple[Stage, ...]:
+    """Return the stages of a shot from the one on that has committed a part of it."""
+    names = [stage.name for stage in of_a_shot]
+    return of_a_shot[names.index(run.part.record["stage"]) if run.part else 0 :]
 
 
 def _perform(stage: Stage, run: RunState, shot: int) -> None:
@@ -102,8 +108,12 @@ def _begun(inputs: Inputs, workers: Cluster, directory: RunDirectory, listen: Li
     report.retries = directory.retries()
     report.plan = plan.as_record()
     num_done = len(report.shots)
+    part = directory.read_part(num_done + 1)
     if num_done:
         report.dense = report.shots[-1]["dense"]
+        directory.remove_part(num_done)  # of a try that was interrupted
+    elif part is not None:
+        report.dense = part.record["dense"]
     num_shots = spec.pruning.shots
     steps = Steps(workers, directory, num_shots, listen)
     workers.progress.listener = lambda: listen(steps.moment())
@@ -111,7 +121,7 @@ def _begun(inputs: Inputs, workers: Cluster, directory: RunDirectory, listen: Li
         peaks = plan.peaks().values()
         facts |= asdict(plan.stores) | {"peak_gib": max(map(max, peaks)) / 2**30}
     texts = (inputs.calibration, inputs.text, inputs.texts)
-    job = (layout, inputs.model, *texts, inputs.stages.all, num_shots, num_done)
+    job = (layout, inputs.model, *texts, inputs.stages.all, num_shots, num_done, part)
     run = RunState(workers, directory, report, steps, *job)
     for thing in (scratch, inputs.method, LivePage(directory)):
         run.keep(thing)

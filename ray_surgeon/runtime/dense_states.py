@@ -86,11 +86,12 @@ def kept_states(worker: Worker, text: str, numbers: list[int]) -> TensorPayload:
 
 
 def write_states(worker: Worker, uri: str) -> None:
-    """Write the states of all texts into one file, for a run that goes on later."""
+    """Write the states of all texts but a stream into one file, for a run that goes on later."""
     if worker.shard.blocks.is_last and worker.index.replica == 0:
         tensors = dict[str, Tensor]()
         for text, states in dense_states(worker).items():
-            tensors |= {f"{number} {text}": tensor for number, tensor in states.items()}
+            if text != STREAM:
+                tensors |= {f"{number} {text}": tensor for number, tensor in states.items()}
         tensor_files.write(uri, tensors)
 
 

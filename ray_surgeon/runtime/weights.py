@@ -7,7 +7,7 @@ at a time.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from itertools import chain
 from typing import TypeVar
@@ -44,7 +44,7 @@ class ModelRecipe:
     """How a worker gets its weights."""
 
     model: ModelSection  # the dense model, and the dtype of weights and activations
-    # (key, URI of its file) of the committed shot to continue from
+    # (key, URI of its file) of the commit to continue from
     shot_files: tuple[tuple[str, str], ...] = ()
     scratch: ScratchNames = NO_SCRATCH
 
@@ -144,13 +144,20 @@ def save_shot(worker: Worker, folder: str) -> tuple[SavedFile, ...]:
     get = worker.shard.tensor
     weights = [((n, get(n)) for n in part) for part in _weight_parts(worker, linears_only=True)]
     files_of: dict[str, Sequence[_Tensors]] = {"shard": weights, "masks": _mask_parts(worker)}
-    saved = []
-    for kind, parts in files_of.items():
-        for i, part in enumerate(parts, 1):
-            suffix = f"-{i:04d}" if len(parts) > 1 else ""
-            name = f"{kind}-{worker.index.shard + 1:04d}{suffix}.safetensors"
-            saved.append(_write(files.join(folder, name), part))
-    return tuple(saved)
+    names = {f"{kind}-{worker.index.shard + 1:04d}": parts for kind, parts in files_of.items()}
+    return tuple(chain.from_iterable(_write_all(folder, *named) for named in names.items()))
+
+
+def save_tensors(folder: str, name: str, tensors: Mapping[str, Tensor]) -> tuple[SavedFile, ...]:
+    """Write tensors by name into one or more files, whose names begin with the one given."""
+    parts = _of_files([(item, item[1].nbytes) for item in tensors.items()])
+    return tuple(_write_all(folder, name, parts))
+
+
+def _write_all(folder: str, name: str, parts: Sequence[_Tensors]) -> Iterator[SavedFile]:
+    for i, part in enumerate(parts, 1):
+        suffix = f"-{i:04d}" if len(parts) > 1 else ""
+        yield _write(files.join(folder, f"{name}{suffix}.safetensors"), part)
 
 
 def continue_from_shot(worker: Worker, saved: Sequence[SavedFile]) -> None:
@@ -242,8 +249,10 @@ def _weight_parts(worker: Worker, *, linears_only: bool) -> list[list[str]]:
     """Cut names of tensors into those of one file each, by sizes before anything is cut out.
 
     In whole models, those that checkpoints of the family keep in one tensor follow each other and
-    stay together.
+    stay together. Replica 0 writes all of them.
     """
+    if worker.index.replica:
+        return []
     units: dict[str, list[str]] = {}
     for name in worker.shard.saved(linears_only=linears_only):
         stored = name if linears_only else worker.layout.family.stored_in(name)
@@ -251,24 +260,29 @@ def _weight_parts(worker: Worker, *, linears_only: bool) -> list[list[str]]:
     num_entries = {name: math.prod(shape) for name, shape in worker.layout.parameters.items()}
     width = worker.shard.dtype.itemsize
     sizes = [(unit, width * sum(num_entries[name] for name in unit)) for unit in units.values()]
-    return [list(chain.from_iterable(part)) for part in _of_files(worker, sizes)]
+    return [list(chain.from_iterable(part)) for part in _of_files(sizes)]
 
 
 def _mask_parts(worker: Worker) -> list[list[tuple[str, Tensor]]]:
-    """Return the tensors of all masks by their names in files, those of one file each."""
+    """Return the tensors of all masks by their names in files, those of one file each.
+
+    Replica 0 writes all of them.
+    """
+    if worker.index.replica:
+        return []
     tensors = [
         (f"{name}.{part}", tensor)
         for name, mask in worker.masks.items()
         for part, tensor in vars(mask).items()
     ]
-    return _of_files(worker, [((name, tensor), tensor.numel()) for name, tensor in tensors])
+    return _of_files([((name, tensor), tensor.numel()) for name, tensor in tensors])
 
 
-def _of_files(worker: Worker, sizes: Iterable[tuple[T, int]]) -> list[list[T]]:
-    """Put things of these sizes together as files hold them, all of which replica 0 writes."""
+def _of_files(sizes: Iterable[tuple[T, int]]) -> list[list[T]]:
+    """Put things of these sizes together as files hold them."""
     parts: list[list[T]] = []
     filled = 0
-    for thing, size in sizes if worker.index.replica == 0 else ():
+    for thing, size in sizes:
         if not parts or filled + size > FILE_BYTES:
             parts.append([])
             filled = 0

@@ -166,8 +166,10 @@ class JobSpec(Section):
 
         Left out are the name, the texts evaluated, the output, and what runs where.
 
-        Where the model lies does not count either; its content has a fingerprint of its own.
+        Where the model lies does not count either; its content has a fingerprint of its own. Nor
+        does how often a recovery commits.
         """
         free = dict.fromkeys(("name", "preset", "cluster", "memory", "evaluation", "output"), True)
-        method = self.model_dump(mode="json", exclude=free | {"model": {"source"}})
+        inside: Any = {"model": {"source"}, "recovery": {"commit_minutes"}}
+        method = self.model_dump(mode="json", exclude=free | inside)
         return hashlib.sha256(json.dumps(method, sort_keys=True).encode()).hexdigest()

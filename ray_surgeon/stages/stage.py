@@ -7,6 +7,7 @@ and on workers, what it needs of memory and time, and what it reports. A run is 
 from __future__ import annotations
 
 import math
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from numpy.typing import NDArray
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.plan.counts import StepPlan
 from ray_surgeon.plan.needs import WorkerView
+from ray_surgeon.report.commits import CommittedPart
 from ray_surgeon.report.directory import RunDirectory
 from ray_surgeon.report.events import Fact, Steps
 from ray_surgeon.report.record import RunReport
@@ -119,16 +121,19 @@ class RunState:
     stages: tuple[Stage, ...]  # all of the run
     num_shots: int
     num_done: int  # shots that an earlier try has committed
+    # what is committed of the present shot, before the first one of the shot in which a run goes on
+    part: CommittedPart | None
     shot: int = 0  # number of the present one; 0 before the first
     record: dict[str, Any] = field(default_factory=dict)  # of the present shot, for the report
     linears: list[LinearSummary] = field(default_factory=list)  # what the update of the shot left
+    committed_s: float = 0.0  # clock at the last commit, or at the beginning of the shot
     _kept: dict[Any, Any] = field(default_factory=dict)
     _of_shot: dict[Any, Any] = field(default_factory=dict)
 
     @property
     def resumes(self) -> bool:
-        """Whether the workers' weights are those of a committed shot, not the dense model's."""
-        return self.num_done > 0
+        """Whether the workers' weights are those of a commit, not the dense model's."""
+        return self.num_done > 0 or self.part is not None
 
     @property
     def sparsity(self) -> float:
@@ -137,12 +142,14 @@ class RunState:
         return 1 - kept / sum(linear.size for linear in self.linears)
 
     def begin_shot(self, shot: int) -> None:
-        """Forget what belongs to the shot before."""
+        """Forget what belongs to the shot before, and know what a committed part of this knows."""
+        earlier = {} if self.part is None else self.part.record
         self.shot = shot
-        self.record = {}
-        self.linears = []
+        self.record = earlier.get("shot", {})
+        self.linears = [LinearSummary(**linear) for linear in earlier.get("linears", ())]
         self._of_shot.clear()
-        self.steps.new_shot()
+        self.steps.new_shot(earlier.get("steps", {}))
+        self.committed_s = time.monotonic()
 
     def keep(self, thing: object, *, of_shot: bool = False) -> None:
         """Keep an object for later stages, in place of one of the same class.

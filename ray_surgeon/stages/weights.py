@@ -5,8 +5,10 @@ A commit has masks and a record, too, from which a run can go on.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from itertools import chain
 from typing import Any
 
 from ray_surgeon.export.folder import Pruned
@@ -15,6 +17,8 @@ from ray_surgeon.export.kinds import export
 from ray_surgeon.memory.stores import ScratchNames
 from ray_surgeon.plan.counts import Counted, StepPlan
 from ray_surgeon.plan.needs import WorkerView
+from ray_surgeon.report.commits import CommittedPart, Save
+from ray_surgeon.report.directory import Record
 from ray_surgeon.report.html_report import LivePage, rendered
 from ray_surgeon.runtime.dense_states import read_states, write_states
 from ray_surgeon.runtime.weights import FILE_BYTES, ModelRecipe, continue_from_shot, load, save_shot
@@ -41,7 +45,7 @@ class Load(Stage):
         """Load weights, masks, and what the dense model said of texts."""
         shot_files: tuple[tuple[str, str], ...] = ()
         if run.resumes:
-            last = run.directory.read_shot(run.num_done)
+            last = run.part or run.directory.read_shot(run.num_done)
             shot_files = tuple((key, file.uri) for file in last.files for key in file.keys)
         recipe = ModelRecipe(run.model, shot_files, run.kept(ScratchNames))
         run.cluster.run_all(load, recipe, self.method.by_element, run.cluster.stores)
@@ -49,6 +53,8 @@ class Load(Stage):
             self.method.after_resuming(run.cluster)
             run.cluster.run_all(read_states, run.directory.dense_states)
         facts |= {"workers": len(run.cluster.placement.workers), "resumed_after_shot": run.num_done}
+        if run.part is not None:
+            facts["resumed_in_shot"] = f"{run.num_done + 1}, {run.part.record['after']}"
 
     def needs(self, worker: WorkerView) -> Iterable[StepPlan]:
         """Return what a worker needs until its weights are where they stay."""
@@ -92,6 +98,8 @@ class Commit(Stage):
         last = run.report.add_shot(about | absent | run.record, run.linears, run.steps)
         directory.commit_shot(shot, written, last)
         cluster.run_all(continue_from_shot, written)
+        directory.remove_part(shot)
+        run.part = None
         directory.write_report(run.report.as_record())
         run.kept(LivePage).draw(run.report.as_record(), final=False)
         if self.keep_shots:
@@ -111,6 +119,35 @@ class Commit(Stage):
         written = worker.all_blocks
         moved = written * (not worker.device_is_host)
         yield StepPlan(self.name, worker.idle, host, 0.0, 0.0, moved, written, counts=counts)
+
+
+def commit_part(run: RunState, stage: str, after: str, state: Record, save: Save) -> None:
+    """Commit the present shot as far as a stage has come, so that a run goes on in its middle.
+
+    The first commit must come before the stage changes weights.
+
+    Args:
+        run: in this stage.
+        stage: its name.
+        after: how far it has come, e.g. "after 12 steps of recovery".
+        state: what it goes on from on the coordinator; nothing if it has not begun.
+        save: writes what workers go on from, under names that no commit before has used.
+    """
+    directory = run.directory
+    directory.check_attempt()  # as in `Commit`
+    folder = directory.part_folder(run.shot)
+    if run.part is not None:
+        files = run.part.files
+    else:
+        if run.shot == 1:
+            run.cluster.run_all(write_states, directory.dense_states)
+        files = tuple(chain.from_iterable(run.cluster.run_all(save_shot, folder)))
+    record: dict[str, Any] = {"stage": stage, "after": after, "state": state, "shot": run.record}
+    record["linears"] = [asdict(linear) for linear in run.linears]
+    record |= {"steps": run.steps.record_so_far(), "dense": run.report.dense}
+    run.part = CommittedPart(files, tuple(save(folder)), record)
+    directory.commit_part(run.shot, run.part)
+    run.committed_s = time.monotonic()
 
 
 def _pruned(run: RunState) -> Pruned:

@@ -25,8 +25,9 @@ from ray_surgeon.spec.parsing import parse_spec
 from ray_surgeon.stages.answers.answers import DenseAnswers
 from ray_surgeon.stages.prune.method import Method
 from ray_surgeon.stages.recovery.batches import CalibrationBatches
+from ray_surgeon.stages.recovery.rates import HARMLESS, RATES
 from ray_surgeon.stages.recovery.section import RecoverySection
-from ray_surgeon.stages.recovery.training import HARMLESS, RATES, Training
+from ray_surgeon.stages.recovery.training import Training
 from ray_surgeon.stages.self_text.stage import SelfText
 from ray_surgeon.stages.stage import HELD, CalibrationText, held_measure, held_places
 from tests.integration import runs

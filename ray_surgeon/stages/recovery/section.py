@@ -45,6 +45,10 @@ class RecoverySection(Section):
     """
     sequences_per_step: Positive = 2
     """Sequences of one step"""
+    commit_minutes: float = Field(30.0, gt=0)
+    """Minutes between two commits of the training's state, from which a run goes on; may differ
+    when it does
+    """
     seed: int = Field(0, ge=0)
     """Seed of A at the start, and of the order of the sequences"""
 

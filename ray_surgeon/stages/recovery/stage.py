@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from ray_surgeon.memory.stores import ScratchNames
@@ -12,9 +14,11 @@ from ray_surgeon.plan.needs import WorkerView
 from ray_surgeon.runtime.dense_states import CALIBRATION
 from ray_surgeon.runtime.weights import ModelRecipe, drop_teacher, load_teacher
 from ray_surgeon.stages.recovery.batches import Batches, CalibrationBatches, StreamBatches
+from ray_surgeon.stages.recovery.rates import steps_between_checks, trial_steps
 from ray_surgeon.stages.recovery.section import RecoverySection
-from ray_surgeon.stages.recovery.training import Training, steps_between_checks, trial_steps
+from ray_surgeon.stages.recovery.training import Training
 from ray_surgeon.stages.stage import Facts, RunState, Stage, Text
+from ray_surgeon.stages.weights import commit_part
 from ray_surgeon.storage.streams import TextStream
 
 _PRODUCTS = 9
@@ -42,14 +46,25 @@ class Recovery(Stage):
     def run(self, run: RunState, facts: Facts) -> None:
         """Train."""
         trained = Training(self.section, run.cluster, run.text, self._batches(run))
+        trained.on_step = partial(self._commit, run, trained)
+        if trained.batches.num_steps and run.part is None:
+            # all weights change from the first step on
+            self._commit(run, trained, at_once=self.section.rank == "all")
         if trained.batches.num_steps and self.section.has_teacher:
             recipe = ModelRecipe(run.model, (), run.kept(ScratchNames))
             run.cluster.run_all(load_teacher, recipe, run.cluster.stores.weights)
-        trained.train(run.shot, run.record.get("divergence_held_aside"))
+        trained.train(run.shot, run.record.get("divergence_held_aside"), run.part)
         if trained.batches.num_steps and self.section.has_teacher:
             run.cluster.run_all(drop_teacher)
         facts |= trained.facts
         run.record |= trained.as_record()
+
+    def _commit(self, run: RunState, trained: Training, *, at_once: bool = False) -> None:
+        """Commit how far the shot has come, if the last commit was long ago or it is wanted."""
+        since_s = time.monotonic() - run.committed_s
+        if at_once or since_s > 60 * self.section.commit_minutes:
+            after = f"after {trained.done} steps of {self.name}"
+            commit_part(run, self.name, after, trained.state(), trained.save)
 
     def _batches(self, run: RunState) -> Batches:
         if self.stream is None:

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Protocol
+from collections import UserDict
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Protocol
 
 from torch import Tensor
 
 from ray_surgeon.models.low_rank import LowRank, LowRankCorrections
 from ray_surgeon.runtime.collectives import MESSAGE_BYTES, together
+from ray_surgeon.runtime.weights import SavedFile, save_tensors
 from ray_surgeon.runtime.worker import Worker, collective
 from ray_surgeon.stages.recovery.section import RecoverySection
+from ray_surgeon.storage import tensor_files
+
+_PRESENT = "present "
+_BEST = "best "
+"""How the names of tensors of a state begin in files."""
 
 
 class Trainee(Protocol):
@@ -28,13 +35,19 @@ class Trainee(Protocol):
         """Make a step with the gradients of the owned parts, and forget all gradients."""
 
     def state(self) -> dict[str, Tensor]:
-        """Return everything that steps change here, by name; not copied."""
+        """Return everything that steps change here, by name; not copied.
+
+        A name is that of the part, or begins with it and a dot or space, as in ``part.A moment``.
+        """
 
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
-        """Go back to a state; its tensors stay untouched."""
+        """Go back to a state, maybe of another worker with these parts, from which steps go on.
+
+        The tensors stay untouched.
+        """
 
     def best(self) -> dict[str, Tensor]:
-        """Return a copy of what is needed to go back to the present weights."""
+        """Return a copy of what is needed to go back to the present weights, by such names."""
 
     def back_to(self, best: Mapping[str, Tensor]) -> None:
         """Go back to the weights of what `best` returned."""
@@ -50,6 +63,20 @@ class Trainee(Protocol):
         """
 
 
+class _Saved(UserDict[str, Any]):
+    """Tensors of committed files by name, each of which is read when it is wanted."""
+
+    def __init__(self, files: Sequence[SavedFile], prefix: str) -> None:
+        """Know where those are whose names begin so, by the rest of their names."""
+        keys = ((key, file.uri) for file in files for key in file.keys if key.startswith(prefix))
+        super().__init__({key.removeprefix(prefix): uri for key, uri in keys})
+        self._prefix = prefix
+        self._reader = tensor_files.Reader()
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._reader.read(self.data[name], self._prefix + name)
+
+
 class _Training:
     """The training on a worker."""
 
@@ -58,6 +85,14 @@ class _Training:
         self.trainee = trainee
         self.owners = owners
         self.best: dict[str, Tensor] | None = None
+
+    def own(self, tensors: Mapping[str, Tensor], prefix: str, rank: int) -> dict[str, Tensor]:
+        """Return the tensors of parts that a replica owns; other replicas have the same of some."""
+        wholes = {name: name.partition(" ")[0] for name in tensors}
+        parts = {
+            name: x if x in self.owners else x.rpartition(".")[0] for name, x in wholes.items()
+        }
+        return {prefix + n: x for n, x in tensors.items() if self.owners[parts[n]] == rank}
 
     def messages(self) -> Iterator[tuple[int, list[str]]]:
         """Yield an owner and parts of it that travel together."""
@@ -119,6 +154,25 @@ def take_best(worker: Worker) -> None:
 def round_as_absorbed(worker: Worker) -> None:
     """Let outputs be those of the weights once they have absorbed the corrections."""
     worker.kept(_Training).trainee.rounds = True
+
+
+def save(worker: Worker, folder: str, num_steps: int) -> tuple[SavedFile, ...]:
+    """Write the present state and the best one after so many steps, each tensor by its owner."""
+    training = worker.kept(_Training)
+    rank = worker.replicas.rank
+    tensors = training.own(training.trainee.state(), _PRESENT, rank)
+    tensors |= training.own(training.best or {}, _BEST, rank)
+    name = f"training-{num_steps:08d}-{worker.index.shard + 1:04d}-{worker.index.replica + 1:04d}"
+    return save_tensors(folder, name, tensors)
+
+
+def go_on(worker: Worker, files: Sequence[SavedFile]) -> None:
+    """Go back to what `save` has written on all workers, of which there may have been more."""
+    training = worker.kept(_Training)
+    if best := _Saved(files, _BEST):
+        training.trainee.back_to(best)
+        training.best = training.trainee.best()
+    training.trainee.load_state(_Saved(files, _PRESENT))
 
 
 def end(worker: Worker, absorbs: bool) -> tuple[float, float]:

@@ -7,74 +7,28 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from itertools import chain
 from statistics import fmean
 from typing import Any
 
+from ray_surgeon.report.commits import CommittedPart
 from ray_surgeon.runtime.cluster import Cluster
 from ray_surgeon.runtime.passes import num_counted
 from ray_surgeon.runtime.pipelines import forward_and_backward
 from ray_surgeon.runtime.wave import Labels
-from ray_surgeon.stages.recovery import steps
+from ray_surgeon.runtime.weights import SavedFile
+from ray_surgeon.stages.recovery import rates, steps
 from ray_surgeon.stages.recovery.batches import Batches
+from ray_surgeon.stages.recovery.rates import Check
 from ray_surgeon.stages.recovery.section import RecoverySection
 from ray_surgeon.stages.stage import CalibrationText, Facts, held_aside
 from ray_surgeon.storage.streams import TextEndedError
 
-RATES = (1e-3, 5e-4, 2.5e-4)
-"""Learning rates that are tried in turn, relative to the root mean square of each weight.
-
-The first one that does no harm goes on. What is best for few steps is no guide to what is best for
-many: on SmolLM2 the lowest of 6e-4, 1.2e-3 and 2.4e-3 is best for four steps and the second for
-sixty; on Qwen2.5-Coder-0.5B the last is best for four and diverges later.
-"""
-HARMLESS = 1.05
-"""Times the measure at the start, up to which the first steps with a rate do no harm."""
-_WARM_UP = 0.1
-"""Of the steps, those in which the rate rises,"""
-_MOST_WARM_UP = 20
-"""but no more than these, so that the trial of a rate reaches it."""
-_STEPS_OF_A_CHECK = 100
-"""After so many steps a training is measured on the windows held aside, or after a third of it."""
-_PATIENCE = 4
-"""Checks in a row that bring nothing, after which a training ends."""
-TOLERATED = 1.02
-"""Times the best measure so far, up to which a training goes on as it is."""
-GIVEN_UP = 1.5
-"""Times the measure at the start, from which a training with a rate given by hand is given up."""
-
-
-def trial_steps(num_steps: int) -> int:
-    """Return how many steps of a training are made with each learning rate that is tried."""
-    return min(num_steps, max(3, min(_MOST_WARM_UP, num_steps // 15)))
-
-
-def steps_between_checks(num_steps: int) -> int:
-    """Return after how many steps a training is measured on the windows held aside."""
-    return max(1, min(_STEPS_OF_A_CHECK, round(num_steps / 3)))
-
-
-def rate_factor(number: int, num_steps: int) -> float:
-    """Return the factor of the learning rate in a step: a short rise, then a fall to zero.
-
-    Args:
-        number: of the step, from 0.
-        num_steps: in all.
-    """
-    rise = max(1, min(_MOST_WARM_UP, round(_WARM_UP * num_steps)))
-    return min((number + 1) / rise, 1 - number / num_steps)
-
-
-@dataclass(frozen=True)
-class Check:
-    """A training measured on the windows held aside."""
-
-    steps: int  # that were made
-    value: float  # divergence from the dense model, or loss, in nats per token
-    acceptance: float | None = None  # share of the dense model's tokens; None with the loss
-    tokens: int = 0  # that were trained on
-    loss: float | None = None  # mean of the steps since the check before, nats per token
-    tokens_per_s: float | None = None  # likewise
+_STATE = ("done", "losses", "rate", "before", "num_tokens", "num_in_vain")
+_CLOCKS = ("started_s", "checked_s")
+"""Fields from which a training goes on; of clocks, how long ago they were read."""
 
 
 @dataclass
@@ -107,103 +61,135 @@ class Training:
     before: float = math.nan  # the measure of the start
     undone: str | None = None  # why the model stays as it was; None if the training is kept
     ended: str | None = None  # why it ended early; None if it did not
-    _num_tokens: int = 0
-    _checked_s: float = field(default_factory=time.perf_counter)
+    done: int = 0  # steps that were made; of trials, those of the rate taken
+    num_tokens: int = 0  # that were trained on in them
+    num_in_vain: int = 0  # checks in a row that brought nothing
+    started_s: float = field(default_factory=time.monotonic)
+    checked_s: float = field(default_factory=time.monotonic)
+    # is called after a step, but in trials, if another one follows: `state` and `save` can be used
+    on_step: Callable[[], None] = field(default=lambda: None, repr=False)
 
-    def train(self, shot: int, before: float | None = None) -> None:
+    def train(
+        self, shot: int, before: float | None = None, part: CommittedPart | None = None
+    ) -> None:
         """Train, and keep what is best.
 
         Args:
             shot: number of the shot.
             before: the divergence of the windows held aside, if it has been measured already; see
                 `held_aside`.
+            part: what an earlier try has committed of this training.
         """
         if not self.batches.num_steps:
             return
         self.cluster.run_all(steps.start, self.section, shot)
-        self.rate = self.section.learning_rate or RATES[1]
+        self.rate = self.section.learning_rate or rates.RATES[1]
         self._begin_steps()
-        if len(self.text.held):
-            self._train_checked(before if self.section.loss == "kl" else None)
-        else:  # the last state is kept
-            for number in range(self.batches.num_steps):
-                if self._has_ended(number):
-                    break
-                self._step(number)
+        if part is not None and part.record["state"]:
+            self._go_on(part)
+        elif len(self.text.held):
+            self._begin_checked(before if self.section.loss == "kl" else None)
+        self._train_on()
+        if len(self.text.held):  # otherwise the last state is kept
+            undone = self._back_to_the_best()
+            why = "" if self.ended is None else f"; {self.ended}"
+            self.undone = None if undone is None else f"{undone}{why}"
         of_workers = self.cluster.run_all(steps.end, self.undone is None)
         arrived, wanted = map(sum, zip(*of_workers, strict=True))
         self.absorbed = arrived / wanted if wanted else float(self.undone is None)
 
-    def _train_checked(self, known: float | None) -> None:
+    def state(self) -> dict[str, Any]:
+        """Return what becomes JSON, and a training goes on from; nothing before the first step."""
+        if not self.done:
+            return {}
+        state = {name: getattr(self, name) for name in _STATE}
+        state |= {name: time.monotonic() - getattr(self, name) for name in _CLOCKS}
+        return state | {"tried": list(self.tried.items()), "held": list(map(asdict, self.held))}
+
+    def save(self, folder: str) -> list[SavedFile]:
+        """Let workers write what they go on from beside `state`."""
+        of_workers = self.cluster.run_all(steps.save, folder, self.done) if self.done else []
+        return list(chain.from_iterable(of_workers))
+
+    def _go_on(self, part: CommittedPart) -> None:
+        """Go back to what `state` and `save` have left."""
+        state = part.record["state"]
+        vars(self).update({name: state[name] for name in _STATE})
+        vars(self).update({name: time.monotonic() - state[name] for name in _CLOCKS})
+        self.tried = dict(state["tried"])
+        self.held = [Check(**check) for check in state["held"]]
+        self.cluster.run_all(steps.go_on, part.of_stage)
+        self._begin_steps()
+
+    def _begin_checked(self, known: float | None) -> None:
         start = self._measured(0) if known is None else Check(0, known)
         self.before = start.value
         if not math.isfinite(self.before):
             raise FloatingPointError("the pruned model's outputs are not finite; check the weights")
         self._note_if_best(start)
-        first = 0
         if self.section.learning_rate is None:
-            first = trial_steps(self.batches.num_steps)
-            self._try_rates(first)
-        self._train_on(first)
-        undone = self._back_to_the_best()
-        why = "" if self.ended is None else f"; {self.ended}"
-        self.undone = None if undone is None else f"{undone}{why}"
+            self._try_rates(rates.trial_steps(self.batches.num_steps))
 
     def _try_rates(self, count: int) -> None:
         """Take the first steps with the highest harmless rate, or else the lowest."""
         check = Check(0, math.inf)
-        for rate in RATES:
+        for rate in rates.RATES:
             self.rate = rate
             self.cluster.run_all(steps.take_best)
             self.losses = []
-            self._num_tokens = 0
+            self.num_tokens = 0
             is_finite = all(map(self._step, range(count)))
             check = self._measured(count) if is_finite else Check(count, math.inf)
             self.tried[rate] = check.value
-            if check.value <= HARMLESS * self.before:
+            if check.value <= rates.HARMLESS * self.before:
                 break
         self._note_if_best(check)
+        self.done = count
 
-    def _train_on(self, first: int) -> None:
-        """Make the steps from the one with number `first` on, and check on the way."""
+    def _train_on(self) -> None:
+        """Make the steps that are left."""
+        while not self._has_ended():
+            is_finite = self._step(self.done)
+            self.done += 1
+            if len(self.text.held):
+                self._check_on_the_way(is_finite)
+            if self.ended is None and self.done < self.batches.num_steps:
+                self.on_step()
+
+    def _check_on_the_way(self, is_finite: bool) -> None:
+        """Measure after some steps, and after the last one; see what follows from that."""
+        done = self.done
         num_steps = self.batches.num_steps
-        every = steps_between_checks(num_steps)
-        num_in_vain = 0
-        for number in range(first, num_steps):
-            if self._has_ended(number):
-                self._note_if_best(self._measured(number))
-                return
-            is_finite = self._step(number)
-            done = number + 1
-            is_last = done == num_steps
-            if is_finite and not is_last and done % every:
-                continue
-            check = self._measured(done, rounded=is_last) if is_finite else Check(done, math.inf)
-            is_better = self._note_if_best(check)
-            num_in_vain = 0 if is_better else num_in_vain + 1
-            if is_better or is_last:
-                continue
-            if num_in_vain == _PATIENCE:
-                self.ended = f"it ended after {done} steps, because {_PATIENCE} checks in a row "
-                self.ended += f"were no better than {self._best.value:.4g}"
-                return
-            if check.value <= TOLERATED * self._best.value:
-                continue
-            if self.section.learning_rate is None:
-                self.rate /= 2
-                self.cluster.run_all(steps.take_best)
-            elif check.value > GIVEN_UP * self.before:
-                rise = f"{self.before:.4g} became {check.value:.4g}"
-                self.ended = f"it was given up after {done} steps, because it diverged: {rise}"
-                return
+        is_last = done == num_steps
+        if is_finite and not is_last and done % rates.steps_between_checks(num_steps):
+            return
+        check = self._measured(done, rounded=is_last) if is_finite else Check(done, math.inf)
+        is_better = self._note_if_best(check)
+        self.num_in_vain = 0 if is_better else self.num_in_vain + 1
+        if is_better or is_last:
+            return
+        if self.num_in_vain == rates.PATIENCE:
+            self.ended = f"it ended after {done} steps, because {rates.PATIENCE} checks in a row "
+            self.ended += f"were no better than {self._best.value:.4g}"
+        elif check.value <= rates.TOLERATED * self._best.value:
+            return
+        elif self.section.learning_rate is None:
+            self.rate /= 2
+            self.cluster.run_all(steps.take_best)
+        elif check.value > rates.GIVEN_UP * self.before:
+            rise = f"{self.before:.4g} became {check.value:.4g}"
+            self.ended = f"it was given up after {done} steps, because it diverged: {rise}"
 
-    def _has_ended(self, number: int) -> bool:
-        """Whether the text ends before a step."""
-        try:
-            self.batches.batch(number)
-        except TextEndedError as error:
-            self.ended = str(error)
-        return self.ended is not None
+    def _has_ended(self) -> bool:
+        """Whether no step follows: all are made, or the training has ended early, as a text may."""
+        if self.ended is None and self.done < self.batches.num_steps:
+            try:
+                self.batches.batch(self.done)
+            except TextEndedError as error:
+                self.ended = str(error)
+                if len(self.text.held):
+                    self._note_if_best(self._measured(self.done))
+        return self.ended is not None or self.done == self.batches.num_steps
 
     def _step(self, number: int) -> bool:
         """Make one step; return whether the loss was finite."""
@@ -216,9 +202,9 @@ class Training:
         self.losses.append(sum(sums) / num_tokens)
         if not math.isfinite(self.losses[-1]):
             return False
-        rate = self.rate * rate_factor(number, self.batches.num_steps)
+        rate = self.rate * rates.rate_factor(number, self.batches.num_steps)
         self.cluster.run_all(steps.step, num_tokens, rate)
-        self._num_tokens += len(numbers) * tokens.shape[1]
+        self.num_tokens += len(numbers) * tokens.shape[1]
         self.cluster.progress.reach(number + 1)
         return True
 
@@ -230,15 +216,15 @@ class Training:
         """
         if rounded:
             self.cluster.run_all(steps.round_as_absorbed)
-        now_s = time.perf_counter()
+        now_s = time.monotonic()
         num_before = self.held[-1].tokens if self.held else 0
-        pace = max(0, self._num_tokens - num_before) / (now_s - self._checked_s)
+        pace = max(0, self.num_tokens - num_before) / (now_s - self.checked_s)
         losses = self.losses[self.held[-1].steps if self.held else 0 :]
         value, acceptance = held_aside(self.cluster, self.text, self.section.loss)
-        self._checked_s = time.perf_counter()
+        self.checked_s = time.monotonic()
         self._begin_steps()
         loss = fmean(losses) if losses else None
-        return Check(num_steps, value, acceptance, self._num_tokens, loss, pace or None)
+        return Check(num_steps, value, acceptance, self.num_tokens, loss, pace or None)
 
     @property
     def _best(self) -> Check:
@@ -247,7 +233,10 @@ class Training:
 
     def _begin_steps(self) -> None:
         batches = self.batches
-        self.cluster.progress.begin(batches.num_steps, "steps", batches.tokens_of_step)
+        progress = self.cluster.progress
+        progress.begin(batches.num_steps, "steps", batches.tokens_of_step)
+        progress.started_s = self.started_s
+        progress.reach(self.done)
 
     def _note_if_best(self, check: Check) -> bool:
         """Note a measure, and keep the state if it is the best so far; return whether it is."""

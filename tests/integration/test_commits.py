@@ -1,0 +1,154 @@
+"""A run that was killed while it trained goes on in the middle of a shot, to the same bits."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from ray_surgeon.stages.recovery.rates import trial_steps
+from ray_surgeon.stages.recovery.training import Training
+from tests.integration import runs
+from tests.integration.runs import ONE, Done, Jobs, assert_same_shot
+
+NUM_STEPS = 12
+TRAINED = ONE | runs.LORA | {"recovery__num_tokens": NUM_STEPS * 40}
+NOTHING_HELD = {"calibration__held_aside": 0}
+GIVEN = {"recovery__learning_rate": 1e-3}
+ALWAYS = {"recovery__commit_minutes": 1e-9}
+"""After every step, but in trials of a rate."""
+ANSWERED = {
+    "evaluation": {
+        "texts": [runs.windows("python-docs", 3, name="docs")],
+        "generation": {"num_prompts": 2, "max_new_tokens": 6},
+    }
+}
+STREAMED = {"recovery__texts": [{"source": "python-docs", "max_tokens": 9000}]}
+MEASURED = ("losses", "rate", "tried", "undone", "ended", "absorbed")
+
+
+@pytest.fixture
+def dies(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """The number of a step at which the process ends: the last one of this list, which it loses."""
+    left = list[int]()
+    plain = Training._step
+    num_made = 0
+
+    def step(training: Training, number: int) -> bool:
+        nonlocal num_made
+        num_made += bool(left)
+        if left and num_made > left[-1]:
+            left.pop()
+            num_made = 0
+            sys.exit("killed")
+        return plain(training, number)
+
+    monkeypatch.setattr(Training, "_step", step)
+    yield left
+    assert not left, "it was killed as often as it should"
+
+
+def killed(job: Jobs, options: Any, *arguments: str) -> None:
+    with pytest.raises(SystemExit):
+        job(options | ALWAYS, *arguments)
+
+
+def assert_same(again: Done, whole: Done) -> None:
+    """Compare the last shots: bits, measures, and that nothing is left of a part."""
+    last = len(whole.shots)
+    assert_same_shot(again.uri, whole.uri, last)
+    for name in (*(f"recovery_{part}" for part in MEASURED), "perplexity", "divergence", "linears"):
+        assert again.shot.get(name) == whole.shot.get(name), name
+    checks = [
+        [(c["steps"], c["value"], c["tokens"], c["loss"]) for c in done.shot["recovery_held_aside"]]
+        for done in (again, whole)
+    ]
+    assert checks[0] == checks[1]
+    assert again.report["dense"] == whole.report["dense"]
+    assert again.report["linears"] == whole.report["linears"]
+    assert set(again.shot["seconds"]) == set(whole.shot["seconds"])
+    assert not list(again.uri.glob("shots/*/part"))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        NOTHING_HELD,
+        GIVEN | {"recovery__loss": "cross_entropy"},
+        {},
+        runs.ELEMENT | GIVEN | runs.DISK,
+        ANSWERED | GIVEN,
+        STREAMED | GIVEN,
+    ],
+    ids=["nothing_held", "given", "tried", "elements", "answers", "stream"],
+)
+def test_a_run_that_was_killed_three_times(settings: Any, job: Jobs, dies: list[int]) -> None:
+    options = TRAINED | settings
+    whole = job(options, folder="whole")
+    tried = not {*settings} & {*GIVEN, *NOTHING_HELD}
+    trial = len(whole.shot["recovery_tried"]) * trial_steps(NUM_STEPS) if tried else 0
+    dies += [3, 1, trial + 2]
+    killed(job, options)
+    killed(job, options, "--resume")
+    killed(job, options, "--resume")
+    again = job(options, "--resume")
+    assert_same(again, whole)
+    before = trial_steps(NUM_STEPS) if tried else 0
+    assert f"resumed_in_shot=1, after {before + 2 + 1 + 3} steps of recovery" in again.out
+    if "evaluation" in options:
+        assert again.shot["generation"] == whole.shot["generation"]
+        name = "generation_before_recovery"
+        assert again.shot[name] == whole.shot[name]
+
+
+def test_a_trial_is_repeated(job: Jobs, dies: list[int]) -> None:
+    whole = job(TRAINED, folder="whole")
+    dies += [2]
+    killed(job, TRAINED)
+    part = job.folder / "run/shots/0001/part"
+    assert not list(part.glob("training-*"))
+    again = job(TRAINED, "--resume")
+    assert "resumed_in_shot=1, after 0 steps of recovery" in again.out
+    assert_same(again, whole)
+
+
+@pytest.mark.parametrize("num_shards", [1, 2])
+def test_other_shards_go_on(num_shards: int, job: Jobs, dies: list[int]) -> None:
+    whole = job(TRAINED | GIVEN | runs.FOUR, folder="whole")
+    dies += [6]
+    killed(job, TRAINED | GIVEN | runs.FOUR)
+    again = job(TRAINED | GIVEN | runs.FOUR, "--resume", cluster__num_shards=num_shards)
+    assert_same(again, whole)
+
+
+def test_the_last_of_two_shots(job: Jobs, dies: list[int]) -> None:
+    options = TRAINED | GIVEN | {"pruning__num_shots": 2}
+    whole = job(options, folder="whole")
+    dies += [3 + 4]
+    killed(job, options)
+    again = job(options, "--resume")
+    assert "resumed_after_shot=1 resumed_in_shot=2, after 4 steps" in " ".join(again.out.split())
+    assert_same(again, whole)
+
+
+def test_a_damaged_part_is_refused(job: Jobs, dies: list[int]) -> None:
+    """And the shot is repeated without it, as where it was not written to its end."""
+    options = TRAINED | GIVEN
+    whole = job(options, folder="whole")
+    dies += [4]
+    killed(job, options)
+    part = job.folder / "run/shots/0001/part"
+    for name, kept in (("training-*", None), ("masks-*", -9), ("manifest.json", -9)):
+        (path,) = part.glob(name)
+        content = path.read_bytes()
+        path.unlink() if kept is None else path.write_bytes(content[:kept])
+        error = job(options, "--resume", code=2).error
+        assert str(path) in error
+        assert f"remove {part} to repeat this shot from its beginning" in error
+        path.write_bytes(content)
+    (part / "manifest.json").unlink()
+    again = job(options | ALWAYS, "--resume")
+    assert "resumed_in_shot" not in again.out
+    assert_same(again, whole)
