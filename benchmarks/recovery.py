@@ -4,9 +4,9 @@
 every feed-forward layer and 40 % of the parameters of coupled groups, and trains it on so many
 tokens of texts that are on this machine: low-rank corrections of two ranks, and all weights. The
 first line of each way is the preset's recovery, on the calibration's own windows. Divergences are
-those from the dense model on Python's help, docstrings and descriptions of packages, with the perplexities
-after the slash; the acceptance is that of the dense model's answers. ``--ways``, ``--ranks`` and
-``--tokens`` choose. Runs that are there are read, not made again.
+those from the dense model on Python's help, docstrings and descriptions of packages, with the
+perplexities after the slash; the acceptance is that of the dense model's answers. ``--ways``,
+``--ranks`` and ``--tokens`` choose. Runs that are there are read, not made again.
 """
 
 from __future__ import annotations

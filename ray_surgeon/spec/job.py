@@ -90,6 +90,10 @@ class JobSpec(Section):
         yield from self._problems_of_curvature()
         yield from self._problems_of_texts()
         yield from self._problems_of_exports()
+        trains_all = self.recovery is not None and self.recovery.rank == "all"
+        if trains_all and self.memory.weights not in ("auto", "device"):
+            where = self.memory.weights
+            yield f"memory.weights: {where} does not go with recovery.rank all; use device, or auto"
 
     def _problems_of_curvature(self) -> Iterator[str]:
         is_taken = self.pruning.takes_curvature

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -23,11 +24,15 @@ from ray_surgeon.storage.streams import TextStream
 
 _PRODUCTS = 9
 """Launches of B A x forward and backward, beside a linear's own."""
+_GRADIENTS = 2
+"""Launches of the gradient of a weight and its sum, likewise."""
 _STEP = 22
 """Launches of an optimizer's step for a linear."""
 _START = 28
 _SYNCS_OF_START = 4
 """Launches and syncs for a linear at the start and the end."""
+_STEP_BYTES = 12.0
+"""Of a weight in float32 while it makes a step: its gradient, and two numbers of Adam's."""
 
 
 @dataclass(frozen=True)
@@ -89,40 +94,60 @@ class Recovery(Stage):
 
     # For the plan
 
-    @property
-    def _rank(self) -> int:
-        assert isinstance(self.section.rank, int)
-        return self.section.rank
+    def _size(self, worker: WorkerView) -> float:
+        """Return how many numbers are trained."""
+        if self.section.rank == "all":
+            width: int = worker.shapes.width
+            return worker.all_blocks / width
+        return self.section.rank * sum(s.num_rows + s.num_columns for s in worker.linears)
 
-    def needs(self, worker: WorkerView) -> Iterable[StepPlan]:
-        """Return the training of B A.
+    def _trained(self, worker: WorkerView) -> tuple[float, float]:
+        """Return the bytes on the device and the host of what is trained.
 
-        It needs inputs, A, B and gradients (between replicas one copy more), Adam's moments at a
-        linear's owner, and the best state so far.
+        For corrections these are A, B and gradients (between replicas one copy more), Adam's
+        moments at a linear's owner, and the best state so far. For all weights, gradients; masters
+        and moments at the owner, and of one block what a step makes of them; and on the host the
+        weights as they were, and the best so far.
         """
         N = worker.num_replicas
+        size = self._size(worker)
         num_states = int(self.num_held > 0)
-        of_entry = 8 + (8 if N == 1 else 12 / N) + num_states * (4 + 8 / N)
-        entries = sum(linear.num_rows + linear.num_columns for linear in worker.linears)
-        adapters = of_entry * self._rank * entries
+        if self.section.rank != "all":
+            return (8 + (8 if N == 1 else 12 / N) + num_states * (4 + 8 / N)) * size, 0.0
+        if worker.stores.weights != "device":
+            return math.inf, 0.0  # there it cannot be trained
+        is_on_device = worker.stores.factors == "device"
+        # weights in float32 are their own masters
+        has_masters = worker.shapes.width < 4 or not (is_on_device or worker.device_is_host)
+        of_factors = (8 + 4 * has_masters) * size / N + _STEP_BYTES * size / worker.num_blocks
+        copies = (1 + num_states) * worker.all_blocks
+        on_device = worker.all_blocks + of_factors * is_on_device
+        return on_device, copies + of_factors * (not is_on_device)
+
+    def needs(self, worker: WorkerView) -> Iterable[StepPlan]:
+        """Return the training: what is trained, and what passes."""
+        N = worker.num_replicas
+        trains_all = self.section.rank == "all"
+        trained, more_on_host = self._trained(worker)
         columns = sum(linear.num_columns for linear in worker.linears)
         inputs = worker.shapes.width * columns / worker.num_blocks
         num_steps, num_checks = self._num_steps(worker)
         backward = num_steps * -(-self.section.sequences_per_step // N)
         forward = backward + num_checks * -(-self.num_held // N)
         # B A and copies: of elements in every pass, of others when absorbed
-        product = 16.0 * max(linear.size for linear in worker.linears)
+        product = 16.0 * max(linear.size for linear in worker.linears) * (not trains_all)
         passing = worker.passing(more_kept=inputs) + product * self.by_element
         # on a CPU masks of elements are those of the host
         masks = sum(linear.size for linear in worker.linears) * self.by_element
         on_device = masks * (not worker.device_is_host)
         loads = worker.all_blocks * -(-(forward + backward) // worker.wave)
-        device = worker.weights + adapters + on_device + max(passing, product)
-        host = worker.host + worker.travelling(worker.sequence_length)
+        device = worker.weights + trained + on_device + max(passing, product)
+        host = worker.host + worker.travelling(worker.sequence_length) + more_on_host
         runs = 1 + (worker.stores.activations == "recompute")
-        # weights get no gradients; A and B do
-        flops = 2 * worker.active * (forward + runs * backward)
-        flops += 2 * self._rank * entries * (forward + (1 + runs) * backward)
+        # weights get gradients only where all are trained
+        flops = 2 * worker.active * (forward + (runs + trains_all) * backward)
+        if not trains_all:
+            flops += 2 * self._size(worker) * (forward + (1 + runs) * backward)
         flops += worker.head_flops * (2 * forward + backward)
         flops *= worker.sequence_length
         moved = worker.moved(worker.stores.weights, loads)
@@ -138,14 +163,18 @@ class Recovery(Stage):
         T = worker.sequence_length
         num_linears = len(worker.linears)
         per_step = -(-self.section.sequences_per_step // N)
-        entries = sum(linear.num_rows + linear.num_columns for linear in worker.linears)
-        size = self._rank * entries
+        trains_all = self.section.rank == "all"
+        size = self._size(worker)
+        # the gradients and the result, of A and B in float32
+        of_entry = 2.0 * worker.shapes.width if trains_all else 12.0
         runs = 1 + (worker.stores.activations == "recompute")
         calls = -(-per_step // worker.stores.in_a_call(per_step, worker.num_shards))
         step = worker.pass_counts(per_step, T, runs, 1.0)
-        step += Counted((_PRODUCTS * calls + _STEP) * num_linears, 2, calls=2)
+        products = _GRADIENTS if trains_all else _PRODUCTS
+        step += Counted((products * calls + _STEP) * num_linears, 2, calls=2)
         # parameters and two moments, read and written, and gradients
-        step += Counted(memory_bytes=ADAM_BYTES * size, sent_bytes=12.0 * size * (N > 1))
+        of_owner = ADAM_BYTES * size / (N if trains_all else 1)
+        step += Counted(memory_bytes=of_owner, sent_bytes=of_entry * size * (N > 1))
         check = worker.pass_counts(-(-self.num_held // N), T)
         start = Counted(_START * num_linears, _SYNCS_OF_START * num_linears)
         return step.times(num_steps) + check.times(num_checks) + start
