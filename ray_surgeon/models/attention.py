@@ -204,3 +204,23 @@ def for_older_readers(document: Mapping[str, Any]) -> dict[str, Any]:
     if of_all.get("rope_type", "default") != "default":
         older["rope_scaling"] = {name: of_all[name] for name in of_all if name not in older}
     return dict(document) | older
+
+
+def check_rope(document: Mapping[str, Any]) -> None:
+    """Refuse a config.json that says two things of the rotary embeddings.
+
+    Programs read one or the other.
+
+    Raises:
+        ValueError: names both.
+    """
+    parameters = document.get("rope_parameters")
+    if not parameters:
+        return
+    said = for_older_readers(document) | parameters.get("full_attention", parameters)
+    names = ("rope_theta", "rope_local_base_freq", "partial_rotary_factor")
+    older = {name: document.get(name) for name in names} | (document.get("rope_scaling") or {})
+    for name, value in older.items():
+        if value is not None and value != said.get(name, value):
+            both = f"{name} {value}, and {said[name]} in rope_parameters"
+            raise ValueError(f"model.source: config.json has {both}; remove the wrong one")

@@ -15,6 +15,7 @@ import torch
 from transformers import AutoConfig, PretrainedConfig
 
 import ray_surgeon
+from ray_surgeon.models.attention import check_rope
 from ray_surgeon.models.checkpoint import check_checkpoint, check_tied
 from ray_surgeon.models.families import check_depth, check_family, check_not_quantised
 from ray_surgeon.models.layout import ModelLayout
@@ -112,6 +113,7 @@ def load_config(folder: Path, origin: str) -> PretrainedConfig:
     # the code of any family may raise anything
     with refusing(refused, "give a checkpoint it knows", Exception):
         config: PretrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    check_rope(document)
     return config
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from transformers import AutoConfig, LlamaConfig
 
-from ray_surgeon.models.attention import for_older_readers
+from ray_surgeon.models.attention import check_rope, for_older_readers
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.models.pruned_config import BlockWidths, uniform_document
 from tests.conftest import CONFIGS
@@ -34,6 +34,7 @@ def test_transformers_reads_the_same(family: str, rope: dict[str, Any] | None) -
     if rope:
         document["rope_parameters"] = dict(rope)
     both = for_older_readers(document)
+    check_rope(both)
     expected = read(document)
     assert {name: value for name, value in read(both).items() if name in expected} == expected
     if family == "gpt2":
@@ -43,6 +44,18 @@ def test_transformers_reads_the_same(family: str, rope: dict[str, Any] | None) -
     assert both["rope_theta"] == of_all["rope_theta"]
     assert ("rope_scaling" in both) == (rope is not None)
     assert ("rope_local_base_freq" in both) == (family == "gemma3")
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"rope_theta": 5.0}, r"config\.json has rope_theta 5\.0, and 10000\.0 in rope_parameters"),
+        ({"rope_scaling": {"rope_type": "yarn"}}, "has rope_type yarn, and default in"),
+    ],
+)
+def test_two_different_values_are_refused(change: dict[str, Any], expected: str) -> None:
+    with pytest.raises(ValueError, match=expected):
+        check_rope(for_older_readers(CONFIGS["llama"].to_dict()) | change)
 
 
 def test_a_llama_that_becomes_a_mistral_keeps_its_context() -> None:
