@@ -105,13 +105,12 @@ def share_of_tokens(num_tokens: int, mean: LayerMean) -> float:
     return (num_tokens + 1) / (mean.num_tokens + 2)
 
 
-def shrunk_factors(own: PackedFactors, mean: LayerMean) -> PackedFactors:
+def shrunk_factors(own: PackedFactors, mean: LayerMean, k: float = PRIOR_TOKENS) -> PackedFactors:
     """Return the factors of one expert, shrunk towards the mean of its layer.
 
     The fewer tokens it saw, the more they are shrunk.
 
-    The estimate is (sum + k mean) / (n + k), k being `PRIOR_TOKENS`: the posterior mean of a second
-    moment under a conjugate (inverse Wishart) prior that is worth k tokens, the linear shrinkage of
+    The estimate is (sum + k mean) / (n + k): the posterior mean of a second moment under a conjugate (inverse Wishart) prior that is worth k tokens, the linear shrinkage of
     Ledoit and Wolf (2004) with a weight by the number of tokens. The share of all tokens that the
     expert sees, by which G is multiplied, is (n + 1) / (N + 2), Laplace's rule of succession: an
     expert that was not called may be called yet.
@@ -119,15 +118,16 @@ def shrunk_factors(own: PackedFactors, mean: LayerMean) -> PackedFactors:
     Args:
         own: sums over the expert's tokens.
         mean: of the layer.
+        k: tokens that the prior is worth.
 
     Returns:
         Means on the device of the layer's, with `num_tokens` 1.
     """
-    n = own.num_tokens + PRIOR_TOKENS
+    n = own.num_tokens + k
     share = share_of_tokens(own.num_tokens, mean)
     device = mean.A.flat.device
-    A = _moved(own.A.flat, device).add(mean.A.flat, alpha=PRIOR_TOKENS).div_(n)
-    G = _moved(own.G.flat, device).add(mean.G.flat, alpha=PRIOR_TOKENS).mul_(share / n)
+    A = _moved(own.A.flat, device).add(mean.A.flat, alpha=k).div_(n)
+    G = _moved(own.G.flat, device).add(mean.G.flat, alpha=k).mul_(share / n)
     return PackedFactors(PackedSymmetric(own.A.n, A), PackedSymmetric(own.G.n, G), 1, own.terms)
 
 
