@@ -13,6 +13,8 @@ from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+for variable in ("WANDB_API_KEY", "WANDB_PROJECT", "WANDB_MODE", "MLFLOW_TRACKING_URI"):
+    os.environ.pop(variable, None)  # runs of tests are no experiments of somebody
 
 import pytest
 import torch

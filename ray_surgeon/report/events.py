@@ -5,9 +5,10 @@ Events set the metrics of a running job, ``ray_surgeon_*`` in Prometheus; `Recor
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -19,6 +20,8 @@ from ray_surgeon.runtime.cluster import Cluster
 from ray_surgeon.runtime.usage import Usage, process_usage
 from ray_surgeon.runtime.worker import Worker
 
+CHECK = "check"
+"""The event of a training that was measured on the way."""
 Fact = str | int | float
 
 
@@ -147,6 +150,18 @@ class Steps:
         if "num_tokens" in facts:
             facts["tokens_per_s"] = float(facts.pop("num_tokens")) / seconds
         event = Event(name, shot, self._num_shots, round(seconds, 3), facts, busy)
+        self._emit(event)
+
+    def tell(self, name: str, facts: Mapping[str, float | None]) -> None:
+        """Emit an event inside of the present step; its seconds are those since units began.
+
+        Facts that are not known or not finite are left out.
+        """
+        told: dict[str, Fact] = {k: x for k, x in facts.items() if x is not None and x < math.inf}
+        seconds = round(self.moment().elapsed_s, 3)
+        self._emit(Event(name, self._present[1], self._num_shots, seconds, told))
+
+    def _emit(self, event: Event) -> None:
         self._run.add_event(asdict(event))
         self._listen(event)
 
@@ -181,6 +196,11 @@ GAUGES: dict[str, tuple[str, ...]] = {
     "perplexity": ("Perplexity of the last evaluation", "text"),
     "divergence": ("Divergence from the dense model in the last evaluation, in nats", "text"),
     "tokens_per_s": ("Calibration tokens per second of the last curvature pass",),
+    "training_held_aside": ("Divergence or loss on the windows held aside, in nats per token",),
+    "training_acceptance": ("Share of the dense model's tokens there that would be accepted",),
+    "training_loss": ("Mean loss of the steps since the check before, in nats per token",),
+    "training_tokens": ("Tokens of the training after pruning at its last check",),
+    "training_tokens_per_s": ("Tokens per second of it since the check before",),
     "step_seconds": ("Seconds of the last such step", "step"),
     "worker_busy_seconds": ("Busy seconds of a worker in the last such step", "step", "worker"),
     "efficiency": ("Mean fraction of the last such step in which the workers were busy", "step"),
@@ -210,8 +230,9 @@ def readings(event: Event) -> Iterator[tuple[str, float, dict[str, str]]]:
         yield "worker_busy_seconds", seconds, {**step, "worker": str(worker)}
     if event.worker_seconds and event.seconds:
         yield "efficiency", statistics.fmean(event.worker_seconds) / event.seconds, step
+    prefix = "training_" if event.step == CHECK else ""
     for name, value in event.facts.items():
-        metric, _, text = name.partition(" ")
+        metric, _, text = f"{prefix}{name}".partition(" ")
         if name == "size_bytes":
             yield "export_bytes", float(value), {"kind": str(event.facts["kind"])}
         elif metric in GAUGES:

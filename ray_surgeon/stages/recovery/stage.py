@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ray_surgeon.plan.counts import ADAM_BYTES, Counted, StepPlan
 from ray_surgeon.plan.needs import WorkerView
+from ray_surgeon.report.events import CHECK
+from ray_surgeon.report.html_report import LivePage
 from ray_surgeon.runtime.dense_states import CALIBRATION
 from ray_surgeon.stages.recovery.batches import CalibrationBatches
 from ray_surgeon.stages.recovery.section import RecoverySection
-from ray_surgeon.stages.recovery.training import Training, steps_between_checks, trial_steps
+from ray_surgeon.stages.recovery.training import Check, Training, steps_between_checks, trial_steps
 from ray_surgeon.stages.stage import Facts, RunState, Stage, Text
 
 _PRODUCTS = 9
@@ -36,8 +38,16 @@ class Recovery(Stage):
     def run(self, run: RunState, facts: Facts) -> None:
         """Train."""
         batches = CalibrationBatches(self.section, run.text, run.shot, run.num_shots)
-        trained = Training(self.section, run.cluster, run.text, batches)
-        trained.train(run.shot, run.record.get("divergence_held_aside"))
+
+        def tell(check: Check) -> None:
+            measured = {"held_aside": check.value, **vars(check), "rate": trained.rate}
+            del measured["value"]
+            run.steps.tell(CHECK, measured)
+            so_far = replace(trained, held=[*trained.held, check]).as_record()
+            run.kept(LivePage).draw(run.report.as_record() | {"present": so_far}, final=False)
+
+        trained = Training(self.section, run.cluster, run.text, batches, tell)
+        trained.train(run.shot)
         facts |= trained.facts
         run.record |= trained.as_record()
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from statistics import fmean
 from typing import Any
@@ -94,6 +95,7 @@ class Training:
     cluster: Cluster = field(repr=False)
     text: CalibrationText
     batches: Batches
+    on_check: Callable[[Check], object] = lambda _: None  # is called with every check
     # mean loss of each step's sequences before the step, in nats per token; of trials, those of the
     # rate taken
     losses: list[float] = field(default_factory=list)
@@ -109,21 +111,15 @@ class Training:
     _num_tokens: int = 0
     _checked_s: float = field(default_factory=time.perf_counter)
 
-    def train(self, shot: int, before: float | None = None) -> None:
-        """Train, and keep what is best.
-
-        Args:
-            shot: number of the shot.
-            before: the divergence of the windows held aside, if it has been measured already; see
-                `held_aside`.
-        """
+    def train(self, shot: int) -> None:
+        """Train after a shot with this number, and keep what is best."""
         if not self.batches.num_steps:
             return
         self.cluster.run_all(steps.start, self.section, shot)
         self.rate = self.section.learning_rate or RATES[1]
         self._begin_steps()
         if len(self.text.held):
-            self._train_checked(before if self.section.loss == "kl" else None)
+            self._train_checked()
         else:  # the last state is kept
             for number in range(self.batches.num_steps):
                 self._step(number)
@@ -131,8 +127,8 @@ class Training:
         arrived, wanted = map(sum, zip(*of_workers, strict=True))
         self.absorbed = arrived / wanted if wanted else float(self.undone is None)
 
-    def _train_checked(self, known: float | None) -> None:
-        start = self._measured(0) if known is None else Check(0, known)
+    def _train_checked(self) -> None:
+        start = self._measured(0)
         self.before = start.value
         if not math.isfinite(self.before):
             raise FloatingPointError("the pruned model's outputs are not finite; check the weights")
@@ -155,7 +151,7 @@ class Training:
             self.losses = []
             self._num_tokens = 0
             is_finite = all(map(self._step, range(count)))
-            check = self._measured(count) if is_finite else Check(count, math.inf)
+            check = self._measured(count, is_finite)
             self.tried[rate] = check.value
             if check.value <= HARMLESS * self.before:
                 break
@@ -172,7 +168,7 @@ class Training:
             is_last = done == num_steps
             if is_finite and not is_last and done % every:
                 continue
-            check = self._measured(done, rounded=is_last) if is_finite else Check(done, math.inf)
+            check = self._measured(done, is_finite, rounded=is_last)
             is_better = self._note_if_best(check)
             num_in_vain = 0 if is_better else num_in_vain + 1
             if is_better or is_last:
@@ -208,23 +204,26 @@ class Training:
         self.cluster.progress.reach(number + 1)
         return True
 
-    def _measured(self, num_steps: int, *, rounded: bool = False) -> Check:
-        """Measure the present state after so many steps; the value is infinite if it is no number.
+    def _measured(self, num_steps: int, is_finite: bool = True, rounded: bool = False) -> Check:
+        """Measure the state after so many steps; the value is infinite if it is no number.
 
         With `rounded` it is that of the weights as they will be, in their dtype, and no step may
         follow.
         """
-        if rounded:
+        if rounded and is_finite:
             self.cluster.run_all(steps.round_as_absorbed)
         now_s = time.perf_counter()
         num_before = self.held[-1].tokens if self.held else 0
         pace = max(0, self._num_tokens - num_before) / (now_s - self._checked_s)
         losses = self.losses[self.held[-1].steps if self.held else 0 :]
-        value, acceptance = held_aside(self.cluster, self.text, self.section.loss)
+        about = (self.cluster, self.text, self.section.loss)
+        measure = held_aside(*about) if is_finite else (math.inf, None)
+        loss = fmean(losses) if losses and is_finite else None
+        check = Check(num_steps, *measure, self._num_tokens, loss, pace or None)
+        self.on_check(check)
         self._checked_s = time.perf_counter()
         self._begin_steps()
-        loss = fmean(losses) if losses else None
-        return Check(num_steps, value, acceptance, self._num_tokens, loss, pace or None)
+        return check
 
     @property
     def _best(self) -> Check:
