@@ -126,7 +126,7 @@ def test_page_shows_trainings_also_one_that_has_not_ended(runs: dict[str, Path])
     begun = record | {"shots": [], "linears": [], "present": present}
     figures = [run_figures(each)["training"] for each in (first, begun)]
     assert [len(figure.axes) for figure in figures] == [2, 1]
-    lines = [[float(x) for x in line.get_xdata()] for line in figures[0].axes[1].lines]
+    lines = [np.asarray(line.get_xdata()).tolist() for line in figures[0].axes[1].lines]
     assert lines == [[0, 1000, 2000], [2000, 3000, 4000]], "one after the other"
     assert figures[0].axes[0].get_ylim()[1] < 0.6
     for records, number in ([begun], 1), ([first, begun], 3):

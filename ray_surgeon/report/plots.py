@@ -155,8 +155,7 @@ def training_figure(records: Records) -> Figure:
             losses = shot["recovery_losses"]
             places = np.linspace(before, tokens[-1], len(losses) + 1)[1:]
             # an artist alone leaves the limits as they are: losses of steps scatter
-            thin = Line2D(places, losses, color=style["color"], linewidth=0.5, alpha=0.35)
-            panels[0].add_artist(thin)
+            panels[0].add_artist(Line2D(places, losses, color=style["color"], lw=0.5, alpha=0.4))
             before = tokens[-1]
             style["label"] = None
     panels[0].legend()
@@ -233,10 +232,8 @@ def quality_figures(records: Records) -> dict[str, Figure]:
     """Return figures by name: acceptance, if it is known, perplexity on every text, trainings."""
     measures: dict[str, str | None] = {"acceptance": None} if has_generation(records) else {}
     measures |= {f"perplexity-{text}": text for text in texts_of(records)}
-    figures = {name: quality_figure(records, text) for name, text in measures.items()}
-    if any(map(_trainings, records)):
-        figures["training"] = training_figure(records)
-    return figures
+    trained = {"training": training_figure(records)} if any(map(_trainings, records)) else {}
+    return {name: quality_figure(records, text) for name, text in measures.items()} | trained
 
 
 @_styled

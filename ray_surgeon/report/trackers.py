@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from ray_surgeon.report.events import CHECK, Event
@@ -42,7 +42,7 @@ _TRACKERS = {
 """Package -> variables, any of which says that it is wanted, and what begins a run."""
 
 
-class Trackers:
+class Trackers(AbstractContextManager["Trackers"]):
     """``with Trackers(...) as trackers`` begins and ends runs; calls send them the checks.
 
     A tracker that is not installed, or fails, is warned of once and left alone from then on.
@@ -56,9 +56,6 @@ class Trackers:
             with self._warning(package):
                 if any(map(os.environ.get, variables)):
                     self._runs[package] = begin(importlib.import_module(package), spec)
-
-    def __enter__(self) -> Trackers:
-        return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         for package, (end, _log) in list(self._runs.items()):

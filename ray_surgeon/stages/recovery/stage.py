@@ -40,9 +40,8 @@ class Recovery(Stage):
         batches = CalibrationBatches(self.section, run.text, run.shot, run.num_shots)
 
         def tell(check: Check) -> None:
-            measured = {"held_aside": check.value, **vars(check), "rate": trained.rate}
-            del measured["value"]
-            run.steps.tell(CHECK, measured)
+            named = {"held_aside": check.value, "value": None, "rate": trained.rate}
+            run.steps.tell(CHECK, vars(check) | named)
             so_far = replace(trained, held=[*trained.held, check]).as_record()
             run.kept(LivePage).draw(run.report.as_record() | {"present": so_far}, final=False)
 
