@@ -111,7 +111,7 @@ def counted_steps(
     of_shots: dict[int, dict[str, Counter]] = {0: {}, 1: {}}
 
     def listen(event: Event | Moment) -> None:
-        if isinstance(event, Event):
+        if isinstance(event, Event) and event.worker_seconds:  # of a whole step
             counts = total.taken()
             steps = of_shots[event.shot]
             steps[event.step] = steps[event.step].plus(counts) if event.step in steps else counts

@@ -128,7 +128,7 @@ def run_steps(document: dict[str, Any], folder: Path, operations: Operations | N
     flops: defaultdict[str, dict[str, int]] = defaultdict(dict)
 
     def listen(event: Any) -> None:
-        if not isinstance(event, Event):
+        if not isinstance(event, Event) or not event.worker_seconds:  # of something inside a step
             return
         seconds[event.step] += event.seconds
         if operations is None:

@@ -30,6 +30,8 @@ from ray_surgeon.runtime import fresh_process
 from ray_surgeon.storage import files
 
 torch.set_num_threads(1)
+for variable in ("WANDB_API_KEY", "WANDB_PROJECT", "WANDB_MODE", "MLFLOW_TRACKING_URI"):
+    os.environ.pop(variable, None)  # runs of tests are no experiments of somebody
 
 VOCABULARY = 320
 

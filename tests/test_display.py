@@ -9,7 +9,7 @@ from rich.console import Console
 
 from ray_surgeon.report import display as display_module
 from ray_surgeon.report.display import Display
-from ray_surgeon.report.events import Event, Moment
+from ray_surgeon.report.events import Event, Moment, readings
 
 EVENT = Event("curvature", 1, 3, 61.25, {"loss": 2.5, "tokens": 12, "unit": "nats"}, [1.0])
 MOMENT = Moment("curvature", 1, 3, 12, 64, "sequences", 512, 48.0)
@@ -20,6 +20,14 @@ def test_lines() -> None:
     assert MOMENT.line.endswith("  12 of 64 sequences, 128 tokens/s, 208 s left")
     start = Moment("load", 0, 3, 0, 0, "", 0, 1.0)
     assert start.line == "start      load       ..."
+
+
+def test_metrics_of_a_check() -> None:
+    """They are its own, beside those of passes of the calibration text."""
+    check = Event("check", 1, 3, 2.0, {"held_aside": 0.5, "tokens_per_s": 9.0, "rate": 1e-3})
+    values = {name: value for name, value, _ in readings(check)}
+    assert (values["training_held_aside"], values["training_tokens_per_s"]) == (0.5, 9.0)
+    assert not {"tokens_per_s", "rate", "training_rate"} & values.keys()
 
 
 def test_a_terminal_gets_bars_that_move() -> None:

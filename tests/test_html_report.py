@@ -113,6 +113,27 @@ def test_runs_on_one_page(
     assert html.count("<svg") == 2 + 2 * 4
 
 
+def test_page_shows_trainings_also_one_that_has_not_ended(runs: dict[str, Path]) -> None:
+    """The first one diverged on the way, the second one knows no acceptance."""
+    record = report_of(runs["rows"])
+    checks = [
+        {"steps": 10 * i, "tokens": 1000 * i, "value": value, "acceptance": 0.8, "loss": 0.5}
+        for i, value in enumerate((0.5, None, 0.25))
+    ]
+    trained = {"recovery_held_aside": checks, "recovery_losses": [0.5] * 10}
+    present = trained | {"recovery_held_aside": [check | {"acceptance": None} for check in checks]}
+    first = record | {"shots": [record["shots"][0] | trained], "present": present}
+    begun = record | {"shots": [], "linears": [], "present": present}
+    figures = [run_figures(each)["training"] for each in (first, begun)]
+    assert [len(figure.axes) for figure in figures] == [2, 1]
+    lines = [np.asarray(line.get_xdata()).tolist() for line in figures[0].axes[1].lines]
+    assert lines == [[0, 1000, 2000], [2000, 3000, 4000]], "one after the other"
+    assert figures[0].axes[0].get_ylim()[1] < 0.6
+    for records, number in ([begun], 1), ([first, begun], 3):
+        text = check_self_contained(page(records))
+        assert text.count("Trainings after pruning, on windows held aside") == number
+
+
 def test_what_a_report_says_of_workers_and_depth(runs: dict[str, Path]) -> None:
     record = report_of(runs["rows"])
     for shot in record["shots"]:

@@ -110,10 +110,11 @@ def shrunk_factors(own: PackedFactors, mean: LayerMean, k: float = PRIOR_TOKENS)
 
     The fewer tokens it saw, the more they are shrunk.
 
-    The estimate is (sum + k mean) / (n + k): the posterior mean of a second moment under a conjugate (inverse Wishart) prior that is worth k tokens, the linear shrinkage of
-    Ledoit and Wolf (2004) with a weight by the number of tokens. The share of all tokens that the
-    expert sees, by which G is multiplied, is (n + 1) / (N + 2), Laplace's rule of succession: an
-    expert that was not called may be called yet.
+    The estimate is (sum + k mean) / (n + k): the posterior mean of a second moment under a
+    conjugate (inverse Wishart) prior that is worth k tokens, the linear shrinkage of Ledoit and
+    Wolf (2004) with a weight by the number of tokens. The share of all tokens that the expert sees,
+    by which G is multiplied, is (n + 1) / (N + 2), Laplace's rule of succession: an expert that was
+    not called may be called yet.
 
     Args:
         own: sums over the expert's tokens.

@@ -11,7 +11,7 @@ import importlib.util
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -51,6 +51,7 @@ class Display(Progress):
         self._run_bar = self.add_task(name, total=None, rest="shots")
         self._step_bar = self.add_task("", total=None, rest="")
         self._last_line_s = time.monotonic()
+        self.also: Callable[[Event], object] = lambda _: None  # gets every event, too
 
     def note(self, text: str) -> None:
         """Show a line."""
@@ -61,6 +62,7 @@ class Display(Progress):
         """Show the end of a step, or how far it has come."""
         if isinstance(news, Event):
             self.note(news.line)
+            self.also(news)
             if news.step in ("load", "commit"):
                 self.update(self._run_bar, completed=news.shot, total=news.num_shots)
             return

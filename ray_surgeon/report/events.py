@@ -6,9 +6,10 @@ Events set the metrics of a running job, ``ray_surgeon_*`` in Prometheus; `Recor
 from __future__ import annotations
 
 import copy
+import math
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,6 +23,8 @@ from ray_surgeon.runtime.cluster import Cluster
 from ray_surgeon.runtime.usage import Usage, process_usage
 from ray_surgeon.runtime.worker import Worker
 
+CHECK = "check"
+"""The event of a training that was measured on the way."""
 Fact = str | int | float
 
 
@@ -151,6 +154,18 @@ class Steps:
         if "num_tokens" in facts:
             facts["tokens_per_s"] = float(facts.pop("num_tokens")) / seconds
         event = Event(name, shot, self._num_shots, round(seconds, 3), facts, busy)
+        self._emit(event)
+
+    def tell(self, name: str, facts: Mapping[str, float | None]) -> None:
+        """Emit an event inside of the present step; its seconds are those since units began.
+
+        Facts that are not known or not finite are left out.
+        """
+        told: dict[str, Fact] = {k: x for k, x in facts.items() if x is not None and x < math.inf}
+        seconds = round(self.moment().elapsed_s, 3)
+        self._emit(Event(name, self._present[1], self._num_shots, seconds, told))
+
+    def _emit(self, event: Event) -> None:
         self._run.add_event(asdict(event))
         self._listen(event)
 
@@ -197,8 +212,9 @@ def readings(event: Event) -> Iterator[tuple[str, float, dict[str, str]]]:
         yield "worker_busy_seconds", seconds, {**step, "worker": str(worker)}
     if event.worker_seconds and event.seconds:
         yield "efficiency", statistics.fmean(event.worker_seconds) / event.seconds, step
+    prefix = "training_" if event.step == CHECK else ""
     for name, value in event.facts.items():
-        metric, _, text = name.partition(" ")
+        metric, _, text = f"{prefix}{name}".partition(" ")
         if name == "size_bytes":
             yield "export_bytes", float(value), {"kind": str(event.facts["kind"])}
         elif metric in GAUGES:

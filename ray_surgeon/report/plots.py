@@ -10,10 +10,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from matplotlib import rc_context, rcParams
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogFormatter, MaxNLocator
+from matplotlib.lines import Line2D
+from matplotlib.ticker import EngFormatter, LogFormatter, MaxNLocator
 
 from ray_surgeon.report.record import has_generation, texts_of
 from ray_surgeon.storage import files
@@ -95,16 +97,12 @@ def quality_figure(records: Records, text: str | None) -> Figure:
     """
     label = "acceptance rate" if text is None else f"perplexity on {text}"
     figure, axes = _axes("sparsity of the blocks' linears, %", label)
-    colors = rcParams["axes.prop_cycle"].by_key()["color"]
     highest = 0.0
     for number, record in enumerate(records):
         points = _points(record, text)
         if len(points) < 2:
             continue
-        # its number makes a run look the same in every figure
-        style: dict[str, Any] = {"marker": _MARKERS[number % len(_MARKERS)], "markersize": 4}
-        style |= {"color": colors[number % len(colors)], "label": record["spec"]["name"]}
-        axes.plot(*zip(*points, strict=True), **style)
+        axes.plot(*zip(*points, strict=True), **_style(number, record))
         _, dense = points[0]
         axes.axhline(dense, color="#909090", linewidth=0.8, linestyle="--", zorder=0)
         highest = max(highest, _HIGHEST * dense)
@@ -114,7 +112,55 @@ def quality_figure(records: Records, text: str | None) -> Figure:
             set_formatter(LogFormatter(labelOnlyBase=False, minor_thresholds=(2, 0.5)))
         axes.set_ylim(top=min(axes.get_ylim()[1], highest))
     axes.grid(which="both", **_SOFT)
-    axes.legend()
+    if highest:
+        axes.legend()
+    return figure
+
+
+def _style(number: int, record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return how a run is drawn: its number makes it look the same in every figure."""
+    colors = rcParams["axes.prop_cycle"].by_key()["color"]
+    style: dict[str, Any] = {"marker": _MARKERS[number % len(_MARKERS)], "markersize": 4}
+    return style | {"color": colors[number % len(colors)], "label": record["spec"]["name"]}
+
+
+def _trainings(record: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Return what is known of trainings that were checked, also of one that has not ended."""
+    shots = (*record["shots"], record.get("present", {}))
+    return [shot for shot in shots if shot.get("recovery_held_aside")]
+
+
+@_styled
+def training_figure(records: Records) -> Figure:
+    """Plot what trainings after pruning came to on windows held aside, against their tokens.
+
+    That is the divergence or loss, with the loss of each step as a thin line, and below it the
+    acceptance, if it is known. Trainings after the shots of a run stand side by side.
+    """
+    labels = {"value": "nats per token"}
+    shots = [shot for record in records for shot in _trainings(record)]
+    if any(check["acceptance"] for shot in shots for check in shot["recovery_held_aside"]):
+        labels["acceptance"] = "acceptance rate"
+    figure = Figure(figsize=(6.4, 4.0), layout="constrained")
+    panels = figure.subplots(len(labels), 1, sharex=True, squeeze=False)[:, 0]
+    for number, record in enumerate(records):
+        style = _style(number, record)
+        before = 0  # tokens of the trainings before
+        for shot in _trainings(record):
+            held = shot["recovery_held_aside"]
+            tokens = [before + check["tokens"] for check in held]
+            for axes, (measure, label) in zip(panels, labels.items(), strict=True):
+                axes.plot(tokens, np.array([c[measure] for c in held], float), **style)
+                axes.set_ylabel(label)
+            losses = shot["recovery_losses"]
+            places = np.linspace(before, tokens[-1], len(losses) + 1)[1:]
+            # an artist alone leaves the limits as they are: losses of steps scatter
+            panels[0].add_artist(Line2D(places, losses, color=style["color"], lw=0.5, alpha=0.4))
+            before = tokens[-1]
+            style["label"] = None
+    panels[0].legend()
+    panels[-1].set_xlabel("tokens of training")
+    panels[-1].xaxis.set_major_formatter(EngFormatter(sep=""))
     return figure
 
 
@@ -183,10 +229,11 @@ def time_figure(shots: Records) -> Figure:
 
 
 def quality_figures(records: Records) -> dict[str, Figure]:
-    """Return acceptance, if it is known, and perplexity on every text against sparsity, by name."""
+    """Return figures by name: acceptance, if it is known, perplexity on every text, trainings."""
     measures: dict[str, str | None] = {"acceptance": None} if has_generation(records) else {}
     measures |= {f"perplexity-{text}": text for text in texts_of(records)}
-    return {name: quality_figure(records, text) for name, text in measures.items()}
+    trained = {"training": training_figure(records)} if any(map(_trainings, records)) else {}
+    return {name: quality_figure(records, text) for name, text in measures.items()} | trained
 
 
 @_styled

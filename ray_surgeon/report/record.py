@@ -182,8 +182,8 @@ def _check_dense_states(uri: str) -> None:
 def _changes(directory: RunDirectory, spec_yaml: str) -> list[str]:
     """Return the fields in which a spec differs from the folder's, for an error."""
     file = directory.path("spec.yaml")
-    old = _fields(yaml.safe_load(store.read_text(file))) if store.exists(file) else {}
-    new = _fields(yaml.safe_load(spec_yaml)) if old else {}
+    old = leaves(yaml.safe_load(store.read_text(file))) if store.exists(file) else {}
+    new = leaves(yaml.safe_load(spec_yaml)) if old else {}
     return [
         f"{name} {old.get(name)!r} there, {new.get(name)!r} here"
         for name in sorted({*old, *new})
@@ -191,7 +191,7 @@ def _changes(directory: RunDirectory, spec_yaml: str) -> list[str]:
     ]
 
 
-def _fields(section: Any, prefix: str = "") -> dict[str, Any]:
+def leaves(section: Any, prefix: str = "") -> dict[str, Any]:
     """Return the leaves of a spec by their dotted names."""
     items = dict(enumerate(section)) if isinstance(section, list) else section
     if not items or not isinstance(items, dict):
@@ -199,5 +199,5 @@ def _fields(section: Any, prefix: str = "") -> dict[str, Any]:
     return {
         name: leaf
         for key, value in items.items()
-        for name, leaf in _fields(value, f"{prefix}{key}.").items()
+        for name, leaf in leaves(value, f"{prefix}{key}.").items()
     }

@@ -13,6 +13,7 @@ from ray_surgeon.export.folder import local_folder
 from ray_surgeon.report.directory import RunDirectory
 from ray_surgeon.report.display import Display
 from ray_surgeon.report.record import has_its_files, is_complete
+from ray_surgeon.report.trackers import Trackers
 from ray_surgeon.run.arguments import own_modes
 from ray_surgeon.run.inputs import Inputs
 from ray_surgeon.run.loop import run_shots
@@ -138,12 +139,13 @@ def run(inputs: Inputs, display: Display, *, disconnects: bool = False) -> Prune
     """
     section = inputs.spec.cluster
     directory = RunDirectory(inputs.spec.output.uri)
-    if isinstance(section, RaySection):
-        from ray_surgeon.run import driver  # Ray is imported only if it is used
+    with Trackers(inputs.spec.model_dump(mode="json"), display.note) as display.also:
+        if isinstance(section, RaySection):
+            from ray_surgeon.run import driver  # Ray is imported only if it is used
 
-        driver.run_on_ray(inputs, display, disconnects=disconnects)
-    else:
-        machine = (section.cpus_per_worker, section.device)
-        with closing(LocalCluster(inputs.layout, inputs.placement, *machine)) as cluster:
-            run_shots(inputs, cluster, directory, display)
+            driver.run_on_ray(inputs, display, disconnects=disconnects)
+        else:
+            machine = (section.cpus_per_worker, section.device)
+            with closing(LocalCluster(inputs.layout, inputs.placement, *machine)) as cluster:
+                run_shots(inputs, cluster, directory, display)
     return PruneResult(directory.uri, directory.report())

@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 from transformers import AutoTokenizer
 
 from ray_surgeon.maths.structured import A_CHOICES, G_CHOICES
+from ray_surgeon.report.html_report import LivePage
 from ray_surgeon.run.inputs import Inputs, check
 from ray_surgeon.runtime.cluster import LocalCluster
 from ray_surgeon.runtime.dense_states import CALIBRATION
@@ -208,6 +210,26 @@ def test_diverging_corrections_are_undone(rate: float, dtype: str, why: str, job
     assert why in json.dumps(event)
     plain = job(options, folder="plain", calibration__held_aside=0.1)
     assert_same_shot(done.uri, plain.uri, 1)
+
+
+def test_every_check_is_told_and_drawn(job: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While the training goes on, and afterwards."""
+    pages = list[Mapping[str, Any]]()
+    monkeypatch.setattr(LivePage, "draw", lambda self, record, *, final: pages.append(record))
+    done = job(ONE, calibration__held_aside=0.3, **runs.LORA, recovery__learning_rate=1e-3)
+    held = done.shot["recovery_held_aside"]
+    *before, last = (event for event in done.events if event["step"] in ("check", "recovery"))
+    assert last["step"] == "recovery"
+    for told, event in zip(held, before, strict=True):
+        facts = {name: value for name, value in told.items() if value is not None}
+        assert event["facts"] == facts | {"held_aside": facts.pop("value"), "rate": 1e-3}
+        assert 0 < event["facts"]["acceptance"] <= 1
+        assert f"steps={told['steps']}" in done.out
+    assert [told["steps"] for told in held[:4]] == [0, 1, 2, 3]
+    assert held[3]["tokens"] == 120
+    drawn = [page["present"]["recovery_held_aside"] for page in pages if "present" in page]
+    assert drawn == [held[: number + 1] for number in range(len(held))]
+    assert "present" not in done.report
 
 
 CHOOSES = {"curvature__damping": "auto", "calibration__held_aside": 0.3}

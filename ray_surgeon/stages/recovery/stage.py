@@ -5,17 +5,19 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 from ray_surgeon.memory.stores import ScratchNames
 from ray_surgeon.plan.counts import ADAM_BYTES, Counted, StepPlan
 from ray_surgeon.plan.needs import WorkerView
+from ray_surgeon.report.events import CHECK
+from ray_surgeon.report.html_report import LivePage
 from ray_surgeon.runtime.dense_states import CALIBRATION
 from ray_surgeon.runtime.weights import ModelRecipe, drop_teacher, load_teacher
 from ray_surgeon.stages.recovery.batches import Batches, CalibrationBatches, StreamBatches
-from ray_surgeon.stages.recovery.rates import steps_between_checks, trial_steps
+from ray_surgeon.stages.recovery.rates import Check, steps_between_checks, trial_steps
 from ray_surgeon.stages.recovery.section import RecoverySection
 from ray_surgeon.stages.recovery.training import Training
 from ray_surgeon.stages.stage import Facts, RunState, Stage, Text
@@ -50,7 +52,14 @@ class Recovery(Stage):
 
     def run(self, run: RunState, facts: Facts) -> None:
         """Train."""
-        trained = Training(self.section, run.cluster, run.text, self._batches(run))
+
+        def tell(check: Check) -> None:
+            named = {"held_aside": check.value, "value": None, "rate": trained.rate}
+            run.steps.tell(CHECK, vars(check) | named)
+            so_far = replace(trained, held=[*trained.held, check]).as_record()
+            run.kept(LivePage).draw(run.report.as_record() | {"present": so_far}, final=False)
+
+        trained = Training(self.section, run.cluster, run.text, self._batches(run), tell)
         trained.on_step = partial(self._commit, run, trained)
         if trained.batches.num_steps and run.part is None:
             # all weights change from the first step on
@@ -58,7 +67,7 @@ class Recovery(Stage):
         if trained.batches.num_steps and self.section.has_teacher:
             recipe = ModelRecipe(run.model, (), run.kept(ScratchNames))
             run.cluster.run_all(load_teacher, recipe, run.cluster.stores.weights)
-        trained.train(run.shot, run.record.get("divergence_held_aside"), run.part)
+        trained.train(run.shot, run.part)
         if trained.batches.num_steps and self.section.has_teacher:
             run.cluster.run_all(drop_teacher)
         facts |= trained.facts

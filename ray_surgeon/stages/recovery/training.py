@@ -49,6 +49,7 @@ class Training:
     cluster: Cluster = field(repr=False)
     text: CalibrationText
     batches: Batches
+    on_check: Callable[[Check], object] = lambda _: None  # is called with every check
     # mean loss of each step's sequences before the step, in nats per token; of trials, those of the
     # rate taken
     losses: list[float] = field(default_factory=list)
@@ -69,15 +70,11 @@ class Training:
     # is called after a step, but in trials, if another one follows: `state` and `save` can be used
     on_step: Callable[[], None] = field(default=lambda: None, repr=False)
 
-    def train(
-        self, shot: int, before: float | None = None, part: CommittedPart | None = None
-    ) -> None:
+    def train(self, shot: int, part: CommittedPart | None = None) -> None:
         """Train, and keep what is best.
 
         Args:
             shot: number of the shot.
-            before: the divergence of the windows held aside, if it has been measured already; see
-                `held_aside`.
             part: what an earlier try has committed of this training.
         """
         if not self.batches.num_steps:
@@ -88,7 +85,7 @@ class Training:
         if part is not None and part.record["state"]:
             self._go_on(part)
         elif len(self.text.held):
-            self._begin_checked(before if self.section.loss == "kl" else None)
+            self._begin_checked()
         self._train_on()
         if len(self.text.held):  # otherwise the last state is kept
             undone = self._back_to_the_best()
@@ -121,8 +118,8 @@ class Training:
         self.cluster.run_all(steps.go_on, part.of_stage)
         self._begin_steps()
 
-    def _begin_checked(self, known: float | None) -> None:
-        start = self._measured(0) if known is None else Check(0, known)
+    def _begin_checked(self) -> None:
+        start = self._measured(0)
         self.before = start.value
         if not math.isfinite(self.before):
             raise FloatingPointError("the pruned model's outputs are not finite; check the weights")
@@ -139,7 +136,7 @@ class Training:
             self.losses = []
             self.num_tokens = 0
             is_finite = all(map(self._step, range(count)))
-            check = self._measured(count) if is_finite else Check(count, math.inf)
+            check = self._measured(count, is_finite)
             self.tried[rate] = check.value
             if check.value <= rates.HARMLESS * self.before:
                 break
@@ -163,7 +160,7 @@ class Training:
         is_last = done == num_steps
         if is_finite and not is_last and done % rates.steps_between_checks(num_steps):
             return
-        check = self._measured(done, rounded=is_last) if is_finite else Check(done, math.inf)
+        check = self._measured(done, is_finite, rounded=is_last)
         is_better = self._note_if_best(check)
         self.num_in_vain = 0 if is_better else self.num_in_vain + 1
         if is_better or is_last:
@@ -208,23 +205,26 @@ class Training:
         self.cluster.progress.reach(number + 1)
         return True
 
-    def _measured(self, num_steps: int, *, rounded: bool = False) -> Check:
-        """Measure the present state after so many steps; the value is infinite if it is no number.
+    def _measured(self, num_steps: int, is_finite: bool = True, rounded: bool = False) -> Check:
+        """Measure the state after so many steps; the value is infinite if it is no number.
 
         With `rounded` it is that of the weights as they will be, in their dtype, and no step may
         follow.
         """
-        if rounded:
+        if rounded and is_finite:
             self.cluster.run_all(steps.round_as_absorbed)
         now_s = time.monotonic()
         num_before = self.held[-1].tokens if self.held else 0
         pace = max(0, self.num_tokens - num_before) / (now_s - self.checked_s)
         losses = self.losses[self.held[-1].steps if self.held else 0 :]
-        value, acceptance = held_aside(self.cluster, self.text, self.section.loss)
+        about = (self.cluster, self.text, self.section.loss)
+        measure = held_aside(*about) if is_finite else (math.inf, None)
+        loss = fmean(losses) if losses and is_finite else None
+        check = Check(num_steps, *measure, self.num_tokens, loss, pace or None)
+        self.on_check(check)
         self.checked_s = time.monotonic()
         self._begin_steps()
-        loss = fmean(losses) if losses else None
-        return Check(num_steps, value, acceptance, self.num_tokens, loss, pace or None)
+        return check
 
     @property
     def _best(self) -> Check:
