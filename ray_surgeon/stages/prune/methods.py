@@ -33,10 +33,12 @@ from ray_surgeon.stages.stage import Facts, RunState, Stage, held_measure
 METHODS: dict[type, type[Method]] = {
     RowsColumnsSection: RowsColumns,
     elements.ElementsSection: elements.Elements,
+    coupled.GroupsSection: Groups,
+    coupled.UniformGroupsSection: Groups,
     SparseGPTSection: Layerwise,
     WandaSection: Layerwise,
 }
-"""Section -> the method that takes it; of coupled groups see `_groups`."""
+"""Section -> the method that takes it."""
 
 
 def _tag_of(get: Any) -> str:
