@@ -90,6 +90,9 @@ class JobSpec(Section):
         yield from self._problems_of_curvature()
         yield from self._problems_of_texts()
         yield from self._problems_of_exports()
+        has_teacher = self.recovery is not None and self.recovery.has_teacher
+        if self.memory.teacher != "auto" and not has_teacher:
+            yield "memory.teacher: needs recovery.texts with loss: kl; remove it"
 
     def _problems_of_curvature(self) -> Iterator[str]:
         is_taken = self.pruning.takes_curvature
