@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -68,22 +70,25 @@ def add_product_(total: Tensor, x: Tensor, y: Tensor) -> None:
         total.add_(torch.mm(x, y, out_dtype=total.dtype))
 
 
-class _TimesConstant(torch.autograd.Function):
-    """x y, of which only x has a gradient."""
+class _Times(torch.autograd.Function):
+    """x y; x waits for the backward pass only where y has a gradient."""
 
     @staticmethod
-    def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, y: Tensor) -> Tensor:
-        ctx.save_for_backward(y)
+    def forward(ctx: Any, x: Tensor, y: Tensor) -> Tensor:
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, y)
         return product(x, y)
 
     @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, gradient: Tensor) -> tuple[Tensor, None]:
-        (y,) = ctx.saved_tensors  # type: ignore[attr-defined]
-        return product(gradient, y.T), None
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        x, y = ctx.saved_tensors
+        (g,) = gradients
+        of_x, of_y = ctx.needs_input_grad
+        # y is the transpose of a weight most often, whose gradient lies as it does
+        return product(g, y.T) if of_x else None, product(g.T, x).T if of_y else None
 
 
-def times_constant(x: Tensor, y: Tensor) -> Tensor:
-    """Return x y [..., n], with a gradient for x alone.
+def times(x: Tensor, y: Tensor) -> Tensor:
+    """Return x y [..., n], with gradients for those of both that want one.
 
     A single row goes twice: MKL's product of a vector depends, on AMD's CPUs, on where in memory
     the matrix starts, and a matrix that is mapped from a file starts anywhere.
@@ -95,5 +100,5 @@ def times_constant(x: Tensor, y: Tensor) -> Tensor:
     flat = x.reshape(-1, x.shape[-1])
     if len(flat) == 1:
         return (torch.cat([flat, flat]) @ y)[:1].view(*x.shape[:-1], y.shape[1])
-    result: Tensor = _TimesConstant.apply(flat, y) if _fast(flat, y) else flat @ y  # type: ignore[no-untyped-call]
+    result: Tensor = _Times.apply(flat, y) if _fast(flat, y) else flat @ y  # type: ignore[no-untyped-call]
     return result.view(*x.shape[:-1], y.shape[1])

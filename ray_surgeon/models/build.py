@@ -17,7 +17,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import AutoModelForCausalLM, PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
-from ray_surgeon.maths.products import times_constant
+from ray_surgeon.maths.products import times
 from ray_surgeon.models.families import family_of
 
 LinearModule: TypeAlias = nn.Linear | Conv1D
@@ -143,10 +143,10 @@ def cut(module: LinearModule, part: str, stored: Tensor, rows: Tensor, columns: 
 
 
 def use_fast_products(module: LinearModule) -> None:
-    """Let a linear whose weight needs no gradient make its products by `times_constant`."""
+    """Let a linear make its products by `times`."""
 
     def forward(x: Tensor) -> Tensor:
-        y = times_constant(x, module.weight if isinstance(module, Conv1D) else module.weight.T)
+        y = times(x, module.weight if isinstance(module, Conv1D) else module.weight.T)
         return y if module.bias is None else y + module.bias
 
     module.forward = forward  # type: ignore[method-assign]

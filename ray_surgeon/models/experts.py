@@ -203,7 +203,7 @@ def _by_segment(
 
 
 def _unseen(linear: nn.Linear, x: Tensor) -> Tensor:
-    if len(x) == 1:  # see `times_constant`
+    if len(x) == 1:  # see `times`
         return nn.Linear.forward(linear, torch.cat([x, x]))[:1]
     return nn.Linear.forward(linear, x)
 

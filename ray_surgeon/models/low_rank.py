@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ray_surgeon.maths.masks import ElementMask, Mask
-from ray_surgeon.maths.products import product, times_constant
+from ray_surgeon.maths.products import product, times
 from ray_surgeon.models.build import LinearModule, matrix
 from ray_surgeon.models.optimizer import RelativeAdam, Trained
 from ray_surgeon.models.shard import ModelShard
@@ -54,8 +54,8 @@ class LowRank:
         outputs: Tensor
         if self.kept is not None:
             outputs = _ByElement.apply(x, self.A, self.B, self.kept)  # type: ignore[no-untyped-call]
-            return times_constant(x, W.T) + outputs
-        rows = torch.cat([x, x]) if len(x) == 1 else x  # see `times_constant`
+            return times(x, W.T) + outputs
+        rows = torch.cat([x, x]) if len(x) == 1 else x  # see `times`
         outputs = _Corrected.apply(rows, W, self.A, self.B)  # type: ignore[no-untyped-call]
         return outputs[: len(x)]
 

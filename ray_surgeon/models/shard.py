@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 from collections import defaultdict
 from collections.abc import Iterator
@@ -131,13 +132,19 @@ class ModelShard:
         if module.bias is not None:
             self.weights.set(f"{name}.bias", W[:, -1])
 
-    def saved(self, *, linears_only: bool) -> list[str]:
-        """Return the names of the linears' tensors, or of all that this shard exports.
+    @functools.cached_property
+    def changed(self) -> dict[str, None]:
+        """Names of tensors that shots have: the linears', and others once they were trained."""
+        linears = self.linears.items()
+        return dict.fromkeys(f"{n}.{p}" for n, m in linears for p, _ in m.named_parameters())
+
+    def saved(self, *, changed_only: bool) -> list[str]:
+        """Return the names of the tensors in `changed`, or of all that this shard exports.
 
         Not of a tied head: its embedding is saved once.
         """
-        if linears_only:
-            return [f"{n}.{p}" for n, m in self.linears.items() for p, _ in m.named_parameters()]
+        if changed_only:
+            return list(self.changed)
         return [n for n in self.layout.parameters_of(self.blocks) if n not in self.layout.tied]
 
     def tensor(self, name: str) -> Tensor:

@@ -78,6 +78,8 @@ def load(worker: Worker, recipe: ModelRecipe, by_element: bool, stores: Stores) 
         of_masks = {f"{s.name}.kept": (s.num_rows, s.num_columns) for s in layout.linears}
         get = ReadAhead(read, names, {**layout.parameters, **of_masks})
     worker.shard.load(get, stays=stays)
+    of_shot = filter(pruned_in.__contains__, worker.shard.weights.slot_of)
+    worker.shard.changed.update(dict.fromkeys(of_shot))
     for name in worker.shard.linears:
         sizes = layout.shapes[name].num_rows, layout.shapes[name].num_columns
         tensors = {part: get(f"{name}.{part}").to(torch.bool, copy=True) for part in parts}
@@ -140,9 +142,9 @@ class SavedFile:
 
 
 def save_shot(worker: Worker, folder: str) -> tuple[SavedFile, ...]:
-    """Write what the method changes: the linears and the masks of a shard."""
+    """Write what the method changes: linears, or all that was trained, and the masks."""
     get = worker.shard.tensor
-    weights = [((n, get(n)) for n in part) for part in _weight_parts(worker, linears_only=True)]
+    weights = [((n, get(n)) for n in part) for part in _weight_parts(worker, changed_only=True)]
     files_of: dict[str, Sequence[_Tensors]] = {"shard": weights, "masks": _mask_parts(worker)}
     saved = []
     for kind, parts in files_of.items():
@@ -170,7 +172,7 @@ def continue_from_shot(worker: Worker, saved: Sequence[SavedFile]) -> None:
 def num_files(worker: Worker, masks: bool) -> tuple[int, int]:
     """Return how many files `save_weights` writes, of weights and of masks."""
     num_masks = len(_mask_parts(worker)) if masks else 0
-    return len(_weight_parts(worker, linears_only=False)), num_masks
+    return len(_weight_parts(worker, changed_only=False)), num_masks
 
 
 def save_weights(
@@ -193,7 +195,7 @@ def save_weights(
         stored: whether tensors are called as in the family's own checkpoints, or as they are here.
     """
     exported = _Exported(worker, cut_out=not mask_names, stored=stored)
-    names_of_parts = _weight_parts(worker, linears_only=False)
+    names_of_parts = _weight_parts(worker, changed_only=False)
     parts = [exported.tensors(n for n in part if n not in left_out) for part in names_of_parts]
     parts += _mask_parts(worker) if mask_names else []
     uris = (files.join(folder, name) for name in (*names, *mask_names))
@@ -238,15 +240,15 @@ class _Exported:
         return cut(module, part, tensor, mask.rows, mask.columns[: num_inputs(module)])
 
 
-def _weight_parts(worker: Worker, *, linears_only: bool) -> list[list[str]]:
+def _weight_parts(worker: Worker, *, changed_only: bool) -> list[list[str]]:
     """Cut names of tensors into those of one file each, by sizes before anything is cut out.
 
     In whole models, those that checkpoints of the family keep in one tensor follow each other and
     stay together.
     """
     units: dict[str, list[str]] = {}
-    for name in worker.shard.saved(linears_only=linears_only):
-        stored = name if linears_only else worker.layout.family.stored_in(name)
+    for name in worker.shard.saved(changed_only=changed_only):
+        stored = name if changed_only else worker.layout.family.stored_in(name)
         units.setdefault(stored, []).append(name)
     num_entries = {name: math.prod(shape) for name, shape in worker.layout.parameters.items()}
     width = worker.shard.dtype.itemsize

@@ -93,6 +93,10 @@ class JobSpec(Section):
         has_teacher = self.recovery is not None and self.recovery.has_teacher
         if self.memory.teacher != "auto" and not has_teacher:
             yield "memory.teacher: needs recovery.texts with loss: kl; remove it"
+        trains_all = self.recovery is not None and self.recovery.rank == "all"
+        if trains_all and self.memory.weights not in ("auto", "device"):
+            where = self.memory.weights
+            yield f"memory.weights: {where} does not go with recovery.rank all; use device, or auto"
 
     def _problems_of_curvature(self) -> Iterator[str]:
         is_taken = self.pruning.takes_curvature

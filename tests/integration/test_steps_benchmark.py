@@ -31,7 +31,7 @@ def test_operations_are_those_that_are_done() -> None:
         assert sum(operations.done.values()) == expected
     leaf = x.clone().requires_grad_()
     with Operations() as operations:
-        products.times_constant(leaf, x).sum().backward()
+        products.times(leaf, x).sum().backward()
     assert operations.done == {torch.float32: 4 * n**3}
 
 

@@ -120,7 +120,8 @@ class RecoveryNeeds:
         is_on_device = worker.stores.factors == "device"
         # weights in float32 are their own masters
         has_masters = worker.shapes.width < 4 or not (is_on_device or worker.device_is_host)
-        own = (8 + 4 * has_masters + _STEP_BYTES / worker.num_blocks) * self._entries / N
+        own = (8 + 4 * has_masters) * self._entries / N
+        own += _STEP_BYTES * self._entries / worker.num_blocks
         copies = (1 + has_best) * worker.all_blocks
         device = worker.all_blocks + own * is_on_device + 2 * MESSAGE_BYTES * (N > 1)
         return device, copies + own * (not is_on_device)

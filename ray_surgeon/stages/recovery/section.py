@@ -24,7 +24,8 @@ class RecoverySection(Section):
 
     rank: _Rank = 32
     """What is trained: a product B A of this rank beside every linear, which is absorbed; or all
-    weights of the blocks
+    weights of the blocks, which stay on the device. Embeddings, the last norm and the head stay as
+    they are, so that tied ones stay tied and the dense model's head is the pruned one's, too
     """
     num_tokens: Positive = 65_536
     """Tokens of the training after the last shot, rounded up to whole steps"""

@@ -8,6 +8,7 @@ from typing import Protocol
 from torch import Tensor
 
 from ray_surgeon.models.low_rank import LowRank, LowRankCorrections
+from ray_surgeon.models.whole_weights import WholeWeights, block_parameters
 from ray_surgeon.runtime.collectives import MESSAGE_BYTES, together
 from ray_surgeon.runtime.worker import Worker, collective
 from ray_surgeon.stages.recovery.section import RecoverySection
@@ -76,10 +77,14 @@ class _Training:
 
 
 def start(worker: Worker, section: RecoverySection, shot: int) -> None:
-    """Start to train; see `LowRankCorrections`."""
+    """Start to train; see `LowRankCorrections` and `WholeWeights`."""
     shard = worker.shard
+    if section.rank == "all":
+        owners = _owners_of_parameters(worker)
+        own = [name for name, owner in owners.items() if owner == worker.replicas.rank]
+        worker.keep(_Training(WholeWeights(shard, worker.masks, own), owners))
+        return
     first = section.seed + 1_000_003 * shot
-    assert isinstance(section.rank, int)
     parts = {}
     for name, module in shard.linears.items():
         seed = first + worker.layout.linear_numbers[name]
@@ -87,6 +92,21 @@ def start(worker: Worker, section: RecoverySection, shot: int) -> None:
     owners = {name: worker.owner(name) for name in parts}
     owned = [name for name in parts if worker.owns(name)]
     worker.keep(_Training(LowRankCorrections(shard, parts, owned), owners))
+
+
+def _owners_of_parameters(worker: Worker) -> dict[str, int]:
+    """Return the owners of all parameters of blocks.
+
+    Those of a linear are its own, all others those of the first linear of their block.
+    """
+    owner_of = {name: worker.owner(name) for name in worker.shard.linears}
+    first = dict[int | None, int]()
+    for name, owner in owner_of.items():
+        first.setdefault(worker.layout.block_of(name), owner)
+    return {
+        name: owner_of.get(name.rpartition(".")[0], first[worker.layout.block_of(name)])
+        for name in block_parameters(worker.shard)
+    }
 
 
 @collective
@@ -98,14 +118,22 @@ def step(worker: Worker, num_tokens: int, rate: float) -> None:
         gradients = [part for name in names for part in trainee.gradients(name, num_tokens)]
         together(worker.replicas.reduce, gradients, owner)
     trainee.step(rate)
+    share(worker)
+
+
+@collective
+def share(worker: Worker) -> None:
+    """Send what was trained from its owners to the other replicas."""
+    training = worker.kept(_Training)
     for owner, names in training.messages():
-        tensors = [tensor for name in names for tensor in trainee.tensors(name)]
+        tensors = [tensor for name in names for tensor in training.trainee.tensors(name)]
         together(worker.replicas.broadcast, tensors, owner)
 
 
 def keep_best(worker: Worker) -> None:
     """Keep the present state as the best."""
     training = worker.kept(_Training)
+    training.best = None  # not beside the new one
     training.best = training.trainee.best()
 
 
