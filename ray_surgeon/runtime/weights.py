@@ -78,7 +78,7 @@ def load(worker: Worker, recipe: ModelRecipe, by_element: bool, stores: Stores) 
         of_masks = {f"{s.name}.kept": (s.num_rows, s.num_columns) for s in layout.linears}
         get = ReadAhead(read, names, {**layout.parameters, **of_masks})
     worker.shard.load(get, stays=stays)
-    of_shot = filter(pruned_in.__contains__, worker.shard.weights.slot_of)
+    of_shot = filter(dict(recipe.shot_files).__contains__, worker.shard.weights.slot_of)
     worker.shard.changed.update(dict.fromkeys(of_shot))
     for name in worker.shard.linears:
         sizes = layout.shapes[name].num_rows, layout.shapes[name].num_columns
