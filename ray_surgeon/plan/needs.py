@@ -128,9 +128,9 @@ class WorkerView:
         """Return the bytes of the dense model's last hidden states, bfloat16."""
         return 2.0 * self.hidden_size * num_tokens * self.blocks.is_last
 
-    def bubble(self, num_sequences: int, stores: Stores | None = None) -> float:
+    def bubble(self, num_sequences: int, stores: Stores) -> float:
         """Return how much longer a pass takes because shards wait; sequences of one replica."""
-        waves = -(-num_sequences // (stores or self.stores).wave_of(num_sequences, self.num_shards))
+        waves = -(-num_sequences // stores.wave_of(num_sequences, self.num_shards))
         return (waves + self.num_shards - 1) / waves
 
     def measuring(
@@ -143,7 +143,7 @@ class WorkerView:
         """
         stores = self.stores.of_teacher if of_teacher else self.stores
         heads = 0 if of_teacher else 2
-        peak = host = 0.0
+        peak = host = bubble = 0.0
         tokens = 0
         loads = 0
         counts = NOTHING
@@ -156,12 +156,14 @@ class WorkerView:
             moment = max(together * self.forward_bytes(length), self._head * (heads > 0))
             peak = max(peak, between * wave * length * self._hidden + moment)
             host = max(host, self.travelling(length, wave))
+            bubble = max(bubble, self.bubble(own, stores))
             tokens += own * length
             loads += -(-own // wave)
         flops = tokens * (2 * self.active + heads * self.head_flops)
         moved = self.moved(stores.weights, loads * self.all_blocks)
         device = self.idle + self._running(stores.weights) + peak
-        return StepPlan(name, device, self.host + host, flops, 0.0, *moved, counts=counts)
+        sums = (flops, 0.0, *moved, bubble)
+        return StepPlan(name, device, self.host + host, *sums, counts)
 
     def pass_counts(
         self,

@@ -42,11 +42,8 @@ def block_by_block(
     and operations.
     """
     T = worker.sequence_length
-    of_blocks = dict[int, float]()
-    for linear in worker.linears:
-        moments = 4.0 * linear.num_columns**2
-        of_blocks[linear.block] = of_blocks.get(linear.block, 0.0) + moments
-    largest = max(of_blocks.values())
+    blocks = worker.shapes.linears[worker.blocks.first : worker.blocks.last]
+    largest = max(sum(4.0 * linear.num_columns**2 for linear in block) for block in blocks)
     widest = max(linear.num_columns for linear in worker.linears)
     states = worker.sequences * T * worker.hidden_size * worker.shapes.width
     passing = states + worker.forward_bytes(T) + 4 * T * widest

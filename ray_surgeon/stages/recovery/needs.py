@@ -67,27 +67,23 @@ class RecoveryNeeds:
             measures_start: whether no stage before has measured on the windows held aside.
         """
         worker = self._worker
-        num_steps, num_checks = self._num_steps, 0
-        trial = 0
+        T = worker.sequence_length
+        # the second rate is taken most often, after the first one was tried
+        tries = bool(self._num_held) and self._section.learning_rate is None
+        num_steps = self._num_steps + trial_steps(self._num_steps) * tries
+        parts = [(self._start(name), 1), (self._step(name), num_steps)]
         if self._num_held:
-            # the second rate is taken most often, after the first one was tried
-            tries = self._section.learning_rate is None
-            trial = trial_steps(num_steps) * tries
-            num_checks = -(-num_steps // steps_between_checks(num_steps))
+            num_checks = -(-self._num_steps // steps_between_checks(self._num_steps))
             num_checks += measures_start + 2 * tries
-        parts = [(self._start(name), 1), (self._step(name), num_steps + trial)]
-        if num_checks:
-            held = worker.measuring(name, [(self._num_held, worker.sequence_length)])
-            parts.append((replace(held, bubble=self._bubble(self._num_held)), num_checks))
+            parts.append((worker.measuring(name, [(self._num_held, T)]), num_checks))
         if self._section.has_teacher:
-            parts += [(self._load(name), 1), (self._pass(name), self._num_passes(trial))]
+            ahead = worker.measuring(name, [(self._num_ahead, T)], of_teacher=True)
+            # those of a trial are seen again where they are many
+            parts.append((ahead, -(-num_steps // steps_ahead(self._size))))
         device, host = self._kept()
         for part, number in parts:
             both = replace(part, device=part.device + device, host=part.host + host)
             yield both.times(number)
-
-    def _bubble(self, num_sequences: int) -> float:
-        return self._worker.bubble(-(-num_sequences // self._worker.num_replicas))
 
     def _kept(self) -> tuple[float, float]:
         """Return the bytes that stay while it goes on, on the device and on the host."""
@@ -127,13 +123,17 @@ class RecoveryNeeds:
         return device, copies + own * (not is_on_device)
 
     def _start(self, name: str) -> StepPlan:
-        """Return what is done once, at the start and the end."""
+        """Return what is done once, at the start and the end; the dense model is loaded."""
         worker = self._worker
         largest = max(linear.size for linear in worker.linears)
         product = 0.0 if self._trains_all else _PASS_BYTES * largest  # is absorbed
         num_linears = len(worker.linears)
         counts = Counted(_START * num_linears, _SYNCS_OF_START * num_linears)
-        return StepPlan(name, worker.weights + product, worker.host, counts=counts)
+        size = (worker.all_blocks + worker.outside) * self._section.has_teacher
+        loads = len(worker.shapes.layout.parameters_of(worker.blocks)) * self._section.has_teacher
+        moved = (0.0, 0.0, size * (not worker.device_is_host), size)
+        counts += Counted(loads, loads, size)
+        return StepPlan(name, worker.weights + product, worker.host, *moved, counts=counts)
 
     def _step(self, name: str) -> StepPlan:
         """Return one step of the training."""
@@ -154,8 +154,9 @@ class RecoveryNeeds:
         if self._trains_all and worker.stores.factors != "device":
             # gradients and weights; masters and moments pass the host's memory
             moved += (2 * worker.shapes.width + ADAM_BYTES) * self._entries / worker.num_replicas
+        bubble = worker.bubble(self._per_step, worker.stores)
         host = worker.host + worker.travelling(T)
-        sums = (flops * self._per_step * T, 0.0, moved, of_disk, self._bubble(self._size))
+        sums = (flops * self._per_step * T, 0.0, moved, of_disk, bubble)
         return StepPlan(name, device, host, *sums, self._counts())
 
     def _counts(self) -> Counted:
@@ -172,30 +173,7 @@ class RecoveryNeeds:
         of_entry = 2.0 * worker.shapes.width if self._trains_all else 12.0
         return counts + Counted(memory_bytes=adam, sent_bytes=of_entry * self._entries * (N > 1))
 
-    # The dense model beside
-
     @property
     def _num_ahead(self) -> int:
-        """Sequences that it sees in one pass."""
+        """Sequences that the dense model sees in one pass."""
         return min(steps_ahead(self._size), self._num_steps) * self._size
-
-    def _num_passes(self, trial: int) -> int:
-        """Return how often it sees sequences; those of a trial of many steps again."""
-        ahead = steps_ahead(self._size)
-        again = -(-trial // ahead)
-        return -(-self._num_steps // ahead) + (again if again > 1 else 0)
-
-    def _load(self, name: str) -> StepPlan:
-        worker = self._worker
-        size = worker.all_blocks + worker.outside
-        of_host = size * (not worker.device_is_host)
-        return StepPlan(name, worker.idle, worker.host, 0.0, 0.0, of_host, size)
-
-    def _pass(self, name: str) -> StepPlan:
-        """Return one pass over the sequences of some steps."""
-        worker = self._worker
-        num_sequences = self._num_ahead
-        texts = [(num_sequences, worker.sequence_length)]
-        part = worker.measuring(name, texts, of_teacher=True)
-        own = -(-num_sequences // worker.num_replicas)
-        return replace(part, bubble=worker.bubble(own, worker.stores.of_teacher))
