@@ -16,15 +16,14 @@ from ray_surgeon.stages.recovery.batches import steps_ahead
 from ray_surgeon.stages.recovery.section import RecoverySection
 from ray_surgeon.stages.recovery.training import steps_between_checks, trial_steps
 
-_PRODUCTS = 9
-"""Launches of B A x forward and backward, beside a linear's own."""
-_GRADIENTS = 2
-"""Launches of the gradient of a weight and its sum, likewise."""
-_STEP = 22
-"""Launches of an optimizer's step for a linear."""
-_START = 28
-_SYNCS_OF_START = 4
-"""Launches and syncs for a linear at the start and the end."""
+# each of corrections, a part for a linear; and of all weights, a part for a parameter
+_PRODUCTS = (9, 2)
+"""Launches of B A x forward and backward beside a linear's own; of a weight's gradient, its sum."""
+_STEP = (22, 13)
+"""Launches of an optimizer's step for a part."""
+_START = (28, 10)
+_SYNCS_OF_START = (4, 5)
+"""Launches and syncs for a part at the start and the end."""
 _STEP_BYTES = 12.0
 """Of a weight in float32 while it makes a step: its gradient, and two numbers of Adam's."""
 _PASS_BYTES = 16.0
@@ -51,9 +50,13 @@ class RecoveryNeeds:
         self._by_element = by_element
         self._trains_all = section.rank == "all"
         self._entries = worker.all_blocks / worker.shapes.width  # that are trained
+        layout = worker.shapes.layout
+        self._names = layout.parameters_of(worker.blocks)
+        self._num_parts = sum(layout.block_of(name) is not None for name in self._names)
         if section.rank != "all":
-            sizes = (linear.num_rows + linear.num_columns for linear in worker.linears)
+            sizes = [linear.num_rows + linear.num_columns for linear in worker.linears]
             self._entries = float(section.rank * sum(sizes))
+            self._num_parts = len(sizes)
         self._size = section.sequences_per_step
         self._per_step = -(-self._size // worker.num_replicas)  # sequences of a replica
         self._runs = 1 + (worker.stores.activations == "recompute")
@@ -127,12 +130,11 @@ class RecoveryNeeds:
         worker = self._worker
         largest = max(linear.size for linear in worker.linears)
         product = 0.0 if self._trains_all else _PASS_BYTES * largest  # is absorbed
-        num_linears = len(worker.linears)
-        counts = Counted(_START * num_linears, _SYNCS_OF_START * num_linears)
+        of_part = Counted(_START[self._trains_all], _SYNCS_OF_START[self._trains_all])
         size = (worker.all_blocks + worker.outside) * self._section.has_teacher
-        loads = len(worker.shapes.layout.parameters_of(worker.blocks)) * self._section.has_teacher
+        loads = len(self._names) * self._section.has_teacher
         moved = (0.0, 0.0, size * (not worker.device_is_host), size)
-        counts += Counted(loads, loads, size)
+        counts = of_part.times(self._num_parts) + Counted(loads, loads, size)
         return StepPlan(name, worker.weights + product, worker.host, *moved, counts=counts)
 
     def _step(self, name: str) -> StepPlan:
@@ -166,8 +168,10 @@ class RecoveryNeeds:
         per_step = self._per_step
         calls = -(-per_step // worker.stores.in_a_call(per_step, worker.num_shards))
         counts = worker.pass_counts(per_step, worker.sequence_length, self._runs, 1.0)
-        products = _GRADIENTS if self._trains_all else _PRODUCTS
-        counts += Counted((products * calls + _STEP) * len(worker.linears), 2, calls=2)
+        launches = _PRODUCTS[self._trains_all] * calls * len(worker.linears)
+        launches += _STEP[self._trains_all] * self._num_parts
+        # of all weights, each block has an optimizer
+        counts += Counted(launches, 1 + max(1, worker.num_blocks * self._trains_all), calls=2)
         # parameters and two moments, read and written; gradients and the result are sent
         adam = ADAM_BYTES * self._entries / (N if self._trains_all else 1)
         of_entry = 2.0 * worker.shapes.width if self._trains_all else 12.0
