@@ -73,6 +73,7 @@ SOLVED = {
     "tolerance": 1e-6,
 }
 CORRECTED = runs.GROUPS | runs.LORA | {"recovery__learning_rate": 1e-2}
+ALL = CORRECTED | {"recovery__rank": "all", "recovery__learning_rate": 1e-3}
 FITTED = runs.GROUPS | {
     "pruning__groups": ["ffn"],
     "pruning__reconstruction": {"tokens_per_step": 16, "num_epochs": 4, "learning_rate": 0.02},
@@ -100,6 +101,8 @@ METHODS: dict[str, tuple[dict[str, Any], tuple[float, float]]] = {
     "wanda-host": (WANDA | runs.ELEMENT | HOST, EQUAL),
     "groups-disk": (CORRECTED | WAVES | EXPORTED, BY_TRAINING),
     "reconstructed": (RECONSTRUCTED, BY_CANCELLATION),
+    "all-host": (ALL | {"memory__factors": "host"}, BY_TRAINING),
+    "all-bfloat16": (ALL | {"model__dtype": "bfloat16"}, BY_BFLOAT16),
     "groups-uniform": (CORRECTED | UNIFORM, BY_ORDER_OF_SUMS),
     "fitted-replicas": (FITTED | runs.FOUR | HOST, BY_ITERATIONS),
 }

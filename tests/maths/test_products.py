@@ -47,6 +47,30 @@ def test_gradient_is_that_of_autograd(num_tokens: int) -> None:
     assert not product(one[0], y).requires_grad
 
 
+@pytest.mark.parametrize("way", ["rows", "columns"])
+@pytest.mark.parametrize("num_tokens", [1, 3, M])
+def test_gradients_of_both_are_those_of_float64(num_tokens: int, way: str) -> None:
+    x = torch.randn(2, num_tokens, K).requires_grad_()
+    y = laid_out(K, N, way).requires_grad_()
+    wide = [leaf.detach().double().requires_grad_() for leaf in (x, y)]
+    direction = torch.randn(2, num_tokens, N)
+    found = torch.autograd.grad(times(x, y), (x, y), direction)
+    expected = torch.autograd.grad(wide[0] @ wide[1], wide, direction.double())
+    for own, exact in zip(found, expected, strict=True):
+        assert float((own.double() - exact).norm() / exact.norm()) < 1e-6
+    kept: list[torch.Tensor] = []
+
+    def keep(t: torch.Tensor) -> torch.Tensor:
+        kept.append(t)
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        times(x, y.detach())
+    assert all(t.numel() == y.numel() for t in kept), "nothing waits for a gradient of y"
+    (alone,) = torch.autograd.grad(times(x.detach(), y), y, direction)
+    assert torch.equal(alone, found[1])
+
+
 @pytest.mark.parametrize("num_rows", [1, 2, 5])
 def test_products_do_not_depend_on_where_a_matrix_starts(num_rows: int) -> None:
     """A matrix that is mapped from a file starts anywhere; the allocator's start at multiples of 64
