@@ -48,13 +48,10 @@ class Stores:
         return replace(self, weights=self.teacher, factors="device", wave=wave)
 
     def wave_of(self, num_sequences: int, num_shards: int) -> int:
-        """Return the size of a wave: at least as many waves as shards, so that all are busy.
+        """Return the size of a wave of the sequences that pass on a replica.
 
-        To move weights or factors for more waves would cost more than shards that wait.
-
-        Args:
-            num_sequences: that pass on a replica.
-            num_shards: of the model.
+        There are at least as many waves as shards, so that all are busy; to move weights or factors
+        for more of them would cost more than shards that wait.
         """
         if not self.weights == self.factors == "device":
             return self.wave
@@ -214,10 +211,7 @@ class HostMemory:
         return self._memory[number][first : first + size].view(dtype).view(shape)
 
     def clear(self) -> None:
-        """Begin with new pieces.
-
-        The memory of earlier ones is free once nobody has a tensor in them.
-        """
+        """Begin with new pieces; earlier ones are free once nobody has a tensor in them."""
         self._pieces = Pieces()
         self._memory = list[Tensor]()
 

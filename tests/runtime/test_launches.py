@@ -78,8 +78,10 @@ TENTH = 0.1
 HELD = ("load", "curvature", "costs", "update", "evaluation", "commit", "recovery")
 """Steps whose launches are held; their syncs, which are few, as well where there are fifteen.
 """
-DATA = {"mixture": {"costs"}, "whole": {"costs", "update"}}
-"""Where they depend on the data: on how far paths are followed, and on what goes whole."""
+DATA = {"mixture": {"costs"}, "whole": {"costs", "update"}, "all weights": {"commit"}}
+"""Where they depend on the data: on how far paths are followed, and on what goes whole. A commit of
+all weights has norms, too, of which the plan does not know.
+"""
 DENSE: dict[str, Any] = {
     "pruning": {"groups": ["ffn"], "width_multiple": 8, "allocation": "uniform"}
 }

@@ -371,7 +371,7 @@ def test_all_weights_are_counted_with_gradients_masters_and_moments() -> None:
             head = HEAD / 2 * view.blocks.is_last
             flops = 16 * 2048 * (products * 2 * ENTRIES + 3 * 2 * head)
             assert own.flops == pytest.approx(flops)
-    held = {"calibration": {"held_aside": 0.05}}
+    held: dict[str, Any] = {"calibration": {"held_aside": 0.05}}
     best = recovered(ALL, **held).steps["recovery"][0].host
     assert best - recovered(ALL).steps["recovery"][0].host == TWO_BLOCKS
 
@@ -391,7 +391,7 @@ def test_all_weights_stay_on_the_device() -> None:
 
 
 def test_trials_and_checks_of_a_recovery_and_the_hours_of_its_workers() -> None:
-    held = {"calibration": {"held_aside": 0.05}}
+    held: dict[str, Any] = {"calibration": {"held_aside": 0.05}}
     plan = recovered(LOW_RANK | {"learning_rate": None}, **held)
     step, check = (
         recovered(LOW_RANK).steps["recovery"][0].flops / 16,
