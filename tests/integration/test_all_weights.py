@@ -93,9 +93,11 @@ def test_all_weights_are_committed_resumed_and_exported(
         patch.setattr(Recovery, "run", run_once)
         with pytest.raises(SystemExit):
             job(changes, folder="resumed")
-        shutil.copytree(job.folder / "resumed", job.folder / "untrained")
-        untrained = job(changes, "--resume", folder="untrained", output__exports=[])
-    assert torch.equal(untrained.tensors(2)[norm], first), "what an earlier try trained"
+        shutil.copytree(job.folder / "resumed/run", job.folder / "aside")
+        untrained = job(changes, "--resume", folder="resumed", output__exports=[])
+        assert torch.equal(untrained.tensors(2)[norm], first), "what an earlier try trained"
+    shutil.rmtree(untrained.uri)
+    (job.folder / "aside").rename(untrained.uri)
     again = job(changes, "--resume", folder="resumed")
     assert_same_shot(done.uri, again.uri, 2)
     assert again.shot["perplexity"] == done.shot["perplexity"]

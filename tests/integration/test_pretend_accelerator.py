@@ -102,7 +102,7 @@ METHODS: dict[str, tuple[dict[str, Any], tuple[float, float]]] = {
     "groups-disk": (CORRECTED | WAVES | EXPORTED, BY_TRAINING),
     "reconstructed": (RECONSTRUCTED, BY_CANCELLATION),
     "all-host": (ALL | {"memory__factors": "host"}, BY_TRAINING),
-    "all-bfloat16": (ALL | {"model__dtype": "bfloat16"}, BY_BFLOAT16),
+    "all-device": (ALL, BY_TRAINING),
     "groups-uniform": (CORRECTED | UNIFORM, BY_ORDER_OF_SUMS),
     "fitted-replicas": (FITTED | runs.FOUR | HOST, BY_ITERATIONS),
 }
