@@ -143,7 +143,7 @@ class WorkerView:
         """
         stores = self.stores.of_teacher if of_teacher else self.stores
         heads = 0 if of_teacher else 2
-        peak = host = bubble = 0.0
+        peak = host = 0.0
         tokens = 0
         loads = 0
         counts = NOTHING
@@ -156,14 +156,12 @@ class WorkerView:
             moment = max(together * self.forward_bytes(length), self._head * (heads > 0))
             peak = max(peak, between * wave * length * self._hidden + moment)
             host = max(host, self.travelling(length, wave))
-            bubble = max(bubble, self.bubble(own, stores))
             tokens += own * length
             loads += -(-own // wave)
         flops = tokens * (2 * self.active + heads * self.head_flops)
         moved = self.moved(stores.weights, loads * self.all_blocks)
         device = self.idle + self._running(stores.weights) + peak
-        sums = (flops, 0.0, *moved, bubble)
-        return StepPlan(name, device, self.host + host, *sums, counts)
+        return StepPlan(name, device, self.host + host, flops, 0.0, *moved, counts=counts)
 
     def pass_counts(
         self,

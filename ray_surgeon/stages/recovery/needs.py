@@ -81,6 +81,8 @@ class RecoveryNeeds:
             parts.append((worker.measuring(name, [(self._num_held, T)]), num_checks))
         if self._section.has_teacher:
             ahead = worker.measuring(name, [(self._num_ahead, T)], of_teacher=True)
+            own = -(-self._num_ahead // worker.num_replicas)
+            ahead = replace(ahead, bubble=worker.bubble(own, worker.stores.of_teacher))
             # those of a trial are seen again where they are many
             parts.append((ahead, -(-num_steps // steps_ahead(self._size))))
         device, host = self._kept()
