@@ -7,7 +7,7 @@ head are not. Pruned weights stay exactly zero, because their gradients are take
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from itertools import groupby
 
 import torch
@@ -55,7 +55,12 @@ class WholeWeights:
         # a float32 weight there is its own master
         self._masters = {n: self._parameters[n].detach().to(where, torch.float32) for n in owned}
         self._sizes = {name: self._size(name) for name in owned}
-        self._kept = {n: [kept.to(where) for kept in self._pruned(n, masks)] for n in owned}
+        self._kept = dict[str, list[Tensor]]()  # of pruned ones, see `_kept`
+        for name in owned:
+            linear, _, part = name.rpartition(".")
+            if linear in masks:
+                factors = _kept(masks[linear], shard.linears[linear], part)
+                self._kept[name] = [factor.to(where) for factor in factors]
         # one for each block, so that float32 gradients are those of one block at a time
         self._optimizers = list[tuple[list[str], RelativeAdam]]()
         self._start_optimizers()
@@ -78,13 +83,6 @@ class WholeWeights:
         if part == "bias" and f"{prefix}.weight" in self._parameters:
             size = max(size, _root_mean_square(self._parameters[f"{prefix}.weight"]))
         return size or math.prod(parameter.shape[1:]) ** -0.5
-
-    def _pruned(self, name: str, masks: Mapping[str, Mask]) -> Iterator[Tensor]:
-        """Yield what of a parameter is kept, as factors of it; nothing where that is all."""
-        linear, _, part = name.rpartition(".")
-        if linear in masks:
-            factors = _kept(masks[linear], self._shard.linears[linear], part)
-            yield from (factor for factor in factors if not factor.all())
 
     def _start_optimizers(self) -> None:
         self._optimizers.clear()
@@ -123,7 +121,7 @@ class WholeWeights:
                 gradient = self._parameters[name].grad
                 assert gradient is not None
                 gradient = gradient.to(self._masters[name])
-                for kept in self._kept[name]:
+                for kept in self._kept.get(name, ()):
                     gradient.mul_(kept)
                 self._masters[name].grad = gradient
             optimizer.step(rate)
@@ -217,13 +215,15 @@ def _root_mean_square(tensor: Tensor) -> float:
 
 
 def _kept(mask: Mask, module: LinearModule, part: str) -> list[Tensor]:
-    """Return what a mask keeps of the ``weight`` or ``bias`` of a linear, as factors of it."""
+    """Return what a mask keeps of the ``weight`` or ``bias`` of a linear, as factors of it.
+
+    Nothing where that is all.
+    """
+    C = num_inputs(module)
     if isinstance(mask, ElementMask):
-        factors = [mask.kept[:, -1] if part == "bias" else mask.kept[:, : num_inputs(module)]]
-    elif part == "bias":
-        factors = [mask.rows]
+        factors = [mask.kept[:, -1] if part == "bias" else mask.kept[:, :C]]
     else:
-        factors = [mask.rows[:, None], mask.columns[None, : num_inputs(module)]]
+        factors = [mask.rows] if part == "bias" else [mask.rows[:, None], mask.columns[None, :C]]
     if part == "weight" and not isinstance(module, nn.Linear):  # GPT-2's lie the other way
-        return [factor.T for factor in factors]
-    return factors
+        factors = [factor.T for factor in factors]
+    return [factor for factor in factors if not factor.all()]
