@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import math
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -38,15 +39,19 @@ class Stores:
     activations: Activations = "keep"
     wave: int = 1  # sequences that pass a block before the next block runs
     together: int = 1  # those of them that pass it in one call
+    teacher: Place = "device"  # blocks of the dense model, where it is beside the pruned one
+
+    @property
+    def of_teacher(self) -> Stores:
+        """Return those of the dense model; if its weights move, they do so once in a pass."""
+        wave = self.wave if self.teacher == "device" else sys.maxsize
+        return replace(self, weights=self.teacher, factors="device", wave=wave)
 
     def wave_of(self, num_sequences: int, num_shards: int) -> int:
-        """Return the size of a wave: at least as many waves as shards, so that all are busy.
+        """Return the size of a wave of the sequences that pass on a replica.
 
-        To move weights or factors for more waves would cost more than shards that wait.
-
-        Args:
-            num_sequences: that pass on a replica.
-            num_shards: of the model.
+        There are at least as many waves as shards, so that all are busy; to move weights or factors
+        for more of them would cost more than shards that wait.
         """
         if not self.weights == self.factors == "device":
             return self.wave
@@ -204,10 +209,7 @@ class HostMemory:
         return self._memory[number][first : first + size].view(dtype).view(shape)
 
     def clear(self) -> None:
-        """Begin with new pieces.
-
-        The memory of earlier ones is free once nobody has a tensor in them.
-        """
+        """Begin with new pieces; earlier ones are free once nobody has a tensor in them."""
         self._pieces = Pieces()
         self._memory = list[Tensor]()
 

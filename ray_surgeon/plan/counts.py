@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import add
 
 from ray_surgeon.maths.greedy import num_at_once
@@ -94,11 +94,20 @@ class StepPlan:
         waiting = counts.syncs * device.sync_s + counts.calls * device.call_s
         return self.bubble * (busy + moving + waiting) + counts.waiting_s
 
+    def times(self, number: float) -> StepPlan:
+        """Return so many such steps, one after the other."""
+        sums = ("flops", "float32_flops", "host_bytes", "disk_bytes")
+        more = {name: number * vars(self)[name] for name in sums}
+        return replace(self, **more, counts=self.counts.times(number))
+
     def then(self, later: StepPlan) -> StepPlan:
         """Return both as one step, in which one comes after the other."""
         peaks = ("device", "host", "bubble")
         pairs = {n: (own, vars(later)[n]) for n, own in vars(self).items() if n != "name"}
         both = {n: max(pair) if n in peaks else pair[0] + pair[1] for n, pair in pairs.items()}
+        if both["flops"]:  # each part waits its own time
+            waits = self.flops * self.bubble + later.flops * later.bubble
+            both["bubble"] = waits / both["flops"]
         return StepPlan(self.name, **both)
 
 

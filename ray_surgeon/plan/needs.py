@@ -38,6 +38,7 @@ class WorkerView:
         weights: bytes on the device while blocks run.
         idle: bytes on the device of weights that stay there.
         all_blocks: bytes of the weights of all blocks.
+        pinned_blocks: bytes that they take in the host's memory, if they are kept there.
         all_factors: bytes of all packed factors.
         largest_factors: bytes of those of a block, at most.
         outside: bytes of what lies outside of the blocks.
@@ -93,20 +94,25 @@ class WorkerView:
         self.outside, pinned_weights, pinned_factors = shapes.of_shard(self.blocks)
         is_resident = stores.weights == "device"
         self.idle = self.outside + self.all_blocks * is_resident
-        # on the CPU a block runs where it lies, elsewhere the next one is ahead
-        runs_in_place = self.device_is_host or is_resident
-        self.weights = self.idle + (0 if runs_in_place else 2 * max(sizes))
+        self.weights = self.idle + self._running(stores.weights)
+        self.pinned_blocks = self.all_blocks if self.device_is_host else pinned_weights
         if self.device_is_host:
-            pinned_weights = self.all_blocks
             pinned_factors = 0
-        self.host: float = pinned_weights * (stores.weights == "host")
+        self.host: float = self.pinned_blocks * (stores.weights == "host")
         self.host += pinned_factors * (stores.factors == "host")
+
+    def _running(self, place: Place) -> int:
+        """Return the bytes on the device of weights that are not kept there, while they run."""
+        # on the CPU a block runs where it lies, elsewhere the next one is ahead
+        runs_in_place = self.device_is_host or place == "device"
+        return 0 if runs_in_place else 2 * max(self.shapes.block_bytes[self._own])
 
     @property
     def disk_bytes(self) -> float:
-        """Bytes of scratch."""
+        """Bytes of scratch; a teacher's weights may need none, if its files are local."""
         factors = self.all_factors * (self.stores.factors == "disk")
-        return factors + self.all_blocks * (self.stores.weights == "disk")
+        num_models = (self.stores.weights, self.stores.teacher).count("disk")
+        return factors + self.all_blocks * num_models
 
     @functools.cached_property
     def steps(self) -> list[StepPlan]:
@@ -124,25 +130,38 @@ class WorkerView:
         """Return the bytes of the dense model's last hidden states, bfloat16."""
         return 2.0 * self.hidden_size * num_tokens * self.blocks.is_last
 
-    def measuring(self, name: str, texts: TextSizes) -> StepPlan:
-        """Return passes forward over texts, of which each has a number of windows and a length."""
-        peak = 0.0
+    def bubble(self, num_sequences: int, stores: Stores) -> float:
+        """Return how much longer a pass takes because shards wait; sequences of one replica."""
+        waves = -(-num_sequences // stores.wave_of(num_sequences, self.num_shards))
+        return (waves + self.num_shards - 1) / waves
+
+    def measuring(self, name: str, texts: TextSizes, *, of_teacher: bool = False) -> StepPlan:
+        """Return passes forward over texts, of which each has a number of windows and a length.
+
+        With `of_teacher` they pass the dense model's blocks, without the head; its idle weights are
+        not counted.
+        """
+        stores = self.stores.of_teacher if of_teacher else self.stores
+        heads = 0 if of_teacher else 2
+        peak = host = 0.0
         tokens = 0
         loads = 0
         counts = NOTHING
         for count, length in texts:
             own = -(-count // self.num_replicas)
-            counts += self.pass_counts(own, length)
-            wave = min(self.stores.wave_of(own, self.num_shards), own)
+            wave = min(stores.wave_of(own, self.num_shards), own)
+            together = min(stores.together, wave)
+            counts += self.pass_counts(own, length, heads=heads / 2, together=together)
             between = 3 + 3 * (self.num_shards > 1)
-            moment = max(min(self.stores.together, wave) * self._forward(length), self._head)
+            moment = max(together * self.forward_bytes(length), self._head * (heads > 0))
             peak = max(peak, between * wave * length * self._hidden + moment)
+            host = max(host, self.travelling(length, wave))
             tokens += own * length
             loads += -(-own // wave)
-        flops = tokens * (2 * self.active + 2 * self.head_flops)
-        host = self.host + max((self.travelling(length) for _, length in texts), default=0.0)
-        moved = self.moved(self.stores.weights, loads * self.all_blocks)
-        return StepPlan(name, self.weights + peak, host, flops, 0.0, *moved, counts=counts)
+        flops = tokens * (2 * self.active + heads * self.head_flops)
+        moved = self.moved(stores.weights, loads * self.all_blocks)
+        device = self.idle + self._running(stores.weights) + peak
+        return StepPlan(name, device, self.host + host, flops, 0.0, *moved, counts=counts)
 
     def pass_counts(
         self,
@@ -178,7 +197,7 @@ class WorkerView:
         sent = tokens * self._hidden * (forward + backward) * (self.num_shards > 1)
         return counts + Counted(sent_bytes=sent)
 
-    def _forward(self, length: int) -> float:
+    def forward_bytes(self, length: int) -> float:
         """Return the bytes of a block that runs forward on one sequence."""
         own = self._activations
         return length * (own.forward_only + 4 * length * own.scores)
@@ -218,7 +237,9 @@ class WorkerView:
         moved = self.moved(self.stores.weights, num_passes * self.all_blocks)
         return StepPlan(name, self.weights + most, self.host, flops, 0.0, *moved, counts=counts)
 
-    def passing(self, *, more_kept: float = 0.0, more_in_a_moment: float = 0.0) -> float:
+    def passing(
+        self, *, more_kept: float = 0.0, more_in_a_moment: float = 0.0, num_sequences: int = 0
+    ) -> float:
         """Return the device's bytes of a pass forward and backward.
 
         These are what waits for its backward pass, and the moment that needs most.
@@ -226,73 +247,38 @@ class WorkerView:
         Args:
             more_kept: bytes of a token in a block beside its own activations.
             more_in_a_moment: likewise, while a block runs backward.
+            num_sequences: that pass on the replica; those of the calibration if not given.
         """
         T = self.sequence_length
-        of_wave = self.wave * T * self._hidden
+        sequences = num_sequences or self.sequences
+        wave = min(self.stores.wave_of(sequences, self.num_shards), sequences)
+        in_flight = min(-(-sequences // wave), self.num_shards - self.shard)
+        of_wave = wave * T * self._hidden
         own = self._activations
         kept = own.kept + more_kept + 2 * T * own.scores
         moment = own.moment + more_in_a_moment + 4 * T * own.scores
         gathered = self.shapes.work.gathered
         widest = max((s.num_columns for s in self.linears if s.name in gathered), default=0)
-        tokens = self.together * T
+        tokens = min(self.stores.together, wave) * T
         conversion = 4 * (tokens + 256) * widest
         # what is packed and unpacked on the way
         waiting: float = 2 * of_wave + 3 * of_wave * (self.num_shards > 1)
         if self.stores.activations == "keep":
-            waiting += self._in_flight * self.wave * T * kept * self.num_blocks
+            waiting += in_flight * wave * T * kept * self.num_blocks
         else:
-            waiting += self._in_flight * self.num_blocks * of_wave
+            waiting += in_flight * self.num_blocks * of_wave
             moment += kept
         return waiting + max(tokens * moment + conversion, self._head)
 
-    def travelling(self, length: int) -> float:
+    def travelling(self, length: int, wave: int = 0) -> float:
         """Return the host's bytes of a GPU's hidden states that travel.
 
-        That is a copy each way, and what waits between shards.
+        That is a copy each way, and what waits between shards; of the calibration's waves, if no
+        number of sequences is given.
         """
         if self.device_is_host or self.num_shards == 1:
             return 0.0
-        return float((2 + self._in_flight) * self.wave * length * self._hidden)
-
-    def linear_by_linear(
-        self, name: str, largest: float, flops: float, kept: float, counts: Counted
-    ) -> StepPlan:
-        """Return a step in which linears have their turns, each on the replica that owns it.
-
-        Args:
-            name: of the step.
-            largest: bytes on the device of one linear, at most.
-            flops: of all linears, in float32.
-            kept: bytes on the device of all linears together.
-            counts: of all linears.
-        """
-        factors = self.all_factors / self.num_replicas
-        on_device = factors * (self.stores.factors == "device")
-        device = self.idle + on_device + kept / self.num_replicas + largest
-        host = self.host + factors * (self.stores.factors == "host" and self.device_is_host)
-        own = flops / self.num_replicas, *self.moved(self.stores.factors, factors)
-        return StepPlan(name, device, host, 0.0, *own, counts=counts.times(1 / self.num_replicas))
-
-    def block_by_block(
-        self, name: str, of_linears: Sequence[tuple[float, float]], counts: Counted = NOTHING
-    ) -> StepPlan:
-        """Return a step in which linears change while all sequences pass.
-
-        It needs a block's second moments and one linear at a time, of which `of_linears` has bytes
-        and operations.
-        """
-        T = self.sequence_length
-        blocks = self.shapes.linears[self._own]
-        moments = max(sum(4 * linear.num_columns**2 for linear in block) for block in blocks)
-        widest = max(linear.num_columns for linear in self.linears)
-        passing = self.sequences * T * self._hidden + self._forward(T) + 4 * T * widest
-        device = self.weights + passing + moments + max(size for size, _ in of_linears)
-        flops = self.sequences * T * 4 * self.active
-        in_float32 = sum(flops for _, flops in of_linears) / self.num_replicas
-        host = self.host + moments * (self.stores.factors == "host")
-        moved = self.moved(self.stores.weights, 2 * self.all_blocks)
-        counts += self.pass_counts(self.sequences, T, 2.0, heads=0.0, together=1)
-        return StepPlan(name, device, host, flops, in_float32, *moved, counts=counts)
+        return float((2 + self._in_flight) * (wave or self.wave) * length * self._hidden)
 
     @staticmethod
     def moved(where: Place, size: float) -> tuple[float, float]:

@@ -57,6 +57,20 @@ class Plan:
         steps = self.steps.items()
         return {n: max(s.seconds(self.device, dtype) for s in shards) for n, shards in steps}
 
+    @property
+    def worker_hours(self) -> float:
+        """Expected hours of all workers, for which all of them are held; with one shot."""
+        num_workers = len(self.workers) * self.workers[0].num_replicas
+        return num_workers * sum(self.seconds.values()) / 3600
+
+    @property
+    def places(self) -> dict[str, Any]:
+        """Where things are, by name."""
+        places = asdict(self.stores)
+        if not self.workers[0].shapes.work.has_teacher:
+            del places["teacher"]
+        return places
+
     def peak(self, step: StepPlan) -> tuple[float, float]:
         """Return the peak bytes of a step on the device and on the host.
 
@@ -86,8 +100,9 @@ class Plan:
             return {name: round(number) for name, number in sums.items()}
 
         return {
-            "stores": asdict(self.stores),
+            "stores": self.places,
             "device": self.device.name,
+            "worker_hours": self.worker_hours,
             "seconds": {name: round(seconds, 3) for name, seconds in self.seconds.items()},
             "flops": {n: sum(s.flops + s.float32_flops for s in shards) for n, shards in steps},
             "moved_bytes": moved,
@@ -147,8 +162,8 @@ class Planner:
             # the first of equals, which is the simplest
             return min(fitting, key=lambda plan: sum(plan.seconds.values()))
         best = min(plans, key=lambda plan: plan.excess()[0])
-        stores = best.stores
-        ways = f"weights: {stores.weights}, factors: {stores.factors}, wave: {stores.wave}"
+        chosen = ("weights", "factors", "teacher", "wave")
+        ways = ", ".join(f"{n}: {place}" for n, place in best.places.items() if n in chosen)
         problem = f"memory: the job does not fit: {best.excess()[1]} (with {ways})"
         raise DoesNotFitError(f"{problem}; {self.remedy(placement, safe, best)}")
 
@@ -161,18 +176,22 @@ class Planner:
     def plans(self, placement: Placement, room: Room) -> Iterator[Plan]:
         """Yield what the spec allows, the simplest first."""
         wanted = self.wanted
-        per_replica = -(-self.shapes.work.num_sequences // placement.num_replicas)
+        work = self.shapes.work
+        per_replica = -(-work.num_sequences // placement.num_replicas)
         places = ("device", "disk") if room.device_is_host else get_args(Place)
-        for weights, factors, activations in itertools.product(
-            places if wanted.weights == "auto" else [wanted.weights],
+        of_weights = places if wanted.weights == "auto" else [wanted.weights]
+        of_teacher = places if wanted.teacher == "auto" else [wanted.teacher]
+        for weights, factors, activations, teacher in itertools.product(
+            ["device"] if work.streaming_remedy else of_weights,
             places if wanted.factors == "auto" else [wanted.factors],
             get_args(Activations) if wanted.activations == "auto" else [wanted.activations],
+            of_teacher if work.has_teacher else ["device"],
         ):
             is_resident = weights == factors == "device"
             if activations == "keep" and not is_resident:
                 continue
             for wave, together in self._waves(per_replica, is_resident, room.device_is_host):
-                stores = Stores(weights, factors, activations, wave, together)
+                stores = Stores(weights, factors, activations, wave, together, teacher)
                 plan = self.plan(placement, room, stores)
                 while not plan.fits and stores.together > 1:
                     stores = replace(stores, together=stores.together // 2)
@@ -205,6 +224,8 @@ class Planner:
         freed = replace(self, wanted=free)
         if free != wanted and any(plan.fits for plan in freed.plans(placement, best.room)):
             remedies.append("leave memory to the plan, which finds a way")
+        if self.shapes.work.streaming_remedy:
+            remedies.append(self.shapes.work.streaming_remedy)
         times = best.excess()[0]
         if wanted.limit_gib is not None and self.plan(placement, safe, best.stores).fits:
             limit = math.ceil(100 * wanted.limit_gib * times) / 100
@@ -236,7 +257,9 @@ def plan_table(plan: Plan) -> Table:
     stores = ", ".join(f"{name}: {value}" for name, value in record["stores"].items())
     workers = f"shards: {len(plan.workers)}, replicas: {plan.workers[0].num_replicas}"
     what = "GiB of a worker's device at the peak of each step"
-    table = Table(title=f"{workers}; {stores}; {what}")
+    hours = "GPU-hours" if plan.device.memory_bytes else "worker-hours"
+    spent = f"{plan.worker_hours:.3g} {hours}, with one shot"
+    table = Table(title=f"{workers}; {stores}; {what}", caption=spent)
     for column in ("shard", "blocks", *plan.seconds, "host", "disk"):
         table.add_column(column, justify="right")
     for worker in plan.workers:

@@ -31,6 +31,10 @@ class Work:
     factors: Literal["both", "A", "none"]  # which a pass over the calibration text gathers
     gathered: frozenset[str]  # linears whose factors are gathered
     stages: tuple[Stage, ...]  # of the job, in their order
+    has_teacher: bool = False  # whether the dense model is beside the pruned one in a step
+    # what would let weights be elsewhere, where a step needs them all on the device; "" if none
+    # does
+    streaming_remedy: str = ""
 
 
 class ActivationBytes(NamedTuple):

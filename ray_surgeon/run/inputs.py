@@ -131,7 +131,12 @@ def work_of(spec: JobSpec, layout: ModelLayout, method: Method, stages: Stages) 
     gathered = frozenset(shape.name for shape in layout.linears if method.needs(shape) is not None)
     factors = None if method.curvature is None else method.curvature.gathers
     sizes = (spec.calibration.num_sequences, spec.calibration.sequence_length)
-    return Work(spec.model.dtype, *sizes, factors or "none", gathered, stages.all)
+    job = (spec.model.dtype, *sizes, factors or "none", gathered, stages.all)
+    recovery = spec.recovery
+    if recovery is None:
+        return Work(*job)
+    remedy = "or give recovery.rank a number, with which weights may be elsewhere"
+    return Work(*job, recovery.has_teacher, remedy if recovery.rank == "all" else "")
 
 
 def check(spec: JobSpec, *, resume: bool = False, dry_run: bool = False) -> Inputs:

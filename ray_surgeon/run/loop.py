@@ -7,7 +7,6 @@ import hashlib
 import time
 import uuid
 from collections.abc import Callable
-from dataclasses import asdict
 
 from ray_surgeon.memory.stores import ScratchNames
 from ray_surgeon.plan.plan import DoesNotFitError, Plan
@@ -119,7 +118,7 @@ def _begun(inputs: Inputs, workers: Cluster, directory: RunDirectory, listen: Li
     workers.progress.listener = lambda: listen(steps.moment())
     with steps("plan") as facts:
         peaks = plan.peaks().values()
-        facts |= asdict(plan.stores) | {"peak_gib": max(map(max, peaks)) / 2**30}
+        facts |= plan.places | {"peak_gib": max(map(max, peaks)) / 2**30}
     texts = (inputs.calibration, inputs.text, inputs.texts)
     job = (layout, inputs.model, *texts, inputs.stages.all, num_shots, num_done, part)
     run = RunState(workers, directory, report, steps, *job)

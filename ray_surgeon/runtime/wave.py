@@ -99,7 +99,8 @@ class Passage:
     def waves(self, placement: Placement, stores: Stores) -> list[list[Wave]]:
         """Return the waves of every replica; replicas take sequences in turns."""
         num_replicas = placement.num_replicas
-        size = stores.wave_of(-(-len(self.numbers) // num_replicas), placement.num_shards)
+        own_stores = stores.of_teacher if self.of_teacher else stores
+        size = own_stores.wave_of(-(-len(self.numbers) // num_replicas), placement.num_shards)
         own = [self.numbers[replica::num_replicas] for replica in range(num_replicas)]
         return [[self._wave(mine[i : i + size]) for i in range(0, len(mine), size)] for mine in own]
 

@@ -90,9 +90,11 @@ class JobSpec(Section):
         yield from self._problems_of_curvature()
         yield from self._problems_of_texts()
         yield from self._problems_of_exports()
-        trains_all = self.recovery is not None and self.recovery.rank == "all"
-        if trains_all and self.memory.weights not in ("auto", "device"):
-            where = self.memory.weights
+        recovery = self.recovery
+        where = self.memory.weights
+        if self.memory.teacher != "auto" and not (recovery and recovery.has_teacher):
+            yield "memory.teacher: needs recovery.texts with loss: kl; remove it"
+        if recovery and recovery.rank == "all" and where not in ("auto", "device"):
             yield f"memory.weights: {where} does not go with recovery.rank all; use device, or auto"
 
     def _problems_of_curvature(self) -> Iterator[str]:

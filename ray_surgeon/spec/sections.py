@@ -150,6 +150,9 @@ class MemorySection(Section):
     """
     factors: Literal["auto", "device", "host", "disk"] = "auto"
     """A and G of all linears: device, host, or disk (files in scratch)"""
+    teacher: Literal["auto", "device", "host", "disk"] = "auto"
+    """Likewise, the blocks' weights of the dense model that recovery has beside the pruned one
+    """
     activations: Literal["auto", "keep", "recompute"] = "auto"
     """Activations of a block between its forward and backward pass. keep: they stay, which needs
     weights and factors on the device; recompute: they are computed again from the block's inputs

@@ -17,6 +17,7 @@ from ray_surgeon.export.kinds import export
 from ray_surgeon.memory.stores import ScratchNames
 from ray_surgeon.plan.counts import Counted, StepPlan
 from ray_surgeon.plan.needs import WorkerView
+from ray_surgeon.plan.turns import block_by_block
 from ray_surgeon.report.commits import CommittedPart, Save
 from ray_surgeon.report.directory import Record
 from ray_surgeon.report.html_report import LivePage, rendered
@@ -216,7 +217,7 @@ class Quantise(Stage):
             return
         shapes = [(linear.num_rows, linear.num_columns) for linear in worker.linears]
         of_linears = [(16.0 * (C**2 + R * C), 2 / 3 * C**3 + 2.0 * R * C**2) for R, C in shapes]
-        yield worker.block_by_block(self.name, of_linears)
+        yield block_by_block(worker, self.name, of_linears)
 
 
 def exports_of(output: OutputSection, tasks: TasksSection | None) -> tuple[Stage, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from transformers import AutoTokenizer
 from ray_surgeon.memory.stores import NO_SCRATCH, Place, Stores
 from ray_surgeon.runtime.cluster import LocalCluster
 from ray_surgeon.runtime.passes import remember
+from ray_surgeon.runtime.wave import Passage
 from ray_surgeon.runtime.weights import ModelRecipe, drop_teacher, load_teacher
 from ray_surgeon.spec.sections import ModelSection
 from ray_surgeon.spec.texts import StreamedSection
@@ -58,6 +60,7 @@ def trained(
     stream = stream_of(section, 1, LENGTH, tokenizer)
     assert stream is not None
     recipe = ModelRecipe(ModelSection(source=str(model)), (), NO_SCRATCH)
+    cluster.stores = replace(cluster.stores, teacher=place)
     cluster.run_all(load_teacher, recipe, place)
     batches = StreamBatches(section, stream, cluster, 40, 0)
     training = Training(section, cluster, held, batches)
@@ -95,6 +98,15 @@ def test_shards_replicas_and_places_change_nothing(llama: Path, text: StreamedSe
     assert losses[1] == losses[0]
     assert losses[2] == pytest.approx(losses[0], rel=1e-3)
     assert len(set(losses[0])) == 40
+
+
+def test_weights_of_a_teacher_move_once_for_all_sequences_of_a_pass(llama: Path) -> None:
+    placement = loaded(llama, num_replicas=2).placement
+    passage = Passage(np.zeros((8, LENGTH), dtype=np.int64), of_teacher=True)
+    ways: list[tuple[Place, int]] = [("device", 4), ("host", 1)]
+    for place, number in ways:
+        waves = passage.waves(placement, Stores(teacher=place))
+        assert [len(of_replica) for of_replica in waves] == [number] * 2
 
 
 def test_a_text_that_ends_ends_the_training(

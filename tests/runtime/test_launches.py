@@ -78,8 +78,10 @@ TENTH = 0.1
 HELD = ("load", "curvature", "costs", "update", "evaluation", "commit", "recovery")
 """Steps whose launches are held; their syncs, which are few, as well where there are fifteen.
 """
-DATA = {"mixture": {"costs"}, "whole": {"costs", "update"}}
-"""Where they depend on the data: on how far paths are followed, and on what goes whole."""
+DATA = {"mixture": {"costs"}, "whole": {"costs", "update"}, "all weights": {"commit"}}
+"""Where they depend on the data: on how far paths are followed, and on what goes whole. A commit of
+all weights has norms, too, of which the plan does not know.
+"""
 DENSE: dict[str, Any] = {
     "pruning": {"groups": ["ffn"], "width_multiple": 8, "allocation": "uniform"}
 }
@@ -87,6 +89,12 @@ RECONSTRUCTED = {
     "pruning": DENSE["pruning"] | {"reconstruction": {"tokens_per_step": 128}},
     "recovery": {"rank": 4, "num_tokens": 8 * 64, "sequences_per_step": 1},
 }
+OF_EIGHT_STEPS: dict[str, Any] = {"num_tokens": 8 * 64, "sequences_per_step": 1}
+TAUGHT = DENSE | {
+    "recovery": OF_EIGHT_STEPS | {"rank": 4, "texts": [{"source": "python-code"}]},
+    "memory": {"teacher": "host"},
+}
+ALL_WEIGHTS = DENSE | {"recovery": OF_EIGHT_STEPS | {"rank": "all"}}
 MIXTURE = {"pruning": {"groups": ["expert_channels"], "width_multiple": 8}}
 WHOLE = {"pruning": {"groups": ["expert_channels", "experts"], "width_multiple": 8}}
 
@@ -116,8 +124,15 @@ def on_sim(zygote: Zygote, function: Callable[..., object], **arguments: object)
 
 @pytest.mark.parametrize(
     ("kind", "sections"),
-    [("dense", DENSE), ("trained", RECONSTRUCTED), ("mixture", MIXTURE), ("whole", WHOLE)],
-    ids=["dense", "trained", "mixture", "whole"],
+    [
+        ("dense", DENSE),
+        ("trained", RECONSTRUCTED),
+        ("taught", TAUGHT),
+        ("all weights", ALL_WEIGHTS),
+        ("mixture", MIXTURE),
+        ("whole", WHOLE),
+    ],
+    ids=["dense", "trained", "taught", "all weights", "mixture", "whole"],
 )
 def test_planned_counts_are_those_of_a_run(
     kind: str, sections: dict[str, Any], zygote: Zygote

@@ -7,30 +7,32 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
 from benchmarks.shaped_model import shaped_config
 from ray_surgeon.maths.packed import PackedSymmetric
-from ray_surgeon.memory.stores import TOGETHER, Stores
+from ray_surgeon.memory.stores import TOGETHER, Place, Stores
 from ray_surgeon.models.build import BlockRange
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.pipeline import _bytes
 from ray_surgeon.plan.counts import StepPlan
 from ray_surgeon.plan.needs import WorkerView
-from ray_surgeon.plan.plan import DoesNotFitError, Plan, Planner
+from ray_surgeon.plan.plan import DoesNotFitError, Plan, Planner, plan_table
 from ray_surgeon.plan.room import DEVICES, Room
 from ray_surgeon.plan.work import Shapes, Work
 from ray_surgeon.run.inputs import work_of
 from ray_surgeon.run.reading import unread_texts
 from ray_surgeon.run.stages import stages_after_shots, stages_of
+from ray_surgeon.runtime.collectives import MESSAGE_BYTES
 from ray_surgeon.runtime.placement import place
 from ray_surgeon.spec.job import JobSpec
 from ray_surgeon.stages.prune.methods import method_for
 from tests.conftest import LAYOUTS
 
 GB = 1e9
+H100 = DEVICES["h100"]
 RESIDENT = Stores("device", "device")
 TOKENS = 128 * 2048
 NOTHING_HELD: dict[str, Any] = {"calibration": {"held_aside": 0.0}}
@@ -68,9 +70,8 @@ class Job:
         """Return the plan of workers, of which eight share a host."""
         host = host_gb * GB / min(8, self.spec.cluster.num_shards)
         room = Room(device_gb * GB, host, disk, device_is_host=False)
-        device = DEVICES["h100"]
         layout = layout_of(self.name)
-        planner = Planner(Shapes(layout, self.work), self.spec.memory, device)
+        planner = Planner(Shapes(layout, self.work), self.spec.memory, H100)
         return planner.best(self.placement, room)
 
     def steps(self, stores: Stores = RESIDENT, blocks: int = 0) -> dict[str, StepPlan]:
@@ -293,3 +294,114 @@ def test_text_that_the_model_writes_has_a_step_with_its_keys_and_values() -> Non
     caches = 64 * 2048 * of_token
     devices = {step.name: step.device for step in found.workers[0].steps}
     assert caches < devices["sampling"] - devices["load"] < 1.2 * caches
+
+
+# Recovery of four blocks of Llama-3-70B: two shards of two blocks, two replicas, 16 steps of two
+# sequences
+
+ENTRIES = 2 * 8192**2 + 2 * 1024 * 8192 + 3 * 28672 * 8192  # of a block's linears
+TWO_BLOCKS = 2 * 2 * (ENTRIES + 2 * 8192)
+HEAD = 2 * 128256 * 8192
+EMBEDDING = HEAD
+LAST = HEAD + 2 * 8192  # with the norm
+SIDES = 2 * (4 * 8192 + 2 * (8192 + 1024) + 3 * (8192 + 28672))  # rows and columns of linears
+LOW_RANK: dict[str, Any] = {"rank": 8, "num_tokens": 16 * 2 * 2048, "learning_rate": 1e-4}
+ALL = LOW_RANK | {"rank": "all"}
+TAUGHT = {"texts": [{"source": "python-code"}]}
+
+
+def recovered(recovery: Mapping[str, Any], stores: Stores = RESIDENT, **sections: Any) -> Plan:
+    sections = {**NOTHING_HELD, **sections, "recovery": recovery}
+    made = job("4 of llama-3-70b", 2, num_replicas=2, **sections)
+    planner = Planner(Shapes(layout_of(made.name), made.work, "cuda"), made.spec.memory, H100)
+    return planner.plan(made.placement, Room(1e12, 1e12, 1e12, device_is_host=False), stores)
+
+
+def test_a_teacher_is_counted_where_it_is() -> None:
+    alone = recovered(LOW_RANK).steps["recovery"]
+    plans = {
+        place: recovered(LOW_RANK | TAUGHT, Stores(teacher=place)) for place in get_args(Place)
+    }
+    on_device, on_host, on_disk = (plan.steps["recovery"] for plan in plans.values())
+    outside = (EMBEDDING, LAST)
+    for i, of_ends in enumerate(outside):
+        size = TWO_BLOCKS + of_ends
+        assert on_device[i].device - alone[i].device == size
+        # one pass, for all 32 sequences
+        flops = 2 * 2 * ENTRIES * 32 / 2 * 2048
+        assert on_device[i].flops - alone[i].flops == pytest.approx(flops)
+        assert (on_device[i].host_bytes, on_device[i].disk_bytes) == (size, size)
+        assert (on_host[i].host_bytes, on_host[i].disk_bytes) == (size + TWO_BLOCKS, size)
+        assert on_disk[i].host_bytes == on_disk[i].disk_bytes == size + TWO_BLOCKS
+        assert TWO_BLOCKS < on_host[i].host - on_disk[i].host < 1.4 * TWO_BLOCKS
+        # that pass needs most: two blocks, states of 16 sequences six times, one that computes
+        corrections = (8 + 12 / 2) * 8 * SIDES
+        states = 6 * 16 * 2048 * 2 * 8192 + 2048 * (2 * 3 * 28672 + 4 * 8192)
+        streamed = 2 * of_ends + TWO_BLOCKS + corrections + TWO_BLOCKS + states
+        assert on_host[i].device == on_disk[i].device == pytest.approx(streamed)
+    # states of 32 sequences, or those of the calibration
+    assert on_device[1].host - alone[1].host == 2 * 8192 * (32 * 2048 - TOKENS)
+    assert on_device[0].host == alone[0].host
+    assert [worker.disk_bytes for worker in plans["disk"].workers] == [TWO_BLOCKS] * 2
+
+
+def test_a_teacher_leaves_the_device_where_that_is_needed_and_no_other_job_has_one() -> None:
+    taught = job("9 of llama-3-70b", recovery=LOW_RANK | TAUGHT, **NOTHING_HELD)
+    assert [taught.plan(gb).stores.teacher for gb in (80, 44)] == ["device", "host"]
+    assert "teacher" not in job("9 of llama-3-70b", recovery=LOW_RANK).plan(44).places
+    with pytest.raises(ValueError, match=r"memory\.teacher: needs recovery\.texts"):
+        job(recovery=LOW_RANK, memory={"teacher": "host"})
+
+
+def test_all_weights_are_counted_with_gradients_masters_and_moments() -> None:
+    on_host = Stores("device", "host", "recompute")
+    parameters = TWO_BLOCKS / 2
+    columns = 2 * (6 * 8192 + 28672)  # bytes that a token keeps of the inputs of a block's linears
+    stepping = 12 * parameters / 2  # of one of two blocks
+    owned = 12 * parameters / 2 + stepping  # of one of two replicas
+    messages = 2 * MESSAGE_BYTES
+    for stores, device, host, products in ((RESIDENT, owned, 0, 6), (on_host, 0, owned, 8)):
+        whole = recovered(ALL, stores)
+        corrected = recovered(LOW_RANK, stores).steps["recovery"]
+        for own, other, view in zip(whole.steps["recovery"], corrected, whole.workers, strict=True):
+            passing = view.idle + view.passing(more_kept=columns, num_sequences=1)
+            assert own.device - passing == pytest.approx(TWO_BLOCKS + device + messages)
+            # and the weights as they were
+            assert own.host - other.host == pytest.approx(TWO_BLOCKS + host)
+            head = HEAD / 2 * view.blocks.is_last
+            flops = 16 * 2048 * (products * 2 * ENTRIES + 3 * 2 * head)
+            assert own.flops == pytest.approx(flops)
+    held: dict[str, Any] = {"calibration": {"held_aside": 0.05}}
+    best = recovered(ALL, **held).steps["recovery"][0].host
+    assert best - recovered(ALL).steps["recovery"][0].host == TWO_BLOCKS
+
+
+def test_all_weights_stay_on_the_device() -> None:
+    made = job("9 of llama-3-70b", recovery=ALL, **NOTHING_HELD)
+    stores = made.plan(device_gb=200).stores
+    assert stores.weights == "device"
+    remedy = (
+        r"recovery on shard 0 needs .* \(with weights: device, .* or give recovery.rank a number"
+    )
+    with pytest.raises(DoesNotFitError, match=remedy):
+        made.plan(device_gb=24)
+    assert job("9 of llama-3-70b", recovery=LOW_RANK, **NOTHING_HELD).plan(24).stores.weights != (
+        "device"
+    )
+
+
+def test_trials_and_checks_of_a_recovery_and_the_hours_of_its_workers() -> None:
+    held: dict[str, Any] = {"calibration": {"held_aside": 0.05}}
+    plan = recovered(LOW_RANK | {"learning_rate": None}, **held)
+    step, check = (
+        recovered(LOW_RANK).steps["recovery"][0].flops / 16,
+        3 * 2048 * 2 * 2 * ENTRIES,  # six windows on two replicas
+    )
+    # a trial of three steps more; two checks of trials, and after 5, 10, 15 and 16 steps
+    flops = (16 + 3) * step + (2 + 4) * check
+    assert plan.steps["recovery"][0].flops == pytest.approx(flops)
+    record = plan.as_record()
+    hours = 4 * sum(plan.seconds.values()) / 3600
+    assert record["worker_hours"] == hours
+    caption = plan_table(plan).caption
+    assert str(caption).startswith(f"{hours:.3g} GPU-hours")

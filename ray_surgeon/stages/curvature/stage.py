@@ -182,7 +182,7 @@ class Curvature(Stage):
         host = worker.host + factors_on_host + worker.travelling(worker.sequence_length)
         flops = num_passes * worker.sequence_length * of_pass
         of_host, of_disk = (num_passes * sum(pair) for pair in zip(weights, factors, strict=True))
-        bubble = (waves + worker.num_shards - 1) / waves
+        bubble = worker.bubble(worker.sequences, stores)
         counts = self._counts(worker, backward, runs, num_changes).times(num_passes)
         yield StepPlan(self.name, device, host, flops, 0.0, of_host, of_disk, bubble, counts)
 

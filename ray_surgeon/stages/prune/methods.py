@@ -19,6 +19,7 @@ from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.models.pruned_config import kv_heads_left
 from ray_surgeon.plan.counts import NOTHING, StepPlan
 from ray_surgeon.plan.needs import WorkerView
+from ray_surgeon.plan.turns import block_by_block, linear_by_linear
 from ray_surgeon.spec.base import by_tag, tag
 from ray_surgeon.spec.targets import BytesTarget, FlopsTarget, LatencyTarget, TargetSection
 from ray_surgeon.stages.curvature.section import AnyCurvature
@@ -189,9 +190,9 @@ class _OnLinears(Stage):
             kept = sum(of_linear["kept_bytes"] for of_linear in needs)
             largest = max(sizes, default=0.0)
             largest += min(KEPT_BYTES, reused / worker.num_replicas) * worker.device_is_host
-            yield worker.linear_by_linear(self.name, largest, sum(flops), kept, counts)
+            yield linear_by_linear(worker, self.name, largest, sum(flops), kept, counts)
         else:
-            yield worker.block_by_block(self.name, list(zip(sizes, flops, strict=True)), counts)
+            yield block_by_block(worker, self.name, list(zip(sizes, flops, strict=True)), counts)
 
 
 class Costs(_OnLinears):

@@ -22,6 +22,11 @@ SEQUENCES_AHEAD = 32
 """That the teacher sees in one pass: its weights move once for them, and shards wait once."""
 
 
+def steps_ahead(sequences_per_step: int) -> int:
+    """Return how many steps' sequences the teacher sees in one pass."""
+    return max(1, SEQUENCES_AHEAD // sequences_per_step)
+
+
 class Batch(NamedTuple):
     """The sequences of one step."""
 
@@ -100,7 +105,7 @@ class StreamBatches(Batches):
         self._stream = stream
         self._cluster = cluster
         self._first = first
-        self._steps_ahead = max(1, SEQUENCES_AHEAD // self._size)
+        self._steps_ahead = steps_ahead(self._size)
         self._windows: Iterator[NDArray[np.int64]] = iter(())
         self._part = -1  # number of the present part, of which every one has so many steps
         self._tokens: list[NDArray[np.int64]] = []

@@ -168,6 +168,7 @@ def share(worker: Worker) -> None:
 def keep_best(worker: Worker) -> None:
     """Keep the present state as the best."""
     training = worker.kept(_Training)
+    training.best = None  # not beside the new one
     training.best = training.trainee.best()
 
 
