@@ -9,10 +9,14 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.2.0"
-__all__ = ["JobSpec", "KroneckerFactors", "PruneResult", "curvature", "parse_spec", "prune"]
+__all__ = ["JobSpec", "KroneckerFactors", "PruneResult"]
+__all__ += ["curvature", "parse_spec", "prune", "recover"]
 
 if TYPE_CHECKING:
-    from ray_surgeon.api import JobSpec, KroneckerFactors, PruneResult, curvature, parse_spec, prune
+    from ray_surgeon.api import curvature, parse_spec, prune, recover
+    from ray_surgeon.maths.kronecker import KroneckerFactors
+    from ray_surgeon.run.result import PruneResult
+    from ray_surgeon.spec.job import JobSpec
 
 _HOMES = {
     "JobSpec": "ray_surgeon.spec.job",
@@ -21,6 +25,7 @@ _HOMES = {
     "curvature": "ray_surgeon.api",
     "parse_spec": "ray_surgeon.spec.parsing",
     "prune": "ray_surgeon.api",
+    "recover": "ray_surgeon.api",
 }
 
 

@@ -171,7 +171,11 @@ class BlockRunner:
         return gradients
 
     def loss(
-        self, hidden: Tensor, predicted: Predicted, dense: Tensor | None = None
+        self,
+        hidden: Tensor,
+        predicted: Predicted,
+        dense: Tensor | None = None,
+        dense_head: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return the loss of a sequence after the last block, and its gradient there.
 
@@ -180,6 +184,7 @@ class BlockRunner:
             predicted: tokens of the sequence.
             dense: [1, T, d] last hidden states of the dense model; the loss is the divergence from
                 it, if they are given.
+            dense_head: see `compare_with_dense`.
 
         Returns:
             [1] float64 NLL of the data, or divergence, in nats, summed over the tokens that count;
@@ -192,7 +197,8 @@ class BlockRunner:
         if dense is None:
             loss, gradient = next_token_loss(states, head, predicted, with_gradient=True)
         else:
-            compared = compare_with_dense(states, dense, predicted, head, with_gradient=True)
+            models = (states, dense, predicted, head, dense_head)
+            compared = compare_with_dense(*models, with_gradient=True)
             loss = compared.divergence
             gradient = compared.gradient
         torch.autograd.backward(output, gradient)

@@ -104,7 +104,7 @@ def _begun(inputs: Inputs, workers: Cluster, directory: RunDirectory, listen: Li
     num_done = len(report.shots)
     if num_done:
         report.dense = report.shots[-1]["dense"]
-    num_shots = spec.pruning.shots
+    num_shots = spec.schedule.shots
     steps = Steps(workers, directory, num_shots, listen)
     workers.progress.listener = lambda: listen(steps.moment())
     with steps("plan") as facts:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from ray_surgeon.export.for_engines import Shrinking
 from ray_surgeon.export.kinds import check_exports
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.run.reading import Texts
@@ -52,6 +53,7 @@ def stages_of(
     Raises:
         ValueError: a stage cannot work; names the field, what was found, and the remedy.
     """
+    teacher = texts.teacher
     tasks = spec.evaluation.tasks
     held = spec.num_held
     sizes = [(text.num_sequences, text.sequence_length) for text in spec.evaluation.texts]
@@ -65,17 +67,18 @@ def stages_of(
     has_costs = method.has_costs
     recovery = None
     if spec.recovery is not None:
-        stream = stream_of(spec.recovery, spec.pruning.shots, length, tokenizer)
-        recovery = Recovery(spec.recovery, held, method.by_element, has_costs, stream)
+        stream = stream_of(spec.recovery, spec.schedule.shots, length, tokenizer)
+        recovery = Recovery(spec.recovery, held, method.by_element, has_costs, stream, teacher)
     keeps_states = recovery is not None and recovery.sees_calibration
     return Stages(
         _present(
-            Load(method),
+            teacher or Load(method),
             Latency(method) if isinstance(method, Groups) and method.budget is None else None,
             self_text,
             DenseAnswers(yardstick) if yardstick else None,
             DenseEvaluation(),
-            Tasks(tasks) if tokenizer and tasks else None,
+            Tasks(tasks, teacher.model if teacher else None) if tokenizer and tasks else None,
+            Load(method) if teacher else None,
         ),
         _present(
             Curvature(method, keeps_states) if has_costs else None,
@@ -88,7 +91,7 @@ def stages_of(
             recovery,
             Evaluation(sizes, spec.evaluation.stop_above),
             PrunedAnswers(yardstick) if yardstick else None,
-            Commit(spec.pruning.targets, spec.output.keep_shots),
+            Commit(spec.schedule.targets, spec.output.keep_shots),
         ),
         after_shots,
     )
@@ -103,6 +106,8 @@ def stages_after_shots(spec: JobSpec, layout: ModelLayout) -> tuple[Stage, ...]:
     pruning = spec.pruning
     if isinstance(pruning, CoupledSection):  # others leave the shapes as they are
         check_exports(spec.output, layout, pruning.shrinking(pruning.fewest_groups))
+    if pruning is None:
+        check_exports(spec.output, layout, Shrinking({}, 1, 1, uniform=True))
     return exports_of(spec.output, spec.evaluation.tasks)
 
 

@@ -13,6 +13,7 @@ from ray_surgeon.runtime.dense_states import CALIBRATION
 from ray_surgeon.runtime.weights import ModelRecipe, drop_teacher, load_teacher
 from ray_surgeon.stages.recovery.batches import Batches, CalibrationBatches, StreamBatches
 from ray_surgeon.stages.recovery.section import RecoverySection
+from ray_surgeon.stages.recovery.teacher import LoadTeacher
 from ray_surgeon.stages.recovery.training import Training, steps_between_checks, trial_steps
 from ray_surgeon.stages.stage import Facts, RunState, Stage, Text
 from ray_surgeon.storage.streams import TextStream
@@ -38,12 +39,15 @@ class Recovery(Stage):
     has_pass: bool
     # windows of the texts to train on; None for those of the calibration
     stream: TextStream | None = field(default=None, repr=False)
+    teacher: LoadTeacher | None = None  # what to train towards; None for the dense model
 
     def run(self, run: RunState, facts: Facts) -> None:
         """Train."""
         trained = Training(self.section, run.cluster, run.text, self._batches(run))
         if trained.batches.num_steps and self.section.has_teacher:
-            recipe = ModelRecipe(run.model, (), run.kept(ScratchNames))
+            scratch = run.kept(ScratchNames)
+            teacher = self.teacher
+            recipe = teacher.recipe(scratch) if teacher else ModelRecipe(run.model, (), scratch)
             run.cluster.run_all(load_teacher, recipe, run.cluster.stores.weights)
         trained.train(run.shot, run.record.get("divergence_held_aside"))
         if trained.batches.num_steps and self.section.has_teacher:
