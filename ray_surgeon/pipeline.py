@@ -59,8 +59,6 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     "--set": {"action": "append", "default": [], "metavar": "section.field=value"},
     "--schema": {"action": "store_true", "help": "print the JSON Schema of the job spec"},
 }
-_SPEC = "job spec: YAML or JSON, on any fsspec URI"
-_MODEL = "the model to train: a Hub id, a folder, or an fsspec URI"
 _OF_RECOVERY = {
     "--teacher": "the model to train towards, of the same vocabulary",
     "--output": "run directory; below ./runs if not given",
@@ -82,7 +80,8 @@ def _arguments(argv: Sequence[str] | None, prog: str) -> argparse.Namespace:
     """Return the arguments of the command line; it ends with exit code 2 if they do not fit."""
     recovers = prog.endswith(" recover")
     parser = argparse.ArgumentParser(prog, description="Prune a language model as a job spec says.")
-    parser.add_argument("spec", nargs="?", help=_MODEL if recovers else _SPEC)
+    what = "the model to train" if recovers else "job spec: YAML or JSON"
+    parser.add_argument("spec", nargs="?", help=f"{what}, on any fsspec URI")
     for option, text in _OF_RECOVERY.items() if recovers else ():
         parser.add_argument(option, required=option == "--teacher", help=text)
     for option, settings in _OPTIONS.items():
@@ -107,12 +106,10 @@ def _arguments(argv: Sequence[str] | None, prog: str) -> argparse.Namespace:
 
 
 def _read_spec(arguments: argparse.Namespace) -> JobSpec:
-    uri = arguments.spec
-    overrides = arguments.set
     try:
-        return parse_spec(_spec_text(arguments), overrides)
+        return parse_spec(_spec_text(arguments), arguments.set)
     except ValidationError as error:
-        raise ValueError(validation_message(error, uri)) from error
+        raise ValueError(validation_message(error, arguments.spec)) from error
 
 
 def _spec_text(arguments: argparse.Namespace) -> str:

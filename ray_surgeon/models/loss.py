@@ -161,6 +161,10 @@ def next_token_loss(
     return predicted.placed(nll).sum(dim=1), gradient
 
 
+Dense = tuple[Tensor, Tensor | None]
+"""The dense model's last hidden states [1, T, d] of a sequence, and its head if it has its own."""
+
+
 @dataclass(frozen=True)
 class Comparison:
     """A model beside the dense one, summed over each sequence's tokens that count."""

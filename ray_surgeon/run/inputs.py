@@ -209,11 +209,8 @@ def _teacher(spec: JobSpec, tokenizer: Any, layout: ModelLayout) -> LoadTeacher 
         return None
     try:
         source, folder, own = reading.opened(section)
-        tokenizers = []
-        if tokenizer is not None:
-            tokenizers = [tokenizer, load_tokenizer(folder, source.origin)]
-        sizes = (layout.config.vocab_size, own.config.vocab_size)
-        reading.check_vocabularies(tokenizers, sizes)
+        tokenizers = [tokenizer, load_tokenizer(folder, source.origin)] if tokenizer else []
+        reading.check_vocabularies(tokenizers, (layout.config.vocab_size, own.config.vocab_size))
         fingerprint = reading.check_weights(source, own) if tokenizers else None
         placement = place(own, spec.cluster.num_shards, spec.cluster.num_replicas)
         lengths = (text.sequence_length for text in (spec.calibration, *spec.evaluation.texts))

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ray_surgeon.memory.stores import Scratch
 from ray_surgeon.memory.transfers import transfers
+from ray_surgeon.models.loss import Dense
 from ray_surgeon.models.runner import BlockRunner
 from ray_surgeon.models.shard import ModelShard
 from ray_surgeon.runtime.collectives import TensorPayload, decode
@@ -75,9 +76,10 @@ def dense_states(worker: Worker) -> DenseStates:
     return worker.kept(DenseStates)
 
 
-def dense_state(worker: Worker, text: str, number: int) -> Tensor:
-    """Return the states [1, T, d] of a sequence of a text, on the device."""
-    return transfers(worker.device).staged(dense_states(worker)[text][number])
+def dense_state(worker: Worker, text: str, number: int) -> Dense:
+    """Return the states [1, T, d] of a sequence of a text, on the device; and a head of its own."""
+    states = dense_states(worker)
+    return transfers(worker.device).staged(states[text][number]), states.head
 
 
 def receive_states(worker: Worker, text: str, numbers: list[int], states: TensorPayload) -> None:
@@ -97,7 +99,7 @@ def write_states(worker: Worker, uri: str) -> None:
         tensors = dict[str, Tensor]()
         for text, states in dense_states(worker).items():
             tensors |= {f"{number} {text}": tensor for number, tensor in states.items()}
-        if (head := worker.kept(DenseStates).head) is not None:
+        if (head := dense_states(worker).head) is not None:
             tensors[_HEAD] = head
         tensor_files.write(uri, tensors)
 

@@ -16,7 +16,7 @@ from ray_surgeon.memory.stores import Stores
 from ray_surgeon.models.loss import Predicted, compare_with_dense, next_token_loss
 from ray_surgeon.models.runner import BlockRunner
 from ray_surgeon.runtime.collectives import TensorPayload
-from ray_surgeon.runtime.dense_states import DenseStates, Teacher, dense_state, keep_states
+from ray_surgeon.runtime.dense_states import Teacher, dense_state, keep_states
 from ray_surgeon.runtime.placement import Placement
 from ray_surgeon.runtime.worker import Worker
 
@@ -141,8 +141,7 @@ def forward_backward(
         if labels.dense is not None:
             dense = dense_state(worker, labels.dense, sequence.number)
         predicted = Predicted(sequence.tokens, sequence.counts, generator)
-        head = worker.keeping(DenseStates).head
-        loss, gradients[i], states = worker.runner.loss(gradients[i], predicted, dense, head)
+        loss, gradients[i], states = worker.runner.loss(gradients[i], predicted, dense)
         if wave.text is not None:
             keep_states(worker, wave.text, [sequence.number], [states])
         of_each.append(loss)
@@ -238,9 +237,8 @@ def comparison(
     are wanted.
     """
     _, tokens, counts = sequence
-    dense = dense_state(worker, text, sequence.number)
-    models = (hidden, dense, Predicted(tokens, counts), worker.shard.head_weight)
-    head = worker.keeping(DenseStates).head
-    sums = compare_with_dense(*models, head, with_acceptance=with_acceptance)
+    dense, own = dense_state(worker, text, sequence.number)
+    models = (hidden, dense, Predicted(tokens, counts), worker.shard.head_weight, own)
+    sums = compare_with_dense(*models, with_acceptance=with_acceptance)
     values = {name: value for name, value in vars(sums).items() if value is not None}
     return cast(Compared, dict(zip(values, torch.cat(list(values.values())).tolist(), strict=True)))

@@ -43,7 +43,6 @@ class LoadTeacher(Stage):
         """Load it."""
         recipe = self.recipe(run.kept(ScratchNames))
         run.cluster.run_all(load, recipe, False, run.cluster.stores)
-        facts["source"] = self.model.source
 
     def fingerprints(self) -> Mapping[str, Any]:
         """Return that of its weights."""
@@ -66,15 +65,14 @@ class LoadTeacher(Stage):
     def on_host(self, worker: WorkerView) -> float:
         """Return its states of texts."""
         view = self.view(worker)
-        stages = (stage for stage in worker.shapes.work.stages if stage is not self)
-        return sum(stage.on_host(view) for stage in stages)
+        return sum(s.on_host(view) for s in worker.shapes.work.stages if s is not self)
 
     def view(self, worker: WorkerView) -> WorkerView:
         """Return a worker as it is with the teacher in place of the model."""
         work = worker.shapes.work
         shapes = _shapes(self.layout, work.dtype, work.num_sequences, work.sequence_length)
-        on_host = worker.device_is_host
-        return WorkerView(shapes, self.placement, worker.stores, on_host, worker.shard)
+        place = worker.stores, worker.device_is_host, worker.shard
+        return WorkerView(shapes, self.placement, *place)
 
 
 @functools.lru_cache(maxsize=1)
