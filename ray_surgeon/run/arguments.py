@@ -105,7 +105,9 @@ def towards(teacher: Any, sections: Mapping[str, Any]) -> dict[str, Any]:
         sections: of the job; that on recovery has no teacher yet.
     """
     section = teacher if isinstance(teacher, Mapping) else {"source": local_path(teacher)}
-    recovery = {**_fields(sections.get("recovery")), "teacher": section}
+    recovery = sections.get("recovery") or {}
+    if isinstance(recovery, Mapping):  # what is none is refused later
+        recovery = {**recovery, "teacher": section}
     return {**sections, "pruning": None, "recovery": recovery}
 
 

@@ -53,23 +53,21 @@ def stages_of(
     Raises:
         ValueError: a stage cannot work; names the field, what was found, and the remedy.
     """
-    teacher = texts.teacher
+    tokenizer, calibration, further, measured, teacher = texts
     tasks = spec.evaluation.tasks
     held = spec.num_held
     sizes = [(text.num_sequences, text.sequence_length) for text in spec.evaluation.texts]
     length = spec.calibration.sequence_length
     sizes += [(held, length)] * (held > 0)
-    tokenizer = texts.tokenizer
     language = Language(tokenizer, layout.config) if tokenizer else None
     self_text = SelfText.of(spec.calibration, language)
-    first = next(iter(texts.measured.values()), texts.calibration).tokens
+    first = next(iter(measured.values()), calibration).tokens
     yardstick, self_text = yardstick_for(spec.evaluation.generation, self_text, language, first)
     has_costs = method.has_costs
     recovery = None
     if spec.recovery is not None:
         stream = stream_of(spec.recovery, spec.schedule.shots, length, tokenizer)
         recovery = Recovery(spec.recovery, held, method.by_element, has_costs, stream, teacher)
-    keeps_states = recovery is not None and recovery.sees_calibration
     return Stages(
         _present(
             teacher or Load(method),
@@ -81,9 +79,9 @@ def stages_of(
             Load(method) if teacher else None,
         ),
         _present(
-            Curvature(method, keeps_states) if has_costs else None,
+            Curvature(method, bool(recovery and recovery.sees_calibration)) if has_costs else None,
             Costs(method) if has_costs else None,
-            SearchStage.of(method, texts.further),
+            SearchStage.of(method, further),
             Threshold() if has_costs else None,
             Update(method),
             method.reconstruction if isinstance(method, Groups) else None,
