@@ -34,7 +34,8 @@ def recover(job: Jobs) -> Recover:
     """Return what runs a job that trains a model towards a teacher."""
 
     def recovered(model: Path, teacher: Path, folder: str = "recovered", **more: Any) -> Done:
-        changes = {"model": str(model), "pruning": None, "output__exports": ["uniform"]}
+        changes: dict[str, Any] = {"model": str(model), "pruning": None}
+        changes["output__exports"] = ["uniform"]
         changes |= {"recovery": TRAINING | {"teacher": {"source": str(teacher)}}}
         changes |= {"calibration__held_aside": 0.5}
         return job(changes | more, folder=folder)
@@ -205,7 +206,8 @@ def test_the_command_and_the_function(
     llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     text = runs.windows("python-docs", 6, max_tokens=9000)
-    options = {"calibration": text, "recovery": TRAINING | {"num_tokens": 400, "texts": []}}
+    options: dict[str, Any] = {"calibration": text}
+    options["recovery"] = TRAINING | {"num_tokens": 400, "texts": []}
     output = {"uri": str(tmp_path / "run"), "exports": []}
     measured = [runs.windows("python-docs", name="docs", max_tokens=9000)]
     done = ray_surgeon.recover(
