@@ -9,10 +9,19 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.2.0"
-__all__ = ["JobSpec", "KroneckerFactors", "PruneResult", "curvature", "parse_spec", "prune"]
+__all__ = ["JobSpec", "KroneckerFactors", "PruneResult"]
+__all__ += ["curvature", "parse_spec", "prune", "recover"]
 
 if TYPE_CHECKING:
-    from ray_surgeon.api import JobSpec, KroneckerFactors, PruneResult, curvature, parse_spec, prune
+    from ray_surgeon.api import (
+        JobSpec,
+        KroneckerFactors,
+        PruneResult,
+        curvature,
+        parse_spec,
+        prune,
+        recover,
+    )
 
 
 def __getattr__(name: str) -> Any:

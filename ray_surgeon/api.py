@@ -25,7 +25,7 @@ from ray_surgeon.models.loss import Predicted
 from ray_surgeon.models.runner import BlockRunner
 from ray_surgeon.models.shard import ModelShard
 from ray_surgeon.report.display import Display, new_console
-from ray_surgeon.run.arguments import a_tokenizer, causal_lm, own_modes, save, spec_of
+from ray_surgeon.run.arguments import a_tokenizer, causal_lm, own_modes, save, spec_of, towards
 from ray_surgeon.run.inputs import check
 from ray_surgeon.run.result import PruneResult, ended_before, run
 from ray_surgeon.spec.base import REASON, local_path, refusing
@@ -33,7 +33,8 @@ from ray_surgeon.spec.job import JobSpec
 from ray_surgeon.spec.parsing import parse_spec
 from ray_surgeon.storage.texts import first_token, tokens_of
 
-__all__ = ["JobSpec", "KroneckerFactors", "PruneResult", "curvature", "parse_spec", "prune"]
+__all__ = ["JobSpec", "KroneckerFactors", "PruneResult"]
+__all__ += ["curvature", "parse_spec", "prune", "recover"]
 
 
 @own_modes()
@@ -110,6 +111,36 @@ def prune(
         for line in inputs.notes:
             display.note(line)
         return ended_before(inputs, display.note) or run(inputs, display)
+
+
+def recover(
+    export: str | os.PathLike[str] | Mapping[str, Any],
+    teacher: str | os.PathLike[str] | Mapping[str, Any],
+    *,
+    resume: bool = False,
+    progress: bool = True,
+    **sections: Any,
+) -> PruneResult:
+    """Train a model that was pruned before, here or elsewhere, towards another one.
+
+    Args:
+        export: a Hub id, a folder, an fsspec URI, or the section ``model``.
+        teacher: likewise; of the same vocabulary, and of any supported family and size.
+        resume: as in `prune`.
+        progress: likewise.
+        sections: likewise: recovery, calibration, evaluation, cluster, memory, output, name and
+            preset.
+
+    Returns:
+        The run; what it calls dense is the teacher.
+
+    Raises:
+        ValueError: see `prune`.
+        FloatingPointError: likewise.
+        RuntimeError: likewise.
+    """
+    spec = spec_of(local_path(export), None, towards(teacher, sections))
+    return prune(spec=spec, resume=resume, progress=progress)
 
 
 @own_modes()

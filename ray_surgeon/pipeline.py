@@ -26,6 +26,7 @@ from ray_surgeon.plan.room import DEVICES, Device, Room, named_device, resources
 from ray_surgeon.report.directory import TakenOverError
 from ray_surgeon.report.display import Display, new_console, shots_table, summary_lines
 from ray_surgeon.report.display import main as compare
+from ray_surgeon.run.arguments import document_of, towards
 from ray_surgeon.run.inputs import Inputs, check
 from ray_surgeon.run.reading import as_input_error
 from ray_surgeon.run.result import PruneResult, ended_before, run
@@ -58,6 +59,10 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     "--set": {"action": "append", "default": [], "metavar": "section.field=value"},
     "--schema": {"action": "store_true", "help": "print the JSON Schema of the job spec"},
 }
+_OF_RECOVERY = {
+    "--teacher": "the model to train towards, of the same vocabulary",
+    "--output": "run directory; below ./runs if not given",
+}
 _DEVICE = "what workers compute on, whose times are expected; if not given, the CPU, or an h100"
 _SIZES: dict[str, tuple[Any, str, str]] = {
     "--device-memory": (_bytes, "80GB", "of each worker's device; the device's own if not given"),
@@ -70,8 +75,12 @@ _SIZES: dict[str, tuple[Any, str, str]] = {
 
 def _arguments(argv: Sequence[str] | None, prog: str) -> argparse.Namespace:
     """Return the arguments of the command line; it ends with exit code 2 if they do not fit."""
+    recovers = prog.endswith(" recover")
     parser = argparse.ArgumentParser(prog, description="Prune a language model as a job spec says.")
-    parser.add_argument("spec", nargs="?", help="job spec: YAML or JSON, on any fsspec URI")
+    what = "the model to train" if recovers else "job spec: YAML or JSON"
+    parser.add_argument("spec", nargs="?", help=f"{what}, on any fsspec URI")
+    for option, text in _OF_RECOVERY.items() if recovers else ():
+        parser.add_argument(option, required=option == "--teacher", help=text)
     for option, settings in _OPTIONS.items():
         parser.add_argument(option, **settings)
     plans = parser.add_argument_group("a plan for other machines", "ray-surgeon plan, or --dry-run")
@@ -91,14 +100,22 @@ def _arguments(argv: Sequence[str] | None, prog: str) -> argparse.Namespace:
     return arguments
 
 
-def _read_spec(uri: str, overrides: Sequence[str]) -> JobSpec:
+def _read_spec(arguments: argparse.Namespace) -> JobSpec:
+    try:
+        return parse_spec(_spec_text(arguments), arguments.set)
+    except ValidationError as error:
+        raise ValueError(validation_message(error, arguments.spec)) from error
+
+
+def _spec_text(arguments: argparse.Namespace) -> str:
+    """Return a job spec: that of a file, or the one that a recovery's arguments stand for."""
+    uri = arguments.spec
+    if "teacher" in arguments:
+        sections = {} if arguments.output is None else {"output": arguments.output}
+        return json.dumps(document_of(uri, None, towards(arguments.teacher, sections)))
     with as_input_error(f"cannot read the job spec {uri}"):
         files.check_size(uri, _MAX_SPEC_BYTES, "this is no job spec; see the files in pipelines/")
-        text = files.read_text(uri)
-    try:
-        return parse_spec(text, overrides)
-    except ValidationError as error:
-        raise ValueError(validation_message(error, uri)) from error
+        return files.read_text(uri)
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "python -m ray_surgeon.pipeline") -> int:
@@ -113,7 +130,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m ray_surgeon.p
     console = new_console()
     resume_with = ""
     try:
-        spec = _read_spec(arguments.spec, arguments.set)
+        spec = _read_spec(arguments)
         inputs = check(spec, resume=arguments.resume, dry_run=arguments.dry_run)
         for line in inputs.notes:
             console.print(line, soft_wrap=True, highlight=False)
@@ -130,9 +147,8 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m ray_surgeon.p
                 console.print(f"running on {connect(inputs.ray)}")
                 # again, because ray.init has a handler of its own
                 signal.signal(signal.SIGTERM, signal.default_int_handler)
-            resume_with = "continue with: python -m ray_surgeon.pipeline "
-            overrides = (f"--set={override}" for override in arguments.set)
-            resume_with += shlex.join([arguments.spec, "--resume", *overrides])
+            words = [word for word in argv or sys.argv[1:] if word != "--resume"]
+            resume_with = f"continue with: {prog} {shlex.join([*words, '--resume'])}"
             with Display(console, inputs.spec.name) as display:
                 result = run(inputs, display, disconnects=True)
     except _ENDS as error:
@@ -190,6 +206,7 @@ def _show(result: PruneResult, console: Console) -> None:
 
 _COMMANDS = {
     "prune": ("prune a model as a job spec says", []),
+    "recover": ("train a pruned model towards another one", []),
     "plan": ("check a job spec and print what it will need", ["--dry-run"]),
     "report": ("compare finished runs", []),
     "schema": ("print the JSON Schema of the job spec", ["--schema"]),

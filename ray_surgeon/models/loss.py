@@ -49,6 +49,9 @@ def perplexity_of(mean: float) -> float:
     return math.exp(mean) if mean < 700 else math.inf
 
 
+_Work = Callable[..., None]
+
+
 class Predicted:
     """The tokens that are predicted: position t predicts token t + 1, so T - 1 in each sequence."""
 
@@ -87,14 +90,14 @@ class Predicted:
         return rows.view(*self._shape, *rows.shape[1:])
 
     def work_on(
-        self, hidden: list[Tensor], head: Tensor, work: Callable[..., None], with_gradient: bool
+        self, hidden: list[Tensor], heads: list[Tensor], work: _Work, with_gradient: bool
     ) -> Tensor | None:
         """Call ``work(places, logits, ...)`` on parts of the tokens that are worked on together.
 
         Args:
             hidden: what the head reads [num_sequences, T, d], once for every logits
                 [len(places), vocabulary].
-            head: its weight [vocabulary, d].
+            heads: its weight [vocabulary, d]; or those of all, if they are not one.
             work: if a gradient is wanted, it leaves that at the first logits in their place.
             with_gradient: whether to return the gradient at the first hidden states.
         """
@@ -108,13 +111,16 @@ class Predicted:
             size = TOKENS_IN_CACHE
         for start in range(0, len(first), num_tokens):
             part = slice(start, min(start + num_tokens, len(first)))
-            read = torch.cat([of_model[part].to(first.dtype) for of_model in states])
-            logits = product(read, head.T).chunk(len(states))
+            read = [of_model[part].to(first.dtype) for of_model in states]
+            if len(heads) == 1:
+                logits = product(torch.cat(read), heads[0].T).chunk(len(states))
+            else:
+                logits = tuple(product(read[i], heads[i].T) for i in range(len(heads)))
             for place in range(start, part.stop, size):
                 span = slice(place, min(place + size, part.stop))
                 work(span, *(whole[place - start : span.stop - start] for whole in logits))
             if gradient is not None:
-                gradient[part] = product(logits[0], head)
+                gradient[part] = product(logits[0], heads[0])
             del logits  # before the next slice's are made
         return None if gradient is None else pad(self.placed(gradient), (0, 0, 0, 1))
 
@@ -149,8 +155,12 @@ def next_token_loss(
             minus = torch.full_like(targets, -1, dtype=probabilities.dtype)
             logits.copy_(probabilities.scatter_add_(1, targets, minus))
 
-    gradient = predicted.work_on([hidden], head_weight, work, with_gradient)
+    gradient = predicted.work_on([hidden], [head_weight], work, with_gradient)
     return predicted.placed(nll).sum(dim=1), gradient
+
+
+Dense = tuple[Tensor, Tensor | None]
+"""The dense model's last hidden states [1, T, d] of a sequence, and its head if it has its own."""
 
 
 @dataclass(frozen=True)
@@ -173,6 +183,7 @@ def compare_with_dense(
     dense: Tensor,
     predicted: Predicted,
     head_weight: Tensor,
+    dense_head: Tensor | None = None,
     *,
     with_gradient: bool = False,
     with_acceptance: bool = False,
@@ -186,6 +197,7 @@ def compare_with_dense(
         dense: [num_sequences, T, d] of the dense model, of any float dtype.
         predicted: tokens; labels are the text's.
         head_weight: [vocabulary, d] of both.
+        dense_head: [vocabulary, another d] of the dense model, if it has one of its own.
         with_gradient: whether the gradient is wanted.
         with_acceptance: whether acceptance and agreement are wanted. Source: docs/method.md,
             section 12.
@@ -210,7 +222,8 @@ def compare_with_dense(
         if with_gradient:
             logits.copy_(q.sub_(p))
 
-    gradient = predicted.work_on([hidden, dense], head_weight, work, with_gradient)
+    heads = [head_weight] if dense_head is None else [head_weight, dense_head]
+    gradient = predicted.work_on([hidden, dense], heads, work, with_gradient)
     of_each = {name: predicted.placed(values).sum(dim=1) for name, values in sums.items()}
     return Comparison(gradient=gradient, **of_each)
 

@@ -20,7 +20,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from ray_surgeon.models.build import cache_argument
-from ray_surgeon.models.loss import Predicted, compare_with_dense, next_token_loss
+from ray_surgeon.models.loss import Dense, Predicted, compare_with_dense, next_token_loss
 from ray_surgeon.models.shard import ModelShard
 
 TOKENS_OF_ROOM = 128
@@ -171,15 +171,14 @@ class BlockRunner:
         return gradients
 
     def loss(
-        self, hidden: Tensor, predicted: Predicted, dense: Tensor | None = None
+        self, hidden: Tensor, predicted: Predicted, dense: Dense | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return the loss of a sequence after the last block, and its gradient there.
 
         Args:
             hidden: [1, T, d] detached.
             predicted: tokens of the sequence.
-            dense: [1, T, d] last hidden states of the dense model; the loss is the divergence from
-                it, if they are given.
+            dense: the dense model, from which the loss is the divergence, if it is given.
 
         Returns:
             [1] float64 NLL of the data, or divergence, in nats, summed over the tokens that count;
@@ -192,7 +191,8 @@ class BlockRunner:
         if dense is None:
             loss, gradient = next_token_loss(states, head, predicted, with_gradient=True)
         else:
-            compared = compare_with_dense(states, dense, predicted, head, with_gradient=True)
+            wanted, own = dense
+            compared = compare_with_dense(states, wanted, predicted, head, own, with_gradient=True)
             loss = compared.divergence
             gradient = compared.gradient
         torch.autograd.backward(output, gradient)

@@ -98,7 +98,7 @@ def shots_table(*records: Mapping[str, Any]) -> Table:
 def _rows(record: Mapping[str, Any]) -> Iterator[dict[str, str]]:
     """Yield a row for the dense model and one a shot, each the contents of columns by name."""
     spec = record["spec"]
-    about = {"run": spec["name"], "structure": spec["pruning"]["structure"]}
+    about = {"run": spec["name"], "structure": reports.structure_of(record)}
     accepted = {"accepted": "100.0%"} if reports.has_generation([record]) else {}
     yield about | {"shot": "dense", "sparsity": "0.00%"} | accepted | _perplexities(record["dense"])
     for shot in record["shots"]:

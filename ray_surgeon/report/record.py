@@ -84,8 +84,13 @@ def _linear_record(linear: LinearSummary) -> dict[str, Any]:
 
 def num_shots(record: Record) -> int:
     """Return how many shots the run of a report.json was to have."""
-    pruning = record["spec"]["pruning"]
+    pruning = record["spec"]["pruning"] or {"sparsities": None, "num_shots": 1}
     return len(pruning["sparsities"] or range(pruning["num_shots"]))
+
+
+def structure_of(record: Record) -> str:
+    """Return what the run of a report.json removes."""
+    return str((record["spec"]["pruning"] or {"structure": "none"})["structure"])
 
 
 def num_exports(record: Record) -> int:

@@ -22,7 +22,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel, PreTraine
 from ray_surgeon.models.families import family_of
 from ray_surgeon.report.directory import RunDirectory
 from ray_surgeon.run.reading import as_input_error
-from ray_surgeon.spec.base import absolute, refusing
+from ray_surgeon.spec.base import absolute, local_path, refusing
 from ray_surgeon.spec.calibration import CalibrationSection
 from ray_surgeon.spec.job import JobSpec
 from ray_surgeon.spec.parsing import validation_message
@@ -44,6 +44,24 @@ def spec_of(
     Raises:
         ValueError: it is none that can work; names the argument, and the remedy.
     """
+    document = document_of(model, tokenizer, sections)
+    try:
+        return JobSpec.model_validate(document)
+    except ValidationError as error:
+        derived = () if "evaluation" in sections else ("evaluation",)
+        raise ValueError(validation_message(error, "what prune() was given", derived)) from error
+
+
+def document_of(
+    model: str | Mapping[str, Any] | PreTrainedModel | None,
+    tokenizer: PreTrainedTokenizerBase | None,
+    sections: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Return the document of that job spec, with what follows from what is there.
+
+    Raises:
+        ValueError: see `spec_of`; fields are not checked yet.
+    """
     if isinstance(model, PreTrainedModel) == (tokenizer is None):
         problem = "tokenizer: belongs to a model in memory, which needs its tokenizer"
         raise ValueError(f"{problem}; that of a folder, URI or Hub id is read from there")
@@ -64,8 +82,9 @@ def spec_of(
         document["output"] = {"uri": document["output"]}
     output = document["output"] = {"uri": f"./runs/{document['name']}", **document["output"]}
     pruning = _fields(sections.get("pruning"))
-    if pruning.get("structure") == "groups":
-        uniform = pruning.get("allocation") == "uniform"
+    is_whole = sections.get("pruning", pruning) is None
+    if is_whole or pruning.get("structure") == "groups":
+        uniform = is_whole or pruning.get("allocation") == "uniform"
         output.setdefault("exports", ["uniform" if uniform else "per_block"])
     calibration = _fields(sections.get("calibration"))
     if "evaluation" not in sections and calibration.get("source", "auto") not in ("auto", "self"):
@@ -73,11 +92,21 @@ def spec_of(
     if isinstance(model, PreTrainedModel):
         source = files.join(absolute(str(output["uri"])), "source")
         model = {"source": source, "dtype": str(model.dtype).removeprefix("torch.")}
-    try:
-        return JobSpec.model_validate(document | {"model": model})
-    except ValidationError as error:
-        derived = () if "evaluation" in sections else ("evaluation",)
-        raise ValueError(validation_message(error, "what prune() was given", derived)) from error
+    return document | {"model": model}
+
+
+def towards(teacher: Any, sections: Mapping[str, Any]) -> dict[str, Any]:
+    """Return sections of a job that trains towards a teacher and prunes nothing.
+
+    Args:
+        teacher: where the model is, or its section.
+        sections: of the job; that on recovery has no teacher yet.
+    """
+    section = teacher if isinstance(teacher, Mapping) else {"source": local_path(teacher)}
+    recovery = sections.get("recovery") or {}
+    if isinstance(recovery, Mapping):  # what is none is refused later
+        recovery = {**recovery, "teacher": section}
+    return {**sections, "pruning": None, "recovery": recovery}
 
 
 def _fields(section: Any) -> Mapping[str, Any]:

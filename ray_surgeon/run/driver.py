@@ -77,7 +77,7 @@ class Coordinator:
         if before is not None:
             run.start(inputs.spec_yaml, inputs.fingerprints)
             facts: dict[str, Fact] = {"cause": before.cause, "message": before.message}
-            event = Event("retry", 0, spec.pruning.shots, 0.0, facts)
+            event = Event("retry", 0, spec.schedule.shots, 0.0, facts)
             run.add_event(asdict(event))
             metrics.record(event)
         try:

@@ -34,9 +34,9 @@ from ray_surgeon.stages.prune.groups import Groups
 from ray_surgeon.stages.prune.groups_section import CHANNELS, CoupledSection
 from ray_surgeon.stages.prune.method import Method
 from ray_surgeon.stages.prune.methods import method_for
+from ray_surgeon.stages.recovery.teacher import LoadTeacher
 from ray_surgeon.stages.stage import CalibrationText, Stage
 from ray_surgeon.storage.default_text import default_mix
-from ray_surgeon.storage.sources import open_model
 from ray_surgeon.storage.texts import load_tokenizer
 
 S = TypeVar("S", bound=Stage)
@@ -84,6 +84,8 @@ class Inputs:
         """What the run is to reach, for people."""
         pruning = self.spec.pruning
         method = self.method
+        if pruning is None:
+            return "train towards another model"
         if pruning.last_sparsity is not None:
             return f"{pruning.last_sparsity:.1%}"
         assert isinstance(method, Groups)
@@ -94,7 +96,7 @@ class Inputs:
     @property
     def notes(self) -> list[str]:
         """What is to be done, and what to know of it, for people, a line each."""
-        shots = self.spec.pruning.shots
+        shots = self.spec.schedule.shots
         size = self.calibration.size
         lines = [f"{shots} shot{'s' * (shots > 1)} to {self.goal}, {size} calibration tokens each"]
         if self.chosen_text is not None:
@@ -156,10 +158,7 @@ def check(spec: JobSpec, *, resume: bool = False, dry_run: bool = False) -> Inpu
     directory = RunDirectory(spec.output.uri)
     with reading.as_input_error(f"output.uri: cannot use {spec.output.uri}"):
         directory.is_new()  # raises if it holds something else
-    with reading.as_input_error(f"model.source: cannot read {spec.model.source}"):
-        source = open_model(spec.model)
-        folder = source.small_files_folder()
-    layout = ModelLayout.of(reading.load_config(folder, source.origin), source.origin)
+    source, folder, layout = reading.opened(spec.model)
     last = stages_after_shots(spec, layout)
     method = method_for(spec.pruning, spec.curvature, layout, spec.model.dtype)
     reading.check_requests(spec, layout)
@@ -167,6 +166,7 @@ def check(spec: JobSpec, *, resume: bool = False, dry_run: bool = False) -> Inpu
     model_fingerprint = reading.check_weights(source, layout) if is_read else None
     tokenizer = load_tokenizer(folder, source.origin) if is_read else None
     spec, texts, chosen = _read(spec, tokenizer, layout)
+    texts = texts._replace(teacher=_teacher(spec, tokenizer, layout))
     stages = stages_of(spec, layout, method, texts, last)
     placement = place(layout, spec.cluster.num_shards, spec.cluster.num_replicas)
     job = (spec, layout, placement, method, stages, source.pinned)
@@ -196,6 +196,30 @@ def _read(spec: JobSpec, tokenizer: Any, layout: ModelLayout) -> tuple[JobSpec, 
         spec = spec.model_copy(update={"calibration": section})
         spec.check_borders()
     return spec, reading.read_texts(spec, tokenizer, layout.config), chosen
+
+
+def _teacher(spec: JobSpec, tokenizer: Any, layout: ModelLayout) -> LoadTeacher | None:
+    """Return what loads the model to train towards, if there is one beside the job's own.
+
+    Without the tokenizer of that one, its configuration alone is read.
+
+    Raises:
+        ValueError: it cannot be used; names the field.
+    """
+    section = None if spec.recovery is None else spec.recovery.teacher
+    if section is None:
+        return None
+    try:
+        source, folder, own = reading.opened(section)
+        tokenizers = [tokenizer, load_tokenizer(folder, source.origin)] if tokenizer else []
+        reading.check_vocabularies(tokenizers, (layout.config.vocab_size, own.config.vocab_size))
+        fingerprint = reading.check_weights(source, own) if tokenizers else None
+        placement = place(own, spec.cluster.num_shards, spec.cluster.num_replicas)
+        lengths = (text.sequence_length for text in (spec.calibration, *spec.evaluation.texts))
+        reading.check_length(max(lengths), own.config, "sequence_length")
+    except ValueError as error:
+        raise ValueError(f"recovery.teacher: {section.source}: {error}") from error
+    return LoadTeacher(source.pinned, own, placement, fingerprint)
 
 
 def _fingerprints(spec: JobSpec, model: Any, texts: Texts, stages: Stages) -> dict[str, Any]:

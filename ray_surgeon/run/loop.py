@@ -113,7 +113,7 @@ def _begun(inputs: Inputs, workers: Cluster, directory: RunDirectory, listen: Li
         directory.remove_part(num_done)  # of a try that was interrupted
     elif part is not None:
         report.dense = part.record["dense"]
-    num_shots = spec.pruning.shots
+    num_shots = spec.schedule.shots
     steps = Steps(workers, directory, num_shots, listen)
     workers.progress.listener = lambda: listen(steps.moment())
     with steps("plan") as facts:

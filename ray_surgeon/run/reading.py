@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import math
+import operator
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from importlib.metadata import version
 from pathlib import Path
@@ -22,12 +24,13 @@ from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.plan.room import named_device
 from ray_surgeon.spec.base import refusing
 from ray_surgeon.spec.job import JobSpec
-from ray_surgeon.spec.sections import LocalSection
+from ray_surgeon.spec.sections import LocalSection, ModelSection
 from ray_surgeon.spec.targets import LatencyTarget
 from ray_surgeon.spec.texts import SourceSection
+from ray_surgeon.stages.recovery.teacher import LoadTeacher
 from ray_surgeon.storage import files
 from ray_surgeon.storage.documents import is_saved_whole
-from ray_surgeon.storage.sources import ModelFiles
+from ray_surgeon.storage.sources import ModelFiles, open_model
 from ray_surgeon.storage.texts import Windows, interleaved, read_windows, windows_of
 
 
@@ -38,6 +41,7 @@ class Texts(NamedTuple):
     calibration: Windows
     further: Windows  # in the same texts, that a stage reads beside the calibration
     measured: Mapping[str, Windows]  # by name, what is evaluated on
+    teacher: LoadTeacher | None = None  # what loads a model to train towards
 
 
 def unread_texts(spec: JobSpec) -> Texts:
@@ -51,10 +55,7 @@ def read_texts(spec: JobSpec, tokenizer: Any, config: PretrainedConfig) -> Texts
     """Read the calibration, further windows beside it in the same texts, and evaluation texts."""
 
     def windows_in(text: SourceSection, count: int, length: int, where: str) -> Windows:
-        longest = getattr(config, "max_position_embeddings", length)
-        if length > longest:
-            problem = f"{where}.sequence_length: {length}, but the model takes at most {longest}"
-            raise ValueError(f"{problem}; shorten it")
+        check_length(length, config, f"{where}.sequence_length")
         windows = read_windows(text, count, length, tokenizer, where)
         largest = int(windows.tokens.max())
         if largest >= config.vocab_size:
@@ -67,7 +68,7 @@ def read_texts(spec: JobSpec, tokenizer: Any, config: PretrainedConfig) -> Texts
         if is_saved_whole(later):
             section.check_border(later, f"evaluation.{i}")
     length = section.sequence_length
-    further = section.further(spec.pruning.num_further_windows)
+    further = section.further(spec.schedule.num_further_windows)
     parts = list[Windows]()
     beside = [np.zeros((0, length), dtype=np.int64)]
     for number, ((text, count), more) in enumerate(zip(section.shares, further, strict=True)):
@@ -87,9 +88,52 @@ def read_texts(spec: JobSpec, tokenizer: Any, config: PretrainedConfig) -> Texts
     return Texts(tokenizer, interleaved(parts), windows_of(np.concatenate(beside)), measured)
 
 
+def check_length(length: int, config: PretrainedConfig, where: str) -> None:
+    """Refuse windows that are longer than a model takes.
+
+    Raises:
+        ValueError: names the field.
+    """
+    longest = getattr(config, "max_position_embeddings", length)
+    if length > longest:
+        raise ValueError(f"{where}: {length}, but the model takes at most {longest}; shorten it")
+
+
 def as_input_error(what: str) -> AbstractContextManager[None]:
     """Turn a failing file system into a clear error of the user's input."""
     return refusing(what, "check the address, the permissions, the credentials and the network")
+
+
+def opened(model: ModelSection) -> tuple[ModelFiles, Path, ModelLayout]:
+    """Return a model's files, those that are small on this machine, and its layout.
+
+    Raises:
+        ValueError: it cannot be read, or is not supported.
+    """
+    with as_input_error(f"model.source: cannot read {model.source}"):
+        source = open_model(model)
+        folder = source.small_files_folder()
+    return source, folder, ModelLayout.of(load_config(folder, source.origin), source.origin)
+
+
+def check_vocabularies(tokenizers: Sequence[Any], sizes: Sequence[int]) -> None:
+    """Refuse a teacher whose distributions are of other tokens.
+
+    Args:
+        tokenizers: of the model and of its teacher; empty if they were not read.
+        sizes: of the vocabularies of both.
+
+    Raises:
+        ValueError: says what differs.
+    """
+    entries = [frozenset(tokenizer.get_vocab().items()) for tokenizer in tokenizers]
+    wrong: list[tuple[str, int]] = sorted(functools.reduce(operator.xor, entries, frozenset()))
+    if wrong or sizes[0] != sizes[1]:
+        raise ValueError(
+            f"vocab_size is {sizes[1]}, and that of model.source {sizes[0]}; {len(wrong)} entries "
+            f"of the tokenizers differ{f', such as {wrong[0][0]!r}' if wrong else ''}; both must "
+            "have one vocabulary, so give the model that this one was pruned from"
+        )
 
 
 def load_config(folder: Path, origin: str) -> PretrainedConfig:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from ray_surgeon.export.for_engines import Shrinking
 from ray_surgeon.export.kinds import check_exports
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.run.reading import Texts
@@ -52,35 +53,35 @@ def stages_of(
     Raises:
         ValueError: a stage cannot work; names the field, what was found, and the remedy.
     """
+    tokenizer, calibration, further, measured, teacher = texts
     tasks = spec.evaluation.tasks
     held = spec.num_held
     sizes = [(text.num_sequences, text.sequence_length) for text in spec.evaluation.texts]
     length = spec.calibration.sequence_length
     sizes += [(held, length)] * (held > 0)
-    tokenizer = texts.tokenizer
     language = Language(tokenizer, layout.config) if tokenizer else None
     self_text = SelfText.of(spec.calibration, language)
-    first = next(iter(texts.measured.values()), texts.calibration).tokens
+    first = next(iter(measured.values()), calibration).tokens
     yardstick, self_text = yardstick_for(spec.evaluation.generation, self_text, language, first)
     has_costs = method.has_costs
     recovery = None
     if spec.recovery is not None:
-        stream = stream_of(spec.recovery, spec.pruning.shots, length, tokenizer)
-        recovery = Recovery(spec.recovery, held, method.by_element, has_costs, stream)
-    keeps_states = recovery is not None and recovery.sees_calibration
+        stream = stream_of(spec.recovery, spec.schedule.shots, length, tokenizer)
+        recovery = Recovery(spec.recovery, held, method.by_element, has_costs, stream, teacher)
     return Stages(
         _present(
-            Load(method),
+            teacher or Load(method),
             Latency(method) if isinstance(method, Groups) and method.budget is None else None,
             self_text,
             DenseAnswers(yardstick) if yardstick else None,
             DenseEvaluation(),
-            Tasks(tasks) if tokenizer and tasks else None,
+            Tasks(tasks, teacher.model if teacher else None) if tokenizer and tasks else None,
+            Load(method) if teacher else None,
         ),
         _present(
-            Curvature(method, keeps_states) if has_costs else None,
+            Curvature(method, bool(recovery and recovery.sees_calibration)) if has_costs else None,
             Costs(method) if has_costs else None,
-            SearchStage.of(method, texts.further),
+            SearchStage.of(method, further),
             Threshold() if has_costs else None,
             Update(method),
             method.reconstruction if isinstance(method, Groups) else None,
@@ -88,7 +89,7 @@ def stages_of(
             recovery,
             Evaluation(sizes, spec.evaluation.stop_above),
             PrunedAnswers(yardstick) if yardstick else None,
-            Commit(spec.pruning.targets, spec.output.keep_shots),
+            Commit(spec.schedule.targets, spec.output.keep_shots),
         ),
         after_shots,
     )
@@ -103,6 +104,8 @@ def stages_after_shots(spec: JobSpec, layout: ModelLayout) -> tuple[Stage, ...]:
     pruning = spec.pruning
     if isinstance(pruning, CoupledSection):  # others leave the shapes as they are
         check_exports(spec.output, layout, pruning.shrinking(pruning.fewest_groups))
+    if pruning is None:
+        check_exports(spec.output, layout, Shrinking({}, 1, 1, uniform=True))
     return exports_of(spec.output, spec.evaluation.tasks)
 
 

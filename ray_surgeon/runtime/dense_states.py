@@ -1,7 +1,8 @@
 """What the dense model says: its last hidden states of texts, on workers with the last shard.
 
 Later weights are compared with them: the head is never pruned, so the distributions of the next
-tokens follow from these states, a slice of tokens at a time.
+tokens follow from these states, a slice of tokens at a time. A teacher that is another model has
+its own head, which is kept with them.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from ray_surgeon.memory.stores import Scratch
 from ray_surgeon.memory.transfers import transfers
+from ray_surgeon.models.loss import Dense
 from ray_surgeon.models.runner import BlockRunner
 from ray_surgeon.models.shard import ModelShard
 from ray_surgeon.runtime.collectives import TensorPayload, decode
@@ -28,10 +30,12 @@ of a text that a teacher sees while the training goes on.
 
 No evaluation text can have them.
 """
+_HEAD = "head"
+"""What a head of its own is called in the file of all states."""
 
 
 class Teacher(NamedTuple):
-    """The dense model beside the pruned one, of the same blocks on the same worker."""
+    """The model to train towards beside the pruned one, as much of it on the same worker."""
 
     shard: ModelShard
     runner: BlockRunner
@@ -43,6 +47,9 @@ class DenseStates(dict[str, dict[int, Tensor]]):
 
     Text -> number of a sequence -> [1, T, d].
     """
+
+    head: Tensor | None = None
+    """Weight [vocabulary, d] of its head, on the device, if it is not that of the pruned one."""
 
 
 def keep_states(worker: Worker, text: str, numbers: list[int], states: Sequence[Tensor]) -> None:
@@ -69,9 +76,10 @@ def dense_states(worker: Worker) -> DenseStates:
     return worker.kept(DenseStates)
 
 
-def dense_state(worker: Worker, text: str, number: int) -> Tensor:
-    """Return the states [1, T, d] of a sequence of a text, on the device."""
-    return transfers(worker.device).staged(dense_states(worker)[text][number])
+def dense_state(worker: Worker, text: str, number: int) -> Dense:
+    """Return the states [1, T, d] of a sequence of a text, on the device; and a head of its own."""
+    states = dense_states(worker)
+    return transfers(worker.device).staged(states[text][number]), states.head
 
 
 def receive_states(worker: Worker, text: str, numbers: list[int], states: TensorPayload) -> None:
@@ -92,6 +100,8 @@ def write_states(worker: Worker, uri: str) -> None:
         for text, states in dense_states(worker).items():
             if text != STREAM:
                 tensors |= {f"{number} {text}": tensor for number, tensor in states.items()}
+        if (head := dense_states(worker).head) is not None:
+            tensors[_HEAD] = head
         tensor_files.write(uri, tensors)
 
 
@@ -102,5 +112,9 @@ def read_states(worker: Worker, uri: str) -> None:
     reader = tensor_files.Reader()
     # one after the other: all of them twice would need memory that no plan has
     for name in reader.names(uri):
+        tensor = reader.read(uri, name)
+        if name == _HEAD:
+            worker.keeping(DenseStates).head = tensor.to(worker.device)
+            continue
         number, _, text = name.partition(" ")
-        keep_states(worker, text, [int(number)], [reader.read(uri, name)])
+        keep_states(worker, text, [int(number)], [tensor])

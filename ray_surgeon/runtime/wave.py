@@ -238,9 +238,8 @@ def comparison(
     are wanted.
     """
     _, tokens, counts = sequence
-    dense = dense_state(worker, text, sequence.number)
-    head = worker.shard.head_weight
-    predicted = Predicted(tokens, counts)
-    sums = compare_with_dense(hidden, dense, predicted, head, with_acceptance=with_acceptance)
+    dense, own = dense_state(worker, text, sequence.number)
+    models = (hidden, dense, Predicted(tokens, counts), worker.shard.head_weight, own)
+    sums = compare_with_dense(*models, with_acceptance=with_acceptance)
     values = {name: value for name, value in vars(sums).items() if value is not None}
     return cast(Compared, dict(zip(values, torch.cat(list(values.values())).tolist(), strict=True)))

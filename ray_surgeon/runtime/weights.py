@@ -18,11 +18,12 @@ from torch import Tensor
 from ray_surgeon.maths.masks import ElementMask, StructuredMask
 from ray_surgeon.memory.stores import NO_SCRATCH, Place, Scratch, ScratchNames, Stores
 from ray_surgeon.memory.weights import Read, ReadAhead
-from ray_surgeon.models.build import cut, num_inputs
+from ray_surgeon.models.build import BlockRange, cut, num_inputs
 from ray_surgeon.models.checkpoint import Stored, tensor_reader
+from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.models.runner import BlockRunner
 from ray_surgeon.models.shard import ModelShard
-from ray_surgeon.runtime.dense_states import STREAM, Teacher, forget_states
+from ray_surgeon.runtime.dense_states import STREAM, DenseStates, Teacher, forget_states
 from ray_surgeon.runtime.worker import Worker
 from ray_surgeon.spec.sections import ModelSection
 from ray_surgeon.storage import files, tensor_files
@@ -47,25 +48,33 @@ class ModelRecipe:
     # (key, URI of its file) of the commit to continue from
     shot_files: tuple[tuple[str, str], ...] = ()
     scratch: ScratchNames = NO_SCRATCH
+    # of a teacher that is another model: its layout, and the blocks of every shard
+    teacher: tuple[ModelLayout, tuple[BlockRange, ...]] | None = None
+
+    def part(self, worker: Worker) -> tuple[ModelLayout, BlockRange]:
+        """Return the layout of the model, and the blocks of it that a worker holds."""
+        layout, blocks = self.teacher or (worker.layout, worker.placement.blocks)
+        return layout, blocks[worker.index.shard]
 
 
 def load(worker: Worker, recipe: ModelRecipe, by_element: bool, stores: Stores) -> None:
     """Load a worker's weights and, when a run is resumed, its masks.
 
     Args:
-        worker: without weights.
-        recipe: where everything is.
+        worker: without weights, or with those of a teacher, which are freed.
+        recipe: where everything is; of a teacher, there are no masks.
         by_element: whether masks are of elements, or of rows and columns.
         stores: where the weights and factors are kept.
 
     Raises:
         ValueError: the checkpoint cannot be read.
     """
-    layout = worker.layout
+    layout, blocks = recipe.part(worker)
     index = worker.index
+    if worker.scratch is not None:
+        worker.scratch.close()
     worker.scratch = scratch = Scratch(*recipe.scratch, f"{index.shard}-{index.replica}")
     scratch.remove_earlier()
-    blocks = worker.placement.blocks[index.shard]
     dtype = getattr(torch, recipe.model.dtype)
     worker.shard = ModelShard(layout, blocks, dtype, worker.device, stores, scratch)
     worker.runner = BlockRunner(worker.shard)
@@ -78,6 +87,10 @@ def load(worker: Worker, recipe: ModelRecipe, by_element: bool, stores: Stores) 
         of_masks = {f"{s.name}.kept": (s.num_rows, s.num_columns) for s in layout.linears}
         get = ReadAhead(read, names, {**layout.parameters, **of_masks})
     worker.shard.load(get, stays=stays)
+    if recipe.teacher is not None:
+        if blocks.is_last:
+            worker.keeping(DenseStates).head = worker.shard.head_weight
+        return
     of_shot = filter(dict(recipe.shot_files).__contains__, worker.shard.weights.slot_of)
     worker.shard.changed.update(dict.fromkeys(of_shot))
     for name in worker.shard.linears:
@@ -89,7 +102,7 @@ def load(worker: Worker, recipe: ModelRecipe, by_element: bool, stores: Stores) 
 def _reader(worker: Worker, recipe: ModelRecipe) -> tuple[Read, bool]:
     """Return what reads a tensor by its name, and whether it goes on to at little cost."""
     source = open_model(recipe.model)
-    layout = worker.layout
+    layout, _ = recipe.part(worker)
     pruned_in = dict(recipe.shot_files)
     read_dense = tensor_reader(layout, source.uri_of, source.read, source.origin)
 
@@ -104,21 +117,22 @@ def _reader(worker: Worker, recipe: ModelRecipe) -> tuple[Read, bool]:
 
 
 def load_teacher(worker: Worker, recipe: ModelRecipe, place: Place) -> None:
-    """Load the dense model's blocks once more, beside those of the worker.
+    """Load the blocks of the model to train towards, beside those of the worker.
 
     Args:
         worker: with its own weights.
-        recipe: of the dense model.
+        recipe: of that model.
         place: where its idle weights are.
     """
     index = worker.index
     scratch = Scratch(*recipe.scratch, f"{index.shard}-{index.replica}-teacher")
-    own = worker.shard
-    stores = replace(own.stores, weights=place)
-    shard = ModelShard(worker.layout, own.blocks, own.dtype, worker.device, stores, scratch)
+    layout, blocks = recipe.part(worker)
+    dtype = getattr(torch, recipe.model.dtype)
+    stores = replace(worker.shard.stores, weights=place)
+    shard = ModelShard(layout, blocks, dtype, worker.device, stores, scratch)
     read, stays = _reader(worker, recipe)
     if not stays:
-        read = ReadAhead(read, list(shard.wanted), worker.layout.parameters)
+        read = ReadAhead(read, list(shard.wanted), layout.parameters)
     shard.load(read, stays=stays)
     worker.keep(Teacher(shard, BlockRunner(shard), scratch))
 

@@ -14,7 +14,7 @@ from ray_surgeon.spec.base import Section
 from ray_surgeon.spec.calibration import CalibrationSection
 from ray_surgeon.spec.evaluation import EvaluationSection
 from ray_surgeon.spec.presets import PresetName, with_preset
-from ray_surgeon.spec.targets import LatencyTarget
+from ray_surgeon.spec.targets import NO_PRUNING, LatencyTarget, ScheduleSection
 from ray_surgeon.stages.curvature.section import CurvatureSection, KfacSection
 from ray_surgeon.stages.prune.groups_section import CoupledSection
 from ray_surgeon.stages.prune.methods import PruningSection
@@ -29,7 +29,8 @@ A difference between two states of one model shows on few windows; the others ar
 
 
 def _default_curvature(fields: dict[str, Any]) -> KfacSection | None:
-    return KfacSection() if getattr(fields.get("pruning"), "takes_curvature", True) else None
+    pruning = fields.get("pruning", ScheduleSection)
+    return KfacSection() if getattr(pruning, "takes_curvature", False) else None
 
 
 class JobSpec(Section):
@@ -55,10 +56,10 @@ class JobSpec(Section):
     """What the model is measured on: a list of texts, or texts, generation and tasks. If not given:
     the test parts of Python's help and docstrings
     """
-    pruning: PruningSection
-    """What is removed and how much"""
+    pruning: PruningSection | None
+    """What is removed and how much; null: nothing, and recovery has a teacher"""
     curvature: CurvatureSection | None = Field(default_factory=_default_curvature)
-    """Curvature of the loss; kfac if not given. sparsegpt and wanda have none"""
+    """Curvature of the loss; kfac if not given. sparsegpt, wanda and no pruning have none"""
     recovery: RecoverySection | None = None
     """Training after pruning; null: none"""
     memory: sections.MemorySection = sections.MemorySection()
@@ -73,10 +74,15 @@ class JobSpec(Section):
     def _filled(cls, document: Any) -> Any:
         """Put the preset's settings under the spec's own.
 
-        Widths that it does not give are those that the engines of the exports take whole.
+        Widths that it does not give are those that the engines of the exports take whole; a
+        teacher's dtype that it does not give is the model's.
         """
         if not isinstance(document, dict):
             return document
+        match document.get("model"), document.get("recovery"):
+            case {"dtype": dtype}, {"teacher": {**teacher}, **recovery}:
+                recovery["teacher"] = {"dtype": dtype} | teacher
+                document = document | {"recovery": recovery}
         match document.get("pruning"), document.get("output"):
             case {"structure": "groups", **pruning}, {"quantize": section} if section:
                 devices = pruning.get("tensor_parallel", 1)
@@ -87,6 +93,7 @@ class JobSpec(Section):
 
     def problems(self) -> Iterator[str]:
         """Yield what sections have against each other."""
+        yield from self._problems_of_teacher()
         yield from self._problems_of_curvature()
         yield from self._problems_of_texts()
         yield from self._problems_of_exports()
@@ -97,12 +104,22 @@ class JobSpec(Section):
         if recovery and recovery.rank == "all" and where not in ("auto", "device"):
             yield f"memory.weights: {where} does not go with recovery.rank all; use device, or auto"
 
+    def _problems_of_teacher(self) -> Iterator[str]:
+        has_teacher = getattr(self.recovery, "teacher", None) is not None
+        if self.pruning is None and not has_teacher:
+            yield "pruning: null leaves nothing to do; say what to remove, or add recovery.teacher"
+        if self.pruning is not None and has_teacher:
+            own = "a job that prunes trains towards its own dense model"
+            yield f"recovery.teacher: {own}; remove it, or set pruning to null"
+        if has_teacher and getattr(self.recovery, "loss", "kl") != "kl":
+            yield "recovery.teacher: loss cross_entropy needs none; set loss to kl, or remove it"
+
     def _problems_of_curvature(self) -> Iterator[str]:
-        is_taken = self.pruning.takes_curvature
+        is_taken = self.schedule.takes_curvature
         if is_taken != (self.curvature is not None):
             why = "needs one; remove the null" if is_taken else "gathers its own; remove it"
-            yield f"curvature: pruning.method {self.pruning.method} {why}"
-        elif self.curvature is not None and (problem := self.pruning.problem_with(self.curvature)):
+            yield f"curvature: pruning.method {getattr(self.pruning, 'method', 'null')} {why}"
+        elif self.curvature is not None and (problem := self.schedule.problem_with(self.curvature)):
             yield problem
         kind = "null" if self.curvature is None else self.curvature.kind
         takes_gradients = kind == "kfac" or (kind != "extended_kfac" and self.recovery)
@@ -130,7 +147,8 @@ class JobSpec(Section):
         if self.evaluation.tasks is not None and not set(exports) - {"gguf"}:
             yield "evaluation.tasks: run on exports for transformers; output.exports has none"
         if not isinstance(pruning, CoupledSection):
-            for kind in sorted(set(exports) - {"masked"}):
+            taken = {"masked"} if pruning else {"masked", "uniform", "gguf"}
+            for kind in sorted(set(exports) - taken):
                 yield f"output.exports: {kind} needs pruning.structure groups"
             return
         if "uniform" in exports and not pruning.uniform:
@@ -151,6 +169,11 @@ class JobSpec(Section):
                     streamed.check_border(text, f"recovery.texts.{number}")
 
     @property
+    def schedule(self) -> ScheduleSection:
+        """Shots, and what they remove."""
+        return NO_PRUNING if self.pruning is None else self.pruning
+
+    @property
     def num_held(self) -> int:
         """Windows of the calibration that are held aside.
 
@@ -162,7 +185,7 @@ class JobSpec(Section):
         most = num_sequences
         if share is None:
             chooses = self.curvature is not None and self.curvature.chooses_damping
-            share = HELD_SHARE if chooses or self.pruning.checks_itself or self.recovery else 0.0
+            share = HELD_SHARE if chooses or self.schedule.checks_itself or self.recovery else 0.0
             most = MOST_HELD
         wanted = max(num_replicas, min(most, round(share * num_sequences))) if share else 0
         return min(wanted, num_sequences - num_replicas)
@@ -176,6 +199,7 @@ class JobSpec(Section):
         does how often a recovery commits.
         """
         free = dict.fromkeys(("name", "preset", "cluster", "memory", "evaluation", "output"), True)
-        inside: Any = {"model": {"source"}, "recovery": {"commit_minutes"}}
+        of_recovery = {"commit_minutes": True, "teacher": {"source"}}
+        inside: Any = {"model": {"source"}, "recovery": of_recovery}
         method = self.model_dump(mode="json", exclude=free | inside)
         return hashlib.sha256(json.dumps(method, sort_keys=True).encode()).hexdigest()

@@ -59,7 +59,8 @@ def _fill(document: dict[str, Any], preset: Mapping[str, Any]) -> None:
         return has_kinds and kind in jobs["curvature"]
 
     _under(document, "calibration", {"source": "auto"} | preset["calibration"])
-    if pruning.get("method", "llm_surgeon") == "llm_surgeon":
+    prunes = document.get("pruning", pruning) is not None
+    if prunes and pruning.get("method", "llm_surgeon") == "llm_surgeon":
         settings = {name: value for name, value in preset["curvature"].items() if is_taken(name)}
         count = _mapping(document["calibration"]).get("num_sequences")
         if isinstance(count, int) and "num_backward" in settings:

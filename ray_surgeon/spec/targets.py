@@ -90,6 +90,14 @@ class ScheduleSection(Section):
             yield "sparsities: takes the place of num_shots and schedule; remove those"
 
 
+class _NoPruning(ScheduleSection):
+    takes_curvature: ClassVar[bool] = False
+
+
+NO_PRUNING = _NoPruning(num_shots=1)
+"""Stands for `pruning` where it is null: one shot, which removes nothing."""
+
+
 class SparsitySection(ScheduleSection):
     """Shots of a method that removes a fraction of the linears' parameters."""
 

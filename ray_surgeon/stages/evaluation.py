@@ -14,6 +14,7 @@ from ray_surgeon.plan.counts import StepPlan
 from ray_surgeon.plan.needs import WorkerView
 from ray_surgeon.runtime.passes import measure, remember
 from ray_surgeon.spec.evaluation import TasksSection
+from ray_surgeon.spec.sections import ModelSection
 from ray_surgeon.stages.stage import HELD, Facts, RunState, Stage
 
 
@@ -89,6 +90,7 @@ class Tasks(Stage):
     name = "tasks"
     of_dense_model = True
     section: TasksSection
+    model: ModelSection | None = None  # a teacher; None for the model of the job
 
     def __post_init__(self) -> None:
         """Check that the tasks can run.
@@ -100,7 +102,9 @@ class Tasks(Stage):
 
     def run(self, run: RunState, facts: Facts) -> None:
         """Measure the dense model."""
-        run.report.dense["tasks"] = evaluate_tasks(run.cluster, run.model, self.section)
+        run.report.dense["tasks"] = evaluate_tasks(
+            run.cluster, self.model or run.model, self.section
+        )
 
     def fingerprints(self) -> Mapping[str, Any]:
         """Return the tasks: scores before and after are of the same ones."""

@@ -99,6 +99,26 @@ def test_losses_and_gradients_are_those_of_the_tokens_that_count() -> None:
     torch.testing.assert_close(comparison.nll, nll, rtol=1e-6, atol=1e-9)
 
 
+def test_a_dense_model_may_have_a_head_of_its_own() -> None:
+    """Of another hidden size; the same head given twice changes no more than sums of floats do."""
+    hidden, dense, head, tokens, counts = a_text()
+    generator = torch.Generator().manual_seed(1)
+    wide = torch.randn(5, T, 12, generator=generator)
+    other = torch.randn(11, 12, generator=generator)
+    leaf = hidden.double().requires_grad_()
+    log_q = (leaf @ head.double().T)[:, :-1].log_softmax(dim=-1)
+    log_p = (wide.double() @ other.double().T)[:, :-1].log_softmax(dim=-1)
+    divergence = ((log_p.exp() * (log_p - log_q)).sum(dim=-1) * counts[:, 1:]).sum(dim=1)
+    (gradient,) = torch.autograd.grad(divergence.sum(), leaf)
+    predicted = Predicted(tokens, counts)
+    found = compare_with_dense(hidden, wide, predicted, head, other, with_gradient=True)
+    assert_sums(found.divergence, divergence)
+    assert found.gradient is not None
+    torch.testing.assert_close(found.gradient.double(), gradient, rtol=1e-4, atol=1e-5)
+    ways = [compare_with_dense(hidden, dense, predicted, head, own) for own in (None, head)]
+    torch.testing.assert_close(ways[0].divergence, ways[1].divergence, rtol=1e-5, atol=1e-9)
+
+
 def test_losses_of_a_large_vocabulary_have_all_digits() -> None:
     """Its exponentials have errors in common, which a sum does not take out."""
     generator = torch.Generator().manual_seed(0)

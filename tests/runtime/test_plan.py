@@ -397,7 +397,7 @@ def test_trials_and_checks_of_a_recovery_and_the_hours_of_its_workers() -> None:
         recovered(LOW_RANK).steps["recovery"][0].flops / 16,
         3 * 2048 * 2 * 2 * ENTRIES,  # six windows on two replicas
     )
-    # a trial of three steps more; a check of the start, two of trials, and after 5, 10, 15, 16 steps
+    # a trial of three steps more; checks of the start, of two trials, after 5, 10, 15, 16 steps
     flops = (16 + 3) * step + (1 + 2 + 4) * check
     assert plan.steps["recovery"][0].flops == pytest.approx(flops)
     record = plan.as_record()

@@ -1,6 +1,6 @@
 """SparseGPT and Wanda, as baselines: block after block to the same sparsity.
 
-Inputs are those that the pruned blocks before give.
+Inputs are those that the pruned blocks before give. A method that prunes nothing is here, too.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from ray_surgeon.runtime.cluster import Cluster
 from ray_surgeon.runtime.passes import BlockPass
 from ray_surgeon.runtime.wave import Tokens
 from ray_surgeon.runtime.worker import LinearSummary, Worker
+from ray_surgeon.spec.targets import NO_PRUNING, ScheduleSection
 from ray_surgeon.stages.prune.elements import PatternSection
 from ray_surgeon.stages.prune.method import Applied, Choice, Method
 
@@ -122,6 +123,21 @@ class Layerwise(Method, BlockPass):
         whole[:, :num_inputs] = kept
         worker.masks[name] = ElementMask(whole.cpu())
         worker.shard.set_weight(name, W)
+
+
+@dataclass(frozen=True)
+class NoPruning(Method):
+    """The method of a job that leaves its model to recovery and exports."""
+
+    section: ScheduleSection = NO_PRUNING
+    curvature: None = None
+
+    def needs(self, shape: LinearShape) -> None:
+        """Return None."""
+
+    def apply(self, cluster: Cluster, tokens: Tokens, choice: Choice, shot: int) -> Applied:
+        """Say what there is."""
+        return [linear for linears, _ in cluster.run_all(_done) for linear in linears], {}
 
 
 class _Raised(list[RaisedDamping]):

@@ -26,7 +26,7 @@ from ray_surgeon.stages.curvature.section import AnyCurvature
 from ray_surgeon.stages.prune import elements
 from ray_surgeon.stages.prune import groups_section as coupled
 from ray_surgeon.stages.prune.groups import Groups
-from ray_surgeon.stages.prune.layerwise import Layerwise, SparseGPTSection, WandaSection
+from ray_surgeon.stages.prune.layerwise import Layerwise, NoPruning, SparseGPTSection, WandaSection
 from ray_surgeon.stages.prune.method import Choice, Method, Ranking, Scores
 from ray_surgeon.stages.prune.rows_columns import RowsColumns, RowsColumnsSection
 from ray_surgeon.stages.stage import Facts, RunState, Stage, held_measure
@@ -69,12 +69,12 @@ PruningSection = Annotated[
 
 
 def method_for(
-    pruning: PruningSection, curvature: AnyCurvature | None, layout: ModelLayout, dtype: str
+    pruning: PruningSection | None, curvature: AnyCurvature | None, layout: ModelLayout, dtype: str
 ) -> Method:
     """Return the method of a job for a model.
 
     Args:
-        pruning: section of the job spec.
+        pruning: section of the job spec; None for a job that prunes nothing.
         curvature: likewise; None for methods that gather their own.
         layout: of the model.
         dtype: of its weights.
@@ -82,6 +82,8 @@ def method_for(
     Raises:
         ValueError: the method cannot do what is asked to this model.
     """
+    if pruning is None:
+        return NoPruning()
     for problem in coupled.problems_of_mixture(layout, pruning, curvature):
         raise ValueError(problem)
     if isinstance(pruning, coupled.CoupledSection):
@@ -186,6 +188,8 @@ class _OnLinears(Stage):
                 reused += number * own.reused_bytes
         if worker.device_is_host:  # which has no batches
             sizes = sizes[: len(needs)]
+        if not needs:
+            return
         if self.method.has_costs:
             kept = sum(of_linear["kept_bytes"] for of_linear in needs)
             largest = max(sizes, default=0.0)

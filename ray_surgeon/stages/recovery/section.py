@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Discriminator, Field, Tag
 
 from ray_surgeon.spec.base import Positive, Section, tag
+from ray_surgeon.spec.sections import ModelSection
 from ray_surgeon.spec.texts import StreamedSection
 
 _Rank = Annotated[
@@ -34,6 +35,10 @@ class RecoverySection(Section):
     texts: tuple[StreamedSection, ...] = ()
     """Texts of the training, read while it goes on; none: the calibration's windows, again and
     again. The dense model sees them beside the pruned one
+    """
+    teacher: ModelSection | None = None
+    """The model to train towards, of the same vocabulary, where pruning is null; null: the dense
+    model of this job
     """
     loss: Literal["kl", "cross_entropy"] = "kl"
     """What is lowered on the text: the divergence from the dense model (kl), which recovers what

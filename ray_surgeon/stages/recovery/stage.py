@@ -19,6 +19,7 @@ from ray_surgeon.stages.recovery.batches import Batches, CalibrationBatches, Str
 from ray_surgeon.stages.recovery.needs import RecoveryNeeds
 from ray_surgeon.stages.recovery.rates import Check
 from ray_surgeon.stages.recovery.section import RecoverySection
+from ray_surgeon.stages.recovery.teacher import LoadTeacher
 from ray_surgeon.stages.recovery.training import Training
 from ray_surgeon.stages.stage import Facts, RunState, Stage, Text
 from ray_surgeon.stages.weights import commit_part
@@ -37,6 +38,7 @@ class Recovery(Stage):
     has_pass: bool
     # windows of the texts to train on; None for those of the calibration
     stream: TextStream | None = field(default=None, repr=False)
+    teacher: LoadTeacher | None = None  # what to train towards; None for the dense model
 
     def run(self, run: RunState, facts: Facts) -> None:
         """Train."""
@@ -53,7 +55,9 @@ class Recovery(Stage):
             # all weights change from the first step on
             self._commit(run, trained, at_once=self.section.rank == "all")
         if trained.batches.num_steps and self.section.has_teacher:
-            recipe = ModelRecipe(run.model, (), run.kept(ScratchNames))
+            scratch = run.kept(ScratchNames)
+            teacher = self.teacher
+            recipe = teacher.recipe(scratch) if teacher else ModelRecipe(run.model, (), scratch)
             run.cluster.run_all(load_teacher, recipe, run.cluster.stores.teacher)
         trained.train(run.shot, run.part)
         if trained.batches.num_steps and self.section.has_teacher:
