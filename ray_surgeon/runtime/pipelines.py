@@ -15,7 +15,6 @@ from ray_surgeon.runtime.wave import Counts, Labels, Only, Passage, Tokens, Wave
 
 T = TypeVar("T")
 
-_AT_END: tuple[Callable[..., Any], ...] = (on_worker.infer_each, on_worker.forward_backward)
 _STEPS: dict[str, Callable[..., TensorPayload]] = {
     "forward": on_worker.forward,
     "backward": on_worker.backward,
@@ -58,12 +57,10 @@ def run_pass(cluster: Cluster, passage: Passage, work: Labels | on_worker.OfEach
     """
     num_shards = cluster.placement.num_shards
     num_sequences = len(passage.numbers)
-    goes_back = isinstance(work, Labels)
     is_inside = passage.of_teacher or (isinstance(work, Labels) and work.is_step)
     progress = Progress() if is_inside else cluster.progress
     progress.begin(num_sequences, "sequences", passage.tokens.shape[1])
-    order = one_forward_one_backward if goes_back else one_by_one
-    at_end = _AT_END[goes_back]
+    order, at_end = _WAYS[isinstance(work, Labels)]
     waves = passage.waves(cluster.placement, cluster.stores)
     turns = sorted(
         (turn, replica, operation)
@@ -145,3 +142,11 @@ def one_forward_one_backward(num_shards: int, num_waves: int) -> list[Operation]
 def one_by_one(num_shards: int, num_waves: int) -> list[Operation]:
     """Return the order in which waves pass forward only."""
     return [(shard, "infer", wave) for wave in range(num_waves) for shard in range(num_shards)]
+
+
+_Order = Callable[[int, int], list[Operation]]
+_WAYS: tuple[tuple[_Order, Callable[..., Any]], ...] = (
+    (one_by_one, on_worker.infer_each),
+    (one_forward_one_backward, on_worker.forward_backward),
+)
+"""Forward only, and forward and backward: the order, and what the last shard does."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from itertools import chain
 from typing import TypeVar
 
@@ -16,14 +16,14 @@ import torch
 from torch import Tensor
 
 from ray_surgeon.maths.masks import ElementMask, StructuredMask
-from ray_surgeon.memory.stores import NO_SCRATCH, Place, Scratch, ScratchNames, Stores
+from ray_surgeon.memory.stores import NO_SCRATCH, Scratch, ScratchNames, Stores
 from ray_surgeon.memory.weights import Read, ReadAhead
 from ray_surgeon.models.build import BlockRange, cut, num_inputs
 from ray_surgeon.models.checkpoint import Stored, tensor_reader
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.models.runner import BlockRunner
 from ray_surgeon.models.shard import ModelShard
-from ray_surgeon.runtime.dense_states import STREAM, DenseStates, Teacher, forget_states
+from ray_surgeon.runtime.dense_states import DenseStates
 from ray_surgeon.runtime.worker import Worker
 from ray_surgeon.spec.sections import ModelSection
 from ray_surgeon.storage import files, tensor_files
@@ -80,7 +80,7 @@ def load(worker: Worker, recipe: ModelRecipe, by_element: bool, stores: Stores) 
     worker.runner = BlockRunner(worker.shard)
     kind: type[StructuredMask] | type[ElementMask] = ElementMask if by_element else StructuredMask
     parts = [part.name for part in fields(kind)] if recipe.shot_files else []
-    read, stays = _reader(worker, recipe)
+    read, stays = reader_of(worker, recipe)
     get = read
     if not stays:
         names = [*worker.shard.wanted, *(f"{n}.{p}" for n in worker.shard.linears for p in parts)]
@@ -99,7 +99,7 @@ def load(worker: Worker, recipe: ModelRecipe, by_element: bool, stores: Stores) 
         worker.masks[name] = kind(**tensors) if parts else kind.full(*sizes)
 
 
-def _reader(worker: Worker, recipe: ModelRecipe) -> tuple[Read, bool]:
+def reader_of(worker: Worker, recipe: ModelRecipe) -> tuple[Read, bool]:
     """Return what reads a tensor by its name, and whether it goes on to at little cost."""
     source = open_model(recipe.model)
     layout, _ = recipe.part(worker)
@@ -114,33 +114,6 @@ def _reader(worker: Worker, recipe: ModelRecipe) -> tuple[Read, bool]:
     # stacked tensors are taken apart once, not whenever a block is read
     stays = source.is_local and not layout.family.sparse.stacked
     return read, stays and all(map(files.is_local, set(pruned_in.values())))
-
-
-def load_teacher(worker: Worker, recipe: ModelRecipe, place: Place) -> None:
-    """Load the blocks of the model to train towards, beside those of the worker.
-
-    Args:
-        worker: with its own weights.
-        recipe: of that model.
-        place: where its idle weights are.
-    """
-    index = worker.index
-    scratch = Scratch(*recipe.scratch, f"{index.shard}-{index.replica}-teacher")
-    layout, blocks = recipe.part(worker)
-    dtype = getattr(torch, recipe.model.dtype)
-    stores = replace(worker.shard.stores, weights=place)
-    shard = ModelShard(layout, blocks, dtype, worker.device, stores, scratch)
-    read, stays = _reader(worker, recipe)
-    if not stays:
-        read = ReadAhead(read, list(shard.wanted), layout.parameters)
-    shard.load(read, stays=stays)
-    worker.keep(Teacher(shard, BlockRunner(shard), scratch))
-
-
-def drop_teacher(worker: Worker) -> None:
-    """Free the second model, and its states."""
-    worker.drop(Teacher).scratch.close()
-    forget_states(worker, STREAM)
 
 
 @dataclass(frozen=True)

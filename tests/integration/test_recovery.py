@@ -13,8 +13,9 @@ from transformers import AutoTokenizer
 from ray_surgeon.memory.stores import NO_SCRATCH, Place, Stores
 from ray_surgeon.runtime.cluster import LocalCluster
 from ray_surgeon.runtime.passes import remember
+from ray_surgeon.runtime.teacher import drop_teacher, load_teacher
 from ray_surgeon.runtime.wave import Passage
-from ray_surgeon.runtime.weights import ModelRecipe, drop_teacher, load_teacher
+from ray_surgeon.runtime.weights import ModelRecipe
 from ray_surgeon.spec.sections import ModelSection
 from ray_surgeon.spec.texts import StreamedSection
 from ray_surgeon.stages.recovery.batches import StreamBatches

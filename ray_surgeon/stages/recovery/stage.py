@@ -14,7 +14,8 @@ from ray_surgeon.plan.needs import WorkerView
 from ray_surgeon.report.events import CHECK
 from ray_surgeon.report.html_report import LivePage
 from ray_surgeon.runtime.dense_states import CALIBRATION
-from ray_surgeon.runtime.weights import ModelRecipe, drop_teacher, load_teacher
+from ray_surgeon.runtime.teacher import drop_teacher, load_teacher
+from ray_surgeon.runtime.weights import ModelRecipe
 from ray_surgeon.stages.recovery.batches import Batches, CalibrationBatches, StreamBatches
 from ray_surgeon.stages.recovery.needs import RecoveryNeeds
 from ray_surgeon.stages.recovery.rates import Check
