@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -34,7 +35,7 @@ from ray_surgeon.runtime.worker import Worker
 from ray_surgeon.spec.sections import RaySection
 from ray_surgeon.stages.evaluation import CollapseError
 from tests.conftest import LAYOUTS
-from tests.integration.runs import Done, Jobs, assert_same_shot, wait_for
+from tests.integration.runs import LORA, ONE, Done, Jobs, assert_same_shot, wait_for
 
 pytestmark = pytest.mark.ray
 
@@ -120,6 +121,26 @@ def on_ray(cluster: Cluster) -> dict[str, Any]:
 def test_a_lost_coordinator(on_ray: dict[str, Any], undisturbed: Path, job: Jobs) -> None:
     """Stopped, not killed; a lost worker is in the test after this one, all of them in chaos."""
     assert_survived(job, on_ray, undisturbed, "Coordinator", STOPPED, 3)
+
+
+def test_a_worker_is_lost_in_a_recovery(on_ray: dict[str, Any], job: Jobs) -> None:
+    """The run goes on after the steps that were committed, with the same bits."""
+    trained = ONE | LORA | {"recovery__num_tokens": 2400, "recovery__learning_rate": 1e-3}
+    expected = job(trained, folder="undisturbed")
+    often = on_ray | trained | {"recovery__commit_minutes": 1e-6}
+    uri = job.folder / "run"
+    # the check of the start, and the one after a third of the steps
+    checked = [event["step"] for event in expected.events].index("check") + 2
+    with disturbed("Worker", KILLED, uri, checked) as disturber:
+        done = job(often)
+    disturber.result()
+    assert_same_shot(expected.uri, done.uri, 1)
+    assert retries(uri) == ["worker"]
+    loads = [event["facts"] for event in done.events if event["step"] == "load"]
+    resumed = re.fullmatch(r"1, after (\d+) steps of recovery", loads[-1]["resumed_in_shot"])
+    assert resumed is not None
+    assert int(resumed[1]) >= 19
+    assert done.shots[0]["recovery_losses"] == expected.shots[0]["recovery_losses"]
 
 
 def test_a_lost_machine(undisturbed: Path, job: Jobs) -> None:
