@@ -154,6 +154,10 @@ def of_a_block(name: str, device: str) -> tuple[float, float]:
 # Planned
 
 _TRAINED: dict[str, Any] = {"reconstruction": {}}
+_PRESET: dict[str, Any] = {
+    "pruning": {"reconstruction": {"num_epochs": 1}},
+    "curvature": {"fisher": "sampled", "num_backward": 32},
+}
 _MIXTURE: dict[str, Any] = {
     "pruning": {"groups": ["expert_channels", "experts"]},
     "output": {"exports": ["per_block"]},
@@ -171,6 +175,7 @@ GPT_OSS_120B = {
 }
 JOBS: dict[str, tuple[str, int, dict[str, Any]]] = {
     "Llama-2-7B, reconstruction": ("llama-2-7b", 1, {"pruning": _TRAINED}),
+    "Llama-2-7B, reconstruction as in presets": ("llama-2-7b", 1, _PRESET),
     "Llama-3-70B": ("llama-3-70b", 8, {}),
     "Qwen3-30B-A3B": ("qwen3-30b-a3b", 1, _MIXTURE),
     "gpt-oss-120b": ("gpt-oss-120b", 8, _MIXTURE),
