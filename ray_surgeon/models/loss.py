@@ -45,7 +45,8 @@ def perplexity_of(mean: float) -> float:
         FloatingPointError: the loss is not a number.
     """
     if math.isnan(mean):
-        raise FloatingPointError("the loss on the evaluation text is no number; check the weights")
+        problem = "the loss on the evaluation text is not a number"
+        raise FloatingPointError(f"{problem}; check the weights")
     return math.exp(mean) if mean < 700 else math.inf
 
 

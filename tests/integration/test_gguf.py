@@ -118,10 +118,10 @@ ONE_HEAD = [(8, 1)]
         ("qwen2", {}, ONE_HEAD, r"set pruning\.groups: \[ffn\]"),
         ("llama", {"hidden_act": "gelu"}, ONE_HEAD, "has the activation silu, the model gelu"),
         ("llama-biases", {}, ONE_HEAD, "has no attention_bias"),
-        ("qwen3", {"rope_parameters": PARTIAL}, ONE_HEAD, '"partial_rotary_factor": 0.5'),
+        ("qwen3", {"rope_parameters": PARTIAL}, ONE_HEAD, "'partial_rotary_factor': 0.5"),
         ("gpt2", {"scale_attn_weights": False}, ONE_HEAD, "scale_attn_weights false"),
         ("gemma3", {}, ONE_HEAD, "every sixth block"),
-        ("llama", {"rope_parameters": DYNAMIC}, ONE_HEAD, '"rope_type": "dynamic"'),
+        ("llama", {"rope_parameters": DYNAMIC}, ONE_HEAD, "'rope_type': 'dynamic'"),
     ],
 )
 def test_what_llama_cpp_would_misread_is_refused(

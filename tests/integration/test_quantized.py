@@ -68,9 +68,9 @@ INT8 = {"output__quantize": {"scheme": "int8"}}
 ON_TWO_DEVICES = {"pruning__width_multiple": 64, "pruning__tensor_parallel": 2}
 REFUSED: dict[str, dict[str, Any]] = {
     "or give a divisor such as 16": four_bits("ffn", 32),
-    "group_size 128 do not fill the rows of model.layers.0": four_bits("ffn", None),
+    "group_size 128 does not divide the columns of model.layers.0": four_bits("ffn", None),
     # it has 32 columns, of which an engine gives each device half
-    "o_proj, whose columns will be a multiple of 16 on each of 2 devices": four_bits(
+    "o_proj, of which a multiple of 16 on each of 2 devices will stay": four_bits(
         "ffn", 32, **ON_TWO_DEVICES
     ),
     "needs one of the exports uniform": INT8 | {"output__exports": ["masked"]},

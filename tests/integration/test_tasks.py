@@ -62,7 +62,7 @@ def test_tasks_that_cannot_be(
 ) -> None:
     options = evaluated(job, asked | {"names": ["colours", "no_such_task"]})
     assert "output.exports has none" in job(options | {"output__exports": []}, code=2).error
-    assert "does not know no_such_task" in job(options, code=2).error
+    assert "has no no_such_task" in job(options, code=2).error
     (job.folder / "without").mkdir()
     (job.folder / "without/lm_eval.py").write_text(
         "raise ModuleNotFoundError(\"No module named 'lm_eval'\")"

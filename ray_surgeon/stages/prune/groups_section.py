@@ -108,7 +108,8 @@ class CoupledSection(Reconstructed):
             how = f"these groups and allocation, and a width_multiple which is {self.multiple}"
             need = f"the model needs at least {least:.6g} {unit}"
             most = f"at most {1 - least / dense:.4f} of that can be removed"
-            raise OutOfReachError(f"{what}, but with {how}, {need}, so {most}; change those")
+            remedy = "ask for less, or change those"
+            raise OutOfReachError(f"{what}, but with {how}, {need}, so {most}; {remedy}")
 
     def problem_with(self, curvature: AnyCurvature) -> str | None:
         """Return why this section and a curvature do not go together; see `ScheduleSection`."""

@@ -114,7 +114,7 @@ def _groups(
     devices = pruning.tensor_parallel
     uniform = pruning.uniform
     if heads.num_kv not in kv_heads_left(layout, devices, uniform=uniform):
-        counts = f"{heads.num_query} query heads and {heads.num_kv} KV heads"
+        counts = f"dense model's {heads.num_query} query heads and {heads.num_kv} KV heads"
         raise ValueError(f"pruning.tensor_parallel: {devices}; give a divisor of the {counts}")
     for groups in layout.group_sets:
         if groups.kind != "attention" and len(groups.columns) % devices:
@@ -188,14 +188,12 @@ class _OnLinears(Stage):
                 reused += number * own.reused_bytes
         if worker.device_is_host:  # which has no batches
             sizes = sizes[: len(needs)]
-        if not needs:
-            return
         if self.method.has_costs:
             kept = sum(of_linear["kept_bytes"] for of_linear in needs)
             largest = max(sizes, default=0.0)
             largest += min(KEPT_BYTES, reused / worker.num_replicas) * worker.device_is_host
             yield linear_by_linear(worker, self.name, largest, sum(flops), kept, counts)
-        else:
+        elif needs:
             yield block_by_block(worker, self.name, list(zip(sizes, flops, strict=True)), counts)
 
 
