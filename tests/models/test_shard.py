@@ -103,7 +103,7 @@ def test_shards_are_the_whole_model(family: str) -> None:
         factors = whole.factors(shape.name)
         assert factors.num_tokens == TOKENS.numel()
         torch.testing.assert_close(factors.A.dense(), a.T @ a, rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(factors.G.dense(), g.T @ g, rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(factors.G.dense(), g.T @ g, rtol=1e-3, atol=5e-5)
         (other,) = (part.factors(shape.name) for part in cut if shape.name in part.linears)
         assert torch.equal(factors.A.flat, other.A.flat)
         assert torch.equal(factors.G.flat, other.G.flat)
