@@ -26,6 +26,7 @@ ANSWERED = {
     }
 }
 STREAMED = {"recovery__texts": [{"source": "python-docs", "max_tokens": 9000}]}
+WHOLE = {"recovery__rank": "all", "cluster__num_replicas": 2, "model__dtype": "bfloat16"}
 MEASURED = ("losses", "rate", "tried", "undone", "ended", "absorbed")
 
 
@@ -81,8 +82,9 @@ def assert_same(again: Done, whole: Done) -> None:
         runs.ELEMENT | GIVEN | runs.DISK,
         ANSWERED | GIVEN,
         STREAMED | GIVEN,
+        GIVEN | WHOLE,
     ],
-    ids=["nothing_held", "given", "tried", "elements", "answers", "stream"],
+    ids=["nothing_held", "given", "tried", "elements", "answers", "stream", "all_weights"],
 )
 def test_a_run_that_was_killed_three_times(settings: Any, job: Jobs, dies: list[int]) -> None:
     options = TRAINED | settings

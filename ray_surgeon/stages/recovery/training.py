@@ -116,6 +116,7 @@ class Training:
         self.tried = dict(state["tried"])
         self.held = [Check(**check) for check in state["held"]]
         self.cluster.run_all(steps.go_on, part.of_stage)
+        self.cluster.run_all(steps.share)
         self._begin_steps()
 
     def _begin_checked(self) -> None:
