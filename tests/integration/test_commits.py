@@ -73,18 +73,21 @@ def assert_same(again: Done, whole: Done) -> None:
     assert not list(again.uri.glob("shots/*/part"))
 
 
+def slow(settings: dict[str, Any], name: str) -> Any:
+    return pytest.param(settings, id=name, marks=pytest.mark.slow)
+
+
 @pytest.mark.parametrize(
     "settings",
     [
-        NOTHING_HELD,
-        GIVEN | {"recovery__loss": "cross_entropy"},
-        {},
-        runs.ELEMENT | GIVEN | runs.DISK,
-        ANSWERED | GIVEN,
-        STREAMED | GIVEN,
-        GIVEN | WHOLE,
+        slow(NOTHING_HELD, "nothing_held"),
+        slow(GIVEN | {"recovery__loss": "cross_entropy"}, "given"),
+        pytest.param({}, id="tried"),
+        slow(runs.ELEMENT | GIVEN | runs.DISK, "elements"),
+        slow(ANSWERED | GIVEN, "answers"),
+        pytest.param(STREAMED | GIVEN, id="stream"),
+        pytest.param(GIVEN | WHOLE, id="all_weights"),
     ],
-    ids=["nothing_held", "given", "tried", "elements", "answers", "stream", "all_weights"],
 )
 def test_a_run_that_was_killed_three_times(settings: Any, job: Jobs, dies: list[int]) -> None:
     options = TRAINED | settings

@@ -123,6 +123,7 @@ def test_a_lost_coordinator(on_ray: dict[str, Any], undisturbed: Path, job: Jobs
     assert_survived(job, on_ray, undisturbed, "Coordinator", STOPPED, 3)
 
 
+@pytest.mark.slow
 def test_a_worker_is_lost_in_a_recovery(on_ray: dict[str, Any], job: Jobs) -> None:
     """The run goes on after the steps that were committed, with the same bits."""
     trained = ONE | LORA | {"recovery__num_tokens": 2400, "recovery__learning_rate": 1e-3}
