@@ -22,6 +22,7 @@ steps are 0.125 there; 0.69 to 0.82 were seen.
 pytestmark = pytest.mark.ray
 
 
+@pytest.mark.timeout(600)
 def test_quickstart_makes_an_ordinary_model_that_is_smaller(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
