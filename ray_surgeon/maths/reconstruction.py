@@ -201,7 +201,8 @@ def reconstruct(
     for number, batch in enumerate(_steps(len(inputs), size, num_steps, generator, inputs.device)):
         slope_of = partial(_slope, outputs[batch], mean)
         gradients = replace(layer, weights=tuple(adam.weights)).gradients(inputs[batch], slope_of)
-        adam.step(gradients, rate_factor(number, num_steps))
+        rise = max(1, round(WARM_UP * num_steps))
+        adam.step(gradients, rate_factor(number, num_steps, rise))
     trained = replace(layer, weights=adam.result())
     measured = own if held is None else held
     before, after = (error_of(each.to(dtype), *measured, limit) for each in (layer, trained))
@@ -239,14 +240,14 @@ def _slope(wanted: Tensor, mean: float, outputs: Tensor) -> Tensor:
     return slope.to(outputs.dtype)
 
 
-def rate_factor(number: int, num_steps: int) -> float:
+def rate_factor(number: int, num_steps: int, rise: int) -> float:
     """Return the factor of the learning rate in a step: a short rise, then a linear fall.
 
     Args:
         number: of the step, from 0.
         num_steps: in all.
+        rise: steps in which it rises, one or more.
     """
-    rise = max(1, round(WARM_UP * num_steps))
     return min((number + 1) / rise, 1 - number / num_steps)
 
 

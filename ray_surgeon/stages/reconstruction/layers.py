@@ -158,8 +158,8 @@ class Reconstruction:
     def _trained(
         self, worker: Worker, groups: GroupSet, W: Tensor, kept: Tensor, rates: Sequence[float]
     ) -> Iterator[Reconstructed]:
-        """Yield an owned layer trained with each rate, shortly if these are `RATES`."""
-        is_trial = rates is RATES
+        """Yield an owned layer trained with each rate, shortly if there are several to try."""
+        is_trial = len(rates) > 1
         shard = worker.shard
         name = groups.consumer
         whole = _layer(worker, groups, shard.weight(name), torch.ones_like(kept)).to(shard.dtype)

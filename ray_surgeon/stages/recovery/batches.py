@@ -108,7 +108,7 @@ class StreamBatches(Batches):
         self._steps_ahead = steps_ahead(self._size)
         self._windows: Iterator[NDArray[np.int64]] = iter(())
         self._part = -1  # number of the present part, of which every one has so many steps
-        self._tokens: list[NDArray[np.int64]] = []
+        self._tokens: Tokens = np.zeros((0, stream.sequence_length), dtype=np.int64)
         self._ended: TextEndedError | None = None
 
     def batch(self, number: int) -> Batch:
@@ -119,7 +119,7 @@ class StreamBatches(Batches):
         numbers = range(place * self._size, (place + 1) * self._size)
         if numbers.stop > len(self._tokens) and self._ended is not None:
             raise self._ended
-        return Batch(np.stack(self._tokens), None, numbers, STREAM)
+        return Batch(self._tokens, None, numbers, STREAM)
 
     def _read(self, part: int) -> None:
         """Read the windows of a part, and let the teacher see them."""
@@ -127,14 +127,14 @@ class StreamBatches(Batches):
         if part != self._part + 1 or part == 0:
             self._windows = self._stream.windows(self._first + part * size)
         self._part = part
-        self._tokens = []
+        windows = list[NDArray[np.int64]]()
         num_left = self.num_steps * self._size - part * size
         try:
             for _ in range(min(size, num_left)):
-                self._tokens.append(next(self._windows))
+                windows.append(next(self._windows))
         except TextEndedError as error:
             self._ended = error
-        if self._has_teacher and self._tokens:
+        self._tokens = np.stack(windows) if windows else self._tokens[:0]
+        if self._has_teacher and windows:
             self._cluster.run_all(forget_states, STREAM)
-            tokens = np.stack(self._tokens)
-            pass_up_to_the_head(self._cluster, tokens, None, STREAM, "the dense model", True)
+            pass_up_to_the_head(self._cluster, self._tokens, None, STREAM, "the dense model", True)

@@ -37,15 +37,9 @@ def steps_between_checks(num_steps: int) -> int:
     return max(1, min(_STEPS_OF_A_CHECK, round(num_steps / 3)))
 
 
-def rate_factor(number: int, num_steps: int) -> float:
-    """Return the factor of the learning rate in a step: a short rise, then a fall to zero.
-
-    Args:
-        number: of the step, from 0.
-        num_steps: in all.
-    """
-    rise = max(1, min(_MOST_WARM_UP, round(_WARM_UP * num_steps)))
-    return min((number + 1) / rise, 1 - number / num_steps)
+def rising_steps(num_steps: int) -> int:
+    """Return in how many steps of a training the rate rises; see `rate_factor`."""
+    return max(1, min(_MOST_WARM_UP, round(_WARM_UP * num_steps)))
 
 
 @dataclass(frozen=True)

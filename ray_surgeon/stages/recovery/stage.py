@@ -55,13 +55,14 @@ class Recovery(Stage):
         if trained.batches.num_steps and run.part is None:
             # all weights change from the first step on
             self._commit(run, trained, at_once=self.section.rank == "all")
-        if trained.batches.num_steps and self.section.has_teacher:
+        has_teacher = self.section.has_teacher and trained.batches.num_steps > 0
+        if has_teacher:
             scratch = run.kept(ScratchNames)
             teacher = self.teacher
             recipe = teacher.recipe(scratch) if teacher else ModelRecipe(run.model, (), scratch)
             run.cluster.run_all(load_teacher, recipe, run.cluster.stores.teacher)
         trained.train(run.shot, run.part)
-        if trained.batches.num_steps and self.section.has_teacher:
+        if has_teacher:
             run.cluster.run_all(drop_teacher)
         facts |= trained.facts
         run.record |= trained.as_record()

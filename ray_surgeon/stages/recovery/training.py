@@ -13,6 +13,7 @@ from itertools import chain
 from statistics import fmean
 from typing import Any
 
+from ray_surgeon.maths.reconstruction import rate_factor
 from ray_surgeon.report.commits import CommittedPart
 from ray_surgeon.runtime.cluster import Cluster
 from ray_surgeon.runtime.passes import num_counted
@@ -200,8 +201,9 @@ class Training:
         self.losses.append(sum(sums) / num_tokens)
         if not math.isfinite(self.losses[-1]):
             return False
-        rate = self.rate * rates.rate_factor(number, self.batches.num_steps)
-        self.cluster.run_all(steps.step, num_tokens, rate)
+        num_steps = self.batches.num_steps
+        factor = rate_factor(number, num_steps, rates.rising_steps(num_steps))
+        self.cluster.run_all(steps.step, num_tokens, self.rate * factor)
         self.num_tokens += len(numbers) * tokens.shape[1]
         self.cluster.progress.reach(number + 1)
         return True
