@@ -42,7 +42,7 @@ class Stream:
         self.num_issued = 0
         self.num_done = 0
         self.seen = dict[int, int]()  # thread -> its operators that were waited for
-        self.arriving: int | None = None  # address of what was last copied to the device
+        self.arriving = dict[int, int]()  # thread -> address of what it last copied to the device
         self.recorded = set[int]()  # addresses of memory that is not given away before it is done
 
     def add(self, work: Callable[[], object]) -> None:
@@ -85,8 +85,7 @@ class Event:
     def record(self, stream: Stream | None = None) -> None:
         self.stream = stream or current_stream()
         self.place = self.stream.num_issued
-        self.arriving = self.stream.arriving
-        self.stream.arriving = None
+        self.arriving = self.stream.arriving.pop(_number(), None)
         computed = {_number(): num_computed()}
         self.seen = computed if self.stream is COMPUTES else dict(self.stream.seen)
         self.time_s = time.perf_counter()
@@ -175,7 +174,7 @@ def copy(
         # what is not pinned is read at once
         read = host if is_pinned(host) else host.clone()
         own.add(lambda: do(read))
-        own.arriving = address(target)
+        own.arriving[_number()] = address(target)
 
 
 class Backend(_DummyBackendModule):
