@@ -33,7 +33,7 @@ class RelativeAdam:
         # Adam wants a group at least
         groups: list[dict[str, Any]] = [{"params": [torch.empty(0)]}]
         groups += [{"params": [part.parameter], "name": name} for name, part in trained.items()]
-        self._optimizer = torch.optim.Adam(groups)
+        self._optimizer = torch.optim.Adam(groups, fused=True)
 
     def step(self, rate: float) -> None:
         """Make one step with the gradients that are there.
@@ -69,14 +69,12 @@ class RelativeAdam:
         for name, part in self._trained.items():
             mean, count = tensors[f"{name} norms"].tolist()
             self._history[name] = mean, int(count)
+            device = part.parameter.device
             kept = {
-                what: tensors[f"{name} {what}"].clone()
+                what: tensors[f"{name} {what}"].to(device, copy=True)
                 for what in ("step", "exp_avg", "exp_avg_sq")
                 if f"{name} {what}" in tensors
             }
             self._optimizer.state.pop(part.parameter, None)
             if kept:
-                self._optimizer.state[part.parameter] = {
-                    what: moment if what == "step" else moment.to(part.parameter.device)
-                    for what, moment in kept.items()
-                }
+                self._optimizer.state[part.parameter] = kept

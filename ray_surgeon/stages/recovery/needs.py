@@ -19,13 +19,13 @@ from ray_surgeon.stages.recovery.section import RecoverySection
 # each of corrections, a part for a linear; and of all weights, a part for a parameter
 _PRODUCTS = (9, 2)
 """Launches of B A x forward and backward beside a linear's own; of a weight's gradient, its sum."""
-_STEP = (22, 13)
+_STEP = (14, 8)
 """Launches of an optimizer's step for a part."""
 _START = (28, 10)
 _SYNCS_OF_START = (4, 5)
 """Launches and syncs for a part at the start and the end."""
-_STEP_BYTES = 12.0
-"""Of a weight in float32 while it makes a step: its gradient, and two numbers of Adam's."""
+_STEP_BYTES = 4.0
+"""Of a weight in float32 while it makes a step: its gradient."""
 _PASS_BYTES = 16.0
 """Of a product B A and its copies, for an entry."""
 
