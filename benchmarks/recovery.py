@@ -6,7 +6,8 @@ tokens of texts that are on this machine: low-rank corrections of two ranks, and
 first line of each way is the preset's recovery, on the calibration's own windows. Divergences are
 those from the dense model on Python's help, docstrings and descriptions of packages, with the
 perplexities after the slash; the acceptance is that of the dense model's answers. ``--ways``,
-``--ranks`` and ``--tokens`` choose. Runs that are there are read, not made again.
+``--ranks`` and ``--tokens`` choose. Runs that are there are read, not made again, and runs that
+were stopped go on.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ TEXTS = (
 def settings_of(rank: int | str, num_tokens: int) -> dict[str, Any]:
     """Return the section of a recovery on texts."""
     texts = [dict(text) for text in TEXTS]
-    return {"rank": rank, "num_tokens": num_tokens, "sequences_per_step": 8, "texts": texts}
+    return {"rank": rank, "num_tokens": num_tokens, "sequences_per_step": 4, "texts": texts}
 
 
 def run_of(name: str, pruning: Mapping[str, Any], folder: Path, recovery: Any) -> dict[str, Any]:
@@ -57,8 +58,9 @@ def run_of(name: str, pruning: Mapping[str, Any], folder: Path, recovery: Any) -
         document = yaml.safe_load(QUICKSTART.read_text(encoding="utf-8"))
         document |= {"name": name, "pruning": {"structure": "groups", **pruning}}
         document |= {"output": {"uri": str(folder / name), "exports": []}}
+        document |= {"cluster": {"backend": "local", "cpus_per_worker": 2}}
         document |= {} if recovery is None else {"recovery": recovery}
-        ray_surgeon.prune(spec=JobSpec.model_validate(document))
+        ray_surgeon.prune(spec=JobSpec.model_validate(document), resume=(folder / name).exists())
     report: dict[str, Any] = json.loads(written.read_text(encoding="utf-8"))
     return report
 
