@@ -1,5 +1,5 @@
-# make test, make fast, make lint, make docs: what CI does, piece by piece, in the environment that is active
-.PHONY: lint fast test docs
+# make test, make fast, make coverage, make lint, make docs: what CI does, piece by piece, in the environment that is active
+.PHONY: lint fast test coverage docs
 
 lint:
 	ruff check .
@@ -9,10 +9,13 @@ lint:
 	lint-imports
 
 fast:
-	pytest -m fast --no-cov
+	pytest -m fast
 
 test:
 	pytest
+
+coverage: # half as long again
+	pytest --cov
 
 docs:
 	NO_MKDOCS_2_WARNING=1 mkdocs build --quiet
