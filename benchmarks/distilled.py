@@ -193,7 +193,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     windows = arguments.folder / "windows.npy"
     np.save(windows, windows_of(spec, arguments.export))
     ours = arguments.folder / "ours/export/uniform"
-    models = [("pruned", arguments.export, None)]
+    models: list[tuple[str, Path, float | None]] = [("pruned", arguments.export, None)]
     models.append(("ours", ours, report["shots"][-1]["seconds"]["recovery"]))
     for rate in arguments.rates:
         models.append((f"TRL, {rate:g}", *by_trl(arguments, windows, rate)))

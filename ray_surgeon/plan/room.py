@@ -9,7 +9,7 @@ import shutil
 import socket
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -155,6 +155,8 @@ class Device:
     call_s: NonNegativeFloat  # until a worker that waits has its next step
     memory_bytes: NonNegativeFloat = 0.0  # of its own; 0 for the CPU
     sync_s: NonNegativeFloat = 0.0  # until the host goes on after it waited for the device
+    # as its maker publishes them, dense, by dtype; none of CPUs, which have none of their own
+    peak_flops: Mapping[str, Rate] = field(default_factory=dict)
 
     def times(self, factor: float) -> Device:
         """Return a device that computes so many times as fast."""

@@ -20,7 +20,7 @@ from ray_surgeon.spec.sections import ModelSection
 from ray_surgeon.spec.texts import StreamedSection
 from ray_surgeon.stages.recovery.batches import StreamBatches
 from ray_surgeon.stages.recovery.section import RecoverySection
-from ray_surgeon.stages.recovery.stage import stream_of
+from ray_surgeon.stages.recovery.stage import share_of_peak, stream_of
 from ray_surgeon.stages.recovery.training import Training
 from ray_surgeon.stages.stage import HELD, CalibrationText, held_aside
 from tests.integration import runs
@@ -135,6 +135,13 @@ def test_a_run_on_a_text(job: Jobs) -> None:
     assert len(second["recovery_losses"]) == 10
     assert second["recovery_held_aside"][-1]["tokens"] > 0
     assert second["recovery_losses"][:3] != first["recovery_losses"]
+
+
+@pytest.mark.parametrize(("device", "share"), [("h100", 0.25), ("cpu", None)])
+def test_share_of_peak(device: str, share: float | None) -> None:
+    """Two shards; the training takes four seconds at all that they have."""
+    plan = {"device": device, "flops": {"recovery": 2 * 4 * 9.89e14}, "disk_bytes": [0, 0]}
+    assert share_of_peak(plan, "bfloat16", 1 / 16) == (share and pytest.approx(share))
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from typing import Any
 from ray_surgeon.memory.stores import ScratchNames
 from ray_surgeon.plan.counts import StepPlan
 from ray_surgeon.plan.needs import WorkerView
+from ray_surgeon.plan.room import DEVICES
 from ray_surgeon.report.events import CHECK
 from ray_surgeon.report.html_report import LivePage
 from ray_surgeon.runtime.dense_states import CALIBRATION
@@ -45,7 +46,10 @@ class Recovery(Stage):
         """Train."""
 
         def tell(check: Check) -> None:
-            named = {"held_aside": check.value, "value": None, "rate": trained.rate}
+            pace = (check.tokens_per_s or 0.0) / self.section.num_tokens
+            share = share_of_peak(run.report.plan, run.model.dtype, pace)
+            named = {"held_aside": check.value, "value": None, "share_of_peak": share or None}
+            named["rate"] = trained.rate
             run.steps.tell(CHECK, vars(check) | named)
             so_far = replace(trained, held=[*trained.held, check]).as_record()
             run.kept(LivePage).draw(run.report.as_record() | {"present": so_far}, final=False)
@@ -106,6 +110,23 @@ class Recovery(Stage):
         """Return the dense model's states of the calibration text."""
         tokens = worker.num_sequences * worker.sequence_length
         return worker.remembered(tokens * self.sees_calibration)
+
+
+def share_of_peak(plan: Mapping[str, Any], dtype: str, per_s: float) -> float | None:
+    """Return the operations of a training as a share of those that its GPUs are sold with.
+
+    Args:
+        plan: of the run, as its report has it.
+        dtype: of the weights.
+        per_s: trainings per second, a small part of one.
+
+    Returns:
+        None on CPUs.
+    """
+    peak = DEVICES[plan["device"]].peak_flops.get(dtype)
+    # a replica's operations, with its share of the tokens, are those of as many workers as shards
+    operations: float = plan["flops"][Recovery.name]
+    return operations * per_s / len(plan["disk_bytes"]) / peak if peak else None
 
 
 def stream_of(
