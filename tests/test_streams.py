@@ -63,6 +63,22 @@ def drained(stream: TextStream) -> list[list[int]]:
     return windows
 
 
+def test_windows_of_the_calibration_come_again_in_another_order(
+    lines: Path, tokenizer: FastTokenizer
+) -> None:
+    sections = [*streamed(lines), (StreamedSection(source="calibration"), "t.1")]
+    calibration = -np.arange(1, 5 * LENGTH + 1).reshape(5, LENGTH)
+    stream = TextStream(sections, LENGTH, tokenizer, 0, calibration=calibration)
+    stream.check_length(20)
+    found = [window.tolist() for window in islice(stream.windows(), 20)]
+    own = [window for window in found if window[0] < 0]
+    assert len(own) == 10
+    first, second = own[:5], own[5:]
+    assert sorted(first) == sorted(second) == sorted(calibration.tolist())
+    assert first != second
+    assert [window.tolist() for window in islice(stream.windows(7), 13)] == found[7:]
+
+
 @pytest.mark.parametrize("where", ["jsonl", "parquet", "txt", "memory", "hub", "saved"])
 def test_windows_are_the_text_cut_in_pieces(
     where: str, lines: Path, tokenizer: FastTokenizer, monkeypatch: pytest.MonkeyPatch

@@ -18,6 +18,14 @@ OWN_TEXTS = (*_OF_PYTHON, "package-docstrings", "package-descriptions")
 """Texts that are there where Python is."""
 
 
+_NO_TEXTS = {
+    "self": "the calibration",
+    "auto": "the calibration",
+    "calibration": "the texts of a recovery",
+}
+"""Sources that are no texts of their own, and where they have a place."""
+
+
 START_TOKENS = 16
 """Tokens that a text of the model begins with, if it goes on with a given one."""
 
@@ -41,7 +49,7 @@ _CONVERSATION_TOKENS = 200
 class SourceSection(Section):
     """A text, and where its windows start."""
 
-    may_be: ClassVar[tuple[str, ...]] = ()  # self, which the model writes, or auto
+    may_be: ClassVar[tuple[str, ...]] = ()  # self, which the model writes, auto, or calibration
     own_splits: ClassVar[tuple[str, ...]] = ("train", "test")  # of sources without splits
 
     source: Address
@@ -85,8 +93,8 @@ class SourceSection(Section):
 
     def problems(self) -> Iterator[str]:
         """Yield what does not fit the kind of source."""
-        if self.source in {"self", "auto"}.difference(self.may_be):
-            yield f"source {self.source} has a place in the calibration only; name a text"
+        if self.source in _NO_TEXTS.keys() - self.may_be:
+            yield f"source {self.source} has a place in {_NO_TEXTS[self.source]} only; name a text"
         if self.has_own_split and self.split not in self.own_splits:
             splits = " and ".join(self.own_splits)
             yield f"split is {self.split!r}, but {self.source} has {splits} only"
@@ -107,11 +115,19 @@ class TextSection(SourceSection):
     """Tokens in each window"""
 
 
+_SHARE = {"source", "weight"}
+
+
 class StreamedSection(SourceSection):
     """A text of a recovery, read from its beginning as far as the tokens need it."""
 
+    may_be: ClassVar[tuple[str, ...]] = ("calibration",)
     own_splits: ClassVar[tuple[str, ...]] = ("train", "test", "all")
 
+    source: Address
+    """As for other texts; or `calibration`, the windows of the calibration that are not held aside,
+    again and again in another order: so the model's own conversations have a share of the tokens
+    """
     weight: float = Field(1.0, gt=0)
     """Its share of the tokens is its weight over the sum of all weights"""
     split: str = "train"
@@ -124,7 +140,9 @@ class StreamedSection(SourceSection):
     """
 
     def problems(self) -> Iterator[str]:
-        """Yield fields that choose windows."""
+        """Yield fields that choose windows, which are there already or are all taken."""
+        if self.source == "calibration" and self.model_dump(exclude_defaults=True).keys() - _SHARE:
+            yield "the calibration's windows are there already; give source and weight alone"
         if self.stride is not None or self.seed:
             yield "stride and seed choose windows, and this text gives all in turn; remove them"
 

@@ -43,6 +43,8 @@ class TextStream:
     A text with no more than these is shuffled whole. Beside them lies the piece that was tokenized
     last, see `token_pieces`; of a text that is cut into train and test here, all of it.
     """
+    calibration: NDArray[np.int64] | None = None
+    """Windows [num_sequences, sequence_length] of source calibration, once they are there."""
 
     def __post_init__(self) -> None:
         """Refuse fields of a text that cannot be followed, without opening it.
@@ -86,12 +88,15 @@ class TextStream:
         counts = Counter(itertools.islice(self._turns(), num_windows))
         for number, count in sorted(counts.items()):
             needed = count * self._own_tokens(number)
-            if _is_here(self.texts[number][0]):
+            if _is_here(self.texts[number][0]) and not self._is_calibration(number):
                 num_tokens = self._num_tokens(number, needed)
                 if num_tokens < needed:
                     share = f"{count} of {num_windows} windows of {self.sequence_length}"
                     said = f"it has {num_tokens} tokens, but its {share} need {needed}"
                     raise self._ended(number, said)
+
+    def _is_calibration(self, number: int) -> bool:
+        return self.texts[number][0].source == "calibration"
 
     def _beginning(self, number: int) -> list[int]:
         """Return what each window of a text begins with: nothing or the BOS token."""
@@ -137,6 +142,9 @@ class TextStream:
             TextEndedError: one more is wanted after the last.
         """
         generator = np.random.default_rng([self.seed, number])
+        while self._is_calibration(number):
+            assert self.calibration is not None
+            yield from generator.permutation(self.calibration)
         windows = self._packed(number)
         kept = list(itertools.islice(windows, self.buffer))
         count = len(kept)

@@ -128,8 +128,14 @@ def test_a_text_that_ends_ends_the_training(
 
 
 def test_a_run_on_a_text(job: Jobs) -> None:
-    """The windows after a second shot are others than those after the first."""
-    done = job(ON_TEXT | {"pruning__num_shots": 2, "recovery__loss": "kl"})
+    """The windows after a second shot are others than those after the first.
+
+    Some are what the model wrote for the calibration.
+    """
+    written = {"source": "self", "chat": False, "weight": 0.5, "prompt": "a"}
+    texts = [*ON_TEXT["recovery__texts"], {"source": "calibration", "weight": 0.5}]
+    settings = {"calibration__mix": [written], "recovery__texts": texts}
+    done = job(ON_TEXT | settings | {"pruning__num_shots": 2, "recovery__loss": "kl"})
     first, second = done.shots
     assert len(first["recovery_losses"]) == 3
     assert len(second["recovery_losses"]) == 10
@@ -150,6 +156,8 @@ def test_share_of_peak(device: str, share: float | None) -> None:
         ("recovery.texts=[{source: python-docs, split: all}]", "set split to train"),
         ("recovery.texts=[{source: python-docs, max_tokens: 7000}]", "max_tokens: must equal"),
         ("recovery.texts=[{source: python-code, stride: 3}]", "remove them"),
+        ("recovery.texts=[{source: calibration, max_tokens: 9}]", "source and weight alone"),
+        ("calibration.source=calibration", "in the texts of a recovery only"),
         ("recovery.num_tokens=9000000", "recovery.texts.0"),
     ],
 )

@@ -86,7 +86,8 @@ class Recovery(Stage):
             for shot in range(1, run.shot + 1)
         ]
         first = sum(num_steps[:-1]) * self.section.sequences_per_step
-        return StreamBatches(self.section, self.stream, run.cluster, num_steps[-1], first)
+        stream = replace(self.stream, calibration=run.text.tokens)
+        return StreamBatches(self.section, stream, run.cluster, num_steps[-1], first)
 
     def texts_to_remember(self, run: RunState) -> Mapping[str, Text]:
         """Return the calibration text, unless a curvature pass sees it anyway."""
