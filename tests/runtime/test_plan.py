@@ -357,7 +357,7 @@ def test_all_weights_are_counted_with_gradients_masters_and_moments() -> None:
     on_host = Stores("device", "host", "recompute")
     parameters = TWO_BLOCKS / 2
     columns = 2 * (6 * 8192 + 28672)  # bytes that a token keeps of the inputs of a block's linears
-    stepping = 12 * parameters / 2  # of one of two blocks
+    stepping = 4 * parameters / 2  # gradients of one of two blocks
     owned = 12 * parameters / 2 + stepping  # of one of two replicas
     messages = 2 * MESSAGE_BYTES
     for stores, device, host, products in ((RESIDENT, owned, 0, 6), (on_host, 0, owned, 8)):
