@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import functools
 import hashlib
 import json
 import os
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator
-from functools import partial
 from importlib.metadata import Distribution, distributions
 from itertools import zip_longest
 from pathlib import Path, PurePath
@@ -57,13 +57,13 @@ def documents_of(text: SourceSection, where: str) -> Iterator[str]:
     installed: dict[str, Callable[[], Iterator[str]]] = {
         "python-docs": _topics,
         "python-docstrings": _docstrings,
-        "python-code": partial(_code, text.split),
+        "python-code": functools.partial(_code, text.split),
         "package-docstrings": _package_docstrings,
         "package-descriptions": _descriptions,
     }
     read = _file_documents if text.source.endswith(TEXT_SUFFIXES) else _dataset_documents
     try:
-        yield from installed.get(text.source, partial(read, text))()
+        yield from installed.get(text.source, functools.partial(read, text))()
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
 
@@ -85,7 +85,13 @@ def _topics() -> Iterator[str]:
 def _docstrings() -> Iterator[str]:
     """Yield the longer docstrings of the standard library, module by module."""
     for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
-        yield from _docstrings_in(path, of_modules=True)
+        yield from _of_module(path)
+
+
+@functools.cache
+def _of_module(path: Path) -> tuple[str, ...]:
+    """Return the longer docstrings of a module, which several texts of a job read."""
+    return tuple(_docstrings_in(path, of_modules=True))
 
 
 def _docstrings_in(path: Path, *, of_modules: bool) -> Iterator[str]:
