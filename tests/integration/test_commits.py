@@ -119,7 +119,7 @@ def test_a_trial_is_repeated(job: Jobs, dies: list[int]) -> None:
     assert_same(again, whole)
 
 
-@pytest.mark.parametrize("num_shards", [1, 2])
+@pytest.mark.parametrize("num_shards", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_other_shards_go_on(num_shards: int, job: Jobs, dies: list[int]) -> None:
     whole = job(TRAINED | GIVEN | runs.FOUR, folder="whole")
     dies += [6]

@@ -239,8 +239,8 @@ CHOOSES = {"curvature__damping": "auto", "calibration__held_aside": 0.3}
     "settings",
     [
         "pruning.num_shots=2",
-        "pruning.structure=element",
-        "curvature.kind=activations",
+        pytest.param("pruning.structure=element", marks=pytest.mark.slow),
+        pytest.param("curvature.kind=activations", marks=pytest.mark.slow),
         "curvature.kind=extended_kfac",
     ],
 )

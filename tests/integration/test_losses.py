@@ -118,6 +118,7 @@ def on_ray(cluster: Cluster) -> dict[str, Any]:
     return OPTIONS | ON_RAY | {"cluster__address": cluster.address}
 
 
+@pytest.mark.slow
 def test_a_lost_coordinator(on_ray: dict[str, Any], undisturbed: Path, job: Jobs) -> None:
     """Stopped, not killed; a lost worker is in the test after this one, all of them in chaos."""
     assert_survived(job, on_ray, undisturbed, "Coordinator", STOPPED, 3)

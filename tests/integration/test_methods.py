@@ -86,7 +86,13 @@ def test_blocks_that_are_asked_are_ahead(target: float, job: Jobs) -> None:
         assert 0 <= shot["sparsity"] - shot["target_sparsity"] < 0.03
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "method",
+    [
+        pytest.param(name, marks=[] if name in {"greedy", "element", "lora"} else pytest.mark.slow)
+        for name in METHODS
+    ],
+)
 def test_workers_and_resuming(method: str, job: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
     """A run that goes on, on any number of shards, gives the same bits, and replicas the same up to
     the order of sums. What is removed stays removed. The check of replicas can fail: where the

@@ -83,9 +83,8 @@ FEATURES: dict[str, dict[str, Any]] = {
 """What moves between replicas beside the curvature pass."""
 
 
-@pytest.mark.parametrize(
-    "name", ["experts", *(pytest.param(n, marks=pytest.mark.slow) for n in [*FEATURES][1:])]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FEATURES)
 def test_features_in_a_process_that_is_connected(
     name: str, connected: None, cluster: Cluster, job: Jobs
 ) -> None:

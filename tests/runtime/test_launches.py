@@ -152,7 +152,12 @@ def test_planned_counts_are_those_of_a_run(
 
 
 @pytest.mark.parametrize(
-    ("name", "launches", "syncs"), [("dense", 16, 0.0), ("mixture", 200, 0.2), ("whole", 400, 0.6)]
+    ("name", "launches", "syncs"),
+    [
+        ("dense", 16, 0.0),
+        ("mixture", 200, 0.2),
+        pytest.param("whole", 400, 0.6, marks=pytest.mark.slow),
+    ],
 )
 def test_a_block_launches_no_more_for_a_sequence(
     name: str, launches: float, syncs: float, zygote: Zygote
