@@ -12,7 +12,11 @@ many: on SmolLM2 the lowest of 6e-4, 1.2e-3 and 2.4e-3 is best for four steps an
 sixty; on Qwen2.5-Coder-0.5B the last is best for four and diverges later.
 """
 HARMLESS = 1.05
-"""Times the measure at the start, up to which the first steps with a rate do no harm."""
+"""Times the measure at the start, up to which first steps with a rate do no harm to corrections.
+
+To all weights they do none if it does not rise: what is close to the dense model already loses more
+by a high rate than few steps bring back.
+"""
 _WARM_UP = 0.1
 """Of the steps, those in which the rate rises,"""
 _MOST_WARM_UP = 20
@@ -25,6 +29,11 @@ TOLERATED = 1.02
 """Times the best measure so far, up to which a training goes on as it is."""
 GIVEN_UP = 1.5
 """Times the measure at the start, from which a training with a rate given by hand is given up."""
+
+
+def is_harmless(value: float, before: float, *, of_all: bool) -> bool:
+    """Whether the first steps of corrections, or of all weights, have done no harm."""
+    return value <= (1.0 if of_all else HARMLESS) * before
 
 
 def trial_steps(num_steps: int) -> int:

@@ -140,7 +140,7 @@ class Training:
             is_finite = all(map(self._step, range(count)))
             check = self._measured(count, is_finite)
             self.tried[rate] = check.value
-            if check.value <= rates.HARMLESS * self.before:
+            if rates.is_harmless(check.value, self.before, of_all=self.section.rank == "all"):
                 break
         self._note_if_best(check)
         self.done = count
