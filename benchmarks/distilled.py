@@ -113,7 +113,7 @@ def by_us(arguments: argparse.Namespace) -> tuple[JobSpec, dict[str, Any]]:
         },
         "evaluation": [
             {"name": text, "source": text, "num_sequences": 12, "sequence_length": LENGTH}
-            for text in ("python-docs", "python-docstrings", "package-descriptions")
+            for text in ("python-docs", "python-docstrings", "python-code")
         ],
         "cluster": {"backend": "local", "cpus_per_worker": arguments.threads},
         "output": {"uri": str(uri), "exports": ["uniform"]},

@@ -79,6 +79,15 @@ def test_windows_of_the_calibration_come_again_in_another_order(
     assert [window.tolist() for window in islice(stream.windows(7), 13)] == found[7:]
 
 
+def test_no_window_has_text_that_is_held_aside(lines: Path, tokenizer: FastTokenizer) -> None:
+    """Windows of 64 tokens, one from the middle of one into the next, and one of another text."""
+    tokens = whole(tokenizer)
+    windows = cut(tokens, 64)
+    held = np.array([tokens[5 * 64 + 32 : 6 * 64 + 32], list(range(64))])
+    stream = TextStream(streamed(lines), 64, tokenizer, 0, buffer=1, held=held)
+    assert drained(stream) == windows[:5] + windows[7:]
+
+
 @pytest.mark.parametrize("where", ["jsonl", "parquet", "txt", "memory", "hub", "saved"])
 def test_windows_are_the_text_cut_in_pieces(
     where: str, lines: Path, tokenizer: FastTokenizer, monkeypatch: pytest.MonkeyPatch
@@ -300,7 +309,7 @@ def test_code_is_streamed_whole(
         ({"seed": 4}, "stride and seed choose windows.*; remove them"),
         ({"weight": 0}, "greater than 0"),
         ({"split": "dev"}, "split is 'dev', but python-docs has train and test and all only"),
-        ({"source": "self"}, "source self has a place in the calibration only"),
+        ({"source": "self"}, "source self has no place here"),
     ],
 )
 def test_fields_that_are_refused(fields: dict[str, object], said: str) -> None:

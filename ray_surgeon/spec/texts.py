@@ -18,12 +18,8 @@ OWN_TEXTS = (*_OF_PYTHON, "package-docstrings", "package-descriptions")
 """Texts that are there where Python is."""
 
 
-_NO_TEXTS = {
-    "self": "the calibration",
-    "auto": "the calibration",
-    "calibration": "the texts of a recovery",
-}
-"""Sources that are no texts of their own, and where they have a place."""
+_NO_TEXTS = {"self", "auto", "calibration"}
+"""Sources that have a place in some sections only."""
 
 
 START_TOKENS = 16
@@ -93,8 +89,8 @@ class SourceSection(Section):
 
     def problems(self) -> Iterator[str]:
         """Yield what does not fit the kind of source."""
-        if self.source in _NO_TEXTS.keys() - self.may_be:
-            yield f"source {self.source} has a place in {_NO_TEXTS[self.source]} only; name a text"
+        if self.source in _NO_TEXTS.difference(self.may_be):
+            yield f"source {self.source} has no place here; name a text"
         if self.has_own_split and self.split not in self.own_splits:
             splits = " and ".join(self.own_splits)
             yield f"split is {self.split!r}, but {self.source} has {splits} only"
@@ -113,9 +109,6 @@ class TextSection(SourceSection):
     """Number of windows"""
     sequence_length: int = Field(gt=1)
     """Tokens in each window"""
-
-
-_SHARE = {"source", "weight"}
 
 
 class StreamedSection(SourceSection):
@@ -141,7 +134,8 @@ class StreamedSection(SourceSection):
 
     def problems(self) -> Iterator[str]:
         """Yield fields that choose windows, which are there already or are all taken."""
-        if self.source == "calibration" and self.model_dump(exclude_defaults=True).keys() - _SHARE:
+        further = self.model_dump(exclude_defaults=True).keys() - {"source", "weight"}
+        if self.source == "calibration" and further:
             yield "the calibration's windows are there already; give source and weight alone"
         if self.stride is not None or self.seed:
             yield "stride and seed choose windows, and this text gives all in turn; remove them"

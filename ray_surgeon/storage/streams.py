@@ -6,6 +6,7 @@ Its windows are shuffled in a buffer of its own, and the texts take turns by the
 
 from __future__ import annotations
 
+import functools
 import itertools
 import os
 from collections import Counter
@@ -19,6 +20,9 @@ from numpy.typing import NDArray
 from ray_surgeon.spec.texts import OWN_TEXTS, TEXT_SUFFIXES, StreamedSection
 from ray_surgeon.storage import documents, files
 from ray_surgeon.storage.texts import part_of_split, token_pieces, token_stream, window_beginning
+
+_RUN = 32
+"""Tokens; fewer in a row are the same in texts that have nothing to do with each other."""
 
 
 class TextEndedError(ValueError):
@@ -45,6 +49,8 @@ class TextStream:
     """
     calibration: NDArray[np.int64] | None = None
     """Windows [num_sequences, sequence_length] of source calibration, once they are there."""
+    held: NDArray[np.int64] | None = None
+    """Windows [num_held, any length] held aside: no window of a text shares a run with them."""
 
     def __post_init__(self) -> None:
         """Refuse fields of a text that cannot be followed, without opening it.
@@ -145,7 +151,7 @@ class TextStream:
         while self._is_calibration(number):
             assert self.calibration is not None
             yield from generator.permutation(self.calibration)
-        windows = self._packed(number)
+        windows = filter(self._is_free, self._packed(number))
         kept = list(itertools.islice(windows, self.buffer))
         count = len(kept)
         for window in windows:
@@ -156,6 +162,17 @@ class TextStream:
         yield from (kept[place] for place in generator.permutation(len(kept)))
         num_tokens = count * self._own_tokens(number)
         raise self._ended(number, f"it ended after {num_tokens} tokens, {count} windows")
+
+    def _is_free(self, window: NDArray[np.int64]) -> bool:
+        """Whether no `_RUN` tokens from a multiple of it on are in the windows held aside."""
+        starts = range(0, len(window) - _RUN + 1, _RUN)
+        return self._runs_held.isdisjoint(window[i : i + _RUN].tobytes() for i in starts)
+
+    @functools.cached_property
+    def _runs_held(self) -> frozenset[bytes]:
+        held = np.zeros((0, 0), dtype=np.int64) if self.held is None else self.held
+        places = range(held.shape[1] - _RUN + 1)
+        return frozenset(own[i : i + _RUN].tobytes() for own in held for i in places)
 
     def _packed(self, number: int) -> Iterator[NDArray[np.int64]]:
         """Yield the windows of a text in order; tokens at its end that fill none are left out."""

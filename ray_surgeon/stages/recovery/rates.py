@@ -31,11 +31,6 @@ GIVEN_UP = 1.5
 """Times the measure at the start, from which a training with a rate given by hand is given up."""
 
 
-def is_harmless(value: float, before: float, *, of_all: bool) -> bool:
-    """Whether the first steps of corrections, or of all weights, have done no harm."""
-    return value <= (1.0 if of_all else HARMLESS) * before
-
-
 def trial_steps(num_steps: int) -> int:
     """Return how many steps of a training are made with each learning rate that is tried."""
     return min(num_steps, max(3, min(_MOST_WARM_UP, num_steps // 15)))

@@ -86,7 +86,8 @@ class Recovery(Stage):
             for shot in range(1, run.shot + 1)
         ]
         first = sum(num_steps[:-1]) * self.section.sequences_per_step
-        stream = replace(self.stream, calibration=run.text.tokens)
+        # the checks are of text that is not trained on
+        stream = replace(self.stream, calibration=run.text.tokens, held=run.text.held)
         return StreamBatches(self.section, stream, run.cluster, num_steps[-1], first)
 
     def texts_to_remember(self, run: RunState) -> Mapping[str, Text]:

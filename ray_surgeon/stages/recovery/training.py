@@ -140,7 +140,7 @@ class Training:
             is_finite = all(map(self._step, range(count)))
             check = self._measured(count, is_finite)
             self.tried[rate] = check.value
-            if rates.is_harmless(check.value, self.before, of_all=self.section.rank == "all"):
+            if check.value <= self.before * (1 if self.section.rank == "all" else rates.HARMLESS):
                 break
         self._note_if_best(check)
         self.done = count
