@@ -115,15 +115,12 @@ class Recovery(Stage):
 
 
 def share_of_peak(plan: Mapping[str, Any], dtype: str, per_s: float) -> float | None:
-    """Return the operations of a training as a share of those that its GPUs are sold with.
+    """Return the operations of a training as a share of those that GPUs are sold with.
 
     Args:
-        plan: of the run, as its report has it.
+        plan: of the run, as its report has it; on CPUs the share is None.
         dtype: of the weights.
         per_s: trainings per second, a small part of one.
-
-    Returns:
-        None on CPUs.
     """
     peak = DEVICES[plan["device"]].peak_flops.get(dtype)
     # a replica's operations, with its share of the tokens, are those of as many workers as shards
