@@ -94,15 +94,12 @@ class TextStream:
         counts = Counter(itertools.islice(self._turns(), num_windows))
         for number, count in sorted(counts.items()):
             needed = count * self._own_tokens(number)
-            if _is_here(self.texts[number][0]) and not self._is_calibration(number):
+            if _is_here(self.texts[number][0].source):
                 num_tokens = self._num_tokens(number, needed)
                 if num_tokens < needed:
                     share = f"{count} of {num_windows} windows of {self.sequence_length}"
                     said = f"it has {num_tokens} tokens, but its {share} need {needed}"
                     raise self._ended(number, said)
-
-    def _is_calibration(self, number: int) -> bool:
-        return self.texts[number][0].source == "calibration"
 
     def _beginning(self, number: int) -> list[int]:
         """Return what each window of a text begins with: nothing or the BOS token."""
@@ -148,7 +145,7 @@ class TextStream:
             TextEndedError: one more is wanted after the last.
         """
         generator = np.random.default_rng([self.seed, number])
-        while self._is_calibration(number):
+        while self.texts[number][0].source == "calibration":
             assert self.calibration is not None
             yield from generator.permutation(self.calibration)
         windows = filter(self._is_free, self._packed(number))
@@ -170,9 +167,9 @@ class TextStream:
 
     @functools.cached_property
     def _runs_held(self) -> frozenset[bytes]:
-        held = np.zeros((0, 0), dtype=np.int64) if self.held is None else self.held
-        places = range(held.shape[1] - _RUN + 1)
-        return frozenset(own[i : i + _RUN].tobytes() for own in held for i in places)
+        held = () if self.held is None else self.held
+        places = ((own, i) for own in held for i in range(len(own) - _RUN + 1))
+        return frozenset(own[i : i + _RUN].tobytes() for own, i in places)
 
     def _packed(self, number: int) -> Iterator[NDArray[np.int64]]:
         """Yield the windows of a text in order; tokens at its end that fill none are left out."""
@@ -198,8 +195,8 @@ class TextStream:
         return TextEndedError(f"{where} ({text.source}): {said}; {remedy}")
 
 
-def _is_here(text: StreamedSection) -> bool:
-    """Whether a text can be read without a network."""
-    if text.source.endswith(TEXT_SUFFIXES):
-        return files.is_local(text.source)
-    return text.source in OWN_TEXTS or os.path.exists(text.source)
+def _is_here(source: str) -> bool:
+    """Whether a text can be read, if it is one, without a network."""
+    if source.endswith(TEXT_SUFFIXES):
+        return files.is_local(source)
+    return source in OWN_TEXTS or (source != "calibration" and os.path.exists(source))

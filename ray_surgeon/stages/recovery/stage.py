@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -47,10 +48,9 @@ class Recovery(Stage):
 
         def tell(check: Check) -> None:
             pace = (check.tokens_per_s or 0.0) / self.section.num_tokens
-            share = share_of_peak(run.report.plan, run.model.dtype, pace)
-            named = {"held_aside": check.value, "value": None, "share_of_peak": share or None}
-            named["rate"] = trained.rate
-            run.steps.tell(CHECK, vars(check) | named)
+            share = share_of_peak(run.report.plan, run.model.dtype, pace) or None
+            named = {"held_aside": check.value, "value": None, "rate": trained.rate}
+            run.steps.tell(CHECK, vars(check) | named | {"share_of_peak": share})
             so_far = replace(trained, held=[*trained.held, check]).as_record()
             run.kept(LivePage).draw(run.report.as_record() | {"present": so_far}, final=False)
 
@@ -114,18 +114,17 @@ class Recovery(Stage):
         return worker.remembered(tokens * self.sees_calibration)
 
 
-def share_of_peak(plan: Mapping[str, Any], dtype: str, per_s: float) -> float | None:
+def share_of_peak(plan: Mapping[str, Any], dtype: str, per_s: float) -> float:
     """Return the operations of a training as a share of those that GPUs are sold with.
 
     Args:
-        plan: of the run, as its report has it; on CPUs the share is None.
+        plan: of the run, as its report has it; on CPUs the share is 0.
         dtype: of the weights.
         per_s: trainings per second, a small part of one.
     """
-    peak = DEVICES[plan["device"]].peak_flops.get(dtype)
+    peak = DEVICES[plan["device"]].peak_flops.get(dtype, math.inf)
     # a replica's operations, with its share of the tokens, are those of as many workers as shards
-    operations: float = plan["flops"][Recovery.name]
-    return operations * per_s / len(plan["disk_bytes"]) / peak if peak else None
+    return float(plan["flops"][Recovery.name] / len(plan["disk_bytes"]) * per_s / peak)
 
 
 def stream_of(
