@@ -16,6 +16,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +28,9 @@ from transformers import PreTrainedModel
 import ray_surgeon
 from benchmarks.peers import load, measure, states
 from ray_surgeon.run.arguments import towards
-from ray_surgeon.run.inputs import check
+from ray_surgeon.run.inputs import Inputs, check
 from ray_surgeon.spec.job import JobSpec
-from ray_surgeon.stages.recovery.section import RecoverySection
-from ray_surgeon.storage.streams import TextStream
+from ray_surgeon.stages.recovery.stage import stream_of
 from ray_surgeon.storage.texts import load_tokenizer
 
 TEXTS = [
@@ -129,14 +129,15 @@ def by_us(arguments: argparse.Namespace) -> tuple[JobSpec, dict[str, Any]]:
     return spec, json.loads(written.read_text())
 
 
-def windows_of(spec: JobSpec, folder: Path) -> NDArray[np.int64]:
+def windows_of(spec: JobSpec, inputs: Inputs, folder: Path) -> NDArray[np.int64]:
     """Return the windows [num_sequences, LENGTH] on which the job trains."""
     section = spec.recovery
-    assert isinstance(section, RecoverySection)
-    texts = [(text, f"recovery.texts.{i}") for i, text in enumerate(section.texts)]
-    stream = TextStream(texts, LENGTH, load_tokenizer(folder, str(folder)), section.seed)
+    assert section is not None
+    stream = stream_of(section, 1, LENGTH, load_tokenizer(folder, str(folder)))
+    assert stream is not None
     count = section.num_steps(1, 1, LENGTH) * PER_STEP
-    return np.stack(list(itertools.islice(stream.windows(), count)))
+    windows = replace(stream, held=inputs.text.held).windows()
+    return np.stack(list(itertools.islice(windows, count)))
 
 
 def by_trl(arguments: argparse.Namespace, windows: Path, rate: float) -> tuple[Path, float]:
@@ -191,13 +192,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     torch.set_num_threads(arguments.threads)
     spec, report = by_us(arguments)
     windows = arguments.folder / "windows.npy"
-    np.save(windows, windows_of(spec, arguments.export))
+    inputs = check(spec, resume=True, dry_run=True)
+    np.save(windows, windows_of(spec, inputs, arguments.export))
     ours = arguments.folder / "ours/export/uniform"
     models: list[tuple[str, Path, float | None]] = [("pruned", arguments.export, None)]
     models.append(("ours", ours, report["shots"][-1]["seconds"]["recovery"]))
     for rate in arguments.rates:
         models.append((f"TRL, {rate:g}", *by_trl(arguments, windows, rate)))
-    inputs = check(spec, resume=True, dry_run=True)
     dense = states(loaded(arguments.teacher), inputs, inputs.texts)
     rows = list[dict[str, Any]]()
     for name, folder, seconds in models:

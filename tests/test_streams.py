@@ -309,7 +309,7 @@ def test_code_is_streamed_whole(
         ({"seed": 4}, "stride and seed choose windows.*; remove them"),
         ({"weight": 0}, "greater than 0"),
         ({"split": "dev"}, "split is 'dev', but python-docs has train and test and all only"),
-        ({"source": "self"}, "source self has no place here"),
+        ({"source": "self"}, "source self has a place in the calibration only"),
     ],
 )
 def test_fields_that_are_refused(fields: dict[str, object], said: str) -> None:

@@ -198,10 +198,10 @@ def reconstruct(
     limit = BEND * mean
     adam = _Adam(layer.weights, dtype, learning_rate)
     num_steps = max(1, int(num_epochs * (len(inputs) // size)))
+    rise = max(1, round(WARM_UP * num_steps))
     for number, batch in enumerate(_steps(len(inputs), size, num_steps, generator, inputs.device)):
         slope_of = partial(_slope, outputs[batch], mean)
         gradients = replace(layer, weights=tuple(adam.weights)).gradients(inputs[batch], slope_of)
-        rise = max(1, round(WARM_UP * num_steps))
         adam.step(gradients, rate_factor(number, num_steps, rise))
     trained = replace(layer, weights=adam.result())
     measured = own if held is None else held

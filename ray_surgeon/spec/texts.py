@@ -18,8 +18,8 @@ OWN_TEXTS = (*_OF_PYTHON, "package-docstrings", "package-descriptions")
 """Texts that are there where Python is."""
 
 
-_NO_TEXTS = {"self", "auto", "calibration"}
-"""Sources that have a place in some sections only."""
+_PLACES = dict.fromkeys(("self", "auto"), "the calibration") | {"calibration": "a recovery"}
+"""Sources that are no texts of their own -> where they have a place."""
 
 
 START_TOKENS = 16
@@ -89,8 +89,8 @@ class SourceSection(Section):
 
     def problems(self) -> Iterator[str]:
         """Yield what does not fit the kind of source."""
-        if self.source in _NO_TEXTS.difference(self.may_be):
-            yield f"source {self.source} has no place here; name a text"
+        if self.source in _PLACES.keys() - self.may_be:
+            yield f"source {self.source} has a place in {_PLACES[self.source]} only; name a text"
         if self.has_own_split and self.split not in self.own_splits:
             splits = " and ".join(self.own_splits)
             yield f"split is {self.split!r}, but {self.source} has {splits} only"

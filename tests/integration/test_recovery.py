@@ -157,7 +157,7 @@ def test_share_of_peak(device: str, share: float) -> None:
         ("recovery.texts=[{source: python-docs, max_tokens: 7000}]", "max_tokens: must equal"),
         ("recovery.texts=[{source: python-code, stride: 3}]", "remove them"),
         ("recovery.texts=[{source: calibration, max_tokens: 9}]", "source and weight alone"),
-        ("calibration.source=calibration", "has no place here; name a text"),
+        ("calibration.source=calibration", "has a place in a recovery only; name a text"),
         ("recovery.num_tokens=9000000", "recovery.texts.0"),
     ],
 )
