@@ -30,6 +30,7 @@ from benchmarks.peers import load, measure, states
 from ray_surgeon.run.arguments import towards
 from ray_surgeon.run.inputs import Inputs, check
 from ray_surgeon.spec.job import JobSpec
+from ray_surgeon.spec.targets import NO_PRUNING
 from ray_surgeon.stages.recovery.stage import stream_of
 from ray_surgeon.storage.texts import load_tokenizer
 
@@ -133,9 +134,9 @@ def windows_of(spec: JobSpec, inputs: Inputs, folder: Path) -> NDArray[np.int64]
     """Return the windows [num_sequences, LENGTH] on which the job trains."""
     section = spec.recovery
     assert section is not None
-    stream = stream_of(section, 1, LENGTH, load_tokenizer(folder, str(folder)))
+    stream = stream_of(section, NO_PRUNING, LENGTH, load_tokenizer(folder, str(folder)))
     assert stream is not None
-    count = section.num_steps(1, 1, LENGTH) * PER_STEP
+    count = section.num_steps(LENGTH) * PER_STEP
     windows = replace(stream, held=inputs.text.held).windows()
     return np.stack(list(itertools.islice(windows, count)))
 

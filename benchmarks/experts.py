@@ -197,7 +197,7 @@ class Point:
             method.budget,
             method.fewest,
             method.consumers,
-            self.method,
+            peer=self.method,
         )
         return replace(inputs, method=peer)
 

@@ -23,9 +23,10 @@ from ray_surgeon.maths.threshold import OutOfReachError
 from ray_surgeon.models.checkpoint import BadWeightsError
 from ray_surgeon.plan.plan import DoesNotFitError, plan_table
 from ray_surgeon.plan.room import DEVICES, Device, Room, named_device, resources_here
-from ray_surgeon.report.directory import TakenOverError
+from ray_surgeon.report.directory import RunDirectory, TakenOverError
 from ray_surgeon.report.display import Display, new_console, shots_table, summary_lines
 from ray_surgeon.report.display import main as compare
+from ray_surgeon.report.html_report import LivePage
 from ray_surgeon.run.arguments import document_of, towards
 from ray_surgeon.run.inputs import Inputs, check
 from ray_surgeon.run.reading import as_input_error
@@ -204,10 +205,38 @@ def _show(result: PruneResult, console: Console) -> None:
     console.print(f"report: {page}, with report.json and plots beside it", soft_wrap=True)
 
 
+def _export_more(argv: Sequence[str]) -> int:
+    """Write further exports of a finished run beside those that it has; return the exit code."""
+    prog = "ray-surgeon export"
+    parser = argparse.ArgumentParser(prog, description="Write further exports of a finished run.")
+    parser.add_argument("run", help="run directory, on any fsspec URI")
+    parser.add_argument("--exports", required=True, help="kinds, as uniform,gguf")
+    parser.add_argument("--size", type=float, help="of pruning.sizes; all of them if not given")
+    arguments, rest = parser.parse_known_args(argv)
+    directory = RunDirectory(arguments.run)
+    try:
+        with as_input_error(f"{arguments.run} holds no finished run"):
+            before = directory.report()
+    except ValueError as error:
+        return _end(error, "")
+    output: dict[str, Any] = {"exports": arguments.exports.split(","), "quantize": None}
+    output["sizes"] = None if arguments.size is None else [arguments.size]
+    changes = [f"--set=output.{name}={json.dumps(value)}" for name, value in output.items()]
+    try:
+        return main([directory.path("spec.yaml"), "--resume", *changes, *rest], prog)
+    finally:  # the report of the whole run, with what there is now
+        now = directory.report()
+        places = {export["uri"] for export in now["exports"]}
+        kept = [export for export in before["exports"] if export["uri"] not in places]
+        directory.write_report(now | {"spec": before["spec"], "exports": kept + now["exports"]})
+        LivePage(directory).draw(directory.report(), final=True)
+
+
 _COMMANDS = {
     "prune": ("prune a model as a job spec says", []),
     "recover": ("train a pruned model towards another one", []),
     "plan": ("check a job spec and print what it will need", ["--dry-run"]),
+    "export": ("write further exports of a finished run", []),
     "report": ("compare finished runs", []),
     "schema": ("print the JSON Schema of the job spec", ["--schema"]),
 }
@@ -225,6 +254,8 @@ def cli(argv: Sequence[str] | None = None) -> int:
     known, rest = parser.parse_known_args(argv)
     if known.command == "report":
         return compare(rest)
+    if known.command == "export":
+        return _export_more(rest)
     return main([*rest, *_COMMANDS[known.command][1]], f"ray-surgeon {known.command}")
 
 

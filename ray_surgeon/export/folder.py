@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, 
 
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.models.loss import perplexity_of
+from ray_surgeon.models.pruned_config import blocks_left
 from ray_surgeon.plan.room import available_bytes
 from ray_surgeon.runtime import fresh_process
 from ray_surgeon.runtime.cluster import Cluster
@@ -40,10 +41,8 @@ _NUM_PROMPT_TOKENS = 8
 _NUM_NEW_TOKENS = 6
 
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.15, "float16": 0.03}
-"""dtype -> tolerated error of the logits of half of the tokens.
-
-The error of a token is the norm of the difference over that of the logits' deviations from their
-mean.
+"""dtype -> tolerated error of half of the tokens: the norm of the logits' difference over that of
+their deviations from their mean.
 """
 _WRITTEN = ("*.index.json", "model*.safetensors", "masks*.safetensors")
 """Names of the files of weights and masks."""
@@ -61,15 +60,26 @@ class Pruned:
     calibration: NDArray[np.int64]
     texts: Mapping[str, NDArray[np.int64]]  # name -> [num_windows, T] tokens to evaluate on
 
+    @property
+    def rows_kept(self) -> dict[str, int]:
+        """Linear -> rows of which something is left."""
+        return {linear["name"]: linear["rows_kept"] for linear in self.facts["last"]["linears"]}
 
-def write_weights(cluster: Cluster, uri: str, kind: str = "", left_out: Sequence[str] = ()) -> int:
-    """Have every shard write its files, and an index if there are several, in the place of others.
+    @property
+    def blocks(self) -> list[int]:
+        """Numbers of the blocks of which something is left."""
+        return blocks_left(self.layout, self.rows_kept)
 
-    Returns the bytes of all weights.
+
+def write_weights(
+    cluster: Cluster, uri: str, blocks: Sequence[int], kind: str = "", left_out: Sequence[str] = ()
+) -> int:
+    """Have every shard write its files and an index in the place of others; return their bytes.
 
     Args:
         cluster: with the pruned weights.
         uri: folder.
+        blocks: numbers of those that are left.
         kind: of an export. In one that is masked the shapes stay those of the dense model, with the
             masks in files beside; one that is per_block has the names that tensors have here.
         left_out: see `save_weights`.
@@ -79,8 +89,9 @@ def write_weights(cluster: Cluster, uri: str, kind: str = "", left_out: Sequence
     numbers = cluster.run_all(num_files, kind == "masked")
     of_weights = _names("model", [n for n, _ in numbers])
     of_masks = _names("masks", [n for _, n in numbers])
+    about = (left_out, kind != "per_block", blocks)
     futures = [
-        cluster.submit(index, save_weights, uri, names, masks, left_out, kind != "per_block")
+        cluster.submit(index, save_weights, uri, names, masks, *about)
         for index, names, masks in zip(cluster.placement.workers, of_weights, of_masks, strict=True)
     ]
     written = [file for of_worker in cluster.get(futures) for file in of_worker]

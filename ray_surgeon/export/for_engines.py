@@ -17,7 +17,7 @@ from ray_surgeon.maths.masks import StructuredMask
 from ray_surgeon.models.build import num_inputs
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.models.llama_cpp import architecture_of
-from ray_surgeon.models.pruned_config import BlockWidths, kv_heads_left
+from ray_surgeon.models.pruned_config import BlockWidths, kv_heads_left, shallower
 from ray_surgeon.runtime.passes import BlockPass
 from ray_surgeon.runtime.worker import Worker
 from ray_surgeon.spec.sections import GgufKind, QuantizeSection
@@ -33,6 +33,7 @@ class Shrinking:
     multiple: int  # feed-forward widths are multiples of this in the end
     tensor_parallel: int  # devices over which engines will split heads and channels
     uniform: bool  # whether all blocks have the same widths, which a plain class must hold
+    layers: tuple[str, ...] = ()  # kinds of layers that may go whole
 
     def channels(self, layout: ModelLayout) -> list[int]:
         """Return the widths that a feed-forward layer may have, in ascending order."""
@@ -44,7 +45,7 @@ class Shrinking:
         return self._left("attention", layout.heads.num_kv, possible)
 
     def _left(self, kind: str, whole: int, possible: Iterable[int]) -> list[int]:
-        least = self.fewest.get(kind, whole)
+        least = 0 if f"{kind}_layers" in self.layers else self.fewest.get(kind, whole)
         return sorted({*(n for n in possible if n >= least), whole})
 
 
@@ -56,8 +57,11 @@ def check_gguf(layout: ModelLayout, shrinking: Shrinking) -> None:
     """
     if importlib.util.find_spec("gguf") is None:
         raise ValueError("output.exports: gguf needs `pip install 'ray-surgeon[gguf]'`")
+    if "blocks" in shrinking.layers and layout.config.model_type == "gemma3_text":
+        problem = "llama.cpp reads every sixth block of a Gemma 3 as one that attends to everything"
+        raise ValueError(f"output.exports: gguf: {problem}, so none can go; export uniform")
     heads = shrinking.kv_heads(layout)[0]
-    channels = shrinking.fewest.get("ffn", layout.num_channels)
+    channels = shrinking.channels(layout)[0]
     widths = [BlockWidths(channels, heads), BlockWidths(channels + 1, heads)]
     architecture_of(layout, widths[:1] if shrinking.uniform else widths)
 
@@ -124,14 +128,14 @@ def export_gguf(
     """
     model = pruned.model
     weights = files.join(uri, "weights")
-    document = folder.dense_document(model)
+    document = shallower(pruned.layout, folder.dense_document(model), pruned.blocks)
     pairs = [[width.num_channels, width.num_kv_heads] for width in widths]
     name = model.source.rstrip("/").rpartition("/")[2].removesuffix(".gguf") + "-pruned"
     request: dict[str, Any] = {"folder": weights, "document": document, "widths": pairs}
     request |= {"name": name, "target": uri}
     files.remove_folder(uri)  # of a try that was interrupted
     try:
-        folder.write_weights(pruned.cluster, weights)
+        folder.write_weights(pruned.cluster, weights, pruned.blocks)
         folder.copy_small_files(model, weights)
         files.write_json(files.join(weights, "config.json"), document)
         written = [folder.run_for(uri, "gguf_file", request | {"kind": kind}) for kind in kinds]
@@ -168,6 +172,8 @@ class Rounding(BlockPass):
         num_columns = num_inputs(worker.shard.linears[name])
         rows = mask.rows.to(W.device).nonzero()[:, 0]
         columns = mask.columns[:num_columns].to(W.device).nonzero()[:, 0]
+        if not (len(rows) and len(columns)):
+            return  # in a layer that is gone
         U, _ = upper_inverse(A[columns][:, columns], _DAMPING, _MAX_DAMPING, name)
         kept = W[rows][:, columns]
         W[rows[:, None], columns], scales = round_columns(kept, U, self.group_size, NUM_BITS)
@@ -175,11 +181,16 @@ class Rounding(BlockPass):
         worker.keeping(_Scales)[name] = scales.cpu()
 
 
-def write_scales(worker: Worker, target: str) -> None:
-    """Write the scales of the linears that a worker owns into a file, if it owns some."""
+def write_scales(worker: Worker, target: str, blocks: Sequence[int]) -> None:
+    """Write the scales of the linears that a worker owns into a file, if it owns some.
+
+    `blocks` are those that are left, by which names are numbered anew.
+    """
     if worker.has(_Scales):
         name = f"{worker.index.shard}-{worker.index.replica}.safetensors"
-        tensor_files.write(files.join(target, name), worker.drop(_Scales))
+        own = worker.drop(_Scales).items()
+        scales = {worker.layout.renumbered(linear, blocks): scale for linear, scale in own}
+        tensor_files.write(files.join(target, name), scales)
 
 
 def export_quantised(
@@ -215,8 +226,8 @@ def export_quantised(
     try:
         if section.scheme == "w4a16":
             Rounding(size).pass_all(pruned.cluster, pruned.calibration)
-            folder.write_weights(pruned.cluster, rounded)
-            pruned.cluster.run_all(write_scales, scales)
+            folder.write_weights(pruned.cluster, rounded, pruned.blocks)
+            pruned.cluster.run_all(write_scales, scales, pruned.blocks)
             request["source"] = rounded
         copy = folder.run_for(target, "quantized", request)
         texts = {name: tokens.tolist() for name, tokens in pruned.texts.items()}

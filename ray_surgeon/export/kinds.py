@@ -61,18 +61,18 @@ def export(
         RuntimeError: the fresh process cannot load it, or computes something else.
     """
     layout = pruned.layout
-    rows_kept = {linear["name"]: linear["rows_kept"] for linear in pruned.facts["last"]["linears"]}
-    widths = [] if kind == "masked" else pruned_config.block_widths(layout, rows_kept)
+    is_masked = kind == "masked"
+    widths = [] if is_masked else pruned_config.block_widths(layout, pruned.rows_kept)
+    blocks = list(range(layout.num_blocks)) if is_masked else pruned.blocks
     if kind == "gguf":
         return export_gguf(pruned, uri, widths, output.gguf or ("bf16",))
     dense = folder.dense_document(pruned.model)
     has_code = kind == "per_block"
     narrowed = pruned_config.per_block_document if has_code else pruned_config.uniform_document
-    document = narrowed(layout, dense, widths) if widths else dense
-    without_heads = [block for block, width in enumerate(widths) if not width.num_kv_heads]
-    prefixes = [f"{layout.family.block_prefix(block)}self_attn" for block in without_heads]
-    left_out = [f"{prefix}.{norm}.weight" for prefix in prefixes for norm in ("q_norm", "k_norm")]
-    size = folder.write_weights(pruned.cluster, uri, kind, left_out)
+    whole = pruned_config.shallower(layout, dense, blocks)
+    document = narrowed(layout, whole, widths) if widths else dense
+    left_out = pruned_config.left_out(layout, dict(zip(blocks, widths, strict=False)))
+    size = folder.write_weights(pruned.cluster, uri, blocks, kind, left_out)
     is_of_family = document["model_type"] == dense["model_type"]
     folder.copy_small_files(pruned.model, uri, another_type=not is_of_family)
     files.write_json(files.join(uri, "config.json"), for_older_readers(document))
@@ -85,6 +85,8 @@ def export(
     entry["reload_max_logit_difference"] = folder.reload_difference(pruned, uri)
     if widths:
         entry["widths"] = [[width.num_channels, width.num_kv_heads] for width in widths]
+    if len(blocks) < layout.num_blocks:
+        entry["blocks"] = blocks
     if layout.num_experts and widths:
         entry["experts"] = [list(width.experts) for width in widths]
     if output.speed is not None and widths:

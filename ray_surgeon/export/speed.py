@@ -30,6 +30,7 @@ from ray_surgeon.memory.transfers import backend
 from ray_surgeon.models.budgets import Budget
 from ray_surgeon.models.build import cache_argument
 from ray_surgeon.models.families import family_of
+from ray_surgeon.models.layers import LAYER_KINDS, layers_of
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.models.pruned_config import BlockWidths, per_block_document
 from ray_surgeon.runtime.cluster import Cluster
@@ -89,7 +90,7 @@ def latency_budget(
     widths = [[number, heads[-1]] for number in channels]
     widths += [[channels[-1], number] for number in heads[:-1]]
     options = target.model_dump(mode="json", exclude={"latency_s"})
-    options |= {"dtype": dense.model.dtype} | asdict(shrinking)
+    options |= {"dtype": dense.model.dtype, **asdict(shrinking), "layers": [*shrinking.layers]}
     about = {"options": options, "widths": widths}
     kept: Record = files.read_json(uri) if files.exists(uri) else {}
     if not about.items() <= kept.items():
@@ -101,7 +102,11 @@ def latency_budget(
     of_heads = [seconds - whole for seconds in (*kept["seconds"][len(channels) :], whole)]
     by_left = {"ffn": _table(channels, of_channels), "attention": _table(heads, of_heads)}
     num_blocks = dict.fromkeys(by_left, layout.num_blocks)
-    return Budget("latency_s", kept["rest_seconds"], by_left, num_blocks)
+    parts = {"blocks": whole}
+    for kind, name in (("ffn_layers", "ffn"), ("attention_layers", "attention")):
+        parts[kind] = by_left[name][-1] - by_left[name][0]
+    of_layers = {layer.key: parts[layer.kind] for layer in layers_of(layout, LAYER_KINDS)}
+    return Budget("latency_s", kept["rest_seconds"], by_left, num_blocks, of_layers=of_layers)
 
 
 def _measured(dense: folders.Pruned, request: Record) -> Record:

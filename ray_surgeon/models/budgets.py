@@ -6,11 +6,13 @@ Additive ones are arithmetic on shapes. Latency is a table of measurements, see 
 from __future__ import annotations
 
 import itertools
+import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from ray_surgeon.models.groups import GroupSet
+from ray_surgeon.models.layers import LAYER_KINDS, Layer, LayerKey, layers_of
 from ray_surgeon.models.layout import ModelLayout, Wholes
 from ray_surgeon.models.pruned_config import kv_heads_left
 
@@ -26,6 +28,8 @@ class Budget:
     # kind of groups -> linears that read them in the whole model
     num_consumers: Mapping[str, int]
     wholes: Wholes = field(default_factory=dict)  # see `ModelLayout.wholes`
+    # kind and block of each layer -> what the dense model saves without it
+    of_layers: Mapping[LayerKey, float] = field(default_factory=dict)
 
     def of(self, left: Iterable[tuple[str, int]]) -> float:
         """Return the need of a model.
@@ -61,6 +65,24 @@ class Budget:
             left += [(kind, number)] * (self.num_consumers[kind] - gone[kind])
         return self.of(left)
 
+    def saved_without(self, removed: Collection[LayerKey]) -> float:
+        """Return what the dense model saves without some layers; those of one block count once."""
+        inside = (layer for layer in removed if layer[0] != "blocks")
+        whole = [layer for layer in removed if layer[0] == "blocks"]
+        blocks = {block for _, block in whole}
+        return sum(
+            self.of_layers[layer]
+            for layer in (*whole, *(layer for layer in inside if layer[1] not in blocks))
+        )
+
+    def most_saved(self, kinds: Collection[str], number: int | None) -> float:
+        """Return the most that is saved without so many layers; None: all but one of each kind."""
+        of_kind = {kind: [s for (k, _), s in self.of_layers.items() if k == kind] for kind in kinds}
+        if number is None:
+            return sum(sum(savings) - min(savings) for savings in of_kind.values())
+        every = sorted(itertools.chain(*of_kind.values()), reverse=True)
+        return sum(every[:number])
+
     def size(self, kind: str) -> float:
         """Return the most that one group saves."""
         return max(more - less for less, more in itertools.pairwise(self.by_left[kind]))
@@ -89,7 +111,7 @@ def fewest_left(
 
 def linears_budget(layout: ModelLayout) -> Budget:
     """Return the parameters of the blocks' linears, of which sparsity is a fraction."""
-    return _of_size(layout, "parameters of the linears", layout.linear_size)
+    return _of_size(layout, "parameters of the linears", layout.linear_size, has_norms=False)
 
 
 def parameters_budget(layout: ModelLayout) -> Budget:
@@ -102,9 +124,22 @@ def bytes_budget(layout: ModelLayout, bytes_each: int) -> Budget:
     return _of_size(layout, "bytes", layout.num_parameters, bytes_each)
 
 
-def _of_size(layout: ModelLayout, unit: str, size: int, each: int = 1) -> Budget:
-    """Return a budget from the number of parameters, and the need of each."""
-    return _additive(layout, unit, size * each, lambda groups: each * groups.num_parameters)
+def _of_size(
+    layout: ModelLayout, unit: str, size: int, each: int = 1, *, has_norms: bool = True
+) -> Budget:
+    """Return a budget from the number of parameters, and the need of each.
+
+    `has_norms` is whether what is in a block beside its linears goes with the block.
+    """
+
+    def of_layer(layer: Layer) -> float:
+        if layer.kind == "blocks" and has_norms:
+            names = (n for n in layout.parameters if layout.block_of(n) == layer.block)
+            return each * sum(math.prod(layout.parameters[name]) for name in names)
+        return each * sum(layout.shapes[name].size for name in layer.linears)
+
+    need = size * each
+    return _additive(layout, unit, need, lambda groups: each * groups.num_parameters, of_layer)
 
 
 def flops_budget(layout: ModelLayout, prompt_length: int) -> Budget:
@@ -136,13 +171,22 @@ def flops_budget(layout: ModelLayout, prompt_length: int) -> Budget:
         own = 2 * layout.part_of_tokens(layout.shapes[groups.consumer]) * groups.num_parameters
         return own + scores / heads.num_kv if groups.kind == "attention" else own
 
-    return _additive(layout, "flops", dense, of_group)
+    def of_layer(layer: Layer) -> float:
+        shapes = [layout.shapes[name] for name in layer.linears]
+        own = 2 * sum(shape.size * layout.part_of_tokens(shape) for shape in shapes)
+        return own + scores * (layer.kind != "ffn_layers")
+
+    return _additive(layout, "flops", dense, of_group, of_layer)
 
 
 def _additive(
-    layout: ModelLayout, unit: str, dense: float, of_group: Callable[[GroupSet], float]
+    layout: ModelLayout,
+    unit: str,
+    dense: float,
+    of_group: Callable[[GroupSet], float],
+    of_layer: Callable[[Layer], float],
 ) -> Budget:
-    """Return a budget from the need of the dense model, and of one group of each set."""
+    """Return a budget from the need of the dense model, of one group of each set, and of layers."""
     by_left = dict[str, tuple[float, ...]]()
     num_consumers = Counter(groups.kind for groups in layout.group_sets)
     for groups in layout.group_sets:
@@ -150,4 +194,5 @@ def _additive(
             size = float(of_group(groups))
             by_left[groups.kind] = tuple(size * number for number in range(len(groups.columns) + 1))
     fixed = float(dense) - sum(num_consumers[kind] * table[-1] for kind, table in by_left.items())
-    return Budget(unit, fixed, by_left, num_consumers, layout.wholes)
+    of_layers = {layer.key: float(of_layer(layer)) for layer in layers_of(layout, LAYER_KINDS)}
+    return Budget(unit, fixed, by_left, num_consumers, layout.wholes, of_layers)

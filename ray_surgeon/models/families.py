@@ -63,6 +63,7 @@ class Family:
     has_free_heads: bool = True  # whether heads may fill less than the hidden size
     has_any_heads: bool = True  # whether their number need not divide the hidden size
     norms_queries: bool = False  # whether queries and keys are normalised over a head's dimensions
+    norms_outputs: bool = False  # whether what a layer adds to the stream passes a norm before
     transposed: bool = False  # whether linears are [inputs, outputs], GPT-2's Conv1D
     per_head: tuple[str, ...] = ()  # tensors of a block with one entry for every query head
     runs_attention: str = IN_PRODUCTS  # how transformers is to run attention

@@ -11,7 +11,7 @@ import itertools
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -177,6 +177,13 @@ class ModelLayout:
         """Return the number of the block that a parameter belongs to; None outside of blocks."""
         inside = f"{self.family.base}.{self.family.blocks}."
         return int(name.removeprefix(inside).partition(".")[0]) if name.startswith(inside) else None
+
+    def renumbered(self, name: str, blocks: Sequence[int]) -> str:
+        """Return the name of a tensor in a model of which only these blocks are left."""
+        if (block := self.block_of(name)) is None:
+            return name
+        prefix = self.family.block_prefix
+        return prefix(blocks.index(block)) + name.removeprefix(prefix(block))
 
     def parameters_of(self, blocks: build.BlockRange) -> dict[str, tuple[int, ...]]:
         """Return name -> shape of what a shard with these blocks holds.

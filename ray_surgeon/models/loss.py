@@ -201,7 +201,7 @@ def compare_with_dense(
         dense_head: [vocabulary, another d] of the dense model, if it has one of its own.
         with_gradient: whether the gradient is wanted.
         with_acceptance: whether acceptance and agreement are wanted. Source: docs/method.md,
-            section 12.
+            section 11.
     """
     labels = predicted.labels
     names = ("divergence", "nll", *(("acceptance", "agreement") if with_acceptance else ()))

@@ -14,15 +14,18 @@ import transformers
 from transformers import PretrainedConfig
 
 from ray_surgeon.models.groups import GroupSet
+from ray_surgeon.models.layers import layers_of
 from ray_surgeon.models.layout import ModelLayout
 
+_OF_EACH_BLOCK = ("layer_types", "mlp_layer_types", "no_rope_layers")
+"""Fields of configurations that say what each block is."""
 Document = dict[str, Any]
 """Content of a config.json."""
 
 
 @dataclass(frozen=True)
 class BlockWidths:
-    """What is left of one block."""
+    """What is left of one block that is not gone whole."""
 
     num_channels: int  # of the feed-forward layer, or of the shared experts
     num_kv_heads: int  # each with its query heads
@@ -34,21 +37,89 @@ Widths = Sequence[BlockWidths]
 
 
 def block_widths(layout: ModelLayout, rows_kept: Mapping[str, int]) -> list[BlockWidths]:
-    """Return the widths of every block after coupled groups were pruned.
+    """Return the widths of every block that is left after coupled groups were pruned.
 
     Args:
         layout: of the dense model.
         rows_kept: name of each linear -> rows that are left.
     """
     left = {(g.block, g.kind): _num_left(g, rows_kept) for g in layout.group_sets}
+    attentions = layers_of(layout, ("attention_layers",))
     experts = {experts.block: experts.linears for experts in layout.expert_sets}
     widths = []
-    for block in range(layout.num_blocks):
+    for block in blocks_left(layout, rows_kept):
         num_channels = left.get((block, "ffn"), left.get((block, "shared_experts"), 0))
         num_kv_heads = left.get((block, "attention"), layout.heads.num_kv)
+        inside = set(attentions[block].linears) - {attentions[block].consumer}
+        if not any(rows_kept[name] for name in inside):
+            num_kv_heads = 0
         present = [up for up, *_, down in experts.get(block, ()) if rows_kept[down]]
         widths.append(BlockWidths(num_channels, num_kv_heads, tuple(rows_kept[u] for u in present)))
     return widths
+
+
+def blocks_left(layout: ModelLayout, rows_kept: Mapping[str, int]) -> list[int]:
+    """Return the numbers of the blocks of which something is left; see `block_widths`."""
+    blocks = {shape.block for shape in layout.linears if rows_kept[shape.name]}
+    return sorted(blocks)
+
+
+def shallower(layout: ModelLayout, document: Document, left: Sequence[int]) -> Document:
+    """Return the config.json of a model that has lost whole blocks.
+
+    Lists with an entry for every block are cut, and kinds of blocks that follow from their numbers
+    are written out.
+
+    Args:
+        layout: of the dense model.
+        document: its config.json.
+        left: numbers of the blocks that stay.
+    """
+    count = layout.num_blocks
+    if len(left) == count:
+        return document
+    config = layout.config
+    field = config.attribute_map.get("num_hidden_layers", "num_hidden_layers")
+    cut = dict(document)
+    # what follows from numbers of blocks unless it is said
+    for name in _OF_EACH_BLOCK:
+        if (values := getattr(config, name, None)) is not None:
+            cut[name] = list(values)
+    for name, values in cut.items():
+        if isinstance(values, list) and len(values) == count:
+            cut[name] = [values[block] for block in left]
+    cut[field] = len(left)
+    mixtures = {experts.block for experts in layout.expert_sets}
+    without = [place for place, block in enumerate(left) if block not in mixtures]
+    if "first_k_dense_replace" in cut:  # the blocks before are the ones without experts
+        cut["first_k_dense_replace"] = len(without)
+    if "mlp_only_layers" in cut or "decoder_sparse_step" in cut:
+        cut |= {"mlp_only_layers": without, "decoder_sparse_step": 1}
+    return cut
+
+
+def left_out(layout: ModelLayout, widths: Mapping[int, BlockWidths]) -> list[str]:
+    """Return names of tensors beside linears in layers of which nothing is left.
+
+    Args:
+        layout: of the dense model.
+        widths: number of a block -> what is left of it.
+    """
+    sparse = layout.family.sparse
+    mixtures = {experts.block for experts in layout.expert_sets}
+    gone = set[str]()
+    for block, width in widths.items():
+        prefix = layout.family.block_prefix(block)
+        if not width.num_kv_heads:
+            gone.add(prefix + layout.family.attention.consumer.rpartition(".")[0])
+        if block in mixtures and not (width.experts or width.num_channels):
+            gone.add(prefix + sparse.layer)
+    return [
+        name
+        for name in layout.parameters
+        if name.startswith(tuple(f"{layer}." for layer in gone))
+        and name.rpartition(".")[0] not in layout.shapes
+    ]
 
 
 def _num_left(groups: GroupSet, rows_kept: Mapping[str, int]) -> int:

@@ -49,6 +49,7 @@ class BlockRunner:
         self._blocks = shard.block_modules
         # of each wave between its forward and its backward pass
         self._waves: dict[int, tuple[_Calls, list[_Step]]] = {}
+        self._has_cache = False  # whether the present pass needs keys and values of every block
 
     @torch.no_grad()
     def enter(self, inputs: Tensor, cache: DynamicCache | None = None) -> tuple[Tensor, list[Call]]:
@@ -84,8 +85,13 @@ class BlockRunner:
         return hidden[0], calls
 
     def through(self, place: int, hidden: Tensor, calls: list[Call]) -> Tensor:
-        """Run one block, whose weights must be there, on sequences [n, T, d]."""
+        """Run one block, whose weights must be there, on sequences [n, T, d].
+
+        A block that is gone does nothing, unless something is to see what it would do.
+        """
         args, kwargs = calls[place]
+        if place in self._shard.blocks_gone and not (self._has_cache or self._shard.is_watched):
+            return hidden
         output = self._blocks[place](hidden, *args, **kwargs)
         first: Tensor = output[0] if isinstance(output, tuple) else output
         return first
@@ -114,6 +120,7 @@ class BlockRunner:
             Hidden states [1, T, d] of every sequence, or [m, T, d] of all that go on.
         """
         hidden, calls = self._enter(inputs, cache)
+        self._has_cache = cache is not None
         for place in range(len(self._blocks)):
             with self._shard.weights.block(place, place + 1), self._shard.gathering_in(place):
                 for i, h in enumerate(hidden):
@@ -133,6 +140,7 @@ class BlockRunner:
             Hidden states [1, T, d] of every sequence, detached.
         """
         hidden, calls = self._enter(inputs, None)
+        self._has_cache = False
         steps: list[_Step] = []
         self._waves[wave] = calls, steps
         keeps = self._shard.stores.activations == "keep"

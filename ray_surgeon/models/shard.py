@@ -79,6 +79,7 @@ class ModelShard:
         if device.type == "cpu" and dtype == torch.float32:
             for module in self.linears.values():
                 build.use_fast_products(module)
+        self.blocks_gone: frozenset[int] = frozenset()  # places of blocks that are removed whole
         self.gathering: list[SharedInput] = []
         self.terms: dict[str, list[Term]] = {}
         self._kind: str | None = None
@@ -210,6 +211,11 @@ class ModelShard:
             for key, total in sums.items():
                 if not (stays and key in self.factor_store):  # what is there is the sum itself
                     self.factor_store.put(key, total.flat)
+
+    @property
+    def is_watched(self) -> bool:
+        """Whether sums or inputs of layers are gathered at present."""
+        return self._kind is not None or self.layer_inputs is not None
 
     def _sum(self, group: SharedInput, key: str) -> PackedSymmetric:
         """Return a sum that may be added to, zeros if there is none."""

@@ -11,7 +11,7 @@ import json
 import math
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -221,8 +221,8 @@ class RunDirectory:
         self.check_attempt()
         store.remove_folder(self.part_folder(index))
 
-    def drop_tensors(self, last: int) -> None:
-        """Remove the weights and masks of all shots up to one; their manifests stay.
+    def drop_tensors(self, last: int, kept: Collection[int] = ()) -> None:
+        """Remove the weights and masks of all shots up to one but some; their manifests stay.
 
         No run will resume from these.
 
@@ -231,7 +231,8 @@ class RunDirectory:
         self.check_attempt()
         while self._num_dropped < last:
             self._num_dropped += 1
-            store.remove_files(self.shot_folder(self._num_dropped), ["*.safetensors"])
+            if self._num_dropped not in kept:
+                store.remove_files(self.shot_folder(self._num_dropped), ["*.safetensors"])
 
     def committed_indices(self) -> list[int]:
         """Return 1, 2, ... up to the last shot before which every shot is committed."""

@@ -133,8 +133,8 @@ def summary_lines(part: str, record: Mapping[str, Any]) -> list[str]:
         part: exports or answers.
         record: content of report.json.
     """
-    dense_bytes = reports.dense_bytes(record)
-    text = rendered("summary.txt.jinja", part=part, record=record, dense_bytes=dense_bytes)
+    about = {"dense_bytes": reports.dense_bytes(record), "shots": reports.shots_by_size(record)}
+    text = rendered("summary.txt.jinja", part=part, record=record, **about)
     return text.split("\n")[:-1]
 
 

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, LogFormatter, MaxNLocator
 
-from ray_surgeon.report.record import has_generation, texts_of
+from ray_surgeon.report.record import family_of, has_generation, texts_of
 from ray_surgeon.storage import files
 
 Records = Sequence[Mapping[str, Any]]
@@ -122,6 +122,32 @@ def _style(number: int, record: Mapping[str, Any]) -> dict[str, Any]:
     colors = rcParams["axes.prop_cycle"].by_key()["color"]
     style: dict[str, Any] = {"marker": _MARKERS[number % len(_MARKERS)], "markersize": 4}
     return style | {"color": colors[number % len(colors)], "label": record["spec"]["name"]}
+
+
+@_styled
+def sizes_figure(record: Mapping[str, Any]) -> Figure:
+    """Plot the divergence on every text against the decoding speed of the sizes of a family."""
+    figure, axes = _axes("new tokens, times as fast as the dense model", "divergence, nats a token")
+    points = _timed_sizes(record)
+    for number, text in enumerate(record["dense"]["perplexity"]):
+        line = [(1.0, 0.0), *((speed, shot["divergence"][text]) for _, speed, shot in points)]
+        axes.plot(*zip(*line, strict=True), **_style(number, record) | {"label": text})
+    for size, speed, shot in points:
+        highest = max(shot["divergence"].values())
+        axes.annotate(f"{100 * size:g} %", (speed, highest), (0, 6), textcoords="offset points")
+    axes.grid(**_SOFT)
+    axes.legend()
+    return figure
+
+
+def _timed_sizes(record: Mapping[str, Any]) -> list[tuple[float, float, Mapping[str, Any]]]:
+    """Return the sizes that were timed: sparsity, speed, and the shot."""
+    return [
+        (size, export["speed"]["decode_ratio"], shot)
+        for size, shot in family_of(record).items()
+        for export in shot["exports"]
+        if "speed" in export
+    ]
 
 
 def _trainings(record: Mapping[str, Any]) -> list[Mapping[str, Any]]:
@@ -243,4 +269,6 @@ def run_figures(record: Mapping[str, Any]) -> dict[str, Figure]:
     if record["shots"]:
         figures["depth"] = depth_figure(record["linears"])
         figures["time"] = time_figure(record["shots"])
+    if _timed_sizes(record):
+        figures["sizes"] = sizes_figure(record)
     return figures

@@ -66,9 +66,9 @@ class RunReport:
         del record["num_parameters"]  # which `parameters` has
         return record
 
-    def model_card_facts(self) -> dict[str, Any]:
-        """Return what a model card tells of: the spec, the dense model and the last shot."""
-        return {"spec": self.spec, "dense": self.dense, "last": self.shots[-1]}
+    def model_card_facts(self, shot: int) -> dict[str, Any]:
+        """Return what a model card tells of: the spec, the dense model and a shot."""
+        return {"spec": self.spec, "dense": self.dense, "last": self.shots[shot - 1]}
 
 
 _NAMES = {"num_rows": "rows", "num_columns": "columns", "predicted": "predicted_loss_increase"}
@@ -85,7 +85,32 @@ def _linear_record(linear: LinearSummary) -> dict[str, Any]:
 def num_shots(record: Record) -> int:
     """Return how many shots the run of a report.json was to have."""
     pruning = record["spec"]["pruning"] or {"sparsities": None, "num_shots": 1}
-    return len(pruning["sparsities"] or range(pruning["num_shots"]))
+    of_a_size = len(pruning["sparsities"] or range(pruning["num_shots"]))
+    return of_a_size * len(sizes_of(record) or (None,))
+
+
+def sizes_of(record: Record) -> list[float]:
+    """Return the sizes that the run of a report.json passes through, if it makes a family."""
+    return list((record["spec"]["pruning"] or {}).get("sizes") or ())
+
+
+def shots_by_size(record: Record) -> dict[float | None, Record]:
+    """Return the size that an export has, None where there is one only -> the shot it is of."""
+    shots = record["shots"]
+    sizes = sizes_of(record)
+    of_a_size = num_shots(record) // max(1, len(sizes))
+    ends = zip(sizes, shots[of_a_size - 1 :: of_a_size], strict=False)
+    return dict(ends) if sizes else dict.fromkeys((None,), shots[-1])
+
+
+def family_of(record: Record) -> dict[float, Record]:
+    """Return the sizes of a family: sparsity -> the record of its shot, with its ``exports``."""
+    of_sizes = shots_by_size(record) if sizes_of(record) else {}
+    return {
+        size: {**shot, "exports": [e for e in record["exports"] if e["size"] == size]}
+        for size, shot in of_sizes.items()
+        if size is not None
+    }
 
 
 def structure_of(record: Record) -> str:
@@ -96,12 +121,13 @@ def structure_of(record: Record) -> str:
 def num_exports(record: Record) -> int:
     """Return how many exports it was to write."""
     output = record["spec"]["output"]
-    return len(output["exports"]) + (output.get("quantize") is not None)
+    num_sizes = len(output.get("sizes") or sizes_of(record) or (None,))
+    return num_sizes * (len(output["exports"]) + (output.get("quantize") is not None))
 
 
 def is_complete(record: Record) -> bool:
     """Whether it has all its shots and exports."""
-    has_exports = len(record["exports"]) == num_exports(record)
+    has_exports = len(record["exports"]) >= num_exports(record)
     return has_exports and len(record["shots"]) == num_shots(record)
 
 

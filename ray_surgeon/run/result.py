@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from ray_surgeon.export.folder import local_folder
 from ray_surgeon.report.directory import RunDirectory
 from ray_surgeon.report.display import Display
-from ray_surgeon.report.record import has_its_files, is_complete
+from ray_surgeon.report.record import family_of, has_its_files, is_complete
 from ray_surgeon.report.trackers import Trackers
 from ray_surgeon.run.arguments import own_modes
 from ray_surgeon.run.inputs import Inputs
@@ -45,6 +45,14 @@ class PruneResult:
         return str(self._export(None)["uri"])
 
     @property
+    def sizes(self) -> dict[float, Mapping[str, Any]]:
+        """The sizes of a family: sparsity -> ``perplexity``, ``divergence``, ``exports`` and more.
+
+        Each is the report's record of the shot that ends at the size, with its exports.
+        """
+        return family_of(self.report)
+
+    @property
     def perplexity(self) -> dict[str, tuple[float, float]]:
         """Text -> perplexity before and after."""
         before = self.report["dense"]["perplexity"]
@@ -72,18 +80,21 @@ class PruneResult:
         """Removed fraction of the parameters of the blocks' linears."""
         return float(self.report["shots"][-1]["sparsity"])
 
-    def load(self, kind: str | None = None, **options: Any) -> PreTrainedModel:
+    def load(
+        self, kind: str | None = None, *, size: float | None = None, **options: Any
+    ) -> PreTrainedModel:
         """Load the pruned model by transformers.
 
         Args:
             kind: which export; if not given, the last one that transformers loads, quantised copies
                 left out.
+            size: of a family; the last of its sizes if not given.
             options: of `from_pretrained`, such as ``device_map``.
 
         Raises:
             ValueError: the run has no such export.
         """
-        export = self._export(kind, for_transformers=kind is None)
+        export = self._export(kind, size, for_transformers=kind is None)
         if "from_pretrained" not in export["load"]:
             problem = f"the export {export['kind']} is not for transformers"
             raise ValueError(f"{problem}; load another, or: {export['load']}")
@@ -94,17 +105,22 @@ class PruneResult:
             model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, **options)
         return model
 
-    def _export(self, kind: str | None, *, for_transformers: bool = False) -> Mapping[str, Any]:
-        """Return an export of a kind, or the last of those that the spec names."""
-        written: list[Mapping[str, Any]] = self.report["exports"]
+    def _export(
+        self, kind: str | None, size: float | None = None, *, for_transformers: bool = False
+    ) -> Mapping[str, Any]:
+        """Return an export of a kind and size, or the last of those that the spec names."""
+        wanted = next(reversed(self.sizes), None) if size is None else size
+        everything: list[Mapping[str, Any]] = self.report["exports"]
+        written = [export for export in everything if export.get("size") == wanted]
         kinds = self.report["spec"]["output"]["exports"] if kind is None else [kind]
         exports = [export for export in written if export["kind"] in kinds]
         if for_transformers:
             exports = [export for export in exports if "from_pretrained" in export["load"]]
         if not exports:
             kinds = [export["kind"] for export in written]
-            problem = f"the run {self.uri} has no export {kind or 'for this'}; it has {kinds}"
-            raise ValueError(f"{problem}; name one in output.exports")
+            of_size = "" if size is None else f" of size {size:g}"
+            problem = f"the run {self.uri} has no export {kind or 'for this'}{of_size}"
+            raise ValueError(f"{problem}; it has {kinds}; name one in output.exports")
         return exports[-1]
 
 

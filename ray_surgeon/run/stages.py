@@ -12,6 +12,7 @@ from ray_surgeon.spec.job import JobSpec
 from ray_surgeon.stages.answers.answers import BeforeRecovery, DenseAnswers, PrunedAnswers
 from ray_surgeon.stages.answers.prompts import yardstick_for
 from ray_surgeon.stages.curvature.stage import Curvature
+from ray_surgeon.stages.depth.stage import depth_of
 from ray_surgeon.stages.evaluation import DenseEvaluation, Evaluation, Tasks
 from ray_surgeon.stages.prune.groups import Groups
 from ray_surgeon.stages.prune.groups_section import CoupledSection
@@ -22,7 +23,7 @@ from ray_surgeon.stages.search.search import SearchStage
 from ray_surgeon.stages.self_text.requests import Language
 from ray_surgeon.stages.self_text.stage import SelfText
 from ray_surgeon.stages.stage import Stage
-from ray_surgeon.stages.weights import Commit, Load, exports_of
+from ray_surgeon.stages.weights import Commit, Load, Size, exports_of, loads_sizes
 
 
 class Stages(NamedTuple):
@@ -64,10 +65,7 @@ def stages_of(
     first = next(iter(measured.values()), calibration).tokens
     yardstick, self_text = yardstick_for(spec.evaluation.generation, self_text, language, first)
     has_costs = method.has_costs
-    recovery = None
-    if spec.recovery is not None:
-        stream = stream_of(spec.recovery, spec.schedule.shots, length, tokenizer)
-        recovery = Recovery(spec.recovery, held, method.by_element, has_costs, stream, teacher)
+    recovery = _recovery(spec, method, texts)
     return Stages(
         _present(
             teacher or Load(method),
@@ -79,6 +77,7 @@ def stages_of(
             Load(method) if teacher else None,
         ),
         _present(
+            depth_of(method, layout, held),
             Curvature(method, bool(recovery and recovery.sees_calibration)) if has_costs else None,
             Costs(method) if has_costs else None,
             SearchStage.of(method, further),
@@ -89,10 +88,20 @@ def stages_of(
             recovery,
             Evaluation(sizes, spec.evaluation.stop_above),
             PrunedAnswers(yardstick) if yardstick else None,
-            Commit(spec.schedule.targets, spec.output.keep_shots),
+            Commit(spec.schedule.targets, spec.output.keep_shots, _kept(spec)),
         ),
-        after_shots,
+        loads_sizes(method, after_shots),
     )
+
+
+def _recovery(spec: JobSpec, method: Method, texts: Texts) -> Recovery | None:
+    section = spec.recovery
+    if section is None:
+        return None
+    schedule = spec.schedule
+    stream = stream_of(section, schedule, spec.calibration.sequence_length, texts.tokenizer)
+    about = (method.by_element, method.has_costs, stream, texts.teacher)
+    return Recovery(section, spec.num_held, schedule.size_shots, *about)
 
 
 def stages_after_shots(spec: JobSpec, layout: ModelLayout) -> tuple[Stage, ...]:
@@ -106,7 +115,16 @@ def stages_after_shots(spec: JobSpec, layout: ModelLayout) -> tuple[Stage, ...]:
         check_exports(spec.output, layout, pruning.shrinking(pruning.fewest_groups))
     if pruning is None:
         check_exports(spec.output, layout, Shrinking({}, 1, 1, uniform=True))
-    return exports_of(spec.output, spec.evaluation.tasks)
+    schedule = spec.schedule
+    sparsities = getattr(pruning, "sizes", None) or (None,)
+    pairs = zip(schedule.size_shots, sparsities, strict=True)
+    sizes = [Size(shot, size, shot == schedule.shots) for shot, size in pairs]
+    return exports_of(spec.output, spec.evaluation.tasks, sizes)
+
+
+def _kept(spec: JobSpec) -> tuple[int, ...]:
+    """Return the shots of a family's sizes, from which exports may be wanted later."""
+    return spec.schedule.size_shots if getattr(spec.pruning, "sizes", None) else ()
 
 
 def _present(*stages: Stage | None) -> tuple[Stage, ...]:

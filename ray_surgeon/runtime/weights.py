@@ -176,6 +176,7 @@ def save_weights(
     mask_names: Sequence[str],
     left_out: Collection[str],
     stored: bool,
+    blocks: Sequence[int],
 ) -> tuple[SavedFile, ...]:
     """Write a shard's whole part of the model.
 
@@ -187,8 +188,9 @@ def save_weights(
             and with them tensors of which nothing is left.
         left_out: names of other tensors to leave out.
         stored: whether tensors are called as in the family's own checkpoints, or as they are here.
+        blocks: numbers of those that are written, in whose order they are numbered anew.
     """
-    exported = _Exported(worker, cut_out=not mask_names, stored=stored)
+    exported = _Exported(worker, blocks, cut_out=not mask_names, stored=stored)
     names_of_parts = _weight_parts(worker, changed_only=False)
     parts = [exported.tensors(n for n in part if n not in left_out) for part in names_of_parts]
     parts += _mask_parts(worker) if mask_names else []
@@ -199,8 +201,11 @@ def save_weights(
 class _Exported:
     """The tensors of a shard as an export has them."""
 
-    def __init__(self, worker: Worker, *, cut_out: bool, stored: bool) -> None:
+    def __init__(
+        self, worker: Worker, blocks: Sequence[int], *, cut_out: bool, stored: bool
+    ) -> None:
         """Look up what is left of heads and of other parts, if pruned ones are cut out."""
+        self._blocks = blocks
         self._shard = worker.shard
         self._masks = worker.masks if cut_out else {}
         layout = worker.layout
@@ -217,8 +222,11 @@ class _Exported:
 
     def tensors(self, names: Iterable[str]) -> _Tensors:
         """Yield tensors, without what is cut out; see `Stored.whole`."""
+        layout = self._shard.layout
         for name in names:
-            yield self._stored.name(name), self._stored.whole(name, self._cut(name))
+            if layout.block_of(name) in (None, *self._blocks):
+                stored = layout.renumbered(self._stored.name(name), self._blocks)
+                yield stored, self._stored.whole(name, self._cut(name))
 
     def _cut(self, name: str) -> Tensor:
         tensor = self._shard.tensor(name)

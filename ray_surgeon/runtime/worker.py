@@ -256,6 +256,11 @@ Step = Callable[Concatenate[Worker, P], T]
 """What a worker does when it is asked to."""
 
 
+def summaries(worker: Worker) -> tuple[LinearSummary, ...]:
+    """Return what is left of the owned linears, where nothing was predicted."""
+    return tuple(worker.summary(name, None, 0.0) for name in worker.owned())
+
+
 def clean_up(worker: Worker) -> None:
     """Remove what a worker has on its disk."""
     if worker.scratch is not None:

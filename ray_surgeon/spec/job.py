@@ -150,7 +150,12 @@ class JobSpec(Section):
             taken = {"masked"} if pruning else {"masked", "uniform", "gguf"}
             for kind in sorted(set(exports) - taken):
                 yield f"output.exports: {kind} needs pruning.structure groups"
+            if self.output.sizes is not None:
+                yield "output.sizes: needs pruning.sizes; remove it"
             return
+        if unknown := set(self.output.sizes or ()) - set(pruning.sizes or ()):
+            known = list(pruning.sizes or ())
+            yield f"output.sizes: {sorted(unknown)} are none of pruning.sizes, {known}; name these"
         if "uniform" in exports and not pruning.uniform:
             yield "output.exports: uniform needs pruning.allocation uniform; or export per_block"
         is_on_gpu = isinstance(pruning.target, LatencyTarget) and pruning.target.device == "cuda"

@@ -65,7 +65,8 @@ def _fill(document: dict[str, Any], preset: Mapping[str, Any]) -> None:
         count = _mapping(document["calibration"]).get("num_sequences")
         if isinstance(count, int) and "num_backward" in settings:
             settings["num_backward"] = min(settings["num_backward"], max(1, count))
-        _under(document, "curvature", settings)
+        if settings:
+            _under(document, "curvature", settings)
     if preset["recovery"] is not None:
         _under(document, "recovery", preset["recovery"])
     if pruning.get("structure") == "groups":

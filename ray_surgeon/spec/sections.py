@@ -220,6 +220,8 @@ class OutputSection(Section):
     with modeling code beside the weights; gguf: files for llama.cpp, where widths that differ need
     a Llama or Mistral
     """
+    sizes: tuple[float, ...] | None = None
+    """Which of pruning.sizes have exports; null: all of them"""
     gguf: tuple[GgufKind, ...] | None = Field(None, min_length=1)
     """For the export gguf: types of the matrices, one file for each; null: bf16 alone"""
     quantize: QuantizeSection | None = None

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field, Tag
 
@@ -15,9 +16,6 @@ if TYPE_CHECKING:
 
 class ScheduleSection(Section):
     """Shots and how the removal is spread over them."""
-
-    takes_curvature: ClassVar[bool] = True
-    """Whether a job with this section has a section `curvature`."""
 
     num_shots: int = Field(5, ge=1, le=1000)
     """Shots, each with a curvature of its own"""
@@ -31,9 +29,19 @@ class ScheduleSection(Section):
     """
 
     @property
+    def takes_curvature(self) -> bool:
+        """Whether a job with this section has a section `curvature`."""
+        return True
+
+    @property
     def shots(self) -> int:
         """Number of shots."""
         return self.num_shots if self.sparsities is None else len(self.sparsities)
+
+    @property
+    def size_shots(self) -> tuple[int, ...]:
+        """Numbers of the shots after which the model has a size that is asked for."""
+        return (self.shots,)
 
     @property
     def last_sparsity(self) -> float | None:
@@ -71,12 +79,14 @@ class ScheduleSection(Section):
 
     def fractions(self, last: float) -> tuple[float, ...]:
         """Return the fraction removed at the end of every shot; `last` is the last one."""
-        if self.sparsities is not None:
-            return self.sparsities
+        return self.sparsities or self._spread(0.0, last)
+
+    def _spread(self, first: float, last: float) -> tuple[float, ...]:
+        """Return the fraction removed after each of num_shots shots that begin at `first`."""
         parts = [shot / self.num_shots for shot in range(1, self.num_shots + 1)]
         if self.schedule == "geometric":
-            return tuple(1 - (1 - last) ** part for part in parts)
-        return tuple(last * part for part in parts)
+            return tuple(1 - (1 - first) * ((1 - last) / (1 - first)) ** part for part in parts)
+        return tuple(first + (last - first) * part for part in parts)
 
     def problems(self) -> Iterator[str]:
         """Yield what `sparsities` does not go with."""
@@ -91,7 +101,10 @@ class ScheduleSection(Section):
 
 
 class _NoPruning(ScheduleSection):
-    takes_curvature: ClassVar[bool] = False
+    @property
+    def takes_curvature(self) -> bool:
+        """Nothing is ranked."""
+        return False
 
 
 NO_PRUNING = _NoPruning(num_shots=1)
@@ -103,6 +116,47 @@ class SparsitySection(ScheduleSection):
 
     target_sparsity: float = Field(gt=0, lt=1)
     """Fraction of the parameters of the blocks' linears to remove, biases included"""
+
+
+class FamilySection(ScheduleSection):
+    """Shots that pass through several sizes of a model."""
+
+    sizes: tuple[Annotated[float, Field(gt=0, lt=1)], ...] | None = None
+    """A family of sizes from one run, in place of target_sparsity: sparsities that rise. Each takes
+    num_shots shots from the one before and the recovery of a last shot, and has exports of its own
+    """
+
+    @property
+    def shots(self) -> int:
+        """Number of shots."""
+        return super().shots * len(self.sizes or (None,))
+
+    @property
+    def size_shots(self) -> tuple[int, ...]:
+        """Numbers of the shots that end at a size."""
+        first = super().shots
+        return tuple(range(first, self.shots + 1, first))
+
+    @property
+    def last_sparsity(self) -> float | None:
+        """The last size, or the target, if it is a sparsity."""
+        return self.sizes[-1] if self.sizes else super().last_sparsity
+
+    def fractions(self, last: float) -> tuple[float, ...]:
+        """Return the fraction removed at the end of every shot; `last` is the last one."""
+        if not self.sizes:
+            return super().fractions(last)
+        pairs = itertools.pairwise((0.0, *self.sizes))
+        return tuple(itertools.chain.from_iterable(self._spread(*pair) for pair in pairs))
+
+    def problems(self) -> Iterator[str]:
+        """Yield what `sizes` does not go with."""
+        if self.sizes is None:
+            return
+        if not self.sizes or list(self.sizes) != sorted(set(self.sizes)):
+            yield f"sizes: got {list(self.sizes)}; give sparsities that rise, such as [0.1, 0.2]"
+        if self.sparsities is not None:
+            yield "sizes: takes the place of sparsities; remove one of them"
 
 
 class SpeedSection(Section):

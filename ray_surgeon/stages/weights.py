@@ -80,6 +80,7 @@ class Commit(Stage):
     name = "commit"
     targets: Sequence[float]  # sparsity at the end of every shot; none if the target is no sparsity
     keep_shots: int  # shots whose tensors are kept; 0 for all
+    kept: Sequence[int] = ()  # shots whose tensors are always kept
 
     def run(self, run: RunState, facts: Facts) -> None:
         """Write everything; the manifest comes last."""
@@ -95,7 +96,7 @@ class Commit(Stage):
         target = self.targets[shot - 1] if self.targets else None
         about = {"index": shot, "target_sparsity": target, "sparsity": run.sparsity}
         absent: dict[str, Any] = dict.fromkeys(("threshold", "calibration_loss"))
-        absent |= {"recovery_losses": [], "recovery_absorbed": None}
+        absent |= {"recovery_losses": [], "recovery_absorbed": None, "damping_used": []}
         last = run.report.add_shot(about | absent | run.record, run.linears, run.steps)
         directory.commit_shot(shot, written, last)
         cluster.run_all(continue_from_shot, written)
@@ -104,7 +105,7 @@ class Commit(Stage):
         directory.write_report(run.report.as_record())
         run.kept(LivePage).draw(run.report.as_record(), final=False)
         if self.keep_shots:
-            directory.drop_tensors(shot - self.keep_shots)
+            directory.drop_tensors(shot - self.keep_shots, self.kept)
         facts |= {"uri": folder, "parameters": last["num_nonzero"]}
         facts["peak_rss_bytes"] = last["peak_rss_bytes"]
 
@@ -151,14 +152,16 @@ def commit_part(run: RunState, stage: str, after: str, state: Record, save: Save
     run.committed_s = time.monotonic()
 
 
-def _pruned(run: RunState) -> Pruned:
-    facts = run.report.model_card_facts()
+def _pruned(run: RunState, shot: int) -> Pruned:
+    facts = run.report.model_card_facts(shot)
     return Pruned(run.cluster, run.layout, run.model, facts, run.calibration, run.texts)
 
 
-def _tell_of(entry: dict[str, Any], run: RunState, facts: Facts) -> None:
+def _tell_of(entry: dict[str, Any], run: RunState, facts: Facts, size: Size) -> None:
     """Put an export's entry into its card, the report, and the line of its step."""
-    about = run.report.model_card_facts()
+    if size.sparsity is not None:
+        entry["size"] = size.sparsity
+    about = run.report.model_card_facts(size.shot)
     card = rendered("card.md.jinja", entry=entry, source=run.model.source, facts=about)
     files.write_text(files.join(entry["uri"], "README.md"), card)
     run.report.exports.append(entry)
@@ -167,10 +170,43 @@ def _tell_of(entry: dict[str, Any], run: RunState, facts: Facts) -> None:
 
 
 @dataclass(frozen=True)
+class Size:
+    """One of the sizes that a run passes through."""
+
+    shot: int  # after which the model has it
+    sparsity: float | None = None  # None where there is only one
+    is_last: bool = True  # whether no shot comes after it
+
+    @property
+    def suffix(self) -> str:
+        """Return what names of folders of exports end with."""
+        return "" if self.is_last or self.sparsity is None else f"-{self.sparsity:g}"
+
+
+@dataclass(frozen=True)
+class LoadSize(Stage):
+    """Loads the weights of a smaller size again, from its commit."""
+
+    name = "load"
+    method: Method
+    size: Size
+
+    def run(self, run: RunState, facts: Facts) -> None:
+        """Load them."""
+        committed = run.directory.read_shot(self.size.shot)
+        shot_files = tuple((key, file.uri) for file in committed.files for key in file.keys)
+        recipe = ModelRecipe(run.model, shot_files, run.kept(ScratchNames))
+        run.cluster.run_all(load, recipe, self.method.by_element, run.cluster.stores)
+        self.method.after_resuming(run.cluster)
+        facts["size"] = self.size.sparsity or 0.0
+
+
+@dataclass(frozen=True)
 class Export(Stage):
     """One checkpoint, reloaded and measured."""
 
     name = "export"
+    size: Size
     kind: str
     output: OutputSection
     tasks: TasksSection | None
@@ -178,9 +214,9 @@ class Export(Stage):
     def run(self, run: RunState, facts: Facts) -> None:
         """Write it, reload it in a process of its own, and measure what is wanted."""
         run.directory.check_attempt()
-        folder = run.directory.path("export", self.kind)
-        entry = export(self.kind, _pruned(run), folder, self.output, self.tasks)
-        _tell_of(entry, run, facts)
+        folder = run.directory.path("export", f"{self.kind}{self.size.suffix}")
+        entry = export(self.kind, _pruned(run, self.size.shot), folder, self.output, self.tasks)
+        _tell_of(entry, run, facts, self.size)
 
     def needs(self, worker: WorkerView) -> Iterable[StepPlan]:
         """Return the writing, and the reading in a process of its own, which the workers outlast.
@@ -203,13 +239,16 @@ class Quantise(Stage):
     """The quantised copy of the export uniform; it may round the workers' weights, for good."""
 
     name = "quantise"
+    size: Size
     section: QuantizeSection
 
     def run(self, run: RunState, facts: Facts) -> None:
         """Write and evaluate the copy."""
-        (uniform,) = (entry for entry in run.report.exports if entry["kind"] == "uniform")
+        kinds = {(e["kind"], e.get("size")): e for e in run.report.exports}
+        uniform = kinds["uniform", self.size.sparsity]
         target = f"{uniform['uri']}-{self.section.scheme}"
-        _tell_of(export_quantised(_pruned(run), uniform, target, self.section), run, facts)
+        pruned = _pruned(run, self.size.shot)
+        _tell_of(export_quantised(pruned, uniform, target, self.section), run, facts, self.size)
 
     def needs(self, worker: WorkerView) -> Iterable[StepPlan]:
         """Return the rounding by the calibration text; other schemes need none."""
@@ -220,7 +259,30 @@ class Quantise(Stage):
         yield block_by_block(worker, self.name, of_linears)
 
 
-def exports_of(output: OutputSection, tasks: TasksSection | None) -> tuple[Stage, ...]:
-    """Return a stage for every export, with tasks that it is measured on, and a quantised copy."""
-    copies = () if output.quantize is None else (Quantise(output.quantize),)
-    return (*(Export(kind, output, tasks) for kind in output.exports), *copies)
+def exports_of(
+    output: OutputSection, tasks: TasksSection | None, sizes: Sequence[Size]
+) -> tuple[Stage, ...]:
+    """Return a stage for every export, with tasks that it is measured on, and a quantised copy.
+
+    The last of the sizes that a run passes through comes first: its weights are there. See
+    `loads_sizes` for those of the others.
+    """
+    stages = list[Stage]()
+    for size in reversed(sizes):
+        if output.sizes is None or size.sparsity in output.sizes:
+            stages += [Export(size, kind, output, tasks) for kind in output.exports]
+            stages += [] if output.quantize is None else [Quantise(size, output.quantize)]
+    return tuple(stages)
+
+
+def loads_sizes(method: Method, stages: Sequence[Stage]) -> tuple[Stage, ...]:
+    """Return the stages of exports, with the loading of every size that is not the last."""
+    loaded = list[Stage]()
+    size = None
+    for stage in stages:
+        assert isinstance(stage, Export | Quantise)
+        if stage.size != size and not stage.size.is_last:
+            loaded.append(LoadSize(method, stage.size))
+        size = stage.size
+        loaded.append(stage)
+    return tuple(loaded)

@@ -253,7 +253,7 @@ def test_an_export_has_no_files_of_a_try_with_other_shards(llama: Path, tmp_path
     (export / ".writing-abc").mkdir(parents=True)
     (export / "my.gguf").touch()
     for num_shards in (2, 1):
-        write_weights(loaded(llama, num_shards), str(export))
+        write_weights(loaded(llama, num_shards), str(export), range(4))
     assert sorted(path.name for path in export.iterdir()) == ["model.safetensors", "my.gguf"]
 
 

@@ -98,7 +98,12 @@ def pruned(
 def trained(cluster: LocalCluster, text: CalibrationText, **options: Any) -> Training:
     sizes = {"rank": 4, "num_tokens": 32 * 2 * 24, "sequences_per_step": 2}
     section = RecoverySection.model_validate(sizes | options)
-    training = Training(section, cluster, text, CalibrationBatches(section, text, 1, 1))
+    training = Training(
+        section,
+        cluster,
+        text,
+        CalibrationBatches(section, text, section.num_steps(text.tokens.shape[1]), 1),
+    )
     training.train(1)
     return training
 

@@ -43,7 +43,10 @@ def test_windows_of_a_recovery(size: int, steps: int) -> None:
     text = CalibrationText(np.arange(60).reshape(6, 10))
     sizes = {"num_tokens": steps * size * 10 - 3, "num_tokens_between_shots": 10}
     section = RecoverySection(sequences_per_step=size, **sizes)
-    first, last = (CalibrationBatches(section, text, shot, 2) for shot in (1, 2))
+    first, last = (
+        CalibrationBatches(section, text, section.num_steps(10, ends=shot == 2), shot)
+        for shot in (1, 2)
+    )
     assert (first.num_steps, last.num_steps) == (1, steps)
     numbers = [list(last.batch(i).numbers) for i in range(steps)]
     per_pass = math.ceil(6 / size)
@@ -72,7 +75,12 @@ def test_corrections_are_means_over_tokens(job: Jobs, monkeypatch: pytest.Monkey
     section = RecoverySection.model_validate(steps | {"loss": "cross_entropy", "rank": 1})
     cluster = loaded(job.models["llama"])
     text = CalibrationText(sequences)
-    found = Training(section, cluster, text, CalibrationBatches(section, text, 1, 1))
+    found = Training(
+        section,
+        cluster,
+        text,
+        CalibrationBatches(section, text, section.num_steps(text.tokens.shape[1]), 1),
+    )
     found.train(1)
     assert seen == {4 * 39, 2 * 39}
     model = AutoModelForCausalLM.from_pretrained(job.models["llama"])

@@ -17,6 +17,7 @@ from ray_surgeon.runtime.teacher import drop_teacher, load_teacher
 from ray_surgeon.runtime.wave import Passage
 from ray_surgeon.runtime.weights import ModelRecipe
 from ray_surgeon.spec.sections import ModelSection
+from ray_surgeon.spec.targets import NO_PRUNING
 from ray_surgeon.spec.texts import StreamedSection
 from ray_surgeon.stages.recovery.batches import StreamBatches
 from ray_surgeon.stages.recovery.section import RecoverySection
@@ -58,7 +59,7 @@ def trained(
     options = {"rank": 4, "num_tokens": 40 * 3 * LENGTH, "sequences_per_step": 3, "texts": [text]}
     section = RecoverySection.model_validate(options | {"learning_rate": 2e-3})
     tokenizer = AutoTokenizer.from_pretrained(model)
-    stream = stream_of(section, 1, LENGTH, tokenizer)
+    stream = stream_of(section, NO_PRUNING, LENGTH, tokenizer)
     assert stream is not None
     recipe = ModelRecipe(ModelSection(source=str(model)), (), NO_SCRATCH)
     cluster.stores = replace(cluster.stores, teacher=place)

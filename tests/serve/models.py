@@ -52,6 +52,11 @@ dense model, too, by 2 nats.
 """
 
 
+BLOCKS: dict[str, Any] = {"pruning__groups": ["blocks"], "pruning__width_multiple": None}
+BLOCKS |= {"pruning__target_sparsity": 0.25}
+"""Settings with which whole blocks go."""
+
+
 def exported(family: str, *kinds: str, folder: Path, **options: Any) -> Path:
     """Prune a tiny model and return the folder of its first export."""
     torch.manual_seed(0)

@@ -16,7 +16,7 @@ from ray_surgeon.export.gguf_file import write_gguf
 from ray_surgeon.models.pruned_config import BlockWidths
 from tests.serve import environments
 from tests.serve.compare import NUM_NEW_TOKENS, TOLERANCE, compare
-from tests.serve.models import FAMILIES, PROMPTS, VOCABULARY, exported, of_pieces
+from tests.serve.models import BLOCKS, FAMILIES, PROMPTS, VOCABULARY, exported, of_pieces
 
 pytestmark = [
     pytest.mark.serve,
@@ -66,6 +66,13 @@ def test_uniform_with_fewer_heads(family: str, tmp_path: Path) -> None:
     folder = exported(family, "uniform", "gguf", folder=tmp_path, output__gguf=["f32"], **options)
     assert json.loads((folder / "config.json").read_text())["num_key_value_heads"] == 1
     in_llamacpp(folder)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2"])
+def test_fewer_blocks(family: str, tmp_path: Path) -> None:
+    tolerance = ROUNDED_GELU if family == "gpt2" else TOLERANCE
+    options = BLOCKS | {"output__gguf": ["f32"]}
+    in_llamacpp(exported(family, "uniform", "gguf", folder=tmp_path, **options), tolerance)
 
 
 def test_widths_that_differ(tmp_path: Path) -> None:

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoConfig
 
 from tests.serve import environments
 from tests.serve.compare import NUM_NEW_TOKENS, compare, mean_difference
-from tests.serve.models import FAMILIES, MIXTURES, PROMPTS, exported
+from tests.serve.models import BLOCKS, FAMILIES, MIXTURES, PROMPTS, exported
 
 pytestmark = [
     pytest.mark.serve,
@@ -41,6 +42,14 @@ def config_of(folder: Path) -> dict[str, Any]:
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_uniform(family: str, tmp_path: Path) -> None:
     in_vllm(exported(family, "uniform", folder=tmp_path))
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3", "gpt2", "qwen3_moe", "gpt_oss"])
+def test_fewer_blocks(family: str, tmp_path: Path) -> None:
+    folder = exported(family, "uniform", folder=tmp_path, **BLOCKS)
+    dense = (FAMILIES | MIXTURES)[family].num_hidden_layers
+    assert AutoConfig.from_pretrained(folder).num_hidden_layers < dense
+    in_vllm(folder)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "gemma3", "phi3", "gpt_oss"])

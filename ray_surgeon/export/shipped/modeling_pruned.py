@@ -140,6 +140,19 @@ class Experts(nn.Module):
         return total
 
 
+class NoMixture(nn.Module):
+    """Stands for a mixture of experts that is gone."""
+
+    def __init__(self, gives_scores: bool) -> None:
+        super().__init__()
+        self.gives_scores = gives_scores  # whether the family returns those of its router, too
+
+    def forward(self, hidden_states: Tensor) -> Any:
+        """Return zeros."""
+        nothing = torch.zeros_like(hidden_states)
+        return (nothing, None) if self.gives_scores else nothing
+
+
 def narrow_experts(layer: Any, widths: list[int]) -> None:
     """Replace the experts of a mixture by as many as there are widths.
 
@@ -223,6 +236,8 @@ class Narrow(nn.Module):
             narrow_block(block, config, sizes)
             if sizes.get("expert_widths"):
                 narrow_experts(block.mlp, sizes["expert_widths"])
+            elif hasattr(block.mlp if hasattr(block, "mlp") else block, "experts"):
+                block.mlp = NoMixture(gives_scores=hasattr(block.mlp, "router"))
         self.post_init()  # type: ignore[operator]
 
 

@@ -2,7 +2,7 @@
 
 The pruned model is compared twice. It reads the dense model's answers, and both say at every token
 what comes next (acceptance, agreement, divergence). And it writes its own answers, taking the most
-likely token each time as the dense model did, until they part. Source: docs/method.md, section 12.
+likely token each time as the dense model did, until they part. Source: docs/method.md, section 11.
 """
 
 from __future__ import annotations

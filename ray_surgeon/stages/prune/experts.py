@@ -83,7 +83,7 @@ def go_around_removed(worker: Worker) -> None:
     shard = worker.shard
     for experts, mixture in zip(shard.expert_sets, shard.mixtures.values(), strict=True):
         removed = experts.removed(worker.masks)
-        if removed.any():
+        if removed.any() and not removed.all():  # the layer adds nothing then, whatever is chosen
             mixture.kept = ~removed
 
 

@@ -6,7 +6,7 @@ That is decided by costs as workers send them, which follow greedy paths as far 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -15,6 +15,8 @@ import torch
 from ray_surgeon.maths.allocate import Allocation, GroupCosts, allocate_globally, allocate_uniformly
 from ray_surgeon.maths.threshold import OutOfReachError
 from ray_surgeon.models.budgets import Budget
+from ray_surgeon.models.groups import GroupSet
+from ray_surgeon.models.layers import LayerKey
 from ray_surgeon.models.layout import LinearShape
 from ray_surgeon.plan.work import LinearNeeds
 from ray_surgeon.runtime.cluster import Cluster
@@ -82,6 +84,7 @@ class GroupChoice(Ranking):
     budget: Budget | None  # what they save from; None until latencies are measured
     fewest: Mapping[str, int]  # kind -> groups that must be left in every block, or experts
     consumers: frozenset[str]  # roles of the last linears of the groups
+    removed: frozenset[LayerKey] = frozenset()  # layers that are gone whole
 
     def __post_init__(self) -> None:
         """Refuse a target that cannot be reached, or that the dense model meets already.
@@ -90,12 +93,21 @@ class GroupChoice(Ranking):
             OutOfReachError: says what is possible.
         """
         if (budget := self.budget) is not None:
-            self.section.check_target(budget.least(self.fewest), budget.dense, budget.unit)
+            depth = self.section.depth
+            num_removed = None if depth is None else depth.num_removed
+            most = budget.most_saved(self.section.layer_kinds, num_removed)
+            least = max(0.0, budget.least(self.fewest) - most)
+            self.section.check_target(least, budget.dense, budget.unit)
 
     @property
     def gathers(self) -> frozenset[str]:
         """Producers need no curvature."""
         return self.consumers
+
+    @property
+    def has_costs(self) -> bool:
+        """Whether anything narrower than a layer goes."""
+        return bool(self.section.narrow_kinds)
 
     @property
     def ranks_experts(self) -> bool:
@@ -116,6 +128,19 @@ class GroupChoice(Ranking):
     def goal(self, shot: int) -> float:
         """Return what the model may need of the budget after a shot."""
         return self.section.goal(self.known_budget.dense, shot)
+
+    def need(self, left: Iterable[tuple[str, int]]) -> float:
+        """Return what the model needs of the budget; see `Budget.of`.
+
+        `left` has no consumers in layers that are gone.
+        """
+        budget = self.known_budget
+        return budget.of(left) - budget.saved_without(self.removed)
+
+    def is_there(self, groups: GroupSet) -> bool:
+        """Whether the layer of groups is not gone."""
+        part = "attention_layers" if groups.kind == "attention" else "ffn_layers"
+        return self.removed.isdisjoint({("blocks", groups.block), (part, groups.block)})
 
     def multiple(self, kind: str, shot: int) -> int:
         """Return what the number of groups left must be a multiple of.
@@ -140,7 +165,7 @@ class GroupChoice(Ranking):
         share = 0.5  # of the groups, in the first shot: all consumers lose the same
         if budget is not None:
             share = (budget.dense - self.goal(1)) / (budget.dense - budget.least(self.fewest))
-        reach = min(1.0, 2 * (self.section.target_sparsity or 0.5))
+        reach = min(1.0, 2 * (self.section.last_sparsity or 0.5))
         return needs_of_consumer(shape, reach, share * (1.0 if self.section.uniform else FARTHER))
 
     def allocate(self, scores: GroupScores, shot: int) -> Allocation:
@@ -150,7 +175,7 @@ class GroupChoice(Ranking):
         present = [c for c in costs if c.num_left or c.kind != "expert_channels"]
         needs = budget.by_left
         groups = [replace(c, costs=c.costs * c.scale, needs=needs[c.kind]) for c in present]
-        missing = budget.of((c.kind, c.num_left) for c in costs) - self.goal(shot)
+        missing = self.need((c.kind, c.num_left) for c in costs) - self.goal(shot)
         fewest = self.fewest.get("experts", 0)
         if self.section.uniform:
             return allocate_uniformly(groups, missing, fewest_experts=fewest)
@@ -164,7 +189,7 @@ class GroupChoice(Ranking):
         counts = allocation.counts
         going = {c.consumer: counts.get(c.consumer, 0) for c in costs}
         num_kept = scores.num_kept - sum(going[c.consumer] * c.num_parameters for c in costs)
-        need = budget.of((c.kind, c.num_left - going[c.consumer]) for c in costs)
+        need = self.need((c.kind, c.num_left - going[c.consumer]) for c in costs)
         sparsity = 1 - num_kept / scores.num_parameters
         of_need = {"need": need, "unit": budget.unit}
         facts: dict[str, Any] = {"groups": sum(counts.values()), "sparsity": sparsity} | of_need

@@ -29,7 +29,8 @@ from ray_surgeon.models.layout import FEED_FORWARD_OF_ALL
 from ray_surgeon.models.pruned_config import kv_heads_left
 from ray_surgeon.runtime.cluster import Cluster
 from ray_surgeon.runtime.wave import Tokens
-from ray_surgeon.runtime.worker import LinearSummary, Worker, collective, sizes
+from ray_surgeon.runtime.worker import LinearSummary, Worker, collective, sizes, summaries
+from ray_surgeon.stages.depth.removal import layers_gone
 from ray_surgeon.stages.prune.experts import go_around_removed, remove_experts, whole_expert_costs
 from ray_surgeon.stages.prune.group_choice import ConsumerCosts, GroupChoice, Paths, Reach
 from ray_surgeon.stages.prune.method import Applied, Choice, Scored, Scores
@@ -38,14 +39,10 @@ from ray_surgeon.stages.reconstruction.stage import ReconstructionStage
 from ray_surgeon.stages.stage import CalibrationText
 
 _FAR = 4.0
-"""Times its limit that a path is followed where its groups are needed.
-
-Single costs say how many are needed.
-"""
+"""Times its limit that a path is followed where its groups are needed, as single costs say."""
 
 
-Far = Mapping[str, Reach]
-"""Consumer -> how far its path is followed."""
+Far = Mapping[str, Reach]  # consumer -> how far its path is followed
 
 
 class Groups(GroupChoice):
@@ -60,6 +57,8 @@ class Groups(GroupChoice):
         curvature = self.used_curvature
         num_backward = 0 if curvature.gathers == "A" else curvature.sequences_backward
         kinds = FEED_FORWARD_OF_ALL & set(self.section.groups)
+        if not kinds:
+            return None
         return ReconstructionStage(section, kinds, num_backward)
 
     # On a worker
@@ -70,7 +69,7 @@ class Groups(GroupChoice):
         Experts are sets of channels, whether these may be pruned singly or not.
         """
         kinds = {"expert_channels" if kind == "experts" else kind for kind in self.section.groups}
-        return [groups for groups in worker.group_sets if groups.kind in kinds]
+        return [g for g in worker.group_sets if g.kind in kinds and self.is_there(g)]
 
     def costs(self, worker: Worker, reach: Far | None, shot: int) -> Scores[Any]:
         """Take the marginal costs of the owned consumers' groups and keep them for `prune`.
@@ -183,7 +182,7 @@ class Groups(GroupChoice):
     def prune(
         self, worker: Worker, counts: Mapping[str, int], experts: Mapping[str, float], rate: float
     ) -> tuple[LinearSummary, ...]:
-        """Remove the cheapest groups of every consumer and the rows of its producers.
+        """Remove the cheapest groups of every consumer, and the rows of its producers.
 
         Args:
             worker: after `costs`.
@@ -234,8 +233,9 @@ class Groups(GroupChoice):
     # On the coordinator
 
     def after_resuming(self, cluster: Cluster) -> None:
-        """Let routers go around the experts that earlier shots removed."""
+        """Let passes go around what earlier shots removed: experts and blocks."""
         cluster.run_all(go_around_removed)
+        cluster.run_all(layers_gone, None)
 
     def around_pass(self, cluster: Cluster, text: CalibrationText) -> AbstractContextManager[None]:
         """Let workers keep the inputs of the layers that are reconstructed; see `Method`."""
@@ -250,6 +250,8 @@ class Groups(GroupChoice):
 
     def apply(self, cluster: Cluster, tokens: Tokens, choice: Choice, shot: int) -> Applied:
         """Prune, update, and train layers with the learning rate that did best on some of them."""
+        if not self.has_costs:
+            return list(chain.from_iterable(cluster.run_all(summaries))), {}
         counts, experts = choice.removed
         section = self.section.reconstruction
         rate = 0.0 if section is None else section.learning_rate

@@ -11,12 +11,28 @@ from ray_surgeon.export.for_engines import Shrinking
 from ray_surgeon.maths.threshold import OutOfReachError
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.spec.base import Positive
-from ray_surgeon.spec.targets import FlopsTarget, LatencyTarget, ScheduleSection, TargetSection
+from ray_surgeon.spec.targets import (
+    FamilySection,
+    FlopsTarget,
+    LatencyTarget,
+    ScheduleSection,
+    TargetSection,
+)
 from ray_surgeon.stages.curvature.section import AnyCurvature
+from ray_surgeon.stages.depth.section import Deepened
 from ray_surgeon.stages.reconstruction.section import Reconstructed
 from ray_surgeon.stages.search.section import Searched
 
-GroupKind = Literal["ffn", "attention", "shared_experts", "expert_channels", "experts"]
+GroupKind = Literal[
+    "ffn",
+    "attention",
+    "shared_experts",
+    "expert_channels",
+    "experts",
+    "blocks",
+    "attention_layers",
+    "ffn_layers",
+]
 
 CHANNELS = {"ffn", "shared_experts", "expert_channels"}
 """Kinds of groups that are channels, of which a width is left."""
@@ -25,7 +41,7 @@ CHANNELS = {"ffn", "shared_experts", "expert_channels"}
 ExpertCosts = Literal["rerouting", "reap", "frequency", "random"]
 
 
-class CoupledSection(Reconstructed):
+class CoupledSection(Reconstructed, Deepened, FamilySection):
     """What both ways to allocate coupled groups have."""
 
     uniform: ClassVar[bool] = False  # whether every block gets the same widths
@@ -37,8 +53,9 @@ class CoupledSection(Reconstructed):
     groups: tuple[GroupKind, ...] = Field(("ffn", "attention"), min_length=1)
     """Kinds of groups: ffn, channels of feed-forward layers; attention, KV groups with their query
     heads; in mixtures of experts also shared_experts, their channels; expert_channels, those of
-    every expert; experts, whole ones. A kind that the model does not have is refused: attention of
-    OLMoE and DeepSeek-V3, ffn where every block has experts. With allocation uniform, attention
+    every expert; experts, whole ones. Whole layers: blocks; attention_layers and ffn_layers, their
+    parts, which leave blocks that differ. A kind that the model does not have is refused: attention
+    of OLMoE and DeepSeek-V3, ffn where every block has experts. With allocation uniform, attention
     takes nothing from OPT, GPT-2, Qwen2-MoE and a Phi-3 with longrope, whose classes hold no fewer
     heads, and from models of one KV head
     """
@@ -65,7 +82,7 @@ class CoupledSection(Reconstructed):
     def fewest_groups(self) -> dict[str, int]:
         """Groups of each kind to prune that stay in every block; see `budgets.fewest_left`."""
         fewest = dict.fromkeys(CHANNELS, self.multiple) | {"attention": 1}
-        return {str(kind): fewest.get(kind, 0) for kind in self.groups}
+        return {str(kind): fewest.get(kind, 0) for kind in self.narrow_kinds}
 
     @property
     def multiple(self) -> int:
@@ -74,7 +91,9 @@ class CoupledSection(Reconstructed):
 
     def shrinking(self, fewest: Mapping[str, int]) -> Shrinking:
         """Return what pruning may leave if so many groups of each kind stay."""
-        return Shrinking(fewest, self.multiple, self.tensor_parallel, self.uniform)
+        return Shrinking(
+            fewest, self.multiple, self.tensor_parallel, self.uniform, self.layer_kinds
+        )
 
     def goal(self, dense: float, shot: int) -> float:
         """Return what the model may need of a budget after a shot, of which it needs `dense`."""
@@ -96,8 +115,10 @@ class CoupledSection(Reconstructed):
             OutOfReachError: says what is possible.
         """
         if self.target is None:
-            allowed = dense * (1 - (self.target_sparsity or 0.0))
-            what = f"pruning.target_sparsity: {self.target_sparsity:g}"
+            assert self.last_sparsity is not None
+            allowed = dense * (1 - self.last_sparsity)
+            name = "sizes" if self.sizes else "target_sparsity"
+            what = f"pruning.{name}: {self.last_sparsity:g}"
         else:
             allowed = self.target.allowed
             what = f"pruning.target: {unit} {allowed:.6g}"
@@ -134,12 +155,18 @@ class CoupledSection(Reconstructed):
         if self.expert_costs != "rerouting" and kinds != {"experts"}:
             problem = "is of whole experts alone and has another unit; set groups to [experts]"
             yield f"expert_costs: {self.expert_costs} {problem}"
+        if self.uniform and (parts := kinds & {"attention_layers", "ffn_layers"}):
+            remedy = "set allocation to global, or name blocks"
+            yield f"groups: {', '.join(sorted(parts))} leave blocks that differ; {remedy}"
         if self.multiple % self.tensor_parallel:
             devices = f"tensor_parallel {self.tensor_parallel}; give a multiple of it"
             yield f"width_multiple: {self.multiple} channels cannot be split over {devices}"
-        if (self.target_sparsity is None) == (self.target is None):
-            got = "none" if self.target is None else "both"
-            yield f"target_sparsity: give this or target, got {got}"
+        targets = {"target_sparsity": self.target_sparsity, "target": self.target}
+        named = [name for name, value in (targets | {"sizes": self.sizes}).items() if value]
+        if len(named) != 1:
+            got = "both" if named == ["target_sparsity", "target"] else " and ".join(named)
+            got = got or "none"
+            yield f"target_sparsity: give this, sizes or target, got {got}"
 
 
 class GroupsSection(CoupledSection, Searched):

@@ -22,15 +22,19 @@ from ray_surgeon.plan.work import LinearNeeds
 from ray_surgeon.runtime.cluster import Cluster
 from ray_surgeon.runtime.passes import BlockPass
 from ray_surgeon.runtime.wave import Tokens
-from ray_surgeon.runtime.worker import LinearSummary, Worker
+from ray_surgeon.runtime.worker import LinearSummary, Worker, summaries
 from ray_surgeon.spec.targets import NO_PRUNING, ScheduleSection
 from ray_surgeon.stages.prune.elements import PatternSection
 from ray_surgeon.stages.prune.method import Applied, Choice, Method
 
 
 class _Layerwise(PatternSection):
-    takes_curvature: ClassVar[bool] = False
     tolerated: ClassVar[float] = thresholds.SHORT
+
+    @property
+    def takes_curvature(self) -> bool:
+        """A is gathered block after block."""
+        return False
 
     def reach(self, layout: ModelLayout) -> float:
         """Return what the narrowest linear allows; a pattern is a target of its own."""
@@ -137,7 +141,7 @@ class NoPruning(Method):
 
     def apply(self, cluster: Cluster, tokens: Tokens, choice: Choice, shot: int) -> Applied:
         """Say what there is."""
-        return [linear for linears, _ in cluster.run_all(_done) for linear in linears], {}
+        return [linear for linears in cluster.run_all(summaries) for linear in linears], {}
 
 
 class _Raised(list[RaisedDamping]):
@@ -146,5 +150,5 @@ class _Raised(list[RaisedDamping]):
 
 def _done(worker: Worker) -> tuple[list[LinearSummary], list[RaisedDamping]]:
     """Return what is left of the owned linears, and which damping they needed."""
-    linears = [worker.summary(name, None, 0.0) for name in worker.owned()]
+    linears = list(summaries(worker))
     return linears, list(worker.drop(_Raised)) if worker.has(_Raised) else []

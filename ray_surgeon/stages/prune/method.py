@@ -68,15 +68,17 @@ class Method(ABC):
 
     by_element: ClassVar[bool] = False
     """Whether masks are of elements, or of rows and columns."""
-    has_costs: ClassVar[bool] = False
-    """Whether a shot has curvature, costs and a threshold.
-
-    Methods that prune block by block have an update alone.
-    """
-
     section: ScheduleSection  # `pruning` of the job spec
     # the section of that name; None for methods that gather their own
     curvature: AnyCurvature | None
+
+    @property
+    def has_costs(self) -> bool:
+        """Whether a shot has curvature, costs and a threshold.
+
+        Methods that prune block by block have an update alone.
+        """
+        return False
 
     @property
     def gathers(self) -> frozenset[str] | None:
@@ -146,9 +148,13 @@ class Method(ABC):
 class Ranking(Method):
     """A method that ranks what it may remove by costs, over the whole model."""
 
-    has_costs: ClassVar[bool] = True
     costs: ClassVar[Callable[..., Scores[Any]]]
     """What a worker does for `score`."""
+
+    @property
+    def has_costs(self) -> bool:
+        """Whether a shot has curvature, costs and a threshold."""
+        return True
 
     def score(self, cluster: Cluster, shot: int) -> Scores[Any]:
         """Take the costs of everything that may be pruned.

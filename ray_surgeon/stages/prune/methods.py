@@ -120,10 +120,13 @@ def _groups(
         if groups.kind != "attention" and len(groups.columns) % devices:
             channels = f"{groups.consumer} has {len(groups.columns)} channels"
             raise ValueError(f"pruning.tensor_parallel: {devices}, but {channels}; give a divisor")
-    if missing := [kind for kind in pruning.groups if kind not in layout.kinds]:
+    if missing := [kind for kind in pruning.narrow_kinds if kind not in layout.kinds]:
         present = f"{layout.config.model_type} has {', '.join(layout.kinds)}"
         problem = f"pruning.groups: {', '.join(missing)}, but {present} that can be pruned here"
         raise ValueError(f"{problem}; name some of these")
+    if pruning.layer_kinds and not getattr(layout.config, "do_layer_norm_before", True):
+        problem = "norms come after what layers add (do_layer_norm_before false)"
+        raise ValueError(f"pruning.groups: {problem}, so no layer can go; name ffn or attention")
     fewest = budgets.fewest_left(layout, pruning.fewest_groups, devices, uniform=uniform)
     sets = (groups for groups in layout.group_sets if groups.kind in pruning.groups)
     consumers = frozenset(layout.shapes[groups.consumer].role for groups in sets)

@@ -57,14 +57,13 @@ class CalibrationBatches(Batches):
 
     section: RecoverySection
     text: CalibrationText
+    num_steps: int
     shot: int
-    num_shots: int
 
     def __post_init__(self) -> None:
         num_sequences, length = self.text.tokens.shape
         size = min(self.section.sequences_per_step, num_sequences)
         per_pass = -(-num_sequences // size)
-        self.num_steps = self.section.num_steps(self.shot, self.num_shots, length)
         self.tokens_of_step = size * length
         draw = np.random.default_rng((self.section.seed, self.shot))
         orders = [

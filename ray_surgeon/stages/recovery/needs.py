@@ -60,7 +60,7 @@ class RecoveryNeeds:
         self._size = section.sequences_per_step
         self._per_step = -(-self._size // worker.num_replicas)  # sequences of a replica
         self._runs = 1 + (worker.stores.activations == "recompute")
-        self._num_steps = section.num_steps(1, 1, worker.sequence_length)
+        self._num_steps = section.num_steps(worker.sequence_length)
 
     def steps(self, name: str) -> Iterable[StepPlan]:
         """Yield the parts of the step with this name, one after the other."""

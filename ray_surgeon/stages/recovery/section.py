@@ -29,9 +29,9 @@ class RecoverySection(Section):
     they are, so that tied ones stay tied and the dense model's head is the pruned one's, too
     """
     num_tokens: Positive = 65_536
-    """Tokens of the training after the last shot, rounded up to whole steps"""
+    """Tokens of the training after the last shot, or of each size, rounded up to whole steps"""
     num_tokens_between_shots: int = Field(0, ge=0)
-    """Likewise after every shot before the last one, as in the paper"""
+    """Likewise after every other shot, as in the paper"""
     texts: tuple[StreamedSection, ...] = ()
     """Texts of the training, read while it goes on; none: the calibration's windows, again and
     again. The dense model sees them beside the pruned one
@@ -63,11 +63,7 @@ class RecoverySection(Section):
         """Whether the dense model is beside the pruned one while it is trained."""
         return bool(self.texts) and self.loss == "kl"
 
-    def tokens_after(self, shot: int, num_shots: int) -> int:
-        """Return how many tokens are trained on after a shot."""
-        return self.num_tokens if shot == num_shots else self.num_tokens_between_shots
-
-    def num_steps(self, shot: int, num_shots: int, sequence_length: int) -> int:
-        """Return how many steps are made after a shot."""
-        of_step = self.sequences_per_step * sequence_length
-        return -(-self.tokens_after(shot, num_shots) // of_step)
+    def num_steps(self, sequence_length: int, *, ends: bool = True) -> int:
+        """Return how many steps are made after a shot, which ends at a size asked for or not."""
+        num_tokens = self.num_tokens if ends else self.num_tokens_between_shots
+        return -(-num_tokens // (self.sequences_per_step * sequence_length))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -18,6 +18,7 @@ from ray_surgeon.report.html_report import LivePage
 from ray_surgeon.runtime.dense_states import CALIBRATION
 from ray_surgeon.runtime.teacher import drop_teacher, load_teacher
 from ray_surgeon.runtime.weights import ModelRecipe
+from ray_surgeon.spec.targets import ScheduleSection
 from ray_surgeon.stages.recovery.batches import Batches, CalibrationBatches, StreamBatches
 from ray_surgeon.stages.recovery.needs import RecoveryNeeds
 from ray_surgeon.stages.recovery.rates import Check
@@ -36,6 +37,7 @@ class Recovery(Stage):
     name = "recovery"
     section: RecoverySection
     num_held: int  # windows held aside, on which it is measured
+    size_shots: Sequence[int]  # numbers of the shots that end at a size asked for
     by_element: bool  # whether masks are of elements
     # whether the curvature pass keeps the dense model's states of the calibration text
     has_pass: bool
@@ -80,15 +82,18 @@ class Recovery(Stage):
 
     def _batches(self, run: RunState) -> Batches:
         if self.stream is None:
-            return CalibrationBatches(self.section, run.text, run.shot, run.num_shots)
-        num_steps = [
-            self.section.num_steps(shot, run.num_shots, self.stream.sequence_length)
-            for shot in range(1, run.shot + 1)
-        ]
+            last = self._num_steps(run.shot, run.text.tokens.shape[1])[-1]
+            return CalibrationBatches(self.section, run.text, last, run.shot)
+        num_steps = self._num_steps(run.shot, self.stream.sequence_length)
         first = sum(num_steps[:-1]) * self.section.sequences_per_step
         # the checks are of text that is not trained on
         stream = replace(self.stream, calibration=run.text.tokens, held=run.text.held)
         return StreamBatches(self.section, stream, run.cluster, num_steps[-1], first)
+
+    def _num_steps(self, last: int, length: int) -> list[int]:
+        """Return how many steps there are after every shot up to one."""
+        ends = [shot in self.size_shots for shot in range(1, last + 1)]
+        return [self.section.num_steps(length, ends=each) for each in ends]
 
     def texts_to_remember(self, run: RunState) -> Mapping[str, Text]:
         """Return the calibration text, unless a curvature pass sees it anyway."""
@@ -128,7 +133,7 @@ def share_of_peak(plan: Mapping[str, Any], dtype: str, per_s: float) -> float:
 
 
 def stream_of(
-    section: RecoverySection, num_shots: int, length: int, tokenizer: Any
+    section: RecoverySection, schedule: ScheduleSection, length: int, tokenizer: Any
 ) -> TextStream | None:
     """Return the windows that a recovery reads; None without texts or a tokenizer.
 
@@ -139,6 +144,8 @@ def stream_of(
         return None
     texts = [(text, f"recovery.texts.{i}") for i, text in enumerate(section.texts)]
     stream = TextStream(texts, length, tokenizer, section.seed)
-    num_steps = sum(section.num_steps(i, num_shots, length) for i in range(1, num_shots + 1))
+    num_ends = len(schedule.size_shots)
+    num_steps = num_ends * section.num_steps(length)
+    num_steps += (schedule.shots - num_ends) * section.num_steps(length, ends=False)
     stream.check_length(num_steps * section.sequences_per_step)
     return stream

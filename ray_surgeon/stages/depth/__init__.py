@@ -1,0 +1,1 @@
+"""Depth: whole blocks and layers that are removed."""
