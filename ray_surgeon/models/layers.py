@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 LAYER_KINDS = ("blocks", "attention_layers", "ffn_layers")
 """Kinds of layers that may be removed: whole blocks, their attentions, and their feed-forward
-layers, mixtures of experts included.
+layers, mixtures included.
 """
 
 

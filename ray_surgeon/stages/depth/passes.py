@@ -43,7 +43,7 @@ def sums_without_each(
     if text.held_counts is not None:
         counts &= text.held_counts
     last = cluster.placement.num_shards - 1
-    layers = [replace(layer, linears=()) for layer in layers]  # names, of which experts have many
+    layers = [replace(layer, linears=()) for layer in layers]  # names, of which mixtures have many
 
     def at_end(replica: int, number: int, inputs: Any) -> Future[Any]:
         window = text.held[number : number + 1]
