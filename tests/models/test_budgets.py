@@ -5,10 +5,12 @@ from collections import Counter
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoConfig
 
 from ray_surgeon.models import budgets
 from ray_surgeon.models.budgets import Budget, fewest_left, flops_budget, parameters_budget
 from ray_surgeon.models.layout import ModelLayout
+from ray_surgeon.models.pruned_config import shallower
 from tests.conftest import CONFIGS, LAYOUTS, tiny_model
 from tests.integration.runs import config_like
 
@@ -122,3 +124,24 @@ def test_the_fewest_groups_left(layout: ModelLayout, heads: int, expected: dict[
     least = {"attention": heads, "ffn": 100, "expert_channels": 8, "experts": 1}
     wanted = {kind: least[kind] for kind in expected}
     assert fewest_left(layout, wanted, uniform=True) == expected
+
+
+@pytest.mark.parametrize("family", sorted(LAYOUTS))
+def test_what_a_layer_saves_is_what_a_shallower_model_lacks(family: str) -> None:
+    """Its parts save what their linears hold, and less than the block with its norms."""
+    layout = LAYOUTS[family]
+    last = layout.num_blocks - 1
+    document = shallower(layout, layout.config.to_dict(), range(last))
+    less = ModelLayout.of(AutoConfig.for_model(**document))
+    for budget, rest in (
+        (parameters_budget(layout), parameters_budget(less)),
+        (budgets.linears_budget(layout), budgets.linears_budget(less)),
+        (flops_budget(layout, 24), flops_budget(less, 24)),
+    ):
+        gone = [("blocks", last), ("ffn_layers", last)]
+        assert budget.saved_without(gone) == pytest.approx(budget.dense - rest.dense)
+        parts = budget.saved_without([("attention_layers", last), ("ffn_layers", last)])
+        assert parts <= budget.saved_without(gone) * (1 + 1e-9)
+        assert budget.most_saved(["blocks"], 2) >= 2 * min(
+            budget.of_layers["blocks", block] for block in range(last + 1)
+        )
