@@ -39,6 +39,7 @@ BLOCKS: dict[str, Any] = ONE | {
 PARTS = BLOCKS | {"pruning__groups": ["attention_layers", "ffn_layers"]}
 PARTS |= {"pruning__allocation": "global", "pruning__target_sparsity": 0.3}
 NORMED_AFTER = "opt-projections"
+OFTEN = {"deepseek_v3", "gpt2", "gpt_oss", "llama-biases", "qwen3_moe"}
 FAMILIES = sorted({*CONFIGS, *SPARSE_CONFIGS} - {NORMED_AFTER})
 
 
@@ -55,7 +56,9 @@ def test_blocks_of_every_family(family: str, job: Jobs) -> None:
     assert config.get("num_hidden_layers", config.get("n_layer")) == 3
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family", [pytest.param(f, marks=[] if f in OFTEN else pytest.mark.slow) for f in FAMILIES]
+)
 def test_parts_of_blocks_of_every_family(family: str, job: Jobs) -> None:
     done = job(PARTS, model=family, output__exports=["per_block"], cluster__num_shards=2)
     (shot,) = done.shots
