@@ -206,6 +206,21 @@ def test_a_search_passes_once_for_every_kind_of_groups() -> None:
     assert flops["search"] == pytest.approx(passes * flops["evaluation"] + 3 * flops["update"])
 
 
+def test_layers_are_measured_in_passes_of_half_of_the_blocks() -> None:
+    """A fifth of 80 blocks in two shots: eight of them in each, of which the first is measured
+    whole, and each held aside twice; every fit is of half of the calibration's text.
+    """
+    pruning = {"groups": ["blocks"], "num_shots": 2}
+    deep = job(num_shards=8, pruning=pruning, calibration={"held_aside": 6 / 128})
+    record = deep.plan().as_record()
+    windows = 6 * 2 * 8 + 6 * 40 * (1 + 7 / 2) + 128 * 8 / 2
+    of_window = record["flops"]["evaluation"] / (24 + 6)
+    assert record["flops"]["depth"] == pytest.approx(windows * of_window, rel=1e-3)
+    states = 2 * 81 * 2048 * 8192 * 2
+    assert deep.steps()["depth"].device > deep.steps()["evaluation"].device + states
+    assert "curvature" not in record["flops"]
+
+
 def test_a_reconstruction_keeps_the_inputs_of_layers_and_trains_one_at_a_time() -> None:
     training = {"reconstruction": {"tokens_per_step": 1024, "num_epochs": 3}}
     without, trained = (

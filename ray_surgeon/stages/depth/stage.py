@@ -170,17 +170,23 @@ class Depth(Stage):
     # For the plan
 
     def needs(self, worker: WorkerView) -> Iterable[StepPlan]:
-        """Return the passes of a shot, which go through half of the blocks in the mean."""
+        """Return the passes of a shot.
+
+        Each measure is of half of the blocks for every layer in the mean; after the first about
+        half of the layers are measured again.
+        """
         section = self.method.section
-        share = 1 / section.shots
         number = self.section.num_removed or len(self.layers) * (section.last_sparsity or 0.2)
-        num_removed = max(1, round(number * share))
+        num_removed = max(1, round(number / section.shots))
         T = worker.sequence_length
-        passed = len(self.layers) / 2 if self.section.costs in MEASURED else 0
-        count = round(num_removed * (self.num_held * (2 + passed) + worker.num_sequences))
+        held = 2.0 * self.num_held * num_removed
+        if self.section.costs in MEASURED:
+            held += self.num_held * len(self.layers) / 2 * (1 + (num_removed - 1) / 2)
+        widest = max(linear.num_columns for linear in worker.linears)
+        fitted = min(worker.num_sequences, _TOKENS_EACH * widest / T) * num_removed / 2
+        count = round(held + fitted * self.section.update)
         step = worker.measuring(self.name, [(max(1, count), T)])
         states = (len(self.layers) + 1) * T * worker.hidden_size * worker.shapes.width
-        widest = max(linear.num_columns for linear in worker.linears)
         sums = 4.0 * (2 * widest**2 + 2 * widest * worker.hidden_size + T * widest)
         yield replace(step, device=step.device + 2 * states + sums * self.section.update)
 
