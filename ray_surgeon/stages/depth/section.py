@@ -20,10 +20,10 @@ class DepthSection(Section):
     is_checked: ClassVar[bool] = True
 
     costs: LayerCosts = "divergence"
-    """What the removal of a layer costs, a parameter: divergence, from the dense model on windows
-    held aside with the layer off, measured again after every removal; or a score of a baseline:
-    loss, the same of the loss (SLEB); influence, by which angle a block turns its hidden states
-    (ShortGPT); last, the last layers go first; random
+    """What the removal of a layer costs on windows held aside: divergence, from the dense model
+    with the layer off, measured again after every removal; or a score of a baseline: loss, the same
+    of the loss (SLEB); influence, by which angle a block turns its hidden states (ShortGPT); last,
+    the last layers go first; random
     """
     num_removed: Positive | None = None
     """How many layers go over all shots, where groups names narrower kinds, too, of which then as

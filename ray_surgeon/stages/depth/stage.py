@@ -133,7 +133,7 @@ class Depth(Stage):
             drawing = random.Random(run.shot)
             return {layer: drawing.random() for layer in layers}
         if kind == "influence":
-            of_blocks = passes.influences_of(run.cluster, run.text.tokens)
+            of_blocks = passes.influences_of(run.cluster, run.text.held)
             return {layer: of_blocks[layer.block] for layer in layers}
         sums = passes.sums_without_each(run.cluster, run.text, layers)
         whole, *others = sums[:, int(kind == "loss")].tolist()
