@@ -131,11 +131,13 @@ def _of_size(
 
     `has_norms` is whether what is in a block beside its linears goes with the block.
     """
+    of_blocks = Counter[int | None]()
+    for name, shape in layout.parameters.items():
+        of_blocks[layout.block_of(name)] += math.prod(shape)
 
     def of_layer(layer: Layer) -> float:
         if layer.kind == "blocks" and has_norms:
-            names = (n for n in layout.parameters if layout.block_of(n) == layer.block)
-            return each * sum(math.prod(layout.parameters[name]) for name in names)
+            return each * of_blocks[layer.block]
         return each * sum(layout.shapes[name].size for name in layer.linears)
 
     need = size * each

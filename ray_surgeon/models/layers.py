@@ -6,6 +6,7 @@ The residual stream goes around a layer, so it can be turned off, and removed.
 from __future__ import annotations
 
 import contextlib
+from collections import defaultdict
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -56,12 +57,14 @@ def layers_of(layout: ModelLayout, kinds: Sequence[str]) -> tuple[Layer, ...]:
     """Return the layers of some kinds, block after block, in the order of `LAYER_KINDS`."""
     family = layout.family
     in_attention = {family.attention.consumer, *family.attention.producers, *family.in_attention}
+    names_of = defaultdict[int, list[str]](list)
+    for shape in layout.linears:
+        names_of[shape.block].append(shape.name)
     layers = []
-    for block in range(layout.num_blocks):
+    for block, names in names_of.items():
         prefix = family.block_prefix(block)
-        names = [shape.name for shape in layout.linears if shape.block == block]
         attention = [name for name in names if name.removeprefix(prefix) in in_attention]
-        others = [name for name in names if name not in attention]
+        others = [name for name in names if name.removeprefix(prefix) not in in_attention]
         ffn = prefix + family.ffn.consumer
         parts = {"blocks": (names, ""), "ffn_layers": (others, ffn if ffn in others else "")}
         parts["attention_layers"] = (attention, prefix + family.attention.consumer)
