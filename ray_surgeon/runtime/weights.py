@@ -223,8 +223,9 @@ class _Exported:
     def tensors(self, names: Iterable[str]) -> _Tensors:
         """Yield tensors, without what is cut out; see `Stored.whole`."""
         layout = self._shard.layout
+        written = {None, *self._blocks}
         for name in names:
-            if layout.block_of(name) in (None, *self._blocks):
+            if layout.block_of(name) in written:
                 stored = layout.renumbered(self._stored.name(name), self._blocks)
                 yield stored, self._stored.whole(name, self._cut(name))
 

@@ -22,7 +22,14 @@ from ray_surgeon.report.commits import CommittedPart, Save
 from ray_surgeon.report.directory import Record
 from ray_surgeon.report.html_report import LivePage, rendered
 from ray_surgeon.runtime.dense_states import read_states, write_states
-from ray_surgeon.runtime.weights import FILE_BYTES, ModelRecipe, continue_from_shot, load, save_shot
+from ray_surgeon.runtime.weights import (
+    FILE_BYTES,
+    ModelRecipe,
+    SavedFile,
+    continue_from_shot,
+    load,
+    save_shot,
+)
 from ray_surgeon.spec.evaluation import TasksSection
 from ray_surgeon.spec.sections import OutputSection, QuantizeSection
 from ray_surgeon.stages.prune.method import Method
@@ -35,6 +42,15 @@ _PINNED_BYTES_PER_S = 4e9
 """At which the host pins memory."""
 
 
+def _load(run: RunState, method: Method, committed: Sequence[SavedFile]) -> None:
+    """Load the dense model's weights, and in their place those of a commit, if there is one."""
+    shot_files = tuple((key, file.uri) for file in committed for key in file.keys)
+    recipe = ModelRecipe(run.model, shot_files, run.kept(ScratchNames))
+    run.cluster.run_all(load, recipe, method.by_element, run.cluster.stores)
+    if shot_files:
+        method.after_resuming(run.cluster)
+
+
 @dataclass(frozen=True)
 class Load(Stage):
     """The first stage of every run."""
@@ -44,14 +60,9 @@ class Load(Stage):
 
     def run(self, run: RunState, facts: Facts) -> None:
         """Load weights, masks, and what the dense model said of texts."""
-        shot_files: tuple[tuple[str, str], ...] = ()
+        last = (run.part or run.directory.read_shot(run.num_done)) if run.resumes else None
+        _load(run, self.method, last.files if last else ())
         if run.resumes:
-            last = run.part or run.directory.read_shot(run.num_done)
-            shot_files = tuple((key, file.uri) for file in last.files for key in file.keys)
-        recipe = ModelRecipe(run.model, shot_files, run.kept(ScratchNames))
-        run.cluster.run_all(load, recipe, self.method.by_element, run.cluster.stores)
-        if run.resumes:
-            self.method.after_resuming(run.cluster)
             run.cluster.run_all(read_states, run.directory.dense_states)
         facts |= {"workers": len(run.cluster.placement.workers), "resumed_after_shot": run.num_done}
         if run.part is not None:
@@ -193,11 +204,7 @@ class LoadSize(Stage):
 
     def run(self, run: RunState, facts: Facts) -> None:
         """Load them."""
-        committed = run.directory.read_shot(self.size.shot)
-        shot_files = tuple((key, file.uri) for file in committed.files for key in file.keys)
-        recipe = ModelRecipe(run.model, shot_files, run.kept(ScratchNames))
-        run.cluster.run_all(load, recipe, self.method.by_element, run.cluster.stores)
-        self.method.after_resuming(run.cluster)
+        _load(run, self.method, run.directory.read_shot(self.size.shot).files)
         facts["size"] = self.size.sparsity or 0.0
 
 

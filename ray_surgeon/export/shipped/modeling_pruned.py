@@ -236,7 +236,7 @@ class Narrow(nn.Module):
             narrow_block(block, config, sizes)
             if sizes.get("expert_widths"):
                 narrow_experts(block.mlp, sizes["expert_widths"])
-            elif hasattr(block.mlp if hasattr(block, "mlp") else block, "experts"):
+            elif hasattr(getattr(block, "mlp", None), "experts"):
                 block.mlp = NoMixture(gives_scores=hasattr(block.mlp, "router"))
         self.post_init()  # type: ignore[operator]
 

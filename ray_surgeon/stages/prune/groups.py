@@ -52,13 +52,11 @@ class Groups(GroupChoice):
     def reconstruction(self) -> ReconstructionStage | None:
         """The reconstruction of layers that lose groups, if there is one."""
         section = self.section.reconstruction
-        if section is None:
+        kinds = FEED_FORWARD_OF_ALL & set(self.section.groups)
+        if section is None or not kinds:
             return None
         curvature = self.used_curvature
         num_backward = 0 if curvature.gathers == "A" else curvature.sequences_backward
-        kinds = FEED_FORWARD_OF_ALL & set(self.section.groups)
-        if not kinds:
-            return None
         return ReconstructionStage(section, kinds, num_backward)
 
     # On a worker
