@@ -20,7 +20,8 @@ from ray_surgeon.report.events import Event, Fact, Moment, Recorder
 from ray_surgeon.run.inputs import Inputs
 from ray_surgeon.run.loop import run_shots
 from ray_surgeon.runtime.cluster import NoRoomError, WorkerFailureError
-from ray_surgeon.runtime.ray_cluster import RayCluster, nodes_alive
+from ray_surgeon.runtime.ray_cluster import RayCluster
+from ray_surgeon.runtime.ray_nodes import nodes_alive
 from ray_surgeon.spec.base import refusing
 from ray_surgeon.spec.sections import RaySection
 from ray_surgeon.stages.evaluation import CollapseError
@@ -49,7 +50,7 @@ class Coordinator:
 
     def __init__(self) -> None:
         """Start without events."""
-        self._events: list[Event] = []
+        self._events: list[Event | str] = []
         self._moment: Moment | None = None
 
     def run(self, inputs: Inputs, before: _Failure, attempt: Attempt) -> _Failure:
@@ -81,14 +82,15 @@ class Coordinator:
             run.add_event(asdict(event))
             metrics.record(event)
         try:
-            with closing(RayCluster(inputs.layout, inputs.placement, inputs.ray)) as cluster:
+            about = inputs.layout, inputs.placement, inputs.ray
+            with closing(RayCluster(*about, self._events.append)) as cluster:
                 run_shots(inputs, cluster, run, listen)
         except WorkerFailureError as error:
             return error
         return None
 
-    def news(self, seen: int) -> tuple[list[Event], Moment | None]:
-        """Return the events after the first `seen` ones, and how far the present step has come."""
+    def news(self, seen: int) -> tuple[list[Event | str], Moment | None]:
+        """Return what is new after so many events and lines, and how far the present step is."""
         return self._events[seen:], self._moment
 
 
@@ -128,13 +130,16 @@ def _run_with_retries(inputs: Inputs, display: Display) -> None:
     failure: _Failure = None
     while (failure := _try(inputs, failure, attempt, display)) is not None:
         cause = failure.cause
+        if cause == "preemption":  # no defect, and nothing that could not happen again
+            display.note(f"{failure}; continuing from the last commit")
+            continue
         if not left[cause]:
             allowed = f"cluster.retries.{cause} allows {getattr(section.retries, cause)}"
             remedy = f"Look for the reason in Ray's logs, or raise cluster.retries.{cause}"
-            raise RuntimeError(f"{failure.line}. {allowed}; committed shots are kept. {remedy}")
+            raise RuntimeError(f"{failure}. {allowed}; committed shots are kept. {remedy}")
         left[cause] -= 1
         retries = f"{left[cause]} such retries left"
-        display.note(f"{failure.line}; continuing from the last commit, {retries}")
+        display.note(f"{failure}; continuing from the last commit, {retries}")
 
 
 def connect(section: RaySection) -> str:
@@ -213,8 +218,11 @@ def _try(inputs: Inputs, before: _Failure, attempt: Attempt, show: Display) -> _
             running = not done
             events, moment = ray.get(coordinator.news.remote(seen), timeout=patience_s)
             seen += len(events)
-            attempt.has_begun |= seen > 0
             for event in events:
+                if isinstance(event, str):
+                    show.note(event)
+                    continue
+                attempt.has_begun = True
                 show(event)
             if moment is not None and running:
                 show(moment)

@@ -70,6 +70,7 @@ def _run_stages(run: RunState, stages: Stages) -> None:
         run.begin_shot(shot)
         for stage in _left(stages.of_a_shot, run):
             _perform(stage, run, shot)
+        run.cluster.leave_if_told()
     run.directory.write_report(run.report.as_record())  # without exports of an earlier try
     for stage in stages.after_shots:
         _perform(stage, run, run.num_shots)

@@ -30,6 +30,7 @@ class NoRoomError(RuntimeError):
 _LOST = {"worker": "a worker was lost", "node": "a machine was lost"}
 _LOST |= {"coordinator": "the coordinator was lost", "memory": "a machine ran out of memory"}
 _LOST |= {"communication": "replicas could not communicate"}
+_LOST |= {"preemption": "a machine is taken away"}
 """Cause of a failure -> what the user reads."""
 
 
@@ -43,17 +44,16 @@ class WorkerFailureError(RuntimeError):
         """Say what is lost.
 
         Args:
-            cause: "worker", "node", "coordinator", "communication" or "memory"; see
-                `RetriesSection`.
+            cause: "worker", "node", "coordinator", "communication" or "memory", see
+                `RetriesSection`; or "preemption", after which a run always goes on.
             message: a line, or an error, of which the beginning is taken.
         """
         self.cause = cause
         self.message = " ".join(str(message).split())[:300]
         super().__init__(cause, self.message)
 
-    @property
-    def line(self) -> str:
-        """What is lost and why, for people."""
+    def __str__(self) -> str:
+        """Return what is lost and why, for people."""
         return f"{_LOST[self.cause]}: {self.message}"
 
 
@@ -160,6 +160,19 @@ class Cluster(ABC):
         Results come in the order of `placement.workers`.
         """
         return self.get([self.submit(i, step, *args, **kwargs) for i in self.placement.workers])
+
+    def notice(self) -> str:
+        """Return which machines of workers are about to be taken away, in words; "" if none."""
+        return ""
+
+    def leave_if_told(self) -> None:
+        """End the work here before it is lost; is called where all of it is committed.
+
+        Raises:
+            WorkerFailureError: a machine is about to be taken away.
+        """
+        if notice := self.notice():
+            raise WorkerFailureError("preemption", notice)
 
     def clean_up(self) -> None:
         """Let workers remove what they have on their disks, after an error.

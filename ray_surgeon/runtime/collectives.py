@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from ray_surgeon.memory.transfers import Transfers, transfers
 
@@ -153,6 +154,11 @@ def _messages(tensors: Iterable[Sent]) -> Iterator[list[Sent]]:
     yield from left.values()
 
 
+def open_meeting(host: str) -> TCPStore:
+    """Return where workers meet, opened in this process on a port that nobody else has."""
+    return TCPStore(host, 0, is_master=True, wait_for_workers=False)
+
+
 class ProcessReplica(ReplicaGroup):
     """A replica in a process of its own, in a torch.distributed group.
 
@@ -166,7 +172,7 @@ class ProcessReplica(ReplicaGroup):
 
         Args:
             worker: which of them this is.
-            address: ``tcp://host:port`` of worker 0.
+            address: ``host:port`` of the meeting; worker 0 has opened it, see `open_meeting`.
             timeout_s: a collective that takes longer, once all have come to it, raises.
 
         Raises:
@@ -179,11 +185,13 @@ class ProcessReplica(ReplicaGroup):
         timeout = timedelta(seconds=timeout_s)
         backend = "gloo" if worker.device.type == "cpu" else "nccl"
         rank = placement.workers.index(worker.index)
+        host, _, port = address.rpartition(":")
         try:
-            dist.init_process_group("gloo", address, timeout, world_size=size, rank=rank)
+            meeting = TCPStore(host, int(port), is_master=False, timeout=timeout)
+            dist.init_process_group("gloo", None, timeout, size, rank, meeting)
             groups = [dist.new_group(ranks, timeout, backend) for ranks in shards]
             meetings = [dist.new_group(ranks, _NO_LIMIT, "gloo") for ranks in shards]
-        # another is lost before all have met, or its port was taken meanwhile
+        # another is lost before all have met
         except RuntimeError as error:
             raise CollectiveError(f"workers could not connect to each other: {error}") from error
         self._group = groups[worker.index.shard]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import time
 from collections.abc import Sequence
 from typing import Any, TypeVar
@@ -12,12 +11,21 @@ import ray
 import torch
 from ray.exceptions import RayError, RayTaskError
 from ray.util import scheduling_strategies as strategies
-from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.placement_group import remove_placement_group
 
 from ray_surgeon.models.layout import ModelLayout
-from ray_surgeon.runtime.cluster import Cluster, Future, NoRoomError, WorkerFailureError
-from ray_surgeon.runtime.collectives import CollectiveError, ProcessReplica
+from ray_surgeon.runtime.cluster import Cluster, Future, WorkerFailureError
+from ray_surgeon.runtime.collectives import CollectiveError, ProcessReplica, open_meeting
 from ray_surgeon.runtime.placement import Placement, WorkerIndex
+from ray_surgeon.runtime.ray_nodes import (
+    Say,
+    nodes_alive,
+    nodes_leaving,
+    nodes_preempted,
+    reserve,
+    say_differences,
+    versions,
+)
 from ray_surgeon.runtime.worker import Worker, clean_up
 from ray_surgeon.spec.sections import RaySection
 
@@ -49,13 +57,20 @@ def _answer() -> None:
 class RayCluster(Cluster):
     """One actor per shard and replica; a lost one is not restarted alone, but all of them."""
 
-    def __init__(self, layout: ModelLayout, placement: Placement, section: RaySection) -> None:
+    def __init__(
+        self,
+        layout: ModelLayout,
+        placement: Placement,
+        section: RaySection,
+        say: Say = lambda _: None,
+    ) -> None:
         """Reserve room for all workers together and start them.
 
         Args:
             layout: of the whole model.
             placement: what each of them holds.
-            section: what each of them gets, and how long to wait.
+            section: what each of them gets, where, and how long to wait.
+            say: is told what is waited for, and what is odd.
 
         Raises:
             RuntimeError: the cluster has no room within the time; names what was asked for and what
@@ -63,7 +78,7 @@ class RayCluster(Cluster):
         """
         super().__init__(placement)
         self._ping_timeout_s = section.ping_timeout_s
-        self._group = _reserve(len(placement.workers), section)
+        self._group = reserve(len(placement.workers), section, say)
         actor_class = ray.remote(concurrency_groups={"ping": 1})(Worker)  # type: ignore[call-overload]
         layout_reference = ray.put(layout)
         self._actors: dict[WorkerIndex, Any] = {
@@ -73,16 +88,18 @@ class RayCluster(Cluster):
                 runtime_env={"env_vars": _environment(section.cpus_per_worker)},
                 scheduling_strategy=strategies.PlacementGroupSchedulingStrategy(self._group, i),
             ).remote(layout_reference, placement, index, section.device)
-            for i, index in enumerate(placement.workers)
+            # Ray fills one machine after the other; replicas of a shard send most to each other
+            for i, index in enumerate(sorted(placement.workers))
         }
         self._nodes: dict[WorkerIndex, str] = {}  # once all have started
         self._nodes_at_start = nodes_alive()
         try:
             started = [self.submit(i, _settle, section.cpus_per_worker) for i in placement.workers]
-            nodes = self._wait(started, section.start_timeout_s)
+            nodes, of_workers = zip(*self._wait(started, section.start_timeout_s), strict=True)
             self._nodes = dict(zip(placement.workers, nodes, strict=True))
+            say_differences(of_workers, say)
             if placement.num_replicas > 1:
-                (address,) = self.get([self.submit(placement.workers[0], _meeting_address)])
+                (address,) = self.get([self.submit(placement.workers[0], _open_meeting)])
                 self.run_all(_join_replicas, address, section.step_timeout_s)
         except BaseException:
             self.close()
@@ -191,7 +208,10 @@ class RayCluster(Cluster):
         if isinstance(error, ray.exceptions.OutOfMemoryError):
             return WorkerFailureError("memory", error)
         alive = nodes_alive()
-        num_gone = sum(node not in alive for node in self._nodes.values())
+        gone = {node for node in self._nodes.values() if node not in alive}
+        if gone & nodes_preempted() or getattr(error, "preempted", False):
+            return WorkerFailureError("preemption", error)
+        num_gone = sum(node in gone for node in self._nodes.values())
         if num_gone or (not self._nodes and not self._nodes_at_start <= alive):
             return WorkerFailureError("node", f"{num_gone or 'some'} workers were on lost machines")
         return WorkerFailureError("node" if isinstance(error, _OF_NODES) else "worker", error)
@@ -211,6 +231,12 @@ class RayCluster(Cluster):
                     return newer
             time.sleep(0.5)
         return error
+
+    def notice(self) -> str:
+        """Return of how many workers the machines are drained, in words."""
+        leaving = nodes_leaving()
+        count = sum(node in leaving for node in self._nodes.values())
+        return f"Ray drains the machines of {count} workers" if count else ""
 
     def clean_up(self) -> None:
         """Let workers remove what they have on their disks.
@@ -235,53 +261,26 @@ def _environment(num_threads: int) -> dict[str, str]:
     return _ENVIRONMENT | ours | threads
 
 
-def _settle(worker: Worker, num_threads: int) -> str:
+def _settle(worker: Worker, num_threads: int) -> tuple[str, dict[str, str]]:
     """Set torch's threads and take the GPU that Ray gave, of all that the machine shows.
 
-    Returns the machine's identity.
+    Returns the machine's identity, and its versions.
     """
     torch.set_num_threads(num_threads)
     context = ray.get_runtime_context()
     if worker.device.type != "cpu":
         (name,) = context.get_accelerator_ids()["GPU"]
         worker.take_gpu(name)
-    return str(context.get_node_id())
+    return str(context.get_node_id()), versions()
 
 
-def _meeting_address(worker: Worker) -> str:
-    """Return an address with a free port, by which Ray itself reaches the machine of a worker."""
-    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
-        probe.bind(("", 0))
-        host = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
-        return f"tcp://{host}:{probe.getsockname()[1]}"
+def _open_meeting(worker: Worker) -> str:
+    """Let a worker open where all of them meet; return the address, which Ray itself reaches."""
+    meeting = open_meeting(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
+    worker.keep(meeting)
+    return f"{meeting.host}:{meeting.port}"
 
 
 def _join_replicas(worker: Worker, address: str, timeout_s: float) -> None:
     """Let a worker join the process group of all workers; see `ProcessReplica`."""
     worker.replicas = ProcessReplica(worker, address, timeout_s)
-
-
-def nodes_alive() -> set[str]:
-    """Return the identities of the machines that are alive in the cluster."""
-    nodes = ray.nodes()  # type: ignore[no-untyped-call]
-    return {node["NodeID"] for node in nodes if node["Alive"]}
-
-
-def _reserve(num_workers: int, section: RaySection) -> PlacementGroup:
-    """Reserve room for all workers together, a bundle each.
-
-    Raises:
-        NoRoomError: there is none within the time; names what was asked for and what there is.
-    """
-    amounts = {"CPU": section.cpus_per_worker, "GPU": section.gpus_per_worker}
-    bundle: dict[str, float] = {key: amount for key, amount in amounts.items() if amount}
-    group: PlacementGroup = placement_group([bundle] * num_workers, strategy="PACK")
-    if not group.wait(section.start_timeout_s):
-        total = ray.cluster_resources()  # type: ignore[no-untyped-call]
-        free = ray.available_resources()  # type: ignore[no-untyped-call]
-        remove_placement_group(group)
-        shown = ", ".join(f"{k} {free.get(k, 0):g} free of {total.get(k, 0):g}" for k in bundle)
-        wanted = f"{num_workers} workers of {bundle} within {section.start_timeout_s:g} s"
-        problem = f"no room for {wanted}; the cluster has {shown}"
-        raise NoRoomError(f"{problem}. Ask for fewer shards or replicas, or add nodes")
-    return group

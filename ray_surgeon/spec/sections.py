@@ -11,17 +11,21 @@ from pydantic import AfterValidator, Field, Tag, field_validator
 from ray_surgeon.spec.base import Address, Place, Positive, Section, absolute, by_tag, tag
 from ray_surgeon.spec.targets import SpeedSection
 
+_LabelKey = Annotated[str, Field(pattern=r"^[\w.-]+(/[\w.-]+)?$")]
+_LabelValue = Annotated[str, Field(pattern=r"^!?([\w.-]+|in\([\w.-]+(, ?[\w.-]+)*\))$")]
+
 
 class RetriesSection(Section):
     """How often a run continues from its last committed shot after a loss, by cause; 0 for never.
 
-    Errors of the input are not retried.
+    Errors of the input are not retried. A machine that Ray was told to drain, as operators of spot
+    machines do before they take one away, counts against none of them.
     """
 
     worker: int = Field(3, ge=0)
     """A worker's process ended or stopped answering"""
     node: int = Field(10, ge=0)
-    """A machine was lost, as spot machines are"""
+    """A machine was lost, without notice"""
     coordinator: int = Field(3, ge=0)
     """The coordinator's process ended or stopped answering"""
     communication: int = Field(3, ge=0)
@@ -75,6 +79,10 @@ class RaySection(_Workers):
     address: str | None = None
     """Ray address, e.g. auto, host:6379 or ray://host:10001; if not given, RAY_ADDRESS; if that is
     not set either, the job starts its own Ray
+    """
+    worker_labels: dict[_LabelKey, _LabelValue] = Field(default_factory=dict)
+    """Labels of the nodes that workers may run on, e.g. {ray.io/accelerator-type: H100}, or
+    {ray.io/market-type: "!spot"}; in(a,b) and !in(a,b) stand for several. Without any, on all
     """
     start_timeout_s: float = Field(300.0, gt=0)
     """How long to wait for the cluster to have room for all workers"""

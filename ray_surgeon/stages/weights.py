@@ -145,6 +145,9 @@ def commit_part(run: RunState, stage: str, after: str, state: Record, save: Save
         after: how far it has come, e.g. "after 12 steps of recovery".
         state: what it goes on from on the coordinator; nothing if it has not begun.
         save: writes what workers go on from, under names that no commit before has used.
+
+    Raises:
+        WorkerFailureError: a machine is about to be taken away; the run goes on elsewhere.
     """
     directory = run.directory
     directory.check_attempt()  # as in `Commit`
@@ -161,6 +164,7 @@ def commit_part(run: RunState, stage: str, after: str, state: Record, save: Save
     run.part = CommittedPart(files, tuple(save(folder)), record)
     directory.commit_part(run.shot, run.part)
     run.committed_s = time.monotonic()
+    run.cluster.leave_if_told()
 
 
 def _pruned(run: RunState, shot: int) -> Pruned:

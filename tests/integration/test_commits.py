@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from ray_surgeon.runtime.cluster import LocalCluster
 from ray_surgeon.stages.recovery.rates import trial_steps
 from ray_surgeon.stages.recovery.training import Training
 from tests.integration import runs
@@ -75,6 +76,19 @@ def assert_same(again: Done, whole: Done) -> None:
 
 def slow(settings: dict[str, Any], name: str) -> Any:
     return pytest.param(settings, id=name, marks=pytest.mark.slow)
+
+
+def test_a_notice_is_time_to_commit(job: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine is about to be taken away: what was trained is committed, and goes on elsewhere."""
+    whole = job(TRAINED | GIVEN, folder="whole")
+    asked = iter(range(100))
+    monkeypatch.setattr(LocalCluster, "notice", lambda _: "a notice" * (next(asked) >= 3))
+    error = job(TRAINED | GIVEN, code=1).error
+    assert "a machine is taken away: a notice" in error
+    monkeypatch.undo()
+    again = job(TRAINED | GIVEN, "--resume")
+    assert "resumed_in_shot=1, after 3 steps of recovery" in again.out
+    assert_same(again, whole)
 
 
 @pytest.mark.parametrize(

@@ -21,14 +21,16 @@ import pytest
 import ray
 import torch
 from ray import cloudpickle
+from ray._raylet import GcsClient  # type: ignore[attr-defined]
 from ray.cluster_utils import Cluster
+from ray.core.generated import autoscaler_pb2
 from ray.exceptions import RayTaskError
 
 from ray_surgeon.report.directory import TakenOverError
 from ray_surgeon.run.driver import connect, unwrapped
 from ray_surgeon.runtime import ray_cluster
 from ray_surgeon.runtime.cluster import NoRoomError, WorkerFailureError
-from ray_surgeon.runtime.collectives import CollectiveError, ProcessReplica
+from ray_surgeon.runtime.collectives import CollectiveError, ProcessReplica, open_meeting
 from ray_surgeon.runtime.placement import WorkerIndex, place
 from ray_surgeon.runtime.ray_cluster import RayCluster
 from ray_surgeon.runtime.worker import Worker
@@ -145,31 +147,107 @@ def test_a_worker_is_lost_in_a_recovery(on_ray: dict[str, Any], job: Jobs) -> No
     assert done.shots[0]["recovery_losses"] == expected.shots[0]["recovery_losses"]
 
 
-def test_a_lost_machine(undisturbed: Path, job: Jobs) -> None:
-    """Of two machines with a worker each one goes, and later another one comes."""
-    soon = {"_system_config": {"health_check_period_ms": 500}}  # a loss is noticed after five
-    two = Cluster(True, head_node_args={"num_cpus": 1, "include_dashboard": False, **soon})
-    uri = job.folder / "run"
-    try:
-        # another address, or the driver might attach to it and be lost too
-        lost = two.add_node(num_cpus=1, node_ip_address="127.0.0.2")
-        two.wait_for_nodes()
+class Machines:
+    """A Ray whose head takes no workers, and machines of one worker each that come and go."""
+
+    def __init__(self) -> None:
+        soon = {"_system_config": {"health_check_period_ms": 500}}  # a loss is noticed after five
+        self.ray = Cluster(True, head_node_args={"num_cpus": 0, "include_dashboard": False, **soon})
+        self._number = 1
+
+    def come(self, **labels: str) -> Any:
+        """Return a new one, with an address of its own, or a driver might attach to it."""
+        self._number += 1
+        address = f"127.0.0.{self._number}"
+        return self.ray.add_node(num_cpus=1, node_ip_address=address, labels=labels)
+
+    def go(self, machine: Any) -> None:
+        """Take one away without notice."""
+        self.ray.remove_node(machine, allow_graceful=False)
+
+    def drain(self, machine: Any, seconds: float = 20.0) -> None:
+        """Say that one will be taken away, as operators of spot machines do."""
+        reason = autoscaler_pb2.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")  # type: ignore[attr-defined]
+        deadline_ms = int(1000 * (time.time() + seconds))
+        gcs = GcsClient(address=self.ray.address)
+        assert gcs.drain_node(machine.node_id, reason, "taken away", deadline_ms)[0]
+
+    @contextlib.contextmanager
+    def running(self, job: Jobs, **changes: Any) -> Iterator[Path]:
+        """Run a job of two workers meanwhile, and yield its log."""
         patience = {"cluster__start_timeout_s": 120.0, "cluster__ping_timeout_s": 40.0}
-        spec = job.spec(OPTIONS | TWO_SHARDS | ON_RAY | patience, cluster__address=two.address)
-        command = [sys.executable, "-m", "ray_surgeon.pipeline", str(spec)]
-        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-        wait_for(lambda: len(processes_of_the_run("Worker")) == 2)
-        time.sleep(1.0)
-        two.remove_node(lost, allow_graceful=False)
-        wait_for(lambda: retries(uri))
-        two.add_node(num_cpus=1, node_ip_address="127.0.0.3")
-        _, errors = process.communicate(timeout=200)
-        assert process.returncode == 0, errors
-    finally:
-        two.shutdown()
+        options = OPTIONS | TWO_SHARDS | ON_RAY | patience | changes
+        spec = job.spec(options, cluster__address=self.ray.address)
+        command = [sys.executable, "-u", "-m", "ray_surgeon.pipeline", str(spec)]
+        log = job.folder / "log"
+        with open(log, "w") as file:
+            process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
+        try:
+            yield log
+            assert process.wait(200) == 0, log.read_text()
+        finally:
+            process.kill()
+
+
+@pytest.fixture
+def machines() -> Iterator[Machines]:
+    there = Machines()
+    yield there
+    there.ray.shutdown()
+
+
+@pytest.mark.timeout(600)
+def test_machines_come_and_go(machines: Machines, undisturbed: Path, job: Jobs) -> None:
+    """One comes late, one is lost, one is taken away with notice; the bits stay the same."""
+    uri = job.folder / "run"
+
+    def committed() -> int:
+        return sum(event["step"] == "commit" for event in events_of(uri))
+
+    elsewhere = machines.come(zone="a")
+    with machines.running(job, cluster__worker_labels={"zone": "!a"}) as log:
+        lack = "waiting for 2 of 2 workers: no node with zone=!a has 1 CPU free; the cluster has"
+        wait_for(lambda: lack in log.read_text())
+        first, _ = machines.come(zone="b"), machines.come()
+        wait_for(lambda: committed() >= 1)
+        machines.go(first)
+        second = machines.come()
+        wait_for(lambda: retries(uri) and committed() >= 2)
+        machines.drain(second)
+        machines.come()
+    text = log.read_text()
+    assert "a machine was lost: 1 workers were on lost machines; continuing" in text
+    assert "a machine is taken away: Ray drains the machines of 1 workers; continuing" in text
+    assert retries(uri) == ["node", "preemption"]
     for shot in range(1, NUM_SHOTS + 1):
         assert_same_shot(undisturbed, uri, shot)
-    assert retries(uri) == ["node"]
+    elsewhere.kill_raylet()  # nobody was there
+
+
+@pytest.mark.chaos
+@pytest.mark.parametrize("number", range(40))
+def test_chaos_of_machines(
+    number: int, machines: Machines, tmp_path_factory: pytest.TempPathFactory, job: Jobs
+) -> None:
+    """At every step of two shots one is drained, and lost a little later, or lost at once."""
+    chance = random.Random(number)
+    two = {"pruning__num_shots": 2}
+    expected = job(two, folder="undisturbed")
+    num_events = len(expected.events) - 2
+    uri = job.folder / "run"
+    there = [machines.come(), machines.come()]
+    is_told = number % 2 == 0
+    with machines.running(job, **two):
+        wait_for(lambda: len(events_of(uri)) >= 1 + number // 2 % num_events)
+        hit = chance.choice(there)
+        if is_told:
+            machines.drain(hit, 2.0)
+            time.sleep(chance.uniform(0, 4))
+        machines.go(hit)
+        machines.come()
+    assert retries(uri) in ([], ["preemption" if is_told else "node"]), "it may have ended before"
+    for shot in (1, 2):
+        assert_same_shot(expected.uri, uri, shot)
 
 
 def _hold(worker: Worker, seconds: float) -> int:
@@ -216,13 +294,16 @@ def test_what_does_not_answer_is_a_worker_or_its_machine(
         two.shutdown()
 
 
-def test_replicas_that_do_not_meet() -> None:
-    """Because another one is lost before it comes."""
+@pytest.mark.parametrize("opened", [True, False])
+def test_replicas_that_do_not_meet(opened: bool) -> None:
+    """Because another one is lost before it comes, or before it has opened the meeting."""
     worker: Any = SimpleNamespace(
         index=WorkerIndex(0, 1), placement=place(LAYOUTS["llama"], 1, 2), device=torch.device("cpu")
     )
+    meeting = open_meeting("127.0.0.1")
+    address = f"127.0.0.1:{meeting.port if opened else 1}"
     with pytest.raises(CollectiveError, match="could not connect to each other"):
-        ProcessReplica(worker, "tcp://127.0.0.1:1", 0.5)
+        ProcessReplica(worker, address, 0.5)
 
 
 @pytest.mark.chaos

@@ -76,7 +76,8 @@ class Recovery(Stage):
     def _commit(self, run: RunState, trained: Training, *, at_once: bool = False) -> None:
         """Commit how far the shot has come, if the last commit was long ago or it is wanted."""
         since_s = time.monotonic() - run.committed_s
-        if at_once or since_s > 60 * self.section.commit_minutes:
+        is_due = at_once or since_s > 60 * self.section.commit_minutes
+        if is_due or run.cluster.notice():
             after = f"after {trained.done} steps of {self.name}"
             commit_part(run, self.name, after, trained.state(), trained.save)
 
