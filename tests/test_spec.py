@@ -8,7 +8,7 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from ray_surgeon.pipeline import main
+from ray_surgeon.pipeline import SCHEMA, main
 from ray_surgeon.spec.job import JobSpec
 from ray_surgeon.spec.parsing import parse_spec, validation_message
 from ray_surgeon.stages.prune.methods import METHODS
@@ -42,6 +42,8 @@ def test_every_pipeline_parses_and_round_trips(path: Path) -> None:
 def test_every_field_is_described(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--schema"]) == 0
     schema = json.loads(capsys.readouterr().out)
+    write = "json.dump(JobSpec.model_json_schema(), open(SCHEMA, 'w'), indent=2)"
+    assert schema == JobSpec.model_json_schema(), f"write {SCHEMA} anew: {write}"
     sections = [schema, *schema["$defs"].values()]
     assert len(sections) > 30
     for section in sections:

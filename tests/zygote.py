@@ -24,6 +24,7 @@ import transformers.dynamic_module_utils
 from transformers import LlamaForCausalLM  # noqa: F401 - so that forks need not import it
 
 import ray_surgeon.pipeline
+import ray_surgeon.run.command
 from ray_surgeon.runtime.usage import process_usage
 
 MODULES = ("ray_surgeon.export.folder", "ray_surgeon.export.speed")
@@ -37,7 +38,7 @@ def run_command_line(arguments: list[str]) -> int:
     if "--workers-may-start" in arguments:
         arguments.remove("--workers-may-start")
     else:
-        ray_surgeon.pipeline.run = refuse  # type: ignore[assignment, attr-defined]
+        ray_surgeon.run.command.run = refuse  # type: ignore[assignment, attr-defined]
     return ray_surgeon.pipeline.main(arguments)
 
 

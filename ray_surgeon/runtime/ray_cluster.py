@@ -92,6 +92,7 @@ class RayCluster(Cluster):
             for i, index in enumerate(sorted(placement.workers))
         }
         self._nodes: dict[WorkerIndex, str] = {}  # once all have started
+        self._told = set[str]()  # of machines that would be taken away; Ray forgets it when they go
         self._nodes_at_start = nodes_alive()
         try:
             started = [self.submit(i, _settle, section.cpus_per_worker) for i in placement.workers]
@@ -129,7 +130,9 @@ class RayCluster(Cluster):
                 values.update(zip(done, ray.get(done), strict=True))
                 if done:
                     heard = time.monotonic()
-                elif self.progress.unit == "linears":  # those that do not answer at once left out
+                    continue
+                self._told |= nodes_leaving()
+                if self.progress.unit == "linears":  # those that do not answer at once left out
                     self.progress.reach_together(self._ping(1.0)[0])
                 if time.monotonic() - heard >= patience_s:
                     self._check_that_all_answer(self._ping_timeout_s / 2)
@@ -209,7 +212,8 @@ class RayCluster(Cluster):
             return WorkerFailureError("memory", error)
         alive = nodes_alive()
         gone = {node for node in self._nodes.values() if node not in alive}
-        if gone & nodes_preempted() or getattr(error, "preempted", False):
+        taken_away = self._told | nodes_leaving() | nodes_preempted()
+        if taken_away & {*self._nodes.values()} or getattr(error, "preempted", False):
             return WorkerFailureError("preemption", error)
         num_gone = sum(node in gone for node in self._nodes.values())
         if num_gone or (not self._nodes and not self._nodes_at_start <= alive):
@@ -235,6 +239,7 @@ class RayCluster(Cluster):
     def notice(self) -> str:
         """Return of how many workers the machines are drained, in words."""
         leaving = nodes_leaving()
+        self._told |= leaving
         count = sum(node in leaving for node in self._nodes.values())
         return f"Ray drains the machines of {count} workers" if count else ""
 

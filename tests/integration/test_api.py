@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
 import runpy
 import signal
+import subprocess
 import sys
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -292,6 +294,17 @@ def test_long_steps_show_that_they_move(job: Jobs) -> None:
     assert half.tokens_each == 40
     assert "tokens/s" in half.pace
     assert "s left" in half.pace
+
+
+def test_what_is_imported_before_a_job_is_run() -> None:
+    """Help, schema and submitting need no torch, and half a second."""
+    script = "import sys, {}; print({{m.partition('.')[0] for m in sys.modules}})"
+    for module, packages in (("pipeline", set()), ("run.submit", {"fsspec"})):
+        command = [sys.executable, "-c", script.format(f"ray_surgeon.{module}")]
+        loaded = ast.literal_eval(subprocess.check_output(command, text=True))
+        other = {"__main__", "_distutils_hack", "sitecustomize", "__editable___ray_surgeon_finder"}
+        ours = {name for name in loaded - other if not name.startswith("__editable__")}
+        assert ours - sys.stdlib_module_names == {"ray_surgeon", *packages}
 
 
 def test_the_command_line(job: Jobs, capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,6 +17,7 @@ import urllib.request
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 from ray.job_submission import JobSubmissionClient
@@ -45,6 +46,7 @@ class Head:
     """
 
     jobs: JobSubmissionClient
+    address: str
     client: str
     metrics: str
     environment: Mapping[str, str]
@@ -56,6 +58,14 @@ class Head:
             entrypoint=" ".join(["python -m ray_surgeon.pipeline", str(spec), *arguments]),
             runtime_env={"working_dir": str(ROOT)},
         )
+
+    def followed(self, *arguments: str) -> tuple[int, str]:
+        """Return the exit code and output of `ray-surgeon submit`."""
+        program = "import sys; from ray_surgeon.pipeline import cli; sys.exit(cli())"
+        command = [sys.executable, "-c", program, "submit", "--address", self.address, *arguments]
+        options: dict[str, Any] = {"env": self.environment, "text": True, "capture_output": True}
+        done = subprocess.run(command, check=False, **options)
+        return done.returncode, done.stdout + done.stderr
 
     def ended(self, name: str) -> tuple[str, str]:
         """Wait for the end of a job and return its status and message, and its logs."""
@@ -100,7 +110,8 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
                 patch.setenv(name, value)
             headers = {"Authorization": f"Bearer {token['RAY_AUTH_TOKEN']}"}
             jobs = JobSubmissionClient(address, headers=headers)
-        yield Head(jobs, f"ray://{host}:{client}", f"http://{host}:{metrics}/metrics", environment)
+        places = (f"ray://{host}:{client}", f"http://{host}:{metrics}/metrics")
+        yield Head(jobs, address, *places, environment)
     finally:
         process.terminate()
         process.wait(60)
@@ -138,6 +149,9 @@ def test_jobs_at_once_do_not_disturb_each_other(head: Head, job: Jobs) -> None:
     ended, logs = head.ended("bad-spec")
     assert "pruning.target_sparsity: Input should be less than 1 (got 3)" in logs
     assert "exit code 2" in ended
+    code, logs = head.followed(str(job.spec(ONE)), "--set", "pruning.target_sparsity=3")
+    assert code == 2
+    assert "pruning.target_sparsity: Input should be less than 1 (got 3)" in logs
 
 
 def metrics_of(head: Head, run: str) -> dict[str, float]:
@@ -153,16 +167,19 @@ def metrics_of(head: Head, run: str) -> dict[str, float]:
 
 
 def test_a_job_that_is_watched_and_stopped_and_goes_on(head: Head, job: Jobs) -> None:
+    """It goes on by `ray-surgeon submit`, which follows it and fetches the report."""
     changes = ON_RAY | {"name": "watched", "pruning__num_shots": 6}
     head.submit("stops", job.spec(changes))
 
+    values = dict[str, float]()
+
     def has_two_shots() -> bool:
         assert not head.jobs.get_job_status("stops").is_terminal(), head.ended("stops")
-        return metrics_of(head, "watched").get("shot", 0) >= 2
+        values.update(metrics_of(head, "watched"))
+        return values.get("shot", 0) >= 2 and "perplexity docs" in values
 
     # Four processes load torch on the two cores that another worker's tests use, too.
     wait_for(has_two_shots, seconds=300)
-    values = metrics_of(head, "watched")
     head.jobs.stop_job("stops")
     ended, logs = head.ended("stops")
     assert "STOPPED" in ended
@@ -186,9 +203,16 @@ def test_a_job_that_is_watched_and_stopped_and_goes_on(head: Head, job: Jobs) ->
         "worker_busy_seconds curvature 1",
     } <= values.keys()
 
-    done = job(changes | {"cluster__backend": "local"}, "--resume")
-    assert re.search(r"resumed_after_shot=[1-9]", done.out)
+    spec = str(job.spec(changes | {"cluster__backend": "local"}))
+    fetched = job.folder / "fetched"
+    code, out = head.followed(spec, "--id", "goes-on", "--report", str(fetched), "--resume")
+    assert code == 0, out
+    assert re.search(r"resumed_after_shot=[1-9]", out)
+    assert len(re.findall("shot 6/6 +commit", out)) == 1
+    done = Done(job.folder / "run", "", "")
     assert len(done.shots) == 6
+    for name in ("report.html", "report.json"):
+        assert (fetched / name).read_bytes() == (done.uri / name).read_bytes()
 
 
 @pytest.mark.slow

@@ -1,0 +1,141 @@
+"""``ray-surgeon submit SPEC``: a job on a Ray cluster, followed from a machine that has no torch.
+
+The spec and this package travel with the job. Its log is asked for again and again: a connection
+that is kept open breaks, or hangs, when a head restarts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import gzip
+import re
+import shlex
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import fsspec
+
+import ray_surgeon
+
+if TYPE_CHECKING:
+    from ray.job_submission import JobSubmissionClient
+
+_PACKAGE = Path(ray_surgeon.__file__).parent
+_POLL_S = 2.0
+_PATIENCE_S = 300.0
+"""How long a head may not answer, as while it restarts."""
+_PRINT_REPORT = """
+import base64, gzip, sys, fsspec
+for name in ("report.html", "report.json"):
+    with fsspec.open(f"{sys.argv[1]}/{name}", "rb") as file:
+        print(name, base64.b64encode(gzip.compress(file.read())).decode(), flush=True)
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Submit a job, follow it to its end, fetch its report, and return the job's exit code."""
+    prog = "ray-surgeon submit"
+    parser = argparse.ArgumentParser(prog, description="Run a job spec on a Ray cluster.")
+    parser.add_argument("spec", help="job spec: YAML or JSON, on any fsspec URI")
+    text = "of the head, as http://head:8265; RAY_API_SERVER_ADDRESS if not given"
+    parser.add_argument("--address", help=text)
+    parser.add_argument("--id", help="of the job; Ray makes one if not given")
+    parser.add_argument("--report", help="folder for the report; named like the job if not given")
+    arguments, rest = parser.parse_known_args(argv)  # the rest is the pipeline's
+    from ray.exceptions import RayError
+    from ray.job_submission import JobSubmissionClient
+
+    try:
+        with fsspec.open(arguments.spec, "rb") as file:
+            spec = file.read()
+        client = JobSubmissionClient(arguments.address)
+        return _run(client, spec, arguments, rest)
+    except (RayError, OSError, RuntimeError, ValueError) as error:
+        sys.stderr.write(f"failed: {error}\n")
+        return 1
+
+
+def _run(
+    client: JobSubmissionClient, spec: bytes, arguments: argparse.Namespace, rest: Sequence[str]
+) -> int:
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "job.yaml").write_bytes(spec)
+        ignored = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(_PACKAGE, Path(folder, _PACKAGE.name), ignore=ignored)
+        environment = {"working_dir": folder}
+        words = shlex.join(["python", "-m", "ray_surgeon.pipeline", "job.yaml", *rest])
+        job = _patiently(
+            lambda: client.submit_job(
+                entrypoint=words, submission_id=arguments.id, runtime_env=environment
+            )
+        )
+        _say(f"job {job}; to stop it: ray job stop {job}")
+        try:
+            log = _follow(client, job, _say)
+        except KeyboardInterrupt:
+            _say(f"\nno longer followed; the job goes on: ray job logs --follow {job}")
+            return 130
+        reports = re.findall(r"^report: (\S+)/report\.html", log, flags=re.MULTILINE)
+        if reports:
+            _fetch(client, reports[-1], environment, Path(arguments.report or job))
+    about = _patiently(lambda: client.get_job_info(job))
+    if about.driver_exit_code is None:
+        _say(f"{about.status}: {about.message}")
+        return 1
+    return int(about.driver_exit_code)
+
+
+def _follow(client: JobSubmissionClient, job: str, say: Callable[[str], None]) -> str:
+    """Print what a job prints until it ends, and return all of it."""
+    log = ""
+    ended = False
+    while not ended:
+        ended = _patiently(lambda: client.get_job_status(job)).is_terminal()
+        now = _patiently(lambda: client.get_job_logs(job))
+        whole = now if ended else now[: now.rfind("\n") + 1]
+        if len(whole) > len(log):
+            say(whole[len(log) :].removesuffix("\n"))
+            log = whole
+        if not ended:
+            time.sleep(_POLL_S)
+    return log
+
+
+def _fetch(client: JobSubmissionClient, uri: str, environment: Any, folder: Path) -> None:
+    """Write a run's report to a folder; a job on the head reads it, with the rights that it has."""
+    words = shlex.join(["python", "-c", _PRINT_REPORT, uri])
+    reader = _patiently(lambda: client.submit_job(entrypoint=words, runtime_env=environment))
+    log = _follow(client, reader, lambda _: None)
+    pattern = r"^(report\.\w+) ([A-Za-z0-9+/=]+)$"
+    files = dict(re.findall(pattern, log, flags=re.MULTILINE))
+    if len(files) < 2:
+        _say(f"the report at {uri} could not be fetched: {log.strip()[-300:]}")
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        (folder / name).write_bytes(gzip.decompress(base64.b64decode(content)))
+    _say(f"report: {folder / 'report.html'}, with report.json beside it")
+
+
+def _patiently(ask: Callable[[], Any]) -> Any:
+    """Return what the head answers, which may not be there for a while."""
+    deadline = time.monotonic() + _PATIENCE_S
+    while True:
+        try:
+            return ask()
+        except OSError as error:  # of connections, too
+            if time.monotonic() > deadline:
+                problem = f"the head has not answered for {_PATIENCE_S:g} s: {error}"
+                raise RuntimeError(f"{problem}. The job goes on if the head does") from error
+            time.sleep(_POLL_S)
+
+
+def _say(text: str) -> None:
+    sys.stdout.write(f"{text}\n")
+    sys.stdout.flush()
