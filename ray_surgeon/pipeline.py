@@ -58,12 +58,14 @@ def _arguments(argv: Sequence[str] | None, prog: str) -> argparse.Namespace:
         parser.add_argument(option, **settings)
     plans = parser.add_argument_group("a plan for other machines", "ray-surgeon plan, or --dry-run")
     plans.add_argument("--device", help=_DEVICE)
+    text = "print a RayJob of KubeRay for exactly this job; one worker a pod"
+    plans.add_argument("--kubernetes", action="store_true", default=None, help=text)
     for option, (kind, example, text) in _SIZES.items():
         plans.add_argument(option, type=kind, metavar=example, help=text)
     arguments = parser.parse_args(argv)
     if not arguments.schema and arguments.spec is None:
         parser.error("a job spec is needed, for instance pipelines/quickstart.yaml")
-    options = ("--device", *_SIZES)
+    options = ("--device", "--kubernetes", *_SIZES)
     named = [o for o in options if getattr(arguments, o[2:].replace("-", "_")) is not None]
     if named and not arguments.dry_run:
         problem = f"{', '.join(named)}: only for a plan (ray-surgeon plan, or --dry-run)"

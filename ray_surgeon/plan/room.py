@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import math
 import os
 import shutil
 import socket
@@ -25,6 +26,8 @@ from ray_surgeon.spec.base import refusing
 _CGROUPS = [("/sys/fs/cgroup", "memory.max", "memory.current", "")]
 _CGROUPS += [("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_")]
 """Folder, limit, use and prefix in memory.stat, of cgroup versions 2 and 1."""
+_DISK = "RAY_SURGEON_DISK"
+"""Variable that says how many bytes a pod may have on the disk, which shows as the node's."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,7 @@ def resources_here(device: torch.device, root: str | None, to_go: float = 0.0) -
     gc.collect()  # of earlier runs in this process
     host = float(available_bytes())
     disk = float(shutil.disk_usage(folder).free + to_go)
+    disk = min(disk, float(os.environ.get(_DISK, math.inf)))
     if device.type == "cpu":
         return Resources(machine, "cpu", "", Room(host, host, disk, device_is_host=True))
     gpus = backend(device)
@@ -132,6 +136,14 @@ def available_bytes() -> int:
         files = sum(int(stat.get(f"{prefix}{kind}_file", 0)) for kind in ("inactive", "active"))
         available = min(available, int(allowed) - int(_read(folder, used)) + files)
     return max(1, available)  # a plan divides by it
+
+
+def available_cpus() -> int:
+    """Return how many CPUs this process may use: those it is bound to, or its container's quota."""
+    bound = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    quota, period = (_read("/sys/fs/cgroup", "cpu.max") or "max 100000").split()
+    of_container = math.inf if quota == "max" else math.ceil(int(quota) / int(period))
+    return int(max(1, min(bound or 1, of_container)))
 
 
 def _read(*parts: str) -> str:

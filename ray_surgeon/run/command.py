@@ -6,6 +6,7 @@ import argparse
 import json
 import shlex
 import signal
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -22,6 +23,7 @@ from ray_surgeon.report.display import Display, new_console, shots_table, summar
 from ray_surgeon.report.html_report import LivePage
 from ray_surgeon.run.arguments import document_of, towards
 from ray_surgeon.run.inputs import Inputs, check
+from ray_surgeon.run.kubernetes import ray_job
 from ray_surgeon.run.reading import as_input_error
 from ray_surgeon.run.result import PruneResult, ended_before, run
 from ray_surgeon.spec.job import JobSpec
@@ -30,6 +32,8 @@ from ray_surgeon.spec.sections import RaySection
 from ray_surgeon.storage import files
 
 _MAX_SPEC_BYTES = 2**20
+_LARGE = 2.0**40
+"""Bytes of memory and disk of a node of Kubernetes, if not given."""
 
 DONE = 0
 FAILED = 1
@@ -75,6 +79,10 @@ def perform(arguments: argparse.Namespace, words: Sequence[str], prog: str) -> i
     try:
         spec = _read_spec(arguments)
         inputs = check(spec, resume=arguments.resume, dry_run=arguments.dry_run)
+        if arguments.kubernetes:
+            plan = inputs.plan(*_planned_for(arguments, inputs))
+            sys.stdout.write(ray_job(inputs, plan))
+            return DONE
         for line in inputs.notes:
             console.print(line, soft_wrap=True, highlight=False)
         if arguments.dry_run:
@@ -111,6 +119,8 @@ def _planned_for(arguments: argparse.Namespace, inputs: Inputs) -> tuple[Room, D
     together = max(1, min(section.num_workers, arguments.workers_per_machine or 8))
     host = (arguments.host_memory or this_machine.host) / together
     disk = (arguments.disk or this_machine.disk) / together
+    if arguments.kubernetes:  # a pod is made as large as the job wants it
+        host, disk = arguments.host_memory or _LARGE, arguments.disk or _LARGE
     if not device.memory_bytes:
         return Room(host, host, disk, device_is_host=True), device
     memory = arguments.device_memory or device.memory_bytes

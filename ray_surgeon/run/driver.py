@@ -14,6 +14,7 @@ from ray.exceptions import ObjectLostError, OutOfMemoryError, RayError, RayTaskE
 from ray.util.metrics import Counter, Gauge
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from ray_surgeon.plan.room import available_cpus
 from ray_surgeon.report.directory import Attempt, RunDirectory, TakenOverError
 from ray_surgeon.report.display import Display
 from ray_surgeon.report.events import Event, Fact, Moment, Recorder
@@ -166,7 +167,7 @@ def connect(section: RaySection) -> str:
         with refusing(f"cluster.address: cannot reach Ray at {target!r}", remedy, kinds):
             tries(ray.init, address=target, log_to_driver=False)
         return target
-    num_cpus = max(os.cpu_count() or 1, section.num_workers * section.cpus_per_worker)
+    num_cpus = max(available_cpus(), section.num_workers * section.cpus_per_worker)
     quiet: dict[str, Any] = {"log_to_driver": False, "configure_logging": False}
     # its warning
     logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel("ERROR")
@@ -194,7 +195,8 @@ def _start_coordinator() -> Any:
     # beside this process, so that it is not lost with a machine of workers. Not soft: Ray 2.60
     # takes a soft affinity of an actor without CPUs for none at times
     beside = NodeAffinitySchedulingStrategy(node, soft=False)
-    environment = {"env_vars": {"OMP_WAIT_POLICY": "PASSIVE"}}
+    threads = {"OMP_NUM_THREADS": str(available_cpus())}  # of its container, not of the machine
+    environment = {"env_vars": {"OMP_WAIT_POLICY": "PASSIVE"} | threads}
     actor_class = ray.remote(num_cpus=0, max_restarts=0, max_task_retries=0)(Coordinator)
     options = {"max_concurrency": 2, "runtime_env": environment, "scheduling_strategy": beside}
     return actor_class.options(**options).remote()

@@ -15,6 +15,7 @@ import pytest
 import yaml
 
 from ray_surgeon.report.events import GAUGES
+from ray_surgeon.run.kubernetes import ray_cluster
 from ray_surgeon.spec.parsing import parse_spec
 
 ROOT = Path(__file__).parent.parent.parent
@@ -94,19 +95,19 @@ def test_rules_of_the_operator_and_of_ours(folder: str) -> None:
     spec = document["spec"]
     assert re.fullmatch(r"[a-z]([-a-z0-9]*[a-z0-9])?", document["metadata"]["name"])
     if document["kind"] == "RayJob":
-        assert spec["shutdownAfterJobFinishes"] or "ttlSecondsAfterFinished" not in spec
-        assert "clusterSelector" not in spec
+        check_rules_of_jobs(spec)
         goes_on = "--resume" in spec["entrypoint"] or not spec["backoffLimit"]
         assert goes_on, "a retry gets a new cluster"
     pods = [group["template"]["spec"] for group in groups_of(document)]
-    submitters = [spec["submitterPodTemplate"]["spec"]] if "submitterPodTemplate" in spec else []
-    for pod in pods + submitters:
+    for pod in pods:
         assert pod["securityContext"]["runAsNonRoot"] is True
         for container in pod["containers"]:
             assert re.search(r":(?!latest)[^:/]+$", container["image"])
             assert container["securityContext"]["allowPrivilegeEscalation"] is False
+            assert container["securityContext"]["readOnlyRootFilesystem"] is True
             resources = container["resources"]
-            assert {"cpu", "memory"} <= set(resources["requests"]) & set(resources["limits"])
+            wanted = {"cpu", "memory", "ephemeral-storage"}
+            assert wanted <= set(resources["requests"]) & set(resources["limits"])
     for pod, group in zip(pods, groups_of(document), strict=True):
         container = pod["containers"][0]
         assert {"livenessProbe", "readinessProbe"} <= set(container)
@@ -117,16 +118,43 @@ def test_rules_of_the_operator_and_of_ours(folder: str) -> None:
         assert mounts["/dev/shm"] == "shm"
         assert values["TMPDIR"] in mounts, "exports are fetched to there"
         assert values["RAY_TMPDIR"] == "/tmp", "where the operator's containers look"
+        assert "/tmp" in mounts, "the root cannot be written to"
+        assert values["HOME"].startswith("/cache/")
+        assert pod["terminationGracePeriodSeconds"] > 30, "Ray drains a node that ends for so long"
         volumes = {volume["name"]: volume for volume in pod["volumes"]}
         assert {*mounts.values()} == volumes.keys()
+        on_disk = sum(
+            gibibytes(volumes[name]["emptyDir"]["sizeLimit"]) for name in ("cache", "tmp")
+        )
+        limits = container["resources"]["limits"]
+        assert on_disk <= gibibytes(limits["ephemeral-storage"]), "or the pod is evicted"
         shm = volumes["shm"]["emptyDir"]
         assert shm["medium"] == "Memory"
         store = int(group["rayStartParams"]["object-store-memory"]) / 2**30
-        assert (
-            store
-            < gibibytes(shm["sizeLimit"])
-            < gibibytes(container["resources"]["limits"]["memory"])
-        )
+        assert store < gibibytes(shm["sizeLimit"]) < gibibytes(limits["memory"])
+
+
+def check_rules_of_jobs(spec: dict[str, Any]) -> None:
+    """Those of the operator, whose validation.go of version 1.7 refuses a job that breaks one."""
+    assert "clusterSelector" not in spec
+    assert spec["submissionMode"] == "SidecarMode"
+    assert not {"submitterPodTemplate", "submitterConfig"} & spec.keys()
+    assert min(spec["activeDeadlineSeconds"], spec["preRunningDeadlineSeconds"]) > 0
+    shuts_down = spec.get("shutdownAfterJobFinishes", False)
+    assert shuts_down != ("deletionStrategy" in spec), "one of them"
+    assert shuts_down or not {"suspend", "ttlSecondsAfterFinished"} & spec.keys()
+    assert not spec["rayClusterSpec"].get("enableInTreeAutoscaling"), "it excludes DeleteWorkers"
+    rules = spec.get("deletionStrategy", {}).get("deletionRules", [])
+    seconds = {(str(r["condition"]).split(",")[0], r["policy"]): r["condition"] for r in rules}
+    assert len(seconds) == len(rules), "no rule twice"
+    for (condition, policy), given in seconds.items():
+        assert len(given.keys() & {"jobStatus", "jobDeploymentStatus"}) == 1
+        whole = seconds[condition, "DeleteCluster"]["ttlSeconds"]
+        assert policy in ("DeleteCluster", "DeleteWorkers")
+        assert given["ttlSeconds"] <= whole
+    for group in groups_of({"spec": spec}):
+        counts = {"num-cpus", "num-gpus", "memory", "resources", "labels"}
+        assert not counts & group["rayStartParams"].keys()
 
 
 def gibibytes(quantity: str) -> float:
@@ -165,14 +193,35 @@ def test_what_the_components_do() -> None:
     )
     assert spot["spec"]["backoffLimit"] > plain["spec"]["backoffLimit"]
     head, worker = (group["template"]["spec"] for group in groups_of(spot))
-    submitter = spot["spec"]["submitterPodTemplate"]["spec"]
-    assert submitter["nodeSelector"] == head["nodeSelector"] != worker["nodeSelector"]
+    assert head["nodeSelector"] != worker["nodeSelector"]
+    labels = [group["labels"]["ray.io/market-type"] for group in groups_of(spot)]
+    assert labels == ["on-demand", "spot"]
     assert {t["key"] for t in worker["tolerations"]} == {"nvidia.com/gpu", "spot"}
     assert kueue["metadata"]["labels"]["kueue.x-k8s.io/queue-name"]
     assert kueue["spec"]["suspend"] is True
+    assert plain["spec"]["rayClusterSpec"]["authOptions"] == {"mode": "token"}
+    watched = objects("overlays/gpu-monitored-s3")
+    head, worker = (group["template"] for group in groups_of(plain))
+    for pod in (head, worker):
+        name = watched["PodMonitor"]["spec"]["selector"]["matchLabels"]
+        assert name.items() <= pod["metadata"]["labels"].items()
+    ports = {port["name"] for port in head["spec"]["containers"][0]["ports"]}
+    assert {end["port"] for end in watched["PodMonitor"]["spec"]["podMetricsEndpoints"]} <= ports
+    policy = watched["NetworkPolicy"]["spec"]
+    assert policy["podSelector"]["matchLabels"] == name
+    admitted = [rule["from"][0]["podSelector"]["matchLabels"] for rule in policy["ingress"]]
+    assert name in admitted
+    assert {"app.kubernetes.io/name": "kuberay-operator"} in admitted, "it asks the dashboard"
     cluster = objects("raycluster")["RayCluster"]["spec"]
     assert cluster["enableInTreeAutoscaling"] is True
+    assert cluster["autoscalerOptions"]["version"] == "v2"
     assert cluster["workerGroupSpecs"][0]["minReplicas"] == 0
+
+
+def test_manifests_are_what_the_package_writes() -> None:
+    """Of the job, whose model is needed for a plan, a test of the quickstart's model says it."""
+    path = ROOT / "deploy/raycluster/raycluster.yaml"
+    assert path.read_text() == ray_cluster(), f"{path} is not kubernetes.ray_cluster()"
 
 
 def test_the_image_is_pinned_small_and_not_root() -> None:
@@ -196,7 +245,7 @@ def test_the_image_is_pinned_small_and_not_root() -> None:
 
 def test_the_dashboard_shows_every_metric_and_no_other() -> None:
     """Ray adds `ray_` to names, and Prometheus `_total` to counters."""
-    dashboard = json.loads((ROOT / "deploy/grafana/ray-surgeon.json").read_text())
+    dashboard = json.loads((ROOT / "deploy/components/monitoring/ray-surgeon.json").read_text())
     panels = dashboard["panels"]
     expressions = " ".join(target["expr"] for panel in panels for target in panel["targets"])
     gauges = {f"surgeon_{name}" for name in GAUGES}

@@ -17,10 +17,9 @@ from s3fs import S3FileSystem
 from safetensors.torch import load_file, save_file
 
 import ray_surgeon
-from ray_surgeon import pipeline
 from ray_surgeon.pipeline import main
 from ray_surgeon.report import html_report
-from ray_surgeon.run import driver
+from ray_surgeon.run import command, driver
 from ray_surgeon.storage import retrying
 from ray_surgeon.storage.sources import ModelFiles
 from tests.integration.runs import ONE, Jobs, changes_of, copied_model
@@ -31,7 +30,7 @@ def no_worker(monkeypatch: pytest.MonkeyPatch) -> None:
     def start(*args: object, **kwargs: object) -> None:
         raise AssertionError("a worker was started")
 
-    monkeypatch.setattr(pipeline, "run", start)
+    monkeypatch.setattr(command, "run", start)
 
 
 pytestmark = pytest.mark.usefixtures("no_worker")

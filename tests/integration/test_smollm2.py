@@ -11,6 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from ray_surgeon import pipeline
+from ray_surgeon.run import command
 from ray_surgeon.run.inputs import Inputs, check
 from tests.integration.runs import report_of
 
@@ -20,6 +21,12 @@ steps are 0.125 there; 0.69 to 0.82 were seen.
 """
 
 pytestmark = pytest.mark.ray
+
+
+def test_the_manifest_is_the_plan_of_its_job(capsys: pytest.CaptureFixture[str]) -> None:
+    """Of `ray-surgeon plan deploy/base/job.yaml --kubernetes`, to the letter."""
+    assert pipeline.cli(["plan", "deploy/base/job.yaml", "--kubernetes"]) == 0
+    assert capsys.readouterr().out == Path("deploy/base/rayjob.yaml").read_text()
 
 
 @pytest.mark.timeout(600)
@@ -36,7 +43,7 @@ def test_quickstart_makes_an_ordinary_model_that_is_smaller(
         checked.append(check(*given, **more))
         return checked[0]
 
-    monkeypatch.setattr(pipeline, "check", noting)
+    monkeypatch.setattr(command, "check", noting)
     overrides = {
         "calibration.num_sequences": 4,
         "calibration.sequence_length": 128,

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,15 @@ def test_what_is_here(tmp_path: Path) -> None:
     assert 2**28 < found.room.host <= available_bytes() * 2
     assert found.room.disk > 0
     assert device_of([found], 3).float32_flops == 3 * DEVICES["cpu"].float32_flops
+
+
+def test_a_pod_has_less_than_its_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_SURGEON_DISK", "1000")
+    assert room.resources_here(torch.device("cpu"), str(tmp_path)).room.disk == 1000
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(64))
+    for quota, expected in (("max 100000", 64), ("150000 100000", 2), ("", 64), ("1 100000", 1)):
+        monkeypatch.setattr(room, "_read", lambda *_, quota=quota: quota)
+        assert room.available_cpus() == expected
 
 
 @pytest.mark.parametrize(
