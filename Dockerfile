@@ -11,10 +11,11 @@ RUN pip wheel --no-cache-dir --no-deps --wheel-dir /wheels .
 # Nodes with GPUs need NVIDIA's driver 580 or newer; where it is older, the container does not start and says so.
 FROM rayproject/ray:2.60.0-py311-cpu
 COPY --from=build /wheels /tmp/wheels
-# Ray stays the image's own; everything else but torch is in the ranges of pyproject.toml.
+COPY requirements.lock /tmp/requirements.lock
+# Ray stays the image's own; everything else has the versions of requirements.lock.
 # hadolint ignore=DL3013
 RUN wheel="$(ls /tmp/wheels/*.whl)" \
-    && pip install --no-cache-dir "${wheel}[quickstart,s3]" "ray[default]==2.60.0" torch==2.13.0
+    && pip install --no-cache-dir --constraint /tmp/requirements.lock "${wheel}[quickstart,s3]" "ray[default]==2.60.0" torch==2.13.0
 USER 1000:100
 WORKDIR /home/ray
 ENV OMP_WAIT_POLICY=PASSIVE NVIDIA_DRIVER_CAPABILITIES=compute,utility NVIDIA_REQUIRE_CUDA="cuda>=13.0"

@@ -231,6 +231,9 @@ def test_the_image_is_pinned_small_and_not_root() -> None:
     assert [line for line in lines if line.startswith("USER")] == ["USER 1000:100"]
     rayjob = yaml.safe_load((ROOT / "deploy/base/rayjob.yaml").read_text())
     version = rayjob["spec"]["rayClusterSpec"]["rayVersion"]
+    locked = (ROOT / "requirements.lock").read_text().splitlines()
+    assert {f"ray=={version}", "torch==2.13.0"} <= {*locked}, "what the image has"
+    assert all(re.fullmatch(r"[a-z0-9.-]+==[^+]+", x) for x in locked if x[0] != "#")
     assert images[-1].startswith(f"rayproject/ray:{version}-")
     # a release of torch is built for one CUDA, which needs a driver
     torch, cuda, driver = "2.13.0", "13.0", "580"

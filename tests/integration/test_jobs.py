@@ -180,6 +180,8 @@ def test_a_job_that_is_watched_and_stopped_and_goes_on(head: Head, job: Jobs) ->
 
     # Four processes load torch on the two cores that another worker's tests use, too.
     wait_for(has_two_shots, seconds=300)
+    with pytest.raises(urllib.error.HTTPError, match="401"):  # nobody without the token
+        urllib.request.urlopen(f"{head.address}/api/jobs/", timeout=10)
     head.jobs.stop_job("stops")
     ended, logs = head.ended("stops")
     assert "STOPPED" in ended
