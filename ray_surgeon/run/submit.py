@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import base64
 import gzip
+import json
 import re
 import shlex
 import shutil
@@ -47,6 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--address", help=text)
     parser.add_argument("--id", help="of the job; Ray makes one if not given")
     parser.add_argument("--report", help="folder for the report; named like the job if not given")
+    text = 'of Ray, as {"uv": [...]} where the cluster\'s image has not what this package needs'
+    parser.add_argument("--runtime-env", type=json.loads, default={}, metavar="JSON", help=text)
     arguments, rest = parser.parse_known_args(argv)  # the rest is the pipeline's
     from ray.exceptions import RayError
     from ray.job_submission import JobSubmissionClient
@@ -68,7 +71,7 @@ def _run(
         Path(folder, "job.yaml").write_bytes(spec)
         ignored = shutil.ignore_patterns("__pycache__")
         shutil.copytree(_PACKAGE, Path(folder, _PACKAGE.name), ignore=ignored)
-        environment = {"working_dir": folder}
+        environment = {**arguments.runtime_env, "working_dir": folder}
         words = shlex.join(["python", "-m", "ray_surgeon.pipeline", "job.yaml", *rest])
         job = _patiently(
             lambda: client.submit_job(

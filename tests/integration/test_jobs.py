@@ -4,6 +4,7 @@ metrics, two at once.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import secrets
@@ -166,6 +167,7 @@ def metrics_of(head: Head, run: str) -> dict[str, float]:
     return values
 
 
+@pytest.mark.timeout(600)
 def test_a_job_that_is_watched_and_stopped_and_goes_on(head: Head, job: Jobs) -> None:
     """It goes on by `ray-surgeon submit`, which follows it and fetches the report."""
     changes = ON_RAY | {"name": "watched", "pruning__num_shots": 6}
@@ -207,10 +209,15 @@ def test_a_job_that_is_watched_and_stopped_and_goes_on(head: Head, job: Jobs) ->
 
     spec = str(job.spec(changes | {"cluster__backend": "local"}))
     fetched = job.folder / "fetched"
-    code, out = head.followed(spec, "--id", "goes-on", "--report", str(fetched), "--resume")
+    variables = {"env_vars": {"RAY_SURGEON_DISK": "1e12"}}
+    options = ["--id", "goes-on", "--report", str(fetched), "--runtime-env", json.dumps(variables)]
+    code, out = head.followed(spec, *options, "--resume")
     assert code == 0, out
     assert re.search(r"resumed_after_shot=[1-9]", out)
     assert len(re.findall("shot 6/6 +commit", out)) == 1
+    runtime = head.jobs.get_job_info("goes-on").runtime_env
+    assert runtime is not None
+    assert runtime["env_vars"] == variables["env_vars"]
     done = Done(job.folder / "run", "", "")
     assert len(done.shots) == 6
     for name in ("report.html", "report.json"):

@@ -224,6 +224,31 @@ def test_machines_come_and_go(machines: Machines, undisturbed: Path, job: Jobs) 
     elsewhere.kill_raylet()  # nobody was there
 
 
+@pytest.mark.slow
+def test_the_head_restarts(
+    undisturbed: Path, job: Jobs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray's control service goes and comes; it keeps what it knows on a disk, as with Redis."""
+    monkeypatch.setenv("RAY_gcs_storage", "rocksdb")
+    monkeypatch.setenv("RAY_gcs_storage_path", str(tmp_path / "gcs"))
+    there = Machines()
+    uri = job.folder / "run"
+    try:
+        there.come()
+        there.come()
+        with there.running(job):
+            wait_for(lambda: any(event["step"] == "commit" for event in events_of(uri)))
+            head: Any = there.ray.head_node
+            head.kill_gcs_server()
+            time.sleep(3)
+            head.start_gcs_server()
+    finally:
+        there.ray.shutdown()
+    assert retries(uri) == []
+    for shot in range(1, NUM_SHOTS + 1):
+        assert_same_shot(undisturbed, uri, shot)
+
+
 @pytest.mark.chaos
 @pytest.mark.parametrize("number", range(40))
 def test_chaos_of_machines(
