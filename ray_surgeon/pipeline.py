@@ -36,7 +36,7 @@ _OF_RECOVERY = {
     "--teacher": "the model to train towards, of the same vocabulary",
     "--output": "run directory; below ./runs if not given",
 }
-_DEVICE = "what workers compute on, whose times are expected, as h100; if not given, the CPU, or it"
+_DEVICE = "whose times are expected; if not given, h100 where workers have GPUs, else cpu"
 _SIZES: dict[str, tuple[Any, str, str]] = {
     "--device-memory": (_bytes, "80GB", "of each worker's device; the device's own if not given"),
     "--host-memory": (_bytes, "1TB", "of each machine; this one's if not given"),
@@ -70,6 +70,8 @@ def _arguments(argv: Sequence[str] | None, prog: str) -> argparse.Namespace:
     if named and not arguments.dry_run:
         problem = f"{', '.join(named)}: only for a plan (ray-surgeon plan, or --dry-run)"
         parser.error(f"{problem}; a run asks its workers what they have")
+    if arguments.kubernetes and arguments.set:
+        parser.error("--set: pods have the file alone; write that into the job spec")
     if arguments.device == "cpu" and arguments.device_memory is not None:
         parser.error("--device-memory: a CPU has the machine's; give --host-memory")
     return arguments

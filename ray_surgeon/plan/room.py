@@ -8,6 +8,7 @@ import math
 import os
 import shutil
 import socket
+import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -27,7 +28,7 @@ _CGROUPS = [("/sys/fs/cgroup", "memory.max", "memory.current", "")]
 _CGROUPS += [("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_")]
 """Folder, limit, use and prefix in memory.stat, of cgroup versions 2 and 1."""
 _DISK = "RAY_SURGEON_DISK"
-"""Variable that says how many bytes a pod may have on the disk, which shows as the node's."""
+"""Variable: the bytes of a pod's temporary folder; its file system shows those of the node."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,8 @@ def resources_here(device: torch.device, root: str | None, to_go: float = 0.0) -
     gc.collect()  # of earlier runs in this process
     host = float(available_bytes())
     disk = float(shutil.disk_usage(folder).free + to_go)
-    disk = min(disk, float(os.environ.get(_DISK, math.inf)))
+    if root is None and _DISK in os.environ:
+        disk = min(disk, max(0.0, float(os.environ[_DISK]) - _size_of(Path(tempfile.gettempdir()))))
     if device.type == "cpu":
         return Resources(machine, "cpu", "", Room(host, host, disk, device_is_host=True))
     gpus = backend(device)
@@ -138,8 +140,13 @@ def available_bytes() -> int:
     return max(1, available)  # a plan divides by it
 
 
+def _size_of(folder: Path) -> float:
+    """Return the bytes of all files below; links count as such."""
+    return float(sum(path.lstat().st_size for path in folder.rglob("*") if not path.is_dir()))
+
+
 def available_cpus() -> int:
-    """Return how many CPUs this process may use: those it is bound to, or its container's quota."""
+    """Return how many CPUs this process may use: those it is bound to, or fewer by its cgroup."""
     bound = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     quota, period = (_read("/sys/fs/cgroup", "cpu.max") or "max 100000").split()
     of_container = math.inf if quota == "max" else math.ceil(int(quota) / int(period))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections import Counter
 from contextlib import closing
 from dataclasses import asdict
 from typing import Any
@@ -11,13 +12,13 @@ from typing import Any
 import ray
 import tenacity
 from ray.exceptions import ObjectLostError, OutOfMemoryError, RayError, RayTaskError
-from ray.util.metrics import Counter, Gauge
+from ray.util import metrics as ray_metrics
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ray_surgeon.plan.room import available_cpus
 from ray_surgeon.report.directory import Attempt, RunDirectory, TakenOverError
 from ray_surgeon.report.display import Display
-from ray_surgeon.report.events import Event, Fact, Moment, Recorder
+from ray_surgeon.report.events import CHECK, Event, Fact, Moment, Recorder
 from ray_surgeon.run.inputs import Inputs
 from ray_surgeon.run.loop import run_shots
 from ray_surgeon.runtime.cluster import NoRoomError, WorkerFailureError
@@ -36,6 +37,8 @@ _TOLD = (FloatingPointError, ValueError, OSError, CollapseError, TakenOverError,
 _POLL_S = 0.5
 _LOST_ITS_SERVER = "(?s).*Initialization failure from server"
 """What the cluster answers if it could not start what serves a client."""
+_IN_VAIN = 10
+"""Preemptions in a row without a commit, or a check of a training, after which they are losses."""
 _TRIES = 4
 """Tries to connect by a Ray client.
 
@@ -67,7 +70,7 @@ class Coordinator:
         """
         spec = inputs.spec
         run = RunDirectory(spec.output.uri, attempt)
-        metrics = Recorder(spec.name, Gauge, Counter)
+        metrics = Recorder(spec.name, ray_metrics.Gauge, ray_metrics.Counter)
 
         def listen(news: Event | Moment) -> None:
             if isinstance(news, Moment):
@@ -91,7 +94,7 @@ class Coordinator:
         return None
 
     def news(self, seen: int) -> tuple[list[Event | str], Moment | None]:
-        """Return what is new after so many events and lines, and how far the present step is."""
+        """Return events and lines after the first `seen` ones, and the present step's progress."""
         return self._events[seen:], self._moment
 
 
@@ -129,11 +132,16 @@ def _run_with_retries(inputs: Inputs, display: Display) -> None:
     left = section.retries.model_dump()
     attempt = Attempt()
     failure: _Failure = None
-    while (failure := _try(inputs, failure, attempt, display)) is not None:
+    seen = Counter[str]()  # events by their steps
+    came_to = num_in_vain = 0
+    while (failure := _try(inputs, failure, attempt, display, seen)) is not None:
         cause = failure.cause
-        if cause == "preemption":  # no defect, and nothing that could not happen again
+        num_in_vain = num_in_vain + 1 if came_to == seen["commit"] + seen[CHECK] else 0
+        came_to = seen["commit"] + seen[CHECK]
+        if cause == "preemption" and num_in_vain < _IN_VAIN:  # not a defect, so not counted
             display.note(f"{failure}; continuing from the last commit")
             continue
+        cause = "node" if cause == "preemption" else cause
         if not left[cause]:
             allowed = f"cluster.retries.{cause} allows {getattr(section.retries, cause)}"
             remedy = f"Look for the reason in Ray's logs, or raise cluster.retries.{cause}"
@@ -202,8 +210,10 @@ def _start_coordinator() -> Any:
     return actor_class.options(**options).remote()
 
 
-def _try(inputs: Inputs, before: _Failure, attempt: Attempt, show: Display) -> _Failure:
-    """Run a coordinator to its end and return what failed, if anything."""
+def _try(
+    inputs: Inputs, before: _Failure, attempt: Attempt, show: Display, counts: Counter[str]
+) -> _Failure:
+    """Run a coordinator to its end, count its events, and return what failed, if anything."""
     section = inputs.ray
     coordinator = _start_coordinator()
     patience_s = section.start_timeout_s
@@ -225,6 +235,7 @@ def _try(inputs: Inputs, before: _Failure, attempt: Attempt, show: Display) -> _
                     show.note(event)
                     continue
                 attempt.has_begun = True
+                counts[event.step] += 1
                 show(event)
             if moment is not None and running:
                 show(moment)

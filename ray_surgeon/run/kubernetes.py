@@ -14,8 +14,10 @@ _GIB = 2**30
 _SPARE = 1.25
 """Memory and disk of a pod, times what the plan needs."""
 _TIMES = 4
-"""Times the expected time, after which a job is ended; nobody wants that of one that is slow."""
+"""A try that takes this many times the expected time is ended."""
 _HEAD_CPUS = 4
+_DETECTED = "ray.io/accelerator-type"
+"""The label that Ray finds by itself."""
 _OF_RAY_GIB = 2
 """What a raylet and its agents take beside workers."""
 
@@ -47,16 +49,22 @@ def ray_job(inputs: Inputs, plan: Plan) -> str:
     Args:
         inputs: checked.
         plan: of the job, on one worker a pod.
+
+    Raises:
+        ValueError: the workers are no actors of Ray.
     """
     section = inputs.spec.cluster
+    if not isinstance(section, RaySection):
+        raise ValueError("cluster.backend: local has no pods for workers; remove it for Kubernetes")
     dense = inputs.layout.num_parameters * plan.workers[0].shapes.width
     about: dict[str, Any] = {"head": _head(dense), "worker": _worker(inputs, plan, dense)}
-    waits_s = math.ceil(section.start_timeout_s if isinstance(section, RaySection) else 600)
+    waits_s = math.ceil(section.start_timeout_s)
     expected_s = sum(plan.seconds.values()) * inputs.spec.schedule.shots
-    labels = section.worker_labels if isinstance(section, RaySection) else {}
+    labels = section.worker_labels
     about |= {"num_workers": section.num_workers, "waits_s": waits_s, "times": _TIMES}
     about |= {"deadline_s": waits_s + 600 * math.ceil(_TIMES * expected_s / 600)}
-    about["labels"] = {key: x for key, x in labels.items() if x[0] != "!" and "(" not in x}
+    plain = {key: x for key, x in labels.items() if x[0] != "!" and "(" not in x}
+    about["labels"] = {key: x for key, x in plain.items() if key != _DETECTED}
     return rendered("rayjob.yaml.jinja", kind="RayJob", name="ray-surgeon", **about)
 
 

@@ -11,6 +11,7 @@ import base64
 import gzip
 import json
 import re
+import secrets
 import shlex
 import shutil
 import sys
@@ -46,7 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("spec", help="job spec: YAML or JSON, on any fsspec URI")
     text = "of the head, as http://head:8265; RAY_API_SERVER_ADDRESS if not given"
     parser.add_argument("--address", help=text)
-    parser.add_argument("--id", help="of the job; Ray makes one if not given")
+    parser.add_argument("--id", help="of the job; made if not given")
+    parser.add_argument("--set", action="append", default=[], metavar="section.field=value")
     parser.add_argument("--report", help="folder for the report; named like the job if not given")
     text = 'of Ray, as {"uv": [...]} where the cluster\'s image has not what this package needs'
     parser.add_argument("--runtime-env", type=json.loads, default={}, metavar="JSON", help=text)
@@ -67,17 +69,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(
     client: JobSubmissionClient, spec: bytes, arguments: argparse.Namespace, rest: Sequence[str]
 ) -> int:
+    job = arguments.id or f"ray-surgeon-{secrets.token_hex(6)}"
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "job.yaml").write_bytes(spec)
         ignored = shutil.ignore_patterns("__pycache__")
         shutil.copytree(_PACKAGE, Path(folder, _PACKAGE.name), ignore=ignored)
         environment = {**arguments.runtime_env, "working_dir": folder}
-        words = shlex.join(["python", "-m", "ray_surgeon.pipeline", "job.yaml", *rest])
-        job = _patiently(
-            lambda: client.submit_job(
-                entrypoint=words, submission_id=arguments.id, runtime_env=environment
-            )
-        )
+        options = [f"--set={change}" for change in arguments.set]
+        words = ["python", "-m", "ray_surgeon.pipeline", "job.yaml", *options, *rest]
+        _submit(client, job, words, environment)
         _say(f"job {job}; to stop it: ray job stop {job}")
         try:
             log = _follow(client, job, _say)
@@ -85,13 +85,31 @@ def _run(
             _say(f"\nno longer followed; the job goes on: ray job logs --follow {job}")
             return 130
         reports = re.findall(r"^report: (\S+)/report\.html", log, flags=re.MULTILINE)
-        if reports:
-            _fetch(client, reports[-1], environment, Path(arguments.report or job))
+        try:
+            for uri in reports[-1:]:
+                _fetch(client, f"{job}-report", uri, environment, Path(arguments.report or job))
+        except (OSError, RuntimeError) as error:
+            _say(f"the report at {reports[-1]} could not be fetched: {error}")
     about = _patiently(lambda: client.get_job_info(job))
     if about.driver_exit_code is None:
         _say(f"{about.status}: {about.message}")
         return 1
     return int(about.driver_exit_code)
+
+
+def _submit(client: JobSubmissionClient, job: str, words: Sequence[str], environment: Any) -> None:
+    """Submit a job once, also where the head took it and its answer was lost."""
+    options = {"submission_id": job, "runtime_env": environment, "entrypoint": shlex.join(words)}
+    is_again = False
+
+    def ask() -> None:
+        nonlocal is_again
+        if is_again and any(known.submission_id == job for known in client.list_jobs()):
+            return
+        is_again = True
+        client.submit_job(**options)
+
+    _patiently(ask)
 
 
 def _follow(client: JobSubmissionClient, job: str, say: Callable[[str], None]) -> str:
@@ -110,16 +128,14 @@ def _follow(client: JobSubmissionClient, job: str, say: Callable[[str], None]) -
     return log
 
 
-def _fetch(client: JobSubmissionClient, uri: str, environment: Any, folder: Path) -> None:
+def _fetch(client: JobSubmissionClient, job: str, uri: str, environment: Any, folder: Path) -> None:
     """Write a run's report to a folder; a job on the head reads it, with the rights that it has."""
-    words = shlex.join(["python", "-c", _PRINT_REPORT, uri])
-    reader = _patiently(lambda: client.submit_job(entrypoint=words, runtime_env=environment))
-    log = _follow(client, reader, lambda _: None)
+    _submit(client, job, ["python", "-c", _PRINT_REPORT, uri], environment)
+    log = _follow(client, job, lambda _: None)
     pattern = r"^(report\.\w+) ([A-Za-z0-9+/=]+)$"
     files = dict(re.findall(pattern, log, flags=re.MULTILINE))
     if len(files) < 2:
-        _say(f"the report at {uri} could not be fetched: {log.strip()[-300:]}")
-        return
+        raise RuntimeError(log.strip()[-300:])
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
         (folder / name).write_bytes(gzip.decompress(base64.b64decode(content)))
@@ -127,12 +143,19 @@ def _fetch(client: JobSubmissionClient, uri: str, environment: Any, folder: Path
 
 
 def _patiently(ask: Callable[[], Any]) -> Any:
-    """Return what the head answers, which may not be there for a while."""
+    """Return what the head answers, which may not be there for a while.
+
+    Raises:
+        RuntimeError: it refuses, or has not been there for too long.
+    """
     deadline = time.monotonic() + _PATIENCE_S
     while True:
         try:
             return ask()
-        except OSError as error:  # of connections, too
+        # of connections; and what Ray raises while a head starts, or a proxy finds none
+        except (OSError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and "status code 5" not in str(error):
+                raise
             if time.monotonic() > deadline:
                 problem = f"the head has not answered for {_PATIENCE_S:g} s: {error}"
                 raise RuntimeError(f"{problem}. The job goes on if the head does") from error

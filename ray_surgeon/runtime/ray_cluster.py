@@ -92,7 +92,7 @@ class RayCluster(Cluster):
             for i, index in enumerate(sorted(placement.workers))
         }
         self._nodes: dict[WorkerIndex, str] = {}  # once all have started
-        self._told = set[str]()  # of machines that would be taken away; Ray forgets it when they go
+        self._told = set[str]()  # machines that Ray has called leaving, which it forgets once gone
         self._nodes_at_start = nodes_alive()
         try:
             started = [self.submit(i, _settle, section.cpus_per_worker) for i in placement.workers]
@@ -167,6 +167,8 @@ class RayCluster(Cluster):
         if silent:
             index = silent[0]
             cause = "worker" if self._machine_answers(index) else "node"
+            if self._nodes.get(index) in self._told | nodes_leaving():
+                cause = "preemption"
             who = f"shard {index.shard} of replica {index.replica}"
             message = f"did not answer for {timeout_s:g} s when asked whether it lives"
             raise WorkerFailureError(cause, f"{who} {message}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import math
 import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -63,7 +64,8 @@ def reserve(num_workers: int, section: RaySection, say: Say) -> PlacementGroup:
     group: PlacementGroup = placement_group([bundle] * num_workers, strategy="PACK", **options)
     deadline = time.monotonic() + section.start_timeout_s
     patience_s = _FIRST_S
-    while not group.wait(min(patience_s, max(0.0, deadline - time.monotonic()))):
+    # in whole seconds, as Ray waits
+    while not group.wait(max(1, math.ceil(min(patience_s, deadline - time.monotonic())))):
         missing, lack = lacking(num_workers, bundle, labels)
         if time.monotonic() >= deadline:
             remove_placement_group(group)

@@ -19,7 +19,8 @@ class RetriesSection(Section):
     """How often a run continues from its last committed shot after a loss, by cause; 0 for never.
 
     Errors of the input are not retried. A machine that Ray was told to drain, as operators of spot
-    machines do before they take one away, counts against none of them.
+    machines do before they take one away, counts against none of them, unless ten go in a row
+    without a commit between.
     """
 
     worker: int = Field(3, ge=0)

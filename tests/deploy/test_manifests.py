@@ -123,9 +123,10 @@ def test_rules_of_the_operator_and_of_ours(folder: str) -> None:
         assert pod["terminationGracePeriodSeconds"] > 30, "Ray drains a node that ends for so long"
         volumes = {volume["name"]: volume for volume in pod["volumes"]}
         assert {*mounts.values()} == volumes.keys()
-        on_disk = sum(
-            gibibytes(volumes[name]["emptyDir"]["sizeLimit"]) for name in ("cache", "tmp")
-        )
+        sizes = {name: volumes[name]["emptyDir"]["sizeLimit"] for name in ("cache", "tmp")}
+        on_disk = sum(map(gibibytes, sizes.values()))
+        assert int(values["RAY_SURGEON_DISK"]) == gibibytes(sizes["cache"]) * 2**30
+        assert len(values) == len(container["env"]), "no variable twice"
         limits = container["resources"]["limits"]
         assert on_disk <= gibibytes(limits["ephemeral-storage"]), "or the pod is evicted"
         shm = volumes["shm"]["emptyDir"]
@@ -215,6 +216,7 @@ def test_what_the_components_do() -> None:
     cluster = objects("raycluster")["RayCluster"]["spec"]
     assert cluster["enableInTreeAutoscaling"] is True
     assert cluster["autoscalerOptions"]["version"] == "v2"
+    assert cluster["authOptions"] == {"mode": "token"}, "several people use it"
     assert cluster["workerGroupSpecs"][0]["minReplicas"] == 0
 
 

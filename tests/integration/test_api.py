@@ -315,19 +315,23 @@ def test_the_command_line(job: Jobs, capsys: pytest.CaptureFixture[str]) -> None
     assert pipeline.cli(["plan", spec]) == 0
     assert "shards: 1, replicas: 1;" in capsys.readouterr().out
     on_ray = {"backend": "ray", "num_replicas": 3, "gpus_per_worker": 1}
-    on_ray |= {"worker_labels": {"ray.io/accelerator-type": "H100", "ray.io/zone": "!a"}}
+    detected = {"ray.io/accelerator-type": "H100"}
+    on_ray |= {"worker_labels": detected | {"rack": "7", "zone": "!a"}}
     assert pipeline.cli(["plan", str(job.spec(cluster=on_ray)), "--kubernetes"]) == 0
     made = yaml.safe_load(capsys.readouterr().out)
     (workers,) = made["spec"]["rayClusterSpec"]["workerGroupSpecs"]
     assert workers["replicas"] == 3
-    assert workers["labels"] == {"ray.io/accelerator-type": "H100"}, "and where else, nodes decide"
+    assert workers["labels"] == {"rack": "7"}
     pod = workers["template"]["spec"]
     assert pod["containers"][0]["resources"]["limits"]["nvidia.com/gpu"] == "1"
     assert pod["tolerations"][0]["key"] == "nvidia.com/gpu"
     spec = str(job.spec())
+    assert pipeline.cli(["plan", spec, "--kubernetes"]) == 2
+    assert "cluster.backend: local has no pods" in capsys.readouterr().err
     for arguments, said in (
         (["prun"], "usage: ray-surgeon"),
         (["prune", spec, "--kubernetes"], "--kubernetes: only for a plan"),
+        (["plan", spec, "--kubernetes", "--set", "name=x"], "write that into the job spec"),
         (["prune", spec, "--host-memory", "1TB"], "--host-memory: only for a plan"),
         (["plan", spec, "--device", "cpu", "--device-memory", "1GB"], "a CPU has the machine's"),
     ):

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -46,7 +47,11 @@ def test_what_is_here(tmp_path: Path) -> None:
 
 def test_a_pod_has_less_than_its_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_SURGEON_DISK", "1000")
-    assert room.resources_here(torch.device("cpu"), str(tmp_path)).room.disk == 1000
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    (tmp_path / "downloaded").write_bytes(bytes(300))
+    assert room.resources_here(torch.device("cpu"), None).room.disk == 700
+    elsewhere = room.resources_here(torch.device("cpu"), str(tmp_path)).room.disk
+    assert elsewhere > 1000, "a place of its own has its own size"
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(64))
     for quota, expected in (("max 100000", 64), ("150000 100000", 2), ("", 64), ("1 100000", 1)):
         monkeypatch.setattr(room, "_read", lambda *_, quota=quota: quota)
