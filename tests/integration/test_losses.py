@@ -51,6 +51,8 @@ ON_RAY = {
 }
 KILLED = signal.SIGKILL
 STOPPED = signal.SIGSTOP
+PATIENCE_S = 300.0
+"""Two workers start anew, each of which loads torch, beside another worker's tests."""
 
 
 def processes_of_the_run(kind: str) -> list[psutil.Process]:
@@ -175,7 +177,7 @@ class Machines:
     @contextlib.contextmanager
     def running(self, job: Jobs, **changes: Any) -> Iterator[Path]:
         """Run a job of two workers meanwhile, and yield its log."""
-        patience = {"cluster__start_timeout_s": 120.0, "cluster__ping_timeout_s": 40.0}
+        patience = {"cluster__start_timeout_s": 280.0, "cluster__ping_timeout_s": 40.0}
         options = OPTIONS | TWO_SHARDS | ON_RAY | patience | changes
         spec = job.spec(options, cluster__address=self.ray.address)
         command = [sys.executable, "-u", "-m", "ray_surgeon.pipeline", str(spec)]
@@ -184,7 +186,7 @@ class Machines:
             process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
         try:
             yield log
-            assert process.wait(200) == 0, log.read_text()
+            assert process.wait(PATIENCE_S) == 0, log.read_text()
         finally:
             process.kill()
 
@@ -196,7 +198,7 @@ def machines() -> Iterator[Machines]:
     there.ray.shutdown()
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 def test_machines_come_and_go(machines: Machines, undisturbed: Path, job: Jobs) -> None:
     """One comes late, one is lost, one is taken away with notice; the bits stay the same."""
     uri = job.folder / "run"
@@ -207,12 +209,12 @@ def test_machines_come_and_go(machines: Machines, undisturbed: Path, job: Jobs) 
     elsewhere = machines.come(zone="a")
     with machines.running(job, cluster__worker_labels={"zone": "!a"}) as log:
         lack = "waiting for 2 of 2 workers: no node with zone=!a has 1 CPU free; the cluster has"
-        wait_for(lambda: lack in log.read_text())
+        wait_for(lambda: lack in log.read_text(), PATIENCE_S)
         first, _ = machines.come(zone="b"), machines.come()
-        wait_for(lambda: committed() >= 1)
+        wait_for(lambda: committed() >= 1, PATIENCE_S)
         machines.go(first)
         second = machines.come()
-        wait_for(lambda: retries(uri) and committed() >= 2)
+        wait_for(lambda: retries(uri) and committed() >= 2, PATIENCE_S)
         machines.drain(second)
         machines.come()
     text = log.read_text()
@@ -237,7 +239,7 @@ def test_the_head_restarts(
         there.come()
         there.come()
         with there.running(job):
-            wait_for(lambda: any(event["step"] == "commit" for event in events_of(uri)))
+            wait_for(lambda: any(event["step"] == "commit" for event in events_of(uri)), PATIENCE_S)
             head: Any = there.ray.head_node
             head.kill_gcs_server()
             time.sleep(3)
@@ -263,7 +265,7 @@ def test_chaos_of_machines(
     there = [machines.come(), machines.come()]
     is_told = number % 2 == 0
     with machines.running(job, **two):
-        wait_for(lambda: len(events_of(uri)) >= 1 + number // 2 % num_events)
+        wait_for(lambda: len(events_of(uri)) >= 1 + number // 2 % num_events, PATIENCE_S)
         hit = chance.choice(there)
         if is_told:
             machines.drain(hit, 2.0)
