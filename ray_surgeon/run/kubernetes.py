@@ -15,7 +15,6 @@ _SPARE = 1.25
 """Memory and disk of a pod, times what the plan needs."""
 _TIMES = 4
 """A try that takes this many times the expected time is ended."""
-_HEAD_CPUS = 4
 _DETECTED = "ray.io/accelerator-type"
 """The label that Ray finds by itself."""
 _OF_RAY_GIB = 2
@@ -32,7 +31,7 @@ class Pod(NamedTuple):
     cache: int  # of /cache: downloads, what is kept on disk, exports that are checked
 
 
-HEAD = Pod(_HEAD_CPUS, 0, 16, 2, 100)
+HEAD = Pod(4, 0, 16, 2, 100)
 WORKER = Pod(5, 0, 24, 4, 100)
 """Of a cluster for several jobs."""
 

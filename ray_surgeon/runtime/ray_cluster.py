@@ -213,11 +213,10 @@ class RayCluster(Cluster):
         if isinstance(error, ray.exceptions.OutOfMemoryError):
             return WorkerFailureError("memory", error)
         alive = nodes_alive()
-        gone = {node for node in self._nodes.values() if node not in alive}
         taken_away = self._told | nodes_leaving() | nodes_preempted()
         if taken_away & {*self._nodes.values()} or getattr(error, "preempted", False):
             return WorkerFailureError("preemption", error)
-        num_gone = sum(node in gone for node in self._nodes.values())
+        num_gone = sum(node not in alive for node in self._nodes.values())
         if num_gone or (not self._nodes and not self._nodes_at_start <= alive):
             return WorkerFailureError("node", f"{num_gone or 'some'} workers were on lost machines")
         return WorkerFailureError("node" if isinstance(error, _OF_NODES) else "worker", error)
