@@ -1,10 +1,10 @@
-"""SmolLM2-135M pruned and quantised against quantised alone, as a Markdown table.
+"""A model rounded to few bits in several ways, dense and pruned, as a Markdown table.
 
-It has bytes and perplexities.
+It has bytes, and perplexities and divergences from the model that was rounded.
 
-``python -m benchmarks.quantised FOLDER`` prunes channels of feed-forward layers to every sparsity,
-as the quickstart does but without corrections, quantises the dense and the pruned models in the
-same ways, and evaluates all of them. ``--set`` changes the quickstart.
+``python -m benchmarks.quantised FOLDER`` prunes channels of feed-forward layers as the quickstart
+does, but without corrections, and quantises the dense and the pruned model: to the nearest numbers,
+by GPTQ, and by both sides. ``--set`` changes the quickstart.
 """
 
 from __future__ import annotations
@@ -12,16 +12,20 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from transformers import AutoConfig
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import ray_surgeon
 from benchmarks.peers import without_own_text
 from ray_surgeon.export.folder import Pruned
-from ray_surgeon.export.for_engines import export_quantised
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.run.inputs import Inputs, check
 from ray_surgeon.runtime.cluster import LocalCluster
@@ -30,40 +34,94 @@ from ray_surgeon.runtime.weights import ModelRecipe, load
 from ray_surgeon.spec.job import JobSpec
 from ray_surgeon.spec.parsing import parse_spec
 from ray_surgeon.spec.sections import ModelSection, QuantizeSection
+from ray_surgeon.stages.quantise.stage import quantise
 from ray_surgeon.storage.sources import open_model
 
-SCHEMES = (("int8", None), ("fp8", None), ("w4a16", 64), ("w4a16", 32))
+Rounding = Literal["nearest", "gptq", "both_sides"]
+Texts = Mapping[str, NDArray[np.int64]]
+WAYS: tuple[Rounding, ...] = ("nearest", "gptq", "both_sides")
+
+
+def states_of(folder: str, texts: Texts) -> tuple[Tensor, dict[str, list[Tensor]]]:
+    """Return the head's weight, and the states [T, d] before it of every window of every text."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    options: dict[str, Any] = {"output_hidden_states": True, "use_cache": False}
+    states: dict[str, list[Tensor]] = {name: [] for name in texts}
+    with torch.no_grad():
+        for name, windows in texts.items():
+            for window in torch.from_numpy(windows):
+                out = model(window[None], logits_to_keep=1, **options)
+                states[name].append(out.hidden_states[-1][0])
+    return model.lm_head.weight.detach(), states
+
+
+def divergences(folder: str, reference: str, texts: Texts) -> dict[str, float]:
+    """Return the mean divergence of a folder's predictions from a reference's, nats a token."""
+    head, states = states_of(folder, texts)
+    head_before, before = states_of(reference, texts)
+    means = {}
+    for name in texts:
+        values = []
+        for own, other in zip(states[name], before[name], strict=True):
+            own_log = (own[:-1] @ head.T).log_softmax(dim=-1)
+            other_log = (other[:-1] @ head_before.T).log_softmax(dim=-1)
+            values.append(float((other_log.exp() * (other_log - own_log)).sum(dim=-1).mean()))
+        means[name] = sum(values) / len(values)
+    return means
 
 
 def row(
-    name: str, folder: str, scheme: str, size: int | None, inputs: Inputs, target: Path
+    name: str, folder: str, section: QuantizeSection, inputs: Inputs, target: Path
 ) -> dict[str, Any]:
-    """Quantise a folder and return its line; four bits are rounded by the calibration text."""
-    section = QuantizeSection.model_validate({"scheme": scheme, "group_size": size})
+    """Quantise a folder and return its line."""
     layout = ModelLayout.of(AutoConfig.from_pretrained(folder))
     cluster = LocalCluster(layout, place(layout, 1, 1), 2)
     model = ModelSection(source=folder)
-    if size is not None:
-        cluster.run_all(load, ModelRecipe(model), False, cluster.stores)
-    pruned = Pruned(cluster, inputs.layout, model, {}, inputs.calibration, inputs.texts)
-    uniform = {"uri": folder, "widths": []}
-    found = export_quantised(pruned, uniform, str(target), section)
-    return {"model": name, "scheme": scheme + (f", groups of {size}" if size else ""), **found}
+    cluster.run_all(load, ModelRecipe(model), False, cluster.stores)
+    pruned = Pruned(cluster, layout, model, facts_of(layout), inputs.calibration, inputs.texts)
+    begun_s = time.monotonic()
+    found = quantise(pruned, {"uri": folder, "widths": []}, str(target), section)
+    wall_s = time.monotonic() - begun_s
+    found["divergence"] = divergences(str(target), folder, inputs.texts)
+    about = {"model": name, "scheme": section.scheme, "wall_s": wall_s}
+    if section.has_groups:
+        about |= {"group_size": section.columns_together, "rounding": section.rounding}
+    return about | found
+
+
+def facts_of(layout: ModelLayout) -> dict[str, Any]:
+    """Return what `Pruned` has to know of a folder that is pruned already: all rows are there."""
+    linears = [{"name": s.name, "rows_kept": s.num_rows} for s in layout.linears]
+    return {"last": {"linears": linears}}
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return the rows as Markdown: perplexities, and divergences in brackets."""
+    texts = list(rows[0]["perplexity"])
+    lines = ["| model | weights | MB | seconds | " + " | ".join(texts) + " |"]
+    lines.append("|---|---|---:|---:|" + "---:|" * len(texts))
+    for line in rows:
+        weights = line["scheme"]
+        if "rounding" in line:
+            weights += f", groups of {line['group_size']}, {line['rounding']}"
+        values = [
+            f"{line['perplexity'][text]:.3f} ({line['divergence'][text]:.4f})" for text in texts
+        ]
+        cells = [line["model"], weights, f"{line['size_bytes'] / 1e6:.1f}", f"{line['wall_s']:.0f}"]
+        lines.append("| " + " | ".join(cells + values) + " |")
+    return "\n".join(lines) + "\n"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure and write FOLDER/quantised.json and the table."""
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.quantised", description="Compare pruned and quantised models."
+        prog="python -m benchmarks.quantised", description="Compare ways to round weights."
     )
     parser.add_argument("folder", type=Path, help="where everything is written")
-    parser.add_argument(
-        "--sparsities",
-        type=float,
-        nargs="+",
-        default=[0.1, 0.1875],
-        help="of the parameters of the blocks' linears",
-    )
+    parser.add_argument("--sizes", type=int, nargs="+", default=[32, 64], help="of groups")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS, help="of rounding")
+    parser.add_argument("--eight", action="store_true", help="also int8, fp8 and w8a16")
+    parser.add_argument("--dense", action="store_true", help="leave the pruned model out")
     parser.add_argument(
         "--set",
         action="append",
@@ -72,69 +130,35 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="of the quickstart; repeatable",
     )
     arguments = parser.parse_args(argv)
-    overrides = ["model.dtype=float32", *arguments.set]
+    overrides = ["model.dtype=float32", "calibration.num_sequences=72", *arguments.set]
     document = without_own_text(
         parse_spec(Path("pipelines/quickstart.yaml").read_text(), overrides)
     )
-    rows: list[dict[str, Any]] = []
-    inputs: Inputs | None = None
-    for sparsity in arguments.sparsities:
-        run = arguments.folder / f"pruned-{sparsity:g}"
-        output = {"uri": str(run), "exports": ["uniform"]}
-        pruning = document["pruning"] | {
-            "target_sparsity": sparsity,
-            "num_shots": 1,
-            "width_multiple": 64,
-        }
-        spec = JobSpec.model_validate(
-            document | {"recovery": None, "output": output, "pruning": pruning}
-        )
-        if inputs is None:
-            inputs = check(spec, resume=False, dry_run=True)
-            dense = str(open_model(spec.model).small_files_folder())
-            rows += [
-                row("dense", dense, *how, inputs, arguments.folder / f"dense-{i}")
-                for i, how in enumerate(SCHEMES)
-            ]
+    run = str(arguments.folder / "pruned")
+    document |= {"recovery": None, "output": {"uri": run, "exports": ["uniform"]}}
+    document["pruning"] = document["pruning"] | {"width_multiple": 64}
+    spec = JobSpec.model_validate(document)
+    inputs = check(spec, resume=False, dry_run=True)
+    models = {"dense": str(open_model(spec.model).small_files_folder())}
+    if not arguments.dense:
         result = ray_surgeon.prune(spec=spec)
-        if len(rows) == len(SCHEMES):
-            before = result.report["dense"]["perplexity"]
-            rows.insert(
-                0,
-                {
-                    "model": "dense",
-                    "scheme": "float32",
-                    "size_bytes": 4 * result.report["parameters"]["before"],
-                    "perplexity": before,
-                },
-            )
-        uniform = result.report["exports"][0]
-        after = result.report["shots"][-1]["perplexity"]
-        name = f"pruned {result.sparsity:.2%}"
-        rows.append(
-            {
-                "model": name,
-                "scheme": "float32",
-                "size_bytes": uniform["size_bytes"],
-                "perplexity": after,
-            }
-        )
-        rows += [
-            row(name, uniform["uri"], *how, inputs, run / f"quantised-{i}")
-            for i, how in enumerate(SCHEMES)
-        ]
-    texts_named = list(rows[0]["perplexity"])
-    lines = [
-        "| model | weights | MB | " + " | ".join(texts_named) + " |",
-        "|---|---|---:|" + "---:|" * len(texts_named),
+        models[f"pruned {result.sparsity:.2%}"] = result.report["exports"][0]["uri"]
+    sections = [
+        QuantizeSection(scheme="w4a16", group_size=size, rounding=way)
+        for size in arguments.sizes
+        for way in arguments.ways
     ]
-    for line in rows:
-        values = " | ".join(f"{line['perplexity'][text]:.3f}" for text in texts_named)
-        lines.append(
-            f"| {line['model']} | {line['scheme']} | {line['size_bytes'] / 1e6:.1f} | {values} |"
-        )
-    (arguments.folder / "quantised.json").write_text(json.dumps(rows, indent=2) + "\n")
-    sys.stdout.write("\n".join(lines) + "\n")
+    if arguments.eight:
+        sections += [QuantizeSection(scheme="int8"), QuantizeSection(scheme="fp8")]
+        sections.append(QuantizeSection(scheme="w8a16", group_size=arguments.sizes[0]))
+    rows: list[dict[str, Any]] = []
+    for name, folder in models.items():
+        for number, section in enumerate(sections):
+            target = arguments.folder / f"{name.partition(' ')[0]}-{number}"
+            rows.append(row(name, folder, section, inputs, target))
+            (arguments.folder / "quantised.json").write_text(json.dumps(rows, indent=2) + "\n")
+            sys.stderr.write(table(rows[-1:]))
+    sys.stdout.write(table(rows))
     return 0
 
 

@@ -9,19 +9,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ray_surgeon.export import folder
-from ray_surgeon.maths.columns import round_columns, upper_inverse
-from ray_surgeon.maths.masks import StructuredMask
-from ray_surgeon.models.build import num_inputs
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.models.llama_cpp import architecture_of
 from ray_surgeon.models.pruned_config import BlockWidths, kv_heads_left, shallower
-from ray_surgeon.runtime.passes import BlockPass
-from ray_surgeon.runtime.worker import Worker
 from ray_surgeon.spec.sections import GgufKind, QuantizeSection
-from ray_surgeon.storage import files, tensor_files
+from ray_surgeon.storage import files
 
 
 @dataclass(frozen=True)
@@ -82,8 +76,8 @@ def check_quantised(layout: ModelLayout, shrinking: Shrinking, section: Quantize
     for problem, applies in problems.items():
         if applies:
             raise ValueError(f"output.quantize: {problem}")
-    if section.scheme == "w4a16":
-        _check_groups(layout, shrinking, section.columns_together)
+    if (size := section.columns_together) is not None:
+        _check_groups(layout, shrinking, size)
 
 
 def _check_groups(layout: ModelLayout, shrinking: Shrinking, size: int) -> None:
@@ -149,62 +143,21 @@ def export_gguf(
     return entry | {"loaders": loaders, "load": load, "files": written, "widths": pairs}
 
 
-NUM_BITS = 4
-_DAMPING = 0.01
-"""Of A, relative to the mean of its diagonal; the published value."""
-_MAX_DAMPING = 1.0
-
-
-class _Scales(dict[str, Tensor]):
-    """What an owner keeps of its linears: name -> [R, groups] of what is left of the linear."""
-
-
-@dataclass(frozen=True)
-class Rounding(BlockPass):
-    """Rounds the linears of all blocks, each on the inputs that rounded blocks give."""
-
-    group_size: int  # columns that share a scale
-
-    def change(self, worker: Worker, name: str, A: Tensor) -> None:
-        """Round what is left of a linear; its bias stays."""
-        mask = worker.mask(name, StructuredMask)
-        W = worker.shard.weight(name)
-        num_columns = num_inputs(worker.shard.linears[name])
-        rows = mask.rows.to(W.device).nonzero()[:, 0]
-        columns = mask.columns[:num_columns].to(W.device).nonzero()[:, 0]
-        if not (len(rows) and len(columns)):
-            return  # in a layer that is gone
-        U, _ = upper_inverse(A[columns][:, columns], _DAMPING, _MAX_DAMPING, name)
-        kept = W[rows][:, columns]
-        W[rows[:, None], columns], scales = round_columns(kept, U, self.group_size, NUM_BITS)
-        worker.shard.set_weight(name, W)
-        worker.keeping(_Scales)[name] = scales.cpu()
-
-
-def write_scales(worker: Worker, target: str, blocks: Sequence[int]) -> None:
-    """Write the scales of the linears that a worker owns into a file, if it owns some.
-
-    `blocks` are those that are left, by which names are numbered anew.
-    """
-    if worker.has(_Scales):
-        name = f"{worker.index.shard}-{worker.index.replica}.safetensors"
-        own = worker.drop(_Scales).items()
-        scales = {worker.layout.renumbered(linear, blocks): scale for linear, scale in own}
-        tensor_files.write(files.join(target, name), scales)
-
-
-def export_quantised(
-    pruned: folder.Pruned, uniform: Mapping[str, Any], target: str, section: QuantizeSection
+def write_quantised(
+    pruned: folder.Pruned,
+    uniform: Mapping[str, Any],
+    target: str,
+    section: QuantizeSection,
+    source: str,
 ) -> dict[str, Any]:
-    """Write the quantised copy of the export uniform, and evaluate it in a process of its own.
-
-    Weights of four bits are rounded on the workers, for good.
+    """Write a quantised copy of the export uniform, and evaluate it in a process of its own.
 
     Args:
-        pruned: the model, of which the workers have the export's weights.
+        pruned: the model.
         uniform: entry of the export.
         target: folder of the copy.
         section: how.
+        source: folder of the weights: the export's, or rounded ones with their scales.
 
     Returns:
         The copy's entry in the report, with its size and its perplexities.
@@ -212,29 +165,17 @@ def export_quantised(
     Raises:
         RuntimeError: it cannot be quantised or loaded.
     """
-    uri = uniform["uri"]
     files.remove_folder(target)  # of a try that was interrupted
-    with folder.local_folder(uri, weights=False) as (small, _):
+    with folder.local_folder(uniform["uri"], weights=False) as (small, _):
         for name in files.list_files(str(small)):
             if not name.endswith((".index.json", ".md")):
                 files.put_file(files.join(target, name), small / name)
-    size = section.columns_together
-    rounded = f"{target}-rounded"
-    scales = files.join(rounded, "scales")
-    request: dict[str, Any] = {"source": uri, "scales": scales, "target": target}
-    request |= {"scheme": section.scheme, "group_size": size, "linears": list(pruned.layout.shapes)}
-    try:
-        if section.scheme == "w4a16":
-            Rounding(size).pass_all(pruned.cluster, pruned.calibration)
-            folder.write_weights(pruned.cluster, rounded, pruned.blocks)
-            pruned.cluster.run_all(write_scales, scales, pruned.blocks)
-            request["source"] = rounded
-        copy = folder.run_for(target, "quantized", request)
-        texts = {name: tokens.tolist() for name, tokens in pruned.texts.items()}
-        request = {"texts": texts, "num_threads": torch.get_num_threads()}
-        copy["perplexity"] = folder.run_reload(target, request)
-    finally:
-        files.remove_folder(rounded)
+    request: dict[str, Any] = {"source": source, "target": target, "scheme": section.scheme}
+    request |= {"group_size": section.columns_together, "linears": list(pruned.layout.shapes)}
+    copy = folder.run_for(target, "quantized", request)
+    texts = {name: tokens.tolist() for name, tokens in pruned.texts.items()}
+    request = {"texts": texts, "num_threads": torch.get_num_threads()}
+    copy["perplexity"] = folder.run_reload(target, request)
     loaders = {"transformers with compressed-tensors": "loaded and evaluated"}
     loaders["vLLM"] = "by compressed-tensors"
     load = f'AutoModelForCausalLM.from_pretrained("{target}")'

@@ -2,10 +2,10 @@
 
 They are made from an export's files, a tensor at a time.
 
-Weights of eight bits are rounded to the nearest number; those of four come rounded, with their
-scales. Activations, where a scheme rounds them too, are scaled token by token when the model runs,
-so nothing is calibrated here. Embeddings, norms and the head stay as they are. Runs as a module of
-its own, see `fresh_process`.
+Weights are rounded to the nearest number, or come rounded, with their scales.
+Activations, where a scheme rounds them too, are scaled token by token when the model runs, so
+nothing is calibrated here. Embeddings, norms and the head stay as they are. Runs as a module of its
+own, see `fresh_process`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,11 @@ from typing import Any
 import torch
 from compressed_tensors.compressors.base import BaseCompressor
 from compressed_tensors.compressors.format import infer_module_format
-from compressed_tensors.quantization import QuantizationConfig, preset_name_to_scheme
+from compressed_tensors.quantization import (
+    QuantizationConfig,
+    QuantizationStrategy,
+    preset_name_to_scheme,
+)
 from compressed_tensors.quantization import QuantizationScheme as Scheme
 from compressed_tensors.quantization.utils import calculate_qparams
 from torch import Tensor
@@ -24,17 +28,18 @@ from torch import Tensor
 from ray_surgeon.export.folder import write_index
 from ray_surgeon.storage import files, tensor_files
 
-PRESETS = {"fp8": "FP8_DYNAMIC", "int8": "W8A8", "w4a16": "W4A16"}
+PRESETS = {"fp8": "FP8_DYNAMIC", "int8": "W8A8", "w4a16": "W4A16", "w8a16": "W8A16"}
 """Names of the schemes in compressed-tensors."""
 
 
-def scheme_of(name: str, group_size: int) -> Scheme:
+def scheme_of(name: str, group_size: int | None = None) -> Scheme:
     """Return a scheme for all linears.
 
-    `group_size` columns share a scale where the scheme has groups.
+    `group_size` columns share a scale, or a row does if it is not given.
     """
     scheme = preset_name_to_scheme(PRESETS[name], ["Linear"])
-    if scheme.weights.group_size is not None:
+    if group_size is not None:
+        scheme.weights.strategy = QuantizationStrategy.GROUP
         scheme.weights.group_size = group_size
     scheme.format = infer_module_format(torch.nn.Linear, scheme).value
     return scheme
@@ -69,8 +74,9 @@ def answer(request: Mapping[str, Any]) -> dict[str, Any]:
     scheme = scheme_of(request["scheme"], request["group_size"])
     reader = tensor_files.Reader()
     scales = dict[str, Tensor]()
-    for file in files.list_names(request["scales"]):
-        scales |= tensor_files.read(files.join(request["scales"], file))
+    folder = files.join(source, "scales")  # of rounded weights
+    for file in files.list_names(folder):
+        scales |= tensor_files.read(files.join(folder, file))
     plain = {"lm_head"}
     weight_map = dict[str, str]()
     total = 0

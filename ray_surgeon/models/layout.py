@@ -13,7 +13,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,8 @@ These are KV groups, channels of feed-forward layers, of shared experts and of e
 """
 FEED_FORWARD_OF_ALL = frozenset({"ffn", "shared_experts"})
 """Those of feed-forward layers that every token passes."""
+Roles: TypeAlias = frozenset[str] | None
+"""Of linears, see `LinearShape`; None for all."""
 
 
 @dataclass(frozen=True)

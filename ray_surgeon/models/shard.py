@@ -21,7 +21,7 @@ from ray_surgeon.models import build
 from ray_surgeon.models.checkpoint import check_finite
 from ray_surgeon.models.experts import Mixture
 from ray_surgeon.models.hooks import LayerInputs, SharedInput, sum_removals
-from ray_surgeon.models.layout import ModelLayout
+from ray_surgeon.models.layout import ModelLayout, Roles
 
 
 class ModelShard:
@@ -153,7 +153,7 @@ class ModelShard:
         return (self._ends if self.layout.block_of(name) is None else self.weights).get(name)
 
     def start_curvature(
-        self, kind: str = "kfac", *, only: frozenset[str] | None = None, experts: bool = False
+        self, kind: str = "kfac", *, only: Roles = None, experts: bool = False, anew: bool = True
     ) -> None:
         """Start to gather, with empty sums.
 
@@ -161,11 +161,13 @@ class ModelShard:
             kind: ``activations`` sums A in a forward pass alone and takes G = I; ``identity`` takes
                 A = G = I (times the number of tokens, as sums are); all others sum A and G.
             only: roles of the linears that are wanted, see `LinearShape`; those that share an input
-                with one come along. None for all.
+                with one come along.
             experts: whether to sum, too, what `ExpertSums` has.
+            anew: whether what an earlier pass has summed is freed.
         """
         assert self._kind is None
-        self.drop_curvature()
+        if anew:
+            self.drop_curvature()
         self.gathering = [g for g in self.shared_inputs if only is None or g.roles & only]
         # the linears for which the curvature pass gathers factors, by name
         self.gathered = {n: m for group in self.gathering for n, m in group.linears.items()}

@@ -2,28 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from ray_surgeon.export.for_engines import Shrinking
 from ray_surgeon.export.kinds import check_exports
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.run.reading import Texts
+from ray_surgeon.spec.evaluation import TasksSection
 from ray_surgeon.spec.job import JobSpec
+from ray_surgeon.spec.sections import OutputSection
 from ray_surgeon.stages.answers.answers import BeforeRecovery, DenseAnswers, PrunedAnswers
 from ray_surgeon.stages.answers.prompts import yardstick_for
 from ray_surgeon.stages.curvature.stage import Curvature
 from ray_surgeon.stages.depth.stage import depth_of
 from ray_surgeon.stages.evaluation import DenseEvaluation, Evaluation, Tasks
+from ray_surgeon.stages.exports import Export, LoadSize, Size
 from ray_surgeon.stages.prune.groups import Groups
 from ray_surgeon.stages.prune.groups_section import CoupledSection
 from ray_surgeon.stages.prune.method import Method
 from ray_surgeon.stages.prune.methods import Costs, Latency, Threshold, Update
+from ray_surgeon.stages.quantise.stage import Quantise
 from ray_surgeon.stages.recovery.stage import Recovery, stream_of
 from ray_surgeon.stages.search.search import SearchStage
 from ray_surgeon.stages.self_text.requests import Language
 from ray_surgeon.stages.self_text.stage import SelfText
 from ray_surgeon.stages.stage import Stage
-from ray_surgeon.stages.weights import Commit, Load, Size, exports_of, loads_sizes
+from ray_surgeon.stages.weights import Commit, Load
 
 
 class Stages(NamedTuple):
@@ -90,7 +95,7 @@ def stages_of(
             PrunedAnswers(yardstick) if yardstick else None,
             Commit(spec.schedule.targets, spec.output.keep_shots, _kept(spec)),
         ),
-        loads_sizes(method, after_shots),
+        _loads_sizes(method, after_shots),
     )
 
 
@@ -119,7 +124,36 @@ def stages_after_shots(spec: JobSpec, layout: ModelLayout) -> tuple[Stage, ...]:
     sparsities = getattr(pruning, "sizes", None) or (None,)
     pairs = zip(schedule.size_shots, sparsities, strict=True)
     sizes = [Size(shot, size, shot == schedule.shots) for shot, size in pairs]
-    return exports_of(spec.output, spec.evaluation.tasks, sizes)
+    return _exports_of(spec.output, spec.evaluation.tasks, sizes)
+
+
+def _exports_of(
+    output: OutputSection, tasks: TasksSection | None, sizes: Sequence[Size]
+) -> tuple[Stage, ...]:
+    """Return a stage for every export, with tasks that it is measured on, and a quantised copy.
+
+    The last of the sizes that a run passes through comes first: its weights are there. See
+    `_loads_sizes` for those of the others.
+    """
+    stages = list[Stage]()
+    for size in reversed(sizes):
+        if output.sizes is None or size.sparsity in output.sizes:
+            stages += [Export(size, kind, output, tasks) for kind in output.exports]
+            stages += [] if output.quantize is None else [Quantise(size, output.quantize)]
+    return tuple(stages)
+
+
+def _loads_sizes(method: Method, stages: Sequence[Stage]) -> tuple[Stage, ...]:
+    """Return the stages of exports, with the loading of every size that is not the last."""
+    loaded = list[Stage]()
+    size = None
+    for stage in stages:
+        assert isinstance(stage, Export | Quantise)
+        if stage.size != size and not stage.size.is_last:
+            loaded.append(LoadSize(method, stage.size))
+        size = stage.size
+        loaded.append(stage)
+    return tuple(loaded)
 
 
 def _kept(spec: JobSpec) -> tuple[int, ...]:

@@ -11,6 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -191,6 +192,9 @@ class BlockPass(ABC):
     methods do.
     """
 
+    anew: ClassVar[bool] = True
+    """Whether factors of an earlier pass are freed; if not, they have no A."""
+
     @abstractmethod
     def change(self, worker: Worker, name: str, A: Tensor) -> None:
         """Change a linear of a worker.
@@ -226,7 +230,7 @@ class BlockPass(ABC):
         shard = worker.shard
         passing = worker.kept(_Passing)
         on_cpu = worker.device.type == "cpu"  # where the products of all threads change at once
-        shard.start_curvature("activations")
+        shard.start_curvature("activations", anew=self.anew)
         with shard.weights.block(place), shard.gathering_in(place, wide=on_cpu):
             for hidden in passing.values():
                 worker.runner.through(place, hidden, passing.calls)

@@ -195,23 +195,39 @@ GgufKind = Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"]
 class QuantizeSection(Section):
     """A quantised copy of the export uniform."""
 
-    scheme: Literal["fp8", "int8", "w4a16"]
-    """fp8 and int8: weights with a scale for each row, activations with one for each token; w4a16:
-    weights of four bits, with a scale for each group of columns, rounded by the calibration text
-    (GPTQ)
+    scheme: Literal["fp8", "int8", "w4a16", "w8a16"]
+    """fp8 and int8: weights with a scale for each row, activations with one for each token; w4a16
+    and w8a16: weights of four or eight bits, with a scale for each group of columns
     """
     group_size: Positive | None = None
-    """For scheme w4a16: number of columns that share a scale; null: 128"""
+    """For w4a16 and w8a16: number of columns that share a scale; null: 128"""
+    rounding: Literal["both_sides", "gptq", "nearest"] = "both_sides"
+    """For w4a16 and w8a16, how weights are rounded. nearest: to the nearest number; gptq: columns
+    from left to right, so that later ones answer the errors of earlier ones on the inputs of the
+    calibration text; both_sides: what weighs most first, and later rows answer, too, by the loss
+    """
 
     @property
-    def columns_together(self) -> int:
+    def num_bits(self) -> int:
+        """Of a weight."""
+        return 4 if self.scheme == "w4a16" else 8
+
+    @property
+    def has_groups(self) -> bool:
+        """Whether groups of columns share a scale, and weights are rounded by a text."""
+        return self.scheme in ("w4a16", "w8a16")
+
+    @property
+    def columns_together(self) -> int | None:
         """Columns that share a scale, where a scheme has groups."""
-        return self.group_size or 128
+        return (self.group_size or 128) if self.has_groups else None
 
     def problems(self) -> Iterator[str]:
         """Yield what the scheme does not have."""
-        if self.group_size is not None and self.scheme != "w4a16":
-            yield f"group_size: is not an option of {self.scheme}; remove it"
+        if not self.has_groups:
+            for name in self.model_fields_set & {"group_size", "rounding"}:
+                if getattr(self, name) is not None:
+                    yield f"{name}: is not an option of {self.scheme}; remove it"
 
 
 class OutputSection(Section):

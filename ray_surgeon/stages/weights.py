@@ -1,4 +1,4 @@
-"""The weights of a run: loaded once, committed after every shot, and exported in the end.
+"""The weights of a run: loaded once, and committed after every shot.
 
 A commit has masks and a record, too, from which a run can go on.
 """
@@ -11,16 +11,12 @@ from dataclasses import asdict, dataclass
 from itertools import chain
 from typing import Any
 
-from ray_surgeon.export.folder import Pruned
-from ray_surgeon.export.for_engines import export_quantised
-from ray_surgeon.export.kinds import export
 from ray_surgeon.memory.stores import ScratchNames
 from ray_surgeon.plan.counts import Counted, StepPlan
 from ray_surgeon.plan.needs import WorkerView
-from ray_surgeon.plan.turns import block_by_block
 from ray_surgeon.report.commits import CommittedPart, Save
 from ray_surgeon.report.directory import Record
-from ray_surgeon.report.html_report import LivePage, rendered
+from ray_surgeon.report.html_report import LivePage
 from ray_surgeon.runtime.dense_states import read_states, write_states
 from ray_surgeon.runtime.weights import (
     FILE_BYTES,
@@ -30,19 +26,15 @@ from ray_surgeon.runtime.weights import (
     load,
     save_shot,
 )
-from ray_surgeon.spec.evaluation import TasksSection
-from ray_surgeon.spec.sections import OutputSection, QuantizeSection
 from ray_surgeon.stages.prune.method import Method
 from ray_surgeon.stages.stage import Facts, RunState, Stage
 from ray_surgeon.storage import files
 
-_PROCESS_S = 8.0
-"""Until a fresh process has imported torch and transformers."""
 _PINNED_BYTES_PER_S = 4e9
 """At which the host pins memory."""
 
 
-def _load(run: RunState, method: Method, committed: Sequence[SavedFile]) -> None:
+def load_weights(run: RunState, method: Method, committed: Sequence[SavedFile]) -> None:
     """Load the dense model's weights, and in their place those of a commit, if there is one."""
     shot_files = tuple((key, file.uri) for file in committed for key in file.keys)
     recipe = ModelRecipe(run.model, shot_files, run.kept(ScratchNames))
@@ -61,7 +53,7 @@ class Load(Stage):
     def run(self, run: RunState, facts: Facts) -> None:
         """Load weights, masks, and what the dense model said of texts."""
         last = (run.part or run.directory.read_shot(run.num_done)) if run.resumes else None
-        _load(run, self.method, last.files if last else ())
+        load_weights(run, self.method, last.files if last else ())
         if run.resumes:
             run.cluster.run_all(read_states, run.directory.dense_states)
         facts |= {"workers": len(run.cluster.placement.workers), "resumed_after_shot": run.num_done}
@@ -165,135 +157,3 @@ def commit_part(run: RunState, stage: str, after: str, state: Record, save: Save
     directory.commit_part(run.shot, run.part)
     run.committed_s = time.monotonic()
     run.cluster.leave_if_told()
-
-
-def _pruned(run: RunState, shot: int) -> Pruned:
-    facts = run.report.model_card_facts(shot)
-    return Pruned(run.cluster, run.layout, run.model, facts, run.calibration, run.texts)
-
-
-def _tell_of(entry: dict[str, Any], run: RunState, facts: Facts, size: Size) -> None:
-    """Put an export's entry into its card, the report, and the line of its step."""
-    if size.sparsity is not None:
-        entry["size"] = size.sparsity
-    about = run.report.model_card_facts(size.shot)
-    card = rendered("card.md.jinja", entry=entry, source=run.model.source, facts=about)
-    files.write_text(files.join(entry["uri"], "README.md"), card)
-    run.report.exports.append(entry)
-    names = ("kind", "uri", "size_bytes", "reload_max_logit_difference")
-    facts |= {name: entry[name] for name in names if name in entry}
-
-
-@dataclass(frozen=True)
-class Size:
-    """One of the sizes that a run passes through."""
-
-    shot: int  # after which the model has it
-    sparsity: float | None = None  # None where there is only one
-    is_last: bool = True  # whether no shot comes after it
-
-    @property
-    def suffix(self) -> str:
-        """Return what names of folders of exports end with."""
-        return "" if self.is_last or self.sparsity is None else f"-{self.sparsity:g}"
-
-
-@dataclass(frozen=True)
-class LoadSize(Stage):
-    """Loads the weights of a smaller size again, from its commit."""
-
-    name = "load"
-    method: Method
-    size: Size
-
-    def run(self, run: RunState, facts: Facts) -> None:
-        """Load them."""
-        _load(run, self.method, run.directory.read_shot(self.size.shot).files)
-        facts["size"] = self.size.sparsity or 0.0
-
-
-@dataclass(frozen=True)
-class Export(Stage):
-    """One checkpoint, reloaded and measured."""
-
-    name = "export"
-    size: Size
-    kind: str
-    output: OutputSection
-    tasks: TasksSection | None
-
-    def run(self, run: RunState, facts: Facts) -> None:
-        """Write it, reload it in a process of its own, and measure what is wanted."""
-        run.directory.check_attempt()
-        folder = run.directory.path("export", f"{self.kind}{self.size.suffix}")
-        entry = export(self.kind, _pruned(run, self.size.shot), folder, self.output, self.tasks)
-        _tell_of(entry, run, facts, self.size)
-
-    def needs(self, worker: WorkerView) -> Iterable[StepPlan]:
-        """Return the writing, and the reading in a process of its own, which the workers outlast.
-
-        Tasks are not planned.
-        """
-        size = worker.all_blocks + worker.outside
-        host = worker.host + max(min(FILE_BYTES, size), worker.shapes.largest_stored)
-        moved = size * (not worker.device_is_host)
-        # one process reads what all shards have written
-        whole = worker.shapes.width * worker.shapes.layout.num_parameters
-        processes = 1 + 2 * (self.output.speed is not None)
-        counts = Counted(waiting_s=processes * _PROCESS_S)
-        on_disk = size + processes * whole
-        yield StepPlan(self.name, worker.idle, host, 0.0, 0.0, moved, on_disk, counts=counts)
-
-
-@dataclass(frozen=True)
-class Quantise(Stage):
-    """The quantised copy of the export uniform; it may round the workers' weights, for good."""
-
-    name = "quantise"
-    size: Size
-    section: QuantizeSection
-
-    def run(self, run: RunState, facts: Facts) -> None:
-        """Write and evaluate the copy."""
-        kinds = {(e["kind"], e.get("size")): e for e in run.report.exports}
-        uniform = kinds["uniform", self.size.sparsity]
-        target = f"{uniform['uri']}-{self.section.scheme}"
-        pruned = _pruned(run, self.size.shot)
-        _tell_of(export_quantised(pruned, uniform, target, self.section), run, facts, self.size)
-
-    def needs(self, worker: WorkerView) -> Iterable[StepPlan]:
-        """Return the rounding by the calibration text; other schemes need none."""
-        if self.section.scheme != "w4a16":
-            return
-        shapes = [(linear.num_rows, linear.num_columns) for linear in worker.linears]
-        of_linears = [(16.0 * (C**2 + R * C), 2 / 3 * C**3 + 2.0 * R * C**2) for R, C in shapes]
-        yield block_by_block(worker, self.name, of_linears)
-
-
-def exports_of(
-    output: OutputSection, tasks: TasksSection | None, sizes: Sequence[Size]
-) -> tuple[Stage, ...]:
-    """Return a stage for every export, with tasks that it is measured on, and a quantised copy.
-
-    The last of the sizes that a run passes through comes first: its weights are there. See
-    `loads_sizes` for those of the others.
-    """
-    stages = list[Stage]()
-    for size in reversed(sizes):
-        if output.sizes is None or size.sparsity in output.sizes:
-            stages += [Export(size, kind, output, tasks) for kind in output.exports]
-            stages += [] if output.quantize is None else [Quantise(size, output.quantize)]
-    return tuple(stages)
-
-
-def loads_sizes(method: Method, stages: Sequence[Stage]) -> tuple[Stage, ...]:
-    """Return the stages of exports, with the loading of every size that is not the last."""
-    loaded = list[Stage]()
-    size = None
-    for stage in stages:
-        assert isinstance(stage, Export | Quantise)
-        if stage.size != size and not stage.size.is_last:
-            loaded.append(LoadSize(method, stage.size))
-        size = stage.size
-        loaded.append(stage)
-    return tuple(loaded)

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from ray_surgeon.export.quantized import PRESETS, quantised, scheme_of
-from ray_surgeon.maths.columns import round_columns, upper_inverse
+from ray_surgeon.maths.rounding import Grid, round_linear
 from ray_surgeon.report.html_report import page
 from tests.conftest import LAYOUTS
 from tests.integration.runs import DISK, GROUPS, ONE, Jobs, tensors_in
@@ -27,7 +27,10 @@ UNIFORM: dict[str, Any] = {
     "pruning__width_multiple": 16,
     "output__exports": ["uniform"],
 }
-DTYPES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn, "w4a16": torch.int32}
+DTYPES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
+DTYPES |= {"w4a16": torch.int32, "w8a16": torch.int32}
+SIZE = {"w4a16": 16, "w8a16": 16}
+"""Columns that share a scale."""
 
 
 def restored(stored: dict[str, Tensor], scheme: QuantizationScheme) -> Tensor:
@@ -41,21 +44,22 @@ def restored(stored: dict[str, Tensor], scheme: QuantizationScheme) -> Tensor:
 @pytest.mark.parametrize("name", sorted(PRESETS))
 def test_every_number_is_rounded_to_the_nearest(name: str, dtype: torch.dtype) -> None:
     weight = (0.02 * torch.randn(6, 32)).to(dtype)
-    scheme = scheme_of(name, 16)
+    scheme = scheme_of(name, SIZE.get(name))
     stored = quantised(weight, scheme)
     found = restored(stored, scheme).float()
     weight = weight.float()
-    groups = weight.view(6, -1, 16) if name == "w4a16" else weight[:, None]
+    groups = weight.view(6, -1, 16) if name in SIZE else weight[:, None]
     largest = groups.abs().amax(dim=2, keepdim=True)
     half_a_step = {
         "fp8": torch.maximum(groups.abs() / 16, largest / 448 / 512),
         "int8": largest / 255,
         "w4a16": largest / 15,
+        "w8a16": largest / 255,
     }[name]
     assert ((found.view(groups.shape) - groups).abs() <= 1.001 * half_a_step).all()
     assert (
         float((found - weight).norm() / weight.norm())
-        < {"fp8": 0.04, "int8": 0.01, "w4a16": 0.12}[name]
+        < {"fp8": 0.04, "int8": 0.01, "w4a16": 0.12, "w8a16": 0.01}[name]
     )
 
 
@@ -75,6 +79,9 @@ REFUSED: dict[str, dict[str, Any]] = {
     ),
     "needs one of the exports uniform": INT8 | {"output__exports": ["masked"]},
     "the linears of gpt2 are Conv1D": INT8 | {"model": "gpt2"},
+    "rounding: is not an option of int8": {
+        "output__quantize": {"scheme": "int8", "rounding": "gptq"}
+    },
 }
 
 
@@ -83,9 +90,9 @@ def test_what_cannot_be_quantised_is_refused(said: str, changes: dict[str, Any],
     assert said in job(UNIFORM | changes, "--dry-run", code=2).error
 
 
-@pytest.mark.parametrize(("scheme", "size"), [("int8", None), ("fp8", None), ("w4a16", 16)])
-def test_a_quantised_copy(scheme: str, size: int | None, job: Jobs) -> None:
-    quantize = {"scheme": scheme, "group_size": size}
+@pytest.mark.parametrize("scheme", sorted(DTYPES))
+def test_a_quantised_copy(scheme: str, job: Jobs) -> None:
+    quantize = {"scheme": scheme, "group_size": SIZE.get(scheme)}
     done = job(UNIFORM, output__quantize=quantize, cluster__num_shards=2)
     folder = done.uri / f"export/uniform-{scheme}"
     uniform, copy = done.report["exports"]
@@ -101,17 +108,19 @@ def test_a_quantised_copy(scheme: str, size: int | None, job: Jobs) -> None:
     stored = tensors_in(folder)
     for name, tensor in tensors_in(done.uri / "export/uniform").items():
         assert name.removesuffix(".weight") in shapes or torch.equal(stored[name], tensor)
-    leaf = "weight_packed" if scheme == "w4a16" else "weight"
+    leaf = "weight_packed" if scheme in SIZE else "weight"
     assert {stored[f"{name}.{leaf}"].dtype for name in shapes} == {DTYPES[scheme]}
     assert f"quantised to {scheme}" in (folder / "README.md").read_text()
     assert f"uniform-{scheme}" in page([done.report])
 
 
-def test_four_bits_are_rounded_by_the_calibration_text(job: Jobs) -> None:
-    """Against the linears of the first block that see the text unrounded; on one worker, and
-    streamed on two shards, and on replicas.
-    """
-    options = UNIFORM | {"output__quantize": {"scheme": "w4a16", "group_size": 16}}
+def w4a16(**more: Any) -> dict[str, Any]:
+    return UNIFORM | {"output__quantize": {"scheme": "w4a16", "group_size": 16, **more}}
+
+
+@pytest.mark.parametrize("rounding", ["both_sides", "gptq"])
+def test_streams_and_shards_round_alike(rounding: str, job: Jobs) -> None:
+    options = w4a16(rounding=rounding)
     one = job(options, folder="one")
     replicas = job(options, folder="replicas", cluster__num_replicas=2)
     streamed = job(options | DISK, folder="streamed", cluster__num_shards=2)
@@ -123,6 +132,12 @@ def test_four_bits_are_rounded_by_the_calibration_text(job: Jobs) -> None:
     assert found[1] == pytest.approx(found[0], rel=0.05)
     assert not list((one.uri / "export").glob("*-rounded"))
 
+
+def test_four_bits_are_rounded_by_the_inputs(job: Jobs) -> None:
+    """Against the linears of the first block that see the text unrounded."""
+    options = w4a16(rounding="gptq")
+    one = job(options)
+    stored = tensors_in(one.uri / "export/uniform-w4a16")
     model = AutoModelForCausalLM.from_pretrained(one.uri / "export/uniform")
     names = ["model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.v_proj"]
     seen: list[Tensor] = []
@@ -135,11 +150,24 @@ def test_four_bits_are_rounded_by_the_calibration_text(job: Jobs) -> None:
     scheme = scheme_of("w4a16", 16)
     for name in names:
         W = model.get_submodule(name).weight.detach()
-        expected, scales = round_columns(W, upper_inverse(A, 0.01, 1.0, name)[0], 16, 4)
+        expected = round_linear(W, A, None, Grid(4, 16), (0.01, 1.0), name, ordered=False)
         leaves = ("weight_packed", "weight_scale", "weight_shape")
         parts = {leaf: stored[f"{name}.{leaf}"] for leaf in leaves}
-        torch.testing.assert_close(parts["weight_scale"].float(), scales, rtol=1e-5, atol=0)
-        torch.testing.assert_close(restored(parts, scheme).float(), expected, rtol=1e-5, atol=1e-8)
+        scales = parts["weight_scale"].float()
+        torch.testing.assert_close(scales, expected.scales, rtol=1e-5, atol=0)
+        found = restored(parts, scheme).float()
+        torch.testing.assert_close(found, expected.W, rtol=1e-5, atol=1e-8)
         nearest = restored(quantised(W, scheme), scheme).float()
-        lost = [float(((found - W) @ A * (found - W)).sum()) for found in (expected, nearest)]
+        lost = [float(((x - W) @ A * (x - W)).sum()) for x in (found, nearest)]
         assert lost[0] < 0.9 * lost[1]
+
+
+def test_the_nearest_needs_no_text(job: Jobs) -> None:
+    options = w4a16(rounding="nearest")
+    done = job(options)
+    stored = tensors_in(done.uri / "export/uniform-w4a16")
+    scheme = scheme_of("w4a16", 16)
+    for name, weight in tensors_in(done.uri / "export/uniform").items():
+        if (linear := name.removesuffix(".weight")) in LAYOUTS["llama"].shapes:
+            for leaf, value in quantised(weight, scheme).items():
+                assert torch.equal(stored[f"{linear}.{leaf}"], value)
