@@ -9,8 +9,8 @@ from typing import Any
 from ray_surgeon.export.folder import Pruned, write_weights
 from ray_surgeon.export.for_engines import write_quantised
 from ray_surgeon.maths.packed import PackedSymmetric
-from ray_surgeon.maths.rounding import Grid
-from ray_surgeon.plan.counts import StepPlan
+from ray_surgeon.maths.rounding import ROWS_TOGETHER, Grid
+from ray_surgeon.plan.counts import Counted, StepPlan
 from ray_surgeon.plan.needs import WorkerView
 from ray_surgeon.plan.turns import block_by_block
 from ray_surgeon.spec.sections import QuantizeSection
@@ -18,6 +18,10 @@ from ray_surgeon.stages.exports import Size, pruned_of, tell_of
 from ray_surgeon.stages.quantise.rounding import NUM_BACKWARD, round_linears, write_scales
 from ray_surgeon.stages.stage import Facts, RunState, Stage
 from ray_surgeon.storage import files
+
+_OF_A_COLUMN = 8
+_OF_A_TILE = 4
+"""Launches of the rounding of a column of tiles, and for what a tile's errors change elsewhere."""
 
 
 def quantise(
@@ -85,7 +89,12 @@ class Quantise(Stage):
             )
             for R, C in shapes
         ]
-        step = block_by_block(worker, self.name, of_linears)
+        height = [min(R, ROWS_TOGETHER) if both else R for R, _ in shapes]
+        size = self.section.columns_together or 1
+        columns = sum((R // h - 1) * size + C for (R, C), h in zip(shapes, height, strict=True))
+        tiles = sum(R // h * (C // size) for (R, C), h in zip(shapes, height, strict=True))
+        counts = Counted(_OF_A_COLUMN * columns + _OF_A_TILE * tiles)
+        step = block_by_block(worker, self.name, of_linears, counts.times(1 / worker.num_replicas))
         yield replace(step, device=step.device + both * of_G / worker.num_replicas)
 
     def _pass_for_G(self, worker: WorkerView, of_G: float) -> StepPlan:
