@@ -78,11 +78,12 @@ def _run(
         options = [f"--set={change}" for change in arguments.set]
         words = ["python", "-m", "ray_surgeon.pipeline", "job.yaml", *options, *rest]
         _submit(client, job, words, environment)
-        _say(f"job {job}; to stop it: ray job stop {job}")
+        _say(f"job {job}; to stop it: ray job stop --address {arguments.address} {job}")
         try:
             log = _follow(client, job, _say)
         except KeyboardInterrupt:
-            _say(f"\nno longer followed; the job goes on: ray job logs --follow {job}")
+            follow = f"ray job logs --address {arguments.address} --follow {job}"
+            _say(f"\nno longer followed; the job goes on: {follow}")
             return 130
         reports = re.findall(r"^report: (\S+)/report\.html", log, flags=re.MULTILINE)
         try:
@@ -104,8 +105,10 @@ def _submit(client: JobSubmissionClient, job: str, words: Sequence[str], environ
 
     def ask() -> None:
         nonlocal is_again
-        if is_again and any(known.submission_id == job for known in client.list_jobs()):
-            return
+        if any(known.submission_id == job for known in client.list_jobs()):
+            if is_again:
+                return
+            raise ValueError(f"--id {job}: the cluster has a job of this name; give another one")
         is_again = True
         client.submit_job(**options)
 

@@ -213,6 +213,9 @@ def test_a_job_that_is_watched_and_stopped_and_goes_on(head: Head, job: Jobs) ->
     options = ["--id", "goes-on", "--report", str(fetched), "--runtime-env", json.dumps(variables)]
     code, out = head.followed(spec, *options, "--resume")
     assert code == 0, out
+    again, said = head.followed(spec, "--id", "goes-on")
+    assert again == 1
+    assert "failed: --id goes-on: the cluster has a job of this name; give another one" in said
     assert re.search(r"resumed_after_shot=[1-9]", out)
     assert len(re.findall("shot 6/6 +commit", out)) == 1
     runtime = head.jobs.get_job_info("goes-on").runtime_env
