@@ -44,7 +44,7 @@ def test_a_run_that_has_ended_is_not_done_again_unless_its_end_is_damaged(job: J
 def test_no_exports_in_the_report_meanwhile(job: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
     """While they are written again."""
     done = job(EXPORTED)
-    monkeypatch.setattr("ray_surgeon.stages.weights.export", lambda *_, **__: sys.exit("killed"))
+    monkeypatch.setattr("ray_surgeon.stages.exports.export", lambda *_, **__: sys.exit("killed"))
     with pytest.raises(SystemExit):
         job(EXPORTED, "--resume", cluster__num_shards=2)
     assert done.report["exports"] == []
