@@ -39,10 +39,12 @@ from ray_surgeon.storage.sources import open_model
 
 Rounding = Literal["nearest", "gptq", "both_sides"]
 Texts = Mapping[str, NDArray[np.int64]]
+States = tuple[Tensor, dict[str, list[Tensor]]]
+"""Of a model: see `states_of`."""
 WAYS: tuple[Rounding, ...] = ("nearest", "gptq", "both_sides")
 
 
-def states_of(folder: str, texts: Texts) -> tuple[Tensor, dict[str, list[Tensor]]]:
+def states_of(folder: str, texts: Texts) -> States:
     """Return the head's weight, and the states [T, d] before it of every window of every text."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     options: dict[str, Any] = {"output_hidden_states": True, "use_cache": False}
@@ -55,10 +57,10 @@ def states_of(folder: str, texts: Texts) -> tuple[Tensor, dict[str, list[Tensor]
     return model.lm_head.weight.detach(), states
 
 
-def divergences(folder: str, reference: str, texts: Texts) -> dict[str, float]:
+def divergences(folder: str, reference: States, texts: Texts) -> dict[str, float]:
     """Return the mean divergence of a folder's predictions from a reference's, nats a token."""
     head, states = states_of(folder, texts)
-    head_before, before = states_of(reference, texts)
+    head_before, before = reference
     means = {}
     for name in texts:
         values = []
@@ -71,9 +73,14 @@ def divergences(folder: str, reference: str, texts: Texts) -> dict[str, float]:
 
 
 def row(
-    name: str, folder: str, section: QuantizeSection, inputs: Inputs, target: Path
+    name: str,
+    folder: str,
+    section: QuantizeSection,
+    inputs: Inputs,
+    target: Path,
+    reference: States,
 ) -> dict[str, Any]:
-    """Quantise a folder and return its line."""
+    """Quantise a folder, of which the states are the reference, and return its line."""
     layout = ModelLayout.of(AutoConfig.from_pretrained(folder))
     cluster = LocalCluster(layout, place(layout, 1, 1), 2)
     model = ModelSection(source=folder)
@@ -82,7 +89,7 @@ def row(
     begun_s = time.monotonic()
     found = quantise(pruned, {"uri": folder, "widths": []}, str(target), section)
     wall_s = time.monotonic() - begun_s
-    found["divergence"] = divergences(str(target), folder, inputs.texts)
+    found["divergence"] = divergences(str(target), reference, inputs.texts)
     about = {"model": name, "scheme": section.scheme, "wall_s": wall_s}
     if section.has_groups:
         about |= {"group_size": section.columns_together, "rounding": section.rounding}
@@ -153,9 +160,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         sections.append(QuantizeSection(scheme="w8a16", group_size=arguments.sizes[0]))
     rows: list[dict[str, Any]] = []
     for name, folder in models.items():
+        reference = states_of(folder, inputs.texts)  # once for all roundings of it
         for number, section in enumerate(sections):
             target = arguments.folder / f"{name.partition(' ')[0]}-{number}"
-            rows.append(row(name, folder, section, inputs, target))
+            rows.append(row(name, folder, section, inputs, target, reference))
             (arguments.folder / "quantised.json").write_text(json.dumps(rows, indent=2) + "\n")
             sys.stderr.write(table(rows[-1:]))
     sys.stdout.write(table(rows))

@@ -98,15 +98,11 @@ def round_linears(cluster: Cluster, tokens: Tokens, grid: Grid, *, both_sides: b
     cluster.run_all(_forget_G)
 
 
-def write_scales(cluster: Cluster, target: str, blocks: Sequence[int]) -> None:
-    """Write the scales of what was rounded, a file for each worker that owns some.
+def write_scales(worker: Worker, target: str, blocks: Sequence[int]) -> None:
+    """Write the scales of the linears that a worker owns into a file, if it owns some.
 
     `blocks` are those that are left, by which names are numbered anew.
     """
-    cluster.run_all(_write_own_scales, target, blocks)
-
-
-def _write_own_scales(worker: Worker, target: str, blocks: Sequence[int]) -> None:
     if worker.has(_Scales):
         name = f"{worker.index.shard}-{worker.index.replica}.safetensors"
         own = worker.drop(_Scales).items()

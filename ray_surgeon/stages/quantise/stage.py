@@ -50,7 +50,7 @@ def quantise(
     try:
         round_linears(pruned.cluster, pruned.calibration, grid, both_sides=both)
         write_weights(pruned.cluster, rounded, pruned.blocks)
-        write_scales(pruned.cluster, files.join(rounded, "scales"), pruned.blocks)
+        pruned.cluster.run_all(write_scales, files.join(rounded, "scales"), pruned.blocks)
         return write_quantised(pruned, uniform, target, section, rounded)
     finally:
         files.remove_folder(rounded)
@@ -74,7 +74,8 @@ class Quantise(Stage):
 
     def needs(self, worker: WorkerView) -> Iterable[StepPlan]:
         """Return the passes of rounding by the calibration text; the nearest number needs none."""
-        if not self.section.has_groups or self.section.rounding == "nearest":
+        size = self.section.columns_together
+        if size is None or self.section.rounding == "nearest":
             return
         both = self.section.rounding == "both_sides"
         device_type = "cpu" if worker.device_is_host else "cuda"
@@ -90,7 +91,6 @@ class Quantise(Stage):
             for R, C in shapes
         ]
         height = [min(R, ROWS_TOGETHER) if both else R for R, _ in shapes]
-        size = self.section.columns_together or 1
         columns = sum((R // h - 1) * size + C for (R, C), h in zip(shapes, height, strict=True))
         tiles = sum(R // h * (C // size) for (R, C), h in zip(shapes, height, strict=True))
         counts = Counted(_OF_A_COLUMN * columns + _OF_A_TILE * tiles)
