@@ -5,12 +5,13 @@ from __future__ import annotations
 import importlib.util
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 
 from ray_surgeon.export import folder
+from ray_surgeon.export.importance import write_mean_squares
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.models.llama_cpp import architecture_of
 from ray_surgeon.models.pruned_config import BlockWidths, kv_heads_left, shallower
@@ -38,6 +39,17 @@ class Shrinking:
         possible = kv_heads_left(layout, self.tensor_parallel, uniform=self.uniform)
         return self._left("attention", layout.heads.num_kv, possible)
 
+    def inputs(self, layout: ModelLayout) -> dict[str, list[int]]:
+        """Return consumer of coupled groups -> how many columns it may have."""
+        possible = {}
+        for groups in layout.group_sets:
+            whole, each = groups.columns.shape
+            left = self._left(groups.kind, whole, range(0, whole, self.multiple))
+            if groups.kind == "attention":
+                left = self.kv_heads(layout)
+            possible[groups.consumer] = [number * each for number in left]
+        return possible
+
     def _left(self, kind: str, whole: int, possible: Iterable[int]) -> list[int]:
         least = 0 if f"{kind}_layers" in self.layers else self.fewest.get(kind, whole)
         return sorted({*(n for n in possible if n >= least), whole})
@@ -51,9 +63,10 @@ def check_gguf(layout: ModelLayout, shrinking: Shrinking) -> None:
     """
     if importlib.util.find_spec("gguf") is None:
         raise ValueError("output.exports: gguf needs `pip install 'ray-surgeon[gguf]'`")
-    if "blocks" in shrinking.layers and layout.config.model_type == "gemma3_text":
-        problem = "llama.cpp reads every sixth block of a Gemma 3 as one that attends to everything"
-        raise ValueError(f"output.exports: gguf: {problem}, so none can go; export uniform")
+    known = layout.family.llama_cpp
+    if "blocks" in shrinking.layers and known is not None and known.attention_kinds:
+        problem = f"llama.cpp's {known.name} has kinds of attention in turns"
+        raise ValueError(f"output.exports: gguf: {problem}, so no block can go; export uniform")
     heads = shrinking.kv_heads(layout)[0]
     channels = shrinking.channels(layout)[0]
     widths = [BlockWidths(channels, heads), BlockWidths(channels + 1, heads)]
@@ -71,7 +84,6 @@ def check_quantised(layout: ModelLayout, shrinking: Shrinking, section: Quantize
     problems = {
         "needs compressed-tensors; run `pip install 'ray-surgeon[quantize]'`": absent,
         f"the linears of {kind} are Conv1D; remove quantize": layout.family.transposed,
-        "mixtures are not quantised here; remove quantize, or use other tools": layout.is_mixture,
     }
     for problem, applies in problems.items():
         if applies:
@@ -82,17 +94,13 @@ def check_quantised(layout: ModelLayout, shrinking: Shrinking, section: Quantize
 
 def _check_groups(layout: ModelLayout, shrinking: Shrinking, size: int) -> None:
     """Refuse groups of columns that share a scale if they will not fill the rows of a linear."""
-    family = layout.family
     devices = shrinking.tensor_parallel
-    width = layout.heads.n_rep * layout.heads.head_dim
-    of_heads = [number * width for number in shrinking.kv_heads(layout)]
-    possible = {family.attention.consumer: of_heads}
-    possible[family.ffn.consumer] = shrinking.channels(layout)
+    possible = shrinking.inputs(layout)
     for name, shape in layout.shapes.items():
-        is_split = shape.role in possible
+        is_split = name in possible
         columns = shape.num_columns - shape.has_bias
         if is_split:
-            columns = math.gcd(*possible[shape.role]) // devices
+            columns = math.gcd(*possible[name]) // devices
         if columns % size:
             each = f" on each of {devices} devices" if is_split and devices > 1 else ""
             problem = f"group_size {size} does not divide the columns of {name}, of which"
@@ -104,7 +112,7 @@ def _check_groups(layout: ModelLayout, shrinking: Shrinking, size: int) -> None:
 def export_gguf(
     pruned: folder.Pruned, uri: str, widths: Sequence[BlockWidths], kinds: Sequence[GgufKind]
 ) -> dict[str, Any]:
-    """Write GGUF files.
+    """Write GGUF files, and an importance matrix by which llama.cpp can round them further.
 
     The files are made from weights that the workers write beside them, and that are removed then.
 
@@ -125,7 +133,8 @@ def export_gguf(
     document = shallower(pruned.layout, folder.dense_document(model), pruned.blocks)
     pairs = [[width.num_channels, width.num_kv_heads] for width in widths]
     name = model.source.rstrip("/").rpartition("/")[2].removesuffix(".gguf") + "-pruned"
-    request: dict[str, Any] = {"folder": weights, "document": document, "widths": pairs}
+    request: dict[str, Any] = {"folder": weights, "document": document}
+    request["widths"] = [asdict(width) for width in widths]
     request |= {"name": name, "target": uri}
     files.remove_folder(uri)  # of a try that was interrupted
     try:
@@ -133,6 +142,11 @@ def export_gguf(
         folder.copy_small_files(model, weights)
         files.write_json(files.join(weights, "config.json"), document)
         written = [folder.run_for(uri, "gguf_file", request | {"kind": kind}) for kind in kinds]
+        squares = files.join(weights, "mean_squares")
+        write_mean_squares(pruned.cluster, pruned.calibration, squares, pruned.blocks)
+        of_matrix = {"mean_squares": squares, "shape": pruned.calibration.shape}
+        of_matrix["texts"] = [pruned.facts["spec"]["calibration"]["source"]]
+        matrix = folder.run_for(uri, "imatrix_file", request | of_matrix)
     finally:
         files.remove_folder(weights)
     first = written[0]["file"]
@@ -140,6 +154,7 @@ def export_gguf(
     loaders = {"llama.cpp": f"as {architecture}", "vLLM, transformers": "no"}
     load = f"llama-server --model {f'{uri}/{first}' if files.is_local(uri) else first}"
     entry = {"kind": "gguf", "uri": uri, "size_bytes": written[0]["size_bytes"]}
+    entry["imatrix"] = matrix["file"]
     return entry | {"loaders": loaders, "load": load, "files": written, "widths": pairs}
 
 
@@ -149,6 +164,7 @@ def write_quantised(
     target: str,
     section: QuantizeSection,
     source: str,
+    perplexity: Mapping[str, float] | None = None,
 ) -> dict[str, Any]:
     """Write a quantised copy of the export uniform, and evaluate it in a process of its own.
 
@@ -158,6 +174,7 @@ def write_quantised(
         target: folder of the copy.
         section: how.
         source: folder of the weights: the export's, or rounded ones with their scales.
+        perplexity: on every text, if it is known, and transformers cannot load the copy.
 
     Returns:
         The copy's entry in the report, with its size and its perplexities.
@@ -171,13 +188,19 @@ def write_quantised(
             if not name.endswith((".index.json", ".md")):
                 files.put_file(files.join(target, name), small / name)
     request: dict[str, Any] = {"source": source, "target": target, "scheme": section.scheme}
-    request |= {"group_size": section.columns_together, "linears": list(pruned.layout.shapes)}
+    weights = [pruned.layout.family.stored_name(f"{name}.weight") for name in pruned.layout.shapes]
+    request |= {"group_size": section.columns_together, "weights": weights}
     copy = folder.run_for(target, "quantized", request)
-    texts = {name: tokens.tolist() for name, tokens in pruned.texts.items()}
-    request = {"texts": texts, "num_threads": torch.get_num_threads()}
-    copy["perplexity"] = folder.run_reload(target, request)
-    loaders = {"transformers with compressed-tensors": "loaded and evaluated"}
-    loaders["vLLM"] = "by compressed-tensors"
-    load = f'AutoModelForCausalLM.from_pretrained("{target}")'
+    loaders = {"vLLM": "by compressed-tensors"}
+    if perplexity is None:
+        texts = {name: tokens.tolist() for name, tokens in pruned.texts.items()}
+        request = {"texts": texts, "num_threads": torch.get_num_threads()}
+        perplexity = folder.run_reload(target, request)
+        loaders["transformers with compressed-tensors"] = "loaded and evaluated"
+        load = f'AutoModelForCausalLM.from_pretrained("{target}")'
+    else:
+        loaders["transformers"] = "loads no quantised mixture"
+        load = f"vllm serve {target}"
+    copy["perplexity"] = perplexity
     entry = {"kind": f"uniform-{section.scheme}", "uri": target, "loaders": loaders, "load": load}
     return entry | {"widths": uniform["widths"]} | copy

@@ -25,11 +25,13 @@ from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from ray_surgeon.export.folder import local_folder
+from ray_surgeon.export.gguf_names import Names
 from ray_surgeon.models.attention import rope_kind, rope_of
+from ray_surgeon.models.checkpoint import tensor_reader
 from ray_surgeon.models.families import LlamaCpp
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.models.llama_cpp import architecture_of, tokenizer_names
-from ray_surgeon.models.pruned_config import BlockWidths, Widths
+from ray_surgeon.models.pruned_config import BlockWidths, Widths, in_llama_cpp
 from ray_surgeon.spec.sections import ModelSection
 from ray_surgeon.storage import files
 from ray_surgeon.storage.sources import open_model
@@ -92,7 +94,9 @@ def _describe(writer: GGUFWriter, layout: ModelLayout, widths: Widths) -> None:
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(layout.num_blocks)
     writer.add_vocab_size(config.vocab_size)
-    writer.add_feed_forward_length(_one_or_all([width.num_channels for width in widths]))
+    writer.add_feed_forward_length(_one_or_all([width.of_a_token for width in widths]))
+    for name, size in in_llama_cpp(layout, widths).items():
+        writer.add_uint32(f"{writer.arch}.{name}", size)
     writer.add_head_count(_one_or_all([width.num_kv_heads * heads.n_rep for width in widths]))
     writer.add_head_count_kv(_one_or_all([width.num_kv_heads for width in widths]))
     writer.add_key_length(heads.head_dim)
@@ -173,35 +177,34 @@ class Tensors:
 
     def __init__(self, folder: str, layout: ModelLayout, architecture: LlamaCpp) -> None:
         """Read the headers of a folder's files."""
-        self._head_dim = layout.heads.head_dim
+        self._layout = layout
         self._architecture = architecture
-        self._source = open_model(ModelSection(source=folder))
-        self._keys: dict[str, tuple[str, bool]] = {}
+        source = open_model(ModelSection(source=folder))
         self._computed = _rope_factors(layout)
+        stored = source.shapes_and_fingerprint()[0]
+        self._read = tensor_reader(layout, stored, source.read, folder)
+        self._places = Names(layout, architecture).stored(stored)
         shapes = {name: tensor.shape for name, tensor in self._computed.items()}
-        number = gguf.MODEL_ARCH[architecture.name.upper()]
-        names = gguf.get_tensor_name_map(number, layout.num_blocks)
-        for key, shape in self._source.shapes_and_fingerprint()[0].items():
-            name = names.get_name(key, try_suffixes=(".weight", ".bias"))
-            if name is None:
-                problem = f"llama.cpp's {architecture.name} has no place for {key}"
-                raise ValueError(f"output.exports: gguf: {problem}; export uniform or per_block")
-            is_in_block = layout.block_of(key) is not None
-            is_transposed = layout.family.transposed and is_in_block and len(shape) == 2
-            self._keys[name] = key, is_transposed
-            shapes[name] = shape[::-1] if is_transposed else shape
+        for name, (_, shape) in self._places.items():
+            shapes[name] = shape[::-1] if self._is_transposed(name) else shape
         self.shapes = dict(sorted(shapes.items()))
+
+    def _is_transposed(self, name: str) -> bool:
+        place, shape = self._places[name]
+        is_in_block = self._layout.block_of(place.names[0]) is not None
+        return self._layout.family.transposed and is_in_block and len(shape) == 2
 
     def read(self, name: str) -> NDArray[np.float32]:
         """Return a tensor in float32."""
         if name in self._computed:
             return self._computed[name]
-        key, is_transposed = self._keys[name]
-        tensor = self._source.read(key).float()
-        if is_transposed:
+        place, _ = self._places[name]
+        parts = [self._read(parameter).float() for parameter in place.names]
+        tensor = torch.stack(parts) if place.is_stack else parts[0]
+        if self._is_transposed(name):
             tensor = tensor.T
         if self._architecture.pairs_rotary and re.search(r"\.attn_[qk]\.", name):
-            tensor = _paired(tensor, self._head_dim)
+            tensor = _paired(tensor, self._layout.heads.head_dim)
         if self._architecture.adds_one_to_norms and "norm" in name:
             tensor = tensor + 1
         return np.ascontiguousarray(tensor.numpy())
@@ -234,7 +237,7 @@ def _paired(tensor: Tensor, head_dim: int) -> Tensor:
 
 def _storage(name: str, shape: Sequence[int], kind: str) -> Kind:
     """Return how a tensor is stored: matrices as asked if their rows are whole blocks of that."""
-    if len(shape) < 2 or name.startswith("position_embd"):
+    if len(shape) < 2 or re.search(r"^position_embd|\.ffn_gate_inp\.|\.bias$", name):
         return Kind.F32
     block_size, _ = gguf.GGML_QUANT_SIZES[Kind[kind.upper()]]
     return Kind[kind.upper()] if shape[-1] % block_size == 0 else Kind.F16
@@ -264,7 +267,7 @@ def _largest_error(file: Path, tensors: Tensors, kind: str) -> float:
 def answer(request: Mapping[str, Any]) -> dict[str, Any]:
     """Write the file of a request, and return what was written; see `run_module`."""
     config = AutoConfig.for_model(**request["document"])
-    widths = [BlockWidths(*width) for width in request["widths"]]
+    widths = [BlockWidths.of(width) for width in request["widths"]]
     kind = request["kind"]
     file = f"{request['name']}-{kind.upper()}.gguf"
     with files.replacing(files.join(request["target"], file)) as path:

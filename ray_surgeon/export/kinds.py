@@ -14,7 +14,7 @@ from ray_surgeon.models.attention import for_older_readers
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.models.pruned_config import BlockWidths
 from ray_surgeon.spec.evaluation import TasksSection
-from ray_surgeon.spec.sections import OutputSection
+from ray_surgeon.spec.sections import OutputSection, QuantizeSection
 from ray_surgeon.storage import files
 
 _RELOADED = "reloaded and compared"
@@ -39,7 +39,22 @@ def check_exports(output: OutputSection, layout: ModelLayout, shrinking: Shrinki
     if "gguf" in output.exports:
         check_gguf(layout, shrinking)
     if output.quantize is not None:
+        _check_quantised_experts(layout, output.quantize)
         check_quantised(layout, shrinking, output.quantize)
+
+
+def _check_quantised_experts(layout: ModelLayout, section: QuantizeSection) -> None:
+    if not layout.is_mixture:
+        return
+    problem, remedy = "", ""
+    if not section.is_by_text:
+        problem = "transformers loads no quantised mixture, and workers measure what they round"
+        remedy = "give scheme w4a16 or w8a16, and rounding both_sides or gptq"
+    if layout.family.sparse.stacked:
+        problem = f"{layout.config.model_type}'s checkpoints keep experts together, without scales"
+        remedy = "remove quantize, or export gguf"
+    if problem:
+        raise ValueError(f"output.quantize: {problem}; {remedy}")
 
 
 def export(

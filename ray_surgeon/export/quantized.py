@@ -73,10 +73,7 @@ def answer(request: Mapping[str, Any]) -> dict[str, Any]:
     target = request["target"]  # which has the export's configuration already
     scheme = scheme_of(request["scheme"], request["group_size"])
     reader = tensor_files.Reader()
-    scales = dict[str, Tensor]()
-    folder = files.join(source, "scales")  # of rounded weights
-    for file in files.list_names(folder):
-        scales |= tensor_files.read(files.join(folder, file))
+    scales = tensor_files.read_folder(files.join(source, "scales"))  # of rounded weights
     plain = {"lm_head"}
     weight_map = dict[str, str]()
     total = 0
@@ -87,11 +84,11 @@ def answer(request: Mapping[str, Any]) -> dict[str, Any]:
         for key in reader.names(files.join(source, file)):
             tensor = reader.read(files.join(source, file), key)
             name = key.removesuffix(".weight")
-            if name not in request["linears"] or name == key:
+            if key not in request["weights"]:
                 tensors[key] = tensor
                 plain |= {name} if tensor.ndim == 2 else set()
                 continue
-            stored = quantised(tensor, scheme, scales.get(name))
+            stored = quantised(tensor, scheme, scales.get(key))
             tensors |= {f"{name}.{part}": value for part, value in stored.items()}
         total += tensor_files.write(files.join(target, file), tensors)
         weight_map |= dict.fromkeys(tensors, file)

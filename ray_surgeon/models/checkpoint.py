@@ -5,8 +5,9 @@ That is under the family's own name, or inside of a tensor with all experts of a
 
 from __future__ import annotations
 
+import itertools
 from collections import defaultdict
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -15,10 +16,13 @@ from torch import Tensor, nn
 from ray_surgeon.maths.masks import Mask
 from ray_surgeon.models.build import BlockRange
 from ray_surgeon.models.experts import ExpertTensor
+from ray_surgeon.models.families import Family
 from ray_surgeon.models.layout import ModelLayout, Shapes
 
 ReadStored = Callable[[str, int | None], Tensor]
 """(key, entry) -> a checkpoint's tensor, or only an entry of its first dimension."""
+
+Shape = tuple[int, ...]
 
 _FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 """What four bits stand for (OCP Microscaling Formats 1.0, E2M1)."""
@@ -106,6 +110,23 @@ def find_stored(layout: ModelLayout, name: str, keys: Container[str]) -> StoredT
         if part is not None and all(key in keys for key in packed):
             return StoredTensor(packed, part)
     return None
+
+
+def parameters_in(family: Family, key: str, shape: Shape) -> Iterator[tuple[str, Shape]]:
+    """Yield a checkpoint's tensor's parameters and shapes; `find_stored` is the way back."""
+    sparse = family.sparse
+    layer, inside, leaf = key.partition(f".{sparse.experts}.")
+    if not (inside and sparse.stacked):
+        for of_model, of_files in family.stored:
+            key = key.replace(of_files, of_model)
+        yield key, shape
+        return
+    consumer = sparse.linears.consumer
+    linears = (consumer,) if leaf.startswith(consumer) else sparse.linears.producers
+    kind = "bias" if leaf.endswith("_bias") else "weight"
+    num_experts, *columns, rows = shape
+    for linear, expert in itertools.product(linears, range(num_experts)):
+        yield f"{layer}{inside}{expert}.{linear}.{kind}", (rows // len(linears), *columns)
 
 
 def tensor_reader(

@@ -110,6 +110,11 @@ class SparseLayer:
         number, linear, kind = rest.split(".")
         return ExpertTensor(layer + inside[:-1], int(number), linear, kind)
 
+    def together(self, name: str) -> tuple[str, int | None]:
+        """Return what all experts' tensor would be called, and the number of this one's, if any."""
+        part = self.tensor_of(name)
+        return (f"{part.experts}.{part.linear}.{part.kind}", part.expert) if part else (name, None)
+
     def is_in(self, block: nn.Module) -> bool:
         """Whether a block has such a layer."""
         return self.experts in dict(block.named_modules())

@@ -36,6 +36,9 @@ class LlamaCpp:
     has_free_heads: bool = True  # whether heads may fill less than the hidden size there
     # whether norms multiply by 1 + weight here, and by the weight there
     adds_one_to_norms: bool = False
+    biases: tuple[str, ...] = ()  # fields of config.json with biases that it has, too
+    # kinds of attention that blocks have in turns, where that is not read from the file
+    attention_kinds: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -11,9 +12,10 @@ from transformers import PretrainedConfig
 from ray_surgeon.models.attention import rope_kind, rope_of
 from ray_surgeon.models.families import LlamaCpp
 from ray_surgeon.models.layout import ModelLayout
-from ray_surgeon.models.pruned_config import BlockWidths
+from ray_surgeon.models.pruned_config import BlockWidths, misread_of_mixtures
 
-_PRE_TOKENIZERS = {
+PRE_TOKENIZERS = {
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+": "gpt-4o",  # noqa: E501
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+": "llama-bpe",  # noqa: E501
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+": "llama-bpe",  # noqa: E501
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+": "qwen2",  # noqa: E501
@@ -51,13 +53,17 @@ def _misread(layout: ModelLayout, known: LlamaCpp, widths: Sequence[BlockWidths]
     if layout.activation != known.activation:
         yield f"{its} has the activation {known.activation}, the model {layout.activation}"
     for name in ("attention_bias", "mlp_bias", "scale_attn_by_inverse_layer_idx"):
-        if getattr(config, name, False):
+        if getattr(config, name, False) and name not in known.biases:
             yield f"{its} has no {name}, the model's config.json has it"
     if not getattr(config, "scale_attn_weights", True):
         yield f"{its} scales attention, the model's config.json has scale_attn_weights false"
     window = getattr(config, "sliding_window", None)
-    if known.name == "gemma3":
-        yield from _misread_of_gemma(config)
+    if known.attention_kinds:
+        kinds = list(config.layer_types)
+        usual = itertools.islice(itertools.cycle(known.attention_kinds), len(kinds))
+        if kinds != list(usual):
+            yield f"{its} has {', '.join(known.attention_kinds)} in turns, the model {kinds}"
+        yield from _MISREAD_OF_FAMILY.get(known.name, lambda _: ())(config)
     elif window is not None and getattr(config, "use_sliding_window", True):
         remedy = "or set it to null in config.json if no text is longer"
         yield f"llama.cpp would ignore sliding_window {window}; export uniform, {remedy}"
@@ -68,26 +74,34 @@ def _misread(layout: ModelLayout, known: LlamaCpp, widths: Sequence[BlockWidths]
     if not known.has_free_heads and sizes != {config.hidden_size}:
         yield f"{its} wants heads that fill the hidden size; set pruning.groups: [ffn]"
     differ = len(set(widths)) > 1
-    if differ and known.name != "llama":
+    if layout.is_mixture:
+        yield from misread_of_mixtures(layout, its, widths)
+    elif differ and known.name != "llama":
         yield f"{its} has blocks of one width only; set pruning.allocation: uniform"
     if differ and any(not width.num_kv_heads or not width.num_channels for width in widths):
         yield "it misreads blocks without heads or channels; set pruning.remove_blocks: false"
 
 
 def _misread_of_gemma(config: PretrainedConfig) -> Iterator[str]:
-    usual = (["sliding_attention"] * 5 + ["full_attention"]) * config.num_hidden_layers
-    kinds = list(config.layer_types)
-    if kinds != usual[: len(kinds)] or config.query_pre_attn_scalar != config.head_dim:
-        usual_one = "whose every sixth block attends to everything, with queries scaled by head_dim"
-        other = f"layer_types {kinds} and query_pre_attn_scalar {config.query_pre_attn_scalar}"
-        yield f"llama.cpp reads a Gemma 3 {usual_one}, here {other}"
+    if config.query_pre_attn_scalar != config.head_dim:
+        scale = f"here query_pre_attn_scalar is {config.query_pre_attn_scalar}"
+        yield f"llama.cpp scales the queries of a Gemma 3 by head_dim, {scale}"
     sliding = config.rope_parameters["sliding_attention"]
     if sliding.get("rope_type", "default") != "default":
         yield f"rotary embeddings {sliding} of sliding blocks have no place in llama.cpp"
 
 
+def _misread_of_gpt_oss(config: PretrainedConfig) -> Iterator[str]:
+    own = config.swiglu_alpha, config.swiglu_limit
+    if own != (1.702, 7.0):
+        yield f"llama.cpp's gpt-oss has swiglu_alpha 1.702 and swiglu_limit 7, the model {own}"
+
+
+_MISREAD_OF_FAMILY = {"gemma3": _misread_of_gemma, "gpt-oss": _misread_of_gpt_oss}
+
 _OF_YARN = {"rope_type", "type", "rope_theta", "factor", "original_max_position_embeddings"}
 _OF_YARN |= {"partial_rotary_factor"}
+_DEFAULTS_OF_YARN = {"beta_fast": 32.0, "beta_slow": 1.0, "truncate": True}
 
 
 def _knows_rope(config: PretrainedConfig, known: LlamaCpp) -> bool:
@@ -96,7 +110,10 @@ def _knows_rope(config: PretrainedConfig, known: LlamaCpp) -> bool:
     # others fail to load
     is_whole = parameters.get("partial_rotary_factor", 1.0) == 1.0 or known.name == "phi3"
     if kind == "yarn":
-        return is_whole and set(parameters) <= _OF_YARN
+        rest = {name: value for name, value in parameters.items() if name not in _OF_YARN}
+        if known.name == "gpt-oss":  # of which llama.cpp, too, rounds the borders of frequencies
+            rest.pop("truncate", None)
+        return is_whole and rest.items() <= _DEFAULTS_OF_YARN.items()
     return is_whole and (kind in ("default", "linear") or (kind, known.name) == ("llama3", "llama"))
 
 
@@ -132,8 +149,8 @@ def _pre_tokenizer(document: Mapping[str, Any] | None) -> str:
             return "gpt-2"
         if kinds == ["Digits", "ByteLevel"] and first["individual_digits"] and last["use_regex"]:
             return "smollm"
-        if kinds == ["Split", "ByteLevel"] and first["pattern"].get("Regex") in _PRE_TOKENIZERS:
-            return _PRE_TOKENIZERS[first["pattern"]["Regex"]]
-    known = "as those of GPT-2, Llama 3, Qwen 2 and SmolLM have"
+        if kinds == ["Split", "ByteLevel"] and first["pattern"].get("Regex") in PRE_TOKENIZERS:
+            return PRE_TOKENIZERS[first["pattern"]["Regex"]]
+    known = "as those of GPT-2, GPT-4o, Llama 3, Qwen 2 and SmolLM have"
     cut = json.dumps(document)[:300]
     raise _refusal(f"how the tokenizer cuts text has no known name in llama.cpp, {known}: {cut}")

@@ -6,7 +6,7 @@ source.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,9 +31,37 @@ class BlockWidths:
     num_kv_heads: int  # each with its query heads
     experts: tuple[int, ...] = ()  # channels of every expert that is left, if the block has some
 
+    @classmethod
+    def of(cls, document: Mapping[str, Any]) -> BlockWidths:
+        """Return what travelled as JSON."""
+        return cls(**{**document, "experts": tuple(document["experts"])})
+
+    @property
+    def of_a_token(self) -> int:
+        """Channels of one expert, or of the feed-forward layer of a block without experts."""
+        return self.experts[0] if self.experts else self.num_channels
+
 
 Widths = Sequence[BlockWidths]
 """Of every block."""
+
+
+def in_llama_cpp(layout: ModelLayout, widths: Widths) -> dict[str, int]:
+    """Return llama.cpp's words for the sizes of a mixture -> the sizes, the same in all blocks."""
+    if not layout.is_mixture:
+        return {}
+    sizes = {"expert_count": len(widths[0].experts), "expert_used_count": layout.num_active_experts}
+    return sizes | {"expert_feed_forward_length": widths[0].of_a_token}
+
+
+def misread_of_mixtures(layout: ModelLayout, its: str, widths: Widths) -> Iterator[str]:
+    """Yield what llama.cpp would misread of a mixture; `its` says whose the architecture is."""
+    if len(set(widths)) > 1 or any(len(set(width.experts)) > 1 for width in widths):
+        yield f"{its} has experts of one width; set pruning.allocation: uniform"
+    if len(layout.expert_sets) < layout.num_blocks:
+        yield f"{its} has experts in every block, the model has not"
+    if not getattr(layout.config, "norm_topk_prob", True):
+        yield f"{its} makes the weights of a token's experts sum to 1, the model does not"
 
 
 def block_widths(layout: ModelLayout, rows_kept: Mapping[str, int]) -> list[BlockWidths]:

@@ -85,7 +85,7 @@ class Inputs:
         pruning = self.spec.pruning
         method = self.method
         if pruning is None:
-            return "train towards another model"
+            return "train towards another model" if self.spec.recovery else "write another format"
         if pruning.last_sparsity is not None:
             return f"{pruning.last_sparsity:.1%}"
         assert isinstance(method, Groups)

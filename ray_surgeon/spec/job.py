@@ -57,7 +57,9 @@ class JobSpec(Section):
     the test parts of Python's help and docstrings
     """
     pruning: PruningSection | None
-    """What is removed and how much; null: nothing, and recovery has a teacher"""
+    """What is removed and how much; null: nothing, and recovery has a teacher, or the model is
+    quantised or written as GGUF as it is
+    """
     curvature: CurvatureSection | None = Field(default_factory=_default_curvature)
     """Curvature of the loss; kfac if not given. sparsegpt, wanda and no pruning have none"""
     recovery: RecoverySection | None = None
@@ -107,7 +109,11 @@ class JobSpec(Section):
     def _problems_of_teacher(self) -> Iterator[str]:
         has_teacher = getattr(self.recovery, "teacher", None) is not None
         if self.pruning is None and not has_teacher:
-            yield "pruning: null leaves nothing to do; say what to remove, or add recovery.teacher"
+            if self.recovery is not None:
+                yield "recovery: trains what was pruned; add recovery.teacher, or remove it"
+            elif not self.output.for_engines:
+                remedy = "say what to remove, or add recovery.teacher or output.quantize"
+                yield f"pruning: null leaves nothing to do; {remedy}"
         if self.pruning is not None and has_teacher:
             own = "a job that prunes trains towards its own dense model"
             yield f"recovery.teacher: {own}; remove it, or set pruning to null"

@@ -218,6 +218,11 @@ class QuantizeSection(Section):
         return self.scheme in ("w4a16", "w8a16")
 
     @property
+    def is_by_text(self) -> bool:
+        """Whether the calibration text says how weights are rounded."""
+        return self.has_groups and self.rounding != "nearest"
+
+    @property
     def columns_together(self) -> int | None:
         """Columns that share a scale, where a scheme has groups."""
         return (self.group_size or 128) if self.has_groups else None
@@ -255,6 +260,11 @@ class OutputSection(Section):
     """
     speed: SpeedSection | None = None
     """Measure how fast exports uniform and per_block are beside the dense model; null: do not"""
+
+    @property
+    def for_engines(self) -> bool:
+        """Whether something is written in another format than the model's own."""
+        return self.quantize is not None or "gguf" in self.exports
 
     def problems(self) -> Iterator[str]:
         """Yield what exports do not go with."""

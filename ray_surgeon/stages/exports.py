@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ray_surgeon.export.folder import Pruned
+from ray_surgeon.export.importance import needs_of_mean_squares
 from ray_surgeon.export.kinds import export
 from ray_surgeon.plan.counts import Counted, StepPlan
 from ray_surgeon.plan.needs import WorkerView
@@ -91,6 +92,8 @@ class Export(Stage):
 
         Tasks are not planned.
         """
+        if self.kind == "gguf":
+            yield needs_of_mean_squares(worker, self.name)
         size = worker.all_blocks + worker.outside
         host = worker.host + max(min(FILE_BYTES, size), worker.shapes.largest_stored)
         moved = size * (not worker.device_is_host)

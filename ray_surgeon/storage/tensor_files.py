@@ -63,6 +63,14 @@ def read(uri: str) -> dict[str, Tensor]:
     return {name: reader.read(uri, name) for name in reader.names(uri)}
 
 
+def read_folder(uri: str) -> dict[str, Tensor]:
+    """Read all safetensors files of a folder, which may be absent."""
+    tensors = dict[str, Tensor]()
+    for file in files.list_names(uri):
+        tensors |= read(files.join(uri, file))
+    return tensors
+
+
 class Reader:
     """Reads single tensors of safetensors files.
 

@@ -22,7 +22,7 @@ from ray_surgeon.models.pruned_config import BlockWidths
 from ray_surgeon.report.html_report import page
 from ray_surgeon.spec.sections import GgufKind
 from ray_surgeon.storage import tensor_files
-from tests.conftest import VOCABULARY
+from tests.conftest import LAYOUTS, VOCABULARY
 from tests.integration import runs
 from tests.integration.runs import Jobs, config_like
 from tests.models.test_older_readers import LLAMA_3
@@ -46,7 +46,8 @@ def test_uniform_widths(job: Jobs) -> None:
     done = job(options, output__gguf=["f32", "q8_0"], cluster__num_shards=2)
     folder = done.export("gguf")
     files = ["llama-pruned-F32.gguf", "llama-pruned-Q8_0.gguf"]
-    assert sorted(path.name for path in folder.iterdir()) == ["README.md", *files]
+    others = ["llama-pruned-imatrix.gguf", "README.md"]
+    assert {path.name for path in folder.iterdir()} == {*others, *files}
     whole, small = (tensors_of(folder / name) for name in files)
     layer = AutoModelForCausalLM.from_pretrained(done.export("uniform")).model.layers[1]
     gate = layer.mlp.gate_proj.weight.detach().numpy()
@@ -68,8 +69,69 @@ def test_uniform_widths(job: Jobs) -> None:
     assert entry["load"] == f"llama-server --model {folder}/{files[0]}"
     card = (folder / "README.md").read_text()
     assert f"llama-server --model {files[0]}" in card
+    assert f"llama-quantize --imatrix {others[0]} {files[0]}" in card
     assert "library_name: llama.cpp" in card
     assert f"{files[1]}: " in page([done.report])
+
+
+DEEP = {"pruning__groups": ["blocks", "ffn"], "pruning__depth__num_removed": 1}
+
+
+@pytest.mark.parametrize("options", [runs.FOUR, DEEP])
+def test_the_importance_matrix(options: dict[str, Any], job: Jobs) -> None:
+    """The sums of squares of what the linears of the uniform export see on the calibration."""
+    options = options | {"pruning__allocation": "uniform", "output__exports": ["uniform", "gguf"]}
+    done = job(GROUPS | options)
+    file = done.export("gguf") / "llama-pruned-imatrix.gguf"
+    fields = fields_of(file)
+    calibration = job.inputs(GROUPS | options, "again").calibration
+    assert fields["general.type"] == "imatrix"
+    assert fields["imatrix.datasets"] == [done.report["spec"]["calibration"]["source"]]
+    assert (fields["imatrix.chunk_count"], fields["imatrix.chunk_size"]) == calibration.shape
+    found = tensors_of(file)
+    model = AutoModelForCausalLM.from_pretrained(done.export("uniform"))
+    seen = dict[str, torch.Tensor]()
+    for number, layer in enumerate(model.model.layers):
+        names = {"attn_q": layer.self_attn.q_proj, "attn_output": layer.self_attn.o_proj}
+        names |= {"ffn_gate": layer.mlp.gate_proj, "ffn_down": layer.mlp.down_proj}
+        for name, linear in names.items():
+            linear.register_forward_pre_hook(
+                lambda _, given, key=f"blk.{number}.{name}": seen.update({key: given[0]})
+            )
+    with torch.no_grad():
+        model(torch.from_numpy(calibration))
+    assert len(found) == 2 * 7 * len(model.model.layers)
+    for name, inputs in seen.items():
+        assert found[f"{name}.weight.counts"].tolist() == [calibration.size]
+        expected = inputs.double().square().sum(dim=(0, 1)).numpy()
+        np.testing.assert_allclose(found[f"{name}.weight.in_sum2"], expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "gpt_oss"])
+def test_mixtures_have_their_experts_together(family: str, job: Jobs) -> None:
+    """The tensors are those of the uniform export, however a checkpoint has them."""
+    options = {"pruning__allocation": "uniform", "output__exports": ["uniform", "gguf"]}
+    options |= {"pruning__groups": ["experts", "expert_channels"], "output__gguf": ["f32"]}
+    done = job(GROUPS | options, model=family)
+    state = AutoModelForCausalLM.from_pretrained(done.export("uniform")).state_dict()
+    both = state["model.layers.1.mlp.experts.gate_up_proj"]
+    down = state["model.layers.1.mlp.experts.down_proj"]
+    if family == "gpt_oss":
+        gate, up, down = both[..., ::2].mT, both[..., 1::2].mT, down.mT
+    else:
+        gate, up = both.chunk(2, dim=1)
+    (file,) = done.export("gguf").glob("*-F32.gguf")
+    found = tensors_of(file)
+    for name, expected in {"gate": gate, "up": up, "down": down}.items():
+        assert np.array_equal(found[f"blk.1.ffn_{name}_exps.weight"], expected.numpy())
+    fields = fields_of(file)
+    architecture = fields["general.architecture"]
+    assert fields[f"{architecture}.expert_count"] == len(down) < LAYOUTS[family].num_experts
+    assert fields[f"{architecture}.expert_feed_forward_length"] == down.shape[2]
+    (file,) = done.export("gguf").glob("*-imatrix.gguf")
+    for name, expected in {"gate": gate, "down": down}.items():
+        sums = tensors_of(file)[f"blk.1.ffn_{name}_exps.weight.in_sum2"]
+        assert sums.shape == (expected.shape[0], expected.shape[2])
 
 
 def test_widths_that_differ_are_a_deci(job: Jobs) -> None:
@@ -120,12 +182,17 @@ ONE_HEAD = [(8, 1)]
         ("llama-biases", {}, ONE_HEAD, "has no attention_bias"),
         ("qwen3", {"rope_parameters": PARTIAL}, ONE_HEAD, "'partial_rotary_factor': 0.5"),
         ("gpt2", {"scale_attn_weights": False}, ONE_HEAD, "scale_attn_weights false"),
-        ("gemma3", {}, ONE_HEAD, "every sixth block"),
+        ("gemma3", {}, ONE_HEAD, "full_attention in turns, the model"),
         ("llama", {"rope_parameters": DYNAMIC}, ONE_HEAD, "'rope_type': 'dynamic'"),
+        ("qwen3_moe", {"norm_topk_prob": False}, ONE_HEAD, "experts sum to 1"),
+        ("qwen3_moe", {"mlp_only_layers": [1]}, ONE_HEAD, "has experts in every block"),
+        ("mixtral", {}, [(0, 2, (8, 16))], "has experts of one width"),
+        ("mixtral", {}, [(0, 2, (8, 8)), (0, 2, (8,))], "has experts of one width"),
+        ("gpt_oss", {"swiglu_limit": 5.0}, ONE_HEAD, "swiglu_limit 7"),
     ],
 )
 def test_what_llama_cpp_would_misread_is_refused(
-    family: str, change: dict[str, Any], widths: list[tuple[int, int]], expected: str
+    family: str, change: dict[str, Any], widths: list[tuple[Any, ...]], expected: str
 ) -> None:
     layout = ModelLayout.of(config_like(family, **change))
     with pytest.raises(ValueError, match=expected):

@@ -79,6 +79,11 @@ REFUSED: dict[str, dict[str, Any]] = {
     ),
     "needs one of the exports uniform": INT8 | {"output__exports": ["masked"]},
     "the linears of gpt2 are Conv1D": INT8 | {"model": "gpt2"},
+    "gpt_oss's checkpoints keep experts together": INT8 | {"model": "gpt_oss"},
+    "give scheme w4a16 or w8a16": INT8 | {"model": "mixtral"},
+    "columns of model.layers.0.mlp.experts.0.down_proj": four_bits(
+        "expert_channels", 16, model="qwen3_moe", pruning__width_multiple=8
+    ),
     "rounding: is not an option of int8": {
         "output__quantize": {"scheme": "int8", "rounding": "gptq"}
     },
@@ -171,3 +176,46 @@ def test_the_nearest_needs_no_text(job: Jobs) -> None:
         if (linear := name.removesuffix(".weight")) in LAYOUTS["llama"].shapes:
             for leaf, value in quantised(weight, scheme).items():
                 assert torch.equal(stored[f"{linear}.{leaf}"], value)
+
+
+def test_a_dense_model_is_quantised_alone(job: Jobs) -> None:
+    """The copy is the one that comes of pruning nothing; its source is as it was."""
+    alone = {"pruning": None, "output__exports": ["uniform"]}
+    done = job(w4a16() | alone, "--dry-run")
+    assert "1 shot to write another format" in done.error + done.out
+    done = job(alone | {"output__quantize": {"scheme": "w4a16", "group_size": 16}})
+    for key, tensor in tensors_in(done.uri / "export/uniform").items():
+        assert torch.equal(tensor, tensors_in(job.models["llama"])[key])
+    for text, value in done.report["dense"]["perplexity"].items():
+        assert done.shot["perplexity"][text] == pytest.approx(value, rel=1e-6)
+        assert done.exports[-1]["perplexity"][text] == pytest.approx(value, rel=0.2)
+    card = (done.uri / "export/uniform-w4a16/README.md").read_text()
+    assert "tags: [quantization]" in card
+    assert "not pruned; linears are quantised to w4a16" in card
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_a_mixture_is_measured_by_the_workers(family: str, job: Jobs) -> None:
+    """Its experts have names and numbers as in the export, each with scales of its own."""
+    kinds = ["experts", "expert_channels"]
+    size = {"scheme": "w4a16", "group_size": 8}
+    options = UNIFORM | {"pruning__groups": kinds, "output__quantize": size}
+    done = job(options | {"pruning__width_multiple": 8}, model=family, cluster__num_shards=2)
+    uniform, copy = done.exports
+    folder = done.uri / "export/uniform-w4a16"
+    stored = tensors_in(folder)
+    scheme = scheme_of("w4a16", 8)
+    leaves = ("weight_packed", "weight_scale", "weight_shape")
+    changed = 0
+    for name, weight in tensors_in(done.uri / "export/uniform").items():
+        linear = name.removesuffix(".weight")
+        if f"{linear}.weight_packed" in stored:
+            found = restored({leaf: stored[f"{linear}.{leaf}"] for leaf in leaves}, scheme).float()
+            assert float((found - weight).norm() / weight.norm()) < 0.3
+            changed += ".experts." in linear
+    assert changed == 3 * sum(map(len, uniform["experts"]))
+    assert not any("gate.weight_packed" in name for name in stored)
+    for text, value in done.shot["perplexity"].items():
+        assert copy["perplexity"][text] == pytest.approx(value, rel=0.2)
+        assert copy["perplexity"][text] != value
+    assert "vllm serve folder" in (folder / "README.md").read_text()

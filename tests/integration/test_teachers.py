@@ -151,6 +151,7 @@ def test_a_run_goes_on_with_the_teacher_s_head(
     ("settings", "message"),
     [
         ("pruning=null", "pruning: null leaves nothing to do"),
+        ("pruning=null; recovery.rank=2", "add recovery.teacher, or remove it"),
         ("recovery.teacher.source=TEACHER", "recovery.teacher: a job that prunes"),
         (
             "pruning=null; recovery.teacher.source=TEACHER; recovery.loss=cross_entropy",

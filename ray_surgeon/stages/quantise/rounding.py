@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -17,7 +16,6 @@ from ray_surgeon.runtime.passes import BlockPass
 from ray_surgeon.runtime.wave import Tokens
 from ray_surgeon.runtime.worker import Worker
 from ray_surgeon.stages.curvature.gather import drawn, gather_curvature
-from ray_surgeon.storage import files, tensor_files
 
 NUM_BACKWARD = 64
 """Sequences that give G, drawn from the calibration."""
@@ -25,7 +23,7 @@ DAMPING = (0.01, 1.0)
 """Of A, the published value, and of G."""
 
 
-class _Scales(dict[str, Tensor]):
+class Scales(dict[str, Tensor]):
     """What an owner keeps of its linears: name -> [R, groups] of what is left of the linear."""
 
 
@@ -53,7 +51,7 @@ class Rounding(BlockPass):
         found = round_linear(kept, A, G, self.grid, DAMPING, name, ordered=both)
         W[rows[:, None], columns] = found.W
         worker.shard.set_weight(name, W)
-        worker.keeping(_Scales)[name] = found.scales.cpu()
+        worker.keeping(Scales)[name] = found.scales.cpu()
 
 
 def _G(worker: Worker, name: str) -> Tensor:
@@ -96,15 +94,3 @@ def round_linears(cluster: Cluster, tokens: Tokens, grid: Grid, *, both_sides: b
         cluster.run_all(_forget_G)
     Rounding(grid, both_sides).pass_all(cluster, tokens)
     cluster.run_all(_forget_G)
-
-
-def write_scales(worker: Worker, target: str, blocks: Sequence[int]) -> None:
-    """Write the scales of the linears that a worker owns into a file, if it owns some.
-
-    `blocks` are those that are left, by which names are numbered anew.
-    """
-    if worker.has(_Scales):
-        name = f"{worker.index.shard}-{worker.index.replica}.safetensors"
-        own = worker.drop(_Scales).items()
-        scales = {worker.layout.renumbered(linear, blocks): scale for linear, scale in own}
-        tensor_files.write(files.join(target, name), scales)

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from ray_surgeon.export.folder import Pruned, write_weights
 from ray_surgeon.export.for_engines import write_quantised
 from ray_surgeon.maths.packed import PackedSymmetric
 from ray_surgeon.maths.rounding import ROWS_TOGETHER, Grid
+from ray_surgeon.models.loss import perplexity_of
 from ray_surgeon.plan.counts import Counted, StepPlan
 from ray_surgeon.plan.needs import WorkerView
 from ray_surgeon.plan.turns import block_by_block
+from ray_surgeon.runtime.kept import write_kept
+from ray_surgeon.runtime.passes import num_counted, sequence_losses
 from ray_surgeon.spec.sections import QuantizeSection
 from ray_surgeon.stages.exports import Size, pruned_of, tell_of
-from ray_surgeon.stages.quantise.rounding import NUM_BACKWARD, round_linears, write_scales
+from ray_surgeon.stages.quantise.rounding import NUM_BACKWARD, Scales, round_linears
 from ray_surgeon.stages.stage import Facts, RunState, Stage
 from ray_surgeon.storage import files
 
@@ -42,7 +46,7 @@ def quantise(
         RuntimeError: it cannot be quantised or loaded.
     """
     size = section.columns_together
-    if size is None or section.rounding == "nearest":
+    if size is None or not section.is_by_text:
         return write_quantised(pruned, uniform, target, section, uniform["uri"])
     grid = Grid(section.num_bits, size)
     rounded = f"{target}-rounded"
@@ -50,10 +54,22 @@ def quantise(
     try:
         round_linears(pruned.cluster, pruned.calibration, grid, both_sides=both)
         write_weights(pruned.cluster, rounded, pruned.blocks)
-        pruned.cluster.run_all(write_scales, files.join(rounded, "scales"), pruned.blocks)
-        return write_quantised(pruned, uniform, target, section, rounded)
+        scales = files.join(rounded, "scales")
+        pruned.cluster.run_all(partial(write_kept, stored=True), Scales, scales, pruned.blocks)
+        # of mixtures, which transformers would not load
+        found = _perplexities(pruned) if pruned.layout.is_mixture else None
+        return write_quantised(pruned, uniform, target, section, rounded, found)
     finally:
         files.remove_folder(rounded)
+
+
+def _perplexities(pruned: Pruned) -> dict[str, float]:
+    """Return those of the workers' weights, as they are now."""
+    losses = {text: sequence_losses(pruned.cluster, w) for text, w in pruned.texts.items()}
+    return {
+        text: perplexity_of(sum(losses[text]) / num_counted(windows))
+        for text, windows in pruned.texts.items()
+    }
 
 
 @dataclass(frozen=True)
@@ -75,7 +91,7 @@ class Quantise(Stage):
     def needs(self, worker: WorkerView) -> Iterable[StepPlan]:
         """Return the passes of rounding by the calibration text; the nearest number needs none."""
         size = self.section.columns_together
-        if size is None or self.section.rounding == "nearest":
+        if size is None or not self.section.is_by_text:
             return
         both = self.section.rounding == "both_sides"
         device_type = "cpu" if worker.device_is_host else "cuda"

@@ -1,0 +1,57 @@
+"""What inputs of linears weigh: their mean squares, the diagonals of A, as llama.cpp wants them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from torch import Tensor
+
+from ray_surgeon.maths.masks import StructuredMask
+from ray_surgeon.models.build import num_inputs
+from ray_surgeon.plan.counts import StepPlan
+from ray_surgeon.plan.needs import WorkerView
+from ray_surgeon.plan.turns import block_by_block
+from ray_surgeon.runtime.cluster import Cluster
+from ray_surgeon.runtime.kept import write_kept
+from ray_surgeon.runtime.passes import BlockPass
+from ray_surgeon.runtime.wave import Tokens
+from ray_surgeon.runtime.worker import Worker
+
+
+class _MeanSquares(dict[str, Tensor]):
+    """Of the inputs that are left of a worker's linears: name -> [C]."""
+
+
+@dataclass(frozen=True)
+class _Measuring(BlockPass):
+    """Keeps mean squares; the linears stay as they are."""
+
+    def change(self, worker: Worker, name: str, A: Tensor) -> None:
+        """Keep the diagonal of A, without the bias."""
+        mask = worker.mask(name, StructuredMask)
+        columns = mask.columns[: num_inputs(worker.shard.linears[name])]
+        if columns.any() and mask.rows.any():
+            squares = A.diagonal()[: len(columns)].cpu()
+            worker.keeping(_MeanSquares)[name] = squares[columns.cpu()]
+
+
+def write_mean_squares(
+    cluster: Cluster, tokens: Tokens, folder: str, blocks: Sequence[int]
+) -> None:
+    """Write the mean squares of the inputs of all linears, [C] by the names of their weights here.
+
+    Args:
+        cluster: with the pruned weights.
+        tokens: [num_sequences, sequence_length] to take the mean over.
+        folder: URI, for the files of all workers.
+        blocks: numbers of those that are left, by which names are numbered anew.
+    """
+    _Measuring().pass_all(cluster, tokens)
+    cluster.run_all(partial(write_kept, stored=False), _MeanSquares, folder, blocks)
+
+
+def needs_of_mean_squares(worker: WorkerView, name: str) -> StepPlan:
+    """Return what the pass needs, as a step of the given name."""
+    return block_by_block(worker, name, [(4.0 * s.num_columns, 0.0) for s in worker.linears])
