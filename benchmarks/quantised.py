@@ -4,16 +4,21 @@ It has bytes, and perplexities and divergences from the model that was rounded.
 
 ``python -m benchmarks.quantised FOLDER`` prunes channels of feed-forward layers as the quickstart
 does, but without corrections, and quantises the dense and the pruned model: to the nearest numbers,
-by GPTQ, and by both sides. ``--set`` changes the quickstart.
+by GPTQ, and by both sides. ``--set`` changes the quickstart. ``--peer PYTHON`` adds the GPTQ of
+llm-compressor (0.14), from an environment of its own, on the same windows. For the pruned model a
+second divergence is that from the dense one.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
+import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,7 +30,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import ray_surgeon
 from benchmarks.peers import without_own_text
-from ray_surgeon.export.folder import Pruned
+from ray_surgeon.export.folder import Pruned, run_reload
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.run.inputs import Inputs, check
 from ray_surgeon.runtime.cluster import LocalCluster
@@ -78,9 +83,9 @@ def row(
     section: QuantizeSection,
     inputs: Inputs,
     target: Path,
-    reference: States,
+    references: Sequence[States],
 ) -> dict[str, Any]:
-    """Quantise a folder, of which the states are the reference, and return its line."""
+    """Quantise a folder, and return its line; the references are its own states, and the dense."""
     layout = ModelLayout.of(AutoConfig.from_pretrained(folder))
     cluster = LocalCluster(layout, place(layout, 1, 1), 2)
     model = ModelSection(source=folder)
@@ -89,17 +94,52 @@ def row(
     begun_s = time.monotonic()
     found = quantise(pruned, {"uri": folder, "widths": []}, str(target), section)
     wall_s = time.monotonic() - begun_s
-    found["divergence"] = divergences(str(target), reference, inputs.texts)
     about = {"model": name, "scheme": section.scheme, "wall_s": wall_s}
     if section.has_groups:
         about |= {"group_size": section.columns_together, "rounding": section.rounding}
-    return about | found
+    return about | found | compared(target, references, inputs.texts)
+
+
+def compared(target: Path, references: Sequence[States], texts: Texts) -> dict[str, Any]:
+    """Return divergences from each of the references, by text."""
+    found = [divergences(str(target), reference, texts) for reference in references]
+    return {"divergence": {text: [of_one[text] for of_one in found] for text in texts}}
+
+
+def row_of_peer(
+    name: str,
+    folder: str,
+    size: int,
+    python: Path,
+    inputs: Inputs,
+    target: Path,
+    references: Sequence[States],
+) -> dict[str, Any]:
+    """Return the line of llm-compressor's GPTQ; see `row`."""
+    tokens = target.with_suffix(".npy")
+    np.save(tokens, inputs.calibration)
+    request = {"folder": folder, "tokens": str(tokens), "target": str(target), "group_size": size}
+    begun_s = time.monotonic()
+    script = str(Path(__file__).with_name("llm_compressor.py"))
+    subprocess.run([str(python), script], input=json.dumps(request), text=True, check=True)
+    about = {"model": name, "scheme": "w4a16", "rounding": "llm-compressor", "group_size": size}
+    about["wall_s"] = time.monotonic() - begun_s
+    about["size_bytes"] = sum(path.stat().st_size for path in target.glob("*.safetensors"))
+    texts = {text: tokens.tolist() for text, tokens in inputs.texts.items()}
+    about["perplexity"] = run_reload(
+        str(target), {"texts": texts, "num_threads": torch.get_num_threads()}
+    )
+    return about | compared(target, references, inputs.texts)
 
 
 def facts_of(layout: ModelLayout) -> dict[str, Any]:
     """Return what `Pruned` has to know of a folder that is pruned already: all rows are there."""
     linears = [{"name": s.name, "rows_kept": s.num_rows} for s in layout.linears]
     return {"last": {"linears": linears}}
+
+
+def _all(values: Sequence[float]) -> str:
+    return ", ".join(f"{value:.4f}" for value in values)
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -112,7 +152,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
         if "rounding" in line:
             weights += f", groups of {line['group_size']}, {line['rounding']}"
         values = [
-            f"{line['perplexity'][text]:.3f} ({line['divergence'][text]:.4f})" for text in texts
+            f"{line['perplexity'][text]:.3f} ({_all(line['divergence'][text])})" for text in texts
         ]
         cells = [line["model"], weights, f"{line['size_bytes'] / 1e6:.1f}", f"{line['wall_s']:.0f}"]
         lines.append("| " + " | ".join(cells + values) + " |")
@@ -127,8 +167,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("folder", type=Path, help="where everything is written")
     parser.add_argument("--sizes", type=int, nargs="+", default=[32, 64], help="of groups")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS, help="of rounding")
+    parser.add_argument("--peer", type=Path, metavar="PYTHON", help="of llm-compressor")
     parser.add_argument("--eight", action="store_true", help="also int8, fp8 and w8a16")
-    parser.add_argument("--dense", action="store_true", help="leave the pruned model out")
+    left_out = parser.add_mutually_exclusive_group()
+    left_out.add_argument("--dense", action="store_true", help="leave the pruned model out")
+    left_out.add_argument("--pruned", action="store_true", help="leave the dense model's rows out")
     parser.add_argument(
         "--set",
         action="append",
@@ -159,11 +202,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         sections += [QuantizeSection(scheme="int8"), QuantizeSection(scheme="fp8")]
         sections.append(QuantizeSection(scheme="w8a16", group_size=arguments.sizes[0]))
     rows: list[dict[str, Any]] = []
+    references: list[States] = []  # once for all roundings of a model, its own first
     for name, folder in models.items():
-        reference = states_of(folder, inputs.texts)  # once for all roundings of it
-        for number, section in enumerate(sections):
-            target = arguments.folder / f"{name.partition(' ')[0]}-{number}"
-            rows.append(row(name, folder, section, inputs, target, reference))
+        references = [states_of(folder, inputs.texts), *references]
+        if name == "dense" and arguments.pruned:
+            continue
+        places = (arguments.folder / f"{name.partition(' ')[0]}-{n}" for n in itertools.count())
+        lines = [partial(row, name, folder, section) for section in sections]
+        if arguments.peer:
+            peer = partial(row_of_peer, name, folder, python=arguments.peer)
+            lines += [partial(peer, size=size) for size in arguments.sizes]
+        for line, target in zip(lines, places, strict=False):
+            rows.append(line(inputs=inputs, target=target, references=references))
             (arguments.folder / "quantised.json").write_text(json.dumps(rows, indent=2) + "\n")
             sys.stderr.write(table(rows[-1:]))
     sys.stdout.write(table(rows))

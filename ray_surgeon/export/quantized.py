@@ -72,6 +72,7 @@ def answer(request: Mapping[str, Any]) -> dict[str, Any]:
     source = request["source"]
     target = request["target"]  # which has the export's configuration already
     scheme = scheme_of(request["scheme"], request["group_size"])
+    rounded = set(request["weights"])
     reader = tensor_files.Reader()
     scales = tensor_files.read_folder(files.join(source, "scales"))  # of rounded weights
     plain = {"lm_head"}
@@ -84,7 +85,7 @@ def answer(request: Mapping[str, Any]) -> dict[str, Any]:
         for key in reader.names(files.join(source, file)):
             tensor = reader.read(files.join(source, file), key)
             name = key.removesuffix(".weight")
-            if key not in request["weights"]:
+            if key not in rounded:
                 tensors[key] = tensor
                 plain |= {name} if tensor.ndim == 2 else set()
                 continue
