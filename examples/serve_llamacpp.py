@@ -57,7 +57,7 @@ def main() -> None:
         commands = {}
         for name, file in (
             ("dense", dense_file),
-            ("pruned", next((exports / "gguf").glob("*.gguf"))),
+            ("pruned", next((exports / "gguf").glob("*-BF16.gguf"))),
         ):
             commands[name] = [arguments.server, "--model", str(file), *options]
             if arguments.python:

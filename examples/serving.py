@@ -56,7 +56,7 @@ def dense_and_pruned(run: Path) -> tuple[Path, Path]:
     spec = JobSpec.model_validate(
         document | {"recovery": None, "output": {"uri": str(run), "exports": ["uniform", "gguf"]}}
     )
-    if not list((run / "export" / "gguf").glob("*.gguf")):
+    if not list((run / "export" / "gguf").glob("*-BF16.gguf")):
         ray_surgeon.prune(spec=spec, resume=(run / "spec.yaml").exists())
     return open_model(spec.model).small_files_folder(), run / "export"
 

@@ -132,7 +132,9 @@ def export_gguf(
     weights = files.join(uri, "weights")
     document = shallower(pruned.layout, folder.dense_document(model), pruned.blocks)
     pairs = [[width.num_channels, width.num_kv_heads] for width in widths]
-    name = model.source.rstrip("/").rpartition("/")[2].removesuffix(".gguf") + "-pruned"
+    name = model.source.rstrip("/").rpartition("/")[2].removesuffix(".gguf")
+    spec = pruned.facts["spec"]
+    name += "-pruned" if spec["pruning"] or spec["recovery"] else ""
     request: dict[str, Any] = {"folder": weights, "document": document}
     request["widths"] = [asdict(width) for width in widths]
     request |= {"name": name, "target": uri}
@@ -145,7 +147,8 @@ def export_gguf(
         squares = files.join(weights, "mean_squares")
         write_mean_squares(pruned.cluster, pruned.calibration, squares, pruned.blocks)
         of_matrix = {"mean_squares": squares, "shape": pruned.calibration.shape}
-        of_matrix["texts"] = [pruned.facts["spec"]["calibration"]["source"]]
+        texts = (spec["calibration"], *spec["calibration"].get("mix", ()))
+        of_matrix["texts"] = [text["source"] for text in texts]
         matrix = folder.run_for(uri, "imatrix_file", request | of_matrix)
     finally:
         files.remove_folder(weights)

@@ -198,9 +198,13 @@ class Tensors:
         """Return a tensor in float32."""
         if name in self._computed:
             return self._computed[name]
-        place, _ = self._places[name]
-        parts = [self._read(parameter).float() for parameter in place.names]
-        tensor = torch.stack(parts) if place.is_stack else parts[0]
+        place, shape = self._places[name]
+        if place.is_stack:  # which may be gigabytes
+            tensor = torch.empty(shape)
+            for number, parameter in enumerate(place.names):
+                tensor[number] = self._read(parameter)
+        else:
+            tensor = self._read(place.names[0]).float()
         if self._is_transposed(name):
             tensor = tensor.T
         if self._architecture.pairs_rotary and re.search(r"\.attn_[qk]\.", name):
@@ -256,8 +260,9 @@ def _largest_error(file: Path, tensors: Tensors, kind: str) -> float:
     for name in tensors.shapes:
         expected = tensors.read(name)
         values = gguf.dequantize(stored[name].data, stored[name].tensor_type)
-        difference = np.abs(values.reshape(expected.shape) - expected).max()
-        error = float(difference / max(float(np.abs(expected).max()), 1e-30))
+        largest_value = max(expected.max(), -expected.min(), 1e-30)
+        difference = values.reshape(expected.shape) - expected
+        error = float(max(difference.max(), -difference.min()) / largest_value)
         if not error <= KINDS[kind]:
             raise ValueError(f"{file.name}: {name} read again differs by {error:g}; do not use it")
         largest = max(largest, error)
@@ -273,4 +278,4 @@ def answer(request: Mapping[str, Any]) -> dict[str, Any]:
     with files.replacing(files.join(request["target"], file)) as path:
         error = write_gguf(request["folder"], config, widths, kind, request["name"], path)
         size = path.stat().st_size
-    return {"file": file, "size_bytes": size, "largest_error": error}
+    return {"kind": kind, "file": file, "size_bytes": size, "largest_error": error}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -27,6 +28,8 @@ class _MeanSquares(dict[str, Tensor]):
 @dataclass(frozen=True)
 class _Measuring(BlockPass):
     """Keeps mean squares; the linears stay as they are."""
+
+    changes: ClassVar[bool] = False
 
     def change(self, worker: Worker, name: str, A: Tensor) -> None:
         """Keep the diagonal of A, without the bias."""
@@ -54,4 +57,4 @@ def write_mean_squares(
 
 def needs_of_mean_squares(worker: WorkerView, name: str) -> StepPlan:
     """Return what the pass needs, as a step of the given name."""
-    return block_by_block(worker, name, [(4.0 * s.num_columns, 0.0) for s in worker.linears])
+    return block_by_block(worker, name, [(8.0 * s.num_columns**2, 0.0) for s in worker.linears])

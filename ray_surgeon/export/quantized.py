@@ -89,7 +89,7 @@ def answer(request: Mapping[str, Any]) -> dict[str, Any]:
                 tensors[key] = tensor
                 plain |= {name} if tensor.ndim == 2 else set()
                 continue
-            stored = quantised(tensor, scheme, scales.get(key))
+            stored = quantised(tensor, scheme, scales[key] if scales else None)
             tensors |= {f"{name}.{part}": value for part, value in stored.items()}
         total += tensor_files.write(files.join(target, file), tensors)
         weight_map |= dict.fromkeys(tensors, file)

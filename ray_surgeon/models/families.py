@@ -37,7 +37,7 @@ class LlamaCpp:
     # whether norms multiply by 1 + weight here, and by the weight there
     adds_one_to_norms: bool = False
     biases: tuple[str, ...] = ()  # fields of config.json with biases that it has, too
-    # kinds of attention that blocks have in turns, where that is not read from the file
+    # kinds of attention that its blocks have in turns, as our files say nothing else
     attention_kinds: tuple[str, ...] = ()
 
 

@@ -92,7 +92,7 @@ def _misread_of_gemma(config: PretrainedConfig) -> Iterator[str]:
 
 
 def _misread_of_gpt_oss(config: PretrainedConfig) -> Iterator[str]:
-    own = config.swiglu_alpha, config.swiglu_limit
+    own = getattr(config, "swiglu_alpha", 1.702), getattr(config, "swiglu_limit", 7.0)
     if own != (1.702, 7.0):
         yield f"llama.cpp's gpt-oss has swiglu_alpha 1.702 and swiglu_limit 7, the model {own}"
 

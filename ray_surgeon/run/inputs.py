@@ -99,6 +99,8 @@ class Inputs:
         shots = self.spec.schedule.shots
         size = self.calibration.size
         lines = [f"{shots} shot{'s' * (shots > 1)} to {self.goal}, {size} calibration tokens each"]
+        if self.spec.pruning is None:
+            lines = [f"{self.goal}, {size} calibration tokens"]
         if self.chosen_text is not None:
             lines.append(self.chosen_text)
         stored = str(getattr(self.layout.config, "dtype", None)).removeprefix("torch.")

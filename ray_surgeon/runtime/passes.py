@@ -194,6 +194,8 @@ class BlockPass(ABC):
 
     anew: ClassVar[bool] = True
     """Whether factors of an earlier pass are freed; if not, they have no A."""
+    changes: ClassVar[bool] = True
+    """Whether linears change, so that replicas have to share them."""
 
     @abstractmethod
     def change(self, worker: Worker, name: str, A: Tensor) -> None:
@@ -251,7 +253,8 @@ class BlockPass(ABC):
                     A.fill_diagonal_(1.0)
                 for name in group.names:
                     self.change(worker, name, A)
-        worker.share_linears(name for group in groups for name in group.names)
+        if self.changes:
+            worker.share_linears(name for group in groups for name in group.names)
 
     def leave(self, worker: Worker, micro_batch: int) -> TensorPayload:
         """Hand over a micro-batch that has passed all blocks."""

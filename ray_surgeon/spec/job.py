@@ -112,7 +112,7 @@ class JobSpec(Section):
             if self.recovery is not None:
                 yield "recovery: trains what was pruned; add recovery.teacher, or remove it"
             elif not self.output.for_engines:
-                remedy = "say what to remove, or add recovery.teacher or output.quantize"
+                remedy = "say what to remove, or add recovery.teacher, output.quantize or gguf"
                 yield f"pruning: null leaves nothing to do; {remedy}"
         if self.pruning is not None and has_teacher:
             own = "a job that prunes trains towards its own dense model"

@@ -67,7 +67,8 @@ def _fill(document: dict[str, Any], preset: Mapping[str, Any]) -> None:
             settings["num_backward"] = min(settings["num_backward"], max(1, count))
         if settings:
             _under(document, "curvature", settings)
-    if preset["recovery"] is not None:
+    has_teacher = _mapping(document.get("recovery")).get("teacher") is not None
+    if preset["recovery"] is not None and (prunes or has_teacher):
         _under(document, "recovery", preset["recovery"])
     if pruning.get("structure") == "groups":
         shots = {} if "sparsities" in pruning else {"num_shots": 1}

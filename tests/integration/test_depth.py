@@ -174,7 +174,7 @@ def test_a_layer_is_folded_into_the_linear_before(
         ("pruning.groups=[ffn]; pruning.depth={}", "is of whole layers; remove it, or name one"),
         ("pruning.groups=[ffn_layers]", "leave blocks that differ; set allocation to global"),
         ("model=opt-projections", "norms come after what layers add"),
-        ("model=gemma3; output.exports=[gguf]", "so none can go; export uniform"),
+        ("model=gemma3; output.exports=[gguf]", "so no block can go; export uniform"),
         ("curvature={kind: kfac}", "gathers its own; remove it"),
         ("pruning.sizes=[0.2, 0.1]; pruning.target_sparsity=null", "give sparsities that rise"),
         ("pruning.sizes=[0.1, 0.2]", "give this, sizes or target, got target_sparsity and sizes"),
@@ -191,7 +191,7 @@ def test_a_shallow_model_in_other_formats(job: Jobs) -> None:
     options |= {"output__quantize": {"scheme": "w4a16", "group_size": 16}}
     done = job(options, cluster__num_shards=2)
     assert [export["kind"] for export in done.exports] == ["uniform", "gguf", "uniform-w4a16"]
-    (path,) = done.export("gguf").glob("*.gguf")
+    (path,) = done.export("gguf").glob("*-F32.gguf")
     reader = gguf.GGUFReader(path)
     assert reader.fields["llama.block_count"].contents() == 3
     assert all(value < 1e4 for value in done.exports[2]["perplexity"].values())

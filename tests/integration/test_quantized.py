@@ -182,7 +182,7 @@ def test_a_dense_model_is_quantised_alone(job: Jobs) -> None:
     """The copy is the one that comes of pruning nothing; its source is as it was."""
     alone = {"pruning": None, "output__exports": ["uniform"]}
     done = job(w4a16() | alone, "--dry-run")
-    assert "1 shot to write another format" in done.error + done.out
+    assert "write another format, 240 calibration tokens" in done.error + done.out
     done = job(alone | {"output__quantize": {"scheme": "w4a16", "group_size": 16}})
     for key, tensor in tensors_in(done.uri / "export/uniform").items():
         assert torch.equal(tensor, tensors_in(job.models["llama"])[key])
@@ -212,6 +212,8 @@ def test_a_mixture_is_measured_by_the_workers(family: str, job: Jobs) -> None:
         if f"{linear}.weight_packed" in stored:
             found = restored({leaf: stored[f"{linear}.{leaf}"] for leaf in leaves}, scheme).float()
             assert float((found - weight).norm() / weight.norm()) < 0.3
+            nearest = quantised(weight, scheme)["weight_packed"]
+            assert not torch.equal(stored[f"{linear}.weight_packed"], nearest)
             changed += ".experts." in linear
     assert changed == 3 * sum(map(len, uniform["experts"]))
     assert not any("gate.weight_packed" in name for name in stored)
