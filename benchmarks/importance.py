@@ -23,10 +23,9 @@ from typing import Any
 from transformers import AutoTokenizer
 
 import ray_surgeon
-from benchmarks.peers import without_own_text
+from benchmarks.peers import add_settings, quickstart
 from ray_surgeon.run.inputs import check
 from ray_surgeon.spec.job import JobSpec
-from ray_surgeon.spec.parsing import parse_spec
 from ray_surgeon.storage.sources import open_model
 
 KINDS = ("Q4_K_M", "IQ4_XS", "Q3_K_M")
@@ -95,7 +94,7 @@ def measured(
         tools.remember(whole, folder / f"{name}.txt", folder / f"{name}.logits")
     rows = []
     for kind in kinds:
-        for matrix in (None, Path(export["uri"], export["imatrix"])):
+        for matrix in (None, Path(export["uri"], export["imatrix"]["file"])):
             target = folder / f"{kind}{'-imatrix' if matrix else ''}.gguf"
             tools.quantize(whole, target, kind, matrix)
             found = {name: tools.divergence(target, folder / f"{name}.logits") for name in texts}
@@ -120,8 +119,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def exported(folder: Path, overrides: Sequence[str], *, dense: bool) -> tuple[Any, dict[str, str]]:
     """Return the GGUF export of the quickstart's model, and the texts that it is measured on."""
-    quickstart = Path("pipelines/quickstart.yaml").read_text()
-    document = without_own_text(parse_spec(quickstart, overrides))
+    document = quickstart(overrides)
     output = {"uri": str(folder / "run"), "exports": ["gguf"]}
     document |= {"preset": None, "recovery": None, "output": output}
     if dense:
@@ -143,13 +141,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--tools", type=Path, required=True, help="folder of llama.cpp's programs")
     parser.add_argument("--kinds", nargs="+", default=KINDS, help="types, by their names there")
     parser.add_argument("--dense", action="store_true", help="round the dense model")
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="section.field=value",
-        help="of the quickstart; repeatable",
-    )
+    add_settings(parser)
     arguments = parser.parse_args(argv)
     export, texts = exported(arguments.folder, arguments.set, dense=arguments.dense)
     tools = Tools(arguments.tools)

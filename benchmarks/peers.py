@@ -308,6 +308,20 @@ def without_own_text(spec: JobSpec) -> dict[str, Any]:
     return document | {"calibration": document["calibration"] | counts | {"mix": mix}}
 
 
+def quickstart(overrides: Sequence[str]) -> dict[str, Any]:
+    """Return the quickstart's spec with other settings, without what the model writes."""
+    path = Path(__file__).parents[1] / "pipelines/quickstart.yaml"
+    return without_own_text(parse_spec(path.read_text(encoding="utf-8"), overrides))
+
+
+def add_settings(parser: argparse.ArgumentParser) -> None:
+    """Add the option that `quickstart` takes."""
+    about = "of the quickstart; may be repeated"
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="section.field=value", help=about
+    )
+
+
 def _file_name(way: str) -> str:
     return "-".join(way.lower().replace(",", "").split())
 
@@ -543,9 +557,7 @@ def source_of(model: str, folder: Path) -> str:
 
 def rows_of_points(arguments: argparse.Namespace) -> list[Row]:
     """Return the lines of all points; they are written as they come."""
-    document = without_own_text(
-        parse_spec(Path("pipelines/quickstart.yaml").read_text(), arguments.set)
-    )
+    document = quickstart(arguments.set)
     if arguments.model:
         source = source_of(arguments.model, arguments.folder)
         document["model"] = {"source": source, "dtype": document["model"]["dtype"]}
@@ -612,7 +624,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     which = ["ours", "reconstruction", "peers"]
     add("folder", type=Path, help="where everything is written")
     add("--model", help=f"folder of another checkpoint, or one to fetch: {', '.join(MODELS)}")
-    add("--set", action="append", default=[], help="section.field=value; may be repeated")
+    add_settings(parser)
     add("--spec", type=Path, help="a job spec or a run directory, as the one point of the peers")
     add("--save", action="store_true", help="write the peers' models as FOLDER/peers/PEER-POINT")
     add("--points", type=int, nargs="+", default=points, help="numbers of points, from 0")

@@ -29,7 +29,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import ray_surgeon
-from benchmarks.peers import without_own_text
+from benchmarks.peers import add_settings, quickstart
 from ray_surgeon.export.folder import Pruned, run_reload
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.run.inputs import Inputs, check
@@ -37,7 +37,6 @@ from ray_surgeon.runtime.cluster import LocalCluster
 from ray_surgeon.runtime.placement import place
 from ray_surgeon.runtime.weights import ModelRecipe, load
 from ray_surgeon.spec.job import JobSpec
-from ray_surgeon.spec.parsing import parse_spec
 from ray_surgeon.spec.sections import ModelSection, QuantizeSection
 from ray_surgeon.stages.quantise.stage import quantise
 from ray_surgeon.storage.sources import open_model
@@ -172,18 +171,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     left_out = parser.add_mutually_exclusive_group()
     left_out.add_argument("--dense", action="store_true", help="leave the pruned model out")
     left_out.add_argument("--pruned", action="store_true", help="leave the dense model's rows out")
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="section.field=value",
-        help="of the quickstart; repeatable",
-    )
+    add_settings(parser)
     arguments = parser.parse_args(argv)
     overrides = ["model.dtype=float32", "calibration.num_sequences=72", *arguments.set]
-    document = without_own_text(
-        parse_spec(Path("pipelines/quickstart.yaml").read_text(), overrides)
-    )
+    document = quickstart(overrides)
     run = str(arguments.folder / "pruned")
     document |= {"recovery": None, "output": {"uri": run, "exports": ["uniform"]}}
     document["pruning"] = document["pruning"] | {"width_multiple": 64}

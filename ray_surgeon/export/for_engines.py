@@ -157,7 +157,7 @@ def export_gguf(
     loaders = {"llama.cpp": f"as {architecture}", "vLLM, transformers": "no"}
     load = f"llama-server --model {f'{uri}/{first}' if files.is_local(uri) else first}"
     entry = {"kind": "gguf", "uri": uri, "size_bytes": written[0]["size_bytes"]}
-    entry["imatrix"] = matrix["file"]
+    entry["imatrix"] = matrix
     return entry | {"loaders": loaders, "load": load, "files": written, "widths": pairs}
 
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import gguf
-import numpy as np
 import torch
 from torch import Tensor
 from transformers import AutoConfig
@@ -49,8 +48,8 @@ def write_imatrix(
     for name, values in sorted(mean_squares.items()):
         sums = num_tokens * values.float()
         writer.add_tensor(f"{name}.in_sum2", sums.numpy())
-        counts = np.full((*sums.shape[:-1], 1), num_tokens, dtype=np.float32)
-        writer.add_tensor(f"{name}.counts", counts)
+        has_seen = sums.any(dim=-1, keepdim=True)  # without tokens: 0 to llama.cpp
+        writer.add_tensor(f"{name}.counts", (num_tokens * has_seen).numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -67,6 +66,7 @@ def answer(request: Mapping[str, Any]) -> dict[str, Any]:
         values = [own[part] for part in place.names]
         squares[name] = torch.stack(values) if place.is_stack else values[0]
     file = f"{request['name']}-imatrix.gguf"
-    with files.replacing(files.join(request["target"], file)) as path:
+    uri = files.join(request["target"], file)
+    with files.replacing(uri) as path:
         write_imatrix(squares, request["texts"], request["shape"], path)
-    return {"file": file}
+    return {"file": file, "size_bytes": files.size_bytes(uri)}

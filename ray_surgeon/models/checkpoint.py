@@ -117,9 +117,7 @@ def parameters_in(family: Family, key: str, shape: Shape) -> Iterator[tuple[str,
     sparse = family.sparse
     layer, inside, leaf = key.partition(f".{sparse.experts}.")
     if not (inside and sparse.stacked):
-        for of_model, of_files in family.stored:
-            key = key.replace(of_files, of_model)
-        yield key, shape
+        yield family.name_of_stored(key), shape
         return
     consumer = sparse.linears.consumer
     linears = (consumer,) if leaf.startswith(consumer) else sparse.linears.producers

@@ -107,6 +107,12 @@ class Family:
                 name = name.replace(name_in_model, name_in_files)
         return name
 
+    def name_of_stored(self, key: str) -> str:
+        """Return what the model calls a tensor of a checkpoint; `stored_name` is the way back."""
+        for name_in_model, name_in_files in self.stored:
+            key = key.replace(name_in_files, name_in_model)
+        return key
+
     def block_prefix(self, block: int) -> str:
         """Return the name of a block in the whole model, e.g. ``model.layers.3.``."""
         return f"{self.base}.{self.blocks}.{block}."

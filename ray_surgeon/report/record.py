@@ -134,10 +134,9 @@ def is_complete(record: Record) -> bool:
 def has_its_files(export: Record) -> bool:
     """Whether an export in a report.json lies where it was written, with its whole size."""
     if "files" in export:
-        sizes = {store.join(export["uri"], f["file"]): f["size_bytes"] for f in export["files"]}
-        others = {export["imatrix"]} if "imatrix" in export else set()
-        has_sizes = all(store.size_bytes(uri) == size for uri, size in sizes.items())
-        return has_sizes and others <= set(store.list_names(export["uri"]))
+        written = [*export["files"], *filter(None, [export.get("imatrix")])]
+        sizes = {store.join(export["uri"], f["file"]): f["size_bytes"] for f in written}
+        return all(store.size_bytes(uri) == size for uri, size in sizes.items())
     names = store.list_names(export["uri"])
     weights = (name for name in names if re.fullmatch(r"model.*\.safetensors", name))
     size = sum(store.size_bytes(store.join(export["uri"], name)) or 0 for name in weights)

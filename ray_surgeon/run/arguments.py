@@ -65,6 +65,8 @@ def document_of(
     if isinstance(model, PreTrainedModel) == (tokenizer is None):
         problem = "tokenizer: belongs to a model in memory, which needs its tokenizer"
         raise ValueError(f"{problem}; that of a folder, URI or Hub id is read from there")
+    if "model" in sections:  # of `recover`, whose first argument has another name
+        raise ValueError("model: is the first argument; give the section there")
     document: dict[str, Any] = {"version": 2, "name": "model", "cluster": {}, "output": {}}
     document |= sections
     if isinstance(model, str):

@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from ray_surgeon.export.gguf_file import KINDS, Tensors, tokens_of, write_gguf
+from ray_surgeon.export.imatrix_file import write_imatrix
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.models.llama_cpp import architecture_of, tokenizer_names
 from ray_surgeon.models.pruned_config import BlockWidths
@@ -113,7 +114,8 @@ def test_mixtures_have_their_experts_together(family: str, job: Jobs) -> None:
     options = {"pruning__allocation": "uniform", "output__exports": ["uniform", "gguf"]}
     options |= {"pruning__groups": ["experts", "expert_channels"], "output__gguf": ["f32"]}
     done = job(GROUPS | options, model=family)
-    state = AutoModelForCausalLM.from_pretrained(done.export("uniform")).state_dict()
+    model = AutoModelForCausalLM.from_pretrained(done.export("uniform"))
+    state = model.state_dict()
     both = state["model.layers.1.mlp.experts.gate_up_proj"]
     down = state["model.layers.1.mlp.experts.down_proj"]
     if family == "gpt_oss":
@@ -129,9 +131,29 @@ def test_mixtures_have_their_experts_together(family: str, job: Jobs) -> None:
     assert fields[f"{architecture}.expert_count"] == len(down) < LAYOUTS[family].num_experts
     assert fields[f"{architecture}.expert_feed_forward_length"] == down.shape[2]
     (file,) = done.export("gguf").glob("*-imatrix.gguf")
-    for name, expected in {"gate": gate, "down": down}.items():
-        sums = tensors_of(file)[f"blk.1.ffn_{name}_exps.weight.in_sum2"]
-        assert sums.shape == (expected.shape[0], expected.shape[2])
+    matrix = tensors_of(file)
+    assert matrix["blk.1.ffn_down_exps.weight.in_sum2"].shape == (len(down), down.shape[2])
+    routed: list[Any] = []
+    experts = model.model.layers[1].mlp.experts
+    experts.register_forward_pre_hook(lambda _, given: routed.extend(given))
+    calibration = job.inputs(GROUPS | options, "again", model=family).calibration
+    with torch.no_grad():
+        model(torch.from_numpy(calibration))
+    inputs, chosen, *_ = routed
+    of_experts = [inputs[(chosen == e).any(dim=-1)].double() for e in range(len(down))]
+    for expert, own in enumerate(of_experts):
+        expected = own.square().mean(dim=0).numpy() * calibration.size
+        sums = matrix["blk.1.ffn_gate_exps.weight.in_sum2"][expert]
+        np.testing.assert_allclose(sums, expected, rtol=1e-4)
+
+
+def test_experts_without_tokens_weigh_alike(tmp_path: Path) -> None:
+    """llama.cpp puts ones where it finds no count, and divides by the others."""
+    squares = torch.tensor([[1.0, 4.0], [0.0, 0.0]])
+    write_imatrix({"blk.0.ffn_up_exps.weight": squares}, ["text"], (2, 8), tmp_path / "m.gguf")
+    found = tensors_of(tmp_path / "m.gguf")
+    assert found["blk.0.ffn_up_exps.weight.counts"].tolist() == [[16.0], [0.0]]
+    assert found["blk.0.ffn_up_exps.weight.in_sum2"].tolist() == [[16.0, 64.0], [0.0, 0.0]]
 
 
 def test_widths_that_differ_are_a_deci(job: Jobs) -> None:

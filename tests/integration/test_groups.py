@@ -21,7 +21,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "per_block": {"pruning__target_sparsity": 0.4},
     "without blocks": {"pruning__target_sparsity": 0.8, "pruning__remove_blocks": True},
 }
-OFTEN = {"gemma3", "gpt2", "llama", "opt", "phi3"}
+OFTEN = {"gemma3", "gpt2", "llama"}
 CASES = [
     pytest.param(family, way, marks=[] if family in OFTEN or way == "uniform" else pytest.mark.slow)
     for family in sorted(CONFIGS)

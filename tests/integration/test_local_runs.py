@@ -23,13 +23,19 @@ from tests.integration import runs
 from tests.integration.runs import Jobs, assert_same_shot, loaded, overflowing_model, windows
 
 GREEDY_FAMILIES = ("gpt2", "llama", "opt")
+FAMILIES = [
+    pytest.param(
+        family, marks=[] if family in {*GREEDY_FAMILIES, "gemma3", "phi3"} else pytest.mark.slow
+    )
+    for family in sorted(CONFIGS)
+]
 LORA = runs.LORA | {"calibration__held_aside": 0}
 EXTENDED = {"curvature__kind": "extended_kfac"}
 STEPS = ["curvature", "costs", "threshold", "update", "recovery", "evaluation", "commit"]
 WANDA = runs.ELEMENT | {"pruning__method": "wanda"}
 
 
-@pytest.mark.parametrize("family", sorted(CONFIGS))
+@pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_runs_the_whole_pipeline(family: str, job: Jobs) -> None:
     """Corrections included. What is removed stays removed, the rest of the export is the dense
     model's, and the report says so.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import random
 import re
@@ -174,21 +175,22 @@ class Machines:
         gcs = GcsClient(address=self.ray.address)
         assert gcs.drain_node(machine.node_id, reason, "taken away", deadline_ms)[0]
 
-    @contextlib.contextmanager
-    def running(self, job: Jobs, **changes: Any) -> Iterator[Path]:
-        """Run a job of two workers meanwhile, and yield its log."""
-        patience = {"cluster__start_timeout_s": 280.0, "cluster__ping_timeout_s": 40.0}
-        options = OPTIONS | TWO_SHARDS | ON_RAY | patience | changes
-        spec = job.spec(options, cluster__address=self.ray.address)
-        command = [sys.executable, "-u", "-m", "ray_surgeon.pipeline", str(spec)]
-        log = job.folder / "log"
-        with open(log, "w") as file:
-            process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
-        try:
-            yield log
-            assert process.wait(PATIENCE_S) == 0, log.read_text()
-        finally:
-            process.kill()
+
+@contextlib.contextmanager
+def running(job: Jobs, address: str, **changes: Any) -> Iterator[Path]:
+    """Run a job of two workers on a Ray meanwhile, and yield its log."""
+    patience = {"cluster__start_timeout_s": 280.0, "cluster__ping_timeout_s": 40.0}
+    options = OPTIONS | TWO_SHARDS | ON_RAY | patience | changes
+    spec = job.spec(options, cluster__address=address)
+    command = [sys.executable, "-u", "-m", "ray_surgeon.pipeline", str(spec)]
+    log = job.folder / "log"
+    with open(log, "w") as file:
+        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
+    try:
+        yield log
+        assert process.wait(PATIENCE_S) == 0, log.read_text()
+    finally:
+        process.kill()
 
 
 @pytest.fixture
@@ -207,7 +209,7 @@ def test_machines_come_and_go(machines: Machines, undisturbed: Path, job: Jobs) 
         return sum(event["step"] == "commit" for event in events_of(uri))
 
     elsewhere = machines.come(zone="a")
-    with machines.running(job, cluster__worker_labels={"zone": "!a"}) as log:
+    with running(job, machines.ray.address, cluster__worker_labels={"zone": "!a"}) as log:
         lack = "waiting for 2 of 2 workers: no node with zone=!a has 1 CPU free; the cluster has"
         wait_for(lambda: lack in log.read_text(), PATIENCE_S)
         first, _ = machines.come(zone="b"), machines.come()
@@ -238,7 +240,7 @@ def test_the_head_restarts(
     try:
         there.come()
         there.come()
-        with there.running(job):
+        with running(job, there.ray.address):
             wait_for(lambda: any(event["step"] == "commit" for event in events_of(uri)), PATIENCE_S)
             head: Any = there.ray.head_node
             head.kill_gcs_server()
@@ -249,6 +251,71 @@ def test_the_head_restarts(
     assert retries(uri) == []
     for shot in range(1, NUM_SHOTS + 1):
         assert_same_shot(undisturbed, uri, shot)
+
+
+HEAD_ID = "f" * 51 + "00000"
+"""As Ray's provider of machines that are processes calls the head."""
+PORT = 6421
+
+
+@pytest.fixture
+def scaling(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Yield the address of a Ray whose groups of machines grow from none to two.
+
+    Ray's own autoscaler (version 2) makes and removes them, as below KubeRay.
+    """
+    address = f"{ray.util.get_node_ip_address()}:{PORT}"
+    groups = {"ray.head.default": {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0}}
+    for zone in ("a", "b"):
+        group = {"resources": {"CPU": 1}, "labels": {"zone": zone}, "node_config": {}}
+        groups[zone] = group | {"min_workers": 0, "max_workers": 2}
+    module = "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider"
+    provider = {"type": "external", "module": module, "launch_multiple": True}
+    provider |= {"head_node_id": HEAD_ID, "gcs_address": address}
+    document = {"cluster_name": "scaling", "max_workers": 4, "idle_timeout_minutes": 0.1}
+    document |= {"provider": provider, "available_node_types": groups, "file_mounts": {}}
+    document |= {"head_node_type": "ray.head.default", "auth": {}, "docker": {}}
+    nothing = ("initialization", "setup", "head_setup", "worker_setup")
+    document |= {f"{what}_commands": [] for what in nothing}
+    document |= {"head_start_ray_commands": [], "worker_start_ray_commands": []}
+    document |= {"cluster_synced_files": [], "file_mounts_sync_continuously": False}
+    document |= {"rsync_exclude": [], "rsync_filter": [], "upscaling_speed": 20}
+    (tmp_path / "groups.yaml").write_text(json.dumps(document))
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    own = {"RAY_FAKE_CLUSTER": "1", "RAY_enable_autoscaler_v2": "1"}
+    own |= {"RAY_CLOUD_INSTANCE_ID": HEAD_ID, "RAY_OVERRIDE_NODE_ID_FOR_TESTING": HEAD_ID}
+    command = ["ray", "start", "--head", "--block", "--num-cpus=0", "--include-dashboard=false"]
+    command += [f"--port={PORT}", f"--autoscaling-config={tmp_path / 'groups.yaml'}"]
+    with open(tmp_path / "head.log", "w") as log:
+        head = subprocess.Popen(
+            command, env=os.environ | own, stdout=log, stderr=log, start_new_session=True
+        )
+    try:
+        wait_for(lambda: "block forever" in (tmp_path / "head.log").read_text())
+        yield address
+    finally:
+        of_head = psutil.Process(head.pid).children(recursive=True)
+        head.terminate()
+        for process in psutil.wait_procs(of_head, timeout=40)[1]:
+            process.kill()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_group_grows_from_none_and_two_jobs_take_turns(
+    scaling: str, undisturbed: Path, job: Jobs, model_folders: dict[str, Path], tmp_path: Path
+) -> None:
+    """Each has all of its workers or none; the second waits for the first, and says for what."""
+    second = Jobs(model_folders, tmp_path / "second")
+    labels = {"cluster__worker_labels": {"zone": "b"}}
+    with running(job, scaling, **labels, pruning__num_shots=240):
+        wait_for(lambda: events_of(job.folder / "run"), PATIENCE_S)
+        with running(second, scaling, **labels) as log:
+            lack = "waiting for 2 of 2 workers: no node with zone=b has 1 CPU free; the cluster has"
+            wait_for(lambda: lack in log.read_text(), PATIENCE_S)
+            assert not events_of(second.folder / "run")
+    for shot in range(1, NUM_SHOTS + 1):
+        assert_same_shot(undisturbed, second.folder / "run", shot)
 
 
 @pytest.mark.chaos
@@ -264,7 +331,7 @@ def test_chaos_of_machines(
     uri = job.folder / "run"
     there = [machines.come(), machines.come()]
     is_told = number % 2 == 0
-    with machines.running(job, **two):
+    with running(job, machines.ray.address, **two):
         wait_for(lambda: len(events_of(uri)) >= 1 + number // 2 % num_events, PATIENCE_S)
         hit = chance.choice(there)
         if is_told:

@@ -106,6 +106,7 @@ METHODS: dict[str, tuple[dict[str, Any], tuple[float, float]]] = {
     "groups-uniform": (CORRECTED | UNIFORM, BY_ORDER_OF_SUMS),
     "fitted-replicas": (FITTED | runs.FOUR | HOST, BY_ITERATIONS),
 }
+OFTEN = {"greedy", "three-terms", "bfloat16", "n_m", "groups-disk", "reconstructed", "all-device"}
 EXPERTS = CORRECTED | {
     "pruning__groups": ["ffn", "shared_experts", "expert_channels", "experts"],
     "output__exports": ["per_block"],
@@ -285,7 +286,10 @@ def assert_same_run(
     return on_both
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "method",
+    [pytest.param(name, marks=[] if name in OFTEN else pytest.mark.slow) for name in METHODS],
+)
 def test_every_method(method: str, assert_same_run: Callable[..., None]) -> None:
     assert_same_run("llama", *METHODS[method])
 

@@ -223,3 +223,5 @@ def test_the_command_and_the_function(
     assert "teacher" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         cli(["recover", str(llama)])
+    with pytest.raises(ValueError, match="model: is the first argument"):
+        ray_surgeon.recover(llama, llama, model={"dtype": "bfloat16"})
