@@ -53,6 +53,8 @@ ON_RAY = {
 KILLED = signal.SIGKILL
 STOPPED = signal.SIGSTOP
 PORT, REDIS_PORT = 6421, 6397
+NETWORK = "10.231.7"
+NETNS = ("ip", "netns", "exec")
 PATIENCE_S = 300.0
 """Two workers start anew, each of which loads torch, beside another worker's tests."""
 
@@ -336,6 +338,94 @@ def test_a_group_grows_from_none_and_two_jobs_take_turns(
             assert not events_of(second.folder / "run")
     for shot in range(1, NUM_SHOTS + 1):
         assert_same_shot(undisturbed, second.folder / "run", shot)
+
+
+class Networks:
+    """A Ray whose machines have networks of their own, joined by a bridge."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._undo: list[str] = []
+        self._started: list[subprocess.Popen[bytes]] = []  # the head first
+        self._machines: list[str] = []
+        try:
+            ip("link add rs-bridge type bridge")
+        except (OSError, subprocess.CalledProcessError) as error:
+            pytest.skip(f"needs the right to make networks: {error}")
+        self._undo.append("link del rs-bridge")
+        ip(f"addr add {NETWORK}.1/24 dev rs-bridge")
+        ip("link set rs-bridge up")
+        self.ray = f"{NETWORK}.1:{PORT}"
+        self._start("head", f"--head --port={PORT} --num-cpus=0 --include-dashboard=false", 1)
+
+    def _start(self, name: str, options: str, number: int, *inside: str) -> None:
+        command = [*inside, "ray", "start", "--block", *options.split()]
+        command += [f"--node-ip-address={NETWORK}.{number}", "--disable-usage-stats"]
+        with open(self._folder / f"{name}.log", "w") as log:
+            started = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+        self._started.append(started)
+        wait_for(lambda: "block forever" in (self._folder / f"{name}.log").read_text())
+
+    def come(self) -> str:
+        """Return the name of a new machine of one CPU."""
+        number = len(self._started) + 1
+        name = f"rs{number}"
+        ip(f"netns add {name}")
+        self._machines.append(name)
+        self._undo.append(f"netns del {name}")
+        ip(f"link add {name} type veth peer name eth0 netns {name}")
+        ip(f"link set {name} master rs-bridge up")
+        for what in ("link set lo up", f"addr add {NETWORK}.{number}/24 dev eth0"):
+            ip(f"-n {name} {what}")
+        ip(f"-n {name} link set eth0 up")
+        self._start(name, f"--address={self.ray} --num-cpus=1", number, *NETNS, name)
+        return name
+
+    def cut(self, name: str) -> None:
+        """Pull a machine's plug out of the bridge: nothing is closed, nothing answers."""
+        ip(f"link set {name} down")
+
+    def end(self) -> None:
+        """Leave nothing behind."""
+        for name in self._machines:
+            for pid in ip(f"netns pids {name}").split():
+                os.kill(int(pid), KILLED)
+        below = psutil.Process(self._started[0].pid).children(recursive=True)
+        for process in [*self._started, *below]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        psutil.wait_procs(below)
+        for started in self._started:
+            started.wait()
+        for what in reversed(self._undo):
+            ip(what)
+
+
+def ip(what: str) -> str:
+    return subprocess.run(["ip", *what.split()], check=True, capture_output=True, text=True).stdout
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_machine_s_network_is_gone(
+    undisturbed: Path, job: Jobs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when a switch fails. Each machine has an address and ports of its own."""
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    monkeypatch.setenv("RAY_health_check_period_ms", "500")
+    uri = job.folder / "run"
+    there = Networks(tmp_path)
+    try:
+        first, _ = there.come(), there.come()
+        with running(job, there.ray):
+            wait_for(lambda: any(event["step"] == "commit" for event in events_of(uri)), PATIENCE_S)
+            there.cut(first)
+            there.come()
+    finally:
+        there.end()
+    assert retries(uri) == ["node"]
+    for shot in range(1, NUM_SHOTS + 1):
+        assert_same_shot(undisturbed, uri, shot)
 
 
 @pytest.mark.chaos
