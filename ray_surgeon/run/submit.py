@@ -42,8 +42,8 @@ for name in ("report.html", "report.json"):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Submit a job, follow it to its end, fetch its report, and return the job's exit code."""
-    prog = "ray-surgeon submit"
-    parser = argparse.ArgumentParser(prog, description="Run a job spec on a Ray cluster.")
+    text = "Run a job spec on a Ray cluster. Other options, as --resume, are the pipeline's."
+    parser = argparse.ArgumentParser("ray-surgeon submit", description=text)
     parser.add_argument("spec", help="job spec: YAML or JSON, on any fsspec URI")
     text = "of the head, as http://head:8265; RAY_API_SERVER_ADDRESS if not given"
     parser.add_argument("--address", help=text)
@@ -135,8 +135,7 @@ def _fetch(client: JobSubmissionClient, job: str, uri: str, environment: Any, fo
     """Write a run's report to a folder; a job on the head reads it, with the rights that it has."""
     _submit(client, job, ["python", "-c", _PRINT_REPORT, uri], environment)
     log = _follow(client, job, lambda _: None)
-    pattern = r"^(report\.\w+) ([A-Za-z0-9+/=]+)$"
-    files = dict(re.findall(pattern, log, flags=re.MULTILINE))
+    files = dict(re.findall(r"(?m)^(report\.\w+) ([A-Za-z0-9+/=]+)$", log))
     if len(files) < 2:
         raise RuntimeError(log.strip()[-300:])
     folder.mkdir(parents=True, exist_ok=True)
@@ -152,6 +151,7 @@ def _patiently(ask: Callable[[], Any]) -> Any:
         RuntimeError: it refuses, or has not been there for too long.
     """
     deadline = time.monotonic() + _PATIENCE_S
+    said = ""
     while True:
         try:
             return ask()
@@ -160,8 +160,10 @@ def _patiently(ask: Callable[[], Any]) -> Any:
             if isinstance(error, RuntimeError) and "status code 5" not in str(error):
                 raise
             if time.monotonic() > deadline:
-                problem = f"the head has not answered for {_PATIENCE_S:g} s: {error}"
-                raise RuntimeError(f"{problem}. The job goes on if the head does") from error
+                problem = f"the head took no request for {_PATIENCE_S:g} s: {error}"
+                raise RuntimeError(f"{problem}. A job that it has goes on if it does") from error
+            if said != (said := str(error)):
+                _say(f"waiting for the head: {error}")
             time.sleep(_POLL_S)
 
 

@@ -47,8 +47,10 @@ def run_module(
         if gpu is not None:
             env["CUDA_VISIBLE_DEVICES"] = gpu
         command = [sys.executable, "-m", f"{__package__}.with_parent", str(os.getpid()), module]
-        told = json.dumps(request)
-        done = subprocess.run(command, input=told, capture_output=True, text=True, env=env)
+        # torch loads nothing in a folder that is gone, as when Ray unpacks the job's anew
+        folder = None if os.stat(".").st_nlink else modules
+        told: dict[str, Any] = {"input": json.dumps(request), "env": env, "cwd": folder}
+        done = subprocess.run(command, **told, capture_output=True, text=True)
     if done.returncode:
         last_lines = "\n".join(done.stderr.strip().splitlines()[-5:])
         raise RuntimeError(last_lines or f"{module} ended with exit code {done.returncode}")

@@ -374,6 +374,7 @@ class Networks:
         self._machines.append(name)
         self._undo.append(f"netns del {name}")
         ip(f"link add {name} type veth peer name eth0 netns {name}")
+        self._undo.append(f"link del {name}")  # a socket may keep the network for minutes
         ip(f"link set {name} master rs-bridge up")
         for what in ("link set lo up", f"addr add {NETWORK}.{number}/24 dev eth0"):
             ip(f"-n {name} {what}")

@@ -40,6 +40,21 @@ def test_a_process_beside_a_worker_on_a_cpu_sees_no_gpu(
     assert emptied.called == (device != "cpu")
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="others remove no folder that is in use")
+def test_a_process_starts_where_this_one_s_folder_is_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after Ray has unpacked the folder of a job again; torch multiplies nothing there."""
+    product = "float(torch.ones(9, 9).mm(torch.ones(9, 9)).sum())"
+    module = f"import torch\ndef answer(request): return {{'sum': {product}}}"
+    (tmp_path / "asked.py").write_text(module)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{ROOT}")
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    assert fresh_process.run_module("asked", {}) == {"sum": 729.0}
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="a request of the kernel of Linux")
 def test_a_process_ends_with_the_one_that_started_it(tmp_path: Path) -> None:
     where = tmp_path / "pid"
