@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 
 import pytest
 from rich.console import Console
@@ -20,6 +21,11 @@ def test_lines() -> None:
     assert MOMENT.line.endswith("  12 of 64 sequences, 128 tokens/s, 208 s left")
     start = Moment("load", 0, 3, 0, 0, "", 0, 1.0)
     assert start.line == "start      load       ..."
+
+
+def test_lines_may_be_json(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_SURGEON_LOG", "json")
+    assert json.loads(EVENT.line) == vars(EVENT)
 
 
 def test_metrics_of_a_check() -> None:
@@ -55,5 +61,5 @@ def test_a_log_gets_lines_now_and_then_and_no_cursor_codes(monkeypatch: pytest.M
 
 def test_a_notebook_gets_bars_if_they_can_be_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
     for widgets in (True, False):
-        monkeypatch.setattr(display_module, "_has_widgets", lambda widgets=widgets: widgets)
+        monkeypatch.setattr(display_module, "find_spec", lambda _, widgets=widgets: widgets)
         assert Display(Console(force_jupyter=True), "my-run").disable is not widgets

@@ -7,11 +7,11 @@ page.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib.util import find_spec
 from typing import Any
 
 from rich.console import Console
@@ -43,7 +43,9 @@ class Display(Progress):
 
     def __init__(self, console: Console | None, name: str) -> None:
         """Prepare the bars."""
-        live = bool(console and (console.is_terminal or (console.is_jupyter and _has_widgets())))
+        # in Jupyter rich draws bars by ipywidgets
+        in_notebook = console and console.is_jupyter and find_spec("ipywidgets")
+        live = bool(in_notebook or (console and console.is_terminal))
         columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), "{task.fields[rest]}")
         clock = TimeElapsedColumn()
         console = console or Console(quiet=True)
@@ -70,11 +72,6 @@ class Display(Progress):
         self.update(self._step_bar, completed=news.done, total=news.total or None, **texts)
         if self.disable and time.monotonic() - self._last_line_s > _LINE_EVERY_S:
             self.note(news.line)
-
-
-def _has_widgets() -> bool:
-    """Whether bars can be drawn in Jupyter, for which rich needs ipywidgets."""
-    return importlib.util.find_spec("ipywidgets") is not None
 
 
 def shots_table(*records: Mapping[str, Any]) -> Table:

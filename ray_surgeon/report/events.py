@@ -6,7 +6,9 @@ Events set the metrics of a running job, ``ray_surgeon_*`` in Prometheus; `Recor
 from __future__ import annotations
 
 import copy
+import json
 import math
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -42,7 +44,12 @@ class Event:
 
     @property
     def line(self) -> str:
-        """One line of the log, e.g. ``shot 1/3  curvature  61.2 s  tokens_per_s=134``."""
+        """One line of the log, e.g. ``shot 1/3  curvature  61.2 s  tokens_per_s=134``.
+
+        For who collects logs it is JSON, if ``RAY_SURGEON_LOG`` is json.
+        """
+        if os.environ.get("RAY_SURGEON_LOG") == "json":
+            return json.dumps(asdict(self))
         shown = {k: f"{v:.6g}" if isinstance(v, float) else v for k, v in self.facts.items()}
         facts = "  ".join(f"{key}={value}" for key, value in shown.items())
         return f"{_place(self)} {self.seconds:7.1f} s  {facts}"
@@ -67,10 +74,8 @@ class Moment:
         each_s = self.elapsed_s / max(1, self.done)
         is_known = self.done and self.tokens_each and each_s
         rate = f", {self.tokens_each / each_s:.0f} tokens/s" if is_known else ""
-        left = (
-            f", {each_s * (self.total - self.done):.0f} s left" if self.done and self.total else ""
-        )
-        return f"{self.unit}{rate}{left}"
+        left = f", {each_s * (self.total - self.done):.0f} s left"
+        return f"{self.unit}{rate}{left * bool(self.done and self.total)}"
 
     @property
     def line(self) -> str:

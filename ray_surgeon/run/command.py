@@ -95,7 +95,8 @@ def perform(arguments: argparse.Namespace, words: Sequence[str], prog: str) -> i
             if isinstance(inputs.spec.cluster, RaySection):
                 from ray_surgeon.run.driver import connect  # Ray is imported only if it is used
 
-                console.print(f"running on {connect(inputs.ray)}")
+                where = f"running on {connect(inputs.ray)} into {inputs.spec.output.uri}"
+                console.print(where, soft_wrap=True)
                 # again, because ray.init has a handler of its own
                 signal.signal(signal.SIGTERM, signal.default_int_handler)
             resume_with = f"continue with: {prog} {shlex.join([*words, '--resume'])}"

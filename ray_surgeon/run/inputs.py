@@ -98,11 +98,8 @@ class Inputs:
         """What is to be done, and what to know of it, for people, a line each."""
         shots = self.spec.schedule.shots
         size = self.calibration.size
-        if self.spec.pruning is None:
-            lines = [f"{self.goal}, {size} calibration tokens"]
-        else:
-            each = f"{shots} shot{'s' * (shots > 1)} to {self.goal}"
-            lines = [f"{each}, {size} calibration tokens each"]
+        of_shots = f"{shots} shot{'s' * (shots > 1)} to " * (self.spec.pruning is not None)
+        lines = [f"{of_shots}{self.goal}, {size} calibration tokens{' each' * bool(of_shots)}"]
         if self.chosen_text is not None:
             lines.append(self.chosen_text)
         stored = str(getattr(self.layout.config, "dtype", None)).removeprefix("torch.")

@@ -16,9 +16,9 @@ from ray_surgeon.report.events import Event, Moment, Steps
 from ray_surgeon.report.html_report import LivePage
 from ray_surgeon.report.record import RunReport
 from ray_surgeon.run.inputs import Inputs
-from ray_surgeon.run.reading import environment
 from ray_surgeon.run.stages import Stages
 from ray_surgeon.runtime.cluster import Cluster, WorkerFailureError
+from ray_surgeon.runtime.usage import versions
 from ray_surgeon.runtime.worker import clean_up
 from ray_surgeon.stages.stage import RunState, Stage
 
@@ -103,7 +103,7 @@ def _begun(inputs: Inputs, workers: Cluster, directory: RunDirectory, listen: Li
     directory.start(inputs.spec_yaml, inputs.fingerprints)
     layout = inputs.layout
     settings = spec.model_dump(mode="json")
-    report = RunReport(settings, inputs.fingerprints, environment(), layout.num_parameters)
+    report = RunReport(settings, inputs.fingerprints, versions(), layout.num_parameters)
     report.shots = [directory.read_shot(i).record for i in directory.committed_indices()]
     report.retries = directory.retries()
     report.plan = plan.as_record()

@@ -5,10 +5,8 @@ from __future__ import annotations
 import functools
 import math
 import operator
-import platform
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +14,6 @@ import numpy as np
 import torch
 from transformers import AutoConfig, PretrainedConfig
 
-import ray_surgeon
 from ray_surgeon.models.attention import check_rope
 from ray_surgeon.models.checkpoint import check_checkpoint, check_tied
 from ray_surgeon.models.families import check_depth, check_family, check_not_quantised
@@ -159,14 +156,6 @@ def load_config(folder: Path, origin: str) -> PretrainedConfig:
         config: PretrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     check_rope(document)
     return config
-
-
-def environment() -> dict[str, str]:
-    """Return versions and machine, for the report."""
-    names = ("torch", "transformers", "ray", "numpy", "safetensors")
-    machine = {"python": platform.python_version(), "machine": platform.machine()}
-    packages = {name: version(name) for name in names}
-    return {"ray_surgeon": ray_surgeon.__version__} | machine | packages
 
 
 def check_machine(spec: JobSpec, *, dry_run: bool) -> None:

@@ -59,6 +59,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with fsspec.open(arguments.spec, "rb") as file:
             spec = file.read()
+        if "://" not in (arguments.address or "://"):
+            raise ValueError(f"--address: got {arguments.address}; give http://HOST:8265")
         client = JobSubmissionClient(arguments.address)
         return _run(client, spec, arguments, rest)
     except (RayError, OSError, RuntimeError, ValueError) as error:
@@ -85,13 +87,16 @@ def _run(
             follow = f"ray job logs --address {arguments.address} --follow {job}"
             _say(f"\nno longer followed; the job goes on: {follow}")
             return 130
-        reports = re.findall(r"^report: (\S+)/report\.html", log, flags=re.MULTILINE)
+        reports = re.findall(r"(?m)^running on \S+ into (\S+)$|^report: (\S+)/report\.html", log)
         try:
-            for uri in reports[-1:]:
+            for uri in map("".join, reports[-1:]):
                 _fetch(client, f"{job}-report", uri, environment, Path(arguments.report or job))
         except (OSError, RuntimeError) as error:
-            _say(f"the report at {reports[-1]} could not be fetched: {error}")
+            _say(f"the report in {''.join(reports[-1])} could not be fetched: {error}")
     about = _patiently(lambda: client.get_job_info(job))
+    if "continue with: " in log:  # from where the package is; from here:
+        words = ["ray-surgeon", "submit", arguments.spec, *options, "--resume"]
+        _say(f"continue with: {shlex.join(words)} --address {arguments.address}")
     if about.driver_exit_code is None:
         _say(f"{about.status}: {about.message}")
         return 1
@@ -108,7 +113,8 @@ def _submit(client: JobSubmissionClient, job: str, words: Sequence[str], environ
         if any(known.submission_id == job for known in client.list_jobs()):
             if is_again:
                 return
-            raise ValueError(f"--id {job}: the cluster has a job of this name; give another one")
+            problem = f"--id {job}: the cluster has a job of this name"
+            raise ValueError(f"{problem}; give another one, and --resume to go on with its run")
         is_again = True
         client.submit_job(**options)
 

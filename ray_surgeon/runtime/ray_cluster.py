@@ -24,8 +24,8 @@ from ray_surgeon.runtime.ray_nodes import (
     nodes_preempted,
     reserve,
     say_differences,
-    versions,
 )
+from ray_surgeon.runtime.usage import versions
 from ray_surgeon.runtime.worker import Worker, clean_up
 from ray_surgeon.spec.sections import RaySection
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import math
-import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -15,6 +13,7 @@ from ray.core.generated.common_pb2 import NodeDeathInfo  # type: ignore[attr-def
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 
 from ray_surgeon.runtime.cluster import NoRoomError
+from ray_surgeon.runtime.usage import versions
 from ray_surgeon.spec.sections import RaySection
 
 Say = Callable[[str], None]
@@ -22,7 +21,6 @@ Say = Callable[[str], None]
 _FIRST_S = 8.0
 _AGAIN_S = 60.0
 """After which a run that waits for room says for what, and says so again."""
-_COMPARED = ("ray", "torch", "transformers")
 
 
 def nodes_alive() -> set[str]:
@@ -121,12 +119,6 @@ def _has(labels: Mapping[str, str], selector: Mapping[str, str]) -> bool:
         if (labels.get(key) in values) == wanted.startswith("!"):
             return False
     return True
-
-
-def versions() -> dict[str, str]:
-    """Return those of Python and of the packages that results depend on, in this process."""
-    packages = {name: importlib.metadata.version(name) for name in _COMPARED}
-    return {"Python": platform.python_version()} | packages
 
 
 def say_differences(of_workers: Sequence[Mapping[str, str]], say: Say) -> None:

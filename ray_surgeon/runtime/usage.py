@@ -1,4 +1,4 @@
-"""What a process has used: CPU time and peak memory, from the operating system's own accounting."""
+"""What a process is and has used: versions, and CPU time and memory, as the system counts them."""
 
 from __future__ import annotations
 
@@ -6,16 +6,19 @@ import contextlib
 import ctypes
 import functools
 import os
+import platform
 import resource
 import socket
 import sys
 import threading
 import time
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
 
+import ray_surgeon
 from ray_surgeon.memory.transfers import backend
 
 _STATUS = Path("/proc/self/status")
@@ -117,3 +120,11 @@ def _status_bytes(field: str) -> int:
     lines = _STATUS.read_text().splitlines() if _STATUS.exists() else []
     sizes = (line.split()[1] for line in lines if line.startswith(f"{field}:"))
     return int(next(sizes, 0)) * 1024
+
+
+def versions() -> dict[str, str]:
+    """Return the machine's kind and the versions that results of this process depend on."""
+    names = ("torch", "transformers", "ray", "numpy", "safetensors")
+    machine = {"python": platform.python_version(), "machine": platform.machine()}
+    own = {"ray_surgeon": ray_surgeon.__version__}
+    return own | machine | {name: version(name) for name in names}

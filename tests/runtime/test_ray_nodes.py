@@ -8,6 +8,7 @@ import pytest
 from ray._private import state
 
 from ray_surgeon.runtime import ray_nodes
+from ray_surgeon.runtime.usage import versions
 
 H100 = {"ray.io/accelerator-type": "H100", "ray.io/market-type": "spot"}
 NODES: list[dict[str, Any]] = [
@@ -51,7 +52,7 @@ def test_what_is_lacking(labels: Any, bundle: Any, expected: tuple[int, str]) ->
 
 def test_versions_that_differ_are_told() -> None:
     said: list[str] = []
-    own = ray_nodes.versions()
+    own = versions()
     ray_nodes.say_differences([own, own | {"torch": "1.0"}], said.append)
     (line,) = said
     assert f"the coordinator has torch {own['torch']}, workers have 1.0" in line
