@@ -21,7 +21,7 @@ LOG = "running on head:6379 into s3://bucket/run\nfailed: no room\ncontinue with
 class Head:
     """Takes jobs, of which one failed and left a report."""
 
-    def __init__(self, _: str) -> None:
+    def __init__(self, _: str | None) -> None:
         self.asked: list[str] = []
 
     def list_jobs(self) -> list[Any]:
@@ -44,18 +44,20 @@ class Head:
         return SimpleNamespace(driver_exit_code=1)
 
 
+@pytest.mark.parametrize("where", [" --address http://head:8265", ""])  # or in the environment
 def test_a_job_that_fails_leaves_a_report_and_goes_on_from_here(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(ray.job_submission, "JobSubmissionClient", Head)
     spec = tmp_path / "job.yaml"
     spec.write_text("name: mine")
-    command = [str(spec), "--address", "http://head:8265", "--set", "output.uri=s3://bucket/run"]
+    command = [str(spec), *where.split(), "--set", "output.uri=s3://bucket/run"]
     assert submit.main([*command, "--report", str(tmp_path / "report")]) == 1
     assert (tmp_path / "report/report.html").read_bytes() == b"so far"
     said = capsys.readouterr().out
     again = f"ray-surgeon submit {spec} --set=output.uri=s3://bucket/run --resume"
-    assert f"continue with: {again} --address http://head:8265" in said
+    assert f"continue with: {again}{where}\n" in said
+    assert f"ray job stop{where} ray-surgeon-" in said
 
 
 def test_an_address_without_a_scheme_is_refused(

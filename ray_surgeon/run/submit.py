@@ -72,6 +72,7 @@ def _run(
     client: JobSubmissionClient, spec: bytes, arguments: argparse.Namespace, rest: Sequence[str]
 ) -> int:
     job = arguments.id or f"ray-surgeon-{secrets.token_hex(6)}"
+    at = f" --address {arguments.address}" if arguments.address else ""
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "job.yaml").write_bytes(spec)
         ignored = shutil.ignore_patterns("__pycache__")
@@ -80,12 +81,11 @@ def _run(
         options = [f"--set={change}" for change in arguments.set]
         words = ["python", "-m", "ray_surgeon.pipeline", "job.yaml", *options, *rest]
         _submit(client, job, words, environment)
-        _say(f"job {job}; to stop it: ray job stop --address {arguments.address} {job}")
+        _say(f"job {job}; to stop it: ray job stop{at} {job}")
         try:
             log = _follow(client, job, _say)
         except KeyboardInterrupt:
-            follow = f"ray job logs --address {arguments.address} --follow {job}"
-            _say(f"\nno longer followed; the job goes on: {follow}")
+            _say(f"\nno longer followed; the job goes on: ray job logs{at} --follow {job}")
             return 130
         reports = re.findall(r"(?m)^running on \S+ into (\S+)$|^report: (\S+)/report\.html", log)
         try:
@@ -96,7 +96,7 @@ def _run(
     about = _patiently(lambda: client.get_job_info(job))
     if "continue with: " in log:  # from where the package is; from here:
         words = ["ray-surgeon", "submit", arguments.spec, *options, "--resume"]
-        _say(f"continue with: {shlex.join(words)} --address {arguments.address}")
+        _say(f"continue with: {shlex.join(words)}{at}")
     if about.driver_exit_code is None:
         _say(f"{about.status}: {about.message}")
         return 1

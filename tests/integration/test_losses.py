@@ -78,6 +78,10 @@ def retries(uri: Path) -> list[str]:
     return [event["facts"]["cause"] for event in events_of(uri) if event["step"] == "retry"]
 
 
+def num_commits(uri: Path) -> int:
+    return sum(event["step"] == "commit" for event in events_of(uri))
+
+
 @contextlib.contextmanager
 def disturbed(
     kind: str, sent: signal.Signals, uri: Path, num_events: int
@@ -207,19 +211,15 @@ def machines() -> Iterator[Machines]:
 def test_machines_come_and_go(machines: Machines, undisturbed: Path, job: Jobs) -> None:
     """One comes late, one is lost, one is taken away with notice; the bits stay the same."""
     uri = job.folder / "run"
-
-    def committed() -> int:
-        return sum(event["step"] == "commit" for event in events_of(uri))
-
     elsewhere = machines.come(zone="a")
     with running(job, machines.ray.address, cluster__worker_labels={"zone": "!a"}) as log:
         lack = "waiting for 2 of 2 workers: no node with zone=!a has 1 CPU free; the cluster has"
         wait_for(lambda: lack in log.read_text(), PATIENCE_S)
         first, _ = machines.come(zone="b"), machines.come()
-        wait_for(lambda: committed() >= 1, PATIENCE_S)
+        wait_for(lambda: num_commits(uri), PATIENCE_S)
         machines.go(first)
         second = machines.come()
-        wait_for(lambda: retries(uri) and committed() >= 2, PATIENCE_S)
+        wait_for(lambda: retries(uri) and num_commits(uri) >= 2, PATIENCE_S)
         machines.drain(second)
         machines.come()
     text = log.read_text()
@@ -264,7 +264,7 @@ def test_the_head_restarts(undisturbed: Path, job: Jobs) -> None:
         there.come()
         there.come()
         with running(job, there.ray.address):
-            wait_for(lambda: any(event["step"] == "commit" for event in events_of(uri)), PATIENCE_S)
+            wait_for(lambda: num_commits(uri), PATIENCE_S)
             head: Any = there.ray.head_node
             head.kill_gcs_server()
             time.sleep(3)
@@ -274,6 +274,30 @@ def test_the_head_restarts(undisturbed: Path, job: Jobs) -> None:
     assert retries(uri) == []
     for shot in range(1, NUM_SHOTS + 1):
         assert_same_shot(undisturbed, uri, shot)
+
+
+def started(command: list[str], log: Path, **settings: str) -> subprocess.Popen[bytes]:
+    """Return ``ray start --block`` of a head or a machine, once it is up."""
+    with open(log, "w") as file:
+        process = subprocess.Popen(
+            command, env=os.environ | settings, stdout=file, stderr=file, start_new_session=True
+        )
+    try:
+        wait_for(lambda: "block forever" in log.read_text())
+    except BaseException:
+        end_all(process)
+        raise
+    return process
+
+
+def end_all(process: subprocess.Popen[bytes]) -> None:
+    """End what ``ray start --block`` began, and wait."""
+    whole = [process, *psutil.Process(process.pid).children(recursive=True)]
+    for one in whole:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            one.kill()
+    psutil.wait_procs(whole[1:])
+    process.wait()
 
 
 HEAD_ID = "f" * 51 + "00000"
@@ -308,18 +332,9 @@ def scaling(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     own |= {"RAY_CLOUD_INSTANCE_ID": HEAD_ID, "RAY_OVERRIDE_NODE_ID_FOR_TESTING": HEAD_ID}
     command = ["ray", "start", "--head", "--block", "--num-cpus=0", "--include-dashboard=false"]
     command += [f"--port={PORT}", f"--autoscaling-config={tmp_path / 'groups.yaml'}"]
-    with open(tmp_path / "head.log", "w") as log:
-        head = subprocess.Popen(
-            command, env=os.environ | own, stdout=log, stderr=log, start_new_session=True
-        )
-    try:
-        wait_for(lambda: "block forever" in (tmp_path / "head.log").read_text())
-        yield address
-    finally:
-        of_head = psutil.Process(head.pid).children(recursive=True)
-        head.terminate()
-        for process in psutil.wait_procs(of_head, timeout=40)[1]:
-            process.kill()
+    head = started(command, tmp_path / "head.log", **own)
+    yield address
+    end_all(head)
 
 
 @pytest.mark.slow
@@ -361,10 +376,7 @@ class Networks:
     def _start(self, name: str, options: str, number: int, *inside: str) -> None:
         command = [*inside, "ray", "start", "--block", *options.split()]
         command += [f"--node-ip-address={NETWORK}.{number}", "--disable-usage-stats"]
-        with open(self._folder / f"{name}.log", "w") as log:
-            started = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
-        self._started.append(started)
-        wait_for(lambda: "block forever" in (self._folder / f"{name}.log").read_text())
+        self._started.append(started(command, self._folder / f"{name}.log"))
 
     def come(self) -> str:
         """Return the name of a new machine of one CPU."""
@@ -391,13 +403,8 @@ class Networks:
         for name in self._machines:
             for pid in ip(f"netns pids {name}").split():
                 os.kill(int(pid), KILLED)
-        below = psutil.Process(self._started[0].pid).children(recursive=True)
-        for process in [*self._started, *below]:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
-        psutil.wait_procs(below)
-        for started in self._started:
-            started.wait()
+        for one in self._started:
+            end_all(one)
         for what in reversed(self._undo):
             ip(what)
 
@@ -419,7 +426,7 @@ def test_a_machine_s_network_is_gone(
     try:
         first, _ = there.come(), there.come()
         with running(job, there.ray):
-            wait_for(lambda: any(event["step"] == "commit" for event in events_of(uri)), PATIENCE_S)
+            wait_for(lambda: num_commits(uri), PATIENCE_S)
             there.cut(first)
             there.come()
     finally:
