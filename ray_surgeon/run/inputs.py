@@ -100,8 +100,7 @@ class Inputs:
         size = self.calibration.size
         of_shots = f"{shots} shot{'s' * (shots > 1)} to " * (self.spec.pruning is not None)
         lines = [f"{of_shots}{self.goal}, {size} calibration tokens{' each' * bool(of_shots)}"]
-        if self.chosen_text is not None:
-            lines.append(self.chosen_text)
+        lines += [] if self.chosen_text is None else [self.chosen_text]
         stored = str(getattr(self.layout.config, "dtype", None)).removeprefix("torch.")
         if stored in ("bfloat16", "float16") and self.spec.model.dtype == "float32":
             twice = f"config.json says {stored}, but this job and its exports are in float32"
@@ -110,7 +109,8 @@ class Inputs:
         if isinstance(pruning, CoupledSection) and not CHANNELS.isdisjoint(pruning.groups):
             liked = KERNEL_COLUMNS * pruning.tensor_parallel
             remedy = f"; to quantise later, set pruning.width_multiple to {liked}"
-            widths = f"feed-forward widths stay multiples of {pruning.multiple} channels"
+            own = min(len(s.columns) for s in self.layout.group_sets if s.kind in CHANNELS)
+            widths = f"feed-forward widths, {own} channels, stay multiples of {pruning.multiple}"
             lines.append(widths + remedy * (pruning.multiple % liked > 0))
         return lines
 

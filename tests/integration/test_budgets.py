@@ -180,7 +180,8 @@ def test_the_plan_says_what_the_dense_model_needs(job: Jobs) -> None:
     options = GROUPS | {"pruning__num_shots": 2, "pruning__target": target}
     said = " ".join(job(options, "--dry-run").out.split())
     assert f"2 shots to {dense - 5000} of {dense} parameters" in said
-    assert "multiples of 8 channels; to quantise later, set pruning.width_multiple to 128" in said
+    widths = "feed-forward widths, 48 channels, stay multiples of 8; to quantise later, set"
+    assert f"{widths} pruning.width_multiple to 128" in said
 
 
 def test_heads_and_widths_that_engines_can_split(job: Jobs) -> None:
