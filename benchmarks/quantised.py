@@ -177,7 +177,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     document = quickstart(overrides)
     run = str(arguments.folder / "pruned")
     document |= {"recovery": None, "output": {"uri": run, "exports": ["uniform"]}}
-    document["pruning"] = document["pruning"] | {"width_multiple": 64}
+    document["pruning"] = document["pruning"] | {"width_multiple": max(64, *arguments.sizes)}
     spec = JobSpec.model_validate(document)
     inputs = check(spec, resume=False, dry_run=True)
     models = {"dense": str(open_model(spec.model).small_files_folder())}

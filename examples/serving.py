@@ -139,7 +139,7 @@ def compare(
     batches: Sequence[int],
     rounds: int,
 ) -> None:
-    """Serve models in turns, ask each for a continuation, and print how fast they are.
+    """Serve models in turns, and print how fast they are.
 
     Args:
         engine: its name.
@@ -147,6 +147,27 @@ def compare(
         port: of the server.
         batches: requests at a time.
         rounds: how often each model has its turn.
+    """
+    rates = medians(commands, port, batches, rounds)
+    sys.stdout.write(
+        "\n"
+        f"| {engine}, tokens per second | batch | dense | pruned | ratio |\n"
+        "|---|---|---|---|---|\n"
+    )
+    for step, name in enumerate(("prefill", "decode")):
+        for batch_size in batches:
+            dense, pruned = (rates[which, batch_size][step] for which in ("dense", "pruned"))
+            sys.stdout.write(
+                f"| {name} | {batch_size} | {dense:.0f} | {pruned:.0f} | {pruned / dense:.2f} |\n"
+            )
+
+
+def medians(
+    commands: Mapping[str, Sequence[str]], port: int, batches: Sequence[int], rounds: int
+) -> dict[tuple[str, int], tuple[float, float]]:
+    """Serve models in turns; return medians of `tokens_per_second` by name and requests at a time.
+
+    In the first round, each continues a text on standard output.
     """
     rates: dict[tuple[str, int], list[tuple[float, float]]] = {}
     for turn in range(rounds):
@@ -158,21 +179,7 @@ def compare(
                         model=model, prompt="The with statement", max_tokens=24, temperature=0.0
                     )
                     sys.stdout.write(f"{name}: The with statement{answer.choices[0].text}\n")
-                for batch_size in batches:
-                    rates.setdefault((name, batch_size), []).append(
-                        tokens_per_second(client, batch_size)
-                    )
-    sys.stdout.write(
-        "\n"
-        f"| {engine}, tokens per second | batch | dense | pruned | ratio |\n"
-        "|---|---|---|---|---|\n"
-    )
-    for step, name in enumerate(("prefill", "decode")):
-        for batch_size in batches:
-            dense, pruned = (
-                statistics.median(rate[step] for rate in rates[which, batch_size])
-                for which in ("dense", "pruned")
-            )
-            sys.stdout.write(
-                f"| {name} | {batch_size} | {dense:.0f} | {pruned:.0f} | {pruned / dense:.2f} |\n"
-            )
+                for size in batches:
+                    rates.setdefault((name, size), []).append(tokens_per_second(client, size))
+    middle = statistics.median
+    return {key: (middle(r[0] for r in of), middle(r[1] for r in of)) for key, of in rates.items()}

@@ -1,0 +1,136 @@
+"""What is lost at equal speed of decoding, by width, by depth and by both, as a Markdown table.
+
+``python -m benchmarks.equal_speed FOLDER --engine llamacpp --python PYTHON`` prunes SmolLM2 to a
+family of sizes in every way, serves each size in turns with the dense model, one request at a time,
+and reads off what is lost where decoding is 1.25 and 1.5 times as fast as the dense model's:
+divergence on Python's help, docstrings and descriptions of packages, a line between neighbouring
+sizes. The Python has xllamacpp or, with ``--engine vllm``, vLLM. Runs that are there are read, not
+made again, and runs that were stopped go on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+import ray_surgeon
+from benchmarks.recovery import QUICKSTART
+from examples import serve_llamacpp, serve_vllm
+from examples.serving import medians
+from ray_surgeon.spec.job import JobSpec
+from ray_surgeon.spec.parsing import parse_spec
+from ray_surgeon.storage.sources import open_model
+
+WAYS: dict[str, dict[str, Any]] = {
+    "width": {"groups": ["ffn"]},
+    "width and heads": {"groups": ["ffn", "attention"]},
+    "depth": {"groups": ["blocks"]},
+    "depth, then width": {"groups": ["blocks", "ffn"], "depth": {"num_removed": 3}},
+    "depth, then width and heads": {
+        "groups": ["blocks", "ffn", "attention"],
+        "depth": {"num_removed": 3},
+    },
+}
+SIZES = (0.15, 0.25, 0.35, 0.45)
+SPEEDS = (1.25, 1.5)
+
+Point = tuple[float, dict[str, float]]
+"""How fast a size decodes, in speeds of the dense model, and its divergence by text."""
+Command = Callable[[Path], list[str]]
+
+
+def run_of(way: str, folder: Path) -> ray_surgeon.PruneResult:
+    """Return a run with a family of sizes, which is made unless it is there; without recovery."""
+    uri = folder / way.replace(",", "").replace(" ", "-")
+    document = yaml.safe_load(QUICKSTART.read_text(encoding="utf-8"))
+    document["evaluation"]["generation"] = None
+    del document["calibration"]["mix"][-1]  # what the model writes itself, every time anew
+    pruning = {"structure": "groups", "allocation": "uniform", "sizes": list(SIZES), **WAYS[way]}
+    document |= {"name": "equal-speed", "pruning": pruning, "recovery": None}
+    document |= {"output": {"uri": str(uri), "exports": ["uniform", "gguf"]}}
+    document |= {"cluster": {"backend": "local", "cpus_per_worker": 2}}
+    return ray_surgeon.prune(spec=JobSpec.model_validate(document), resume=uri.exists())
+
+
+def points_of(
+    result: ray_surgeon.PruneResult, dense: Path, kind: str, command: Command, port: int
+) -> list[Point]:
+    """Serve all sizes of a run in turns with the dense model, and return them."""
+    served = {"dense": command(dense)}
+    for entry in result.report["exports"]:
+        if entry["kind"] == kind:
+            served[f"{entry['size']:g}"] = command(Path(entry["uri"]))
+    rates = medians(served, port, [1], rounds=2)
+    speeds = {name: decode / rates["dense", 1][1] for (name, _), (_, decode) in rates.items()}
+    return [(speeds[f"{size:g}"], dict(of["divergence"])) for size, of in result.sizes.items()]
+
+
+def at_speed(points: Sequence[Point], speed: float, text: str) -> float | None:
+    """Return the divergence at a speed; None if no size is as fast."""
+    known = sorted([(1.0, 0.0), *((faster, lost[text]) for faster, lost in points)])
+    speeds, losses = zip(*known, strict=True)
+    return float(np.interp(speed, speeds, losses)) if speed <= speeds[-1] else None
+
+
+def row_of(way: str, points: Sequence[Point]) -> list[str]:
+    """Return a line of the table."""
+    texts = list(points[0][1])
+    cells = []
+    for speed in SPEEDS:
+        found = [at_speed(points, speed, text) for text in texts]
+        cells.append(" / ".join("slower" if x is None else f"{x:.3f}" for x in found))
+    seen = ", ".join(
+        f"{size:g}: {speed:.2f}" for size, (speed, _) in zip(SIZES, points, strict=True)
+    )
+    return [way, *cells, seen]
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """Return a Markdown table."""
+    header = ("way", *(f"{speed:g} times as fast" for speed in SPEEDS), "speeds of sizes")
+    lines = ["| " + " | ".join(line) + " |" for line in (header, ["---"] * len(header), *rows)]
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Make the runs, serve them, and print the table after each way."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.equal_speed", description=__doc__)
+    parser.add_argument("folder", type=Path, help="for the runs")
+    parser.add_argument("--engine", choices=["llamacpp", "vllm"], default="llamacpp")
+    parser.add_argument("--python", required=True, help="one with the engine")
+    parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=list(WAYS))
+    parser.add_argument("--port", type=int, default=8013)
+    arguments = parser.parse_args(argv)
+    results = {way: run_of(way, arguments.folder) for way in arguments.ways}
+    source = parse_spec(QUICKSTART.read_text(encoding="utf-8")).model
+    dense = open_model(source).small_files_folder()
+
+    def of_llamacpp(place: Path) -> list[str]:
+        file = place if place.suffix else next(place.glob("*-BF16.gguf"))
+        return serve_llamacpp.command_of(file, arguments.port, "", arguments.python)
+
+    def of_vllm(place: Path) -> list[str]:
+        return serve_vllm.command_of(place, arguments.port, "", arguments.python)
+
+    kind, command = (
+        ("gguf", of_llamacpp) if arguments.engine == "llamacpp" else ("uniform", of_vllm)
+    )
+    if kind == "gguf":
+        serve_llamacpp.write_dense(dense, arguments.folder / "dense.gguf")
+        dense = arguments.folder / "dense.gguf"
+    rows = list[list[str]]()
+    for way, result in results.items():
+        rows.append(row_of(way, points_of(result, dense, kind, command, arguments.port)))
+        sys.stdout.write(table(rows) + "\n\n")
+        sys.stdout.flush()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
