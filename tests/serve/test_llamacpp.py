@@ -101,14 +101,16 @@ def test_widths_that_differ(tmp_path: Path) -> None:
 def test_the_importance_matrix(tmp_path: Path) -> None:
     """Of a real model that is pruned: llama.cpp rounds it nearer to itself on every text."""
     settings = "evaluation.generation=null; calibration.num_sequences=16; calibration.mix=[]"
-    settings += "; cluster={backend: local}; pruning.update.reconstruction=null"
+    settings += "; cluster={backend: local}; pruning.reconstruction=null"
     export, texts = importance.exported(tmp_path, settings.split("; "), dense=False)
     tools = importance.Tools(environments.tools_folder())
     rows = importance.measured(tmp_path, export, texts, tools, ["Q4_K_M"])
     without, ours = (row["divergence"] for row in rows)
     assert all(0 < ours[text] < without[text] for text in texts), rows
-    request = REQUEST | {"file": str(tmp_path / "Q4_K_M-imatrix.gguf"), "prompts": PROMPTS[:1]}
-    assert environments.run("llamacpp", request)["results"][0]["tokens"]
+    request = REQUEST | {"prompts": PROMPTS[:1], "scored": [], "texts": []}
+    request["file"] = str(tmp_path / "Q4_K_M-imatrix.gguf")
+    (found,) = environments.run("llamacpp", request)["results"]
+    assert len(found["tokens"]) == NUM_NEW_TOKENS
 
 
 def test_a_tokenizer_of_pieces(tmp_path: Path) -> None:
