@@ -112,7 +112,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     dense = open_model(source).small_files_folder()
 
     def of_llamacpp(place: Path) -> list[str]:
-        file = place if place.suffix else next(place.glob("*-BF16.gguf"))
+        file = place if place.is_file() else next(place.glob("*-BF16.gguf"))
         return serve_llamacpp.command_of(file, arguments.port, "", arguments.python)
 
     def of_vllm(place: Path) -> list[str]:
