@@ -20,6 +20,7 @@ from typing import Any
 import yaml
 
 import ray_surgeon
+from benchmarks.peers import file_name
 from benchmarks.recovery import QUICKSTART
 from ray_surgeon.spec.job import JobSpec
 
@@ -35,6 +36,23 @@ SIZES = (0.1, 0.2, 0.3)
 CORRECTIONS = {"rank": 32, "num_tokens": 16_384, "num_tokens_between_shots": 16_384}
 
 
+def spec_of(
+    pruning: Mapping[str, Any], uri: Path, exports: Sequence[str] = (), recovery: Any = None
+) -> JobSpec:
+    """Return the quickstart's job with another pruning of groups, the same in every block.
+
+    Answers are not asked for, and the model writes no text itself, which differs every time.
+    """
+    document = yaml.safe_load(QUICKSTART.read_text(encoding="utf-8"))
+    document["evaluation"]["generation"] = None
+    del document["calibration"]["mix"][-1]
+    pruning = {"structure": "groups", "allocation": "uniform", **pruning}
+    document |= {"name": uri.name, "pruning": pruning, "recovery": recovery}
+    document |= {"output": {"uri": str(uri), "exports": list(exports)}}
+    document |= {"cluster": {"backend": "local", "cpus_per_worker": 2}}
+    return JobSpec.model_validate(document)
+
+
 def run_of(name: str, depth: Mapping[str, Any], folder: Path, recovery: Any) -> dict[str, Any]:
     """Return the report of a run, which is made unless it is there.
 
@@ -46,19 +64,10 @@ def run_of(name: str, depth: Mapping[str, Any], folder: Path, recovery: Any) -> 
     """
     written = folder / name / "report.json"
     if not written.exists():
-        document = yaml.safe_load(QUICKSTART.read_text(encoding="utf-8"))
-        document["evaluation"]["generation"] = None
-        del document["calibration"]["mix"][-1]  # what the model writes itself, every time anew
-        pruning: dict[str, Any] = {
-            "structure": "groups",
-            "groups": ["blocks"],
-            "allocation": "uniform",
-        }
-        pruning |= {"sparsities": list(SIZES), "target_sparsity": SIZES[-1], "depth": dict(depth)}
-        document |= {"name": name, "pruning": pruning, "recovery": recovery}
-        document |= {"output": {"uri": str(folder / name), "exports": []}}
-        document |= {"cluster": {"backend": "local", "cpus_per_worker": 2}}
-        ray_surgeon.prune(spec=JobSpec.model_validate(document), resume=(folder / name).exists())
+        pruning: dict[str, Any] = {"groups": ["blocks"], "depth": dict(depth)}
+        pruning |= {"sparsities": list(SIZES), "target_sparsity": SIZES[-1]}
+        spec = spec_of(pruning, folder / name, recovery=recovery)
+        ray_surgeon.prune(spec=spec, resume=(folder / name).exists())
     report: dict[str, Any] = json.loads(written.read_text(encoding="utf-8"))
     return report
 
@@ -93,7 +102,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     rows = list[list[str]]()
     for way in arguments.ways:
-        name = way.lower().replace(" ", "-") + "-corrected" * arguments.corrected
+        name = file_name(way) + "-corrected" * arguments.corrected
         recovery = CORRECTIONS if arguments.corrected else None
         report = run_of(name, WAYS[way], arguments.folder, recovery)
         rows += rows_of(way, report)

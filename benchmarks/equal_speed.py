@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
 import ray_surgeon
+from benchmarks.depth import spec_of
+from benchmarks.peers import file_name
 from benchmarks.recovery import QUICKSTART
 from examples import serve_llamacpp, serve_vllm
 from examples.serving import medians
-from ray_surgeon.spec.job import JobSpec
 from ray_surgeon.spec.parsing import parse_spec
 from ray_surgeon.storage.sources import open_model
 
@@ -47,15 +47,9 @@ Command = Callable[[Path], list[str]]
 
 def run_of(way: str, folder: Path) -> ray_surgeon.PruneResult:
     """Return a run with a family of sizes, which is made unless it is there; without recovery."""
-    uri = folder / way.replace(",", "").replace(" ", "-")
-    document = yaml.safe_load(QUICKSTART.read_text(encoding="utf-8"))
-    document["evaluation"]["generation"] = None
-    del document["calibration"]["mix"][-1]  # what the model writes itself, every time anew
-    pruning = {"structure": "groups", "allocation": "uniform", "sizes": list(SIZES), **WAYS[way]}
-    document |= {"name": "equal-speed", "pruning": pruning, "recovery": None}
-    document |= {"output": {"uri": str(uri), "exports": ["uniform", "gguf"]}}
-    document |= {"cluster": {"backend": "local", "cpus_per_worker": 2}}
-    return ray_surgeon.prune(spec=JobSpec.model_validate(document), resume=uri.exists())
+    uri = folder / file_name(way)
+    spec = spec_of({"sizes": list(SIZES), **WAYS[way]}, uri, ["uniform", "gguf"])
+    return ray_surgeon.prune(spec=spec, resume=uri.exists())
 
 
 def points_of(

@@ -287,7 +287,7 @@ def specs(
     }
     return {
         way: JobSpec.model_validate(
-            changed | options | {"output": {"uri": str(folder / _file_name(way)), "exports": []}}
+            changed | options | {"output": {"uri": str(folder / file_name(way)), "exports": []}}
         )
         for way, options in ways.items()
     }
@@ -322,7 +322,8 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _file_name(way: str) -> str:
+def file_name(way: str) -> str:
+    """Return the folder of a way below that of a benchmark."""
     return "-".join(way.lower().replace(",", "").split())
 
 

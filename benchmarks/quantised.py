@@ -4,9 +4,10 @@ It has bytes, and perplexities and divergences from the model that was rounded.
 
 ``python -m benchmarks.quantised FOLDER`` prunes channels of feed-forward layers as the quickstart
 does, but without corrections, and quantises the dense and the pruned model: to the nearest numbers,
-by GPTQ, and by both sides. ``--set`` changes the quickstart. ``--peer PYTHON`` adds the GPTQ of
-llm-compressor (0.14), from an environment of its own, on the same windows. For the pruned model a
-second divergence is that from the dense one.
+by GPTQ, and by both sides. ``--set`` changes the quickstart; ``model={source: FOLDER}`` in it takes
+another model, for groups of 128, say, which do not divide SmolLM2's columns. ``--peer PYTHON`` adds
+the GPTQ of llm-compressor (0.14), from an environment of its own, on the same windows. For the
+pruned model a second divergence is that from the dense one.
 """
 
 from __future__ import annotations

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
 from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
 from torch import Tensor
 
+from benchmarks.consumer_costs import seconds
 from ray_surgeon.maths.products import product
 from ray_surgeon.maths.rounding import Grid, round_linear
 from ray_surgeon.stages.quantise.rounding import DAMPING
@@ -33,14 +33,12 @@ def second_moments(n: int) -> Tensor:
     return x.T @ x / _TOKENS
 
 
-def seconds(runs: Sequence[Callable[[], object]], turns: int) -> list[float]:
-    """Return the fastest of several turns of each."""
+def fastest(runs: Sequence[Callable[[], object]], turns: int) -> list[float]:
+    """Return the seconds of each in its fastest turn."""
     found = [float("inf")] * len(runs)
     for _ in range(turns):
         for n, run in enumerate(runs):
-            start = time.perf_counter()
-            run()
-            found[n] = min(found[n], time.perf_counter() - start)
+            found[n] = min(found[n], seconds(run))
     return found
 
 
@@ -62,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         W, A, G = torch.randn(R, C), second_moments(C), second_moments(R)
         both = partial(round_linear, W, A, G, grid, DAMPING, "linear")
         gptq = partial(round_linear, W, A, None, grid, DAMPING, "linear", ordered=False)
-        taken = seconds([partial(product, W, A), gptq, both], arguments.turns)
+        taken = fastest([partial(product, W, A), gptq, both], arguments.turns)
         whole = [total + count * own for total, own in zip(whole, taken, strict=True)]
         lines.append(_line(f"{R} x {C}", taken))
     lines.append(_line(f"all {sum(SHAPES.values())}", whole))

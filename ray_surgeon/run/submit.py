@@ -88,11 +88,11 @@ def _run(
             _say(f"\nno longer followed; the job goes on: ray job logs{at} --follow {job}")
             return 130
         reports = re.findall(r"(?m)^running on \S+ into (\S+)$|^report: (\S+)/report\.html", log)
-        try:
-            for uri in map("".join, reports[-1:]):
+        for uri in map("".join, reports[-1:]):
+            try:
                 _fetch(client, f"{job}-report", uri, environment, Path(arguments.report or job))
-        except (OSError, RuntimeError) as error:
-            _say(f"the report in {''.join(reports[-1])} could not be fetched: {error}")
+            except (OSError, RuntimeError) as error:
+                _say(f"the report in {uri} could not be fetched: {error}")
     about = _patiently(lambda: client.get_job_info(job))
     if "continue with: " in log:  # from where the package is; from here:
         words = ["ray-surgeon", "submit", arguments.spec, *options, "--resume"]
