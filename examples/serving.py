@@ -18,13 +18,15 @@ import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-
-from openai import OpenAI
+from typing import TYPE_CHECKING
 
 import ray_surgeon
 from ray_surgeon.spec.job import JobSpec
 from ray_surgeon.spec.parsing import parse_spec
 from ray_surgeon.storage.sources import open_model
+
+if TYPE_CHECKING:
+    from openai import OpenAI
 
 PROMPT_WORDS = 256
 NEW_TOKENS = 64
@@ -68,6 +70,8 @@ def serving(command: Sequence[str], port: int) -> Iterator[OpenAI]:
     Raises:
         RuntimeError: it ends before it answers, or does not answer in time.
     """
+    from openai import OpenAI
+
     with tempfile.TemporaryFile("w+") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log)
         try:
@@ -97,10 +101,12 @@ def _answers(port: int) -> bool:
         return False
 
 
-def tokens_per_second(client: OpenAI, batch_size: int) -> tuple[float, float]:
+def tokens_per_second(
+    client: OpenAI, batch_size: int, num_words: int = PROMPT_WORDS, num_new: int = NEW_TOKENS
+) -> tuple[float, float]:
     """Return how many prompt and new tokens the engine handles a second; medians.
 
-    So many requests run at a time.
+    So many requests run at a time, one of prompts of so many words, one that asks for new tokens.
     """
     model = client.models.list().data[0].id
     words = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta"]
@@ -109,7 +115,11 @@ def tokens_per_second(client: OpenAI, batch_size: int) -> tuple[float, float]:
 
     def ask(prompt: str, num_tokens: int) -> int:
         answer = client.completions.create(
-            model=model, prompt=prompt, max_tokens=num_tokens, temperature=0.0
+            model=model,
+            prompt=prompt,
+            max_tokens=num_tokens,
+            temperature=0.0,
+            extra_body={"ignore_eos": True},  # random weights may end at once
         )
         assert answer.usage is not None
         return answer.usage.prompt_tokens if num_tokens == 1 else answer.usage.completion_tokens
@@ -119,12 +129,12 @@ def tokens_per_second(client: OpenAI, batch_size: int) -> tuple[float, float]:
             # each its own, so that no cache of prefixes helps
             starts = [f"{batch_size} {turn} {i} " for i in range(batch_size)]
             long = [
-                start + " ".join(words[(i + n) % 8] for n in range(PROMPT_WORDS))
+                start + " ".join(words[(i + n) % 8] for n in range(num_words))
                 for i, start in enumerate(starts)
             ]
             for asked, num_tokens, rates in (
                 (long, 1, prefill),
-                ([start + "once" for start in starts], NEW_TOKENS, decode),
+                ([start + "once" for start in starts], num_new, decode),
             ):
                 start = time.perf_counter()
                 done = sum(pool.map(ask, asked, [num_tokens] * batch_size))
@@ -163,11 +173,16 @@ def compare(
 
 
 def medians(
-    commands: Mapping[str, Sequence[str]], port: int, batches: Sequence[int], rounds: int
+    commands: Mapping[str, Sequence[str]],
+    port: int,
+    batches: Sequence[int],
+    rounds: int,
+    lengths: tuple[int, int] = (PROMPT_WORDS, NEW_TOKENS),
 ) -> dict[tuple[str, int], tuple[float, float]]:
     """Serve models in turns; return medians of `tokens_per_second` by name and requests at a time.
 
-    In the first round, each continues a text on standard output.
+    In the first round, each continues a text on standard output. `lengths` are the words of a
+    prompt and the number of new tokens.
     """
     rates: dict[tuple[str, int], list[tuple[float, float]]] = {}
     for turn in range(rounds):
@@ -180,6 +195,8 @@ def medians(
                     )
                     sys.stdout.write(f"{name}: The with statement{answer.choices[0].text}\n")
                 for size in batches:
-                    rates.setdefault((name, size), []).append(tokens_per_second(client, size))
+                    rates.setdefault((name, size), []).append(
+                        tokens_per_second(client, size, *lengths)
+                    )
     middle = statistics.median
     return {key: (middle(r[0] for r in of), middle(r[1] for r in of)) for key, of in rates.items()}

@@ -1,4 +1,4 @@
-"""How fast models are: an export beside the dense model, and blocks of every width.
+"""How fast models are: an export beside the dense model, and blocks of every width (`latency`).
 
 Each is measured in a process of its own, with random weights: speed depends on shapes and dtype,
 not on values.
@@ -10,10 +10,7 @@ import json
 import statistics
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
-from operator import mul
 from pathlib import Path
 from typing import Any
 
@@ -21,22 +18,19 @@ import numpy as np
 import torch
 from accelerate import init_empty_weights
 from accelerate.utils import set_module_tensor_to_device
+from numpy.typing import NDArray
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from ray_surgeon.export import folder as folders
-from ray_surgeon.export.for_engines import Shrinking
 from ray_surgeon.memory.transfers import backend
-from ray_surgeon.models.budgets import Budget
 from ray_surgeon.models.build import cache_argument
 from ray_surgeon.models.families import family_of
-from ray_surgeon.models.layers import LAYER_KINDS, layers_of
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.models.pruned_config import BlockWidths, per_block_document
 from ray_surgeon.runtime.cluster import Cluster
 from ray_surgeon.runtime.usage import process_usage
-from ray_surgeon.spec.targets import LatencyTarget, SpeedSection
-from ray_surgeon.storage import files
+from ray_surgeon.spec.targets import SpeedSection
 
 _BLOCKS_AT_ONCE = 8
 """Of one timed model, so that it fits where the whole model might not."""
@@ -67,67 +61,6 @@ def measure(cluster: Cluster, uri: str, dense: Record, options: SpeedSection) ->
     for name in ("dense", "pruned"):
         record[name] |= folders.run_beside(cluster, __name__, request | {"only": name})
     return record
-
-
-def latency_budget(
-    dense: folders.Pruned, target: LatencyTarget, shrinking: Shrinking, uri: str
-) -> Budget:
-    """Return the latency of a model as a sum over its blocks.
-
-    Args:
-        dense: the model; the first worker's machine measures.
-        target: what is measured.
-        shrinking: which widths are measured.
-        uri: a JSON file; what it holds already, measured with the same options, is not measured
-            again.
-
-    Raises:
-        RuntimeError: the measuring process fails.
-    """
-    layout = dense.layout
-    channels = shrinking.channels(layout)
-    heads = shrinking.kv_heads(layout)
-    widths = [[number, heads[-1]] for number in channels]
-    widths += [[channels[-1], number] for number in heads[:-1]]
-    options = target.model_dump(mode="json", exclude={"latency_s"})
-    options |= {"dtype": dense.model.dtype, **asdict(shrinking), "layers": [*shrinking.layers]}
-    about = {"options": options, "widths": widths}
-    kept: Record = files.read_json(uri) if files.exists(uri) else {}
-    if not about.items() <= kept.items():
-        document = folders.dense_document(dense.model)
-        kept = about | _measured(dense, options | {"document": document, "widths": widths})
-        files.write_json(uri, kept)
-    of_channels = kept["seconds"][: len(channels)]
-    whole = of_channels[-1]
-    of_heads = [seconds - whole for seconds in (*kept["seconds"][len(channels) :], whole)]
-    by_left = {"ffn": _table(channels, of_channels), "attention": _table(heads, of_heads)}
-    num_blocks = dict.fromkeys(by_left, layout.num_blocks)
-    parts = {"blocks": whole}
-    for kind, name in (("ffn_layers", "ffn"), ("attention_layers", "attention")):
-        parts[kind] = by_left[name][-1] - by_left[name][0]
-    of_layers = {layer.key: parts[layer.kind] for layer in layers_of(layout, LAYER_KINDS)}
-    return Budget("latency_s", kept["rest_seconds"], by_left, num_blocks, of_layers=of_layers)
-
-
-def _measured(dense: folders.Pruned, request: Record) -> Record:
-    """Return the seconds of every width, in the mean over the kinds of blocks of the model."""
-    # a block with a sliding window takes another time
-    kinds = Counter(getattr(dense.layout.config, "layer_types", None) or [None])
-    shares = [count / kinds.total() for count in kinds.values()]
-    requests = [request | {"layer_type": kind} for kind in kinds]
-    measured = [folders.run_beside(dense.cluster, __name__, of_kind) for of_kind in requests]
-    times = zip(*([*m["seconds"], m["rest_seconds"]] for m in measured), strict=True)
-    *seconds, rest = (sum(map(mul, shares, of_kinds)) for of_kinds in times)
-    return {"device": measured[0]["device"], "seconds": seconds, "rest_seconds": rest}
-
-
-def _table(numbers: Sequence[int], seconds: Sequence[float]) -> tuple[float, ...]:
-    """Return the seconds with 0, 1, ... groups left.
-
-    Values are linear between measured numbers, and never fall.
-    """
-    rising = np.maximum.accumulate(np.asarray(seconds))
-    return tuple(float(value) for value in np.interp(range(numbers[-1] + 1), numbers, rising))
 
 
 def _device_name(device: torch.device, num_threads: int) -> str:
@@ -176,8 +109,11 @@ def _timed(model: PreTrainedModel, options: SpeedSection) -> tuple[float, float]
     return middle - start, _now(model.device) - middle
 
 
-def _time_blocks(model: PreTrainedModel, options: SpeedSection) -> list[float]:
-    """Return the seconds of each block, and of all the rest: medians over the measured turns."""
+def _time_blocks(model: PreTrainedModel, options: SpeedSection) -> NDArray[np.float64]:
+    """Return the seconds [blocks + 1, 2] of each block, and of all the rest.
+
+    They are of the prompts and of the new tokens, and medians over the measured turns.
+    """
     num_blocks = len(model.config.block_sizes)
     lists = (module for module in model.modules() if isinstance(module, nn.ModuleList))
     (blocks,) = (blocks for blocks in lists if len(blocks) == num_blocks)
@@ -193,10 +129,12 @@ def _time_blocks(model: PreTrainedModel, options: SpeedSection) -> list[float]:
     for _ in range(options.num_repeats + 1):
         for noted in moments.values():
             noted.clear()
-        whole = sum(_timed(model, options))
-        in_blocks = [sum(map(_seconds, noted[::2], noted[1::2])) for noted in moments.values()]
-        turns.append([*in_blocks, whole - sum(in_blocks)])
-    return [statistics.median(times) for times in zip(*turns[1:], strict=True)]
+        whole = _timed(model, options)
+        passes = [list(map(_seconds, noted[::2], noted[1::2])) for noted in moments.values()]
+        in_blocks = np.array([[seconds[0], sum(seconds[1:])] for seconds in passes])
+        turns.append([*in_blocks, whole - in_blocks.sum(0)])
+    medians: NDArray[np.float64] = np.median(turns[1:], axis=0)
+    return medians
 
 
 def _compare(models: Mapping[str, PreTrainedModel], options: SpeedSection) -> Record:
@@ -253,27 +191,27 @@ def _model_of_blocks(request: Record, widths: Sequence[Any], folder: Path) -> Pr
 
 
 def _of_widths(request: Record, options: SpeedSection) -> Record:
-    """Return the seconds of every width and of what is outside the blocks."""
+    """Return the seconds of every width and of what is outside blocks; see `_time_blocks`."""
     device = torch.device(request["device"])
     name = _device_name(device, options.num_threads)
     torch.manual_seed(0)
     widths = [tuple(width) for width in request["widths"]]
     whole = max(widths)
     others = [width for width in widths if width != whole]
-    more = {whole: 0.0}  # than the whole block beside it
+    more = {whole: np.zeros(2)}  # than the whole block beside it
     of_whole = []
     rests = []
     for first in range(0, max(1, len(others)), _BLOCKS_AT_ONCE - 1):
         batch = [whole, *others[first : first + _BLOCKS_AT_ONCE - 1]]
         with tempfile.TemporaryDirectory() as folder:
             model = _model_of_blocks(request, batch, Path(folder)).to(device)
-            seconds = _time_blocks(model, options)
-        rests.append(seconds.pop())
+            *seconds, rest = _time_blocks(model, options)
+        rests.append(rest)
         of_whole.append(seconds[0])
         more |= {width: s - seconds[0] for width, s in zip(batch, seconds, strict=True)}
-    dense = statistics.median(of_whole)
-    measured = {"seconds": [dense + more[width] for width in widths]}
-    return {"device": name, **measured, "rest_seconds": statistics.median(rests)}
+    dense = np.median(of_whole, axis=0)
+    seconds = [(dense + more[width]).tolist() for width in widths]
+    return {"device": name, "seconds": seconds, "rest": np.median(rests, axis=0).tolist()}
 
 
 def answer(request: Record) -> Record:

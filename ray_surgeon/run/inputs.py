@@ -89,9 +89,12 @@ class Inputs:
         if pruning.last_sparsity is not None:
             return f"{pruning.last_sparsity:.1%}"
         assert isinstance(method, Groups)
-        assert method.section.target is not None
-        of_dense = "" if method.budget is None else f" of {method.budget.dense:.6g}"
-        return f"{method.section.target.allowed:.6g}{of_dense} {method.section.target.unit}"
+        target = method.section.target
+        assert target is not None
+        if method.budget is None:
+            return f"{target.unit} {target.value:.6g}"
+        dense = method.budget.dense
+        return f"{target.allowed(dense):.6g} of {dense:.6g} {method.budget.unit}"
 
     @property
     def notes(self) -> list[str]:

@@ -22,7 +22,7 @@ from ray_surgeon.plan.room import named_device
 from ray_surgeon.spec.base import refusing
 from ray_surgeon.spec.job import JobSpec
 from ray_surgeon.spec.sections import LocalSection, ModelSection
-from ray_surgeon.spec.targets import LatencyTarget
+from ray_surgeon.spec.targets import TimedTarget
 from ray_surgeon.spec.texts import SourceSection
 from ray_surgeon.stages.recovery.teacher import LoadTeacher
 from ray_surgeon.storage import files
@@ -199,7 +199,7 @@ def check_requests(spec: JobSpec, layout: ModelLayout) -> None:
         ValueError: names the field.
     """
     target = getattr(spec.pruning, "target", None)
-    timed = target.request if isinstance(target, LatencyTarget) else None
+    timed = target.request if isinstance(target, TimedTarget) and not target.table else None
     longest = layout.config.max_position_embeddings if layout.family.positions else math.inf
     for where, request in (("output.speed", spec.output.speed), ("pruning.target.request", timed)):
         if request is not None and request.prompt_length + request.num_new_tokens > longest:

@@ -18,15 +18,9 @@ class ScheduleSection(Section):
     """Shots and how the removal is spread over them."""
 
     num_shots: int = Field(5, ge=1, le=1000)
-    """Shots, each with a curvature of its own"""
-    schedule: Literal["linear", "geometric"] = "linear"
-    """linear: every shot removes (or saves) the same amount; geometric: every shot keeps the same
-    fraction of what is left, so later ones remove less
-    """
+    """Shots, each with a curvature of its own, which remove (or save) the same amount"""
     sparsities: tuple[float, ...] | None = None
-    """Sparsity at the end of every shot, in place of num_shots and schedule; the last one is
-    target_sparsity
-    """
+    """Sparsity at the end of every shot, in place of num_shots; the last one is target_sparsity"""
 
     @property
     def takes_curvature(self) -> bool:
@@ -83,10 +77,8 @@ class ScheduleSection(Section):
 
     def _spread(self, first: float, last: float) -> tuple[float, ...]:
         """Return the fraction removed after each of num_shots shots that begin at `first`."""
-        parts = [shot / self.num_shots for shot in range(1, self.num_shots + 1)]
-        if self.schedule == "geometric":
-            return tuple(1 - (1 - first) * ((1 - last) / (1 - first)) ** part for part in parts)
-        return tuple(first + (last - first) * part for part in parts)
+        each = (last - first) / self.num_shots
+        return tuple(first + each * shot for shot in range(1, self.num_shots + 1))
 
     def problems(self) -> Iterator[str]:
         """Yield what `sparsities` does not go with."""
@@ -95,9 +87,9 @@ class ScheduleSection(Section):
         last = self.last_sparsity
         steps = [0.0, *self.sparsities]
         if steps != sorted(set(steps)) or steps[-1] != last:
-            yield f"sparsities: must rise to target_sparsity {last}, or use num_shots and schedule"
-        if (self.num_shots, self.schedule) != (5, "linear"):
-            yield "sparsities: takes the place of num_shots and schedule; remove those"
+            yield f"sparsities: must rise to target_sparsity {last}, or use num_shots"
+        if self.num_shots != 5:
+            yield "sparsities: takes the place of num_shots; remove that"
 
 
 class _NoPruning(ScheduleSection):
@@ -177,13 +169,20 @@ class SpeedSection(Section):
 class _Target(Section):
     @property
     def unit(self) -> str:
-        """Of what the model may need so much; a field has its name."""
-        return next(unit for unit in _UNITS if hasattr(self, unit))
+        """What is limited; a field has its name."""
+        return next(unit for unit in UNITS if hasattr(self, unit))
 
     @property
-    def allowed(self) -> float:
-        """What the whole model may need in the end."""
+    def value(self) -> float:
+        """What is asked for."""
         return float(getattr(self, self.unit))
+
+    def allowed(self, dense: float) -> float:
+        """Return what the whole model may need in the end, of which the dense model needs so much.
+
+        `dense` is of the budget, e.g. in seconds.
+        """
+        return self.value
 
 
 class ParametersTarget(_Target):
@@ -209,28 +208,72 @@ class FlopsTarget(_Target):
     """Tokens of that prompt"""
 
 
-class LatencyTarget(_Target):
-    """Seconds of a request."""
+class TimedTarget(_Target):
+    """Of the seconds of a request: the sum of the times of all blocks and of what is outside."""
 
-    latency_s: float = Field(gt=0)
-    """Seconds to answer a request: the sum of the times of all blocks and of what is outside them.
-    Every width is measured request.num_repeats times at the start, and the median counts
-    """
     device: Literal["cpu", "cuda"] = "cpu"
     """cpu: measured on the first worker's machine; cuda: on its GPU"""
     request: SpeedSection = SpeedSection()
-    """The request"""
+    """The request. Every width is measured request.num_repeats times at the start, and the median
+    counts
+    """
+    table: str | None = None
+    """In place of measuring: a file that `python -m examples.engine_table` wrote, with the seconds
+    that blocks take in vLLM or llama.cpp, for a request of its own; a path or an fsspec URI
+    """
+
+    @property
+    def of_decode(self) -> bool:
+        """Whether only the new tokens of the request count, not its prompt."""
+        return isinstance(self, DecodeTarget)
+
+    def problems(self) -> Iterator[str]:
+        """Yield what `table` does not go with."""
+        own = {"device": self.device != "cpu", "request": self.request != SpeedSection()}
+        for name in (name for name, is_given in own.items() if is_given and self.table):
+            yield f"{name}: the table was measured with its own; remove it, or table"
 
 
-_UNITS = ("parameters", "bytes", "flops", "latency_s")
+class LatencyTarget(TimedTarget):
+    """Seconds of a request."""
+
+    latency_s: float = Field(gt=0)
+    """Seconds to answer a request"""
+
+
+class SpeedupTarget(TimedTarget):
+    """Speed of a request."""
+
+    speedup: float = Field(gt=1)
+    """How many times as fast as by the dense model a request is answered"""
+
+    def allowed(self, dense: float) -> float:
+        """Return the seconds of a request."""
+        return dense / self.speedup
+
+
+class DecodeTarget(TimedTarget):
+    """Speed of new tokens."""
+
+    decode_tokens_per_s: float = Field(gt=0)
+    """New tokens a second, after the prompt, of all prompts of a batch together"""
+
+    def allowed(self, dense: float) -> float:
+        """Return the seconds of a new token."""
+        return 1 / self.decode_tokens_per_s
+
+
+UNITS = ("parameters", "bytes", "flops", "latency_s", "speedup", "decode_tokens_per_s")
 
 TargetSection = Annotated[
     Annotated[ParametersTarget, Tag(tag("parameters"))]
     | Annotated[BytesTarget, Tag(tag("bytes"))]
     | Annotated[FlopsTarget, Tag(tag("flops"))]
-    | Annotated[LatencyTarget, Tag(tag("latency_s"))],
+    | Annotated[LatencyTarget, Tag(tag("latency_s"))]
+    | Annotated[SpeedupTarget, Tag(tag("speedup"))]
+    | Annotated[DecodeTarget, Tag(tag("decode_tokens_per_s"))],
     by_tag(
-        lambda get: next((unit for unit in _UNITS if get(unit, None) is not None), None),
-        "one of parameters, bytes, flops and latency_s",
+        lambda get: next((unit for unit in UNITS if get(unit, None) is not None), None),
+        f"one of {', '.join(UNITS[:-1])} and {UNITS[-1]}",
     ),
 ]

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from transformers import AutoModelForCausalLM
 
+from examples.engine_table import sizes_of, table_of
 from ray_surgeon.export import folder
 from ray_surgeon.models.budgets import bytes_budget, flops_budget, parameters_budget
 from ray_surgeon.models.layout import ModelLayout
@@ -74,8 +75,8 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> Asked:
     def measure(worker: Worker, module: str, request: dict[str, Any], _: bool) -> dict[str, Any]:
         requests.append(request)
         factor = 2.0 if request["layer_type"] == "full_attention" else 1.0
-        of_widths = [factor * seconds(*width) for width in request["widths"]]
-        return {"device": "a table", "seconds": of_widths, "rest_seconds": 0.1}
+        of_widths = [[0.0, factor * seconds(*width)] for width in request["widths"]]
+        return {"device": "a table", "seconds": of_widths, "rest": [0.06, 0.04]}
 
     monkeypatch.setattr(folder, "run_on_worker", measure)
     return requests
@@ -112,6 +113,80 @@ def test_latency_is_measured_once_a_width(allocation: str, asked: Asked, job: Jo
     assert len(asked) == 2
 
 
+def test_new_tokens_alone_are_measured(asked: Asked, job: Jobs) -> None:
+    """Of two prompts with two new tokens each, so seconds are those of four tokens."""
+    dense = (0.04 + 4 * seconds(48, 2)) / 4
+    request = REQUEST | {"batch_size": 2}
+    target = {"decode_tokens_per_s": 1.25 / dense, "request": request}
+    budget = job(GROUPS, pruning__target=target).shot["budget"]
+    assert len(asked) == 1
+    assert budget["unit"] == "seconds a new token"
+    assert (budget["dense"], budget["goal"]) == (pytest.approx(dense), pytest.approx(0.8 * dense))
+    assert budget["need"] <= 0.8 * dense
+
+
+def a_table(folder: Path) -> Path:
+    """A table of an engine in which the prompt of a request takes twice as long as new tokens."""
+    sizes = sizes_of(LAYOUTS["llama"], 8)
+    assert sizes == {
+        "dense": [(4, 48, 2)],
+        "shallow": [(2, 48, 2)],
+        "channels": [(4, 8, 2), (4, 24, 2), (4, 32, 2)],
+        "kv_heads": [(4, 48, 1)],
+    }
+    of_decode: dict[Any, float] = {
+        (blocks, *rest): 0.1 + blocks * seconds(*rest)
+        for some in sizes.values()
+        for blocks, *rest in some
+    }
+    table = table_of(sizes, {size: [2 * s, s] for size, s in of_decode.items()})
+    request = {"batch_size": 1, "prompt_length": 16, "num_new_tokens": 10}
+    file = folder / "table.json"
+    file.write_text(json.dumps(table | {"engine": "a table", "request": request}))
+    return file
+
+
+@pytest.mark.parametrize(
+    ("target", "share", "unit"),
+    [
+        ({"speedup": 1.25}, 3, "latency_s"),
+        ({"latency_s": 3 * 0.8 * (0.1 + 4 * seconds(48, 2))}, 3, "latency_s"),
+        ({"decode_tokens_per_s": 12.5 / (0.1 + 4 * seconds(48, 2))}, 0.1, "seconds a new token"),
+    ],
+)
+def test_an_engine_says_what_blocks_take(
+    target: dict[str, Any], share: float, unit: str, asked: Asked, job: Jobs
+) -> None:
+    dense = share * (0.1 + 4 * seconds(48, 2))
+    target |= {"table": str(a_table(job.folder))}
+    done = job(GROUPS, pruning__target=target, pruning__allocation="uniform")
+    assert not asked, "nothing is measured here"
+    budget = done.shot["budget"]
+    assert (budget["unit"], budget["dense"]) == (unit, pytest.approx(dense))
+    assert budget["goal"] == pytest.approx(0.8 * dense)
+    rows = {linear["name"]: linear["rows_kept"] for linear in done.report["linears"]}
+    layer = "model.layers.0."
+    widths = (rows[f"{layer}mlp.up_proj"], rows[f"{layer}self_attn.k_proj"] // 8)
+    assert budget["need"] <= 0.8 * dense
+    if widths[0] in (8, 24, 32):
+        assert budget["need"] == pytest.approx(share * (0.1 + 4 * seconds(*widths)))
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"num_blocks": 5}, "a model with (5, 48, 2) blocks, feed-forward channels and KV heads"),
+        ({"rest": None}, "has no rest; give a file that `python -m examples.engine_table`"),
+    ],
+)
+def test_tables_that_are_of_no_use(changed: dict[str, Any], message: str, job: Jobs) -> None:
+    table = json.loads(a_table(job.folder).read_text()) | changed
+    file = job.folder / "other.json"
+    file.write_text(json.dumps({name: value for name, value in table.items() if value}))
+    target = {"speedup": 2, "table": str(file)}
+    assert message in job.refused("", **GROUPS, pruning__target=target)
+
+
 def test_latency_of_blocks_with_and_without_a_window(asked: Asked, job: Jobs) -> None:
     """Of four blocks three look at a window; each kind is measured by itself, so that no width is
     taken for a kind.
@@ -145,8 +220,7 @@ def test_every_width_is_timed(
         on_sim = {"function": f"{module}:answer", "arguments": {"request": asked}}
         found = zygote.run_module("tests.pretend_accelerator", on_sim)["returned"]
     assert len(found["seconds"]) == len(widths)
-    assert found["rest_seconds"] > 0
-    assert found["seconds"][0] > 0
+    assert min(*found["rest"], *found["seconds"][0]) > 0
     assert found["device"] == ("CPU, 1 threads" if device == "cpu" else "pretend H100")
 
 
@@ -160,12 +234,14 @@ OVER_THREE = "pruning.target_sparsity=0.3; pruning.tensor_parallel=3"
         ("pruning.target={parameters: 10}", "the model needs at least"),
         ("pruning.target={parameters: 1000000000}", "the dense model needs no more than"),
         ("pruning.target={parameters: 10, bytes: 10}", "bytes: is not an option of parameters"),
-        ("pruning.target={}", "expected one of parameters, bytes, flops and latency_s"),
+        ("pruning.target={}", "bytes, flops, latency_s, speedup and decode_tokens_per_s"),
         ("pruning.target={latency_s: 1, device: cuda}", "set cluster.gpus_per_worker to 1"),
+        ("pruning.target={speedup: 2, table: t, device: cuda}", "device: the table was measured"),
+        ("pruning.target={speedup: 2, table: none.json}", "none.json is not there"),
         (f"{BYTES}; pruning.target_sparsity=0.5", "got both"),
         ("", "got none"),
         (f"{BYTES}; pruning.structure=rows", "is not an option of rows_columns"),
-        (f"{BYTES}; pruning.sparsities=[0.1, 0.2]", "use num_shots and schedule"),
+        (f"{BYTES}; pruning.sparsities=[0.1, 0.2]", "or use num_shots"),
         (f"{OVER_THREE}; pruning.width_multiple=null", "dense model's 4 query heads and 2 KV"),
         (OVER_THREE, "8 channels cannot be split over tensor_parallel 3"),
     ],

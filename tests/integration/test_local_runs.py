@@ -98,7 +98,6 @@ OPTIONS: list[dict[str, Any]] = [
     {"pruning": {"target_sparsity": 0.3, "sparsities": [0.25, 0.3]}},
     *each({}, "pruning", structure=["rows", "columns"], rank_by=["cost"], num_shots=[2]),
     *each({}, "pruning", costs=["obd", "greedy"], update=["single", "none"]),
-    *each({"pruning__num_shots": 2}, "pruning", schedule=["geometric"]),
     *each({}, "curvature", kind=["activations", "identity"], damping=DAMPING, fisher=["sampled"]),
     *each({"curvature__fisher": "sampled"}, "curvature", seed=[7]),
     *each({}, "calibration", held_aside=[0.3], num_sequences=[5], stride=[None]),

@@ -149,13 +149,9 @@ class GroupChoice(Ranking):
         """
         return self.section.multiple if kind != "attention" and shot == self.section.shots else 1
 
-    @property
-    def _per_unit(self) -> bool:
-        return getattr(self.section, "rank_by", "cost_per_parameter") == "cost_per_parameter"
-
     def unit_of(self, kind: str) -> float:
         """Return what costs of groups of a kind are divided by to be ranked."""
-        return self.known_budget.size(kind) if self._per_unit else 1.0
+        return self.known_budget.size(kind)
 
     def needs(self, shape: LinearShape) -> LinearNeeds | None:
         """Return what a consumer needs; nothing else is ranked and updated."""
@@ -179,7 +175,7 @@ class GroupChoice(Ranking):
         fewest = self.fewest.get("experts", 0)
         if self.section.uniform:
             return allocate_uniformly(groups, missing, fewest_experts=fewest)
-        return allocate_globally(groups, missing, per_unit=self._per_unit, fewest_experts=fewest)
+        return allocate_globally(groups, missing, per_unit=True, fewest_experts=fewest)
 
     def choose(self, cluster: Cluster, scores: GroupScores, shot: int) -> Choice:
         """Choose how many groups every block loses."""

@@ -14,9 +14,9 @@ from ray_surgeon.spec.base import Positive
 from ray_surgeon.spec.targets import (
     FamilySection,
     FlopsTarget,
-    LatencyTarget,
     ScheduleSection,
     TargetSection,
+    TimedTarget,
 )
 from ray_surgeon.stages.curvature.section import AnyCurvature
 from ray_surgeon.stages.depth.section import Deepened
@@ -100,7 +100,7 @@ class CoupledSection(Reconstructed, Deepened, FamilySection):
         last = self.last_sparsity
         if last is None:
             assert self.target is not None
-            last = 1 - self.target.allowed / dense
+            last = 1 - self.target.allowed(dense) / dense
         return dense * (1 - self.fractions(last)[shot - 1])
 
     def check_target(self, least: float, dense: float, unit: str) -> None:
@@ -120,10 +120,10 @@ class CoupledSection(Reconstructed, Deepened, FamilySection):
             name = "sizes" if self.sizes else "target_sparsity"
             what = f"pruning.{name}: {self.last_sparsity:g}"
         else:
-            allowed = self.target.allowed
-            what = f"pruning.target: {unit} {allowed:.6g}"
+            allowed = self.target.allowed(dense)
+            what = f"pruning.target: {self.target.unit} {self.target.value:.6g}"
             if allowed >= dense:
-                more = f"the dense model needs no more than {dense:.6g}; lower it"
+                more = f"the dense model needs no more than {dense:.6g} {unit}; ask for less"
                 raise OutOfReachError(f"{what}, but {more}")
         if allowed < least:
             how = f"these groups and allocation, and a width_multiple which is {self.multiple}"
@@ -174,8 +174,6 @@ class GroupsSection(CoupledSection, Searched):
 
     allocation: Literal["global"] = "global"
     """One threshold over the model; widths differ from block to block"""
-    rank_by: Literal["cost", "cost_per_parameter"] = "cost_per_parameter"
-    """What the threshold compares: the cost of a group, or its cost per unit of the target"""
     remove_blocks: bool = False
     """Whether the last KV group or the last channels of a block may be pruned too"""
 
@@ -215,7 +213,7 @@ def problems_of_mixture(
         yield "curvature.num_backward: the experts of a mixture see too few tokens; remove it"
     if not isinstance(pruning, CoupledSection):
         return
-    if isinstance(pruning.target, LatencyTarget):
+    if isinstance(pruning.target, TimedTarget):
         yield "pruning.target: a latency is not for mixtures; give parameters, bytes or flops"
     if "experts" not in pruning.groups:
         return

@@ -11,7 +11,7 @@ import torch
 from pydantic import Tag
 
 from ray_surgeon.export.folder import Pruned
-from ray_surgeon.export.speed import latency_budget
+from ray_surgeon.export.latency import budget_in, measured_table
 from ray_surgeon.maths.group_batch import KEPT_BYTES
 from ray_surgeon.models import budgets
 from ray_surgeon.models.budgets import Budget
@@ -21,7 +21,7 @@ from ray_surgeon.plan.counts import NOTHING, StepPlan
 from ray_surgeon.plan.needs import WorkerView
 from ray_surgeon.plan.turns import block_by_block, linear_by_linear
 from ray_surgeon.spec.base import by_tag, tag
-from ray_surgeon.spec.targets import BytesTarget, FlopsTarget, LatencyTarget, TargetSection
+from ray_surgeon.spec.targets import BytesTarget, FlopsTarget, TargetSection, TimedTarget
 from ray_surgeon.stages.curvature.section import AnyCurvature
 from ray_surgeon.stages.prune import elements
 from ray_surgeon.stages.prune import groups_section as coupled
@@ -30,6 +30,7 @@ from ray_surgeon.stages.prune.layerwise import Layerwise, NoPruning, SparseGPTSe
 from ray_surgeon.stages.prune.method import Choice, Method, Ranking, Scores
 from ray_surgeon.stages.prune.rows_columns import RowsColumns, RowsColumnsSection
 from ray_surgeon.stages.stage import Facts, RunState, Stage, held_measure
+from ray_surgeon.storage import files
 
 METHODS: dict[type, type[Method]] = {
     RowsColumnsSection: RowsColumns,
@@ -135,8 +136,8 @@ def _groups(
 
 def _budget(layout: ModelLayout, target: TargetSection | None, dtype: str) -> Budget | None:
     """Return what groups save from; None if it must be measured first."""
-    if isinstance(target, LatencyTarget):
-        return None
+    if isinstance(target, TimedTarget):
+        return budget_in(target.table, layout, target) if target.table else None
     if isinstance(target, FlopsTarget):
         return budgets.flops_budget(layout, target.prompt_length)
     if isinstance(target, BytesTarget):
@@ -154,11 +155,13 @@ class Latency(Stage):
     def run(self, run: RunState, facts: Facts) -> None:
         """Measure, unless an earlier try of the run did."""
         section = self.method.section
-        assert isinstance(section.target, LatencyTarget)
+        assert isinstance(section.target, TimedTarget)
         shrinking = section.shrinking(self.method.fewest)
         uri = run.directory.path("latency.json")
-        dense = Pruned(run.cluster, run.layout, run.model, {}, run.calibration, run.texts)
-        budget = latency_budget(dense, section.target, shrinking, uri)
+        if not files.exists(uri):
+            dense = Pruned(run.cluster, run.layout, run.model, {}, run.calibration, run.texts)
+            files.write_json(uri, measured_table(dense, section.target, shrinking))
+        budget = budget_in(uri, run.layout, section.target)
         run.keep(replace(self.method, budget=budget))
         facts["dense_s"] = budget.dense
 

@@ -1,0 +1,116 @@
+"""Latency as a budget: seconds of a request as a sum over blocks, by their widths.
+
+They are in a table, which is measured here, see `speed`, or was in the engine that will serve.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from ray_surgeon.export import folder as folders
+from ray_surgeon.export.for_engines import Shrinking
+from ray_surgeon.models.budgets import Budget
+from ray_surgeon.models.layers import LAYER_KINDS, layers_of
+from ray_surgeon.models.layout import ModelLayout
+from ray_surgeon.spec.targets import TimedTarget
+from ray_surgeon.storage import files
+
+Record = dict[str, Any]
+"""Something that travels as JSON."""
+_PARTS = {"request", "num_blocks", "channels", "kv_heads", "rest"}
+"""Of a table, see `measured_table`."""
+
+
+def measured_table(dense: folders.Pruned, target: TimedTarget, shrinking: Shrinking) -> Record:
+    """Measure what may be left of blocks, in the mean over the kinds of blocks of the model.
+
+    Args:
+        dense: the model; the first worker's machine measures.
+        target: what is measured.
+        shrinking: which widths are measured.
+
+    Returns:
+        ``request`` and the number of blocks; ``channels`` and ``kv_heads``, the seconds that a
+        block with so many takes for the prompts and for the new tokens; and ``rest``, those of what
+        is outside the blocks.
+
+    Raises:
+        RuntimeError: the measuring process fails.
+    """
+    layout = dense.layout
+    channels = shrinking.channels(layout)
+    heads = shrinking.kv_heads(layout)
+    widths = [[number, heads[-1]] for number in channels]
+    widths += [[channels[-1], number] for number in heads[:-1]]
+    about = {"device": target.device, "request": target.request.model_dump()}
+    request = about | {"document": folders.dense_document(dense.model), "widths": widths}
+    # a block with a sliding window takes another time
+    kinds = Counter(getattr(layout.config, "layer_types", None) or [None])
+    module = "ray_surgeon.export.speed"
+    measured = [
+        folders.run_beside(dense.cluster, module, request | {"layer_type": kind}) for kind in kinds
+    ]
+    times = [[*found["seconds"], found["rest"]] for found in measured]
+    *seconds, rest = np.average(times, axis=0, weights=[*kinds.values()]).tolist()
+    by_channels = dict(zip(channels, seconds, strict=False))
+    whole = seconds[len(channels) - 1]
+    by_heads = dict(zip(heads, [*seconds[len(channels) :], whole], strict=True))
+    own = {"num_blocks": layout.num_blocks, "channels": by_channels, "kv_heads": by_heads}
+    return about | own | {"device": measured[0]["device"], "rest": rest}
+
+
+def budget_in(uri: str, layout: ModelLayout, target: TimedTarget) -> Budget:
+    """Return a budget from a table, by what is measured of the widths next to each.
+
+    Raises:
+        ValueError: it is no such table, or one of another model.
+    """
+    where = f"pruning.target.table: {uri}"
+    table: Record = files.read_json(uri) if files.exists(uri) else {}
+    if absent := _PARTS - table.keys():
+        remedy = "give a file that `python -m examples.engine_table` wrote"
+        raise ValueError(f"{where} is not there or has no {', '.join(sorted(absent))}; {remedy}")
+    request = table["request"]
+    num_tokens = request["batch_size"] * request["num_new_tokens"] if target.of_decode else 1
+
+    def of_parts(parts: list[float]) -> float:
+        return float(sum(parts[target.of_decode :])) / num_tokens
+
+    by_channels, by_heads = (
+        {int(number): of_parts(parts) for number, parts in table[name].items()}
+        for name in ("channels", "kv_heads")
+    )
+    own = (layout.num_blocks, layout.num_channels, layout.heads.num_kv)
+    found = (table["num_blocks"], max(by_channels), max(by_heads))
+    if own != found:
+        names = "blocks, feed-forward channels and KV heads"
+        problem = f"of a model with {found} {names}, but this one has {own}"
+        raise ValueError(f"{where} is {problem}; measure this one")
+    channels, heads = _of_each_number(by_channels), _of_each_number(by_heads)
+    by_left = {"ffn": channels, "attention": tuple(seconds - heads[-1] for seconds in heads)}
+    parts = {"blocks": channels[-1]}
+    for kind, name in (("ffn_layers", "ffn"), ("attention_layers", "attention")):
+        parts[kind] = by_left[name][-1] - by_left[name][0]
+    of_layers = {layer.key: parts[layer.kind] for layer in layers_of(layout, LAYER_KINDS)}
+    unit = "seconds a new token" if target.of_decode else "latency_s"
+    num_blocks = dict.fromkeys(by_left, layout.num_blocks)
+    return Budget(unit, of_parts(table["rest"]), by_left, num_blocks, of_layers=of_layers)
+
+
+def _of_each_number(measured: Mapping[int, float]) -> tuple[float, ...]:
+    """Return the seconds with 0, 1, ... groups left.
+
+    Values are linear between measured numbers, go on from the two lowest below these, and never
+    fall.
+    """
+    numbers = sorted(measured)
+    rising = np.maximum.accumulate([measured[number] for number in numbers]).tolist()
+    if numbers[0] and len(numbers) > 1:
+        each = (rising[1] - rising[0]) / (numbers[1] - numbers[0])
+        rising.insert(0, max(0.0, rising[0] - each * numbers[0]))
+        numbers.insert(0, 0)
+    return tuple(float(value) for value in np.interp(range(numbers[-1] + 1), numbers, rising))
