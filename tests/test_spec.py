@@ -163,10 +163,6 @@ MISTAKES = [
     (f"{ELEMENT}; pruning.costs=obs_sum", "is of N:M groups"),
     (f"{ELEMENT}; pruning.update={{solver: single, num_iterations: 4}}", "has no iterations"),
     (f"{GROUPS}; pruning.groups=[ffn, ffn]", "name a kind twice"),
-    (
-        f"{GROUPS}; pruning.groups=[experts]; pruning.remove_blocks=true",
-        "is of KV groups and channels",
-    ),
     (f"{GROUPS}; pruning.groups=[experts]; curvature.damping={{a: 0.1}}", "invert no factor"),
 ]
 

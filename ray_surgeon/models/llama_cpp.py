@@ -79,7 +79,7 @@ def _misread(layout: ModelLayout, known: LlamaCpp, widths: Sequence[BlockWidths]
     elif differ and known.name != "llama":
         yield f"{its} has blocks of one width only; set pruning.allocation: uniform"
     if differ and any(not width.num_kv_heads or not width.num_channels for width in widths):
-        yield "it misreads blocks without heads or channels; set pruning.remove_blocks: false"
+        yield "it misreads blocks without heads or channels; set pruning.groups: [blocks]"
 
 
 def _misread_of_gemma(config: PretrainedConfig) -> Iterator[str]:

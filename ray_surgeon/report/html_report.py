@@ -49,6 +49,7 @@ def rendered(template: str, **context: Any) -> str:
     environment.loader = jinja2.FileSystemLoader(Path(__file__).parent)
     environment.autoescape = jinja2.select_autoescape(["html.jinja"])
     environment.undefined = jinja2.StrictUndefined
+    environment.globals["size_name"] = reports.size_name
     environment.filters["excerpt"] = excerpt
     environment.filters["yaml"] = functools.partial(yaml.safe_dump, sort_keys=False)
     return environment.get_template(template).render(context)

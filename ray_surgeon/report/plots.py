@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, LogFormatter, MaxNLocator
 
-from ray_surgeon.report.record import family_of, has_generation, texts_of
+from ray_surgeon.report.record import family_of, has_generation, size_name, texts_of
 from ray_surgeon.storage import files
 
 Records = Sequence[Mapping[str, Any]]
@@ -134,14 +134,14 @@ def sizes_figure(record: Mapping[str, Any]) -> Figure:
         axes.plot(*zip(*line, strict=True), **_style(number, record) | {"label": text})
     for size, speed, shot in points:
         highest = max(shot["divergence"].values())
-        axes.annotate(f"{100 * size:g} %", (speed, highest), (0, 6), textcoords="offset points")
+        axes.annotate(size_name(record, size), (speed, highest), (0, 6), textcoords="offset points")
     axes.grid(**_SOFT)
     axes.legend()
     return figure
 
 
 def _timed_sizes(record: Mapping[str, Any]) -> list[tuple[float, float, Mapping[str, Any]]]:
-    """Return the sizes that were timed: sparsity, speed, and the shot."""
+    """Return the sizes that were timed: size, speed, and the shot."""
     return [
         (size, export["speed"]["decode_ratio"], shot)
         for size, shot in family_of(record).items()

@@ -16,6 +16,7 @@ from ray_surgeon.report.directory import Record, RunDirectory
 from ray_surgeon.report.events import Steps
 from ray_surgeon.runtime.worker import LinearSummary
 from ray_surgeon.spec.base import refusing
+from ray_surgeon.spec.targets import UNITS
 from ray_surgeon.storage import files as store
 from ray_surgeon.storage import tensor_files
 
@@ -94,6 +95,13 @@ def sizes_of(record: Record) -> list[float]:
     return list((record["spec"]["pruning"] or {}).get("sizes") or ())
 
 
+def size_name(record: Record, size: float) -> str:
+    """Return what people call a size: a share that is gone, or a value of the target's unit."""
+    target = record["spec"]["pruning"].get("target") or {}
+    unit = next((unit for unit in UNITS if unit in target), None)
+    return f"{100 * size:.4g} %" if unit is None else f"{unit} {size:g}"
+
+
 def shots_by_size(record: Record) -> dict[float | None, Record]:
     """Return the size that an export has, None where there is one only -> the shot it is of."""
     shots = record["shots"]
@@ -104,7 +112,7 @@ def shots_by_size(record: Record) -> dict[float | None, Record]:
 
 
 def family_of(record: Record) -> dict[float, Record]:
-    """Return the sizes of a family: sparsity -> the record of its shot, with its ``exports``."""
+    """Return the sizes of a family -> the record of its shot, with its ``exports``."""
     of_sizes = shots_by_size(record) if sizes_of(record) else {}
     return {
         size: {**shot, "exports": [e for e in record["exports"] if e["size"] == size]}

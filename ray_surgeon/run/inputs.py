@@ -100,10 +100,10 @@ class Inputs:
     def notes(self) -> list[str]:
         """What is to be done, and what to know of it, for people, a line each."""
         shots = self.spec.schedule.shots
-        size = self.calibration.size
-        of_shots = f"{shots} shot{'s' * (shots > 1)} to " * (self.spec.pruning is not None)
-        lines = [f"{of_shots}{self.goal}, {size} calibration tokens{' each' * bool(of_shots)}"]
-        lines += [] if self.chosen_text is None else [self.chosen_text]
+        about = f"{self.goal}, {self.calibration.size} calibration tokens"
+        if self.spec.pruning is not None:
+            about = f"{shots} shot{'s' * (shots > 1)} to {about} each"
+        lines = [about, *filter(None, [self.chosen_text])]
         stored = str(getattr(self.layout.config, "dtype", None)).removeprefix("torch.")
         if stored in ("bfloat16", "float16") and self.spec.model.dtype == "float32":
             twice = f"config.json says {stored}, but this job and its exports are in float32"

@@ -46,7 +46,7 @@ class PruneResult:
 
     @property
     def sizes(self) -> dict[float, Mapping[str, Any]]:
-        """The sizes of a family: sparsity -> ``perplexity``, ``divergence``, ``exports`` and more.
+        """The sizes of a family as the spec has them -> ``perplexity``, ``exports`` and more.
 
         Each is the report's record of the shot that ends at the size, with its exports.
         """

@@ -121,8 +121,8 @@ def stages_after_shots(spec: JobSpec, layout: ModelLayout) -> tuple[Stage, ...]:
     if pruning is None:
         check_exports(spec.output, layout, Shrinking({}, 1, 1, uniform=True))
     schedule = spec.schedule
-    sparsities = getattr(pruning, "sizes", None) or (None,)
-    pairs = zip(schedule.size_shots, sparsities, strict=True)
+    values = getattr(pruning, "sizes", None) or (None,)
+    pairs = zip(schedule.size_shots, values, strict=True)
     sizes = [Size(shot, size, shot == schedule.shots) for shot, size in pairs]
     return _exports_of(spec.output, spec.evaluation.tasks, sizes)
 
@@ -137,7 +137,7 @@ def _exports_of(
     """
     stages = list[Stage]()
     for size in reversed(sizes):
-        if output.sizes is None or size.sparsity in output.sizes:
+        if output.sizes is None or size.value in output.sizes:
             stages += [Export(size, kind, output, tasks) for kind in output.exports]
             stages += [] if output.quantize is None else [Quantise(size, output.quantize)]
     return tuple(stages)

@@ -14,7 +14,8 @@ from ray_surgeon.spec.base import Section
 from ray_surgeon.spec.calibration import CalibrationSection
 from ray_surgeon.spec.evaluation import EvaluationSection
 from ray_surgeon.spec.presets import PresetName, with_preset
-from ray_surgeon.spec.targets import NO_PRUNING, ScheduleSection, TimedTarget
+from ray_surgeon.spec.schedule import NO_PRUNING, ScheduleSection
+from ray_surgeon.spec.targets import TimedTarget
 from ray_surgeon.stages.curvature.section import CurvatureSection, KfacSection
 from ray_surgeon.stages.prune.groups_section import CoupledSection
 from ray_surgeon.stages.prune.methods import PruningSection

@@ -29,13 +29,13 @@ class Size:
     """One of the sizes that a run passes through."""
 
     shot: int  # after which the model has it
-    sparsity: float | None = None  # None where there is only one
+    value: float | None = None  # as in pruning.sizes; None where there is only one
     is_last: bool = True  # whether no shot comes after it
 
     @property
     def suffix(self) -> str:
         """Return what names of folders of exports end with."""
-        return "" if self.is_last or self.sparsity is None else f"-{self.sparsity:g}"
+        return "" if self.is_last or self.value is None else f"-{self.value:g}"
 
 
 def pruned_of(run: RunState, shot: int) -> Pruned:
@@ -46,8 +46,8 @@ def pruned_of(run: RunState, shot: int) -> Pruned:
 
 def tell_of(entry: dict[str, Any], run: RunState, facts: Facts, size: Size) -> None:
     """Put an export's entry into its card, the report, and the line of its step."""
-    if size.sparsity is not None:
-        entry["size"] = size.sparsity
+    if size.value is not None:
+        entry["size"] = size.value
     about = run.report.model_card_facts(size.shot)
     card = rendered("card.md.jinja", entry=entry, source=run.model.source, facts=about)
     files.write_text(files.join(entry["uri"], "README.md"), card)
@@ -67,7 +67,7 @@ class LoadSize(Stage):
     def run(self, run: RunState, facts: Facts) -> None:
         """Load them."""
         load_weights(run, self.method, run.directory.read_shot(self.size.shot).files)
-        facts["size"] = self.size.sparsity or 0.0
+        facts["size"] = self.size.value or 0.0
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,8 @@ from ray_surgeon.export import folder
 from ray_surgeon.models.budgets import bytes_budget, flops_budget, parameters_budget
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.models.pruned_config import kv_heads_left
+from ray_surgeon.report.html_report import page
+from ray_surgeon.run.result import PruneResult
 from ray_surgeon.runtime.worker import Worker
 from ray_surgeon.spec.targets import SpeedSection
 from tests.conftest import LAYOUTS, Zygote
@@ -172,6 +174,22 @@ def test_an_engine_says_what_blocks_take(
         assert budget["need"] == pytest.approx(share * (0.1 + 4 * seconds(*widths)))
 
 
+def test_a_family_of_speeds(job: Jobs) -> None:
+    dense = 3 * (0.1 + 4 * seconds(48, 2))
+    target = {"speedup": 1.5, "table": str(a_table(job.folder))}
+    options = GROUPS | {"pruning__target": target, "pruning__sizes": [1.25, 1.5]}
+    options |= {"pruning__allocation": "uniform", "output__exports": ["uniform"]}
+    done = job(options, pruning__num_shots=2)
+    goals = [shot["budget"]["goal"] for shot in done.shots]
+    assert goals == pytest.approx([dense * part for part in (0.9, 0.8, 11 / 15, 2 / 3)])
+    assert [export["size"] for export in done.exports] == [1.5, 1.25]
+    assert "uniform export at speedup 1.25: " in done.out
+    result = PruneResult(str(done.uri), done.report)
+    ends = {size: shot["budget"]["goal"] for size, shot in result.sizes.items()}
+    assert ends == {1.25: pytest.approx(0.8 * dense), 1.5: pytest.approx(2 / 3 * dense)}
+    assert "<td>speedup 1.5</td>" in page([done.report])
+
+
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
@@ -238,7 +256,9 @@ OVER_THREE = "pruning.target_sparsity=0.3; pruning.tensor_parallel=3"
         ("pruning.target={latency_s: 1, device: cuda}", "set cluster.gpus_per_worker to 1"),
         ("pruning.target={speedup: 2, table: t, device: cuda}", "device: the table was measured"),
         ("pruning.target={speedup: 2, table: none.json}", "none.json is not there"),
-        (f"{BYTES}; pruning.target_sparsity=0.5", "got both"),
+        (f"{BYTES}; pruning.target_sparsity=0.5", "got target_sparsity and target"),
+        (f"{BYTES}; pruning.sizes=[20, 15]", "give smaller and smaller models that end at it"),
+        (f"{BYTES}; pruning.sizes=[20, 30, 10]", "give smaller and smaller models that end at it"),
         ("", "got none"),
         (f"{BYTES}; pruning.structure=rows", "is not an option of rows_columns"),
         (f"{BYTES}; pruning.sparsities=[0.1, 0.2]", "or use num_shots"),

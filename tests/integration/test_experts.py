@@ -149,18 +149,6 @@ def test_heads_with_sinks(job: Jobs) -> None:
     assert {num_kv_heads for _, num_kv_heads in export["widths"]} == {1}
 
 
-def test_whole_layers_of_a_mixture_may_go(job: Jobs) -> None:
-    """Experts and shared experts without channels, dense layers and attention without any, in the
-    classes that go along.
-    """
-    kinds = ["attention", "ffn", "shared_experts", "expert_channels"]
-    options = PER_BLOCK | {"pruning__groups": kinds, "pruning__target_sparsity": 0.8}
-    export = exported(job(options, model="qwen2_moe", pruning__remove_blocks=True))
-    assert 0 in [width for experts in export["experts"] for width in experts]
-    assert 0 in [number for widths in export["widths"] for number in widths]
-    assert export["loaders"]["vLLM"] == "not run"
-
-
 @pytest.mark.parametrize("method", ["sparsegpt", "wanda; curvature=null"])
 def test_an_expert_that_was_not_called_keeps_its_largest_weights(method: str, job: Jobs) -> None:
     """It may be called yet."""

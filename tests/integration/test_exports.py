@@ -204,7 +204,6 @@ AS_UNIFORM = f"{AS_GROUPS}; pruning.allocation=uniform"
         ("llama", f"{AS_GROUPS}; output.exports=[uniform]", "needs pruning.allocation uniform"),
         ("llama", "output.exports=[masked, masked]", "names one twice"),
         ("llama", f"{AS_GROUPS}; output.speed={{}}", "speed: needs one of the exports"),
-        ("llama", "pruning.remove_blocks=true", "pruning.remove_blocks"),
         ("gpt2", AS_UNIFORM, "at most 0.3525"),
         ("llama", f"{AS_GROUPS}; pruning.groups=[attention]", "at most"),
     ],

@@ -198,7 +198,7 @@ ONE_HEAD = [(8, 1)]
         ("opt", {}, ONE_HEAD, "llama.cpp does not know the family opt"),
         ("mistral", {}, ONE_HEAD, "would ignore sliding_window 8"),
         ("qwen2", {}, [(8, 2), (16, 2)], "set pruning.allocation: uniform"),
-        ("llama", {}, [(8, 1), (0, 1)], "set pruning.remove_blocks: false"),
+        ("llama", {}, [(8, 1), (0, 1)], r"set pruning\.groups: \[blocks\]"),
         ("qwen2", {}, ONE_HEAD, r"set pruning\.groups: \[ffn\]"),
         ("llama", {"hidden_act": "gelu"}, ONE_HEAD, "has the activation silu, the model gelu"),
         ("llama-biases", {}, ONE_HEAD, "has no attention_bias"),

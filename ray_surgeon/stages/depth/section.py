@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 
 from ray_surgeon.models.layers import LAYER_KINDS
 from ray_surgeon.spec.base import Positive, Section
-from ray_surgeon.spec.targets import ScheduleSection
+from ray_surgeon.spec.schedule import ScheduleSection
 
 LayerCosts = Literal["divergence", "loss", "influence", "last", "random"]
 MEASURED = {"divergence", "loss"}

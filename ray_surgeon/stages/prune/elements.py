@@ -25,7 +25,7 @@ from ray_surgeon.plan.work import LinearNeeds
 from ray_surgeon.runtime.cluster import Cluster
 from ray_surgeon.runtime.worker import Worker
 from ray_surgeon.spec.base import Positive, Section
-from ray_surgeon.spec.targets import SparsitySection
+from ray_surgeon.spec.schedule import SparsitySection
 from ray_surgeon.stages.prune.method import ByThreshold, Choice, Scored, Scores
 
 

@@ -11,13 +11,8 @@ from ray_surgeon.export.for_engines import Shrinking
 from ray_surgeon.maths.threshold import OutOfReachError
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.spec.base import Positive
-from ray_surgeon.spec.targets import (
-    FamilySection,
-    FlopsTarget,
-    ScheduleSection,
-    TargetSection,
-    TimedTarget,
-)
+from ray_surgeon.spec.schedule import FamilySection, ScheduleSection
+from ray_surgeon.spec.targets import FlopsTarget, TimedTarget
 from ray_surgeon.stages.curvature.section import AnyCurvature
 from ray_surgeon.stages.depth.section import Deepened
 from ray_surgeon.stages.reconstruction.section import Reconstructed
@@ -75,8 +70,6 @@ class CoupledSection(Reconstructed, Deepened, FamilySection):
     """
     target_sparsity: float | None = Field(None, gt=0, lt=1)
     """Fraction of the parameters of the blocks' linears to remove, biases included"""
-    target: TargetSection | None = None
-    """In place of target_sparsity: what the whole model may need in the end"""
 
     @property
     def fewest_groups(self) -> dict[str, int]:
@@ -97,11 +90,11 @@ class CoupledSection(Reconstructed, Deepened, FamilySection):
 
     def goal(self, dense: float, shot: int) -> float:
         """Return what the model may need of a budget after a shot, of which it needs `dense`."""
-        last = self.last_sparsity
-        if last is None:
-            assert self.target is not None
-            last = 1 - self.target.allowed(dense) / dense
-        return dense * (1 - self.fractions(last)[shot - 1])
+        if self.target is None:
+            return dense * (1 - self.targets[shot - 1])
+        wanted = [self.target.of(size) for size in self.sizes or (self.target.value,)]
+        ends = [1 - target.allowed(dense) / dense for target in wanted]
+        return dense * (1 - self.through(ends)[shot - 1])
 
     def check_target(self, least: float, dense: float, unit: str) -> None:
         """Refuse a target that cannot be reached, or that the dense model meets already.
@@ -161,11 +154,9 @@ class CoupledSection(Reconstructed, Deepened, FamilySection):
         if self.multiple % self.tensor_parallel:
             devices = f"tensor_parallel {self.tensor_parallel}; give a multiple of it"
             yield f"width_multiple: {self.multiple} channels cannot be split over {devices}"
-        targets = {"target_sparsity": self.target_sparsity, "target": self.target}
-        named = [name for name, value in (targets | {"sizes": self.sizes}).items() if value]
-        if len(named) != 1:
-            got = "both" if named == ["target_sparsity", "target"] else " and ".join(named)
-            got = got or "none"
+        named = [name for name in ("target_sparsity", "target", "sizes") if getattr(self, name)]
+        if len(named) != 1 and named != ["target", "sizes"]:
+            got = " and ".join(named) or "none"
             yield f"target_sparsity: give this, sizes or target, got {got}"
 
 
@@ -174,21 +165,11 @@ class GroupsSection(CoupledSection, Searched):
 
     allocation: Literal["global"] = "global"
     """One threshold over the model; widths differ from block to block"""
-    remove_blocks: bool = False
-    """Whether the last KV group or the last channels of a block may be pruned too"""
 
     def problems(self) -> Iterator[str]:
         """Yield what fields have against each other."""
         if self.search is not None and "experts" in self.groups:
             yield "search: does not go with whole experts; use expert_channels, or leave it out"
-        if self.remove_blocks and set(self.groups) == {"experts"}:
-            yield "remove_blocks: is of KV groups and channels; remove it, or name other groups"
-
-    @property
-    def fewest_groups(self) -> dict[str, int]:
-        """Groups of each kind that stay in every block."""
-        fewest = super().fewest_groups
-        return dict.fromkeys(fewest, 0) if self.remove_blocks else fewest
 
 
 class UniformGroupsSection(CoupledSection):

@@ -23,7 +23,7 @@ from ray_surgeon.runtime.cluster import Cluster
 from ray_surgeon.runtime.passes import BlockPass
 from ray_surgeon.runtime.wave import Tokens
 from ray_surgeon.runtime.worker import LinearSummary, Worker, summaries
-from ray_surgeon.spec.targets import NO_PRUNING, ScheduleSection
+from ray_surgeon.spec.schedule import NO_PRUNING, ScheduleSection
 from ray_surgeon.stages.prune.elements import PatternSection
 from ray_surgeon.stages.prune.method import Applied, Choice, Method
 

@@ -23,7 +23,7 @@ from ray_surgeon.plan.work import LinearNeeds
 from ray_surgeon.runtime.cluster import Cluster
 from ray_surgeon.runtime.wave import Tokens
 from ray_surgeon.runtime.worker import Worker, collective
-from ray_surgeon.spec.targets import SparsitySection
+from ray_surgeon.spec.schedule import SparsitySection
 from ray_surgeon.stages.curvature.section import AnyCurvature, ExtendedKfacSection
 from ray_surgeon.stages.prune.method import Applied, ByThreshold, Choice, Scored, Scores
 

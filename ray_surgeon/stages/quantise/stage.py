@@ -83,7 +83,7 @@ class Quantise(Stage):
     def run(self, run: RunState, facts: Facts) -> None:
         """Write and evaluate the copy."""
         kinds = {(e["kind"], e.get("size")): e for e in run.report.exports}
-        uniform = kinds["uniform", self.size.sparsity]
+        uniform = kinds["uniform", self.size.value]
         target = f"{uniform['uri']}-{self.section.scheme}"
         entry = quantise(pruned_of(run, self.size.shot), uniform, target, self.section)
         tell_of(entry, run, facts, self.size)

@@ -18,7 +18,7 @@ from ray_surgeon.report.html_report import LivePage
 from ray_surgeon.runtime.dense_states import CALIBRATION
 from ray_surgeon.runtime.teacher import drop_teacher, load_teacher
 from ray_surgeon.runtime.weights import ModelRecipe
-from ray_surgeon.spec.targets import ScheduleSection
+from ray_surgeon.spec.schedule import ScheduleSection
 from ray_surgeon.stages.recovery.batches import Batches, CalibrationBatches, StreamBatches
 from ray_surgeon.stages.recovery.needs import RecoveryNeeds
 from ray_surgeon.stages.recovery.rates import Check

@@ -7,7 +7,7 @@ from typing import ClassVar
 from pydantic import Field
 
 from ray_surgeon.spec.base import Positive, Section
-from ray_surgeon.spec.targets import ScheduleSection
+from ray_surgeon.spec.schedule import ScheduleSection
 
 
 class SearchSection(Section):
