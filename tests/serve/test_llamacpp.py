@@ -13,11 +13,22 @@ import pytest
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks import importance
+from examples import engine_table
 from ray_surgeon.export.gguf_file import write_gguf
 from ray_surgeon.models.pruned_config import BlockWidths
+from tests.integration.runs import run
 from tests.serve import environments
 from tests.serve.compare import NUM_NEW_TOKENS, TOLERANCE, compare
-from tests.serve.models import BLOCKS, FAMILIES, MIXTURES, PROMPTS, VOCABULARY, exported, of_pieces
+from tests.serve.models import (
+    BLOCKS,
+    FAMILIES,
+    MIXTURES,
+    PROMPTS,
+    VOCABULARY,
+    exported,
+    of_pieces,
+    tokenizer,
+)
 
 pytestmark = [
     pytest.mark.serve,
@@ -113,13 +124,36 @@ def test_the_importance_matrix(tmp_path: Path) -> None:
     assert len(found["tokens"]) == NUM_NEW_TOKENS
 
 
+def test_a_table_of_seconds(tmp_path: Path) -> None:
+    """Of a tiny model, whose numbers are of no use; a job is pruned by them."""
+    model = tmp_path / "model"
+    AutoModelForCausalLM.from_config(FAMILIES["llama"]).save_pretrained(model)
+    tokenizer().save_pretrained(model)
+    file = tmp_path / "table.json"
+    engine = ["--engine", "llamacpp", "--python", str(environments.python_of("llamacpp"))]
+    request = ["--rounds", "1", "--prompt-length", "16", "--num-new-tokens", "8"]
+    assert engine_table.main([str(model), str(file), *engine, *request]) == 0
+    table = json.loads(file.read_text())
+    assert list(table["channels"]) == ["64", "128", "192", "256"]
+    assert list(table["kv_heads"]) == ["1", "2"]
+    assert table["channels"]["256"] == table["kv_heads"]["2"]
+    # made to fall, so that there is something to save
+    table["channels"] = {width: [0.0, 1e-6 * int(width)] for width in table["channels"]}
+    file.write_text(json.dumps(table | {"rest": [0.0, 1e-6]}))
+    pruning = {"structure": "groups", "num_shots": 1, "groups": ["ffn"]}
+    pruning["target"] = {"decode_tokens_per_s": 1e4, "table": str(file)}
+    assert run(tmp_path, model, pruning=pruning) == 0
+    (shot,) = json.loads((tmp_path / "run" / "report.json").read_text())["shots"]
+    assert 0 < shot["budget"]["need"] <= 1e-4
+
+
 def test_a_tokenizer_of_pieces(tmp_path: Path) -> None:
     """SentencePiece's BPE as Llama 2 has it, with text that needs bytes."""
-    tokenizer = of_pieces()
+    cuts = of_pieces()
     config = copy.deepcopy(FAMILIES["llama"])
     config.vocab_size = 1000
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
+    cuts.save_pretrained(tmp_path)
     file = tmp_path / "x.gguf"
     config = AutoConfig.from_pretrained(tmp_path)
     write_gguf(str(tmp_path), config, [BlockWidths(256, 2)] * 4, "f32", "pieces", file)
@@ -127,5 +161,5 @@ def test_a_tokenizer_of_pieces(tmp_path: Path) -> None:
     found = environments.run(
         "llamacpp", REQUEST | {"file": str(file), "prompts": [], "texts": texts}
     )
-    expected = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    expected = [cuts(text, add_special_tokens=False)["input_ids"] for text in texts]
     assert found["tokenized"] == expected
