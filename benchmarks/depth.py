@@ -49,7 +49,6 @@ def spec_of(
     pruning = {"structure": "groups", "allocation": "uniform", **pruning}
     document |= {"name": uri.name, "pruning": pruning, "recovery": recovery}
     document |= {"output": {"uri": str(uri), "exports": list(exports)}}
-    document |= {"cluster": {"backend": "local", "cpus_per_worker": 2}}
     return JobSpec.model_validate(document)
 
 

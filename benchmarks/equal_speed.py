@@ -1,11 +1,11 @@
 """What is lost at equal speed of decoding, by width, by depth and by both, as a Markdown table.
 
-``python -m benchmarks.equal_speed FOLDER --engine llamacpp --python PYTHON`` prunes SmolLM2 to a
-family of sizes in every way, serves each size in turns with the dense model, one request at a time,
-and reads off what is lost where decoding is 1.25 and 1.5 times as fast as the dense model's:
-divergence on Python's help, docstrings and descriptions of packages, a line between neighbouring
-sizes. The Python has xllamacpp or, with ``--engine vllm``, vLLM. Runs that are there are read, not
-made again, and runs that were stopped go on.
+``python -m benchmarks.equal_speed FOLDER --engine llamacpp --python PYTHON`` measures a table of
+seconds (`examples.engine_table`), prunes SmolLM2 in every way to speeds by it, serves each size in
+turns with the dense model, one request at a time, and reads off what is lost where decoding is 1.25
+and 1.5 times as fast as the dense model's: divergence on Python's help, docstrings and descriptions
+of packages, a line between neighbouring sizes. The Python has xllamacpp or, with ``--engine vllm``,
+vLLM. Tables and runs that are there are read, not made again, and runs that were stopped go on.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import ray_surgeon
 from benchmarks.depth import spec_of
 from benchmarks.peers import file_name
 from benchmarks.recovery import QUICKSTART
-from examples import serve_llamacpp, serve_vllm
+from examples import engine_table, serve_llamacpp, serve_vllm
 from examples.serving import medians
 from ray_surgeon.spec.parsing import parse_spec
 from ray_surgeon.storage.sources import open_model
@@ -37,18 +37,23 @@ WAYS: dict[str, dict[str, Any]] = {
         "depth": {"num_removed": 3},
     },
 }
-SIZES = (0.15, 0.25, 0.35, 0.45)
+SIZES = (1.25, 1.5, 1.65)
+"""Times as fast by the table; what is measured of the whole model may be less."""
 SPEEDS = (1.25, 1.5)
+REQUEST = ("--prompt-length", "16", "--num-new-tokens", "64")
+"""Nearly all of it is decoding."""
 
 Point = tuple[float, dict[str, float]]
 """How fast a size decodes, in speeds of the dense model, and its divergence by text."""
 Command = Callable[[Path], list[str]]
 
 
-def run_of(way: str, folder: Path) -> ray_surgeon.PruneResult:
+def run_of(way: str, folder: Path, table: Path) -> ray_surgeon.PruneResult:
     """Return a run with a family of sizes, which is made unless it is there; without recovery."""
-    uri = folder / file_name(way)
-    spec = spec_of({"sizes": list(SIZES), **WAYS[way]}, uri, ["uniform", "gguf"])
+    uri = folder / f"{file_name(way)}-{table.stem}"
+    target = {"speedup": SIZES[-1], "table": str(table)}
+    pruning = {"sizes": list(SIZES), "target": target, "num_shots": 1, **WAYS[way]}
+    spec = spec_of(pruning, uri, ["uniform", "gguf"])
     return ray_surgeon.prune(spec=spec, resume=uri.exists())
 
 
@@ -101,9 +106,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=list(WAYS))
     parser.add_argument("--port", type=int, default=8013)
     arguments = parser.parse_args(argv)
-    results = {way: run_of(way, arguments.folder) for way in arguments.ways}
     source = parse_spec(QUICKSTART.read_text(encoding="utf-8")).model
     dense = open_model(source).small_files_folder()
+    seconds = arguments.folder / f"{arguments.engine}.json"
+    if not seconds.exists():
+        arguments.folder.mkdir(parents=True, exist_ok=True)
+        engine = ["--engine", arguments.engine, "--python", arguments.python]
+        engine_table.main([str(dense), str(seconds), *engine, *REQUEST])
+    results = {way: run_of(way, arguments.folder, seconds) for way in arguments.ways}
 
     def of_llamacpp(place: Path) -> list[str]:
         file = place if place.is_file() else next(place.glob("*-BF16.gguf"))

@@ -58,7 +58,6 @@ def run_of(name: str, pruning: Mapping[str, Any], folder: Path, recovery: Any) -
         document = yaml.safe_load(QUICKSTART.read_text(encoding="utf-8"))
         document |= {"name": name, "pruning": {"structure": "groups", **pruning}}
         document |= {"output": {"uri": str(folder / name), "exports": []}}
-        document |= {"cluster": {"backend": "local", "cpus_per_worker": 2}}
         document |= {} if recovery is None else {"recovery": recovery}
         ray_surgeon.prune(spec=JobSpec.model_validate(document), resume=(folder / name).exists())
     report: dict[str, Any] = json.loads(written.read_text(encoding="utf-8"))

@@ -3,47 +3,91 @@
 ``python -m examples.engine_table MODEL TABLE --engine vllm --python PYTHON`` builds models of
 MODEL's shape with random weights: whole, with half of the blocks, and narrower, as uniform exports
 are. It serves them in turns and writes to TABLE the seconds that a block with so many channels or
-KV heads takes for a prompt and for new tokens. A job that names the file is pruned to a speed in
-that engine: ``pruning.target: {speedup: 1.25, table: TABLE}``. Needs ``ray-surgeon[gguf,serve]``.
+KV heads takes for a prompt and for new tokens after it. A job that names the file is pruned to a
+speed in that engine: ``pruning.target: {speedup: 1.25, table: TABLE}``. Needs
+``ray-surgeon[gguf,serve]``, and room for seven copies of the model in ``TMPDIR``.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import sys
 import tempfile
+import time
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from examples import serve_llamacpp, serve_vllm, serving
+from examples import serve_llamacpp, serve_vllm
+from examples.serving import serving
 from ray_surgeon.export.folder import copy_small_files, dense_document
 from ray_surgeon.export.gguf_file import write_gguf
 from ray_surgeon.models.layout import ModelLayout
+from ray_surgeon.models.llama_cpp import architecture_of
 from ray_surgeon.models.pruned_config import BlockWidths, kv_heads_left, shallower, uniform_document
 from ray_surgeon.spec.sections import ModelSection
 
+if TYPE_CHECKING:
+    from openai import OpenAI
+
 Size = tuple[int, int, int]
 """Blocks, feed-forward channels and KV heads."""
-Seconds = list[float]
-"""Of the prompts and of the new tokens of a request."""
+Seconds = tuple[float, float]
+"""Of the prompts, and of the new tokens after them."""
+TURNS = 3
 
 
-def sizes_of(layout: ModelLayout, multiple: int) -> dict[str, list[Size]]:
-    """Return the models to measure: ``dense``, ``shallow``, ``channels`` and ``kv_heads``."""
+def half_of(layout: ModelLayout) -> list[int]:
+    """Return numbers of half of the blocks, every second one of each kind."""
+    kinds = getattr(layout.config, "layer_types", None) or [None] * layout.num_blocks
+    seen = Counter[Any]()
+    half = []
+    for block, kind in enumerate(kinds):
+        if seen[kind] % 2 == 0:
+            half.append(block)
+        seen[kind] += 1
+    return half
+
+
+def sizes_of(layout: ModelLayout, engine: str, multiple: int) -> dict[str, list[Size]]:
+    """Return the models to measure: ``dense``, ``shallow``, ``channels`` and ``kv_heads``.
+
+    Raises:
+        ValueError: there is nothing to compare.
+    """
     blocks, channels, heads = layout.num_blocks, layout.num_channels, layout.heads.num_kv
     parts = {channels * quarter // 4 // multiple * multiple for quarter in (1, 2, 3)} - {0}
+    if layout.is_mixture or blocks < 2 or not parts:
+        has = f"{blocks} blocks of {channels} channels"
+        kind = f"{layout.config.model_type}, which is a mixture" if layout.is_mixture else has
+        needed = "a model without experts, of two blocks or more that are wider than --multiple"
+        raise ValueError(f"model: {kind}; give {needed}")
     fewer = [k for k in kv_heads_left(layout, 1, uniform=True) if k < heads]
+    fewer = [k for k in fewer if _is_served(layout, engine, k)]
     return {
         "dense": [(blocks, channels, heads)],
-        "shallow": [((blocks + 1) // 2, channels, heads)],
+        "shallow": [(len(half_of(layout)), channels, heads)],
         "channels": [(blocks, width, heads) for width in sorted(parts)],
         "kv_heads": [(blocks, channels, k) for k in sorted({*fewer[:1], *fewer[-1:]})],
     }
+
+
+def _is_served(layout: ModelLayout, engine: str, num_kv_heads: int) -> bool:
+    """Whether an engine runs the model with fewer heads."""
+    if engine == "vllm":
+        return layout.family.has_free_heads_in_vllm
+    try:
+        architecture_of(layout, [BlockWidths(layout.num_channels, num_kv_heads)])
+    except ValueError:
+        return False
+    return True
 
 
 def write_model(source: ModelSection, layout: ModelLayout, size: Size, folder: Path) -> None:
@@ -51,12 +95,44 @@ def write_model(source: ModelSection, layout: ModelLayout, size: Size, folder: P
     blocks, channels, heads = size
     widths = [BlockWidths(channels, heads)] * layout.num_blocks
     document = uniform_document(layout, dense_document(source), widths)
-    document = shallower(layout, document, range(blocks))
-    config = AutoConfig.for_model(**document)
+    left = range(blocks) if blocks == layout.num_blocks else half_of(layout)
+    config = AutoConfig.for_model(**shallower(layout, document, left))
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
     another = config.model_type != layout.config.model_type
     copy_small_files(source, str(folder), another_type=another)
+
+
+def measure(client: OpenAI, request: Mapping[str, int], vocab_size: int) -> Seconds:
+    """Return how long an engine takes for a request; medians over turns, after one to warm up."""
+    model = client.models.list().data[0].id
+    number, length, new = (request[name] for name in _REQUEST)
+
+    def ask(first: int, num_new: int) -> None:
+        # each its own, so that no cache of prefixes helps
+        prompt = [(first + 7 * place) % (vocab_size // 2) + 10 for place in range(length)]
+        answer = client.completions.create(
+            model=model,
+            prompt=prompt,
+            max_tokens=num_new,
+            temperature=0.0,
+            extra_body={"ignore_eos": True},  # random weights may end at once
+        )
+        assert answer.usage is not None
+        assert answer.usage.completion_tokens == num_new
+
+    turns = list[Seconds]()
+    with ThreadPoolExecutor(number) as pool:
+        for turn in range(TURNS + 1):
+            took = []
+            for num_new in (1, 1 + new):
+                start = time.perf_counter()
+                places = range(number * (2 * turn + (num_new > 1)), number * (2 * turn + 2))
+                list(pool.map(ask, places[:number], [num_new] * number))
+                took.append(time.perf_counter() - start)
+            turns.append((took[0], took[1] - took[0]))
+    prompts, decodes = zip(*turns[1:], strict=True)
+    return statistics.median(prompts), statistics.median(decodes)
 
 
 def table_of(
@@ -67,16 +143,24 @@ def table_of(
     Args:
         sizes: see `sizes_of`.
         seconds: of each size.
+
+    Raises:
+        ValueError: fewer blocks take longer.
     """
     (dense,), (shallow,) = sizes["dense"], sizes["shallow"]
     blocks = dense[0]
     pairs = list(zip(seconds[dense], seconds[shallow], strict=True))
     block = [(whole - half) / (blocks - shallow[0]) for whole, half in pairs]
+    if min(block) <= 0:
+        took = f"{blocks} blocks take {seconds[dense]} s, {shallow[0]} {seconds[shallow]} s"
+        raise ValueError(f"{took}; measure again on a quiet machine, or a longer request")
     rest = [max(0.0, whole - blocks * each) for (whole, _), each in zip(pairs, block, strict=True)]
 
-    def each(some: Iterable[Size], place: int) -> dict[int, Seconds]:
+    def each(some: Iterable[Size], place: int) -> dict[int, list[float]]:
         by_number = {
-            size[place]: [(s - r) / blocks for s, r in zip(seconds[size], rest, strict=True)]
+            size[place]: [
+                max(0.0, s - r) / blocks for s, r in zip(seconds[size], rest, strict=True)
+            ]
             for size in (*some, dense)
         }
         return dict(sorted(by_number.items()))
@@ -85,55 +169,68 @@ def table_of(
     return own | {"channels": each(sizes["channels"], 1), "kv_heads": each(sizes["kv_heads"], 2)}
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Build, serve and measure the models, and write the table."""
+_REQUEST = ("batch_size", "prompt_length", "num_new_tokens")
+
+
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m examples.engine_table", description=__doc__)
     parser.add_argument("model", help="as model.source in a job spec")
     parser.add_argument("table", type=Path, help="JSON file to write")
     parser.add_argument("--engine", choices=["vllm", "llamacpp"], required=True)
     parser.add_argument("--python", required=True, help="one that has the engine")
+    parser.add_argument(
+        "--options", nargs="*", default=["--enforce-eager"], help="of vLLM's server"
+    )
     parser.add_argument("--port", type=int, default=8014, help="of the server")
     parser.add_argument("--batch-size", type=int, default=1, help="requests at a time")
     parser.add_argument("--prompt-length", type=int, default=256, help="tokens of a prompt")
     parser.add_argument("--num-new-tokens", type=int, default=64, help="tokens after it")
     parser.add_argument("--multiple", type=int, default=64, help="of which widths are multiples")
     parser.add_argument("--rounds", type=int, default=2, help="how often each model has its turn")
-    arguments = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Build, serve and measure the models, and write the table."""
+    arguments = _arguments(argv)
     source = ModelSection(source=arguments.model)
     layout = ModelLayout.of(AutoConfig.for_model(**dense_document(source)))
-    sizes = sizes_of(layout, arguments.multiple)
-    batch, length, new = arguments.batch_size, arguments.prompt_length, arguments.num_new_tokens
+    sizes = sizes_of(layout, arguments.engine, arguments.multiple)
+    request = {name: getattr(arguments, name) for name in _REQUEST}
+    turns: dict[Size, list[Seconds]] = {size: [] for some in sizes.values() for size in some}
     with tempfile.TemporaryDirectory() as scratch:
-        commands = dict[str, list[str]]()
-        all_sizes = [size for some in sizes.values() for size in some]
-        for size in all_sizes:
+        commands = dict[Size, list[str]]()
+        for size in turns:
             folder = Path(scratch) / "x".join(map(str, size))
             write_model(source, layout, size, folder)
-            commands[folder.name] = _command(arguments, folder)
-        rates = serving.medians(commands, arguments.port, [batch], arguments.rounds, (length, new))
-    tokens = (batch * length, batch * new)
+            commands[size] = _command(arguments, folder)
+        for size in [*turns] * arguments.rounds:
+            with serving(commands[size], arguments.port) as client:
+                prompt, new = measure(client, request, layout.config.vocab_size)
+            turns[size].append((prompt, new))
+            sys.stdout.write(f"{size}: {prompt:.4g} s for prompts, {new:.4g} s for new tokens\n")
+            sys.stdout.flush()
     seconds = {
-        size: [n / rate for n, rate in zip(tokens, of, strict=True)]
-        for size, of in zip(all_sizes, rates.values(), strict=True)
+        size: (statistics.median(s for s, _ in of), statistics.median(s for _, s in of))
+        for size, of in turns.items()
     }
-    request = {"batch_size": batch, "prompt_length": length, "num_new_tokens": new}
     about = {"model": arguments.model, "engine": arguments.engine, "request": request}
     arguments.table.write_text(json.dumps(about | table_of(sizes, seconds), indent=1) + "\n")
-    for size, (prompt, decode) in seconds.items():
-        sys.stdout.write(f"{size}: {tokens[0] / prompt:.0f}, {tokens[1] / decode:.1f} tokens/s\n")
     return 0
 
 
 def _command(arguments: argparse.Namespace, folder: Path) -> list[str]:
     """Return how the engine serves a folder, of which llama.cpp takes one file."""
+    length = arguments.prompt_length + arguments.num_new_tokens + 16
+    port, python = arguments.port, arguments.python
     if arguments.engine == "vllm":
-        return serve_vllm.command_of(folder, arguments.port, "", arguments.python)
+        return serve_vllm.command_of(folder, port, "", python, length, arguments.options)
     config = AutoConfig.from_pretrained(folder)
     layout = ModelLayout.of(config)
     widths = [BlockWidths(layout.num_channels, layout.heads.num_kv)] * layout.num_blocks
     file = folder.with_suffix(".gguf")
     write_gguf(str(folder), config, widths, "bf16", folder.name, file)
-    return serve_llamacpp.command_of(file, arguments.port, "", arguments.python)
+    return serve_llamacpp.command_of(file, port, "", python, arguments.batch_size, length)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ Its speed is compared with the dense model's.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from pathlib import Path
 
 from transformers import AutoConfig
@@ -23,8 +24,8 @@ import sys, time, xllamacpp
 params = xllamacpp.CommonParams()
 params.model.path = sys.argv[1]
 params.port = int(sys.argv[2])
-params.n_ctx = 8192
-params.n_parallel = 8
+params.n_parallel = int(sys.argv[3])
+params.n_ctx = params.n_parallel * int(sys.argv[4])
 params.cache_prompt = False
 server = xllamacpp.Server(params)
 while True:
@@ -32,11 +33,17 @@ while True:
 """
 
 
-def command_of(file: Path, port: int, server: str, python: str | None) -> list[str]:
-    """Return how to serve a file: by the program `server`, or by a Python with xllamacpp."""
+def command_of(
+    file: Path, port: int, server: str, python: str | None, requests: int = 8, length: int = 1024
+) -> list[str]:
+    """Return how to serve a file: by the program `server`, or by a Python with xllamacpp.
+
+    So many `requests` of such a `length` can be answered at a time.
+    """
     if python:
-        return [python, "-c", _BY_PYTHON, str(file), str(port)]
-    options = ["--port", str(port), "--ctx-size", "8192", "--parallel", "8", "--no-cache-prompt"]
+        return [python, "-c", _BY_PYTHON, str(file), str(port), str(requests), str(length)]
+    options = ["--port", str(port), "--ctx-size", str(requests * length)]
+    options += ["--parallel", str(requests), "--no-cache-prompt"]
     return [server, "--model", str(file), *options]
 
 
@@ -48,13 +55,13 @@ def write_dense(folder: Path, file: Path) -> None:
     write_gguf(str(folder), config, widths, "bf16", "dense", file)
 
 
-def _command(name: str, dense: Path, exports: Path, arguments: argparse.Namespace) -> list[str]:
+def _command(name: str, folders: Mapping[str, Path], arguments: argparse.Namespace) -> list[str]:
     """Return how to serve the dense model, of which a file is written, or the pruned one."""
     if name == "dense":
-        file = exports.parent / "dense.gguf"
-        write_dense(dense, file)
+        file = folders["scratch"] / "dense.gguf"
+        write_dense(folders["dense"], file)
     else:
-        file = next((exports / "gguf").glob("*-BF16.gguf"))
+        file = next((folders["pruned"] / "gguf").glob("*-BF16.gguf"))
     return command_of(file, arguments.port, arguments.server, arguments.python)
 
 

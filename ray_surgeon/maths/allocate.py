@@ -22,6 +22,11 @@ def _out_of_reach(most: float, wanted: float) -> OutOfReachError:
     return OutOfReachError(f"pruning: {saved}; ask for less, or name more groups")
 
 
+def _tolerance(costs: Sequence[GroupCosts], missing: float) -> float:
+    """Return by how much what is saved may fall short, because sums are rounded."""
+    return 1e-9 * abs(missing) + 1e-12 * sum(c.needs[-1] for c in costs if len(c.needs))
+
+
 @dataclass(frozen=True)
 class GroupCosts:
     """Marginal costs of the groups of one consumer, as the allocation sees them."""
@@ -93,7 +98,7 @@ def allocate_globally(
     left = Counter(c.layer for c in costs if math.isfinite(c.whole))
     threshold = 0.0
     saved = sum(path.costs.saved(path.number) for path in paths)
-    tolerance = 1e-9 * abs(missing) + 1e-6
+    tolerance = _tolerance(costs, missing)
     while saved < missing - tolerance:
         if not steps:
             raise _out_of_reach(saved, missing)
@@ -184,7 +189,7 @@ def allocate_uniformly(
     """
     names = dict.fromkeys(c.kind for c in costs)
     kinds = [_Widths([c for c in costs if c.kind == name], fewest_experts) for name in names]
-    wanted = missing - 1e-9 * abs(missing) - 1e-6
+    wanted = missing - _tolerance(costs, missing)
     saved = torch.zeros(1, dtype=torch.float64)
     cost = torch.zeros(1, dtype=torch.float64)
     chosen = torch.zeros(1, 0, dtype=torch.int64)  # [num_combinations, kinds so far] options

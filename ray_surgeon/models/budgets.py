@@ -1,6 +1,6 @@
 """Budgets: what a model of given widths needs, of which a user may allow so much.
 
-Additive ones are arithmetic on shapes. Latency is a table of measurements, see `export.speed`.
+Additive ones are arithmetic on shapes. Latency is a table of measurements, see `export.latency`.
 """
 
 from __future__ import annotations

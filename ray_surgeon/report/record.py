@@ -99,7 +99,7 @@ def size_name(record: Record, size: float) -> str:
     """Return what people call a size: a share that is gone, or a value of the target's unit."""
     target = record["spec"]["pruning"].get("target") or {}
     unit = next((unit for unit in UNITS if unit in target), None)
-    return f"{100 * size:.4g} %" if unit is None else f"{unit} {size:g}"
+    return f"{100 * size:.4g} %" if unit is None else f"{unit} {size:.12g}"
 
 
 def shots_by_size(record: Record) -> dict[float | None, Record]:

@@ -78,8 +78,8 @@ class ScheduleSection(Section):
 
     def _spread(self, first: float, last: float) -> tuple[float, ...]:
         """Return the fraction removed after each of num_shots shots that begin at `first`."""
-        each = (last - first) / self.num_shots
-        return tuple(first + each * shot for shot in range(1, self.num_shots + 1))
+        parts = [shot / self.num_shots for shot in range(1, self.num_shots + 1)]
+        return tuple(first + (last - first) * part for part in parts)
 
     def problems(self) -> Iterator[str]:
         """Yield what `sparsities` does not go with."""
@@ -87,7 +87,9 @@ class ScheduleSection(Section):
             return
         last = self.last_sparsity
         steps = [0.0, *self.sparsities]
-        if steps != sorted(set(steps)) or steps[-1] != last:
+        if last is None:
+            yield "sparsities: do not go with target; remove them, or use num_shots"
+        elif steps != sorted(set(steps)) or steps[-1] != last:
             yield f"sparsities: must rise to target_sparsity {last}, or use num_shots"
         if self.num_shots != 5:
             yield "sparsities: takes the place of num_shots; remove that"

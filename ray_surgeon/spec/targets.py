@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, Tag
 
-from ray_surgeon.spec.base import Positive, Section, by_tag, tag
+from ray_surgeon.spec.base import Place, Positive, Section, by_tag, tag
 
 
 class SpeedSection(Section):
@@ -37,8 +37,12 @@ class _Target(Section):
         return float(getattr(self, self.unit))
 
     def of(self, value: float) -> _Target:
-        """Return a target that asks for another value."""
-        return self.model_copy(update={self.unit: value})
+        """Return a target that asks for another value.
+
+        Raises:
+            ValueError: it cannot.
+        """
+        return type(self).model_validate(self.model_dump() | {self.unit: value})
 
     def allowed(self, dense: float) -> float:
         """Return what the whole model may need in the end, of which the dense model needs so much.
@@ -46,6 +50,10 @@ class _Target(Section):
         `dense` is of the budget, e.g. in seconds.
         """
         return self.value
+
+    def named(self, need: float, dense: float) -> str:
+        """Return what the target says of a model with such a need, if that has another unit."""
+        return ""
 
 
 class ParametersTarget(_Target):
@@ -80,9 +88,9 @@ class TimedTarget(_Target):
     """The request. Every width is measured request.num_repeats times at the start, and the median
     counts
     """
-    table: str | None = None
-    """In place of measuring: a file that `python -m examples.engine_table` wrote, with the seconds
-    that blocks take in vLLM or llama.cpp, for a request of its own; a path or an fsspec URI
+    table: Place | None = None
+    """In place of measuring: a file of seconds that blocks take in vLLM or llama.cpp, for a request
+    of its own, as examples/engine_table.py of the repository writes it; a path or an fsspec URI
     """
 
     @property
@@ -108,11 +116,15 @@ class SpeedupTarget(TimedTarget):
     """Speed of a request."""
 
     speedup: float = Field(gt=1)
-    """How many times as fast as by the dense model a request is answered"""
+    """How many times as fast as the dense model the model answers a request"""
 
     def allowed(self, dense: float) -> float:
         """Return the seconds of a request."""
         return dense / self.speedup
+
+    def named(self, need: float, dense: float) -> str:
+        """Return the speedup."""
+        return f" (speedup {dense / need:.4g})"
 
 
 class DecodeTarget(TimedTarget):
@@ -124,6 +136,10 @@ class DecodeTarget(TimedTarget):
     def allowed(self, dense: float) -> float:
         """Return the seconds of a new token."""
         return 1 / self.decode_tokens_per_s
+
+    def named(self, need: float, dense: float) -> str:
+        """Return the rate."""
+        return f" (decode_tokens_per_s {1 / need:.4g})"
 
 
 UNITS = ("parameters", "bytes", "flops", "latency_s", "speedup", "decode_tokens_per_s")

@@ -35,7 +35,7 @@ class Size:
     @property
     def suffix(self) -> str:
         """Return what names of folders of exports end with."""
-        return "" if self.is_last or self.value is None else f"-{self.value:g}"
+        return "" if self.is_last or self.value is None else f"-{self.value:.12g}"
 
 
 def pruned_of(run: RunState, shot: int) -> Pruned:

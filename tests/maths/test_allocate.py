@@ -265,6 +265,14 @@ def test_groups_of_earlier_shots_save_nothing_more() -> None:
     assert [costs.saved(count) for count in range(3)] == [0, 1, 11]
 
 
+@pytest.mark.parametrize("allocate", BOTH)
+def test_the_unit_of_the_budget_does_not_matter(allocate: Allocate) -> None:
+    """Seconds of a token are millions of times smaller than parameters."""
+    costs = random_groups(0)
+    small = [replace(c, needs=[1e-9 * need for need in c.needs]) for c in costs]
+    assert allocate(small, 1e-9 * 301).counts == allocate(costs, 301).counts
+
+
 def test_groups_of_one_cost_go_one_at_a_time() -> None:
     """Points of their path lie on one line, but for the rounding of sums."""
     costs = groups("x", [0.1] * 8, [0.3 * n for n in range(9)])

@@ -6,6 +6,7 @@ docs/method.md, section 12.
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -108,7 +109,8 @@ class Depth(Stage):
         of_layers = run.kept(Groups).known_budget.of_layers
 
         def price(layer: Layer) -> float:
-            return scores[layer] / of_layers[layer.key]
+            saved = of_layers[layer.key]  # nothing, if what was measured says so
+            return scores[layer] / saved if saved > 0 else math.inf
 
         if self.section.costs not in MEASURED and scores:
             return min(candidates, key=price)

@@ -43,8 +43,7 @@ class ConsumerCosts(GroupCosts):
     """Marginal costs of the groups of one consumer, as a worker sends them."""
 
     num_parameters: int = 0  # of one group
-    # before scaling, per unit of the target if groups are ranked so; what costs more may be missing
-    # in `costs`
+    # before scaling, per unit of the target; what costs more may be missing in `costs`
     limit: float = math.inf
     # what costs are multiplied with to be compared with those of other consumers; see `Search`,
     # the workers know nothing of it
@@ -72,7 +71,7 @@ GroupScores = Scores[ConsumerCosts]
 class Reach(NamedTuple):
     """How far the greedy path of a consumer is followed."""
 
-    limit: float  # largest cost, before scaling, per unit likewise
+    limit: float  # largest cost, before scaling, per unit of the target
     needed: int = 0  # groups that may be needed even if they cost more
 
 
@@ -145,9 +144,10 @@ class GroupChoice(Ranking):
     def multiple(self, kind: str, shot: int) -> int:
         """Return what the number of groups left must be a multiple of.
 
-        Widths are rounded in the last shot.
+        Widths are rounded where a size of the model is reached.
         """
-        return self.section.multiple if kind != "attention" and shot == self.section.shots else 1
+        is_size = shot in self.section.size_shots
+        return self.section.multiple if kind != "attention" and is_size else 1
 
     def unit_of(self, kind: str) -> float:
         """Return what costs of groups of a kind are divided by to be ranked."""
@@ -160,7 +160,8 @@ class GroupChoice(Ranking):
         budget = self.budget
         share = 0.5  # of the groups, in the first shot: all consumers lose the same
         if budget is not None:
-            share = (budget.dense - self.goal(1)) / (budget.dense - budget.least(self.fewest))
+            most = max(budget.dense - budget.least(self.fewest), 1e-9 * budget.dense)
+            share = min(1.0, (budget.dense - self.goal(1)) / most)
         reach = min(1.0, 2 * (self.section.last_sparsity or 0.5))
         return needs_of_consumer(shape, reach, share * (1.0 if self.section.uniform else FARTHER))
 

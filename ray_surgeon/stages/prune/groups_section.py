@@ -114,15 +114,19 @@ class CoupledSection(Reconstructed, Deepened, FamilySection):
             what = f"pruning.{name}: {self.last_sparsity:g}"
         else:
             allowed = self.target.allowed(dense)
+            first = self.target.of(self.sizes[0]) if self.sizes else self.target
+            what = f"pruning.target: {first.unit} {first.value:.6g}"
+            if first.allowed(dense) >= dense:
+                need = f"the dense model needs no more than {dense:.6g} {unit}"
+                need += first.named(dense, dense)
+                raise OutOfReachError(f"{what}, but {need}; ask for a smaller or faster model")
             what = f"pruning.target: {self.target.unit} {self.target.value:.6g}"
-            if allowed >= dense:
-                more = f"the dense model needs no more than {dense:.6g} {unit}; ask for less"
-                raise OutOfReachError(f"{what}, but {more}")
+            unit += self.target.named(least, dense) if least else ""
         if allowed < least:
             how = f"these groups and allocation, and a width_multiple which is {self.multiple}"
             need = f"the model needs at least {least:.6g} {unit}"
             most = f"at most {1 - least / dense:.4f} of that can be removed"
-            remedy = "ask for less, or change those"
+            remedy = "ask for less to go, or change those"
             raise OutOfReachError(f"{what}, but with {how}, {need}, so {most}; {remedy}")
 
     def problem_with(self, curvature: AnyCurvature) -> str | None:
@@ -195,7 +199,8 @@ def problems_of_mixture(
     if not isinstance(pruning, CoupledSection):
         return
     if isinstance(pruning.target, TimedTarget):
-        yield "pruning.target: a latency is not for mixtures; give parameters, bytes or flops"
+        unit = pruning.target.unit
+        yield f"pruning.target: {unit}, a latency, is not for mixtures; give parameters or bytes"
     if "experts" not in pruning.groups:
         return
     field = layout.family.sparse.num_groups

@@ -21,7 +21,7 @@ from ray_surgeon.plan.counts import NOTHING, StepPlan
 from ray_surgeon.plan.needs import WorkerView
 from ray_surgeon.plan.turns import block_by_block, linear_by_linear
 from ray_surgeon.spec.base import by_tag, tag
-from ray_surgeon.spec.targets import BytesTarget, FlopsTarget, TargetSection, TimedTarget
+from ray_surgeon.spec.targets import BytesTarget, FlopsTarget, TimedTarget
 from ray_surgeon.stages.curvature.section import AnyCurvature
 from ray_surgeon.stages.prune import elements
 from ray_surgeon.stages.prune import groups_section as coupled
@@ -131,13 +131,20 @@ def _groups(
     fewest = budgets.fewest_left(layout, pruning.fewest_groups, devices, uniform=uniform)
     sets = (groups for groups in layout.group_sets if groups.kind in pruning.groups)
     consumers = frozenset(layout.shapes[groups.consumer].role for groups in sets)
-    return Groups(pruning, curvature, _budget(layout, pruning.target, dtype), fewest, consumers)
+    return Groups(pruning, curvature, _budget(layout, pruning, dtype), fewest, consumers)
 
 
-def _budget(layout: ModelLayout, target: TargetSection | None, dtype: str) -> Budget | None:
+def _budget(layout: ModelLayout, pruning: coupled.CoupledSection, dtype: str) -> Budget | None:
     """Return what groups save from; None if it must be measured first."""
+    target = pruning.target
     if isinstance(target, TimedTarget):
-        return budget_in(target.table, layout, target) if target.table else None
+        if target.table is None:
+            return None
+        budget = budget_in(target.table, layout, target)
+        for kind in (kind for kind in pruning.narrow_kinds if not budget.size(kind)):
+            problem = f"by the seconds in {target.table}, no {kind} save anything"
+            raise ValueError(f"pruning.groups: {problem}; leave {kind} out, or measure again")
+        return budget
     if isinstance(target, FlopsTarget):
         return budgets.flops_budget(layout, target.prompt_length)
     if isinstance(target, BytesTarget):
