@@ -73,7 +73,7 @@ def row_of(name: str, report: Mapping[str, Any]) -> list[str]:
         name,
         str(checks[-1]["tokens"]),
         "undone" if shot["recovery_undone"] else f"{shot['recovery_rate']:g}",
-        f"{checks[0]['value']:.3f} to {shot['divergence_held_aside']:.3f}",
+        f"{checks[0]['value']:.3f} to {min(check['value'] for check in checks):.3f}",
         *(f"{texts[text]:.3f} / {shot['perplexity'][text]:.2f}" for text in texts),
         f"{shot['generation_before_recovery']['acceptance']:.1%}",
         f"{shot['generation']['acceptance']:.1%}",
