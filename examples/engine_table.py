@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import shutil
 import statistics
 import sys
 import tempfile
@@ -204,6 +206,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             folder = Path(scratch) / "x".join(map(str, size))
             write_model(source, layout, size, folder)
             commands[size] = _command(arguments, folder)
+        os.sync()  # what is still to be written would slow what is measured
         for size in [*turns] * arguments.rounds:
             with serving(commands[size], arguments.port) as client:
                 prompt, new = measure(client, request, layout.config.vocab_size)
@@ -230,6 +233,7 @@ def _command(arguments: argparse.Namespace, folder: Path) -> list[str]:
     widths = [BlockWidths(layout.num_channels, layout.heads.num_kv)] * layout.num_blocks
     file = folder.with_suffix(".gguf")
     write_gguf(str(folder), config, widths, "bf16", folder.name, file)
+    shutil.rmtree(folder)
     return serve_llamacpp.command_of(file, port, "", python, arguments.batch_size, length)
 
 
