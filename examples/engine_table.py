@@ -30,7 +30,6 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from examples import serve_llamacpp, serve_vllm
 from examples.serving import serving
 from ray_surgeon.export.folder import copy_small_files, dense_document
-from ray_surgeon.export.gguf_file import write_gguf
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.models.llama_cpp import architecture_of
 from ray_surgeon.models.pruned_config import BlockWidths, kv_heads_left, shallower, uniform_document
@@ -229,11 +228,8 @@ def _command(arguments: argparse.Namespace, folder: Path) -> list[str]:
     port, python = arguments.port, arguments.python
     if arguments.engine == "vllm":
         return serve_vllm.command_of(folder, port, "", python, length, arguments.options)
-    config = AutoConfig.from_pretrained(folder)
-    layout = ModelLayout.of(config)
-    widths = [BlockWidths(layout.num_channels, layout.heads.num_kv)] * layout.num_blocks
     file = folder.with_suffix(".gguf")
-    write_gguf(str(folder), config, widths, "bf16", folder.name, file)
+    serve_llamacpp.write_dense(folder, file)
     shutil.rmtree(folder)
     return serve_llamacpp.command_of(file, port, "", python, arguments.batch_size, length)
 

@@ -51,7 +51,7 @@ def write_dense(folder: Path, file: Path) -> None:
     """Write a checkpoint that nothing was removed from as a GGUF file in bfloat16."""
     config = AutoConfig.from_pretrained(folder)
     layout = ModelLayout.of(config)
-    widths = [BlockWidths(config.intermediate_size, layout.heads.num_kv)] * layout.num_blocks
+    widths = [BlockWidths(layout.num_channels, layout.heads.num_kv)] * layout.num_blocks
     write_gguf(str(folder), config, widths, "bf16", "dense", file)
 
 

@@ -117,11 +117,7 @@ def tokens_per_second(client: OpenAI, batch_size: int) -> tuple[float, float]:
 
     def ask(prompt: str, num_tokens: int) -> int:
         answer = client.completions.create(
-            model=model,
-            prompt=prompt,
-            max_tokens=num_tokens,
-            temperature=0.0,
-            extra_body={"ignore_eos": True},  # random weights may end at once
+            model=model, prompt=prompt, max_tokens=num_tokens, temperature=0.0
         )
         assert answer.usage is not None
         return answer.usage.prompt_tokens if num_tokens == 1 else answer.usage.completion_tokens
