@@ -53,18 +53,26 @@ def run_of(way: str, folder: Path, table: Path) -> ray_surgeon.PruneResult:
     uri = folder / f"{file_name(way)}-{table.stem}"
     target = {"speedup": SIZES[-1], "table": str(table)}
     pruning = {"sizes": list(SIZES), "target": target, "num_shots": 1, **WAYS[way]}
-    spec = spec_of(pruning, uri, ["uniform", "gguf"])
+    spec = spec_of(pruning, uri, ["uniform"])
     return ray_surgeon.prune(spec=spec, resume=uri.exists())
 
 
+def command_of(engine: str, model: Path, folder: Path, python: str, port: int) -> list[str]:
+    """Return how an engine serves a checkpoint; llama.cpp has a file of it in `folder`."""
+    if engine == "vllm":
+        return serve_vllm.command_of(model, port, "", python)
+    file = folder / f"{'-'.join(model.parts[-4:])}.gguf"
+    serve_llamacpp.write_uniform(model, file)
+    return serve_llamacpp.command_of(file, port, "", python)
+
+
 def points_of(
-    result: ray_surgeon.PruneResult, dense: Path, kind: str, command: Command, port: int
+    result: ray_surgeon.PruneResult, dense: Path, command: Command, port: int
 ) -> list[Point]:
     """Serve all sizes of a run in turns with the dense model, and return them."""
     served = {"dense": command(dense)}
     for entry in result.report["exports"]:
-        if entry["kind"] == kind:
-            served[f"{entry['size']:g}"] = command(Path(entry["uri"]))
+        served[f"{entry['size']:g}"] = command(Path(entry["uri"]))
     rates = medians(served, port, [1], rounds=2)
     speeds = {name: decode / rates["dense", 1][1] for (name, _), (_, decode) in rates.items()}
     return [(speeds[f"{size:g}"], dict(of["divergence"])) for size, of in result.sizes.items()]
@@ -115,22 +123,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         engine_table.main([str(dense), str(seconds), *engine, *REQUEST])
     results = {way: run_of(way, arguments.folder, seconds) for way in arguments.ways}
 
-    def of_llamacpp(place: Path) -> list[str]:
-        file = place if place.is_file() else next(place.glob("*-BF16.gguf"))
-        return serve_llamacpp.command_of(file, arguments.port, "", arguments.python)
+    def command(model: Path) -> list[str]:
+        python, port = arguments.python, arguments.port
+        return command_of(arguments.engine, model, arguments.folder, python, port)
 
-    def of_vllm(place: Path) -> list[str]:
-        return serve_vllm.command_of(place, arguments.port, "", arguments.python)
-
-    kind, command = (
-        ("gguf", of_llamacpp) if arguments.engine == "llamacpp" else ("uniform", of_vllm)
-    )
-    if kind == "gguf":
-        serve_llamacpp.write_dense(dense, arguments.folder / "dense.gguf")
-        dense = arguments.folder / "dense.gguf"
     rows = list[list[str]]()
     for way, result in results.items():
-        rows.append(row_of(way, points_of(result, dense, kind, command, arguments.port)))
+        rows.append(row_of(way, points_of(result, dense, command, arguments.port)))
         sys.stdout.write(table(rows) + "\n\n")
         sys.stdout.flush()
     return 0

@@ -229,7 +229,7 @@ def _command(arguments: argparse.Namespace, folder: Path) -> list[str]:
     if arguments.engine == "vllm":
         return serve_vllm.command_of(folder, port, "", python, length, arguments.options)
     file = folder.with_suffix(".gguf")
-    serve_llamacpp.write_dense(folder, file)
+    serve_llamacpp.write_uniform(folder, file)
     shutil.rmtree(folder)
     return serve_llamacpp.command_of(file, port, "", python, arguments.batch_size, length)
 

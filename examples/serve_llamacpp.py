@@ -47,19 +47,19 @@ def command_of(
     return [server, "--model", str(file), *options]
 
 
-def write_dense(folder: Path, file: Path) -> None:
-    """Write a checkpoint that nothing was removed from as a GGUF file in bfloat16."""
+def write_uniform(folder: Path, file: Path) -> None:
+    """Write a checkpoint whose blocks are alike, dense or pruned, as a GGUF file in bfloat16."""
     config = AutoConfig.from_pretrained(folder)
     layout = ModelLayout.of(config)
     widths = [BlockWidths(layout.num_channels, layout.heads.num_kv)] * layout.num_blocks
-    write_gguf(str(folder), config, widths, "bf16", "dense", file)
+    write_gguf(str(folder), config, widths, "bf16", folder.name, file)
 
 
 def _command(name: str, folders: Mapping[str, Path], arguments: argparse.Namespace) -> list[str]:
     """Return how to serve the dense model, of which a file is written, or the pruned one."""
     if name == "dense":
         file = folders["scratch"] / "dense.gguf"
-        write_dense(folders["dense"], file)
+        write_uniform(folders["dense"], file)
     else:
         file = next((folders["pruned"] / "gguf").glob("*-BF16.gguf"))
     return command_of(file, arguments.port, arguments.server, arguments.python)
