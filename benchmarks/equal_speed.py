@@ -11,6 +11,7 @@ vLLM. Tables and runs that are there are read, not made again, and runs that wer
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -57,7 +58,7 @@ def run_of(way: str, folder: Path, table: Path) -> ray_surgeon.PruneResult:
     return ray_surgeon.prune(spec=spec, resume=uri.exists())
 
 
-def command_of(engine: str, model: Path, folder: Path, python: str, port: int) -> list[str]:
+def command_of(model: Path, *, engine: str, folder: Path, python: str, port: int) -> list[str]:
     """Return how an engine serves a checkpoint; llama.cpp has a file of it in `folder`."""
     if engine == "vllm":
         return serve_vllm.command_of(model, port, "", python)
@@ -67,10 +68,17 @@ def command_of(engine: str, model: Path, folder: Path, python: str, port: int) -
 
 
 def points_of(
-    result: ray_surgeon.PruneResult, dense: Path, command: Command, port: int
+    result: ray_surgeon.PruneResult, dense: list[str], command: Command, port: int
 ) -> list[Point]:
-    """Serve all sizes of a run in turns with the dense model, and return them."""
-    served = {"dense": command(dense)}
+    """Serve all sizes of a run in turns with the dense model, and return them.
+
+    Args:
+        result: of the run.
+        dense: how the engine serves the dense model.
+        command: returns how it serves a checkpoint.
+        port: of the server.
+    """
+    served = {"dense": dense}
     for entry in result.report["exports"]:
         served[f"{entry['size']:g}"] = command(Path(entry["uri"]))
     rates = medians(served, port, [1], rounds=2)
@@ -123,13 +131,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         engine_table.main([str(dense), str(seconds), *engine, *REQUEST])
     results = {way: run_of(way, arguments.folder, seconds) for way in arguments.ways}
 
-    def command(model: Path) -> list[str]:
-        python, port = arguments.python, arguments.port
-        return command_of(arguments.engine, model, arguments.folder, python, port)
-
+    command = functools.partial(
+        command_of,
+        engine=arguments.engine,
+        folder=arguments.folder,
+        python=arguments.python,
+        port=arguments.port,
+    )
+    served = command(dense)  # one file of the dense model for all ways
     rows = list[list[str]]()
     for way, result in results.items():
-        rows.append(row_of(way, points_of(result, dense, command, arguments.port)))
+        rows.append(row_of(way, points_of(result, served, command, arguments.port)))
         sys.stdout.write(table(rows) + "\n\n")
         sys.stdout.flush()
     return 0
