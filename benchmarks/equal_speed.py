@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import functools
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from benchmarks.depth import spec_of
 from benchmarks.peers import file_name
 from benchmarks.recovery import QUICKSTART
 from examples import engine_table, serve_llamacpp, serve_vllm
-from examples.serving import medians
+from examples.serving import fastest
 from ray_surgeon.spec.parsing import parse_spec
 from ray_surgeon.storage.sources import open_model
 
@@ -41,6 +41,8 @@ WAYS: dict[str, dict[str, Any]] = {
 SIZES = (1.3, 1.6)
 """Times as fast by the table; what is measured of the whole model may be less."""
 SPEEDS = (1.25, 1.5)
+ROUNDS = 5
+"""Of serving all models in turns; the fastest of each model counts."""
 REQUEST = ("--prompt-length", "16", "--num-new-tokens", "64")
 """Nearly all of it is decoding."""
 
@@ -68,22 +70,28 @@ def command_of(model: Path, *, engine: str, folder: Path, python: str, port: int
 
 
 def points_of(
-    result: ray_surgeon.PruneResult, dense: list[str], command: Command, port: int
-) -> list[Point]:
-    """Serve all sizes of a run in turns with the dense model, and return them.
+    results: Mapping[str, ray_surgeon.PruneResult], dense: list[str], command: Command, port: int
+) -> dict[str, list[Point]]:
+    """Serve all sizes of runs in turns with the dense model, and return them by way.
 
     Args:
-        result: of the run.
+        results: of the runs by way.
         dense: how the engine serves the dense model.
         command: returns how it serves a checkpoint.
         port: of the server.
     """
     served = {"dense": dense}
-    for entry in result.report["exports"]:
-        served[f"{entry['size']:g}"] = command(Path(entry["uri"]))
-    rates = medians(served, port, [1], rounds=2)
+    for way, result in results.items():
+        for entry in result.report["exports"]:
+            served[f"{way}, {entry['size']:g}"] = command(Path(entry["uri"]))
+    rates = fastest(served, port, [1], rounds=ROUNDS)
     speeds = {name: decode / rates["dense", 1][1] for (name, _), (_, decode) in rates.items()}
-    return [(speeds[f"{size:g}"], dict(of["divergence"])) for size, of in result.sizes.items()]
+
+    def of_run(way: str) -> list[Point]:
+        sizes = results[way].sizes.items()
+        return [(speeds[f"{way}, {size:g}"], dict(of["divergence"])) for size, of in sizes]
+
+    return {way: of_run(way) for way in results}
 
 
 def at_speed(points: Sequence[Point], speed: float, text: str) -> float | None:
@@ -114,7 +122,7 @@ def table(rows: Sequence[Sequence[str]]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Make the runs, serve them, and print the table after each way."""
+    """Make the runs, serve them, and print the table."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.equal_speed", description=__doc__)
     parser.add_argument("folder", type=Path, help="for the runs")
     parser.add_argument("--engine", choices=["llamacpp", "vllm"], default="llamacpp")
@@ -138,12 +146,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         python=arguments.python,
         port=arguments.port,
     )
-    served = command(dense)  # one file of the dense model for all ways
-    rows = list[list[str]]()
-    for way, result in results.items():
-        rows.append(row_of(way, points_of(result, served, command, arguments.port)))
-        sys.stdout.write(table(rows) + "\n\n")
-        sys.stdout.flush()
+    served = command(dense)
+    points = points_of(results, served, command, arguments.port)
+    sys.stdout.write(table([row_of(way, of) for way, of in points.items()]) + "\n")
     return 0
 
 
