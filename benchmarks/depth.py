@@ -23,6 +23,7 @@ import ray_surgeon
 from benchmarks.peers import file_name
 from benchmarks.recovery import QUICKSTART
 from ray_surgeon.spec.job import JobSpec
+from ray_surgeon.spec.parsing import parse_spec
 
 WAYS: dict[str, dict[str, Any]] = {
     "ours": {},
@@ -37,11 +38,22 @@ CORRECTIONS = {"rank": 32, "num_tokens": 16_384, "num_tokens_between_shots": 16_
 
 
 def spec_of(
-    pruning: Mapping[str, Any], uri: Path, exports: Sequence[str] = (), recovery: Any = None
+    pruning: Mapping[str, Any],
+    uri: Path,
+    exports: Sequence[str] = (),
+    recovery: Any = None,
+    settings: Sequence[str] = (),
 ) -> JobSpec:
     """Return the quickstart's job with another pruning of groups, the same in every block.
 
     Answers are not asked for, and the model writes no text itself, which differs every time.
+
+    Args:
+        pruning: section of the spec, without what is the same for all.
+        uri: of the run.
+        exports: kinds of exports.
+        recovery: section of the spec; None for no training.
+        settings: ``section.field=value`` each, which go before all others.
     """
     document = yaml.safe_load(QUICKSTART.read_text(encoding="utf-8"))
     document["evaluation"]["generation"] = None
@@ -49,7 +61,7 @@ def spec_of(
     pruning = {"structure": "groups", "allocation": "uniform", **pruning}
     document |= {"name": uri.name, "pruning": pruning, "recovery": recovery}
     document |= {"output": {"uri": str(uri), "exports": list(exports)}}
-    return JobSpec.model_validate(document)
+    return parse_spec(yaml.safe_dump(document), settings)
 
 
 def run_of(name: str, depth: Mapping[str, Any], folder: Path, recovery: Any) -> dict[str, Any]:

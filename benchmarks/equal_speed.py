@@ -5,13 +5,16 @@ seconds (`examples.engine_table`), prunes SmolLM2 in every way to speeds by it, 
 turns with the dense model, one request at a time, and reads off what is lost where decoding is 1.25
 and 1.5 times as fast as the dense model's: divergence on Python's help, docstrings and descriptions
 of packages, a line between neighbouring sizes. The Python has xllamacpp or, with ``--engine vllm``,
-vLLM. Tables and runs that are there are read, not made again, and runs that were stopped go on.
+vLLM. With ``--engine transformers`` jobs measure their seconds and speeds themselves, and widths
+may differ by block. ``--set 'model={source: FOLDER, dtype: bfloat16}'`` takes another model. Tables
+and runs that are there are read, not made again, and runs that were stopped go on.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
+import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -21,7 +24,7 @@ import numpy as np
 
 import ray_surgeon
 from benchmarks.depth import spec_of
-from benchmarks.peers import file_name
+from benchmarks.peers import add_settings, file_name
 from benchmarks.recovery import QUICKSTART
 from examples import engine_table, serve_llamacpp, serve_vllm
 from examples.serving import fastest
@@ -43,20 +46,41 @@ SIZES = (1.3, 1.6)
 SPEEDS = (1.25, 1.5)
 ROUNDS = 5
 """Of serving all models in turns; the fastest of each model counts."""
-REQUEST = ("--prompt-length", "16", "--num-new-tokens", "64")
+REQUEST = {"prompt_length": 16, "num_new_tokens": 64}
 """Nearly all of it is decoding."""
 
 Point = tuple[float, dict[str, float]]
 """How fast a size decodes, in speeds of the dense model, and its divergence by text."""
 Command = Callable[[Path], list[str]]
+Results = Mapping[str, ray_surgeon.PruneResult]
+"""Of the runs, by way."""
+Speeds = Mapping[str, Sequence[float]]
+"""Of the sizes of each way, in speeds of the dense model."""
 
 
-def run_of(way: str, folder: Path, table: Path) -> ray_surgeon.PruneResult:
-    """Return a run with a family of sizes, which is made unless it is there; without recovery."""
-    uri = folder / f"{file_name(way)}-{table.stem}"
-    target = {"speedup": SIZES[-1], "table": str(table)}
+def run_of(
+    way: str, folder: Path, table: Path | None, settings: Sequence[str]
+) -> ray_surgeon.PruneResult:
+    """Return a run with a family of sizes, which is made unless it is there; without recovery.
+
+    Args:
+        way: one of `WAYS`.
+        folder: where runs go.
+        table: seconds of an engine; None: transformers, which the job measures.
+        settings: of the job.
+    """
+    uri = folder / f"{file_name(way)}-{table.stem if table else 'transformers'}"
+    target: dict[str, Any] = {"speedup": SIZES[-1]}
     pruning = {"sizes": list(SIZES), "target": target, "num_shots": 1, **WAYS[way]}
-    spec = spec_of(pruning, uri, ["uniform"])
+    exports = ["uniform"]
+    if table is None:
+        exports = ["per_block"]
+        target["request"] = {**REQUEST, "num_threads": 2}
+        pruning["allocation"] = "global"
+        settings = [f"output.speed={json.dumps(target['request'])}", *settings]
+    else:
+        target["table"] = str(table)
+    spec = spec_of(pruning, uri, exports, settings=settings)
     return ray_surgeon.prune(spec=spec, resume=uri.exists())
 
 
@@ -69,29 +93,25 @@ def command_of(model: Path, *, engine: str, folder: Path, python: str, port: int
     return serve_llamacpp.command_of(file, port, "", python)
 
 
-def points_of(
-    results: Mapping[str, ray_surgeon.PruneResult], dense: list[str], command: Command, port: int
-) -> dict[str, list[Point]]:
-    """Serve all sizes of runs in turns with the dense model, and return them by way.
+def served_speeds(results: Results, dense: Path, command: Command, port: int) -> Speeds:
+    """Serve all sizes of runs in turns with the dense model, and return their speeds by way.
 
     Args:
         results: of the runs by way.
-        dense: how the engine serves the dense model.
-        command: returns how it serves a checkpoint.
+        dense: folder of the dense model.
+        command: returns how the engine serves a checkpoint.
         port: of the server.
     """
-    served = {"dense": dense}
+    served = {"dense": command(dense)}
     for way, result in results.items():
         for entry in result.report["exports"]:
             served[f"{way}, {entry['size']:g}"] = command(Path(entry["uri"]))
     rates = fastest(served, port, [1], rounds=ROUNDS)
     speeds = {name: decode / rates["dense", 1][1] for (name, _), (_, decode) in rates.items()}
-
-    def of_run(way: str) -> list[Point]:
-        sizes = results[way].sizes.items()
-        return [(speeds[f"{way}, {size:g}"], dict(of["divergence"])) for size, of in sizes]
-
-    return {way: of_run(way) for way in results}
+    return {
+        way: [speeds[f"{way}, {size:g}"] for size in result.sizes]
+        for way, result in results.items()
+    }
 
 
 def at_speed(points: Sequence[Point], speed: float, text: str) -> float | None:
@@ -101,8 +121,10 @@ def at_speed(points: Sequence[Point], speed: float, text: str) -> float | None:
     return float(np.interp(speed, speeds, losses)) if speed <= speeds[-1] else None
 
 
-def row_of(way: str, points: Sequence[Point]) -> list[str]:
-    """Return a line of the table."""
+def row_of(way: str, result: ray_surgeon.PruneResult, speeds: Sequence[float]) -> list[str]:
+    """Return a line of the table, from the speeds of a run's sizes."""
+    losses = [dict(size["divergence"]) for size in result.sizes.values()]
+    points: list[Point] = list(zip(speeds, losses, strict=True))
     texts = list(points[0][1])
     cells = []
     for speed in SPEEDS:
@@ -121,34 +143,52 @@ def table(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(lines)
 
 
+def in_transformers(arguments: argparse.Namespace) -> tuple[Results, Speeds]:
+    """Return runs to speeds that they measure, and what they say of their sizes."""
+    results = {way: run_of(way, arguments.folder, None, arguments.set) for way in arguments.ways}
+
+    def of_sizes(result: ray_surgeon.PruneResult) -> list[float]:
+        exports = result.report["exports"]
+        ratios = {export["size"]: export["speed"]["decode_ratio"] for export in exports}
+        return [ratios[size] for size in result.sizes]
+
+    return results, {way: of_sizes(result) for way, result in results.items()}
+
+
+def in_engine(arguments: argparse.Namespace) -> tuple[Results, Speeds]:
+    """Return runs to speeds by a table of an engine, and how fast it decodes their sizes."""
+    folder, engine, python = arguments.folder, arguments.engine, arguments.python
+    model = parse_spec(QUICKSTART.read_text(encoding="utf-8"), arguments.set).model
+    dense = open_model(model).small_files_folder()
+    seconds = folder / f"{engine}.json"
+    if not seconds.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        request = [f"--{name.replace('_', '-')}={value}" for name, value in REQUEST.items()]
+        options = ["--engine", engine, "--python", python, *request]
+        engine_table.main([str(dense), str(seconds), *options])
+    results = {way: run_of(way, folder, seconds, arguments.set) for way in arguments.ways}
+
+    port = arguments.port
+    command = functools.partial(command_of, engine=engine, folder=folder, python=python, port=port)
+    return results, served_speeds(results, dense, command, port)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Make the runs, serve them, and print the table."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.equal_speed", description=__doc__)
     parser.add_argument("folder", type=Path, help="for the runs")
-    parser.add_argument("--engine", choices=["llamacpp", "vllm"], default="llamacpp")
-    parser.add_argument("--python", required=True, help="one with the engine")
+    parser.add_argument(
+        "--engine", choices=["llamacpp", "vllm", "transformers"], default="llamacpp"
+    )
+    parser.add_argument("--python", default=sys.executable, help="one with the engine")
     parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=list(WAYS))
     parser.add_argument("--port", type=int, default=8013)
+    add_settings(parser)
     arguments = parser.parse_args(argv)
-    source = parse_spec(QUICKSTART.read_text(encoding="utf-8")).model
-    dense = open_model(source).small_files_folder()
-    seconds = arguments.folder / f"{arguments.engine}.json"
-    if not seconds.exists():
-        arguments.folder.mkdir(parents=True, exist_ok=True)
-        engine = ["--engine", arguments.engine, "--python", arguments.python]
-        engine_table.main([str(dense), str(seconds), *engine, *REQUEST])
-    results = {way: run_of(way, arguments.folder, seconds) for way in arguments.ways}
-
-    command = functools.partial(
-        command_of,
-        engine=arguments.engine,
-        folder=arguments.folder,
-        python=arguments.python,
-        port=arguments.port,
-    )
-    served = command(dense)
-    points = points_of(results, served, command, arguments.port)
-    sys.stdout.write(table([row_of(way, of) for way, of in points.items()]) + "\n")
+    measured = in_transformers if arguments.engine == "transformers" else in_engine
+    results, speeds = measured(arguments)
+    rows = [row_of(way, result, speeds[way]) for way, result in results.items()]
+    sys.stdout.write(table(rows) + "\n")
     return 0
 
 

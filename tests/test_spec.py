@@ -63,6 +63,19 @@ def test_every_pruning_section_is_chosen_by_structure_and_method() -> None:
     assert found == set(METHODS)
 
 
+@pytest.mark.parametrize("allocation", ["global", "uniform"])
+def test_kinds_of_groups_that_are_not_named(allocation: str) -> None:
+    def kinds(target: str) -> object:
+        fields = f"structure: groups, allocation: {allocation}, num_shots: 1, {target}"
+        return spec_of(f"pruning={{{fields}}}").pruning.groups
+
+    for unit in ("latency_s", "speedup", "decode_tokens_per_s"):
+        assert kinds(f"target: {{{unit}: 2}}") == ("ffn",)
+    for target in ("target: {parameters: 2}", "target_sparsity: 0.2", "sizes: [0.2]"):
+        assert kinds(target) == ("ffn", "attention")
+    assert kinds("target: {speedup: 2}, groups: [attention]") == ("attention",)
+
+
 def test_sections_that_are_absent_and_null() -> None:
     assert spec_of().curvature is not None
     assert spec_of("pruning.method=wanda; pruning.structure=element").curvature is None

@@ -24,6 +24,7 @@ from tests.integration import runs
 from tests.integration.runs import Jobs, changes_of, config_like, copied_model, new_model
 
 GROUPS = runs.GROUPS | runs.ONE | {"pruning__target_sparsity": None}
+GROUPS |= {"pruning__groups": ["ffn", "attention"]}
 BUDGETS = {
     "parameters": parameters_budget(LAYOUTS["llama"]),
     "bytes": bytes_budget(LAYOUTS["llama"], 2),

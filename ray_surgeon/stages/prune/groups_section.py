@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -36,6 +36,11 @@ CHANNELS = {"ffn", "shared_experts", "expert_channels"}
 ExpertCosts = Literal["rerouting", "reap", "frequency", "random"]
 
 
+def _default_groups(section: Mapping[str, Any]) -> tuple[GroupKind, ...]:
+    # at equal speed of decoding, heads lose more than channels
+    return ("ffn",) if isinstance(section.get("target"), TimedTarget) else ("ffn", "attention")
+
+
 class CoupledSection(Reconstructed, Deepened, FamilySection):
     """What both ways to allocate coupled groups have."""
 
@@ -45,14 +50,15 @@ class CoupledSection(Reconstructed, Deepened, FamilySection):
     """Coupled groups"""
     method: Literal["llm_surgeon"] = "llm_surgeon"
     """The LLM Surgeon: costs from the curvature, and updates"""
-    groups: tuple[GroupKind, ...] = Field(("ffn", "attention"), min_length=1)
-    """Kinds of groups: ffn, channels of feed-forward layers; attention, KV groups with their query
-    heads; in mixtures of experts also shared_experts, their channels; expert_channels, those of
-    every expert; experts, whole ones. Whole layers: blocks; attention_layers and ffn_layers, their
-    parts, which leave blocks that differ. A kind that the model does not have is refused: attention
-    of OLMoE and DeepSeek-V3, ffn where every block has experts. With allocation uniform, attention
-    takes nothing from OPT, GPT-2, Qwen2-MoE and a Phi-3 with longrope, whose classes hold no fewer
-    heads, and from models of one KV head
+    groups: tuple[GroupKind, ...] = Field(default_factory=_default_groups, min_length=1)
+    """Kinds of groups; ffn and attention if not given, ffn alone where target is a speed: ffn,
+    channels of feed-forward layers; attention, KV groups with their query heads; in mixtures of
+    experts also shared_experts, their channels; expert_channels, those of every expert; experts,
+    whole ones. Whole layers: blocks; attention_layers and ffn_layers, their parts, which leave
+    blocks that differ. A kind that the model does not have is refused: attention of OLMoE and
+    DeepSeek-V3, ffn where every block has experts. With allocation uniform, attention takes nothing
+    from OPT, GPT-2, Qwen2-MoE and a Phi-3 with longrope, whose classes hold no fewer heads, and
+    from models of one KV head
     """
     expert_costs: ExpertCosts = "rerouting"
     """What a whole expert costs: rerouting, the loss increase that gradients predict if its tokens

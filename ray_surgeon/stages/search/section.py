@@ -7,7 +7,7 @@ from typing import ClassVar
 from pydantic import Field
 
 from ray_surgeon.spec.base import Positive, Section
-from ray_surgeon.spec.schedule import ScheduleSection
+from ray_surgeon.spec.schedule import FamilySection
 
 
 class SearchSection(Section):
@@ -24,7 +24,7 @@ class SearchSection(Section):
     """
 
 
-class Searched(ScheduleSection):
+class Searched(FamilySection):
     """Pruning whose costs a search may scale."""
 
     groups: tuple[str, ...]
