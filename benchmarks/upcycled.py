@@ -18,6 +18,7 @@ text, in bfloat16 products, with the family's own loss for balance, and absorbed
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import math
 import re
@@ -197,7 +198,7 @@ def train(model: PreTrainedModel, tokens: NDArray[np.int64], say: float = 30.0) 
     model.requires_grad_(False)
     parts = dict[str, LowRank]()
     wide = dict[str, Tensor]()
-    hooks = []
+    hooks = contextlib.ExitStack()
     trained = list[Tensor]()
     experts = [expert for block in model.model.layers for expert in block.mlp.experts]
     for expert in experts:
@@ -206,7 +207,7 @@ def train(model: PreTrainedModel, tokens: NDArray[np.int64], say: float = 30.0) 
         if ".experts." in name and isinstance(module, torch.nn.Linear):
             mask = StructuredMask.full(module.out_features, module.in_features)
             parts[name] = LowRank(module, mask, RANK, len(parts), torch.device("cpu"))
-            hooks.append(module.register_forward_hook(adding(parts[name])))
+            hooks.callback(module.register_forward_hook(adding(parts[name])).remove)
             trained += [parts[name].A, parts[name].B]
         if name.endswith("mlp.gate"):
             trained.append(module.get_parameter("weight").requires_grad_())
@@ -250,14 +251,20 @@ def train(model: PreTrainedModel, tokens: NDArray[np.int64], say: float = 30.0) 
             said = time.monotonic()
             sys.stderr.write(f"step {step + 1} of {num_steps}, loss {sum(losses):.3f}\n")
     pool.shutdown()
-    for handle in hooks:
-        handle.remove()
+    hooks.close()
     for expert in experts:
         del expert.__dict__["forward"]
-    with torch.no_grad():
-        for name, weight in wide.items():
-            module = model.model.layers.get_submodule(name)
-            module.weight.data = weight + parts[name].product() if name in parts else weight
+    absorb(model, wide, parts)
+
+
+@torch.no_grad()
+def absorb(model: PreTrainedModel, wide: dict[str, Tensor], parts: dict[str, LowRank]) -> None:
+    """Give linears their float32 weights back, with the low-rank changes that were trained."""
+    for name, weight in wide.items():
+        module = model.model.layers.get_submodule(name)
+        module.weight.data = weight
+        if name in parts:
+            module.weight.data = weight + parts[name].product()
 
 
 @torch.no_grad()

@@ -38,7 +38,7 @@ __all__ += ["curvature", "parse_spec", "prune", "recover"]
 
 
 @own_modes()
-def prune(
+def prune(  # noqa: PLR0913  the sections of a job spec, by name
     model: str | os.PathLike[str] | Mapping[str, Any] | PreTrainedModel | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     *,

@@ -100,7 +100,7 @@ def pytest_configure(config: pytest.Config) -> None:
         coverage.options.cov_fail_under = 0
 
 
-FAST = {"maths", "test_house.py", "test_presets.py", "test_spec.py"}
+FAST = {"maths", "test_presets.py", "test_spec.py"}
 """Folders and files whose tests run nothing whole, a minute in all."""
 
 

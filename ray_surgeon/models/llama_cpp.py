@@ -57,6 +57,13 @@ def _misread(layout: ModelLayout, known: LlamaCpp, widths: Sequence[BlockWidths]
             yield f"{its} has no {name}, the model's config.json has it"
     if not getattr(config, "scale_attn_weights", True):
         yield f"{its} scales attention, the model's config.json has scale_attn_weights false"
+    yield from _misread_of_attention(config, known, its)
+    if not _knows_rope(config, known):
+        yield f"rotary embeddings {dict(rope_of(config))} are not written for {known.name}"
+    yield from _misread_of_widths(layout, known, its, widths)
+
+
+def _misread_of_attention(config: PretrainedConfig, known: LlamaCpp, its: str) -> Iterator[str]:
     window = getattr(config, "sliding_window", None)
     if known.attention_kinds:
         kinds = list(config.layer_types)
@@ -67,11 +74,14 @@ def _misread(layout: ModelLayout, known: LlamaCpp, widths: Sequence[BlockWidths]
     elif window is not None and getattr(config, "use_sliding_window", True):
         remedy = "or set it to null in config.json if no text is longer"
         yield f"llama.cpp would ignore sliding_window {window}; export uniform, {remedy}"
-    if not _knows_rope(config, known):
-        yield f"rotary embeddings {dict(rope_of(config))} are not written for {known.name}"
+
+
+def _misread_of_widths(
+    layout: ModelLayout, known: LlamaCpp, its: str, widths: Sequence[BlockWidths]
+) -> Iterator[str]:
     heads = layout.heads
     sizes = {width.num_kv_heads * heads.n_rep * heads.head_dim for width in widths}
-    if not known.has_free_heads and sizes != {config.hidden_size}:
+    if not known.has_free_heads and sizes != {layout.config.hidden_size}:
         yield f"{its} wants heads that fill the hidden size; set pruning.groups: [ffn]"
     differ = len(set(widths)) > 1
     if layout.is_mixture:

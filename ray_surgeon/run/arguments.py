@@ -62,39 +62,72 @@ def document_of(
     Raises:
         ValueError: see `spec_of`; fields are not checked yet.
     """
-    if isinstance(model, PreTrainedModel) == (tokenizer is None):
-        problem = "tokenizer: belongs to a model in memory, which needs its tokenizer"
-        raise ValueError(f"{problem}; that of a folder, URI or Hub id is read from there")
-    if "model" in sections:  # of `recover`, whose first argument has another name
-        raise ValueError("model: is the first argument; give the section there")
+    _check_given(model, tokenizer, sections)
     document: dict[str, Any] = {"version": 2, "name": "model", "cluster": {}, "output": {}}
     document |= sections
     if isinstance(model, str):
         model = {"source": model}
     if not isinstance(model, PreTrainedModel):
         if not model or "source" not in model:
-            known = "a Hub id, a folder, a URI, a model, or a section that gives its source"
-            raise ValueError(f"model: give {known}; or give a whole spec")
-        last = str(model["source"]).rstrip("/").rpartition("/")[2].lower()
-        name = re.sub(r"[^a-z0-9.-]", "-", last).strip("-.")[:63] or "model"
-        document["name"] = sections.get("name", name)
+            raise ValueError(
+                "model: give a Hub id, a folder, a URI, a model, or a section that gives its "
+                "source; or give a whole spec"
+            )
+        document["name"] = sections.get("name", _name_of(str(model["source"])))
     if isinstance(document["cluster"], Mapping):
         document["cluster"] = {"backend": "local", **document["cluster"]}
     if not isinstance(document["output"], Mapping):
         document["output"] = {"uri": document["output"]}
     output = document["output"] = {"uri": f"./runs/{document['name']}", **document["output"]}
-    pruning = _fields(sections.get("pruning"))
-    is_whole = sections.get("pruning", pruning) is None
-    if is_whole or pruning.get("structure") == "groups":
-        uniform = is_whole or pruning.get("allocation") == "uniform"
-        output.setdefault("exports", ["uniform" if uniform else "per_block"])
-    calibration = _fields(sections.get("calibration"))
-    if "evaluation" not in sections and calibration.get("source", "auto") not in ("auto", "self"):
-        document["evaluation"] = [_test_part(calibration)]
+    exports = _default_exports(sections)
+    if exports is not None:
+        output.setdefault("exports", exports)
+    if "evaluation" not in sections:
+        document.update(_default_evaluation(sections))
     if isinstance(model, PreTrainedModel):
         source = files.join(absolute(str(output["uri"])), "source")
         model = {"source": source, "dtype": str(model.dtype).removeprefix("torch.")}
     return document | {"model": model}
+
+
+def _check_given(
+    model: str | Mapping[str, Any] | PreTrainedModel | None,
+    tokenizer: PreTrainedTokenizerBase | None,
+    sections: Mapping[str, Any],
+) -> None:
+    if isinstance(model, PreTrainedModel) == (tokenizer is None):
+        raise ValueError(
+            "tokenizer: belongs to a model in memory, which needs its tokenizer; that of a folder, "
+            "URI or Hub id is read from there"
+        )
+    if "model" in sections:  # of `recover`, whose first argument has another name
+        raise ValueError("model: is the first argument; give the section there")
+
+
+def _name_of(source: str) -> str:
+    """Return a name of a run that the spec accepts, from the last part of a model's source."""
+    last = source.rstrip("/").rpartition("/")[2].lower()
+    return re.sub(r"[^a-z0-9.-]", "-", last).strip("-.")[:63] or "model"
+
+
+def _default_exports(sections: Mapping[str, Any]) -> list[str] | None:
+    """Return the exports of a job that names none; None for those of the spec."""
+    if "pruning" in sections and sections["pruning"] is None:
+        return ["uniform"]
+    pruning = _fields(sections.get("pruning"))
+    if pruning.get("structure") != "groups":
+        return None
+    if pruning.get("allocation") == "uniform":
+        return ["uniform"]
+    return ["per_block"]
+
+
+def _default_evaluation(sections: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the section on evaluation of a job that has none; nothing for that of the spec."""
+    calibration = _fields(sections.get("calibration"))
+    if calibration.get("source", "auto") in ("auto", "self"):
+        return {}
+    return {"evaluation": [_test_part(calibration)]}
 
 
 def towards(teacher: Any, sections: Mapping[str, Any]) -> dict[str, Any]:

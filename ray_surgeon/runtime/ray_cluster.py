@@ -193,19 +193,7 @@ class RayCluster(Cluster):
             # a task failed because what it was to take was lost with another worker
             error = error.cause
         if isinstance(error, RayTaskError):
-            # a GPU that fell off the bus, which its process can use no more
-            comes_again = any(text in str(error.cause) for text in _COMES_AGAIN)
-            if isinstance(error.cause, torch.AcceleratorError) and not comes_again:
-                return WorkerFailureError("worker", error.cause)
-            if not isinstance(error.cause, CollectiveError):
-                return error  # it would come again
-            try:
-                self._check_that_all_answer(min(5.0, self._ping_timeout_s))
-            except RayError as dead:  # the other end of the collective
-                return self._as_failure(dead)
-            except WorkerFailureError as failure:
-                return failure
-            return WorkerFailureError("communication", error.cause)
+            return self._failure_of_step(error)
         if isinstance(error, ray.exceptions.ActorUnavailableError):
             error = self._what_became_of_it(error)
         if isinstance(error, ray.exceptions.OutOfDiskError):
@@ -220,6 +208,22 @@ class RayCluster(Cluster):
         if num_gone or (not self._nodes and not self._nodes_at_start <= alive):
             return WorkerFailureError("node", f"{num_gone or 'some'} workers were on lost machines")
         return WorkerFailureError("node" if isinstance(error, _OF_NODES) else "worker", error)
+
+    def _failure_of_step(self, error: RayTaskError) -> Exception:
+        """Return the failure behind what a step raised, or the error itself if it is the work's."""
+        # a GPU that fell off the bus, which its process can use no more
+        comes_again = any(text in str(error.cause) for text in _COMES_AGAIN)
+        if isinstance(error.cause, torch.AcceleratorError) and not comes_again:
+            return WorkerFailureError("worker", error.cause)
+        if not isinstance(error.cause, CollectiveError):
+            return error  # it would come again
+        try:
+            self._check_that_all_answer(min(5.0, self._ping_timeout_s))
+        except RayError as dead:  # the other end of the collective
+            return self._as_failure(dead)
+        except WorkerFailureError as failure:
+            return failure
+        return WorkerFailureError("communication", error.cause)
 
     def _what_became_of_it(self, error: RayError) -> RayError:
         """Ask until Ray knows whether a worker is dead, or its machine is.

@@ -192,7 +192,7 @@ def test_curvature_as_in_a_run(family: str, job: Jobs, monkeypatch: pytest.Monke
     tokens = job.inputs(model=family).calibration
     found = ray_surgeon.curvature(model, tokens)
     cluster = loaded(job.models[family])
-    gather_curvature(cluster, tokens, "kfac")
+    gather_curvature(cluster, tokens)
     ((_, worker),) = cluster.workers.items()
     assert list(found) == list(worker.shard.linears)
     for name, factors in found.items():

@@ -17,7 +17,12 @@ from ray_surgeon.report.directory import RunDirectory
 from ray_surgeon.report.display import main as compare
 from ray_surgeon.runtime.passes import Measured, remember
 from ray_surgeon.stages import evaluation
-from ray_surgeon.stages.curvature.gather import NOTHING_BESIDE, finish_curvature, gather_curvature
+from ray_surgeon.stages.curvature.gather import (
+    NOTHING_BESIDE,
+    WantedFactors,
+    finish_curvature,
+    gather_curvature,
+)
 from tests.conftest import CONFIGS
 from tests.integration import runs
 from tests.integration.runs import Jobs, assert_same_shot, loaded, overflowing_model, windows
@@ -143,7 +148,9 @@ def test_overflow_names_the_linear(kind: str, num_shards: int, job: Jobs) -> Non
     with pytest.raises(
         FloatingPointError, match=r"inputs are not finite from model\.layers\.1\.mlp\.down_proj on"
     ):
-        gather_curvature(loaded(broken, num_shards), job.inputs(options).calibration, kind)
+        gather_curvature(
+            loaded(broken, num_shards), job.inputs(options).calibration, WantedFactors(kind)
+        )
     assert "not a number" in job(options, code=1).error
 
 

@@ -20,7 +20,7 @@ from ray_surgeon.maths.columns import sparsegpt, upper_inverse, wanda
 from ray_surgeon.maths.experts import PRIOR_TOKENS
 from ray_surgeon.memory.stores import Stores
 from ray_surgeon.runtime.collectives import ThreadReplica
-from ray_surgeon.stages.curvature.gather import drawn, gather_curvature, gather_terms
+from ray_surgeon.stages.curvature.gather import WantedFactors, drawn, gather_curvature, gather_terms
 from ray_surgeon.stages.curvature.section import ExtendedKfacSection
 from tests.conftest import LAYOUTS
 from tests.integration import runs
@@ -247,7 +247,7 @@ def test_further_terms_of_shards_and_replicas_are_those_of_samples(job: Jobs) ->
         expected[name] = (second_term(a, g), first_term(a, g))
     for shards, replicas in ((1, 1), (2, 2)):
         cluster = loaded(job.models["llama"], shards, replicas)
-        gather_curvature(cluster, sequences, "kfac")
+        gather_curvature(cluster, sequences)
         (sizes,) = gather_terms(cluster, sequences, TERMS, None)
         owned = owned_factors(cluster)
         assert sizes.keys() == owned.keys() == pairs.keys()
@@ -267,7 +267,7 @@ def test_further_terms_of_experts_weigh_what_their_own_tokens_do(job: Jobs) -> N
     names = [f"model.layers.2.mlp.experts.{expert}.down_proj" for expert in (0, 3)]
     names += ["model.layers.2.mlp.experts.0.gate_proj"]
     with noted(worker.shard.model, names) as pairs:
-        gather_curvature(cluster, sequences, "kfac")
+        gather_curvature(cluster, sequences)
     (sizes,) = gather_terms(cluster, sequences, TERMS, None)
     for name, (inputs, gradients) in pairs.items():
         a = torch.cat(inputs)
@@ -305,7 +305,7 @@ def test_gradients_of_some_sequences_and_inputs_of_all(
     mean = total / len(both) / (sequences.shape[1] - 1)
     for shards, replicas in ((1, 1), (2, 2 if num_backward else 3)):
         cluster = loaded(job.models["llama"], shards, replicas, stores)
-        found = gather_curvature(cluster, sequences, "kfac", num_backward=num_backward)
+        found = gather_curvature(cluster, sequences, WantedFactors(num_backward=num_backward))
         assert found == pytest.approx(mean, rel=1e-6)
         owned = owned_factors(cluster)
         assert owned.keys() == pairs.keys()
@@ -340,10 +340,10 @@ def test_sampled_fisher_is_the_exact_one_in_the_mean(job: Jobs) -> None:
     last = cluster.workers[cluster.placement.workers[1]]
     total = torch.zeros(32, 32)
     for seed in range(0, 4000, 1000):  # a hundred draws each; those of seeds side by side overlap
-        gather_curvature(cluster, np.repeat(tokens, 100, axis=0), "kfac", seed)
+        gather_curvature(cluster, np.repeat(tokens, 100, axis=0), WantedFactors(label_seed=seed))
         total += last.shard.factors(name).G.dense()
     assert float((total / 400 - exact).norm() / exact.norm()) < 0.15
-    gather_curvature(cluster, tokens, "kfac")
+    gather_curvature(cluster, tokens)
     empirical = last.shard.factors(name).G.dense()
     assert float((empirical - exact).norm() / exact.norm()) > 0.3
 

@@ -22,7 +22,7 @@ from ray_surgeon.runtime.dense_states import CALIBRATION
 from ray_surgeon.runtime.passes import compared, measure
 from ray_surgeon.runtime.pipelines import forward_and_backward
 from ray_surgeon.runtime.wave import Labels
-from ray_surgeon.stages.curvature.gather import gather_curvature
+from ray_surgeon.stages.curvature.gather import WantedFactors, gather_curvature
 from ray_surgeon.stages.prune.experts import ExpertSumsBeside
 from tests.conftest import VOCABULARY
 from tests.integration.runs import loaded
@@ -194,10 +194,11 @@ def cluster(model_folders: dict[str, Path]) -> LocalCluster:
 
 
 def gathered(
-    cluster: LocalCluster, counts: np.ndarray | None, **options: Any
+    cluster: LocalCluster, counts: np.ndarray | None, num_backward: int | None = None
 ) -> tuple[float, dict[str, Any]]:
     """Return the loss of a pass, and linear -> A, G and the number of tokens, from its owner."""
-    loss = gather_curvature(cluster, SEQUENCES, "kfac", counts=counts, **options)
+    wanted = WantedFactors(num_backward=num_backward)
+    loss = gather_curvature(cluster, SEQUENCES, wanted, counts=counts)
     found = {}
     for worker in cluster.workers.values():
         for name in filter(worker.owns, worker.shard.linears):
@@ -246,8 +247,11 @@ def test_costs_of_experts_are_per_token_that_counts(model_folders: dict[str, Pat
     """
     cluster = loaded(model_folders["qwen2_moe"])
 
-    def sums(sequences: np.ndarray, **options: Any) -> list[Tensor]:
-        gather_curvature(cluster, sequences, "kfac", beside=ExpertSumsBeside(), **options)
+    def sums(
+        sequences: np.ndarray, counts: np.ndarray | None = None, num_backward: int | None = None
+    ) -> list[Tensor]:
+        wanted = WantedFactors(num_backward=num_backward)
+        gather_curvature(cluster, sequences, wanted, counts=counts, beside=ExpertSumsBeside())
         (worker,) = cluster.workers.values()
         return [one.total.clone() for one in worker.shard.expert_sums.values()]
 

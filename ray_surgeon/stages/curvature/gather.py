@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import ChainMap
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from typing import ClassVar
@@ -99,15 +100,31 @@ def finish_curvature(worker: Worker, beside: SumsBeside) -> None:
 NOTHING_BESIDE = SumsBeside()
 
 
+@dataclass(frozen=True)
+class WantedFactors:
+    """The factors that a curvature pass gathers."""
+
+    kind: str = "kfac"
+    """See `ModelShard.start_curvature`; ``activations`` and ``identity`` need no backward pass"""
+    label_seed: int | None = None
+    """See `Labels`"""
+    only: frozenset[str] | None = None
+    """See `ModelShard.start_curvature`"""
+    num_backward: int | None = None
+    """Number of sequences that pass backward, too; None for all. G is the sum over these, scaled to
+    the number of all sequences
+    """
+
+
+KFAC = WantedFactors()
+
+
 def gather_curvature(
     cluster: Cluster,
     sequences: Tokens,
-    kind: str,
-    label_seed: int | None = None,
-    only: frozenset[str] | None = None,
-    num_backward: int | None = None,
-    counts: Counts = None,
+    wanted: WantedFactors = KFAC,
     *,
+    counts: Counts = None,
     beside: SumsBeside = NOTHING_BESIDE,
     remembers: bool = False,
 ) -> float:
@@ -123,12 +140,7 @@ def gather_curvature(
     Args:
         cluster: with loaded workers.
         sequences: [num_sequences, sequence_length] tokens.
-        kind: see `ModelShard.start_curvature`; a forward pass is enough for ``activations`` and
-            ``identity``.
-        label_seed: see `Labels`.
-        only: see `ModelShard.start_curvature`.
-        num_backward: sequences that pass backward, too; all if not given. G is theirs, brought to
-            the number of all sequences.
+        wanted: which factors are gathered, and how.
         counts: [num_sequences, sequence_length], whether a token counts as something that is
             predicted; None if all do.
         beside: what is summed beside A and G.
@@ -144,7 +156,9 @@ def gather_curvature(
         FloatingPointError: a loss or a hidden state is not finite; names the first linear whose
             inputs are not.
     """
-    count = 0 if kind in ("activations", "identity") else num_backward or len(sequences)
+    count = wanted.num_backward or len(sequences)
+    if wanted.kind in ("activations", "identity"):
+        count = 0
     both = drawn(len(sequences), count)
     measured = both or range(len(sequences))
     num_tokens = passes.num_counted(sequences, counts, measured)
@@ -152,11 +166,11 @@ def gather_curvature(
         problem = f"in none of the {len(measured)} sequences whose loss is taken a token counts"
         remedy = "use longer ones, or more, or raise curvature.num_backward"
         raise ValueError(f"calibration: {problem}; {remedy}")
-    cluster.run_all(start_pass, kind, only, beside)
+    cluster.run_all(start_pass, wanted.kind, wanted.only, beside)
     remembered = CALIBRATION if remembers else None
     try:
         if both:
-            labels = Labels(label_seed, remembers=remembers)
+            labels = Labels(wanted.label_seed, remembers=remembers)
             losses = forward_and_backward(cluster, sequences, labels, only=both, counts=counts)
             if rest := sorted(set(range(len(sequences))) - set(both)):
                 whose = "the calibration sequences"

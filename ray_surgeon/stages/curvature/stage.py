@@ -20,7 +20,7 @@ from ray_surgeon.plan.counts import Counted, StepPlan
 from ray_surgeon.plan.needs import WorkerView
 from ray_surgeon.runtime.cluster import Cluster
 from ray_surgeon.runtime.worker import Worker
-from ray_surgeon.stages.curvature.gather import gather_curvature, gather_terms
+from ray_surgeon.stages.curvature.gather import WantedFactors, gather_curvature, gather_terms
 from ray_surgeon.stages.curvature.section import DampingSection, ExtendedKfacSection
 from ray_surgeon.stages.prune.method import Method
 from ray_surgeon.stages.stage import CalibrationText, Facts, RunState, Stage
@@ -96,16 +96,26 @@ def calibrate(
     """
     curvature = method.used_curvature
     seed = curvature.label_seed(shot, len(text.tokens))
-    how = curvature.kind, seed, method.gathers
+    wanted = WantedFactors(
+        kind=curvature.kind,
+        label_seed=seed,
+        only=method.gathers,
+        num_backward=curvature.sequences_backward,
+    )
     has_held = curvature.chooses_damping and len(text.held) >= cluster.placement.num_replicas
     if has_held:
-        gather_curvature(cluster, text.held, *how, counts=text.held_counts)
+        on_held = replace(wanted, num_backward=None)
+        gather_curvature(cluster, text.held, on_held, counts=text.held_counts)
         cluster.run_all(_keep_held_factors, method)
-    n = curvature.sequences_backward
     record: dict[str, Any] = {}
     with method.around_pass(cluster, text):
         loss = gather_curvature(
-            cluster, text.tokens, *how, n, text.counts, beside=method.beside, remembers=remembers
+            cluster,
+            text.tokens,
+            wanted,
+            counts=text.counts,
+            beside=method.beside,
+            remembers=remembers,
         )
         if has_held:
             method, record["damping_chosen"] = _choose_damping(cluster, method, shot)

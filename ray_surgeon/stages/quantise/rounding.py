@@ -15,7 +15,7 @@ from ray_surgeon.runtime.cluster import Cluster
 from ray_surgeon.runtime.passes import BlockPass
 from ray_surgeon.runtime.wave import Tokens
 from ray_surgeon.runtime.worker import Worker
-from ray_surgeon.stages.curvature.gather import drawn, gather_curvature
+from ray_surgeon.stages.curvature.gather import WantedFactors, drawn, gather_curvature
 
 NUM_BACKWARD = 64
 """Sequences that give G, drawn from the calibration."""
@@ -88,7 +88,7 @@ def round_linears(cluster: Cluster, tokens: Tokens, grid: Grid, *, both_sides: b
     """
     if both_sides:
         some = tokens[drawn(len(tokens), NUM_BACKWARD)]
-        gather_curvature(cluster, some, "kfac", label_seed=0)
+        gather_curvature(cluster, some, WantedFactors(label_seed=0))
         cluster.run_all(_keep_G_alone)
     else:
         cluster.run_all(_forget_G)
