@@ -15,9 +15,9 @@ the mean of what is removed), Wanda-sp (same source: |W| |X| summed over a group
 (Muralidharan et al. 2024, arXiv 2407.14679: norm of a group's activations, here over all tokens),
 Taylor (LLM-Pruner, Ma et al. 2023, arXiv 2305.11627: sum of |w dL/dw| over all weights of a group).
 Where widths may differ, the scores of a block's columns are standardised, as FLAP does it, a group
-has the mean of its columns, and one threshold is taken for all. A search reads 16 more sequences of
-the same text. All have the quickstart's texts, without the model's own, unless ``--spec`` gives
-others. CPU-s are those of scores, updates and corrections, without measuring.
+has the mean of its columns, and one threshold is taken for all. All have the quickstart's texts,
+without the model's own, unless ``--spec`` gives others. CPU-s are those of scores, updates and
+corrections, without measuring.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ POINTS: dict[str, dict[str, Any]] = {
 }
 """Name -> what differs in the section `pruning`."""
 PEERS = ("FLAP", "Wanda-sp", "Minitron", "Taylor")
-CHOICES = ("ours", "reconstruction", "search", "peers")
+CHOICES = ("ours", "reconstruction", "peers")
 
 Row = dict[str, Any]
 
@@ -277,10 +277,6 @@ def specs(
         }
         ways["The LLM Surgeon, reconstruction"] = trained | {"recovery": None}
         ways["The LLM Surgeon, reconstruction, corrections on divergence"] = trained
-    if "search" in which and "allocation" not in point:
-        searching = {"pruning": pruning | {"search": {}}}
-        ways["The LLM Surgeon, search"] = searching | {"recovery": None}
-        ways["The LLM Surgeon, search, corrections on divergence"] = searching
     changed = dict(document) | {
         "pruning": pruning,
         "cluster": {"backend": "local", "cpus_per_worker": 2},
@@ -635,10 +631,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     torch.set_num_threads(2)
     rows = rows_of_spec(arguments) if arguments.spec else rows_of_points(arguments)
     write(arguments.folder, rows)
-    if not rows:
-        parser.error(
-            "--which search: a search is of points whose widths may differ; give one of those"
-        )
     sys.stdout.write(table(rows))
     return 0
 

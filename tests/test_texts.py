@@ -299,10 +299,3 @@ def test_a_tokenizer_without_a_chat_template(tmp_path: Path, tokenizer: FastToke
 
 def calibration(**fields: object) -> CalibrationSection:
     return CalibrationSection.model_validate({"num_sequences": 8, "sequence_length": 64, **fields})
-
-
-def test_the_model_may_write_all_of_the_calibration() -> None:
-    section = calibration(source="self", chat=True, weigh="answers")
-    assert section.further(0) == [0]
-    with pytest.raises(ValueError, match="the model writes all of it"):
-        section.further(2)

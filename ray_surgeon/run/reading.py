@@ -36,7 +36,6 @@ class Texts(NamedTuple):
 
     tokenizer: Any  # None if nothing is read, for a plan from config.json alone
     calibration: Windows
-    further: Windows  # in the same texts, that a stage reads beside the calibration
     measured: Mapping[str, Windows]  # by name, what is evaluated on
     teacher: LoadTeacher | None = None  # what loads a model to train towards
 
@@ -45,11 +44,11 @@ def unread_texts(spec: JobSpec) -> Texts:
     """Return what stands for the texts in a plan from config.json alone."""
     shape = (spec.calibration.num_sequences, spec.calibration.sequence_length)
     tokens = np.broadcast_to(np.int64(0), shape)  # all places share their memory
-    return Texts(None, windows_of(tokens), windows_of(tokens[:0]), {})
+    return Texts(None, windows_of(tokens), {})
 
 
 def read_texts(spec: JobSpec, tokenizer: Any, config: PretrainedConfig) -> Texts:
-    """Read the calibration, further windows beside it in the same texts, and evaluation texts."""
+    """Read the calibration and the evaluation texts."""
 
     def windows_in(text: SourceSection, count: int, length: int, where: str) -> Windows:
         check_length(length, config, f"{where}.sequence_length")
@@ -65,24 +64,18 @@ def read_texts(spec: JobSpec, tokenizer: Any, config: PretrainedConfig) -> Texts
         if is_saved_whole(later):
             section.check_border(later, f"evaluation.{i}")
     length = section.sequence_length
-    further = section.further(spec.schedule.num_further_windows)
     parts = list[Windows]()
-    beside = [np.zeros((0, length), dtype=np.int64)]
-    for number, ((text, count), more) in enumerate(zip(section.shares, further, strict=True)):
+    for number, (text, count) in enumerate(section.shares):
         if text.is_written:
             parts.append(windows_of(np.zeros((count, length), dtype=np.int64)))
             continue
-        # windows that begin in the calibration's last one
-        overlapping = (length - 1) // text.stride if text.stride and more else 0
         where = f"calibration.mix.{number - 1}" if number else "calibration"
-        windows = windows_in(text, count + overlapping + more, length, where)
-        parts.append(windows_of(windows.tokens[:count]))
-        beside.append(windows.tokens[count + overlapping :])
+        parts.append(windows_in(text, count, length, where))
     measured = {
         t.name: windows_in(t, t.num_sequences, t.sequence_length, f"evaluation.{i} ({t.name})")
         for i, t in enumerate(spec.evaluation.texts)
     }
-    return Texts(tokenizer, interleaved(parts), windows_of(np.concatenate(beside)), measured)
+    return Texts(tokenizer, interleaved(parts), measured)
 
 
 def check_length(length: int, config: PretrainedConfig, where: str) -> None:

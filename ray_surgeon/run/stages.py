@@ -24,7 +24,6 @@ from ray_surgeon.stages.prune.method import Method
 from ray_surgeon.stages.prune.methods import Costs, Latency, Threshold, Update
 from ray_surgeon.stages.quantise.stage import Quantise
 from ray_surgeon.stages.recovery.stage import Recovery, stream_of
-from ray_surgeon.stages.search.search import SearchStage
 from ray_surgeon.stages.self_text.requests import Language
 from ray_surgeon.stages.self_text.stage import SelfText
 from ray_surgeon.stages.stage import Stage
@@ -59,7 +58,7 @@ def stages_of(
     Raises:
         ValueError: a stage cannot work; names the field, what was found, and the remedy.
     """
-    tokenizer, calibration, further, measured, teacher = texts
+    tokenizer, calibration, measured, teacher = texts
     tasks = spec.evaluation.tasks
     held = spec.num_held
     sizes = [(text.num_sequences, text.sequence_length) for text in spec.evaluation.texts]
@@ -85,7 +84,6 @@ def stages_of(
             depth_of(method, layout, held),
             Curvature(method, bool(recovery and recovery.sees_calibration)) if has_costs else None,
             Costs(method) if has_costs else None,
-            SearchStage.of(method, further),
             Threshold() if has_costs else None,
             Update(method),
             method.reconstruction if isinstance(method, Groups) else None,

@@ -65,7 +65,7 @@ class CalibrationSection(MixedSection, TextSection):
     held_aside: float | None = Field(None, ge=0, le=0.5)
     """Fraction of the calibration's windows that no stage is fitted on; stages are measured on them
     before and after, and what does not help is undone. null: a tenth, at most six windows, if a
-    stage checks itself so (reconstruction, search, recovery, damping auto), otherwise none
+    stage checks itself so (reconstruction, recovery, damping auto), otherwise none
     """
 
     @property
@@ -73,17 +73,6 @@ class CalibrationSection(MixedSection, TextSection):
         """Each text with its number of windows, which add up to num_sequences."""
         texts = (self, *self.mix)
         return list(zip(texts, _split(self.num_sequences, [t.weight for t in texts]), strict=True))
-
-    def further(self, num_sequences: int) -> list[int]:
-        """Return of how many more windows each text has a share, none of what the model writes.
-
-        Raises:
-            ValueError: some are wanted, and the model writes all of the text.
-        """
-        weights = [0.0 if text.is_written else text.weight for text in (self, *self.mix)]
-        if num_sequences and not any(weights):
-            raise ValueError("calibration: the model writes all of it; add a text for more windows")
-        return _split(num_sequences, weights)
 
     def check_border(self, measured: SourceSection, where: str) -> None:
         """Refuse a text that the calibration cuts into train and test at another place.

@@ -44,11 +44,6 @@ class ScheduleSection(Section):
         return getattr(self, "target_sparsity", None)
 
     @property
-    def num_further_windows(self) -> int:
-        """Windows that a stage reads beside the calibration's, from the same texts."""
-        return 0
-
-    @property
     def checks_itself(self) -> bool:
         """Whether a stage measures itself on windows held aside, as its section says."""
         sections = (part for part in vars(self).values() if isinstance(part, Section))

@@ -33,7 +33,7 @@ _SHARES = {"python-docstrings": 1 / 32, "python-docs": 1 / 32}
 
 
 _SMALL_TEXT_TOKENS = 48_000
-"""Tokens that are taken of a small text, at most, so that some are left for a search."""
+"""Tokens that are taken of a small text, at most."""
 
 
 _CODE_TOKENS = 400_000

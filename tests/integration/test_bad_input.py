@@ -48,7 +48,6 @@ def model(llama: Path, tmp_path: Path) -> Path:
 
 GROUPS = "pruning.structure=groups; pruning.groups"
 ELEMENT = "model=opt; pruning.structure=element"
-SEARCH = "pruning.width_multiple=8; pruning.search={num_sequences: 600}"
 IDENTITY = "curvature.kind=identity; pruning.reconstruction={}"
 
 
@@ -60,11 +59,9 @@ IDENTITY = "curvature.kind=identity; pruning.reconstruction={}"
         ("cluster.num_replicas=7", ["num_replicas: 7", "6 calibration sequences"]),
         ("curvature.num_backward=7", ["num_backward: 7", "6 calibration", "give 1 to 6"]),
         ("curvature.num_backward=1; cluster.num_replicas=2", ["every replica", "give 2 to 6"]),
-        (f"{GROUPS}=[experts]; pruning.search={{}}", ["with whole experts", "use expert_channels"]),
         (f"{GROUPS}=[ffn]; pruning.width_multiple=1000", ["at most 0.0000", "which is 1000"]),
         (f"{GROUPS}=[attention]; pruning.reconstruction={{}}", ["is of channels", "to groups"]),
         (f"{GROUPS}=[ffn]; {IDENTITY}", ["identity keeps no inputs", "use kfac or activations"]),
-        (f"{GROUPS}=[ffn]; {SEARCH}", ["606 sequences", "need 38760"]),
         (f"{ELEMENT}; pruning.target_sparsity=0.995", ["biases count and stay"]),
         (f"{ELEMENT}; pruning.method=wanda; pruning.target_sparsity=0.975", ["0.9697 is all"]),
         ("model.source=/absent/model", ["model.source", "no folder '/absent/model'"]),

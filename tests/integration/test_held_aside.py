@@ -65,7 +65,6 @@ def test_windows_held_aside_are_spread_over_all_texts() -> None:
         (f"{LORA}; cluster.num_replicas=6", 0),
         (f"{LORA}; cluster.num_replicas=4", 2),
         ("curvature.damping=auto", 1),
-        ("pruning.structure=groups; pruning.search={num_sequences: 3}", 1),
         ("pruning.structure=groups; pruning.reconstruction={}", 1),
         (f"{LORA}; calibration.num_sequences=40", 4),
         (f"{LORA}; calibration.num_sequences=400", 6),

@@ -78,7 +78,6 @@ FEATURES: dict[str, dict[str, Any]] = {
     "blocks": runs.SPARSEGPT,
     "depth": runs.GROUPS
     | {"pruning__groups": ["blocks", "ffn"], "pruning__depth": {"num_removed": 1}},
-    "search": runs.GROUPS | {"pruning__search": {"num_sequences": 3}},
     "reconstruction": runs.GROUPS
     | {"pruning__reconstruction": {"tokens_per_step": 16}, "model": "phi3"},
 }

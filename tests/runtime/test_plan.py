@@ -198,14 +198,6 @@ def test_factors_are_counted_as_they_are_laid_out_for_the_device() -> None:
     assert of_gpu == 4 * sum(n * (n + 1024) // 2 for n in rows)
 
 
-def test_a_search_passes_once_for_every_kind_of_groups() -> None:
-    searched = {"search": {"num_sequences": 24, "rounds": 2}}
-    search = job(num_shards=8, pruning=searched, **NOTHING_HELD)
-    flops = search.plan().as_record()["flops"]
-    passes = 2 * (2 * 80 + 1) + 1  # over as many windows as an evaluation, and three updates
-    assert flops["search"] == pytest.approx(passes * flops["evaluation"] + 3 * flops["update"])
-
-
 def test_layers_are_measured_in_passes_of_half_of_the_blocks() -> None:
     """A fifth of 80 blocks in two shots: eight of them in each, of which the first is measured
     whole, and each held aside twice; every fit is of half of the calibration's text.

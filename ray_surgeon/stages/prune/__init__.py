@@ -4,7 +4,7 @@ A file holds those of one kind of parts: their sections of the job spec, what th
 and what they do on the coordinator.
 
 Coupled groups, the longest, have further files: their section, costs as workers send them with how
-far these are followed, what the coordinator chooses, what goes whole, the search, and the
+far these are followed, what the coordinator chooses, what goes whole, and the
 reconstruction of layers. Corrections and further Kronecker terms, which go with several ways, have
 files of their own.
 """

@@ -32,8 +32,6 @@ if TYPE_CHECKING:
 _FAR_ENOUGH = 40.0
 """How many times as many groups as single costs say are followed before all are."""
 
-Unit = tuple[int, str]
-"""The groups of one kind in one block."""
 Counts = Mapping[str, int]
 """Consumer -> number of its groups."""
 
@@ -43,25 +41,13 @@ class ConsumerCosts(GroupCosts):
     """Marginal costs of the groups of one consumer, as a worker sends them."""
 
     num_parameters: int = 0  # of one group
-    # before scaling, per unit of the target; what costs more may be missing in `costs`
+    # per unit of the target; groups that cost more may be missing in `costs`
     limit: float = math.inf
-    # what costs are multiplied with to be compared with those of other consumers; see `Search`,
-    # the workers know nothing of it
-    scale: float = 1.0
-
-    @property
-    def unit(self) -> Unit:
-        """What a search scales together."""
-        return self.layer, self.kind
 
     @property
     def num_reached(self) -> int:
         """How many groups the path has."""
         return int(torch.isfinite(self.costs).sum())
-
-    def of_cheapest(self, count: int) -> float:
-        """Return what the cheapest groups cost together, before scaling."""
-        return float(self.costs.double().sort().values[:count].sum())
 
 
 GroupScores = Scores[ConsumerCosts]
@@ -71,7 +57,7 @@ GroupScores = Scores[ConsumerCosts]
 class Reach(NamedTuple):
     """How far the greedy path of a consumer is followed."""
 
-    limit: float  # largest cost, before scaling, per unit of the target
+    limit: float  # largest cost per unit of the target
     needed: int = 0  # groups that may be needed even if they cost more
 
 
@@ -171,7 +157,7 @@ class GroupChoice(Ranking):
         costs = sorted(scores.costs, key=lambda c: c.consumer)
         present = [c for c in costs if c.num_left or c.kind != "expert_channels"]
         needs = budget.by_left
-        groups = [replace(c, costs=c.costs * c.scale, needs=needs[c.kind]) for c in present]
+        groups = [replace(c, needs=needs[c.kind]) for c in present]
         missing = self.need((c.kind, c.num_left) for c in costs) - self.goal(shot)
         fewest = self.fewest.get("experts", 0)
         if self.section.uniform:
@@ -238,33 +224,11 @@ class Paths:
                 return scores
             limit = threshold  # with all paths up to there the threshold is this one or lower
 
-    def rescaled(self, scores: GroupScores, scales: Mapping[Unit, float]) -> GroupScores:
-        """Return scores with other scales.
-
-        Paths that go farther now are followed anew, with the weights that workers have.
-        """
-        scaled = tuple(replace(c, scale=scales.get(c.unit, 1.0)) for c in scores.costs)
-        scores = replace(scores, costs=scaled)
-        reached = {c.consumer: c.num_reached for c in scores.costs}
-        while True:
-            allocation = self.method.allocate(scores, self.shot)
-            threshold = max(0.0, allocation.threshold or 0.0)
-            wanted = self._and_one_step(scores.costs, allocation.counts)
-            short = {c.consumer for c in scores.costs if self._is_short(c, threshold)}
-            going_on = (c.consumer for c in scores.costs if not self._has_ended(c))
-            short |= {name for name in going_on if reached[name] < wanted[name]}
-            if not short:
-                return scores
-            needed = {name: wanted[name] for name in short}
-            scores = self._followed(scores, threshold, needed)
-            reached |= {name: max(reached[name], count) for name, count in needed.items()}
-
     def _followed(self, scores: GroupScores, limit: float, needed: Counts) -> GroupScores:
-        """Return scores of which those in `needed` were taken anew, up to a scaled cost."""
-        costs = {c.consumer: c for c in scores.costs}
-        reach = {name: Reach(limit / costs[name].scale, count) for name, count in needed.items()}
+        """Return scores of which those in `needed` were taken anew, up to a cost."""
+        reach = {name: Reach(limit, count) for name, count in needed.items()}
         after = self.method.taken(self.cluster, reach, self.shot)
-        costs |= {c.consumer: replace(c, scale=costs[c.consumer].scale) for c in after.costs}
+        costs = {c.consumer: c for c in (*scores.costs, *after.costs)}
         events = (*scores.raised_damping, *after.raised_damping)
         raised = {(event.linear, event.factor): event for event in events}
         return replace(after, costs=tuple(costs.values()), raised_damping=tuple(raised.values()))
@@ -278,15 +242,14 @@ class Paths:
         return {name: counts.get(name, 0) + step for name, step in steps.items()}
 
     def _is_short(self, costs: ConsumerCosts, threshold: float) -> bool:
-        """Whether a path could go on and ends before a threshold of scaled costs.
+        """Whether a path could go on and ends before a threshold.
 
         It does not if its limit is above, or if it came that far because its groups were needed.
         """
-        unscaled = threshold / costs.scale
-        if unscaled <= costs.limit or self._has_ended(costs):
+        if threshold <= costs.limit or self._has_ended(costs):
             return False
         reached = costs.costs[torch.isfinite(costs.costs)]
-        return not (reached >= unscaled * self.method.unit_of(costs.kind)).any()
+        return not (reached >= threshold * self.method.unit_of(costs.kind)).any()
 
     def _has_ended(self, costs: ConsumerCosts) -> bool:
         """Whether a path has all groups that may go."""

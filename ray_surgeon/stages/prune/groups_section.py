@@ -16,7 +16,6 @@ from ray_surgeon.spec.targets import FlopsTarget, TimedTarget
 from ray_surgeon.stages.curvature.section import AnyCurvature
 from ray_surgeon.stages.depth.section import Deepened
 from ray_surgeon.stages.reconstruction.section import Reconstructed
-from ray_surgeon.stages.search.section import Searched
 
 GroupKind = Literal[
     "ffn",
@@ -170,16 +169,11 @@ class CoupledSection(Reconstructed, Deepened, FamilySection):
             yield f"target_sparsity: give this, sizes or target, got {got}"
 
 
-class GroupsSection(CoupledSection, Searched):
+class GroupsSection(CoupledSection):
     """Coupled groups, as many from each block as one threshold over the model says."""
 
     allocation: Literal["global"] = "global"
     """One threshold over the model; widths differ from block to block"""
-
-    def problems(self) -> Iterator[str]:
-        """Yield what fields have against each other."""
-        if self.search is not None and "experts" in self.groups:
-            yield "search: does not go with whole experts; use expert_channels, or leave it out"
 
 
 class UniformGroupsSection(CoupledSection):

@@ -114,7 +114,7 @@ class ReconstructionStage(Reconstruction, Stage):
         of_layer = 2.0 * worker.num_sequences * worker.sequence_length * worker.hidden_size
         kept = of_layer * max(map(owners.count, owners), default=0)
         yield StepPlan("curvature", 0.0, of_layer * self._layers_at_once(worker, owners))
-        yield from (StepPlan(name, 0.0, kept) for name in ("costs", "search", "update"))
+        yield from (StepPlan(name, 0.0, kept) for name in ("costs", "update"))
 
     def _layers_at_once(self, worker: WorkerView, owners: list[int]) -> float:
         """Return of how many layers a replica has the inputs at most.

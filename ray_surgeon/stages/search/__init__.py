@@ -1,1 +1,0 @@
-"""The search for how many coupled groups every block loses."""
