@@ -7,7 +7,6 @@ import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -199,7 +198,7 @@ def test_what_two_workers_say(connected: None, job: Jobs, monkeypatch: pytest.Mo
 
 
 def test_a_gpu_that_fails_is_a_lost_worker_and_a_full_disk_is_none() -> None:
-    nobody: Any = SimpleNamespace()
+    nobody = object.__new__(RayCluster)
     broken = RayTaskError(
         "step", "", torch.AcceleratorError("CUDA error: unspecified launch failure")
     )
