@@ -27,8 +27,8 @@ from benchmarks.counter import Counter as Counter
 from benchmarks.counter import attention_as_one_launch
 from benchmarks.shaped_model import shaped_config, write_tokenizer
 from ray_surgeon.models.layout import ModelLayout
+from ray_surgeon.plan.device_resources import DEVICES, Room
 from ray_surgeon.plan.plan import Plan, Planner
-from ray_surgeon.plan.room import DEVICES, Room
 from ray_surgeon.plan.work import Shapes
 from ray_surgeon.report.directory import RunDirectory
 from ray_surgeon.report.events import Event, Moment

@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, 
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.models.loss import perplexity_of
 from ray_surgeon.models.pruned_config import blocks_left
-from ray_surgeon.plan.room import available_bytes
+from ray_surgeon.plan.device_resources import available_bytes
 from ray_surgeon.runtime import fresh_process
 from ray_surgeon.runtime.cluster import Cluster
 from ray_surgeon.runtime.collectives import decode

@@ -20,7 +20,7 @@ from ray_surgeon.storage import files
 
 
 @dataclass(frozen=True)
-class Shrinking:
+class WidthLimits:
     """What pruning may leave of the blocks."""
 
     # kind of groups that are pruned -> how many stay in every block; other kinds stay whole
@@ -55,7 +55,7 @@ class Shrinking:
         return sorted({*(n for n in possible if n >= least), whole})
 
 
-def check_gguf(layout: ModelLayout, shrinking: Shrinking) -> None:
+def check_gguf(layout: ModelLayout, shrinking: WidthLimits) -> None:
     """Refuse a model that llama.cpp could not read, before anything starts.
 
     Raises:
@@ -73,7 +73,7 @@ def check_gguf(layout: ModelLayout, shrinking: Shrinking) -> None:
     architecture_of(layout, widths[:1] if shrinking.uniform else widths)
 
 
-def check_quantised(layout: ModelLayout, shrinking: Shrinking, section: QuantizeSection) -> None:
+def check_quantised(layout: ModelLayout, shrinking: WidthLimits, section: QuantizeSection) -> None:
     """Refuse a model that cannot be quantised as asked, before anything starts.
 
     Raises:
@@ -92,7 +92,7 @@ def check_quantised(layout: ModelLayout, shrinking: Shrinking, section: Quantize
         _check_groups(layout, shrinking, size)
 
 
-def _check_groups(layout: ModelLayout, shrinking: Shrinking, size: int) -> None:
+def _check_groups(layout: ModelLayout, shrinking: WidthLimits, size: int) -> None:
     """Refuse groups of columns that share a scale if they will not fill the rows of a linear."""
     devices = shrinking.tensor_parallel
     possible = shrinking.inputs(layout)

@@ -12,13 +12,13 @@ from torch import Tensor
 from ray_surgeon.maths.masks import StructuredMask
 from ray_surgeon.models.build import num_inputs
 from ray_surgeon.plan.counts import StepPlan
-from ray_surgeon.plan.needs import WorkerView
-from ray_surgeon.plan.turns import block_by_block
+from ray_surgeon.plan.estimate import WorkerView
+from ray_surgeon.plan.step_estimates import block_by_block
 from ray_surgeon.runtime.cluster import Cluster
-from ray_surgeon.runtime.kept import write_kept
 from ray_surgeon.runtime.passes import BlockPass
 from ray_surgeon.runtime.wave import Tokens
 from ray_surgeon.runtime.worker import Worker
+from ray_surgeon.runtime.write_linear_tensors import write_kept
 
 
 class _MeanSquares(dict[str, Tensor]):

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ray_surgeon.export import folder
-from ray_surgeon.export.for_engines import Shrinking, check_gguf, check_quantised, export_gguf
+from ray_surgeon.export.for_engines import WidthLimits, check_gguf, check_quantised, export_gguf
 from ray_surgeon.export.speed import measure
 from ray_surgeon.export.tasks import evaluate_tasks
 from ray_surgeon.models import pruned_config
@@ -20,7 +20,7 @@ from ray_surgeon.storage import files
 _RELOADED = "reloaded and compared"
 
 
-def check_exports(output: OutputSection, layout: ModelLayout, shrinking: Shrinking) -> None:
+def check_exports(output: OutputSection, layout: ModelLayout, shrinking: WidthLimits) -> None:
     """Refuse exports that a model cannot have, before anything starts.
 
     Args:

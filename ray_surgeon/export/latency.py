@@ -13,7 +13,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt
 
 from ray_surgeon.export import folder as folders
-from ray_surgeon.export.for_engines import Shrinking
+from ray_surgeon.export.for_engines import WidthLimits
 from ray_surgeon.models.budgets import Budget
 from ray_surgeon.models.layers import LAYER_KINDS, layers_of
 from ray_surgeon.models.layout import ModelLayout
@@ -38,7 +38,7 @@ class _Table(BaseModel):
     rest: tuple[_Seconds, _Seconds]
 
 
-def measured_table(dense: folders.Pruned, target: TimedTarget, shrinking: Shrinking) -> Record:
+def measured_table(dense: folders.Pruned, target: TimedTarget, shrinking: WidthLimits) -> Record:
     """Measure what may be left of blocks, in the mean over the kinds of blocks of the model.
 
     Args:

@@ -13,7 +13,7 @@ from operator import add
 
 from ray_surgeon.maths.greedy import num_at_once
 from ray_surgeon.models.layout import LinearShape, ModelLayout
-from ray_surgeon.plan.room import Device
+from ray_surgeon.plan.device_resources import Device
 
 _NORM = (6, 12)
 """Launches of a norm forward and backward, of which 2 are added where it leaves its dtype."""

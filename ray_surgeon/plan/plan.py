@@ -19,8 +19,8 @@ from rich.table import Table
 
 from ray_surgeon.memory.stores import TOGETHER, Activations, Place, Stores
 from ray_surgeon.plan.counts import StepPlan
-from ray_surgeon.plan.needs import WorkerView
-from ray_surgeon.plan.room import Device, Room
+from ray_surgeon.plan.device_resources import Device, Room
+from ray_surgeon.plan.estimate import WorkerView
 from ray_surgeon.plan.work import Shapes
 from ray_surgeon.runtime.placement import Placement, place
 from ray_surgeon.spec.sections import MemorySection

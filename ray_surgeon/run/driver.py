@@ -15,7 +15,7 @@ from ray.exceptions import ObjectLostError, OutOfMemoryError, RayError, RayTaskE
 from ray.util import metrics as ray_metrics
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from ray_surgeon.plan.room import available_cpus
+from ray_surgeon.plan.device_resources import available_cpus
 from ray_surgeon.report.directory import Attempt, RunDirectory, TakenOverError
 from ray_surgeon.report.display import Display
 from ray_surgeon.report.events import CHECK, Event, Fact, Moment, Recorder

@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 import ray_surgeon
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.models.llama_cpp import tokenizer_names
+from ray_surgeon.plan.device_resources import Device, Room
 from ray_surgeon.plan.plan import Plan, Planner
-from ray_surgeon.plan.room import Device, Room
 from ray_surgeon.plan.work import Shapes, Work
 from ray_surgeon.report.directory import RunDirectory
 from ray_surgeon.report.record import check_folder

@@ -9,8 +9,8 @@ import uuid
 from collections.abc import Callable
 
 from ray_surgeon.memory.stores import ScratchNames
+from ray_surgeon.plan.device_resources import device_of, look_around, shared
 from ray_surgeon.plan.plan import DoesNotFitError, Plan
-from ray_surgeon.plan.room import device_of, look_around, shared
 from ray_surgeon.report.directory import RunDirectory, TakenOverError
 from ray_surgeon.report.events import Event, Moment, Steps
 from ray_surgeon.report.html_report import LivePage

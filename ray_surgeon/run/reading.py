@@ -18,7 +18,7 @@ from ray_surgeon.models.attention import check_rope
 from ray_surgeon.models.checkpoint import check_checkpoint, check_tied
 from ray_surgeon.models.families import check_depth, check_family, check_not_quantised
 from ray_surgeon.models.layout import ModelLayout
-from ray_surgeon.plan.room import named_device
+from ray_surgeon.plan.device_resources import named_device
 from ray_surgeon.spec.base import refusing
 from ray_surgeon.spec.job import JobSpec
 from ray_surgeon.spec.sections import LocalSection, ModelSection

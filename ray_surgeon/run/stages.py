@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from ray_surgeon.export.for_engines import Shrinking
+from ray_surgeon.export.for_engines import WidthLimits
 from ray_surgeon.export.kinds import check_exports
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.run.reading import Texts
@@ -13,7 +13,7 @@ from ray_surgeon.spec.evaluation import TasksSection
 from ray_surgeon.spec.job import JobSpec
 from ray_surgeon.spec.sections import OutputSection
 from ray_surgeon.stages.answers.answers import BeforeRecovery, DenseAnswers, PrunedAnswers
-from ray_surgeon.stages.answers.prompts import yardstick_for
+from ray_surgeon.stages.answers.prompts import prompt_set_for
 from ray_surgeon.stages.curvature.stage import Curvature
 from ray_surgeon.stages.depth.stage import depth_of
 from ray_surgeon.stages.evaluation import DenseEvaluation, Evaluation, Tasks
@@ -67,7 +67,7 @@ def stages_of(
     language = Language(tokenizer, layout.config) if tokenizer else None
     self_text = SelfText.of(spec.calibration, language)
     first = next(iter(measured.values()), calibration).tokens
-    yardstick, self_text = yardstick_for(spec.evaluation.generation, self_text, language, first)
+    prompt_set, self_text = prompt_set_for(spec.evaluation.generation, self_text, language, first)
     has_costs = method.has_costs
     recovery = _recovery(spec, method, texts)
     return Stages(
@@ -75,7 +75,7 @@ def stages_of(
             teacher or Load(method),
             Latency(method) if isinstance(method, Groups) and method.budget is None else None,
             self_text,
-            DenseAnswers(yardstick) if yardstick else None,
+            DenseAnswers(prompt_set) if prompt_set else None,
             DenseEvaluation(),
             Tasks(tasks, teacher.model if teacher else None) if tokenizer and tasks else None,
             Load(method) if teacher else None,
@@ -87,10 +87,10 @@ def stages_of(
             Threshold() if has_costs else None,
             Update(method),
             method.reconstruction if isinstance(method, Groups) else None,
-            BeforeRecovery() if yardstick and recovery else None,
+            BeforeRecovery() if prompt_set and recovery else None,
             recovery,
             Evaluation(sizes, spec.evaluation.stop_above),
-            PrunedAnswers(yardstick) if yardstick else None,
+            PrunedAnswers(prompt_set) if prompt_set else None,
             Commit(spec.schedule.targets, spec.output.keep_shots, _kept(spec)),
         ),
         _loads_sizes(method, after_shots),
@@ -117,7 +117,7 @@ def stages_after_shots(spec: JobSpec, layout: ModelLayout) -> tuple[Stage, ...]:
     if isinstance(pruning, CoupledSection):  # others leave the shapes as they are
         check_exports(spec.output, layout, pruning.shrinking(pruning.fewest_groups))
     if pruning is None:
-        check_exports(spec.output, layout, Shrinking({}, 1, 1, uniform=True))
+        check_exports(spec.output, layout, WidthLimits({}, 1, 1, uniform=True))
     schedule = spec.schedule
     values = getattr(pruning, "sizes", None) or (None,)
     pairs = zip(schedule.size_shots, values, strict=True)

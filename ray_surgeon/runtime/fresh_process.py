@@ -46,7 +46,7 @@ def run_module(
             env["HF_HUB_OFFLINE"] = "1"
         if gpu is not None:
             env["CUDA_VISIBLE_DEVICES"] = gpu
-        command = [sys.executable, "-m", f"{__package__}.with_parent", str(os.getpid()), module]
+        command = [sys.executable, "-m", f"{__package__}.die_with_parent", str(os.getpid()), module]
         # torch loads nothing in a folder that is gone, as when Ray unpacks the job's anew
         folder = None if os.stat(".").st_nlink else modules
         told: dict[str, Any] = {"input": json.dumps(request), "env": env, "cwd": folder}

@@ -3,9 +3,9 @@
 Texts that are written together all start at position 0, without padding. While a text's own prompt
 is not used up, the next token of the prompt is fed in place of the drawn one.
 
-What is written depends on the model and on `Wanted` alone: the draws of a text on the seed and its
-number, the texts of a batch on numbers and lengths, and the rows that are left out of a batch on
-tokens that are a fixed number of steps old. Shards, replicas and backends change nothing.
+The texts depend on the model and on `GenerationRequest` alone: the draws of a text on the seed and
+its number, the texts of a batch on numbers and lengths, and the rows that are left out of a batch
+on tokens that are a fixed number of steps old. Shards, replicas and backends change nothing.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def texts_together(length: int) -> int:
 
 
 @dataclass(frozen=True)
-class Wanted:
+class GenerationRequest:
     """Texts that the model is to write."""
 
     prompts: tuple[tuple[int, ...], ...]  # one a text: tokens that stand before it, one or more
@@ -83,7 +83,7 @@ class Wanted:
 class _Batch:
     """Texts that are being written together, a row each."""
 
-    def __init__(self, worker: Worker, numbers: Sequence[int], wanted: Wanted) -> None:
+    def __init__(self, worker: Worker, numbers: Sequence[int], wanted: GenerationRequest) -> None:
         """Begin texts with these numbers, whose prompts are all that `wanted` has."""
         self.cache = worker.runner.new_cache()  # keys and values of all tokens so far
         self.num_tokens = 0  # so far, prompts included
@@ -126,7 +126,7 @@ class _Writing(dict[int, _Batch]):
     """The batches that a worker is writing, by their numbers."""
 
 
-def begin(worker: Worker, batch: int, numbers: Sequence[int], wanted: Wanted) -> None:
+def begin(worker: Worker, batch: int, numbers: Sequence[int], wanted: GenerationRequest) -> None:
     """Prepare a batch; see `_Batch`."""
     worker.keeping(_Writing)[batch] = _Batch(worker, numbers, wanted)
 
@@ -166,7 +166,7 @@ def end(worker: Worker, batch: int) -> None:
 # On the coordinator
 
 
-def write_texts(cluster: Cluster, wanted: Wanted) -> list[NDArray[np.int64]]:
+def write_texts(cluster: Cluster, wanted: GenerationRequest) -> list[NDArray[np.int64]]:
     """Let the model write.
 
     Args:
@@ -199,7 +199,7 @@ class _Writer:
     """Writes batches of texts."""
 
     cluster: Cluster
-    wanted: Wanted
+    wanted: GenerationRequest
     texts: list[list[int]]  # tokens of every text that have come so far
 
     def write(self, batch: int, numbers: list[int], replica: int) -> Iterator[int]:

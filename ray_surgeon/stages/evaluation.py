@@ -11,7 +11,7 @@ from typing import Any
 
 from ray_surgeon.export.tasks import check_tasks, evaluate_tasks
 from ray_surgeon.plan.counts import StepPlan
-from ray_surgeon.plan.needs import WorkerView
+from ray_surgeon.plan.estimate import WorkerView
 from ray_surgeon.runtime.passes import measure, remember
 from ray_surgeon.spec.evaluation import TasksSection
 from ray_surgeon.spec.sections import ModelSection

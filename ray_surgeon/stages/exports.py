@@ -10,7 +10,7 @@ from ray_surgeon.export.folder import Pruned
 from ray_surgeon.export.importance import needs_of_mean_squares
 from ray_surgeon.export.kinds import export
 from ray_surgeon.plan.counts import Counted, StepPlan
-from ray_surgeon.plan.needs import WorkerView
+from ray_surgeon.plan.estimate import WorkerView
 from ray_surgeon.report.html_report import rendered
 from ray_surgeon.runtime.weights import FILE_BYTES
 from ray_surgeon.spec.evaluation import TasksSection

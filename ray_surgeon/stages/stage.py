@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.plan.counts import StepPlan
-from ray_surgeon.plan.needs import WorkerView
+from ray_surgeon.plan.estimate import WorkerView
 from ray_surgeon.report.commits import CommittedPart
 from ray_surgeon.report.directory import RunDirectory
 from ray_surgeon.report.events import Fact, Steps

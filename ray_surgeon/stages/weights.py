@@ -13,7 +13,7 @@ from typing import Any
 
 from ray_surgeon.memory.stores import ScratchNames
 from ray_surgeon.plan.counts import Counted, StepPlan
-from ray_surgeon.plan.needs import WorkerView
+from ray_surgeon.plan.estimate import WorkerView
 from ray_surgeon.report.commits import CommittedPart, Save
 from ray_surgeon.report.directory import Record
 from ray_surgeon.report.html_report import LivePage

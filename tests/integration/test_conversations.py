@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoTokenizer
 from transformers import PreTrainedTokenizerFast as Tokenizer
 
 from ray_surgeon.report.directory import RunDirectory
-from ray_surgeon.runtime.writing import Wanted, write_texts
+from ray_surgeon.runtime.writing import GenerationRequest, write_texts
 from ray_surgeon.spec.calibration import CalibrationSection
 from ray_surgeon.stages.self_text import conversations
 from ray_surgeon.stages.self_text.conversations import Conversation, pack, repeats, write
@@ -201,7 +201,7 @@ def test_a_text_goes_on_from_the_start_of_another(llama: Path, asked: Ask) -> No
     places = {tuple(stream[i : i + 6]) for i in range(0, len(stream) - 5, 6)}
     prompts = tuple(map(tuple, texts[:, :6].tolist()))
     assert len({*prompts} & places) == 10
-    assert np.array_equal(texts[:, 6:], write_texts(cluster, Wanted(prompts, 42)))
+    assert np.array_equal(texts[:, 6:], write_texts(cluster, GenerationRequest(prompts, 42)))
     again = write(loaded(llama, 2, 2), request)
     assert np.array_equal(again.tokens, found.tokens)
     begun = asked(beginning(tokenizer, "<end> $A"), **options)
@@ -221,7 +221,7 @@ def test_a_run_calibrates_on_it_and_goes_on(job: Jobs, monkeypatch: pytest.Monke
     texts = written.view(8, 10)
     prompt = AutoTokenizer.from_pretrained(model)("<end>", add_special_tokens=False)["input_ids"]
     assert texts[:, 0].tolist() == [prompt[-1]] * 8
-    alone = write_texts(loaded(model), Wanted((tuple(prompt),) * 8, 9))
+    alone = write_texts(loaded(model), GenerationRequest((tuple(prompt),) * 8, 9))
     assert np.array_equal(texts[:, 1:], alone), "each begins after the prompt"
     commit = RunDirectory.commit_shot
 

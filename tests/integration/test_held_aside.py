@@ -339,11 +339,11 @@ def test_a_calibration_holds_prompts_aside_for_comparisons(job: Jobs) -> None:
     inputs = checked([PYTHON_DOCS])
     (request,) = inputs.stage(SelfText).requests.values()
     left = {prompt.tokens for prompt in request.prompts}
-    held = inputs.stage(DenseAnswers).yardstick.prompts
+    held = inputs.stage(DenseAnswers).prompt_set.prompts
     assert (len(held), len(left)) == (2, 18)
     assert not left & set(held)
     by_hand = checked({"texts": [PYTHON_DOCS], "generation": {"max_new_tokens": 8}})
-    beginnings = by_hand.stage(DenseAnswers).yardstick.prompts
+    beginnings = by_hand.stage(DenseAnswers).prompt_set.prompts
     assert len(beginnings) == 3, "of the evaluation text's windows"
     off = checked({"texts": [PYTHON_DOCS], "generation": None})
     assert off.stage(DenseAnswers) is None

@@ -26,8 +26,8 @@ from ray_surgeon.maths.products import product
 from ray_surgeon.memory import weights
 from ray_surgeon.memory.stores import NO_SCRATCH, Scratch
 from ray_surgeon.memory.weights import ReadAhead
+from ray_surgeon.plan.device_resources import Resources, Room
 from ray_surgeon.plan.plan import DoesNotFitError
-from ray_surgeon.plan.room import Resources, Room
 from ray_surgeon.run import loop
 from ray_surgeon.runtime import fresh_process, usage
 from ray_surgeon.runtime.cluster import WorkerFailureError

@@ -15,13 +15,13 @@ from transformers import AutoModelForCausalLM
 from ray_surgeon.runtime import writing
 from ray_surgeon.runtime.collectives import TensorPayload
 from ray_surgeon.runtime.worker import Worker
-from ray_surgeon.runtime.writing import Wanted, write_texts
+from ray_surgeon.runtime.writing import GenerationRequest, write_texts
 from tests.conftest import CONFIGS
 from tests.integration.runs import loaded
 
 CLUSTERS = ((1, 1), (3, 1), (2, 2))
-WANTED = Wanted(prompts=((0, 5),) * 18, num_tokens=12, temperature=0.7, seed=3)
-OF_MANY_LENGTHS = Wanted(
+WANTED = GenerationRequest(prompts=((0, 5),) * 18, num_tokens=12, temperature=0.7, seed=3)
+OF_MANY_LENGTHS = GenerationRequest(
     prompts=tuple(tuple(range(7 * i, 7 * i + n)) for i, n in enumerate((3, 1, 9, 1, 14, 2, 5, 30))),
     num_tokens=20,
     temperature=0.9,
@@ -34,7 +34,7 @@ def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(writing, "TOKENS_TOGETHER", 1)
 
 
-def by_whole_passes(model: torch.nn.Module, wanted: Wanted, number: int) -> list[int]:
+def by_whole_passes(model: torch.nn.Module, wanted: GenerationRequest, number: int) -> list[int]:
     """Return a text drawn without a cache, each token from the whole text before it."""
     generator = torch.Generator().manual_seed(wanted.seed + 1_000_003 * number)
     prompt = list(wanted.prompts[number])
@@ -116,7 +116,7 @@ def test_a_batch_stops_when_its_texts_have_ended(
 
 def test_texts_of_similar_length_are_written_together() -> None:
     prompts = tuple((1,) * n for n in (9, 1, 8, 2, 7, 3))
-    assert Wanted(prompts, 4, num_together=2).batches() == [[1, 3], [5, 4], [2, 0]]
-    assert Wanted(prompts[:1] * 5, 4, num_together=4).batches() == [[0, 1, 2], [3, 4]]
-    assert Wanted(prompts, 4, max_length=8, num_together=3).batches() == [[1, 3], [5, 4]]
-    assert Wanted((), 4).batches() == []
+    assert GenerationRequest(prompts, 4, num_together=2).batches() == [[1, 3], [5, 4], [2, 0]]
+    assert GenerationRequest(prompts[:1] * 5, 4, num_together=4).batches() == [[0, 1, 2], [3, 4]]
+    assert GenerationRequest(prompts, 4, max_length=8, num_together=3).batches() == [[1, 3], [5, 4]]
+    assert GenerationRequest((), 4).batches() == []

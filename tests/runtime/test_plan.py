@@ -18,9 +18,9 @@ from ray_surgeon.models.build import BlockRange
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.pipeline import _bytes
 from ray_surgeon.plan.counts import StepPlan
-from ray_surgeon.plan.needs import WorkerView
+from ray_surgeon.plan.device_resources import DEVICES, Room
+from ray_surgeon.plan.estimate import WorkerView
 from ray_surgeon.plan.plan import DoesNotFitError, Plan, Planner, plan_table
-from ray_surgeon.plan.room import DEVICES, Room
 from ray_surgeon.plan.work import Shapes, Work
 from ray_surgeon.run.inputs import work_of
 from ray_surgeon.run.reading import unread_texts

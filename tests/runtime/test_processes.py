@@ -73,7 +73,7 @@ def test_a_process_ends_with_the_one_that_started_it(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="a request of the kernel of Linux")
 def test_a_process_whose_parent_is_gone_before_it_asks_does_nothing(tmp_path: Path) -> None:
-    module = "ray_surgeon.runtime.with_parent"
+    module = "ray_surgeon.runtime.die_with_parent"
     command = [sys.executable, "-m", module, str(os.getppid()), "tests.runtime.sleeper"]
     request = json.dumps({"path": str(tmp_path / "pid"), "seconds": 0})
     done = subprocess.run(

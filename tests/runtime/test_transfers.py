@@ -21,7 +21,7 @@ from ray_surgeon.memory.stores import Place, Scratch, TensorStore
 from ray_surgeon.memory.transfers import Fetcher, Transfers, transfers
 from ray_surgeon.memory.weights import Slot, WeightStore
 from ray_surgeon.models.hooks import LayerInputs
-from ray_surgeon.plan.room import resources_here
+from ray_surgeon.plan.device_resources import resources_here
 from ray_surgeon.runtime.collectives import decode, encode
 from ray_surgeon.runtime.usage import process_usage
 from ray_surgeon.runtime.worker import Worker

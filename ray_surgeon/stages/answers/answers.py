@@ -17,13 +17,13 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from ray_surgeon.plan.counts import StepPlan
-from ray_surgeon.plan.needs import WorkerView
+from ray_surgeon.plan.estimate import WorkerView
 from ray_surgeon.runtime import passes
 from ray_surgeon.runtime.cluster import Cluster
 from ray_surgeon.runtime.dense_states import ANSWERS
 from ray_surgeon.runtime.wave import Counts, Tokens
-from ray_surgeon.runtime.writing import Wanted, write_texts
-from ray_surgeon.stages.answers.prompts import Prompts, Yardstick
+from ray_surgeon.runtime.writing import GenerationRequest, write_texts
+from ray_surgeon.stages.answers.prompts import Prompts, PromptSet
 from ray_surgeon.stages.self_text.conversations import repeats
 from ray_surgeon.stages.self_text.stage import was_written
 from ray_surgeon.stages.stage import Facts, RunState, Stage
@@ -97,7 +97,7 @@ def answers_of(
 
 
 def _written(cluster: Cluster, prompts: Prompts, max_tokens: int, ends: frozenset[int]) -> Prompts:
-    wanted = Wanted(prompts, max_tokens, temperature=0.0, ends=ends)
+    wanted = GenerationRequest(prompts, max_tokens, temperature=0.0, ends=ends)
     return tuple(tuple(text.tolist()) for text in write_texts(cluster, wanted))
 
 
@@ -193,11 +193,11 @@ def read_answers(uri: str) -> Answers:
 @dataclass(frozen=True)
 class _Answering(Stage):
     name = "answers"
-    yardstick: Yardstick
+    prompt_set: PromptSet
 
     def needs(self, worker: WorkerView) -> Iterable[StepPlan]:
         """Return the writing of the answers."""
-        section = self.yardstick.section
+        section = self.prompt_set.section
         sizes = [(section.num_prompts, section.max_new_tokens)]
         yield worker.writing(self.name, sizes, _PROMPT_TOKENS)
 
@@ -212,29 +212,29 @@ class DenseAnswers(_Answering):
             ValueError: the answers of an earlier try are gone.
         """
         uri = run.directory.path("answers.json")
-        yardstick = self.yardstick
+        prompt_set = self.prompt_set
         if not was_written(run, uri):
-            prompts = yardstick.prompts_on(run.cluster)
-            most = yardstick.section.max_new_tokens
-            answers = answers_of(run.cluster, prompts, most, yardstick.ends)
+            prompts = prompt_set.prompts_on(run.cluster)
+            most = prompt_set.section.max_new_tokens
+            answers = answers_of(run.cluster, prompts, most, prompt_set.ends)
             files.write_json(uri, asdict(answers) | {"ends": sorted(answers.ends)})
         else:
             answers = read_answers(uri)
             if not run.resumes:  # otherwise its states are among those of the dense model
                 remember_answers(run.cluster, answers)
         run.keep(answers)
-        record = dense_record(answers, yardstick.text_of)
+        record = dense_record(answers, prompt_set.text_of)
         facts |= {"prompts": record["num_prompts"], "num_tokens": record["num_tokens"]}
         if not run.resumes:
             run.report.dense["generation"] = record
 
     def fingerprints(self) -> Mapping[str, Any]:
         """Return the prompts: answers before and after are to the same ones."""
-        return {"generation": self.yardstick.fingerprint}
+        return {"generation": self.prompt_set.fingerprint}
 
     def on_host(self, worker: WorkerView) -> float:
         """Return the dense model's states of prompts and answers."""
-        section = self.yardstick.section
+        section = self.prompt_set.section
         return worker.remembered(section.num_prompts * (_PROMPT_TOKENS + section.max_new_tokens))
 
 
@@ -256,13 +256,13 @@ class PrunedAnswers(_Answering):
     def run(self, run: RunState, facts: Facts) -> None:
         """Compare the answers."""
         answers = run.kept(Answers)
-        generation = measure_answers(run.cluster, answers, self.yardstick.section.max_new_tokens)
-        run.record["generation"] = shot_record(answers, generation, self.yardstick.text_of)
+        generation = measure_answers(run.cluster, answers, self.prompt_set.section.max_new_tokens)
+        run.record["generation"] = shot_record(answers, generation, self.prompt_set.text_of)
         facts |= {"accepted": generation.acceptance, "agreement": generation.agreement}
 
     def needs(self, worker: WorkerView) -> Iterable[StepPlan]:
         """Return the writing, which is as that of the dense model, and the comparison."""
         yield from super().needs(worker)
-        section = self.yardstick.section
+        section = self.prompt_set.section
         length = _PROMPT_TOKENS + section.max_new_tokens
         yield worker.measuring(self.name, [(section.num_prompts, length)])

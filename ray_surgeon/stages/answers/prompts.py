@@ -35,7 +35,7 @@ Prompts = tuple[tuple[int, ...], ...]
 
 
 @dataclass(frozen=True)
-class Yardstick:
+class PromptSet:
     """Prompts, and what their answers need."""
 
     section: GenerationSection
@@ -62,12 +62,12 @@ class Yardstick:
         return str(self.tokenizer.decode(list(tokens), skip_special_tokens=True))
 
 
-def yardstick_for(
+def prompt_set_for(
     section: GenerationSection | str | None,
     self_text: SelfText | None,
     language: Language | None,
     windows: Tokens,
-) -> tuple[Yardstick | None, SelfText | None]:
+) -> tuple[PromptSet | None, SelfText | None]:
     """Return the prompts whose answers are compared, and what is left for the model to write.
 
     By default they are some of the calibration's file of prompts, or else written by the dense
@@ -85,14 +85,14 @@ def yardstick_for(
     if section is None or language is None:
         return None, self_text
     if isinstance(section, GenerationSection):
-        return _yardstick_of(section, language, windows), self_text
+        return _prompt_set_of(section, language, windows), self_text
     if self_text is not None and (held := _held_prompts(self_text, language)):
         return held
     try:
-        yardstick = _yardstick_of(GenerationSection(), language, windows)
+        prompt_set = _prompt_set_of(GenerationSection(), language, windows)
     except ValueError:  # a chat template that shows no turns, or a model with no room for answers
         return None, self_text
-    return yardstick if yardstick.request else None, self_text
+    return prompt_set if prompt_set.request else None, self_text
 
 
 def check_prompts(prompts: Sequence[Sequence[int]], new: int, longest: float, where: str) -> None:
@@ -119,7 +119,7 @@ def _drawn(count: int, most: int, seed: int) -> list[int]:
     return sorted(np.random.default_rng(seed).permutation(count)[:most].tolist())
 
 
-def _yardstick_of(section: GenerationSection, language: Language, windows: Tokens) -> Yardstick:
+def _prompt_set_of(section: GenerationSection, language: Language, windows: Tokens) -> PromptSet:
     """Return the prompts of a file, or how they are to be written, or beginnings of windows."""
     new = section.max_new_tokens
     marks = language.marks(WHERE)
@@ -137,15 +137,15 @@ def _yardstick_of(section: GenerationSection, language: Language, windows: Token
         checked = ((*marks.opening, *marks.closing, *[0] * request.turn_tokens),)
         where = f"{WHERE}.max_new_tokens"
     check_prompts(checked, new, language.longest, where)
-    return Yardstick(section, prompts, request, marks.ends_of_answer, language.tokenizer)
+    return PromptSet(section, prompts, request, marks.ends_of_answer, language.tokenizer)
 
 
-def _held_prompts(self_text: SelfText, language: Language) -> tuple[Yardstick, SelfText] | None:
+def _held_prompts(self_text: SelfText, language: Language) -> tuple[PromptSet, SelfText] | None:
     """Take some prompts of the calibration's file out of it, for the comparison alone.
 
     Returns:
-        The yardstick, and what is left to be written; None if the calibration has no file of two
-        prompts or more.
+        The set of prompts, and what is left to be written; None if the calibration has no file of
+        two prompts or more.
     """
     section = GenerationSection()
     for number, request in self_text.requests.items():
@@ -157,7 +157,7 @@ def _held_prompts(self_text: SelfText, language: Language) -> tuple[Yardstick, S
         rest = tuple(prompt for i, prompt in enumerate(prompts) if i not in held)
         check_prompts(taken, section.max_new_tokens, language.longest, f"{request.where}.prompts")
         ends = request.marks.ends_of_answer
-        yardstick = Yardstick(section, taken, None, ends, language.tokenizer)
+        prompt_set = PromptSet(section, taken, None, ends, language.tokenizer)
         requests = {**self_text.requests, number: replace(request, prompts=rest)}
-        return yardstick, replace(self_text, requests=requests)
+        return prompt_set, replace(self_text, requests=requests)
     return None

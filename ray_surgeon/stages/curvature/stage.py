@@ -17,7 +17,7 @@ from ray_surgeon.maths.kronecker import PackedFactors
 from ray_surgeon.maths.packed import PackedSymmetric
 from ray_surgeon.maths.structured import A_CHOICES, G_CHOICES, choose_damping, cost_held_aside
 from ray_surgeon.plan.counts import Counted, StepPlan
-from ray_surgeon.plan.needs import WorkerView
+from ray_surgeon.plan.estimate import WorkerView
 from ray_surgeon.runtime.cluster import Cluster
 from ray_surgeon.runtime.worker import Worker
 from ray_surgeon.stages.curvature.gather import WantedFactors, gather_curvature, gather_terms

@@ -15,7 +15,7 @@ from typing import Any
 from ray_surgeon.models.layers import Layer, layers_of, linear_before
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.plan.counts import StepPlan
-from ray_surgeon.plan.needs import WorkerView
+from ray_surgeon.plan.estimate import WorkerView
 from ray_surgeon.runtime.cluster import Cluster
 from ray_surgeon.stages.depth import passes, removal
 from ray_surgeon.stages.depth.section import MEASURED, DepthSection

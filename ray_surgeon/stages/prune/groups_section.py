@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
-from ray_surgeon.export.for_engines import Shrinking
+from ray_surgeon.export.for_engines import WidthLimits
 from ray_surgeon.maths.threshold import OutOfReachError
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.spec.base import Positive
@@ -87,9 +87,9 @@ class CoupledSection(Reconstructed, Deepened, FamilySection):
         """The number that widths are multiples of in the end."""
         return self.width_multiple or 64 * self.tensor_parallel
 
-    def shrinking(self, fewest: Mapping[str, int]) -> Shrinking:
+    def shrinking(self, fewest: Mapping[str, int]) -> WidthLimits:
         """Return what pruning may leave if so many groups of each kind stay."""
-        return Shrinking(
+        return WidthLimits(
             fewest, self.multiple, self.tensor_parallel, self.uniform, self.layer_kinds
         )
 

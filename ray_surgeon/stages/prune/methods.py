@@ -18,8 +18,8 @@ from ray_surgeon.models.budgets import Budget
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.models.pruned_config import kv_heads_left
 from ray_surgeon.plan.counts import NOTHING, StepPlan
-from ray_surgeon.plan.needs import WorkerView
-from ray_surgeon.plan.turns import block_by_block, linear_by_linear
+from ray_surgeon.plan.estimate import WorkerView
+from ray_surgeon.plan.step_estimates import block_by_block, linear_by_linear
 from ray_surgeon.spec.base import by_tag, tag
 from ray_surgeon.spec.targets import BytesTarget, FlopsTarget, TimedTarget
 from ray_surgeon.stages.curvature.section import AnyCurvature

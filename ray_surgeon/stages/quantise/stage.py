@@ -13,10 +13,10 @@ from ray_surgeon.maths.packed import PackedSymmetric
 from ray_surgeon.maths.rounding import ROWS_TOGETHER, Grid
 from ray_surgeon.models.loss import perplexity_of
 from ray_surgeon.plan.counts import Counted, StepPlan
-from ray_surgeon.plan.needs import WorkerView
-from ray_surgeon.plan.turns import block_by_block
-from ray_surgeon.runtime.kept import write_kept
+from ray_surgeon.plan.estimate import WorkerView
+from ray_surgeon.plan.step_estimates import block_by_block
 from ray_surgeon.runtime.passes import num_counted, sequence_losses
+from ray_surgeon.runtime.write_linear_tensors import write_kept
 from ray_surgeon.spec.sections import QuantizeSection
 from ray_surgeon.stages.exports import Size, pruned_of, tell_of
 from ray_surgeon.stages.quantise.rounding import NUM_BACKWARD, Scales, round_linears

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from ray_surgeon.maths.reconstruction import TOKENS_AT_A_TIME
 from ray_surgeon.models.layout import LinearShape
 from ray_surgeon.plan.counts import NOTHING, Counted, StepPlan
-from ray_surgeon.plan.needs import WorkerView
+from ray_surgeon.plan.estimate import WorkerView
 from ray_surgeon.runtime.worker import Worker
 from ray_surgeon.stages.reconstruction.layers import RATES, TRIAL_PART, Errors, Reconstruction
 from ray_surgeon.stages.stage import Facts, RunState, Stage

@@ -11,8 +11,8 @@ from typing import Any
 
 from ray_surgeon.memory.stores import ScratchNames
 from ray_surgeon.plan.counts import StepPlan
-from ray_surgeon.plan.needs import WorkerView
-from ray_surgeon.plan.room import DEVICES
+from ray_surgeon.plan.device_resources import DEVICES
+from ray_surgeon.plan.estimate import WorkerView
 from ray_surgeon.report.events import CHECK
 from ray_surgeon.report.html_report import LivePage
 from ray_surgeon.runtime.dense_states import CALIBRATION
@@ -20,7 +20,7 @@ from ray_surgeon.runtime.teacher import drop_teacher, load_teacher
 from ray_surgeon.runtime.weights import ModelRecipe
 from ray_surgeon.spec.schedule import ScheduleSection
 from ray_surgeon.stages.recovery.batches import Batches, CalibrationBatches, StreamBatches
-from ray_surgeon.stages.recovery.needs import RecoveryNeeds
+from ray_surgeon.stages.recovery.estimate import RecoveryNeeds
 from ray_surgeon.stages.recovery.rates import Check
 from ray_surgeon.stages.recovery.section import RecoverySection
 from ray_surgeon.stages.recovery.teacher import LoadTeacher

@@ -10,7 +10,7 @@ from typing import Any
 from ray_surgeon.memory.stores import ScratchNames
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.plan.counts import StepPlan
-from ray_surgeon.plan.needs import WorkerView
+from ray_surgeon.plan.estimate import WorkerView
 from ray_surgeon.plan.work import Shapes, Work
 from ray_surgeon.runtime.placement import Placement
 from ray_surgeon.runtime.weights import ModelRecipe, load

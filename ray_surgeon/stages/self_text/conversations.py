@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ray_surgeon.runtime.cluster import Cluster
-from ray_surgeon.runtime.writing import Wanted, write_texts
+from ray_surgeon.runtime.writing import GenerationRequest, write_texts
 from ray_surgeon.spec.texts import ANSWER_TOKENS
 from ray_surgeon.stages.self_text.requests import Conversations, Request
 from ray_surgeon.storage.prompts import Prompt
@@ -196,7 +196,7 @@ class Writer:
         prompts = (marks.opening,) * count
         most = request.turn_tokens + 1
         seed = _seed(request.seed, number, 0)
-        wanted = Wanted(prompts, most, request.temperature, seed, marks.ends_of_turn)
+        wanted = GenerationRequest(prompts, most, request.temperature, seed, marks.ends_of_turn)
         for text in write_texts(self._cluster, wanted):
             # one that has not ended is cut: models of code paste long pieces of it
             turn = tuple(text[:-1].tolist())
@@ -224,7 +224,9 @@ class Writer:
         ends = request.marks.ends_of_answer
         questions = tuple(prompt.tokens for prompt in prompts if prompt.answer is None)
         how = COOLER * request.temperature, _seed(request.seed, number, 1), ends
-        wanted = Wanted(questions, ANSWER_TOKENS, *how, max_length=request.sequence_length)
+        wanted = GenerationRequest(
+            questions, ANSWER_TOKENS, *how, max_length=request.sequence_length
+        )
         written = iter(write_texts(self._cluster, wanted))
         self._num_answers += len(prompts)
         for prompt in prompts:

@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-from ray_surgeon.runtime.writing import Wanted, texts_together
+from ray_surgeon.runtime.writing import GenerationRequest, texts_together
 from ray_surgeon.spec.base import REASON, refusing
 from ray_surgeon.spec.calibration import CalibrationSection, MixedSection
 from ray_surgeon.spec.texts import TURN_TOKENS
@@ -28,7 +28,7 @@ _ANSWERED = "What was answered 9462"
 class Texts:
     """Plain texts, some of which fill a window together."""
 
-    wanted: Wanted
+    wanted: GenerationRequest
     starts: tuple[tuple[int, ...], ...]  # tokens of each text that stand before what is written
     sequence_length: int
 
@@ -164,7 +164,7 @@ class Language:
         self.check(prompts)
         own = length - len(starts[0])
         together = texts_together(length)
-        wanted = Wanted(prompts, own, text.temperature, text.seed, num_together=together)
+        wanted = GenerationRequest(prompts, own, text.temperature, text.seed, num_together=together)
         return Texts(wanted, starts, sequence_length)
 
     def chats(self, text: MixedSection, count: int, length: int, where: str) -> Conversations:

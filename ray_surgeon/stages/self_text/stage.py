@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from ray_surgeon.plan.counts import StepPlan
-from ray_surgeon.plan.needs import WorkerView
+from ray_surgeon.plan.estimate import WorkerView
 from ray_surgeon.spec.calibration import CalibrationSection
 from ray_surgeon.stages.self_text.conversations import write
 from ray_surgeon.stages.self_text.requests import Language, Request

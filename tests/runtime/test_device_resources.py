@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from ray_surgeon.plan import room
-from ray_surgeon.plan.room import (
+from ray_surgeon.plan import device_resources
+from ray_surgeon.plan.device_resources import (
     DEVICES,
     Resources,
     Room,
@@ -38,7 +38,7 @@ def test_the_smallest_machine_decides() -> None:
 
 
 def test_what_is_here(tmp_path: Path) -> None:
-    found = room.resources_here(torch.device("cpu"), str(tmp_path / "not" / "yet"))
+    found = device_resources.resources_here(torch.device("cpu"), str(tmp_path / "not" / "yet"))
     assert found.room.device_is_host
     assert 2**28 < found.room.host <= available_bytes() * 2
     assert found.room.disk > 0
@@ -49,13 +49,13 @@ def test_a_pod_has_less_than_its_node(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setenv("RAY_SURGEON_DISK", "1000")
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     (tmp_path / "downloaded").write_bytes(bytes(300))
-    assert room.resources_here(torch.device("cpu"), None).room.disk == 700
-    elsewhere = room.resources_here(torch.device("cpu"), str(tmp_path)).room.disk
+    assert device_resources.resources_here(torch.device("cpu"), None).room.disk == 700
+    elsewhere = device_resources.resources_here(torch.device("cpu"), str(tmp_path)).room.disk
     assert elsewhere > 1000, "a place of its own has its own size"
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(64))
     for quota, expected in (("max 100000", 64), ("150000 100000", 2), ("", 64), ("1 100000", 1)):
-        monkeypatch.setattr(room, "_read", lambda *_, quota=quota: quota)
-        assert room.available_cpus() == expected
+        monkeypatch.setattr(device_resources, "_read", lambda *_, quota=quota: quota)
+        assert device_resources.available_cpus() == expected
 
 
 @pytest.mark.parametrize(
@@ -65,7 +65,7 @@ def test_a_pod_has_less_than_its_node(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_files_that_a_container_has_read_leave_its_memory_when_it_is_wanted(
     limit: str, used: str, prefix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(room, "_CGROUPS", ((str(tmp_path), limit, used, prefix),))
+    monkeypatch.setattr(device_resources, "_CGROUPS", ((str(tmp_path), limit, used, prefix),))
     here = available_bytes()
     statistics = f"anon 100\n{prefix}inactive_file 3000\n{prefix}active_file 400\n"
     (tmp_path / "memory.stat").write_text(statistics)

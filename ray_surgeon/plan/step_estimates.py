@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ray_surgeon.plan.counts import NOTHING, Counted, StepPlan
-from ray_surgeon.plan.needs import WorkerView
+from ray_surgeon.plan.estimate import WorkerView
 
 
 def linear_by_linear(

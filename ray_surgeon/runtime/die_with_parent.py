@@ -1,6 +1,6 @@
 """Runs a module in a process that ends with its parent.
 
-``python -m ray_surgeon.runtime.with_parent PID MODULE``.
+``python -m ray_surgeon.runtime.die_with_parent PID MODULE``.
 
 See `fresh_process`. Imports little, because until the kernel is asked nobody ends this process.
 """

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 from ray_surgeon.plan.counts import ADAM_BYTES, Counted, StepPlan
-from ray_surgeon.plan.needs import WorkerView
+from ray_surgeon.plan.estimate import WorkerView
 from ray_surgeon.runtime.collectives import MESSAGE_BYTES
 from ray_surgeon.stages.recovery.batches import steps_ahead
 from ray_surgeon.stages.recovery.rates import steps_between_checks, trial_steps
