@@ -1,5 +1,5 @@
 # make test, make fast, make coverage, make lint, make docs: what CI does, piece by piece, in the environment that is active
-.PHONY: lint fast test coverage docs
+.PHONY: lint fast test nightly coverage docs
 
 lint:
 	ruff check .
@@ -13,6 +13,9 @@ fast:
 
 test:
 	pytest
+
+nightly: # what is slow, loses machines, or runs engines; see CONTRIBUTING.md for their environments
+	pytest -n 0 --timeout 1800 -m "slow or chaos or serve"
 
 coverage: # half as long again
 	pytest --cov

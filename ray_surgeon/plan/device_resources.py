@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import math
@@ -141,8 +142,16 @@ def available_bytes() -> int:
 
 
 def _size_of(folder: Path) -> float:
-    """Return the bytes of all files below; links count as such."""
-    return float(sum(path.lstat().st_size for path in folder.rglob("*") if not path.is_dir()))
+    """Return the bytes of all files below a folder; links count as such.
+
+    Files that other processes remove meanwhile count nothing.
+    """
+    total = 0
+    for parent, _, names in os.walk(folder):  # which passes over folders that vanish
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):
+                total += os.lstat(os.path.join(parent, name)).st_size
+    return float(total)
 
 
 def available_cpus() -> int:

@@ -207,6 +207,7 @@ def machines() -> Iterator[Machines]:
     there.ray.shutdown()
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_machines_come_and_go(machines: Machines, undisturbed: Path, job: Jobs) -> None:
     """One comes late, one is lost, one is taken away with notice; the bits stay the same."""

@@ -113,3 +113,12 @@ def test_a_file_without_figures_is_refused(text: str, reason: str, tmp_path: Pat
         named_device(str(path), 1)
     with pytest.raises(ValueError, match=r"h900 is none of a100, .*, nor a JSON file"):
         named_device("h900", 1)
+
+
+def test_files_that_vanish_while_a_folder_is_measured_count_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "kept").write_bytes(b"12345")
+    walked = [(str(tmp_path), [], ["kept", "gone"])]
+    monkeypatch.setattr(os, "walk", lambda _: walked)
+    assert device_resources._size_of(tmp_path) == 5
