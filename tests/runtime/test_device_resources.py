@@ -119,6 +119,6 @@ def test_files_that_vanish_while_a_folder_is_measured_count_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "kept").write_bytes(b"12345")
-    walked = [(str(tmp_path), [], ["kept", "gone"])]
+    walked: list[tuple[str, list[str], list[str]]] = [(str(tmp_path), [], ["kept", "gone"])]
     monkeypatch.setattr(os, "walk", lambda _: walked)
     assert device_resources._size_of(tmp_path) == 5
