@@ -26,11 +26,11 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig
 
+from ray_surgeon.job import run_job
 from ray_surgeon.maths.masks import StructuredMask
 from ray_surgeon.models.layout import ModelLayout
+from ray_surgeon.preparation.inputs import Inputs, check
 from ray_surgeon.report.directory import RunDirectory
-from ray_surgeon.run.inputs import Inputs, check
-from ray_surgeon.run.loop import run_shots
 from ray_surgeon.runtime.cluster import LocalCluster
 from ray_surgeon.runtime.worker import LinearSummary, Worker, collective
 from ray_surgeon.spec.parsing import parse_spec
@@ -207,7 +207,7 @@ def record_of(point: Point, model: Path, folder: Path) -> dict[str, Any]:
     torch.set_num_threads(1)
     inputs = point.inputs(model, folder, ModelLayout.of(AutoConfig.from_pretrained(model)))
     cluster = LocalCluster(inputs.layout, inputs.placement, 1)
-    run_shots(inputs, cluster, RunDirectory(inputs.spec.output.uri), lambda news: None)
+    run_job(inputs, cluster, RunDirectory(inputs.spec.output.uri), lambda news: None)
     report = json.loads((Path(inputs.spec.output.uri) / "report.json").read_text())
     last = {name: report["shots"][-1][name] for name in ("perplexity", "divergence", "sparsity")}
     return vars(point) | {"dense": report["dense"]["perplexity"]} | last

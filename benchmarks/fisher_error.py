@@ -26,9 +26,9 @@ from ray_surgeon.maths.extended.terms import power_iteration, quadratic_forms
 from ray_surgeon.maths.kronecker import Term
 from ray_surgeon.models.hooks import watch_pairs
 from ray_surgeon.models.loss import Predicted
+from ray_surgeon.preparation.inputs import Inputs, check
 from ray_surgeon.report.display import new_console
 from ray_surgeon.report.plots import save
-from ray_surgeon.run.inputs import Inputs, check
 from ray_surgeon.runtime.cluster import LocalCluster
 from ray_surgeon.runtime.placement import place
 from ray_surgeon.runtime.weights import ModelRecipe, load

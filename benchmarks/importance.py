@@ -24,7 +24,7 @@ from transformers import AutoTokenizer
 
 import ray_surgeon
 from benchmarks.peers import add_settings, quickstart
-from ray_surgeon.run.inputs import check
+from ray_surgeon.preparation.inputs import check
 from ray_surgeon.spec.job import JobSpec
 from ray_surgeon.storage.sources import open_model
 

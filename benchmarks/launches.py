@@ -26,17 +26,17 @@ from transformers import (
 from benchmarks.counter import Counter as Counter
 from benchmarks.counter import attention_as_one_launch
 from benchmarks.shaped_model import shaped_config, write_tokenizer
+from ray_surgeon.job import run_job
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.plan.device_resources import DEVICES, Room
 from ray_surgeon.plan.plan import Plan, Planner
 from ray_surgeon.plan.work import Shapes
+from ray_surgeon.preparation.inputs import check, work_of
+from ray_surgeon.preparation.reading import unread_texts
+from ray_surgeon.preparation.stages import stages_after_shots, stages_of
 from ray_surgeon.report.directory import RunDirectory
 from ray_surgeon.report.events import Event, Moment
 from ray_surgeon.report.html_report import LivePage
-from ray_surgeon.run.inputs import check, work_of
-from ray_surgeon.run.loop import run_shots
-from ray_surgeon.run.reading import unread_texts
-from ray_surgeon.run.stages import stages_after_shots, stages_of
 from ray_surgeon.runtime.cluster import LocalCluster
 from ray_surgeon.runtime.placement import place
 from ray_surgeon.spec.job import JobSpec
@@ -117,7 +117,7 @@ def counted_steps(
             steps[event.step] = steps[event.step].plus(counts) if event.step in steps else counts
 
     with total, attention_as_one_launch(), patch.object(LivePage, "draw"):
-        run_shots(inputs, cluster, RunDirectory(inputs.spec.output.uri), listen)
+        run_job(inputs, cluster, RunDirectory(inputs.spec.output.uri), listen)
     work = work_of(inputs.spec, inputs.layout, inputs.method, inputs.stages)
     planner = Planner(Shapes(inputs.layout, work, "cuda"), inputs.spec.memory, H100)
     return of_shots[0] | of_shots[1], planner.plan(inputs.placement, ROOM, cluster.stores)

@@ -51,12 +51,11 @@ from ray_surgeon.maths.allocate import GroupCosts, allocate_globally, allocate_u
 from ray_surgeon.models.groups import GroupSet
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.models.loss import Predicted, compare_with_dense, perplexity_of
-from ray_surgeon.run.inputs import Inputs, check
+from ray_surgeon.preparation.inputs import Inputs, check
 from ray_surgeon.spec.job import JobSpec
 from ray_surgeon.spec.parsing import parse_spec
 from ray_surgeon.spec.sections import ModelSection
 from ray_surgeon.stages.prune.groups import Groups
-from ray_surgeon.stages.self_text.stage import SelfText
 from ray_surgeon.storage import tensor_files
 from ray_surgeon.storage.sources import open_model
 from ray_surgeon.storage.texts import order
@@ -486,7 +485,7 @@ def inputs_of_spec(path: Path, settings: Sequence[str], folder: Path) -> Inputs:
 
 def written_in(inputs: Inputs) -> list[int]:
     """Return the numbers of the calibration texts that the model writes."""
-    self_text = inputs.stage(SelfText)
+    self_text = inputs.stages.self_text
     return [] if self_text is None else list(self_text.requests)
 
 

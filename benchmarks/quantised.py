@@ -33,7 +33,7 @@ import ray_surgeon
 from benchmarks.peers import add_settings, quickstart
 from ray_surgeon.export.folder import Pruned, run_reload
 from ray_surgeon.models.layout import ModelLayout
-from ray_surgeon.run.inputs import Inputs, check
+from ray_surgeon.preparation.inputs import Inputs, check
 from ray_surgeon.runtime.cluster import LocalCluster
 from ray_surgeon.runtime.placement import place
 from ray_surgeon.runtime.weights import ModelRecipe, load

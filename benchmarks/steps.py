@@ -27,11 +27,11 @@ from torch.utils.flop_counter import flop_registry
 
 from benchmarks.shaped_model import write
 from ray_surgeon import JobSpec
+from ray_surgeon.job import run_job
 from ray_surgeon.maths import products
+from ray_surgeon.preparation.inputs import check
 from ray_surgeon.report.directory import RunDirectory
 from ray_surgeon.report.events import Event
-from ray_surgeon.run.inputs import check
-from ray_surgeon.run.loop import run_shots
 from ray_surgeon.runtime.cluster import LocalCluster
 
 _GEMM = 4096
@@ -141,7 +141,7 @@ def run_steps(document: dict[str, Any], folder: Path, operations: Operations | N
     num_threads = document["cluster"]["cpus_per_worker"]
     workers = closing(LocalCluster(inputs.layout, inputs.placement, num_threads))
     with workers as cluster, operations or nullcontext():
-        run_shots(inputs, cluster, RunDirectory(str(folder)), listen)
+        run_job(inputs, cluster, RunDirectory(str(folder)), listen)
     return dict(seconds), dict(flops)
 
 

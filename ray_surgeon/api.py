@@ -24,9 +24,9 @@ from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.models.loss import Predicted
 from ray_surgeon.models.runner import BlockRunner
 from ray_surgeon.models.shard import ModelShard
+from ray_surgeon.preparation.inputs import check
 from ray_surgeon.report.display import Display, new_console
 from ray_surgeon.run.arguments import a_tokenizer, causal_lm, own_modes, save, spec_of, towards
-from ray_surgeon.run.inputs import check
 from ray_surgeon.run.result import PruneResult, ended_before, run
 from ray_surgeon.spec.base import REASON, local_path, refusing
 from ray_surgeon.spec.job import JobSpec

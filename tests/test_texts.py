@@ -19,7 +19,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast as FastTokenizer
 
-from ray_surgeon.run.inputs import check
+from ray_surgeon.preparation.inputs import check
 from ray_surgeon.spec.calibration import CalibrationSection
 from ray_surgeon.spec.parsing import parse_spec
 from ray_surgeon.spec.texts import SourceSection

@@ -15,12 +15,12 @@ from ray.exceptions import ObjectLostError, OutOfMemoryError, RayError, RayTaskE
 from ray.util import metrics as ray_metrics
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from ray_surgeon.job import run_job
 from ray_surgeon.plan.device_resources import available_cpus
+from ray_surgeon.preparation.inputs import Inputs
 from ray_surgeon.report.directory import Attempt, RunDirectory, TakenOverError
 from ray_surgeon.report.display import Display
 from ray_surgeon.report.events import CHECK, Event, Fact, Moment, Recorder
-from ray_surgeon.run.inputs import Inputs
-from ray_surgeon.run.loop import run_shots
 from ray_surgeon.runtime.cluster import NoRoomError, WorkerFailureError
 from ray_surgeon.runtime.ray_cluster import RayCluster
 from ray_surgeon.runtime.ray_nodes import nodes_alive
@@ -88,7 +88,7 @@ class Coordinator:
         try:
             about = inputs.layout, inputs.placement, inputs.ray
             with closing(RayCluster(*about, self._events.append)) as cluster:
-                run_shots(inputs, cluster, run, listen)
+                run_job(inputs, cluster, run, listen)
         except WorkerFailureError as error:
             return error
         return None

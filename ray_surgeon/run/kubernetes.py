@@ -6,8 +6,8 @@ import math
 from typing import Any, NamedTuple
 
 from ray_surgeon.plan.plan import Plan
+from ray_surgeon.preparation.inputs import Inputs
 from ray_surgeon.report.html_report import rendered
-from ray_surgeon.run.inputs import Inputs
 from ray_surgeon.spec.sections import RaySection
 
 _GIB = 2**30

@@ -10,13 +10,13 @@ from typing import Any
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ray_surgeon.export.folder import local_folder
+from ray_surgeon.job import run_job
+from ray_surgeon.preparation.inputs import Inputs
 from ray_surgeon.report.directory import RunDirectory
 from ray_surgeon.report.display import Display
 from ray_surgeon.report.record import family_of, has_its_files, is_complete
 from ray_surgeon.report.trackers import Trackers
 from ray_surgeon.run.arguments import own_modes
-from ray_surgeon.run.inputs import Inputs
-from ray_surgeon.run.loop import run_shots
 from ray_surgeon.runtime.cluster import LocalCluster
 from ray_surgeon.spec.sections import RaySection
 
@@ -163,5 +163,5 @@ def run(inputs: Inputs, display: Display, *, disconnects: bool = False) -> Prune
         else:
             machine = (section.cpus_per_worker, section.device)
             with closing(LocalCluster(inputs.layout, inputs.placement, *machine)) as cluster:
-                run_shots(inputs, cluster, directory, display)
+                run_job(inputs, cluster, directory, display)
     return PruneResult(directory.uri, directory.report())

@@ -15,64 +15,68 @@ from ray_surgeon.plan.estimate import WorkerView
 from ray_surgeon.runtime.passes import measure, remember
 from ray_surgeon.spec.evaluation import TasksSection
 from ray_surgeon.spec.sections import ModelSection
-from ray_surgeon.stages.stage import HELD, Facts, RunState, Stage
+from ray_surgeon.stages.stage import HELD, Facts, RunState, Stage, Text
 
 
 class CollapseError(RuntimeError):
     """The model is worse than the spec allows."""
 
 
-class DenseEvaluation(Stage):
-    """Measures the dense model, and keeps its states of all that is compared with it later."""
+def measure_dense_model(run: RunState, further: Mapping[str, Text], facts: Facts) -> None:
+    """Measure the dense model, and let the last shards keep its states of all that is compared.
 
-    name = "evaluation"
-    of_dense_model = True
-
-    def run(self, run: RunState, facts: Facts) -> None:
-        """Measure, and let the last shards keep the dense model's states."""
-        perplexity = {name: remember(run.cluster, name, text) for name, text in run.texts.items()}
-        facts |= {f"perplexity {name}": value for name, value in perplexity.items()}
-        run.report.dense["perplexity"] = perplexity
-        for stage in run.stages:
-            for name, text in stage.texts_to_remember(run).items():
-                remember(run.cluster, name, *text)
-        if len(run.text.held):
-            remember(run.cluster, HELD, run.text.held, run.text.held_counts)
-            facts["windows held aside"] = len(run.text.held)
+    Args:
+        run: before the first shot.
+        further: texts beside those of the evaluation on which later weights are compared with the
+            dense model, by name.
+        facts: of the step.
+    """
+    perplexity = {name: remember(run.cluster, name, text) for name, text in run.texts.items()}
+    for name, value in perplexity.items():
+        facts[f"perplexity {name}"] = value
+    run.report.dense["perplexity"] = perplexity
+    for name, (tokens, counts) in further.items():
+        remember(run.cluster, name, tokens, counts)
+    if len(run.text.held):
+        remember(run.cluster, HELD, run.text.held, run.text.held_counts)
+        facts["windows held aside"] = len(run.text.held)
 
 
 @dataclass(frozen=True)
 class Evaluation(Stage):
-    """Measures the pruned model."""
+    """Measures the pruned model on texts."""
 
     name = "evaluation"
     sizes: Sequence[tuple[int, int]]  # number and length of the windows of each text
     stop_above: float | None  # times the dense model's perplexity; None for no limit
 
-    def run(self, run: RunState, facts: Facts) -> None:
+    def measure(self, run: RunState, facts: Facts) -> None:
         """Measure every text."""
         facts["sparsity"] = run.sparsity
         measured = {name: measure(run.cluster, name, text) for name, text in run.texts.items()}
+        run.record["perplexity"] = {name: found.perplexity for name, found in measured.items()}
+        run.record["divergence"] = {name: found.divergence for name, found in measured.items()}
         for what in ("perplexity", "divergence"):
-            values = {name: getattr(of_text, what) for name, of_text in measured.items()}
-            facts |= {f"{what} {name}": value for name, value in values.items()}
-            run.record[what] = values
+            for name, value in run.record[what].items():
+                facts[f"{what} {name}"] = value
 
-    def ended(self, run: RunState) -> None:
-        """End the run if the model is too much worse.
+    def check_limit(self, run: RunState) -> None:
+        """End the run if the model is too much worse than the dense one.
 
         Raises:
             CollapseError: a perplexity is above the limit.
         """
         limit = self.stop_above
-        for text, value in run.record["perplexity"].items() if limit is not None else ():
+        if limit is None:
+            return
+        for text, value in run.record["perplexity"].items():
             dense = run.report.dense["perplexity"][text]
             if not value <= limit * dense:
-                problem = f"after shot {run.shot} the perplexity on {text} is {value:.4g}"
-                times = f"{value / dense:.3g} times the dense model's"
-                allowed = f"evaluation.stop_above allows {limit:g}"
-                remedy = "The shots before are committed; prune less, or raise the limit"
-                raise CollapseError(f"{problem}, {times}; {allowed}. {remedy}")
+                raise CollapseError(
+                    f"after shot {run.shot} the perplexity on {text} is {value:.4g}, "
+                    f"{value / dense:.3g} times the dense model's; evaluation.stop_above allows "
+                    f"{limit:g}. The shots before are committed; prune less, or raise the limit"
+                )
 
     def needs(self, worker: WorkerView) -> Iterable[StepPlan]:
         """Return the passes over the texts."""
@@ -88,7 +92,6 @@ class Tasks(Stage):
     """Runs the tasks once, before the first shot."""
 
     name = "tasks"
-    of_dense_model = True
     section: TasksSection
     model: ModelSection | None = None  # a teacher; None for the model of the job
 
@@ -100,8 +103,8 @@ class Tasks(Stage):
         """
         check_tasks(self.section)
 
-    def run(self, run: RunState, facts: Facts) -> None:
-        """Measure the dense model."""
+    def measure_dense_model(self, run: RunState) -> None:
+        """Run the tasks on the dense model."""
         run.report.dense["tasks"] = evaluate_tasks(
             run.cluster, self.model or run.model, self.section
         )

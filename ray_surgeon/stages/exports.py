@@ -52,8 +52,9 @@ def tell_of(entry: dict[str, Any], run: RunState, facts: Facts, size: Size) -> N
     card = rendered("card.md.jinja", entry=entry, source=run.model.source, facts=about)
     files.write_text(files.join(entry["uri"], "README.md"), card)
     run.report.exports.append(entry)
-    names = ("kind", "uri", "size_bytes", "reload_max_logit_difference")
-    facts |= {name: entry[name] for name in names if name in entry}
+    for name in ("kind", "uri", "size_bytes", "reload_max_logit_difference"):
+        if name in entry:
+            facts[name] = entry[name]
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ class LoadSize(Stage):
     method: Method
     size: Size
 
-    def run(self, run: RunState, facts: Facts) -> None:
+    def load(self, run: RunState, facts: Facts) -> None:
         """Load them."""
         load_weights(run, self.method, run.directory.read_shot(self.size.shot).files)
         facts["size"] = self.size.value or 0.0
@@ -80,7 +81,7 @@ class Export(Stage):
     output: OutputSection
     tasks: TasksSection | None
 
-    def run(self, run: RunState, facts: Facts) -> None:
+    def write(self, run: RunState, facts: Facts) -> None:
         """Write it, reload it in a process of its own, and measure what is wanted."""
         run.directory.check_attempt()
         folder = run.directory.path("export", f"{self.kind}{self.size.suffix}")

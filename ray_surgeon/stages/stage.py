@@ -1,35 +1,30 @@
-"""What a stage is: one step of a run, with everything that belongs to it.
-
-A stage lies at one address: its section of the job spec, its checks, what runs on the coordinator
-and on workers, what it needs of memory and time, and what it reports. A run is a list of stages.
-"""
+"""The state of a run, the windows that are held aside, and what the plan asks of a stage."""
 
 from __future__ import annotations
 
 import math
 import time
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ray_surgeon.memory.stores import ScratchNames
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.plan.counts import StepPlan
 from ray_surgeon.plan.estimate import WorkerView
 from ray_surgeon.report.commits import CommittedPart
 from ray_surgeon.report.directory import RunDirectory
 from ray_surgeon.report.events import Fact, Steps
+from ray_surgeon.report.html_report import LivePage
 from ray_surgeon.report.record import RunReport
 from ray_surgeon.runtime.cluster import Cluster
 from ray_surgeon.runtime.passes import compared, num_counted, sequence_losses
 from ray_surgeon.runtime.wave import Counts, Tokens
 from ray_surgeon.runtime.worker import LinearSummary
 from ray_surgeon.spec.sections import ModelSection
-
-T = TypeVar("T")
 
 HELD = "(held aside)"
 """Name of the windows held aside among the texts that have dense states.
@@ -104,10 +99,7 @@ def held_measure(cluster: Cluster, text: CalibrationText, loss: str = "kl") -> f
 
 @dataclass
 class RunState:
-    """What the stages of a run share.
-
-    What one stage leaves for another is an object of a class of its own, see `keep`.
-    """
+    """The state of a run on the coordinator."""
 
     cluster: Cluster
     directory: RunDirectory
@@ -118,7 +110,8 @@ class RunState:
     calibration: Tokens  # [num_sequences, sequence_length] tokens, all windows
     text: CalibrationText  # the same in two parts
     texts: Mapping[str, Tokens]  # evaluation text -> windows
-    stages: tuple[Stage, ...]  # all of the run
+    scratch: ScratchNames  # folders of workers on their disks
+    page: LivePage  # the report as a page while the run goes on
     num_shots: int
     num_done: int  # shots that an earlier try has committed
     # what is committed of the present shot, before the first one of the shot in which a run goes on
@@ -127,8 +120,6 @@ class RunState:
     record: dict[str, Any] = field(default_factory=dict)  # of the present shot, for the report
     linears: list[LinearSummary] = field(default_factory=list)  # what the update of the shot left
     committed_s: float = 0.0  # clock at the last commit, or at the beginning of the shot
-    _kept: dict[Any, Any] = field(default_factory=dict)
-    _of_shot: dict[Any, Any] = field(default_factory=dict)
 
     @property
     def resumes(self) -> bool:
@@ -147,52 +138,15 @@ class RunState:
         self.shot = shot
         self.record = earlier.get("shot", {})
         self.linears = [LinearSummary(**linear) for linear in earlier.get("linears", ())]
-        self._of_shot.clear()
         self.steps.new_shot(earlier.get("steps", {}))
         self.committed_s = time.monotonic()
 
-    def keep(self, thing: object, *, of_shot: bool = False) -> None:
-        """Keep an object for later stages, in place of one of the same class.
 
-        `kept` knows it by that class, and by those that it derives from.
-
-        Args:
-            thing: to keep.
-            of_shot: whether it is forgotten when the next shot begins.
-        """
-        kept = self._of_shot if of_shot else self._kept
-        kept |= dict.fromkeys(type(thing).__mro__, thing)
-
-    def kept(self, kind: Callable[..., T]) -> T:
-        """Return the object of a class that is kept."""
-        thing: T | None = self._of_shot.get(kind, self._kept.get(kind))
-        assert thing is not None, f"no stage has left a {kind.__name__}"
-        return thing
-
-
-class Stage(ABC):
-    """One stage. All methods but `run` may stay as they are here."""
+class Stage:
+    """What the plan and the fingerprints of a run take from one of its steps."""
 
     name: ClassVar[str]
     """Of its step, as in events and in the plan."""
-    of_dense_model: ClassVar[bool] = False
-    """Whether it is left out when a run goes on, whose workers have the dense model no more."""
-
-    # On the coordinator
-
-    @abstractmethod
-    def run(self, run: RunState, facts: Facts) -> None:
-        """Do the work, and say in `facts` what the line of the step says."""
-
-    def ended(self, run: RunState) -> None:
-        """Do what comes after the step's event."""
-        return
-
-    def texts_to_remember(self, run: RunState) -> Mapping[str, Text]:
-        """Return texts on which later weights are compared with the dense model, by name."""
-        return {}
-
-    # Before the run
 
     def fingerprints(self) -> Mapping[str, Any]:
         """Return what must be the same when a run goes on; None for what may be anything."""

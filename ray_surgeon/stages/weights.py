@@ -11,12 +11,10 @@ from dataclasses import asdict, dataclass
 from itertools import chain
 from typing import Any
 
-from ray_surgeon.memory.stores import ScratchNames
 from ray_surgeon.plan.counts import Counted, StepPlan
 from ray_surgeon.plan.estimate import WorkerView
 from ray_surgeon.report.commits import CommittedPart, Save
 from ray_surgeon.report.directory import Record
-from ray_surgeon.report.html_report import LivePage
 from ray_surgeon.runtime.dense_states import read_states, write_states
 from ray_surgeon.runtime.weights import (
     FILE_BYTES,
@@ -37,28 +35,37 @@ _PINNED_BYTES_PER_S = 4e9
 def load_weights(run: RunState, method: Method, committed: Sequence[SavedFile]) -> None:
     """Load the dense model's weights, and in their place those of a commit, if there is one."""
     shot_files = tuple((key, file.uri) for file in committed for key in file.keys)
-    recipe = ModelRecipe(run.model, shot_files, run.kept(ScratchNames))
+    recipe = ModelRecipe(run.model, shot_files, run.scratch)
     run.cluster.run_all(load, recipe, method.by_element, run.cluster.stores)
     if shot_files:
         method.after_resuming(run.cluster)
 
 
+def load_model(run: RunState, method: Method, facts: Facts) -> None:
+    """Load weights, masks, and what the dense model said of texts.
+
+    The weights are those of the last commit of the run, if there is one.
+    """
+    committed: Sequence[SavedFile] = ()
+    if run.part is not None:
+        committed = run.part.files
+    elif run.num_done:
+        committed = run.directory.read_shot(run.num_done).files
+    load_weights(run, method, committed)
+    if run.resumes:
+        run.cluster.run_all(read_states, run.directory.dense_states)
+    facts["workers"] = len(run.cluster.placement.workers)
+    facts["resumed_after_shot"] = run.num_done
+    if run.part is not None:
+        facts["resumed_in_shot"] = f"{run.num_done + 1}, {run.part.record['after']}"
+
+
 @dataclass(frozen=True)
 class Load(Stage):
-    """The first stage of every run."""
+    """What the loading of the weights needs."""
 
     name = "load"
     method: Method  # which says what masks are of
-
-    def run(self, run: RunState, facts: Facts) -> None:
-        """Load weights, masks, and what the dense model said of texts."""
-        last = (run.part or run.directory.read_shot(run.num_done)) if run.resumes else None
-        load_weights(run, self.method, last.files if last else ())
-        if run.resumes:
-            run.cluster.run_all(read_states, run.directory.dense_states)
-        facts |= {"workers": len(run.cluster.placement.workers), "resumed_after_shot": run.num_done}
-        if run.part is not None:
-            facts["resumed_in_shot"] = f"{run.num_done + 1}, {run.part.record['after']}"
 
     def needs(self, worker: WorkerView) -> Iterable[StepPlan]:
         """Return what a worker needs until its weights are where they stay."""
@@ -78,14 +85,14 @@ class Load(Stage):
 
 @dataclass(frozen=True)
 class Commit(Stage):
-    """The last stage of a shot."""
+    """Writes a shot, so that it exists and a run can go on from it."""
 
     name = "commit"
     targets: Sequence[float]  # sparsity at the end of every shot; none if the target is no sparsity
     keep_shots: int  # shots whose tensors are kept; 0 for all
     kept: Sequence[int] = ()  # shots whose tensors are always kept
 
-    def run(self, run: RunState, facts: Facts) -> None:
+    def write(self, run: RunState, facts: Facts) -> None:
         """Write everything; the manifest comes last."""
         directory = run.directory
         cluster = run.cluster
@@ -97,24 +104,30 @@ class Commit(Stage):
         files.remove_files(folder, ["*.safetensors"])  # of a try that was interrupted
         written = [file for worker in cluster.run_all(save_shot, folder) for file in worker]
         target = self.targets[shot - 1] if self.targets else None
-        about = {"index": shot, "target_sparsity": target, "sparsity": run.sparsity}
-        absent: dict[str, Any] = dict.fromkeys(("threshold", "calibration_loss"))
-        absent |= {"recovery_losses": [], "recovery_absorbed": None, "damping_used": []}
-        last = run.report.add_shot(about | absent | run.record, run.linears, run.steps)
+        record = {
+            "index": shot,
+            "target_sparsity": target,
+            "sparsity": run.sparsity,
+            # what the steps of this shot may leave out
+            "threshold": None,
+            "calibration_loss": None,
+            "recovery_losses": [],
+            "recovery_absorbed": None,
+            "damping_used": [],
+            **run.record,
+        }
+        last = run.report.add_shot(record, run.linears, run.steps)
         directory.commit_shot(shot, written, last)
         cluster.run_all(continue_from_shot, written)
         directory.remove_part(shot)
         run.part = None
         directory.write_report(run.report.as_record())
-        run.kept(LivePage).draw(run.report.as_record(), final=False)
+        run.page.draw(run.report.as_record(), final=False)
         if self.keep_shots:
             directory.drop_tensors(shot - self.keep_shots, self.kept)
-        facts |= {"uri": folder, "parameters": last["num_nonzero"]}
+        facts["uri"] = folder
+        facts["parameters"] = last["num_nonzero"]
         facts["peak_rss_bytes"] = last["peak_rss_bytes"]
-
-    def ended(self, run: RunState) -> None:
-        """Write the events, with the commit's own."""
-        run.directory.write_events()
 
     def needs(self, worker: WorkerView) -> Iterable[StepPlan]:
         """Return the writing, a file at a time."""
@@ -150,9 +163,15 @@ def commit_part(run: RunState, stage: str, after: str, state: Record, save: Save
         if run.shot == 1:
             run.cluster.run_all(write_states, directory.dense_states)
         files = tuple(chain.from_iterable(run.cluster.run_all(save_shot, folder)))
-    record: dict[str, Any] = {"stage": stage, "after": after, "state": state, "shot": run.record}
-    record["linears"] = [asdict(linear) for linear in run.linears]
-    record |= {"steps": run.steps.record_so_far(), "dense": run.report.dense}
+    record: dict[str, Any] = {
+        "stage": stage,
+        "after": after,
+        "state": state,
+        "shot": run.record,
+        "linears": [asdict(linear) for linear in run.linears],
+        "steps": run.steps.record_so_far(),
+        "dense": run.report.dense,
+    }
     run.part = CommittedPart(files, tuple(save(folder)), record)
     directory.commit_part(run.shot, run.part)
     run.committed_s = time.monotonic()

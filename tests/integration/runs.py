@@ -30,7 +30,7 @@ from transformers import (
 from ray_surgeon.memory.stores import Stores
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.pipeline import main
-from ray_surgeon.run.inputs import Inputs, check
+from ray_surgeon.preparation.inputs import Inputs, check
 from ray_surgeon.runtime.cluster import LocalCluster
 from ray_surgeon.runtime.placement import place
 from ray_surgeon.runtime.weights import ModelRecipe, load

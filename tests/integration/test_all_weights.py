@@ -81,7 +81,7 @@ def test_all_weights_are_committed_resumed_and_exported(
         written = tensor_files.read(str(done.export(export["kind"]) / "model.safetensors"))
         assert torch.equal(written[norm], second)
         assert torch.equal(written["model.embed_tokens.weight"], dense["model.embed_tokens.weight"])
-    run = Recovery.run
+    run = Recovery.train
     ends: list[Callable[[], None]] = [lambda: sys.exit("killed"), lambda: None]
 
     def run_once(stage: Recovery, state: Any, facts: Any) -> None:
@@ -90,7 +90,7 @@ def test_all_weights_are_committed_resumed_and_exported(
         return run(stage, state, facts)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Recovery, "run", run_once)
+        patch.setattr(Recovery, "train", run_once)
         with pytest.raises(SystemExit):
             job(changes, folder="resumed")
         shutil.copytree(job.folder / "resumed/run", job.folder / "aside")

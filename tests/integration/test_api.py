@@ -19,12 +19,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 import ray_surgeon
 from ray_surgeon import JobSpec, pipeline
+from ray_surgeon.job import run_job
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.models.shard import ModelShard
 from ray_surgeon.report.directory import RunDirectory
 from ray_surgeon.report.events import Moment
 from ray_surgeon.run import driver
-from ray_surgeon.run.loop import run_shots
 from ray_surgeon.stages.curvature.gather import gather_curvature
 from ray_surgeon.storage import files
 from tests.integration import runs
@@ -279,7 +279,7 @@ def test_long_steps_show_that_they_move(job: Jobs) -> None:
     inputs = job.inputs(options, pruning__costs="greedy", cluster__num_shards=2)
     news: list[object] = []
     directory = RunDirectory(inputs.spec.output.uri)
-    run_shots(inputs, loaded(job.models["llama"], 2), directory, news.append)
+    run_job(inputs, loaded(job.models["llama"], 2), directory, news.append)
     moments = [one for one in news if isinstance(one, Moment)]
     for step, unit, total in (
         ("curvature", "sequences", 6),

@@ -17,6 +17,7 @@ from ray_surgeon.report.html_report import page
 from ray_surgeon.run.result import PruneResult
 from ray_surgeon.stages.depth import passes, removal
 from ray_surgeon.stages.depth.stage import Depth
+from ray_surgeon.stages.prune.groups import Groups
 from tests.conftest import CONFIGS, LAYOUTS, SPARSE_CONFIGS, VOCABULARY
 from tests.integration.runs import (
     LORA,
@@ -99,16 +100,16 @@ def test_shards_and_replicas(job: Jobs) -> None:
 def test_a_run_goes_on_without_what_is_gone(job: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
     options = BLOCKS | {"pruning__num_shots": 2, "pruning__target_sparsity": 0.5} | LORA
     whole = job(options, folder="whole")
-    ended = Depth.run
+    ended = Depth.remove_layers
 
-    def stop(self: Depth, run: Any, facts: Any) -> None:
+    def stop(self: Depth, run: Any, method: Groups, facts: Any) -> Groups:
         if run.shot == 2:
             raise FloatingPointError("stopped")
-        ended(self, run, facts)
+        return ended(self, run, method, facts)
 
-    monkeypatch.setattr(Depth, "run", stop)
+    monkeypatch.setattr(Depth, "remove_layers", stop)
     job(options, folder="stopped", code=1)
-    monkeypatch.setattr(Depth, "run", ended)
+    monkeypatch.setattr(Depth, "remove_layers", ended)
     again = job(options, "--resume", folder="stopped")
     assert_same_shot(whole.uri, again.uri, 2)
 

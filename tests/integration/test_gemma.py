@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from benchmarks.real_models import fetch
-from ray_surgeon.run.inputs import check
+from ray_surgeon.preparation.inputs import check
 from ray_surgeon.spec.parsing import parse_spec
 from tests.integration.runs import Jobs
 

@@ -17,20 +17,18 @@ import torch
 from transformers import AutoTokenizer
 
 from ray_surgeon.maths.structured import A_CHOICES, G_CHOICES
+from ray_surgeon.preparation.inputs import Inputs, check
 from ray_surgeon.report.html_report import LivePage
-from ray_surgeon.run.inputs import Inputs, check
 from ray_surgeon.runtime.cluster import LocalCluster
 from ray_surgeon.runtime.dense_states import CALIBRATION
 from ray_surgeon.runtime.passes import remember
 from ray_surgeon.runtime.pipelines import forward_and_backward
 from ray_surgeon.spec.parsing import parse_spec
-from ray_surgeon.stages.answers.answers import DenseAnswers
 from ray_surgeon.stages.prune.method import Method
 from ray_surgeon.stages.recovery.batches import CalibrationBatches
 from ray_surgeon.stages.recovery.rates import HARMLESS, RATES
 from ray_surgeon.stages.recovery.section import RecoverySection
 from ray_surgeon.stages.recovery.training import Training
-from ray_surgeon.stages.self_text.stage import SelfText
 from ray_surgeon.stages.stage import HELD, CalibrationText, held_measure, held_places
 from tests.integration import runs
 from tests.integration.runs import ONE, Jobs, assert_same_shot, changes_of, copied_model, loaded
@@ -337,13 +335,13 @@ def test_a_calibration_holds_prompts_aside_for_comparisons(job: Jobs) -> None:
         return check(parse_spec(spec.read_text()), dry_run=True)
 
     inputs = checked([PYTHON_DOCS])
-    (request,) = inputs.stage(SelfText).requests.values()
+    (request,) = inputs.stages.self_text.requests.values()
     left = {prompt.tokens for prompt in request.prompts}
-    held = inputs.stage(DenseAnswers).prompt_set.prompts
+    held = inputs.stages.dense_answers.prompt_set.prompts
     assert (len(held), len(left)) == (2, 18)
     assert not left & set(held)
     by_hand = checked({"texts": [PYTHON_DOCS], "generation": {"max_new_tokens": 8}})
-    beginnings = by_hand.stage(DenseAnswers).prompt_set.prompts
+    beginnings = by_hand.stages.dense_answers.prompt_set.prompts
     assert len(beginnings) == 3, "of the evaluation text's windows"
     off = checked({"texts": [PYTHON_DOCS], "generation": None})
-    assert off.stage(DenseAnswers) is None
+    assert off.stages.dense_answers is None

@@ -21,6 +21,7 @@ from unittest import mock
 import pytest
 import torch
 
+from ray_surgeon import job as job_page
 from ray_surgeon.maths import products
 from ray_surgeon.maths.products import product
 from ray_surgeon.memory import weights
@@ -28,7 +29,6 @@ from ray_surgeon.memory.stores import NO_SCRATCH, Scratch
 from ray_surgeon.memory.weights import ReadAhead
 from ray_surgeon.plan.device_resources import Resources, Room
 from ray_surgeon.plan.plan import DoesNotFitError
-from ray_surgeon.run import loop
 from ray_surgeon.runtime import fresh_process, usage
 from ray_surgeon.runtime.cluster import WorkerFailureError
 from ray_surgeon.runtime.placement import WorkerIndex
@@ -123,7 +123,7 @@ def test_a_killed_run_from_disk_goes_on(
         raise WorkerFailureError("node", "after which nobody cleans up")
 
     with monkeypatch.context() as patch:
-        patch.setattr(evaluation.Evaluation, "ended", killed)
+        patch.setattr(evaluation.Evaluation, "check_limit", killed)
         patch.setattr("ray_surgeon.run.result.LocalCluster.close", lambda cluster: None)
         job(options, code=1)
     (left,) = (job.folder / "scratch").glob("ray_surgeon-*/*/*")
@@ -190,15 +190,15 @@ def test_memory_of_ended_workers_is_waited_for(monkeypatch: pytest.MonkeyPatch) 
     clock = SimpleNamespace(now=100.0)
     clock.monotonic = lambda: clock.now
     clock.sleep = lambda s: setattr(clock, "now", clock.now + s)
-    monkeypatch.setattr(loop, "time", clock)
+    monkeypatch.setattr(job_page, "time", clock)
     found = [Resources("a", "cpu", "", Room(1e9, 1e9, 1e9, device_is_host=True))]
     workers: Any = SimpleNamespace(run_all=lambda *args: found)
     inputs: Any = mock.MagicMock(plan=mock.Mock(side_effect=answers))
     inputs.spec.cluster.cpus_per_worker = 1
     inputs.spec.cluster.device_speed = None
     with pytest.raises(DoesNotFitError):
-        loop._plan(inputs, workers, NO_SCRATCH, 0.0)
-    assert loop._plan(inputs, workers, NO_SCRATCH, 6.0) == answers[-1]
+        job_page._plan(inputs, workers, NO_SCRATCH, 0.0)
+    assert job_page._plan(inputs, workers, NO_SCRATCH, 6.0) == answers[-1]
     assert clock.now == 105.0
 
 
@@ -248,7 +248,7 @@ def test_files_of_earlier_shots_are_closed(job: Jobs, monkeypatch: pytest.Monkey
         if len(seen) == 3:
             raise FloatingPointError("ends here")
 
-    monkeypatch.setattr(evaluation.Evaluation, "ended", look)
+    monkeypatch.setattr(evaluation.Evaluation, "check_limit", look)
     options = runs.GROUPS | {
         "pruning__groups": ["ffn"],
         "pruning__num_shots": 4,

@@ -21,11 +21,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from ray_surgeon.api import curvature
+from ray_surgeon.job import run_job
 from ray_surgeon.maths.reconstruction import FeedForward, reconstruct
+from ray_surgeon.preparation.inputs import check
 from ray_surgeon.report.directory import RunDirectory
 from ray_surgeon.report.html_report import LivePage
-from ray_surgeon.run.inputs import check
-from ray_surgeon.run.loop import run_shots
 from ray_surgeon.runtime import fresh_process
 from ray_surgeon.runtime.cluster import LocalCluster
 from ray_surgeon.runtime.collectives import TensorPayload, decode
@@ -124,7 +124,7 @@ def run_on(device: str, spec: str) -> None:
     inputs = check(parse_spec(Path(spec).read_text()))
     cluster = LocalCluster(inputs.layout, inputs.placement, 1, device)
     with sdpa_kernel(SDPBackend.MATH):
-        run_shots(inputs, cluster, RunDirectory(inputs.spec.output.uri), lambda event: None)
+        run_job(inputs, cluster, RunDirectory(inputs.spec.output.uri), lambda event: None)
 
 
 def run_on_sim(spec: str) -> None:

@@ -22,9 +22,9 @@ from torch import nn
 from transformers import BloomConfig, BloomForCausalLM, LlamaForSequenceClassification
 
 import ray_surgeon
+from ray_surgeon.job import run_job
 from ray_surgeon.plan.plan import DoesNotFitError
 from ray_surgeon.run.arguments import causal_lm
-from ray_surgeon.run.loop import run_shots
 from ray_surgeon.storage import files
 from tests.conftest import CONFIGS, SPARSE_CONFIGS, tiny_model
 from tests.integration.runs import Given, in_memory
@@ -133,9 +133,9 @@ def test_modes_of_the_caller_stay_outside(
 
     def watched(*args: Any) -> None:
         assert precisions() == ["ieee", "ieee"]
-        run_shots(*args)
+        run_job(*args)
 
-    monkeypatch.setattr("ray_surgeon.run.result.run_shots", watched)
+    monkeypatch.setattr("ray_surgeon.run.result.run_job", watched)
     with ExitStack() as entered:
         for mode in MODES[name]:
             entered.enter_context(mode())

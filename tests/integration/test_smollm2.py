@@ -11,8 +11,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from ray_surgeon import pipeline
+from ray_surgeon.preparation.inputs import Inputs, check
 from ray_surgeon.run import command
-from ray_surgeon.run.inputs import Inputs, check
 from tests.integration.runs import report_of
 
 MOST_BY_BFLOAT16 = 2.0

@@ -22,9 +22,9 @@ from ray_surgeon.plan.device_resources import DEVICES, Room
 from ray_surgeon.plan.estimate import WorkerView
 from ray_surgeon.plan.plan import DoesNotFitError, Plan, Planner, plan_table
 from ray_surgeon.plan.work import Shapes, Work
-from ray_surgeon.run.inputs import work_of
-from ray_surgeon.run.reading import unread_texts
-from ray_surgeon.run.stages import stages_after_shots, stages_of
+from ray_surgeon.preparation.inputs import work_of
+from ray_surgeon.preparation.reading import unread_texts
+from ray_surgeon.preparation.stages import stages_after_shots, stages_of
 from ray_surgeon.runtime.collectives import MESSAGE_BYTES
 from ray_surgeon.runtime.placement import place
 from ray_surgeon.spec.job import JobSpec

@@ -205,8 +205,8 @@ class _Answering(Stage):
 class DenseAnswers(_Answering):
     """The dense model answers the prompts, before the first shot."""
 
-    def run(self, run: RunState, facts: Facts) -> None:
-        """Let the dense model answer, unless an earlier try of the run did.
+    def collect(self, run: RunState, facts: Facts) -> Answers:
+        """Return the dense model's answers, unless an earlier try of the run has written them.
 
         Raises:
             ValueError: the answers of an earlier try are gone.
@@ -222,11 +222,12 @@ class DenseAnswers(_Answering):
             answers = read_answers(uri)
             if not run.resumes:  # otherwise its states are among those of the dense model
                 remember_answers(run.cluster, answers)
-        run.keep(answers)
         record = dense_record(answers, prompt_set.text_of)
-        facts |= {"prompts": record["num_prompts"], "num_tokens": record["num_tokens"]}
+        facts["prompts"] = record["num_prompts"]
+        facts["num_tokens"] = record["num_tokens"]
         if not run.resumes:
             run.report.dense["generation"] = record
+        return answers
 
     def fingerprints(self) -> Mapping[str, Any]:
         """Return the prompts: answers before and after are to the same ones."""
@@ -238,27 +239,22 @@ class DenseAnswers(_Answering):
         return worker.remembered(section.num_prompts * (_PROMPT_TOKENS + section.max_new_tokens))
 
 
-class BeforeRecovery(Stage):
-    """How many of the dense model's tokens the pruned model would accept, before recovery."""
-
-    name = "answers"
-
-    def run(self, run: RunState, facts: Facts) -> None:
-        """Measure what recovery begins from."""
-        rates = measure_rates(run.cluster, run.kept(Answers))
-        run.record["generation_before_recovery"] = rates
-        facts["accepted"] = rates["acceptance"]
+def measure_acceptance(run: RunState, answers: Answers, facts: Facts) -> None:
+    """Measure how many of the dense model's tokens the model accepts before its recovery."""
+    rates = measure_rates(run.cluster, answers)
+    run.record["generation_before_recovery"] = rates
+    facts["accepted"] = rates["acceptance"]
 
 
 class PrunedAnswers(_Answering):
     """The pruned model's answers beside the dense model's, after every shot."""
 
-    def run(self, run: RunState, facts: Facts) -> None:
-        """Compare the answers."""
-        answers = run.kept(Answers)
+    def compare(self, run: RunState, answers: Answers, facts: Facts) -> None:
+        """Compare the pruned model's answers with the dense model's."""
         generation = measure_answers(run.cluster, answers, self.prompt_set.section.max_new_tokens)
         run.record["generation"] = shot_record(answers, generation, self.prompt_set.text_of)
-        facts |= {"accepted": generation.acceptance, "agreement": generation.agreement}
+        facts["accepted"] = generation.acceptance
+        facts["agreement"] = generation.agreement
 
     def needs(self, worker: WorkerView) -> Iterable[StepPlan]:
         """Return the writing, which is as that of the dense model, and the comparison."""

@@ -142,17 +142,20 @@ class Curvature(Stage):
     # whether the first pass keeps the dense model's states of the calibration text
     remembers: bool
 
-    def run(self, run: RunState, facts: Facts) -> None:
-        """Gather, and choose the damping if the job leaves it open."""
+    def collect(self, run: RunState, method: Method, facts: Facts) -> Method:
+        """Gather the factors, and choose the damping if the job leaves it open.
+
+        Returns:
+            The method, with the damping that was chosen.
+        """
         remembers = self.remembers and run.shot == 1
-        method = run.kept(Method)
         method, record = calibrate(method, run.cluster, run.text, run.shot, remembers=remembers)
-        run.keep(method, of_shot=True)
-        run.record |= record
+        run.record.update(record)
         facts["calibration_loss"] = record["calibration_loss"]
         facts["num_tokens"] = run.text.tokens.size
         if chosen := record.get("damping_chosen"):
             facts["damping"] = f"{chosen['a']:g}/{chosen['g']:g}"
+        return method
 
     # For the plan
 

@@ -44,24 +44,28 @@ class Depth(Stage):
         """The section of the job spec."""
         return self.method.section.depth or DepthSection()
 
-    def run(self, run: RunState, facts: Facts) -> None:
-        """Remove one after the other, and tell the method of pruning what is gone."""
+    def remove_layers(self, run: RunState, method: Groups, facts: Facts) -> Groups:
+        """Remove one layer after the other.
+
+        Returns:
+            The method, which knows what is gone.
+        """
         cluster = run.cluster
         gone = self.find_gone(cluster)
         steps = list[dict[str, Any]]()
         scores = dict[Layer, float]()  # of each layer as it was last taken
-        while self._is_missing(run, gone):
-            cheapest = self._cheapest(run, self._candidates(gone), scores)
+        while self._is_missing(method, gone, run.shot):
+            cheapest = self._cheapest(run, method, self._candidates(gone), scores)
             step = {"layer": str(cheapest), "cost": scores[cheapest]}
             linear = self._fitted(run, cheapest, gone)
             cluster.run_all(removal.remove, cheapest)
             gone = self.find_gone(cluster)
             steps.append(step | self._made_up(run, linear))
-        run.keep(self.known(run.kept(Groups), gone))
         run.record["layers_removed"] = steps
         facts["removed"] = ", ".join(step["layer"] for step in steps)
         if steps:
             facts["divergence held aside"] = steps[-1]["divergence_held_aside"]
+        return self.known(method, gone)
 
     def find_gone(self, cluster: Cluster) -> list[Layer]:
         """Return which layers are gone, and let workers' passes go around them."""
@@ -76,14 +80,14 @@ class Depth(Stage):
 
     # How many, and which
 
-    def _is_missing(self, run: RunState, gone: Sequence[Layer]) -> bool:
-        """Whether a layer is still to go in the present shot."""
+    def _is_missing(self, method: Groups, gone: Sequence[Layer], shot: int) -> bool:
+        """Whether a layer is still to go in a shot."""
         section = self.method.section
         if self.section.num_removed is not None:
-            return len(gone) < round(self.section.num_removed * run.shot / section.shots)
-        method = self.known(run.kept(Groups), gone)
+            return len(gone) < round(self.section.num_removed * shot / section.shots)
+        method = self.known(method, gone)
         budget = method.known_budget
-        return method.need(()) - method.goal(run.shot) > 1e-9 * budget.dense
+        return method.need(()) - method.goal(shot) > 1e-9 * budget.dense
 
     def _candidates(self, gone: Sequence[Layer]) -> list[Layer]:
         """Return which layers may go; of every kind one stays."""
@@ -93,7 +97,11 @@ class Depth(Stage):
         return [layer for layer in there if kinds.count(layer.kind) > 1]
 
     def _cheapest(
-        self, run: RunState, candidates: Sequence[Layer], scores: dict[Layer, float]
+        self,
+        run: RunState,
+        method: Groups,
+        candidates: Sequence[Layer],
+        scores: dict[Layer, float],
     ) -> Layer:
         """Return the layer that costs least for each unit of the budget that it saves.
 
@@ -102,11 +110,12 @@ class Depth(Stage):
         cheapest of them.
 
         Args:
-            run: in this stage.
+            run: in this step.
+            method: of pruning, which has the budget.
             candidates: that may go.
             scores: cost of each layer as it was last measured, which is filled.
         """
-        of_layers = run.kept(Groups).known_budget.of_layers
+        of_layers = method.known_budget.of_layers
 
         def price(layer: Layer) -> float:
             saved = of_layers[layer.key]  # nothing, if what was measured says so

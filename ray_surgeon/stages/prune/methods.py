@@ -27,7 +27,7 @@ from ray_surgeon.stages.prune import elements
 from ray_surgeon.stages.prune import groups_section as coupled
 from ray_surgeon.stages.prune.groups import Groups
 from ray_surgeon.stages.prune.layerwise import Layerwise, NoPruning, SparseGPTSection, WandaSection
-from ray_surgeon.stages.prune.method import Choice, Method, Ranking, Scores
+from ray_surgeon.stages.prune.method import Choice, Method, Scores
 from ray_surgeon.stages.prune.rows_columns import RowsColumns, RowsColumnsSection
 from ray_surgeon.stages.stage import Facts, RunState, Stage, held_measure
 from ray_surgeon.storage import files
@@ -159,8 +159,12 @@ class Latency(Stage):
     name = "latency"
     method: Groups
 
-    def run(self, run: RunState, facts: Facts) -> None:
-        """Measure, unless an earlier try of the run did."""
+    def measure(self, run: RunState, facts: Facts) -> Groups:
+        """Measure, unless an earlier try of the run did.
+
+        Returns:
+            The method, with its budget.
+        """
         section = self.method.section
         assert isinstance(section.target, TimedTarget)
         shrinking = section.shrinking(self.method.fewest)
@@ -169,8 +173,8 @@ class Latency(Stage):
             dense = Pruned(run.cluster, run.layout, run.model, {}, run.calibration, run.texts)
             files.write_json(uri, measured_table(dense, section.target, shrinking))
         budget = budget_in(uri, run.layout, section.target)
-        run.keep(replace(self.method, budget=budget))
         facts["dense_s"] = budget.dense
+        return replace(self.method, budget=budget)
 
 
 @dataclass(frozen=True)
@@ -211,58 +215,49 @@ class _OnLinears(Stage):
 
 
 class Costs(_OnLinears):
-    """Workers take the costs of everything that may be pruned."""
+    """The costs of everything that may be pruned."""
 
     name = "costs"
 
-    def run(self, run: RunState, facts: Facts) -> None:
-        """Take the costs."""
-        scores = run.kept(Ranking).score(run.cluster, run.shot)
-        run.keep(scores, of_shot=True)
-        facts["damping_raised"] = len(scores.raised_damping)
-
-
-class Threshold(Stage):
-    """The coordinator chooses what to prune."""
-
-    name = "threshold"
-
-    def run(self, run: RunState, facts: Facts) -> None:
-        """Choose, and may ask the workers again."""
-        choice = run.kept(Ranking).choose(run.cluster, run.kept(Scores), run.shot)
-        run.keep(choice, of_shot=True)
-        run.record |= {"threshold": choice.threshold, **choice.record}
-        facts |= choice.facts
-
 
 class Update(_OnLinears):
-    """Workers prune, and update what stays."""
+    """The update of what stays."""
 
     name = "update"
 
-    def run(self, run: RunState, facts: Facts) -> None:
-        """Prune, and measure what that does to the windows held aside."""
-        method = run.kept(Method)
-        cluster = run.cluster
-        choice = run.kept(Choice) if method.has_costs else Choice(None, {})
-        linears, record = method.apply(cluster, run.text.tokens, choice, run.shot)
-        run.linears = method.of_loss(linears)
-        run.record |= record
-        facts["sparsity"] = run.sparsity
-        if not method.has_costs:
-            return
-        # by the quadratic model, in nats per token
-        predicted = [linear.predicted for linear in run.linears if linear.predicted is not None]
-        residuals = sorted(linear.residual for linear in run.linears)
-        scores = run.kept(Scores)
-        residual = {"median": residuals[len(residuals) // 2], "max": residuals[-1]}
-        run.record["predicted_loss_increase"] = sum(predicted) if predicted else None
-        run.record["update_residual"] = residual
-        run.record["damping_used"] = [asdict(event) for event in scores.raised_damping]
-        run.record["terms_clipped"] = [asdict(event) for event in scores.clipping]
-        if predicted:
-            facts["predicted_loss_increase"] = sum(predicted)
-        if len(run.text.held):
-            divergence = held_measure(cluster, run.text)
-            run.record["divergence_held_aside"] = divergence
-            facts["divergence held aside"] = divergence
+
+def prune(
+    run: RunState, method: Method, scores: Scores[Any] | None, choice: Choice, facts: Facts
+) -> None:
+    """Let workers prune and update what stays, and measure that on the windows held aside.
+
+    Args:
+        run: in a shot.
+        method: of pruning.
+        scores: of the shot; None for a method without costs.
+        choice: what to prune.
+        facts: of the step.
+    """
+    linears, record = method.apply(run.cluster, run.text.tokens, choice, run.shot)
+    run.linears = method.of_loss(linears)
+    run.record.update(record)
+    facts["sparsity"] = run.sparsity
+    if scores is None:
+        return
+    # by the quadratic model, in nats per token
+    predicted = [linear.predicted for linear in run.linears if linear.predicted is not None]
+    residuals = sorted(linear.residual for linear in run.linears)
+    run.record["predicted_loss_increase"] = None
+    run.record["update_residual"] = {
+        "median": residuals[len(residuals) // 2],
+        "max": residuals[-1],
+    }
+    run.record["damping_used"] = [asdict(event) for event in scores.raised_damping]
+    run.record["terms_clipped"] = [asdict(event) for event in scores.clipping]
+    if predicted:
+        run.record["predicted_loss_increase"] = sum(predicted)
+        facts["predicted_loss_increase"] = sum(predicted)
+    if len(run.text.held):
+        divergence = held_measure(run.cluster, run.text)
+        run.record["divergence_held_aside"] = divergence
+        facts["divergence held aside"] = divergence

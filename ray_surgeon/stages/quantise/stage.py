@@ -80,10 +80,10 @@ class Quantise(Stage):
     size: Size
     section: QuantizeSection
 
-    def run(self, run: RunState, facts: Facts) -> None:
+    def write(self, run: RunState, facts: Facts) -> None:
         """Write and evaluate the copy."""
-        kinds = {(e["kind"], e.get("size")): e for e in run.report.exports}
-        uniform = kinds["uniform", self.size.value]
+        exports = {(entry["kind"], entry.get("size")): entry for entry in run.report.exports}
+        uniform = exports["uniform", self.size.value]
         target = f"{uniform['uri']}-{self.section.scheme}"
         entry = quantise(pruned_of(run, self.size.shot), uniform, target, self.section)
         tell_of(entry, run, facts, self.size)

@@ -31,17 +31,20 @@ class ReconstructionStage(Reconstruction, Stage):
 
     name = "reconstruction"
 
-    def run(self, run: RunState, facts: Facts) -> None:
+    def report(self, run: RunState, facts: Facts) -> None:
         """Report which layers the update trained, and their errors held aside."""
         workers = run.cluster.run_all(Worker.kept, Errors)
         errors = {name: pair for own in workers for name, pair in own.items()}
         rate = run.record["reconstruction_rate"] if errors else 0.0
-        run.record |= {"reconstruction": errors, "reconstruction_rate": rate}
+        run.record["reconstruction"] = errors
+        run.record["reconstruction_rate"] = rate
         trained = [(before, after) for before, after in errors.values() if before > 0]
         better = [after / before for before, after in trained if after < before]
         undone = len(trained) - len(better)
         ratio = (sum(better) + undone) / len(trained) if trained else 1.0
-        facts |= {"rate": rate, "layers": len(trained), "layers undone": undone}
+        facts["rate"] = rate
+        facts["layers"] = len(trained)
+        facts["layers undone"] = undone
         facts["error held aside"] = ratio
 
     # For the plan

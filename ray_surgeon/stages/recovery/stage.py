@@ -9,12 +9,10 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
-from ray_surgeon.memory.stores import ScratchNames
 from ray_surgeon.plan.counts import StepPlan
 from ray_surgeon.plan.device_resources import DEVICES
 from ray_surgeon.plan.estimate import WorkerView
 from ray_surgeon.report.events import CHECK
-from ray_surgeon.report.html_report import LivePage
 from ray_surgeon.runtime.dense_states import CALIBRATION
 from ray_surgeon.runtime.teacher import drop_teacher, load_teacher
 from ray_surgeon.runtime.weights import ModelRecipe
@@ -25,7 +23,7 @@ from ray_surgeon.stages.recovery.rates import Check
 from ray_surgeon.stages.recovery.section import RecoverySection
 from ray_surgeon.stages.recovery.teacher import LoadTeacher
 from ray_surgeon.stages.recovery.training import Training
-from ray_surgeon.stages.stage import Facts, RunState, Stage, Text
+from ray_surgeon.stages.stage import CalibrationText, Facts, RunState, Stage, Text
 from ray_surgeon.stages.weights import commit_part
 from ray_surgeon.storage.streams import TextStream
 
@@ -45,8 +43,8 @@ class Recovery(Stage):
     stream: TextStream | None = field(default=None, repr=False)
     teacher: LoadTeacher | None = None  # what to train towards; None for the dense model
 
-    def run(self, run: RunState, facts: Facts) -> None:
-        """Train."""
+    def train(self, run: RunState, facts: Facts) -> None:
+        """Train, from where an earlier try of the run has come."""
 
         def tell(check: Check) -> None:
             pace = (check.tokens_per_s or 0.0) / self.section.num_tokens
@@ -54,7 +52,7 @@ class Recovery(Stage):
             named = {"held_aside": check.value, "value": None, "rate": trained.rate}
             run.steps.tell(CHECK, vars(check) | named | {"share_of_peak": share})
             so_far = replace(trained, held=[*trained.held, check]).as_record()
-            run.kept(LivePage).draw(run.report.as_record() | {"present": so_far}, final=False)
+            run.page.draw(run.report.as_record() | {"present": so_far}, final=False)
 
         trained = Training(self.section, run.cluster, run.text, self._batches(run), tell)
         trained.on_step = partial(self._commit, run, trained)
@@ -63,15 +61,15 @@ class Recovery(Stage):
             self._commit(run, trained, at_once=self.section.rank == "all")
         has_teacher = self.section.has_teacher and trained.batches.num_steps > 0
         if has_teacher:
-            scratch = run.kept(ScratchNames)
+            scratch = run.scratch
             teacher = self.teacher
             recipe = teacher.recipe(scratch) if teacher else ModelRecipe(run.model, (), scratch)
             run.cluster.run_all(load_teacher, recipe, run.cluster.stores.teacher)
         trained.train(run.shot, run.part)
         if has_teacher:
             run.cluster.run_all(drop_teacher)
-        facts |= trained.facts
-        run.record |= trained.as_record()
+        facts.update(trained.facts)
+        run.record.update(trained.as_record())
 
     def _commit(self, run: RunState, trained: Training, *, at_once: bool = False) -> None:
         """Commit how far the shot has come, if the last commit was long ago or it is wanted."""
@@ -96,11 +94,11 @@ class Recovery(Stage):
         ends = [shot in self.size_shots for shot in range(1, last + 1)]
         return [self.section.num_steps(length, ends=each) for each in ends]
 
-    def texts_to_remember(self, run: RunState) -> Mapping[str, Text]:
+    def texts_to_remember(self, text: CalibrationText) -> Mapping[str, Text]:
         """Return the calibration text, unless a curvature pass sees it anyway."""
         if self.has_pass or not self.sees_calibration:
             return {}
-        return {CALIBRATION: (run.text.tokens, run.text.counts)}
+        return {CALIBRATION: (text.tokens, text.counts)}
 
     @property
     def sees_calibration(self) -> bool:

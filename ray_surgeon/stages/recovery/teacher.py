@@ -15,7 +15,7 @@ from ray_surgeon.plan.work import Shapes, Work
 from ray_surgeon.runtime.placement import Placement
 from ray_surgeon.runtime.weights import ModelRecipe, load
 from ray_surgeon.spec.sections import ModelSection
-from ray_surgeon.stages.stage import Facts, RunState, Stage
+from ray_surgeon.stages.stage import RunState, Stage
 
 _OF_TEACHER = ("load", "self_text", "answers", "evaluation")
 """Steps that need with the teacher what they need with the model."""
@@ -29,7 +29,6 @@ class LoadTeacher(Stage):
     """
 
     name = "teacher"
-    of_dense_model = True
     model: ModelSection  # pinned to what was checked
     layout: ModelLayout = field(repr=False)
     placement: Placement  # of its blocks, on as many workers as the model's
@@ -39,9 +38,9 @@ class LoadTeacher(Stage):
         """Return how workers get it."""
         return ModelRecipe(self.model, (), scratch, (self.layout, self.placement.blocks))
 
-    def run(self, run: RunState, facts: Facts) -> None:
-        """Load it."""
-        recipe = self.recipe(run.kept(ScratchNames))
+    def load(self, run: RunState) -> None:
+        """Load it in place of the model."""
+        recipe = self.recipe(run.scratch)
         run.cluster.run_all(load, recipe, False, run.cluster.stores)
 
     def fingerprints(self) -> Mapping[str, Any]:

@@ -42,7 +42,7 @@ class SelfText(Stage):
             return None
         return SelfText(section, {} if language is None else language.requests(section))
 
-    def run(self, run: RunState, facts: Facts) -> None:
+    def fill_in(self, run: RunState, facts: Facts) -> None:
         """Let the model write, unless an earlier try of the run did.
 
         Raises:

@@ -1,100 +1,140 @@
-"""The stages of a job, in the order in which they run. A feature is a line here."""
+"""The steps of a job with their settings, as `ray_surgeon.job` runs them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
 
 from ray_surgeon.export.for_engines import WidthLimits
 from ray_surgeon.export.kinds import check_exports
 from ray_surgeon.models.layout import ModelLayout
-from ray_surgeon.run.reading import Texts
+from ray_surgeon.preparation.reading import Texts
 from ray_surgeon.spec.evaluation import TasksSection
 from ray_surgeon.spec.job import JobSpec
 from ray_surgeon.spec.sections import OutputSection
-from ray_surgeon.stages.answers.answers import BeforeRecovery, DenseAnswers, PrunedAnswers
+from ray_surgeon.stages.answers.answers import DenseAnswers, PrunedAnswers
 from ray_surgeon.stages.answers.prompts import prompt_set_for
 from ray_surgeon.stages.curvature.stage import Curvature
-from ray_surgeon.stages.depth.stage import depth_of
-from ray_surgeon.stages.evaluation import DenseEvaluation, Evaluation, Tasks
+from ray_surgeon.stages.depth.stage import Depth, depth_of
+from ray_surgeon.stages.evaluation import Evaluation, Tasks
 from ray_surgeon.stages.exports import Export, LoadSize, Size
 from ray_surgeon.stages.prune.groups import Groups
 from ray_surgeon.stages.prune.groups_section import CoupledSection
 from ray_surgeon.stages.prune.method import Method
-from ray_surgeon.stages.prune.methods import Costs, Latency, Threshold, Update
+from ray_surgeon.stages.prune.methods import Costs, Latency, Update
 from ray_surgeon.stages.quantise.stage import Quantise
+from ray_surgeon.stages.reconstruction.stage import ReconstructionStage
 from ray_surgeon.stages.recovery.stage import Recovery, stream_of
+from ray_surgeon.stages.recovery.teacher import LoadTeacher
 from ray_surgeon.stages.self_text.requests import Language
 from ray_surgeon.stages.self_text.stage import SelfText
 from ray_surgeon.stages.stage import Stage
 from ray_surgeon.stages.weights import Commit, Load
 
+ExportStep = LoadSize | Export | Quantise
 
-class Stages(NamedTuple):
-    """The stages of a job."""
 
-    before_shots: tuple[Stage, ...]
-    of_a_shot: tuple[Stage, ...]
-    after_shots: tuple[Stage, ...]
+@dataclass(frozen=True)
+class Stages:
+    """The steps that a job has, each with its settings; None for those that it leaves out."""
+
+    load: Load
+    teacher: LoadTeacher | None
+    latency: Latency | None
+    self_text: SelfText | None
+    dense_answers: DenseAnswers | None
+    tasks: Tasks | None
+    depth: Depth | None
+    curvature: Curvature | None
+    costs: Costs | None
+    update: Update
+    reconstruction: ReconstructionStage | None
+    recovery: Recovery | None
+    evaluation: Evaluation
+    answers: PrunedAnswers | None
+    commit: Commit
+    exports: tuple[ExportStep, ...]  # with the loading of the weights that they need
 
     @property
     def all(self) -> tuple[Stage, ...]:
-        """All of them."""
-        return (*self.before_shots, *self.of_a_shot, *self.after_shots)
+        """All of them, in the order in which the plan says what they need."""
+        before_shots = (
+            self.teacher,
+            self.load if self.teacher is None else None,
+            self.latency,
+            self.self_text,
+            self.dense_answers,
+            self.tasks,
+            self.load if self.teacher is not None else None,
+        )
+        of_a_shot = (
+            self.depth,
+            self.curvature,
+            self.costs,
+            self.update,
+            self.reconstruction,
+            self.recovery,
+            self.evaluation,
+            self.answers,
+            self.commit,
+        )
+        present = (*before_shots, *of_a_shot, *self.exports)
+        return tuple(stage for stage in present if stage is not None)
 
 
 def stages_of(
-    spec: JobSpec, layout: ModelLayout, method: Method, texts: Texts, after_shots: tuple[Stage, ...]
+    spec: JobSpec, layout: ModelLayout, method: Method, texts: Texts, exports: tuple[Stage, ...]
 ) -> Stages:
-    """Return the stages of a job.
+    """Return the steps of a job.
 
     Args:
         spec: of the job.
         layout: of its model.
         method: of pruning.
         texts: that were read.
-        after_shots: of `stages_after_shots`, which is checked before there is a method.
+        exports: of `stages_after_shots`, which is checked before there is a method.
 
     Raises:
-        ValueError: a stage cannot work; names the field, what was found, and the remedy.
+        ValueError: a step cannot work; names the field, what was found, and the remedy.
     """
-    tokenizer, calibration, measured, teacher = texts
-    tasks = spec.evaluation.tasks
     held = spec.num_held
     sizes = [(text.num_sequences, text.sequence_length) for text in spec.evaluation.texts]
-    length = spec.calibration.sequence_length
-    sizes += [(held, length)] * (held > 0)
-    language = Language(tokenizer, layout.config) if tokenizer else None
+    if held > 0:
+        sizes.append((held, spec.calibration.sequence_length))
+    language = None
+    if texts.tokenizer:
+        language = Language(texts.tokenizer, layout.config)
     self_text = SelfText.of(spec.calibration, language)
-    first = next(iter(measured.values()), calibration).tokens
+    first = next(iter(texts.measured.values()), texts.calibration).tokens
     prompt_set, self_text = prompt_set_for(spec.evaluation.generation, self_text, language, first)
-    has_costs = method.has_costs
+    groups = method if isinstance(method, Groups) else None
     recovery = _recovery(spec, method, texts)
+    sees_calibration = recovery is not None and recovery.sees_calibration
     return Stages(
-        _present(
-            teacher or Load(method),
-            Latency(method) if isinstance(method, Groups) and method.budget is None else None,
-            self_text,
-            DenseAnswers(prompt_set) if prompt_set else None,
-            DenseEvaluation(),
-            Tasks(tasks, teacher.model if teacher else None) if tokenizer and tasks else None,
-            Load(method) if teacher else None,
-        ),
-        _present(
-            depth_of(method, layout, held),
-            Curvature(method, bool(recovery and recovery.sees_calibration)) if has_costs else None,
-            Costs(method) if has_costs else None,
-            Threshold() if has_costs else None,
-            Update(method),
-            method.reconstruction if isinstance(method, Groups) else None,
-            BeforeRecovery() if prompt_set and recovery else None,
-            recovery,
-            Evaluation(sizes, spec.evaluation.stop_above),
-            PrunedAnswers(prompt_set) if prompt_set else None,
-            Commit(spec.schedule.targets, spec.output.keep_shots, _kept(spec)),
-        ),
-        _loads_sizes(method, after_shots),
+        load=Load(method),
+        teacher=texts.teacher,
+        latency=Latency(groups) if groups is not None and groups.budget is None else None,
+        self_text=self_text,
+        dense_answers=DenseAnswers(prompt_set) if prompt_set else None,
+        tasks=_tasks(spec, texts),
+        depth=depth_of(method, layout, held),
+        curvature=Curvature(method, sees_calibration) if method.has_costs else None,
+        costs=Costs(method) if method.has_costs else None,
+        update=Update(method),
+        reconstruction=groups.reconstruction if groups is not None else None,
+        recovery=recovery,
+        evaluation=Evaluation(sizes, spec.evaluation.stop_above),
+        answers=PrunedAnswers(prompt_set) if prompt_set else None,
+        commit=Commit(spec.schedule.targets, spec.output.keep_shots, _kept(spec)),
+        exports=_loads_sizes(method, exports),
     )
+
+
+def _tasks(spec: JobSpec, texts: Texts) -> Tasks | None:
+    section = spec.evaluation.tasks
+    if section is None or not texts.tokenizer:
+        return None
+    return Tasks(section, texts.teacher.model if texts.teacher else None)
 
 
 def _recovery(spec: JobSpec, method: Method, texts: Texts) -> Recovery | None:
@@ -141,9 +181,9 @@ def _exports_of(
     return tuple(stages)
 
 
-def _loads_sizes(method: Method, stages: Sequence[Stage]) -> tuple[Stage, ...]:
+def _loads_sizes(method: Method, stages: Sequence[Stage]) -> tuple[ExportStep, ...]:
     """Return the stages of exports, with the loading of every size that is not the last."""
-    loaded = list[Stage]()
+    loaded = list[ExportStep]()
     size = None
     for stage in stages:
         assert isinstance(stage, Export | Quantise)
@@ -157,7 +197,3 @@ def _loads_sizes(method: Method, stages: Sequence[Stage]) -> tuple[Stage, ...]:
 def _kept(spec: JobSpec) -> tuple[int, ...]:
     """Return the shots of a family's sizes, from which exports may be wanted later."""
     return spec.schedule.size_shots if getattr(spec.pruning, "sizes", None) else ()
-
-
-def _present(*stages: Stage | None) -> tuple[Stage, ...]:
-    return tuple(stage for stage in stages if stage is not None)

@@ -10,7 +10,7 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import yaml
@@ -22,11 +22,11 @@ from ray_surgeon.models.llama_cpp import tokenizer_names
 from ray_surgeon.plan.device_resources import Device, Room
 from ray_surgeon.plan.plan import Plan, Planner
 from ray_surgeon.plan.work import Shapes, Work
+from ray_surgeon.preparation import reading
+from ray_surgeon.preparation.reading import Texts
+from ray_surgeon.preparation.stages import Stages, stages_after_shots, stages_of
 from ray_surgeon.report.directory import RunDirectory
 from ray_surgeon.report.record import check_folder
-from ray_surgeon.run import reading
-from ray_surgeon.run.reading import Texts
-from ray_surgeon.run.stages import Stages, stages_after_shots, stages_of
 from ray_surgeon.runtime.placement import Placement, place
 from ray_surgeon.spec.job import JobSpec
 from ray_surgeon.spec.sections import KERNEL_COLUMNS, ModelSection, RaySection
@@ -35,11 +35,9 @@ from ray_surgeon.stages.prune.groups_section import CHANNELS, CoupledSection
 from ray_surgeon.stages.prune.method import Method
 from ray_surgeon.stages.prune.methods import method_for
 from ray_surgeon.stages.recovery.teacher import LoadTeacher
-from ray_surgeon.stages.stage import CalibrationText, Stage
+from ray_surgeon.stages.stage import CalibrationText
 from ray_surgeon.storage.default_text import default_mix
 from ray_surgeon.storage.texts import load_tokenizer
-
-S = TypeVar("S", bound=Stage)
 
 
 @dataclass(frozen=True)
@@ -58,10 +56,6 @@ class Inputs:
     # of model, tokenizer, texts and stages; empty for a plan from config.json alone
     fingerprints: Mapping[str, Any]
     chosen_text: str | None  # what was chosen for a calibration of source auto, for people
-
-    def stage(self, kind: type[S]) -> S | None:
-        """Return the stage of a class, if the job has one."""
-        return next((stage for stage in self.stages.all if isinstance(stage, kind)), None)
 
     @property
     def ray(self) -> RaySection:
