@@ -31,11 +31,12 @@ from benchmarks.peers import inputs_of_spec
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.models.loss import perplexity_of
 from ray_surgeon.runtime.cluster import LocalCluster
-from ray_surgeon.runtime.dense_states import ANSWERS, DenseStates
+from ray_surgeon.runtime.dense_states import ANSWERS
 from ray_surgeon.runtime.passes import num_counted, sequence_losses
 from ray_surgeon.runtime.placement import place
 from ray_surgeon.runtime.weights import ModelRecipe, load
 from ray_surgeon.runtime.worker import Worker
+from ray_surgeon.runtime.worker_state import DenseStates
 from ray_surgeon.spec.sections import ModelSection
 from ray_surgeon.stages.answers.answers import (
     Answers,
@@ -76,7 +77,7 @@ def loaded(folder: str, dtype: str, num_threads: int) -> LocalCluster:
 
 def states_of(worker: Worker) -> DenseStates:
     """Return what a worker remembers of the dense model."""
-    return worker.kept(DenseStates)
+    return worker.state.dense_states
 
 
 def measures_of(
@@ -134,7 +135,7 @@ def family_of(humaneval: Path, run: Path, dtype: str, num_threads: int) -> list[
             (states,) = cluster.run_all(states_of)
         else:
             (worker,) = cluster.workers.values()
-            worker.keeping(DenseStates)[ANSWERS] = states[ANSWERS]
+            worker.state.dense_states[ANSWERS] = states[ANSWERS]
         measures = measures_of(cluster, answers, max_tokens, inputs.texts)
         cluster.close()
         passed = sum(outcome == "passed" for outcome in record["outcomes"].values())

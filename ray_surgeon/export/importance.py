@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import ClassVar
 
 from torch import Tensor
@@ -18,11 +17,12 @@ from ray_surgeon.runtime.cluster import Cluster
 from ray_surgeon.runtime.passes import BlockPass
 from ray_surgeon.runtime.wave import Tokens
 from ray_surgeon.runtime.worker import Worker
-from ray_surgeon.runtime.write_linear_tensors import write_kept
+from ray_surgeon.runtime.write_linear_tensors import write_linear_tensors
 
 
-class _MeanSquares(dict[str, Tensor]):
-    """Of the inputs that are left of a worker's linears: name -> [C]."""
+def _write(worker: Worker, folder: str, blocks: Sequence[int]) -> None:
+    write_linear_tensors(worker, worker.state.mean_squares, folder, blocks, stored=False)
+    worker.state.mean_squares = {}
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class _Measuring(BlockPass):
         columns = mask.columns[: num_inputs(worker.shard.linears[name])]
         if columns.any() and mask.rows.any():
             squares = A.diagonal()[: len(columns)].cpu()
-            worker.keeping(_MeanSquares)[name] = squares[columns.cpu()]
+            worker.state.mean_squares[name] = squares[columns.cpu()]
 
 
 def write_mean_squares(
@@ -52,7 +52,7 @@ def write_mean_squares(
         blocks: numbers of those that are left, by which names are numbered anew.
     """
     _Measuring().pass_all(cluster, tokens)
-    cluster.run_all(partial(write_kept, stored=False), _MeanSquares, folder, blocks)
+    cluster.run_all(_write, folder, blocks)
 
 
 def needs_of_mean_squares(worker: WorkerView, name: str) -> StepPlan:

@@ -8,18 +8,15 @@ its own head, which is kept with them.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ray_surgeon.memory.stores import Scratch
 from ray_surgeon.memory.transfers import transfers
 from ray_surgeon.models.loss import Dense
-from ray_surgeon.models.runner import BlockRunner
-from ray_surgeon.models.shard import ModelShard
 from ray_surgeon.runtime.collectives import TensorPayload, decode
 from ray_surgeon.runtime.worker import Worker
+from ray_surgeon.runtime.worker_state import DenseStates
 from ray_surgeon.storage import tensor_files
 
 CALIBRATION = "(calibration)"
@@ -34,31 +31,13 @@ _HEAD = "head"
 """What a head of its own is called in the file of all states."""
 
 
-class Teacher(NamedTuple):
-    """The model to train towards beside the pruned one, as much of it on the same worker."""
-
-    shard: ModelShard
-    runner: BlockRunner
-    scratch: Scratch
-
-
-class DenseStates(dict[str, dict[int, Tensor]]):
-    """Last hidden states of the dense model, in the memory of the last shard's host.
-
-    Text -> number of a sequence -> [1, T, d].
-    """
-
-    head: Tensor | None = None
-    """Weight [vocabulary, d] of its head, on the device, if it is not that of the pruned one."""
-
-
 def keep_states(worker: Worker, text: str, numbers: list[int], states: Sequence[Tensor]) -> None:
     """Keep the states [1, T, d] of some sequences of a text.
 
     They are rounded to bfloat16, but those of answers, of which that alone would cost a float32
     model some thousandths of the acceptance.
     """
-    of_text = worker.keeping(DenseStates).setdefault(text, {})
+    of_text = worker.state.dense_states.setdefault(text, {})
     for number, row in zip(numbers, states, strict=True):
         dtype = row.dtype if text == ANSWERS else torch.bfloat16
         of_text[number] = torch.empty(row.shape, dtype=dtype)
@@ -67,13 +46,13 @@ def keep_states(worker: Worker, text: str, numbers: list[int], states: Sequence[
 
 def forget_states(worker: Worker, text: str) -> None:
     """Free the states of a text."""
-    worker.keeping(DenseStates).pop(text, None)
+    worker.state.dense_states.pop(text, None)
 
 
 def dense_states(worker: Worker) -> DenseStates:
     """Return the states of all texts, once all are there."""
     transfers(worker.device).settle()
-    return worker.kept(DenseStates)
+    return worker.state.dense_states
 
 
 def dense_state(worker: Worker, text: str, number: int) -> Dense:
@@ -114,7 +93,7 @@ def read_states(worker: Worker, uri: str) -> None:
     for name in reader.names(uri):
         tensor = reader.read(uri, name)
         if name == _HEAD:
-            worker.keeping(DenseStates).head = tensor.to(worker.device)
+            worker.state.dense_states.head = tensor.to(worker.device)
             continue
         number, _, text = name.partition(" ")
         keep_states(worker, text, [int(number)], [tensor])

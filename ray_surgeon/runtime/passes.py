@@ -19,7 +19,6 @@ from torch import Tensor
 
 from ray_surgeon.maths.packed import PackedSymmetric
 from ray_surgeon.models.loss import perplexity_of
-from ray_surgeon.models.runner import Call
 from ray_surgeon.runtime import wave as on_worker
 from ray_surgeon.runtime.cluster import Cluster, at_hand, value_of
 from ray_surgeon.runtime.collectives import TensorPayload
@@ -179,12 +178,6 @@ def logits(cluster: Cluster, tokens: Sequence[int]) -> TensorPayload:
     return of_sequence
 
 
-class _Passing(dict[int, Tensor]):
-    """Micro-batches, of one shape, on their way through a worker's shard: states [n, T, d]."""
-
-    calls: list[Call]  # of the blocks, once a micro-batch is there
-
-
 class BlockPass(ABC):
     """Changes linears block after block, while all sequences wait.
 
@@ -208,8 +201,8 @@ class BlockPass(ABC):
 
     def enter(self, worker: Worker, micro_batch: int, inputs: TensorPayload) -> None:
         """Take a micro-batch that will pass the shard block by block."""
-        passing = worker.keeping(_Passing)
-        passing[micro_batch], passing.calls = worker.runner.enter(worker.unpack(inputs))
+        hidden, worker.state.calls = worker.runner.enter(worker.unpack(inputs))
+        worker.state.waiting[micro_batch] = hidden
 
     @collective
     @torch.no_grad()
@@ -217,12 +210,12 @@ class BlockPass(ABC):
         """Change the blocks of one shard in turn; workers of other shards do nothing."""
         if shard != worker.index.shard:
             return
-        passing = worker.kept(_Passing)
+        waiting = worker.state.waiting
         for place in range(len(worker.shard.block_modules)):
             self._change_block(worker, place)
             with worker.shard.weights.block(place):
-                for micro_batch, hidden in passing.items():
-                    passing[micro_batch] = worker.runner.through(place, hidden, passing.calls)
+                for micro_batch, hidden in waiting.items():
+                    waiting[micro_batch] = worker.runner.through(place, hidden, worker.state.calls)
 
     def _change_block(self, worker: Worker, place: int) -> None:
         """Sum A of every shared input of a block over all micro-batches, and change its linears.
@@ -230,12 +223,11 @@ class BlockPass(ABC):
         See `ModelShard.start_curvature`, kind ``activations``.
         """
         shard = worker.shard
-        passing = worker.kept(_Passing)
         on_cpu = worker.device.type == "cpu"  # where the products of all threads change at once
         shard.start_curvature("activations", anew=self.anew)
         with shard.weights.block(place), shard.gathering_in(place, wide=on_cpu):
-            for hidden in passing.values():
-                worker.runner.through(place, hidden, passing.calls)
+            for hidden in worker.state.waiting.values():
+                worker.runner.through(place, hidden, worker.state.calls)
         shard.stop_gathering()
         groups = [group for group in shard.gathering if group.place == place]
         store = shard.factor_store
@@ -258,11 +250,12 @@ class BlockPass(ABC):
 
     def leave(self, worker: Worker, micro_batch: int) -> TensorPayload:
         """Hand over a micro-batch that has passed all blocks."""
-        return worker.pack(worker.runner.leave(worker.kept(_Passing).pop(micro_batch)))
+        return worker.pack(worker.runner.leave(worker.state.waiting.pop(micro_batch)))
 
     def forget(self, worker: Worker) -> None:
         """Free what the pass kept."""
-        worker.drop(_Passing)
+        worker.state.waiting = {}
+        worker.state.calls = []
 
     # On the coordinator
 

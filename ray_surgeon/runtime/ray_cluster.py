@@ -287,7 +287,7 @@ def _settle(worker: Worker, num_threads: int) -> tuple[str, dict[str, str]]:
 def _open_meeting(worker: Worker) -> str:
     """Let a worker open where all of them meet; return the address, which Ray itself reaches."""
     meeting = open_meeting(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
-    worker.keep(meeting)
+    worker.state.meeting = meeting
     return f"{meeting.host}:{meeting.port}"
 
 

@@ -10,9 +10,10 @@ from ray_surgeon.memory.stores import Place, Scratch
 from ray_surgeon.memory.weights import ReadAhead
 from ray_surgeon.models.runner import BlockRunner
 from ray_surgeon.models.shard import ModelShard
-from ray_surgeon.runtime.dense_states import STREAM, Teacher, forget_states
+from ray_surgeon.runtime.dense_states import STREAM, forget_states
 from ray_surgeon.runtime.weights import ModelRecipe, reader_of
 from ray_surgeon.runtime.worker import Worker
+from ray_surgeon.runtime.worker_state import Teacher
 
 
 def load_teacher(worker: Worker, recipe: ModelRecipe, place: Place) -> None:
@@ -33,10 +34,13 @@ def load_teacher(worker: Worker, recipe: ModelRecipe, place: Place) -> None:
     if not stays:
         read = ReadAhead(read, list(shard.wanted), layout.parameters)
     shard.load(read, stays=stays)
-    worker.keep(Teacher(shard, BlockRunner(shard), scratch))
+    worker.state.teacher = Teacher(shard, BlockRunner(shard), scratch)
 
 
 def drop_teacher(worker: Worker) -> None:
     """Free the second model, and its states."""
-    worker.drop(Teacher).scratch.close()
+    teacher = worker.state.teacher
+    assert teacher is not None
+    worker.state.teacher = None
+    teacher.scratch.close()
     forget_states(worker, STREAM)

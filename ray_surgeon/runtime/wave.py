@@ -16,7 +16,7 @@ from ray_surgeon.memory.stores import Stores
 from ray_surgeon.models.loss import Predicted, compare_with_dense, next_token_loss
 from ray_surgeon.models.runner import BlockRunner
 from ray_surgeon.runtime.collectives import TensorPayload
-from ray_surgeon.runtime.dense_states import Teacher, dense_state, keep_states
+from ray_surgeon.runtime.dense_states import dense_state, keep_states
 from ray_surgeon.runtime.placement import Placement
 from ray_surgeon.runtime.worker import Worker
 
@@ -179,7 +179,10 @@ def infer(worker: Worker, number: int, inputs: TensorPayload, of_teacher: bool) 
 
 
 def _runner(worker: Worker, of_teacher: bool) -> BlockRunner:
-    return worker.kept(Teacher).runner if of_teacher else worker.runner
+    if not of_teacher:
+        return worker.runner
+    assert worker.state.teacher is not None
+    return worker.state.teacher.runner
 
 
 def infer_each(

@@ -23,7 +23,6 @@ from ray_surgeon.models.checkpoint import Stored, tensor_reader
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.models.runner import BlockRunner
 from ray_surgeon.models.shard import ModelShard
-from ray_surgeon.runtime.dense_states import DenseStates
 from ray_surgeon.runtime.worker import Worker
 from ray_surgeon.spec.sections import ModelSection
 from ray_surgeon.storage import files, tensor_files
@@ -89,7 +88,7 @@ def load(worker: Worker, recipe: ModelRecipe, by_element: bool, stores: Stores) 
     worker.shard.load(get, stays=stays)
     if recipe.teacher is not None:
         if blocks.is_last:
-            worker.keeping(DenseStates).head = worker.shard.head_weight
+            worker.state.dense_states.head = worker.shard.head_weight
         return
     of_shot = filter(dict(recipe.shot_files).__contains__, worker.shard.weights.slot_of)
     worker.shard.changed.update(dict.fromkeys(of_shot))

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Any, Concatenate, ParamSpec, TypeVar, cast
+from typing import Concatenate, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ from ray_surgeon.models.shard import ModelShard
 from ray_surgeon.runtime.collectives import ReplicaGroup, Sent, TensorPayload, decode, encode, send
 from ray_surgeon.runtime.placement import Placement, WorkerIndex
 from ray_surgeon.runtime.usage import Usage, bound_shapes, give_back, process_usage
+from ray_surgeon.runtime.worker_state import WorkerState
 from ray_surgeon.storage import tensor_files
 
 P = ParamSpec("P")
@@ -95,7 +96,7 @@ class Worker:
         self.shot_reader = tensor_files.Reader()  # of the committed shot that the weights come from
         self.position = (0, 0)
         self.on_progress: Callable[[], None] | None = None
-        self._kept: dict[type, Any] = {}
+        self.state = WorkerState()
         self._busy_s = self._packing_s = 0.0
 
     def call(self, step: Step[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
@@ -146,28 +147,6 @@ class Worker:
         tensor = decode(payload, self.device)
         self._packing_s += time.perf_counter() - start
         return tensor
-
-    # What a method keeps here between its steps, one object a class
-
-    def keep(self, thing: object) -> None:
-        """Keep an object, in place of one of the same class."""
-        self._kept[type(thing)] = thing
-
-    def has(self, kind: type) -> bool:
-        """Whether an object of a class is kept."""
-        return kind in self._kept
-
-    def kept(self, kind: type[T]) -> T:
-        """Return the object of a class that is kept."""
-        return cast(T, self._kept[kind])
-
-    def keeping(self, kind: type[T]) -> T:
-        """Return the object of a class that is kept, a new one if there is none."""
-        return cast(T, self._kept.setdefault(kind, kind()))
-
-    def drop(self, kind: type[T]) -> T:
-        """Return the object of a class and keep it no longer."""
-        return cast(T, self._kept.pop(kind))
 
     # Weights and masks
 

@@ -19,14 +19,12 @@ from itertools import zip_longest
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
-from ray_surgeon.models.loss import next_tokens
 from ray_surgeon.runtime.cluster import Cluster, Future, at_hand, value_of
 from ray_surgeon.runtime.collectives import TensorPayload
 from ray_surgeon.runtime.placement import WorkerIndex
 from ray_surgeon.runtime.worker import Worker
+from ray_surgeon.runtime.worker_state import TextBatch
 
 TEXTS_TOGETHER = 16
 """Texts in a batch, at most, if they are long; weights are read once for all of them."""
@@ -80,55 +78,15 @@ class GenerationRequest:
 # On a worker
 
 
-class _Batch:
-    """Texts that are being written together, a row each."""
-
-    def __init__(self, worker: Worker, numbers: Sequence[int], wanted: GenerationRequest) -> None:
-        """Begin texts with these numbers, whose prompts are all that `wanted` has."""
-        self.cache = worker.runner.new_cache()  # keys and values of all tokens so far
-        self.num_tokens = 0  # so far, prompts included
-        if not worker.shard.blocks.is_last:
-            return
-        prompts = [torch.tensor(prompt) for prompt in wanted.prompts]
-        seeds = (wanted.seed + 1_000_003 * number for number in numbers)
-        generators = (torch.Generator().manual_seed(seed) for seed in seeds)
-        chances = [torch.rand(wanted.num_tokens, generator=drawing) for drawing in generators]
-        # what the last shard needs to choose the next tokens: [m, longest prompt] int64, zeros
-        # after shorter ones; [m] int64; and [m, num_tokens] in [0, 1)
-        self._prompts = pad_sequence(prompts, batch_first=True).to(worker.device)
-        self._lengths = torch.tensor([len(prompt) for prompt in prompts], device=worker.device)
-        self._chances = torch.stack(chances).to(worker.device)
-        self._temperature = wanted.temperature
-
-    def keep_rows(self, worker: Worker, rows: Tensor) -> None:
-        """Forget all rows but these."""
-        self.cache.batch_select_indices(rows)
-        kept = worker.runner.new_cache()  # one that has no room set aside for the rows before
-        kept.layers = self.cache.layers
-        self.cache = kept
-        if worker.shard.blocks.is_last:
-            self._prompts = self._prompts[rows]
-            self._lengths = self._lengths[rows]
-            self._chances = self._chances[rows]
-
-    def choose(self, worker: Worker, hidden: Tensor) -> Tensor:
-        """Return the tokens [m] that follow, after the last hidden states [m, d] before them."""
-        position = self.num_tokens
-        own = (position - self._lengths).clamp(0, self._chances.shape[1] - 1)
-        chances = self._chances.gather(1, own[:, None])[:, 0]
-        drawn = next_tokens(hidden, worker.shard.head_weight, chances, self._temperature)
-        if position >= self._prompts.shape[1]:
-            return drawn
-        return torch.where(position < self._lengths, self._prompts[:, position], drawn)
-
-
-class _Writing(dict[int, _Batch]):
-    """The batches that a worker is writing, by their numbers."""
-
-
 def begin(worker: Worker, batch: int, numbers: Sequence[int], wanted: GenerationRequest) -> None:
-    """Prepare a batch; see `_Batch`."""
-    worker.keeping(_Writing)[batch] = _Batch(worker, numbers, wanted)
+    """Prepare a batch of the texts with these numbers, whose prompts are all that `wanted` has."""
+    chances = []
+    for number in numbers:
+        generator = torch.Generator().manual_seed(wanted.seed + 1_000_003 * number)
+        chances.append(torch.rand(wanted.num_tokens, generator=generator))
+    worker.state.writing[batch] = TextBatch(
+        worker.shard, worker.runner, wanted.prompts, chances, wanted.temperature
+    )
 
 
 def write_on(
@@ -145,22 +103,22 @@ def write_on(
     Returns:
         Hidden states [m, n, d], from the last shard the tokens [m, 1] that follow.
     """
-    text = worker.kept(_Writing)[batch]
+    text = worker.state.writing[batch]
     received = worker.unpack(inputs)
     if rows is not None:
         chosen = torch.tensor(rows, device=received.device)
-        text.keep_rows(worker, chosen)
+        text.keep_rows(worker.shard, worker.runner, chosen)
         received = received[chosen] if worker.shard.blocks.is_first else received
     (hidden,) = worker.runner.infer(received, text.cache)
     text.num_tokens += received.shape[1]
     if worker.shard.blocks.is_last:
-        hidden = text.choose(worker, hidden[:, -1])[:, None]
+        hidden = text.choose(worker.shard, hidden[:, -1])[:, None]
     return worker.pack(hidden)
 
 
 def end(worker: Worker, batch: int) -> None:
     """Forget a batch."""
-    del worker.kept(_Writing)[batch]
+    del worker.state.writing[batch]
 
 
 # On the coordinator

@@ -18,7 +18,7 @@ from ray_surgeon.models.layout import FEED_FORWARD_OF_ALL
 from ray_surgeon.stages.curvature.gather import drawn
 from ray_surgeon.stages.curvature.stage import calibrate
 from ray_surgeon.stages.prune.groups import Groups
-from ray_surgeon.stages.reconstruction.layers import RATES, KeptInputs, Reconstruction, _layer
+from ray_surgeon.stages.reconstruction.layers import RATES, Reconstruction, _layer
 from tests.conftest import CONFIGS, LAYOUTS, SPARSE_CONFIGS, tiny_model
 from tests.integration import runs
 from tests.integration.runs import Jobs, difference, loaded, windows
@@ -81,7 +81,7 @@ def test_owners_get_the_inputs_of_every_token_once(stores: Stores, job: Jobs) ->
     owned = 0
     for worker in cluster.workers.values():
         assert worker.shard.layer_inputs is None
-        for part, numbers in zip(worker.kept(KeptInputs), (order, [4, 5]), strict=True):
+        for part, numbers in zip(worker.state.layer_inputs, (order, [4, 5]), strict=True):
             for name in filter(worker.owns, list(part.kept)):
                 expected = torch.cat([seen[name][number] for number in numbers]).bfloat16()
                 found = part.kept.pop(name)
@@ -151,7 +151,7 @@ def test_a_mixture_keeps_inputs_of_the_kinds_that_lose_groups(job: Jobs) -> None
     inputs = job.inputs(options | {"pruning__groups": ["ffn", "attention"]})
     cluster = loaded(job.models["glm4_moe"], 2)
     calibrate(inputs.method, cluster, inputs.text, 1, remembers=False)
-    kept = [worker.kept(KeptInputs)[0] for worker in cluster.workers.values()]
+    kept = [worker.state.layer_inputs[0] for worker in cluster.workers.values()]
     assert [tuple(inputs.kept) for inputs in kept] == [("model.layers.0.mlp.down_proj",), ()]
     for kind in ("ffn", "shared_experts"):
         changes = {"pruning__groups": [kind], "cluster__num_shards": 2}

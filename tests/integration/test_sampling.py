@@ -111,7 +111,7 @@ def test_a_batch_stops_when_its_texts_have_ended(
     steps = max(map(len, ended))
     assert len(calls) <= steps + writing._STEPS_IN_FLIGHT
     assert len(set(calls)) > 1, "rows of ended texts are left out"
-    assert not cluster.workers[cluster.placement.workers[0]].kept(writing._Writing)
+    assert not cluster.workers[cluster.placement.workers[0]].state.writing
 
 
 def test_texts_of_similar_length_are_written_together() -> None:

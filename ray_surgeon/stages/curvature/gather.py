@@ -17,7 +17,6 @@ from typing import ClassVar
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.hooks import RemovableHandle
 
 from ray_surgeon.maths.extended.terms import power_iteration, quadratic_forms
 from ray_surgeon.maths.packed import PackedSymmetric
@@ -29,6 +28,7 @@ from ray_surgeon.runtime.dense_states import CALIBRATION
 from ray_surgeon.runtime.pipelines import forward_and_backward
 from ray_surgeon.runtime.wave import Counts, Labels, Tokens
 from ray_surgeon.runtime.worker import Worker, collective
+from ray_surgeon.runtime.worker_state import PowerIteration
 from ray_surgeon.stages.curvature.section import ExtendedKfacSection
 
 
@@ -200,27 +200,18 @@ def drawn(num_sequences: int, count: int) -> list[int]:
 # Further Kronecker terms
 
 
-class PowerIteration:
-    """The term that is being found, for every linear of a shard.
+def _add_moments(
+    power: PowerIteration, side: int, name: str, inputs: Tensor, gradients: Tensor
+) -> None:
+    """Add (a^T A a) g g^T for side G, A being the opposite factor; (g^T G g) a a^T for A."""
+    pair = (gradients, inputs)
+    weights = quadratic_forms(pair[1 - side], power.units[1 - side][name])
+    power.moments[name].add(pair[side], weights)
 
-    The sides of a term have the numbers 0 for G and 1 for A.
-    """
 
-    def __init__(self) -> None:
-        """Start with nothing."""
-        # for G and for A: name -> the present factor, [R, R] or [C, C], of norm 1
-        self.units = dict[str, Tensor](), dict[str, Tensor]()
-        # name -> the sum of the pass, of the side that is wanted
-        self.moments = dict[str, PackedSymmetric]()
-        # name -> the norm that the last factor had, at its owner
-        self.sigma = dict[str, float]()
-        self.hooks = list[RemovableHandle]()
-
-    def add(self, side: int, name: str, inputs: Tensor, gradients: Tensor) -> None:
-        """Add (a^T A a) g g^T for side G, A being the opposite factor; (g^T G g) a a^T for A."""
-        pair = (gradients, inputs)
-        weights = quadratic_forms(pair[1 - side], self.units[1 - side][name])
-        self.moments[name].add(pair[side], weights)
+def _power_iteration(worker: Worker) -> PowerIteration:
+    assert worker.state.power_iteration is not None
+    return worker.state.power_iteration
 
 
 def start_iteration(worker: Worker, side: int) -> None:
@@ -228,7 +219,9 @@ def start_iteration(worker: Worker, side: int) -> None:
 
     A term begins with the identity as G: a known direction would find nothing new.
     """
-    power = worker.keeping(PowerIteration)
+    if worker.state.power_iteration is None:
+        worker.state.power_iteration = PowerIteration()
+    power = worker.state.power_iteration
     opposites = power.units[1 - side]
     for name, module in worker.shard.gathered.items():
         shape = worker.layout.shapes[name]
@@ -236,13 +229,13 @@ def start_iteration(worker: Worker, side: int) -> None:
         if name not in opposites:
             opposites[name] = torch.eye(R, device=worker.device) / R**0.5
         power.moments[name] = PackedSymmetric.zeros((R, shape.num_columns)[side], worker.device)
-        power.hooks.append(watch_pairs(module, partial(power.add, side, name)))
+        power.hooks.append(watch_pairs(module, partial(_add_moments, power, side, name)))
 
 
 @collective
 def finish_iteration(worker: Worker, side: int) -> None:
     """Sum the moments to owners, which take off known terms and send the factor on."""
-    power = worker.kept(PowerIteration)
+    power = _power_iteration(worker)
     for hook in power.hooks:
         hook.remove()
     power.hooks.clear()
@@ -264,7 +257,8 @@ def finish_iteration(worker: Worker, side: int) -> None:
 
 def finish_term(worker: Worker) -> dict[str, float]:
     """Keep the term at the owners; return its size relative to the first one's, by linear."""
-    power = worker.drop(PowerIteration)
+    power = _power_iteration(worker)
+    worker.state.power_iteration = None
     sizes = {}
     for name in filter(worker.owns, worker.shard.gathered):
         sigma = power.sigma[name]

@@ -26,10 +26,6 @@ from ray_surgeon.stages.prune.method import Method
 from ray_surgeon.stages.stage import CalibrationText, Facts, RunState, Stage
 
 
-class _HeldFactors(dict[str, PackedFactors]):
-    """Linear -> its factors of the windows held aside, on a worker."""
-
-
 def _keep_held_factors(worker: Worker, method: Method) -> None:
     """Keep the factors of the windows held aside, of the owned linears on which dampings are tried.
 
@@ -40,13 +36,13 @@ def _keep_held_factors(worker: Worker, method: Method) -> None:
         if shape.sees_all_tokens and method.needs(shape) is not None:
             of_role.setdefault(shape.role, []).append(shape.name)
     tried = (names[len(names) * third // 3] for names in of_role.values() for third in (1, 2))
-    held = _HeldFactors()
+    held = dict[str, PackedFactors]()
     for name in tried:
         if name in worker.shard.linears and worker.owns(name):
             factors = worker.shard.own_factors(name)
             A, G = (replace(own, flat=own.flat.clone()) for own in (factors.A, factors.G))
             held[name] = replace(factors, A=A, G=G)
-    worker.keep(held)
+    worker.state.held_factors = held
 
 
 def _costs_held_aside(worker: Worker, method: Method, share: float) -> list[float]:
@@ -55,8 +51,12 @@ def _costs_held_aside(worker: Worker, method: Method, share: float) -> list[floa
     See `cost_held_aside`.
     """
     rows = method.gathers is None
-    all_held = worker.kept(_HeldFactors).items()
+    all_held = worker.state.held_factors.items()
     return [cost_held_aside(method.linear(worker, n), held, share, rows) for n, held in all_held]
+
+
+def _drop_held_factors(worker: Worker) -> None:
+    worker.state.held_factors = {}
 
 
 def _choose_damping(cluster: Cluster, method: Method, shot: int) -> tuple[Method, dict[str, Any]]:
@@ -73,7 +73,7 @@ def _choose_damping(cluster: Cluster, method: Method, shot: int) -> tuple[Method
 
     of_G = G_CHOICES if curvature.gathers == "both" else (DampingSection().g,)
     a, g, tried = choose_damping(cost_of, A_CHOICES, of_G)
-    cluster.run_all(Worker.keep, _HeldFactors())  # which frees the others
+    cluster.run_all(_drop_held_factors)
     costs = [{"a": x, "g": y, "cost": z if isfinite(z) else None} for x, y, z in tried]
     return damped(a, g), {"a": a, "g": g, "tried": costs}
 

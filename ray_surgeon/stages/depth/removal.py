@@ -14,25 +14,11 @@ from ray_surgeon.models.layers import Layer, added_by, influences, layers_of, wi
 from ray_surgeon.runtime.collectives import TensorPayload
 from ray_surgeon.runtime.wave import SequenceOfWave, Tokens, comparison
 from ray_surgeon.runtime.worker import Worker, collective
+from ray_surgeon.runtime.worker_state import LinearFit
 from ray_surgeon.stages.stage import HELD
 
 DAMPING = (1e-4, 1.0)
 """Of A, relative to the mean of its diagonal: at first, and at most."""
-
-
-class Influences(dict[int, float]):
-    """Block -> sum over tokens of what `influences` returns."""
-
-
-class Fitting:
-    """Sums over tokens by which a linear learns what a layer added, see `folded`."""
-
-    def __init__(self, num_rows: int, num_columns: int, device: torch.device) -> None:
-        """Begin with zeros."""
-        self.A = torch.zeros(num_columns, num_columns, device=device)
-        self.D = torch.zeros(num_rows, num_columns, device=device)
-        self.inputs = dict[int, Tensor]()  # number of a sequence -> [T, C], until it is summed
-        self.before: Tensor | None = None  # the linear [R, C] before it learned
 
 
 # What the removal of each layer would do
@@ -77,15 +63,17 @@ def losses_without_each(
 def pass_with_influences(worker: Worker, inputs: TensorPayload) -> TensorPayload:
     """Run a sequence through a shard, and add to the influences of its blocks."""
     hidden, of_blocks = influences(worker.shard, worker.runner, worker.unpack(inputs))
-    total = worker.keeping(Influences)
+    total = worker.state.influences
     for block, value in of_blocks.items():
         total[block] = total.get(block, 0.0) + value
     return worker.pack(hidden)
 
 
-def take_influences(worker: Worker) -> Influences:
-    """Return the sums, and forget them."""
-    return worker.drop(Influences) if worker.has(Influences) else Influences()
+def take_influences(worker: Worker) -> dict[int, float]:
+    """Return the sums by block, and forget them."""
+    total = worker.state.influences
+    worker.state.influences = {}
+    return total
 
 
 # Removal
@@ -125,11 +113,16 @@ def remove(worker: Worker, layer: Layer) -> None:
 # What makes up for it
 
 
+def _fit(worker: Worker) -> LinearFit:
+    assert worker.state.fit is not None
+    return worker.state.fit
+
+
 def begin_fitting(worker: Worker, linear: str) -> None:
     """Begin with empty sums on the workers that have a linear."""
     if linear in worker.shard.linears:
         shape = worker.layout.shapes[linear]
-        worker.keep(Fitting(shape.num_rows, shape.num_columns, worker.device))
+        worker.state.fit = LinearFit(shape.num_rows, shape.num_columns, worker.device)
 
 
 @contextlib.contextmanager
@@ -146,7 +139,7 @@ def _noting(worker: Worker, number: int, linear: str) -> Iterator[None]:
     x = read.flatten(0, -2).float()
     if worker.layout.shapes[linear].has_bias:
         x = torch.cat([x, x.new_ones(len(x), 1)], dim=1)
-    worker.kept(Fitting).inputs[number] = x
+    _fit(worker).inputs[number] = x
 
 
 def pass_and_note(worker: Worker, number: int, inputs: TensorPayload, linear: str) -> TensorPayload:
@@ -164,7 +157,7 @@ def added(worker: Worker, inputs: TensorPayload, layer: Layer) -> TensorPayload:
 
 def sum_up(worker: Worker, number: int, addition: TensorPayload) -> None:
     """Add a sequence to the sums, given what the layer added to it."""
-    fitting = worker.kept(Fitting)
+    fitting = _fit(worker)
     x = fitting.inputs.pop(number)
     d = worker.unpack(addition)[0].float()
     fitting.A.addmm_(x.T, x)
@@ -185,7 +178,7 @@ def fold(worker: Worker, linear: str) -> None:
     """Let a linear take over what was summed, and send it to the replicas; see `folded`."""
     if linear not in worker.shard.linears:
         return
-    fitting = worker.kept(Fitting)
+    fitting = _fit(worker)
     owner = worker.owner(linear)
     for total in (fitting.A, fitting.D):
         worker.replicas.reduce(total, owner)
@@ -199,12 +192,11 @@ def fold(worker: Worker, linear: str) -> None:
 def unfold(worker: Worker, linear: str) -> None:
     """Give a linear back what it was before it learned."""
     if linear in worker.shard.linears:
-        before = worker.kept(Fitting).before
+        before = _fit(worker).before
         assert before is not None
         worker.shard.set_weight(linear, before)
 
 
 def end_fitting(worker: Worker) -> None:
     """Free the sums."""
-    if worker.has(Fitting):
-        worker.drop(Fitting)
+    worker.state.fit = None

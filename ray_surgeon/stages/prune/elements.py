@@ -26,7 +26,7 @@ from ray_surgeon.runtime.cluster import Cluster
 from ray_surgeon.runtime.worker import Worker
 from ray_surgeon.spec.base import Positive, Section
 from ray_surgeon.spec.schedule import SparsitySection
-from ray_surgeon.stages.prune.method import ByThreshold, Choice, Scored, Scores
+from ray_surgeon.stages.prune.method import ByThreshold, Choice, Scores
 
 
 class UpdateSection(Section):
@@ -155,7 +155,7 @@ class Elements(ByThreshold):
     def histogram(self, worker: Worker, high: int | None) -> NDArray[np.int64]:
         """Count the costs of the owned linears' units by their bits; see `bit_histogram`."""
         counts = torch.zeros(1 << 16, dtype=torch.int64)
-        for name, candidates in worker.kept(Scored).items():
+        for name, candidates in worker.state.candidates.items():
             costs = candidates.costs(self.linear(worker, name), worker.mask(name, ElementMask))
             counts += thresholds.bit_histogram(costs, high).cpu()
         return counts.numpy()

@@ -33,7 +33,7 @@ from ray_surgeon.runtime.worker import LinearSummary, Worker, collective, sizes,
 from ray_surgeon.stages.depth.removal import layers_gone
 from ray_surgeon.stages.prune.experts import go_around_removed, remove_experts, whole_expert_costs
 from ray_surgeon.stages.prune.group_choice import ConsumerCosts, GroupChoice, Paths, Reach
-from ray_surgeon.stages.prune.method import Applied, Choice, Scored, Scores
+from ray_surgeon.stages.prune.method import Applied, Choice, Scores
 from ray_surgeon.stages.reconstruction.layers import Reconstruction
 from ray_surgeon.stages.reconstruction.stage import ReconstructionStage
 from ray_surgeon.stages.stage import CalibrationText
@@ -82,9 +82,9 @@ class Groups(GroupChoice):
             FloatingPointError: a factor or a cost is not usable; names the linear.
         """
         if reach is None:
-            worker.keep(Scored())
-            worker.keep(KeptFactors())
-        scored = worker.kept(Scored)
+            worker.state.group_costs = {}
+            worker.state.factors = KeptFactors()
+        scored = worker.state.group_costs
         owned = {g.consumer: g for g in self.sets(worker) if worker.owns(g.consumer)}
         names = [name for name in owned if reach is None or name in reach]
         whole = self._expert_costs(worker, shot)
@@ -124,11 +124,15 @@ class Groups(GroupChoice):
             costs[name] = ConsumerCosts(name, groups.kind, nothing, left, allowed, **about)
         if limits:
             linears = [self.linear(worker, name) for name in limits]
-            kept = worker.kept(KeptFactors) if worker.has(KeptFactors) else None
-            of_each = [worker.mask(name, StructuredMask) for name in limits], batch[0].columns
-            marginals = costs_of_groups(linears, *of_each, list(limits.values()), kept)
+            marginals = costs_of_groups(
+                linears,
+                masks=[worker.mask(name, StructuredMask) for name in limits],
+                columns=batch[0].columns,
+                limits=list(limits.values()),
+                factors=worker.state.factors,
+            )
             for name, (basis, marginal) in zip(limits, marginals, strict=True):
-                worker.kept(Scored)[name] = basis, marginal.float()
+                worker.state.group_costs[name] = basis, marginal.float()
                 costs[name] = replace(costs[name], costs=marginal.float())
         return costs
 
@@ -169,7 +173,7 @@ class Groups(GroupChoice):
         layers = {g.consumer: g for g in (losing[len(losing) * i // 3] for i in (1, 2) if losing)}
         tried = list[tuple[float, float]]()
         for name, groups in layers.items():
-            if name in worker.kept(Scored):
+            if name in worker.state.group_costs:
                 removal, mask = self.removal(worker, groups, counts[name])
                 kept = mask.columns[groups.columns].all(dim=1)
                 if kept.any():
@@ -195,7 +199,7 @@ class Groups(GroupChoice):
         reconstruction = self.reconstruction
         kinds = reconstruction.kinds if reconstruction is not None else ()
         changed = {name: g for name, g in sets.items() if g.kind in kinds and counts.get(name)}
-        scored = worker.kept(Scored)
+        scored = worker.state.group_costs
         for name in worker.each([name for name in sets if name in scored]):
             removal, worker.masks[name] = self.removal(worker, sets[name], counts[name])
             predicted[name] = removal.predicted
@@ -203,7 +207,7 @@ class Groups(GroupChoice):
             if reconstruction is not None and name in changed:
                 W = reconstruction.fitted(worker, sets[name], W, rate)
             worker.shard.set_weight(name, W)
-        worker.drop(Scored)
+        worker.state.group_costs = {}
         worker.shard.drop_curvature()
         worker.share_linears(sets)
         if reconstruction is not None:
@@ -221,7 +225,7 @@ class Groups(GroupChoice):
             groups: those of the consumer.
             count: how many of them go.
         """
-        basis, costs = worker.kept(Scored)[groups.consumer]
+        basis, costs = worker.state.group_costs[groups.consumer]
         mask = worker.mask(groups.consumer, StructuredMask)
         linear = self.linear(worker, groups.consumer)
         to_prune = torch.zeros(len(mask.columns), dtype=torch.bool)
@@ -281,7 +285,7 @@ def _batches(worker: Worker, sets: Sequence[GroupSet]) -> list[list[GroupSet]]:
 
 
 def _forget_factors(worker: Worker) -> None:
-    worker.drop(KeptFactors)
+    worker.state.factors = None
 
 
 def _remove_producers(worker: Worker, groups: GroupSet) -> None:

@@ -117,7 +117,7 @@ class Layerwise(Method, BlockPass):
         A = A[:num_inputs, :num_inputs]
         if isinstance(section, SparseGPTSection):
             U, raised = upper_inverse(A, section.damping, section.max_damping, name)
-            worker.keeping(_Raised).extend(raised)
+            worker.state.raised_damping.extend(raised)
             live = weights.masked_fill(A.diagonal() == 0, 0.0)
             W[:, :num_inputs], kept = sparsegpt(live, U, *options, before=before)
         else:
@@ -144,11 +144,8 @@ class NoPruning(Method):
         return [linear for linears in cluster.run_all(summaries) for linear in linears], {}
 
 
-class _Raised(list[RaisedDamping]):
-    """What owned linears needed of damping, beside what was asked, in a shot."""
-
-
 def _done(worker: Worker) -> tuple[list[LinearSummary], list[RaisedDamping]]:
     """Return what is left of the owned linears, and which damping they needed."""
-    linears = list(summaries(worker))
-    return linears, list(worker.drop(_Raised)) if worker.has(_Raised) else []
+    raised = worker.state.raised_damping
+    worker.state.raised_damping = []
+    return list(summaries(worker)), raised

@@ -173,10 +173,6 @@ class Ranking(Method):
         return Scores.merged(cluster.run_all(self.costs, *arguments))
 
 
-class Scored(dict[str, Any]):
-    """Linear -> what the costs leave of it on a worker for the update."""
-
-
 class ByThreshold(Ranking):
     """A method that ranks what it may remove from every linear on the linear's own."""
 
@@ -187,7 +183,7 @@ class ByThreshold(Ranking):
 
     def scores(self, worker: Worker, candidates: dict[str, Any], costs: Any = ()) -> Scores[Any]:
         """Keep candidates, by linear, for the update, and return what the coordinator gets."""
-        worker.keep(Scored(candidates))
+        worker.state.candidates = candidates
         raised = tuple(event for c in candidates.values() for event in c.basis.raised_damping)
         clipped = tuple(event for c in candidates.values() for event in c.basis.clipping)
         return Scores(tuple(costs), *sizes(worker), raised, clipped)
@@ -199,7 +195,8 @@ class ByThreshold(Ranking):
     @collective
     def prune(self, worker: Worker, threshold: float) -> tuple[LinearSummary, ...]:
         """Remove what costs at most the threshold, update the rest, and send it to replicas."""
-        candidates = worker.drop(Scored)
+        candidates = worker.state.candidates
+        worker.state.candidates = {}
         removals = dict[str, tuple[float, float]]()
         for name in worker.each(list(candidates)):
             removal, worker.masks[name] = candidates.pop(name).prune(

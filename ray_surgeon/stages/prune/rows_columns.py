@@ -25,7 +25,7 @@ from ray_surgeon.runtime.wave import Tokens
 from ray_surgeon.runtime.worker import Worker, collective
 from ray_surgeon.spec.schedule import SparsitySection
 from ray_surgeon.stages.curvature.section import AnyCurvature, ExtendedKfacSection
-from ray_surgeon.stages.prune.method import Applied, ByThreshold, Choice, Scored, Scores
+from ray_surgeon.stages.prune.method import Applied, ByThreshold, Choice, Scores
 
 _SAMPLED_BLOCKS = 4
 """One of so many blocks tells how far greedy paths must go."""
@@ -120,7 +120,7 @@ class RowsColumns(ByThreshold):
         Replica 0 answers for all.
         """
         masks = _masks(worker)
-        for name, candidates in worker.kept(Scored).items():
+        for name, candidates in worker.state.candidates.items():
             masks[name] = masks[name].without(*candidates.to_prune(threshold))
         masks = worker.share_masks(masks)
         masks |= propagate(worker.layout, masks, worker.group_sets)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -15,6 +16,7 @@ from ray_surgeon.runtime.cluster import Cluster
 from ray_surgeon.runtime.passes import BlockPass
 from ray_surgeon.runtime.wave import Tokens
 from ray_surgeon.runtime.worker import Worker
+from ray_surgeon.runtime.write_linear_tensors import write_linear_tensors
 from ray_surgeon.stages.curvature.gather import WantedFactors, drawn, gather_curvature
 
 NUM_BACKWARD = 64
@@ -23,8 +25,10 @@ DAMPING = (0.01, 1.0)
 """Of A, the published value, and of G."""
 
 
-class Scales(dict[str, Tensor]):
-    """What an owner keeps of its linears: name -> [R, groups] of what is left of the linear."""
+def write_scales(worker: Worker, folder: str, blocks: Sequence[int]) -> None:
+    """Write the scales of the owned linears that were rounded, [R, groups], and forget them."""
+    write_linear_tensors(worker, worker.state.rounded_scales, folder, blocks, stored=True)
+    worker.state.rounded_scales = {}
 
 
 @dataclass(frozen=True)
@@ -51,7 +55,7 @@ class Rounding(BlockPass):
         found = round_linear(kept, A, G, self.grid, DAMPING, name, ordered=both)
         W[rows[:, None], columns] = found.W
         worker.shard.set_weight(name, W)
-        worker.keeping(Scales)[name] = found.scales.cpu()
+        worker.state.rounded_scales[name] = found.scales.cpu()
 
 
 def _G(worker: Worker, name: str) -> Tensor:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 from ray_surgeon.export.folder import Pruned, write_weights
@@ -16,10 +15,9 @@ from ray_surgeon.plan.counts import Counted, StepPlan
 from ray_surgeon.plan.estimate import WorkerView
 from ray_surgeon.plan.step_estimates import block_by_block
 from ray_surgeon.runtime.passes import num_counted, sequence_losses
-from ray_surgeon.runtime.write_linear_tensors import write_kept
 from ray_surgeon.spec.sections import QuantizeSection
 from ray_surgeon.stages.exports import Size, pruned_of, tell_of
-from ray_surgeon.stages.quantise.rounding import NUM_BACKWARD, Scales, round_linears
+from ray_surgeon.stages.quantise.rounding import NUM_BACKWARD, round_linears, write_scales
 from ray_surgeon.stages.stage import Facts, RunState, Stage
 from ray_surgeon.storage import files
 
@@ -55,7 +53,7 @@ def quantise(
         round_linears(pruned.cluster, pruned.calibration, grid, both_sides=both)
         write_weights(pruned.cluster, rounded, pruned.blocks)
         scales = files.join(rounded, "scales")
-        pruned.cluster.run_all(partial(write_kept, stored=True), Scales, scales, pruned.blocks)
+        pruned.cluster.run_all(write_scales, scales, pruned.blocks)
         # of mixtures, which transformers would not load
         found = _perplexities(pruned) if pruned.layout.is_mixture else None
         return write_quantised(pruned, uniform, target, section, rounded, found)

@@ -39,15 +39,12 @@ TRIAL_PART = 0.25
 """Share of a pass over the calibration tokens that each of them is tried for, on two layers."""
 
 
-class Errors(dict[str, tuple[float, float]]):
-    """Consumer of a layer that a worker trained -> mean loss held aside before and after."""
+def layer_errors(worker: Worker) -> dict[str, tuple[float, float]]:
+    """Return, by the consumer of each layer that the worker trained, its mean loss held aside.
 
-
-class KeptInputs(list[LayerInputs]):
-    """Inputs of layers on a worker, from the curvature pass until the layers are trained.
-
-    They are of the windows that layers are trained on, then of those held aside, if there are any.
+    That is before and after the training.
     """
+    return worker.state.layer_errors
 
 
 Arrivals = list[list[int]]
@@ -77,7 +74,7 @@ class Reconstruction:
         layers = {g.consumer: (g.block - first, shard.linears[g.producers[0][0]]) for g in sets}
         num_tokens = length * len(arrivals[worker.replicas.rank])
         shard.layer_inputs = LayerInputs(layers, num_tokens, shard.device)
-        worker.keep(Errors())
+        worker.state.layer_errors = {}
 
     @collective
     def share(self, worker: Worker, arrivals: Arrivals, length: int) -> None:
@@ -109,7 +106,7 @@ class Reconstruction:
             if owner == rank:
                 inputs.kept[name] = everything.flatten(0, 1)
         worker.shard.layer_inputs = None
-        worker.keeping(KeptInputs).append(inputs)
+        worker.state.layer_inputs.append(inputs)
 
     def tried(
         self, worker: Worker, groups: GroupSet, W: Tensor, kept: Tensor
@@ -147,7 +144,7 @@ class Reconstruction:
         if not kept.any():
             return W
         (trained,) = self._trained(worker, groups, W, kept, [rate])
-        worker.kept(Errors)[name] = trained.before, trained.after
+        worker.state.layer_errors[name] = trained.before, trained.after
         *producers, consumer = trained.layer.weights
         for (producer, rows), V in zip(groups.producers, producers, strict=True):
             changed = shard.weight(producer)
@@ -171,7 +168,7 @@ class Reconstruction:
             return inputs, outputs_of(whole, inputs)
 
         seed = self.section.seed + worker.layout.linear_numbers[name]
-        fitted, *held = map(pairs, worker.kept(KeptInputs))
+        fitted, *held = map(pairs, worker.state.layer_inputs)
         for rate in rates:
             yield reconstruct(
                 left,
@@ -190,7 +187,7 @@ class Reconstruction:
         """
         producers = ((name, groups) for groups in sets for name, _ in groups.producers)
         worker.share_weights({name: worker.owner(groups.consumer) for name, groups in producers})
-        worker.drop(KeptInputs)
+        worker.state.layer_inputs = []
 
     # On the coordinator
 

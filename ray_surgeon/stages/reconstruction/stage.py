@@ -9,8 +9,7 @@ from ray_surgeon.maths.reconstruction import TOKENS_AT_A_TIME
 from ray_surgeon.models.layout import LinearShape
 from ray_surgeon.plan.counts import NOTHING, Counted, StepPlan
 from ray_surgeon.plan.estimate import WorkerView
-from ray_surgeon.runtime.worker import Worker
-from ray_surgeon.stages.reconstruction.layers import RATES, TRIAL_PART, Errors, Reconstruction
+from ray_surgeon.stages.reconstruction.layers import RATES, TRIAL_PART, Reconstruction, layer_errors
 from ray_surgeon.stages.stage import Facts, RunState, Stage
 
 _STEP = 32
@@ -33,7 +32,7 @@ class ReconstructionStage(Reconstruction, Stage):
 
     def report(self, run: RunState, facts: Facts) -> None:
         """Report which layers the update trained, and their errors held aside."""
-        workers = run.cluster.run_all(Worker.kept, Errors)
+        workers = run.cluster.run_all(layer_errors)
         errors = {name: pair for own in workers for name, pair in own.items()}
         rate = run.record["reconstruction_rate"] if errors else 0.0
         run.record["reconstruction"] = errors

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import UserDict
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 from torch import Tensor
 
@@ -13,55 +13,13 @@ from ray_surgeon.models.whole_weights import WholeWeights, block_parameters
 from ray_surgeon.runtime.collectives import MESSAGE_BYTES, together
 from ray_surgeon.runtime.weights import SavedFile, save_tensors
 from ray_surgeon.runtime.worker import Worker, collective
+from ray_surgeon.runtime.worker_state import TrainingState
 from ray_surgeon.stages.recovery.section import RecoverySection
 from ray_surgeon.storage import tensor_files
 
 _PRESENT = "present "
 _BEST = "best "
 """How the names of tensors of a state begin in files."""
-
-
-class Trainee(Protocol):
-    """What is trained on a worker: parts by name, each of which has an owner among the replicas."""
-
-    rounds: bool  # whether outputs are those of the weights after the training, in their dtype
-
-    def tensors(self, name: str) -> list[Tensor]:
-        """Return the tensors of a part, which its owner sends to the others after a step."""
-
-    def gradients(self, name: str, num_tokens: int) -> list[Tensor]:
-        """Return the gradients of the mean loss at a part, and keep them for the step."""
-
-    def step(self, rate: float) -> None:
-        """Make a step with the gradients of the owned parts, and forget all gradients."""
-
-    def state(self) -> dict[str, Tensor]:
-        """Return everything that steps change here, by name; not copied.
-
-        A name is that of the part, or begins with it and a dot or space, as in ``part.A moment``.
-        """
-
-    def load_state(self, tensors: Mapping[str, Tensor]) -> None:
-        """Go back to a state, maybe of another worker with these parts, from which steps go on.
-
-        The tensors stay untouched.
-        """
-
-    def best(self) -> dict[str, Tensor]:
-        """Return a copy of what is needed to go back to the present weights, by such names."""
-
-    def back_to(self, best: Mapping[str, Tensor]) -> None:
-        """Go back to the weights of what `best` returned."""
-
-    def remove(self) -> None:
-        """End the training; the weights are as they were before it."""
-
-    def absorb(self) -> dict[str, tuple[float, float]]:
-        """End the training; the weights are the trained ones.
-
-        Returns:
-            Name -> <change, wanted change> and |wanted change|^2.
-        """
 
 
 class _Saved(UserDict[str, Any]):
@@ -78,37 +36,41 @@ class _Saved(UserDict[str, Any]):
         return self._reader.read(self.data[name], self._prefix + name)
 
 
-class _Training:
-    """The training on a worker."""
+def _training(worker: Worker) -> TrainingState:
+    assert worker.state.training is not None
+    return worker.state.training
 
-    def __init__(self, trainee: Trainee, owners: Mapping[str, int]) -> None:
-        """Start it; `owners` says which replica owns a part."""
-        self.trainee = trainee
-        self.owners = owners
-        self.best: dict[str, Tensor] | None = None
 
-    def own(self, tensors: Mapping[str, Tensor], prefix: str, rank: int) -> dict[str, Tensor]:
-        """Return the tensors of parts that a replica owns; other replicas have the same of some."""
-        wholes = {name: name.partition(" ")[0] for name in tensors}
-        parts = {
-            name: x if x in self.owners else x.rpartition(".")[0] for name, x in wholes.items()
-        }
-        return {prefix + n: x for n, x in tensors.items() if self.owners[parts[n]] == rank}
+def _owned(
+    training: TrainingState, tensors: Mapping[str, Tensor], prefix: str, rank: int
+) -> dict[str, Tensor]:
+    """Return the tensors of parts that a replica owns; other replicas have the same of some."""
+    owned = dict[str, Tensor]()
+    for name, tensor in tensors.items():
+        part = name.partition(" ")[0]
+        if part not in training.owners:
+            part = part.rpartition(".")[0]
+        if training.owners[part] == rank:
+            owned[prefix + name] = tensor
+    return owned
 
-    def messages(self) -> Iterator[tuple[int, list[str]]]:
-        """Yield an owner and parts of it that travel together."""
-        for owner in sorted(set(self.owners.values())):
-            names = list[str]()
-            size = 0
-            for name in (name for name, rank in self.owners.items() if rank == owner):
-                names.append(name)
-                size += sum(tensor.nbytes for tensor in self.trainee.tensors(name))
-                if size >= MESSAGE_BYTES:
-                    yield owner, names
-                    names = []
-                    size = 0
-            if names:
+
+def _messages(training: TrainingState) -> Iterator[tuple[int, list[str]]]:
+    """Yield an owner and parts of it that travel together."""
+    for owner in sorted(set(training.owners.values())):
+        names = list[str]()
+        size = 0
+        for name, rank in training.owners.items():
+            if rank != owner:
+                continue
+            names.append(name)
+            size += sum(tensor.nbytes for tensor in training.trainee.tensors(name))
+            if size >= MESSAGE_BYTES:
                 yield owner, names
+                names = []
+                size = 0
+        if names:
+            yield owner, names
 
 
 def start(worker: Worker, section: RecoverySection, shot: int) -> None:
@@ -117,7 +79,7 @@ def start(worker: Worker, section: RecoverySection, shot: int) -> None:
     if section.rank == "all":
         owners = _owners_of_parameters(worker)
         own = [name for name, owner in owners.items() if owner == worker.replicas.rank]
-        worker.keep(_Training(WholeWeights(shard, worker.masks, own), owners))
+        worker.state.training = TrainingState(WholeWeights(shard, worker.masks, own), owners)
         return
     first = section.seed + 1_000_003 * shot
     parts = {}
@@ -126,7 +88,7 @@ def start(worker: Worker, section: RecoverySection, shot: int) -> None:
         parts[name] = LowRank(module, worker.masks[name], section.rank, seed, shard.device)
     owners = {name: worker.owner(name) for name in parts}
     owned = [name for name in parts if worker.owns(name)]
-    worker.keep(_Training(LowRankCorrections(shard, parts, owned), owners))
+    worker.state.training = TrainingState(LowRankCorrections(shard, parts, owned), owners)
 
 
 def _owners_of_parameters(worker: Worker) -> dict[str, int]:
@@ -147,9 +109,9 @@ def _owners_of_parameters(worker: Worker) -> dict[str, int]:
 @collective
 def step(worker: Worker, num_tokens: int, rate: float) -> None:
     """Sum the gradients to the owners, which make a step and send the result back."""
-    training = worker.kept(_Training)
+    training = _training(worker)
     trainee = training.trainee
-    for owner, names in training.messages():
+    for owner, names in _messages(training):
         gradients = [part for name in names for part in trainee.gradients(name, num_tokens)]
         together(worker.replicas.reduce, gradients, owner)
     trainee.step(rate)
@@ -159,44 +121,44 @@ def step(worker: Worker, num_tokens: int, rate: float) -> None:
 @collective
 def share(worker: Worker) -> None:
     """Send what was trained from its owners to the other replicas."""
-    training = worker.kept(_Training)
-    for owner, names in training.messages():
+    training = _training(worker)
+    for owner, names in _messages(training):
         tensors = [tensor for name in names for tensor in training.trainee.tensors(name)]
         together(worker.replicas.broadcast, tensors, owner)
 
 
 def keep_best(worker: Worker) -> None:
     """Keep the present state as the best."""
-    training = worker.kept(_Training)
+    training = _training(worker)
     training.best = None  # not beside the new one
     training.best = training.trainee.best()
 
 
 def take_best(worker: Worker) -> None:
     """Go back to the best state."""
-    training = worker.kept(_Training)
+    training = _training(worker)
     assert training.best is not None
     training.trainee.back_to(training.best)
 
 
 def round_as_absorbed(worker: Worker) -> None:
     """Let outputs be those of the weights once they have absorbed the corrections."""
-    worker.kept(_Training).trainee.rounds = True
+    _training(worker).trainee.rounds = True
 
 
 def save(worker: Worker, folder: str, num_steps: int) -> tuple[SavedFile, ...]:
     """Write the present state and the best one after so many steps, each tensor by its owner."""
-    training = worker.kept(_Training)
+    training = _training(worker)
     rank = worker.replicas.rank
-    tensors = training.own(training.trainee.state(), _PRESENT, rank)
-    tensors |= training.own(training.best or {}, _BEST, rank)
+    tensors = _owned(training, training.trainee.state(), _PRESENT, rank)
+    tensors.update(_owned(training, training.best or {}, _BEST, rank))
     name = f"training-{num_steps:08d}-{worker.index.shard + 1:04d}-{worker.index.replica + 1:04d}"
     return save_tensors(folder, name, tensors)
 
 
 def go_on(worker: Worker, files: Sequence[SavedFile]) -> None:
     """Go back to what `save` has written on all workers, of which there may have been more."""
-    training = worker.kept(_Training)
+    training = _training(worker)
     if best := _Saved(files, _BEST):
         training.trainee.back_to(best)
         training.best = training.trainee.best()
@@ -208,7 +170,8 @@ def end(worker: Worker, absorbs: bool) -> tuple[float, float]:
 
     Returns how much of it arrived in the owned weights, see `Trainee.absorb`.
     """
-    training = worker.drop(_Training)
+    training = _training(worker)
+    worker.state.training = None
     if not absorbs:
         training.trainee.remove()
         return 0.0, 0.0
