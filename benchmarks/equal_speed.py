@@ -5,8 +5,8 @@ seconds (`examples.engine_table`), prunes SmolLM2 in every way to speeds by it, 
 turns with the dense model, one request at a time, and reads off what is lost where decoding is 1.25
 and 1.5 times as fast as the dense model's: divergence on Python's help, docstrings and descriptions
 of packages, a line between neighbouring sizes. The Python has xllamacpp or, with ``--engine vllm``,
-vLLM. With ``--engine transformers`` jobs measure their seconds and speeds themselves, and widths
-may differ by block. ``--set 'model={source: FOLDER, dtype: bfloat16}'`` takes another model. Tables
+vLLM. With ``--engine transformers`` the speeds are those that jobs measure, and widths may differ
+by block. ``--set 'model={source: FOLDER, dtype: bfloat16}'`` takes another model. Tables
 and runs that are there are read, not made again, and runs that were stopped go on.
 """
 
@@ -48,6 +48,8 @@ ROUNDS = 5
 """Of serving all models in turns; the fastest of each model counts."""
 REQUEST = {"prompt_length": 16, "num_new_tokens": 64}
 """Nearly all of it is decoding."""
+NUM_THREADS = 2
+"""Of torch, where transformers decodes."""
 
 Point = tuple[float, dict[str, float]]
 """How fast a size decodes, in speeds of the dense model, and its divergence by text."""
@@ -58,28 +60,25 @@ Speeds = Mapping[str, Sequence[float]]
 """Of the sizes of each way, in speeds of the dense model."""
 
 
-def run_of(
-    way: str, folder: Path, table: Path | None, settings: Sequence[str]
-) -> ray_surgeon.PruneResult:
+def run_of(way: str, folder: Path, table: Path, settings: Sequence[str]) -> ray_surgeon.PruneResult:
     """Return a run with a family of sizes, which is made unless it is there; without recovery.
 
     Args:
         way: one of `WAYS`.
         folder: where runs go.
-        table: seconds of an engine; None: transformers, which the job measures.
+        table: seconds of an engine, called as the engine; with those of transformers, widths may
+            differ by block, and the job measures speeds.
         settings: of the job.
     """
-    uri = folder / f"{file_name(way)}-{table.stem if table else 'transformers'}"
-    target: dict[str, Any] = {"speedup": SIZES[-1]}
+    uri = folder / f"{file_name(way)}-{table.stem}"
+    target: dict[str, Any] = {"speedup": SIZES[-1], "table": str(table)}
     pruning = {"sizes": list(SIZES), "target": target, "num_shots": 1, **WAYS[way]}
     exports = ["uniform"]
-    if table is None:
+    if table.stem == "transformers":
         exports = ["per_block"]
-        target["request"] = {**REQUEST, "num_threads": 2}
         pruning["allocation"] = "global"
-        settings = [f"output.speed={json.dumps(target['request'])}", *settings]
-    else:
-        target["table"] = str(table)
+        speed = {**REQUEST, "num_threads": NUM_THREADS}
+        settings = [f"output.speed={json.dumps(speed)}", *settings]
     spec = spec_of(pruning, uri, exports, settings=settings)
     return ray_surgeon.prune(spec=spec, resume=uri.exists())
 
@@ -143,9 +142,25 @@ def table(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(lines)
 
 
+def table_for(arguments: argparse.Namespace) -> tuple[Path, Path]:
+    """Return the folder of the dense model, and an engine's table, measured unless it is there."""
+    model = parse_spec(QUICKSTART.read_text(encoding="utf-8"), arguments.set).model
+    dense = open_model(model).small_files_folder()
+    seconds: Path = arguments.folder / f"{arguments.engine}.json"
+    if not seconds.exists():
+        arguments.folder.mkdir(parents=True, exist_ok=True)
+        request = [f"--{name.replace('_', '-')}={value}" for name, value in REQUEST.items()]
+        options = ["--engine", arguments.engine, "--python", arguments.python, *request]
+        if arguments.engine == "transformers":
+            options.append(f"--threads={NUM_THREADS}")
+        engine_table.main([str(dense), str(seconds), *options])
+    return dense, seconds
+
+
 def in_transformers(arguments: argparse.Namespace) -> tuple[Results, Speeds]:
-    """Return runs to speeds that they measure, and what they say of their sizes."""
-    results = {way: run_of(way, arguments.folder, None, arguments.set) for way in arguments.ways}
+    """Return runs to speeds by a table of transformers, and the speeds that they measure."""
+    _, seconds = table_for(arguments)
+    results = {way: run_of(way, arguments.folder, seconds, arguments.set) for way in arguments.ways}
 
     def of_sizes(result: ray_surgeon.PruneResult) -> list[float]:
         exports = result.report["exports"]
@@ -158,14 +173,7 @@ def in_transformers(arguments: argparse.Namespace) -> tuple[Results, Speeds]:
 def in_engine(arguments: argparse.Namespace) -> tuple[Results, Speeds]:
     """Return runs to speeds by a table of an engine, and how fast it decodes their sizes."""
     folder, engine, python = arguments.folder, arguments.engine, arguments.python
-    model = parse_spec(QUICKSTART.read_text(encoding="utf-8"), arguments.set).model
-    dense = open_model(model).small_files_folder()
-    seconds = folder / f"{engine}.json"
-    if not seconds.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        request = [f"--{name.replace('_', '-')}={value}" for name, value in REQUEST.items()]
-        options = ["--engine", engine, "--python", python, *request]
-        engine_table.main([str(dense), str(seconds), *options])
+    dense, seconds = table_for(arguments)
     results = {way: run_of(way, folder, seconds, arguments.set) for way in arguments.ways}
 
     port = arguments.port

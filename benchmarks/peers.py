@@ -184,7 +184,7 @@ def prune(peer: str, model: nn.Module, inputs: Inputs, found: Statistics) -> Non
         for groups in inputs.layout.group_sets
         if groups.kind in method.section.groups
     }
-    budget = method.known_budget
+    budget = method.budget
     costs = []
     shot = method.section.shots
     for name, groups in sets.items():

@@ -1,11 +1,12 @@
 """Measure what blocks of a model cost in the engine that will serve it, by their widths.
 
-``python -m examples.engine_table MODEL TABLE --engine vllm --python PYTHON`` builds models of
-MODEL's shape with random weights: whole, with half of the blocks, and narrower, as uniform exports
-are. It serves them in turns and writes to TABLE the seconds that a block with so many channels or
-KV heads takes for a prompt and for new tokens after it. A job that names the file is pruned to a
-speed in that engine: ``pruning.target: {speedup: 1.25, table: TABLE}``. Needs
-``ray-surgeon[gguf,serve]``, and room for seven copies of the model in ``TMPDIR``.
+``python -m examples.engine_table MODEL TABLE --engine transformers`` builds models of MODEL's shape
+with random weights: whole, with half of the blocks, and narrower, as uniform exports are. It times
+them in turns and writes to TABLE the seconds that a block of each number of channels or KV heads
+takes for a prompt and for the new tokens after it. A job that names the file is pruned to a speed
+in that engine: ``pruning.target: {speedup: 1.25, table: TABLE}``. With ``--engine vllm`` or
+``llamacpp`` and ``--python PYTHON``, a Python that has the engine serves the models; that needs
+``ray-surgeon[gguf,serve]``. ``TMPDIR`` needs room for seven copies of the model.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import json
 import os
 import shutil
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -82,6 +84,8 @@ def sizes_of(layout: ModelLayout, engine: str, multiple: int) -> dict[str, list[
 
 def _is_served(layout: ModelLayout, engine: str, num_kv_heads: int) -> bool:
     """Whether an engine runs the model with fewer heads."""
+    if engine == "transformers":
+        return True
     if engine == "vllm":
         return layout.family.has_free_heads_in_vllm
     try:
@@ -177,8 +181,10 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m examples.engine_table", description=__doc__)
     parser.add_argument("model", help="as model.source in a job spec")
     parser.add_argument("table", type=Path, help="JSON file to write")
-    parser.add_argument("--engine", choices=["vllm", "llamacpp"], required=True)
-    parser.add_argument("--python", required=True, help="one that has the engine")
+    parser.add_argument("--engine", choices=["transformers", "vllm", "llamacpp"], required=True)
+    parser.add_argument("--python", default=sys.executable, help="one that has the engine")
+    parser.add_argument("--device", default="cpu", help="of transformers: cpu or cuda")
+    parser.add_argument("--threads", type=int, help="of transformers on a CPU")
     parser.add_argument(
         "--options", nargs="*", default=["--enforce-eager"], help="of vLLM's server"
     )
@@ -204,11 +210,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         for size in turns:
             folder = Path(scratch) / "x".join(map(str, size))
             write_model(source, layout, size, folder)
-            commands[size] = _command(arguments, folder)
+            commands[size] = command_of(arguments, folder)
         os.sync()  # what is still to be written would slow what is measured
         for size in [*turns] * arguments.rounds:
-            with serving(commands[size], arguments.port) as client:
-                prompt, new = measure(client, request, layout.config.vocab_size)
+            if arguments.engine == "transformers":
+                prompt, new = time_here(commands[size])
+            else:
+                with serving(commands[size], arguments.port) as client:
+                    prompt, new = measure(client, request, layout.config.vocab_size)
             turns[size].append((prompt, new))
             sys.stdout.write(f"{size}: {prompt:.4g} s for prompts, {new:.4g} s for new tokens\n")
             sys.stdout.flush()
@@ -222,10 +231,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _command(arguments: argparse.Namespace, folder: Path) -> list[str]:
-    """Return how the engine serves a folder, of which llama.cpp takes one file."""
+def time_here(command: Sequence[str]) -> Seconds:
+    """Return the seconds that `examples.time_transformers` prints."""
+    printed = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    prompt, new = json.loads(printed.splitlines()[-1])
+    return prompt, new
+
+
+def command_of(arguments: argparse.Namespace, folder: Path) -> list[str]:
+    """Return how the engine serves or times a folder, of which llama.cpp takes one file."""
     length = arguments.prompt_length + arguments.num_new_tokens + 16
     port, python = arguments.port, arguments.python
+    if arguments.engine == "transformers":
+        command = [python, "-m", "examples.time_transformers", str(folder)]
+        command += [f"--device={arguments.device}", f"--turns={TURNS}"]
+        if arguments.threads is not None:
+            command.append(f"--threads={arguments.threads}")
+        for name in _REQUEST:
+            command.append(f"--{name.replace('_', '-')}={getattr(arguments, name)}")
+        return command
     if arguments.engine == "vllm":
         return serve_vllm.command_of(folder, port, "", python, length, arguments.options)
     file = folder.with_suffix(".gguf")

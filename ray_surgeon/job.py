@@ -83,9 +83,6 @@ def run_steps(run: RunState, stages: Stages, method: Method) -> None:
     elif not run.resumes:
         with run.steps("teacher"):
             stages.teacher.load(run)
-    if stages.latency is not None:
-        with run.steps("latency") as facts:
-            method = stages.latency.measure(run, facts)
     answers = measure_dense(run, stages)
     if stages.teacher is not None:
         with run.steps("load", run.num_done) as facts:

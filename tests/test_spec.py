@@ -70,10 +70,10 @@ def test_kinds_of_groups_that_are_not_named(allocation: str) -> None:
         return spec_of(f"pruning={{{fields}}}").pruning.groups
 
     for unit in ("latency_s", "speedup", "decode_tokens_per_s"):
-        assert kinds(f"target: {{{unit}: 2}}") == ("ffn",)
+        assert kinds(f"target: {{{unit}: 2, table: t}}") == ("ffn",)
     for target in ("target: {parameters: 2}", "target_sparsity: 0.2", "sizes: [0.2]"):
         assert kinds(target) == ("ffn", "attention")
-    assert kinds("target: {speedup: 2}, groups: [attention]") == ("attention",)
+    assert kinds("target: {speedup: 2, table: t}, groups: [attention]") == ("attention",)
 
 
 def test_sections_that_are_absent_and_null() -> None:

@@ -1,4 +1,4 @@
-"""How fast models are: an export beside the dense model, and blocks of every width (`latency`).
+"""How fast an export is beside the dense model.
 
 Each is measured in a process of its own, with random weights: speed depends on shapes and dtype,
 not on values.
@@ -8,32 +8,22 @@ from __future__ import annotations
 
 import json
 import statistics
-import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import init_empty_weights
 from accelerate.utils import set_module_tensor_to_device
-from numpy.typing import NDArray
-from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from ray_surgeon.export import folder as folders
 from ray_surgeon.memory.transfers import backend
 from ray_surgeon.models.build import cache_argument
-from ray_surgeon.models.families import family_of
-from ray_surgeon.models.layout import ModelLayout
-from ray_surgeon.models.pruned_config import BlockWidths, per_block_document
 from ray_surgeon.runtime.cluster import Cluster
 from ray_surgeon.runtime.usage import process_usage
 from ray_surgeon.spec.targets import SpeedSection
-
-_BLOCKS_AT_ONCE = 8
-"""Of one timed model, so that it fits where the whole model might not."""
 
 Record = dict[str, Any]
 """Something that travels as JSON."""
@@ -70,15 +60,6 @@ def _device_name(device: torch.device, num_threads: int) -> str:
     return str(backend(device).get_device_name(device))
 
 
-def _moment(device: torch.device) -> Any:
-    """Return the present moment of a device's work, without waiting for it."""
-    if device.type == "cpu":
-        return time.perf_counter()
-    event = backend(device).Event(enable_timing=True)
-    event.record()
-    return event
-
-
 def _now(device: torch.device) -> float:
     """Return the time when a device has done all its work."""
     if device.type != "cpu":
@@ -86,17 +67,9 @@ def _now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def _seconds(start: Any, end: Any) -> float:
-    """Return the seconds between two moments of a device's work."""
-    if isinstance(start, float):
-        return float(end - start)
-    end.synchronize()
-    return float(start.elapsed_time(end)) / 1000
-
-
 @torch.no_grad()
-def _timed(model: PreTrainedModel, options: SpeedSection) -> tuple[float, float]:
-    """Return the seconds of one prefill and of the decode that follows it."""
+def time_request(model: PreTrainedModel, options: SpeedSection) -> tuple[float, float]:
+    """Return the seconds of one prefill and of the decode that follows it, for random tokens."""
     cache = cache_argument(model)
     size = (options.batch_size, options.prompt_length)
     generator = torch.Generator().manual_seed(0)
@@ -109,38 +82,12 @@ def _timed(model: PreTrainedModel, options: SpeedSection) -> tuple[float, float]
     return middle - start, _now(model.device) - middle
 
 
-def _time_blocks(model: PreTrainedModel, options: SpeedSection) -> NDArray[np.float64]:
-    """Return the seconds [blocks + 1, 2] of each block, and of all the rest.
-
-    They are of the prompts and of the new tokens, and medians over the measured turns.
-    """
-    num_blocks = len(model.config.block_sizes)
-    lists = (module for module in model.modules() if isinstance(module, nn.ModuleList))
-    (blocks,) = (blocks for blocks in lists if len(blocks) == num_blocks)
-    moments: dict[nn.Module, list[Any]] = {block: [] for block in blocks}
-
-    def note(block: nn.Module, *_: object) -> None:
-        moments[block].append(_moment(model.device))
-
-    for block in blocks:
-        block.register_forward_pre_hook(note)
-        block.register_forward_hook(note)
-    turns = []
-    for _ in range(options.num_repeats + 1):
-        for noted in moments.values():
-            noted.clear()
-        whole = _timed(model, options)
-        passes = [list(map(_seconds, noted[::2], noted[1::2])) for noted in moments.values()]
-        in_blocks = np.array([[seconds[0], sum(seconds[1:])] for seconds in passes])
-        turns.append([*in_blocks, whole - in_blocks.sum(0)])
-    medians: NDArray[np.float64] = np.median(turns[1:], axis=0)
-    return medians
-
-
 def _compare(models: Mapping[str, PreTrainedModel], options: SpeedSection) -> Record:
     """Time models in turns, after one unmeasured turn each. See `measure` for what is returned."""
     turns = range(options.num_repeats + 1)
-    timings = [{name: _timed(model, options) for name, model in models.items()} for _ in turns]
+    timings = [
+        {name: time_request(model, options) for name, model in models.items()} for _ in turns
+    ]
     record: Record = {name: {} for name in models}
     for i, step in enumerate(("prefill", "decode")):
         each = options.num_new_tokens if i else options.prompt_length
@@ -174,55 +121,13 @@ def _random_model(document: Record, folder: Path) -> PreTrainedModel:
     return model.eval()
 
 
-def _model_of_blocks(request: Record, widths: Sequence[Any], folder: Path) -> PreTrainedModel:
-    """Return a model with random weights that has one block of each width.
-
-    All blocks are of the request's kind if the model has several.
-    """
-    document = dict(request["document"])
-    config = AutoConfig.for_model(**document)
-    document[config.attribute_map.get("num_hidden_layers", "num_hidden_layers")] = len(widths)
-    if request["layer_type"] is not None:
-        document["layer_types"] = [request["layer_type"]] * len(widths)
-    layout = ModelLayout(config, family_of(config), {}, ())
-    blocks = [BlockWidths(*width) for width in widths]
-    (folder / folders.SHIPPED).write_text(folders.shipped_source(config))
-    return _random_model(per_block_document(layout, document, blocks), folder)
-
-
-def _of_widths(request: Record, options: SpeedSection) -> Record:
-    """Return the seconds of every width and of what is outside blocks; see `_time_blocks`."""
-    device = torch.device(request["device"])
-    name = _device_name(device, options.num_threads)
-    torch.manual_seed(0)
-    widths = [tuple(width) for width in request["widths"]]
-    whole = max(widths)
-    others = [width for width in widths if width != whole]
-    more = {whole: np.zeros(2)}  # than the whole block beside it
-    of_whole = []
-    rests = []
-    for first in range(0, max(1, len(others)), _BLOCKS_AT_ONCE - 1):
-        batch = [whole, *others[first : first + _BLOCKS_AT_ONCE - 1]]
-        with tempfile.TemporaryDirectory() as folder:
-            model = _model_of_blocks(request, batch, Path(folder)).to(device)
-            *seconds, rest = _time_blocks(model, options)
-        rests.append(rest)
-        of_whole.append(seconds[0])
-        more |= {width: s - seconds[0] for width, s in zip(batch, seconds, strict=True)}
-    dense = np.median(of_whole, axis=0)
-    seconds = [(dense + more[width]).tolist() for width in widths]
-    return {"device": name, "seconds": seconds, "rest": np.median(rests, axis=0).tolist()}
-
-
 def answer(request: Record) -> Record:
-    """Return seconds of widths, the comparison, or what one model alone needs of memory.
+    """Return the comparison, or what one model alone needs of memory.
 
     See `fresh_process.run_module`.
     """
     options = SpeedSection(**request["request"])
     torch.set_num_threads(options.num_threads)
-    if "widths" in request:
-        return _of_widths(request, options)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with folders.local_folder(request["uri"], weights=False) as (folder, scratch):
         document = json.loads((folder / "config.json").read_text())
@@ -233,6 +138,6 @@ def answer(request: Record) -> Record:
             name = _device_name(device, options.num_threads)
             about = {"device": name, "dtype": document["dtype"]}
             return _compare(models, options) | about | options.model_dump()
-        _timed(models[request["only"]], options)
+        time_request(models[request["only"]], options)
     usage = process_usage(device)
     return {"peak_rss_bytes": usage.peak_rss_bytes, "peak_gpu_bytes": usage.peak_gpu_bytes}

@@ -85,8 +85,6 @@ class Inputs:
         assert isinstance(method, Groups)
         target = method.section.target
         assert target is not None
-        if method.budget is None:
-            return f"{target.unit} {target.value:.6g}"
         dense = method.budget.dense
         return f"{target.allowed(dense):.6g} of {dense:.6g} {method.budget.unit}"
 

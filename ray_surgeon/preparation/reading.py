@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 import operator
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -22,7 +21,6 @@ from ray_surgeon.plan.device_resources import named_device
 from ray_surgeon.spec.base import refusing
 from ray_surgeon.spec.job import JobSpec
 from ray_surgeon.spec.sections import LocalSection, ModelSection
-from ray_surgeon.spec.targets import TimedTarget
 from ray_surgeon.spec.texts import SourceSection
 from ray_surgeon.stages.recovery.teacher import LoadTeacher
 from ray_surgeon.storage import files
@@ -184,18 +182,19 @@ def check_weights(source: ModelFiles, layout: ModelLayout) -> Any:
 
 
 def check_requests(spec: JobSpec, layout: ModelLayout) -> None:
-    """Refuse timed requests that are longer than the table of positions.
+    """Refuse a timed request that is longer than the table of positions.
 
-    They would fail after all pruning.
+    It would fail after all pruning.
 
     Raises:
         ValueError: names the field.
     """
-    target = getattr(spec.pruning, "target", None)
-    timed = target.request if isinstance(target, TimedTarget) and not target.table else None
-    longest = layout.config.max_position_embeddings if layout.family.positions else math.inf
-    for where, request in (("output.speed", spec.output.speed), ("pruning.target.request", timed)):
-        if request is not None and request.prompt_length + request.num_new_tokens > longest:
-            size = f"{request.prompt_length} tokens and {request.num_new_tokens} new ones"
-            problem = f"{where}: a prompt of {size}, but the model takes at most {longest}"
-            raise ValueError(f"{problem}; give fewer")
+    request = spec.output.speed
+    if request is None or not layout.family.positions:
+        return
+    longest = layout.config.max_position_embeddings
+    if request.prompt_length + request.num_new_tokens > longest:
+        raise ValueError(
+            f"output.speed: a prompt of {request.prompt_length} tokens and "
+            f"{request.num_new_tokens} new ones, but the model takes at most {longest}; give fewer"
+        )

@@ -21,7 +21,7 @@ from ray_surgeon.stages.exports import Export, LoadSize, Size
 from ray_surgeon.stages.prune.groups import Groups
 from ray_surgeon.stages.prune.groups_section import CoupledSection
 from ray_surgeon.stages.prune.method import Method
-from ray_surgeon.stages.prune.methods import Costs, Latency, Update
+from ray_surgeon.stages.prune.methods import Costs, Update
 from ray_surgeon.stages.quantise.stage import Quantise
 from ray_surgeon.stages.reconstruction.stage import ReconstructionStage
 from ray_surgeon.stages.recovery.stage import Recovery, stream_of
@@ -40,7 +40,6 @@ class Stages:
 
     load: Load
     teacher: LoadTeacher | None
-    latency: Latency | None
     self_text: SelfText | None
     dense_answers: DenseAnswers | None
     tasks: Tasks | None
@@ -61,7 +60,6 @@ class Stages:
         before_shots = (
             self.teacher,
             self.load if self.teacher is None else None,
-            self.latency,
             self.self_text,
             self.dense_answers,
             self.tasks,
@@ -113,7 +111,6 @@ def stages_of(
     return Stages(
         load=Load(method),
         teacher=texts.teacher,
-        latency=Latency(groups) if groups is not None and groups.budget is None else None,
         self_text=self_text,
         dense_answers=DenseAnswers(prompt_set) if prompt_set else None,
         tasks=_tasks(spec, texts),

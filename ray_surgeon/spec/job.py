@@ -15,7 +15,6 @@ from ray_surgeon.spec.calibration import CalibrationSection
 from ray_surgeon.spec.evaluation import EvaluationSection
 from ray_surgeon.spec.presets import PresetName, with_preset
 from ray_surgeon.spec.schedule import NO_PRUNING, ScheduleSection
-from ray_surgeon.spec.targets import TimedTarget
 from ray_surgeon.stages.curvature.section import CurvatureSection, KfacSection
 from ray_surgeon.stages.prune.groups_section import CoupledSection
 from ray_surgeon.stages.prune.methods import PruningSection
@@ -165,9 +164,6 @@ class JobSpec(Section):
             yield f"output.sizes: {sorted(unknown)} are none of pruning.sizes, {known}; name these"
         if "uniform" in exports and not pruning.uniform:
             yield "output.exports: uniform needs pruning.allocation uniform; or export per_block"
-        is_on_gpu = isinstance(pruning.target, TimedTarget) and pruning.target.device == "cuda"
-        if is_on_gpu and not self.cluster.gpus_per_worker:
-            yield "pruning.target: device cuda needs a GPU; set cluster.gpus_per_worker to 1"
 
     def check_borders(self) -> None:
         """Refuse evaluation texts that the calibration cuts at another place.

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any
 
-from pydantic import Field, Tag
+from pydantic import Field, Tag, model_validator
 
 from ray_surgeon.spec.base import Place, Positive, Section, by_tag, tag
 
@@ -20,7 +20,7 @@ class SpeedSection(Section):
     num_new_tokens: int = Field(32, gt=1)
     """Tokens to generate after it"""
     num_repeats: Positive = 5
-    """Measurements of each model, or each width, taken in turns"""
+    """Measurements of each model, taken in turns"""
     num_threads: Positive = 1
     """torch threads, on the CPU"""
 
@@ -80,29 +80,29 @@ class FlopsTarget(_Target):
 
 
 class TimedTarget(_Target):
-    """Of the seconds of a request: the sum of the times of all blocks and of what is outside."""
+    """Seconds of a request: the sum of the times of all blocks and of what is outside."""
 
-    device: Literal["cpu", "cuda"] = "cpu"
-    """cpu: measured on the first worker's machine; cuda: on its GPU"""
-    request: SpeedSection = SpeedSection()
-    """The request. Every width is measured request.num_repeats times at the start, and the median
-    counts
+    table: Place
+    """A file of the seconds that blocks take in the engine that will serve (transformers, vLLM or
+    llama.cpp), for a request of its own: `python -m examples.engine_table MODEL TABLE --engine
+    transformers` in the repository measures one; a path or an fsspec URI
     """
-    table: Place | None = None
-    """In place of measuring: a file of seconds that blocks take in vLLM or llama.cpp, for a request
-    of its own, as examples/engine_table.py of the repository writes it; a path or an fsspec URI
-    """
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_table(cls, given: Any) -> Any:
+        if isinstance(given, Mapping) and given.get("table") is None:
+            raise ValueError(
+                "table is missing: a target of speed needs the seconds that blocks take in the "
+                "engine that will serve; measure them by `python -m examples.engine_table MODEL "
+                "TABLE --engine transformers` (or vllm, llamacpp) and give the file"
+            )
+        return given
 
     @property
     def of_decode(self) -> bool:
         """Whether only the new tokens of the request count, not its prompt."""
         return isinstance(self, DecodeTarget)
-
-    def problems(self) -> Iterator[str]:
-        """Yield what `table` does not go with."""
-        own = {"device": self.device != "cpu", "request": self.request != SpeedSection()}
-        for name in (name for name, is_given in own.items() if is_given and self.table):
-            yield f"{name}: the table was measured with its own; remove it, or table"
 
 
 class LatencyTarget(TimedTarget):

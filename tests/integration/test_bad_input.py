@@ -160,9 +160,6 @@ def test_requests_beyond_the_table_of_positions(job: Jobs) -> None:
     speed = f"{groups}; output.speed={{prompt_length: 100, num_new_tokens: 29}}"
     message = job.refused(speed, model="gpt2")
     assert "a prompt of 100 tokens and 29 new ones, but the model takes at most 128" in message
-    latency = "pruning.target={latency_s: 1, request: {prompt_length: 128}}"
-    latency = f"{groups}; {latency}; pruning.target_sparsity=null"
-    assert "pruning.target.request: a prompt of 128 tokens" in job.refused(latency, model="opt")
     job(changes_of(speed), "--dry-run")
 
 

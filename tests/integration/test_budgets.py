@@ -10,18 +10,16 @@ import numpy as np
 import pytest
 from transformers import AutoModelForCausalLM
 
+from examples import engine_table
 from examples.engine_table import sizes_of, table_of
-from ray_surgeon.export import folder
 from ray_surgeon.models.budgets import bytes_budget, flops_budget, parameters_budget
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.models.pruned_config import kv_heads_left
 from ray_surgeon.report.html_report import page
 from ray_surgeon.run.result import PruneResult
-from ray_surgeon.runtime.worker import Worker
-from ray_surgeon.spec.targets import SpeedSection
-from tests.conftest import LAYOUTS, Zygote
+from tests.conftest import LAYOUTS
 from tests.integration import runs
-from tests.integration.runs import Jobs, changes_of, config_like, copied_model, new_model
+from tests.integration.runs import Jobs, changes_of, config_like, new_model
 
 GROUPS = runs.GROUPS | runs.ONE | {"pruning__target_sparsity": None}
 GROUPS |= {"pruning__groups": ["ffn", "attention"]}
@@ -69,66 +67,6 @@ def seconds(channels: int, heads: int) -> float:
     return 0.01 + 0.001 * (channels if channels < 16 else max(16, channels - 16)) + 0.004 * heads
 
 
-@pytest.fixture
-def asked(monkeypatch: pytest.MonkeyPatch) -> Asked:
-    """Let a table say what blocks take, twice as much with attention to everything, and return
-    what it is asked.
-    """
-    requests = []
-
-    def measure(worker: Worker, module: str, request: dict[str, Any], _: bool) -> dict[str, Any]:
-        requests.append(request)
-        factor = 2.0 if request["layer_type"] == "full_attention" else 1.0
-        of_widths = [[0.0, factor * seconds(*width)] for width in request["widths"]]
-        return {"device": "a table", "seconds": of_widths, "rest": [0.06, 0.04]}
-
-    monkeypatch.setattr(folder, "run_on_worker", measure)
-    return requests
-
-
-@pytest.mark.parametrize("allocation", ["global", "uniform"])
-def test_latency_is_measured_once_a_width(allocation: str, asked: Asked, job: Jobs) -> None:
-    dense = 0.1 + 4 * seconds(48, 2)
-    options = GROUPS | {"pruning__allocation": allocation}
-    options["pruning__target"] = {"latency_s": 0.8 * dense, "request": REQUEST}
-    done = job(options)
-    (request,) = asked
-    every_width = [*((n, 2) for n in range(8, 56, 8)), (48, 1)]
-    assert [tuple(width) for width in request["widths"]] == every_width
-    assert request["request"]["prompt_length"] == 16
-    budget = done.shot["budget"]
-    assert (budget["unit"], budget["dense"]) == ("latency_s", pytest.approx(dense))
-    rows = {linear["name"]: linear["rows_kept"] for linear in done.report["linears"]}
-    blocks = [
-        (rows[f"model.layers.{i}.mlp.up_proj"], rows[f"model.layers.{i}.self_attn.k_proj"] // 8)
-        for i in range(4)
-    ]
-    need = 0.1 + sum(seconds(*block) for block in blocks)
-    assert need <= 0.8 * dense
-    assert budget["need"] == pytest.approx(need)
-    assert all(channels != 24 for channels, _ in blocks), "as fast as 32, and worse"
-    job(options, "--resume")
-    assert len(asked) == 1
-    assert json.loads((done.uri / "latency.json").read_text())["device"] == "a table"
-    options["pruning__target"] = {"latency_s": 0.001, "request": REQUEST}
-    error = job(options, folder="other", code=2).error
-    assert "the model needs at least 0.1" in error
-    assert "--resume" not in error, "it would be the same again"
-    assert len(asked) == 2
-
-
-def test_new_tokens_alone_are_measured(asked: Asked, job: Jobs) -> None:
-    """Of two prompts with two new tokens each, so seconds are those of four tokens."""
-    dense = (0.04 + 4 * seconds(48, 2)) / 4
-    request = REQUEST | {"batch_size": 2}
-    target = {"decode_tokens_per_s": 1.25 / dense, "request": request}
-    budget = job(GROUPS, pruning__target=target).shot["budget"]
-    assert len(asked) == 1
-    assert budget["unit"] == "seconds a new token"
-    assert (budget["dense"], budget["goal"]) == (pytest.approx(dense), pytest.approx(0.8 * dense))
-    assert budget["need"] <= 0.8 * dense
-
-
 def a_table(folder: Path) -> Path:
     """A table of an engine in which the prompt of a request takes twice as long as new tokens."""
     sizes = sizes_of(LAYOUTS["llama"], "llamacpp", 8)
@@ -159,12 +97,11 @@ def a_table(folder: Path) -> Path:
     ],
 )
 def test_an_engine_says_what_blocks_take(
-    target: dict[str, Any], share: float, unit: str, asked: Asked, job: Jobs
+    target: dict[str, Any], share: float, unit: str, job: Jobs
 ) -> None:
     dense = share * (0.1 + 4 * seconds(48, 2))
     options = {"pruning__target": target | {"table": str(a_table(job.folder))}}
     done = job(GROUPS | options, pruning__allocation="uniform")
-    assert not asked, "nothing is measured here"
     budget = done.shot["budget"]
     assert (budget["unit"], budget["dense"]) == (unit, pytest.approx(dense))
     assert budget["goal"] == pytest.approx(0.8 * dense)
@@ -216,41 +153,43 @@ def test_tables_that_are_of_no_use(changed: dict[str, Any], message: str, job: J
     assert message in job.refused("", **GROUPS, pruning__target=target)
 
 
-def test_latency_of_blocks_with_and_without_a_window(asked: Asked, job: Jobs) -> None:
-    """Of four blocks three look at a window; each kind is measured by itself, so that no width is
-    taken for a kind.
-    """
-    kinds = ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"]
-    model = copied_model(job.models["gemma3"], job.folder / "model", layer_types=kinds)
-    dense = 0.1 + 5 * seconds(48, 2)
-    target = {"latency_s": 0.9 * dense, "request": REQUEST}
-    shot = job(GROUPS, model=model, pruning__target=target).shot
-    assert [request["layer_type"] for request in asked] == ["sliding_attention", "full_attention"]
-    assert shot["budget"]["dense"] == pytest.approx(dense)
+def test_widths_may_differ_by_block(job: Jobs) -> None:
+    """By one threshold; a target that is out of reach says what is possible."""
+    dense = 3 * (0.1 + 4 * seconds(48, 2))
+    table = str(a_table(job.folder))
+    options = GROUPS | {"pruning__target": {"latency_s": 0.8 * dense, "table": table}}
+    budget = job(options).shot["budget"]
+    assert budget["need"] <= 0.8 * dense == pytest.approx(budget["goal"])
+    options["pruning__target"] = {"latency_s": 0.001, "table": table}
+    error = job(options, folder="other", code=2).error
+    assert "the model needs at least 0.564" in error
+    assert "--resume" not in error, "it would be the same again"
 
 
-@pytest.mark.parametrize(
-    ("family", "device"), [("gemma3", "cpu"), ("gpt2", "cpu"), ("gpt2", "sim:0")]
-)
-def test_every_width_is_timed(
-    family: str, device: str, zygote: Zygote, model_folders: dict[str, Path]
-) -> None:
-    """Nothing is said of the seconds but that there are some: they are measured."""
-    request = SpeedSection(**REQUEST).model_dump()
-    document = json.loads((model_folders[family] / "config.json").read_text())
-    widths = [[48, 2], [24, 2], [0, 2], [48, 1], [48, 0], [1, 2]]
-    asked: dict[str, Any] = {"device": device, "request": request, "widths": widths}
-    asked["document"] = document | {"dtype": "float32"}
-    asked["layer_type"] = "full_attention" if family == "gemma3" else None
-    module = "ray_surgeon.export.speed"
-    if device == "cpu":
-        found = zygote.run_module(module, asked)
-    else:
-        on_sim = {"function": f"{module}:answer", "arguments": {"request": asked}}
-        found = zygote.run_module("tests.pretend_accelerator", on_sim)["returned"]
-    assert len(found["seconds"]) == len(widths)
-    assert min(*found["rest"], *found["seconds"][0]) > 0
-    assert found["device"] == ("CPU, 1 threads" if device == "cpu" else "pretend H100")
+def test_a_table_of_transformers(job: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The whole model is timed in a process of its own; for others the seconds are given."""
+    measured = dict[str, tuple[float, float]]()
+
+    def timed(command: list[str]) -> tuple[float, float]:
+        size = Path(command[3]).name
+        if size == "4x48x2":
+            measured[size] = time_here(command)
+        blocks, channels, heads = map(int, size.split("x"))
+        return 0.1 + blocks * seconds(channels, heads), 0.2 + blocks * seconds(channels, heads)
+
+    time_here = engine_table.time_here
+    monkeypatch.setattr(engine_table, "time_here", timed)
+    file = job.folder / "table.json"
+    request = ["--prompt-length", "16", "--num-new-tokens", "4", "--rounds", "1", "--threads", "1"]
+    options = ["--engine", "transformers", "--multiple", "8", *request]
+    assert engine_table.main([str(job.models["llama"]), str(file), *options]) == 0
+    table = json.loads(file.read_text())
+    assert table["engine"] == "transformers"
+    assert list(table["channels"]) == ["8", "24", "32", "48"]
+    assert list(table["kv_heads"]) == ["1", "2"]
+    assert table["channels"]["48"] == pytest.approx([seconds(48, 2)] * 2)
+    assert table["rest"] == pytest.approx([0.1, 0.2])
+    assert min(measured["4x48x2"]) > 0
 
 
 BYTES = "pruning.target={bytes: 10}"
@@ -264,12 +203,14 @@ OVER_THREE = "pruning.target_sparsity=0.3; pruning.tensor_parallel=3"
         ("pruning.target={parameters: 1000000000}", "the dense model needs no more than"),
         ("pruning.target={parameters: 10, bytes: 10}", "bytes: is not an option of parameters"),
         ("pruning.target={}", "bytes, flops, latency_s, speedup and decode_tokens_per_s"),
-        ("pruning.target={latency_s: 1, device: cuda}", "set cluster.gpus_per_worker to 1"),
-        ("pruning.target={speedup: 2, table: t, device: cuda}", "device: the table was measured"),
+        ("pruning.target={latency_s: 1}", "table is missing: a target of speed needs the seconds"),
         ("pruning.target={speedup: 2, table: none.json}", "none.json cannot be used"),
         (f"{BYTES}; pruning.target_sparsity=0.5", "got target_sparsity and target"),
         ("pruning.target={parameters: 100}; pruning.sizes=[1000000000, 100]", "needs no more than"),
-        ("pruning.target={speedup: 2}; pruning.sizes=[0.5, 2]", "should be greater than 1"),
+        (
+            "pruning.target={speedup: 2, table: t}; pruning.sizes=[0.5, 2]",
+            "should be greater than 1",
+        ),
         (f"{BYTES}; pruning.sizes=[20, 15]", "give smaller and smaller models that end at it"),
         (f"{BYTES}; pruning.sizes=[20, 30, 10]", "give smaller and smaller models that end at it"),
         ("", "got none"),

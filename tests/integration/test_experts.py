@@ -209,7 +209,7 @@ def test_the_first_order_counts_with_labels_of_the_text_only(job: Jobs) -> None:
     [
         ("pruning.groups=[ffn]", "has attention, expert_channels, experts that can be pruned here"),
         (f"{NO_SPARSITY}; {WHOLE}; pruning.target={{flops: 1}}", "save no flops"),
-        (f"{NO_SPARSITY}; {WHOLE}; pruning.target={{latency_s: 1}}", "a latency"),
+        (f"{NO_SPARSITY}; {WHOLE}; pruning.target={{latency_s: 1, table: t}}", "a latency"),
         (f"{WHOLE}; output.exports=[masked]", "masked keeps all shapes"),
         (f"{WHOLE}; curvature.kind=identity", "looks at no text"),
         (f"{WHOLE}; curvature.kind=activations", "has no gradients"),

@@ -189,15 +189,12 @@ def statistics() -> dict[str, Any]:
     Worker.take_gpu(worker)
     peaks = [process_usage(worker.device).peak_gpu_bytes for _ in range(2)]
     found = resources_here(worker.device, None)
-    start = speed._moment(SIM)
-    seconds = speed._seconds(start, speed._moment(SIM))
     return {
         "device": str(worker.device),
         "gpu": worker.gpu,
         "peaks": peaks,
         "room": [found.room.device, found.room.device_is_host, found.device, found.device_name],
         "name": speed._device_name(SIM, 1),
-        "seconds": seconds,
         "now": speed._now(SIM) > 0,
     }
 

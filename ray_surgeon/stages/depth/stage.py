@@ -86,7 +86,7 @@ class Depth(Stage):
         if self.section.num_removed is not None:
             return len(gone) < round(self.section.num_removed * shot / section.shots)
         method = self.known(method, gone)
-        budget = method.known_budget
+        budget = method.budget
         return method.need(()) - method.goal(shot) > 1e-9 * budget.dense
 
     def _candidates(self, gone: Sequence[Layer]) -> list[Layer]:
@@ -115,7 +115,7 @@ class Depth(Stage):
             candidates: that may go.
             scores: cost of each layer as it was last measured, which is filled.
         """
-        of_layers = method.known_budget.of_layers
+        of_layers = method.budget.of_layers
 
         def price(layer: Layer) -> float:
             saved = of_layers[layer.key]  # nothing, if what was measured says so

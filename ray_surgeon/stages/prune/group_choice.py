@@ -66,7 +66,7 @@ class GroupChoice(Ranking):
     """The part of `Groups` that decides; it never sees a weight."""
 
     section: CoupledSection
-    budget: Budget | None  # what they save from; None until latencies are measured
+    budget: Budget  # what they save from
     fewest: Mapping[str, int]  # kind -> groups that must be left in every block, or experts
     consumers: frozenset[str]  # roles of the last linears of the groups
     removed: frozenset[LayerKey] = frozenset()  # layers that are gone whole
@@ -77,12 +77,12 @@ class GroupChoice(Ranking):
         Raises:
             OutOfReachError: says what is possible.
         """
-        if (budget := self.budget) is not None:
-            depth = self.section.depth
-            num_removed = None if depth is None else depth.num_removed
-            most = budget.most_saved(self.section.layer_kinds, num_removed)
-            least = max(0.0, budget.least(self.fewest) - most)
-            self.section.check_target(least, budget.dense, budget.unit)
+        budget = self.budget
+        depth = self.section.depth
+        num_removed = None if depth is None else depth.num_removed
+        most = budget.most_saved(self.section.layer_kinds, num_removed)
+        least = max(0.0, budget.least(self.fewest) - most)
+        self.section.check_target(least, budget.dense, budget.unit)
 
     @property
     def gathers(self) -> frozenset[str]:
@@ -100,26 +100,20 @@ class GroupChoice(Ranking):
         return "experts" in self.section.groups
 
     @property
-    def known_budget(self) -> Budget:
-        """The budget."""
-        assert self.budget is not None, "latencies are not measured yet"
-        return self.budget
-
-    @property
     def beside(self) -> SumsBeside:
         """What whole experts cost is summed beside A and G."""
         return ExpertSumsBeside() if self.ranks_experts else NOTHING_BESIDE
 
     def goal(self, shot: int) -> float:
         """Return what the model may need of the budget after a shot."""
-        return self.section.goal(self.known_budget.dense, shot)
+        return self.section.goal(self.budget.dense, shot)
 
     def need(self, left: Iterable[tuple[str, int]]) -> float:
         """Return what the model needs of the budget; see `Budget.of`.
 
         `left` has no consumers in layers that are gone.
         """
-        budget = self.known_budget
+        budget = self.budget
         return budget.of(left) - budget.saved_without(self.removed)
 
     def is_there(self, groups: GroupSet) -> bool:
@@ -137,23 +131,22 @@ class GroupChoice(Ranking):
 
     def unit_of(self, kind: str) -> float:
         """Return what costs of groups of a kind are divided by to be ranked."""
-        return self.known_budget.size(kind)
+        return self.budget.size(kind)
 
     def needs(self, shape: LinearShape) -> LinearNeeds | None:
         """Return what a consumer needs; nothing else is ranked and updated."""
         if shape.role not in self.consumers:
             return None
         budget = self.budget
-        share = 0.5  # of the groups, in the first shot: all consumers lose the same
-        if budget is not None:
-            most = max(budget.dense - budget.least(self.fewest), 1e-9 * budget.dense)
-            share = min(1.0, (budget.dense - self.goal(1)) / most)
+        most = max(budget.dense - budget.least(self.fewest), 1e-9 * budget.dense)
+        # of the groups, in the first shot: all consumers lose the same
+        share = min(1.0, (budget.dense - self.goal(1)) / most)
         reach = min(1.0, 2 * (self.section.last_sparsity or 0.5))
         return needs_of_consumer(shape, reach, share * (1.0 if self.section.uniform else FARTHER))
 
     def allocate(self, scores: GroupScores, shot: int) -> Allocation:
         """Return how many groups every block loses."""
-        budget = self.known_budget
+        budget = self.budget
         costs = sorted(scores.costs, key=lambda c: c.consumer)
         present = [c for c in costs if c.num_left or c.kind != "expert_channels"]
         needs = budget.by_left
@@ -166,7 +159,7 @@ class GroupChoice(Ranking):
 
     def choose(self, cluster: Cluster, scores: GroupScores, shot: int) -> Choice:
         """Choose how many groups every block loses."""
-        budget = self.known_budget
+        budget = self.budget
         allocation = self.allocate(scores, shot)
         costs = scores.costs
         counts = allocation.counts

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Annotated, Any
 
 import torch
 from pydantic import Tag
 
-from ray_surgeon.export.folder import Pruned
-from ray_surgeon.export.latency import budget_in, measured_table
 from ray_surgeon.maths.group_batch import KEPT_BYTES
 from ray_surgeon.models import budgets
 from ray_surgeon.models.budgets import Budget
@@ -29,8 +27,8 @@ from ray_surgeon.stages.prune.groups import Groups
 from ray_surgeon.stages.prune.layerwise import Layerwise, NoPruning, SparseGPTSection, WandaSection
 from ray_surgeon.stages.prune.method import Choice, Method, Scores
 from ray_surgeon.stages.prune.rows_columns import RowsColumns, RowsColumnsSection
+from ray_surgeon.stages.prune.seconds_table import budget_in
 from ray_surgeon.stages.stage import Facts, RunState, Stage, held_measure
-from ray_surgeon.storage import files
 
 METHODS: dict[type, type[Method]] = {
     RowsColumnsSection: RowsColumns,
@@ -134,47 +132,23 @@ def _groups(
     return Groups(pruning, curvature, _budget(layout, pruning, dtype), fewest, consumers)
 
 
-def _budget(layout: ModelLayout, pruning: coupled.CoupledSection, dtype: str) -> Budget | None:
-    """Return what groups save from; None if it must be measured first."""
+def _budget(layout: ModelLayout, pruning: coupled.CoupledSection, dtype: str) -> Budget:
+    """Return what groups save from."""
     target = pruning.target
     if isinstance(target, TimedTarget):
-        if target.table is None:
-            return None
         budget = budget_in(target.table, layout, target)
-        for kind in (kind for kind in pruning.narrow_kinds if not budget.size(kind)):
-            problem = f"by the seconds in {target.table}, no {kind} save anything"
-            raise ValueError(f"pruning.groups: {problem}; leave {kind} out, or measure again")
+        for kind in pruning.narrow_kinds:
+            if not budget.size(kind):
+                raise ValueError(
+                    f"pruning.groups: by the seconds in {target.table}, no {kind} save anything; "
+                    f"leave {kind} out, or measure again"
+                )
         return budget
     if isinstance(target, FlopsTarget):
         return budgets.flops_budget(layout, target.prompt_length)
     if isinstance(target, BytesTarget):
         return budgets.bytes_budget(layout, getattr(torch, dtype).itemsize)
     return budgets.parameters_budget(layout) if target else budgets.linears_budget(layout)
-
-
-@dataclass(frozen=True)
-class Latency(Stage):
-    """Gives the method of a run its budget."""
-
-    name = "latency"
-    method: Groups
-
-    def measure(self, run: RunState, facts: Facts) -> Groups:
-        """Measure, unless an earlier try of the run did.
-
-        Returns:
-            The method, with its budget.
-        """
-        section = self.method.section
-        assert isinstance(section.target, TimedTarget)
-        shrinking = section.shrinking(self.method.fewest)
-        uri = run.directory.path("latency.json")
-        if not files.exists(uri):
-            dense = Pruned(run.cluster, run.layout, run.model, {}, run.calibration, run.texts)
-            files.write_json(uri, measured_table(dense, section.target, shrinking))
-        budget = budget_in(uri, run.layout, section.target)
-        facts["dense_s"] = budget.dense
-        return replace(self.method, budget=budget)
 
 
 @dataclass(frozen=True)

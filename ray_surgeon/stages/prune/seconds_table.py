@@ -1,19 +1,16 @@
-"""Latency as a budget: seconds of a request as a sum over blocks, by their widths.
+"""Seconds of a request as a budget: a sum over blocks, by their widths.
 
-They are in a table, which is measured here, see `speed`, or was in the engine that will serve.
+They are in a table that was measured in the engine that will serve, see examples/engine_table.py.
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt
 
-from ray_surgeon.export import folder as folders
-from ray_surgeon.export.for_engines import WidthLimits
 from ray_surgeon.models.budgets import Budget
 from ray_surgeon.models.layers import LAYER_KINDS, layers_of
 from ray_surgeon.models.layout import ModelLayout
@@ -21,63 +18,26 @@ from ray_surgeon.spec.base import REASON, refusing
 from ray_surgeon.spec.targets import SpeedSection, TimedTarget
 from ray_surgeon.storage import files
 
-Record = dict[str, Any]
-"""Something that travels as JSON."""
 _Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 _OfNumbers = Annotated[dict[NonNegativeInt, tuple[_Seconds, _Seconds]], Field(min_length=1)]
 
 
 class _Table(BaseModel):
-    """See `measured_table`; it may say more."""
+    """What a table says; it may say more.
+
+    Seconds are pairs: of the prompts, and of the new tokens.
+    """
 
     model_config = ConfigDict(hide_input_in_errors=True)
     request: SpeedSection
     num_blocks: PositiveInt
-    channels: _OfNumbers
-    kv_heads: _OfNumbers
-    rest: tuple[_Seconds, _Seconds]
-
-
-def measured_table(dense: folders.Pruned, target: TimedTarget, shrinking: WidthLimits) -> Record:
-    """Measure what may be left of blocks, in the mean over the kinds of blocks of the model.
-
-    Args:
-        dense: the model; the first worker's machine measures.
-        target: what is measured.
-        shrinking: which widths are measured.
-
-    Returns:
-        ``request`` and the number of blocks; ``channels`` and ``kv_heads``, the seconds that a
-        block with so many takes for the prompts and for the new tokens; and ``rest``, those of what
-        is outside the blocks.
-
-    Raises:
-        RuntimeError: the measuring process fails.
-    """
-    layout = dense.layout
-    channels = shrinking.channels(layout)
-    heads = shrinking.kv_heads(layout)
-    widths = [[number, heads[-1]] for number in channels]
-    widths += [[channels[-1], number] for number in heads[:-1]]
-    about = {"device": target.device, "request": target.request.model_dump()}
-    request = about | {"document": folders.dense_document(dense.model), "widths": widths}
-    # a block with a sliding window takes another time
-    kinds = Counter(getattr(layout.config, "layer_types", None) or [None])
-    module = "ray_surgeon.export.speed"
-    measured = [
-        folders.run_beside(dense.cluster, module, request | {"layer_type": kind}) for kind in kinds
-    ]
-    times = [[*found["seconds"], found["rest"]] for found in measured]
-    *seconds, rest = np.average(times, axis=0, weights=[*kinds.values()]).tolist()
-    by_channels = dict(zip(channels, seconds, strict=False))
-    whole = seconds[len(channels) - 1]
-    by_heads = dict(zip(heads, [*seconds[len(channels) :], whole], strict=True))
-    own = {"num_blocks": layout.num_blocks, "channels": by_channels, "kv_heads": by_heads}
-    return about | own | {"device": measured[0]["device"], "rest": rest}
+    channels: _OfNumbers  # number of channels of a block -> its seconds
+    kv_heads: _OfNumbers  # number of KV heads of a block -> its seconds
+    rest: tuple[_Seconds, _Seconds]  # of what is outside the blocks
 
 
 def budget_in(uri: str, layout: ModelLayout, target: TimedTarget) -> Budget:
-    """Return a budget from a table, by what is measured of the widths next to each.
+    """Return a budget from a table, linear between the widths that were measured.
 
     Raises:
         ValueError: it is no such table, or one of another model.
