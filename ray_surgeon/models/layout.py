@@ -23,7 +23,6 @@ from ray_surgeon.maths.masks import Mask
 from ray_surgeon.models import build
 from ray_surgeon.models.families import Family, family_of
 from ray_surgeon.models.groups import GroupSet, groups_of
-from ray_surgeon.spec.base import refusing
 
 GROUP_KINDS = ("attention", "ffn", "shared_experts", "expert_channels", "experts")
 """Kinds of what may be pruned whole.
@@ -167,11 +166,16 @@ class ModelLayout:
                 configuration.
         """
         family = family_of(config)
-        failure = f"model.source: config.json of {where} describes no model that can be built"
-        with refusing(failure, "fetch it again", Exception):  # the code of any family may raise it
-            num_blocks = int(config.num_hidden_layers)
-            blocks = build.BlockRange(0, num_blocks, num_blocks)
+        num_blocks = int(config.num_hidden_layers)
+        blocks = build.BlockRange(0, num_blocks, num_blocks)
+        try:
             model = build.build_blocks(config, blocks, torch.float32)
+        except Exception as error:  # the code of any family may raise it
+            reason = " ".join(str(error).split())[:500] or type(error).__name__
+            raise ValueError(
+                f"model.source: config.json of {where} describes no model that can be built: "
+                f"{reason}; fetch it again"
+            ) from error
         shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
         return ModelLayout(config, family, shapes, tuple(_linears(family, model)))
 

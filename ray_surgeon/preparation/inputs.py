@@ -28,10 +28,10 @@ from ray_surgeon.preparation.stages import Stages, stages_after_shots, stages_of
 from ray_surgeon.report.directory import RunDirectory
 from ray_surgeon.report.record import check_folder
 from ray_surgeon.runtime.placement import Placement, place
+from ray_surgeon.spec.groups import CHANNELS, CoupledSection
 from ray_surgeon.spec.job import JobSpec
 from ray_surgeon.spec.sections import KERNEL_COLUMNS, ModelSection, RaySection
 from ray_surgeon.stages.prune.groups import Groups
-from ray_surgeon.stages.prune.groups_section import CHANNELS, CoupledSection
 from ray_surgeon.stages.prune.method import Method
 from ray_surgeon.stages.prune.methods import method_for
 from ray_surgeon.stages.recovery.teacher import LoadTeacher

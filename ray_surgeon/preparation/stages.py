@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ray_surgeon.export.for_engines import WidthLimits
 from ray_surgeon.export.kinds import check_exports
 from ray_surgeon.models.layout import ModelLayout
+from ray_surgeon.models.width_limits import WidthLimits
 from ray_surgeon.preparation.reading import Texts
 from ray_surgeon.spec.evaluation import TasksSection
+from ray_surgeon.spec.groups import CoupledSection
 from ray_surgeon.spec.job import JobSpec
 from ray_surgeon.spec.sections import OutputSection
 from ray_surgeon.stages.answers.answers import DenseAnswers, PrunedAnswers
@@ -19,7 +20,6 @@ from ray_surgeon.stages.depth.stage import Depth, depth_of
 from ray_surgeon.stages.evaluation import Evaluation, Tasks
 from ray_surgeon.stages.exports import Export, LoadSize, Size
 from ray_surgeon.stages.prune.groups import Groups
-from ray_surgeon.stages.prune.groups_section import CoupledSection
 from ray_surgeon.stages.prune.method import Method
 from ray_surgeon.stages.prune.methods import Costs, Update
 from ray_surgeon.stages.quantise.stage import Quantise

@@ -12,13 +12,13 @@ from pydantic import Field, model_validator
 from ray_surgeon.spec import sections
 from ray_surgeon.spec.base import Section
 from ray_surgeon.spec.calibration import CalibrationSection
+from ray_surgeon.spec.curvature import CurvatureSection, KfacSection
 from ray_surgeon.spec.evaluation import EvaluationSection
+from ray_surgeon.spec.groups import CoupledSection
 from ray_surgeon.spec.presets import PresetName, with_preset
+from ray_surgeon.spec.pruning import PruningSection
+from ray_surgeon.spec.recovery import RecoverySection
 from ray_surgeon.spec.schedule import NO_PRUNING, ScheduleSection
-from ray_surgeon.stages.curvature.section import CurvatureSection, KfacSection
-from ray_surgeon.stages.prune.groups_section import CoupledSection
-from ray_surgeon.stages.prune.methods import PruningSection
-from ray_surgeon.stages.recovery.section import RecoverySection
 
 HELD_SHARE = 0.1
 MOST_HELD = 6

@@ -12,7 +12,7 @@ from ray_surgeon.spec.base import Section
 from ray_surgeon.spec.targets import TargetSection
 
 if TYPE_CHECKING:
-    from ray_surgeon.stages.curvature.section import AnyCurvature
+    from ray_surgeon.spec.curvature import AnyCurvature
 
 
 class ScheduleSection(Section):

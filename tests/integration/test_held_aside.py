@@ -24,10 +24,10 @@ from ray_surgeon.runtime.dense_states import CALIBRATION
 from ray_surgeon.runtime.passes import remember
 from ray_surgeon.runtime.pipelines import forward_and_backward
 from ray_surgeon.spec.parsing import parse_spec
+from ray_surgeon.spec.recovery import RecoverySection
 from ray_surgeon.stages.prune.method import Method
 from ray_surgeon.stages.recovery.batches import CalibrationBatches
 from ray_surgeon.stages.recovery.rates import HARMLESS, RATES
-from ray_surgeon.stages.recovery.section import RecoverySection
 from ray_surgeon.stages.recovery.training import Training
 from ray_surgeon.stages.stage import HELD, CalibrationText, held_measure, held_places
 from tests.integration import runs

@@ -16,11 +16,11 @@ from ray_surgeon.runtime.passes import remember
 from ray_surgeon.runtime.teacher import drop_teacher, load_teacher
 from ray_surgeon.runtime.wave import Passage
 from ray_surgeon.runtime.weights import ModelRecipe
+from ray_surgeon.spec.recovery import RecoverySection
 from ray_surgeon.spec.schedule import NO_PRUNING
 from ray_surgeon.spec.sections import ModelSection
 from ray_surgeon.spec.texts import StreamedSection
 from ray_surgeon.stages.recovery.batches import StreamBatches
-from ray_surgeon.stages.recovery.section import RecoverySection
 from ray_surgeon.stages.recovery.stage import share_of_peak, stream_of
 from ray_surgeon.stages.recovery.training import Training
 from ray_surgeon.stages.stage import HELD, CalibrationText, held_aside

@@ -29,7 +29,7 @@ from ray_surgeon.runtime.pipelines import forward_and_backward
 from ray_surgeon.runtime.wave import Counts, Labels, Tokens
 from ray_surgeon.runtime.worker import Worker, collective
 from ray_surgeon.runtime.worker_state import PowerIteration
-from ray_surgeon.stages.curvature.section import ExtendedKfacSection
+from ray_surgeon.spec.curvature import ExtendedKfacSection
 
 
 class SumsBeside:

@@ -20,8 +20,8 @@ from ray_surgeon.plan.counts import Counted, StepPlan
 from ray_surgeon.plan.estimate import WorkerView
 from ray_surgeon.runtime.cluster import Cluster
 from ray_surgeon.runtime.worker import Worker
+from ray_surgeon.spec.curvature import DampingSection, ExtendedKfacSection
 from ray_surgeon.stages.curvature.gather import WantedFactors, gather_curvature, gather_terms
-from ray_surgeon.stages.curvature.section import DampingSection, ExtendedKfacSection
 from ray_surgeon.stages.prune.method import Method
 from ray_surgeon.stages.stage import CalibrationText, Facts, RunState, Stage
 

@@ -17,8 +17,8 @@ from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.plan.counts import StepPlan
 from ray_surgeon.plan.estimate import WorkerView
 from ray_surgeon.runtime.cluster import Cluster
+from ray_surgeon.spec.depth import MEASURED, DepthSection
 from ray_surgeon.stages.depth import passes, removal
-from ray_surgeon.stages.depth.section import MEASURED, DepthSection
 from ray_surgeon.stages.prune.groups import Groups
 from ray_surgeon.stages.prune.method import Method
 from ray_surgeon.stages.stage import Facts, RunState, Stage, held_measure

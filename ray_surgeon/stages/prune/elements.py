@@ -6,103 +6,24 @@ Removals are zeros in the dense shapes, by one global threshold, with correlated
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import Field
 from torch import Tensor
 
 from ray_surgeon.maths import threshold as thresholds
 from ray_surgeon.maths.conjugate import ElementUpdate
-from ray_surgeon.maths.element_pruning import ElementUnits, find_elements
+from ray_surgeon.maths.element_pruning import find_elements
 from ray_surgeon.maths.masks import ElementMask
-from ray_surgeon.models.layout import LinearShape, ModelLayout
+from ray_surgeon.models.layout import LinearShape
 from ray_surgeon.plan.work import LinearNeeds
 from ray_surgeon.runtime.cluster import Cluster
 from ray_surgeon.runtime.worker import Worker
-from ray_surgeon.spec.base import Positive, Section
-from ray_surgeon.spec.schedule import SparsitySection
+from ray_surgeon.spec.pruning import ElementsSection
 from ray_surgeon.stages.prune.method import ByThreshold, Choice, Scores
-
-
-class UpdateSection(Section):
-    """How the kept elements make up for the pruned ones; see `maths.conjugate.ElementUpdate`."""
-
-    solver: Literal["conjugate_gradients", "single", "none"] = "conjugate_gradients"
-    """conjugate_gradients: for all removals at once, by preconditioned conjugate gradients, which
-    the other fields are of; single: for each as if it were alone; none: no update (OBD)
-    """
-    precision: Literal["bfloat16", "float32"] = "bfloat16"
-    """dtype of the products; bfloat16 is faster where the hardware has it"""
-    num_iterations: Positive = 16
-    """Iterations, at most"""
-    tolerance: float = Field(1e-3, ge=0, lt=1)
-    """Relative residual at which they stop"""
-
-
-class PatternSection(SparsitySection):
-    """What all methods have that prune single elements or N:M groups."""
-
-    method: str
-    structure: Literal["element", "n_m"]
-    """Single elements, or N:M groups: of every M consecutive inputs of a row, N stay"""
-    n_m: tuple[Positive, Positive] | None = None
-    """[N, M] of structure n_m: N of M consecutive inputs of a row stay; [2, 4] if not given"""
-    tolerated: ClassVar[float] = 0.0  # by how much a target may be above what a pattern removes
-
-    @property
-    def units(self) -> ElementUnits:
-        """What is pruned as one."""
-        return ElementUnits(*(self.n_m or (2, 4))) if self.structure == "n_m" else ElementUnits()
-
-    @property
-    def largest_sparsity(self) -> float:
-        """The largest sparsity of a pattern."""
-        return 1 - self.units.n / self.units.m
-
-    def reach(self, layout: ModelLayout) -> float:
-        """Return the largest target that a model's shapes allow; biases count and stay."""
-        weights = sum(s.num_rows * (s.num_columns - s.has_bias) for s in layout.linears)
-        share = self.units.num_removed / self.units.m
-        return weights * share / layout.linear_size + thresholds.SHORT
-
-    def problems(self) -> Iterator[str]:
-        """Yield why a pattern is impossible, or cannot reach the target."""
-        n = self.units.n
-        m = self.units.m
-        if self.structure == "element" and self.n_m is not None:
-            yield "n_m: structure element has no pattern; remove it, or set structure n_m"
-        if not n < m <= 16:
-            yield f"n_m: [{n}, {m}] needs N < M <= 16; give for example [2, 4] or [4, 8]"
-        if self.target_sparsity > self.largest_sparsity + self.tolerated:
-            most = f"{n}:{m} can remove, {self.largest_sparsity:g}"
-            yield f"target_sparsity: {self.target_sparsity:g} is more than {most}; lower it"
-
-
-class ElementsSection(PatternSection):
-    """The LLM Surgeon on single elements or N:M groups."""
-
-    method: Literal["llm_surgeon"] = "llm_surgeon"
-    """One global threshold on costs, and updates"""
-    costs: Literal["obs", "obs_sum", "obd"] = "obs"
-    """Predicted loss increase of a removal. obs: with the optimal update of the others, of an N:M
-    group the exact joint cost of its best pattern; obs_sum: of an N:M group the sum of its smallest
-    single costs, as in the paper; obd: without updates, of an N:M group likewise a sum
-    """
-    update: UpdateSection = UpdateSection()
-    """How the kept weights make up for the pruned ones"""
-
-    def problems(self) -> Iterator[str]:
-        """Yield what fields have against each other."""
-        if self.structure == "element" and self.costs == "obs_sum":
-            yield "costs: obs_sum is of N:M groups; use obs or obd, or set structure n_m"
-        solver = self.update.solver
-        if solver != "conjugate_gradients" and self.update != UpdateSection(solver=solver):
-            yield f"update: solver {solver} has no iterations; leave its other fields out"
 
 
 @dataclass(frozen=True)

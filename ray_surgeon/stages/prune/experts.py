@@ -14,8 +14,8 @@ from ray_surgeon.maths.masks import StructuredMask
 from ray_surgeon.maths.threshold import check_costs
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.runtime.worker import Worker
+from ray_surgeon.spec.groups import ExpertCosts
 from ray_surgeon.stages.curvature.gather import SumsBeside
-from ray_surgeon.stages.prune.groups_section import ExpertCosts
 
 
 class ExpertSumsBeside(SumsBeside):

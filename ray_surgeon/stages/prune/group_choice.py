@@ -20,10 +20,10 @@ from ray_surgeon.models.layers import LayerKey
 from ray_surgeon.models.layout import LinearShape
 from ray_surgeon.plan.work import LinearNeeds
 from ray_surgeon.runtime.cluster import Cluster
+from ray_surgeon.spec.groups import CoupledSection
 from ray_surgeon.stages.curvature.gather import NOTHING_BESIDE, SumsBeside
 from ray_surgeon.stages.prune.experts import ExpertSumsBeside
 from ray_surgeon.stages.prune.group_needs import FARTHER, needs_of_consumer
-from ray_surgeon.stages.prune.groups_section import CoupledSection
 from ray_surgeon.stages.prune.method import Choice, Ranking, Scores
 
 if TYPE_CHECKING:

@@ -5,74 +5,24 @@ Inputs are those that the pruned blocks before give. A method that prunes nothin
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
-from ray_surgeon.maths import threshold as thresholds
 from ray_surgeon.maths.columns import sparsegpt, upper_inverse, wanda
 from ray_surgeon.maths.factorised import RaisedDamping
 from ray_surgeon.maths.masks import ElementMask
-from ray_surgeon.models.layout import LinearShape, ModelLayout
+from ray_surgeon.models.layout import LinearShape
 from ray_surgeon.plan.work import LinearNeeds
 from ray_surgeon.runtime.cluster import Cluster
 from ray_surgeon.runtime.passes import BlockPass
 from ray_surgeon.runtime.wave import Tokens
 from ray_surgeon.runtime.worker import LinearSummary, Worker, summaries
+from ray_surgeon.spec.pruning import SparseGPTSection, WandaSection
 from ray_surgeon.spec.schedule import NO_PRUNING, ScheduleSection
-from ray_surgeon.stages.prune.elements import PatternSection
 from ray_surgeon.stages.prune.method import Applied, Choice, Method
-
-
-class _Layerwise(PatternSection):
-    tolerated: ClassVar[float] = thresholds.SHORT
-
-    @property
-    def takes_curvature(self) -> bool:
-        """A is gathered block after block."""
-        return False
-
-    def reach(self, layout: ModelLayout) -> float:
-        """Return what the narrowest linear allows; a pattern is a target of its own."""
-        widths = [(s.num_columns - s.has_bias) / s.num_columns for s in layout.linears]
-        return min(widths) if self.structure == "element" else 1.0
-
-    def problems(self) -> Iterator[str]:
-        """Yield what fields have against each other."""
-        is_short = self.target_sparsity < self.largest_sparsity - thresholds.SHORT
-        if self.structure == "n_m" and (self.shots > 1 or is_short):
-            pattern = f"{self.units.n}:{self.units.m}"
-            changes = f"set target_sparsity to {self.largest_sparsity:g} and num_shots to 1"
-            yield f"n_m: takes every linear to {pattern} at once; {changes}"
-
-
-class SparseGPTSection(_Layerwise):
-    """SparseGPT (Frantar & Alistarh 2023)."""
-
-    method: Literal["sparsegpt"]
-    """SparseGPT"""
-    damping: float = Field(0.01, ge=0, le=10)
-    """Damping of A, relative to the mean of its diagonal"""
-    max_damping: float = Field(1.0, gt=0, le=10)
-    """A factor that is not positive definite gets ten times the damping, up to this; then the run
-    fails
-    """
-
-    def problems(self) -> Iterator[str]:
-        """Yield what fields have against each other."""
-        if self.max_damping < self.damping:
-            yield f"max_damping {self.max_damping:g} is below damping {self.damping:g}; raise it"
-
-
-class WandaSection(_Layerwise):
-    """Wanda (Sun et al. 2023)."""
-
-    method: Literal["wanda"]
-    """Wanda"""
 
 
 @dataclass(frozen=True)

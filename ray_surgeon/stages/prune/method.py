@@ -23,9 +23,9 @@ from ray_surgeon.plan.work import LinearNeeds
 from ray_surgeon.runtime.cluster import Cluster
 from ray_surgeon.runtime.wave import Tokens
 from ray_surgeon.runtime.worker import LinearSummary, Worker, collective, sizes
+from ray_surgeon.spec.curvature import AnyCurvature
 from ray_surgeon.spec.schedule import ScheduleSection
 from ray_surgeon.stages.curvature.gather import NOTHING_BESIDE, SumsBeside
-from ray_surgeon.stages.curvature.section import AnyCurvature
 from ray_surgeon.stages.stage import CalibrationText
 
 C = TypeVar("C")

@@ -1,14 +1,13 @@
-"""The section `pruning`, a union of those of all methods; the method of a job; its stages."""
+"""The method of a job, and its steps."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-from pydantic import Tag
 
 from ray_surgeon.maths.group_batch import KEPT_BYTES
 from ray_surgeon.models import budgets
@@ -18,53 +17,39 @@ from ray_surgeon.models.pruned_config import kv_heads_left
 from ray_surgeon.plan.counts import NOTHING, StepPlan
 from ray_surgeon.plan.estimate import WorkerView
 from ray_surgeon.plan.step_estimates import block_by_block, linear_by_linear
-from ray_surgeon.spec.base import by_tag, tag
+from ray_surgeon.spec.curvature import AnyCurvature
+from ray_surgeon.spec.groups import (
+    CoupledSection,
+    GroupsSection,
+    UniformGroupsSection,
+    problems_of_mixture,
+)
+from ray_surgeon.spec.pruning import (
+    ElementsSection,
+    PatternSection,
+    PruningSection,
+    RowsColumnsSection,
+    SparseGPTSection,
+    WandaSection,
+)
 from ray_surgeon.spec.targets import BytesTarget, FlopsTarget, TimedTarget
-from ray_surgeon.stages.curvature.section import AnyCurvature
-from ray_surgeon.stages.prune import elements
-from ray_surgeon.stages.prune import groups_section as coupled
+from ray_surgeon.stages.prune.elements import Elements
 from ray_surgeon.stages.prune.groups import Groups
-from ray_surgeon.stages.prune.layerwise import Layerwise, NoPruning, SparseGPTSection, WandaSection
+from ray_surgeon.stages.prune.layerwise import Layerwise, NoPruning
 from ray_surgeon.stages.prune.method import Choice, Method, Scores
-from ray_surgeon.stages.prune.rows_columns import RowsColumns, RowsColumnsSection
+from ray_surgeon.stages.prune.rows_columns import RowsColumns
 from ray_surgeon.stages.prune.seconds_table import budget_in
 from ray_surgeon.stages.stage import Facts, RunState, Stage, held_measure
 
 METHODS: dict[type, type[Method]] = {
     RowsColumnsSection: RowsColumns,
-    elements.ElementsSection: elements.Elements,
-    coupled.GroupsSection: Groups,
-    coupled.UniformGroupsSection: Groups,
+    ElementsSection: Elements,
+    GroupsSection: Groups,
+    UniformGroupsSection: Groups,
     SparseGPTSection: Layerwise,
     WandaSection: Layerwise,
 }
 """Section -> the method that takes it."""
-
-
-def _tag_of(get: Any) -> str:
-    method = get("method", "llm_surgeon")
-    structure = str(get("structure", "rows_columns"))
-    if method != "llm_surgeon":
-        return str(method)
-    if structure == "groups" and get("allocation", "global") == "uniform":
-        return "groups, allocation uniform"
-    same = {"rows": "rows_columns", "columns": "rows_columns", "n_m": "element"}
-    return same.get(structure, structure)
-
-
-PruningSection = Annotated[
-    Annotated[RowsColumnsSection, Tag(tag("rows_columns"))]
-    | Annotated[elements.ElementsSection, Tag(tag("element"))]
-    | Annotated[coupled.GroupsSection, Tag(tag("groups"))]
-    | Annotated[coupled.UniformGroupsSection, Tag(tag("groups, allocation uniform"))]
-    | Annotated[SparseGPTSection, Tag(tag("sparsegpt"))]
-    | Annotated[WandaSection, Tag(tag("wanda"))],
-    by_tag(
-        _tag_of,
-        "structure rows_columns, rows, columns, element, n_m or groups with method llm_surgeon, or "
-        "element or n_m with sparsegpt or wanda",
-    ),
-]
 
 
 def method_for(
@@ -83,16 +68,16 @@ def method_for(
     """
     if pruning is None:
         return NoPruning()
-    for problem in coupled.problems_of_mixture(layout, pruning, curvature):
+    for problem in problems_of_mixture(layout, pruning, curvature):
         raise ValueError(problem)
-    if isinstance(pruning, coupled.CoupledSection):
+    if isinstance(pruning, CoupledSection):
         return _groups(pruning, curvature, layout, dtype)
-    if isinstance(pruning, elements.PatternSection):
+    if isinstance(pruning, PatternSection):
         _check_pattern(pruning, layout)
     return METHODS[type(pruning)](pruning, curvature)
 
 
-def _check_pattern(pruning: elements.PatternSection, layout: ModelLayout) -> None:
+def _check_pattern(pruning: PatternSection, layout: ModelLayout) -> None:
     m = pruning.units.m
     for shape in layout.linears:
         num_inputs = shape.num_columns - shape.has_bias
@@ -106,7 +91,7 @@ def _check_pattern(pruning: elements.PatternSection, layout: ModelLayout) -> Non
 
 
 def _groups(
-    pruning: coupled.CoupledSection, curvature: AnyCurvature | None, layout: ModelLayout, dtype: str
+    pruning: CoupledSection, curvature: AnyCurvature | None, layout: ModelLayout, dtype: str
 ) -> Groups:
     """Return the method of coupled groups; see `method_for`."""
     heads = layout.heads
@@ -132,7 +117,7 @@ def _groups(
     return Groups(pruning, curvature, _budget(layout, pruning, dtype), fewest, consumers)
 
 
-def _budget(layout: ModelLayout, pruning: coupled.CoupledSection, dtype: str) -> Budget:
+def _budget(layout: ModelLayout, pruning: CoupledSection, dtype: str) -> Budget:
     """Return what groups save from."""
     target = pruning.target
     if isinstance(target, TimedTarget):

@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 
@@ -23,43 +22,14 @@ from ray_surgeon.plan.work import LinearNeeds
 from ray_surgeon.runtime.cluster import Cluster
 from ray_surgeon.runtime.wave import Tokens
 from ray_surgeon.runtime.worker import Worker, collective
-from ray_surgeon.spec.schedule import SparsitySection
-from ray_surgeon.stages.curvature.section import AnyCurvature, ExtendedKfacSection
+from ray_surgeon.spec.curvature import ExtendedKfacSection
+from ray_surgeon.spec.pruning import RowsColumnsSection
 from ray_surgeon.stages.prune.method import Applied, ByThreshold, Choice, Scores
 
 _SAMPLED_BLOCKS = 4
 """One of so many blocks tells how far greedy paths must go."""
 _MOST_LIMITS = 10
 """How often that is tried, four times as far each time, before paths are followed to their ends."""
-
-
-class RowsColumnsSection(SparsitySection):
-    """Rows and columns of every linear.
-
-    What they leave are zeros: the tensors keep their shapes.
-    """
-
-    structure: Literal["rows_columns", "rows", "columns"] = "rows_columns"
-    """What may be pruned"""
-    method: Literal["llm_surgeon"] = "llm_surgeon"
-    """One global threshold on costs, and updates"""
-    costs: Literal["greedy", "obs", "obd"] | None = None
-    """Predicted loss increase of a removal. greedy: after all cheaper removals of its linear, with
-    the optimal update of the others; obs: on its own, with that update; obd: without an update. If
-    not given: greedy, or obs with extended_kfac
-    """
-    rank_by: Literal["cost", "cost_per_parameter"] = "cost_per_parameter"
-    """What the global threshold compares: a cost, or a cost per parameter removed"""
-    update: Literal["full", "single", "none"] = "full"
-    """Updates of the kept weights. full: one for all removals together; single: one for each as if
-    it were alone; none
-    """
-
-    def problem_with(self, curvature: AnyCurvature) -> str | None:
-        """Return why this section and a curvature do not go together; see `ScheduleSection`."""
-        if self.costs == "greedy" and isinstance(curvature, ExtendedKfacSection):
-            return "pruning.costs: greedy needs one Kronecker term; choose obs, or kind kfac"
-        return None
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from ray_surgeon.runtime.cluster import Cluster
 from ray_surgeon.runtime.passes import pass_up_to_the_head
 from ray_surgeon.runtime.wave import Tokens
 from ray_surgeon.runtime.worker import Worker, collective
-from ray_surgeon.stages.reconstruction.section import ReconstructionSection
+from ray_surgeon.spec.reconstruction import ReconstructionSection
 from ray_surgeon.stages.stage import CalibrationText
 
 RATES = (0.003, 0.006, 0.012)

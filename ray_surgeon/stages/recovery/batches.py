@@ -14,7 +14,7 @@ from ray_surgeon.runtime.cluster import Cluster
 from ray_surgeon.runtime.dense_states import CALIBRATION, STREAM, forget_states
 from ray_surgeon.runtime.passes import pass_up_to_the_head
 from ray_surgeon.runtime.wave import Counts, Tokens
-from ray_surgeon.stages.recovery.section import RecoverySection
+from ray_surgeon.spec.recovery import RecoverySection
 from ray_surgeon.stages.stage import CalibrationText
 from ray_surgeon.storage.streams import TextEndedError, TextStream
 

@@ -12,9 +12,9 @@ from dataclasses import replace
 from ray_surgeon.plan.counts import ADAM_BYTES, Counted, StepPlan
 from ray_surgeon.plan.estimate import WorkerView
 from ray_surgeon.runtime.collectives import MESSAGE_BYTES
+from ray_surgeon.spec.recovery import RecoverySection
 from ray_surgeon.stages.recovery.batches import steps_ahead
 from ray_surgeon.stages.recovery.rates import steps_between_checks, trial_steps
-from ray_surgeon.stages.recovery.section import RecoverySection
 
 # each of corrections, a part for a linear; and of all weights, a part for a parameter
 _PRODUCTS = (9, 2)

@@ -16,11 +16,11 @@ from ray_surgeon.report.events import CHECK
 from ray_surgeon.runtime.dense_states import CALIBRATION
 from ray_surgeon.runtime.teacher import drop_teacher, load_teacher
 from ray_surgeon.runtime.weights import ModelRecipe
+from ray_surgeon.spec.recovery import RecoverySection
 from ray_surgeon.spec.schedule import ScheduleSection
 from ray_surgeon.stages.recovery.batches import Batches, CalibrationBatches, StreamBatches
 from ray_surgeon.stages.recovery.estimate import RecoveryNeeds
 from ray_surgeon.stages.recovery.rates import Check
-from ray_surgeon.stages.recovery.section import RecoverySection
 from ray_surgeon.stages.recovery.teacher import LoadTeacher
 from ray_surgeon.stages.recovery.training import Training
 from ray_surgeon.stages.stage import CalibrationText, Facts, RunState, Stage, Text

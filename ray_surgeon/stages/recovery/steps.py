@@ -14,7 +14,7 @@ from ray_surgeon.runtime.collectives import MESSAGE_BYTES, together
 from ray_surgeon.runtime.weights import SavedFile, save_tensors
 from ray_surgeon.runtime.worker import Worker, collective
 from ray_surgeon.runtime.worker_state import TrainingState
-from ray_surgeon.stages.recovery.section import RecoverySection
+from ray_surgeon.spec.recovery import RecoverySection
 from ray_surgeon.storage import tensor_files
 
 _PRESENT = "present "

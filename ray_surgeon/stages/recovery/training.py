@@ -20,10 +20,10 @@ from ray_surgeon.runtime.passes import num_counted
 from ray_surgeon.runtime.pipelines import forward_and_backward
 from ray_surgeon.runtime.wave import Labels
 from ray_surgeon.runtime.weights import SavedFile
+from ray_surgeon.spec.recovery import RecoverySection
 from ray_surgeon.stages.recovery import rates, steps
 from ray_surgeon.stages.recovery.batches import Batches
 from ray_surgeon.stages.recovery.rates import Check
-from ray_surgeon.stages.recovery.section import RecoverySection
 from ray_surgeon.stages.stage import CalibrationText, Facts, held_aside
 from ray_surgeon.storage.streams import TextEndedError
 

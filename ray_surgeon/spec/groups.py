@@ -7,15 +7,15 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
-from ray_surgeon.export.for_engines import WidthLimits
 from ray_surgeon.maths.threshold import OutOfReachError
 from ray_surgeon.models.layout import ModelLayout
+from ray_surgeon.models.width_limits import WidthLimits
 from ray_surgeon.spec.base import Positive
+from ray_surgeon.spec.curvature import AnyCurvature
+from ray_surgeon.spec.depth import Deepened
+from ray_surgeon.spec.reconstruction import Reconstructed
 from ray_surgeon.spec.schedule import FamilySection, ScheduleSection
 from ray_surgeon.spec.targets import FlopsTarget, TimedTarget
-from ray_surgeon.stages.curvature.section import AnyCurvature
-from ray_surgeon.stages.depth.section import Deepened
-from ray_surgeon.stages.reconstruction.section import Reconstructed
 
 GroupKind = Literal[
     "ffn",

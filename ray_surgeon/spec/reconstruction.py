@@ -9,8 +9,8 @@ from pydantic import Field
 
 from ray_surgeon.models.layout import FEED_FORWARD_OF_ALL
 from ray_surgeon.spec.base import Positive, Section
+from ray_surgeon.spec.curvature import AnyCurvature
 from ray_surgeon.spec.schedule import ScheduleSection
-from ray_surgeon.stages.curvature.section import AnyCurvature
 
 
 class ReconstructionSection(Section):
