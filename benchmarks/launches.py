@@ -26,6 +26,7 @@ from transformers import (
 from benchmarks.counter import Counter as Counter
 from benchmarks.counter import attention_as_one_launch
 from benchmarks.shaped_model import shaped_config, write_tokenizer
+from ray_surgeon.checkpointing.run_directory import RunDirectory
 from ray_surgeon.job import run_job
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.plan.device_resources import DEVICES, Room
@@ -34,13 +35,12 @@ from ray_surgeon.plan.work import Shapes
 from ray_surgeon.preparation.inputs import check, work_of
 from ray_surgeon.preparation.reading import unread_texts
 from ray_surgeon.preparation.stages import stages_after_shots, stages_of
-from ray_surgeon.report.directory import RunDirectory
+from ray_surgeon.pruning.methods import method_for
 from ray_surgeon.report.events import Event, Moment
 from ray_surgeon.report.html_report import LivePage
 from ray_surgeon.runtime.cluster import LocalCluster
 from ray_surgeon.runtime.placement import place
 from ray_surgeon.spec.job import JobSpec
-from ray_surgeon.stages.prune.methods import method_for
 
 H100 = DEVICES["h100"]
 ROOM = Room(80e9, 1e12, 4e12, device_is_host=False)

@@ -32,6 +32,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import ray_surgeon
 from benchmarks.peers import add_settings, quickstart
 from ray_surgeon.export.folder import Pruned, run_reload
+from ray_surgeon.export.quantise import quantise
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.preparation.inputs import Inputs, check
 from ray_surgeon.runtime.cluster import LocalCluster
@@ -39,7 +40,6 @@ from ray_surgeon.runtime.placement import place
 from ray_surgeon.runtime.weights import ModelRecipe, load
 from ray_surgeon.spec.job import JobSpec
 from ray_surgeon.spec.sections import ModelSection, QuantizeSection
-from ray_surgeon.stages.quantise.stage import quantise
 from ray_surgeon.storage.sources import open_model
 
 Rounding = Literal["nearest", "gptq", "both_sides"]

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.consumer_costs import seconds
+from ray_surgeon.export.rounding import DAMPING
 from ray_surgeon.maths.products import product
 from ray_surgeon.maths.rounding import Grid, round_linear
-from ray_surgeon.stages.quantise.rounding import DAMPING
 
 SHAPES = {(576, 576): 60, (192, 576): 60, (1536, 576): 60, (576, 1536): 30}
 """Rows and columns -> linears of SmolLM2-135M that have them."""

@@ -28,6 +28,12 @@ from transformers import AutoConfig
 
 from benchmarks.humaneval import named_folders
 from benchmarks.peers import inputs_of_spec
+from ray_surgeon.evaluation.answers import (
+    Answers,
+    measure_answers,
+    read_answers,
+    remember_answers,
+)
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.models.loss import perplexity_of
 from ray_surgeon.runtime.cluster import LocalCluster
@@ -38,12 +44,6 @@ from ray_surgeon.runtime.weights import ModelRecipe, load
 from ray_surgeon.runtime.worker import Worker
 from ray_surgeon.runtime.worker_state import DenseStates
 from ray_surgeon.spec.sections import ModelSection
-from ray_surgeon.stages.answers.answers import (
-    Answers,
-    measure_answers,
-    read_answers,
-    remember_answers,
-)
 
 Measures = dict[str, float]  # name -> value, of one model
 

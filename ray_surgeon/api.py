@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ray_surgeon.data.texts import first_token, tokens_of
 from ray_surgeon.maths.kronecker import KroneckerFactors
 from ray_surgeon.memory.stores import Stores
 from ray_surgeon.models.build import BlockRange
@@ -31,7 +32,6 @@ from ray_surgeon.run.result import PruneResult, ended_before, run
 from ray_surgeon.spec.base import REASON, local_path, refusing
 from ray_surgeon.spec.job import JobSpec
 from ray_surgeon.spec.parsing import parse_spec
-from ray_surgeon.storage.texts import first_token, tokens_of
 
 __all__ = ["JobSpec", "KroneckerFactors", "PruneResult"]
 __all__ += ["curvature", "parse_spec", "prune", "recover"]

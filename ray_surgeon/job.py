@@ -12,26 +12,26 @@ import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 
+from ray_surgeon.checkpointing.run_directory import RunDirectory, TakenOverError
+from ray_surgeon.evaluation.answers import Answers, measure_acceptance
+from ray_surgeon.evaluation.texts import measure_dense_model
+from ray_surgeon.export.exports import LoadSize
 from ray_surgeon.memory.stores import ScratchNames
 from ray_surgeon.plan.device_resources import device_of, look_around, shared
 from ray_surgeon.plan.plan import DoesNotFitError, Plan
 from ray_surgeon.preparation.inputs import Inputs
 from ray_surgeon.preparation.stages import ExportStep, Stages
-from ray_surgeon.report.directory import RunDirectory, TakenOverError
+from ray_surgeon.pruning.coupled_groups import Groups
+from ray_surgeon.pruning.method import Choice, Method, Ranking
+from ray_surgeon.pruning.methods import prune
 from ray_surgeon.report.events import Event, Moment, Steps
 from ray_surgeon.report.html_report import LivePage
 from ray_surgeon.report.record import RunReport
+from ray_surgeon.run_state import RunState, Text
 from ray_surgeon.runtime.cluster import Cluster, WorkerFailureError
 from ray_surgeon.runtime.usage import versions
 from ray_surgeon.runtime.worker import clean_up
-from ray_surgeon.stages.answers.answers import Answers, measure_acceptance
-from ray_surgeon.stages.evaluation import measure_dense_model
-from ray_surgeon.stages.exports import LoadSize
-from ray_surgeon.stages.prune.groups import Groups
-from ray_surgeon.stages.prune.method import Choice, Method, Ranking
-from ray_surgeon.stages.prune.methods import prune
-from ray_surgeon.stages.stage import RunState, Text
-from ray_surgeon.stages.weights import load_model
+from ray_surgeon.shot_weights import load_model
 
 _PAUSE_S = 5.0
 """Between two looks at memory that is to become free."""
@@ -79,14 +79,18 @@ def run_steps(run: RunState, stages: Stages, method: Method) -> None:
     """Measure the dense model, prune it in all shots that are left, and write the exports."""
     if stages.teacher is None:
         with run.steps("load", run.num_done) as facts:
-            load_model(run, method, facts)
+            load_model(run, facts, by_element=method.by_element)
+            if run.resumes:
+                method.after_resuming(run.cluster)
     elif not run.resumes:
         with run.steps("teacher"):
             stages.teacher.load(run)
     answers = measure_dense(run, stages)
     if stages.teacher is not None:
         with run.steps("load", run.num_done) as facts:
-            load_model(run, method, facts)
+            load_model(run, facts, by_element=method.by_element)
+            if run.resumes:
+                method.after_resuming(run.cluster)
 
     for shot in range(run.num_done + 1, run.num_shots + 1):
         run.begin_shot(shot)

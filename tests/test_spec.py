@@ -9,9 +9,9 @@ import yaml
 from pydantic import ValidationError
 
 from ray_surgeon.pipeline import SCHEMA, main
+from ray_surgeon.pruning.methods import METHODS
 from ray_surgeon.spec.job import JobSpec
 from ray_surgeon.spec.parsing import parse_spec, validation_message
-from ray_surgeon.stages.prune.methods import METHODS
 
 ROOT = Path(__file__).parent.parent
 PIPELINES = sorted((ROOT / "pipelines").rglob("*.yaml"))

@@ -24,6 +24,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from ray_surgeon.data.texts import first_token
 from ray_surgeon.export.folder import local_folder
 from ray_surgeon.export.gguf_names import Names
 from ray_surgeon.models.attention import rope_kind, rope_of
@@ -35,7 +36,6 @@ from ray_surgeon.models.pruned_config import BlockWidths, Widths, in_llama_cpp
 from ray_surgeon.spec.sections import ModelSection
 from ray_surgeon.storage import files
 from ray_surgeon.storage.sources import open_model
-from ray_surgeon.storage.texts import first_token
 
 KINDS = {"f32": 1e-6, "f16": 1e-3, "bf16": 4e-3, "q8_0": 5e-3}
 KINDS |= {"q5_1": 0.04, "q5_0": 0.07, "q4_1": 0.07, "q4_0": 0.14}

@@ -1,7 +1,7 @@
 """Budgets: what a model of given widths needs, of which a user may allow so much.
 
 Additive ones are arithmetic on shapes. Seconds are in a table of measurements, see
-`ray_surgeon.stages.prune.seconds_table`.
+`ray_surgeon.pruning.seconds_table`.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from ray_surgeon.models.layout import LinearShape, ModelLayout
 from ray_surgeon.plan.counts import NOTHING, BlockCounts, Counted
 
 if TYPE_CHECKING:
-    from ray_surgeon.stages.stage import Stage
+    from ray_surgeon.run_state import Stage
 
 
 @dataclass(frozen=True)

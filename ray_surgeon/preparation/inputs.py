@@ -17,6 +17,9 @@ import yaml
 from numpy.typing import NDArray
 
 import ray_surgeon
+from ray_surgeon.checkpointing.run_directory import RunDirectory
+from ray_surgeon.data.default_text import default_mix
+from ray_surgeon.data.texts import load_tokenizer
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.models.llama_cpp import tokenizer_names
 from ray_surgeon.plan.device_resources import Device, Room
@@ -25,19 +28,16 @@ from ray_surgeon.plan.work import Shapes, Work
 from ray_surgeon.preparation import reading
 from ray_surgeon.preparation.reading import Texts
 from ray_surgeon.preparation.stages import Stages, stages_after_shots, stages_of
-from ray_surgeon.report.directory import RunDirectory
+from ray_surgeon.pruning.coupled_groups import Groups
+from ray_surgeon.pruning.method import Method
+from ray_surgeon.pruning.methods import method_for
+from ray_surgeon.recovery.teacher import LoadTeacher
 from ray_surgeon.report.record import check_folder
+from ray_surgeon.run_state import CalibrationText
 from ray_surgeon.runtime.placement import Placement, place
 from ray_surgeon.spec.groups import CHANNELS, CoupledSection
 from ray_surgeon.spec.job import JobSpec
 from ray_surgeon.spec.sections import KERNEL_COLUMNS, ModelSection, RaySection
-from ray_surgeon.stages.prune.groups import Groups
-from ray_surgeon.stages.prune.method import Method
-from ray_surgeon.stages.prune.methods import method_for
-from ray_surgeon.stages.recovery.teacher import LoadTeacher
-from ray_surgeon.stages.stage import CalibrationText
-from ray_surgeon.storage.default_text import default_mix
-from ray_surgeon.storage.texts import load_tokenizer
 
 
 @dataclass(frozen=True)

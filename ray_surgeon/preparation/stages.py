@@ -5,31 +5,31 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ray_surgeon.data.self_text import SelfText
+from ray_surgeon.data.written_text import Language
+from ray_surgeon.evaluation.answers import DenseAnswers, PrunedAnswers
+from ray_surgeon.evaluation.prompts import prompt_set_for
+from ray_surgeon.evaluation.texts import Evaluation, Tasks
+from ray_surgeon.export.exports import Export, LoadSize, Size
 from ray_surgeon.export.kinds import check_exports
+from ray_surgeon.export.quantise import Quantise
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.models.width_limits import WidthLimits
 from ray_surgeon.preparation.reading import Texts
+from ray_surgeon.pruning.calibration import Curvature
+from ray_surgeon.pruning.coupled_groups import Groups
+from ray_surgeon.pruning.depth import Depth, depth_of
+from ray_surgeon.pruning.method import Method
+from ray_surgeon.pruning.methods import Costs, Update
+from ray_surgeon.recovery.reconstruction_step import ReconstructionStage
+from ray_surgeon.recovery.recovery import Recovery, stream_of
+from ray_surgeon.recovery.teacher import LoadTeacher
+from ray_surgeon.run_state import Stage
+from ray_surgeon.shot_weights import Commit, Load
 from ray_surgeon.spec.evaluation import TasksSection
 from ray_surgeon.spec.groups import CoupledSection
 from ray_surgeon.spec.job import JobSpec
 from ray_surgeon.spec.sections import OutputSection
-from ray_surgeon.stages.answers.answers import DenseAnswers, PrunedAnswers
-from ray_surgeon.stages.answers.prompts import prompt_set_for
-from ray_surgeon.stages.curvature.stage import Curvature
-from ray_surgeon.stages.depth.stage import Depth, depth_of
-from ray_surgeon.stages.evaluation import Evaluation, Tasks
-from ray_surgeon.stages.exports import Export, LoadSize, Size
-from ray_surgeon.stages.prune.groups import Groups
-from ray_surgeon.stages.prune.method import Method
-from ray_surgeon.stages.prune.methods import Costs, Update
-from ray_surgeon.stages.quantise.stage import Quantise
-from ray_surgeon.stages.reconstruction.stage import ReconstructionStage
-from ray_surgeon.stages.recovery.stage import Recovery, stream_of
-from ray_surgeon.stages.recovery.teacher import LoadTeacher
-from ray_surgeon.stages.self_text.requests import Language
-from ray_surgeon.stages.self_text.stage import SelfText
-from ray_surgeon.stages.stage import Stage
-from ray_surgeon.stages.weights import Commit, Load
 
 ExportStep = LoadSize | Export | Quantise
 
@@ -109,7 +109,7 @@ def stages_of(
     recovery = _recovery(spec, method, texts)
     sees_calibration = recovery is not None and recovery.sees_calibration
     return Stages(
-        load=Load(method),
+        load=Load(by_element=method.by_element),
         teacher=texts.teacher,
         self_text=self_text,
         dense_answers=DenseAnswers(prompt_set) if prompt_set else None,

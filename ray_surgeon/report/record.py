@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import yaml
 
-from ray_surgeon.report.directory import Record, RunDirectory
+from ray_surgeon.checkpointing.run_directory import Record, RunDirectory
 from ray_surgeon.report.events import Steps
 from ray_surgeon.runtime.worker import LinearSummary
 from ray_surgeon.spec.base import refusing

@@ -19,9 +19,9 @@ from pydantic import ValidationError
 from safetensors import SafetensorError
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel, PreTrainedTokenizerBase
 
+from ray_surgeon.checkpointing.run_directory import RunDirectory
 from ray_surgeon.models.families import family_of
 from ray_surgeon.preparation.reading import as_input_error
-from ray_surgeon.report.directory import RunDirectory
 from ray_surgeon.spec.base import absolute, local_path, refusing
 from ray_surgeon.spec.calibration import CalibrationSection
 from ray_surgeon.spec.job import JobSpec

@@ -14,13 +14,13 @@ import torch
 from pydantic import ValidationError
 from rich.console import Console
 
+from ray_surgeon.checkpointing.run_directory import RunDirectory, TakenOverError
 from ray_surgeon.maths.threshold import OutOfReachError
 from ray_surgeon.models.checkpoint import BadWeightsError
 from ray_surgeon.plan.device_resources import DEVICES, Device, Room, named_device, resources_here
 from ray_surgeon.plan.plan import DoesNotFitError, plan_table
 from ray_surgeon.preparation.inputs import Inputs, check
 from ray_surgeon.preparation.reading import as_input_error
-from ray_surgeon.report.directory import RunDirectory, TakenOverError
 from ray_surgeon.report.display import Display, new_console, shots_table, summary_lines
 from ray_surgeon.report.html_report import LivePage
 from ray_surgeon.run.arguments import document_of, towards

@@ -9,10 +9,10 @@ from typing import Any
 
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from ray_surgeon.checkpointing.run_directory import RunDirectory
 from ray_surgeon.export.folder import local_folder
 from ray_surgeon.job import run_job
 from ray_surgeon.preparation.inputs import Inputs
-from ray_surgeon.report.directory import RunDirectory
 from ray_surgeon.report.display import Display
 from ray_surgeon.report.record import family_of, has_its_files, is_complete
 from ray_surgeon.report.trackers import Trackers

@@ -14,7 +14,7 @@ from ray_surgeon.spec.schedule import ScheduleSection
 
 
 class ReconstructionSection(Section):
-    """Reconstruction of feed-forward layers, see `ray_surgeon.stages.reconstruction.layers`."""
+    """Reconstruction of feed-forward layers, see `ray_surgeon.recovery.reconstruction`."""
 
     is_checked: ClassVar[bool] = True
 

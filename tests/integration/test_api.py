@@ -19,13 +19,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 import ray_surgeon
 from ray_surgeon import JobSpec, pipeline
+from ray_surgeon.checkpointing.run_directory import RunDirectory
+from ray_surgeon.curvature.collector import gather_curvature
 from ray_surgeon.job import run_job
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.models.shard import ModelShard
-from ray_surgeon.report.directory import RunDirectory
 from ray_surgeon.report.events import Moment
 from ray_surgeon.run import driver
-from ray_surgeon.stages.curvature.gather import gather_curvature
 from ray_surgeon.storage import files
 from tests.integration import runs
 from tests.integration.runs import LORA, ONE, Given, Jobs, assert_same_shot, loaded

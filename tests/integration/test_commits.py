@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
+from ray_surgeon.recovery.rates import trial_steps
+from ray_surgeon.recovery.training import Training
 from ray_surgeon.runtime.cluster import LocalCluster
-from ray_surgeon.stages.recovery.rates import trial_steps
-from ray_surgeon.stages.recovery.training import Training
 from tests.integration import runs
 from tests.integration.runs import ONE, Done, Jobs, assert_same_shot
 

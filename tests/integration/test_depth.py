@@ -13,11 +13,12 @@ from transformers import AutoModelForCausalLM
 
 from ray_surgeon.models.layers import layers_of
 from ray_surgeon.pipeline import cli
+from ray_surgeon.pruning import depth_passes as passes
+from ray_surgeon.pruning import layer_removal as removal
+from ray_surgeon.pruning.coupled_groups import Groups
+from ray_surgeon.pruning.depth import Depth
 from ray_surgeon.report.html_report import page
 from ray_surgeon.run.result import PruneResult
-from ray_surgeon.stages.depth import passes, removal
-from ray_surgeon.stages.depth.stage import Depth
-from ray_surgeon.stages.prune.groups import Groups
 from tests.conftest import CONFIGS, LAYOUTS, SPARSE_CONFIGS, VOCABULARY
 from tests.integration.runs import (
     LORA,

@@ -13,12 +13,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from ray_surgeon.models.layout import ModelLayout
-from ray_surgeon.report import display as tables
-from ray_surgeon.report.html_report import LivePage, excerpt, page, rendered
-from ray_surgeon.run.result import PruneResult
-from ray_surgeon.runtime.cluster import LocalCluster
-from ray_surgeon.stages.answers.answers import (
+from ray_surgeon.evaluation.answers import (
     Answers,
     Generation,
     answers_of,
@@ -27,7 +22,12 @@ from ray_surgeon.stages.answers.answers import (
     measure_answers,
     shot_record,
 )
-from ray_surgeon.stages.answers.prompts import check_prompts
+from ray_surgeon.evaluation.prompts import check_prompts
+from ray_surgeon.models.layout import ModelLayout
+from ray_surgeon.report import display as tables
+from ray_surgeon.report.html_report import LivePage, excerpt, page, rendered
+from ray_surgeon.run.result import PruneResult
+from ray_surgeon.runtime.cluster import LocalCluster
 from tests.conftest import VOCABULARY
 from tests.integration.runs import Jobs, loaded
 

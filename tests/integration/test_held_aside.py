@@ -18,24 +18,24 @@ from transformers import AutoTokenizer
 
 from ray_surgeon.maths.structured import A_CHOICES, G_CHOICES
 from ray_surgeon.preparation.inputs import Inputs, check
+from ray_surgeon.pruning.method import Method
+from ray_surgeon.recovery.batches import CalibrationBatches
+from ray_surgeon.recovery.rates import HARMLESS, RATES
+from ray_surgeon.recovery.training import Training
 from ray_surgeon.report.html_report import LivePage
+from ray_surgeon.run_state import HELD, CalibrationText, held_measure, held_places
 from ray_surgeon.runtime.cluster import LocalCluster
 from ray_surgeon.runtime.dense_states import CALIBRATION
 from ray_surgeon.runtime.passes import remember
 from ray_surgeon.runtime.pipelines import forward_and_backward
 from ray_surgeon.spec.parsing import parse_spec
 from ray_surgeon.spec.recovery import RecoverySection
-from ray_surgeon.stages.prune.method import Method
-from ray_surgeon.stages.recovery.batches import CalibrationBatches
-from ray_surgeon.stages.recovery.rates import HARMLESS, RATES
-from ray_surgeon.stages.recovery.training import Training
-from ray_surgeon.stages.stage import HELD, CalibrationText, held_measure, held_places
 from tests.integration import runs
 from tests.integration.runs import ONE, Jobs, assert_same_shot, changes_of, copied_model, loaded
 from tests.integration.test_conversations import TEMPLATE
 
 LORA = "recovery.rank=2; recovery.num_tokens=120; recovery.sequences_per_step=1"
-TRAINING = "ray_surgeon.stages.recovery.training"
+TRAINING = "ray_surgeon.recovery.training"
 
 
 def test_windows_held_aside_are_spread_over_all_texts() -> None:

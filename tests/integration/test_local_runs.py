@@ -13,16 +13,16 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from ray_surgeon.report.directory import RunDirectory
-from ray_surgeon.report.display import main as compare
-from ray_surgeon.runtime.passes import Measured, remember
-from ray_surgeon.stages import evaluation
-from ray_surgeon.stages.curvature.gather import (
+from ray_surgeon.checkpointing.run_directory import RunDirectory
+from ray_surgeon.curvature.collector import (
     NOTHING_BESIDE,
     WantedFactors,
     finish_curvature,
     gather_curvature,
 )
+from ray_surgeon.evaluation import texts as evaluation
+from ray_surgeon.report.display import main as compare
+from ray_surgeon.runtime.passes import Measured, remember
 from tests.conftest import CONFIGS
 from tests.integration import runs
 from tests.integration.runs import Jobs, assert_same_shot, loaded, overflowing_model, windows
@@ -204,7 +204,7 @@ def test_leftovers_of_a_killed_process_go(job: Jobs, monkeypatch: pytest.MonkeyP
 
 def test_a_resumed_run_keeps_its_tasks(job: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
     """Those it began with: the dense model's scores are from then."""
-    monkeypatch.setattr("ray_surgeon.stages.evaluation.check_tasks", lambda options: None)
+    monkeypatch.setattr("ray_surgeon.evaluation.texts.check_tasks", lambda options: None)
     text = windows(job.folder / "text.txt", name="docs")
     options = runs.MASKED | runs.ONE | {"evaluation": {"texts": [text]}}
     done = job(options)

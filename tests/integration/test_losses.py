@@ -27,7 +27,8 @@ from ray.cluster_utils import Cluster
 from ray.core.generated import autoscaler_pb2
 from ray.exceptions import RayTaskError
 
-from ray_surgeon.report.directory import TakenOverError
+from ray_surgeon.checkpointing.run_directory import TakenOverError
+from ray_surgeon.evaluation.texts import CollapseError
 from ray_surgeon.run.driver import connect, unwrapped
 from ray_surgeon.runtime import ray_cluster
 from ray_surgeon.runtime.cluster import NoRoomError, WorkerFailureError
@@ -36,7 +37,6 @@ from ray_surgeon.runtime.placement import WorkerIndex, place
 from ray_surgeon.runtime.ray_cluster import RayCluster
 from ray_surgeon.runtime.worker import Worker
 from ray_surgeon.spec.sections import RaySection
-from ray_surgeon.stages.evaluation import CollapseError
 from tests.conftest import LAYOUTS
 from tests.integration.runs import LORA, ONE, Done, Jobs, assert_same_shot, wait_for
 

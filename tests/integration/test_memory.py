@@ -22,6 +22,7 @@ import pytest
 import torch
 
 from ray_surgeon import job as job_page
+from ray_surgeon.evaluation import texts as evaluation
 from ray_surgeon.maths import products
 from ray_surgeon.maths.products import product
 from ray_surgeon.memory import weights
@@ -29,13 +30,12 @@ from ray_surgeon.memory.stores import NO_SCRATCH, Scratch
 from ray_surgeon.memory.weights import ReadAhead
 from ray_surgeon.plan.device_resources import Resources, Room
 from ray_surgeon.plan.plan import DoesNotFitError
+from ray_surgeon.pruning.rows_columns import RowsColumns
+from ray_surgeon.run_state import RunState
 from ray_surgeon.runtime import fresh_process, usage
 from ray_surgeon.runtime.cluster import WorkerFailureError
 from ray_surgeon.runtime.placement import WorkerIndex
 from ray_surgeon.runtime.worker import Worker
-from ray_surgeon.stages import evaluation
-from ray_surgeon.stages.prune.rows_columns import RowsColumns
-from ray_surgeon.stages.stage import RunState
 from tests.conftest import Zygote
 from tests.integration import runs
 from tests.integration.runs import Done, Jobs, assert_same_shot

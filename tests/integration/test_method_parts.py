@@ -12,15 +12,15 @@ from transformers import AutoModelForCausalLM
 
 from ray_surgeon.maths.threshold import StructureCosts
 from ray_surgeon.models.low_rank import LowRankCorrections
+from ray_surgeon.pruning.calibration import calibrate
+from ray_surgeon.pruning.method import Scores
+from ray_surgeon.pruning.rows_columns import RowsColumns
+from ray_surgeon.recovery.batches import CalibrationBatches
+from ray_surgeon.recovery.training import Training
+from ray_surgeon.run_state import CalibrationText
 from ray_surgeon.spec.curvature import KfacSection
 from ray_surgeon.spec.pruning import RowsColumnsSection
 from ray_surgeon.spec.recovery import RecoverySection
-from ray_surgeon.stages.curvature.stage import calibrate
-from ray_surgeon.stages.prune.method import Scores
-from ray_surgeon.stages.prune.rows_columns import RowsColumns
-from ray_surgeon.stages.recovery.batches import CalibrationBatches
-from ray_surgeon.stages.recovery.training import Training
-from ray_surgeon.stages.stage import CalibrationText
 from tests.integration.runs import Jobs, loaded
 
 

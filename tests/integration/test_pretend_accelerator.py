@@ -21,10 +21,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from ray_surgeon.api import curvature
+from ray_surgeon.checkpointing.run_directory import RunDirectory
 from ray_surgeon.job import run_job
 from ray_surgeon.maths.reconstruction import FeedForward, reconstruct
 from ray_surgeon.preparation.inputs import check
-from ray_surgeon.report.directory import RunDirectory
 from ray_surgeon.report.html_report import LivePage
 from ray_surgeon.runtime import fresh_process
 from ray_surgeon.runtime.cluster import LocalCluster

@@ -11,14 +11,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from ray_surgeon.curvature.collector import drawn
 from ray_surgeon.maths.masks import StructuredMask
 from ray_surgeon.maths.reconstruction import outputs_of, reconstruct
 from ray_surgeon.memory.stores import Stores
 from ray_surgeon.models.layout import FEED_FORWARD_OF_ALL
-from ray_surgeon.stages.curvature.gather import drawn
-from ray_surgeon.stages.curvature.stage import calibrate
-from ray_surgeon.stages.prune.groups import Groups
-from ray_surgeon.stages.reconstruction.layers import RATES, Reconstruction, _layer
+from ray_surgeon.pruning.calibration import calibrate
+from ray_surgeon.pruning.coupled_groups import Groups
+from ray_surgeon.recovery.reconstruction import RATES, Reconstruction, _layer
 from tests.conftest import CONFIGS, LAYOUTS, SPARSE_CONFIGS, tiny_model
 from tests.integration import runs
 from tests.integration.runs import Jobs, difference, loaded, windows
@@ -107,7 +107,7 @@ def test_only_the_weights_left_are_fitted(job: Jobs, monkeypatch: pytest.MonkeyP
         asked.append(options | {"seed": generator.initial_seed()})
         return reconstruct(layer, *given, generator=generator, **options)
 
-    monkeypatch.setattr("ray_surgeon.stages.reconstruction.layers.reconstruct", noting)
+    monkeypatch.setattr("ray_surgeon.recovery.reconstruction.reconstruct", noting)
     seen = windows(job.folder / "plain/text.txt", 6, stride=64, name="seen", split="train")
     options = runs.ONE | {"evaluation": [seen]}
     section = FIT["pruning__reconstruction"]
@@ -219,7 +219,7 @@ def test_the_best_learning_rate_is_taken(job: Jobs, monkeypatch: pytest.MonkeyPa
         return outputs_of(layer, inputs)
 
     monkeypatch.setattr(Reconstruction, "tried", noting)
-    monkeypatch.setattr("ray_surgeon.stages.reconstruction.layers.outputs_of", counting)
+    monkeypatch.setattr("ray_surgeon.recovery.reconstruction.outputs_of", counting)
     section = {"tokens_per_step": 16, "num_epochs": 4}
     options = FIT | runs.ONE | {"pruning__reconstruction": section, "calibration__held_aside": 0.3}
     one = job(options, folder="one")

@@ -11,6 +11,10 @@ import pytest
 from transformers import AutoTokenizer
 
 from ray_surgeon.memory.stores import NO_SCRATCH, Place, Stores
+from ray_surgeon.recovery.batches import StreamBatches
+from ray_surgeon.recovery.recovery import share_of_peak, stream_of
+from ray_surgeon.recovery.training import Training
+from ray_surgeon.run_state import HELD, CalibrationText, held_aside
 from ray_surgeon.runtime.cluster import LocalCluster
 from ray_surgeon.runtime.passes import remember
 from ray_surgeon.runtime.teacher import drop_teacher, load_teacher
@@ -20,10 +24,6 @@ from ray_surgeon.spec.recovery import RecoverySection
 from ray_surgeon.spec.schedule import NO_PRUNING
 from ray_surgeon.spec.sections import ModelSection
 from ray_surgeon.spec.texts import StreamedSection
-from ray_surgeon.stages.recovery.batches import StreamBatches
-from ray_surgeon.stages.recovery.stage import share_of_peak, stream_of
-from ray_surgeon.stages.recovery.training import Training
-from ray_surgeon.stages.stage import HELD, CalibrationText, held_aside
 from tests.integration import runs
 from tests.integration.runs import Jobs, loaded
 
@@ -119,7 +119,7 @@ def test_a_text_that_ends_ends_the_training(
     path.write_text(path.read_text(encoding="utf-8")[:2500], encoding="utf-8")
     with pytest.raises(ValueError, match=r"recovery\.texts\.0.*ended|needs?"):
         trained(llama, text, 0.8)
-    monkeypatch.setattr("ray_surgeon.storage.streams._is_here", lambda _: False)
+    monkeypatch.setattr("ray_surgeon.data.streams._is_here", lambda _: False)
     training, cluster, held = trained(llama, text, 0.8)
     assert training.ended is not None
     assert "recovery.texts.0" in training.ended

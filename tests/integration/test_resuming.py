@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from ray_surgeon.report.directory import RunDirectory
-from ray_surgeon.stages.prune.rows_columns import RowsColumns
+from ray_surgeon.checkpointing.run_directory import RunDirectory
+from ray_surgeon.pruning.rows_columns import RowsColumns
 from tests.integration.runs import MASKED, ONE, Jobs
 
 EXPORTED = MASKED | ONE
@@ -44,7 +44,7 @@ def test_a_run_that_has_ended_is_not_done_again_unless_its_end_is_damaged(job: J
 def test_no_exports_in_the_report_meanwhile(job: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
     """While they are written again."""
     done = job(EXPORTED)
-    monkeypatch.setattr("ray_surgeon.stages.exports.export", lambda *_, **__: sys.exit("killed"))
+    monkeypatch.setattr("ray_surgeon.export.exports.export", lambda *_, **__: sys.exit("killed"))
     with pytest.raises(SystemExit):
         job(EXPORTED, "--resume", cluster__num_shards=2)
     assert done.report["exports"] == []

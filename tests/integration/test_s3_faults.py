@@ -25,7 +25,7 @@ import torch
 from botocore.exceptions import ClientError
 from s3fs import S3FileSystem
 
-from ray_surgeon.report.directory import RunDirectory, TakenOverError
+from ray_surgeon.checkpointing.run_directory import RunDirectory, TakenOverError
 from ray_surgeon.storage import files, retrying, tensor_files
 from tests.integration.runs import MASKED, Done, Jobs, assert_same_shot, tensors_in
 

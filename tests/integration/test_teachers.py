@@ -13,9 +13,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import ray_surgeon
+from ray_surgeon.checkpointing.run_directory import RunDirectory
 from ray_surgeon.pipeline import cli, main
 from ray_surgeon.preparation.inputs import check
-from ray_surgeon.report.directory import RunDirectory
 from ray_surgeon.storage import tensor_files
 from tests.integration import runs
 from tests.integration.runs import Done, Jobs

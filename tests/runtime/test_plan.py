@@ -25,10 +25,10 @@ from ray_surgeon.plan.work import Shapes, Work
 from ray_surgeon.preparation.inputs import work_of
 from ray_surgeon.preparation.reading import unread_texts
 from ray_surgeon.preparation.stages import stages_after_shots, stages_of
+from ray_surgeon.pruning.methods import method_for
 from ray_surgeon.runtime.collectives import MESSAGE_BYTES
 from ray_surgeon.runtime.placement import place
 from ray_surgeon.spec.job import JobSpec
-from ray_surgeon.stages.prune.methods import method_for
 from tests.conftest import LAYOUTS
 
 GB = 1e9

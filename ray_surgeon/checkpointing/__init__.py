@@ -1,0 +1,1 @@
+"""The run directory: committed shots, and what a run goes on from."""

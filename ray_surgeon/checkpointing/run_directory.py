@@ -1,0 +1,281 @@
+"""The run directory: what identifies a run, its committed shots, its events and its report.
+
+A shot exists if its manifest does; the manifest is written after every file it names. So is that of
+a shot's part, for a run that goes on in the middle of a long stage.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import time
+import uuid
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ray_surgeon.checkpointing.committed import (
+    CommittedPart,
+    CommittedShot,
+    check_files,
+    entry,
+    files_of,
+)
+from ray_surgeon.runtime.weights import SavedFile
+from ray_surgeon.spec.base import refusing
+from ray_surgeon.storage import files as store
+
+_EVENTS_EVERY_S = 20.0
+"""How often a store that cannot append gets all events again, besides the end of every shot."""
+_BEFORE_A_RUN = (".writable", "attempt", "spec.yaml", "source")
+"""All there is of a run that was killed before its first record.
+
+`source` is a model that was in memory.
+"""
+_DAMAGED = (ValueError, KeyError, TypeError)
+"""What reading a damaged manifest raises."""
+_REPEAT = "remove {folder} to repeat this shot from its beginning"
+
+
+Record = Mapping[str, Any]
+"""What becomes JSON: a report, an entry of one, fingerprints."""
+
+
+class TakenOverError(RuntimeError):
+    """Another try of the run has begun in its folder."""
+
+
+@dataclass
+class Attempt:
+    """A try of a run; one that goes on after a loss is the same."""
+
+    name: str = field(default_factory=lambda: uuid.uuid4().hex)
+    has_begun: bool = False  # and has taken the folder
+
+
+class RunDirectory:
+    """A folder on any fsspec URI that belongs to one run."""
+
+    def __init__(self, uri: str, attempt: Attempt | None = None) -> None:
+        """Name the folder, and the try of the run that will write there.
+
+        Nothing is read or written yet.
+        """
+        self.uri = uri
+        self._events: list[str] = []
+        self._events_written_s = -math.inf
+        self._num_dropped = 0  # shots whose tensors are gone
+        self._attempt = attempt or Attempt()
+
+    def path(self, *parts: str) -> str:
+        """Return the URI of something in the folder."""
+        return store.join(self.uri, *parts)
+
+    @property
+    def dense_states(self) -> str:
+        """The URI of what later shots are compared with, which is there once a shot is."""
+        return self.path("dense.safetensors")
+
+    def is_new(self) -> bool:
+        """Whether no run has begun here.
+
+        Raises:
+            ValueError: the folder holds something else.
+        """
+        if all(name in _BEFORE_A_RUN for name in store.list_names(self.uri)):
+            return True
+        if not store.exists(self.path("run.json")):
+            raise ValueError(
+                f"output.uri: {self.uri} is not empty and holds no run of this program; choose "
+                "another folder"
+            )
+        return False
+
+    def report(self) -> dict[str, Any]:
+        """Return what the run has written at its end.
+
+        Raises:
+            FileNotFoundError: it has not ended.
+            ValueError: the file is damaged.
+        """
+        return dict(store.read_json(self.path("report.json")))
+
+    def check_writable(self) -> None:
+        """Write and remove a small file.
+
+        Raises:
+            OSError: the folder cannot be written to.
+        """
+        store.write_text(self.path(".writable"), "")
+        store.remove_files(self.uri, [".writable"])
+
+    def start(self, spec_yaml: str, fingerprints: Record) -> None:
+        """Take the folder for this try, and remove what a killed process left half written.
+
+        The run may be new, or go on.
+
+        The last try that starts owns the folder.
+
+        Raises:
+            TakenOverError: this try has started before, and another one since.
+        """
+        if self._attempt.has_begun:
+            self.check_attempt()
+        else:
+            store.write_text(self.path("attempt"), self._attempt.name)
+            self._attempt.has_begun = True
+        store.remove_files(self.uri, [])
+        if not store.exists(self.path("run.json")):
+            store.write_text(self.path("spec.yaml"), spec_yaml)
+            store.write_json(self.path("run.json"), {"fingerprints": dict(fingerprints)})
+        elif store.exists(self.path("events.jsonl")):
+            whole, newline, torn = store.read_text(self.path("events.jsonl")).rpartition("\n")
+            self._events = whole.splitlines()
+            if torn:  # by a full disk or a killed process
+                store.write_text(self.path("events.jsonl"), whole + newline)
+
+    def check_attempt(self) -> None:
+        """End this try if another one has started since, as by a second job with this spec.
+
+        Raises:
+            TakenOverError: it has.
+        """
+        if not self._attempt.has_begun:
+            return
+        with contextlib.suppress(FileNotFoundError):
+            if store.read_text(self.path("attempt")) != self._attempt.name:
+                raise TakenOverError(
+                    f"another try of this run has begun in {self.uri}, so this one ends; committed "
+                    "shots are kept"
+                )
+
+    def retries(self) -> list[dict[str, Any]]:
+        """Return the facts of every loss after which the run went on."""
+        events = map(json.loads, self._events)
+        return [event["facts"] for event in events if event["step"] == "retry"]
+
+    def add_event(self, event: Record) -> None:
+        """Append to events.jsonl, with the time.
+
+        Object stores cannot append, so there the whole file is written again, now and then.
+
+        A store that fails meanwhile does not end the run for that: the lines are there the next
+        time, at the latest with the report.
+        """
+        self._events.append(json.dumps({**event, "time": time.time()}))
+        if store.is_local(self.uri):
+            self.check_attempt()
+            store.append_line(self.path("events.jsonl"), self._events[-1])
+            return
+        with contextlib.suppress(OSError):
+            self.check_attempt()
+            if time.monotonic() - self._events_written_s > _EVENTS_EVERY_S:
+                self.write_events()
+
+    def write_events(self) -> None:
+        """Write events.jsonl on an object store."""
+        if not store.is_local(self.uri):
+            lines = "".join(f"{line}\n" for line in self._events)
+            store.write_text(self.path("events.jsonl"), lines)
+            self._events_written_s = time.monotonic()
+
+    def shot_folder(self, index: int) -> str:
+        """Return the URI of a shot's folder, e.g. ``shots/0003``."""
+        return self.path("shots", f"{index:04d}")
+
+    def commit_shot(self, index: int, files: Sequence[SavedFile], record: Record) -> None:
+        """Make a shot exist: write its manifest. Raises as `check_attempt` does."""
+        self.check_attempt()
+        manifest = {"index": index, "files": list(map(entry, files)), "record": dict(record)}
+        store.write_json(store.join(self.shot_folder(index), "manifest.json"), manifest)
+
+    def part_folder(self, index: int) -> str:
+        """Return the URI of the folder of a shot's part."""
+        return self.path("shots", f"{index:04d}", "part")
+
+    def commit_part(self, index: int, part: CommittedPart) -> None:
+        """Make a part of a shot exist in place of an earlier one. Raises as `check_attempt` does.
+
+        Files that it does not name are removed from its folder.
+        """
+        self.check_attempt()
+        folder = self.part_folder(index)
+        files, of_stage = (list(map(entry, kind)) for kind in (part.files, part.of_stage))
+        manifest = {"files": files, "of_stage": of_stage, "record": part.record}
+        store.write_json(store.join(folder, "manifest.json"), manifest)
+        names = {"manifest.json", *(about["name"] for about in files + of_stage)}
+        store.remove_files(folder, [n for n in store.list_names(folder) if n not in names])
+
+    def read_part(self, index: int) -> CommittedPart | None:
+        """Return the committed part of a shot, if there is one.
+
+        Raises:
+            ValueError: its manifest is damaged.
+        """
+        folder = self.part_folder(index)
+        uri = store.join(folder, "manifest.json")
+        if not store.exists(uri):
+            return None
+        with refusing(f"{uri} is damaged", _REPEAT.format(folder=folder), _DAMAGED):
+            manifest = store.read_json(uri)
+            files, of_stage = (files_of(folder, manifest[kind]) for kind in ("files", "of_stage"))
+            return CommittedPart(files, of_stage, manifest["record"])
+
+    def remove_part(self, index: int) -> None:
+        """Remove the part of a shot that is committed. Raises as `check_attempt` does."""
+        self.check_attempt()
+        store.remove_folder(self.part_folder(index))
+
+    def drop_tensors(self, last: int, kept: Collection[int] = ()) -> None:
+        """Remove the weights and masks of all shots up to one but some; their manifests stay.
+
+        No run will resume from these.
+
+        Raises as `check_attempt` does, because another try may resume from them.
+        """
+        self.check_attempt()
+        while self._num_dropped < last:
+            self._num_dropped += 1
+            if self._num_dropped not in kept:
+                store.remove_files(self.shot_folder(self._num_dropped), ["*.safetensors"])
+
+    def committed_indices(self) -> list[int]:
+        """Return 1, 2, ... up to the last shot before which every shot is committed."""
+        index = 0
+        while store.exists(store.join(self.shot_folder(index + 1), "manifest.json")):
+            index += 1
+        return list(range(1, index + 1))
+
+    def read_shot(self, index: int) -> CommittedShot:
+        """Return a committed shot.
+
+        Its files may have been removed if it is not the last one; see `check_tensors`.
+        """
+        folder = self.shot_folder(index)
+        manifest = store.read_json(store.join(folder, "manifest.json"))
+        return CommittedShot(files_of(folder, manifest["files"]), manifest["record"])
+
+    def check_tensors(self) -> bool:
+        """Refuse to resume from a commit of which a file is missing or cut short.
+
+        Returns:
+            Whether there is a commit, of a shot or of a part.
+
+        Raises:
+            ValueError: names the first file that is missing or has another size.
+        """
+        last = len(self.committed_indices())
+        part = self.read_part(last + 1)
+        if part is not None:
+            remedy = _REPEAT.format(folder=self.part_folder(last + 1))
+            check_files(part.files + part.of_stage, remedy)
+        elif last:
+            remedy = f"remove {self.shot_folder(last)} to repeat this shot from the one before"
+            check_files(self.read_shot(last).files, f"{remedy}, if that still has its tensors")
+        return part is not None or last > 0
+
+    def write_report(self, report: Record) -> None:
+        """Write report.json, and the events so far."""
+        self.write_events()
+        store.write_json(self.path("report.json"), report)

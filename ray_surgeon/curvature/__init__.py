@@ -1,0 +1,1 @@
+"""The pass over the calibration text that collects A and G."""

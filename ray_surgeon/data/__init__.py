@@ -1,0 +1,1 @@
+"""Texts: where they come from, their windows, and those that the model writes."""

@@ -1,0 +1,1 @@
+"""Methods of pruning: what they score, choose, remove and update."""

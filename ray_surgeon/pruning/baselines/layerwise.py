@@ -1,0 +1,101 @@
+"""SparseGPT and Wanda, as baselines: block after block to the same sparsity.
+
+Inputs are those that the pruned blocks before give. A method that prunes nothing is here, too.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ray_surgeon.maths.columns import sparsegpt, upper_inverse, wanda
+from ray_surgeon.maths.factorised import RaisedDamping
+from ray_surgeon.maths.masks import ElementMask
+from ray_surgeon.models.layout import LinearShape
+from ray_surgeon.plan.work import LinearNeeds
+from ray_surgeon.pruning.method import Applied, Choice, Method
+from ray_surgeon.runtime.cluster import Cluster
+from ray_surgeon.runtime.passes import BlockPass
+from ray_surgeon.runtime.wave import Tokens
+from ray_surgeon.runtime.worker import LinearSummary, Worker, summaries
+from ray_surgeon.spec.pruning import SparseGPTSection, WandaSection
+from ray_surgeon.spec.schedule import NO_PRUNING, ScheduleSection
+
+
+@dataclass(frozen=True)
+class Layerwise(Method, BlockPass):
+    """SparseGPT or Wanda."""
+
+    by_element: ClassVar[bool] = True
+    section: SparseGPTSection | WandaSection
+    sparsity: float = 0.0  # of every linear after the present shot
+
+    def needs(self, shape: LinearShape) -> LinearNeeds:
+        """A's Cholesky factor and the inverse of that."""
+        R = shape.num_rows
+        C = shape.num_columns
+        flops = 2 / 3 * C**3 + 2 * R * C**2
+        return LinearNeeds(update_bytes=4 * (4 * C**2 + 4 * R * C), update_flops=flops)
+
+    # On the coordinator
+
+    def apply(self, cluster: Cluster, tokens: Tokens, choice: Choice, shot: int) -> Applied:
+        """Prune shard after shard, block after block, while the calibration sequences pass once.
+
+        The report gets what was damped more than asked.
+        """
+        replace(self, sparsity=self.section.targets[shot - 1]).pass_all(cluster, tokens)
+        done = cluster.run_all(_done)
+        raised = [asdict(event) for _, of_worker in done for event in of_worker]
+        return [linear for linears, _ in done for linear in linears], {"damping_used": raised}
+
+    # On a worker
+
+    def change(self, worker: Worker, name: str, A: Tensor) -> None:
+        """Prune a linear; see `BlockPass`."""
+        section = self.section
+        W = worker.shard.weight(name)
+        shape = worker.layout.shapes[name]
+        num_inputs = shape.num_columns - shape.has_bias
+        fraction = self.sparsity * W.numel() / (len(W) * num_inputs)
+        options = fraction, section.units.n, section.units.m
+        before = worker.mask(name, ElementMask).kept[:, :num_inputs].to(W.device)
+        weights = W[:, :num_inputs]
+        A = A[:num_inputs, :num_inputs]
+        if isinstance(section, SparseGPTSection):
+            U, raised = upper_inverse(A, section.damping, section.max_damping, name)
+            worker.state.raised_damping.extend(raised)
+            live = weights.masked_fill(A.diagonal() == 0, 0.0)
+            W[:, :num_inputs], kept = sparsegpt(live, U, *options, before=before)
+        else:
+            kept = wanda(weights, A.diagonal(), *options, before=before)
+            W[:, :num_inputs] = weights * kept
+        whole = torch.ones_like(W, dtype=torch.bool)
+        whole[:, :num_inputs] = kept
+        worker.masks[name] = ElementMask(whole.cpu())
+        worker.shard.set_weight(name, W)
+
+
+@dataclass(frozen=True)
+class NoPruning(Method):
+    """The method of a job that leaves its model to recovery and exports."""
+
+    section: ScheduleSection = NO_PRUNING
+    curvature: None = None
+
+    def needs(self, shape: LinearShape) -> None:
+        """Return None."""
+
+    def apply(self, cluster: Cluster, tokens: Tokens, choice: Choice, shot: int) -> Applied:
+        """Say what there is."""
+        return [linear for linears in cluster.run_all(summaries) for linear in linears], {}
+
+
+def _done(worker: Worker) -> tuple[list[LinearSummary], list[RaisedDamping]]:
+    """Return what is left of the owned linears, and which damping they needed."""
+    raised = worker.state.raised_damping
+    worker.state.raised_damping = []
+    return list(summaries(worker)), raised

@@ -1,0 +1,139 @@
+"""Passes of text that say what the removal of layers does; see `removal` for the workers' part."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from ray_surgeon.models.layers import Layer
+from ray_surgeon.models.layout import ModelLayout
+from ray_surgeon.pruning import layer_removal as removal
+from ray_surgeon.run_state import CalibrationText
+from ray_surgeon.runtime import wave
+from ray_surgeon.runtime.cluster import Cluster, Future, at_hand, value_of
+from ray_surgeon.runtime.passes import num_counted
+from ray_surgeon.runtime.placement import WorkerIndex
+from ray_surgeon.runtime.wave import Tokens
+
+EVERY = 3
+"""Of the tokens held aside one in so many is compared: the head costs as much as several blocks."""
+
+
+def sums_without_each(
+    cluster: Cluster, text: CalibrationText, layers: Sequence[Layer]
+) -> torch.Tensor:
+    """Measure the model on the windows held aside with all layers, and without each.
+
+    Every sequence passes once: from a layer on, the states without it go along.
+
+    Args:
+        cluster: with the dense model's states of the windows held aside.
+        text: of the calibration.
+        layers: that are turned off, in the order of the model.
+
+    Returns:
+        [1 + num_layers, 2] float64: divergence from the dense model, and loss, in nats a token.
+    """
+    counts = np.zeros(text.held.shape, dtype=bool)
+    counts[:, 1::EVERY] = True
+    if text.held_counts is not None:
+        counts &= text.held_counts
+    last = cluster.placement.num_shards - 1
+    layers = [replace(layer, linears=()) for layer in layers]  # names, of which mixtures have many
+
+    def at_end(replica: int, number: int, inputs: Any) -> Future[Any]:
+        window = text.held[number : number + 1]
+        about = (number, window, torch.from_numpy(counts[number : number + 1]), layers)
+        at = WorkerIndex(last, replica)
+        return cluster.submit(at, removal.losses_without_each, inputs, *about)
+
+    def passing(at: WorkerIndex, number: int, inputs: Any) -> Future[Any]:
+        return cluster.submit(at, removal.pass_without_each, inputs, layers)
+
+    losses = _through(cluster, text.held, last, passing, at_end)
+    total = torch.tensor(losses, dtype=torch.float64).sum(dim=0)
+    return total / max(1, num_counted(text.held, counts))
+
+
+def influences_of(cluster: Cluster, tokens: Tokens) -> dict[int, float]:
+    """Return block -> mean over tokens of what `models.layers.influences` returns."""
+
+    def passing(at: WorkerIndex, number: int, inputs: Any) -> Future[Any]:
+        return cluster.submit(at, removal.pass_with_influences, inputs)
+
+    def at_end(replica: int, number: int, inputs: Any) -> Future[Any]:
+        return passing(WorkerIndex(cluster.placement.num_shards - 1, replica), number, inputs)
+
+    _through(cluster, tokens, cluster.placement.num_shards - 1, passing, at_end)
+    total: dict[int, float] = {}
+    for of_worker in cluster.run_all(removal.take_influences):
+        for block, value in of_worker.items():
+            total[block] = total.get(block, 0.0) + value
+    return {block: value / tokens.size for block, value in total.items()}
+
+
+def sum_additions(
+    cluster: Cluster, layout: ModelLayout, tokens: Tokens, layer: Layer, linear: str
+) -> None:
+    """Let the workers with a linear sum what a later layer adds to the stream.
+
+    Args:
+        cluster: with the layer in place.
+        layout: of the model.
+        tokens: [num_sequences, sequence_length] of the calibration.
+        layer: that is about to go.
+        linear: the last that adds to the stream before it.
+    """
+    block = layout.shapes[linear].block
+    shards = list(enumerate(cluster.placement.blocks))
+    at_linear = next(shard for shard, blocks in shards if block in blocks)
+    at_layer = next(shard for shard, blocks in shards if layer.block in blocks)
+    cluster.run_all(removal.begin_fitting, linear)
+
+    def passing(at: WorkerIndex, number: int, inputs: Any) -> Future[Any]:
+        if at.shard == at_linear:
+            return cluster.submit(at, removal.pass_and_note, number, inputs, linear)
+        return cluster.submit(at, wave.infer, number, inputs, False)
+
+    def at_end(replica: int, number: int, inputs: Any) -> Future[Any]:
+        at = WorkerIndex(at_linear, replica)
+        if at_layer == at_linear:
+            return cluster.submit(at, removal.note_and_sum_up, number, inputs, layer, linear)
+        addition = cluster.submit(WorkerIndex(at_layer, replica), removal.added, inputs, layer)
+        return cluster.submit(at, removal.sum_up, number, value_of(addition))
+
+    _through(cluster, tokens, at_layer, passing, at_end)
+
+
+def _through(cluster: Cluster, tokens: Tokens, last: int, passing: Any, at_end: Any) -> list[Any]:
+    """Let sequences pass the shards before one, and return what comes of each there.
+
+    Replicas take sequences in turns. As many as there are shards, and one more, are on their way.
+
+    Args:
+        cluster: with loaded workers.
+        tokens: [num_sequences, sequence_length].
+        last: number of the shard.
+        passing: (worker, number of a sequence, its inputs) -> its outputs, of the shards before.
+        at_end: (replica, number of a sequence, its inputs) -> what comes of it.
+    """
+    num_replicas = cluster.placement.num_replicas
+    ahead = num_replicas * (cluster.placement.num_shards + 1)
+    futures = list[Future[Any]]()
+    cluster.progress.begin(len(tokens), "sequences", tokens.shape[1])
+    for number, window in enumerate(tokens):
+        if number >= ahead:
+            cluster.get([futures[number - ahead]])
+            cluster.progress.reach(number - ahead + 1)
+        replica = number % num_replicas
+        moving: Future[Any] = at_hand(window[None])
+        for shard in range(last):
+            moving = passing(WorkerIndex(shard, replica), number, value_of(moving))
+        futures.append(at_end(replica, number, value_of(moving)))
+    results = cluster.get(futures)
+    cluster.progress.reach(len(tokens))
+    return results

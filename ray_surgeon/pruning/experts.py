@@ -1,0 +1,98 @@
+"""Whole experts on a worker: their costs, and routers that go around removed ones."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping
+from itertools import chain
+from typing import ClassVar
+
+import torch
+
+from ray_surgeon.curvature.collector import SumsBeside
+from ray_surgeon.maths.experts import frequency_costs, random_costs, reap_costs, rerouting_costs
+from ray_surgeon.maths.masks import StructuredMask
+from ray_surgeon.maths.threshold import check_costs
+from ray_surgeon.models.layout import ModelLayout
+from ray_surgeon.runtime.worker import Worker
+from ray_surgeon.spec.groups import ExpertCosts
+
+
+class ExpertSumsBeside(SumsBeside):
+    """Sums over the tokens of each expert; see `ray_surgeon.maths.experts.ExpertSums`."""
+
+    options: ClassVar[Mapping[str, bool]] = {"experts": True}
+
+    def num_changes(self, layout: ModelLayout) -> int:
+        """Return how many experts a token goes to, each of which may be removed."""
+        return layout.num_active_experts
+
+    def weigh(self, worker: Worker, factor: float) -> None:
+        """Multiply the changes of the loss that removals would make."""
+        for sums in worker.shard.expert_sums.values():
+            for name in ("gains", "squares"):
+                sums.of(name).mul_(factor)
+
+    def reduce(self, worker: Worker) -> None:
+        """Sum over the replicas to the owners of the experts' first linears."""
+        shard = worker.shard
+        for experts, sums in zip(shard.expert_sets, shard.expert_sums.values(), strict=True):
+            worker.replicas.reduce(sums.total, worker.owner(experts.linears[0][0]))
+
+
+def whole_expert_costs(
+    worker: Worker, kind: ExpertCosts, shot: int, *, first_order: bool
+) -> dict[str, float]:
+    """Return consumer of an expert -> cost of the expert's removal, of the owned ones.
+
+    Args:
+        worker: after a pass that gathered sums of experts.
+        kind: of the costs.
+        shot: its number.
+        first_order: see `rerouting_costs`.
+
+    Raises:
+        FloatingPointError: a cost is not usable; names the experts.
+    """
+    by_expert = dict[str, float]()
+    shard = worker.shard
+    of_layers = shard.expert_sets, shard.mixtures.values(), shard.expert_sums.values()
+    for experts, mixture, sums in zip(*of_layers, strict=True):
+        consumers = [linears[-1] for linears in experts.linears]
+        if not worker.owns(consumers[0]):
+            continue
+        if kind == "rerouting":
+            costs = rerouting_costs(sums, mixture.num_chosen, first_order=first_order)
+        elif kind == "reap":
+            costs = reap_costs(sums)
+        elif kind == "frequency":
+            costs = frequency_costs(sums, mixture.num_chosen)
+        else:
+            costs = random_costs(len(consumers), 1_000 * experts.block + shot)
+        check_costs(experts.name, costs, may_be_negative=kind == "rerouting" and first_order)
+        if not mixture.can_spare_one:
+            costs.fill_(math.inf)
+        gone = experts.removed(worker.masks).tolist()
+        of_expert = zip(consumers, costs.tolist(), gone, strict=True)
+        by_expert |= {name: cost for name, cost, is_gone in of_expert if not is_gone}
+    return by_expert
+
+
+def go_around_removed(worker: Worker) -> None:
+    """Let routers go around the experts that are removed; weights and masks are loaded before."""
+    shard = worker.shard
+    for experts, mixture in zip(shard.expert_sets, shard.mixtures.values(), strict=True):
+        removed = experts.removed(worker.masks)
+        if removed.any() and not removed.all():  # the layer adds nothing then, whatever is chosen
+            mixture.kept = ~removed
+
+
+def remove_experts(worker: Worker, consumers: Collection[str]) -> None:
+    """Remove the experts with these consumers whole; routers go around them."""
+    for linears in chain.from_iterable(experts.linears for experts in worker.shard.expert_sets):
+        for name in linears if linears[-1] in consumers else ():
+            mask = worker.mask(name, StructuredMask)
+            W = torch.zeros(len(mask.rows), len(mask.columns), device=worker.device)
+            worker.masks[name] = mask.without(mask.rows, mask.columns)
+            worker.shard.set_weight(name, W)
+    go_around_removed(worker)

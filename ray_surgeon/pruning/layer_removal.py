@@ -1,0 +1,202 @@
+"""Whole layers on a worker: what their removal does, the removal, and what makes up for it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from ray_surgeon.maths.folding import folded
+from ray_surgeon.maths.masks import StructuredMask
+from ray_surgeon.models.layers import Layer, added_by, influences, layers_of, without_each
+from ray_surgeon.run_state import HELD
+from ray_surgeon.runtime.collectives import TensorPayload
+from ray_surgeon.runtime.wave import SequenceOfWave, Tokens, comparison
+from ray_surgeon.runtime.worker import Worker, collective
+from ray_surgeon.runtime.worker_state import LinearFit
+
+DAMPING = (1e-4, 1.0)
+"""Of A, relative to the mean of its diagonal: at first, and at most."""
+
+
+# What the removal of each layer would do
+
+
+def pass_without_each(
+    worker: Worker, inputs: TensorPayload, layers: Sequence[Layer]
+) -> TensorPayload:
+    """Run a sequence through a shard that is not the last; see `without_each`."""
+    states = without_each(worker.shard, worker.runner, worker.unpack(inputs), layers)
+    return worker.pack(states)
+
+
+def losses_without_each(
+    worker: Worker,
+    inputs: TensorPayload,
+    number: int,
+    window: Tokens,
+    counts: Tensor,
+    layers: Sequence[Layer],
+) -> list[tuple[float, float]]:
+    """Run a sequence through the last shard, and measure it with all layers and without each.
+
+    Args:
+        worker: with the dense model's states of the windows held aside.
+        inputs: see `without_each`.
+        number: of the window among those held aside.
+        window: [1, T] its tokens.
+        counts: [1, T] bool, which tokens count.
+        layers: that are turned off.
+
+    Returns:
+        Sums over the tokens that count, in nats: the divergence from the dense model, and the loss.
+    """
+    states = without_each(worker.shard, worker.runner, worker.unpack(inputs), layers)
+    sequence = SequenceOfWave(number, worker.unpack(window), counts.to(worker.device))
+    parts = torch.split(states, 1)
+    compared = [comparison(worker, state, sequence, HELD, False) for state in parts]
+    return [(sums["divergence"], sums["nll"]) for sums in compared]
+
+
+def pass_with_influences(worker: Worker, inputs: TensorPayload) -> TensorPayload:
+    """Run a sequence through a shard, and add to the influences of its blocks."""
+    hidden, of_blocks = influences(worker.shard, worker.runner, worker.unpack(inputs))
+    total = worker.state.influences
+    for block, value in of_blocks.items():
+        total[block] = total.get(block, 0.0) + value
+    return worker.pack(hidden)
+
+
+def take_influences(worker: Worker) -> dict[int, float]:
+    """Return the sums by block, and forget them."""
+    total = worker.state.influences
+    worker.state.influences = {}
+    return total
+
+
+# Removal
+
+
+def layers_gone(worker: Worker, layers: Sequence[Layer] | None) -> list[Layer]:
+    """Return which layers of a shard are gone, and let its passes go around blocks that are.
+
+    All blocks are meant if no layers are given.
+    """
+    shard = worker.shard
+    layers = layers_of(worker.layout, ("blocks",)) if layers is None else layers
+    own = [layer for layer in layers if layer.block in shard.blocks]
+    masks = {name: worker.mask(name, StructuredMask) for layer in own for name in layer.linears}
+    is_empty = {name: not mask.columns.any() for name, mask in masks.items()}
+    gone = [layer for layer in own if all(is_empty[name] for name in layer.linears)]
+    places = (layer.block - shard.blocks.first for layer in gone if layer.kind == "blocks")
+    shard.blocks_gone = frozenset(places)
+    return gone
+
+
+def remove(worker: Worker, layer: Layer) -> None:
+    """Remove a layer, if it is in the worker's shard.
+
+    Of a part of a block its last linear keeps its rows, of which a bias of zeros is left.
+    """
+    if layer.block not in worker.shard.blocks:
+        return
+    for name in layer.linears:
+        mask = worker.mask(name, StructuredMask)
+        rows = torch.zeros_like(mask.rows) if name == layer.consumer else mask.rows
+        W = torch.zeros(len(mask.rows), len(mask.columns), device=worker.device)
+        worker.masks[name] = mask.without(rows, mask.columns)
+        worker.shard.set_weight(name, W)
+
+
+# What makes up for it
+
+
+def _fit(worker: Worker) -> LinearFit:
+    assert worker.state.fit is not None
+    return worker.state.fit
+
+
+def begin_fitting(worker: Worker, linear: str) -> None:
+    """Begin with empty sums on the workers that have a linear."""
+    if linear in worker.shard.linears:
+        shape = worker.layout.shapes[linear]
+        worker.state.fit = LinearFit(shape.num_rows, shape.num_columns, worker.device)
+
+
+@contextlib.contextmanager
+def _noting(worker: Worker, number: int, linear: str) -> Iterator[None]:
+    """Keep what a linear of a shard reads of a sequence that passes meanwhile."""
+    noted = list[Tensor]()
+    module = worker.shard.linears[linear]
+    hook = module.register_forward_pre_hook(lambda module, read: noted.append(read[0]))
+    try:
+        yield
+    finally:
+        hook.remove()
+    (read,) = noted
+    x = read.flatten(0, -2).float()
+    if worker.layout.shapes[linear].has_bias:
+        x = torch.cat([x, x.new_ones(len(x), 1)], dim=1)
+    _fit(worker).inputs[number] = x
+
+
+def pass_and_note(worker: Worker, number: int, inputs: TensorPayload, linear: str) -> TensorPayload:
+    """Run a sequence through a shard, and keep what a linear in it reads."""
+    with _noting(worker, number, linear):
+        hidden = worker.runner.infer(worker.unpack(inputs))
+    return worker.pack(torch.cat(hidden))
+
+
+def added(worker: Worker, inputs: TensorPayload, layer: Layer) -> TensorPayload:
+    """Return what a layer of a shard adds to the stream, [1, T, d]; see `added_by`."""
+    states = added_by(worker.shard, worker.runner, worker.unpack(inputs), layer)
+    return worker.pack(states)
+
+
+def sum_up(worker: Worker, number: int, addition: TensorPayload) -> None:
+    """Add a sequence to the sums, given what the layer added to it."""
+    fitting = _fit(worker)
+    x = fitting.inputs.pop(number)
+    d = worker.unpack(addition)[0].float()
+    fitting.A.addmm_(x.T, x)
+    fitting.D.addmm_(d.T, x)
+
+
+def note_and_sum_up(
+    worker: Worker, number: int, inputs: TensorPayload, layer: Layer, linear: str
+) -> None:
+    """Do all of that on a shard that has both, linear and layer."""
+    with _noting(worker, number, linear):
+        addition = added(worker, inputs, layer)
+    sum_up(worker, number, addition)
+
+
+@collective
+def fold(worker: Worker, linear: str) -> None:
+    """Let a linear take over what was summed, and send it to the replicas; see `folded`."""
+    if linear not in worker.shard.linears:
+        return
+    fitting = _fit(worker)
+    owner = worker.owner(linear)
+    for total in (fitting.A, fitting.D):
+        worker.replicas.reduce(total, owner)
+    fitting.before = worker.shard.weight(linear)
+    if worker.owns(linear):
+        W, _ = folded(fitting.before, fitting.A, fitting.D, *DAMPING, linear)
+        worker.shard.set_weight(linear, W)
+    worker.share_linears([linear])
+
+
+def unfold(worker: Worker, linear: str) -> None:
+    """Give a linear back what it was before it learned."""
+    if linear in worker.shard.linears:
+        before = _fit(worker).before
+        assert before is not None
+        worker.shard.set_weight(linear, before)
+
+
+def end_fitting(worker: Worker) -> None:
+    """Free the sums."""
+    worker.state.fit = None

@@ -1,0 +1,222 @@
+"""The method of a job, and its steps."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from ray_surgeon.maths.group_batch import KEPT_BYTES
+from ray_surgeon.models import budgets
+from ray_surgeon.models.budgets import Budget
+from ray_surgeon.models.layout import ModelLayout
+from ray_surgeon.models.pruned_config import kv_heads_left
+from ray_surgeon.plan.counts import NOTHING, StepPlan
+from ray_surgeon.plan.estimate import WorkerView
+from ray_surgeon.plan.step_estimates import block_by_block, linear_by_linear
+from ray_surgeon.pruning.baselines.layerwise import Layerwise, NoPruning
+from ray_surgeon.pruning.coupled_groups import Groups
+from ray_surgeon.pruning.elements import Elements
+from ray_surgeon.pruning.method import Choice, Method, Scores
+from ray_surgeon.pruning.rows_columns import RowsColumns
+from ray_surgeon.pruning.seconds_table import budget_in
+from ray_surgeon.run_state import Facts, RunState, Stage, held_measure
+from ray_surgeon.spec.curvature import AnyCurvature
+from ray_surgeon.spec.groups import (
+    CoupledSection,
+    GroupsSection,
+    UniformGroupsSection,
+    problems_of_mixture,
+)
+from ray_surgeon.spec.pruning import (
+    ElementsSection,
+    PatternSection,
+    PruningSection,
+    RowsColumnsSection,
+    SparseGPTSection,
+    WandaSection,
+)
+from ray_surgeon.spec.targets import BytesTarget, FlopsTarget, TimedTarget
+
+METHODS: dict[type, type[Method]] = {
+    RowsColumnsSection: RowsColumns,
+    ElementsSection: Elements,
+    GroupsSection: Groups,
+    UniformGroupsSection: Groups,
+    SparseGPTSection: Layerwise,
+    WandaSection: Layerwise,
+}
+"""Section -> the method that takes it."""
+
+
+def method_for(
+    pruning: PruningSection | None, curvature: AnyCurvature | None, layout: ModelLayout, dtype: str
+) -> Method:
+    """Return the method of a job for a model.
+
+    Args:
+        pruning: section of the job spec; None for a job that prunes nothing.
+        curvature: likewise; None for methods that gather their own.
+        layout: of the model.
+        dtype: of its weights.
+
+    Raises:
+        ValueError: the method cannot do what is asked to this model.
+    """
+    if pruning is None:
+        return NoPruning()
+    for problem in problems_of_mixture(layout, pruning, curvature):
+        raise ValueError(problem)
+    if isinstance(pruning, CoupledSection):
+        return _groups(pruning, curvature, layout, dtype)
+    if isinstance(pruning, PatternSection):
+        _check_pattern(pruning, layout)
+    return METHODS[type(pruning)](pruning, curvature)
+
+
+def _check_pattern(pruning: PatternSection, layout: ModelLayout) -> None:
+    m = pruning.units.m
+    for shape in layout.linears:
+        num_inputs = shape.num_columns - shape.has_bias
+        if num_inputs % m:
+            inputs = f"{shape.name} has {num_inputs} inputs"
+            raise ValueError(f"pruning.n_m: {inputs}, not a multiple of {m}; choose another M")
+    if pruning.target_sparsity > (most := pruning.reach(layout)):
+        problem = f"target_sparsity: {pruning.target_sparsity:g}, but {most:.4g} is all that"
+        why = f"{pruning.method} can take from this model, because biases count and stay"
+        raise ValueError(f"pruning.{problem} {why}; lower it")
+
+
+def _groups(
+    pruning: CoupledSection, curvature: AnyCurvature | None, layout: ModelLayout, dtype: str
+) -> Groups:
+    """Return the method of coupled groups; see `method_for`."""
+    heads = layout.heads
+    devices = pruning.tensor_parallel
+    uniform = pruning.uniform
+    if heads.num_kv not in kv_heads_left(layout, devices, uniform=uniform):
+        counts = f"dense model's {heads.num_query} query heads and {heads.num_kv} KV heads"
+        raise ValueError(f"pruning.tensor_parallel: {devices}; give a divisor of the {counts}")
+    for groups in layout.group_sets:
+        if groups.kind != "attention" and len(groups.columns) % devices:
+            channels = f"{groups.consumer} has {len(groups.columns)} channels"
+            raise ValueError(f"pruning.tensor_parallel: {devices}, but {channels}; give a divisor")
+    if missing := [kind for kind in pruning.narrow_kinds if kind not in layout.kinds]:
+        present = f"{layout.config.model_type} has {', '.join(layout.kinds)}"
+        problem = f"pruning.groups: {', '.join(missing)}, but {present} that can be pruned here"
+        raise ValueError(f"{problem}; name some of these")
+    if pruning.layer_kinds and not getattr(layout.config, "do_layer_norm_before", True):
+        problem = "norms come after what layers add (do_layer_norm_before false)"
+        raise ValueError(f"pruning.groups: {problem}, so no layer can go; name ffn or attention")
+    fewest = budgets.fewest_left(layout, pruning.fewest_groups, devices, uniform=uniform)
+    sets = (groups for groups in layout.group_sets if groups.kind in pruning.groups)
+    consumers = frozenset(layout.shapes[groups.consumer].role for groups in sets)
+    return Groups(pruning, curvature, _budget(layout, pruning, dtype), fewest, consumers)
+
+
+def _budget(layout: ModelLayout, pruning: CoupledSection, dtype: str) -> Budget:
+    """Return what groups save from."""
+    target = pruning.target
+    if isinstance(target, TimedTarget):
+        budget = budget_in(target.table, layout, target)
+        for kind in pruning.narrow_kinds:
+            if not budget.size(kind):
+                raise ValueError(
+                    f"pruning.groups: by the seconds in {target.table}, no {kind} save anything; "
+                    f"leave {kind} out, or measure again"
+                )
+        return budget
+    if isinstance(target, FlopsTarget):
+        return budgets.flops_budget(layout, target.prompt_length)
+    if isinstance(target, BytesTarget):
+        return budgets.bytes_budget(layout, getattr(torch, dtype).itemsize)
+    return budgets.parameters_budget(layout) if target else budgets.linears_budget(layout)
+
+
+@dataclass(frozen=True)
+class _OnLinears(Stage):
+    """A stage in which linears have their turns."""
+
+    method: Method
+
+    def needs(self, worker: WorkerView) -> Iterable[StepPlan]:
+        """Return the work, linear by linear, or block by block where nothing is ranked."""
+        # asked once for all linears of a shape, of which a mixture has thousands
+        shapes = [(s.role, s.num_rows, s.num_columns) for s in worker.linears]
+        firsts = dict(zip(reversed(shapes), reversed(worker.linears), strict=True))
+        of_shapes = {shape: self.method.needs(first) for shape, first in firsts.items()}
+        needs = [vars(own) for shape in shapes if (own := of_shapes[shape]) is not None]
+        sizes = [of_linear[f"{self.name}_bytes"] for of_linear in needs]
+        flops = [of_linear[f"{self.name}_flops"] for of_linear in needs]
+        counts = NOTHING
+        reused = 0.0
+        for shape, number in Counter(shapes).items():
+            if (own := of_shapes[shape]) is None:
+                continue
+            counts += getattr(own, f"{self.name}_counts").times(number)
+            if self.name == "costs":
+                together = 1 if worker.device_is_host else own.together
+                counts += own.batch_counts.times(-(-number // together))
+                sizes.append(min(number, own.together) * own.batch_bytes)
+                reused += number * own.reused_bytes
+        if worker.device_is_host:  # which has no batches
+            sizes = sizes[: len(needs)]
+        if self.method.has_costs:
+            kept = sum(of_linear["kept_bytes"] for of_linear in needs)
+            largest = max(sizes, default=0.0)
+            largest += min(KEPT_BYTES, reused / worker.num_replicas) * worker.device_is_host
+            yield linear_by_linear(worker, self.name, largest, sum(flops), kept, counts)
+        elif needs:
+            yield block_by_block(worker, self.name, list(zip(sizes, flops, strict=True)), counts)
+
+
+class Costs(_OnLinears):
+    """The costs of everything that may be pruned."""
+
+    name = "costs"
+
+
+class Update(_OnLinears):
+    """The update of what stays."""
+
+    name = "update"
+
+
+def prune(
+    run: RunState, method: Method, scores: Scores[Any] | None, choice: Choice, facts: Facts
+) -> None:
+    """Let workers prune and update what stays, and measure that on the windows held aside.
+
+    Args:
+        run: in a shot.
+        method: of pruning.
+        scores: of the shot; None for a method without costs.
+        choice: what to prune.
+        facts: of the step.
+    """
+    linears, record = method.apply(run.cluster, run.text.tokens, choice, run.shot)
+    run.linears = method.of_loss(linears)
+    run.record.update(record)
+    facts["sparsity"] = run.sparsity
+    if scores is None:
+        return
+    # by the quadratic model, in nats per token
+    predicted = [linear.predicted for linear in run.linears if linear.predicted is not None]
+    residuals = sorted(linear.residual for linear in run.linears)
+    run.record["predicted_loss_increase"] = None
+    run.record["update_residual"] = {
+        "median": residuals[len(residuals) // 2],
+        "max": residuals[-1],
+    }
+    run.record["damping_used"] = [asdict(event) for event in scores.raised_damping]
+    run.record["terms_clipped"] = [asdict(event) for event in scores.clipping]
+    if predicted:
+        run.record["predicted_loss_increase"] = sum(predicted)
+        facts["predicted_loss_increase"] = sum(predicted)
+    if len(run.text.held):
+        divergence = held_measure(run.cluster, run.text)
+        run.record["divergence_held_aside"] = divergence
+        facts["divergence held aside"] = divergence

@@ -1,0 +1,1 @@
+"""What brings quality back after pruning: reconstruction of layers, and training."""

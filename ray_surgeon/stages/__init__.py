@@ -1,1 +1,0 @@
-"""Stages of a run: everything that a feature has lies at one address here."""

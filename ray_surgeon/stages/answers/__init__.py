@@ -1,1 +1,0 @@
-"""Answers to prompts: how near the pruned model comes to the dense one."""

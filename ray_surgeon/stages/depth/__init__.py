@@ -1,1 +1,0 @@
-"""Depth: whole blocks and layers that are removed."""

@@ -1,1 +1,0 @@
-"""Reconstruction of feed-forward layers that lost channels."""

@@ -1,1 +1,0 @@
-"""Training after pruning, from low-rank corrections to all weights."""

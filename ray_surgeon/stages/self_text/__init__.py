@@ -1,1 +1,0 @@
-"""Calibration text that the dense model writes itself."""
