@@ -152,7 +152,7 @@ class DampedFactor:
     def inverse(self) -> Tensor:
         """Return the inverse [n, n]."""
         X = self.inverse_cholesky()
-        # rows of L^-1 that no later product reads are overwritten by rows of the inverse's lower half
+        # rows of L^-1 that no later product reads make room for the lower half of the inverse
         for start in range(0, len(X), _INVERSE_PANEL):
             stop = start + _INVERSE_PANEL
             X[start:stop, :stop] = product(X[start:, start:stop].T, X[start:, :stop])
