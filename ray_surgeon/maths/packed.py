@@ -114,9 +114,9 @@ class PackedSymmetric:
     def add(self, x: Tensor, weights: Tensor | None = None) -> None:
         """Add ``x.T @ diag(weights) @ x``.
 
-        Products of bfloat16 numbers are exact in float32. Hardware with such products and float32
-        sums is used where there is any: it is several times as fast, and differs from float32
-        products only by the order of the sums. The same holds for float16, but not on the CPU.
+        Products of bfloat16 numbers are exact in float32. If the hardware can add such products in
+        float32, that is used: it is several times as fast as a float32 product, and differs from it
+        only in the order of the sums. The same holds for float16, except on the CPU.
 
         Args:
             x: [num_tokens, n]; fast if its rows start at multiples of 16 bytes.
@@ -124,7 +124,8 @@ class PackedSymmetric:
         """
         if not len(x):
             return
-        is_narrow = x.dtype in _NARROW and self.flat.dtype == torch.float32 and weights is None
+        is_summed_in_float32 = self.flat.dtype == torch.float32
+        is_narrow = x.dtype in _NARROW and is_summed_in_float32 and weights is None
         if self.flat.device.type == "cpu":
             self._add_on_cpu(x, weights, is_bfloat16=is_narrow and x.dtype == torch.bfloat16)
             return
@@ -139,7 +140,7 @@ class PackedSymmetric:
     def _add_on_cpu(self, x: Tensor, weights: Tensor | None, *, is_bfloat16: bool) -> None:
         dtype = self.flat.dtype
         rows = x.T
-        if rows.dtype != dtype or not rows.is_contiguous():  # parts of it must not have gaps
+        if rows.dtype != dtype or not rows.is_contiguous():  # its parts must have no gaps
             rows = rows.to(dtype, copy=True, memory_format=torch.contiguous_format)
         weighted = rows if weights is None else rows * weights
         with _narrow_products() if is_bfloat16 else contextlib.nullcontext():
@@ -214,8 +215,8 @@ def _narrow_products() -> Iterator[None]:
 def with_ones(x: Tensor) -> Tensor:
     """Append the input of the bias, a column of ones: [num_tokens, C - 1] -> [num_tokens, C].
 
-    On the CPU the result is stored by columns, as `PackedSymmetric.add` needs no copy of that. On
-    any other device its rows start at multiples of 16 bytes.
+    On the CPU the result is stored by columns, so that `PackedSymmetric.add` needs no copy. On any
+    other device its rows start at multiples of 16 bytes.
     """
     num_tokens, num_inputs = x.shape
     if x.device.type == "cpu":

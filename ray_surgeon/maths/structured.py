@@ -87,8 +87,8 @@ def find_candidates(
     W = linear.W
     mask = StructuredMask(mask.rows.to(W.device), mask.columns.to(W.device))
     live = linear.nonzero
-    rows = mask.rows & (structure != "columns")
-    columns = mask.columns & (structure != "rows")
+    rows = torch.zeros_like(mask.rows) if structure == "columns" else mask.rows.clone()
+    columns = torch.zeros_like(mask.columns) if structure == "rows" else mask.columns.clone()
     if linear.has_bias:
         live.columns[-1] = mask.columns[-1]
         columns[-1] = False
