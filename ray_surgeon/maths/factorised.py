@@ -245,7 +245,8 @@ class DowndatedInverse:
             sets: [num_sets, w] indices of the diagonal blocks within the part.
         """
         part = self._factor.matrix[left][:, left]  # already damped
-        return DowndatedInverse(factorise(part, 0.0, 1.0, "part of a damped factor"), sets)
+        factor = factorise(part, 0.0, 1.0, "part of a damped factor")
+        return DowndatedInverse(factor, sets)
 
     def eliminate(self, Q: Tensor) -> Tensor:
         """Eliminate rows and columns [q], and return Y = (M_QQ)^-1 M_Q: [q, n].

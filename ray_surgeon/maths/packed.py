@@ -127,7 +127,8 @@ class PackedSymmetric:
         is_summed_in_float32 = self.flat.dtype == torch.float32
         is_narrow = x.dtype in _NARROW and is_summed_in_float32 and weights is None
         if self.flat.device.type == "cpu":
-            self._add_on_cpu(x, weights, is_bfloat16=is_narrow and x.dtype == torch.bfloat16)
+            is_bfloat16 = is_narrow and x.dtype == torch.bfloat16
+            self._add_on_cpu(x, weights, is_bfloat16=is_bfloat16)
             return
         if not is_narrow:
             x = x.to(self.flat.dtype)

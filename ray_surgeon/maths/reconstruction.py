@@ -124,7 +124,8 @@ class _Adam:
         else:
             self._starts = [weight.clone() for weight in self.weights]
             self._trained = []
-            for weight, start, unit in zip(weights, self._starts, self._units, strict=True):
+            parts = zip(weights, self._starts, self._units, strict=True)
+            for weight, start, unit in parts:
                 self._trained.append(((weight - start) / unit).bfloat16())
             # with a single rate, one launch makes the step of all weights
             self._rates = [learning_rate]
@@ -204,8 +205,8 @@ def reconstruct(
     device = inputs.device
     num_tokens = len(inputs)
     size = min(tokens_per_step, num_tokens)
-    some = torch.randperm(num_tokens, generator=generator)[:TOKENS_AT_A_TIME].sort().values
-    some = some.to(device)
+    order = torch.randperm(num_tokens, generator=generator)
+    some = order[:TOKENS_AT_A_TIME].sort().values.to(device)
     measured_inputs = inputs[some]
     measured_outputs = outputs[some]
     mean = error_of(layer.to(dtype), measured_inputs, measured_outputs)
@@ -215,7 +216,8 @@ def reconstruct(
     adam = _Adam(layer.weights, dtype, learning_rate)
     num_steps = max(1, int(num_epochs * (num_tokens // size)))
     rise = max(1, round(WARM_UP * num_steps))
-    for number, batch in enumerate(_steps(num_tokens, size, num_steps, generator, device)):
+    steps = _steps(num_tokens, size, num_steps, generator, device)
+    for number, batch in enumerate(steps):
         slope_of = partial(_slope, outputs[batch], mean)
         current = replace(layer, weights=tuple(adam.weights))
         gradients = current.gradients(inputs[batch], slope_of)
