@@ -53,7 +53,8 @@ class _Step(NamedTuple):
     values: Tensor  # [B, q] costs of the cheapest structures, ascending
     indices: Tensor  # [B, q] of the cheapest structures
     is_pruned: Tensor  # [B, q] bool, true for the first few of each linear
-    num_pruned: Tensor  # [B, num_sides] rows, if rows may be pruned, and sets, if there are any
+    # [B, num_sides] rows, if rows may be pruned, and sets, if there are any
+    num_pruned: Tensor
     num_failed: Tensor  # [B] failed decompositions
     elimination: Elimination
 
@@ -93,7 +94,8 @@ class GreedyBatch:
         penalty = torch.zeros(may_prune.shape, dtype=dtype)
         penalty.masked_fill_(~may_prune, torch.inf if is_padded else largest)
         self._penalty = penalty.to(device)
-        self._limit, self._most = _cost_limits(limits, largest / 2).to(device, dtype).unbind()
+        cost_limits = _cost_limits(limits, largest / 2).to(device, dtype)
+        self._limit, self._most = cost_limits.unbind()
         # candidates and `needed` of each linear, as counted by the device
         budget = [[linear.candidates, linear.needed] for linear in self._remaining]
         self._budget = torch.tensor(budget).to(device)
@@ -105,7 +107,8 @@ class GreedyBatch:
         self._members = torch.arange(batch_size, device=device)
         self._marginal = state.tall.new_full((batch_size, num_structures + 1), torch.inf)
         self._highest = state.tall.new_zeros(batch_size, 1)
-        self._steps: list[tuple[Tensor, Tensor, Tensor]] = []  # indices, values, is_pruned
+        # indices, values and is_pruned of the steps that are not recorded yet
+        self._steps: list[tuple[Tensor, Tensor, Tensor]] = []
         self._are_rows = torch.tensor([[True], [False]]).to(device)
         self._zero, self._infinity = torch.tensor([0.0, math.inf]).to(device, dtype)
 
@@ -178,7 +181,8 @@ class GreedyBatch:
     def _check(self, costs: Tensor, num_bad: Sequence[int]) -> None:
         for linear, number in enumerate(num_bad):
             if number > 0:
-                check_costs(self._names[linear], costs[linear][self._penalty[linear] == 0])
+                is_candidate = self._penalty[linear] == 0
+                check_costs(self._names[linear], costs[linear][is_candidate])
 
     # A step
 
@@ -335,13 +339,14 @@ class GreedyBatch:
         indices = torch.cat(all_indices, dim=1)
         values = torch.cat(all_values, dim=1)
         is_pruned = torch.cat(all_pruned, dim=1)
-        costs = torch.cat([self._highest, values.masked_fill(~is_pruned, -torch.inf)], dim=1)
-        costs = costs.cummax(dim=1).values[:, 1:]
+        values = values.masked_fill(~is_pruned, -torch.inf)
+        costs = torch.cat([self._highest, values], dim=1).cummax(dim=1).values[:, 1:]
         self._highest = costs[:, -1:]
         # structures that were not pruned are written to the last column, which is never read
         places = self._numbers.gather(1, indices)
         places.masked_fill_(~is_pruned, self._marginal.shape[1] - 1)
-        self._marginal[self._members] = self._marginal[self._members].scatter_(1, places, costs)
+        marginal = self._marginal[self._members]
+        self._marginal[self._members] = marginal.scatter_(1, places, costs)
 
 
 def _remaining(
@@ -351,9 +356,9 @@ def _remaining(
     limits: Sequence[Limits],
 ) -> list[_Remaining]:
     """Return the counts of each linear at the start of its path."""
-    candidates = may_prune.sum(dim=1).tolist()
-    rows = has_cost[:, :first_set].sum(dim=1).tolist()
-    sets = has_cost[:, first_set:].sum(dim=1).tolist()
+    candidates: list[int] = may_prune.sum(dim=1).tolist()
+    rows: list[int] = has_cost[:, :first_set].sum(dim=1).tolist()
+    sets: list[int] = has_cost[:, first_set:].sum(dim=1).tolist()
     remaining = []
     for number, limit in enumerate(limits):
         counts = _Remaining(

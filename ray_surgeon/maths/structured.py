@@ -45,7 +45,13 @@ class Candidates:
         columns = self.columns.double() <= threshold
         return rows.cpu(), columns.cpu()
 
-    def prune(self, linear: Linear, mask: StructuredMask, threshold: float, update: str) -> Pruned:
+    def prune(
+        self,
+        linear: Linear,
+        mask: StructuredMask,
+        threshold: float,
+        update: str,
+    ) -> Pruned:
         """Prune every candidate whose cost is at most the threshold and update what stays.
 
         Args:
@@ -87,8 +93,8 @@ def find_candidates(
     W = linear.W
     mask = StructuredMask(mask.rows.to(W.device), mask.columns.to(W.device))
     live = linear.nonzero
-    rows = torch.zeros_like(mask.rows) if structure == "columns" else mask.rows.clone()
-    columns = torch.zeros_like(mask.columns) if structure == "rows" else mask.columns.clone()
+    rows = _if_allowed(mask.rows, structure != "columns")
+    columns = _if_allowed(mask.columns, structure != "rows")
     if linear.has_bias:
         live.columns[-1] = mask.columns[-1]
         columns[-1] = False
@@ -97,7 +103,9 @@ def find_candidates(
     by_column = W.new_zeros(W.shape[1])
     if limits.limit is not None:
         may_prune = rows[live.rows], columns[live.columns]
-        by_row[live.rows], by_column[live.columns] = _path_costs(curvature, may_prune, limits)
+        row_costs, column_costs = _path_costs(curvature, may_prune, limits)
+        by_row[live.rows] = row_costs
+        by_column[live.columns] = column_costs
     else:
         by_row[live.rows] = curvature.row_costs(costs)
         by_column[live.columns] = curvature.column_costs(costs)
@@ -109,6 +117,13 @@ def find_candidates(
     by_row.masked_fill_(~rows, torch.inf)
     by_column.masked_fill_(~columns, torch.inf)
     return Candidates(rows=by_row, columns=by_column, basis=curvature.basis)
+
+
+def _if_allowed(kept: Tensor, is_allowed: bool) -> Tensor:
+    """Return a copy of a mask, or a mask of nothing if its side is not allowed."""
+    if is_allowed:
+        return kept.clone()
+    return torch.zeros_like(kept)
 
 
 def _path_costs(curvature: LinearCurvature, allowed: Pair, limits: Limits) -> Pair:
@@ -196,7 +211,11 @@ def group_costs(curvature: LinearCurvature, columns: Tensor, limits: Limits) -> 
     return costs
 
 
-def prune_groups(curvature: LinearCurvature, mask: StructuredMask, to_prune: Tensor) -> Pruned:
+def prune_groups(
+    curvature: LinearCurvature,
+    mask: StructuredMask,
+    to_prune: Tensor,
+) -> Pruned:
     """Remove columns of a consumer and update the others exactly.
 
     Args:
@@ -230,7 +249,12 @@ G_CHOICES = (0.01, 0.03, 0.1, 0.3)
 """Damping of G, relative to its mean diagonal."""
 
 
-def cost_held_aside(linear: Linear, held: PackedFactors, share: float, prunes_rows: bool) -> float:
+def cost_held_aside(
+    linear: Linear,
+    held: PackedFactors,
+    share: float,
+    prunes_rows: bool,
+) -> float:
     """Remove the cheapest columns of a linear, and return the cost on other tokens.
 
     The update is by the linear's own factors, the cost by factors of other tokens.
@@ -278,7 +302,9 @@ def _cheapest(costs: Tensor, share: float) -> Tensor:
 
 
 def choose_damping(
-    cost_of: Callable[[float, float], Sequence[float]], of_A: Sequence[float], of_G: Sequence[float]
+    cost_of: Callable[[float, float], Sequence[float]],
+    of_A: Sequence[float],
+    of_G: Sequence[float],
 ) -> tuple[float, float, list[tuple[float, float, float]]]:
     """Choose the damping of A, then that of G with it.
 
@@ -310,7 +336,8 @@ def choose_damping(
 
 def _relative_means(costs: Sequence[Sequence[float]]) -> list[float]:
     """Return the mean cost of each choice, relative to the smallest cost of each linear."""
-    by_choice = torch.tensor(costs, dtype=torch.float64).nan_to_num(nan=torch.inf, posinf=torch.inf)
+    by_choice = torch.tensor(costs, dtype=torch.float64)
+    by_choice = by_choice.nan_to_num(nan=torch.inf, posinf=torch.inf)
     if not by_choice.numel():
         return [1.0] * len(costs)
     ratios = by_choice / by_choice.min(dim=0).values.clamp(min=1e-300)
