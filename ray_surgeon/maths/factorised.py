@@ -1,4 +1,4 @@
-"""Factors that are damped and factorised, and inverses from which rows and columns are eliminated.
+"""Damping and Cholesky decomposition of factors, and elimination of rows and columns.
 
 Source: docs/method.md, sections 2, 3 and 8.
 """
@@ -13,7 +13,9 @@ from torch import Tensor
 from ray_surgeon.maths.products import product
 
 _INVERSE_PANEL = 512
-"""Columns of L^-1 that exist at once; above its diagonal L^-1 is zero, so later panels are smaller.
+"""Columns of L^-1 that exist at once.
+
+L^-1 is zero above its diagonal, so later panels are smaller.
 """
 
 
@@ -28,18 +30,21 @@ def damp_(matrix: Tensor, damping: float) -> Tensor:
 
 def solve_lower(L: Tensor, right: Tensor, *, transposed: bool = False) -> Tensor:
     """Return L^-1 right, or L^-T right, for a lower triangular L [n, n]."""
-    X: Tensor = torch.linalg.solve_triangular(L.T if transposed else L, right, upper=transposed)
+    left = L.T if transposed else L
+    X: Tensor = torch.linalg.solve_triangular(left, right, upper=transposed)
     return X
 
 
 def squares(X: Tensor) -> Tensor:
     """Return X X^T [num_sets, w, w] of each of several matrices X [num_sets, w, n]."""
-    return X.square().sum(dim=2, keepdim=True) if X.shape[1] == 1 else X @ X.mT
+    if X.shape[1] == 1:
+        return X.square().sum(dim=2, keepdim=True)
+    return X @ X.mT
 
 
 @dataclass(frozen=True)
 class RaisedDamping:
-    """A factorisation that needed more damping than was asked for.
+    """A factorisation that needed more damping than requested, or float64.
 
     For example ("...q_proj", "A", asked 0.01, used 0.1, True).
     """
@@ -56,31 +61,51 @@ Raised = tuple[RaisedDamping, ...]
 
 @dataclass(frozen=True)
 class DampedFactor:
-    """One damped factor and its Cholesky decomposition, and what follows from its inverse.
+    """One damped factor with its Cholesky decomposition, and parts of its inverse.
 
-    The inverse is made by triangular solves and products, of panels that leave out what is zero:
-    LAPACK's own takes five times as long.
+    The inverse is computed by triangular solves and products of panels without the zeros above the
+    diagonal. LAPACK's own inverse takes five times as long.
     """
 
     matrix: Tensor  # [n, n] the damped factor
     cholesky: Tensor  # [n, n] lower L with L L^T = matrix
-    asked: float  # the damping that was asked for
-    damping: float  # the one that was needed
-    # whether the factorisation at the dtype of the input failed and float64 was used
+    asked: float  # the requested damping
+    damping: float  # the damping that was needed
+    # whether the factorisation in the dtype of the input failed and float64 was used
     float64_retry: bool
-    # sets that `known_blocks` was asked for last, and their blocks
+    # the sets of the last call of `known_blocks`, and their blocks
     known: list[Tensor] = field(default_factory=list, repr=False, compare=False)
 
     def raised(self, linear: str, factor: str) -> Raised:
-        """Return what this factor of a linear, A or G, needed beside what was asked, if it did."""
+        """Return a record if the factor needed more damping than requested, or float64.
+
+        Args:
+            linear: name of the linear.
+            factor: "A" or "G".
+
+        Returns:
+            One record or none.
+        """
         if self.damping == self.asked and not self.float64_retry:
             return ()
-        return (RaisedDamping(linear, factor, self.asked, self.damping, self.float64_retry),)
+        record = RaisedDamping(
+            linear=linear,
+            factor=factor,
+            asked=self.asked,
+            used=self.damping,
+            float64_retry=self.float64_retry,
+        )
+        return (record,)
 
     def _solved(self, indices: Tensor, start: int) -> Tensor:
-        """Return rows `start` and below of some columns of L^-1.
+        """Return rows from `start` on of some columns of L^-1.
 
-        None of their indices is smaller than `start`.
+        Args:
+            indices: [k] of the columns, none smaller than `start`.
+            start: the first row.
+
+        Returns:
+            [n - start, k].
         """
         unit = self.cholesky.new_zeros(len(self.cholesky) - start, len(indices))
         unit[indices - start, torch.arange(len(indices), device=unit.device)] = 1
@@ -91,16 +116,20 @@ class DampedFactor:
         return solve_lower(self.cholesky, self._solved(indices, 0), transposed=True)
 
     def inverse_blocks(self, sets: Tensor) -> Tensor:
-        """Return the blocks [num_sets, w, w] of the inverse of sets of indices [num_sets, w]."""
-        width = sets.shape[1]
+        """Return the blocks [num_sets, w, w] of the inverse at sets of indices [num_sets, w]."""
+        num_sets, width = sets.shape
+        if not num_sets:
+            return self.cholesky.new_zeros(0, width, width)
+        sets_per_panel = max(1, _INVERSE_PANEL // width)
         blocks = []
-        for part in torch.split(sets, max(1, _INVERSE_PANEL // width)) if len(sets) else ():
-            X = self._solved(part.flatten(), int(part.min())).view(-1, *part.shape).permute(1, 2, 0)
+        for part in torch.split(sets, sets_per_panel):
+            X = self._solved(part.flatten(), int(part.min()))
+            X = X.view(-1, len(part), width).permute(1, 2, 0)
             blocks.append(squares(X))
-        return torch.cat(blocks) if blocks else self.cholesky.new_zeros(0, width, width)
+        return torch.cat(blocks)
 
     def known_blocks(self, sets: Tensor) -> Tensor:
-        """Return `inverse_blocks`, a copy of what they were if the last call had the same sets."""
+        """Return `inverse_blocks`, as a copy of the last result if the sets are the same."""
         if not self.known or not torch.equal(self.known[0], sets):
             self.known[:] = [sets, self.inverse_blocks(sets)]
         return self.known[1].clone()
@@ -116,13 +145,14 @@ class DampedFactor:
         X = torch.zeros_like(self.cholesky, memory_format=torch.contiguous_format)
         for start in range(0, n, _INVERSE_PANEL):
             stop = min(start + _INVERSE_PANEL, n)
-            X[start:, start:stop] = self._solved(torch.arange(start, stop, device=X.device), start)
+            indices = torch.arange(start, stop, device=X.device)
+            X[start:, start:stop] = self._solved(indices, start)
         return X
 
     def inverse(self) -> Tensor:
         """Return the inverse [n, n]."""
         X = self.inverse_cholesky()
-        # rows of L^-1 that no later product reads become rows of the lower half of the inverse
+        # rows of L^-1 that no later product reads make room for the lower half of the inverse
         for start in range(0, len(X), _INVERSE_PANEL):
             stop = start + _INVERSE_PANEL
             X[start:stop, :stop] = product(X[start:, start:stop].T, X[start:, :stop])
@@ -136,16 +166,16 @@ def factorise(matrix: Tensor, damping: float, max_damping: float, name: str) -> 
     A failed Cholesky is retried in float64; then the damping is raised tenfold up to `max_damping`.
 
     Args:
-        matrix: [n, n] symmetric positive semi-definite. It is damped in place, for it may be large.
+        matrix: [n, n] symmetric positive semi-definite. Damped in place, as it may be large.
         damping: relative to the mean of the diagonal.
         max_damping: the largest damping that may be tried.
-        name: what the matrix is, for the error.
+        name: name of the matrix, for the error.
 
     Raises:
         FloatingPointError: the matrix is not finite, or no damping up to `max_damping` makes it
             positive definite.
     """
-    # NaN if anything is; needs no second matrix as large
+    # aminmax is NaN if an entry is; unlike isfinite, it needs no second matrix of the same size
     if matrix.numel() and not all(map(torch.isfinite, torch.aminmax(matrix))):
         raise FloatingPointError(f"{name}: the curvature factor has NaN or infinite entries")
     diagonal = matrix.diagonal().clone()
@@ -155,14 +185,15 @@ def factorise(matrix: Tensor, damping: float, max_damping: float, name: str) -> 
     while True:
         for is_retry in (False, True):
             matrix.diagonal().copy_(diagonal)
-            wide = damp_(matrix.to(torch.float64, copy=True), current) if is_retry else None
-            damp_(matrix, current)
-            factor, failed = torch.linalg.cholesky_ex(matrix if wide is None else wide)
-            del wide  # of a large matrix it has no room beside the factor
-            if not failed:
-                factor = factor.to(matrix.dtype)
-                return DampedFactor(matrix, factor, damping, current, is_retry)
-            del factor  # of a large matrix a float64 one has no room beside it
+            factor = _damped_cholesky(matrix, current, in_float64=is_retry)
+            if factor is not None:
+                return DampedFactor(
+                    matrix=matrix,
+                    cholesky=factor,
+                    asked=damping,
+                    damping=current,
+                    float64_retry=is_retry,
+                )
         raised = max(current * 10.0, 1e-8)
         if raised > max_damping:
             raise FloatingPointError(
@@ -172,14 +203,24 @@ def factorise(matrix: Tensor, damping: float, max_damping: float, name: str) -> 
         current = raised
 
 
+def _damped_cholesky(matrix: Tensor, damping: float, *, in_float64: bool) -> Tensor | None:
+    """Damp a matrix in place and return its Cholesky factor, None if there is none."""
+    wide = None
+    if in_float64:
+        wide = damp_(matrix.to(torch.float64, copy=True), damping)
+    damp_(matrix, damping)
+    factor, failed = torch.linalg.cholesky_ex(matrix if wide is None else wide)
+    del wide  # a large matrix leaves no room for it beside the factor
+    return None if failed else factor.to(matrix.dtype)
+
+
 class DowndatedInverse:
-    """The inverse M of a damped factor from which rows and columns are eliminated.
+    """The inverse M of a damped factor, with elimination of rows and columns.
 
-    M -= M_:Q (M_QQ)^-1 M_Q:, without M itself.
-
-    Costs need only diagonal blocks of M, and an elimination only the columns it eliminates: both
-    follow from the Cholesky factor and from the V with M = L^-T L^-1 - V^T V that the eliminations
-    so far have left.
+    An elimination is M -= M_:Q (M_QQ)^-1 M_Q:, but M itself is never formed. Costs need only
+    diagonal blocks of M, and an elimination needs only the columns that it eliminates. Both follow
+    from the Cholesky factor L and from the matrix V with M = L^-T L^-1 - V^T V, to which every
+    elimination adds rows.
     """
 
     def __init__(self, factor: DampedFactor, sets: Tensor) -> None:
@@ -187,7 +228,7 @@ class DowndatedInverse:
 
         Args:
             factor: [n, n].
-            sets: [num_sets, w] indices of the diagonal blocks that are wanted.
+            sets: [num_sets, w] indices of the diagonal blocks to keep track of.
         """
         self._factor = factor
         self._sets = sets
@@ -197,14 +238,20 @@ class DowndatedInverse:
         self._is_gone = factor.cholesky.new_zeros(len(factor.cholesky), dtype=torch.bool)
 
     def of_part(self, left: Tensor, sets: Tensor) -> DowndatedInverse:
-        """Return the same for the indices that are left, [n] bool; `sets` count among them."""
-        part = self._factor.matrix[left][:, left]  # has its damping
-        return DowndatedInverse(factorise(part, 0.0, 1.0, "part of a damped factor"), sets)
+        """Return the inverse of the part of the factor that is left.
+
+        Args:
+            left: [n] bool.
+            sets: [num_sets, w] indices of the diagonal blocks within the part.
+        """
+        part = self._factor.matrix[left][:, left]  # already damped
+        factor = factorise(part, 0.0, 1.0, "part of a damped factor")
+        return DowndatedInverse(factor, sets)
 
     def eliminate(self, Q: Tensor) -> Tensor:
         """Eliminate rows and columns [q], and return Y = (M_QQ)^-1 M_Q: [q, n].
 
-        The block of a set that is gone becomes the identity.
+        The block of a set that is eliminated completely becomes the identity.
         """
         V = self._V[: self._k]
         columns = self._factor.inverse_columns(Q).addmm_(V.T, V[:, Q], alpha=-1)
@@ -212,36 +259,40 @@ class DowndatedInverse:
         X = solve_lower(K, columns.T)
         k = self._k + len(X)
         if k > len(self._V):
-            longer = X.new_empty(min(max(k, 2 * self._k), X.shape[1]), X.shape[1])
+            n = X.shape[1]
+            longer = X.new_empty(min(max(k, 2 * self._k), n), n)
             longer[: self._k] = self._V[: self._k]
             self._V = longer
         self._V[self._k : k] = X
         self._k = k
         self.blocks -= squares(X.T[self._sets])
-        gone = self._is_gone.index_fill_(0, Q, True)[self._sets].all(dim=1)
-        self.blocks[gone] = torch.eye(self._sets.shape[1], dtype=X.dtype, device=X.device)
+        is_gone = self._is_gone.index_fill_(0, Q, True)
+        width = self._sets.shape[1]
+        identity = torch.eye(width, dtype=X.dtype, device=X.device)
+        self.blocks[is_gone[self._sets].all(dim=1)] = identity
         return solve_lower(K, X, transposed=True)
 
 
 def root(block: Tensor) -> Tensor:
-    """Return a lower L with L L^T = block, which rounding may have made indefinite."""
+    """Return a lower L with L L^T = block, also if rounding made the block indefinite."""
     L: Tensor
     L, failed = torch.linalg.cholesky_ex(block)
     if failed:
         values, vectors = torch.linalg.eigh(block.double())
-        values = values.clamp(min=1e-7 * float(values[-1].clamp(min=1e-30)))
+        largest = float(values[-1].clamp(min=1e-30))
+        values = values.clamp(min=1e-7 * largest)
         L = torch.linalg.qr((vectors * values.sqrt()).T).R.T.to(block.dtype)
     return L
 
 
-# Updates: they solve ``min 1/2 vec(D)^T kron(G, A) vec(D)`` subject to the pruned entries of W + D
+# Updates solve ``min 1/2 vec(D)^T kron(G, A) vec(D)`` subject to the pruned entries of W + D
 # being zero. Source: docs/method.md, section 4; The LLM Surgeon, section 3.2 to 3.4
 
 
 def _correlation(matrix: Tensor, to_prune: Tensor, name: str) -> Tensor:
     """Return M = matrix_KK^-1 matrix_KP, [kept, pruned].
 
-    A part of a damped matrix is positive definite as it is.
+    A part of a damped matrix is positive definite without further damping.
     """
     kept = (~to_prune).nonzero()
     pruned = to_prune.nonzero()[:, 0]
@@ -257,7 +308,7 @@ def prune_rows(W: Tensor, G: Tensor, to_prune: Tensor, name: str) -> Tensor:
         W: [R, C].
         G: [R, R] damped.
         to_prune: [R] bool.
-        name: what G belongs to, for errors.
+        name: name of G, for errors.
 
     Returns:
         [R, C] the new weights.
@@ -266,7 +317,8 @@ def prune_rows(W: Tensor, G: Tensor, to_prune: Tensor, name: str) -> Tensor:
     if not to_prune.any():
         return W.clone()
     if not to_prune.all():
-        new[~to_prune] = W[~to_prune] + product(_correlation(G, to_prune, name), W[to_prune])
+        correction = product(_correlation(G, to_prune, name), W[to_prune])
+        new[~to_prune] = W[~to_prune] + correction
     return new
 
 
@@ -277,7 +329,7 @@ def prune_columns(W: Tensor, A: Tensor, to_prune: Tensor, name: str) -> Tensor:
         W: [R, C].
         A: [C, C] damped.
         to_prune: [C] bool.
-        name: what A belongs to, for errors.
+        name: name of A, for errors.
 
     Returns:
         [R, C] the new weights.

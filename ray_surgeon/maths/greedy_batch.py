@@ -1,7 +1,7 @@
-"""Greedy paths of several linears of one shape, all at once, on a device that is not the CPU.
+"""Greedy paths of several linears of one shape at once, on a device other than the CPU.
 
-They are those of `ray_surgeon.maths.greedy`; but what is pruned is chosen on the device, and the
-host reads once in every step how much that was.
+The paths are those of `ray_surgeon.maths.greedy`. Here the device chooses the structures to prune,
+and the host reads their number once in every step.
 """
 
 from __future__ import annotations
@@ -20,42 +20,47 @@ from ray_surgeon.maths.threshold import check_costs
 
 
 @dataclass
-class _Left:
-    """What is left of one linear, as the host counts it."""
+class _Remaining:
+    """Structures of one linear that are not pruned yet, as counted by the host."""
 
-    candidates: int  # that may be pruned; none when the path has ended
-    rows: int  # with costs
-    sets: int  # of columns, likewise
+    candidates: int  # structures that may be pruned; zero once the path has ended
+    rows: int  # rows that have costs
+    sets: int  # sets of columns that have costs
     needed: int  # see `Limits`
-    least: int  # likewise
+    least: int  # see `Limits`
 
     @property
     def num_at_once(self) -> int:
-        """How many may be pruned in the next step."""
+        """Largest number of structures that the next step may prune."""
         return num_at_once(self.candidates, self.least)
 
     def remove(self, rows: int, sets: int) -> None:
-        """Count what a step has pruned; a path on which that is nothing has ended."""
+        """Subtract the structures that a step pruned; a step that pruned none ends the path."""
+        num_pruned = rows + sets
+        if num_pruned == 0:
+            self.candidates = 0
+            return
         self.rows -= rows
         self.sets -= sets
-        self.needed -= rows + sets
-        self.candidates -= rows + sets if rows + sets else self.candidates
+        self.needed -= num_pruned
+        self.candidates -= num_pruned
 
 
 class _Step(NamedTuple):
-    """What a step prunes."""
+    """The structures that a step prunes."""
 
     costs: Tensor  # [B, num_structures]
-    values: Tensor  # [B, q] costs of the cheapest, ascending
-    indices: Tensor  # [B, q]
-    is_pruned: Tensor  # [B, q] bool: the first few of every linear
-    num_pruned: Tensor  # [B, num_sides] rows, if rows may go, and sets, if there are any
-    num_failed: Tensor  # [B] of the decompositions in it
+    values: Tensor  # [B, q] costs of the cheapest structures, ascending
+    indices: Tensor  # [B, q] of the cheapest structures
+    is_pruned: Tensor  # [B, q] bool, true for the first few of each linear
+    # [B, num_sides] rows, if rows may be pruned, and sets, if there are any
+    num_pruned: Tensor
+    num_failed: Tensor  # [B] failed decompositions
     elimination: Elimination
 
 
 class GreedyBatch:
-    """Paths of B linears."""
+    """Greedy paths of B linears."""
 
     def __init__(
         self,
@@ -66,47 +71,46 @@ class GreedyBatch:
         *,
         is_padded: bool = False,
     ) -> None:
-        """Start with everything alive.
+        """Start with every structure in place.
 
         Args:
-            state: of the linears.
+            state: weights and inverses of the linears.
             may_prune: [B, num_structures] bool, on the CPU.
             limits: of each linear; `per_parameter` is the same for all.
-            names: of what the costs belong to, for errors.
-            is_padded: whether what may not be pruned is not there at all.
+            names: of the linears, for errors.
+            is_padded: whether structures that may not be pruned are padding.
         """
         self.state = state
         self._names = names
         self._per_parameter = limits[0].per_parameter
         assert all(limit.per_parameter == self._per_parameter for limit in limits)
-        like = state.tall
-        device = like.device
-        is_there = may_prune | (not is_padded)
-        sides = may_prune, is_there[:, : state.first_set], is_there[:, state.first_set :]
-        counts = [side.sum(dim=1).tolist() for side in sides]
-        needed = [limit.needed for limit in limits]
-        least = [limit.least for limit in limits]
-        self._left = list(map(_Left, *counts, needed, least))
-        largest = torch.finfo(like.dtype).max
-        # costs are at least this: huge for what stays, infinite for what is gone
-        penalty = torch.zeros(may_prune.shape, dtype=like.dtype)
+        batch_size, num_structures = may_prune.shape
+        dtype = state.tall.dtype
+        device = state.tall.device
+        has_cost = may_prune if is_padded else torch.ones_like(may_prune)
+        self._remaining = _remaining(may_prune, has_cost, state.first_set, limits)
+        largest = torch.finfo(dtype).max
+        # lower bounds of the costs: huge for structures that stay, infinite for removed ones
+        penalty = torch.zeros(may_prune.shape, dtype=dtype)
         penalty.masked_fill_(~may_prune, torch.inf if is_padded else largest)
         self._penalty = penalty.to(device)
-        self._limit, self._most = _bounds(limits, largest / 2).to(device, like.dtype).unbind()
-        # of each linear candidates and `needed`, as the device counts them
-        self._budget = torch.tensor([counts[0], needed]).T.contiguous().to(device)
-        every = range(max(counts[0]) + 1)
-        tables = {number: [num_at_once(left, number) for left in every] for number in set(least)}
-        self._at_once = torch.tensor([tables[number] for number in least]).to(device)
-        self._ranks = torch.arange(max(map(max, tables.values())), device=device)
-        self._entries = torch.tensor([state.W.shape[1:]] * len(like)).to(device)
-        self._numbers = torch.arange(may_prune.shape[1], device=device).expand(len(like), -1)
-        self._members = torch.arange(len(like), device=device)
-        self._marginal = like.new_full((len(like), may_prune.shape[1] + 1), torch.inf)
-        self._highest = like.new_zeros(len(like), 1)
-        self._steps = list[tuple[Tensor, Tensor, Tensor]]()
+        cost_limits = _cost_limits(limits, largest / 2).to(device, dtype)
+        self._limit, self._most = cost_limits.unbind()
+        # candidates and `needed` of each linear, as counted by the device
+        budget = [[linear.candidates, linear.needed] for linear in self._remaining]
+        self._budget = torch.tensor(budget).to(device)
+        step_sizes = _step_sizes(self._remaining)
+        self._step_sizes = step_sizes.to(device)
+        self._ranks = torch.arange(int(step_sizes.max()), device=device)
+        self._entries = torch.tensor([state.W.shape[1:]] * batch_size).to(device)
+        self._numbers = torch.arange(num_structures, device=device).expand(batch_size, -1)
+        self._members = torch.arange(batch_size, device=device)
+        self._marginal = state.tall.new_full((batch_size, num_structures + 1), torch.inf)
+        self._highest = state.tall.new_zeros(batch_size, 1)
+        # indices, values and is_pruned of the steps that are not recorded yet
+        self._steps: list[tuple[Tensor, Tensor, Tensor]] = []
         self._are_rows = torch.tensor([[True], [False]]).to(device)
-        self._zero, self._infinity = torch.tensor([0.0, math.inf]).to(device, like.dtype)
+        self._zero, self._infinity = torch.tensor([0.0, math.inf]).to(device, dtype)
 
     def single_costs(self) -> Tensor:
         """Return the cost of each structure on its own, [B, num_structures].
@@ -117,11 +121,11 @@ class GreedyBatch:
         costs, num_failed = self._costs(repair=False)
         if num_failed is not None and num_failed.any():
             costs, _ = self._costs(repair=True)
-        self._check(costs, self._is_bad(costs).tolist())
+        self._check(costs, self._num_bad(costs).flatten().tolist())
         return costs
 
     def follow(self) -> Tensor:
-        """Follow the paths.
+        """Follow the paths to their ends.
 
         Returns:
             [B, num_structures]: the marginal cost at which each is pruned, see `greedy_costs`.
@@ -130,168 +134,263 @@ class GreedyBatch:
             FloatingPointError: a cost of the first step is not usable.
         """
         is_first = True
-        while num_at_most := max(of_one.num_at_once for of_one in self._left):
-            step, num_pruned = self._looked_at(num_at_most, is_first=is_first)
+        while True:
+            num_at_most = max(linear.num_at_once for linear in self._remaining)
+            if num_at_most == 0:
+                break
+            step, num_pruned = self._next_step(num_at_most, is_first=is_first)
             is_first = False
-            if not any(map(sum, num_pruned)):
+            if not any(rows + sets for rows, sets in num_pruned):
                 break
             self.state.remove(step.elimination)
-            gone = torch.where(step.is_pruned, self._infinity, self._zero)
-            self._penalty.scatter_add_(1, step.indices, gone)
+            added = torch.where(step.is_pruned, self._infinity, self._zero)
+            self._penalty.scatter_add_(1, step.indices, added)
             self._steps.append((step.indices, step.values, step.is_pruned))
             self._count(num_pruned, step.num_pruned)
-        self._write()
+            self._shrink(num_pruned, step.num_pruned)
+        self._record_steps()
         return self._marginal[:, :-1]
 
     # Costs
 
     def _costs(self, *, repair: bool) -> tuple[Tensor, Tensor | None]:
-        """Return costs, and how many sets of each linear are to be repaired, if any can be."""
+        """Return the costs, and the number of sets of each linear that need a repair, if known."""
         state = self.state
         num_failed = None
         parts = []
         if state.wide is not None:
             by_row = state.row_costs()
-            parts.append(by_row / self._entries[:, 1:] if self._per_parameter else by_row)
+            if self._per_parameter:
+                by_row = by_row / self._entries[:, 1:]
+            parts.append(by_row)
         if state.num_sets:
             penalty = self._penalty[:, state.first_set :]
             by_set, num_failed = state.set_costs(penalty, repair=repair)
-            parts.append(by_set / self._entries[:, :1] if self._per_parameter else by_set)
-        costs = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
+            if self._per_parameter:
+                by_set = by_set / self._entries[:, :1]
+            parts.append(by_set)
+        costs = parts[0]
+        if len(parts) > 1:
+            costs = torch.cat(parts, dim=1)
         return torch.maximum(costs, self._penalty), num_failed
 
-    def _is_bad(self, costs: Tensor) -> Tensor:
-        """Return how many costs of candidates are no finite numbers, [B, 1]."""
+    def _num_bad(self, costs: Tensor) -> Tensor:
+        """Return the number of candidates of each linear whose cost is not finite, [B, 1]."""
         return ((self._penalty == 0) & ~(costs < torch.inf)).sum(dim=1, keepdim=True)
 
-    def _check(self, costs: Tensor, num_bad: Sequence[Sequence[int]]) -> None:
+    def _check(self, costs: Tensor, num_bad: Sequence[int]) -> None:
         for linear, number in enumerate(num_bad):
-            if any(number):
-                check_costs(self._names[linear], costs[linear][self._penalty[linear] == 0])
+            if number > 0:
+                is_candidate = self._penalty[linear] == 0
+                check_costs(self._names[linear], costs[linear][is_candidate])
 
     # A step
 
     def _step(self, num_at_most: int, *, repair: bool) -> _Step:
-        """Return what goes next, at most so many of each linear."""
+        """Return the next step, which prunes at most `num_at_most` structures of each linear."""
         state = self.state
         costs, num_failed = self._costs(repair=repair)
         values, indices = costs.topk(num_at_most, largest=False)
         is_pruned = values <= self._bounds(num_at_most)
         if len(values) > 1:
-            at_once = self._at_once.gather(1, self._budget[:, :1])
-            is_pruned &= self._ranks[:num_at_most] < at_once
+            step_sizes = self._step_sizes.gather(1, self._budget[:, :1])
+            is_pruned.logical_and_(self._ranks[:num_at_most] < step_sizes)
         sides = is_pruned[:, None]
         if state.wide is not None and state.num_sets:
-            sides = sides & ((indices < state.first_set)[:, None] == self._are_rows)
+            is_row = (indices < state.first_set)[:, None]
+            sides = sides & (is_row == self._are_rows)
         elimination = state.elimination(indices, is_pruned, sides, repair=repair)
-        failed = elimination.failed if num_failed is None else elimination.failed + num_failed
-        return _Step(costs, values, indices, is_pruned, sides.sum(dim=2), failed, elimination)
+        all_failed = elimination.failed
+        if num_failed is not None:
+            all_failed = all_failed + num_failed
+        return _Step(
+            costs=costs,
+            values=values,
+            indices=indices,
+            is_pruned=is_pruned,
+            num_pruned=sides.sum(dim=2),
+            num_failed=all_failed,
+            elimination=elimination,
+        )
 
     def _bounds(self, num_at_most: int) -> Tensor:
-        """Return the largest costs at which the cheapest are pruned, [B, 1 or num_at_most]."""
-        needed = [left.needed for left in self._left]
+        """Return the largest costs at which structures are pruned, [B, 1 or num_at_most]."""
+        needed = [linear.needed for linear in self._remaining]
         if max(needed) <= 0:
             return self._limit
         if min(needed) >= num_at_most:
             return self._most
-        left = self._budget[:, 1:] if len(needed) > 1 else needed[0]
-        return torch.where(self._ranks[:num_at_most] < left, self._most, self._limit)
+        ranks = self._ranks[:num_at_most]
+        if len(needed) == 1:
+            return torch.where(ranks < needed[0], self._most, self._limit)
+        return torch.where(ranks < self._budget[:, 1:], self._most, self._limit)
 
-    def _looked_at(
-        self, num_at_most: int, *, is_first: bool
-    ) -> tuple[_Step, Sequence[tuple[int, int]]]:
-        """Return a step, and how many rows and sets of each linear it prunes; the one read."""
+    def _next_step(
+        self,
+        num_at_most: int,
+        *,
+        is_first: bool,
+    ) -> tuple[_Step, list[tuple[int, int]]]:
+        """Return a step, and how many rows and sets of each linear it prunes.
+
+        The host waits for the device here, and nowhere else in a step.
+        """
         step = self._step(num_at_most, repair=False)
-        reports = [step.num_failed[:, None], step.num_pruned]
+        columns = [step.num_failed[:, None], step.num_pruned]
         if is_first:
-            reports.insert(0, self._is_bad(step.costs))
-        report = torch.cat(reports, dim=1).tolist()
+            columns.append(self._num_bad(step.costs))
+        report = torch.cat(columns, dim=1).tolist()
         if is_first:
-            self._check(step.costs, [of_one[:1] for of_one in report])
-            report = [of_one[1:] for of_one in report]
-        if any(of_one[0] for of_one in report):
+            self._check(step.costs, [numbers[-1] for numbers in report])
+        if any(numbers[0] for numbers in report):
             step = self._step(num_at_most, repair=True)
-            report = [[0, *of_one] for of_one in step.num_pruned.tolist()]
-        if self.state.wide is None:
-            return step, [(0, of_one[1]) for of_one in report]
-        return step, [(of_one[1], sum(of_one[2:])) for of_one in report]
+            by_side = step.num_pruned.tolist()
+        else:
+            num_sides = step.num_pruned.shape[1]
+            by_side = [numbers[1 : 1 + num_sides] for numbers in report]
+        return step, [self._rows_and_sets(numbers) for numbers in by_side]
 
-    # What is left
+    def _rows_and_sets(self, num_pruned: Sequence[int]) -> tuple[int, int]:
+        """Return the numbers of rows and of sets from one row of `_Step.num_pruned`."""
+        if self.state.wide is None:
+            return 0, num_pruned[0]
+        if self.state.num_sets == 0:
+            return num_pruned[0], 0
+        return num_pruned[0], num_pruned[1]
+
+    # Remaining structures
 
     def _count(self, num_pruned: Sequence[tuple[int, int]], on_device: Tensor) -> None:
-        """Count what is left, and go on with less where half is gone.
-
-        That are linears whose paths have ended, or rows, or sets.
+        """Subtract pruned structures from the counts on the host and on the device.
 
         Args:
-            num_pruned: rows and sets of each linear in the last step.
-            on_device: likewise, see `_Step`.
+            num_pruned: rows and sets of each linear that the last step pruned.
+            on_device: the same numbers on the device, see `_Step.num_pruned`.
         """
-        for of_one, numbers in zip(self._left, num_pruned, strict=True):
-            of_one.remove(*numbers)
+        for linear, (rows, sets) in zip(self._remaining, num_pruned, strict=True):
+            linear.remove(rows, sets)
         if len(num_pruned) > 1:
             self._budget -= on_device.sum(dim=1, keepdim=True)
         if self._per_parameter and on_device.shape[1] > 1:
             self._entries -= on_device
-            if any(min(of_one.rows, of_one.sets) <= 0 for of_one in self._left):
+            if any(min(linear.rows, linear.sets) <= 0 for linear in self._remaining):
                 self._entries.clamp_(min=1)
-        going = [n for n, numbers in enumerate(num_pruned) if any(numbers)]
-        rows = max(1, *(self._left[n].rows for n in going))
-        sets = max(1, *(self._left[n].sets for n in going))
-        is_half = 2 * rows <= self.state.first_set or 2 * sets <= self.state.num_sets
-        if 2 * len(going) > len(num_pruned) and not is_half:
-            return
-        self._write()
-        if len(going) < len(num_pruned):
-            # a stable sort puts those that go on first, in their order
-            has_ended = (on_device.sum(dim=1) == 0).to(torch.uint8)
-            self._select(going, has_ended.argsort(stable=True)[: len(going)])
-        if is_half:
-            self._restrict(rows, sets)
 
-    def _select(self, going: Sequence[int], linears: Tensor) -> None:
-        """Go on with some of the linears, given by their numbers here and on the device."""
-        self._left = [self._left[n] for n in going]
-        self._names = [self._names[n] for n in going]
+    def _shrink(self, num_pruned: Sequence[tuple[int, int]], on_device: Tensor) -> None:
+        """Make the batch smaller once half of the linears, rows or sets are finished.
+
+        Linears whose paths have ended are left out, and so are structures that are removed. See
+        `_count` for the arguments.
+        """
+        active = []
+        num_rows = 1
+        num_sets = 1
+        for number, (rows, sets) in enumerate(num_pruned):
+            if rows + sets == 0:
+                continue
+            active.append(number)
+            num_rows = max(num_rows, self._remaining[number].rows)
+            num_sets = max(num_sets, self._remaining[number].sets)
+        few_rows = 2 * num_rows <= self.state.first_set
+        few_sets = 2 * num_sets <= self.state.num_sets
+        few_linears = 2 * len(active) <= len(num_pruned)
+        if not (few_linears or few_rows or few_sets):
+            return
+        self._record_steps()
+        if len(active) < len(num_pruned):
+            # a stable sort puts the active linears first, in their order
+            has_ended = (on_device.sum(dim=1) == 0).to(torch.uint8)
+            self._select(active, has_ended.argsort(stable=True)[: len(active)])
+        if few_rows or few_sets:
+            self._restrict(num_rows, num_sets)
+
+    def _select(self, active: Sequence[int], linears: Tensor) -> None:
+        """Keep only the active linears, given by their numbers on the host and on the device."""
+        self._remaining = [self._remaining[number] for number in active]
+        self._names = [self._names[number] for number in active]
         self.state.select(linears)
         self._penalty = self._penalty[linears]
         self._limit = self._limit[linears]
         self._most = self._most[linears]
         self._budget = self._budget[linears]
-        self._at_once = self._at_once[linears]
+        self._step_sizes = self._step_sizes[linears]
         self._entries = self._entries[linears]
         self._numbers = self._numbers[linears]
         self._members = self._members[linears]
         self._highest = self._highest[linears]
 
     def _restrict(self, num_rows: int, num_sets: int) -> None:
-        """Go on with so many rows and sets: all that are left, and others that are gone."""
+        """Keep the given numbers of rows and sets: all remaining ones, and some removed ones."""
         first = self.state.first_set
-        is_gone = self._penalty.isinf().to(torch.uint8)
-        rows = is_gone[:, :first].argsort(dim=1, stable=True)[:, :num_rows]
-        sets = is_gone[:, first:].argsort(dim=1, stable=True)[:, :num_sets]
+        is_removed = self._penalty.isinf().to(torch.uint8)
+        rows = is_removed[:, :first].argsort(dim=1, stable=True)[:, :num_rows]
+        sets = is_removed[:, first:].argsort(dim=1, stable=True)[:, :num_sets]
         kept = torch.cat([rows, first + sets], dim=1)
         self._penalty = self._penalty.gather(1, kept)
         self._numbers = self._numbers.gather(1, kept)
         self.state.restrict(rows, sets)
 
-    def _write(self) -> None:
-        """Write down the marginal costs of the steps since this was last done."""
+    def _record_steps(self) -> None:
+        """Write the marginal costs of the steps that are not recorded yet."""
         if not self._steps:
             return
-        indices, values, is_pruned = (torch.cat(x, dim=1) for x in zip(*self._steps, strict=True))
+        all_indices, all_values, all_pruned = zip(*self._steps, strict=True)
         self._steps.clear()
-        costs = torch.cat([self._highest, values.masked_fill(~is_pruned, -torch.inf)], dim=1)
-        costs = costs.cummax(dim=1).values[:, 1:]
+        indices = torch.cat(all_indices, dim=1)
+        values = torch.cat(all_values, dim=1)
+        is_pruned = torch.cat(all_pruned, dim=1)
+        values = values.masked_fill(~is_pruned, -torch.inf)
+        costs = torch.cat([self._highest, values], dim=1).cummax(dim=1).values[:, 1:]
         self._highest = costs[:, -1:]
-        # what was not pruned goes to a place that nobody reads
+        # structures that were not pruned are written to the last column, which is never read
         places = self._numbers.gather(1, indices)
         places.masked_fill_(~is_pruned, self._marginal.shape[1] - 1)
-        self._marginal[self._members] = self._marginal[self._members].scatter_(1, places, costs)
+        marginal = self._marginal[self._members]
+        self._marginal[self._members] = marginal.scatter_(1, places, costs)
 
 
-def _bounds(limits: Sequence[Limits], largest: float) -> Tensor:
-    """Return `limit` and `most` of each linear, [2, B, 1] float64."""
-    ends = [math.inf if limit.limit is None else limit.limit for limit in limits]
-    most = [max(end, limit.most) for end, limit in zip(ends, limits, strict=True)]
+def _remaining(
+    may_prune: Tensor,
+    has_cost: Tensor,
+    first_set: int,
+    limits: Sequence[Limits],
+) -> list[_Remaining]:
+    """Return the counts of each linear at the start of its path."""
+    candidates: list[int] = may_prune.sum(dim=1).tolist()
+    rows: list[int] = has_cost[:, :first_set].sum(dim=1).tolist()
+    sets: list[int] = has_cost[:, first_set:].sum(dim=1).tolist()
+    remaining = []
+    for number, limit in enumerate(limits):
+        counts = _Remaining(
+            candidates=candidates[number],
+            rows=rows[number],
+            sets=sets[number],
+            needed=limit.needed,
+            least=limit.least,
+        )
+        remaining.append(counts)
+    return remaining
+
+
+def _step_sizes(remaining: Sequence[_Remaining]) -> Tensor:
+    """Return the largest step of each linear by its number of candidates.
+
+    Returns:
+        [B, n + 1], where n is the largest number of candidates.
+    """
+    num_candidates = max(linear.candidates for linear in remaining)
+    tables = {}
+    for least in {linear.least for linear in remaining}:
+        tables[least] = [num_at_once(left, least) for left in range(num_candidates + 1)]
+    return torch.tensor([tables[linear.least] for linear in remaining])
+
+
+def _cost_limits(limits: Sequence[Limits], largest: float) -> Tensor:
+    """Return `limit` and `most` of each linear, [2, B, 1] float64, none above `largest`."""
+    ends = []
+    most = []
+    for limit in limits:
+        end = math.inf if limit.limit is None else limit.limit
+        ends.append(end)
+        most.append(max(end, limit.most))
     return torch.tensor([ends, most], dtype=torch.float64).clamp_(max=largest)[:, :, None]

@@ -18,21 +18,21 @@ from ray_surgeon.maths.products import product
 Term = tuple[Tensor, Tensor]
 """G_r [R, R] and A_r [C, C] of a Kronecker product."""
 Terms = Sequence[Term]
-"""A sum of them."""
+"""A sum of Kronecker products."""
 
 
 @dataclass(frozen=True)
 class KroneckerFactors:
     """A and G of one linear as sums over tokens.
 
-    So micro-batches, replicas and resumed work all merge.
+    Sums of micro-batches, of replicas and of resumed work can be added up.
 
     Attributes:
         A: [C, C] sum of a a^T.
         G: [R, R] sum of g g^T.
         num_tokens: tokens in both sums.
-        terms: further Kronecker products (G_r, A_r) of extended KFAC, as means over tokens; they do
-            not merge.
+        terms: further Kronecker products (G_r, A_r) of extended KFAC, as means over tokens; these
+            cannot be added up.
     """
 
     A: Tensor
@@ -43,9 +43,9 @@ class KroneckerFactors:
 
 @dataclass(frozen=True)
 class PackedFactors:
-    """The factors of one linear as they are gathered: half of each.
+    """The factors of one linear as they are gathered: half of each symmetric matrix.
 
-    They may lie in the memory of the host or on disk.
+    They may be in the memory of the host or on disk.
     """
 
     A: PackedSymmetric  # [C, C]
@@ -54,36 +54,48 @@ class PackedFactors:
     terms: tuple[Term, ...] = ()  # see `KroneckerFactors`
 
     def dense(self, device: torch.device | None = None) -> KroneckerFactors:
-        """Return whole matrices, copies."""
-        A, G = (factor.dense(device) for factor in (self.A, self.G))
-        return KroneckerFactors(A, G, self.num_tokens, self.terms)
+        """Return the factors as whole matrices, which are copies."""
+        return KroneckerFactors(
+            A=self.A.dense(device),
+            G=self.G.dense(device),
+            num_tokens=self.num_tokens,
+            terms=self.terms,
+        )
 
     def restricted(self, rows: Tensor, columns: Tensor) -> KroneckerFactors:
         """Return the factors of the alive rows [R] and columns [C] (bool masks).
 
-        They are copies on the device of the masks.
+        A and G are copies on the device of the masks.
         """
-        in_rows, in_columns = places(rows, columns)
-        terms = tuple((_part(G, in_rows), _part(A, in_columns)) for G, A in self.terms)
-        A = _part(self.A.dense(columns.device), in_columns)
-        G = _part(self.G.dense(rows.device), in_rows)
-        return KroneckerFactors(A, G, self.num_tokens, terms)
+        alive_rows, alive_columns = places(rows, columns)
+        terms = []
+        for G, A in self.terms:
+            terms.append((_part(G, alive_rows), _part(A, alive_columns)))
+        return KroneckerFactors(
+            A=_part(self.A.dense(columns.device), alive_columns),
+            G=_part(self.G.dense(rows.device), alive_rows),
+            num_tokens=self.num_tokens,
+            terms=tuple(terms),
+        )
 
 
 def _part(matrix: Tensor, alive: Tensor | None) -> Tensor:
-    return matrix if alive is None else matrix[alive][:, alive]
+    if alive is None:
+        return matrix
+    return matrix[alive][:, alive]
 
 
 def balance_(A: Tensor, G: Tensor) -> None:
-    """Scale A and G to equal Frobenius norms, in place; kron(G, A) is unchanged.
+    """Scale A and G in place to equal Frobenius norms; kron(G, A) does not change.
 
-    Where one of them is zero, both are left alone.
+    If one of them is zero, neither is scaled.
 
     Args:
         A: [..., C, C].
         G: [..., R, R].
     """
-    norm_A, norm_G = (torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True) for x in (A, G))
+    norm_A = torch.linalg.vector_norm(A, dim=(-2, -1), keepdim=True)
+    norm_G = torch.linalg.vector_norm(G, dim=(-2, -1), keepdim=True)
     ratio = torch.sqrt(norm_G / norm_A)
     ratio.masked_fill_((norm_A == 0) | (norm_G == 0), 1.0)
     A.mul_(ratio)
@@ -99,28 +111,31 @@ class Damping:
     max: float  # the largest damping that may be tried when a factor is not positive definite
 
 
-# Costs: the loss increase that the quadratic model with F = kron(G, A) predicts, in nats per token
-# where factors are means over tokens. Source: docs/method.md, section 3
+# Costs: the loss increase predicted by the quadratic model with F = kron(G, A), in nats per token
+# if the factors are means over tokens. Source: docs/method.md, section 3
 
 
 def row_costs(W: Tensor, A: Tensor) -> Tensor:
     """Return 1/2 W_r A W_r^T of each row [R], in the loss's units.
 
-    The cost of a row after the optimal update of the others is this over [G^-1]_rr; if they stay as
-    they are (OBD), it is this times G_rr.
+    The cost of a row is this divided by [G^-1]_rr if the other rows get the optimal update, and
+    this times G_rr if they do not change (OBD).
     """
     return 0.5 * (product(W, A) * W).sum(dim=1)
 
 
 def column_costs(W: Tensor, G: Tensor) -> Tensor:
-    """Return 1/2 W_c^T G W_c of each column [C]; the cost is this over [A^-1]_cc, or times A_cc."""
+    """Return 1/2 W_c^T G W_c of each column [C].
+
+    The cost of a column is this divided by [A^-1]_cc, or times A_cc, as for `row_costs`.
+    """
     return 0.5 * (W * product(G, W)).sum(dim=0)
 
 
 def column_removal_cost(change: Tensor, A: Tensor, G: Tensor, removed: Tensor) -> Tensor:
-    """Predicted loss increase, a single number, of removing columns with the optimal update.
+    """Return the predicted loss increase of removing columns with the optimal update, a scalar.
 
-    With it, D A is zero in the other columns.
+    After that update D A is zero in all other columns.
 
     Args:
         change: [R, C] new weights minus old weights, D.
@@ -133,9 +148,9 @@ def column_removal_cost(change: Tensor, A: Tensor, G: Tensor, removed: Tensor) -
 
 
 def quadratic_cost(change: Tensor, A: Tensor, G: Tensor) -> Tensor:
-    """Predicted loss increase, a single number, of any change D of the weights: 1/2 tr(D^T G D A).
+    """Return the predicted loss increase of any change D of the weights, a scalar.
 
-    That is 1/2 vec(D)^T kron(G, A) vec(D).
+    It is 1/2 tr(D^T G D A) = 1/2 vec(D)^T kron(G, A) vec(D).
 
     Args:
         change: [R, C] new weights minus old weights.

@@ -9,40 +9,43 @@ from torch import Tensor
 
 
 def places(*masks: Tensor) -> list[Tensor | None]:
-    """Return the indices of what masks [n] of one device keep, None where that is all.
+    """Return the indices that each mask [n] keeps, or None for a mask that keeps everything.
 
-    The host waits once for all of them.
+    The masks are on one device, for which the host waits only once.
     """
     counts = torch.stack([mask.sum() for mask in masks]).tolist()
-    return [
-        None if count == len(mask) else mask.byte().argsort(descending=True, stable=True)[:count]
-        for mask, count in zip(masks, counts, strict=True)
-    ]
+    kept: list[Tensor | None] = []
+    for count, mask in zip(counts, masks, strict=True):
+        if count == len(mask):
+            kept.append(None)
+        else:
+            kept.append(mask.byte().argsort(descending=True, stable=True)[:count])
+    return kept
 
 
 @dataclass(frozen=True)
 class StructuredMask:
     """Kept rows and columns of one linear, or those on which its factors are inverted."""
 
-    rows: Tensor  # [R] bool. A pruned row takes its bias with it
-    # [C] bool. The bias, where there is one, is the last column, and is never pruned as a column
+    rows: Tensor  # [R] bool. The bias of a pruned row is pruned, too
+    # [C] bool. The bias, if there is one, is the last column, and is never pruned as a column
     columns: Tensor
 
     @staticmethod
     def full(num_rows: int, num_columns: int) -> StructuredMask:
         """Return the mask that keeps everything."""
-        return StructuredMask(*(torch.ones(n, dtype=torch.bool) for n in (num_rows, num_columns)))
+        return StructuredMask(
+            rows=torch.ones(num_rows, dtype=torch.bool),
+            columns=torch.ones(num_columns, dtype=torch.bool),
+        )
 
     def without(self, rows: Tensor, columns: Tensor) -> StructuredMask:
-        """Return the mask with `rows` [R] and `columns` [C] (True = to prune) removed too."""
+        """Return the mask without `rows` [R] and `columns` [C] (True = to prune) either."""
         return StructuredMask(self.rows & ~rows, self.columns & ~columns)
 
     @property
     def num_kept(self) -> int:
-        """Entries that are kept: kept rows times kept columns.
-
-        So the overlap of removals counts once.
-        """
+        """Number of kept entries: kept rows times kept columns."""
         return int(self.rows.sum()) * int(self.columns.sum())
 
     def apply_(self, W: Tensor) -> None:
@@ -51,19 +54,30 @@ class StructuredMask:
         W[:, ~self.columns.to(W.device)] = 0
 
     def of(self, whole: Tensor) -> Tensor:
-        """Return the kept part of a matrix [R, C] on the mask's device, itself if that is all."""
+        """Return the kept part of a matrix [R, C] on the mask's device.
+
+        If the mask keeps everything, it is the matrix itself, not a copy.
+        """
         rows, columns = places(self.rows, self.columns)
-        whole = whole if rows is None else whole[rows]
-        return whole if columns is None else whole[:, columns]
+        part = whole
+        if rows is not None:
+            part = part[rows]
+        if columns is not None:
+            part = part[:, columns]
+        return part
 
     def put(self, part: Tensor, into: Tensor) -> Tensor:
-        """Return a copy of a matrix [R, C] in which the kept part is replaced."""
+        """Return a copy of a matrix [R, C] with the kept part replaced."""
         result = into.clone()
         rows, columns = places(self.rows, self.columns)
-        whole = slice(None)
         if rows is not None and columns is not None:
-            rows = rows[:, None]
-        result[whole if rows is None else rows, whole if columns is None else columns] = part
+            result[rows[:, None], columns] = part
+        elif rows is not None:
+            result[rows] = part
+        elif columns is not None:
+            result[:, columns] = part
+        else:
+            result[:] = part
         return result
 
 
@@ -71,7 +85,7 @@ class StructuredMask:
 class ElementMask:
     """Kept elements of one linear."""
 
-    kept: Tensor  # [R, C] bool. The bias, where there is one, is the last column and stays
+    kept: Tensor  # [R, C] bool. The bias, if there is one, is the last column and is kept
 
     @staticmethod
     def full(num_rows: int, num_columns: int) -> ElementMask:
@@ -80,9 +94,9 @@ class ElementMask:
 
     @property
     def num_kept(self) -> int:
-        """Entries that are kept."""
+        """Number of kept entries."""
         return int(self.kept.sum())
 
 
 Mask = StructuredMask | ElementMask
-"""What earlier shots have left of one linear."""
+"""The part of one linear that earlier shots kept."""

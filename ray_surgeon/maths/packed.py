@@ -1,4 +1,4 @@
-"""Symmetric sums of outer products, of which half exists.
+"""Symmetric sums of outer products, of which only one half is stored.
 
 Source: docs/method.md, section 1.
 """
@@ -10,6 +10,7 @@ import functools
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,34 +20,44 @@ from ray_surgeon.maths.products import add_product_, product
 _PANEL = 256
 """Rows of one panel of a symmetric sum on the CPU.
 
-High enough for a fast GEMM, low enough to skip near half of it.
+High enough for a fast GEMM, low enough to skip almost half of it.
 """
 _TALL_PANEL = 1024
-"""The least number of rows on any other device, where fewer leave most of it idle."""
+"""Least number of rows of a panel on any other device, which smaller panels would leave idle."""
 _ALIGNMENT = 8
-"""Entries at whose multiples rows start there: GEMMs read 16 bytes at a time."""
+"""On other devices rows start at multiples of this many entries: GEMMs read 16 bytes at a time."""
 _NARROW = (torch.bfloat16, torch.float16)
-"""Products of two such numbers are exact in float32."""
+"""Dtypes whose products are exact in float32."""
 
 
 def _round_up(number: int) -> int:
     return -(-number // _ALIGNMENT) * _ALIGNMENT
 
 
-@functools.cache
-def _layout(n: int, *, is_tall: bool) -> tuple[tuple[int, int, int, int], ...]:
-    """Return the panels of a sum [n, n].
+class _Panel(NamedTuple):
+    """A panel of a packed sum: some of its rows, from the diagonal on."""
 
-    Of each: its first row, the row after its last, its place among the entries, and from there how
-    many entries its rows are apart.
-    """
-    height = _round_up(-(-n // max(1, n // _TALL_PANEL))) if is_tall else _PANEL
+    start: int  # first row
+    stop: int  # row after the last
+    place: int  # of the first entry among all entries
+    stride: int  # entries from one row to the next
+
+
+@functools.cache
+def _layout(n: int, *, is_tall: bool) -> tuple[_Panel, ...]:
+    """Return the panels of a sum [n, n]."""
+    height = _PANEL
+    if is_tall:
+        num_panels = max(1, n // _TALL_PANEL)
+        height = max(1, _round_up(-(-n // num_panels)))
     place = 0
     panels = []
-    for start in range(0, n, max(1, height)):
+    for start in range(0, n, height):
         stop = min(start + height, n)
-        stride = _round_up(n - start) if is_tall else n - start
-        panels.append((start, stop, place, stride))
+        stride = n - start
+        if is_tall:
+            stride = _round_up(stride)
+        panels.append(_Panel(start=start, stop=stop, place=place, stride=stride))
         place += (stop - start) * stride
     return tuple(panels)
 
@@ -55,25 +66,28 @@ def _layout(n: int, *, is_tall: bool) -> tuple[tuple[int, int, int, int], ...]:
 class PackedSymmetric:
     """A symmetric sum of outer products [n, n].
 
-    Only the blocks on and above the diagonal exist: half the memory, half the work.
+    Only the blocks on and above the diagonal are stored: half the memory, half the work.
 
-    Panel after panel of rows lies in one flat tensor, so that a store or a reduce moves it as it
-    is. It is laid out for the device where it is summed, and lies so wherever it goes: the layout
-    of the CPU has fewer entries than the other, or is the same. Entries between rows are zero.
+    One flat tensor holds the panels of rows one after the other, so a store or a reduce moves it
+    without a copy. The layout is that of the device where the sum is computed, and stays the same
+    on other devices. The CPU's layout has fewer entries than the other one, or is the same. Entries
+    between rows are zero.
     """
 
     n: int
-    flat: Tensor  # [size(n, type of the device where it is summed)]
+    flat: Tensor  # [size(n, type of the device where the sum is computed)]
 
     @staticmethod
     def size(n: int, device_type: str = "cpu") -> int:
-        """Return how many entries a sum [n, n] keeps that is summed on a type of device."""
-        panels = _layout(n, is_tall=device_type != "cpu")
-        return sum((stop - start) * stride for start, stop, _, stride in panels)
+        """Return the number of stored entries of a sum [n, n] computed on a type of device."""
+        size = 0
+        for panel in _layout(n, is_tall=device_type != "cpu"):
+            size += (panel.stop - panel.start) * panel.stride
+        return size
 
     @staticmethod
     def num_panels(n: int, device_type: str = "cpu") -> int:
-        """Return how many panels such a sum has, each of which an addition makes in one product."""
+        """Return the number of panels of such a sum; `add` computes each as one product."""
         return len(_layout(n, is_tall=device_type != "cpu"))
 
     @staticmethod
@@ -81,13 +95,14 @@ class PackedSymmetric:
         n: int, device: torch.device | None = None, dtype: torch.dtype = torch.float32
     ) -> PackedSymmetric:
         """Return an empty sum."""
-        size = PackedSymmetric.size(n, "cpu" if device is None else device.type)
+        device_type = "cpu" if device is None else device.type
+        size = PackedSymmetric.size(n, device_type)
         return PackedSymmetric(n, torch.zeros(size, device=device, dtype=dtype))
 
     def _panels(self, device: torch.device | None = None) -> Iterator[tuple[int, Tensor]]:
-        """Yield a panel's first row, and a view [rows, n - start] of it, a copy on another device.
+        """Yield the first row of each panel and the panel [rows, n - start] itself.
 
-        The number is that of its first column, too.
+        The first row is also the first column. The panel is a view, or a copy on another device.
         """
         is_tall = len(self.flat) != PackedSymmetric.size(self.n)
         for start, stop, place, stride in _layout(self.n, is_tall=is_tall):
@@ -99,29 +114,36 @@ class PackedSymmetric:
     def add(self, x: Tensor, weights: Tensor | None = None) -> None:
         """Add ``x.T @ diag(weights) @ x``.
 
-        Products of bfloat16 numbers are exact in float32. Where the hardware has such products with
-        float32 sums, they are used: several times as fast, and different from float32's own only by
-        the order of the sums. So are those of float16 numbers, but for the CPU's.
+        Products of bfloat16 numbers are exact in float32. If the hardware can add such products in
+        float32, that is used: it is several times as fast as a float32 product, and differs from it
+        only in the order of the sums. The same holds for float16, except on the CPU.
 
         Args:
-            x: [num_tokens, n]; the products are fast if its rows start at multiples of 16 bytes.
+            x: [num_tokens, n]; fast if its rows start at multiples of 16 bytes.
             weights: [num_tokens], of either sign; 1 if None.
         """
-        if not len(x):  # of tokens there may be none
+        if not len(x):
             return
+        is_summed_in_float32 = self.flat.dtype == torch.float32
+        is_narrow = x.dtype in _NARROW and is_summed_in_float32 and weights is None
+        if self.flat.device.type == "cpu":
+            is_bfloat16 = is_narrow and x.dtype == torch.bfloat16
+            self._add_on_cpu(x, weights, is_bfloat16=is_bfloat16)
+            return
+        if not is_narrow:
+            x = x.to(self.flat.dtype)
+        left = x.T
+        if weights is not None:
+            left = (x * weights[:, None]).T
+        for start, panel in self._panels():
+            add_product_(panel, left[start : start + len(panel)], x[:, start:])
+
+    def _add_on_cpu(self, x: Tensor, weights: Tensor | None, *, is_bfloat16: bool) -> None:
         dtype = self.flat.dtype
-        narrow = x.dtype in _NARROW and dtype == torch.float32 and weights is None
-        if self.flat.device.type != "cpu":
-            x = x if narrow else x.to(dtype)
-            left = (x if weights is None else x * weights[:, None]).T
-            for start, panel in self._panels():
-                add_product_(panel, left[start : start + len(panel)], x[:, start:])
-            return
         rows = x.T
-        if rows.dtype != dtype or not rows.is_contiguous():  # so that parts of it have no gaps
+        if rows.dtype != dtype or not rows.is_contiguous():  # its parts must have no gaps
             rows = rows.to(dtype, copy=True, memory_format=torch.contiguous_format)
         weighted = rows if weights is None else rows * weights
-        is_bfloat16 = narrow and x.dtype == torch.bfloat16
         with _narrow_products() if is_bfloat16 else contextlib.nullcontext():
             for start, panel in self._panels():
                 panel.add_(product(weighted[start : start + len(panel)], rows[start:].T))
@@ -137,7 +159,10 @@ class PackedSymmetric:
 
     def diagonal(self) -> Tensor:
         """Return a copy of the diagonal [n]."""
-        return torch.cat([self.flat[:0], *(panel.diagonal() for _, panel in self._panels())])
+        parts = [self.flat[:0]]
+        for _, panel in self._panels():
+            parts.append(panel.diagonal())
+        return torch.cat(parts)
 
     def dense(self, device: torch.device | None = None) -> Tensor:
         """Return the whole matrix [n, n], a copy."""
@@ -159,20 +184,23 @@ class PackedSymmetric:
 
 def diagonals(sums: Sequence[PackedSymmetric]) -> Tensor:
     """Return the diagonals [num_sums, n] of sums of one size, in few launches."""
-    panels = zip(*(total._panels() for total in sums), strict=True)
-    return torch.cat([torch.stack([p.diagonal() for _, p in of_all]) for of_all in panels], dim=1)
+    panels_of_each = [total._panels() for total in sums]
+    parts = []
+    for panels in zip(*panels_of_each, strict=True):
+        parts.append(torch.stack([panel.diagonal() for _, panel in panels]))
+    return torch.cat(parts, dim=1)
 
 
 _narrow_lock = threading.Lock()
 _precisions: list[str] = []
-"""Of float32 products, before each of the threads in `_narrow_products` entered."""
+"""Precision of float32 products before each of the threads in `_narrow_products` entered."""
 
 
 @contextlib.contextmanager
 def _narrow_products() -> Iterator[None]:
     """Let float32 products on the CPU round their inputs to bfloat16.
 
-    That is for all threads of the process, until the last one leaves.
+    This affects all threads of the process until the last one leaves.
     """
     settings = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     with _narrow_lock:
@@ -188,8 +216,8 @@ def _narrow_products() -> Iterator[None]:
 def with_ones(x: Tensor) -> Tensor:
     """Append the input of the bias, a column of ones: [num_tokens, C - 1] -> [num_tokens, C].
 
-    It lies by columns on the CPU, as `PackedSymmetric.add` takes it without a copy. On any other
-    device its rows are apart by a multiple of 16 bytes.
+    On the CPU the result is stored by columns, so that `PackedSymmetric.add` needs no copy. On any
+    other device its rows start at multiples of 16 bytes.
     """
     num_tokens, num_inputs = x.shape
     if x.device.type == "cpu":

@@ -1,4 +1,7 @@
-"""Matrix products: on the CPU by the faster of two libraries, elsewhere with the sum in them."""
+"""Matrix products.
+
+The CPU uses the faster of two libraries; other devices add to a sum within the product.
+"""
 
 from __future__ import annotations
 
@@ -8,21 +11,25 @@ import torch
 from torch import Tensor
 
 _WORTH_IT = 2**21
-"""Multiplications from which on the call costs less than it saves."""
+"""Least number of multiplications for which oneDNN saves more time than its call costs."""
 
 _has_onednn = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-_linear = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if _has_onednn else None
+_linear = None
 """oneDNN's x W^T + b, which torch's compiler uses.
 
-torch itself takes MKL for float32, which leaves half of the vector units of AMD's CPUs idle: 113
-against 255 GFLOP/s a core on an EPYC with AVX-512, both with float32's full precision.
+torch itself uses MKL for float32, which leaves half of the vector units of AMD's CPUs idle: 113
+instead of 255 GFLOP/s per core on an EPYC with AVX-512, both with the full precision of float32.
 """
+if _has_onednn:
+    _linear = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 
 
-def _fast(x: Tensor, y: Tensor) -> bool:
-    is_float32 = x.device.type == "cpu" and x.dtype == y.dtype == torch.float32
-    num_products = x.shape[0] * x.shape[1] * y.shape[1]
-    return _linear is not None and is_float32 and num_products >= _WORTH_IT
+def _is_for_onednn(x: Tensor, y: Tensor) -> bool:
+    if _linear is None or x.device.type != "cpu":
+        return False
+    if x.dtype != torch.float32 or y.dtype != torch.float32:
+        return False
+    return x.shape[0] * x.shape[1] * y.shape[1] >= _WORTH_IT
 
 
 def product(x: Tensor, y: Tensor) -> Tensor:
@@ -30,35 +37,39 @@ def product(x: Tensor, y: Tensor) -> Tensor:
 
     Args:
         x: [m, k], of any strides.
-        y: [k, n], likewise.
+        y: [k, n], of any strides.
 
     Returns:
         [m, n], without a gradient.
     """
-    if not _fast(x, y):
-        return x.detach() @ y.detach()
+    x = x.detach()
+    y = y.detach()
+    if not _is_for_onednn(x, y):
+        return x @ y
     assert _linear is not None
-    result: Tensor = _linear(_dense(x.detach()), _dense(y.detach().T), None, "none", [], "")
+    result: Tensor = _linear(_dense(x), _dense(y.T), None, "none", [], "")
     return result
 
 
 def _dense(matrix: Tensor) -> Tensor:
-    """Return a matrix that lies by rows or by columns without gaps.
+    """Return a matrix that is contiguous by rows or by columns.
 
-    oneDNN multiplies others a thousand times as slowly.
+    oneDNN is a thousand times slower with other matrices.
     """
-    return matrix if matrix.is_contiguous() or matrix.T.is_contiguous() else matrix.contiguous()
+    if matrix.is_contiguous() or matrix.T.is_contiguous():
+        return matrix
+    return matrix.contiguous()
 
 
 _adds_wide = torch.__version__ >= "2.10"
-"""Whether torch adds products of narrow numbers to a float32 sum within the product."""
+"""Whether torch can add a product of narrow matrices to a float32 sum in one call."""
 
 
 def add_product_(total: Tensor, x: Tensor, y: Tensor) -> None:
-    """Add x y to a sum on a device that is not the CPU, in one launch where torch has it.
+    """Add x y to a sum on a device that is not the CPU, in one launch if torch supports that.
 
     Args:
-        total: [m, n], as wide as x and y, or float32.
+        total: [m, n], of the dtype of x and y, or float32.
         x: [m, k].
         y: [k, n] of the same dtype, such as bfloat16.
     """
@@ -71,34 +82,45 @@ def add_product_(total: Tensor, x: Tensor, y: Tensor) -> None:
 
 
 class _Times(torch.autograd.Function):
-    """x y; x waits for the backward pass only where y has a gradient."""
+    """Product x y; x is kept for the backward pass only if y needs a gradient."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, y: Tensor) -> Tensor:
-        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, y)
+        y_needs_grad = ctx.needs_input_grad[1]
+        ctx.save_for_backward(x if y_needs_grad else None, y)
         return product(x, y)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None]:
         x, y = ctx.saved_tensors
-        (g,) = gradients
-        of_x, of_y = ctx.needs_input_grad
-        # y is the transpose of a weight most often, whose gradient lies as it does
-        return product(g, y.T) if of_x else None, product(g.T, x).T if of_y else None
+        (grad_output,) = gradients
+        x_needs_grad, y_needs_grad = ctx.needs_input_grad
+        grad_x = None
+        grad_y = None
+        if x_needs_grad:
+            grad_x = product(grad_output, y.T)
+        if y_needs_grad:
+            # y is mostly the transpose of a weight: its gradient gets the same strides
+            grad_y = product(grad_output.T, x).T
+        return grad_x, grad_y
 
 
 def times(x: Tensor, y: Tensor) -> Tensor:
-    """Return x y [..., n], with gradients for those of both that want one.
+    """Return x y [..., n], with gradients for x and y if they need them.
 
-    A single row goes twice: MKL's product of a vector depends, on AMD's CPUs, on where in memory
-    the matrix starts, and a matrix that is mapped from a file starts anywhere.
+    A single row is multiplied twice: on AMD's CPUs, MKL's product of a vector depends on the
+    address at which the matrix starts, and a matrix that is mapped from a file starts anywhere.
 
     Args:
         x: [..., k].
         y: [k, n].
     """
     flat = x.reshape(-1, x.shape[-1])
+    result: Tensor
     if len(flat) == 1:
-        return (torch.cat([flat, flat]) @ y)[:1].view(*x.shape[:-1], y.shape[1])
-    result: Tensor = _Times.apply(flat, y) if _fast(flat, y) else flat @ y  # type: ignore[no-untyped-call]
+        result = (torch.cat([flat, flat]) @ y)[:1]
+    elif _is_for_onednn(flat, y):
+        result = _Times.apply(flat, y)  # type: ignore[no-untyped-call]
+    else:
+        result = flat @ y
     return result.view(*x.shape[:-1], y.shape[1])

@@ -1,15 +1,15 @@
 """Reconstruction of a feed-forward layer that lost channels.
 
-All that is left of it is trained until it gives what the whole layer gave.
+The remaining layer is trained to reproduce the outputs of the whole layer.
 
-The exact update of a consumer changes its own weights only, and takes channels as they are. Here
-what the kept channels compute changes, too, for the inputs that the model from before gives them.
-All directions of the outputs count alike: errors are larger than what gradients say of small ones.
-Nothing passes through other layers, so every token says as much of these weights as the layer has
-outputs. Whether the layer got better is measured on tokens that it was not trained on.
+The exact update of a consumer changes its own weights only, and takes the channels as given. Here
+the kept channels are trained, too, on the inputs that the earlier model gives the layer. All
+directions of the outputs count equally: gradients only tell them apart for small errors, and these
+are larger. No other layer is involved, so every token gives as many equations for these weights as
+the layer has outputs. The improvement is measured on tokens that are not used for training.
 
-Source: docs/method.md, section 8; block reconstruction as of BRECQ (Li et al. 2021, arXiv
-2102.05426), without the Fisher's diagonal.
+Source: docs/method.md, section 8; block reconstruction as in BRECQ (Li et al. 2021, arXiv
+2102.05426), without the diagonal of the Fisher.
 """
 
 from __future__ import annotations
@@ -27,13 +27,15 @@ from ray_surgeon.maths.products import product
 TOKENS_AT_A_TIME = 4096
 """Tokens per batch when outputs and errors are computed."""
 BEND = 4.0
-"""Errors above so many times the mean error before count by their root.
+"""Errors above this multiple of the mean error before training count by their root.
 
-Some tokens, the first one of a text above all, have outputs hundreds of times as large as others,
-which the norm after them makes as small.
+Some tokens, above all the first one of a text, have outputs hundreds of times as large as others,
+which the next norm scales down again.
 """
 WARM_UP = 0.05
-"""Share of the steps in which the rate rises to its first value, before it falls linearly to zero.
+"""Fraction of the steps in which the rate rises to its largest value.
+
+Then it falls linearly to zero.
 """
 
 
@@ -41,18 +43,18 @@ WARM_UP = 0.05
 class FeedForward:
     """A feed-forward layer, y = W f(V x), or with a gate, y = W (f(V_1 x) * V_2 x).
 
-    A further column of a weight is its bias.
+    The bias of a weight, if it has one, is a further column.
     """
 
-    # V [k, d] of the producers, the gate first, one or two; then the consumer's W [R, k]
+    # V [k, d] of one or two producers, the gate first, and then W [R, k] of the consumer
     weights: tuple[Tensor, ...]
-    activation: Callable[[Tensor], Tensor]  # f, of every entry
+    activation: Callable[[Tensor], Tensor]  # f, elementwise
 
     @torch.no_grad()
     def __call__(self, x: Tensor) -> Tensor:
         """Return the outputs [N, R] for inputs [N, d], without a gradient."""
         *producers, W = self.weights
-        gate, *factors = (_affine(x, V) for V in producers)
+        gate, *factors = [_affine(x, V) for V in producers]
         hidden = self.activation(gate)
         for factor in factors:
             hidden = hidden * factor
@@ -64,21 +66,28 @@ class FeedForward:
 
         Args:
             x: [N, d] inputs.
-            slope_of: outputs [N, R] -> the derivative of the loss by them.
+            slope_of: maps outputs [N, R] to the derivative of the loss with respect to them.
         """
         *producers, W = self.weights
-        before, *factors = (_affine(x, V) for V in producers)
+        before, *factors = [_affine(x, V) for V in producers]
         with torch.enable_grad():
             gate = self.activation(before.requires_grad_())
         active = gate.detach()
-        hidden = active * factors[0] if factors else active
+        hidden = active
+        if factors:
+            hidden = active * factors[0]
         slope = slope_of(_affine(hidden, W))
-        of_hidden = product(slope, W[:, : hidden.shape[1]])
-        of_gate = of_hidden * factors[0] if factors else of_hidden
-        slopes = [*torch.autograd.grad(gate, before, of_gate)]
-        slopes += [of_hidden.mul_(active) for _ in factors]
-        gradients = [_times_inputs(own, x, V) for own, V in zip(slopes, producers, strict=True)]
-        return [*gradients, _times_inputs(slope, hidden, W)]
+        hidden_slope = product(slope, W[:, : hidden.shape[1]])
+        gate_slope = hidden_slope
+        if factors:
+            gate_slope = hidden_slope * factors[0]
+        (before_slope,) = torch.autograd.grad(gate, before, gate_slope)
+        gradients = [_weight_gradient(before_slope, x, producers[0])]
+        if factors:
+            factor_slope = hidden_slope.mul_(active)
+            gradients.append(_weight_gradient(factor_slope, x, producers[1]))
+        gradients.append(_weight_gradient(slope, hidden, W))
+        return gradients
 
     def to(self, dtype: torch.dtype) -> FeedForward:
         """Return the layer in another dtype."""
@@ -86,71 +95,77 @@ class FeedForward:
 
 
 class _Adam:
-    """Adam on the weights of a layer, float32 or narrow.
+    """Adam on the weights of a layer, in float32 or in a narrow dtype.
 
-    A narrow dtype would round most steps away. There the weights are those of the start plus a
-    change, and the change is trained, in bfloat16: it is small, and so is its last place.
+    A narrow dtype would round most steps away. Its weights are therefore the initial weights plus a
+    change, and the change is trained, in bfloat16: it is small, and so are its rounding errors.
 
     Attributes:
-        weights: for the products, as the last step left them.
+        weights: weights after the last step, in the dtype of the products.
     """
 
     def __init__(self, weights: Sequence[Tensor], dtype: torch.dtype, learning_rate: float) -> None:
         """Start from float32 weights.
 
         Args:
-            weights: which stay as they are.
-            dtype: of the products.
+            weights: initial weights, which are not changed.
+            dtype: dtype of the products.
             learning_rate: see `reconstruct`.
         """
         self.weights = [weight.to(dtype, copy=True) for weight in weights]
-        self._starts = list[Tensor]()
-        # a weight of zeros has no unit, and stays
+        self._starts: list[Tensor] = []
+        # the unit of a weight is its root mean square; a weight of zeros has none, and stays
         sizes = torch.stack([weight.pow(2).mean().sqrt() for weight in weights])
         self._units: list[float] = sizes.clamp_(min=1e-30).tolist()
         if dtype == torch.float32:
             self._trained = self.weights
             self._rates = [learning_rate * unit for unit in self._units]
-        else:  # of one rate, so that a launch makes the step of all of them
+            groups = [{"params": [weight]} for weight in self._trained]
+        else:
             self._starts = [weight.clone() for weight in self.weights]
-            whole = zip(weights, self._starts, self._units, strict=True)
-            self._trained = [((weight - start) / unit).bfloat16() for weight, start, unit in whole]
+            self._trained = []
+            parts = zip(weights, self._starts, self._units, strict=True)
+            for weight, start, unit in parts:
+                self._trained.append(((weight - start) / unit).bfloat16())
+            # with a single rate, one launch makes the step of all weights
             self._rates = [learning_rate]
-        groups = [self._trained] if self._starts else [[weight] for weight in self._trained]
-        parameters = [{"params": group} for group in groups]
-        self._optimizer = torch.optim.Adam(parameters, betas=(0.8, 0.9), fused=True)
+            groups = [{"params": self._trained}]
+        self._optimizer = torch.optim.Adam(groups, betas=(0.8, 0.9), fused=True)
 
     def step(self, gradients: Sequence[Tensor], factor: float) -> None:
-        """Make a step with a factor of the rates, without waiting for it."""
+        """Make one step with the rates times a factor, without waiting for the device."""
         for group, rate in zip(self._optimizer.param_groups, self._rates, strict=True):
             group["lr"] = rate * factor
         for trained, gradient in zip(self._trained, gradients, strict=True):
             trained.grad = gradient.to(trained.dtype)
         self._optimizer.step()
-        for weight, start, change, unit in self._parts() if self._starts else ():
-            torch.add(start, change, alpha=unit, out=weight)
+        if self._starts:
+            for weight, start, change, unit in self._parts():
+                torch.add(start, change, alpha=unit, out=weight)
 
     def _parts(self) -> Iterator[tuple[Tensor, Tensor, Tensor, float]]:
         return zip(self.weights, self._starts, self._trained, self._units, strict=True)
 
     def result(self) -> tuple[Tensor, ...]:
-        """Return the trained weights, float32."""
+        """Return the trained weights in float32."""
         if not self._starts:
             return tuple(self.weights)
-        parts = self._parts()
-        return tuple(start.float().add_(change, alpha=unit) for _, start, change, unit in parts)
+        weights = []
+        for _, start, change, unit in self._parts():
+            weights.append(start.float().add_(change, alpha=unit))
+        return tuple(weights)
 
 
 @dataclass(frozen=True)
 class Reconstructed:
-    """A layer, and its mean loss over tokens held aside before and after.
+    """A layer, and its loss on held-out tokens before and after the training.
 
-    `error_of` with the limit of the training.
+    The loss is `error_of` with the limit of the training.
     """
 
     layer: FeedForward  # float32
     before: float
-    after: float  # of the trained layer, even if it was worse and the layer stayed as it was
+    after: float  # loss of the trained layer, even if it was worse and `layer` is the original
 
 
 def reconstruct(
@@ -166,71 +181,87 @@ def reconstruct(
 ) -> Reconstructed:
     """Train a layer on the squared error of its outputs, by Adam.
 
-    The rate rises shortly and then falls linearly to zero.
+    The rate rises briefly and then falls linearly to zero.
 
-    The loss is Huber's (1964): half of a token's squared error, from `BEND` on tangent to it and
-    linear in the root.
+    The loss is that of Huber (1964): half of a token's squared error up to `BEND` times the mean;
+    above that, its tangent, which is linear in the root.
 
     Args:
-        layer: what is left, float32.
-        inputs: [N, d] of the layer, in the dtype of the products.
-        outputs: [N, R] what they are to give, likewise.
-        held: inputs [M, d] and outputs [M, R] of tokens held aside, on which the layer is measured;
-            some of its own if not given.
-        learning_rate: the largest one, in units of the root mean square of each weight.
-        tokens_per_step: of the gradient of a step; all, if there are fewer.
-        num_epochs: passes over the tokens; less than one pass trains on some of them, at least one
-            step.
-        generator: of their order, on the CPU.
+        layer: the remaining layer, float32.
+        inputs: [N, d] inputs of the layer, in the dtype of the products.
+        outputs: [N, R] wanted outputs, in the dtype of the products.
+        held: inputs [M, d] and outputs [M, R] of held-out tokens, on which the layer is measured;
+            if None, some of the training tokens.
+        learning_rate: the largest rate, in units of the root mean square of each weight.
+        tokens_per_step: tokens per step; all, if there are fewer.
+        num_epochs: passes over the tokens. Less than one pass trains on some of them, in at least
+            one step.
+        generator: draws the order of the tokens, on the CPU.
 
     Returns:
-        The trained layer, or the one that was given if the loss on the measured tokens did not
-        fall.
+        The trained layer, or the original one if the loss on the measured tokens did not fall.
     """
     dtype = inputs.dtype
-    size = min(tokens_per_step, len(inputs))
-    some = torch.randperm(len(inputs), generator=generator)[:TOKENS_AT_A_TIME].sort().values
-    some = some.to(inputs.device)
-    own = inputs[some], outputs[some]
-    mean = error_of(layer.to(dtype), *own)
+    device = inputs.device
+    num_tokens = len(inputs)
+    size = min(tokens_per_step, num_tokens)
+    order = torch.randperm(num_tokens, generator=generator)
+    some = order[:TOKENS_AT_A_TIME].sort().values.to(device)
+    measured_inputs = inputs[some]
+    measured_outputs = outputs[some]
+    mean = error_of(layer.to(dtype), measured_inputs, measured_outputs)
     if not mean > 0:
-        return Reconstructed(layer, mean, mean)
+        return Reconstructed(layer=layer, before=mean, after=mean)
     limit = BEND * mean
     adam = _Adam(layer.weights, dtype, learning_rate)
-    num_steps = max(1, int(num_epochs * (len(inputs) // size)))
+    num_steps = max(1, int(num_epochs * (num_tokens // size)))
     rise = max(1, round(WARM_UP * num_steps))
-    for number, batch in enumerate(_steps(len(inputs), size, num_steps, generator, inputs.device)):
+    steps = _steps(num_tokens, size, num_steps, generator, device)
+    for number, batch in enumerate(steps):
         slope_of = partial(_slope, outputs[batch], mean)
-        gradients = replace(layer, weights=tuple(adam.weights)).gradients(inputs[batch], slope_of)
+        current = replace(layer, weights=tuple(adam.weights))
+        gradients = current.gradients(inputs[batch], slope_of)
         adam.step(gradients, rate_factor(number, num_steps, rise))
     trained = replace(layer, weights=adam.result())
-    measured = own if held is None else held
-    before, after = (error_of(each.to(dtype), *measured, limit) for each in (layer, trained))
-    return Reconstructed(trained if after < before else layer, before, after)
+    if held is not None:
+        measured_inputs, measured_outputs = held
+    before = error_of(layer.to(dtype), measured_inputs, measured_outputs, limit)
+    after = error_of(trained.to(dtype), measured_inputs, measured_outputs, limit)
+    result = trained if after < before else layer
+    return Reconstructed(layer=result, before=before, after=after)
 
 
 def _steps(
-    num_tokens: int, size: int, count: int, drawn: torch.Generator, device: torch.device
+    num_tokens: int, size: int, count: int, generator: torch.Generator, device: torch.device
 ) -> Iterator[Tensor]:
-    """Yield the tokens [size] of each step; every pass over all of them has an order of its own."""
+    """Yield the indices [size] of the tokens of each step; each pass draws a new order.
+
+    Args:
+        num_tokens: number of all tokens.
+        size: tokens per step.
+        count: number of steps.
+        generator: draws the orders.
+        device: device of the indices.
+    """
+    steps_per_pass = num_tokens // size
     while count > 0:
-        order = torch.randperm(num_tokens, generator=drawn)
-        used = order[: num_tokens // size * size][: count * size].to(device)
+        order = torch.randperm(num_tokens, generator=generator)
+        used = order[: min(count, steps_per_pass) * size].to(device)
         steps = torch.split(used, size)
         yield from steps
         count -= len(steps)
 
 
 def _slope(wanted: Tensor, mean: float, outputs: Tensor) -> Tensor:
-    """Return the derivative of the loss by the outputs [N, R] of a step, over a constant.
+    """Return the scaled derivative of the loss with respect to the outputs [N, R] of a step.
 
-    Adam's steps are the same in every unit of the loss; in this one gradients are far from its eps
-    and from float16's least.
+    Adam's steps do not depend on the scale of the loss. This scale keeps gradients far from Adam's
+    eps and from the smallest number of float16.
 
     Args:
-        wanted: [N, R] what they are to be.
-        mean: half of a squared error in the mean over all tokens.
-        outputs: in the dtype of the products.
+        wanted: [N, R] wanted outputs.
+        mean: mean over all tokens of half of the squared error.
+        outputs: [N, R] outputs, in the dtype of the products.
     """
     error = outputs - wanted
     sizes = torch.linalg.vector_norm(error, dim=1, keepdim=True, dtype=torch.float32)
@@ -244,45 +275,56 @@ def rate_factor(number: int, num_steps: int, rise: int) -> float:
     """Return the factor of the learning rate in a step: a short rise, then a linear fall.
 
     Args:
-        number: of the step, from 0.
-        num_steps: in all.
-        rise: steps in which it rises, one or more.
+        number: number of the step, from 0.
+        num_steps: number of all steps.
+        rise: number of steps in which the rate rises, one or more.
     """
     return min((number + 1) / rise, 1 - number / num_steps)
 
 
 @torch.no_grad()
 def error_of(layer: FeedForward, inputs: Tensor, outputs: Tensor, limit: float = math.inf) -> float:
-    """Return the mean of 1/2 |e|^2 over the layer's errors e, Huber's above a limit.
+    """Return the mean over tokens of 1/2 |e|^2, or of Huber's loss, for the layer's errors e.
 
     Args:
-        layer: in the dtype of the products.
-        inputs: as those of `reconstruct`.
-        outputs: likewise.
-        limit: from which on the loss goes on along its tangent, linear in |e|.
+        layer: layer in the dtype of the products.
+        inputs: [N, d], as in `reconstruct`.
+        outputs: [N, R] wanted outputs, as in `reconstruct`.
+        limit: above it the loss continues as its tangent, which is linear in |e|.
     """
     total = torch.zeros((), dtype=torch.float64, device=inputs.device)
-    parts = (torch.split(whole, TOKENS_AT_A_TIME) for whole in (inputs, outputs))
-    for x, y in zip(*parts, strict=True):
+    input_parts = torch.split(inputs, TOKENS_AT_A_TIME)
+    output_parts = torch.split(outputs, TOKENS_AT_A_TIME)
+    for x, y in zip(input_parts, output_parts, strict=True):
         errors = (layer(x) - y).double().pow(2).sum(dim=1) / 2
-        total += torch.where(errors > limit, 2 * (errors * limit).sqrt() - limit, errors).sum()
+        tangent = 2 * (errors * limit).sqrt() - limit
+        total += torch.where(errors > limit, tangent, errors).sum()
     return float(total) / len(inputs)
 
 
 @torch.no_grad()
 def outputs_of(layer: FeedForward, inputs: Tensor) -> Tensor:
-    """Return the outputs [N, R] of a layer for many inputs [N, d], a part of them at a time."""
+    """Return the outputs [N, R] of a layer for many inputs [N, d], computed in parts."""
     return torch.cat([layer(x) for x in torch.split(inputs, TOKENS_AT_A_TIME)])
 
 
 def _affine(x: Tensor, W: Tensor) -> Tensor:
     n = x.shape[1]
     y = product(x, W[:, :n].T)
-    return y if W.shape[1] == n else y.add_(W[:, n])
+    has_bias = W.shape[1] > n
+    if has_bias:
+        y.add_(W[:, n])
+    return y
 
 
-def _times_inputs(slope: Tensor, x: Tensor, W: Tensor) -> Tensor:
-    """Return the gradient at a weight W, from slopes [N, R] at what it gives for x [N, n]."""
+def _weight_gradient(slope: Tensor, x: Tensor, W: Tensor) -> Tensor:
+    """Return the gradient [R, n or n + 1] at a weight W with a bias or without.
+
+    Args:
+        slope: [N, R] gradient at the outputs of W.
+        x: [N, n] inputs of W.
+        W: [R, n or n + 1].
+    """
     gradient = product(slope.T, x)
     if W.shape[1] == x.shape[1]:
         return gradient

@@ -1,11 +1,11 @@
-"""Linears rounded to few bits, in an order in which what comes later answers every error so far.
+"""Rounding of linears to few bits, where later numbers compensate for the errors of earlier ones.
 
 With E = rounded W - W [R, C], the predicted loss increase is 1/2 tr(G E A E^T). Without G this is
-GPTQ. The numbers of a tile are rounded together; of several scales each of its rows takes the one
-that costs least.
+GPTQ. The numbers of a tile are rounded together, with several scales; each row of the tile keeps
+the scale with the smallest cost.
 
 Source: Frantar et al. 2023 (arXiv 2210.17323); Tseng et al. 2025 (arXiv 2505.22988) for both sides.
-See docs/method.md, section 9, for the derivation and what is done differently.
+See docs/method.md, section 9, for the derivation and the differences from them.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from ray_surgeon.maths.columns import upper_inverse
 from ray_surgeon.maths.products import product
 
 ROWS_TOGETHER = 64
-"""Rows that are rounded without regard to one another's errors."""
+"""Rows that are rounded together, without compensating for one another's errors."""
 FRACTIONS = (1.0, 0.925, 0.85, 0.775, 0.7)
-"""Of the scale with which the largest number of a group just fits, which are tried."""
+"""Scales to try, as fractions of the one with which the largest number of a group just fits."""
 MAX_DAMPING = 1.0
 
 
@@ -35,14 +35,21 @@ class Grid:
 
     @property
     def limit(self) -> float:
-        """The largest of the integers is this less 1, the smallest minus this."""
+        """The integers are at least -limit and at most limit - 1."""
         return 2.0 ** (self.num_bits - 1)
 
     def scales(self, groups: Tensor) -> Tensor:
-        """Return scales [n, F, b] to try for numbers [n, b, size]."""
-        fits = groups.abs().amax(dim=2) / (self.limit - 0.5)
-        fits.clamp_(min=torch.finfo(torch.float32).tiny)
-        return fits[:, None] * groups.new_tensor(FRACTIONS)[:, None]
+        """Return the scales to try for each group.
+
+        Args:
+            groups: [n, b, size] numbers.
+
+        Returns:
+            [n, F, b], where F is the number of `FRACTIONS`.
+        """
+        largest = groups.abs().amax(dim=2) / (self.limit - 0.5)
+        largest.clamp_(min=torch.finfo(torch.float32).tiny)
+        return largest[:, None] * groups.new_tensor(FRACTIONS)[:, None]
 
 
 @dataclass(frozen=True)
@@ -63,7 +70,7 @@ def round_linear(
     *,
     ordered: bool = True,
 ) -> Rounded:
-    """Round a linear so that its outputs, and by them the loss, change little.
+    """Round a linear such that its outputs, and so the loss, change little.
 
     Args:
         W: [R, C] without bias.
@@ -71,11 +78,12 @@ def round_linear(
         G: [R, R] second moment of the gradients at the outputs, up to a factor; None for the
             identity.
         grid: numbers that can be stored; its group_size divides C.
-        damping: of A and of G, relative to the means of their diagonals.
+        damping: damping of A and of G, relative to the means of their diagonals.
         name: the linear, for errors.
         ordered: whether rows, groups of columns, and the columns of a group are rounded in
-            descending order of the diagonals of G and A: what weighs most has most left that can
-            answer its error. If not, the order is theirs.
+            descending order of the diagonals of G and A, so that most numbers are left to
+            compensate for the errors that weigh most. Otherwise they are rounded as they are
+            stored.
 
     Raises:
         FloatingPointError: a factor has no inverse, see `factorise`.
@@ -88,11 +96,13 @@ def round_linear(
         in_groups = A.diagonal().view(-1, size)
         groups = _descending(in_groups.mean(dim=1))
         columns = (groups[:, None] * size + _descending(in_groups[groups])).flatten()
-        rows = rows if G is None else _descending(G.diagonal())
-    U, _ = upper_inverse(A[columns][:, columns], damping[0], MAX_DAMPING, f"{name}: A")
+        if G is not None:
+            rows = _descending(G.diagonal())
+    damping_A, damping_G = damping
+    U, _ = upper_inverse(A[columns][:, columns], damping_A, MAX_DAMPING, f"{name}: A")
     V = None
     if G is not None:
-        V, _ = upper_inverse(G[rows][:, rows], damping[1], MAX_DAMPING, f"{name}: G")
+        V, _ = upper_inverse(G[rows][:, rows], damping_G, MAX_DAMPING, f"{name}: G")
     found = _in_order(W[rows][:, columns], U, V, grid)
     result = Rounded(torch.empty_like(found.W), torch.empty_like(found.scales))
     result.W[rows[:, None], columns] = found.W
@@ -107,70 +117,85 @@ def _descending(values: Tensor) -> Tensor:
 def _in_order(W: Tensor, U: Tensor, V: Tensor | None, grid: Grid) -> Rounded:
     """Round from the upper left to the lower right.
 
-    With A^-1 = U^T U and G^-1 = V^T V, U and V upper triangular, and B = V with identities as its
-    diagonal blocks, E is B^T P U. A tile of P follows from what is rounded there, once the tiles
-    above it and to its left are known, so those of an antidiagonal are rounded together.
+    Let A^-1 = U^T U and G^-1 = V^T V with U and V upper triangular, and let B be V with identities
+    as its diagonal blocks. Then E is B^T P U. A tile of P follows from its rounded numbers once the
+    tiles above it and to its left are known, so the tiles of an antidiagonal are rounded together.
 
     Args:
         W: [R, C].
         U: [C, C], see `upper_inverse`.
-        V: [R, R], likewise of G; None for the identity.
+        V: [R, R], the same for G; None for the identity.
         grid: numbers that can be stored.
     """
     R, C = W.shape
     size = grid.group_size
-    height = R if V is None else min(R, ROWS_TOGETHER)
+    height = R
+    below = []
+    if V is not None:
+        height = min(R, ROWS_TOGETHER)
+        below = _blocks_right_of_diagonal(V, height)
     num_down = -(-R // height)
     num_across = C // size
-    inner = torch.stack([U[s : s + size, s : s + size] for s in range(0, C, size)])
-    below = [] if V is None else _answers_below(V, height)
-    targets = pad(W, (0, 0, 0, num_down * height - R))  # W and what rows above answer
-    left = torch.zeros_like(targets)  # what columns to the left answer: P U
-    found = Rounded(torch.empty_like(targets), targets.new_empty(len(targets), num_across))
-    tiles, answers, rounded, scales = (
-        x.view(num_down, height, num_across, -1) for x in (targets, left, found.W, found.scales)
+    inner = torch.stack(
+        [U[start : start + size, start : start + size] for start in range(0, C, size)]
     )
+    targets = pad(W, (0, 0, 0, num_down * height - R))  # W with corrections from the rows above
+    carried = torch.zeros_like(targets)  # corrections from the columns to the left: P U
+    rounded = torch.empty_like(targets)
+    scales = targets.new_empty(len(targets), num_across)
+    tiles = targets.view(num_down, height, num_across, size)
+    carried_tiles = carried.view(num_down, height, num_across, size)
+    rounded_tiles = rounded.view(num_down, height, num_across, size)
+    scale_tiles = scales.view(num_down, height, num_across, 1)
     for wave in range(num_down + num_across - 1):
-        i = list(range(max(0, wave - num_across + 1), min(num_down, wave + 1)))
-        j = [wave - down for down in i]
-        own = answers[i, :, j]
-        rounded[i, :, j], P, scales[i, :, j] = _round_tiles(tiles[i, :, j] + own, inner[j], grid)
-        own.baddbmm_(P, inner[j])
-        for n, (down, across) in enumerate(zip(i, j, strict=True)):
-            columns = slice(across * size, (across + 1) * size)
-            rows = slice(down * height, (down + 1) * height)
-            left[rows, columns.stop :] += product(P[n], U[columns, columns.stop :])
-            if below and down < len(below):
-                targets[rows.stop : R, columns] += product(below[down].T, own[n])
-    return Rounded(found.W[:R], found.scales[:R])
+        down = list(range(max(0, wave - num_across + 1), min(num_down, wave + 1)))
+        across = [wave - i for i in down]
+        own = carried_tiles[down, :, across]
+        new, P, new_scales = _round_tiles(tiles[down, :, across] + own, inner[across], grid)
+        rounded_tiles[down, :, across] = new
+        scale_tiles[down, :, across] = new_scales
+        own.baddbmm_(P, inner[across])
+        for n, (i, j) in enumerate(zip(down, across, strict=True)):
+            rows = slice(i * height, (i + 1) * height)
+            columns = slice(j * size, (j + 1) * size)
+            carried[rows, columns.stop :] += product(P[n], U[columns, columns.stop :])
+            if i < len(below):
+                targets[rows.stop : R, columns] += product(below[i].T, own[n])
+    return Rounded(W=rounded[:R], scales=scales[:R])
 
 
-def _answers_below(V: Tensor, height: int) -> list[Tensor]:
-    """Return the part of B right of its diagonal [height, R - stop] for all but the last rows."""
-    stops = range(height, len(V), height)
-    return [
-        torch.linalg.solve_triangular(
-            V[stop - height : stop, stop - height : stop],
-            V[stop - height : stop, stop:],
-            upper=True,
-        )
-        for stop in stops
-    ]
+def _blocks_right_of_diagonal(V: Tensor, height: int) -> list[Tensor]:
+    """Return the part of B right of its diagonal block for each block of rows but the last one.
+
+    Args:
+        V: [R, R], see `_in_order`.
+        height: rows of a block.
+
+    Returns:
+        Tensors [height, R - stop], where stop is the end of the block of rows.
+    """
+    blocks = []
+    for stop in range(height, len(V), height):
+        start = stop - height
+        diagonal_block = V[start:stop, start:stop]
+        right = V[start:stop, stop:]
+        blocks.append(torch.linalg.solve_triangular(diagonal_block, right, upper=True))
+    return blocks
 
 
 def _round_tiles(tiles: Tensor, U: Tensor, grid: Grid) -> tuple[Tensor, Tensor, Tensor]:
-    """Round tiles column by column with every scale, and keep the best of each row.
+    """Round tiles column by column with every scale, and keep the best scale of each row.
 
     Args:
-        tiles: [n, b, size] what would be best without a grid.
+        tiles: [n, b, size] the numbers to round.
         U: [n, size, size] diagonal blocks of U.
         grid: numbers that can be stored.
 
     Returns:
-        [n, b, size] rounded tiles, and their P; [n, b, 1] scales.
+        [n, b, size] rounded tiles, [n, b, size] their P, and [n, b, 1] scales.
     """
     scales = grid.scales(tiles)  # [n, F, b]
-    # columns first: what a step reads and writes lies together
+    # columns come first, so that each step reads and writes contiguous memory
     present = tiles.permute(2, 0, 1)[:, :, None].expand(-1, *scales.shape).contiguous()
     U = U.permute(1, 2, 0)[..., None, None].contiguous()  # [size, size, n, 1, 1]
     rounded = torch.empty_like(present)
@@ -181,6 +206,7 @@ def _round_tiles(tiles: Tensor, U: Tensor, grid: Grid) -> tuple[Tensor, Tensor, 
         torch.sub(rounded[c], present[c], out=P[c]).div_(U[c, c])
         present[c + 1 :].addcmul_(P[c], U[c, c + 1 :])
     best = P.square().sum(dim=0).argmin(dim=1, keepdim=True)  # [n, 1, b]
-    of_best = best.expand(len(present), *best.shape)
-    W, P = (x.gather(2, of_best)[:, :, 0].permute(1, 2, 0) for x in (rounded, P))
-    return W, P, scales.gather(1, best).mT
+    chosen = best.expand(len(present), *best.shape)
+    best_rounded = rounded.gather(2, chosen)[:, :, 0].permute(1, 2, 0)
+    best_P = P.gather(2, chosen)[:, :, 0].permute(1, 2, 0)
+    return best_rounded, best_P, scales.gather(1, best).mT

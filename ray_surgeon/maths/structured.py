@@ -1,7 +1,7 @@
-"""Rows, columns and coupled groups of one linear: what each costs, and what the rest becomes.
+"""Costs of rows, columns and coupled groups of one linear, and updates of the remaining weights.
 
-Groups have their costs on the consumer of their inputs, whose update is exact. The rows of the
-producers feed only the pruned columns, so their removal costs nothing.
+The costs of groups are computed on the consumer of their inputs, whose update is exact. The rows of
+the producers feed only the pruned columns, so their removal costs nothing.
 
 Source: docs/method.md, sections 3 to 6, and 8 for groups.
 """
@@ -24,14 +24,15 @@ from ray_surgeon.maths.masks import StructuredMask
 from ray_surgeon.maths.threshold import check_costs
 
 Pruned = tuple[Removal, StructuredMask]
+"""New weights with their predicted cost, and the new mask."""
 
 
 @dataclass(frozen=True)
 class Candidates:
     """Rows and columns of one linear that may be pruned.
 
-    Costs, by which the threshold ranks, are 0 for what is zero, and infinite for what stays or is
-    pruned already.
+    Costs are compared with the threshold. They are 0 for rows and columns of zeros, and infinite
+    for those that stay or are pruned already.
     """
 
     rows: Tensor  # [R] costs
@@ -40,26 +41,37 @@ class Candidates:
 
     def to_prune(self, threshold: float) -> Pair:
         """Return which rows [R] and columns [C] cost at most the threshold, on the CPU."""
-        return (self.rows.double() <= threshold).cpu(), (self.columns.double() <= threshold).cpu()
+        rows = self.rows.double() <= threshold
+        columns = self.columns.double() <= threshold
+        return rows.cpu(), columns.cpu()
 
-    def prune(self, linear: Linear, mask: StructuredMask, threshold: float, update: str) -> Pruned:
+    def prune(
+        self,
+        linear: Linear,
+        mask: StructuredMask,
+        threshold: float,
+        update: str,
+    ) -> Pruned:
         """Prune every candidate whose cost is at most the threshold and update what stays.
 
         Args:
-            linear: as for `find_candidates`.
-            mask: likewise.
+            linear: see `find_candidates`.
+            mask: see `find_candidates`.
             threshold: the global one.
             update: ``full``, ``single`` (see `LinearCurvature.prune`) or ``none``.
         """
+        device = linear.W.device
         live = self.basis.part
         rows, columns = self.to_prune(threshold)
         new_mask = mask.without(rows, columns)
         curvature = self.basis.curvature(linear)
-        to_prune = rows.to(linear.W.device)[live.rows], columns.to(linear.W.device)[live.columns]
-        after, residual = curvature.prune(*to_prune, update)
+        live_rows = rows.to(device)[live.rows]
+        live_columns = columns.to(device)[live.columns]
+        after, residual = curvature.prune(live_rows, live_columns, update)
         W = live.put(after, linear.W)
         new_mask.apply_(W)
-        return Removal(W, curvature.quadratic_cost(after - curvature.W), residual), new_mask
+        predicted = curvature.quadratic_cost(after - curvature.W)
+        return Removal(W=W, predicted=predicted, residual=residual), new_mask
 
 
 def find_candidates(
@@ -69,11 +81,11 @@ def find_candidates(
 
     Args:
         linear: with the weights that earlier shots left.
-        mask: what earlier shots kept.
+        mask: rows and columns that earlier shots kept.
         structure: ``rows``, ``columns`` or ``rows_columns``.
         costs: ``obs`` (with the optimal update of the others) or ``obd`` (without one), where there
             is no greedy path.
-        limits: of the greedy path, on which only what is pruned is a candidate.
+        limits: of the greedy path; only rows and columns that it prunes are candidates.
 
     Raises:
         FloatingPointError: a factor or a cost is not usable.
@@ -81,8 +93,8 @@ def find_candidates(
     W = linear.W
     mask = StructuredMask(mask.rows.to(W.device), mask.columns.to(W.device))
     live = linear.nonzero
-    rows = mask.rows & (structure != "columns")
-    columns = mask.columns & (structure != "rows")
+    rows = _if_allowed(mask.rows, structure != "columns")
+    columns = _if_allowed(mask.columns, structure != "rows")
     if linear.has_bias:
         live.columns[-1] = mask.columns[-1]
         columns[-1] = False
@@ -91,7 +103,9 @@ def find_candidates(
     by_column = W.new_zeros(W.shape[1])
     if limits.limit is not None:
         may_prune = rows[live.rows], columns[live.columns]
-        by_row[live.rows], by_column[live.columns] = _path_costs(curvature, may_prune, limits)
+        row_costs, column_costs = _path_costs(curvature, may_prune, limits)
+        by_row[live.rows] = row_costs
+        by_column[live.columns] = column_costs
     else:
         by_row[live.rows] = curvature.row_costs(costs)
         by_column[live.columns] = curvature.column_costs(costs)
@@ -102,32 +116,49 @@ def find_candidates(
         check_costs(f"{linear.name} columns", by_column[columns])
     by_row.masked_fill_(~rows, torch.inf)
     by_column.masked_fill_(~columns, torch.inf)
-    return Candidates(by_row, by_column, curvature.basis)
+    return Candidates(rows=by_row, columns=by_column, basis=curvature.basis)
+
+
+def _if_allowed(kept: Tensor, is_allowed: bool) -> Tensor:
+    """Return a copy of a mask, or a mask of nothing if its side is not allowed."""
+    if is_allowed:
+        return kept.clone()
+    return torch.zeros_like(kept)
 
 
 def _path_costs(curvature: LinearCurvature, allowed: Pair, limits: Limits) -> Pair:
-    """Return what `greedy_costs` does for rows and single columns.
+    """Return the `greedy_costs` of rows and single columns.
 
     Args:
         curvature: of the part.
         allowed: rows [R] bool and columns [C] bool that may be pruned.
-        limits: how far to go.
+        limits: how far the greedy path is followed.
     """
     name = curvature.linear.name
     W = curvature.W
     if W.device.type == "cpu":
         return greedy_costs(GreedyPath(curvature, allowed), limits, name)
-    sides = [side.cpu() for side in allowed]
-    costs = [torch.full((len(side),), torch.inf, dtype=W.dtype, device=W.device) for side in sides]
-    used = [number for number, side in enumerate(sides) if side.any()]
-    if used:
-        state = Downdated.of_linear(curvature, rows=0 in used, columns=1 in used)
-        may_prune = torch.cat([sides[number] for number in used])[None]
-        marginal = GreedyBatch(state, may_prune, [limits], [name]).follow()[0]
-        parts = torch.split(marginal, [len(sides[number]) for number in used])
-        for number, part in zip(used, parts, strict=True):
-            costs[number] = part
-    return costs[0], costs[1]
+    rows, columns = allowed
+    by_row = torch.full((len(rows),), torch.inf, dtype=W.dtype, device=W.device)
+    by_column = torch.full((len(columns),), torch.inf, dtype=W.dtype, device=W.device)
+    rows = rows.cpu()
+    columns = columns.cpu()
+    has_rows = bool(rows.any())
+    has_columns = bool(columns.any())
+    if not (has_rows or has_columns):
+        return by_row, by_column
+    state = Downdated.of_linear(curvature, rows=has_rows, columns=has_columns)
+    sides = []
+    if has_rows:
+        sides.append(rows)
+    if has_columns:
+        sides.append(columns)
+    marginal = GreedyBatch(state, torch.cat(sides)[None], [limits], [name]).follow()[0]
+    if has_rows:
+        by_row = marginal[: len(rows)]
+    if has_columns:
+        by_column = marginal[len(marginal) - len(columns) :]
+    return by_row, by_column
 
 
 def alive_part(linear: Linear, mask: StructuredMask) -> StructuredMask:
@@ -138,7 +169,7 @@ def alive_part(linear: Linear, mask: StructuredMask) -> StructuredMask:
 def group_costs(curvature: LinearCurvature, columns: Tensor, limits: Limits) -> Tensor:
     """Return the marginal cost at which each group is pruned, see `greedy_costs`.
 
-    Groups whose inputs are always zero cost 0, if others' are not.
+    Groups whose inputs are always zero cost 0, except for those that `limits.least` lets stay.
 
     Args:
         curvature: of the consumer's `alive_part`.
@@ -154,18 +185,20 @@ def group_costs(curvature: LinearCurvature, columns: Tensor, limits: Limits) -> 
     linear = curvature.linear
     alive = curvature.part
     columns = columns.to(linear.W.device)
-    left = alive.columns[columns].all(dim=1)
+    is_left = alive.columns[columns].all(dim=1)
     place = alive.columns.cumsum(0) - 1
     costs = torch.full((len(columns),), torch.inf, dtype=linear.W.dtype)
-    is_zero = (linear.factors.A.diagonal().to(left.device)[columns] == 0).all(dim=1)
-    always_zero = (left & is_zero).nonzero()[:, 0][: max(0, int(left.sum()) - limits.least)]
-    costs[always_zero.cpu()] = 0.0
-    left[always_zero] = False
-    numbers = left.nonzero()[:, 0]
+    diagonal = linear.factors.A.diagonal().to(is_left.device)
+    is_zero = (diagonal[columns] == 0).all(dim=1)
+    num_removable = max(0, int(is_left.sum()) - limits.least)
+    free = (is_left & is_zero).nonzero()[:, 0][:num_removable]
+    costs[free.cpu()] = 0.0
+    is_left[free] = False
+    numbers = is_left.nonzero()[:, 0]
     if not len(numbers):
         return costs
     W = curvature.W
-    may_prune = W.new_zeros(len(W), dtype=torch.bool), left[numbers]
+    may_prune = W.new_zeros(len(W), dtype=torch.bool), is_left[numbers]
     path = GreedyPath(curvature, may_prune, place[columns[numbers]])
     if limits.limit is None:
         marginal = path.column_set_costs()
@@ -178,10 +211,17 @@ def group_costs(curvature: LinearCurvature, columns: Tensor, limits: Limits) -> 
     return costs
 
 
-def prune_groups(curvature: LinearCurvature, mask: StructuredMask, to_prune: Tensor) -> Pruned:
-    """Remove columns [C] bool of a consumer and update the others exactly.
+def prune_groups(
+    curvature: LinearCurvature,
+    mask: StructuredMask,
+    to_prune: Tensor,
+) -> Pruned:
+    """Remove columns of a consumer and update the others exactly.
 
-    Arguments are those of `group_costs`.
+    Args:
+        curvature: of the consumer's `alive_part`.
+        mask: rows and columns that earlier shots kept.
+        to_prune: [C] bool.
     """
     linear = curvature.linear
     G, A = curvature.first
@@ -191,7 +231,7 @@ def prune_groups(curvature: LinearCurvature, mask: StructuredMask, to_prune: Ten
     W = curvature.part.put(after, linear.W)
     new_mask.apply_(W)
     predicted = float(column_removal_cost(after - curvature.W, A, G, removed))
-    return Removal(W, predicted, 0.0), new_mask
+    return Removal(W=W, predicted=predicted, residual=0.0), new_mask
 
 
 def lowest(costs: Tensor, number: int) -> Tensor:
@@ -199,26 +239,31 @@ def lowest(costs: Tensor, number: int) -> Tensor:
     return costs.argsort(stable=True)[:number]
 
 
-# The choice of damping, asked of tokens that the factors were not gathered from. Factors of few
-# tokens are noisy: an update that trusts them fits the noise, and one that is damped too much does
-# without what they know. Source: docs/method.md, section 2
+# The choice of damping by tokens that are not in the factors. Factors of few tokens are noisy: with
+# too little damping an update fits the noise, with too much it ignores the factors. Source:
+# docs/method.md, section 2
 
 A_CHOICES = (1e-3, 1e-2, 1e-1, 1.0)
 """Damping of A, relative to its mean diagonal."""
 G_CHOICES = (0.01, 0.03, 0.1, 0.3)
-"""Damping of G, likewise."""
+"""Damping of G, relative to its mean diagonal."""
 
 
-def cost_held_aside(linear: Linear, held: PackedFactors, share: float, prunes_rows: bool) -> float:
+def cost_held_aside(
+    linear: Linear,
+    held: PackedFactors,
+    share: float,
+    prunes_rows: bool,
+) -> float:
     """Remove the cheapest columns of a linear, and return the cost on other tokens.
 
     The update is by the linear's own factors, the cost by factors of other tokens.
 
     Args:
         linear: with its factors and their damping.
-        held: factors of tokens held aside, sums likewise; they are not damped.
-        share: of the columns, and of the rows, that are removed.
-        prunes_rows: whether the cheapest rows go, too.
+        held: factors of tokens held aside, as sums over them, not damped.
+        share: fraction of the columns, and of the rows, that is removed.
+        prunes_rows: whether the cheapest rows are removed, too.
 
     Returns:
         Predicted loss increase, in nats per token.
@@ -229,57 +274,70 @@ def cost_held_aside(linear: Linear, held: PackedFactors, share: float, prunes_ro
     part = linear.nonzero
     curvature = LinearCurvature(linear, part)
     W = curvature.W
-    # first those of rows, for which G may be damped more
-    row_costs = curvature.row_costs("obs") if prunes_rows else W.new_zeros(len(W))
+    # costs of rows come first, because they may raise the damping of G
+    if prunes_rows:
+        row_costs = curvature.row_costs("obs")
+        share_of_rows = share
+    else:
+        row_costs = W.new_zeros(len(W))
+        share_of_rows = 0.0
     column_costs = curvature.column_costs("obs")
     if linear.has_bias and bool(part.columns[-1]):
         column_costs[-1] = torch.inf
-    gone_columns = _cheapest(column_costs, share)
-    gone_rows = _cheapest(row_costs, share if prunes_rows else 0.0)
-    after, _ = curvature.prune(gone_rows, gone_columns, "full")
+    pruned_columns = _cheapest(column_costs, share)
+    pruned_rows = _cheapest(row_costs, share_of_rows)
+    after, _ = curvature.prune(pruned_rows, pruned_columns, "full")
     factors = held.restricted(part.rows, part.columns)
-    A, G = ((x / held.num_tokens).to(W.dtype) for x in (factors.A, factors.G))
+    A = (factors.A / held.num_tokens).to(W.dtype)
+    G = (factors.G / held.num_tokens).to(W.dtype)
     return float(quadratic_cost(after - W, A, G))
 
 
 def _cheapest(costs: Tensor, share: float) -> Tensor:
-    """Return which entries [n] bool are the cheapest share, fewer than all."""
-    gone = torch.zeros(len(costs), dtype=torch.bool, device=costs.device)
-    gone[costs.argsort(stable=True)[: min(int(share * len(costs)), len(costs) - 1)]] = True
-    return gone
+    """Return a mask [n] bool of the cheapest share of the entries, at most all but one."""
+    number = min(int(share * len(costs)), len(costs) - 1)
+    is_cheap = torch.zeros(len(costs), dtype=torch.bool, device=costs.device)
+    is_cheap[costs.argsort(stable=True)[:number]] = True
+    return is_cheap
 
 
 def choose_damping(
-    cost_of: Callable[[float, float], Sequence[float]], of_A: Sequence[float], of_G: Sequence[float]
+    cost_of: Callable[[float, float], Sequence[float]],
+    of_A: Sequence[float],
+    of_G: Sequence[float],
 ) -> tuple[float, float, list[tuple[float, float, float]]]:
     """Choose the damping of A, then that of G with it.
 
     Args:
-        cost_of: damping of A and of G -> costs held aside of several linears.
+        cost_of: maps the damping of A and of G to costs held aside of several linears.
         of_A: choices for A.
-        of_G: choices for G; the one after the middle goes with all for A.
+        of_G: choices for G; the one after the middle is tried with all choices for A.
 
     Returns:
-        The damping of A, that of G, and for everything that was tried both with the mean of the
-        costs, relative to the smallest of each linear. Costs that are no number count as infinite.
+        The damping of A, the damping of G, and all pairs that were tried, each with the mean of the
+        costs relative to the smallest of each linear. Costs that are NaN count as infinite.
     """
     middle = of_G[len(of_G) // 2]
-    costs = dict[tuple[float, float], Sequence[float]]()
-    means = dict[tuple[float, float], float]()
+    costs: dict[tuple[float, float], Sequence[float]] = {}
+    means: dict[tuple[float, float], float] = {}
 
     def best_of(pairs: Sequence[tuple[float, float]]) -> tuple[float, float]:
-        costs.update({pair: cost_of(*pair) for pair in pairs if pair not in costs})
+        for a, g in pairs:
+            if (a, g) not in costs:
+                costs[a, g] = cost_of(a, g)
         means.update(zip(costs, _relative_means(list(costs.values())), strict=True))
         return min(pairs, key=lambda pair: means[pair])
 
     best_a, _ = best_of([(a, middle) for a in of_A])
     _, best_g = best_of([(best_a, g) for g in of_G])
-    return best_a, best_g, [(a, g, mean) for (a, g), mean in means.items()]
+    tried = [(a, g, mean) for (a, g), mean in means.items()]
+    return best_a, best_g, tried
 
 
 def _relative_means(costs: Sequence[Sequence[float]]) -> list[float]:
-    """Return the means of the costs of every choice, relative to the smallest of each linear."""
-    by_choice = torch.tensor(costs, dtype=torch.float64).nan_to_num(nan=torch.inf, posinf=torch.inf)
+    """Return the mean cost of each choice, relative to the smallest cost of each linear."""
+    by_choice = torch.tensor(costs, dtype=torch.float64)
+    by_choice = by_choice.nan_to_num(nan=torch.inf, posinf=torch.inf)
     if not by_choice.numel():
         return [1.0] * len(costs)
     ratios = by_choice / by_choice.min(dim=0).values.clamp(min=1e-300)
