@@ -1,0 +1,85 @@
+"""Pages that name our code: what they name exists."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from pathlib import Path
+
+import pytest
+
+from ray_surgeon.run.result import PruneResult
+from ray_surgeon.spec.job import JobSpec
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "ray_surgeon"
+PAGES = [*sorted((ROOT / "docs").glob("*.md")), ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
+OLD = {"negative-results.md", "results.md"}
+"""Pages with figures of what is gone."""
+MODULES = {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+    for path in PACKAGE.rglob("*.py")
+}
+FIELDS = {
+    field
+    for section in JobSpec.model_json_schema()["$defs"].values()
+    for field in section.get("properties", {})
+}
+
+
+def resolves(name: str) -> bool:
+    """Whether a dotted name is a module, or something in one."""
+    parts = name.split(".")
+    for length in range(len(parts), 0, -1):
+        module = ".".join(parts[:length])
+        if module in MODULES:
+            found = importlib.import_module(module)
+            for attribute in parts[length:]:
+                if hasattr(found, attribute):
+                    found = getattr(found, attribute)
+                else:  # a field of a dataclass has no value
+                    return attribute in getattr(found, "__annotations__", {})
+            return True
+    return False
+
+
+def is_of_the_spec(name: str) -> bool:
+    """Whether a dotted name is a field of the job spec."""
+    first, *rest = name.split(".")
+    return first in JobSpec.model_fields and all(part in FIELDS or part.isdigit() for part in rest)
+
+
+def candidates(name: str) -> list[str]:
+    """Return the dotted names that a short one may stand for: those of modules that end so."""
+    first = name.partition(".")[0]
+    ends = [module for module in MODULES if module.rpartition(".")[2] == first]
+    rest = name.partition(".")[2]
+    return [f"{module}.{rest}" if rest else module for module in ends]
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if p.name not in OLD], ids=lambda p: p.name)
+def test_what_a_page_names_exists(page: Path) -> None:
+    """Files, and dotted names that begin with one of our modules."""
+    for name in set(re.findall(r"`([\w./*]+)`", page.read_text(encoding="utf-8"))):
+        if re.fullmatch(r"(ray_surgeon/)?[\w/]+\.(py|yaml)", name) and "/" in name:
+            inside = name.removeprefix("ray_surgeon/")
+            places = [ROOT / name, PACKAGE / inside, ROOT / "tests" / name]
+            assert any(place.exists() for place in places), f"{page.name} names {name}"
+        elif name.startswith("result."):
+            assert hasattr(PruneResult, name.removeprefix("result.")), f"{page.name} names {name}"
+        elif re.fullmatch(r"[a-z_]+(\.\w+)+", name) and not name.endswith(
+            (".py", ".yaml", ".json", ".html")
+        ):
+            known = candidates(name)
+            if name.startswith("ray_surgeon"):
+                known = [name]
+            if known and not is_of_the_spec(name):
+                assert any(map(resolves, known)), f"{page.name} names {name}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_tests_that_a_page_names_exist(page: Path) -> None:
+    named = re.findall(r"(test_\w+\.py)::(test_\w+)", page.read_text(encoding="utf-8"))
+    for file, test in named:
+        texts = [path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob(file)]
+        assert any(f"def {test}(" in text for text in texts), f"{page.name} names {file}::{test}"
