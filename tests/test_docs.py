@@ -20,6 +20,8 @@ MODULES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
     for path in PACKAGE.rglob("*.py")
 }
+FILES = {".py", ".yaml", ".json", ".jsonl", ".html"}
+"""Ends of names of files, which are no dotted names."""
 FIELDS = {
     field
     for section in JobSpec.model_json_schema()["$defs"].values()
@@ -67,9 +69,7 @@ def test_what_a_page_names_exists(page: Path) -> None:
             assert any(place.exists() for place in places), f"{page.name} names {name}"
         elif name.startswith("result."):
             assert hasattr(PruneResult, name.removeprefix("result.")), f"{page.name} names {name}"
-        elif re.fullmatch(r"[a-z_]+(\.\w+)+", name) and not name.endswith(
-            (".py", ".yaml", ".json", ".html")
-        ):
+        elif re.fullmatch(r"[a-z_]+(\.\w+)+", name) and Path(name).suffix not in FILES:
             known = candidates(name)
             if name.startswith("ray_surgeon"):
                 known = [name]
