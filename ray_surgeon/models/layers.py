@@ -9,15 +9,14 @@ import contextlib
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from ray_surgeon.models.layout import ModelLayout
-    from ray_surgeon.models.runner import BlockRunner
-    from ray_surgeon.models.shard import ModelShard
+from ray_surgeon.models.layout import ModelLayout
+from ray_surgeon.models.runner import BlockRunner
+from ray_surgeon.models.shard import ModelShard
 
 LAYER_KINDS = ("blocks", "attention_layers", "ffn_layers")
 """Kinds of layers that may be removed: whole blocks, their attentions, and their feed-forward

@@ -1,7 +1,7 @@
 """What a GPU does beside products: launches, waits, and bytes that pass its memory.
 
 Numbers of launches were counted on Llama and Qwen3, on tiny models with a dispatch mode; see
-benchmarks/launches.py, and tests/runtime/test_launches.py, which holds them. Bytes are fits.
+benchmarks/launches.py, and tests/plan/test_launches.py, which holds them. Bytes are fits.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What costs and update of the consumer of coupled groups need, for the plan.
 
-Launches and syncs were counted; see tests/runtime/test_launches.py.
+Launches and syncs were counted; see tests/plan/test_launches.py.
 """
 
 from __future__ import annotations

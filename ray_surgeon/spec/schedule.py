@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 from pydantic import Field
 
 from ray_surgeon.spec.base import Section
+from ray_surgeon.spec.curvature import AnyCurvature
 from ray_surgeon.spec.targets import TargetSection
-
-if TYPE_CHECKING:
-    from ray_surgeon.spec.curvature import AnyCurvature
 
 
 class ScheduleSection(Section):

@@ -27,7 +27,7 @@ from tests.integration.test_pretend_accelerator import (
     small_models,  # noqa: F401 - a fixture
     spec_in,
 )
-from tests.runtime.test_transfers import stored, streamed
+from tests.memory.test_transfers import stored, streamed
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
 

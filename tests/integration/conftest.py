@@ -12,7 +12,7 @@ from tests.integration.runs import Given, Jobs, in_memory
 
 @pytest.fixture(autouse=True)
 def undrawn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leave out pages and plots of runs in this process: tests/test_html_report.py has them, and
+    """Leave out pages and plots of runs in this process: tests/report/test_html_report.py has them, and
     they take longer than a tiny run.
     """
     if not request.module.__name__.endswith("test_s3_faults"):

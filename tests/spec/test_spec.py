@@ -13,7 +13,7 @@ from ray_surgeon.pruning.methods import METHODS
 from ray_surgeon.spec.job import JobSpec
 from ray_surgeon.spec.parsing import parse_spec, validation_message
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 PIPELINES = sorted((ROOT / "pipelines").rglob("*.yaml"))
 MINIMAL = """
 version: 2

@@ -17,7 +17,7 @@ from ray_surgeon import pipeline
 from ray_surgeon.spec.job import JobSpec
 from ray_surgeon.spec.parsing import parse_spec, validation_message
 
-PIPELINES = sorted((Path(__file__).parent.parent / "pipelines").rglob("*.yaml"))
+PIPELINES = sorted((Path(__file__).parents[2] / "pipelines").rglob("*.yaml"))
 DOCUMENTS = [
     JobSpec.model_validate(yaml.safe_load(path.read_text())).model_dump(mode="json")
     for path in PIPELINES
