@@ -14,8 +14,7 @@ from ray_surgeon.maths.experts import ExpertSums, add_changes, add_rises
 from ray_surgeon.maths.packed import PackedSymmetric, with_ones
 from ray_surgeon.memory.transfers import transfers
 from ray_surgeon.models.build import LinearModule, as_linear, num_inputs
-from ray_surgeon.models.experts import Mixture
-from ray_surgeon.models.routed import Routed
+from ray_surgeon.models.experts import Mixture, Routed
 
 if TYPE_CHECKING:
     from ray_surgeon.models.layout import LinearShape
