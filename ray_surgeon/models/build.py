@@ -113,7 +113,8 @@ def build_blocks(config: PretrainedConfig, blocks: BlockRange, dtype: torch.dtyp
     layer_types = getattr(config, "layer_types", None)
     if layer_types:
         base.config = copy.copy(base.config)
-        base.config.layer_types = layer_types[blocks.first : blocks.last]  # type: ignore[union-attr]
+        own_types = layer_types[blocks.first : blocks.last]
+        base.config.layer_types = own_types  # type: ignore[union-attr]
 
     if not blocks.is_first:
         _replace_modules(base, family.embeddings, positions=family.positions)

@@ -201,7 +201,13 @@ class Expert(nn.Module):
         self.combine = combine
 
         def linear(num_inputs: int, num_outputs: int) -> _Linear:
-            return _Linear(num_inputs, num_outputs, bias=bias, device=like.device, dtype=like.dtype)
+            return _Linear(
+                num_inputs,
+                num_outputs,
+                bias=bias,
+                device=like.device,
+                dtype=like.dtype,
+            )
 
         self.gate_proj = linear(hidden, width)
         self.up_proj = linear(hidden, width)
@@ -296,7 +302,8 @@ class Mixture:
         self.experts: Any = block.get_submodule(sparse.experts)
         self.router: Any = block.get_submodule(sparse.router)
         self.router.forward = self.route
-        self.kept = torch.ones(int(self.router.num_experts), dtype=torch.bool)  # type: ignore[arg-type]
+        num_experts = int(self.router.num_experts)  # type: ignore[arg-type]
+        self.kept = torch.ones(num_experts, dtype=torch.bool)
         self.num_chosen = int(self.router.top_k)  # type: ignore[arg-type]
         self.has_softmax = sparse.has_softmax
 
@@ -385,7 +392,8 @@ def _combine(whole: nn.Module, sparse: SparseLayer) -> Combine:
         activation: Any = whole.act_fn
 
         def combine(gate: Tensor, up: Tensor) -> Tensor:
-            return activation(gate) * up
+            channels: Tensor = activation(gate) * up
+            return channels
 
         return combine
 
@@ -393,6 +401,8 @@ def _combine(whole: nn.Module, sparse: SparseLayer) -> Combine:
     settings._parameters = {}
 
     def combine_alternating(gate: Tensor, up: Tensor) -> Tensor:
-        return settings._apply_gate(torch.stack([gate, up], dim=-1).flatten(-2))
+        alternating = torch.stack([gate, up], dim=-1).flatten(-2)
+        channels: Tensor = settings._apply_gate(alternating)
+        return channels
 
     return combine_alternating
