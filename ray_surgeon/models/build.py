@@ -63,7 +63,11 @@ def cache_argument(module: nn.Module) -> str:
     return "past_key_values"
 
 
-def _on_meta(module: nn.Module, name: str, parameter: nn.Parameter) -> nn.Parameter | None:
+def _on_meta(
+    module: nn.Module,
+    name: str,
+    parameter: nn.Parameter,
+) -> nn.Parameter | None:
     """Return a copy of a parameter without memory while `build_blocks` runs in this thread.
 
     Buffers keep their memory, because checkpoints do not have them.
@@ -81,7 +85,11 @@ def _on_meta(module: nn.Module, name: str, parameter: nn.Parameter) -> nn.Parame
 register_module_parameter_registration_hook(_on_meta)  # type: ignore[arg-type]
 
 
-def build_blocks(config: PretrainedConfig, blocks: BlockRange, dtype: torch.dtype) -> nn.Module:
+def build_blocks(
+    config: PretrainedConfig,
+    blocks: BlockRange,
+    dtype: torch.dtype,
+) -> nn.Module:
     """Build the causal LM on the meta device and keep only what the given blocks need.
 
     The family's own forward stays in charge of masks and positions: it sees a shorter block list,
@@ -151,7 +159,13 @@ def matrix(module: LinearModule) -> Tensor:
     return weight
 
 
-def cut(module: LinearModule, part: str, stored: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+def cut(
+    module: LinearModule,
+    part: str,
+    stored: Tensor,
+    rows: Tensor,
+    columns: Tensor,
+) -> Tensor:
     """Return the ``weight`` or ``bias`` of a linear with only its kept rows and columns.
 
     Args:

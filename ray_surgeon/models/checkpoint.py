@@ -90,7 +90,11 @@ def from_mxfp4(blocks: Tensor, scales: Tensor) -> Tensor:
     return torch.ldexp(values, scales.int()[..., None] - 127).to(torch.bfloat16).flatten(-2)
 
 
-def find_stored(layout: ModelLayout, name: str, keys: Container[str]) -> StoredTensor | None:
+def find_stored(
+    layout: ModelLayout,
+    name: str,
+    keys: Container[str],
+) -> StoredTensor | None:
     """Find a parameter in a checkpoint.
 
     Some checkpoints leave out the leading ``model.`` or ``transformer.``, and tied heads are
@@ -249,7 +253,12 @@ def check_checkpoint(layout: ModelLayout, shapes: Shapes, where: str) -> None:
     )
 
 
-def check_tied(layout: ModelLayout, keys: Container[str], read: ReadStored, where: str) -> None:
+def check_tied(
+    layout: ModelLayout,
+    keys: Container[str],
+    read: ReadStored,
+    where: str,
+) -> None:
     """Refuse a model with a tied head whose head differs from the embedding.
 
     Some programs would read the head, others the embedding.

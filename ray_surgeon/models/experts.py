@@ -196,7 +196,14 @@ Combine = Callable[[Tensor, Tensor], Tensor]
 class Expert(nn.Module):
     """One expert: ``down_proj(combine(gate_proj(x), up_proj(x)))``."""
 
-    def __init__(self, width: int, hidden: int, combine: Combine, like: Tensor, bias: bool) -> None:
+    def __init__(
+        self,
+        width: int,
+        hidden: int,
+        combine: Combine,
+        like: Tensor,
+        bias: bool,
+    ) -> None:
         super().__init__()
         self.combine = combine
 
@@ -221,7 +228,12 @@ class ExpertLinears(nn.ModuleList):
     expert.
     """
 
-    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    def forward(
+        self,
+        hidden_states: Tensor,
+        top_k_index: Tensor,
+        top_k_weights: Tensor,
+    ) -> Tensor:
         """Return the weighted sum of the outputs of each token's experts.
 
         Args:
@@ -257,7 +269,13 @@ class ExpertLinears(nn.ModuleList):
         up = self._product("up_proj", x, counts, call)
         return self._product("down_proj", first.combine(gate, up), counts, call)
 
-    def _product(self, name: str, x: Tensor, counts: list[int], call: _CallLinear) -> Tensor:
+    def _product(
+        self,
+        name: str,
+        x: Tensor,
+        counts: list[int],
+        call: _CallLinear,
+    ) -> Tensor:
         """Return the outputs of one linear of every expert.
 
         Each call splits x anew, so that the gradients of its parts are added in one sum.
@@ -329,7 +347,11 @@ class Mixture:
             self._rows = torch.tensor(self._numbers, device=device)
         return self._rows
 
-    def route(self, hidden: Tensor, without: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    def route(
+        self,
+        hidden: Tensor,
+        without: int | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Route tokens as if only the kept experts existed.
 
         Args:

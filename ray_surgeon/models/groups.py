@@ -68,7 +68,11 @@ def groups_of(layout: ModelLayout, block: int) -> Iterator[GroupSet]:
         )
 
 
-def _rows_of_heads(heads: Heads, *, is_fused: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _rows_of_heads(
+    heads: Heads,
+    *,
+    is_fused: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the rows and columns of each KV group.
 
     Args:

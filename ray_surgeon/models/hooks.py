@@ -89,7 +89,11 @@ class SharedInput:
         self.roles = {shape.role for shape in shapes}
         self.num_tokens = 0
 
-    def add_to(self, factors: Mapping[str, PackedSymmetric], wide: bool) -> list[RemovableHandle]:
+    def add_to(
+        self,
+        factors: Mapping[str, PackedSymmetric],
+        wide: bool,
+    ) -> list[RemovableHandle]:
         """Add inputs to A and gradients to the given G, until the hooks are removed.
 
         Args:
@@ -190,7 +194,12 @@ class Removals(NamedTuple):
 
 
 @torch.no_grad()
-def removals(mixture: Mixture, hidden: Tensor, numbers: Tensor, weights: Tensor) -> Removals:
+def removals(
+    mixture: Mixture,
+    hidden: Tensor,
+    numbers: Tensor,
+    weights: Tensor,
+) -> Removals:
     """Return the change in the output for the removal of each expert.
 
     The tokens that are routed to it go to the next experts. The router is run again without the
@@ -242,7 +251,11 @@ def removals(mixture: Mixture, hidden: Tensor, numbers: Tensor, weights: Tensor)
     )
 
 
-def _needed_outputs(mixture: Mixture, hidden: Tensor, needed: Tensor) -> tuple[Tensor, Tensor]:
+def _needed_outputs(
+    mixture: Mixture,
+    hidden: Tensor,
+    needed: Tensor,
+) -> tuple[Tensor, Tensor]:
     """Return outputs of experts for the tokens that need them.
 
     Args:

@@ -68,7 +68,11 @@ def layers_of(layout: ModelLayout, kinds: Sequence[str]) -> tuple[Layer, ...]:
     return tuple(layers)
 
 
-def _layers_of_block(family: Family, block: int, names: Sequence[str]) -> tuple[Layer, ...]:
+def _layers_of_block(
+    family: Family,
+    block: int,
+    names: Sequence[str],
+) -> tuple[Layer, ...]:
     """Return the layers of one block, in the order of `LAYER_KINDS`; `names` are its linears."""
     prefix = family.block_prefix(block)
     in_attention = {family.attention.consumer, *family.attention.producers, *family.in_attention}
@@ -193,7 +197,12 @@ def influences(
 
 
 @torch.no_grad()
-def added_by(shard: ModelShard, runner: BlockRunner, inputs: Tensor, layer: Layer) -> Tensor:
+def added_by(
+    shard: ModelShard,
+    runner: BlockRunner,
+    inputs: Tensor,
+    layer: Layer,
+) -> Tensor:
     """Return the output [1, T, d] that a layer of a shard adds to the stream.
 
     Args:
