@@ -1,12 +1,12 @@
-"""Causal attention on CPUs as matrix products of blocks of queries.
+"""Causal attention on CPUs as matrix products over blocks of queries.
 
 It is registered with transformers under the name `IN_PRODUCTS`.
 
-torch's own kernel for CPUs makes 40 of the 450 GFLOP/s that one core of an EPYC with AVX-512 BF16
-makes in products of 512 x 576 numbers: in a small model it takes more time than all linears.
-`python -m benchmarks.attention` compares the two. Memory is linear in the number of tokens, as the
-kernel's is: the weights of a block of queries exist only while they are needed, and are computed
-again for gradients.
+In torch's own kernel for CPUs one core of an EPYC with AVX-512 BF16 reaches 40 of the 450 GFLOP/s
+that it reaches in products of 512 x 576 numbers, and a small model spends more time there than in
+all of its linears. `python -m benchmarks.attention` compares the two. Memory is linear in the
+number of tokens, as in the kernel: the weights of a block of queries exist only while they are
+needed, and are computed again for gradients.
 """
 
 from __future__ import annotations
@@ -22,11 +22,12 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 IN_PRODUCTS = "sdpa_in_products"
-"""The name by which models ask for it."""
+"""Name of this implementation, as models ask for it."""
 QUERIES_AT_A_TIME = 128
-"""Of every head that shares keys.
+"""Queries in a block, for every head that shares keys.
 
-The keys after the last of them are left out, so that fewer queries are less work in larger pieces.
+Keys after the last query of a block are skipped: smaller blocks do less work, larger ones do it in
+larger products.
 """
 
 
@@ -43,43 +44,72 @@ def attention(
 ) -> tuple[Tensor, None]:
     """Return the outputs of attention.
 
-    What is not plain attention on a CPU, in bfloat16 or of one query, goes to transformers' own
-    function for SDPA.
+    Plain attention on a CPU, in bfloat16 or with a single query, is computed here; all else goes to
+    transformers' own function for SDPA.
 
     Args:
         module: the attention layer, whose `is_causal` counts if none is given.
         query: [n, heads, T, d].
-        key: [n, key heads, S, d], each for as many query heads that follow each other.
+        key: [n, key heads, S, d]; consecutive query heads share a key head.
         value: [n, key heads, S, e].
-        attention_mask: None if every query reads all keys, or those up to its own place.
-        dropout: share of weights that are set to zero.
+        attention_mask: None if every query reads all keys, or the keys up to its own position.
+        dropout: fraction of weights that are set to zero.
         scaling: factor of the scores; 1 / sqrt(d) if None.
-        is_causal: whether a query reads the keys up to its own place only.
-        kwargs: of other functions.
+        is_causal: whether a query reads the keys up to its own position only.
+        kwargs: further arguments of transformers' function.
 
     Returns:
         [n, T, heads, e], and None in place of the weights.
     """
     T = query.shape[2]
     S = key.shape[2]
-    causal = T > 1 and (getattr(module, "is_causal", True) if is_causal is None else is_causal)
-    special = (attention_mask, kwargs.get("position_bias"), kwargs.get("softcap"))
-    plain = not dropout and all(part is None for part in special) and (not causal or T == S)
+    causal = T > 1 and _is_causal(module, is_causal)
+    is_plain = (
+        not dropout
+        and attention_mask is None
+        and kwargs.get("position_bias") is None
+        and kwargs.get("softcap") is None
+        and (not causal or T == S)
+    )
     on_cpu = query.device.type == "cpu"
-    shared = query.shape[1] // key.shape[1]
-    if plain and not on_cpu and shared > 1 and query.dtype == torch.float32:
-        # of torch's kernels for GPUs only the one that keeps all scores for gradients takes float32
-        # with heads that share keys
-        keys, values = (part.repeat_interleave(shared, dim=1) for part in (key, value))
-        outputs = scaled_dot_product_attention(query, keys, values, is_causal=causal, scale=scaling)
+    num_shared = query.shape[1] // key.shape[1]
+    if is_plain and not on_cpu and num_shared > 1 and query.dtype == torch.float32:
+        # with heads that share keys, the only kernel for GPUs that takes float32 keeps all scores
+        # for gradients
+        outputs = scaled_dot_product_attention(
+            query,
+            key.repeat_interleave(num_shared, dim=1),
+            value.repeat_interleave(num_shared, dim=1),
+            is_causal=causal,
+            scale=scaling,
+        )
         return outputs.transpose(1, 2).contiguous(), None
-    gains = on_cpu and (query.dtype == torch.bfloat16 or T == 1)
-    if not plain or not gains:
-        kwargs |= {"dropout": dropout, "scaling": scaling, "is_causal": is_causal}
-        outputs, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+
+    is_faster_here = on_cpu and (query.dtype == torch.bfloat16 or T == 1)
+    if not is_plain or not is_faster_here:
+        outputs, _ = sdpa_attention_forward(
+            module,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=dropout,
+            scaling=scaling,
+            is_causal=is_causal,
+            **kwargs,
+        )
         return outputs, None
-    factor = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return in_products(query * factor, key, value, causal=causal).transpose(1, 2).contiguous(), None
+
+    if scaling is None:
+        scaling = query.shape[-1] ** -0.5
+    outputs = in_products(query * scaling, key, value, causal=causal)
+    return outputs.transpose(1, 2).contiguous(), None
+
+
+def _is_causal(module: nn.Module, is_causal: bool | None) -> bool:
+    if is_causal is not None:
+        return is_causal
+    return getattr(module, "is_causal", True)
 
 
 def in_products(query: Tensor, key: Tensor, value: Tensor, *, causal: bool) -> Tensor:
@@ -89,7 +119,7 @@ def in_products(query: Tensor, key: Tensor, value: Tensor, *, causal: bool) -> T
         query: [n, heads, T, d], scaled.
         key: [n, key heads, S, d].
         value: [n, key heads, S, e].
-        causal: whether query t reads the keys up to t only; T is S then.
+        causal: whether query t reads only the keys up to t; S equals T then.
     """
     n, heads, T, d = query.shape
     Q = query.reshape(n * key.shape[1], -1, T, d)
@@ -100,18 +130,18 @@ def in_products(query: Tensor, key: Tensor, value: Tensor, *, causal: bool) -> T
 
 
 class _InProducts(torch.autograd.Function):
-    """The same for queries [N, r, T, d]; r share keys [N, S, d] and values [N, S, e]."""
+    """`in_products` for queries [N, r, T, d] that share keys [N, S, d] and values [N, S, e]."""
 
     @staticmethod
     def forward(ctx: Any, Q: Tensor, K: Tensor, V: Tensor, causal: bool) -> Tensor:
         """Return [N, r, T, e]."""
         outputs = Q.new_empty(*Q.shape[:3], V.shape[-1])
         centred = _centred(K, causal)
-        for places, keys in _blocks(Q.shape[2], K.shape[1], causal):
+        for places, num_keys in _blocks(Q.shape[2], K.shape[1], causal):
             q = Q[:, :, places].flatten(1, 2)
-            weights = _weights(q, centred[:, :keys], places if causal else None)
+            weights = _weights(q, centred[:, :num_keys], places, causal=causal)
             part = outputs[:, :, places]
-            part.copy_(torch.bmm(weights, V[:, :keys]).view(part.shape))
+            part.copy_(torch.bmm(weights, V[:, :num_keys]).view(part.shape))
         ctx.causal = causal
         ctx.save_for_backward(Q, K, V, outputs)
         return outputs
@@ -120,52 +150,65 @@ class _InProducts(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         """Return the gradients of queries, keys and values."""
         Q, K, V, outputs = ctx.saved_tensors
-        centred = _centred(K, ctx.causal)
-        to_Q = torch.empty_like(Q, memory_format=torch.contiguous_format)
+        causal = ctx.causal
+        centred = _centred(K, causal)
+        grad_Q = torch.empty_like(Q, memory_format=torch.contiguous_format)
         wide = torch.promote_types(K.dtype, torch.float32)
-        to_K = torch.zeros(K.shape, dtype=wide)
-        to_V = torch.zeros(V.shape, dtype=wide)
-        # [N, r, T], mean of the weights' gradients, weighted by them
-        read = (gradient.to(to_K.dtype) * outputs).sum(dim=-1).to(Q.dtype)
-        for places, keys in _blocks(Q.shape[2], K.shape[1], ctx.causal):
-            q, to_outputs = (part[:, :, places].flatten(1, 2) for part in (Q, gradient))
-            weights = _weights(q, centred[:, :keys], places if ctx.causal else None)
-            to_V[:, :keys] += torch.bmm(to_outputs.mT, weights).mT  # the smaller one is transposed
-            means = read[:, :, places].flatten(1, 2)[:, :, None]
-            to_scores = torch.bmm(to_outputs, V[:, :keys].mT).sub_(means).mul_(weights)
-            part = to_Q[:, :, places]
-            part.copy_(torch.bmm(to_scores, centred[:, :keys]).view(part.shape))
-            to_K[:, :keys] += torch.bmm(q.mT, to_scores).mT
-        return to_Q, to_K.to(K.dtype), to_V.to(V.dtype), None
+        grad_K = torch.zeros(K.shape, dtype=wide)
+        grad_V = torch.zeros(V.shape, dtype=wide)
+        # [N, r, T], mean of the gradients of a query's weights, weighted by these weights
+        means = (gradient.to(wide) * outputs).sum(dim=-1).to(Q.dtype)
+        for places, num_keys in _blocks(Q.shape[2], K.shape[1], causal):
+            q = Q[:, :, places].flatten(1, 2)
+            grad_outputs = gradient[:, :, places].flatten(1, 2)
+            weights = _weights(q, centred[:, :num_keys], places, causal=causal)
+            # of the product's two sides, the smaller one is transposed
+            grad_V[:, :num_keys] += torch.bmm(grad_outputs.mT, weights).mT
+            grad_scores = torch.bmm(grad_outputs, V[:, :num_keys].mT)
+            grad_scores.sub_(means[:, :, places].flatten(1, 2)[:, :, None]).mul_(weights)
+            part = grad_Q[:, :, places]
+            part.copy_(torch.bmm(grad_scores, centred[:, :num_keys]).view(part.shape))
+            grad_K[:, :num_keys] += torch.bmm(q.mT, grad_scores).mT
+        return grad_Q, grad_K.to(K.dtype), grad_V.to(V.dtype), None
 
 
 def _centred(K: Tensor, causal: bool) -> Tensor:
-    """Return the keys less their mean.
+    """Return the keys minus their mean if attention is causal, else the keys.
 
-    That takes the same from all scores of a query, and smaller scores are rounded less.
+    This shifts all scores of a query by the same amount; smaller scores have smaller rounding
+    errors.
     """
-    return K - K.mean(dim=1, keepdim=True) if causal else K
+    if not causal:
+        return K
+    return K - K.mean(dim=1, keepdim=True)
 
 
-def _weights(q: Tensor, K: Tensor, places: slice | None) -> Tensor:
-    """Return softmax(q K^T) [N, r m, k] of m queries in r heads.
+def _weights(q: Tensor, K: Tensor, places: slice, *, causal: bool) -> Tensor:
+    """Return softmax(q K^T) [N, r m, k].
 
-    Queries read keys up to their own places if these are given.
+    Args:
+        q: [N, r m, d] queries of r heads.
+        K: [N, k, d].
+        places: positions of the m queries.
+        causal: whether queries read keys up to their own position only.
     """
     scores = torch.bmm(q, K.mT)
-    if places is not None:
+    if causal:
         m = places.stop - places.start
-        later = torch.ones(m, m, dtype=torch.bool).triu_(1)
-        own = scores.view(len(scores), -1, m, scores.shape[-1])[..., places]
-        own.masked_fill_(later, -torch.inf)
+        is_later = torch.ones(m, m, dtype=torch.bool).triu_(1)
+        on_diagonal = scores.view(len(scores), -1, m, scores.shape[-1])[..., places]
+        on_diagonal.masked_fill_(is_later, -torch.inf)
     return torch.softmax(scores, dim=-1)
 
 
 def _blocks(T: int, S: int, causal: bool) -> list[tuple[slice, int]]:
-    """Return the places of each block of T queries, and how many of S keys it reads."""
-    starts = range(0, T, QUERIES_AT_A_TIME)
-    places = [slice(start, min(start + QUERIES_AT_A_TIME, T)) for start in starts]
-    return [(part, part.stop if causal else S) for part in places]
+    """Return the positions of each block of the T queries, and how many of the S keys it reads."""
+    blocks = list[tuple[slice, int]]()
+    for start in range(0, T, QUERIES_AT_A_TIME):
+        stop = min(start + QUERIES_AT_A_TIME, T)
+        num_keys = stop if causal else S
+        blocks.append((slice(start, stop), num_keys))
+    return blocks
 
 
 AttentionInterface.register(IN_PRODUCTS, attention)
@@ -173,13 +216,13 @@ AttentionMaskInterface.register(IN_PRODUCTS, sdpa_mask)
 
 
 def rope_of(config: PretrainedConfig) -> Mapping[str, Any]:
-    """Return what a configuration says of rotary embeddings; nothing if it has none.
+    """Return the parameters of a model's rotary embeddings; empty if it has none.
 
-    That is of full attention, which may have a table of its own.
+    Layers with full attention may have other parameters than the rest; theirs are returned then.
     """
     parameters = getattr(config, "rope_parameters", None) or {}
-    table: Mapping[str, Any] = parameters.get("full_attention", parameters)
-    return table
+    of_full_attention: Mapping[str, Any] = parameters.get("full_attention", parameters)
+    return of_full_attention
 
 
 def rope_kind(config: PretrainedConfig) -> str:
@@ -188,39 +231,48 @@ def rope_kind(config: PretrainedConfig) -> str:
 
 
 def for_older_readers(document: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a config.json that older programs read, too.
+    """Return a config.json that older programs can read, too.
 
-    They do not know `rope_parameters`, but ``rope_theta``.
+    These know ``rope_theta`` and its like, but not `rope_parameters`.
     """
     parameters = document.get("rope_parameters")
     if not parameters:
         return dict(document)
-    of_all = parameters.get("full_attention", parameters)
-    names = ("rope_theta", "partial_rotary_factor")
-    older = {name: of_all[name] for name in names if name in of_all}
+    of_full_attention = parameters.get("full_attention", parameters)
+    older = dict[str, Any]()
+    for name in ("rope_theta", "partial_rotary_factor"):
+        if name in of_full_attention:
+            older[name] = of_full_attention[name]
     sliding = parameters.get("sliding_attention", {})
     if "rope_theta" in sliding:
         older["rope_local_base_freq"] = sliding["rope_theta"]
-    if of_all.get("rope_type", "default") != "default":
-        older["rope_scaling"] = {name: of_all[name] for name in of_all if name not in older}
-    return dict(document) | older
+    if of_full_attention.get("rope_type", "default") != "default":
+        older["rope_scaling"] = {
+            name: value for name, value in of_full_attention.items() if name not in older
+        }
+    return {**document, **older}
 
 
 def check_rope(document: Mapping[str, Any]) -> None:
-    """Refuse a config.json that says two things of the rotary embeddings.
+    """Refuse a config.json whose old and new fields of rotary embeddings disagree.
 
-    Programs read one or the other.
+    A program reads either the old fields or the new ones.
 
     Raises:
-        ValueError: names both.
+        ValueError: names both values.
     """
     parameters = document.get("rope_parameters")
     if not parameters:
         return
-    said = for_older_readers(document) | parameters.get("full_attention", parameters)
-    names = ("rope_theta", "rope_local_base_freq", "partial_rotary_factor")
-    older = {name: document.get(name) for name in names} | (document.get("rope_scaling") or {})
+    expected = for_older_readers(document)
+    expected.update(parameters.get("full_attention", parameters))
+    older = dict[str, Any]()
+    for name in ("rope_theta", "rope_local_base_freq", "partial_rotary_factor"):
+        older[name] = document.get(name)
+    older.update(document.get("rope_scaling") or {})
     for name, value in older.items():
-        if value is not None and value != said.get(name, value):
-            both = f"{name} {value}, and {said[name]} in rope_parameters"
-            raise ValueError(f"model.source: config.json has {both}; remove the wrong one")
+        if value is not None and value != expected.get(name, value):
+            raise ValueError(
+                f"model.source: config.json has {name} {value}, and {expected[name]} in "
+                "rope_parameters; remove the wrong one"
+            )

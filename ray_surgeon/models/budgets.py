@@ -1,7 +1,7 @@
-"""Budgets: what a model of given widths needs, of which a user may allow so much.
+"""Budgets: the need of a model of given widths, which a target limits.
 
-Additive ones are arithmetic on shapes. Seconds are in a table of measurements, see
-`ray_surgeon.pruning.seconds_table`.
+Parameters, bytes and floating-point operations follow from shapes alone. Seconds are in a table of
+measurements, see `ray_surgeon.pruning.seconds_table`.
 """
 
 from __future__ import annotations
@@ -14,36 +14,38 @@ from dataclasses import dataclass, field
 
 from ray_surgeon.models.groups import GroupSet
 from ray_surgeon.models.layers import LAYER_KINDS, Layer, LayerKey, layers_of
-from ray_surgeon.models.layout import ModelLayout, Wholes
+from ray_surgeon.models.layout import LinearShape, ModelLayout, Wholes
 from ray_surgeon.models.pruned_config import kv_heads_left
 
 
 @dataclass(frozen=True)
 class Budget:
-    """What the whole model needs as a sum over its blocks."""
+    """The need of the whole model as a sum over its blocks."""
 
     unit: str  # e.g. ``parameters``
-    fixed: float  # need of what no group belongs to
-    # kind of groups -> need of one consumer with 0, 1, ... of them left; it never falls
+    fixed: float  # need of everything that belongs to no group
+    # kind of groups -> need of one consumer with 0, 1, ... groups left; it never decreases
     by_left: Mapping[str, tuple[float, ...]]
-    # kind of groups -> linears that read them in the whole model
+    # kind of groups -> number of linears in the whole model that read them
     num_consumers: Mapping[str, int]
     wholes: Wholes = field(default_factory=dict)  # see `ModelLayout.wholes`
-    # kind and block of each layer -> what the dense model saves without it
+    # kind and block of each layer -> need that the dense model saves without it
     of_layers: Mapping[LayerKey, float] = field(default_factory=dict)
 
     def of(self, left: Iterable[tuple[str, int]]) -> float:
         """Return the need of a model.
 
         Args:
-            left: (kind, number of groups that are left), once a consumer; where one is missing, all
-                of its groups are left.
+            left: (kind, number of groups that are left), one entry for each pruned consumer; all
+                other consumers keep all of their groups.
         """
-        left = list(left)
-        rest = Counter(self.num_consumers)  # of which all groups are left
-        rest.subtract(kind for kind, _ in left)
-        whole = sum(rest[kind] * table[-1] for kind, table in self.by_left.items())
-        return self.fixed + whole + sum(self.by_left[kind][number] for kind, number in left)
+        pruned = list(left)
+        num_intact = Counter(self.num_consumers)
+        for kind, _ in pruned:
+            num_intact[kind] -= 1
+        intact = sum(num_intact[kind] * table[-1] for kind, table in self.by_left.items())
+        smaller = sum(self.by_left[kind][number] for kind, number in pruned)
+        return self.fixed + intact + smaller
 
     @property
     def dense(self) -> float:
@@ -51,59 +53,92 @@ class Budget:
         return self.of(())
 
     def least(self, fewest: Mapping[str, int]) -> float:
-        """Return the need if only so many groups of the named kinds stay.
+        """Return the need of the smallest model.
 
-        They stay at every consumer, and so many whole ones do.
+        Args:
+            fewest: kind -> how many groups every consumer keeps, or, for a kind in `wholes`, how
+                many of these every block keeps. All groups of other kinds stay.
         """
         sizes = dict(fewest)
-        gone = Counter[str]()  # kind -> consumers that are gone whole
-        for whole, (kind, of_block, _) in self.wholes.items():
-            if whole in sizes:
-                gone[kind] = self.num_consumers[kind] // of_block * (of_block - sizes.pop(whole))
-                sizes[kind] = sizes.pop(kind, len(self.by_left[kind]) - 1)
-        left = [(kind, 0) for kind in gone.elements()]
+        # kind -> number of consumers that are removed with all their groups
+        num_removed = Counter[str]()
+        for whole, (kind, num_in_block, _) in self.wholes.items():
+            if whole not in sizes:
+                continue
+            num_blocks = self.num_consumers[kind] // num_in_block
+            num_removed[kind] = num_blocks * (num_in_block - sizes.pop(whole))
+            sizes[kind] = sizes.pop(kind, len(self.by_left[kind]) - 1)
+
+        left = list[tuple[str, int]]()
+        for kind, count in num_removed.items():
+            left += [(kind, 0)] * count
         for kind, number in sizes.items():
-            left += [(kind, number)] * (self.num_consumers[kind] - gone[kind])
+            left += [(kind, number)] * (self.num_consumers[kind] - num_removed[kind])
         return self.of(left)
 
     def saved_without(self, removed: Collection[LayerKey]) -> float:
-        """Return what the dense model saves without some layers; those of one block count once."""
-        inside = (layer for layer in removed if layer[0] != "blocks")
-        whole = [layer for layer in removed if layer[0] == "blocks"]
-        blocks = {block for _, block in whole}
-        return sum(
-            self.of_layers[layer]
-            for layer in (*whole, *(layer for layer in inside if layer[1] not in blocks))
-        )
+        """Return the need that the dense model saves without some layers.
+
+        A layer inside a removed block saves nothing more.
+        """
+        counted = list[LayerKey]()
+        removed_blocks = set[int]()
+        for kind, block in removed:
+            if kind == "blocks":
+                counted.append((kind, block))
+                removed_blocks.add(block)
+        for kind, block in removed:
+            if kind != "blocks" and block not in removed_blocks:
+                counted.append((kind, block))
+        return sum(self.of_layers[layer] for layer in counted)
 
     def most_saved(self, kinds: Collection[str], number: int | None) -> float:
-        """Return the most that is saved without so many layers; None: all but one of each kind."""
-        of_kind = {kind: [s for (k, _), s in self.of_layers.items() if k == kind] for kind in kinds}
+        """Return the most that the removal of layers can save.
+
+        Args:
+            kinds: kinds of layers that may be removed.
+            number: how many layers are removed; None for all but one of each kind.
+        """
+        savings = {kind: list[float]() for kind in kinds}
+        for (kind, _), saved in self.of_layers.items():
+            if kind in savings:
+                savings[kind].append(saved)
         if number is None:
-            return sum(sum(savings) - min(savings) for savings in of_kind.values())
-        every = sorted(itertools.chain(*of_kind.values()), reverse=True)
-        return sum(every[:number])
+            return sum(sum(of_kind) - min(of_kind) for of_kind in savings.values())
+        every = itertools.chain.from_iterable(savings.values())
+        return sum(sorted(every, reverse=True)[:number])
 
     def size(self, kind: str) -> float:
-        """Return the most that one group saves."""
+        """Return the most that the removal of one group saves."""
         return max(more - less for less, more in itertools.pairwise(self.by_left[kind]))
 
 
 def fewest_left(
-    layout: ModelLayout, least: Mapping[str, int], tensor_parallel: int = 1, *, uniform: bool
+    layout: ModelLayout,
+    least: Mapping[str, int],
+    tensor_parallel: int = 1,
+    *,
+    uniform: bool,
 ) -> dict[str, int]:
-    """Return how few groups may be left in every block.
+    """Return the smallest number of groups of each kind that may be left in every block.
 
     Args:
         layout: of the model.
-        least: kind of groups that may be pruned -> how many stay in every block.
+        least: kind of groups that may be pruned -> how many should stay in every block.
         tensor_parallel: see `kv_heads_left`.
         uniform: whether plain classes must be able to hold the result.
     """
-    in_all = {groups.kind: len(groups.columns) for groups in reversed(layout.group_sets)}
-    needed = {kind: number for kind, (_, _, number) in layout.wholes.items()}
-    fewest = {kind: min(number, in_all.get(kind, 0)) for kind, number in least.items()}
-    fewest |= {kind: number for kind, number in needed.items() if kind in least}
+    num_groups = dict[str, int]()
+    for groups in layout.group_sets:
+        num_groups.setdefault(groups.kind, len(groups.columns))
+
+    fewest = dict[str, int]()
+    for kind, number in least.items():
+        if kind in layout.wholes:
+            _, _, fewest[kind] = layout.wholes[kind]
+        else:
+            fewest[kind] = min(number, num_groups.get(kind, 0))
+
     if "attention" in fewest:
         possible = kv_heads_left(layout, tensor_parallel, uniform=uniform)
         fewest["attention"] = min(k for k in possible if k >= fewest["attention"])
@@ -111,79 +146,126 @@ def fewest_left(
 
 
 def linears_budget(layout: ModelLayout) -> Budget:
-    """Return the parameters of the blocks' linears, of which sparsity is a fraction."""
-    return _of_size(layout, "parameters of the linears", layout.linear_size, has_norms=False)
+    """Return the parameters of the blocks' linears; sparsity is a fraction of these."""
+    return _size_budget(
+        layout,
+        unit="parameters of the linears",
+        num_parameters=layout.linear_size,
+        includes_norms=False,
+    )
 
 
 def parameters_budget(layout: ModelLayout) -> Budget:
-    """Return the parameters of the whole model, tied ones once."""
-    return _of_size(layout, "parameters", layout.num_parameters)
+    """Return the parameters of the whole model; tied ones count once."""
+    return _size_budget(layout, unit="parameters", num_parameters=layout.num_parameters)
 
 
 def bytes_budget(layout: ModelLayout, bytes_each: int) -> Budget:
     """Return the bytes of the whole model's weights."""
-    return _of_size(layout, "bytes", layout.num_parameters, bytes_each)
+    return _size_budget(
+        layout,
+        unit="bytes",
+        num_parameters=layout.num_parameters,
+        need_each=bytes_each,
+    )
 
 
-def _of_size(
-    layout: ModelLayout, unit: str, size: int, each: int = 1, *, has_norms: bool = True
+def _size_budget(
+    layout: ModelLayout,
+    *,
+    unit: str,
+    num_parameters: int,
+    need_each: int = 1,
+    includes_norms: bool = True,
 ) -> Budget:
-    """Return a budget from the number of parameters, and the need of each.
+    """Return a budget that is proportional to the number of parameters.
 
-    `has_norms` is whether what is in a block beside its linears goes with the block.
+    Args:
+        layout: of the model.
+        unit: of the budget.
+        num_parameters: of the dense model.
+        need_each: need of one parameter.
+        includes_norms: whether the removal of a block saves its norms and other parameters beside
+            its linears, too.
     """
-    of_blocks = Counter[int | None]()
+    size_of_block = Counter[int | None]()
     for name, shape in layout.parameters.items():
-        of_blocks[layout.block_of(name)] += math.prod(shape)
+        size_of_block[layout.block_of(name)] += math.prod(shape)
+
+    def of_group(groups: GroupSet) -> float:
+        return need_each * groups.num_parameters
 
     def of_layer(layer: Layer) -> float:
-        if layer.kind == "blocks" and has_norms:
-            return each * of_blocks[layer.block]
-        return each * sum(layout.shapes[name].size for name in layer.linears)
+        if layer.kind == "blocks" and includes_norms:
+            return need_each * size_of_block[layer.block]
+        return need_each * sum(layout.shapes[name].size for name in layer.linears)
 
-    need = size * each
-    return _additive(layout, unit, need, lambda groups: each * groups.num_parameters, of_layer)
+    return _additive_budget(
+        layout,
+        unit=unit,
+        dense=num_parameters * need_each,
+        of_group=of_group,
+        of_layer=of_layer,
+    )
 
 
 def flops_budget(layout: ModelLayout, prompt_length: int) -> Budget:
     """Return the floating-point operations for one token of a prompt.
 
-    These are two a weight of linears and head, and the attention to what lies before.
+    Each weight of the linears and the head takes two operations; attention to the earlier tokens
+    comes on top.
 
-    Of a linear that only some tokens pass so much counts as if all such had as many tokens; see
-    `ModelLayout.part_of_tokens`. Whole ones save nothing, because a token goes to as many of those
-    that are left.
+    A linear that only some tokens pass counts as if the router spread tokens evenly, see
+    `ModelLayout.part_of_tokens`. The removal of a whole expert saves nothing, because a token still
+    goes to the same number of the remaining experts.
 
     Args:
         layout: of the model.
-        prompt_length: tokens of a prompt, over whose tokens this is the mean; a sliding window is
-            not taken into account.
+        prompt_length: tokens of a prompt; the budget is the mean over them. Sliding windows are not
+            taken into account.
     """
     heads = layout.heads
     config = layout.config
-    each = 2 * (heads.query_dim + heads.value_dim)  # q.k and the sum of values: a multiply-add each
-    scores = each * heads.num_query * (prompt_length + 1) / 2
-    weights = sum(shape.size * layout.part_of_tokens(shape) for shape in layout.linears)
-    # OPT's embeddings may be, with a linear before and after
-    narrow = getattr(config, "word_embed_proj_dim", config.hidden_size)
-    between = 2 * narrow * config.hidden_size * (narrow != config.hidden_size)
-    ends = config.vocab_size * narrow + between
-    dense = 2.0 * (weights + ends) + layout.num_blocks * scores
+    # q.k and the sum of values take a multiply-add for each dimension
+    operations_each = 2 * (heads.query_dim + heads.value_dim)
+    attention_scores = operations_each * heads.num_query * (prompt_length + 1) / 2
+
+    def weights_in_use(shapes: Iterable[LinearShape]) -> float:
+        return sum(shape.size * layout.part_of_tokens(shape) for shape in shapes)
+
+    # OPT's embeddings may be narrower, with a linear before the blocks and one after them
+    embedding_width = getattr(config, "word_embed_proj_dim", config.hidden_size)
+    outer_weights = config.vocab_size * embedding_width
+    if embedding_width != config.hidden_size:
+        outer_weights += 2 * embedding_width * config.hidden_size
+    dense = 2.0 * (weights_in_use(layout.linears) + outer_weights)
+    dense += layout.num_blocks * attention_scores
 
     def of_group(groups: GroupSet) -> float:
-        own = 2 * layout.part_of_tokens(layout.shapes[groups.consumer]) * groups.num_parameters
-        return own + scores / heads.num_kv if groups.kind == "attention" else own
+        part_of_tokens = layout.part_of_tokens(layout.shapes[groups.consumer])
+        operations = 2 * part_of_tokens * groups.num_parameters
+        if groups.kind == "attention":
+            operations += attention_scores / heads.num_kv
+        return operations
 
     def of_layer(layer: Layer) -> float:
-        shapes = [layout.shapes[name] for name in layer.linears]
-        own = 2 * sum(shape.size * layout.part_of_tokens(shape) for shape in shapes)
-        return own + scores * (layer.kind != "ffn_layers")
+        operations = 2 * weights_in_use(layout.shapes[name] for name in layer.linears)
+        if layer.kind != "ffn_layers":
+            operations += attention_scores
+        return operations
 
-    return _additive(layout, "flops", dense, of_group, of_layer)
+    return _additive_budget(
+        layout,
+        unit="flops",
+        dense=dense,
+        of_group=of_group,
+        of_layer=of_layer,
+    )
 
 
-def _additive(
+def _additive_budget(
     layout: ModelLayout,
+    *,
     unit: str,
     dense: float,
     of_group: Callable[[GroupSet], float],
@@ -191,11 +273,23 @@ def _additive(
 ) -> Budget:
     """Return a budget from the need of the dense model, of one group of each set, and of layers."""
     by_left = dict[str, tuple[float, ...]]()
-    num_consumers = Counter(groups.kind for groups in layout.group_sets)
+    num_consumers = Counter[str]()
     for groups in layout.group_sets:
+        num_consumers[groups.kind] += 1
         if groups.kind not in by_left:
             size = float(of_group(groups))
-            by_left[groups.kind] = tuple(size * number for number in range(len(groups.columns) + 1))
-    fixed = float(dense) - sum(num_consumers[kind] * table[-1] for kind, table in by_left.items())
-    of_layers = {layer.key: float(of_layer(layer)) for layer in layers_of(layout, LAYER_KINDS)}
-    return Budget(unit, fixed, by_left, num_consumers, layout.wholes, of_layers)
+            numbers = range(len(groups.columns) + 1)
+            by_left[groups.kind] = tuple(size * number for number in numbers)
+    in_groups = sum(num_consumers[kind] * table[-1] for kind, table in by_left.items())
+
+    of_layers = dict[LayerKey, float]()
+    for layer in layers_of(layout, LAYER_KINDS):
+        of_layers[layer.key] = float(of_layer(layer))
+    return Budget(
+        unit=unit,
+        fixed=float(dense) - in_groups,
+        by_left=by_left,
+        num_consumers=num_consumers,
+        wholes=layout.wholes,
+        of_layers=of_layers,
+    )

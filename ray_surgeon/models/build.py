@@ -1,13 +1,11 @@
-"""Build the blocks of a model without weights, and name what is in them.
-
-Names differ here, in the whole model and in checkpoints.
-"""
+"""Builds the blocks of a model without weights, and reads and cuts the linears in them."""
 
 from __future__ import annotations
 
 import copy
 import inspect
 import threading
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -48,7 +46,7 @@ class BlockRange:
 
 
 class NoPositions(nn.Module):
-    """Stands for a learned position embedding in shards whose hidden states already contain it."""
+    """Replaces a learned position embedding in shards whose hidden states already contain it."""
 
     def forward(self, *args: object, **kwargs: object) -> Tensor:
         """Return a scalar zero, which adds nothing."""
@@ -56,20 +54,26 @@ class NoPositions(nn.Module):
 
 
 def cache_argument(module: nn.Module) -> str:
-    """Return how the installed transformers calls the cache of keys and values.
+    """Return the name of the argument of `module.forward` that takes the cache of keys and values.
 
-    ``past_key_values``, and ``cache`` later.
+    It is ``past_key_values`` in some releases of transformers, and ``cache`` in later ones.
     """
-    return "cache" if "cache" in inspect.signature(module.forward).parameters else "past_key_values"
+    if "cache" in inspect.signature(module.forward).parameters:
+        return "cache"
+    return "past_key_values"
 
 
-def _on_meta(module: nn.Module, name: str, parameter: nn.Parameter) -> nn.Parameter | None:
-    """Return a parameter that has no memory in place of one, where `build_blocks` makes it.
+def _on_meta(
+    module: nn.Module,
+    name: str,
+    parameter: nn.Parameter,
+) -> nn.Parameter | None:
+    """Return a copy of a parameter without memory while `build_blocks` runs in this thread.
 
-    Buffers have theirs, because they are not in checkpoints.
+    Buffers keep their memory, because checkpoints do not have them.
 
-    accelerate's `init_empty_weights` does that to all threads of the process, for good if two of
-    them overlap.
+    accelerate's `init_empty_weights` affects all threads of the process, permanently if two calls
+    overlap.
     """
     if not getattr(_THREAD, "builds_blocks", False):
         return None
@@ -81,7 +85,11 @@ def _on_meta(module: nn.Module, name: str, parameter: nn.Parameter) -> nn.Parame
 register_module_parameter_registration_hook(_on_meta)  # type: ignore[arg-type]
 
 
-def build_blocks(config: PretrainedConfig, blocks: BlockRange, dtype: torch.dtype) -> nn.Module:
+def build_blocks(
+    config: PretrainedConfig,
+    blocks: BlockRange,
+    dtype: torch.dtype,
+) -> nn.Module:
     """Build the causal LM on the meta device and keep only what the given blocks need.
 
     The family's own forward stays in charge of masks and positions: it sees a shorter block list,
@@ -92,11 +100,15 @@ def build_blocks(config: PretrainedConfig, blocks: BlockRange, dtype: torch.dtyp
     config = copy.deepcopy(config)
     _THREAD.builds_blocks = True
     try:
-        options = {"dtype": dtype, "attn_implementation": family.runs_attention}
-        model: nn.Module = AutoModelForCausalLM.from_config(config, **options)
+        model: nn.Module = AutoModelForCausalLM.from_config(
+            config,
+            dtype=dtype,
+            attn_implementation=family.runs_attention,
+        )
     finally:
         _THREAD.builds_blocks = False
     model.eval().requires_grad_(False)
+
     base = model.get_submodule(family.base)
     all_blocks = base.get_submodule(family.blocks)
     assert isinstance(all_blocks, nn.ModuleList)
@@ -104,21 +116,37 @@ def build_blocks(config: PretrainedConfig, blocks: BlockRange, dtype: torch.dtyp
     setattr(base, family.blocks, own_blocks)
     for block in own_blocks:
         family.sparse.split(block)
-    # forward looks kinds of attention up by the place in the list it has
-    if getattr(config, "layer_types", None):
+
+    # forward looks up the kind of attention of a block by its place in the shortened list
+    layer_types = getattr(config, "layer_types", None)
+    if layer_types:
         base.config = copy.copy(base.config)
-        base.config.layer_types = config.layer_types[blocks.first : blocks.last]  # type: ignore[union-attr]
-    missing = [] if blocks.is_first else [(base, name) for name in family.embeddings]
+        own_types = layer_types[blocks.first : blocks.last]
+        base.config.layer_types = own_types  # type: ignore[union-attr]
+
+    if not blocks.is_first:
+        _replace_modules(base, family.embeddings, positions=family.positions)
     if not blocks.is_last:
-        missing += [(model, family.head), *((base, name) for name in family.final)]
-    for owner, name in missing:
-        if getattr(owner, name, None) is not None:
-            setattr(owner, name, NoPositions() if name in family.positions else nn.Identity())
+        _replace_modules(model, (family.head,))
+        _replace_modules(base, family.final)
     return model
 
 
+def _replace_modules(
+    owner: nn.Module, names: Iterable[str], positions: Collection[str] = ()
+) -> None:
+    """Replace children of a module, where they exist, by ones that do nothing."""
+    for name in names:
+        if getattr(owner, name, None) is None:
+            continue
+        if name in positions:
+            setattr(owner, name, NoPositions())
+        else:
+            setattr(owner, name, nn.Identity())
+
+
 def as_linear(module: nn.Module) -> LinearModule:
-    """Return a module that is a linear; a family that names another kind is wrong."""
+    """Return the module, which must be a linear."""
     assert isinstance(module, nn.Linear | Conv1D), f"{type(module).__name__} is no linear"
     return module
 
@@ -126,31 +154,51 @@ def as_linear(module: nn.Module) -> LinearModule:
 def matrix(module: LinearModule) -> Tensor:
     """Return the weight as a view [R, inputs]; writing to it writes to the module."""
     weight: Tensor = module.weight.detach()
-    return weight.T if isinstance(module, Conv1D) else weight
+    if isinstance(module, Conv1D):
+        return weight.T
+    return weight
 
 
-def cut(module: LinearModule, part: str, stored: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """Return the ``weight`` or ``bias`` of a linear with its kept rows and columns.
+def cut(
+    module: LinearModule,
+    part: str,
+    stored: Tensor,
+    rows: Tensor,
+    columns: Tensor,
+) -> Tensor:
+    """Return the ``weight`` or ``bias`` of a linear with only its kept rows and columns.
 
-    It is as it is stored; the rows [R] and input columns [C] are bool.
+    Args:
+        module: the linear.
+        part: ``weight`` or ``bias``.
+        stored: the tensor, in the layout in which the module stores it; so is the result.
+        rows: [R] bool, kept outputs.
+        columns: [C] bool, kept inputs.
     """
     rows = rows.to(stored.device)
     columns = columns.to(stored.device)
     if part == "bias":
         return stored[rows]
-    return stored[columns][:, rows] if isinstance(module, Conv1D) else stored[rows][:, columns]
+    if isinstance(module, Conv1D):
+        return stored[columns][:, rows]
+    return stored[rows][:, columns]
 
 
 def use_fast_products(module: LinearModule) -> None:
-    """Let a linear make its products by `times`."""
+    """Make a linear compute its products with `times`."""
 
     def forward(x: Tensor) -> Tensor:
-        y = times(x, module.weight if isinstance(module, Conv1D) else module.weight.T)
-        return y if module.bias is None else y + module.bias
+        weight: Tensor = module.weight
+        if not isinstance(module, Conv1D):
+            weight = weight.T
+        y = times(x, weight)
+        if module.bias is None:
+            return y
+        return y + module.bias
 
     module.forward = forward  # type: ignore[method-assign]
 
 
 def num_inputs(module: LinearModule) -> int:
-    """Return C without the bias."""
+    """Return the number of inputs; a bias counts as none."""
     return int(matrix(module).shape[1])

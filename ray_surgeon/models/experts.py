@@ -1,22 +1,20 @@
-"""Mixtures of experts: experts as linears, and routers that go around removed ones.
+"""Mixtures of experts: experts as linears, and routers that skip removed ones.
 
-transformers keeps all experts of a layer in two tensors, where hooks on linears see nothing. Here
-every expert has linears of its own, by the names they have in checkpoints. The family's own layer
-and router stay: they are called with fewer experts once some are removed.
+transformers keeps all experts of a layer in two tensors, so hooks on linears would not see them.
+Here every expert has its own linears, under the names they have in checkpoints. The family's own
+layer and router stay in charge: once experts are removed, they are called with those that are left.
 """
 
 from __future__ import annotations
 
 import copy
-import functools
+import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-
-from ray_surgeon.models.routed import Routed
 
 
 @dataclass(frozen=True)
@@ -26,21 +24,21 @@ class Coupling:
     consumer: str  # the linear whose columns decide, e.g. ``mlp.down_proj``
     # those of gate and up, or of queries, keys and values; they share their input
     producers: tuple[str, ...]
-    num_parts: int = 1  # how many of these lie one after the other in each producer
+    num_parts: int = 1  # how many of these each producer holds, one after the other
 
     @property
     def parts(self) -> list[tuple[str, int]]:
-        """Of what the consumer reads: the linear, and which part of its rows."""
-        return [(name, part) for name in self.producers for part in range(self.num_parts)]
+        """The consumer's inputs, in order: a producer, and which part of its rows."""
+        return list(itertools.product(self.producers, range(self.num_parts)))
 
 
-_LINEARS = Coupling("down_proj", ("gate_proj", "up_proj"))
-"""Of an expert, in every family."""
+_LINEARS = Coupling(consumer="down_proj", producers=("gate_proj", "up_proj"))
+"""The linears of an expert, in every family."""
 
 
 @dataclass(frozen=True)
 class ExpertTensor:
-    """What the name of a tensor of one expert says."""
+    """The parsed name of a tensor of one expert."""
 
     experts: str  # all experts of the layer, e.g. ``model.layers.3.mlp.experts``
     expert: int  # its number
@@ -49,19 +47,24 @@ class ExpertTensor:
 
     @property
     def whole(self) -> str:
-        """Name of the tensor of all experts that has it, where one has those of gate and up."""
-        linear = self.linear if self.linear == _LINEARS.consumer else "gate_up_proj"
-        return f"{self.experts}.{linear}" + ("" if self.kind == "weight" else f"_{self.kind}")
+        """Name of the tensor that holds this one for all experts; gate and up are in one."""
+        linear = "gate_up_proj"
+        if self.linear == _LINEARS.consumer:
+            linear = self.linear
+        name = f"{self.experts}.{linear}"
+        if self.kind == "weight":
+            return name
+        return f"{name}_{self.kind}"
 
     @property
     def every(self) -> slice:
-        """Its outputs among those of an expert in a stacked tensor: gate and up take turns."""
+        """Its outputs among those of an expert in a stacked tensor: gate and up alternate."""
         if self.linear == _LINEARS.consumer:
             return slice(None)
         return slice(_LINEARS.producers.index(self.linear), None, 2)
 
     def in_memory(self, state: Mapping[str, Tensor]) -> Tensor:
-        """Return it from the ``state_dict`` of a model, where gate and up follow each other."""
+        """Return the tensor from the ``state_dict`` of a model, where gate and up are halves."""
         whole = state[self.whole][self.expert]
         if self.linear == _LINEARS.consumer:
             return whole
@@ -70,50 +73,61 @@ class ExpertTensor:
 
 @dataclass(frozen=True)
 class SparseLayer:
-    """Where the mixture of experts of a block lies, and how config.json calls its sizes.
+    """Where the mixture of experts of a block is, and how config.json names its sizes.
 
     The experts are linears here, ``{experts}.{number}.{linear}``, as they are in checkpoints. A
-    family without says nothing, and no block has such a layer.
+    family without mixtures has the defaults, which match no layer of any block.
     """
 
     # fields with the number of experts; programs read one or the other
     num_experts: tuple[str, ...] = ()
     width: str = ""  # field with the width of an expert
     layer: str = "mlp"  # the whole layer
-    # which experts a token goes to; its output is logits, weights, numbers
+    # module that chooses the experts of a token; its output is logits, weights, numbers
     router: str = "mlp.gate"
     experts: str = "mlp.experts"
     linears: Coupling = _LINEARS  # of one expert
-    # a feed-forward layer beside the experts, through which every token goes, e.g.
+    # a feed-forward layer beside the experts that every token passes, e.g.
     # ``mlp.shared_expert``
     shared: str | None = None
     # field with its width; None if the width is a multiple of an expert's
     shared_width: str | None = None
-    # field with the number of groups of experts of which a router chooses some first
+    # field with the number of groups of experts, if the router chooses some of the groups first
     num_groups: str | None = None
-    # whether weights are a softmax over all experts, so that they rise if one is removed, if not
-    # normalised later
+    # whether weights are a softmax over all experts, so that they rise if one is removed, unless
+    # they are normalised later
     has_softmax: bool = True
-    zeroing: tuple[str, ...] = _LINEARS.producers  # of which a channel is zero if one is
-    # whether checkpoints keep all experts of a layer together, [num_experts, inputs, outputs],
-    # producers in turns
+    # producers that make a channel zero where their own output is zero
+    zeroing: tuple[str, ...] = _LINEARS.producers
+    # whether checkpoints keep all experts of a layer together, [num_experts, inputs, outputs], the
+    # producers' outputs alternating
     stacked: bool = False
 
     def tensor_of(self, name: str) -> ExpertTensor | None:
-        """Take apart the name of a tensor of an expert, e.g.
+        """Parse the name of a tensor of an expert; return None for all other names.
 
-        ``model.layers.3.mlp.experts.5.gate_proj.weight``; None for all others.
+        An example is ``model.layers.3.mlp.experts.5.gate_proj.weight``.
         """
         layer, inside, rest = name.partition(f".{self.experts}.")
         if not inside:
             return None
         number, linear, kind = rest.split(".")
-        return ExpertTensor(layer + inside[:-1], int(number), linear, kind)
+        return ExpertTensor(
+            experts=layer + inside[:-1],
+            expert=int(number),
+            linear=linear,
+            kind=kind,
+        )
 
     def together(self, name: str) -> tuple[str, int | None]:
-        """Return what all experts' tensor would be called, and the number of this one's, if any."""
+        """Return a name for a tensor of all experts together, and this expert's number.
+
+        Other tensors keep their name, and have None as a number.
+        """
         part = self.tensor_of(name)
-        return (f"{part.experts}.{part.linear}.{part.kind}", part.expert) if part else (name, None)
+        if part is None:
+            return name, None
+        return f"{part.experts}.{part.linear}.{part.kind}", part.expert
 
     def is_in(self, block: nn.Module) -> bool:
         """Whether a block has such a layer."""
@@ -125,17 +139,50 @@ class SparseLayer:
             return
         whole: Any = block.get_submodule(self.experts)
         like = whole.down_proj
-        combine = _combine(whole, self)
-        bias = hasattr(whole, "down_proj_bias")
         num_experts, width, hidden = like.shape if self.stacked else like.mT.shape
-        experts = [Expert(width, hidden, combine, like, bias) for _ in range(num_experts)]
+        combine = _combine(whole, self)
+        experts = list[Expert]()
+        for _ in range(num_experts):
+            expert = Expert(
+                width=width,
+                hidden=hidden,
+                combine=combine,
+                like=like,
+                bias=hasattr(whole, "down_proj_bias"),
+            )
+            experts.append(expert)
         block.set_submodule(self.experts, ExpertLinears(experts))
 
 
-class _Linear(nn.Linear):
-    """A linear without starting values, which waits for its weights.
+class Routed:
+    """Pairs of a token and one of its k places, sorted by place.
 
-    A large model has ten thousands of these, and starting values would take most of the time.
+    Places are whatever a router sends tokens to, e.g. experts. Within one place tokens ascend.
+
+    Attributes:
+        places: [n] ascending.
+        tokens: [n].
+        order: [n] position of each pair in a flattened [num_tokens, k].
+        counts: number of pairs of every place; the only values that the host reads.
+    """
+
+    def __init__(self, chosen: Tensor, num_places: int) -> None:
+        """Sort the places [num_tokens, k] of all tokens."""
+        self.places, self.order = chosen.flatten().sort(stable=True)
+        self.tokens = self.order // chosen.shape[1]
+        every = torch.arange(num_places, device=chosen.device)
+        ends = torch.searchsorted(self.places, every, right=True).tolist()
+        self.counts = [end - start for start, end in itertools.pairwise([0, *ends])]
+
+    def of(self, values: Tensor) -> Tensor:
+        """Return the values [n] of the pairs from values [num_tokens, k]."""
+        return values.flatten().index_select(0, self.order)
+
+
+class _Linear(nn.Linear):
+    """A linear whose weights are not initialised, because they are loaded later.
+
+    A large model has ten thousands of these, and initial values would take most of the time.
     """
 
     def reset_parameters(self) -> None:
@@ -149,23 +196,45 @@ Combine = Callable[[Tensor, Tensor], Tensor]
 class Expert(nn.Module):
     """One expert: ``down_proj(combine(gate_proj(x), up_proj(x)))``."""
 
-    def __init__(self, width: int, hidden: int, combine: Combine, like: Tensor, bias: bool) -> None:
+    def __init__(
+        self,
+        width: int,
+        hidden: int,
+        combine: Combine,
+        like: Tensor,
+        bias: bool,
+    ) -> None:
         super().__init__()
         self.combine = combine
-        make = functools.partial(_Linear, bias=bias, device=like.device, dtype=like.dtype)
-        self.gate_proj = make(hidden, width)
-        self.up_proj = make(hidden, width)
-        self.down_proj = make(width, hidden)
+
+        def linear(num_inputs: int, num_outputs: int) -> _Linear:
+            return _Linear(
+                num_inputs,
+                num_outputs,
+                bias=bias,
+                device=like.device,
+                dtype=like.dtype,
+            )
+
+        self.gate_proj = linear(hidden, width)
+        self.up_proj = linear(hidden, width)
+        self.down_proj = linear(width, hidden)
 
 
 class ExpertLinears(nn.ModuleList):
-    """All experts of a layer, in place of the family's own module.
+    """All experts of a layer; replaces the family's own module.
 
-    The tokens of an expert are a segment of one buffer, and only products go expert by expert.
+    The tokens of an expert are a segment of one buffer; only the matrix products run expert by
+    expert.
     """
 
-    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """Return the weighted sum of the experts that every token goes to.
+    def forward(
+        self,
+        hidden_states: Tensor,
+        top_k_index: Tensor,
+        top_k_weights: Tensor,
+    ) -> Tensor:
+        """Return the weighted sum of the outputs of each token's experts.
 
         Args:
             hidden_states: [num_tokens, d].
@@ -177,45 +246,72 @@ class ExpertLinears(nn.ModuleList):
         """
         pairs = Routed(top_k_index, len(self))
         x = hidden_states.index_select(0, pairs.tokens)
-        outputs = self._outputs(x, pairs.counts, lambda linear, part: linear(part))
+        outputs = self._outputs(x, pairs.counts, _call)
         weighted = outputs * pairs.of(top_k_weights)[:, None]
         total = torch.zeros_like(hidden_states)
         return total.index_add_(0, pairs.tokens, weighted.to(total.dtype))
 
     def unseen(self, x: Tensor, counts: list[int]) -> Tensor:
-        """Return the outputs [n, d] of experts for inputs [n, d], so many of each expert.
+        """Return the outputs of experts without running the hooks of their linears.
 
-        The linears are not called, so that hooks on them notice nothing.
+        Args:
+            x: [n, d] inputs, sorted by expert.
+            counts: number of inputs of each expert.
+
+        Returns:
+            [n, d].
         """
-        return self._outputs(x, counts, _unseen)
+        return self._outputs(x, counts, _call_without_hooks)
 
-    def _outputs(self, x: Tensor, counts: list[int], run: Callable[..., Tensor]) -> Tensor:
-        def by_segment(name: str, x: Tensor) -> Tensor:
-            # parts of its own for each reader, so that their gradients are added in one sum
-            parts = zip(self, torch.split(x, counts), strict=True)
-            return torch.cat([run(getattr(each, name), part) for each, part in parts if len(part)])
-
-        gate, up = (by_segment(name, x) for name in _LINEARS.producers)
+    def _outputs(self, x: Tensor, counts: list[int], call: _CallLinear) -> Tensor:
         first: Any = self[0]
-        return by_segment(_LINEARS.consumer, first.combine(gate, up))
+        gate = self._product("gate_proj", x, counts, call)
+        up = self._product("up_proj", x, counts, call)
+        return self._product("down_proj", first.combine(gate, up), counts, call)
+
+    def _product(
+        self,
+        name: str,
+        x: Tensor,
+        counts: list[int],
+        call: _CallLinear,
+    ) -> Tensor:
+        """Return the outputs of one linear of every expert.
+
+        Each call splits x anew, so that the gradients of its parts are added in one sum.
+        """
+        outputs = list[Tensor]()
+        for expert, part in zip(self, torch.split(x, counts), strict=True):
+            if len(part):
+                outputs.append(call(getattr(expert, name), part))
+        return torch.cat(outputs)
 
 
-def _unseen(linear: nn.Linear, x: Tensor) -> Tensor:
+_CallLinear = Callable[[nn.Linear, Tensor], Tensor]
+
+
+def _call(linear: nn.Linear, x: Tensor) -> Tensor:
+    y: Tensor = linear(x)
+    return y
+
+
+def _call_without_hooks(linear: nn.Linear, x: Tensor) -> Tensor:
     if len(x) == 1:  # see `times`
         return nn.Linear.forward(linear, torch.cat([x, x]))[:1]
     return nn.Linear.forward(linear, x)
 
 
 class Mixture:
-    """The mixture of experts of a block whose experts are linears; once a block.
+    """The mixture of experts of a block whose experts are linears; made once for each block.
 
-    Its router goes around removed experts: what the family's own code says of the others.
+    It replaces the router's `forward` by one that skips removed experts, and calls the family's own
+    code for the others.
 
     Attributes:
         layer: the whole layer, whose output is added to the hidden states.
         experts: all of them.
-        router: that chooses among them.
-        num_chosen: experts a token goes to.
+        router: module that chooses among them.
+        num_chosen: number of experts of a token.
         has_softmax: see `SparseLayer`.
     """
 
@@ -224,13 +320,14 @@ class Mixture:
         self.experts: Any = block.get_submodule(sparse.experts)
         self.router: Any = block.get_submodule(sparse.router)
         self.router.forward = self.route
-        self.kept = torch.ones(int(self.router.num_experts), dtype=torch.bool)  # type: ignore[arg-type]
+        num_experts = int(self.router.num_experts)  # type: ignore[arg-type]
+        self.kept = torch.ones(num_experts, dtype=torch.bool)
         self.num_chosen = int(self.router.top_k)  # type: ignore[arg-type]
         self.has_softmax = sparse.has_softmax
 
     @property
     def kept(self) -> Tensor:
-        """Which experts the router chooses among, [num_experts] bool."""
+        """The experts that the router chooses among, [num_experts] bool."""
         return self._kept
 
     @kept.setter
@@ -241,7 +338,7 @@ class Mixture:
 
     @property
     def can_spare_one(self) -> bool:
-        """Whether a token finds as many experts when one more is removed."""
+        """Whether a token still finds its number of experts when one more is removed."""
         return len(self._numbers) > self.num_chosen
 
     def rows(self, device: torch.device) -> Tensor:
@@ -250,11 +347,19 @@ class Mixture:
             self._rows = torch.tensor(self._numbers, device=device)
         return self._rows
 
-    def route(self, hidden: Tensor, without: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """Return logits [num_tokens, kept], weights and experts [num_tokens, k].
+    def route(
+        self,
+        hidden: Tensor,
+        without: int | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Route tokens as if only the kept experts existed.
 
-        The router computes as if there were no others than the kept ones, of which one more may be
-        left out.
+        Args:
+            hidden: [num_tokens, d] inputs.
+            without: number of a kept expert that is left out, too.
+
+        Returns:
+            Logits [num_tokens, kept], weights [num_tokens, k] and experts [num_tokens, k].
         """
         rows = self.rows(hidden.device)
         if without is not None:
@@ -262,11 +367,7 @@ class Mixture:
             rows = torch.cat([rows[:place], rows[place + 1 :]])
         router = self.router
         if len(rows) < len(self._kept):
-            router = copy.copy(router)
-            router._parameters = {n: p.index_select(0, rows) for n, p in router._parameters.items()}
-            router._buffers = {n: b.index_select(0, rows) for n, b in router._buffers.items()}
-            router.num_experts = len(rows)
-            router.top_k = min(router.top_k, len(rows))
+            router = _smaller_router(router, rows)
         logits, weights, numbers = type(router).forward(router, hidden)
         return logits, weights, rows[numbers]
 
@@ -283,16 +384,47 @@ class Mixture:
         if not self.can_spare_one:
             return None
         parts = torch.split(hidden.index_select(0, pairs.tokens), pairs.counts)
-        routes = [self.route(part, number) for number, part in enumerate(parts) if len(part)]
-        _, weights, numbers = map(torch.cat, zip(*routes, strict=True))
-        return numbers, weights
+        all_numbers = list[Tensor]()
+        all_weights = list[Tensor]()
+        for expert, part in enumerate(parts):
+            if len(part):
+                _, weights, numbers = self.route(part, without=expert)
+                all_numbers.append(numbers)
+                all_weights.append(weights)
+        return torch.cat(all_numbers), torch.cat(all_weights)
+
+
+def _smaller_router(router: Any, rows: Tensor) -> Any:
+    """Return a copy of a router with the given rows of its parameters and buffers only."""
+    smaller = copy.copy(router)
+    smaller._parameters = _select_rows(router._parameters, rows)
+    smaller._buffers = _select_rows(router._buffers, rows)
+    smaller.num_experts = len(rows)
+    smaller.top_k = min(router.top_k, len(rows))
+    return smaller
+
+
+def _select_rows(tensors: Mapping[str, Tensor], rows: Tensor) -> dict[str, Tensor]:
+    return {name: tensor.index_select(0, rows) for name, tensor in tensors.items()}
 
 
 def _combine(whole: nn.Module, sparse: SparseLayer) -> Combine:
-    """Return what a family's own experts do with the outputs of gate and up."""
+    """Return the function that a family's own experts apply to the outputs of gate and up."""
     if not sparse.stacked:
         activation: Any = whole.act_fn
-        return lambda gate, up: activation(gate) * up
+
+        def combine(gate: Tensor, up: Tensor) -> Tensor:
+            channels: Tensor = activation(gate) * up
+            return channels
+
+        return combine
+
     settings: Any = copy.copy(whole)
     settings._parameters = {}
-    return lambda gate, up: settings._apply_gate(torch.stack([gate, up], dim=-1).flatten(-2))
+
+    def combine_alternating(gate: Tensor, up: Tensor) -> Tensor:
+        alternating = torch.stack([gate, up], dim=-1).flatten(-2)
+        channels: Tensor = settings._apply_gate(alternating)
+        return channels
+
+    return combine_alternating

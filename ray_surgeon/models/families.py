@@ -1,6 +1,6 @@
-"""Families of models: where blocks are, what shares an input, what is coupled.
+"""Families of models: names of their modules, and which linears share an input or are coupled.
 
-They are data, in families.yaml.
+The families themselves are data, in families.yaml.
 
 A shard runs the family's own `forward` over its own blocks (see `shard.py`), so a family only has
 to name modules.
@@ -20,95 +20,128 @@ from transformers import PretrainedConfig
 from ray_surgeon.models.attention import IN_PRODUCTS
 from ray_surgeon.models.experts import Coupling, ExpertTensor, SparseLayer
 
-_ATTENTION = Coupling("self_attn.o_proj", tuple(f"self_attn.{part}_proj" for part in "qkv"))
-_FFN = Coupling("mlp.down_proj", ("mlp.gate_proj", "mlp.up_proj"))
+_ATTENTION = Coupling(
+    consumer="self_attn.o_proj",
+    producers=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+)
+_FFN = Coupling(consumer="mlp.down_proj", producers=("mlp.gate_proj", "mlp.up_proj"))
 _NO_EXPERTS = SparseLayer()
 
 
 @dataclass(frozen=True)
 class LlamaCpp:
-    """How llama.cpp calls a family, and what it wants otherwise than transformers has it."""
+    """Name of a family in llama.cpp, and its differences from transformers."""
 
     name: str
-    activation: str  # of its feed-forward layers, as transformers calls it
-    # whether neighbouring entries of a head rotate together, not those of its halves
+    activation: str  # of feed-forward layers, by its name in transformers
+    # whether neighbouring dimensions of a head rotate together, instead of dimensions of its halves
     pairs_rotary: bool = False
-    has_free_heads: bool = True  # whether heads may fill less than the hidden size there
-    # whether norms multiply by 1 + weight here, and by the weight there
+    # whether heads may fill less than the hidden size in llama.cpp
+    has_free_heads: bool = True
+    # whether norms multiply by 1 + weight in transformers, and by the weight in llama.cpp
     adds_one_to_norms: bool = False
-    biases: tuple[str, ...] = ()  # fields of config.json with biases that it has, too
-    # kinds of attention that its blocks have in turns, as our files say nothing else
+    # fields of config.json for biases that llama.cpp supports
+    biases: tuple[str, ...] = ()
+    # repeating pattern of attention kinds that llama.cpp assumes; GGUF files do not contain it
     attention_kinds: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Family:
-    """One family; what it does not say is as in Llama."""
+    """One family of models; the defaults are those of Llama."""
 
     base: str = "model"  # path of the module whose forward loops over the blocks
     blocks: str = "layers"  # name of the block list below `base`
-    # below `base`, only for the first shard; a tied head shares the weight of the first
+    # modules below `base` that only the first shard has; a tied head shares the weight of the first
+    # of them
     embeddings: tuple[str, ...] = ("embed_tokens",)
-    positions: tuple[str, ...] = ()  # of these, the ones whose output is added to hidden states
-    final: tuple[str, ...] = ("norm",)  # below `base`, only for the last shard
+    # those of `embeddings` whose output is added to the hidden states
+    positions: tuple[str, ...] = ()
+    # modules below `base` that only the last shard has
+    final: tuple[str, ...] = ("norm",)
     head: str = "lm_head"  # name of the output linear
-    # what a KV group with its query heads is: rows of queries, keys and values
+    # linears of attention; a group is a KV group with its query heads
     attention: Coupling = _ATTENTION
-    in_attention: tuple[str, ...] = ()  # its further linears, each with an input of its own
+    # further linears of attention, each with its own input
+    in_attention: tuple[str, ...] = ()
     prunes_heads: bool = True  # whether heads can be pruned
-    # what a channel of the feed-forward layer is
-    ffn: Coupling = _FFN
-    sparse: SparseLayer = _NO_EXPERTS  # what a mixture of experts is
-    stored: tuple[tuple[str, str], ...] = ()  # (part of a name here, the same in checkpoints)
-    # how the names of tensors end that are float32 whatever the model's dtype is
+    ffn: Coupling = _FFN  # linears of the feed-forward layer; a group is a channel
+    sparse: SparseLayer = _NO_EXPERTS  # the mixture of experts
+    # (part of a tensor's name in the model, the same part in checkpoints)
+    stored: tuple[tuple[str, str], ...] = ()
+    # suffixes of the tensors that are float32 in models of any dtype
     float32: tuple[str, ...] = ("e_score_correction_bias",)
-    width_field: str = "intermediate_size"  # the feed-forward width in the configuration
+    # field of config.json for the feed-forward width
+    width_field: str = "intermediate_size"
     has_free_heads: bool = True  # whether heads may fill less than the hidden size
-    has_any_heads: bool = True  # whether their number need not divide the hidden size
-    norms_queries: bool = False  # whether queries and keys are normalised over a head's dimensions
-    norms_outputs: bool = False  # whether what a layer adds to the stream passes a norm before
-    transposed: bool = False  # whether linears are [inputs, outputs], GPT-2's Conv1D
-    per_head: tuple[str, ...] = ()  # tensors of a block with one entry for every query head
-    runs_attention: str = IN_PRODUCTS  # how transformers is to run attention
-    has_free_heads_in_vllm: bool = True  # likewise, in vLLM's own class of the family
-    llama_cpp: LlamaCpp | None = None  # None if llama.cpp does not know the family
+    # whether the number of heads need not divide the hidden size
+    has_any_heads: bool = True
+    # whether queries and keys are normalised over a head's dimensions
+    norms_queries: bool = False
+    # whether a layer's output passes a norm before it is added to the stream
+    norms_outputs: bool = False
+    transposed: bool = False  # whether linears are [inputs, outputs], as GPT-2's Conv1D
+    # tensors of a block with one entry for every query head
+    per_head: tuple[str, ...] = ()
+    runs_attention: str = IN_PRODUCTS  # attention implementation for transformers
+    has_free_heads_in_vllm: bool = True  # `has_free_heads` of vLLM's class for the family
+    llama_cpp: LlamaCpp | None = None  # None if llama.cpp does not support the family
 
     def couplings_in(self, names: Collection[str]) -> list[tuple[str, str, Coupling]]:
-        """Return the coupled linears of a block that has modules of these names, and others.
+        """Return the coupled linears of a block.
 
-        Each comes with the kind of groups that they have, and with what its names begin with.
+        Args:
+            names: of the block's modules. Couplings of attention and of the feed-forward layer are
+                returned even if their modules are missing.
+
+        Returns:
+            Kind of the groups, prefix of the linears' names, and the coupling, for each of them.
         """
         sparse = self.sparse
-        kinds = {name: "shared_experts" for name in names if name == sparse.shared}
-        kinds |= {n: "expert_channels" for n in names if n.rpartition(".")[0] == sparse.experts}
-        inside = [(kind, f"{name}.", sparse.linears) for name, kind in kinds.items()]
-        return [("attention", "", self.attention), ("ffn", "", self.ffn), *inside]
+        couplings = [("attention", "", self.attention), ("ffn", "", self.ffn)]
+        experts = list[tuple[str, str, Coupling]]()
+        for name in names:
+            if name == sparse.shared:
+                couplings.append(("shared_experts", f"{name}.", sparse.linears))
+            elif name.rpartition(".")[0] == sparse.experts:
+                experts.append(("expert_channels", f"{name}.", sparse.linears))
+        return couplings + experts
 
     def shared_inputs_in(self, names: Collection[str]) -> Iterator[tuple[str, ...]]:
-        """Yield linears of a block that read one input, and others that it has not."""
+        """Yield groups of linears that read the same input.
+
+        Args:
+            names: of a block's modules. Linears that are not among them may be yielded, too.
+        """
         for kind, inside, coupling in self.couplings_in(names):
-            further = self.in_attention if kind == "attention" else ()
-            for group in (coupling.producers, *((name,) for name in further), (coupling.consumer,)):
-                yield tuple(inside + name for name in group)
+            yield tuple(inside + name for name in coupling.producers)
+            if kind == "attention":
+                for name in self.in_attention:
+                    yield (inside + name,)
+            yield (inside + coupling.consumer,)
 
     def part_of_stack(self, name: str) -> ExpertTensor | None:
-        """Return what a tensor of an expert is if checkpoints stack experts, else None."""
-        return self.sparse.tensor_of(name) if self.sparse.stacked else None
+        """Parse the name of an expert's tensor; None if checkpoints do not stack experts."""
+        if not self.sparse.stacked:
+            return None
+        return self.sparse.tensor_of(name)
 
     def stored_in(self, name: str) -> str:
-        """Return the name of the tensor of a checkpoint in which a tensor is."""
+        """Return the name of the checkpoint's tensor that contains a tensor of the model."""
         part = self.part_of_stack(name)
-        return name if part is None else part.whole
+        if part is None:
+            return name
+        return part.whole
 
     def stored_name(self, name: str) -> str:
-        """Return what checkpoints call a tensor."""
+        """Return the name of a tensor in checkpoints."""
         if f".{self.sparse.layer}." in name:
             for name_in_model, name_in_files in self.stored:
                 name = name.replace(name_in_model, name_in_files)
         return name
 
     def name_of_stored(self, key: str) -> str:
-        """Return what the model calls a tensor of a checkpoint; `stored_name` is the way back."""
+        """Return the name in the model of a checkpoint's tensor; the inverse of `stored_name`."""
         for name_in_model, name_in_files in self.stored:
             key = key.replace(name_in_files, name_in_model)
         return key
@@ -125,38 +158,44 @@ FAMILIES = _CHECK.validate_python(yaml.safe_load(_DOCUMENT))
 
 _MOST_BLOCKS = 2_000
 """Far more than any model has; building more would take hours."""
-_OTHER_LOSS = {"final_logit_softcapping": "it caps its logits ({}), which the loss here does not"}
-_OTHER_LOSS |= {"use_bidirectional_attention": "its tokens see later ones ({}), unlike the loss"}
-"""Field of config.json -> what is wrong with a model that has it."""
 
 
 def check_depth(document: Mapping[str, Any], where: str) -> None:
-    """Refuse a configuration of so many blocks that building them would not end.
+    """Refuse a configuration with so many blocks that they cannot be built in reasonable time.
 
     Raises:
         ValueError: names the field.
     """
     for name in {"num_hidden_layers", "n_layer"} & document.keys():
-        if isinstance(value := document[name], int) and value > _MOST_BLOCKS:
-            problem = f"{name} in config.json of {where} is {value}, expected 1 to {_MOST_BLOCKS}"
-            raise ValueError(f"model.source: {problem}; fetch it again")
+        value = document[name]
+        if isinstance(value, int) and value > _MOST_BLOCKS:
+            raise ValueError(
+                f"model.source: {name} in config.json of {where} is {value}, "
+                f"expected 1 to {_MOST_BLOCKS}; fetch it again"
+            )
 
 
 def check_not_quantised(document: Mapping[str, Any]) -> None:
-    """Refuse quantised weights, of which the scales would not be read.
+    """Refuse quantised weights, whose scales would not be read.
 
-    MXFP4 of a family that keeps experts together is known.
+    MXFP4 is supported in families that store all experts of a layer together.
 
     Raises:
-        ValueError: names the way they are quantised.
+        ValueError: names the quantisation method.
     """
-    quantization = document.get("quantization_config")
+    method = document.get("quantization_config")
+    if isinstance(method, Mapping):
+        method = method.get("quant_method")
+    if method is None:
+        return
     family = FAMILIES.get(str(document.get("model_type")))
-    way = quantization.get("quant_method") if isinstance(quantization, Mapping) else quantization
-    if way is not None and not (way == "mxfp4" and family is not None and family.sparse.stacked):
-        problem = f"the weights are quantised ({str(way)[:40]})"
-        remedy = "give them in bfloat16 or float32, and quantise the pruned model: output.quantize"
-        raise ValueError(f"model.source: {problem}; {remedy}")
+    is_stacked = family is not None and family.sparse.stacked
+    if method == "mxfp4" and is_stacked:
+        return
+    raise ValueError(
+        f"model.source: the weights are quantised ({str(method)[:40]}); "
+        f"give them in bfloat16 or float32, and quantise the pruned model: output.quantize"
+    )
 
 
 def check_family(family: str, of_text: Any = None) -> None:
@@ -164,30 +203,44 @@ def check_family(family: str, of_text: Any = None) -> None:
 
     Args:
         family: the model type.
-        of_text: what config.json says of the model's text part, if it is of images, too.
+        of_text: the text part of config.json, if the model also reads images.
 
     Raises:
-        ValueError: names the known ones.
+        ValueError: names the supported families.
     """
-    if family not in FAMILIES:
-        inside = of_text.get("model_type") if isinstance(of_text, Mapping) else None
-        remedy = "Choose a model of one of these"
-        if inside in FAMILIES:
-            remedy = f"Save its text part, a {inside}, as a model of its own"
-        known = ", ".join(sorted(FAMILIES))
-        problem = f"the model type is {family!r}, which is not supported; known families: {known}"
-        raise ValueError(f"model.source: {problem}. {remedy}")
+    if family in FAMILIES:
+        return
+    known = ", ".join(sorted(FAMILIES))
+    text_family = None
+    if isinstance(of_text, Mapping):
+        text_family = of_text.get("model_type")
+    if text_family in FAMILIES:
+        raise ValueError(
+            f"model.source: the model type is {family!r}, which is not supported; "
+            f"known families: {known}. "
+            f"Save its text part, a {text_family}, as a model of its own"
+        )
+    raise ValueError(
+        f"model.source: the model type is {family!r}, which is not supported; "
+        f"known families: {known}. Choose a model of one of these"
+    )
 
 
 def family_of(config: PretrainedConfig) -> Family:
     """Return the family of a model.
 
     Raises:
-        ValueError: the family is unknown, and names the known ones; or its head does more than
-            multiply.
+        ValueError: the family is unknown, or the model's logits or attention are not supported.
     """
     check_family(config.model_type)
-    for name, problem in _OTHER_LOSS.items():
-        if getattr(config, name, None):
-            raise ValueError(f"model.source: {problem.format(name)}; choose another")
+    if getattr(config, "final_logit_softcapping", None):
+        raise ValueError(
+            "model.source: it caps its logits (final_logit_softcapping), which the loss here "
+            "does not; choose another"
+        )
+    if getattr(config, "use_bidirectional_attention", None):
+        raise ValueError(
+            "model.source: its tokens see later ones (use_bidirectional_attention), unlike "
+            "the loss; choose another"
+        )
     return FAMILIES[config.model_type]

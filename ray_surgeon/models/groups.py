@@ -1,4 +1,4 @@
-"""Coupled groups, and rows and columns that have no influence because others are pruned."""
+"""Coupled groups, and rows and columns without influence because others are pruned."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from ray_surgeon.maths.masks import StructuredMask
 from ray_surgeon.models.attention import rope_of
 
 if TYPE_CHECKING:
-    from ray_surgeon.models.layout import Heads, ModelLayout
+    from ray_surgeon.models.experts import Coupling
+    from ray_surgeon.models.layout import Heads, LinearShape, ModelLayout
 
 
 @dataclass(frozen=True)
@@ -34,50 +35,91 @@ class GroupSet:
 def groups_of(layout: ModelLayout, block: int) -> Iterator[GroupSet]:
     """Yield the coupled groups of a block."""
     prefix = layout.family.block_prefix(block)
-    names = (shape.name for shape in layout.linears if shape.block == block)
-    modules = dict.fromkeys(name.removeprefix(prefix).rpartition(".")[0] for name in names)
+    modules = dict[str, None]()  # an ordered set
+    for shape in layout.linears:
+        if shape.block == block:
+            module, _, _ = shape.name.removeprefix(prefix).rpartition(".")
+            modules[module] = None
+
     for kind, inside, coupling in layout.family.couplings_in(modules):
         consumer = layout.shapes.get(prefix + inside + coupling.consumer)
-        if consumer is None or (kind == "attention" and not layout.family.prunes_heads):
+        if consumer is None:
+            continue
+        if kind == "attention" and not layout.family.prunes_heads:
             continue
         if kind == "attention":
             columns, *rows = _rows_of_heads(layout.heads, is_fused=coupling.num_parts > 1)
         else:
-            num_channels = consumer.num_columns - consumer.has_bias
-            columns = _places(0, num_channels)
-            rows = [_places(part * num_channels, num_channels) for _, part in coupling.parts]
-        names = (prefix + inside + name for name, _ in coupling.parts)
-        producers = tuple(zip(names, rows, strict=True))
-        size = columns.shape[1] * consumer.num_rows
-        size += sum(own.shape[1] * layout.shapes[name].num_columns for name, own in producers)
-        yield GroupSet(kind, block, consumer.name, columns, producers, size)
+            columns, *rows = _rows_of_channels(consumer, coupling)
+
+        producers = list[tuple[str, Tensor]]()
+        num_parameters = columns.shape[1] * consumer.num_rows
+        for (part_name, _), own_rows in zip(coupling.parts, rows, strict=True):
+            name = prefix + inside + part_name
+            producers.append((name, own_rows))
+            num_parameters += own_rows.shape[1] * layout.shapes[name].num_columns
+        yield GroupSet(
+            kind=kind,
+            block=block,
+            consumer=consumer.name,
+            columns=columns,
+            producers=tuple(producers),
+            num_parameters=num_parameters,
+        )
 
 
-def _rows_of_heads(heads: Heads, *, is_fused: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return what belongs to each KV group, [num_kv, rows].
+def _rows_of_heads(
+    heads: Heads,
+    *,
+    is_fused: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the rows and columns of each KV group.
 
-    That are columns of the consumer, and rows of queries, keys and values, which a fused linear has
-    one after the other.
+    Args:
+        heads: of the model.
+        is_fused: whether one linear has the rows of queries, keys and values, in this order.
+
+    Returns:
+        Columns of the consumer, and rows of queries, keys and values, [num_kv, rows] each.
     """
     queries = torch.arange(heads.num_query * heads.head_dim).view(heads.num_kv, -1)
     keys = torch.arange(heads.num_kv * heads.head_dim).view(heads.num_kv, -1)
     if not is_fused:
         return queries, queries, keys, keys
-    first = queries.numel()
-    return queries, queries, keys + first, keys + first + keys.numel()
+    first_key = queries.numel()
+    first_value = first_key + keys.numel()
+    return queries, queries, keys + first_key, keys + first_value
+
+
+def _rows_of_channels(consumer: LinearShape, coupling: Coupling) -> list[Tensor]:
+    """Return columns of the consumer and rows of each producer's parts, [num_channels, 1] each."""
+    num_channels = consumer.num_columns - consumer.has_bias
+    rows = [_places(0, num_channels)]
+    for _, part in coupling.parts:
+        rows.append(_places(part * num_channels, num_channels))
+    return rows
 
 
 @functools.cache
 def _places(first: int, count: int) -> Tensor:
     """Return the numbers of channels, [count, 1].
 
-    Layers of one width, which may be many, share one tensor, also where a layout travels.
+    All layers of one width share one tensor, which also saves bytes when a layout is sent.
     """
     return torch.arange(first, first + count, device="cpu")[:, None]
 
 
-_KEEP_ZERO = {"silu", "swish", "relu", "relu2"}
-_KEEP_ZERO |= {"gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "gelu_python"}
+_KEEP_ZERO = {
+    "silu",
+    "swish",
+    "relu",
+    "relu2",
+    "gelu",
+    "gelu_new",
+    "gelu_fast",
+    "gelu_pytorch_tanh",
+    "gelu_python",
+}
 """Activations with f(0) = 0."""
 
 
@@ -88,10 +130,12 @@ def propagate(
 
     Args:
         layout: of the model.
-        masks: name of a linear -> what is kept of it.
+        masks: name of a linear -> its kept rows and columns.
         sets: the groups of the blocks whose linears are in `masks`.
     """
-    kept = {n: StructuredMask(m.rows.clone(), m.columns.clone()) for n, m in masks.items()}
+    kept = dict[str, StructuredMask]()
+    for name, mask in masks.items():
+        kept[name] = StructuredMask(mask.rows.clone(), mask.columns.clone())
     for groups in sets:
         if groups.kind == "attention":
             _propagate_in_heads(layout, groups, kept)
@@ -105,61 +149,78 @@ def _are_same(mask: StructuredMask, before: StructuredMask) -> bool:
 
 
 def shrinkable(masks: Mapping[str, StructuredMask], sets: Sequence[GroupSet]) -> int:
-    """Return the parameters in groups of which every column of the consumer is pruned.
+    """Return the number of parameters in groups whose columns of the consumer are all pruned.
 
     These could be cut out of the dense shapes.
     """
-    gone = [~masks[groups.consumer].columns[groups.columns].any(dim=1) for groups in sets]
-    return sum(int(part.sum()) * g.num_parameters for part, g in zip(gone, sets, strict=True))
+    total = 0
+    for groups in sets:
+        is_kept = masks[groups.consumer].columns[groups.columns].any(dim=1)
+        num_gone = int((~is_kept).sum())
+        total += num_gone * groups.num_parameters
+    return total
 
 
 Kept = Mapping[str, StructuredMask]
-"""Name of a linear -> what is kept of it."""
+"""Name of a linear -> its kept rows and columns."""
 
 
 def _propagate_in_ffn(layout: ModelLayout, groups: GroupSet, kept: Kept) -> None:
-    """A channel is a product or a function of its producers' outputs: zero if one of them is.
+    """Prune channels that are always zero because a producer's row is pruned.
 
-    Not each of them does that in every mixture.
+    A channel is a product or a function of its producers' outputs, so it is zero if one of them is;
+    in some mixtures that is so for only some of the producers.
     """
-    names = tuple(name for name, _ in groups.producers)
-    zeroing = names if groups.kind == "ffn" else layout.family.sparse.zeroing
+    if groups.kind == "ffn":
+        zeroing = tuple(name for name, _ in groups.producers)
+    else:
+        zeroing = layout.family.sparse.zeroing
     channels = groups.columns[:, 0]
     alive = kept[groups.consumer].columns[channels]
-    for name, written in groups.producers:
+    for name, rows in groups.producers:
         if name.endswith(zeroing):
-            alive = alive & kept[name].rows[written[:, 0]]
+            alive = alive & kept[name].rows[rows[:, 0]]
     kept[groups.consumer].columns[channels] = alive
-    for name, written in groups.producers:
-        kept[name].rows[written[:, 0]] &= alive
+    for name, rows in groups.producers:
+        kept[name].rows[rows[:, 0]] &= alive
 
 
 def _propagate_in_heads(layout: ModelLayout, groups: GroupSet, kept: Kept) -> None:
+    """Prune dimensions of heads whose outputs are not read, or whose products are zero."""
     num_groups = len(groups.columns)
     head_dim = layout.heads.head_dim
     (query, query_rows), (key, key_rows), (value, value_rows) = groups.producers
-    read = kept[groups.consumer].columns[groups.columns].view(num_groups, -1, head_dim)
+    columns = kept[groups.consumer].columns[groups.columns].view(num_groups, -1, head_dim)
     values = kept[value].rows[value_rows].view(num_groups, 1, head_dim)
-    read, values = read & values, values & read.any(dim=1, keepdim=True)
-    is_read = read.any(dim=2, keepdim=True)
-    queries = kept[query].rows[query_rows].view(num_groups, -1, head_dim) & is_read
-    keys = kept[key].rows[key_rows].view(num_groups, 1, head_dim) & is_read.any(dim=1, keepdim=True)
+    queries = kept[query].rows[query_rows].view(num_groups, -1, head_dim)
+    keys = kept[key].rows[key_rows].view(num_groups, 1, head_dim)
+
+    columns = columns & values
+    values = values & columns.any(dim=1, keepdim=True)
+    head_is_read = columns.any(dim=2, keepdim=True)
+    queries = queries & head_is_read
+    keys = keys & head_is_read.any(dim=1, keepdim=True)
     if layout.family.positions:
-        queries, keys = queries & keys, keys & queries.any(dim=1, keepdim=True)
+        queries = queries & keys
+        keys = keys & queries.any(dim=1, keepdim=True)
     elif not layout.family.norms_queries:
         is_queried = _rotated(queries, layout.config).any(dim=1, keepdim=True)
         queries = queries & _rotated(keys, layout.config)
         keys = keys & is_queried
-    kept[groups.consumer].columns[groups.columns.flatten()] = read.flatten()
-    for (name, places), alive in zip(groups.producers, (queries, keys, values), strict=True):
-        kept[name].rows[places.flatten()] = alive.flatten()
+
+    kept[groups.consumer].columns[groups.columns.flatten()] = columns.flatten()
+    kept[query].rows[query_rows.flatten()] = queries.flatten()
+    kept[key].rows[key_rows.flatten()] = keys.flatten()
+    kept[value].rows[value_rows.flatten()] = values.flatten()
 
 
 def _rotated(alive: Tensor, config: PretrainedConfig) -> Tensor:
-    """Return which dimensions of a head are not zero after the rotation of positions.
+    """Return which dimensions of a head can be nonzero after the rotary embedding.
 
-    The rotation mixes pairs of them.
+    The rotation mixes pairs of dimensions.
     """
-    rotated = int(alive.shape[-1] * (rope_of(config).get("partial_rotary_factor") or 1.0))
-    halves = alive[..., :rotated].reshape(*alive.shape[:-1], 2, rotated // 2).any(dim=-2)
+    fraction = rope_of(config).get("partial_rotary_factor") or 1.0
+    rotated = int(alive.shape[-1] * fraction)
+    pairs = alive[..., :rotated].reshape(*alive.shape[:-1], 2, rotated // 2)
+    halves = pairs.any(dim=-2)
     return torch.cat([halves, halves, alive[..., rotated:]], dim=-1)

@@ -1,4 +1,4 @@
-"""Hooks that see what passes linears and experts, and sum what the method needs of it."""
+"""Hooks that see the inputs, outputs and gradients of linears and experts, and sum them up."""
 
 from __future__ import annotations
 
@@ -14,8 +14,7 @@ from ray_surgeon.maths.experts import ExpertSums, add_changes, add_rises
 from ray_surgeon.maths.packed import PackedSymmetric, with_ones
 from ray_surgeon.memory.transfers import transfers
 from ray_surgeon.models.build import LinearModule, as_linear, num_inputs
-from ray_surgeon.models.experts import Mixture
-from ray_surgeon.models.routed import Routed
+from ray_surgeon.models.experts import Mixture, Routed
 
 if TYPE_CHECKING:
     from ray_surgeon.models.layout import LinearShape
@@ -25,7 +24,9 @@ if TYPE_CHECKING:
 def inputs_of(module: LinearModule, inputs: Tensor) -> Tensor:
     """Return the inputs a [num_tokens, C] of a linear, with the bias's ones."""
     a = inputs.detach().flatten(0, -2)
-    return a if module.bias is None else with_ones(a)
+    if module.bias is None:
+        return a
+    return with_ones(a)
 
 
 def see_gradient(output: Tensor, see: Callable[[Tensor], None]) -> None:
@@ -39,7 +40,10 @@ def watch_gradients(module: nn.Module, see: Callable[[Tensor], None]) -> Removab
     return module.register_forward_hook(lambda _, inputs, output: see_gradient(output, see))
 
 
-def watch_pairs(module: LinearModule, see: Callable[[Tensor, Tensor], None]) -> RemovableHandle:
+def watch_pairs(
+    module: LinearModule,
+    see: Callable[[Tensor, Tensor], None],
+) -> RemovableHandle:
     """Call ``see(a, g)`` in the backward pass of a linear, float32.
 
     a [N, C] are its inputs, g [N, R] the gradients at its outputs.
@@ -57,84 +61,106 @@ class SharedInput:
     """Linears that read the same input, and so share one A.
 
     Attributes:
-        linears: by their global names.
-        place: of their block in the shard.
-        names: of the linears.
+        linears: global name of each linear -> its module.
+        place: position of their block in the shard.
+        names: global names of the linears.
         roles: of the linears, see `LinearShape`.
-        key_of_A: under which their A is stored.
-        keys_of_G: name of each -> under which its G is stored.
-        sizes: under which their A, then every G, is stored -> the number of its rows.
+        key_of_A: key under which their A is stored.
+        keys_of_G: name of each linear -> key under which its G is stored.
+        sizes: key of their A, then of every G -> number of its rows.
         num_tokens: tokens in the sums.
     """
 
     def __init__(self, shard: ModelShard, shapes: Sequence[LinearShape]) -> None:
-        """Take the linears of a block that have these shapes."""
-        first, *_ = shapes
+        """Collect the linears of a shard's block that have these shapes."""
+        first = shapes[0]
         self.place = first.block - shard.blocks.first
-        slots = shard.weights.slot_of
-        self.linears = {s.name: as_linear(slots[f"{s.name}.weight"].module) for s in shapes}
+        self.key_of_A = f"{first.name}.A"
+        self.sizes = {self.key_of_A: first.num_columns}
+        self.keys_of_G = dict[str, str]()
+        self.linears = dict[str, LinearModule]()
+        for shape in shapes:
+            slot = shard.weights.slot_of[f"{shape.name}.weight"]
+            key_of_G = f"{shape.name}.G"
+            self.linears[shape.name] = as_linear(slot.module)
+            self.keys_of_G[shape.name] = key_of_G
+            self.sizes[key_of_G] = shape.num_rows
         self.names = tuple(self.linears)
         self.roles = {shape.role for shape in shapes}
-        self.key_of_A = f"{first.name}.A"
-        self.keys_of_G = {name: f"{name}.G" for name in self.names}
-        of_G = {self.keys_of_G[shape.name]: shape.num_rows for shape in shapes}
-        self.sizes = {self.key_of_A: first.num_columns} | of_G
         self.num_tokens = 0
 
-    def add_to(self, factors: Mapping[str, PackedSymmetric], wide: bool) -> list[RemovableHandle]:
-        """Add inputs to A, and gradients to the G that are wanted, until the hooks are removed.
+    def add_to(
+        self,
+        factors: Mapping[str, PackedSymmetric],
+        wide: bool,
+    ) -> list[RemovableHandle]:
+        """Add inputs to A and gradients to the given G, until the hooks are removed.
 
         Args:
             factors: A and some G by their keys.
             wide: see `ModelShard.gathering_in`.
+
+        Returns:
+            The hooks.
         """
-        first, *_ = self.linears.values()
+        first = self.linears[self.names[0]]
 
         def add_inputs(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             a = inputs_of(first, inputs[0])
-            factors[self.key_of_A].add(a.float() if wide else a)
+            if wide:
+                a = a.float()
+            factors[self.key_of_A].add(a)
             self.num_tokens += len(a)
 
-        wanted = [(self.linears[n], factors[k]) for n, k in self.keys_of_G.items() if k in factors]
-        hooks = [watch_gradients(module, total.add) for module, total in wanted]
+        hooks = list[RemovableHandle]()
+        for name, key in self.keys_of_G.items():
+            if key in factors:
+                hooks.append(watch_gradients(self.linears[name], factors[key].add))
         return [first.register_forward_pre_hook(add_inputs), *hooks]
 
 
 class LayerInputs:
     """Inputs of some layers, bfloat16 in the host's memory.
 
-    The memory is reserved at the start and returned as soon as one is taken. From an accelerator
-    they come in the background.
+    Memory is reserved at the start; a layer's part is freed once its inputs are taken. Transfers
+    from an accelerator run in the background.
     """
 
     def __init__(
-        self, layers: Mapping[str, tuple[int, LinearModule]], num_tokens: int, device: torch.device
+        self,
+        layers: Mapping[str, tuple[int, LinearModule]],
+        num_tokens: int,
+        device: torch.device,
     ) -> None:
-        """Start with none.
+        """Reserve memory for the inputs.
 
         Args:
-            layers: name of a layer's last linear -> place of its block in the shard, and a linear
-                that reads the layer's inputs.
-            num_tokens: that will pass.
-            device: from which they come.
+            layers: name of a layer's last linear -> position of its block in the shard, and a
+                linear that reads the layer's inputs.
+            num_tokens: number of tokens that will pass.
+            device: device of the inputs.
         """
         self._layers = layers
-        widths = {name: num_inputs(module) for name, (_, module) in layers.items()}
-        shapes = {name: (num_tokens, width) for name, width in widths.items()}
-        self._kept = {n: torch.empty(shape, dtype=torch.bfloat16) for n, shape in shapes.items()}
+        self._kept = dict[str, Tensor]()
+        for name, (_, module) in layers.items():
+            self._kept[name] = torch.empty(num_tokens, num_inputs(module), dtype=torch.bfloat16)
         self._num_kept = dict.fromkeys(layers, 0)
         self._device = device
 
     @property
     def kept(self) -> dict[str, Tensor]:
-        """Name of a layer's last linear -> its inputs [N, d], once all are there."""
+        """Name of a layer's last linear -> its layer's inputs [N, d], complete."""
         transfers(self._device).settle()
         return self._kept
 
     def watch(self, place: int) -> list[RemovableHandle]:
-        """Keep what the layers of a block read from now on, until the hooks are removed."""
-        own = [(name, module) for name, (at, module) in self._layers.items() if at == place]
-        return [m.register_forward_pre_hook(partial(self._keep, name)) for name, m in own]
+        """Keep the inputs of the layers of a block from now on, until the hooks are removed."""
+        hooks = list[RemovableHandle]()
+        for name, (place_of_layer, module) in self._layers.items():
+            if place_of_layer == place:
+                keep = partial(self._keep, name)
+                hooks.append(module.register_forward_pre_hook(keep))
+        return hooks
 
     def _keep(self, name: str, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         x = inputs[0].detach().flatten(0, -2)
@@ -143,44 +169,48 @@ class LayerInputs:
         self._num_kept[name] += len(x)
 
 
-# What removals of single experts would change in the output of their layer: sums while tokens and
+# Effects of the removal of single experts on the output of their layer, summed while tokens and
 # gradients pass. Source: docs/method.md, section 10
 
 
 _ENTRIES_MIXED = 2**25
-"""Of outputs of experts that are gathered at once for a weighted sum."""
+"""Entries of expert outputs that are gathered at once for a weighted sum."""
 
 
 class Removals(NamedTuple):
-    """What the removal of each expert would change in the output of a layer.
+    """The changes in a layer's output if each of its experts were removed alone.
 
     There are n pairs of a token and one of its k experts.
     """
 
-    experts: Tensor  # [n] which is removed
-    tokens: Tensor  # [n] that is routed to it
+    experts: Tensor  # [n] the removed expert
+    tokens: Tensor  # [n] the token that is routed to it
     changes: Tensor  # [n, d] float32
     norms: Tensor  # [n] float32 the expert's weight times the norm of its output
-    output: Tensor  # [num_tokens, d] float32 of all experts together, as it is
-    # [num_tokens, num_experts] by how much the output rises, relative, for tokens that are not
-    # routed to the expert
+    output: Tensor  # [num_tokens, d] float32 output of all experts together, unchanged
+    # [num_tokens, num_experts] relative increase of the output, for tokens that are not routed to
+    # the expert
     rises: Tensor | None
 
 
 @torch.no_grad()
-def removals(mixture: Mixture, hidden: Tensor, numbers: Tensor, weights: Tensor) -> Removals:
-    """Return what the removal of each expert would change.
+def removals(
+    mixture: Mixture,
+    hidden: Tensor,
+    numbers: Tensor,
+    weights: Tensor,
+) -> Removals:
+    """Return the change in the output for the removal of each expert.
 
-    The tokens that are routed to it go to the next experts.
-
-    The router is asked anew without the expert, so weights are those it gives to the others. Where
-    it has no expert to spare, nothing changes.
+    The tokens that are routed to it go to the next experts. The router is run again without the
+    expert, so weights are those it then gives to the others. Where it has no expert to spare,
+    nothing changes.
 
     Args:
         mixture: of a block.
         hidden: [num_tokens, d] inputs.
-        numbers: [num_tokens, k] of the experts they go to.
-        weights: [num_tokens, k].
+        numbers: [num_tokens, k] experts of each token.
+        weights: [num_tokens, k] of these experts.
     """
     num_tokens = len(hidden)
     num_experts = len(mixture.experts)
@@ -192,36 +222,93 @@ def removals(mixture: Mixture, hidden: Tensor, numbers: Tensor, weights: Tensor)
     is_routed = needed.T.clone()
     rerouted = mixture.rerouted(hidden, pairs)
     if rerouted is not None:
-        needed[rerouted[0].T, pairs.tokens] = yes
-    row = needed.flatten().cumsum(0).view(num_experts, num_tokens) - 1
-    wanted = needed.flatten().nonzero()[:, 0]
-    counts = needed.sum(dim=1).tolist()
-    x = hidden.index_select(0, wanted % num_tokens)
-    outputs = mixture.experts.unseen(x, counts).float()
+        new_numbers, _ = rerouted
+        needed[new_numbers.T, pairs.tokens] = yes
 
-    def mixed(tokens: Tensor, numbers: Tensor, weights: Tensor) -> Tensor:
-        size = max(1, _ENTRIES_MIXED // (numbers.shape[1] * hidden.shape[1]))
-        parts = zip(*(torch.split(x, size) for x in (tokens, numbers, weights)), strict=True)
-        sums = [
-            torch.einsum("nk,nkd->nd", w.float(), outputs[row[number, token[:, None]]])
-            for token, number, w in parts
-        ]
-        return torch.cat(sums)
+    outputs, row = _needed_outputs(mixture, hidden, needed)
 
-    before = mixed(every, numbers, weights)
+    output = _weighted_sums(outputs, row, tokens=every, numbers=numbers, weights=weights)
     if rerouted is None:
-        changes = torch.zeros_like(before).index_select(0, pairs.tokens)
+        changes = torch.zeros_like(output).index_select(0, pairs.tokens)
     else:
-        changes = mixed(pairs.tokens, *rerouted) - before.index_select(0, pairs.tokens)
+        new_numbers, new_weights = rerouted
+        new_output = _weighted_sums(
+            outputs,
+            row,
+            tokens=pairs.tokens,
+            numbers=new_numbers,
+            weights=new_weights,
+        )
+        changes = new_output - output.index_select(0, pairs.tokens)
     norms = outputs[row[pairs.places, pairs.tokens]].norm(dim=1) * pairs.of(weights).float()
-    rises = _rises(mixture, hidden, is_routed)
-    return Removals(pairs.places, pairs.tokens, changes, norms, before, rises)
+    return Removals(
+        experts=pairs.places,
+        tokens=pairs.tokens,
+        changes=changes,
+        norms=norms,
+        output=output,
+        rises=_rises(mixture, hidden, is_routed),
+    )
+
+
+def _needed_outputs(
+    mixture: Mixture,
+    hidden: Tensor,
+    needed: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Return outputs of experts for the tokens that need them.
+
+    Args:
+        mixture: of a block.
+        hidden: [num_tokens, d] inputs.
+        needed: [num_experts, num_tokens] bool.
+
+    Returns:
+        [num_outputs, d] float32, and [num_experts, num_tokens] the row of each output in it.
+    """
+    num_tokens = len(hidden)
+    row = needed.flatten().cumsum(0).view(needed.shape) - 1
+    places = needed.flatten().nonzero()[:, 0]
+    counts = needed.sum(dim=1).tolist()
+    x = hidden.index_select(0, places % num_tokens)
+    return mixture.experts.unseen(x, counts).float(), row
+
+
+def _weighted_sums(
+    outputs: Tensor,
+    row: Tensor,
+    *,
+    tokens: Tensor,
+    numbers: Tensor,
+    weights: Tensor,
+) -> Tensor:
+    """Return the weighted sums of outputs of experts, [n, d].
+
+    Args:
+        outputs: [num_outputs, d].
+        row: [num_experts, num_tokens] rows of `outputs`.
+        tokens: [n].
+        numbers: [n, k] experts of each token.
+        weights: [n, k] of these experts.
+    """
+    size = max(1, _ENTRIES_MIXED // (numbers.shape[1] * outputs.shape[1]))
+    sums = list[Tensor]()
+    parts = zip(
+        torch.split(tokens, size),
+        torch.split(numbers, size),
+        torch.split(weights, size),
+        strict=True,
+    )
+    for token, number, weight in parts:
+        own_outputs = outputs[row[number, token[:, None]]]
+        sums.append(torch.einsum("nk,nkd->nd", weight.float(), own_outputs))
+    return torch.cat(sums)
 
 
 def _rises(mixture: Mixture, hidden: Tensor, is_routed: Tensor) -> Tensor | None:
-    """Return p / (1 - p) of the experts that a token is not routed to.
+    """Return p / (1 - p) for the experts that a token is not routed to.
 
-    By so much a softmax that is not normalised later rises without them.
+    This is the relative increase of a softmax without the expert, if it is not normalised later.
     """
     if not mixture.has_softmax or getattr(mixture.router, "norm_topk_prob", True):
         return None
@@ -232,14 +319,16 @@ def _rises(mixture: Mixture, hidden: Tensor, is_routed: Tensor) -> Tensor | None
 
 
 def sum_removals(sums: ExpertSums, mixture: Mixture) -> list[RemovableHandle]:
-    """Add what the removal of each expert would change to sums, while tokens and gradients pass.
+    """Add the effect of the removal of each expert to sums, while tokens and gradients pass.
 
-    Returns the hooks.
+    Returns:
+        The hooks.
     """
     waiting: list[Removals] = []
 
-    def enter(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        effects = removals(mixture, *(x.detach() for x in inputs))
+    def enter(module: nn.Module, inputs: tuple[Tensor, Tensor, Tensor]) -> None:
+        hidden, numbers, weights = inputs
+        effects = removals(mixture, hidden.detach(), numbers.detach(), weights.detach())
         sums.add("tokens", effects.experts, torch.ones_like(effects.norms))
         sums.add("weighted_norms", effects.experts, effects.norms)
         waiting.append(effects)
@@ -248,11 +337,15 @@ def sum_removals(sums: ExpertSums, mixture: Mixture) -> list[RemovableHandle]:
         effects = waiting.pop()
 
         def add(g: Tensor) -> None:
-            add_changes(sums, effects.experts, effects.changes, g.index_select(0, effects.tokens))
+            own_gradients = g.index_select(0, effects.tokens)
+            add_changes(sums, effects.experts, effects.changes, own_gradients)
             if effects.rises is not None:
                 add_rises(sums, effects.rises, effects.output, g)
 
-        see_gradient(outputs[0] if isinstance(outputs, tuple) else outputs, add)
+        output = outputs[0] if isinstance(outputs, tuple) else outputs
+        see_gradient(output, add)
 
-    entering = mixture.experts.register_forward_pre_hook(enter)
-    return [entering, mixture.layer.register_forward_hook(leave)]
+    return [
+        mixture.experts.register_forward_pre_hook(enter),
+        mixture.layer.register_forward_hook(leave),
+    ]

@@ -1,6 +1,6 @@
-"""Whole layers: decoder blocks, and the two parts of a block, each with what it adds to the stream.
+"""Whole layers: decoder blocks, and the attention and feed-forward layer of each block.
 
-The residual stream goes around a layer, so it can be turned off, and removed.
+Every layer adds its output to the residual stream, so it can be turned off, or removed.
 """
 
 from __future__ import annotations
@@ -14,36 +14,38 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ray_surgeon.models.families import Family
 from ray_surgeon.models.layout import ModelLayout
-from ray_surgeon.models.runner import BlockRunner
+from ray_surgeon.models.runner import BlockRunner, Call
 from ray_surgeon.models.shard import ModelShard
 
 LAYER_KINDS = ("blocks", "attention_layers", "ffn_layers")
-"""Kinds of layers that may be removed: whole blocks, their attentions, and their feed-forward
-layers, mixtures included.
+"""Kinds of layers that may be removed: whole blocks, attention layers and feed-forward layers.
+
+Mixtures of experts are feed-forward layers.
 """
 
 
-_TOGETHER = 8
-"""Sequences without one layer each that pass a block in one call."""
+_BATCH_SIZE = 8
+"""Number of states that pass a block in one call, see `without_each`."""
 LayerKey = tuple[str, int]
 """Kind and block of a layer."""
 
 
 @dataclass(frozen=True)
 class Layer:
-    """One layer."""
+    """A layer that may be removed."""
 
     kind: str  # one of `LAYER_KINDS`
-    block: int  # number of the block that it is, or is in
+    block: int  # number of the block that the layer is, or belongs to
     linears: tuple[str, ...]  # global names
-    # that of them which adds to the stream and stays as a bias if the layer alone goes; "" of a
-    # block, and of a mixture
+    # the linear whose output is added to the stream, and which stays as a bias if only this layer
+    # is removed; "" for blocks and mixtures
     consumer: str
 
     @property
     def key(self) -> LayerKey:
-        """Which one it is."""
+        """Kind and block, which identify the layer."""
         return self.kind, self.block
 
     def __str__(self) -> str:
@@ -53,29 +55,46 @@ class Layer:
 
 
 def layers_of(layout: ModelLayout, kinds: Sequence[str]) -> tuple[Layer, ...]:
-    """Return the layers of some kinds, block after block, in the order of `LAYER_KINDS`."""
-    family = layout.family
-    in_attention = {family.attention.consumer, *family.attention.producers, *family.in_attention}
-    names_of = defaultdict[int, list[str]](list)
+    """Return the layers of the given kinds: block by block, in the order of `LAYER_KINDS`."""
+    names_by_block = defaultdict[int, list[str]](list)
     for shape in layout.linears:
-        names_of[shape.block].append(shape.name)
+        names_by_block[shape.block].append(shape.name)
     layers = []
-    for block, names in names_of.items():
-        prefix = family.block_prefix(block)
-        attention = [name for name in names if name.removeprefix(prefix) in in_attention]
-        others = [name for name in names if name.removeprefix(prefix) not in in_attention]
-        ffn = prefix + family.ffn.consumer
-        parts = {"blocks": (names, ""), "ffn_layers": (others, ffn if ffn in others else "")}
-        parts["attention_layers"] = (attention, prefix + family.attention.consumer)
-        for kind in LAYER_KINDS:
-            if kind in kinds:
-                linears, consumer = parts[kind]
-                layers.append(Layer(kind, block, tuple(linears), consumer))
+    for block, names in names_by_block.items():
+        for layer in _layers_of_block(layout.family, block, names):
+            if layer.kind in kinds:
+                layers.append(layer)
     return tuple(layers)
 
 
+def _layers_of_block(
+    family: Family,
+    block: int,
+    names: Sequence[str],
+) -> tuple[Layer, ...]:
+    """Return the layers of one block, in the order of `LAYER_KINDS`; `names` are its linears."""
+    prefix = family.block_prefix(block)
+    in_attention = {family.attention.consumer, *family.attention.producers, *family.in_attention}
+    attention = list[str]()
+    ffn = list[str]()
+    for name in names:
+        if name.removeprefix(prefix) in in_attention:
+            attention.append(name)
+        else:
+            ffn.append(name)
+    attention_consumer = prefix + family.attention.consumer
+    ffn_consumer = prefix + family.ffn.consumer
+    if ffn_consumer not in ffn:
+        ffn_consumer = ""
+    return (
+        Layer("blocks", block, tuple(names), consumer=""),
+        Layer("attention_layers", block, tuple(attention), consumer=attention_consumer),
+        Layer("ffn_layers", block, tuple(ffn), consumer=ffn_consumer),
+    )
+
+
 def module_of(shard: ModelShard, layer: Layer) -> nn.Module:
-    """Return the module of a shard whose output a part of a block adds to the stream."""
+    """Return the module whose output an attention or feed-forward layer adds to the stream."""
     if layer.consumer:
         return shard.linears[layer.consumer]
     return shard.mixtures[layer.block - shard.blocks.first].layer
@@ -83,15 +102,15 @@ def module_of(shard: ModelShard, layer: Layer) -> nn.Module:
 
 @contextlib.contextmanager
 def turned_off(shard: ModelShard, layer: Layer) -> Iterator[None]:
-    """Let a part of a block of a shard add nothing to the stream."""
-    hook = module_of(shard, layer).register_forward_hook(_nothing)
+    """Context in which an attention or feed-forward layer adds nothing to the stream."""
+    hook = module_of(shard, layer).register_forward_hook(_replace_by_zeros)
     try:
         yield
     finally:
         hook.remove()
 
 
-def _nothing(module: nn.Module, inputs: Any, output: Any) -> Any:
+def _replace_by_zeros(module: nn.Module, inputs: Any, output: Any) -> Any:
     if isinstance(output, tuple):
         return (torch.zeros_like(output[0]), *output[1:])
     return torch.zeros_like(output)
@@ -101,114 +120,135 @@ def _nothing(module: nn.Module, inputs: Any, output: Any) -> Any:
 def without_each(
     shard: ModelShard, runner: BlockRunner, inputs: Tensor, layers: Sequence[Layer]
 ) -> Tensor:
-    """Run a sequence with all layers and, from each layer of a shard on, without that one.
+    """Run a sequence through a shard, with all layers and without each single one of them.
 
     Args:
         shard: with its weights.
-        runner: of it.
-        inputs: tokens [1, T], or hidden states [n, T, d] of the sequence, of which the first have
-            passed all layers before the shard, and each other all but one.
-        layers: that are turned off, in order; those of other shards are left out.
+        runner: of the shard.
+        inputs: tokens [1, T], or hidden states [n, T, d] of one sequence: the first have passed all
+            layers before the shard, each of the others all but one of these.
+        layers: to be turned off, in order; layers of other shards are ignored.
 
     Returns:
-        [n + m, T, d], with one entry more for each layer of the shard.
+        Hidden states [n + m, T, d] after the shard. The m last ones are those without each of the m
+        layers of the shard.
     """
-    entered = {n: runner.enter(inputs[:1].expand(n, *inputs.shape[1:])) for n in (1, _TOGETHER)}
-    states = [entered[1][0], *torch.split(inputs[1:], 1)] if len(inputs) > 1 else [entered[1][0]]
-    for place, own in enumerate(_by_place(shard, layers)):
+    hidden, calls = runner.enter(inputs[:1])
+    _, batch_calls = runner.enter(inputs[:1].expand(_BATCH_SIZE, *inputs.shape[1:]))
+    states = [hidden]
+    if len(inputs) > 1:
+        states += torch.split(inputs[1:], 1)
+    for place in range(len(shard.block_modules)):
+        block = shard.blocks.first + place
         with shard.weights.block(place, place + 1):
             intact = states[0]
-            for start in range(0, len(states), _TOGETHER):
-                part = states[start : start + _TOGETHER]
-                size = len(part) if len(part) in entered else 1
-                for first in range(start, start + len(part), size):
-                    together = torch.cat(states[first : first + size])
-                    after = runner.through(place, together, entered[size][1])
-                    states[first : first + size] = torch.split(after, 1)
-            for layer in own:
+            num_batched = len(states) // _BATCH_SIZE * _BATCH_SIZE
+            for first in range(0, num_batched, _BATCH_SIZE):
+                batch = slice(first, first + _BATCH_SIZE)
+                states[batch] = _pass_block(runner, place, states[batch], batch_calls)
+            for first in range(num_batched, len(states)):
+                single = slice(first, first + 1)
+                states[single] = _pass_block(runner, place, states[single], calls)
+            for layer in layers:
+                if layer.block != block:
+                    continue
                 if layer.kind == "blocks":
                     states.append(intact)
                     continue
                 with turned_off(shard, layer):
-                    states.append(runner.through(place, intact, entered[1][1]))
+                    states.append(runner.through(place, intact, calls))
     return torch.cat([runner.leave(state) for state in states])
 
 
-def _by_place(shard: ModelShard, layers: Sequence[Layer]) -> list[list[Layer]]:
-    """Return the layers in every block of a shard."""
-    blocks = range(shard.blocks.first, shard.blocks.last)
-    return [[layer for layer in layers if layer.block == block] for block in blocks]
+def _pass_block(
+    runner: BlockRunner, place: int, states: list[Tensor], calls: list[Call]
+) -> tuple[Tensor, ...]:
+    """Run hidden states [1, T, d] through a block in one call."""
+    return torch.split(runner.through(place, torch.cat(states), calls), 1)
 
 
 @torch.no_grad()
 def influences(
     shard: ModelShard, runner: BlockRunner, inputs: Tensor
 ) -> tuple[Tensor, dict[int, float]]:
-    """Run a sequence, and see by which angle every block turns its hidden states.
+    """Run a sequence through a shard, and measure by how much each block turns hidden states.
 
     Source: ShortGPT's block influence (Men et al. 2024, arXiv 2403.03853).
 
     Args:
         shard: with its weights.
-        runner: of it.
+        runner: of the shard.
         inputs: tokens [1, T] or hidden states [1, T, d].
 
     Returns:
-        Hidden states, and block -> sum over tokens of 1 - cos(states before, states after).
+        Hidden states after the shard, and
+        block -> sum over tokens of 1 - cos(states before, states after).
     """
     hidden, calls = runner.enter(inputs)
-    of_blocks = {}
+    block_influences = {}
     for place in range(len(shard.block_modules)):
         with shard.weights.block(place, place + 1):
             after = runner.through(place, hidden, calls)
         cosines = torch.cosine_similarity(hidden.float(), after.float(), dim=-1)
-        of_blocks[shard.blocks.first + place] = float((1 - cosines).sum())
+        block_influences[shard.blocks.first + place] = float((1 - cosines).sum())
         hidden = after
-    return runner.leave(hidden), of_blocks
+    return runner.leave(hidden), block_influences
 
 
 @torch.no_grad()
-def added_by(shard: ModelShard, runner: BlockRunner, inputs: Tensor, layer: Layer) -> Tensor:
-    """Return what a layer of a shard adds to the stream, [1, T, d].
+def added_by(
+    shard: ModelShard,
+    runner: BlockRunner,
+    inputs: Tensor,
+    layer: Layer,
+) -> Tensor:
+    """Return the output [1, T, d] that a layer of a shard adds to the stream.
 
     Args:
         shard: with its weights.
-        runner: of it.
+        runner: of the shard.
         inputs: tokens [1, T] or hidden states [1, T, d] before the shard.
-        layer: one whose output is added as it is, without a norm of its own.
+        layer: one whose output is added without a norm in between.
     """
     hidden, calls = runner.enter(inputs)
-    added = list[Tensor]()
-
-    def note(module: nn.Module, inputs: Any, output: Any) -> None:
-        added.append(output[0] if isinstance(output, tuple) else output)
-
     place = layer.block - shard.blocks.first
     for earlier in range(place):
         with shard.weights.block(earlier, earlier + 1):
             hidden = runner.through(earlier, hidden, calls)
-    hook = None if layer.kind == "blocks" else module_of(shard, layer).register_forward_hook(note)
-    with shard.weights.block(place, place + 1):
-        after = runner.through(place, hidden, calls)
-    if hook is None:
+
+    if layer.kind == "blocks":
+        with shard.weights.block(place, place + 1):
+            after = runner.through(place, hidden, calls)
         return after - hidden
+
+    outputs = list[Tensor]()
+
+    def record(module: nn.Module, inputs: Any, output: Any) -> None:
+        outputs.append(output[0] if isinstance(output, tuple) else output)
+
+    hook = module_of(shard, layer).register_forward_hook(record)
+    with shard.weights.block(place, place + 1):
+        runner.through(place, hidden, calls)
     hook.remove()
-    return added[0].reshape(hidden.shape)
+    return outputs[0].reshape(hidden.shape)
 
 
 def linear_before(layout: ModelLayout, layer: Layer, gone: Collection[str]) -> str | None:
-    """Return the linear that is the last to add to the stream before a layer.
+    """Return the last linear before a layer whose output is added to the stream.
 
-    None if there is none, or if a norm or a router comes between it and the stream.
+    None if there is no such linear, or if a norm or a router lies between it and the stream.
 
     Args:
         layout: of the model.
-        layer: one of its layers.
+        layer: one of the model's layers.
         gone: names of linears that are removed whole.
     """
     if layout.family.norms_outputs:
         return None
-    parts = layers_of(layout, LAYER_KINDS[1:])
-    first = next(i for i, part in enumerate(parts) if set(part.linears) <= set(layer.linears))
-    there = (part for part in reversed(parts[:first]) if not set(part.linears) <= set(gone))
-    return next((part.consumer or None for part in there), None)
+    before = None
+    for part in layers_of(layout, LAYER_KINDS[1:]):
+        if set(part.linears) <= set(layer.linears):
+            break
+        if not set(part.linears) <= set(gone):
+            before = part.consumer or None
+    return before
