@@ -287,7 +287,8 @@ class WorkerView:
     def _cached_bytes_per_token(self) -> float:
         """Return the bytes of the keys and values of a token in one block."""
         heads = self.shapes.layout.heads
-        return 1.0 * heads.num_kv * (heads.query_dim + heads.value_dim) * self.shapes.width
+        size: float = 1.0 * heads.num_kv * (heads.query_dim + heads.value_dim) * self.shapes.width
+        return size
 
     def passing(
         self, *, more_kept: float = 0.0, more_in_a_moment: float = 0.0, num_sequences: int = 0
