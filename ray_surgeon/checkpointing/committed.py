@@ -1,4 +1,4 @@
-"""What a run can go on from: shots, and parts of them, as their manifests describe them."""
+"""Commits from which a run can be resumed: shots and parts of shots, with their manifests."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ray_surgeon.runtime.weights import SavedFile
 from ray_surgeon.storage import files as store
 
 Save = Callable[[str], Iterable[SavedFile]]
-"""Lets workers write files into a folder."""
+"""Function that lets workers write files into a folder."""
 
 
 class CommittedShot(NamedTuple):
@@ -20,35 +20,37 @@ class CommittedShot(NamedTuple):
 
 
 class CommittedPart(NamedTuple):
-    """A shot as far as a stage in its middle has come."""
+    """The state of a shot in the middle of a stage."""
 
     files: tuple[SavedFile, ...]  # weights and masks as this stage found them
-    of_stage: tuple[SavedFile, ...]  # what its workers go on from
-    record: dict[str, Any]  # what it goes on from itself, and what the stages before it have left
+    of_stage: tuple[SavedFile, ...]  # state of the stage on the workers
+    record: dict[str, Any]  # state of the stage on the coordinator, and results of earlier stages
 
 
 def entry(file: SavedFile) -> dict[str, Any]:
-    """Return what a manifest says of a file."""
+    """Return the entry of a file in a manifest."""
     name = file.uri.rpartition("/")[2]
     return {"name": name, "size_bytes": file.size_bytes, "keys": list(file.keys)}
 
 
 def files_of(folder: str, entries: Iterable[Mapping[str, Any]]) -> tuple[SavedFile, ...]:
     """Return the files that a manifest in a folder names."""
-    return tuple(
-        SavedFile(store.join(folder, about["name"]), about["size_bytes"], tuple(about["keys"]))
-        for about in entries
-    )
+    files = []
+    for about in entries:
+        uri = store.join(folder, about["name"])
+        files.append(SavedFile(uri, about["size_bytes"], tuple(about["keys"])))
+    return tuple(files)
 
 
 def check_files(files: Iterable[SavedFile], remedy: str) -> None:
-    """Refuse files of which one is missing or cut short.
+    """Refuse missing or truncated files.
 
     Raises:
-        ValueError: names the first one that is missing or has another size, and the remedy.
+        ValueError: names the first file that is missing or has another size, and the remedy.
     """
     for file in files:
         size = store.size_bytes(file.uri)
-        problem = "is missing" if size is None else f"has {size} bytes, not {file.size_bytes}"
+        if size is None:
+            raise ValueError(f"{file.uri} is missing; {remedy}")
         if size != file.size_bytes:
-            raise ValueError(f"{file.uri} {problem}; {remedy}")
+            raise ValueError(f"{file.uri} has {size} bytes, not {file.size_bytes}; {remedy}")

@@ -1,7 +1,6 @@
-"""What the steps of a job need on a worker, by arithmetic on shapes.
+"""Memory, operations and moved bytes of a job's steps on a worker, by arithmetic on shapes.
 
-That is memory, operations, and bytes that move. Stages say what they need in terms of a
-`WorkerView`; the plan sums it up.
+Stages describe their needs in terms of a `WorkerView`; the plan sums them up.
 """
 
 from __future__ import annotations
@@ -22,16 +21,16 @@ TextSizes = Sequence[tuple[int, int]]  # number of windows of each text, and the
 
 
 class WorkerView:
-    """One worker, in whose terms a stage says what it needs.
+    """One worker, in whose terms a stage describes its needs.
 
     Attributes:
-        shard: which one it holds.
+        shard: the shard that it holds.
         blocks: of the shard.
         shapes: sizes of the model.
         stores: where idle weights and factors are kept.
         linears: of the worker's blocks.
         owners: linear -> replica that owns it.
-        sequences: of the calibration that the replica with most of them has.
+        sequences: calibration sequences of the replica that has most of them.
         wave: sequences that pass together.
         together: of these, sequences that pass a block in one call.
         device_is_host: whether device and host have one memory.
@@ -40,8 +39,8 @@ class WorkerView:
         all_blocks: bytes of the weights of all blocks.
         pinned_blocks: bytes that they take in the host's memory, if they are kept there.
         all_factors: bytes of all packed factors.
-        largest_factors: bytes of those of a block, at most.
-        outside: bytes of what lies outside of the blocks.
+        largest_factors: bytes of the packed factors of the block that has most.
+        outside: bytes of the weights outside of the blocks.
         active: parameters of the linears that a token is multiplied with.
         head_flops: operations of the head for a token, forward.
         host: bytes of the host's memory in every step.
@@ -50,7 +49,15 @@ class WorkerView:
     def __init__(
         self, shapes: Shapes, placement: Placement, stores: Stores, device_is_host: bool, shard: int
     ) -> None:
-        """Take one worker of a shard, the one with most to do."""
+        """Describe the worker of a shard that has most to do.
+
+        Args:
+            shapes: sizes of the model.
+            placement: of the job.
+            stores: where idle weights and factors are kept.
+            device_is_host: whether device and host have one memory.
+            shard: of the worker.
+        """
         work = shapes.work
         self.shard = shard
         self.blocks = blocks = placement.blocks[shard]
@@ -73,7 +80,7 @@ class WorkerView:
         config = shapes.layout.config
         self.hidden_size = int(config.hidden_size)
         self._hidden = self.hidden_size * shapes.width
-        vocabulary = config.vocab_size * blocks.is_last
+        vocabulary = config.vocab_size if blocks.is_last else 0
         self.head_flops = 2 * vocabulary * config.hidden_size
         self._head = bytes_at_the_head(vocabulary, shapes.width, on_cpu=device_is_host)
         self._sum_up_blocks()
@@ -82,67 +89,90 @@ class WorkerView:
     def _sum_up_blocks(self) -> None:
         shapes = self.shapes
         stores = self.stores
-        sizes = shapes.block_bytes[self._own]
         factors = shapes.factor_bytes[self._own]
-        most = map(max, zip(*shapes.activations[self._own], strict=True))
-        self._activations = ActivationBytes(*most)
-        self.all_blocks = sum(sizes)
+        largest = map(max, zip(*shapes.activations[self._own], strict=True))
+        self._activations = ActivationBytes._make(largest)
+        self.all_blocks = sum(shapes.block_bytes[self._own])
         self.all_factors = sum(factors)
         self.largest_factors = max(factors)
         self.active = sum(shapes.active_parameters[self._own])
-        # of weights and factors for a GPU there are pinned pieces, which torch keeps
+        # a GPU's host keeps weights and factors in pinned pieces, which torch does not give back
         self.outside, pinned_weights, pinned_factors = shapes.of_shard(self.blocks)
-        is_resident = stores.weights == "device"
-        self.idle = self.outside + self.all_blocks * is_resident
+        self.idle = self.outside
+        if stores.weights == "device":
+            self.idle += self.all_blocks
         self.weights = self.idle + self._running(stores.weights)
         self.pinned_blocks = self.all_blocks if self.device_is_host else pinned_weights
-        if self.device_is_host:
-            pinned_factors = 0
-        self.host: float = self.pinned_blocks * (stores.weights == "host")
-        self.host += pinned_factors * (stores.factors == "host")
+        self.host: float = 0
+        if stores.weights == "host":
+            self.host += self.pinned_blocks
+        if stores.factors == "host" and not self.device_is_host:
+            self.host += pinned_factors
 
     def _running(self, place: Place) -> int:
-        """Return the bytes on the device of weights that are not kept there, while they run."""
-        # on the CPU a block runs where it lies, elsewhere the next one is ahead
-        runs_in_place = self.device_is_host or place == "device"
-        return 0 if runs_in_place else 2 * max(self.shapes.block_bytes[self._own])
+        """Return the bytes on the device of running blocks whose weights are kept elsewhere."""
+        if self.device_is_host or place == "device":
+            return 0
+        # the present block and the next one, which is copied ahead
+        return 2 * max(self.shapes.block_bytes[self._own])
 
     @property
     def disk_bytes(self) -> float:
-        """Bytes of scratch; a teacher's weights may need none, if its files are local."""
-        factors = self.all_factors * (self.stores.factors == "disk")
-        num_models = (self.stores.weights, self.stores.teacher).count("disk")
-        return factors + self.all_blocks * num_models
+        """Bytes of scratch; a teacher's weights need none if its files are local."""
+        size = 0
+        if self.stores.factors == "disk":
+            size += self.all_factors
+        if self.stores.weights == "disk":
+            size += self.all_blocks
+        if self.stores.teacher == "disk":
+            size += self.all_blocks
+        return size
 
     @functools.cached_property
     def steps(self) -> list[StepPlan]:
-        """All steps, each of them once, in their order."""
+        """The steps of all stages in their order; parts of the same name are one step."""
+        stages = self.shapes.work.stages
         steps: dict[str, StepPlan] = {}
-        for step in (step for stage in self.shapes.work.stages for step in stage.needs(self)):
-            steps[step.name] = steps[step.name].then(step) if step.name in steps else step
-        for more in (needs for stage in self.shapes.work.stages for needs in stage.beside(self)):
-            if (own := steps.get(more.name)) is not None:
-                device = own.device + more.device
-                steps[more.name] = replace(own, device=device, host=own.host + more.host)
+        for stage in stages:
+            for step in stage.needs(self):
+                earlier = steps.get(step.name)
+                steps[step.name] = step if earlier is None else earlier.then(step)
+        for stage in stages:
+            for more in stage.beside(self):
+                own = steps.get(more.name)
+                if own is not None:
+                    device = own.device + more.device
+                    steps[more.name] = replace(own, device=device, host=own.host + more.host)
         return list(steps.values())
 
     def remembered(self, num_tokens: int) -> float:
-        """Return the bytes of the dense model's last hidden states, bfloat16."""
-        return 2.0 * self.hidden_size * num_tokens * self.blocks.is_last
+        """Return the bytes of the dense model's last hidden states, in bfloat16."""
+        if not self.blocks.is_last:
+            return 0.0
+        return 2.0 * self.hidden_size * num_tokens
 
     def bubble(self, num_sequences: int, stores: Stores) -> float:
-        """Return how much longer a pass takes because shards wait; sequences of one replica."""
+        """Return the factor on the time of a pass because shards wait for each other.
+
+        Args:
+            num_sequences: of one replica.
+            stores: which determine the waves.
+        """
         waves = -(-num_sequences // stores.wave_of(num_sequences, self.num_shards))
         return (waves + self.num_shards - 1) / waves
 
     def measuring(self, name: str, texts: TextSizes, *, of_teacher: bool = False) -> StepPlan:
-        """Return passes forward over texts, of which each has a number of windows and a length.
+        """Return a step of passes forward over texts.
 
-        With `of_teacher` they pass the dense model's blocks, without the head; its idle weights are
-        not counted.
+        Args:
+            name: of the step.
+            texts: number of windows of each text, and their length.
+            of_teacher: whether they pass the dense model's blocks, without the head; its idle
+                weights are not counted.
         """
         stores = self.stores.of_teacher if of_teacher else self.stores
-        heads = 0 if of_teacher else 2
+        num_heads = 0 if of_teacher else 1
+        num_states = 3 if self.num_shards == 1 else 6  # with those packed and unpacked to travel
         peak = host = 0.0
         tokens = 0
         loads = 0
@@ -151,17 +181,24 @@ class WorkerView:
             own = -(-count // self.num_replicas)
             wave = min(stores.wave_of(own, self.num_shards), own)
             together = min(stores.together, wave)
-            counts += self.pass_counts(own, length, heads=heads / 2, together=together)
-            between = 3 + 3 * (self.num_shards > 1)
-            moment = max(together * self.forward_bytes(length), self._head * (heads > 0))
-            peak = max(peak, between * wave * length * self._hidden + moment)
+            counts += self.pass_counts(own, length, heads=num_heads, together=together)
+            moment = together * self.forward_bytes(length)
+            if not of_teacher:
+                moment = max(moment, self._head)
+            peak = max(peak, num_states * wave * length * self._hidden + moment)
             host = max(host, self.travelling(length, wave))
             tokens += own * length
             loads += -(-own // wave)
-        flops = tokens * (2 * self.active + heads * self.head_flops)
-        moved = self.moved(stores.weights, loads * self.all_blocks)
-        device = self.idle + self._running(stores.weights) + peak
-        return StepPlan(name, device, self.host + host, flops, 0.0, *moved, counts=counts)
+        host_bytes, disk_bytes = self.moved(stores.weights, loads * self.all_blocks)
+        return StepPlan(
+            name=name,
+            device=self.idle + self._running(stores.weights) + peak,
+            host=self.host + host,
+            flops=tokens * (2 * self.active + 2 * num_heads * self.head_flops),
+            host_bytes=host_bytes,
+            disk_bytes=disk_bytes,
+            counts=counts,
+        )
 
     def pass_counts(
         self,
@@ -176,11 +213,11 @@ class WorkerView:
 
         Args:
             num_sequences: of one replica.
-            length: of a sequence.
-            forward: how often each passes forward.
-            backward: likewise, backward.
-            heads: how often there are logits.
-            together: sequences of a call; as many as the stores say if not given.
+            length: tokens of a sequence.
+            forward: number of forward passes of each sequence.
+            backward: number of backward passes of each sequence.
+            heads: number of times that logits are computed.
+            together: sequences in one call; given by the stores if 0.
         """
         size = together or self.stores.in_a_call(num_sequences, self.num_shards)
         num_calls = -(-num_sequences // size)
@@ -189,39 +226,40 @@ class WorkerView:
         counts = own.forward.times(num_calls * forward) + own.backward.times(num_calls * backward)
         passed = forward * own.forward_token + backward * own.backward_token
         counts += Counted(memory_bytes=tokens * passed)
-        counts += Counted(CALL, 4).times(num_calls * forward)
+        counts += Counted(launches=CALL, syncs=4).times(num_calls * forward)
         if self.head_flops:
             vocabulary = self.head_flops / (2 * self.hidden_size)
             logits = head_counts(length, TOKENS_PER_SLICE, vocabulary, backward=bool(backward))
             counts += logits.times(num_sequences * heads)
-        sent = tokens * self._hidden * (forward + backward) * (self.num_shards > 1)
-        return counts + Counted(sent_bytes=sent)
+        if self.num_shards > 1:
+            counts += Counted(sent_bytes=tokens * self._hidden * (forward + backward))
+        return counts
 
     def forward_bytes(self, length: int) -> float:
-        """Return the bytes of a block that runs forward on one sequence."""
+        """Return the bytes that a block needs to run forward on one sequence."""
         own = self._activations
         return length * (own.forward_only + 4 * length * own.scores)
 
     def writing(self, name: str, texts: TextSizes, num_prompt_tokens: int = 0) -> StepPlan:
-        """Return the writing of texts, token by token, with their keys and values.
+        """Return a step that writes texts, token by token, and keeps their keys and values.
 
-        `texts` has the number of those that are written together, and the tokens of each, beside
-        those of its prompt.
+        Args:
+            name: of the step.
+            texts: number of texts that are written together, and tokens of each without its prompt.
+            num_prompt_tokens: tokens of each prompt.
         """
-        heads = self.shapes.layout.heads
-        # keys and values of a token in a block
-        of_token = 1.0 * heads.num_kv * (heads.query_dim + heads.value_dim) * self.shapes.width
+        of_token = self._cached_bytes_per_token()
         most = 0.0
         flops = 0.0
         num_passes = 0
         counts = NOTHING
         for num_texts, length in texts:
-            batches = -(-num_texts // texts_together(length))  # whatever the cluster is
+            batches = -(-num_texts // texts_together(length))  # the same on any cluster
             batch = -(-num_texts // batches)
-            rounds = -(-batches // self.num_replicas)  # a batch is one replica's
+            rounds = -(-batches // self.num_replicas)  # a batch belongs to one replica
             own = min(num_texts, rounds * batch)
             cached = of_token * (length + TOKENS_OF_ROOM)
-            # those of a block are copied when they grow
+            # the keys and values of one block are copied when they grow
             in_blocks = min(own, batch * self.num_shards) * self.num_blocks
             caches = cached * (in_blocks + batch)
             logits = 20 * self.shapes.layout.config.vocab_size if self.head_flops else 0
@@ -229,24 +267,37 @@ class WorkerView:
             flops += own * length * (2 * self.active + self.head_flops)
             flops += own * num_prompt_tokens * 2 * self.active
             num_passes += length * rounds
-            # keys and values of half of the tokens in the mean
+            # a token reads the keys and values of half of the tokens on average
             counts += Counted(memory_bytes=self.num_blocks * own * length * of_token * length / 2)
         counts += self.shapes.counts(self.blocks).forward.times(num_passes)
-        head = self.outside * (self.head_flops > 0)
-        counts += Counted(CALL + SLICE[0], 1, head, calls=1).times(num_passes)
-        moved = self.moved(self.stores.weights, num_passes * self.all_blocks)
-        return StepPlan(name, self.weights + most, self.host, flops, 0.0, *moved, counts=counts)
+        head_bytes = self.outside if self.head_flops else 0
+        beside_blocks = Counted(launches=CALL + SLICE, syncs=1, memory_bytes=head_bytes, calls=1)
+        counts += beside_blocks.times(num_passes)
+        host_bytes, disk_bytes = self.moved(self.stores.weights, num_passes * self.all_blocks)
+        return StepPlan(
+            name=name,
+            device=self.weights + most,
+            host=self.host,
+            flops=flops,
+            host_bytes=host_bytes,
+            disk_bytes=disk_bytes,
+            counts=counts,
+        )
+
+    def _cached_bytes_per_token(self) -> float:
+        """Return the bytes of the keys and values of a token in one block."""
+        heads = self.shapes.layout.heads
+        size: float = 1.0 * heads.num_kv * (heads.query_dim + heads.value_dim) * self.shapes.width
+        return size
 
     def passing(
         self, *, more_kept: float = 0.0, more_in_a_moment: float = 0.0, num_sequences: int = 0
     ) -> float:
-        """Return the device's bytes of a pass forward and backward.
-
-        These are what waits for its backward pass, and the moment that needs most.
+        """Return the peak bytes on the device of a pass forward and backward, without weights.
 
         Args:
-            more_kept: bytes of a token in a block beside its own activations.
-            more_in_a_moment: likewise, while a block runs backward.
+            more_kept: bytes that a block keeps for a token beside its own activations.
+            more_in_a_moment: bytes for a token while a block runs backward, beside its own.
             num_sequences: that pass on the replica; those of the calibration if not given.
         """
         T = self.sequence_length
@@ -261,8 +312,9 @@ class WorkerView:
         widest = max((s.num_columns for s in self.linears if s.name in gathered), default=0)
         tokens = min(self.stores.together, wave) * T
         conversion = 4 * (tokens + 256) * widest
-        # what is packed and unpacked on the way
-        waiting: float = 2 * of_wave + 3 * of_wave * (self.num_shards > 1)
+        waiting: float = 2 * of_wave
+        if self.num_shards > 1:  # states are packed and unpacked to travel
+            waiting += 3 * of_wave
         if self.stores.activations == "keep":
             waiting += in_flight * wave * T * kept * self.num_blocks
         else:
@@ -271,10 +323,13 @@ class WorkerView:
         return waiting + max(tokens * moment + conversion, self._head)
 
     def travelling(self, length: int, wave: int = 0) -> float:
-        """Return the host's bytes of a GPU's hidden states that travel.
+        """Return the host's bytes of a GPU's hidden states that travel between shards.
 
-        That is a copy each way, and what waits between shards; of the calibration's waves, if no
-        number of sequences is given.
+        These are a copy each way, and the states of waves that wait between shards.
+
+        Args:
+            length: tokens of a sequence.
+            wave: sequences of a wave; those of the calibration if 0.
         """
         if self.device_is_host or self.num_shards == 1:
             return 0.0
@@ -282,5 +337,14 @@ class WorkerView:
 
     @staticmethod
     def moved(where: Place, size: float) -> tuple[float, float]:
-        """Return the bytes that move between host and device, and between disk and host."""
-        return size * (where != "device"), size * (where == "disk")
+        """Return the bytes moved between host and device, and between disk and host.
+
+        Args:
+            where: they are kept.
+            size: bytes that are moved to or from the device.
+        """
+        if where == "device":
+            return 0, 0
+        if where == "host":
+            return size, 0
+        return size, size

@@ -1,9 +1,8 @@
-"""What a job needs on every worker, and where workers keep things so that it fits.
+"""What a job needs on every worker, and where workers keep tensors so that the job fits.
 
-All of it is arithmetic on shapes.
-
-The plan is a function of the model's configuration, the job and the memory there is. It chooses the
-fastest way that fits, or it says which step binds and what would do.
+All of it is arithmetic on shapes: the plan is a function of the model's configuration, the job and
+the available memory. It is the fastest way that fits; if there is none, the error names the step
+that needs most, and the remedies.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
-from typing import Any, get_args
+from typing import Any, NamedTuple, TypeVar, cast, get_args
 
 from rich.table import Table
 
@@ -28,11 +27,27 @@ from ray_surgeon.spec.sections import MemorySection
 PROCESS_BYTES = (328 + 60) * 2**20
 """Anonymous memory of a worker beside its tensors.
 
-The first part is there once it has imported everything; the second is what the C library's heap and
-oneDNN hold more once it has computed. Measured with torch 2.13 and Ray 2.60 on Linux.
+The first part is there once the worker has imported all modules; the second is what the C library's
+heap and oneDNN hold in addition once it has computed. Measured with torch 2.13 and Ray 2.60 on
+Linux.
 """
 _SAFE = 0.9
-"""Of the memory there is, the fraction that is planned with."""
+"""Fraction of the available memory that plans may use."""
+
+_Choice = TypeVar("_Choice")
+
+
+class _Need(NamedTuple):
+    """Bytes needed of one memory by a step or a shard, and the bytes available there."""
+
+    where: str
+    memory: str
+    needed: float
+    available: float
+
+    @property
+    def fraction(self) -> float:
+        return self.needed / self.available
 
 
 @dataclass(frozen=True)
@@ -40,32 +55,36 @@ class Plan:
     """How a job runs."""
 
     stores: Stores
-    workers: tuple[WorkerView, ...]  # one a shard; replicas of a shard need the same
+    workers: tuple[WorkerView, ...]  # one per shard; replicas of a shard need the same
     room: Room
     device: Device
 
     @property
     def steps(self) -> dict[str, tuple[StepPlan, ...]]:
-        """Every step on each shard, by name."""
-        steps = zip(*(worker.steps for worker in self.workers), strict=True)
-        return {shards[0].name: shards for shards in steps}
+        """Each step on all shards, by name."""
+        steps = {}
+        for shards in zip(*(worker.steps for worker in self.workers), strict=True):
+            steps[shards[0].name] = shards
+        return steps
 
     @property
     def seconds(self) -> dict[str, float]:
-        """Expected time of every step: that of the slowest worker."""
+        """Expected time of each step on the slowest worker, by name."""
         dtype = self.workers[0].shapes.work.dtype
-        steps = self.steps.items()
-        return {n: max(s.seconds(self.device, dtype) for s in shards) for n, shards in steps}
+        seconds = {}
+        for name, shards in self.steps.items():
+            seconds[name] = max(step.seconds(self.device, dtype) for step in shards)
+        return seconds
 
     @property
     def worker_hours(self) -> float:
-        """Expected hours of all workers, for which all of them are held; with one shot."""
+        """Expected duration in hours times the number of workers, with one shot."""
         num_workers = len(self.workers) * self.workers[0].num_replicas
         return num_workers * sum(self.seconds.values()) / 3600
 
     @property
     def places(self) -> dict[str, Any]:
-        """Where things are, by name."""
+        """The stores of the plan, by name."""
         places = asdict(self.stores)
         if not self.workers[0].shapes.work.has_teacher:
             del places["teacher"]
@@ -74,152 +93,211 @@ class Plan:
     def peak(self, step: StepPlan) -> tuple[float, float]:
         """Return the peak bytes of a step on the device and on the host.
 
-        Where these are one, all bytes are the device's.
+        If both have one memory, all bytes count as the device's.
         """
         if self.room.device_is_host:
             return step.device + step.host + PROCESS_BYTES, 0.0
         return step.device, step.host + PROCESS_BYTES
 
     def peaks(self) -> dict[str, list[float]]:
-        """Return the planned peak of every step on every shard's device.
+        """Return the planned peak of every step on every shard's device, in bytes.
 
         If the device is the host, the process's own memory is included.
         """
-        return {n: [self.peak(step)[0] for step in shards] for n, shards in self.steps.items()}
+        peaks = {}
+        for name, shards in self.steps.items():
+            peaks[name] = [self.peak(step)[0] for step in shards]
+        return peaks
 
     def as_record(self) -> dict[str, Any]:
-        """Return what the report says of the plan.
+        """Return the plan's entry in the report.
 
-        Operations and bytes are those of all shards of one replica.
+        Operations and bytes are summed over all shards of one replica.
         """
-        steps = self.steps.items()
-        moved = {n: sum(s.host_bytes + s.disk_bytes for s in shards) for n, shards in steps}
-
-        def counted(what: str) -> dict[str, int]:
-            sums = {n: sum(getattr(s.counts, what) for s in shards) for n, shards in steps}
-            return {name: round(number) for name, number in sums.items()}
-
+        flops = {}
+        moved_bytes = {}
+        launches = {}
+        syncs = {}
+        memory_bytes = {}
+        for name, shards in self.steps.items():
+            flops[name] = sum(step.flops + step.float32_flops for step in shards)
+            moved_bytes[name] = sum(step.host_bytes + step.disk_bytes for step in shards)
+            launches[name] = round(sum(step.counts.launches for step in shards))
+            syncs[name] = round(sum(step.counts.syncs for step in shards))
+            memory_bytes[name] = round(sum(step.counts.memory_bytes for step in shards))
         return {
             "stores": self.places,
             "device": self.device.name,
             "worker_hours": self.worker_hours,
             "seconds": {name: round(seconds, 3) for name, seconds in self.seconds.items()},
-            "flops": {n: sum(s.flops + s.float32_flops for s in shards) for n, shards in steps},
-            "moved_bytes": moved,
-            **{of_step: counted(of_step) for of_step in ("launches", "syncs", "memory_bytes")},
+            "flops": flops,
+            "moved_bytes": moved_bytes,
+            "launches": launches,
+            "syncs": syncs,
+            "memory_bytes": memory_bytes,
             "peak_bytes": {name: list(map(int, peaks)) for name, peaks in self.peaks().items()},
             "disk_bytes": [int(worker.disk_bytes) for worker in self.workers],
         }
 
     def excess(self) -> tuple[float, str]:
-        """Return the largest part of a memory that would be needed, and a sentence on where.
+        """Return the largest needed fraction of a memory, and a sentence that says where.
 
-        A part of at most 1 fits.
+        A fraction of at most 1 fits.
         """
         room = self.room
-        on_device = "memory" if room.device_is_host else "device memory"
-        needs: list[tuple[str, float, str, float]] = []
+        device_memory = "memory" if room.device_is_host else "device memory"
+        needs = []
         for worker in self.workers:
+            shard = f"shard {worker.shard}"
             for step in worker.steps:
                 device, host = self.peak(step)
-                where = f"{step.name} on shard {worker.shard}"
-                needs.append((where, device, on_device, room.device))
-                needs.append((where, host, "host memory", room.host))
-            needs.append((f"shard {worker.shard}", worker.disk_bytes, "disk", max(1.0, room.disk)))
-        where, need, what, available = max(needs, key=lambda row: row[1] / row[3])
-        has = f"there are {available / 2**30:.1f} GiB"
-        return need / available, f"{where} needs {need / 2**30:.1f} GiB of {what}, {has}"
+                where = f"{step.name} on {shard}"
+                needs.append(_Need(where, device_memory, device, room.device))
+                needs.append(_Need(where, "host memory", host, room.host))
+            needs.append(_Need(shard, "disk", worker.disk_bytes, max(1.0, room.disk)))
+        largest = max(needs, key=lambda need: need.fraction)
+        sentence = (
+            f"{largest.where} needs {largest.needed / 2**30:.1f} GiB of {largest.memory}, "
+            f"there are {largest.available / 2**30:.1f} GiB"
+        )
+        return largest.fraction, sentence
 
     @property
     def fits(self) -> bool:
-        """Whether the memory that there is suffices."""
+        """Whether the available memory suffices."""
         return self.excess()[0] <= 1
 
 
 class DoesNotFitError(ValueError):
-    """No way to run the job fits the memory there is."""
+    """No way to run the job fits the available memory."""
 
 
 @dataclass(frozen=True)
 class Planner:
     """Makes plans of one job, for any placement and room."""
 
-    shapes: Shapes  # of the model, and what is done
-    wanted: MemorySection  # what the spec fixes
-    device: Device  # how fast a worker's is
+    shapes: Shapes  # of the model, with the work of the job
+    wanted: MemorySection  # the settings that the spec fixes
+    device: Device  # speed of a worker's device
 
     def best(self, placement: Placement, room: Room) -> Plan:
-        """Choose the fastest way that fits; `room` is of every worker.
+        """Choose the fastest plan that fits.
+
+        Args:
+            placement: of the job.
+            room: bytes that each worker may use.
 
         Raises:
-            DoesNotFitError: nothing fits; names the step that binds, and what would do.
+            DoesNotFitError: nothing fits; names the step that needs most, and the remedies.
         """
-        sizes = {name: _SAFE * getattr(room, name) for name in ("device", "host", "disk")}
-        safe = replace(room, **sizes)
+        safe = replace(
+            room,
+            device=_SAFE * room.device,
+            host=_SAFE * room.host,
+            disk=_SAFE * room.disk,
+        )
         limit = 2**30 * (self.wanted.limit_gib or math.inf)
-        plans = list(self.plans(placement, replace(safe, device=min(limit, safe.device))))
-        if fitting := [plan for plan in plans if plan.fits]:
+        limited = replace(safe, device=min(limit, safe.device))
+        plans = list(self.plans(placement, limited))
+        fitting = [plan for plan in plans if plan.fits]
+        if fitting:
             # the first of equals, which is the simplest
             return min(fitting, key=lambda plan: sum(plan.seconds.values()))
         best = min(plans, key=lambda plan: plan.excess()[0])
-        chosen = ("weights", "factors", "teacher", "wave")
-        ways = ", ".join(f"{n}: {place}" for n, place in best.places.items() if n in chosen)
-        problem = f"memory: the job does not fit: {best.excess()[1]} (with {ways})"
-        raise DoesNotFitError(f"{problem}; {self.remedy(placement, safe, best)}")
+        shown = []
+        for name, kept_in in best.places.items():
+            if name in ("weights", "factors", "teacher", "wave"):
+                shown.append(f"{name}: {kept_in}")
+        raise DoesNotFitError(
+            f"memory: the job does not fit: {best.excess()[1]} (with {', '.join(shown)}); "
+            f"{self.remedy(placement, safe, best)}"
+        )
 
     def plan(self, placement: Placement, room: Room, stores: Stores) -> Plan:
-        """Return how the job runs if things are kept in these stores."""
-        job = self.shapes, placement, stores, room.device_is_host
-        workers = tuple(WorkerView(*job, shard) for shard in range(placement.num_shards))
-        return Plan(stores, workers, room, self.device)
+        """Return the plan of the job with given stores."""
+        workers = []
+        for shard in range(placement.num_shards):
+            worker = WorkerView(
+                shapes=self.shapes,
+                placement=placement,
+                stores=stores,
+                device_is_host=room.device_is_host,
+                shard=shard,
+            )
+            workers.append(worker)
+        return Plan(stores=stores, workers=tuple(workers), room=room, device=self.device)
 
     def plans(self, placement: Placement, room: Room) -> Iterator[Plan]:
-        """Yield what the spec allows, the simplest first."""
-        wanted = self.wanted
-        work = self.shapes.work
-        per_replica = -(-work.num_sequences // placement.num_replicas)
-        places = ("device", "disk") if room.device_is_host else get_args(Place)
-        of_weights = places if wanted.weights == "auto" else [wanted.weights]
-        of_teacher = places if wanted.teacher == "auto" else [wanted.teacher]
-        for weights, factors, activations, teacher in itertools.product(
-            ["device"] if work.streaming_remedy else of_weights,
-            places if wanted.factors == "auto" else [wanted.factors],
-            get_args(Activations) if wanted.activations == "auto" else [wanted.activations],
-            of_teacher if work.has_teacher else ["device"],
-        ):
+        """Yield the plans that the spec allows, the simplest first."""
+        per_replica = -(-self.shapes.work.num_sequences // placement.num_replicas)
+        for weights, factors, activations, teacher in self._ways(room.device_is_host):
             is_resident = weights == factors == "device"
             if activations == "keep" and not is_resident:
                 continue
             for wave, together in self._waves(per_replica, is_resident, room.device_is_host):
-                stores = Stores(weights, factors, activations, wave, together, teacher)
+                stores = Stores(
+                    weights=weights,
+                    factors=factors,
+                    activations=activations,
+                    wave=wave,
+                    together=together,
+                    teacher=teacher,
+                )
                 plan = self.plan(placement, room, stores)
                 while not plan.fits and stores.together > 1:
                     stores = replace(stores, together=stores.together // 2)
                     plan = self.plan(placement, room, stores)
                 yield plan
 
+    def _ways(self, device_is_host: bool) -> Iterator[tuple[Place, Place, Activations, Place]]:
+        """Return places of weights and factors, ways of activations, and places of the teacher."""
+        wanted = self.wanted
+        work = self.shapes.work
+        places: tuple[Place, ...] = get_args(Place)
+        if device_is_host:
+            places = ("device", "disk")
+        only_device: tuple[Place, ...] = ("device",)
+        weights = only_device if work.streaming_remedy else _choices(wanted.weights, places)
+        teacher = _choices(wanted.teacher, places) if work.has_teacher else only_device
+        factors = _choices(wanted.factors, places)
+        all_activations: tuple[Activations, ...] = get_args(Activations)
+        activations = _choices(wanted.activations, all_activations)
+        return itertools.product(weights, factors, activations, teacher)
+
     def _waves(
         self, per_replica: int, is_resident: bool, device_is_host: bool
     ) -> Iterator[tuple[int, int]]:
-        """Yield how many sequences may pass in a wave, and of these at most in one call.
+        """Yield the sequences of a wave, and the largest number of them in one call.
 
-        On a GPU the more the better: a call launches as many kernels whatever their number. On a
-        CPU one after the other stays in its cache.
+        On a GPU more are better: a call launches the same number of kernels for any number of
+        sequences. On a CPU a single sequence stays in the cache.
         """
-        num_waves = max(1, math.ceil(math.log2(per_replica)) + 1)
-        waves = [self.wanted.wave] if self.wanted.wave else [2**i for i in range(num_waves)]
+        if self.wanted.wave:
+            waves = [self.wanted.wave]
+        else:
+            num_waves = max(1, math.ceil(math.log2(per_replica)) + 1)
+            waves = [2**i for i in range(num_waves)]
         most = 1 if device_is_host else TOGETHER
         if is_resident:
-            waves = [wave for wave in reversed(waves) if wave <= most] or waves[:1]
-        for wave in (min(wave, per_replica) for wave in waves):
-            yield wave, min(wave, most)
+            in_one_call = [wave for wave in reversed(waves) if wave <= most]
+            waves = in_one_call or waves[:1]
+        for wave in waves:
+            size = min(wave, per_replica)
+            yield size, min(size, most)
 
     def remedy(self, placement: Placement, safe: Room, best: Plan) -> str:
-        """Return the smallest change that would do; `safe` is without `memory.limit_gib`."""
+        """Return the smallest changes that would make the job fit.
+
+        Args:
+            placement: of the job.
+            safe: the room without `memory.limit_gib`.
+            best: the plan that exceeds its room least.
+        """
         wanted = self.wanted
         remedies = []
-        if (number := self._enough_shards(placement, best.room)) is not None:
-            remedies.append(f"set cluster.num_shards: {number}, on as many such devices")
+        num_shards = self._enough_shards(placement, best.room)
+        if num_shards is not None:
+            remedies.append(f"set cluster.num_shards: {num_shards}, on as many such devices")
         free = MemorySection(limit_gib=wanted.limit_gib, scratch=wanted.scratch)
         freed = replace(self, wanted=free)
         if free != wanted and any(plan.fits for plan in freed.plans(placement, best.room)):
@@ -236,7 +314,7 @@ class Planner:
         return ", ".join(remedies).removeprefix("or ")
 
     def _enough_shards(self, placement: Placement, room: Room) -> int | None:
-        """Return the smallest number of shards above the placement's with which the job fits."""
+        """Return the smallest larger number of shards with which the job fits, if there is one."""
 
         def fits(num_shards: int) -> bool:
             placed = place(self.shapes.layout, num_shards, placement.num_replicas)
@@ -248,24 +326,39 @@ class Planner:
         return more[bisect.bisect_left(more[:-1], True, key=fits)]
 
 
+def _choices(wanted: _Choice | str, choices: tuple[_Choice, ...]) -> tuple[_Choice, ...]:
+    """Return the choices that a setting leaves: all of them if it is "auto"."""
+    if wanted == "auto":
+        return choices
+    return (cast(_Choice, wanted),)
+
+
 def plan_table(plan: Plan) -> Table:
     """Return the plan as a table.
 
-    It has the peak of each step on every shard, operations, bytes that move and expected times.
+    It has the peak of each step on every shard, operations, moved bytes and expected times.
     """
     record = plan.as_record()
     stores = ", ".join(f"{name}: {value}" for name, value in record["stores"].items())
-    workers = f"shards: {len(plan.workers)}, replicas: {plan.workers[0].num_replicas}"
-    what = "GiB of a worker's device at the peak of each step"
+    num_replicas = plan.workers[0].num_replicas
     hours = "GPU-hours" if plan.device.memory_bytes else "worker-hours"
-    spent = f"{plan.worker_hours:.3g} {hours}, with one shot"
-    table = Table(title=f"{workers}; {stores}; {what}", caption=spent)
+    table = Table(
+        title=(
+            f"shards: {len(plan.workers)}, replicas: {num_replicas}; {stores}; "
+            "GiB of a worker's device at the peak of each step"
+        ),
+        caption=f"{plan.worker_hours:.3g} {hours}, with one shot",
+    )
     for column in ("shard", "blocks", *plan.seconds, "host", "disk"):
         table.add_column(column, justify="right")
     for worker in plan.workers:
-        peaks = [plan.peak(step) for step in worker.steps]
-        on_host = max(host for _, host in peaks)
-        sizes = [*(device for device, _ in peaks), on_host, worker.disk_bytes]
+        on_device = []
+        on_host = []
+        for step in worker.steps:
+            device, host = plan.peak(step)
+            on_device.append(device)
+            on_host.append(host)
+        sizes = [*on_device, max(on_host), worker.disk_bytes]
         blocks = f"{worker.blocks.first}-{worker.blocks.last - 1}"
         table.add_row(str(worker.shard), blocks, *(f"{size / 2**30:.2f}" for size in sizes))
     table.add_section()
@@ -278,4 +371,6 @@ def plan_table(plan: Plan) -> Table:
 def _time(seconds: float) -> str:
     if seconds < 100:
         return f"{seconds:.2g} s"
-    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+    if seconds < 6000:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"

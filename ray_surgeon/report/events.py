@@ -26,7 +26,7 @@ from ray_surgeon.runtime.usage import Usage, process_usage
 from ray_surgeon.runtime.worker import Worker
 
 CHECK = "check"
-"""The event of a training that was measured on the way."""
+"""Step of the events of a training's measurements before it ends."""
 Fact = str | int | float
 
 
@@ -35,47 +35,51 @@ class Event:
     """The end of one step."""
 
     step: str  # e.g. "curvature"
-    shot: int  # 0 for what is done before the first shot
-    num_shots: int  # in all
+    shot: int  # 0 for steps before the first shot
+    num_shots: int  # of the run
     seconds: float  # wall clock of the step
-    facts: dict[str, Fact]  # what there is to say about it
-    # how long each worker was busy in it, in the order of `placement.workers`
+    facts: dict[str, Fact]  # results of the step, by name
+    # busy time of each worker, in the order of `placement.workers`
     worker_seconds: Sequence[float] = ()
 
     @property
     def line(self) -> str:
         """One line of the log, e.g. ``shot 1/3  curvature  61.2 s  tokens_per_s=134``.
 
-        For who collects logs it is JSON, if ``RAY_SURGEON_LOG`` is json.
+        It is JSON, for log collectors, if ``RAY_SURGEON_LOG`` is json.
         """
         if os.environ.get("RAY_SURGEON_LOG") == "json":
             return json.dumps(asdict(self))
-        shown = {k: f"{v:.6g}" if isinstance(v, float) else v for k, v in self.facts.items()}
-        facts = "  ".join(f"{key}={value}" for key, value in shown.items())
-        return f"{_place(self)} {self.seconds:7.1f} s  {facts}"
+        facts = []
+        for key, value in self.facts.items():
+            shown = f"{value:.6g}" if isinstance(value, float) else value
+            facts.append(f"{key}={shown}")
+        return f"{_place(self)} {self.seconds:7.1f} s  {'  '.join(facts)}"
 
 
 @dataclass(frozen=True)
 class Moment:
-    """How far the present step has come."""
+    """Progress of the present step."""
 
     step: str  # its name
     shot: int  # of the step
-    num_shots: int  # in all
-    done: int  # units that are done
-    total: int  # units in all; 0 while that is not known
+    num_shots: int  # of the run
+    done: int  # finished units
+    total: int  # all units; 0 while that is not known
     unit: str  # e.g. "sequences"
     tokens_each: int  # tokens of one unit; 0 if it has none
     elapsed_s: float  # since these units began
 
     @property
     def pace(self) -> str:
-        """What comes after the numbers of units, e.g. ``sequences, 134 tokens/s, 40 s left``."""
+        """Unit, rate and remaining time, e.g. ``sequences, 134 tokens/s, 40 s left``."""
+        parts = [self.unit]
         each_s = self.elapsed_s / max(1, self.done)
-        is_known = self.done and self.tokens_each and each_s
-        rate = f", {self.tokens_each / each_s:.0f} tokens/s" if is_known else ""
-        left = f", {each_s * (self.total - self.done):.0f} s left"
-        return f"{self.unit}{rate}{left * bool(self.done and self.total)}"
+        if self.done and self.tokens_each and each_s:
+            parts.append(f"{self.tokens_each / each_s:.0f} tokens/s")
+        if self.done and self.total:
+            parts.append(f"{each_s * (self.total - self.done):.0f} s left")
+        return ", ".join(parts)
 
     @property
     def line(self) -> str:
@@ -83,12 +87,13 @@ class Moment:
 
         ``shot 1/3  curvature  12 of 64 sequences, 134 tokens/s, 40 s left``.
         """
-        units = f"{self.done} of {self.total} {self.pace}" if self.total else "..."
-        return f"{_place(self)} {units}"
+        if not self.total:
+            return f"{_place(self)} ..."
+        return f"{_place(self)} {self.done} of {self.total} {self.pace}"
 
 
 def _place(news: Event | Moment) -> str:
-    """Return how the line of an event or a moment begins."""
+    """Return the beginning of the line of an event or a moment."""
     shot = f"shot {news.shot}/{news.num_shots}" if news.shot else "start"
     return f"{shot:<10} {news.step:<10}"
 
@@ -97,20 +102,27 @@ class Steps:
     """``with step("curvature", shot) as facts:`` measures a step and emits its event when it ends.
 
     Attributes:
-        record: what the report says of the present shot's steps. ``seconds`` (wall clock, also of
-            an earlier try from which the step goes on),
-            ``cpu_seconds`` (of all processes), ``worker_seconds`` (how long each worker was busy,
-            in the order of `placement.workers`) and ``packing_seconds`` (how long each took to pack
-            and unpack what goes between workers) are by step. So is ``peak_bytes``: the peak of
-            each worker, on a GPU of its memory, else of anonymous memory of its process.
-            ``peak_rss_bytes`` is of the workers' processes together since they started,
-            ``peak_gpu_bytes`` of their GPUs' memory together in this shot.
+        record: entries of the report about the present shot's steps. These are by step:
+            ``seconds`` (wall clock, including that of an earlier attempt that the step continues),
+            ``cpu_seconds`` (of all processes), ``worker_seconds`` (busy time of each worker, in the
+            order of `placement.workers`), ``packing_seconds`` (time of each worker to pack and
+            unpack what goes between workers), and ``peak_bytes`` (peak of each worker, of its GPU's
+            memory, or on the CPU of its process's anonymous memory). ``peak_rss_bytes`` is the sum
+            over the workers' processes since they started, ``peak_gpu_bytes`` the sum over their
+            GPUs in this shot.
     """
 
     def __init__(
         self, cluster: Cluster, run: RunDirectory, num_shots: int, listen: Callable[[Event], None]
     ) -> None:
-        """Start with no steps; `listen` is called with every event."""
+        """Start with no steps.
+
+        Args:
+            cluster: whose workers are measured.
+            run: directory that gets the events.
+            num_shots: of the run.
+            listen: called with every event.
+        """
         self._cluster = cluster
         self._run = run
         self._num_shots = num_shots
@@ -119,10 +131,21 @@ class Steps:
         self._present = ("", 0)
 
     def new_shot(self, earlier: Record) -> None:
-        """Forget the steps of the shot before; `earlier` is what an earlier try knows of this."""
-        by_step = ("seconds", "cpu_seconds", "worker_seconds", "packing_seconds")
-        self.record: dict[str, Any] = {name: {} for name in by_step}
-        self.record |= {"peak_rss_bytes": 0, "peak_gpu_bytes": 0, "peak_bytes": {}, **earlier}
+        """Forget the steps of the shot before.
+
+        Args:
+            earlier: record of an earlier attempt at this shot; empty if there is none.
+        """
+        self.record: dict[str, Any] = {
+            "seconds": {},
+            "cpu_seconds": {},
+            "worker_seconds": {},
+            "packing_seconds": {},
+            "peak_rss_bytes": 0,
+            "peak_gpu_bytes": 0,
+            "peak_bytes": {},
+            **earlier,
+        }
 
     def record_so_far(self) -> dict[str, Any]:
         """Return a copy of the record, with the seconds of the present step until now."""
@@ -133,60 +156,97 @@ class Steps:
 
     @contextmanager
     def __call__(self, name: str, shot: int = 0) -> Iterator[dict[str, Fact]]:
-        """Measure one step; whatever the caller puts into the facts goes into its event."""
+        """Measure one step; the facts that the caller adds go into its event."""
         self._present = (name, shot)
         self._cluster.progress.begin()
         facts: dict[str, Fact] = {}
-        # what an earlier try, or a step of this name, has spent in this shot
+        # spent in this shot by an earlier attempt, or by an earlier step of this name
         self._earlier_s = self.record["seconds"].get(name, 0.0)
         self._started_s = time.perf_counter()
         before = self._usages()
         yield facts
         after = self._usages()
         seconds = time.perf_counter() - self._started_s
-        pairs = list(zip(before[1:], after[1:], strict=True))
-        busy = [round(b.busy_s - a.busy_s, 3) for a, b in pairs]
-        gpu = largest_of_processes(after, "peak_gpu_bytes")
-        anonymous = largest_of_processes(after, "peak_anonymous_bytes")
-        record = self.record
-        record["seconds"][name] = self._earlier_s + seconds
-        record["cpu_seconds"][name] = _total(after, "cpu_s") - _total(before, "cpu_s")
-        record["worker_seconds"][name] = busy
-        record["packing_seconds"][name] = [round(b.packing_s - a.packing_s, 3) for a, b in pairs]
-        record["peak_rss_bytes"] = _total(after[1:], "peak_rss_bytes")
-        record["peak_gpu_bytes"] = max(record["peak_gpu_bytes"], sum(gpu.values()))
-        record["peak_bytes"][name] = [gpu[u.process] or anonymous[u.process] for u in after[1:]]
         if "num_tokens" in facts:
             facts["tokens_per_s"] = float(facts.pop("num_tokens")) / seconds
-        event = Event(name, shot, self._num_shots, round(seconds, 3), facts, busy)
+        busy = self._add_usage(name, before, after)
+        self.record["seconds"][name] = self._earlier_s + seconds
+        event = Event(
+            step=name,
+            shot=shot,
+            num_shots=self._num_shots,
+            seconds=round(seconds, 3),
+            facts=facts,
+            worker_seconds=busy,
+        )
         self._emit(event)
 
+    def _add_usage(self, name: str, before: list[Usage], after: list[Usage]) -> list[float]:
+        """Record the usage of a step and return the busy time of each worker."""
+        busy = []
+        packing = []
+        for start, end in zip(before[1:], after[1:], strict=True):
+            busy.append(round(end.busy_s - start.busy_s, 3))
+            packing.append(round(end.packing_s - start.packing_s, 3))
+        gpu = largest_of_processes(after, "peak_gpu_bytes")
+        anonymous = largest_of_processes(after, "peak_anonymous_bytes")
+        peaks = [gpu[usage.process] or anonymous[usage.process] for usage in after[1:]]
+        record = self.record
+        record["cpu_seconds"][name] = _total(after, "cpu_s") - _total(before, "cpu_s")
+        record["worker_seconds"][name] = busy
+        record["packing_seconds"][name] = packing
+        record["peak_rss_bytes"] = _total(after[1:], "peak_rss_bytes")
+        record["peak_gpu_bytes"] = max(record["peak_gpu_bytes"], sum(gpu.values()))
+        record["peak_bytes"][name] = peaks
+        return busy
+
     def tell(self, name: str, facts: Mapping[str, float | None]) -> None:
-        """Emit an event inside of the present step; its seconds are those since units began.
+        """Emit an event inside of the present step, with the time since its units began.
 
         Facts that are not known or not finite are left out.
         """
-        told: dict[str, Fact] = {k: x for k, x in facts.items() if x is not None and x < math.inf}
-        seconds = round(self.moment().elapsed_s, 3)
-        self._emit(Event(name, self._present[1], self._num_shots, seconds, told))
+        told: dict[str, Fact] = {}
+        for fact, value in facts.items():
+            if value is not None and value < math.inf:
+                told[fact] = value
+        moment = self.moment()
+        event = Event(
+            step=name,
+            shot=moment.shot,
+            num_shots=moment.num_shots,
+            seconds=round(moment.elapsed_s, 3),
+            facts=told,
+        )
+        self._emit(event)
 
     def _emit(self, event: Event) -> None:
         self._run.add_event(asdict(event))
         self._listen(event)
 
     def moment(self) -> Moment:
-        """Return how far the present step has come."""
-        now = self._cluster.progress
+        """Return the progress of the present step."""
+        progress = self._cluster.progress
         step, shot = self._present
-        units = (now.done, now.total, now.unit, now.tokens_each)
-        return Moment(step, shot, self._num_shots, *units, time.monotonic() - now.started_s)
+        return Moment(
+            step=step,
+            shot=shot,
+            num_shots=self._num_shots,
+            done=progress.done,
+            total=progress.total,
+            unit=progress.unit,
+            tokens_each=progress.tokens_each,
+            elapsed_s=time.monotonic() - progress.started_s,
+        )
 
     def _usages(self) -> list[Usage]:
         return [process_usage(torch.device("cpu")), *self._cluster.run_all(Worker.usage)]
 
 
 def largest_of_processes(usages: list[Usage], field: str) -> dict[str, Any]:
-    """Return the largest value of a field by process; the first asked begins anew."""
+    """Return the largest value of a field by process.
+
+    Of several workers in one process, only the first reports peaks; reading them resets them.
+    """
     largest: dict[str, Any] = {}
     for usage in usages:
         largest[usage.process] = max(largest.get(usage.process, 0), getattr(usage, field))
@@ -200,11 +260,11 @@ def _total(usages: list[Usage], field: str) -> Any:
 _DOCUMENT = Path(__file__).with_name("metrics.yaml").read_text(encoding="utf-8")
 _METRICS: dict[str, dict[str, list[str]]] = yaml.safe_load(_DOCUMENT)
 GAUGES = _METRICS["gauges"]
-"""Name -> description, and its own tags."""
+"""Name -> description, and names of its tags beside the run."""
 
 
 def readings(event: Event) -> Iterator[tuple[str, float, dict[str, str]]]:
-    """Yield what an event says about each metric: its name, its value, its own tags."""
+    """Yield the metrics of an event: name, value, and tags beside the run."""
     if event.step == "retry":
         yield "retries", 1.0, {"cause": str(event.facts["cause"])}
         return
@@ -233,20 +293,24 @@ class Recorder:
     """
 
     def __init__(self, run: str, gauge: Callable[..., Any], counter: Callable[..., Any]) -> None:
-        """Register them; the name of the run is a tag of all.
+        """Register the metrics; the name of the run is a tag of all of them.
 
         Args:
             run: its name.
-            gauge: makes one of a name, a description and names of tags, as `ray.util.metrics` does.
-            counter: likewise.
+            gauge: makes a gauge from a name, a description and names of tags, like
+                `ray.util.metrics.Gauge`.
+            counter: makes a counter from the same arguments.
         """
         self._run = run
         self._record: dict[str, Callable[..., None]] = {}  # by the name of a metric
-        for new, texts, method in ((gauge, GAUGES, "set"), (counter, _METRICS["counters"], "inc")):
-            for name, (text, *tags) in texts.items():
-                self._record[name] = getattr(new(f"surgeon_{name}", text, ("run", *tags)), method)
+        for name, (description, *tags) in GAUGES.items():
+            made = gauge(f"surgeon_{name}", description, ("run", *tags))
+            self._record[name] = made.set
+        for name, (description, *tags) in _METRICS["counters"].items():
+            made = counter(f"surgeon_{name}", description, ("run", *tags))
+            self._record[name] = made.inc
 
     def record(self, event: Event) -> None:
-        """Set the gauges and add to the counters that an event says something of."""
+        """Set the gauges and increase the counters of an event."""
         for name, value, tags in readings(event):
             self._record[name](value, {"run": self._run, **tags})

@@ -21,24 +21,24 @@ _PAGE_EVERY_S = 60.0
 
 
 def excerpt(text: str, length: int | None = None) -> str:
-    """Return a text of a model or a user as it may be shown.
-
-    It is on one line, without control characters, and cut.
+    """Return a text of a model or a user on one line, without control characters.
 
     Args:
-        text: anything.
-        length: characters that are shown, at most; None for all.
+        text: of any content.
+        length: the most characters to show, beyond which the text is cut; None for all.
     """
     visible = "".join(c for c in text if c.isspace() or unicodedata.category(c)[0] != "C")
     line = " ".join(visible.split())
-    return line if length is None or len(line) <= length else line[: length - 3].rstrip() + "..."
+    if length is None or len(line) <= length:
+        return line
+    return line[: length - 3].rstrip() + "..."
 
 
 def page(records: Sequence[Mapping[str, Any]]) -> str:
-    """Return an HTML page about one run, or about several, compared and then each.
+    """Return an HTML page about one run, or about several: a comparison, and then each of them.
 
     Args:
-        records: contents of report.json; of runs that have not ended, too.
+        records: contents of report.json; the runs need not have ended.
     """
     return rendered("html_report.html.jinja", records=records, reports=reports, plots=plots)
 
@@ -56,30 +56,31 @@ def rendered(template: str, **context: Any) -> str:
 
 
 class LivePage:
-    """Writes report.html of a run, at most once a minute, and at the end with the plots.
-
-    It is written when a shot is committed.
-    """
+    """Writes report.html of a run, at most once a minute, and the plots at the end."""
 
     def __init__(self, run: RunDirectory) -> None:
-        """Wait a minute before the first page."""
+        """Start the minute before the first page."""
         self._run = run
         self._last_s = time.monotonic()
 
     def draw(self, record: Mapping[str, Any], *, final: bool) -> None:
-        """Write the page, and at the end the plots.
+        """Write the page, and the plots too if it is the final one.
 
-        A failure is recorded and ignored: a drawing must not end a run of hours, and ``ray-surgeon
-        report`` can make it later.
+        A failure is recorded and ignored, because a drawing must not end a run of hours;
+        ``ray-surgeon report`` can repeat it later.
         """
         if not final and time.monotonic() - self._last_s < _PAGE_EVERY_S:
             return
         self._last_s = time.monotonic()
         try:
             files.write_text(self._run.path("report.html"), page([record]))
-            for name, figure in plots.run_figures(record).items() if final else ():
-                uri = self._run.path("plots", name)
-                files.write_text(f"{uri}.svg", plots.inline_svg(figure, name))
-                plots.save(figure, f"{uri}.png")
+            if final:
+                self._write_plots(record)
         except Exception as error:  # whatever a plotting library raises
             self._run.add_event({"step": "drawing failed", "reason": repr(error)})
+
+    def _write_plots(self, record: Mapping[str, Any]) -> None:
+        for name, figure in plots.run_figures(record).items():
+            uri = self._run.path("plots", name)
+            files.write_text(f"{uri}.svg", plots.inline_svg(figure, name))
+            plots.save(figure, f"{uri}.png")

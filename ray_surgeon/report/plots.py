@@ -25,12 +25,12 @@ Records = Sequence[Mapping[str, Any]]
 
 _MARKERS = "osD^vP*X<>"
 _INK = "#010101"
-"""What a page replaces by its own colour of text, see plots.mplstyle."""
+"""Colour that a page replaces by the colour of its text, see plots.mplstyle."""
 _SOFT: dict[str, Any] = {"color": "#808080", "alpha": 0.3, "linewidth": 0.5}
 _HIGHEST = 8.0
-"""Times the dense perplexity above which a value is not drawn.
+"""Largest drawn perplexity, as a multiple of the dense model's.
 
-Such a model has collapsed, and would press all the rest into one line.
+Models above it have collapsed, and would compress all other values into one line.
 """
 
 
@@ -38,10 +38,10 @@ _styled = rc_context(fname=Path(__file__).with_name("plots.mplstyle"))
 
 
 def save(figure: Figure, uri: str) -> None:
-    """Write a figure, in the format that the name ends in.
+    """Write a figure, in the format of the name's ending.
 
     Raises:
-        ValueError: matplotlib knows no such format.
+        ValueError: matplotlib does not know the format.
     """
     with files.replacing(uri) as file:
         figure.savefig(file, format=uri.rpartition(".")[2], dpi=150, facecolor="white")
@@ -52,14 +52,14 @@ def inline_svg(figure: Figure, name: str) -> str:
 
     Args:
         figure: to draw.
-        name: distinguishes the identifiers inside from those of other figures of a page.
+        name: distinguishes its identifiers from those of other figures of a page.
     """
     buffer = io.StringIO()
-    nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+    no_metadata = {"Date": None, "Creator": None, "Format": None, "Type": None}
     name = re.sub("[^A-Za-z0-9-]", "-", name)
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
-        figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
-    figure.set_layout_engine("none")  # it is laid out; another format need not do it again
+        figure.savefig(buffer, format="svg", transparent=True, metadata=no_metadata)
+    figure.set_layout_engine("none")  # another format need not lay it out again
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :].replace(_INK, "currentColor")
     svg = re.sub(r"\b(id=\"|url\(#|href=\"#)", rf"\g<1>{name}-", svg)
@@ -75,11 +75,13 @@ def _axes(x_label: str, y_label: str, height: float = 4.0) -> tuple[Figure, Axes
 
 def _points(record: Mapping[str, Any], text: str | None) -> list[tuple[float, float]]:
     """Return sparsity and quality of the dense model and after every shot; see `quality_figure`."""
-    dense = record["dense"] | {"sparsity": 0.0, "generation": {"acceptance": 1.0}}
+    dense = {**record["dense"], "sparsity": 0.0, "generation": {"acceptance": 1.0}}
     points = []
     for state in (dense, *record["shots"]):
-        quality = (state.get("generation") or {}).get("acceptance", math.inf)
-        if text is not None:
+        if text is None:
+            generation = state.get("generation") or {}
+            quality = generation.get("acceptance", math.inf)
+        else:
             quality = state["perplexity"].get(text, math.inf)
         if math.isfinite(quality):
             points.append((100 * state["sparsity"], quality))
@@ -88,12 +90,13 @@ def _points(record: Mapping[str, Any], text: str | None) -> list[tuple[float, fl
 
 @_styled
 def quality_figure(records: Records, text: str | None) -> Figure:
-    """Plot a measure against sparsity, one line a run, with the dense model at zero.
+    """Plot a measure against sparsity, one line per run, with the dense model at zero.
+
+    Runs that were not measured are left out.
 
     Args:
         records: contents of report.json.
-        text: on which perplexity is plotted; None for the acceptance rate. Runs that were not
-            measured are left out.
+        text: whose perplexity is plotted; None for the acceptance rate.
     """
     label = "acceptance rate" if text is None else f"perplexity on {text}"
     figure, axes = _axes("sparsity of the blocks' linears, %", label)
@@ -102,14 +105,15 @@ def quality_figure(records: Records, text: str | None) -> Figure:
         points = _points(record, text)
         if len(points) < 2:
             continue
-        axes.plot(*zip(*points, strict=True), **_style(number, record))
-        _, dense = points[0]
+        sparsities, qualities = zip(*points, strict=True)
+        axes.plot(sparsities, qualities, **_style(number, record))
+        dense = qualities[0]
         axes.axhline(dense, color="#909090", linewidth=0.8, linestyle="--", zorder=0)
         highest = max(highest, _HIGHEST * dense)
     if highest and text is not None:
         axes.set_yscale("log")
-        for set_formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
-            set_formatter(LogFormatter(labelOnlyBase=False, minor_thresholds=(2, 0.5)))
+        axes.yaxis.set_major_formatter(_log_formatter())
+        axes.yaxis.set_minor_formatter(_log_formatter())
         axes.set_ylim(top=min(axes.get_ylim()[1], highest))
     axes.grid(which="both", **_SOFT)
     if highest:
@@ -117,11 +121,19 @@ def quality_figure(records: Records, text: str | None) -> Figure:
     return figure
 
 
+def _log_formatter() -> LogFormatter:
+    return LogFormatter(labelOnlyBase=False, minor_thresholds=(2, 0.5))
+
+
 def _style(number: int, record: Mapping[str, Any]) -> dict[str, Any]:
-    """Return how a run is drawn: its number makes it look the same in every figure."""
+    """Return the style of a run, which is the same in every figure."""
     colors = rcParams["axes.prop_cycle"].by_key()["color"]
-    style: dict[str, Any] = {"marker": _MARKERS[number % len(_MARKERS)], "markersize": 4}
-    return style | {"color": colors[number % len(colors)], "label": record["spec"]["name"]}
+    return {
+        "marker": _MARKERS[number % len(_MARKERS)],
+        "markersize": 4,
+        "color": colors[number % len(colors)],
+        "label": record["spec"]["name"],
+    }
 
 
 @_styled
@@ -130,42 +142,52 @@ def sizes_figure(record: Mapping[str, Any]) -> Figure:
     figure, axes = _axes("new tokens, times as fast as the dense model", "divergence, nats a token")
     points = _timed_sizes(record)
     for number, text in enumerate(record["dense"]["perplexity"]):
-        line = [(1.0, 0.0), *((speed, shot["divergence"][text]) for _, speed, shot in points)]
-        axes.plot(*zip(*line, strict=True), **_style(number, record) | {"label": text})
+        speeds = [1.0]
+        divergences = [0.0]
+        for _size, speed, shot in points:
+            speeds.append(speed)
+            divergences.append(shot["divergence"][text])
+        style = _style(number, record)
+        style["label"] = text
+        axes.plot(speeds, divergences, **style)
     for size, speed, shot in points:
-        highest = max(shot["divergence"].values())
-        axes.annotate(size_name(record, size), (speed, highest), (0, 6), textcoords="offset points")
+        axes.annotate(
+            size_name(record, size),
+            xy=(speed, max(shot["divergence"].values())),
+            xytext=(0, 6),
+            textcoords="offset points",
+        )
     axes.grid(**_SOFT)
     axes.legend()
     return figure
 
 
 def _timed_sizes(record: Mapping[str, Any]) -> list[tuple[float, float, Mapping[str, Any]]]:
-    """Return the sizes that were timed: size, speed, and the shot."""
-    return [
-        (size, export["speed"]["decode_ratio"], shot)
-        for size, shot in family_of(record).items()
-        for export in shot["exports"]
-        if "speed" in export
-    ]
+    """Return the timed sizes of a family: size, speed, and the shot."""
+    timed = []
+    for size, shot in family_of(record).items():
+        for export in shot["exports"]:
+            if "speed" in export:
+                timed.append((size, export["speed"]["decode_ratio"], shot))
+    return timed
 
 
 def _trainings(record: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """Return what is known of trainings that were checked, also of one that has not ended."""
+    """Return the shots whose training was checked, and the present one before it ends."""
     shots = (*record["shots"], record.get("present", {}))
     return [shot for shot in shots if shot.get("recovery_held_aside")]
 
 
 @_styled
 def training_figure(records: Records) -> Figure:
-    """Plot what trainings after pruning came to on windows held aside, against their tokens.
+    """Plot the checks of trainings after pruning against their tokens.
 
-    That is the divergence or loss, with the loss of each step as a thin line, and below it the
-    acceptance, if it is known. Trainings after the shots of a run stand side by side.
+    The upper panel has the divergence or loss on windows held aside, with the loss of each step as
+    a thin line; the lower one has the acceptance, if it is known. Trainings after the shots of a
+    run stand side by side.
     """
     labels = {"value": "nats per token"}
-    shots = [shot for record in records for shot in _trainings(record)]
-    if any(check["acceptance"] for shot in shots for check in shot["recovery_held_aside"]):
+    if _has_acceptance(records):
         labels["acceptance"] = "acceptance rate"
     figure = Figure(figsize=(6.4, 4.0), layout="constrained")
     panels = figure.subplots(len(labels), 1, sharex=True, squeeze=False)[:, 0]
@@ -176,12 +198,14 @@ def training_figure(records: Records) -> Figure:
             held = shot["recovery_held_aside"]
             tokens = [before + check["tokens"] for check in held]
             for axes, (measure, label) in zip(panels, labels.items(), strict=True):
-                axes.plot(tokens, np.array([c[measure] for c in held], float), **style)
+                values = np.array([check[measure] for check in held], float)
+                axes.plot(tokens, values, **style)
                 axes.set_ylabel(label)
             losses = shot["recovery_losses"]
             places = np.linspace(before, tokens[-1], len(losses) + 1)[1:]
-            # an artist alone leaves the limits as they are: losses of steps scatter
-            panels[0].add_artist(Line2D(places, losses, color=style["color"], lw=0.5, alpha=0.4))
+            # an artist does not change the limits of the axes, because losses of steps scatter
+            line = Line2D(places, losses, color=style["color"], linewidth=0.5, alpha=0.4)
+            panels[0].add_artist(line)
             before = tokens[-1]
             style["label"] = None
     panels[0].legend()
@@ -190,43 +214,67 @@ def training_figure(records: Records) -> Figure:
     return figure
 
 
-def by_block(linears: Records) -> dict[str, list[float]]:
-    """Return, for every kind of linear, the mean sparsity in every block.
+def _has_acceptance(records: Records) -> bool:
+    for record in records:
+        for shot in _trainings(record):
+            if any(check["acceptance"] for check in shot["recovery_held_aside"]):
+                return True
+    return False
 
-    It is not a number where a block has none. The linears of a kind that are numbered inside of a
-    block are taken together.
+
+def by_block(linears: Records) -> dict[str, list[float]]:
+    """Return the mean sparsity of every kind of linear in every block.
+
+    It is NaN where a block has no such linear. Linears that are numbered inside of a block, such as
+    experts, are one kind.
     """
     kinds: dict[str, dict[int, list[float]]] = {}
     for linear in linears:
         _, block, place = re.split(r"\.(\d+)\.", linear["name"], maxsplit=1)
         blocks = kinds.setdefault(re.sub(r"\.\d+\.", ".*.", place), {})
         blocks.setdefault(int(block), []).append(linear["sparsity"])
-    every = range(1 + max(block for blocks in kinds.values() for block in blocks))
-    return {
-        kind: [statistics.fmean(blocks.get(block, [math.nan])) for block in every]
-        for kind, blocks in kinds.items()
-    }
+    last = max(max(blocks) for blocks in kinds.values())
+    means: dict[str, list[float]] = {}
+    for kind, blocks in kinds.items():
+        means[kind] = []
+        for block in range(last + 1):
+            means[kind].append(statistics.fmean(blocks.get(block, [math.nan])))
+    return means
 
 
 def depth_figure(linears: Records) -> Figure:
     """Plot sparsity by block and kind of linear as a heat map (The LLM Surgeon, figure 4)."""
     kinds = by_block(linears)
-    highest = max(0.05, *(v for row in kinds.values() for v in row if v == v))
+    highest = 0.05
+    for sparsities in kinds.values():
+        for sparsity in sparsities:
+            if not math.isnan(sparsity):
+                highest = max(highest, sparsity)
     figure, axes = _axes("block", "", 1.2 + 0.28 * len(kinds))
     filled = axes.pcolormesh(list(kinds.values()), cmap="viridis", vmin=0, vmax=highest)
     axes.invert_yaxis()
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    last = [kind.rpartition(".")[2] for kind in kinds]
-    # the last parts of the kinds' names, and of those with equal ones the whole names
-    labels = [kind if last.count(end) > 1 else end for kind, end in zip(kinds, last, strict=True)]
-    axes.set_yticks([i + 0.5 for i in range(len(kinds))], labels)
+    axes.set_yticks(np.arange(len(kinds)) + 0.5, _short_names(list(kinds)))
     figure.colorbar(filled, ax=axes, label="sparsity", aspect=12)
     return figure
 
 
+def _short_names(kinds: Sequence[str]) -> list[str]:
+    """Return the last part of each dotted name, or the whole name where that is ambiguous."""
+    ends = [kind.rpartition(".")[2] for kind in kinds]
+    names = []
+    for kind, end in zip(kinds, ends, strict=True):
+        is_ambiguous = ends.count(end) > 1
+        names.append(kind if is_ambiguous else end)
+    return names
+
+
 def steps_of(shots: Records) -> list[str]:
     """Return the names of the steps of shots, in their order."""
-    return list(dict.fromkeys(step for shot in shots for step in shot["seconds"]))
+    steps: dict[str, None] = {}
+    for shot in shots:
+        steps.update(dict.fromkeys(shot["seconds"]))
+    return list(steps)
 
 
 def time_figure(shots: Records) -> Figure:
@@ -234,11 +282,11 @@ def time_figure(shots: Records) -> Figure:
     figure = Figure(figsize=(6.4, 4.0), layout="constrained")
     times, memory = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     places = [shot["index"] for shot in shots]
-    below = [0.0] * len(shots)
+    below = np.zeros(len(shots))
     for step in steps_of(shots):
-        heights = [shot["seconds"].get(step, 0.0) for shot in shots]
+        heights = np.array([shot["seconds"].get(step, 0.0) for shot in shots])
         times.bar(places, heights, 0.7, bottom=below, label=step)
-        below = [a + b for a, b in zip(below, heights, strict=True)]
+        below = below + heights
     times.set_ylabel("seconds")
     times.legend(ncols=4, loc="upper center", bbox_to_anchor=(0.5, 1.22))
     for name, style, label in (("rss", "o-", "memory"), ("gpu", "s-", "GPU memory")):
@@ -255,16 +303,23 @@ def time_figure(shots: Records) -> Figure:
 
 
 def quality_figures(records: Records) -> dict[str, Figure]:
-    """Return figures by name: acceptance, if it is known, perplexity on every text, trainings."""
-    measures: dict[str, str | None] = {"acceptance": None} if has_generation(records) else {}
-    measures |= {f"perplexity-{text}": text for text in texts_of(records)}
-    trained = {"training": training_figure(records)} if any(map(_trainings, records)) else {}
-    return {name: quality_figure(records, text) for name, text in measures.items()} | trained
+    """Return figures by name: acceptance, perplexity on every text, trainings.
+
+    Acceptance and trainings are left out if the records have none.
+    """
+    figures = {}
+    if has_generation(records):
+        figures["acceptance"] = quality_figure(records, text=None)
+    for text in texts_of(records):
+        figures[f"perplexity-{text}"] = quality_figure(records, text)
+    if any(map(_trainings, records)):
+        figures["training"] = training_figure(records)
+    return figures
 
 
 @_styled
 def run_figures(record: Mapping[str, Any]) -> dict[str, Figure]:
-    """Return the figures of one run, by name; those for which it has no data are left out."""
+    """Return the figures of one run, by name, without those that would be empty."""
     figures = quality_figures([record])
     if record["shots"]:
         figures["depth"] = depth_figure(record["linears"])

@@ -1,4 +1,4 @@
-"""What all sections of a job spec have in common, and errors as sentences for users."""
+"""The base of all sections of a job spec, and errors as sentences for users."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag
 Errors = type[Exception] | tuple[type[Exception], ...]
 
 REASON = "{reason}"
-"""Stands in a message for what an error says, see `refusing`."""
+"""Placeholder in a message for the text of an error, see `refusing`."""
 _LONGEST_REASON = 500
-"""Characters of it, at most."""
+"""The most characters of an error's text in a message."""
 
 
 @contextlib.contextmanager
@@ -24,9 +24,9 @@ def refusing(what: str, remedy: str, kinds: Errors = OSError) -> Iterator[None]:
     """Turn an error into a ValueError for the user.
 
     Args:
-        what: cannot be used, and where that was wanted; has `REASON` where the words of the error
-            belong, if that is not at its end.
-        remedy: what the user can do.
+        what: says which thing cannot be used, and where; may hold `REASON` where the text of the
+            error belongs, which is otherwise added at the end.
+        remedy: advice for the user.
         kinds: of errors.
     """
     try:
@@ -52,19 +52,24 @@ def _without_secrets(uri: str) -> str:
 
 
 def local_path(value: Any) -> Any:
-    """Return a path as text, and what is none as it is.
+    """Return a path object as text, and any other value unchanged.
 
     Raises:
-        ValueError: it was a URI, whose two slashes a Path makes one.
+        ValueError: the path was a URI, whose two slashes a Path turns into one.
     """
-    path = os.fspath(value) if isinstance(value, os.PathLike) else value
-    if path is not value and re.match("[a-z][a-z0-9+.-]+:/", path):
+    if not isinstance(value, os.PathLike):
+        return value
+    path = os.fspath(value)
+    if re.match("[a-z][a-z0-9+.-]+:/", path):
         raise ValueError(f"{path} was a URI before it became a path; give URIs as text")
     return path
 
 
 def absolute(uri: str) -> str:
-    """Return a local path whole, as workers run in other folders, and any other URI as it is."""
+    """Return the absolute path of a local path, and any other URI unchanged.
+
+    Workers run in other folders, so relative paths would have another meaning there.
+    """
     if "://" in uri:
         return uri
     path = os.path.expanduser(uri)
@@ -75,9 +80,9 @@ def absolute(uri: str) -> str:
 
 _Text = Annotated[str, Field(min_length=1)]
 Address = Annotated[_Text, BeforeValidator(local_path), AfterValidator(_without_secrets)]
-"""A path, URI or Hub id, which the run's records show."""
+"""A path, URI or Hub id, shown in the run's records."""
 Place = Annotated[Address, AfterValidator(absolute)]
-"""A path or URI; a local path becomes a whole one."""
+"""A path or URI; a local path becomes absolute."""
 
 
 class Section(pydantic.BaseModel):
@@ -86,15 +91,20 @@ class Section(pydantic.BaseModel):
     The docstring below a field is its description, in `ray-surgeon schema` and in the docs.
     """
 
-    model_config = pydantic.ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-    model_config |= {"hide_input_in_errors": True, "use_attribute_docstrings": True}
+    model_config = pydantic.ConfigDict(
+        frozen=True,
+        extra="forbid",
+        allow_inf_nan=False,
+        hide_input_in_errors=True,
+        use_attribute_docstrings=True,
+    )
     is_checked: ClassVar[bool] = False  # whether its stage measures itself on windows held aside
 
     def problems(self) -> Iterable[str]:
-        """Yield what fields that are right by themselves have against each other.
+        """Yield conflicts between fields that are valid by themselves.
 
         Each is a sentence with the remedy. The first becomes the section's error; those of base
-        classes come before a class's own, which need not yield them.
+        classes are found first, so that a class need not yield them again.
         """
         return ()
 
@@ -122,7 +132,9 @@ def by_tag(tag_of: Callable[[Any], str | None], expected: str) -> Discriminator:
 
     def find(value: Any) -> str | None:
         fields = vars(value) if isinstance(value, Section) else value
-        return tag(str(tag_of(fields.get))) if isinstance(fields, dict) else None
+        if not isinstance(fields, dict):
+            return None
+        return tag(str(tag_of(fields.get)))
 
     return Discriminator(find, "no_such_section", f"expected {expected}")
 
@@ -132,4 +144,4 @@ OrAuto = Annotated[
     Annotated[_S, Tag(tag("section"))] | Annotated[Literal["auto"], Tag(tag("auto"))],
     Discriminator(lambda value: tag("auto") if isinstance(value, str) else tag("section")),
 ]
-"""A section or the word auto; errors are of the one that was meant."""
+"""A section or the word auto; errors refer to the one that was given."""

@@ -1,4 +1,4 @@
-"""Job specs as text: YAML, overrides, and what is wrong with them in words."""
+"""Job specs as text: YAML, overrides, and messages about their errors."""
 
 from __future__ import annotations
 
@@ -8,24 +8,26 @@ from typing import Any
 
 import yaml
 from pydantic import ValidationError
+from pydantic_core import ErrorDetails
 
 from ray_surgeon.spec.base import REASON, refusing
 from ray_surgeon.spec.job import JobSpec
 
 _YAML_ERRORS = (yaml.YAMLError, RecursionError, ValueError, LookupError, AttributeError)
-"""PyYAML lets through what its constructors raise on values that do not fit their tags."""
+"""Errors of PyYAML, and those of its constructors on values that do not fit their tags."""
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML's safe loader, which refuses a key that is given twice: the last one would win."""
+    """YAML's safe loader, but a repeated key is an error, as otherwise the last one would win."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> Any:
         """Return a mapping."""
-        names = [key.value for key, _ in node.value]
-        for number, (key, _) in enumerate(node.value):
-            if key.value in names[:number] and key.value != "<<":
+        earlier = []
+        for key, _ in node.value:
+            if key.value in earlier and key.value != "<<":
                 problem = f"{key.value} is given twice; remove one"
                 raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
+            earlier.append(key.value)
         return super().construct_mapping(node, deep)
 
 
@@ -59,17 +61,12 @@ def _apply_override(document: dict[str, Any], override: str) -> None:
     with refusing(f"--set {override}: the value is no YAML ({REASON})", remedy, _YAML_ERRORS):
         content = yaml.safe_load(value)
     texts = document.get("evaluation")
-    if keys[0] == "evaluation" and isinstance(texts, list) and not "".join(keys[1:2]).isdecimal():
-        document["evaluation"] = {"texts": texts}  # for which a list is short
+    is_item = len(keys) > 1 and keys[1].isdecimal()
+    if keys[0] == "evaluation" and isinstance(texts, list) and not is_item:
+        document["evaluation"] = {"texts": texts}  # the long form of a list
     place: Any = document
     for number, key in enumerate(keys):
-        where = f"--set {override}: {'.'.join(keys[:number])} is"
-        if not isinstance(place, dict | list):
-            raise ValueError(f"{where} {place!r}, which has no fields; set it itself")
-        at: Any = int(key) if isinstance(place, list) and key.isdecimal() else key
-        if isinstance(place, list) and at not in range(len(place)):
-            last = len(place) - 1
-            raise ValueError(f"{where} a list with items 0 to {last}, and {key!r} is none of them")
+        at = _place_in(place, key, where=f"--set {override}: {'.'.join(keys[:number])} is")
         if number == len(keys) - 1:
             place[at] = content
         elif isinstance(place, dict) and place.get(at) is None:  # absent, or switched off by null
@@ -77,45 +74,80 @@ def _apply_override(document: dict[str, Any], override: str) -> None:
         place = place[at]
 
 
+def _place_in(container: Any, key: str, where: str) -> str | int:
+    """Return a key of a mapping, or the index of an item of a list."""
+    if isinstance(container, dict):
+        return key
+    if not isinstance(container, list):
+        raise ValueError(f"{where} {container!r}, which has no fields; set it itself")
+    if not key.isdecimal() or int(key) not in range(len(container)):
+        last = len(container) - 1
+        raise ValueError(f"{where} a list with items 0 to {last}, and {key!r} is none of them")
+    return int(key)
+
+
+_LIST = "expected a list, such as [a, b]"
 _FIELDS = "expected fields, such as {name: value}"
 _SENTENCES = {
     "missing": "is missing; add it, `ray-surgeon schema` describes it",
-    **dict.fromkeys(("tuple_type", "list_type"), "expected a list, such as [a, b]"),
-    **dict.fromkeys(("model_type", "model_attributes_type", "dict_type"), _FIELDS),
+    "tuple_type": _LIST,
+    "list_type": _LIST,
+    "model_type": _FIELDS,
+    "model_attributes_type": _FIELDS,
+    "dict_type": _FIELDS,
     "int_parsing": "expected a whole number, written out",
     "float_parsing": "expected a number; an exponent needs a point and a sign, as in 1.0e+8",
 }
-"""Type of an error of pydantic's -> what it means to people who write YAML."""
+"""Type of a pydantic error -> its message for people who write YAML."""
 
 
 def validation_message(error: ValidationError, origin: str, derived: Sequence[str] = ()) -> str:
-    """Return what is wrong with a job spec: a line a field, with the remedy.
+    """Return a message about an invalid job spec: one line per field, with the remedy.
 
     Args:
         error: of `JobSpec`.
         origin: of the spec.
-        derived: sections that were made of others; what is wrong with them follows.
+        derived: sections that were made from others; their errors are left out if others have any.
     """
     lines = [f"{origin} is not a valid job spec:"]
     problems = error.errors(include_url=False)
-    made = [(section,) for section in derived]
     for problem in problems:
-        kind = problem["type"]
-        place = problem["loc"]
         others = [another["loc"] for another in problems if another is not problem]
-        # a list is also short of an item that is wrong itself
-        is_short = kind == "too_short" and any(loc[: len(place)] == place for loc in others)
-        follows = place[:1] in made and any(loc[:1] not in made for loc in others)
-        if is_short or follows or kind == "default_factory_not_called":
-            continue
-        parts = [str(part) for part in place]
-        tags = [part[1:-1] for part in parts if part.startswith("<")]
-        path = ".".join(part for part in parts if not part.startswith("<")) or "spec"
-        message = _SENTENCES.get(kind, problem["msg"].removeprefix("Value error, "))
-        shows_value = kind not in ("missing", "value_error")
-        got = f" (got {reprlib.repr(problem['input'])[:80]})" if shows_value else ""
-        if kind == "extra_forbidden":
-            message = f"is not an option of {tags[-1]}" if tags else "is not an option"
-            got += "; remove it or correct its name, `ray-surgeon schema` lists the fields"
-        lines.append(f"  {path}: {message}{got}")
+        if not _follows(problem, others, derived):
+            lines.append(_line(problem))
     return "\n".join(lines)
+
+
+def _follows(
+    problem: ErrorDetails, others: Sequence[tuple[int | str, ...]], derived: Sequence[str]
+) -> bool:
+    """Whether an error is only a consequence of errors at other places."""
+    kind = problem["type"]
+    place = problem["loc"]
+    if kind == "default_factory_not_called":
+        return True
+    # a list is also too short if one of its items is wrong
+    if kind == "too_short" and any(loc[: len(place)] == place for loc in others):
+        return True
+    made = [(section,) for section in derived]
+    return place[:1] in made and any(loc[:1] not in made for loc in others)
+
+
+def _line(problem: ErrorDetails) -> str:
+    kind = problem["type"]
+    names = []
+    tags = []
+    for part in map(str, problem["loc"]):
+        if part.startswith("<"):
+            tags.append(part[1:-1])
+        else:
+            names.append(part)
+    message = _SENTENCES.get(kind, problem["msg"].removeprefix("Value error, "))
+    if kind not in ("missing", "value_error"):
+        got = f" (got {reprlib.repr(problem['input'])[:80]})"
+    else:
+        got = ""
+    if kind == "extra_forbidden":
+        message = f"is not an option of {tags[-1]}" if tags else "is not an option"
+        got += "; remove it or correct its name, `ray-surgeon schema` lists the fields"
+    return f"  {'.'.join(names) or 'spec'}: {message}{got}"

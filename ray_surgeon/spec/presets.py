@@ -1,4 +1,4 @@
-"""Presets: settings of text and method that fit together, under what a spec says itself.
+"""Presets: defaults of text and method that fit together, for fields that a spec leaves out.
 
 A preset has no number that belongs to one model. Learning rates and damping are chosen in the run,
 by windows held aside.
@@ -21,28 +21,30 @@ PRESETS: dict[str, dict[str, Any]]
 `reconstruction` is a part of `pruning` of coupled groups.
 """
 _TAKEN: dict[str, dict[str, list[str]]]
-"""Setting -> which jobs take it."""
+"""Setting -> the jobs that it applies to."""
 _TEXTS: list[dict[str, Any]]
-"""What a run is measured on if it names no texts."""
+"""Evaluation texts of a run that names none."""
 PRESETS, _TAKEN, _TEXTS = yaml.safe_load_all(_FILE.read_text(encoding="utf-8"))
 
 
 def with_preset(document: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a job spec's document with its preset's settings under its own.
-
-    Default texts to measure on are added.
+    """Return a job spec's document, completed by its preset and by default evaluation texts.
 
     Args:
-        document: a mapping of sections; a section may be anything yet.
+        document: a mapping of sections, which are not validated yet.
     """
     filled = dict(document)
-    if preset := PRESETS.get(str(document.get("preset"))):
+    preset = PRESETS.get(str(document.get("preset")))
+    if preset:
         _fill(filled, preset)
-    filled.setdefault("calibration", {"source": "auto"} | PRESETS["balanced"]["calibration"])
-    evaluation = {} if filled.get("evaluation") is None else filled["evaluation"]
+    balanced = PRESETS["balanced"]["calibration"]
+    filled.setdefault("calibration", {"source": "auto", **balanced})
+    evaluation = filled.get("evaluation")
+    if evaluation is None:
+        evaluation = {}
     if isinstance(evaluation, Mapping) and "texts" not in evaluation:
         length = _mapping(filled["calibration"]).get("sequence_length", 512)
-        texts = [text | {"sequence_length": length} for text in _TEXTS]
+        texts = [{**text, "sequence_length": length} for text in _TEXTS]
         filled["evaluation"] = {"texts": texts, **evaluation}
     return filled
 
@@ -58,7 +60,7 @@ def _fill(document: dict[str, Any], preset: Mapping[str, Any]) -> None:
         has_kinds = kinds.isdisjoint(jobs["without"]) and not kinds.isdisjoint(jobs["one_of"])
         return has_kinds and kind in jobs["curvature"]
 
-    _under(document, "calibration", {"source": "auto"} | preset["calibration"])
+    _under(document, "calibration", {"source": "auto", **preset["calibration"]})
     prunes = document.get("pruning", pruning) is not None
     if prunes and pruning.get("method", "llm_surgeon") == "llm_surgeon":
         settings = {name: value for name, value in preset["curvature"].items() if is_taken(name)}
@@ -71,19 +73,23 @@ def _fill(document: dict[str, Any], preset: Mapping[str, Any]) -> None:
     if preset["recovery"] is not None and (prunes or has_teacher):
         _under(document, "recovery", preset["recovery"])
     if pruning.get("structure") == "groups":
-        shots = {} if "sparsities" in pruning else {"num_shots": 1}
-        document["pruning"] = {**shots, **pruning}
+        if "sparsities" in pruning:
+            document["pruning"] = dict(pruning)
+        else:
+            document["pruning"] = {"num_shots": 1, **pruning}
         if is_taken("reconstruction"):
             _under(document["pruning"], "reconstruction", preset["reconstruction"])
 
 
 def _mapping(section: Any) -> Mapping[str, Any]:
-    """Return a section if it is one, and an empty one instead of anything else."""
-    return section if isinstance(section, Mapping) else {}
+    """Return a section if it is a mapping, else an empty one."""
+    if isinstance(section, Mapping):
+        return section
+    return {}
 
 
 def _under(document: dict[str, Any], name: str, settings: Mapping[str, Any]) -> None:
-    """Put settings under those of a section; a section that is null stays so."""
+    """Add settings that a section does not have; a section that is null stays null."""
     section = document.get(name, {})
     if isinstance(section, Mapping):
         document[name] = {**settings, **section}

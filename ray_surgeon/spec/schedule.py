@@ -1,4 +1,4 @@
-"""How much a run removes, and in how many shots."""
+"""Schedules: the amount that a run removes, and its shots."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class ScheduleSection(Section):
 
     @property
     def size_shots(self) -> tuple[int, ...]:
-        """Numbers of the shots after which the model has a size that is asked for."""
+        """Numbers of the shots after which the model has a requested size."""
         return (self.shots,)
 
     @property
@@ -43,26 +43,30 @@ class ScheduleSection(Section):
 
     @property
     def checks_itself(self) -> bool:
-        """Whether a stage measures itself on windows held aside, as its section says."""
-        sections = (part for part in vars(self).values() if isinstance(part, Section))
+        """Whether the section of a stage says that it measures itself on windows held aside."""
+        sections = [part for part in vars(self).values() if isinstance(part, Section)]
         return any(section.is_checked for section in sections)
 
     def problem_with(self, curvature: AnyCurvature) -> str | None:
-        """Return why this section and a curvature do not go together, if so."""
+        """Return the conflict between this section and a curvature, if there is one."""
         return None
 
     @property
     def targets(self) -> tuple[float, ...]:
-        """Sparsity at the end of every shot; none if the target is no sparsity."""
-        return () if self.last_sparsity is None else self.fractions(self.last_sparsity)
+        """Sparsity at the end of every shot; empty if the target is no sparsity."""
+        if self.last_sparsity is None:
+            return ()
+        return self.fractions(self.last_sparsity)
 
     def removed_in(self, shot: int) -> float:
-        """Return about which share of what is left goes in a shot.
+        """Return an estimate of the fraction of the remaining parameters that a shot removes.
 
-        Of a target that is no sparsity it is a fifth over all shots.
+        It assumes a final sparsity of 0.2 if the target is no sparsity.
         """
         last = 0.2 if self.last_sparsity is None else self.last_sparsity
-        before, after = (0.0, *self.fractions(last))[shot - 1 : shot + 1]
+        fractions = (0.0, *self.fractions(last))
+        before = fractions[shot - 1]
+        after = fractions[shot]
         return (after - before) / (1 - before)
 
     def fractions(self, last: float) -> tuple[float, ...]:
@@ -71,11 +75,14 @@ class ScheduleSection(Section):
 
     def _spread(self, first: float, last: float) -> tuple[float, ...]:
         """Return the fraction removed after each of num_shots shots that begin at `first`."""
-        parts = [shot / self.num_shots for shot in range(1, self.num_shots + 1)]
-        return tuple(first + (last - first) * part for part in parts)
+        fractions = []
+        for shot in range(1, self.num_shots + 1):
+            part = shot / self.num_shots
+            fractions.append(first + (last - first) * part)
+        return tuple(fractions)
 
     def problems(self) -> Iterator[str]:
-        """Yield what `sparsities` does not go with."""
+        """Yield conflicts of `sparsities` with other fields."""
         if self.sparsities is None:
             return
         last = self.last_sparsity
@@ -96,7 +103,7 @@ class _NoPruning(ScheduleSection):
 
 
 NO_PRUNING = _NoPruning(num_shots=1)
-"""Stands for `pruning` where it is null: one shot, which removes nothing."""
+"""Used if `pruning` is null: one shot, which removes nothing."""
 
 
 class SparsitySection(ScheduleSection):
@@ -120,7 +127,7 @@ class FamilySection(ScheduleSection):
     @property
     def shots(self) -> int:
         """Number of shots."""
-        return super().shots * len(self.sizes or (None,))
+        return super().shots * max(1, len(self.sizes or ()))
 
     @property
     def size_shots(self) -> tuple[int, ...]:
@@ -133,7 +140,9 @@ class FamilySection(ScheduleSection):
         """The last size, or the target, if it is a sparsity."""
         if self.target is not None:
             return None
-        return self.sizes[-1] if self.sizes else super().last_sparsity
+        if self.sizes:
+            return self.sizes[-1]
+        return super().last_sparsity
 
     def fractions(self, last: float) -> tuple[float, ...]:
         """Return the fraction removed at the end of every shot; `last` is the last one."""
@@ -145,20 +154,27 @@ class FamilySection(ScheduleSection):
         return self.through([last * (place + 1) / number for place in range(number)])
 
     def through(self, ends: Iterable[float]) -> tuple[float, ...]:
-        """Return the fraction removed at the end of every shot, from those of sizes."""
-        pairs = itertools.pairwise((0.0, *ends))
-        return tuple(itertools.chain.from_iterable(self._spread(*pair) for pair in pairs))
+        """Return the fraction removed at the end of every shot, given that at every size."""
+        fractions: list[float] = []
+        for first, last in itertools.pairwise((0.0, *ends)):
+            fractions.extend(self._spread(first, last))
+        return tuple(fractions)
 
     def problems(self) -> Iterator[str]:
-        """Yield what `sizes` does not go with."""
+        """Yield conflicts of `sizes` with other fields."""
         if self.sizes is None:
             return
-        got = f"sizes: got {list(self.sizes)}"
+        sizes = list(self.sizes)
         if self.target is not None:
-            needs = [self.target.of(size).allowed(1.0) for size in self.sizes]
-            if needs[-1:] != [self.target.allowed(1.0)] or needs != sorted(set(needs))[::-1]:
-                yield f"{got}; with target, give smaller and smaller models that end at it"
-        elif list(self.sizes) != sorted(set(self.sizes)) or not 0 < max(self.sizes, default=0) < 1:
-            yield f"{got}; give sparsities that rise, such as [0.1, 0.2]"
+            needs = [self.target.of(size).allowed(1.0) for size in sizes]
+            ends_at_target = needs[-1:] == [self.target.allowed(1.0)]
+            falls = needs == sorted(set(needs), reverse=True)
+            if not ends_at_target or not falls:
+                yield (
+                    f"sizes: got {sizes}; with target, give smaller and smaller models that end "
+                    "at it"
+                )
+        elif sizes != sorted(set(sizes)) or not 0 < max(sizes, default=0) < 1:
+            yield f"sizes: got {sizes}; give sparsities that rise, such as [0.1, 0.2]"
         if self.sparsities is not None:
             yield "sizes: takes the place of sparsities; remove one of them"

@@ -1,4 +1,4 @@
-"""What the whole model may need in the end, and the requests that are timed."""
+"""Targets for the size or speed of the whole model, and timed requests."""
 
 from __future__ import annotations
 
@@ -28,31 +28,34 @@ class SpeedSection(Section):
 class _Target(Section):
     @property
     def unit(self) -> str:
-        """What is limited; a field has its name."""
+        """The limited quantity, which is the name of a field."""
         return next(unit for unit in UNITS if hasattr(self, unit))
 
     @property
     def value(self) -> float:
-        """What is asked for."""
+        """The value of that field."""
         return float(getattr(self, self.unit))
 
     def of(self, value: float) -> _Target:
-        """Return a target that asks for another value.
+        """Return the target with another value.
 
         Raises:
-            ValueError: it cannot.
+            ValueError: the value is not valid for the target.
         """
-        return type(self).model_validate(self.model_dump() | {self.unit: value})
+        fields = self.model_dump()
+        fields[self.unit] = value
+        return type(self).model_validate(fields)
 
     def allowed(self, dense: float) -> float:
-        """Return what the whole model may need in the end, of which the dense model needs so much.
+        """Return the most that the whole model may need in the end.
 
-        `dense` is of the budget, e.g. in seconds.
+        Args:
+            dense: need of the dense model, in the unit of the budget, e.g. seconds.
         """
         return self.value
 
     def named(self, need: float, dense: float) -> str:
-        """Return what the target says of a model with such a need, if that has another unit."""
+        """Return a model's need in the target's unit as text, empty if the unit is the same."""
         return ""
 
 

@@ -12,8 +12,9 @@ from tests.integration.runs import Given, Jobs, in_memory
 
 @pytest.fixture(autouse=True)
 def undrawn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leave out pages and plots of runs in this process: tests/report/test_html_report.py has them, and
-    they take longer than a tiny run.
+    """Leave out pages and plots of runs in this process, which take longer than a tiny run.
+
+    tests/report/test_html_report.py has them.
     """
     if not request.module.__name__.endswith("test_s3_faults"):
         monkeypatch.setattr(LivePage, "draw", lambda self, record, *, final: None)

@@ -87,8 +87,8 @@ def test_any_text(text: str) -> None:
         again = parse_spec(yaml.safe_dump(spec.model_dump(mode="json")))
         assert again == spec
         assert again.method_fingerprint() == spec.method_fingerprint()
-        assert math.isfinite(spec.pruning.last_sparsity or 0)
-        assert 1 <= spec.pruning.shots <= 1000 or spec.pruning.sparsities is not None
+        assert math.isfinite(spec.schedule.last_sparsity or 0)
+        assert 1 <= spec.schedule.shots <= 1000 or spec.schedule.sparsities is not None
 
 
 @FEW
