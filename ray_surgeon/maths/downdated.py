@@ -27,7 +27,7 @@ class _Part(NamedTuple):
     """Rows, or columns, that are to be removed."""
 
     indices: Tensor  # [B, q w]; arbitrary where nothing is removed
-    entries: Tensor  # these rows of `wide`, or columns of `tall`; zero where nothing is removed
+    entries: Tensor  # rows of `wide`, or columns of `tall`; zero where nothing is removed
 
 
 class Elimination(NamedTuple):
@@ -90,7 +90,8 @@ class Downdated:
             wide[:, :R] = curvature.G.inverse()
         if columns:
             tall[2 * R :] = curvature.A.inverse()
-        G, A = curvature.first  # read last: the factorisations may have raised their damping
+        # read after the factorisations, which may have raised the damping
+        G, A = curvature.first
         if wide is not None:
             wide[:, R:] = product(W, A).mul_(0.5)
             wide = wide[None]
@@ -178,7 +179,13 @@ class Downdated:
         if repair:
             for linear in failed.nonzero()[:, 0].tolist():
                 L[linear] = root(block[linear].tril() + block[linear].tril(-1).T)
-        return Elimination(rows=rows, columns=columns, inverse=inverse, root=L, failed=failed)
+        return Elimination(
+            rows=rows,
+            columns=columns,
+            inverse=inverse,
+            root=L,
+            failed=failed,
+        )
 
     def _rows(self, indices: Tensor, is_pruned: Tensor) -> _Part:
         assert self.wide is not None
