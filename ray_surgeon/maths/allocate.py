@@ -1,4 +1,4 @@
-"""How many coupled groups every block loses: by one threshold, or equal widths.
+"""Allocation of the pruned groups to the blocks: by one global threshold, or at equal widths.
 
 Source: docs/method.md, section 8.
 """
@@ -14,17 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ray_surgeon.maths.threshold import OutOfReachError, lower_hull, slope, worthwhile
-
-
-def _out_of_reach(most: float, wanted: float) -> OutOfReachError:
-    saved = f"all groups that may go save {most:g} of the {wanted:g} that must go"
-    return OutOfReachError(f"pruning: {saved}; ask for less, or name more groups")
-
-
-def _tolerance(costs: Sequence[GroupCosts], missing: float) -> float:
-    """Return by how much what is saved may fall short, because sums are rounded."""
-    return 1e-9 * abs(missing) + 1e-12 * sum(c.needs[-1] for c in costs if len(c.needs))
+from ray_surgeon.maths.threshold import OutOfReachError, Point, lower_hull, slope, worthwhile
 
 
 @dataclass(frozen=True)
@@ -32,61 +22,76 @@ class GroupCosts:
     """Marginal costs of the groups of one consumer, as the allocation sees them."""
 
     consumer: str  # the linear
-    kind: str  # of the groups; all of one kind have one size
-    # [num_groups] see `group_costs`; infinite for groups that stay or are pruned already
+    kind: str  # of the groups; all groups of one kind have the same size
+    # [num_groups] see `group_costs`; infinite for groups that stay or are already pruned
     costs: Tensor
     num_left: int  # groups that are left now
     allowed: Container[int]  # numbers of groups that may be left afterwards
-    # what the block needs of the budget with 0, 1, ... groups left; it never falls
+    # budget that the block uses with 0, 1, ... groups left; it never decreases
     needs: Sequence[float] = ()
-    # what it costs to remove an expert with all of its groups, its tokens going to others
+    # cost of removing an expert with all of its groups, whose tokens go to other experts
     whole: float = math.inf
     layer: int = 0  # number of the layer the expert belongs to
 
     @property
     def possible_counts(self) -> list[int]:
-        """How many groups may be pruned, in ascending order."""
+        """Numbers of groups that may be pruned, in ascending order."""
         most = int(torch.isfinite(self.costs).sum())
         return [n for n in range(most + 1) if self.num_left - n in self.allowed]
 
     @property
     def curve(self) -> Tensor:
-        """[most + 1] float64: what the first n groups cost together."""
-        ascending = self.costs[torch.isfinite(self.costs)].double().sort().values
-        return torch.cat([torch.zeros(1, dtype=torch.float64), ascending.cumsum(0)])
+        """[most + 1] float64: total cost of the n cheapest groups, for n = 0, 1, ..."""
+        finite = self.costs[torch.isfinite(self.costs)]
+        ascending = finite.double().sort().values
+        zero = torch.zeros(1, dtype=torch.float64)
+        return torch.cat([zero, ascending.cumsum(0)])
 
     def saved(self, count: int) -> float:
-        """Return what is saved when so many groups are pruned."""
+        """Return the budget that pruning `count` groups saves."""
         return self.needs[self.num_left] - self.needs[self.num_left - count]
 
 
 @dataclass(frozen=True)
 class Allocation:
-    """How many groups each consumer loses in this shot."""
+    """Number of groups that each consumer loses in this shot."""
 
     counts: dict[str, int]  # consumer -> number
-    # the largest cost of what is pruned, in the unit of the ranking; None for uniform widths
+    # largest cost of a pruned group, in the unit of the ranking; None for uniform widths
     threshold: float | None
-    experts: frozenset[str] = frozenset()  # consumers of the experts that go whole
+    experts: frozenset[str] = frozenset()  # consumers of the removed experts
+
+
+def _tolerance(costs: Sequence[GroupCosts], missing: float) -> float:
+    """Return the shortfall of the saved budget that is attributed to rounding of sums."""
+    largest_needs = [c.needs[-1] for c in costs if len(c.needs)]
+    return 1e-9 * abs(missing) + 1e-12 * sum(largest_needs)
+
+
+# One threshold
 
 
 def allocate_globally(
-    costs: Sequence[GroupCosts], missing: float, *, per_unit: bool, fewest_experts: int = 0
+    costs: Sequence[GroupCosts],
+    missing: float,
+    *,
+    per_unit: bool,
+    fewest_experts: int = 0,
 ) -> Allocation:
-    """Cut all paths at one threshold: the lowest that saves what is missing.
+    """Cut all paths at the lowest common threshold that saves the missing budget.
 
-    Where only some numbers of groups may be left, those between two of them are pruned together or
-    stay together. Paths are cut at the corners of their lower convex hull, because nothing between
-    two corners is worth its cost; only the last step ends as soon as the goal is met, so that
-    nothing goes that was not asked for. The removal of a whole expert is one more point of its
-    path, where nothing is left; once its layer has no expert to spare, the path goes on without
-    that point.
+    Where only some numbers of groups may be left, the groups between two such numbers are pruned or
+    kept together. Paths are cut at the corners of their lower convex hull, because a point between
+    two corners is never worth its cost. Only the last step ends as soon as the goal is met, so that
+    no more is pruned than was asked for. Removing a whole expert is one more point of its path, at
+    which no group is left; once its layer has no expert to spare, the path goes on without that
+    point.
 
     Args:
-        costs: of every consumer.
-        missing: to be saved of the budget.
+        costs: costs of every consumer.
+        missing: part of the budget that has to be saved.
         per_unit: whether the threshold is a cost per unit of the budget, or a cost per group.
-        fewest_experts: that stay in every layer.
+        fewest_experts: number of experts that stay in every layer.
 
     Raises:
         OutOfReachError: everything that may be pruned saves less.
@@ -95,33 +100,48 @@ def allocate_globally(
     steps = list[tuple[float, int]]()
     for place, path in enumerate(paths):
         path.push(steps, place)
-    left = Counter(c.layer for c in costs if math.isfinite(c.whole))
+    experts_left = Counter(c.layer for c in costs if math.isfinite(c.whole))
     threshold = 0.0
     saved = sum(path.costs.saved(path.number) for path in paths)
     tolerance = _tolerance(costs, missing)
     while saved < missing - tolerance:
         if not steps:
-            raise _out_of_reach(saved, missing)
+            raise OutOfReachError(
+                f"pruning: all groups that may go save {saved:g} of the {missing:g} "
+                "that must go; ask for less, or name more groups"
+            )
         price, place = heapq.heappop(steps)
         path = paths[place]
         layer = costs[place].layer
-        if path.goes_whole and left[layer] <= fewest_experts:
+        removes_expert = path.goes_whole
+        if removes_expert and experts_left[layer] <= fewest_experts:
             path.take_corners(can_go_whole=False)
         else:
-            left[layer] -= path.goes_whole
+            if removes_expert:
+                experts_left[layer] -= 1
             saved += path.advance(missing - tolerance - saved)
             threshold = price
         path.push(steps, place)
-    counts = {path.costs.consumer: path.number for path in paths}
-    whole = frozenset(path.costs.consumer for path in paths if path.is_whole)
-    return Allocation(counts, threshold, whole)
+    counts = dict[str, int]()
+    experts = set[str]()
+    for path in paths:
+        counts[path.costs.consumer] = path.number
+        if path.is_whole:
+            experts.add(path.costs.consumer)
+    return Allocation(counts=counts, threshold=threshold, experts=frozenset(experts))
 
 
 class _Path:
-    """How far one consumer has gone along the corners of its costs."""
+    """Progress of one consumer along the corners of its costs.
+
+    Attributes:
+        costs: costs of the consumer.
+        number: number of groups that are pruned at the present point.
+        is_whole: whether the whole expert is removed at the present point.
+    """
 
     def __init__(self, costs: GroupCosts, per_unit: bool) -> None:
-        """Stand at its first point."""
+        """Start at the first point of the path."""
         self.costs = costs
         self.is_whole = False
         self._per_unit = per_unit
@@ -130,141 +150,224 @@ class _Path:
         self.take_corners(can_go_whole=math.isfinite(costs.whole))
 
     def take_corners(self, *, can_go_whole: bool) -> None:
-        """Take the corners from the present number of groups on.
+        """Compute the corners from the present number of groups on.
 
-        They are taken from the end, without the way to a whole expert that has to stay.
+        Args:
+            can_go_whole: whether removing the whole expert is one of the points.
         """
-        c = self.costs
-        curve = c.curve.tolist()
-        prices = [(n, curve[n], n) for n in self._counts if n >= self.number]
+        num_left = self.costs.num_left
+        curve = self.costs.curve.tolist()
+        points = list[Point]()
+        for n in self._counts:
+            if n >= self.number:
+                points.append((self._gain(n), curve[n], n))
         if can_go_whole:
-            prices.append((c.num_left, c.whole, c.num_left + 1))
-        points = [(c.saved(n) if self._per_unit else n, cost, place) for n, cost, place in prices]
-        self._points = lower_hull(sorted(points))[::-1]
+            points.append((self._gain(num_left), self.costs.whole, num_left + 1))
+        points.sort()
+        # the next corner is last, so that it can be popped
+        self._points = lower_hull(points)[::-1]
+
+    def _gain(self, number: int) -> float:
+        """Return the gain of pruning `number` groups, by which costs are divided."""
+        return self.costs.saved(number) if self._per_unit else number
 
     def push(self, steps: list[tuple[float, int]], place: int) -> None:
-        """Put the price of the step to the next point on a heap, if there is one."""
+        """Push the price of the step to the next point onto a heap, if there is such a point."""
         if len(self._points) > 1:
-            heapq.heappush(steps, (slope(self._points[-1], self._points[-2]), place))
+            price = slope(self._points[-1], self._points[-2])
+            heapq.heappush(steps, (price, place))
 
     @property
     def goes_whole(self) -> bool:
-        """Whether the whole expert goes at the next point."""
+        """Whether the whole expert is removed at the next point."""
         return self._points[-2][2] > self.costs.num_left
 
     def advance(self, wanted: float) -> float:
-        """Go to the next point, or to the first number of groups on the way that saves enough.
+        """Go to the next point, or to the first number of groups before it that saves enough.
 
         Args:
-            wanted: what is missing for the goal to be met.
+            wanted: what is still missing.
 
         Returns:
-            What is saved on the way.
+            The budget that the step saves.
         """
-        before = self.costs.saved(self.number)
+        saved_before = self.costs.saved(self.number)
         self.is_whole = self.goes_whole
         self._points.pop()
-        last = min(self._points[-1][2], self.costs.num_left)
-        on_the_way = (n for n in self._counts if self.number < n <= last and not self.is_whole)
-        enough = (n for n in on_the_way if self.costs.saved(n) >= wanted + before)
-        self.number = next(enough, last)
-        return self.costs.saved(self.number) - before
+        corner = min(self._points[-1][2], self.costs.num_left)
+        self.number = self._first_enough(corner, wanted + saved_before)
+        return self.costs.saved(self.number) - saved_before
+
+    def _first_enough(self, corner: int, wanted: float) -> int:
+        """Return the first possible number of groups before a corner that saves enough."""
+        if self.is_whole:
+            return corner
+        for n in self._counts:
+            if self.number < n <= corner and self.costs.saved(n) >= wanted:
+                return n
+        return corner
+
+
+# Equal widths
 
 
 def allocate_uniformly(
     costs: Sequence[GroupCosts], missing: float, *, fewest_experts: int = 0
 ) -> Allocation:
-    """Give every block the same widths, at the lowest cost that saves what is missing.
+    """Give every block the same widths, at the lowest cost that saves the missing budget.
 
-    No option counts as cheaper than one that removes less of everything, as it would where experts
-    promise a gain. So nothing goes beyond the next step of the widths or numbers of experts.
+    An option that removes more is never counted as cheaper than one that removes less of
+    everything, although experts that promise a gain would make it so. Therefore nothing is pruned
+    beyond the next step of the widths or of the numbers of experts.
 
     Args:
-        costs: every block has the same kinds, and as many groups left of each; and as many experts.
-        missing: to be saved of the budget.
-        fewest_experts: that stay in every layer.
+        costs: costs of every consumer. Every block has the same kinds of groups, the same number of
+            groups left of each kind, and the same number of experts.
+        missing: part of the budget that has to be saved.
+        fewest_experts: number of experts that stay in every layer.
 
     Raises:
         OutOfReachError: everything that may be pruned saves less.
     """
-    names = dict.fromkeys(c.kind for c in costs)
-    kinds = [_Widths([c for c in costs if c.kind == name], fewest_experts) for name in names]
+    costs_by_kind = dict[str, list[GroupCosts]]()
+    for c in costs:
+        costs_by_kind.setdefault(c.kind, []).append(c)
+    kinds = [_UniformOptions(of_kind, fewest_experts) for of_kind in costs_by_kind.values()]
     wanted = missing - _tolerance(costs, missing)
-    saved = torch.zeros(1, dtype=torch.float64)
-    cost = torch.zeros(1, dtype=torch.float64)
-    chosen = torch.zeros(1, 0, dtype=torch.int64)  # [num_combinations, kinds so far] options
-    for kind in kinds:
-        own = worthwhile(kind.saved, kind.cost, wanted)
-        before, after = torch.cartesian_prod(torch.arange(len(saved)), own).view(-1, 2).T
-        saved = saved[before] + kind.saved[after]
-        cost = cost[before] + kind.cost[after]
-        best = worthwhile(saved, cost, wanted)
-        chosen = torch.cat([chosen[before], after[:, None]], dim=1)[best]
-        saved = saved[best]
-        cost = cost[best]
+    saved, chosen = _best_combinations(kinds, wanted)
     enough = (saved >= wanted).nonzero()[:, 0]
     if not len(enough):
-        raise _out_of_reach(float(saved.max()) if len(saved) else 0.0, missing)
+        most = float(saved.max()) if len(saved) else 0.0
+        raise OutOfReachError(
+            f"pruning: all groups that may go save {most:g} of the {missing:g} "
+            "that must go; ask for less, or name more groups"
+        )
     options = chosen[enough[0]].tolist()
     counts = dict[str, int]()
     experts = set[str]()
     for place, kind in enumerate(kinds):
-        of_all = [float(k.saved[option]) for k, option in zip(kinds, options, strict=True)]
-        others = sum(of_all[:place] + of_all[place + 1 :])
-        # of those that save enough and cost no more, the one that saves least
-        possible = (kind.saved + others >= wanted) & (kind.cost <= kind.cost[options[place]])
-        options[place] = int(kind.saved.where(possible, torch.inf).argmin())
-        number, whole = kind.removed(options[place])
-        counts |= {c.consumer: c.num_left if c.consumer in whole else number for c in kind.costs}
-        experts |= whole
-    return Allocation(counts, None, frozenset(experts))
+        saved_by_kind = [float(k.saved[o]) for k, o in zip(kinds, options, strict=True)]
+        saved_by_others = sum(saved_by_kind[:place] + saved_by_kind[place + 1 :])
+        options[place] = kind.smallest(options[place], saved_by_others, wanted)
+        num_pruned, removed_experts = kind.removed(options[place])
+        for c in kind.costs:
+            is_removed = c.consumer in removed_experts
+            counts[c.consumer] = c.num_left if is_removed else num_pruned
+        experts.update(removed_experts)
+    return Allocation(counts=counts, threshold=None, experts=frozenset(experts))
 
 
-class _Widths:
-    """Every width of one kind in every block, each with every number of whole experts a layer.
+def _best_combinations(
+    kinds: Sequence[_UniformOptions],
+    wanted: float,
+) -> tuple[Tensor, Tensor]:
+    """Return the combinations of options, one of each kind, that no other one beats.
 
-    Those experts go for which that costs least beside the width.
+    Returns:
+        [num_combinations] float64 saved budgets, and [num_combinations, num_kinds] int64 options;
+        the cheapest combination comes first.
+    """
+    saved = torch.zeros(1, dtype=torch.float64)
+    cost = torch.zeros(1, dtype=torch.float64)
+    chosen = torch.zeros(1, 0, dtype=torch.int64)  # [num_combinations, kinds so far]
+    for kind in kinds:
+        options = worthwhile(kind.saved, kind.cost, wanted)
+        pairs = torch.cartesian_prod(torch.arange(len(saved)), options)
+        before, after = pairs.view(-1, 2).T
+        saved = saved[before] + kind.saved[after]
+        cost = cost[before] + kind.cost[after]
+        chosen = torch.cat([chosen[before], after[:, None]], dim=1)
+        best = worthwhile(saved, cost, wanted)
+        saved = saved[best]
+        cost = cost[best]
+        chosen = chosen[best]
+    return saved, chosen
+
+
+class _UniformOptions:
+    """Options for the groups of one kind: a common width, and a number of experts to remove.
+
+    Every block gets the same width and loses the same number of whole experts. The removed experts
+    are those whose removal costs least, given the width.
+
+    Attributes:
+        costs: costs of the consumers.
+        saved: [num_widths * (num_spare + 1)] float64, the budget that each option saves.
+        cost: [num_widths * (num_spare + 1)] float64, the cost of each option.
     """
 
     def __init__(self, costs: Sequence[GroupCosts], fewest_experts: int) -> None:
-        """Take what each option saves and costs, [num_widths * (spare + 1)] float64."""
+        """Compute the savings and costs of all options."""
         assert len({c.num_left for c in costs}) == 1, "blocks have different widths"
         self.costs = costs
-        self._numbers = sorted(set.intersection(*(set(c.possible_counts) for c in costs)))
-        of_place = torch.tensor([c.layer for c in costs])
-        layers = dict.fromkeys(c.layer for c in costs)
-        self._layers = [(of_place == layer).nonzero()[:, 0] for layer in layers]
+        self._counts = _common_counts(costs)
+        places_by_layer = dict[int, list[int]]()
+        for place, c in enumerate(costs):
+            places_by_layer.setdefault(c.layer, []).append(place)
+        self._layers = [torch.tensor(places) for places in places_by_layer.values()]
         whole = torch.tensor([c.whole for c in costs], dtype=torch.float64)
-        spare = min(map(len, self._layers)) - fewest_experts
-        self._spare = max(0, spare) if bool(torch.isfinite(whole).all()) else 0
-        saved_whole = self._saved(costs[0].num_left)
-        num_points = max(self._numbers, default=-1) + 1
+        self._num_spare = 0
+        if bool(torch.isfinite(whole).all()):
+            smallest_layer = min(len(places) for places in self._layers)
+            self._num_spare = max(0, smallest_layer - fewest_experts)
+        num_points = max(self._counts, default=-1) + 1
         curves = torch.stack([c.curve[:num_points] for c in costs])
-        self._above = whole - curves.T[self._numbers]  # [num_widths, num_consumers]
-        shape = (len(self._numbers), self._spare + 1)
-        saved, cost = (torch.zeros(shape, dtype=torch.float64) for _ in range(2))
-        for i, n in enumerate(self._numbers):
-            saved_narrow = self._saved(n)
-            saved[i] = saved_narrow.sum()
-            cost[i] = curves[:, n].sum()
-            for places in self._cheapest(i, self._spare):
-                saved[i, 1:] += (saved_whole - saved_narrow)[places].cumsum(0)
-                cost[i, 1:] += self._above[i, places].cumsum(0)
+        # [num_widths, num_consumers] extra cost of removing an expert whole
+        self._above = whole - curves.T[self._counts]
+        self._evaluate(curves)
+
+    def _evaluate(self, curves: Tensor) -> None:
+        shape = (len(self._counts), self._num_spare + 1)
+        saved = torch.zeros(shape, dtype=torch.float64)
+        cost = torch.zeros(shape, dtype=torch.float64)
+        saved_whole = self._saved_by_each(self.costs[0].num_left)
+        for width, n in enumerate(self._counts):
+            saved_narrow = self._saved_by_each(n)
+            saved[width] = saved_narrow.sum()
+            cost[width] = curves[:, n].sum()
+            for places in self._cheapest_experts(width, self._num_spare):
+                saved[width, 1:] += (saved_whole - saved_narrow)[places].cumsum(0)
+                cost[width, 1:] += self._above[width, places].cumsum(0)
         if len(cost):
             cost = cost.cummax(dim=0).values.cummax(dim=1).values
         self.saved = saved.flatten()
         self.cost = cost.flatten()
 
-    def _saved(self, number: int) -> Tensor:
-        return torch.tensor([c.saved(number) for c in self.costs], dtype=torch.float64)
+    def _saved_by_each(self, count: int) -> Tensor:
+        return torch.tensor([c.saved(count) for c in self.costs], dtype=torch.float64)
 
-    def _cheapest(self, width: int, number: int) -> list[Tensor]:
-        """Return so many places of each layer, ordered by what experts cost above groups."""
+    def _cheapest_experts(self, width: int, number: int) -> list[Tensor]:
+        """Return the places of the `number` experts of each layer that are cheapest to remove."""
         above = self._above[width]
-        return [places[above[places].argsort(stable=True)[:number]] for places in self._layers]
+        cheapest = list[Tensor]()
+        for places in self._layers:
+            order = above[places].argsort(stable=True)
+            cheapest.append(places[order[:number]])
+        return cheapest
+
+    def smallest(self, option: int, saved_by_others: float, wanted: float) -> int:
+        """Return the option that saves least among those that suffice and cost no more.
+
+        Args:
+            option: the option to compare with.
+            saved_by_others: budget that the other kinds save.
+            wanted: budget that has to be saved.
+        """
+        is_enough = self.saved + saved_by_others >= wanted
+        is_as_cheap = self.cost <= self.cost[option]
+        return int(self.saved.where(is_enough & is_as_cheap, torch.inf).argmin())
 
     def removed(self, option: int) -> tuple[int, set[str]]:
-        """Return how many groups every consumer loses, and the consumers of the whole experts."""
-        width, num_whole = divmod(option, self._spare + 1)
-        gone = torch.cat(self._cheapest(width, num_whole)).tolist()
-        return self._numbers[width], {self.costs[place].consumer for place in gone}
+        """Return the number of groups each consumer loses, and the experts that are removed."""
+        width, num_experts = divmod(option, self._num_spare + 1)
+        places = torch.cat(self._cheapest_experts(width, num_experts)).tolist()
+        experts = {self.costs[place].consumer for place in places}
+        return self._counts[width], experts
+
+
+def _common_counts(costs: Sequence[GroupCosts]) -> list[int]:
+    """Return the numbers of groups that every consumer may lose, in ascending order."""
+    common = set(costs[0].possible_counts)
+    for c in costs[1:]:
+        common.intersection_update(c.possible_counts)
+    return sorted(common)

@@ -1,7 +1,7 @@
-"""The damped curvature of one linear, or of a part of it, and what costs and updates take from it.
+"""The damped curvature of one linear, or of a part of it, and the costs and updates it gives.
 
-Source: docs/method.md, sections 1 to 4. One Kronecker product (KFAC) or a sum of several (extended
-KFAC). Everything is a mean over tokens, so costs are in nats per token.
+Source: docs/method.md, sections 1 to 4. The curvature is one Kronecker product (KFAC) or a sum of
+several (extended KFAC). Everything is a mean over tokens, so costs are in nats per token.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ray_surgeon.maths.kronecker import Damping, PackedFactors, Term, balance_
 from ray_surgeon.maths.masks import StructuredMask
 
 Pair = tuple[Tensor, Tensor]
-"""Two tensors that belong together, such as one of rows and one of columns."""
+"""Two tensors that belong together, for example one for rows and one for columns."""
 
 
 @dataclass(frozen=True)
@@ -42,31 +42,31 @@ class Linear:
     @property
     def live(self) -> StructuredMask:
         """Rows with a gradient and columns with an input that is not always zero."""
-        factors = self.factors
-        G, A = (factor.diagonal().to(self.W.device) for factor in (factors.G, factors.A))
-        return StructuredMask(G > 0, A > 0)
+        G_diagonal = self.factors.G.diagonal().to(self.W.device)
+        A_diagonal = self.factors.A.diagonal().to(self.W.device)
+        return StructuredMask(rows=G_diagonal > 0, columns=A_diagonal > 0)
 
     @property
     def nonzero(self) -> StructuredMask:
-        """Those of the live rows and columns in which a weight is not zero, as in pruned ones."""
+        """Live rows and columns with a weight that is not zero; pruned ones have none."""
         nonzero = self.W != 0
         return self.live.without(~nonzero.any(dim=1), ~nonzero.any(dim=0))
 
 
 @dataclass(frozen=True)
 class Removal:
-    """What became of one linear."""
+    """The result of pruning one linear."""
 
     W: Tensor  # [R, C] new weights, zero in everything removed
     predicted: float  # loss increase by the quadratic model, in nats per token
-    residual: float  # of the update's equations, relative; 0 where they are solved directly
+    residual: float  # relative, of the update's equations; 0 for direct solutions
 
 
 @dataclass(frozen=True)
 class Clipping:
-    """A further Kronecker term that would have made the Fisher indefinite.
+    """Clipping of a further Kronecker term that would have made the Fisher indefinite.
 
-    For example ("...q_proj", 1, 0.12): clipping changed it by 12 %.
+    For example ("...q_proj", 1, 0.12): clipping changed the term by 12 %.
     """
 
     linear: str
@@ -76,87 +76,113 @@ class Clipping:
 
 @dataclass(frozen=True)
 class Basis:
-    """What costs of a linear were taken on; its update needs the same."""
+    """The part and damping with which costs of a linear were computed, for its update."""
 
     part: StructuredMask  # rows and columns on which the curvature is not degenerate
     damping: Damping  # with which both factors of the part are positive definite
-    raised_damping: tuple[RaisedDamping, ...]  # factorisations that needed more than asked for
+    # factorisations that needed more damping than was asked for
+    raised_damping: tuple[RaisedDamping, ...]
     clipping: tuple[Clipping, ...]  # further terms that were clipped
 
     def curvature(self, linear: Linear) -> LinearCurvature:
-        """Return the curvature of the linear once more."""
+        """Return the curvature of the linear, computed again."""
         return LinearCurvature(replace(linear, damping=self.damping), self.part)
 
 
 class LinearCurvature:
     """A part of one linear with its damped curvature.
 
-    Factorisations are made when something needs them.
+    Factors are factorised when they are first needed.
+
+    Attributes:
+        linear: the whole linear.
+        part: the rows and columns of the part.
+        W: [R, C] weights of the part.
+        first: damped G [R, R] and A [C, C] of the first term.
+        is_extended: whether there are further terms.
     """
 
     def __init__(self, linear: Linear, part: StructuredMask) -> None:
-        """Balance and damp the factors of a part."""
+        """Balance and damp the factors of the part."""
         self.linear = linear
         self.part = part
         self.W = part.of(linear.W)
-        """[R, C] weights of the part."""
         factors = linear.factors.restricted(part.rows, part.columns)
         A = factors.A.div_(factors.num_tokens)
         G = factors.G.div_(factors.num_tokens)
         balance_(A, G)
         dtype = linear.W.dtype
-        (G, A), *further = [(g.to(dtype), a.to(dtype)) for g, a in ((G, A), *factors.terms)]
-        self._diagonals = G.diagonal().clone(), A.diagonal().clone()
-        self.first = damp_(G, linear.damping.g), damp_(A, linear.damping.a)
-        """G and A of the first term."""
-        self._further = further
-        self.is_extended = bool(further)
+        A = A.to(dtype)
+        G = G.to(dtype)
+        self._further = [(G_r.to(dtype), A_r.to(dtype)) for G_r, A_r in factors.terms]
+        self.is_extended = bool(self._further)
+        self._diagonals = (G.diagonal().clone(), A.diagonal().clone())
+        self.first = (damp_(G, linear.damping.g), damp_(A, linear.damping.a))
 
     @cached_property
     def A(self) -> DampedFactor:
         """Damped and factorised A of the first term."""
-        return self._factorised(1, self.linear.damping.a, "A")
+        matrix = self.first[1]
+        matrix.diagonal().copy_(self._diagonals[1])
+        damping = self.linear.damping
+        return factorise(matrix, damping.a, damping.max, f"{self.linear.name} A")
 
     @cached_property
     def G(self) -> DampedFactor:
         """Damped and factorised G of the first term."""
-        return self._factorised(0, self.linear.damping.g, "G")
-
-    def _factorised(self, side: int, damping: float, factor: str) -> DampedFactor:
-        matrix = self.first[side]
-        matrix.diagonal().copy_(self._diagonals[side])
-        return factorise(matrix, damping, self.linear.damping.max, f"{self.linear.name} {factor}")
+        matrix = self.first[0]
+        matrix.diagonal().copy_(self._diagonals[0])
+        damping = self.linear.damping
+        return factorise(matrix, damping.g, damping.max, f"{self.linear.name} G")
 
     @cached_property
     def _clipped(self) -> list[tuple[Term, float]]:
+        """Further terms after clipping, and by how much clipping changed each."""
         share = 1 / max(1, len(self._further))
-        return [clip_term(term, self.G.cholesky, self.A.cholesky, share) for term in self._further]
+        clipped = list[tuple[Term, float]]()
+        for term in self._further:
+            clipped.append(clip_term(term, self.G.cholesky, self.A.cholesky, share))
+        return clipped
 
     @property
     def terms(self) -> tuple[Term, ...]:
-        """All terms, the first damped, the others clipped."""
+        """G [R, R] and A [C, C] of all terms, the first damped, the others clipped."""
         return (self.first, *(term for term, _ in self._clipped))
 
     @property
     def basis_of_columns(self) -> Basis:
-        """What an update of columns needs to know, for which G is not factorised."""
-        used = replace(self.linear.damping, a=self.A.damping)
-        return Basis(self.part, used, self.A.raised(self.linear.name, "A"), ())
+        """Basis for an update of columns, which does not need a factorised G."""
+        return Basis(
+            part=self.part,
+            damping=replace(self.linear.damping, a=self.A.damping),
+            raised_damping=self.A.raised(self.linear.name, "A"),
+            clipping=(),
+        )
 
     @property
     def basis(self) -> Basis:
-        """What the update needs to know."""
+        """Basis for any update."""
         name = self.linear.name
-        used = Damping(self.A.damping, self.G.damping, self.linear.damping.max)
-        raised = (*self.A.raised(name, "A"), *self.G.raised(name, "G"))
-        numbered = enumerate(self._clipped, 1)
-        clipped = tuple(Clipping(name, n, change) for n, (_, change) in numbered if change)
-        return Basis(self.part, used, raised, clipped)
+        clipping = list[Clipping]()
+        for number, (_, change) in enumerate(self._clipped, 1):
+            if change:
+                clipping.append(Clipping(linear=name, term=number, change=change))
+        return Basis(
+            part=self.part,
+            damping=Damping(
+                a=self.A.damping,
+                g=self.G.damping,
+                max=self.linear.damping.max,
+            ),
+            raised_damping=self.A.raised(name, "A") + self.G.raised(name, "G"),
+            clipping=tuple(clipping),
+        )
 
     @cached_property
     def inverse(self) -> TwoTermInverse:
-        """Inverse of the first two terms, from which costs with more terms are taken, too."""
-        return TwoTermInverse(self.G.cholesky, self.A.cholesky, self._clipped[0][0])
+        """Inverse of the first two terms, which also gives the costs with more terms."""
+        second, _ = self._clipped[0]
+        return TwoTermInverse(self.G.cholesky, self.A.cholesky, second)
 
     # Costs
 
@@ -165,68 +191,80 @@ class LinearCurvature:
         return torch.stack([cost(G, A) for G, A in self.terms]).sum(dim=0)
 
     def row_costs(self, kind: str) -> Tensor:
-        """Return the cost of each row.
+        """Return the cost of each row, [R].
 
-        ``obs`` is with the optimal update of the others, ``obd`` without one.
+        Args:
+            kind: ``obs``, with the optimal update of the other rows, or ``obd``, without an update.
         """
         if kind == "obd":
-            return self._over_terms(lambda G, A: kron.row_costs(self.W, A) * G.diagonal())
+            return self._over_terms(
+                lambda G, A: kron.row_costs(self.W, A) * G.diagonal(),
+            )
         if self.is_extended:
             Y, Z = self.inverse.row_parts(self.W)
             return 0.5 * (Y.square() / Z).sum(dim=1)
         return kron.row_costs(self.W, self.A.matrix) / self.G.inverse_diagonal()
 
     def column_costs(self, kind: str) -> Tensor:
-        """Return the cost of each column; see `row_costs`."""
+        """Return the cost of each column, [C]; see `row_costs`."""
         if kind == "obd":
-            return self._over_terms(lambda G, A: kron.column_costs(self.W, G) * A.diagonal())
+            return self._over_terms(
+                lambda G, A: kron.column_costs(self.W, G) * A.diagonal(),
+            )
         if self.is_extended:
             Y, Z = self.inverse.column_parts(self.W)
             return 0.5 * (Y.square() / Z).sum(dim=0)
         return kron.column_costs(self.W, self.first[0]) / self.A.inverse_diagonal()
 
     def element_scales(self, kind: str) -> Pair:
-        """Return factors whose product [R, C] times 1/2 W^2 is the cost of each element.
+        """Return two factors whose product [R, C] times 1/2 W^2 is the cost of each element.
 
-        They are [R, 1] and [1, C], or [R, C] and [1, 1], of the whole linear; zero outside of the
-        part.
+        They belong to the whole linear and are zero outside of the part. Their shapes are [R, 1]
+        and [1, C] for one Kronecker term, [R, C] and [1, 1] for several.
+
+        Args:
+            kind: ``obs`` or ``obd``, see `row_costs`.
         """
-        if self.is_extended and kind == "obd":
-            by_element = self._over_terms(lambda G, A: torch.outer(G.diagonal(), A.diagonal()))
-        elif self.is_extended:
-            by_element = 1 / self.inverse.diagonal()
+        if not self.is_extended:
+            by_row = _element_scale(self.G, kind)
+            by_column = _element_scale(self.A, kind)
+            by_row = _spread(by_row, self.part.rows)
+            by_column = _spread(by_column, self.part.columns)
+            return by_row[:, None], by_column[None]
+        if kind == "obd":
+            by_element = self._over_terms(
+                lambda G, A: torch.outer(G.diagonal(), A.diagonal()),
+            )
         else:
-            scales = []
-            for factor, alive in ((self.G, self.part.rows), (self.A, self.part.columns)):
-                scale = factor.matrix.diagonal() if kind == "obd" else 1 / factor.inverse_diagonal()
-                scales.append(scale.new_zeros(len(alive)).masked_scatter_(alive, scale))
-            return scales[0][:, None], scales[1][None]
+            by_element = 1 / self.inverse.diagonal()
         by_element = self.part.put(by_element, torch.zeros_like(self.linear.W))
         return by_element, by_element.new_ones(1, 1)
 
     def inverse_blocks(self, places: Tensor) -> Pair:
-        """Return the blocks of F^-1 of groups of columns of one row, as two factors.
+        """Return the blocks of F^-1 for groups of columns of one row, as two factors.
 
         Args:
-            places: [num_groups, m] columns of each group, -1 for one that is not alive and gets a
-                row of the identity.
+            places: [num_groups, m] columns of each group, or -1 for a column that is not alive,
+                which gets a row of the identity.
 
         Returns:
-            [R or 1, num_groups, m, m] and [R]: the block of row r and group i is the first at (r,
-            i) times the second at r.
+            [R or 1, num_groups, m, m] blocks and [R] row factors: the block of row r and group i is
+            the product of the block at (r, i) and the row factor at r.
         """
         absent = places < 0
         inside = places.clamp(min=0)
         if self.is_extended:
             m = places.shape[1]
-            pairs = inside.repeat_interleave(m), inside.repeat(1, m).flatten()
-            blocks = self.inverse.row_blocks(*pairs).view(-1, *inside.shape, m)
+            left = inside.repeat_interleave(m)
+            right = inside.repeat(1, m).flatten()
+            blocks = self.inverse.row_blocks(left, right).view(-1, *inside.shape, m)
             row_factor = blocks.new_ones(len(blocks))
         else:
             blocks = self.A.inverse_blocks(inside)[None]
             row_factor = self.G.inverse_diagonal()
-        blocks = blocks.masked_fill(absent[:, :, None] | absent[:, None, :], 0.0)
-        return blocks + torch.diag_embed(absent.to(blocks.dtype)), row_factor
+        is_absent = absent[:, :, None] | absent[:, None, :]
+        identity = torch.diag_embed(absent.to(blocks.dtype))
+        return blocks.masked_fill(is_absent, 0.0) + identity, row_factor
 
     # Updates
 
@@ -235,37 +273,59 @@ class LinearCurvature:
 
         Args:
             rows: [R] bool, True = to prune.
-            columns: [C] bool, likewise.
-            update: ``full``; ``single``, which corrects each as if it were pruned alone (OBS
-                without correlations): row p adds -[G^-1]_:p / [G^-1]_pp W_p, column q adds
-                -W_q [A^-1]_q: / [A^-1]_qq, all from the original weights; or ``none``.
+            columns: [C] bool, True = to prune.
+            update: ``full``, the optimal update; ``single``, which corrects each removal as if it
+                were the only one (OBS without correlations): row p adds
+                -[G^-1]_:p / [G^-1]_pp W_p, column q adds -W_q [A^-1]_q: / [A^-1]_qq, all from the
+                original weights; or ``none``.
 
         Returns:
             [R, C] new weights, zero in everything removed, and the relative residual of the
             equations.
         """
-        W = self.W
-        after = W
+        after = self.W
         residual = 0.0
-        if update == "single" and self.is_extended:
-            after = W + self.inverse.single_corrections(W, rows, columns)
-        elif update == "single":
-            A = self.A.inverse()
-            G = self.G.inverse()
-            by_rows = G[:, rows] / G.diagonal()[rows] @ W[rows]
-            by_columns = W[:, columns] / A.diagonal()[columns] @ A[columns]
-            after = W - by_rows - by_columns
-        elif update == "full" and self.is_extended:
-            by_rows, of_rows = minimise_kept(W, self.terms, rows, torch.zeros_like(columns))
-            by_columns, of_columns = minimise_kept(W, self.terms, torch.zeros_like(rows), columns)
-            after = by_rows + by_columns - W
-            residual = max(of_rows, of_columns)
+        if update == "single":
+            after = self._corrected_singly(rows, columns)
         elif update == "full":
-            G, A = self.first
-            by_rows = factorised.prune_rows(W, G, rows, f"{self.linear.name} G")
-            after = by_rows + factorised.prune_columns(W, A, columns, f"{self.linear.name} A") - W
+            after, residual = self._corrected_fully(rows, columns)
         return after * torch.outer(~rows, ~columns), residual
+
+    def _corrected_singly(self, rows: Tensor, columns: Tensor) -> Tensor:
+        W = self.W
+        if self.is_extended:
+            return W + self.inverse.single_corrections(W, rows, columns)
+        A = self.A.inverse()
+        G = self.G.inverse()
+        by_rows = G[:, rows] / G.diagonal()[rows] @ W[rows]
+        by_columns = W[:, columns] / A.diagonal()[columns] @ A[columns]
+        return W - by_rows - by_columns
+
+    def _corrected_fully(self, rows: Tensor, columns: Tensor) -> tuple[Tensor, float]:
+        W = self.W
+        if self.is_extended:
+            no_row = torch.zeros_like(rows)
+            no_column = torch.zeros_like(columns)
+            by_rows, row_residual = minimise_kept(W, self.terms, rows, no_column)
+            by_columns, column_residual = minimise_kept(W, self.terms, no_row, columns)
+            return by_rows + by_columns - W, max(row_residual, column_residual)
+        G, A = self.first
+        name = self.linear.name
+        by_rows = factorised.prune_rows(W, G, rows, f"{name} G")
+        by_columns = factorised.prune_columns(W, A, columns, f"{name} A")
+        return by_rows + by_columns - W, 0.0
 
     def quadratic_cost(self, change: Tensor) -> float:
         """Return the predicted loss increase of a change [R, C] of the weights."""
         return sum(float(kron.quadratic_cost(change, A, G)) for G, A in self.terms)
+
+
+def _element_scale(factor: DampedFactor, kind: str) -> Tensor:
+    if kind == "obd":
+        return factor.matrix.diagonal()
+    return 1 / factor.inverse_diagonal()
+
+
+def _spread(scale: Tensor, alive: Tensor) -> Tensor:
+    """Return a tensor with the entries of `scale` where `alive` [n] is True, and 0 elsewhere."""
+    return scale.new_zeros(len(alive)).masked_scatter_(alive, scale)

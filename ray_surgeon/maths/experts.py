@@ -1,7 +1,7 @@
-"""Experts: factors of experts that saw few tokens, and what the removal of a whole expert costs.
+"""Factors of experts that saw few tokens, and the cost of removing a whole expert.
 
-Source: docs/method.md, section 10. Losses and costs are means over all tokens, of which an expert
-sees a share.
+Source: docs/method.md, section 10. Losses and costs are means over all tokens; an expert sees only
+a share of them.
 """
 
 from __future__ import annotations
@@ -17,22 +17,21 @@ from ray_surgeon.maths.kronecker import PackedFactors
 from ray_surgeon.maths.packed import PackedSymmetric, diagonals
 
 PRIOR_TOKENS = 256.0
-"""Tokens with which an expert's own mean counts as much as its layer's.
+"""Number of tokens at which the mean of an expert counts as much as the mean of its layer.
 
 Measured; see docs/results.md.
 """
 
-
 _BATCH_BYTES = 2**25
-"""Of factors that are copied to be added up in one launch."""
+"""Size of the factors that are copied to a device and added in one launch."""
 
 
 class LayerMean(NamedTuple):
-    """What the experts of a layer have in common: means over all of their tokens."""
+    """Mean factors of the experts of a layer, over all of their tokens."""
 
     A: PackedSymmetric  # [C, C]
     G: PackedSymmetric  # [R, R]
-    num_tokens: float  # that passed the layer, each through several experts
+    num_tokens: float  # tokens that passed the layer, each through several experts
 
 
 def mean_factor(
@@ -45,46 +44,54 @@ def mean_factor(
     """Return the mean of a factor over all tokens of all experts of a layer.
 
     Args:
-        totals: sum of every expert, and its number of tokens.
-        has_basis: whether the same entry means the same in all experts, as in the hidden states.
-            The channels of one expert have nothing to do with those of another, and what does not
-            depend on their order is a multiple of the identity only (and of ones, left out).
-            Channels that are always zero, as pruned ones are, say nothing of the others and do not
-            count.
-        has_bias: whether the last entry is the bias's, which means the same in all experts.
-        device: of the mean, and where it is taken; that of the sums if not given.
+        totals: the sum of every expert, and its number of tokens.
+        has_basis: whether an entry has the same meaning in all experts, as in the hidden states.
+            The channels of different experts are unrelated; the only mean that does not depend on
+            their order is a multiple of the identity (and of a matrix of ones, which is left out).
+            Channels that are always zero, such as pruned ones, do not count, because they say
+            nothing about the others.
+        has_bias: whether the last entry is the bias, which has the same meaning in all experts.
+        device: device on which the mean is computed and returned; by default that of the sums.
     """
-    totals = list(totals)
-    sums = [total for total, _ in totals]
-    numbers = [num_tokens for _, num_tokens in totals]
-    first, *_ = sums
+    sums = list[PackedSymmetric]()
+    numbers = list[int]()
+    for total, num_tokens in totals:
+        sums.append(total)
+        numbers.append(num_tokens)
+    first = sums[0]
     device = device or first.flat.device
     divisor = max(1, sum(numbers))
     if has_basis:
-        return replace(first, flat=_added([total.flat for total in sums], device).div_(divisor))
-    own = _moved(diagonals(sums), device)
-    channels = own[:, : first.n - has_bias]
-    diagonal = _added(list(own), device).div_(divisor)
-    level = diagonal[: first.n - has_bias]
-    used = (channels != 0).sum(dim=1)
+        flat = _added([total.flat for total in sums], device)
+        return replace(first, flat=flat.div_(divisor))
+    num_channels = first.n - 1 if has_bias else first.n
+    by_expert = _moved(diagonals(sums), device)
+    channels = by_expert[:, :num_channels]
+    diagonal = _added(list(by_expert), device).div_(divisor)
+    level = diagonal[:num_channels]
+    num_used = (channels != 0).sum(dim=1)
     if device.type == "cpu":
-        num_used = sum(n * k for n, k in zip(numbers, used.tolist(), strict=True))
-        level.fill_(float(level.mean()) * (sum(numbers) * len(level) / max(1, num_used)))
+        num_entries = 0
+        for num_tokens, num_used_channels in zip(numbers, num_used.tolist(), strict=True):
+            num_entries += num_tokens * num_used_channels
+        scale = sum(numbers) * num_channels / max(1, num_entries)
+        level.fill_(float(level.mean()) * scale)
     else:
-        used.mul_(_moved(torch.tensor(numbers), device))
-        level.copy_(channels.sum(dtype=torch.float64).div_(used.sum().clamp_(min=1)))
+        num_used.mul_(_moved(torch.tensor(numbers), device))
+        total_level = channels.sum(dtype=torch.float64)
+        level.copy_(total_level.div_(num_used.sum().clamp_(min=1)))
     mean = replace(first, flat=torch.zeros_like(first.flat, device=device))
     mean.fill_diagonal(diagonal)
     return mean
 
 
 def _moved(tensor: Tensor, device: torch.device) -> Tensor:
-    """Return a tensor on a device; the host waits only for what comes to it."""
+    """Return a tensor on a device; the host waits only for copies to the host."""
     return tensor.to(device, non_blocking=device.type != "cpu")
 
 
 def _added(parts: list[Tensor], device: torch.device) -> Tensor:
-    """Return the sum of tensors of one shape [n]: one after the other on the CPU, else at once."""
+    """Return the sum of tensors of one shape [n], added one by one on the CPU, else in batches."""
     total = torch.zeros_like(parts[0], device=device)
     if device.type == "cpu":
         for part in parts:
@@ -98,64 +105,76 @@ def _added(parts: list[Tensor], device: torch.device) -> Tensor:
 
 
 def share_of_tokens(num_tokens: int, mean: LayerMean) -> float:
-    """Return the share of a layer's tokens that an expert sees, by Laplace's rule.
+    """Return the share of a layer's tokens that an expert sees, by Laplace's rule of succession.
 
-    An expert that was not called may be called yet.
+    The share is positive even for an expert that has not been called, since it may be called later.
     """
     return (num_tokens + 1) / (mean.num_tokens + 2)
 
 
-def shrunk_factors(own: PackedFactors, mean: LayerMean, k: float = PRIOR_TOKENS) -> PackedFactors:
+def shrunk_factors(
+    own: PackedFactors,
+    mean: LayerMean,
+    k: float = PRIOR_TOKENS,
+) -> PackedFactors:
     """Return the factors of one expert, shrunk towards the mean of its layer.
 
-    The fewer tokens it saw, the more they are shrunk.
+    The fewer tokens the expert saw, the more its factors are shrunk.
 
     The estimate is (sum + k mean) / (n + k): the posterior mean of a second moment under a
-    conjugate (inverse Wishart) prior that is worth k tokens, the linear shrinkage of Ledoit and
-    Wolf (2004) with a weight by the number of tokens. The share of all tokens that the expert sees,
-    by which G is multiplied, is (n + 1) / (N + 2), Laplace's rule of succession: an expert that was
-    not called may be called yet.
+    conjugate (inverse Wishart) prior that is worth k tokens, which is the linear shrinkage of
+    Ledoit and Wolf (2004) with a weight that depends on the number of tokens. G is also multiplied
+    by the share of all tokens that the expert sees, (n + 1) / (N + 2); see `share_of_tokens`.
 
     Args:
         own: sums over the expert's tokens.
-        mean: of the layer.
-        k: tokens that the prior is worth.
+        mean: mean factors of the layer.
+        k: number of tokens that the prior is worth.
 
     Returns:
-        Means on the device of the layer's, with `num_tokens` 1.
+        Means on the device of `mean`, with `num_tokens` 1.
     """
     n = own.num_tokens + k
     share = share_of_tokens(own.num_tokens, mean)
     device = mean.A.flat.device
     A = _moved(own.A.flat, device).add(mean.A.flat, alpha=k).div_(n)
     G = _moved(own.G.flat, device).add(mean.G.flat, alpha=k).mul_(share / n)
-    return PackedFactors(PackedSymmetric(own.A.n, A), PackedSymmetric(own.G.n, G), 1, own.terms)
+    return PackedFactors(
+        A=PackedSymmetric(own.A.n, A),
+        G=PackedSymmetric(own.G.n, G),
+        num_tokens=1,
+        terms=own.terms,
+    )
 
 
 def own_divisor(num_tokens: int, mean: LayerMean) -> float:
     """Return the divisor of an expert's own sum of g g^T (x) a a^T.
 
-    It makes of the sum the Fisher that `shrunk_factors` estimates.
+    It turns the sum into the Fisher that `shrunk_factors` estimates.
     """
     return (num_tokens + PRIOR_TOKENS) / share_of_tokens(num_tokens, mean)
 
 
 SUMS = ("tokens", "weighted_norms", "gains", "squares")
-"""Rows of the sums over tokens of the experts of a layer, see `ExpertSums`."""
+"""Names of the sums over tokens in `ExpertSums`, one row each."""
 
 
 class ExpertSums:
     """Sums over the tokens that are routed to each expert of a layer.
 
-    They merge over micro-batches and replicas.
+    Sums of micro-batches and replicas are merged by adding them.
+
+    Attributes:
+        total: [len(SUMS), num_experts] float64.
     """
 
     def __init__(self, num_experts: int, device: torch.device | None = None) -> None:
-        """Start with nothing."""
-        self.total = torch.zeros(len(SUMS), num_experts, dtype=torch.float64, device=device)
+        """Start with sums of zero."""
+        shape = (len(SUMS), num_experts)
+        self.total = torch.zeros(shape, dtype=torch.float64, device=device)
 
     def add(self, name: str, experts: Tensor, values: Tensor) -> None:
-        """Add values [n] of tokens to one of `SUMS`, for the experts [n] they are routed to."""
+        """Add values [n] of tokens to the sum `name` of the experts [n] they are routed to."""
         self.total[SUMS.index(name)].index_add_(0, experts, values.double())
 
     def of(self, name: str) -> Tensor:
@@ -163,63 +182,80 @@ class ExpertSums:
         return self.total[SUMS.index(name)]
 
 
-def add_changes(sums: ExpertSums, experts: Tensor, changes: Tensor, gradients: Tensor) -> None:
-    """Add what removals change.
+def add_changes(
+    sums: ExpertSums,
+    experts: Tensor,
+    changes: Tensor,
+    gradients: Tensor,
+) -> None:
+    """Add the changes of the loss by removals of experts, for tokens routed to these experts.
 
     Args:
-        sums: to add to.
-        experts: [n] which expert is removed.
-        changes: [n, d] what its removal changes in the output of the layer for a token that is
-            routed to it.
-        gradients: [n, d] of the loss, summed over tokens, by that output.
+        sums: the sums to add to.
+        experts: [n] the removed expert.
+        changes: [n, d] change of the layer's output for a token that is routed to the expert.
+        gradients: [n, d] gradients of the loss, summed over tokens, with respect to that output.
     """
     gains = (changes.float() * gradients.float()).sum(dim=1)
     sums.add("gains", experts, gains)
     sums.add("squares", experts, gains.double().square())
 
 
-def add_rises(sums: ExpertSums, rises: Tensor, outputs: Tensor, gradients: Tensor) -> None:
-    """Add what removals change for tokens that are not routed to the expert.
+def add_rises(
+    sums: ExpertSums,
+    rises: Tensor,
+    outputs: Tensor,
+    gradients: Tensor,
+) -> None:
+    """Add the changes of the loss by removals of experts, for tokens not routed to these experts.
 
     Args:
-        sums: to add to.
-        rises: [n, num_experts] by how much the output of the layer rises, relative.
-        outputs: [n, d].
-        gradients: [n, d] of the loss, summed over tokens, by the output.
+        sums: the sums to add to.
+        rises: [n, num_experts] relative increase of the layer's output.
+        outputs: [n, d] outputs of the layer.
+        gradients: [n, d] gradients of the loss, summed over tokens, with respect to the outputs.
     """
     gains = (outputs.float() * gradients.float()).sum(dim=1, keepdim=True) * rises
     sums.of("gains").add_(gains.double().sum(dim=0))
     sums.of("squares").add_(gains.double().square().sum(dim=0))
 
 
-def rerouting_costs(sums: ExpertSums, num_chosen: int, *, first_order: bool = True) -> Tensor:
+def rerouting_costs(
+    sums: ExpertSums,
+    num_chosen: int,
+    *,
+    first_order: bool = True,
+) -> Tensor:
     """Return the predicted loss increase of each expert's removal, [num_experts] float64.
 
-    It is in nats per token; the expert's tokens go to the next ones.
+    It is in nats per token; the tokens of a removed expert are routed to the next experts.
 
-    E[g^T dy] + 1/2 E[(g^T dy)^2], the Fisher being that of the tokens themselves. The first order
-    is not 0 where the model is not at a minimum for the text: after earlier shots, for example. A
-    removal that lowers the loss has a negative cost.
+    The increase is E[g^T dy] + 1/2 E[(g^T dy)^2], with the Fisher of the tokens themselves. The
+    first order is not 0 where the model is not at a minimum for the text, for example after earlier
+    shots. A removal that lowers the loss has a negative cost.
 
     Args:
-        sums: over the tokens of a layer.
-        num_chosen: experts a token goes to.
-        first_order: whether to add it. With labels drawn from the model it is noise: its mean is 0.
+        sums: sums over the tokens of a layer.
+        num_chosen: number of experts a token is routed to.
+        first_order: whether to add the first order. With labels drawn from the model it is noise
+            with mean 0.
     """
-    second = 0.5 * sums.of("squares")
-    return (sums.of("gains") + second if first_order else second) / _num_tokens(sums, num_chosen)
+    increase = 0.5 * sums.of("squares")
+    if first_order:
+        increase = sums.of("gains") + increase
+    return increase / _num_tokens(sums, num_chosen)
 
 
 def reap_costs(sums: ExpertSums) -> Tensor:
-    """Return REAP's saliency: the mean of weight times norm of output (Lasby et al. 2025).
+    """Return REAP's saliency of each expert, [num_experts] float64 (Lasby et al. 2025).
 
-    The mean is over an expert's tokens.
+    It is the mean, over the expert's tokens, of router weight times norm of the expert's output.
     """
     return sums.of("weighted_norms") / sums.of("tokens").clamp(min=1)
 
 
 def frequency_costs(sums: ExpertSums, num_chosen: int) -> Tensor:
-    """Return the share of tokens that are routed to each expert."""
+    """Return the share of tokens that are routed to each expert, [num_experts] float64."""
     return sums.of("tokens") / _num_tokens(sums, num_chosen)
 
 
@@ -228,6 +264,6 @@ def _num_tokens(sums: ExpertSums, num_chosen: int) -> Tensor:
 
 
 def random_costs(num_experts: int, seed: int) -> Tensor:
-    """Return costs in (0, 1] that depend on a seed only."""
+    """Return costs in (0, 1], [num_experts] float64, that depend only on a seed."""
     generator = torch.Generator().manual_seed(seed)
     return 1 - torch.rand(num_experts, generator=generator, dtype=torch.float64)

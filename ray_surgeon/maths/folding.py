@@ -1,11 +1,12 @@
-"""What a removed layer added to the residual stream, as a linear map of what an earlier one reads.
+"""Folding of a removed layer into the linear before it.
 
-The linear before it, which adds W a to the stream, learns to add W a + X a, where X a is nearest to
-what the layer added: d. That is exact least squares, whatever the curvature of the loss at the
-stream is: min over X of E[(d - X a)^T G (d - X a)] is the same for every invertible G.
+The removed layer added d to the residual stream. The linear before it, which adds W a to the
+stream, is changed to add W a + X a, where X a is the best approximation of d. This is exact least
+squares for any curvature of the loss at the stream: the X that minimises
+E[(d - X a)^T G (d - X a)] is the same for every invertible G.
 
-Source: docs/method.md, section 12; a map of the linear's outputs alone is ReplaceMe's (Shopkhoev et
-al. 2025, arXiv 2505.02819).
+Source: docs/method.md, section 12. ReplaceMe (Shopkhoev et al. 2025, arXiv 2505.02819) instead uses
+a map of the linear's outputs.
 """
 
 from __future__ import annotations
@@ -19,28 +20,29 @@ from ray_surgeon.maths.factorised import factorise
 def folded(
     W: Tensor, A: Tensor, D: Tensor, damping: float, max_damping: float, name: str
 ) -> tuple[Tensor, float]:
-    """Return W + X of the linear that takes over what a removed layer added to the stream.
+    """Return the weights W + X of a linear that replaces a removed layer.
 
     Args:
-        W: [R, C] of the linear, its bias as the last column.
-        A: [C, C] sum of a a^T over tokens, a being what the linear reads. Inputs that are always
-            zero, as those of pruned columns, are left as they are.
-        D: [R, C] sum of d a^T over the same tokens, d [R] being what the layer added.
-        damping: of A, relative to the mean of the diagonal.
-        max_damping: that may be tried, see `factorise`.
-        name: the linear, for errors.
+        W: [R, C] weights of the linear, with its bias as the last column.
+        A: [C, C] sum of a a^T over tokens, where a [C] is the input of the linear. Columns of W
+            whose inputs are always zero, such as pruned columns, do not change.
+        D: [R, C] sum of d a^T over the same tokens, where d [R] is what the layer added.
+        damping: damping of A, relative to the mean of the diagonal.
+        max_damping: largest damping that may be tried, see `factorise`.
+        name: name of the linear, for errors.
 
     Returns:
-        [R, C], and the sum over tokens of |d|^2 - |d - X a|^2.
+        [R, C] new weights, and the sum over tokens of |d|^2 - |d - X a|^2.
 
     Raises:
         FloatingPointError: A cannot be factorised.
     """
     live = (A.diagonal() > 0).nonzero()[:, 0]
-    own = A[live][:, live]
-    inverse = factorise(own.clone(), damping, max_damping, name).cholesky
-    X = torch.cholesky_solve(D[:, live].T, inverse).T
-    gain = 2 * (X * D[:, live]).sum() - ((X @ own) * X).sum()
+    A_live = A[live][:, live]
+    D_live = D[:, live]
+    factor = factorise(A_live.clone(), damping, max_damping, name)
+    X = torch.cholesky_solve(D_live.T, factor.cholesky).T
+    gain = 2 * (X * D_live).sum() - ((X @ A_live) * X).sum()
     new = W.clone()
     new[:, live] += X
     return new, float(gain)

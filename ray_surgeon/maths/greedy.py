@@ -1,17 +1,18 @@
-"""Greedy paths: prune the cheapest few structures, update the rest, and repeat.
+"""Greedy paths: prune the few cheapest structures, update the rest, and repeat.
 
 Source: docs/method.md, section 3 (rows, columns) and section 8 (groups). The costs are the exact
-ones after all earlier removals, not the sum of single costs. With U = G W and H = W A kept beside
-W, a removal changes everything by a product whose rank is the number of rows or columns that go:
+ones after all earlier removals, not the sum of single costs. U = G W and H = W A are stored beside
+W, so that a removal changes every matrix by a product whose rank is the number of removed rows or
+columns:
 
 * rows P: X = [G^-1]_:P ([G^-1]_PP)^-1; W -= X W_P; H -= X H_P; G^-1 -= X [G^-1]_P:; U keeps its
   other rows;
 * columns Q: Y = ([A^-1]_QQ)^-1 [A^-1]_Q:; W -= W_Q Y; U -= U_Q Y; A^-1 -= [A^-1]_:Q Y; H keeps its
   other columns.
 
-The inverses never exist whole: see `DowndatedInverse`. Where half of the rows or of the columns are
-gone, the rest goes on as a smaller problem: the inverse of what is left is that of its part of the
-factor.
+The inverses are never formed as a whole: see `DowndatedInverse`. When half of the rows or of the
+columns are removed, the others become a smaller problem, whose inverses are those of the remaining
+parts of the factors.
 """
 
 from __future__ import annotations
@@ -29,27 +30,38 @@ from ray_surgeon.maths.products import product
 from ray_surgeon.maths.threshold import check_costs
 
 _FEW = 1 / 128
-"""Fraction of the structures left that is pruned in one step (at least one)."""
+"""Fraction of the remaining structures that is pruned in one step (at least one structure)."""
 
 _ROWS = 128
-"""Of two matrices that are multiplied entry by entry, as many rows at once."""
+"""Number of rows that are multiplied entry by entry at once."""
 
 
 def _dots(x: Tensor, y: Tensor, *, dim: int) -> Tensor:
-    """Return ``(x * y).sum(dim)`` of two matrices, a few rows at a time.
+    """Return ``(x * y).sum(dim)`` of two matrices, computed a few rows at a time.
 
-    Memory that is new in every step costs more than the products.
+    Allocating a whole matrix in every step would take longer than the products.
     """
-    pairs = zip(torch.split(x, _ROWS), torch.split(y, _ROWS), strict=True)
-    parts = [(a * b).sum(dim=dim) for a, b in pairs]
-    return torch.cat(parts) if dim else torch.stack(parts).sum(dim=0)
+    parts = list[Tensor]()
+    for a, b in zip(torch.split(x, _ROWS), torch.split(y, _ROWS), strict=True):
+        parts.append((a * b).sum(dim=dim))
+    if dim == 0:
+        return torch.stack(parts).sum(dim=0)
+    return torch.cat(parts)
 
 
 class GreedyPath:
     """The weights and costs of one linear along its greedy path.
 
-    Indices are those of the rows, columns and sets that are here still. Of those with costs
-    `row_numbers` says which they were at the start, from 0, and `set_numbers`, from R.
+    Rows, columns and sets are indexed among those that remain.
+
+    Attributes:
+        W: [rows, columns] the present weights, zero where rows or columns are removed.
+        alive: the remaining rows and columns of `W`.
+        sets: [num_sets, width] columns that are pruned together.
+        may_prune: [R + num_sets] bool at the start, on the CPU: the rows and sets that may be
+            pruned.
+        row_numbers: the original numbers, from 0, of the rows with costs.
+        set_numbers: the original numbers, from R, of the sets with costs.
     """
 
     def __init__(
@@ -58,64 +70,84 @@ class GreedyPath:
         """Start with everything alive.
 
         Args:
-            curvature: of the alive part [R, C]. Only what is inverted is factorised.
-            allowed: rows [R] bool and sets [num_sets] bool that may be pruned. If no row may be,
-                rows have no costs, and what only these need is left out; sets likewise.
-            sets: [num_sets, width] columns that are pruned together; single ones if None.
+            curvature: of the alive part [R, C]. A factor is factorised only if its inverse is
+                needed.
+            allowed: rows [R] bool and sets [num_sets] bool that may be pruned. If no row may be
+                pruned, rows have no costs, and nothing is computed for them; the same holds for
+                sets.
+            sets: [num_sets, width] columns that are pruned together; single columns if None.
         """
         W = curvature.W
+        R, C = W.shape
+        allowed_rows, allowed_sets = allowed
+        if sets is None:
+            sets = torch.arange(C, device=W.device)[:, None]
         self.W = W.clone()
-        self.alive = StructuredMask(*(W.new_ones(n, dtype=torch.bool) for n in W.shape))
-        every_row, every_column = (torch.arange(n, device=W.device)[:, None] for n in W.shape)
-        self.sets = every_column if sets is None else sets
-        self.may_prune = torch.cat(allowed).cpu()
-        num_rows = len(W) if allowed[0].any() else 0
-        num_sets = len(self.sets) if allowed[1].any() else 0
+        self.alive = StructuredMask(
+            rows=W.new_ones(R, dtype=torch.bool),
+            columns=W.new_ones(C, dtype=torch.bool),
+        )
+        self.sets = sets
+        self.may_prune = torch.cat([allowed_rows, allowed_sets]).cpu()
+        num_rows = R if allowed_rows.any() else 0
+        num_sets = len(sets) if allowed_sets.any() else 0
         self.row_numbers = torch.arange(num_rows, device=W.device)
-        self.set_numbers = torch.arange(len(W), len(W) + num_sets, device=W.device)
+        self.set_numbers = torch.arange(R, R + num_sets, device=W.device)
         if num_rows:
+            every_row = torch.arange(R, device=W.device)[:, None]
             self._by_row = DowndatedInverse(curvature.G, every_row)
         if num_sets:
-            self._by_column = DowndatedInverse(curvature.A, self.sets)
-        G, A = curvature.first  # which a factorisation may have damped more
+            self._by_column = DowndatedInverse(curvature.A, sets)
+        # read after the factorisations, which may have raised the damping
+        G, A = curvature.first
         if num_rows:
             self._H = product(W, A)
         if num_sets:
             self._U = product(G, W)
 
     def costs(self, *, per_parameter: bool) -> Tensor:
-        """Return the costs now, those of `row_numbers` and then those of `set_numbers`.
+        """Return the present costs, those of `row_numbers` followed by those of `set_numbers`.
 
         Args:
-            per_parameter: whether they are divided by the entries that a row, or a column, has.
+            per_parameter: whether to divide the cost of a row by its number of entries, and the
+                cost of a set by the number of entries of a column.
         """
-        by_row = self.row_costs() if len(self.row_numbers) else self.W.new_empty(0)
-        by_set = self.column_set_costs() if len(self.set_numbers) else self.W.new_empty(0)
+        by_row = self.W.new_empty(0)
+        by_set = self.W.new_empty(0)
+        if len(self.row_numbers):
+            by_row = self.row_costs()
+        if len(self.set_numbers):
+            by_set = self.column_set_costs()
         if per_parameter:
             by_row = by_row / self.alive.columns.sum().clamp(min=1)
             by_set = by_set / self.alive.rows.sum().clamp(min=1)
         return torch.cat([by_row, by_set])
 
     def row_costs(self) -> Tensor:
-        """Return the cost of each row now, [R]; of pruned ones, 0."""
+        """Return the present cost of each row, [R]; 0 for pruned rows."""
         by_row = _dots(self.W, self._H, dim=1)
-        return 0.5 * (by_row / self._by_row.blocks[:, 0, 0]).clamp(min=0) * self.alive.rows
+        inverse_diagonal = self._by_row.blocks[:, 0, 0]
+        return 0.5 * (by_row / inverse_diagonal).clamp(min=0) * self.alive.rows
 
     def column_set_costs(self) -> Tensor:
-        """Return the joint cost of each set of columns now, [num_sets]; of pruned sets 0.
+        """Return the present joint cost of each set of columns, [num_sets]; 0 for pruned sets.
 
         It is 1/2 tr(W_Q^T G W_Q ([A^-1]_QQ)^-1).
         """
+        blocks = self._by_column.blocks
         if self.sets.shape[1] == 1:
             by_column = _dots(self.W, self._U, dim=0)[self.sets[:, 0]]
-            return 0.5 * (by_column / self._by_column.blocks[:, 0, 0]).clamp(min=0)
-        inner = torch.einsum("rsi,rsj->sij", self.W[:, self.sets], self._U[:, self.sets])
+            return 0.5 * (by_column / blocks[:, 0, 0]).clamp(min=0)
+        W_sets = self.W[:, self.sets]
+        U_sets = self._U[:, self.sets]
+        inner = torch.einsum("rsi,rsj->sij", W_sets, U_sets)
         # not by LU: with several threads MKL factorises batches of matrices of 192 and more wrongly
         # (torch 2.13, MKL 2024.2)
-        L, failed = torch.linalg.cholesky_ex(self._by_column.blocks)
+        L, failed = torch.linalg.cholesky_ex(blocks)
         for number in failed.nonzero()[:, 0].tolist():
-            L[number] = root(self._by_column.blocks[number])
-        return 0.5 * torch.cholesky_solve(inner, L).diagonal(dim1=1, dim2=2).sum(dim=1).clamp(min=0)
+            L[number] = root(blocks[number])
+        solved = torch.cholesky_solve(inner, L)
+        return 0.5 * solved.diagonal(dim1=1, dim2=2).sum(dim=1).clamp(min=0)
 
     def remove(self, indices: Tensor) -> None:
         """Remove rows and sets, given by their indices among the costs."""
@@ -145,12 +177,14 @@ class GreedyPath:
         self.alive.columns[pruned] = False
 
     def _compact(self) -> None:
-        """Leave out what is gone, if that is half of the rows or of the columns.
+        """Drop the removed rows and columns if they are half of the rows or of the columns.
 
-        A set is gone with all of its columns.
+        A set is dropped when all of its columns are removed.
         """
         alive = self.alive
-        if all(2 * int(side.sum()) > len(side) for side in (alive.rows, alive.columns)):
+        num_rows = int(alive.rows.sum())
+        num_columns = int(alive.columns.sum())
+        if 2 * num_rows > len(alive.rows) and 2 * num_columns > len(alive.columns):
             return
         self.W = alive.of(self.W)
         if len(self.row_numbers):
@@ -164,47 +198,53 @@ class GreedyPath:
             self.set_numbers = self.set_numbers[is_left]
             self._U = alive.of(self._U)
             self._by_column = self._by_column.of_part(alive.columns, self.sets)
-        self.alive = StructuredMask(alive.rows[alive.rows], alive.columns[alive.columns])
+        self.alive = StructuredMask(
+            rows=alive.rows[alive.rows],
+            columns=alive.columns[alive.columns],
+        )
 
 
 class Limits(NamedTuple):
     """How far a greedy path is followed."""
 
-    # nothing is pruned whose marginal cost is above it; None for costs of each structure on its own
+    # largest marginal cost of a pruned structure; None for the cost of each structure on its own
     limit: float | None = math.inf
-    needed: int = 0  # so many are pruned although they cost more,
-    most: float = math.inf  # as long as none costs more than this
-    least: int = 0  # so many of those that may be pruned stay
+    # number of structures that are pruned even if they cost more than `limit`
+    needed: int = 0
+    # largest cost of the structures that are pruned because of `needed`
+    most: float = math.inf
+    least: int = 0  # number of the structures that may be pruned but stay
     # whether costs are divided by the entries that a row or column still has when it is pruned
     per_parameter: bool = False
 
 
 def num_at_once(left: int, least: int) -> int:
-    """Return how many of those that are left are pruned in one step, at most.
+    """Return the largest number of structures that are pruned in one step.
 
     Args:
-        left: that may be pruned.
-        least: so many of them stay.
+        left: number of remaining structures that may be pruned.
+        least: number of these structures that stay.
     """
-    return max(0, min(max(1, int(left * _FEW)), left - least))
+    few = max(1, int(left * _FEW))
+    return max(0, min(few, left - least))
 
 
 def greedy_costs(path: GreedyPath, limits: Limits, name: str) -> Pair:
-    """Follow the greedy path up to a marginal cost.
-
-    Returns the marginal cost at which each row and each set of columns is pruned.
+    """Follow the greedy path and return the marginal cost at which each structure is pruned.
 
     Args:
-        path: with everything alive.
-        limits: how far to go.
-        name: of what the costs belong to, for the error.
+        path: a path at its start, with everything alive.
+        limits: how far to follow the path.
+        name: name that error messages give the costs.
 
     Returns:
-        [R] and [num_sets]: the largest marginal cost up to and including the structure's own
-        removal, so that a threshold cuts the path at one place; infinite for what was not removed.
+        [R] and [num_sets] costs of rows and sets of columns: the largest marginal cost up to and
+        including the removal of the structure, so that a threshold cuts the path at one place;
+        infinite for structures that were not removed.
 
     Raises:
-        FloatingPointError: a cost of the first step is not usable; the path would end there.
+        FloatingPointError: a cost of the first step is NaN, infinite or negative, which would end
+            the path.
     """
     assert limits.limit is not None, "there is no path"
     num_rows = len(path.W)
@@ -221,9 +261,10 @@ def greedy_costs(path: GreedyPath, limits: Limits, name: str) -> Pair:
         costs.masked_fill_(~candidates, torch.inf)
         left = int(torch.isfinite(costs).sum())
         cheapest = costs.topk(num_at_once(left, limits.least), largest=False)
+        is_cheap = cheapest.values <= limits.limit
         is_needed = torch.arange(len(cheapest.values)) < limits.needed - num_pruned
-        to_prune = cheapest.values <= limits.limit
-        to_prune |= is_needed & (cheapest.values <= limits.most)
+        is_needed &= cheapest.values <= limits.most
+        to_prune = is_cheap | is_needed
         if not to_prune.any():
             break
         pruned = cheapest.indices[to_prune]

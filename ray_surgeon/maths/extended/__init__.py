@@ -1,4 +1,4 @@
-"""The paper's extension that loses to the defaults (docs/negative-results.md).
+"""An extension of the paper that is worse than the defaults (docs/negative-results.md).
 
-It is sums of Kronecker products.
+It approximates the Fisher by sums of Kronecker products.
 """

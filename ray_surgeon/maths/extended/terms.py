@@ -1,9 +1,9 @@
 """Extended KFAC: the Fisher of one linear as a sum of Kronecker products, F = sum_r kron(G_r, A_r).
 
 Source: docs/method.md, sections 1 and 4; The LLM Surgeon, section 3.1 (RK > 1). The first term is
-plain KFAC; every further one is the best Kronecker product for what the ones before leave, found by
-the power method on the rearranged Fisher R(F) = 1/N sum vec(g g^T) vec(a a^T)^T, which is never
-formed.
+plain KFAC; every further term is the best Kronecker product for the difference between F and the
+terms before it. It is found by the power method on the rearranged Fisher
+R(F) = 1/N sum vec(g g^T) vec(a a^T)^T, which is never formed.
 
 N: tokens; a [C], g [R]: input and output gradient of one token; all factors here are means over
 tokens.
@@ -12,7 +12,7 @@ tokens.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import reduce
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,33 +21,38 @@ from ray_surgeon.maths.factorised import solve_lower
 from ray_surgeon.maths.kronecker import Term, Terms
 
 _LEAST = 0.1
-"""Part of the first term that further terms leave in every direction.
+"""Fraction of the first term that the sum of all terms keeps at least, in every direction.
 
-So their sum is positive definite.
+So the sum is positive definite.
 """
 TOLERANCE = 1e-4
 """Relative residual at which conjugate gradients with more than two terms stop."""
 ITERATIONS = 50
-"""Of them, at most. The preconditioner is the exact solution with two terms."""
+"""Largest number of iterations of conjugate gradients with more than two terms."""
 
 
 def quadratic_forms(x: Tensor, matrix: Tensor) -> Tensor:
-    """Return x_n^T matrix x_n for every row of x [N, n]: [N]."""
+    """Return x_i^T matrix x_i, [N], for every row x_i of x [N, n]."""
     return (x @ matrix * x).sum(dim=1)
 
 
-def power_iteration(moment: Tensor, known: Sequence[Term], unit: Tensor) -> tuple[Tensor, float]:
+def power_iteration(
+    moment: Tensor,
+    known: Sequence[Term],
+    unit: Tensor,
+) -> tuple[Tensor, float]:
     """Finish one iteration of the power method.
 
-    What the known terms explain is taken off, and the rest normalised.
+    The part that the known terms explain is subtracted, and the rest is normalised.
 
     Args:
-        moment: 1/N sum (x^T unit x) y y^T, of the side that is wanted.
+        moment: 1/N sum (x^T unit x) y y^T, for the side y whose factor is computed.
         known: factors of the terms found so far, on this side and on the other.
         unit: the present unit factor of the new term on the other side.
 
     Returns:
-        The unit factor on this side, and the norm it had: the singular value, at convergence.
+        The unit factor on this side, and its norm before normalisation, which converges to the
+        singular value.
     """
     rest = moment.clone()
     for factor, opposite in known:
@@ -62,56 +67,87 @@ def _whitened(factor: Tensor, cholesky: Tensor) -> Tensor:
     return (whitened + whitened.T) / 2
 
 
-def clip_term(term: Term, G_root: Tensor, A_root: Tensor, share: float) -> tuple[Term, float]:
+def clip_term(
+    term: Term,
+    G_root: Tensor,
+    A_root: Tensor,
+    share: float,
+) -> tuple[Term, float]:
     """Clip the negative eigenvalues that would make the sum of terms indefinite.
 
     In units of the first term, whose Cholesky factors are given, the two factors have eigenvalues s
-    and t, and the term is at least the smallest s_i t_j times the first. That is kept above
-    ``-share (1 - 0.1)`` by raising negative s and t; of the two signs of the factors, kron(G, A) =
-    kron(-G, -A), the one is taken that changes less.
+    and t, and the term is at least the smallest s_i t_j times the first term. That product is kept
+    above ``-share (1 - 0.1)`` by raising negative s and t. Since kron(G, A) = kron(-G, -A), the
+    factors can be clipped with either sign; the sign that changes the term less is used.
 
     Args:
         term: G_r and A_r, symmetric.
-        G_root: [R, R] L with L L^T = G_0.
-        A_root: [C, C] likewise.
-        share: of the room, 1 / number of further terms.
+        G_root: [R, R] lower Cholesky factor of G_0.
+        A_root: [C, C] lower Cholesky factor of A_0.
+        share: share of the term in the allowed decrease of F, 1 / number of further terms.
 
     Returns:
-        G_r and A_r after clipping; and the norm of what was clipped, relative to the norm of the
+        G_r and A_r after clipping; and the norm of the clipped part relative to the norm of the
         term, both measured in units of the first term.
     """
     if not len(G_root) or not len(A_root):
         return term, 0.0
-    (s, E) = torch.linalg.eigh(_whitened(term[0], G_root))
-    (t, D) = torch.linalg.eigh(_whitened(term[1], A_root))
+    s, E = torch.linalg.eigh(_whitened(term[0], G_root))
+    t, D = torch.linalg.eigh(_whitened(term[1], A_root))
     room = share * (1 - _LEAST)
-    size = s.norm() * t.norm()
-    clipped = []
-    for x, y in ((s, t), (-s, -t)):
-        low_x = x.clamp(min=-room / max(float(y.max()), 1e-30))
-        low_y = y.clamp(min=-room / max(float(x.max()), 1e-30))
-        square = size**2 + low_x.norm() ** 2 * low_y.norm() ** 2 - 2 * (x @ low_x) * (y @ low_y)
-        change = float(square.clamp(min=0).sqrt() / size.clamp(min=1e-30))
-        is_same = torch.equal(low_x, x) and torch.equal(low_y, y)
-        clipped.append((change, is_same, low_x, low_y))
-    change, is_same, low_s, low_t = min(clipped, key=lambda signed: signed[0])
-    if is_same:
+    clipped = _clip_eigenvalues(s, t, room)
+    negated = _clip_eigenvalues(-s, -t, room)
+    if negated.change < clipped.change:
+        clipped = negated
+    if clipped.is_same:
         return term, 0.0
     G = G_root @ E
     A = A_root @ D
-    return ((G * low_s) @ G.T, (A * low_t) @ A.T), change
+    G_clipped = (G * clipped.s) @ G.T
+    A_clipped = (A * clipped.t) @ A.T
+    return (G_clipped, A_clipped), clipped.change
+
+
+class _ClippedEigenvalues(NamedTuple):
+    s: Tensor  # [R] of G_r
+    t: Tensor  # [C] of A_r
+    change: float  # norm of the clipped part, relative to the norm of the term
+    is_same: bool  # whether nothing was clipped
+
+
+def _clip_eigenvalues(s: Tensor, t: Tensor, room: float) -> _ClippedEigenvalues:
+    """Raise negative eigenvalues so that no product s_i t_j is below ``-room``."""
+    low_s = s.clamp(min=-room / max(float(t.max()), 1e-30))
+    low_t = t.clamp(min=-room / max(float(s.max()), 1e-30))
+    size = s.norm() * t.norm()
+    clipped_size_squared = low_s.norm() ** 2 * low_t.norm() ** 2
+    square = size**2 + clipped_size_squared - 2 * (s @ low_s) * (t @ low_t)
+    change = float(square.clamp(min=0).sqrt() / size.clamp(min=1e-30))
+    is_same = torch.equal(low_s, s) and torch.equal(low_t, t)
+    return _ClippedEigenvalues(s=low_s, t=low_t, change=change, is_same=is_same)
 
 
 class TwoTermInverse:
     """Inverse of kron(G_0, A_0) + kron(G_1, A_1), G_0 and A_0 positive definite.
 
-    With G_0 = L L^T and L^-1 G_1 L^-T = E diag(s) E^T, K1 = L^-T E, and K2, t from A likewise, F^-1
-    = kron(K1, K2) diag(1 / (1 + s t^T)) kron(K1, K2)^T. (The published code has K1 = L^-1 E, which
-    is another matrix.)
+    With G_0 = L L^T, L^-1 G_1 L^-T = E diag(s) E^T and K1 = L^-T E, and with K2 and t computed from
+    A in the same way, F^-1 = kron(K1, K2) diag(1 / (1 + s t^T)) kron(K1, K2)^T. (The published code
+    has K1 = L^-1 E, which is a different matrix.)
+
+    Attributes:
+        K1: [R, R].
+        K2: [C, C].
+        S: [R, C] 1 + s t^T.
     """
 
     def __init__(self, G_cholesky: Tensor, A_cholesky: Tensor, term: Term) -> None:
-        """Decompose; `term` must leave the sum positive definite, see `clip_term`."""
+        """Decompose the two terms.
+
+        Args:
+            G_cholesky: [R, R] lower Cholesky factor of G_0.
+            A_cholesky: [C, C] lower Cholesky factor of A_0.
+            term: G_1 and A_1, with which the sum is positive definite; see `clip_term`.
+        """
         s, E = torch.linalg.eigh(_whitened(term[0], G_cholesky))
         t, D = torch.linalg.eigh(_whitened(term[1], A_cholesky))
         self.K1 = solve_lower(G_cholesky, E, transposed=True)
@@ -128,7 +164,7 @@ class TwoTermInverse:
     def row_parts(self, W: Tensor) -> tuple[Tensor, Tensor]:
         """Return Y = W K2^-T and Z with [F^-1]_rr = K2 diag(Z_r) K2^T, both [R, C].
 
-        A row costs 1/2 sum_j Y_rj^2 / Z_rj after the optimal update of the others.
+        A row costs 1/2 sum_j Y_rj^2 / Z_rj with the optimal update of the other rows.
         """
         return W @ self._back2, self.K1.square() @ (1 / self.S)
 
@@ -143,39 +179,51 @@ class TwoTermInverse:
     def row_blocks(self, left: Tensor, right: Tensor) -> Tensor:
         """Return [F^-1]_{(r, left_i), (r, right_i)}, [R, num_pairs].
 
-        That is for every row and every pair of columns (left_i, right_i).
+        Args:
+            left: [num_pairs] first column of each pair.
+            right: [num_pairs] second column of each pair.
         """
-        return (self.K1.square() @ (1 / self.S)).matmul((self.K2[left] * self.K2[right]).T)
+        pairs = self.K2[left] * self.K2[right]
+        return (self.K1.square() @ (1 / self.S)).matmul(pairs.T)
 
     def single_corrections(self, W: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-        """Return the sum of each removed row's and column's own correction, [R, C].
+        """Return the sum of the corrections for each removed row and column, [R, C].
 
-        Each is as if it were pruned alone.
+        Each correction is computed as if its row or column were the only one removed.
         """
         Y, Z = self.row_parts(W)
-        of_rows = self.K1[rows].T @ (Y / Z)[rows]
+        by_rows = self.K1[rows].T @ (Y / Z)[rows]
         Y, Z = self.column_parts(W)
-        of_columns = (Y / Z)[:, columns] @ self.K2[columns]
+        by_columns = (Y / Z)[:, columns] @ self.K2[columns]
         total = torch.zeros_like(W)
-        for multipliers in (of_rows, of_columns):
+        for multipliers in (by_rows, by_columns):
             total -= self.K1 @ (multipliers / self.S) @ self.K2.T
         return total
 
 
 def apply_terms(X: Tensor, terms: Terms) -> Tensor:
     """Return F X: sum_r G_r X A_r, [R, C]."""
-    return reduce(torch.add, (G @ X @ A for G, A in terms))
+    G, A = terms[0]
+    product = G @ X @ A
+    for G, A in terms[1:]:
+        product = product + G @ X @ A
+    return product
 
 
-def minimise_kept(W: Tensor, terms: Terms, rows: Tensor, columns: Tensor) -> tuple[Tensor, float]:
-    """Remove rows and columns and minimise the quadratic over the weights that stay.
+def minimise_kept(
+    W: Tensor,
+    terms: Terms,
+    rows: Tensor,
+    columns: Tensor,
+) -> tuple[Tensor, float]:
+    """Remove rows and columns and minimise the quadratic over the kept weights.
 
-    Two terms are solved exactly by the generalised eigenvectors of their kept blocks; more by
-    conjugate gradients with that as the preconditioner.
+    Two terms are solved exactly by the generalised eigenvectors of their kept blocks. More terms
+    are solved by conjugate gradients with the solution of the first two as the preconditioner.
 
     Args:
         W: [R, C].
-        terms: two or more; the first positive definite, their sum too.
+        terms: two or more terms; the first and the sum of all are positive definite.
         rows: [R] bool, True = to prune.
         columns: [C] bool, True = to prune.
 
@@ -190,13 +238,14 @@ def minimise_kept(W: Tensor, terms: Terms, rows: Tensor, columns: Tensor) -> tup
     removed = W.clone()
     removed[torch.outer(K, L)] = 0
     right = apply_terms(removed, terms)[K][:, L]
-    X, residual = solve_terms(right, [(G[K][:, K], A[L][:, L]) for G, A in terms])
+    kept_terms = [(G[K][:, K], A[L][:, L]) for G, A in terms]
+    X, residual = solve_terms(right, kept_terms)
     new[K.nonzero(), L.nonzero()[:, 0]] = W[K][:, L] + X
     return new, residual
 
 
 def solve_terms(right: Tensor, terms: Terms) -> tuple[Tensor, float]:
-    """Solve sum_r G_r X A_r = right for two terms or more; return X and the relative residual."""
+    """Solve sum_r G_r X A_r = right for two or more terms; return X and the relative residual."""
     (G, A), second, *further = terms
     inverse = TwoTermInverse(torch.linalg.cholesky(G), torch.linalg.cholesky(A), second)
     X = inverse.solve(right)
