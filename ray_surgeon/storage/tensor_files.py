@@ -174,10 +174,11 @@ def _entries(document: dict[str, Any], start: int) -> tuple[dict[str, Entry], in
     document.pop("__metadata__", None)
     entries = {}
     end = start
-    for name, about in sorted(document.items(), key=lambda item: int(item[1]["data_offsets"][0])):
+    # a tensor of no bytes starts where the next one does, so the ends order them
+    for name, about in sorted(document.items(), key=lambda item: _offsets(item[1])):
         shape = tuple(int(n) for n in about["shape"])
         dtype = about["dtype"]
-        first, last = (start + int(offset) for offset in about["data_offsets"])
+        first, last = (start + offset for offset in _offsets(about))
         if dtype not in _DTYPES:
             raise ValueError(f"{name} has the unknown dtype {dtype}")
         size = math.prod(shape) * _DTYPES[dtype].itemsize
@@ -186,3 +187,7 @@ def _entries(document: dict[str, Any], start: int) -> tuple[dict[str, Entry], in
         entries[name] = Entry(shape, dtype, first, last)
         end = last
     return {name: entries[name] for name in document}, end
+
+
+def _offsets(about: dict[str, Any]) -> tuple[int, ...]:
+    return tuple(int(offset) for offset in about["data_offsets"])
