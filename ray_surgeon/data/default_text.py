@@ -3,45 +3,49 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 from ray_surgeon.data.prompts import has_chat_template
 from ray_surgeon.spec.calibration import CalibrationSection
 from ray_surgeon.spec.texts import START_TOKENS
 
 _CHAT_SHARE = 1 / 4
-"""Of the windows of a default mix, conversations that the model writes, if it has a chat template.
+"""Share of the windows of a default mix that are conversations written by the model, where it has a
+chat template.
 """
 
 
-_CONTINUED_SHARE = {True: 1 / 4, False: 1 / 2}
-"""Share of what the model writes after `def ` and after beginnings of docstrings.
-
-The first is with a chat template, the second without.
+_CONTINUED_SHARE_WITH_CHAT = 1 / 4
+"""Share of the windows that the model writes after `def ` and after beginnings of docstrings, where
+it has a chat template.
 """
+
+
+_CONTINUED_SHARE_WITHOUT_CHAT = 1 / 2
+"""The same share for a model without a chat template."""
 
 
 _FUNCTIONS_SHARE = 3 / 4
-"""Of these, functions that it writes after `def `.
+"""Share of the continued windows that are functions, written after `def `.
 
-What a coder can do lives on them: see docs/results.md.
+The abilities of a model for code depend on them; see docs/results.md.
 """
 
 
 _SHARES = {"python-docstrings": 1 / 32, "python-docs": 1 / 32}
-"""Of the windows, what is taken of small texts. All that is left is python-code."""
+"""Small text -> its share of the windows. All remaining windows are python-code."""
 
 
 _SMALL_TEXT_TOKENS = 48_000
-"""Tokens that are taken of a small text, at most."""
+"""Maximum number of tokens that are taken from a small text."""
 
 
 _CODE_TOKENS = 400_000
-"""Tokens of code from which windows are drawn, if a job does not need more."""
+"""Number of tokens of code from which windows are drawn, unless a job needs more."""
 
 
 _SHORTEST_TEXT = 64
-"""Tokens of a text of a model without a chat template, at least, where several fill a window."""
+"""Minimum number of tokens of a written text where several texts fill a window."""
 
 
 def default_mix(section: CalibrationSection, tokenizer: Any) -> tuple[CalibrationSection, str]:
@@ -59,38 +63,85 @@ def default_mix(section: CalibrationSection, tokenizer: Any) -> tuple[Calibratio
     """
     is_chat = has_chat_template(tokenizer)
     if section.weigh == "answers" and not is_chat:
-        problem = "calibration.weigh: answers, but the model has no chat template"
-        raise ValueError(f"{problem}; give source self")
+        raise ValueError(
+            "calibration.weigh: answers, but the model has no chat template; give source self"
+        )
     count = section.num_sequences
     length = section.sequence_length
-    num_chat = max(1, int(count * _CHAT_SHARE)) if is_chat else 0
-    num_continued = int(count * _CONTINUED_SHARE[is_chat])
-    num_functions = math.ceil(num_continued * _FUNCTIONS_SHARE)
-    most = _SMALL_TEXT_TOKENS // length
-    small = [(min(int(count * share), most), name) for name, share in _SHARES.items()]
-    num_code = count - num_chat - num_continued - sum(number for number, _ in small)
-    code = {"source": "python-code", "max_tokens": max(_CODE_TOKENS, 2 * num_code * length)}
-    functions = {"texts_per_sequence": _texts_in(length, 2), "prompt": "def "}
-    begun = {"texts_per_sequence": _texts_in(length, 4), "starts": {"source": "python-docstrings"}}
-    begun["start_tokens"] = min(START_TOKENS, length // 2)
-    texts: list[tuple[int, dict[str, Any], str]] = [
-        (num_chat, {"chat": True}, "conversations that the model writes"),
-        (num_functions, functions, "what it writes after `def `"),
-        (num_continued - num_functions, begun, "what it writes after beginnings of docstrings"),
-        (num_code, code, "python-code"),
-        *((number, {"source": name}, name) for number, name in small),
-    ]
-    texts = [(n, {"source": "self"} | text, what) for n, text, what in texts if n]
-    (weight, main, _), *others = texts
-    mix = [{**text, "seed": section.seed, "weight": number} for number, text, _ in others]
+    texts = [text for text in _texts(count, length, is_chat=is_chat) if text.num_windows]
+    main, *others = texts
+    mix = []
+    for text in others:
+        mix.append({**text.fields, "seed": section.seed, "weight": text.num_windows})
+    weight: float = 1.0
+    if mix:
+        weight = main.num_windows
     kept = {"seed", "num_sequences", "sequence_length", "weigh", "held_aside"}
-    fields = {"weight": weight if mix else 1.0, "mix": mix} | section.model_dump(include=kept)
-    parts = ", ".join(f"{number} of {what}" for number, _, what in texts)
-    chosen = f"calibration.source auto: {count} windows of {length} tokens, {parts}"
-    remedy = "to change this, name a source, and more in calibration.mix"
-    return CalibrationSection.model_validate(main | fields), f"{chosen}; {remedy}"
+    fields = {**main.fields, "weight": weight, "mix": mix, **section.model_dump(include=kept)}
+    parts = ", ".join(f"{text.num_windows} of {text.description}" for text in texts)
+    line = (
+        f"calibration.source auto: {count} windows of {length} tokens, {parts}; "
+        "to change this, name a source, and more in calibration.mix"
+    )
+    return CalibrationSection.model_validate(fields), line
+
+
+class _Text(NamedTuple):
+    """A text of the default mix."""
+
+    num_windows: int
+    fields: dict[str, Any]  # of its section
+    description: str  # for people
+
+
+def _texts(num_windows: int, length: int, *, is_chat: bool) -> list[_Text]:
+    """Return the texts of a default mix, of which some may have no windows.
+
+    Args:
+        num_windows: windows of all texts together.
+        length: tokens in each window.
+        is_chat: whether the model has a chat template.
+    """
+    num_chat = 0
+    num_continued = int(num_windows * _CONTINUED_SHARE_WITHOUT_CHAT)
+    if is_chat:
+        num_chat = max(1, int(num_windows * _CHAT_SHARE))
+        num_continued = int(num_windows * _CONTINUED_SHARE_WITH_CHAT)
+    num_functions = math.ceil(num_continued * _FUNCTIONS_SHARE)
+    small_texts = []
+    num_code = num_windows - num_chat - num_continued
+    for name, share in _SHARES.items():
+        number = min(int(num_windows * share), _SMALL_TEXT_TOKENS // length)
+        small_texts.append(_Text(number, {"source": name}, name))
+        num_code -= number
+    chat = {"source": "self", "chat": True}
+    functions = {
+        "source": "self",
+        "texts_per_sequence": _texts_in(length, 2),
+        "prompt": "def ",
+    }
+    docstrings = {
+        "source": "self",
+        "texts_per_sequence": _texts_in(length, 4),
+        "starts": {"source": "python-docstrings"},
+        "start_tokens": min(START_TOKENS, length // 2),
+    }
+    code = {
+        "source": "python-code",
+        "max_tokens": max(_CODE_TOKENS, 2 * num_code * length),
+    }
+    num_docstrings = num_continued - num_functions
+    return [
+        _Text(num_chat, chat, "conversations that the model writes"),
+        _Text(num_functions, functions, "what it writes after `def `"),
+        _Text(num_docstrings, docstrings, "what it writes after beginnings of docstrings"),
+        _Text(num_code, code, "python-code"),
+        *small_texts,
+    ]
 
 
 def _texts_in(length: int, most: int) -> int:
-    """Return how many texts of the model, none of them short, fill a window."""
-    return most if length % most == 0 and length >= most * _SHORTEST_TEXT else 1
+    """Return how many texts of the model fill a window: `most`, or one if they would be short."""
+    if length % most == 0 and length >= most * _SHORTEST_TEXT:
+        return most
+    return 1

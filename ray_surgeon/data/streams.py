@@ -64,8 +64,10 @@ class TextStream:
             self._beginning(number)
             is_limited = "max_tokens" in text.model_dump(exclude_defaults=True)
             if is_limited and not documents.is_split_here(text):
-                why = f"{text.source} with split {text.split} is read as far as it is needed"
-                raise ValueError(f"{where}.max_tokens: {why}; remove it")
+                raise ValueError(
+                    f"{where}.max_tokens: {text.source} with split {text.split} is read as far as "
+                    "it is needed; remove it"
+                )
 
     def windows(self, start: int = 0) -> Iterator[NDArray[np.int64]]:
         """Yield windows [sequence_length], from window `start` on.
@@ -105,7 +107,9 @@ class TextStream:
     def _beginning(self, number: int) -> list[int]:
         """Return what each window of a text begins with: nothing or the BOS token."""
         first = window_beginning(self.texts[number][0], self.tokenizer, self.texts[number][1])
-        return [] if first is None else [first]
+        if first is None:
+            return []
+        return [first]
 
     def _own_tokens(self, number: int) -> int:
         """Return how many tokens of a text are in each of its windows."""
@@ -114,7 +118,9 @@ class TextStream:
     def _num_tokens(self, number: int, enough: int) -> int:
         """Return how many tokens a text has, or some number from `enough` on."""
         text, where = self.texts[number]
-        limit = text.max_tokens if documents.is_split_here(text) else enough
+        limit = enough
+        if documents.is_split_here(text):
+            limit = text.max_tokens
         num_read = 0
         for piece in token_pieces(text, self.tokenizer, where):
             num_read = min(num_read + len(piece), limit)
@@ -168,9 +174,13 @@ class TextStream:
 
     @functools.cached_property
     def _runs_held(self) -> frozenset[bytes]:
-        held = () if self.held is None else self.held
-        places = ((own, i) for own in held for i in range(len(own) - _RUN + 1))
-        return frozenset(own[i : i + _RUN].tobytes() for own, i in places)
+        if self.held is None:
+            return frozenset()
+        runs = set()
+        for window in self.held:
+            for start in range(len(window) - _RUN + 1):
+                runs.add(window[start : start + _RUN].tobytes())
+        return frozenset(runs)
 
     def _packed(self, number: int) -> Iterator[NDArray[np.int64]]:
         """Yield the windows of a text in order; tokens at its end that fill none are left out."""

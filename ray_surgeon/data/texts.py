@@ -25,7 +25,7 @@ _FEWEST_TOKENS = 4
 _DOCUMENTS_PER_CALL = 1000
 """Documents joined for one call of the tokenizer, so that a large corpus is not one string."""
 _CODE_FILES_PER_CALL = 16
-"""Likewise of files of code, which are long: what is not wanted need not be tokenized."""
+"""The same for files of code, which are long: tokenizing more than is wanted takes time."""
 
 
 @dataclass(frozen=True)
@@ -56,10 +56,16 @@ def read_windows(
     stream = token_stream(section, tokenizer, where)
     where = f"{where} ({section.source})"
     stride = section.stride
-    own = sequence_length - (first is not None)
-    needed = (num_sequences - 1) * stride + own if stride else num_sequences * own
+    own = sequence_length
+    if first is not None:
+        own -= 1
+    if stride:
+        needed = (num_sequences - 1) * stride + own
+        at_stride = f" at stride {stride}"
+    else:
+        needed = num_sequences * own
+        at_stride = ""
     if len(stream) < needed:
-        at_stride = f" at stride {stride}" if stride else ""
         raise ValueError(
             f"{where}: the text has {len(stream)} tokens, but {num_sequences} sequences of "
             f"{sequence_length}{at_stride} need {needed}; give more text, or fewer or shorter ones"
@@ -73,7 +79,9 @@ def read_windows(
         generator = np.random.default_rng(section.seed)
         starts = generator.permutation(len(stream) // own)[:num_sequences] * own
     tokens = np.stack([stream[start : start + own] for start in starts]).astype(np.int64)
-    return windows_of(tokens if first is None else np.insert(tokens, 0, first, axis=1))
+    if first is not None:
+        tokens = np.insert(tokens, 0, first, axis=1)
+    return windows_of(tokens)
 
 
 def load_tokenizer(folder: Path, origin: str) -> Any:
@@ -110,8 +118,10 @@ def window_beginning(section: SourceSection, tokenizer: Any, where: str) -> int 
     """
     if section.bos is None:
         return first_token(tokenizer)
-    first: int | None = tokenizer.bos_token_id if section.bos else None
-    if section.bos and first is None:
+    if not section.bos:
+        return None
+    first: int | None = tokenizer.bos_token_id
+    if first is None:
         raise ValueError(f"{where}.bos: true, but the tokenizer has no BOS token; remove it")
     return first
 
@@ -119,8 +129,9 @@ def window_beginning(section: SourceSection, tokenizer: Any, where: str) -> int 
 def first_token(tokenizer: Any) -> int | None:
     """Return the token that a transformers tokenizer itself puts before a text, if there is one."""
     whole = tokenizer("a", add_special_tokens=True)["input_ids"]
-    has_first = len(whole) > len(tokens_of(tokenizer, "a")) and whole[0] == tokenizer.bos_token_id
-    return int(whole[0]) if has_first else None
+    if len(whole) > len(tokens_of(tokenizer, "a")) and whole[0] == tokenizer.bos_token_id:
+        return int(whole[0])
+    return None
 
 
 def tokens_of(tokenizer: Any, text: str) -> tuple[int, ...]:
@@ -131,7 +142,10 @@ def tokens_of(tokenizer: Any, text: str) -> tuple[int, ...]:
 
 def order(counts: Sequence[int]) -> list[tuple[int, int]]:
     """Return (text, window) of the windows of several texts, evenly spread."""
-    places = [((i + 0.5) / n, text, i) for text, n in enumerate(counts) for i in range(n)]
+    places = []
+    for text, count in enumerate(counts):
+        for i in range(count):
+            places.append(((i + 0.5) / count, text, i))
     return [(text, i) for _, text, i in sorted(places)]
 
 
@@ -166,7 +180,9 @@ def token_stream(text: SourceSection, tokenizer: Any, where: str) -> NDArray[np.
         count += len(piece)
         if count >= text.max_tokens:
             break
-    stream = np.concatenate(pieces)[: text.max_tokens] if pieces else np.zeros(0, dtype=np.int64)
+    stream: NDArray[np.int64] = np.zeros(0, dtype=np.int64)
+    if pieces:
+        stream = np.concatenate(pieces)[: text.max_tokens]
     part = part_of_split(text, len(stream))
     return stream[part.start : part.stop]
 
@@ -177,10 +193,14 @@ def token_pieces(text: SourceSection, tokenizer: Any, where: str) -> Iterator[ND
     See `token_stream`; neither `max_tokens` nor the border between train and test counts here.
     """
     of_text = documents.documents_of(text, where)
-    per_call = _CODE_FILES_PER_CALL if text.source == "python-code" else _DOCUMENTS_PER_CALL
+    per_call = _DOCUMENTS_PER_CALL
+    if text.source == "python-code":
+        per_call = _CODE_FILES_PER_CALL
     for batch in documents.batches(of_text, documents.PIECE_BYTES, per_call):
-        goes_on = len(batch) == per_call or sum(map(len, batch)) >= documents.PIECE_BYTES
-        chunk = "\n\n".join(batch) + "\n\n" * goes_on
+        chunk = "\n\n".join(batch)
+        may_go_on = len(batch) == per_call or sum(map(len, batch)) >= documents.PIECE_BYTES
+        if may_go_on:
+            chunk += "\n\n"
         yield np.array(tokens_of(tokenizer, chunk), dtype=np.int64)
 
 
@@ -189,4 +209,6 @@ def part_of_split(text: SourceSection, num_tokens: int) -> range:
     if not documents.is_split_here(text):
         return range(num_tokens)
     border = int(num_tokens * documents.TRAIN_SHARE)
-    return range(border) if text.split == "train" else range(border, num_tokens)
+    if text.split == "train":
+        return range(border)
+    return range(border, num_tokens)

@@ -12,7 +12,7 @@ import math
 import random
 from collections.abc import Callable, Iterator
 from time import monotonic, sleep
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -26,16 +26,34 @@ FIRST_PAUSE_S = 0.1
 _LONGEST_PAUSE_S = 5.0
 _CLIENT_ERRORS = {"BotoCoreError", "ClientError", "HTTPError", "HttpError", "AzureError"}
 """Names of the errors of clients of object stores that are not OSError."""
-_LASTING_ERRORS = {"FileNotFoundError", "PermissionError", "FileExistsError", "IsADirectoryError"}
-_LASTING_ERRORS |= {"NotADirectoryError", "NoCredentialsError", "PartialCredentialsError"}
-_LASTING_ERRORS |= {"ParamValidationError", "ProfileNotFound", "NoRegionError"}
-"""Names of those that come again, of Python and of botocore."""
-_LASTING_NUMBERS = {errno.EINVAL, errno.EPERM, errno.ENOSYS, errno.EMSGSIZE, errno.ENAMETOOLONG}
-_LASTING_NUMBERS |= {errno.ENOSPC, errno.EDQUOT}
+_LASTING_ERRORS = {
+    "FileNotFoundError",
+    "PermissionError",
+    "FileExistsError",
+    "IsADirectoryError",
+    "NotADirectoryError",
+    "NoCredentialsError",
+    "PartialCredentialsError",
+    "ParamValidationError",
+    "ProfileNotFound",
+    "NoRegionError",
+}
+"""Names of errors of Python and botocore that a retry does not help."""
+_LASTING_NUMBERS = {
+    errno.EINVAL,
+    errno.EPERM,
+    errno.ENOSYS,
+    errno.EMSGSIZE,
+    errno.ENAMETOOLONG,
+    errno.ENOSPC,
+    errno.EDQUOT,
+}
 """Numbers with which s3fs reports that the request itself was refused."""
 _PASSING_STATUS = (408, 425, 429)
 _DAMAGED = ("IncompleteBody", "BadDigest")
-"""What S3 says of an upload that was cut or altered on the way; s3fs makes a refused request of it.
+"""Codes with which S3 refuses an upload that was cut or altered on the way.
+
+s3fs reports them as a request that was refused.
 """
 
 
@@ -50,13 +68,22 @@ def _may_pass(error: Exception, uri: str) -> bool:
         return False
     if any(code in str(error.__cause__) for code in _DAMAGED):
         return True
-    reply = getattr(error, "response", None)
-    places = ((reply, "status_code"), (error, "status_code"), (error, "status"))
-    status = next(filter(None, (getattr(place, name, None) for place, name in places)), None)
+    status = _http_status(error)
     if isinstance(status, int) and 400 <= status < 500 and status not in _PASSING_STATUS:
         return False
-    lasts = not _kinds(error).isdisjoint(_LASTING_ERRORS)
-    return not lasts and getattr(error, "errno", None) not in _LASTING_NUMBERS
+    if not _kinds(error).isdisjoint(_LASTING_ERRORS):
+        return False
+    return getattr(error, "errno", None) not in _LASTING_NUMBERS
+
+
+def _http_status(error: Exception) -> Any:
+    """Return the HTTP status that a client's error carries, if there is one."""
+    reply = getattr(error, "response", None)
+    return (
+        getattr(reply, "status_code", None)
+        or getattr(error, "status_code", None)
+        or getattr(error, "status", None)
+    )
 
 
 def tries_again(function: Callable[P, T]) -> Callable[P, T]:
@@ -91,7 +118,7 @@ def tries_again(function: Callable[P, T]) -> Callable[P, T]:
 
 @contextlib.contextmanager
 def naming(uri: str) -> Iterator[None]:
-    """Let an OSError that does not say of which file it is say so."""
+    """Add the file's URI to an OSError that does not name its file."""
     try:
         yield
     except OSError as error:

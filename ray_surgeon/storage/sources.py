@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,12 +23,19 @@ HTTP_ERROR: type[Exception] = HfHubHTTPError.__bases__[0]
 A refused connection raises it.
 """
 
-SMALL_FILES: tuple[str, ...] = ("config.json", "generation_config.json")
-SMALL_FILES += ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
-SMALL_FILES += ("special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt")
-SMALL_FILES += ("chat_template.jinja",)
-"""Everything of a checkpoint folder that is not weights and that a tokenizer or a reload may need.
-"""
+SMALL_FILES: tuple[str, ...] = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+)
+"""Files of a checkpoint folder, other than weights, that a tokenizer or a reload may need."""
 _INDEX = "model.safetensors.index.json"
 TEMPLATES = "additional_chat_templates"
 """The folder of chat templates beside the first one."""
@@ -62,7 +69,9 @@ class ModelFiles:
             raise ValueError(f"model.source: {self.origin} has no config.json; give a checkpoint")
         names = [name for name in SMALL_FILES if name in self.names]
         if weights:
-            names += [*self.weight_files(), *(name for name in self.names if name == _INDEX)]
+            names.extend(self.weight_files())
+            if _INDEX in self.names:
+                names.append(_INDEX)
         paths = [self.fetch(name) for name in names]
         if not weights and len({path.parent for path in paths}) == 1:
             return paths[0].parent
@@ -94,9 +103,10 @@ class ModelFiles:
             return self._files_in_index()
         names = [name for name in self.names if name.endswith(".safetensors")]
         if not names:
-            problem = f"{self.origin} has no .safetensors weights; pickled weights are not read"
-            remedy = "Convert it once with `model.save_pretrained(folder)`"
-            raise ValueError(f"model.source: {problem}. {remedy}")
+            raise ValueError(
+                f"model.source: {self.origin} has no .safetensors weights; pickled weights are not "
+                "read. Convert it once with `model.save_pretrained(folder)`"
+            )
         return names
 
     def _files_in_index(self) -> list[str]:
@@ -104,9 +114,10 @@ class ModelFiles:
         kinds = (AttributeError, KeyError, TypeError)
         with refusing(f"{index} has no weight_map of names to files", "fetch it again", kinds):
             named = set(files.read_json(str(self.fetch(_INDEX)))["weight_map"].values())
-        missing = sorted((f for f in named if f not in self.names or "/" in f), key=str)[:3]
+        missing = [name for name in named if name not in self.names or "/" in name]
         if missing or not named:
-            raise ValueError(f"{index} names missing files: {missing}; fetch it again")
+            first_missing = sorted(missing, key=str)[:3]
+            raise ValueError(f"{index} names missing files: {first_missing}; fetch it again")
         return sorted(named)
 
     def shapes_and_fingerprint(self) -> tuple[dict[str, tuple[int, ...]], str]:
@@ -127,9 +138,11 @@ class ModelFiles:
             header = tensor_files.read_header(self.open_uri(name))
             for key, entry in header.entries.items():
                 if key.endswith(".weight") and entry.dtype not in wide:
-                    problem = f"{key} of {self.origin} is {entry.dtype}, so it is quantised"
-                    remedy = "give float32 or bfloat16, and quantise what is left: output.quantize"
-                    raise ValueError(f"model.source: {problem}; {remedy}")
+                    raise ValueError(
+                        f"model.source: {key} of {self.origin} is {entry.dtype}, so it is "
+                        "quantised; give float32 or bfloat16, and quantise what is left: "
+                        "output.quantize"
+                    )
             shapes.update(header.shapes)
             digest.update(header.fingerprint.encode())
         return shapes, digest.hexdigest()
@@ -137,8 +150,12 @@ class ModelFiles:
     @functools.cached_property
     def uri_of(self) -> dict[str, str]:
         """Key of every tensor -> URI of its file; reads the headers of the weight files."""
-        uris = [self.open_uri(name) for name in self.weight_files()]
-        return {key: uri for uri in uris for key in self._reader.names(uri)}
+        uri_of = {}
+        for name in self.weight_files():
+            uri = self.open_uri(name)
+            for key in self._reader.names(uri):
+                uri_of[key] = uri
+        return uri_of
 
     @property
     def is_local(self) -> bool:
@@ -173,33 +190,50 @@ def open_model(source: ModelSection) -> ModelFiles:
             raise ValueError(f"model.revision: {where} is a local folder; remove it")
         return _folder(source, str(Path(where).resolve()))
     if where.startswith((".", "/", "~")) or where.count("/") > 1:
-        problem = f"there is no folder {where!r} (looked in {os.getcwd()})"
-        raise ValueError(f"model.source: {problem}; give a folder, a URI or a Hub id")
+        raise ValueError(
+            f"model.source: there is no folder {where!r} (looked in {os.getcwd()}); "
+            "give a folder, a URI or a Hub id"
+        )
     return _hub(source)
 
 
 def _folder(source: ModelSection, uri: str) -> ModelFiles:
     remedy = "check the address, the credentials and the network"
     with refusing(f"model.source: cannot list {uri}", remedy):
-        templates = [f"{TEMPLATES}/{name}" for name in files.list_names(files.join(uri, TEMPLATES))]
-        names = tuple(files.list_names(uri) + templates)
-    folder = Path(files.open_filesystem(uri)[1]).resolve()
+        templates = files.list_names(files.join(uri, TEMPLATES))
+        names = files.list_names(uri) + [f"{TEMPLATES}/{name}" for name in templates]
     if files.is_local(uri):
-        names = tuple(name for name in names if (folder / name).is_file())
+        folder = Path(files.open_filesystem(uri)[1]).resolve()
+        names = [name for name in names if (folder / name).is_file()]
+        _refuse_links_outside(folder, names)
     elif not names:
         raise ValueError(f"model.source: nothing at {uri}; check bucket, key and credentials")
-    for name in filter(goes_along, names) if files.is_local(uri) else ():
-        target = (folder / name).resolve()
-        # into exports; weights may lie elsewhere, and the Hub's cache keeps content in blobs
-        if folder not in target.parents and target.parent.name != "blobs":
-            problem = f"{folder / name} is a link to {target}, outside of the model"
-            raise ValueError(f"model.source: {problem}; put the file itself there")
     address = functools.partial(files.join, uri)
 
     def fetch(name: str) -> Path:
         return copies.local_copy(address(name))
 
-    return ModelFiles(source.source, source, names, address, fetch)
+    return ModelFiles(
+        origin=source.source,
+        pinned=source,
+        names=tuple(names),
+        open_uri=address,
+        fetch=fetch,
+    )
+
+
+def _refuse_links_outside(folder: Path, names: Sequence[str]) -> None:
+    """Refuse small files that are links out of the folder, because exports copy their content.
+
+    Weights may lie elsewhere, and the Hub's cache keeps the content of all files in `blobs`.
+    """
+    for name in filter(goes_along, names):
+        target = (folder / name).resolve()
+        if folder not in target.parents and target.parent.name != "blobs":
+            raise ValueError(
+                f"model.source: {folder / name} is a link to {target}, outside of the model; "
+                "put the file itself there"
+            )
 
 
 def _hub(source: ModelSection) -> ModelFiles:
@@ -212,10 +246,11 @@ def _hub(source: ModelSection) -> ModelFiles:
         info = api.model_info(source.source, revision=revision)
         if revision is None and not any(name.endswith(".safetensors") for name in _names(info)):
             # the Hub's own bot proposes them beside pickles
-            title = "Adding `safetensors` variant of this model"
-            of_bot = api.get_repo_discussions(info.id, author="SFconvertbot")
-            if proposed := next((p.git_reference for p in of_bot if p.title == title), None):
-                info = api.model_info(info.id, revision=proposed)
+            for proposal in api.get_repo_discussions(info.id, author="SFconvertbot"):
+                if proposal.title == "Adding `safetensors` variant of this model":
+                    if proposal.git_reference:
+                        info = api.model_info(info.id, revision=proposal.git_reference)
+                    break
     repo = info.id  # the whole name: old repositories have a short one, too (gpt2)
     commit = info.sha
 
@@ -224,10 +259,18 @@ def _hub(source: ModelSection) -> ModelFiles:
 
     def open_uri(name: str) -> str:
         cached = try_to_load_from_cache(repo, name, revision=commit)
-        return cached if isinstance(cached, str) else f"hf://{repo}@{commit}/{name}"
+        if isinstance(cached, str):
+            return cached
+        return f"hf://{repo}@{commit}/{name}"
 
     pinned = source.model_copy(update={"source": repo, "revision": commit})
-    return ModelFiles(source.source, pinned, _names(info), open_uri, fetch)
+    return ModelFiles(
+        origin=source.source,
+        pinned=pinned,
+        names=_names(info),
+        open_uri=open_uri,
+        fetch=fetch,
+    )
 
 
 def _names(info: ModelInfo) -> tuple[str, ...]:

@@ -28,15 +28,26 @@ _MAX_HEADER_BYTES = 25_000_000
 
 The format allows four times that; a file of a large model has some 100 kB.
 """
-_DTYPES = {"BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "BF16": torch.bfloat16}
-_DTYPES |= {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
-_DTYPES |= {"F8_E8M0": torch.float8_e8m0fnu}
-for _bits in (16, 32, 64):
-    _DTYPES[f"F{_bits}"] = getattr(torch, f"float{_bits}")
-    _DTYPES[f"I{_bits}"] = getattr(torch, f"int{_bits}")
-    _DTYPES[f"U{_bits}"] = getattr(torch, f"uint{_bits}")
+_DTYPES = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "F16": torch.float16,
+    "I16": torch.int16,
+    "U16": torch.uint16,
+    "F32": torch.float32,
+    "I32": torch.int32,
+    "U32": torch.uint32,
+    "F64": torch.float64,
+    "I64": torch.int64,
+    "U64": torch.uint64,
+}
 _BAD_HEADER = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
-"""What reading a damaged header raises."""
+"""Errors that reading a damaged header may raise."""
 _FINGERPRINT_BYTES = 65536
 
 _read_part = tries_again(files.read_range)
@@ -49,9 +60,12 @@ def write(uri: str, tensors: Mapping[str, Tensor]) -> int:
         try:
             save_file(on_cpu, scratch, metadata={"format": "pt"})
         except SafetensorError as error:
-            is_full = re.search("No space|quota", str(error))
-            remedy = "; free space on the disk, then go on with --resume" if is_full else ""
-            raise OSError(f"{uri}: cannot write: {error}{remedy}") from error
+            if re.search("No space|quota", str(error)):
+                raise OSError(
+                    f"{uri}: cannot write: {error}; free space on the disk, "
+                    "then go on with --resume"
+                ) from error
+            raise OSError(f"{uri}: cannot write: {error}") from error
         # safetensors writes 0600, which another user that serves the model could not read
         scratch.chmod(0o644)
         return scratch.stat().st_size
@@ -67,7 +81,7 @@ def read_folder(uri: str) -> dict[str, Tensor]:
     """Read all safetensors files of a folder, which may be absent."""
     tensors = dict[str, Tensor]()
     for file in files.list_names(uri):
-        tensors |= read(files.join(uri, file))
+        tensors.update(read(files.join(uri, file)))
     return tensors
 
 
@@ -93,7 +107,9 @@ class Reader:
         """
         if files.is_local(uri):
             tensor: Tensor = self._mapped(uri).get_tensor(name)
-            return tensor if entry is None else tensor[entry]
+            if entry is None:
+                return tensor
+            return tensor[entry]
         shape, dtype, start, end = self.header(uri).entries[name]
         if entry is not None:
             size = (end - start) // shape[0]
@@ -118,7 +134,7 @@ def _mapped(uri: str) -> Any:
 
 
 class Entry(NamedTuple):
-    """What a header says of a tensor."""
+    """A tensor as the header describes it."""
 
     shape: tuple[int, ...]
     dtype: str  # in the format's own words, e.g. "BF16"
@@ -128,7 +144,7 @@ class Entry(NamedTuple):
 
 @dataclass(frozen=True)
 class Header:
-    """What a safetensors file says of its tensors."""
+    """The header of a safetensors file."""
 
     entries: Mapping[str, Entry]  # by name
     fingerprint: str  # SHA-256 over the header, the file's size and its last 64 KiB
@@ -141,7 +157,7 @@ class Header:
 
 @tries_again
 def read_header(uri: str) -> Header:
-    """Read what a safetensors file says of its tensors, without reading them, by ranged reads.
+    """Read the header of a safetensors file by ranged reads, without reading the tensors.
 
     Raises:
         ValueError: the file is not a whole safetensors file.
@@ -150,8 +166,9 @@ def read_header(uri: str) -> Header:
     size = int(filesystem.size(path))
     length = int.from_bytes(files.read_range(uri, 0, min(8, size)), "little")
     if not 2 <= length <= min(_MAX_HEADER_BYTES, size - 8):
-        problem = f"not a safetensors file, or cut short ({size} bytes)"
-        raise ValueError(f"{uri}: {problem}; fetch it again")
+        raise ValueError(
+            f"{uri}: not a safetensors file, or cut short ({size} bytes); fetch it again"
+        )
     start = 8 + length
     raw = files.read_range(uri, 8, start)
     damaged = f"{uri}: the safetensors header is damaged ({REASON})"
@@ -160,24 +177,27 @@ def read_header(uri: str) -> Header:
     if end != size:
         raise ValueError(f"{uri}: cut short or padded ({size} bytes for {end}); fetch it again")
     tail = files.read_range(uri, max(start, size - _FINGERPRINT_BYTES), size)
-    return Header(entries, hashlib.sha256(raw + str(size).encode() + tail).hexdigest())
+    fingerprint = hashlib.sha256(raw + str(size).encode() + tail).hexdigest()
+    return Header(entries, fingerprint)
 
 
 def _entries(document: dict[str, Any], start: int) -> tuple[dict[str, Entry], int]:
-    """Return what a header says of each tensor, and where the last one ends.
+    """Return the entries of a header by name, and the byte after the last tensor.
 
-    Tensors must follow each other from the byte `start` on, and have the bytes of their shapes.
+    The tensors must follow each other without gaps from the byte `start` on, and each must have as
+    many bytes as its shape and dtype need.
 
     Raises:
-        ValueError: names the tensor that does not.
+        ValueError: a tensor does not; the message names it.
     """
     document.pop("__metadata__", None)
     entries = {}
     end = start
-    for name, about in sorted(document.items(), key=lambda item: int(item[1]["data_offsets"][0])):
+    # a tensor of no bytes starts where the next one does, so the ends order them
+    for name, about in sorted(document.items(), key=lambda item: _offsets(item[1])):
         shape = tuple(int(n) for n in about["shape"])
         dtype = about["dtype"]
-        first, last = (start + int(offset) for offset in about["data_offsets"])
+        first, last = (start + offset for offset in _offsets(about))
         if dtype not in _DTYPES:
             raise ValueError(f"{name} has the unknown dtype {dtype}")
         size = math.prod(shape) * _DTYPES[dtype].itemsize
@@ -186,3 +206,7 @@ def _entries(document: dict[str, Any], start: int) -> tuple[dict[str, Entry], in
         entries[name] = Entry(shape, dtype, first, last)
         end = last
     return {name: entries[name] for name in document}, end
+
+
+def _offsets(about: dict[str, Any]) -> tuple[int, ...]:
+    return tuple(int(offset) for offset in about["data_offsets"])

@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import json
 import shutil
+import struct
 import subprocess
 import sys
 import threading
@@ -59,6 +61,21 @@ def test_storages(kind: str, tmp_path: Path, cache: Path, request: pytest.Fixtur
     found = tensor_files.read(tensors)
     assert all(torch.equal(found[name], TENSORS[name]) for name in TENSORS)
     assert tensor_files.read_header(tensors).shapes == {"a": (2, 3), "b": (4,)}
+
+
+@pytest.mark.parametrize("names", [("empty", "full"), ("full", "empty")])
+def test_an_empty_tensor_may_share_its_start(names: tuple[str, str], tmp_path: Path) -> None:
+    about = {
+        "empty": {"dtype": "F32", "shape": [0, 3], "data_offsets": [0, 0]},
+        "full": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]},
+    }
+    header = json.dumps({name: about[name] for name in names}).encode()
+    path = tmp_path / "t.safetensors"
+    path.write_bytes(struct.pack("<Q", len(header)) + header + struct.pack("<2f", 1, 2))
+    found = tensor_files.read(str(path))
+    assert list(found) == list(tensor_files.read_header(str(path)).shapes) == list(names)
+    assert found["empty"].shape == (0, 3)
+    assert found["full"].tolist() == [1, 2]
 
 
 def test_a_folder_of_an_object_store_is_not_in_itself(s3: None, cache: Path) -> None:
