@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from ray_surgeon.curvature.collector import WantedFactors, drawn, gather_curvature
+from ray_surgeon.factors.collector import WantedFactors, drawn, gather_curvature
 from ray_surgeon.maths.masks import StructuredMask
 from ray_surgeon.maths.packed import PackedSymmetric
 from ray_surgeon.maths.rounding import Grid, round_linear

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from ray_surgeon.curvature.collector import WantedFactors, gather_curvature, gather_terms
+from ray_surgeon.factors.collector import WantedFactors, gather_curvature, gather_terms
 from ray_surgeon.maths.kronecker import PackedFactors
 from ray_surgeon.maths.packed import PackedSymmetric
 from ray_surgeon.maths.structured import A_CHOICES, G_CHOICES, choose_damping, cost_held_aside

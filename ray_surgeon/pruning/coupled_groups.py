@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ray_surgeon.curvature.collector import NOTHING_BESIDE, SumsBeside
+from ray_surgeon.factors.collector import NOTHING_BESIDE, SumsBeside
 from ray_surgeon.maths.allocate import Allocation, GroupCosts, allocate_globally, allocate_uniformly
 from ray_surgeon.maths.greedy import Limits
 from ray_surgeon.maths.group_batch import KeptFactors, costs_of_groups, most_at_once

@@ -9,7 +9,7 @@ from typing import ClassVar
 
 import torch
 
-from ray_surgeon.curvature.collector import SumsBeside
+from ray_surgeon.factors.collector import SumsBeside
 from ray_surgeon.maths.experts import frequency_costs, random_costs, reap_costs, rerouting_costs
 from ray_surgeon.maths.masks import StructuredMask
 from ray_surgeon.maths.threshold import check_costs

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import Any, ClassVar, Generic, TypeVar
 
-from ray_surgeon.curvature.collector import NOTHING_BESIDE, SumsBeside
+from ray_surgeon.factors.collector import NOTHING_BESIDE, SumsBeside
 from ray_surgeon.maths.curvature import Clipping, Linear
 from ray_surgeon.maths.factorised import RaisedDamping
 from ray_surgeon.models.layout import LinearShape

@@ -14,13 +14,13 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from ray_surgeon.checkpointing.run_directory import RunDirectory
-from ray_surgeon.curvature.collector import (
+from ray_surgeon.evaluation import texts as evaluation
+from ray_surgeon.factors.collector import (
     NOTHING_BESIDE,
     WantedFactors,
     finish_curvature,
     gather_curvature,
 )
-from ray_surgeon.evaluation import texts as evaluation
 from ray_surgeon.report.display import main as compare
 from ray_surgeon.runtime.passes import Measured, remember
 from tests.conftest import CONFIGS

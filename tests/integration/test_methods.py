@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from ray_surgeon.curvature.collector import WantedFactors, drawn, gather_curvature, gather_terms
+from ray_surgeon.factors.collector import WantedFactors, drawn, gather_curvature, gather_terms
 from ray_surgeon.maths.columns import sparsegpt, upper_inverse, wanda
 from ray_surgeon.maths.experts import PRIOR_TOKENS
 from ray_surgeon.memory.stores import Stores

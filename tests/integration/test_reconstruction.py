@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ray_surgeon.curvature.collector import drawn
+from ray_surgeon.factors.collector import drawn
 from ray_surgeon.maths.masks import StructuredMask
 from ray_surgeon.maths.reconstruction import outputs_of, reconstruct
 from ray_surgeon.memory.stores import Stores

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from ray_surgeon.curvature.collector import WantedFactors, gather_curvature
+from ray_surgeon.factors.collector import WantedFactors, gather_curvature
 from ray_surgeon.models import loss as losses
 from ray_surgeon.models.loss import Predicted, compare_with_dense, next_token_loss, next_tokens
 from ray_surgeon.pruning.experts import ExpertSumsBeside
