@@ -78,8 +78,8 @@ class Names:
         found = self._names.get_name(name, try_suffixes=(".weight", ".bias"))
         if found is None:
             raise ValueError(
-                f"output.exports: gguf: llama.cpp's {self._architecture} has no place for "
-                f"{name}; export uniform or per_block"
+                f"output.exports: gguf: llama.cpp's {self._architecture} has no place "
+                f"for {name}; export uniform or per_block"
             )
         if found.endswith((".weight", ".bias")):
             return found

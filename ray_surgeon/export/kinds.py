@@ -57,7 +57,8 @@ def _check_quantised_experts(layout: ModelLayout, section: QuantizeSection) -> N
     if not section.is_by_text:
         raise ValueError(
             "output.quantize: transformers loads no quantised mixture, and workers "
-            "measure what they round; give scheme w4a16 or w8a16, and rounding both_sides or gptq"
+            "measure what they round; give scheme w4a16 or w8a16, and rounding "
+            "both_sides or gptq"
         )
 
 
