@@ -1,6 +1,6 @@
-"""A Hugging Face folder: written by the workers, reloaded in a fresh process, compared.
+"""Writes a Hugging Face folder, reloads it in a fresh process, and compares the logits.
 
-The fresh process loads it with transformers alone; see `fresh_process`.
+The workers write it; the fresh process loads it with transformers alone, see `fresh_process`.
 """
 
 from __future__ import annotations

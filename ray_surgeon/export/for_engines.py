@@ -1,4 +1,4 @@
-"""Exports for serving engines: GGUF for llama.cpp, and quantised copies for vLLM."""
+"""Writes exports for serving engines: GGUF for llama.cpp, and quantised copies for vLLM."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def check_gguf(layout: ModelLayout, shrinking: WidthLimits) -> None:
         shrinking: the widths that pruning may leave.
 
     Raises:
-        ValueError: says why, and what to do.
+        ValueError: gives the reason and a remedy.
     """
     if importlib.util.find_spec("gguf") is None:
         raise ValueError("output.exports: gguf needs `pip install 'ray-surgeon[gguf]'`")
@@ -55,7 +55,7 @@ def check_quantised(layout: ModelLayout, shrinking: WidthLimits, section: Quanti
         section: `output.quantize` of the job spec.
 
     Raises:
-        ValueError: says why, and what to do.
+        ValueError: gives the reason and a remedy.
     """
     if importlib.util.find_spec("compressed_tensors") is None:
         raise ValueError(
@@ -112,7 +112,7 @@ def export_gguf(
         The export's entry in the report.
 
     Raises:
-        RuntimeError: a file cannot be written, or does not hold what was written.
+        RuntimeError: a file cannot be written, or differs when it is read again.
     """
     weights = files.join(uri, "weights")
     dense = folder.dense_document(pruned.model)

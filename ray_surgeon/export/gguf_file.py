@@ -73,7 +73,7 @@ def write_gguf(
         The largest error of any entry, relative to the largest entry of its tensor.
 
     Raises:
-        ValueError: the tokenizer is of an unknown kind; or the file does not hold what was written.
+        ValueError: the tokenizer is of an unknown kind; or the file differs when it is read again.
     """
     layout = ModelLayout.of(config)
     architecture = architecture_of(layout, widths)

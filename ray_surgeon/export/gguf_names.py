@@ -17,7 +17,7 @@ from ray_surgeon.models.layout import ModelLayout
 class Place:
     """The parameters that one tensor of llama.cpp is made of."""
 
-    names: list[str]  # of parameters, as they are called in memory here
+    names: list[str]  # of parameters, as in memory here
     is_stack: bool  # whether they are stacked along a further, first dimension
 
     def shape(self, of_one: Shape) -> Shape:

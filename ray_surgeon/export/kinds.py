@@ -30,7 +30,7 @@ def check_exports(output: OutputSection, layout: ModelLayout, shrinking: WidthLi
         shrinking: the widths that pruning may leave.
 
     Raises:
-        ValueError: says why, and what to export instead.
+        ValueError: gives the reason, and another export.
     """
     if "uniform" in output.exports:
         pruned_config.check_uniform(layout, tuple(shrinking.fewest))
