@@ -1,1 +1,1 @@
-"""Checkpoints for others: written by the workers, reloaded in a fresh process, compared."""
+"""Checkpoints for other programs, written by the workers and checked in fresh processes."""

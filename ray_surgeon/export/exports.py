@@ -1,4 +1,4 @@
-"""Exports: checkpoints of every size that a run passes through, reloaded and measured."""
+"""The stages that export a run's checkpoints, of every size that the run passes through."""
 
 from __future__ import annotations
 
@@ -21,35 +21,44 @@ from ray_surgeon.spec.sections import OutputSection
 from ray_surgeon.storage import files
 
 _PROCESS_S = 8.0
-"""Until a fresh process has imported torch and transformers."""
+"""Seconds that a fresh process takes to import torch and transformers."""
 
 
 @dataclass(frozen=True)
 class Size:
     """One of the sizes that a run passes through."""
 
-    shot: int  # after which the model has it
-    value: float | None = None  # as in pruning.sizes; None where there is only one
-    is_last: bool = True  # whether no shot comes after it
+    shot: int  # the shot after which the model has this size
+    value: float | None = None  # as in pruning.sizes; None if there is only one
+    is_last: bool = True  # whether it is the size after the last shot
 
     @property
     def suffix(self) -> str:
-        """Return what names of folders of exports end with."""
-        return "" if self.is_last or self.value is None else f"-{self.value:.12g}"
+        """Suffix of the names of the folders of exports."""
+        if self.is_last or self.value is None:
+            return ""
+        return f"-{self.value:.12g}"
 
 
 def pruned_of(run: RunState, shot: int) -> Pruned:
-    """Return the model of the run as exports take it, after a shot."""
-    facts = run.report.model_card_facts(shot)
-    return Pruned(run.cluster, run.layout, run.model, facts, run.calibration, run.texts)
+    """Return the model of a run after a shot, as exports take it."""
+    return Pruned(
+        cluster=run.cluster,
+        layout=run.layout,
+        model=run.model,
+        facts=run.report.model_card_facts(shot),
+        calibration=run.calibration,
+        texts=run.texts,
+    )
 
 
 def tell_of(entry: dict[str, Any], run: RunState, facts: Facts, size: Size) -> None:
-    """Put an export's entry into its card, the report, and the line of its step."""
+    """Write an export's model card, and add its entry to the report and to the step's facts."""
     if size.value is not None:
         entry["size"] = size.value
     about = run.report.model_card_facts(size.shot)
-    card = rendered("card.md.jinja", entry=entry, source=run.model.source, facts=about)
+    source = run.model.source
+    card = rendered("card.md.jinja", entry=entry, source=source, facts=about)
     files.write_text(files.join(entry["uri"], "README.md"), card)
     run.report.exports.append(entry)
     for name in ("kind", "uri", "size_bytes", "reload_max_logit_difference"):
@@ -59,14 +68,14 @@ def tell_of(entry: dict[str, Any], run: RunState, facts: Facts, size: Size) -> N
 
 @dataclass(frozen=True)
 class LoadSize(Stage):
-    """Loads the weights of a smaller size again, from its commit."""
+    """Loads the weights of a smaller size from the commit of its shot."""
 
     name = "load"
     method: Method
     size: Size
 
     def load(self, run: RunState, facts: Facts) -> None:
-        """Load them."""
+        """Load the weights."""
         committed = run.directory.read_shot(self.size.shot).files
         load_weights(run, committed, by_element=self.method.by_element)
         self.method.after_resuming(run.cluster)
@@ -75,7 +84,7 @@ class LoadSize(Stage):
 
 @dataclass(frozen=True)
 class Export(Stage):
-    """One checkpoint, reloaded and measured."""
+    """Writes one checkpoint, reloads it and measures it."""
 
     name = "export"
     size: Size
@@ -84,10 +93,16 @@ class Export(Stage):
     tasks: TasksSection | None
 
     def write(self, run: RunState, facts: Facts) -> None:
-        """Write it, reload it in a process of its own, and measure what is wanted."""
+        """Write the checkpoint, reload it in a fresh process, and take the requested measures."""
         run.directory.check_attempt()
         folder = run.directory.path("export", f"{self.kind}{self.size.suffix}")
-        entry = export(self.kind, pruned_of(run, self.size.shot), folder, self.output, self.tasks)
+        entry = export(
+            self.kind,
+            pruned_of(run, self.size.shot),
+            folder,
+            output=self.output,
+            tasks=self.tasks,
+        )
         tell_of(entry, run, facts, self.size)
 
     def needs(self, worker: WorkerView) -> Iterable[StepPlan]:

@@ -1,12 +1,11 @@
-"""A Hugging Face folder: written by the workers, reloaded in a fresh process, compared.
+"""Writes a Hugging Face folder, reloads it in a fresh process, and compares the logits.
 
-The fresh process loads it with transformers alone; see `fresh_process`.
+The workers write it; the fresh process loads it with transformers alone, see `fresh_process`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import itertools
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -36,108 +35,161 @@ from ray_surgeon.storage.sources import goes_along, open_model
 
 NUM_COMPARED_TOKENS = 64
 SHIPPED = "modeling_pruned.py"
-"""The file of code beside weights whose blocks differ."""
+"""The file of modeling code that is written beside weights whose blocks differ in width."""
 _NUM_PROMPT_TOKENS = 8
 _NUM_NEW_TOKENS = 6
 
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.15, "float16": 0.03}
-"""dtype -> tolerated error of half of the tokens: the norm of the logits' difference over that of
-their deviations from their mean.
+"""dtype -> tolerated median over tokens of the relative error of the logits.
+
+A token's relative error is the norm of the difference, divided by the norm of the expected logits'
+deviations from their mean.
 """
 _WRITTEN = ("*.index.json", "model*.safetensors", "masks*.safetensors")
-"""Names of the files of weights and masks."""
+"""Name patterns of the files of weights and masks."""
 
 
 @dataclass(frozen=True)
 class Pruned:
-    """A model that the workers have, pruned or to be pruned."""
+    """A model that the workers hold, pruned or to be pruned."""
 
     cluster: Cluster
     layout: ModelLayout  # of the dense model
-    model: ModelSection  # the dense model, whose tokenizer and configuration go along
+    model: ModelSection  # the dense model, whose tokenizer and configuration are copied
     facts: Mapping[str, Any]  # see `RunReport.model_card_facts`
-    # [num_sequences, T] tokens, by which four bits are rounded; exports are compared on the first
+    # [num_sequences, T] calibration tokens; exports are compared on the first sequence
     calibration: NDArray[np.int64]
-    texts: Mapping[str, NDArray[np.int64]]  # name -> [num_windows, T] tokens to evaluate on
+    # name -> [num_windows, T] tokens to evaluate on
+    texts: Mapping[str, NDArray[np.int64]]
 
     @property
     def rows_kept(self) -> dict[str, int]:
-        """Linear -> rows of which something is left."""
-        return {linear["name"]: linear["rows_kept"] for linear in self.facts["last"]["linears"]}
+        """Name of each linear -> number of its rows that are not pruned."""
+        linears = self.facts["last"]["linears"]
+        return {linear["name"]: linear["rows_kept"] for linear in linears}
 
     @property
     def blocks(self) -> list[int]:
-        """Numbers of the blocks of which something is left."""
+        """Numbers of the blocks that are not pruned whole."""
         return blocks_left(self.layout, self.rows_kept)
 
 
 def write_weights(
-    cluster: Cluster, uri: str, blocks: Sequence[int], kind: str = "", left_out: Sequence[str] = ()
+    cluster: Cluster,
+    uri: str,
+    blocks: Sequence[int],
+    kind: str = "",
+    left_out: Sequence[str] = (),
 ) -> int:
-    """Have every shard write its files and an index in the place of others; return their bytes.
+    """Have every shard write its files, replace older ones, and write their index.
 
     Args:
         cluster: with the pruned weights.
         uri: folder.
-        blocks: numbers of those that are left.
-        kind: of an export. In one that is masked the shapes stay those of the dense model, with the
-            masks in files beside; one that is per_block has the names that tensors have here.
+        blocks: numbers of the blocks to write.
+        kind: of the export. A masked export keeps the shapes of the dense model and has its masks
+            in files beside the weights; a per_block export has the names that tensors have here.
         left_out: see `save_weights`.
+
+    Returns:
+        The size of the files of weights in bytes.
     """
-    # of a try that was interrupted, perhaps with another number of files
+    # an interrupted attempt may have written another number of files
     files.remove_files(uri, _WRITTEN)
     numbers = cluster.run_all(num_files, kind == "masked")
-    of_weights = _names("model", [n for n, _ in numbers])
-    of_masks = _names("masks", [n for _, n in numbers])
-    about = (left_out, kind != "per_block", blocks)
-    futures = [
-        cluster.submit(index, save_weights, uri, names, masks, *about)
-        for index, names, masks in zip(cluster.placement.workers, of_weights, of_masks, strict=True)
-    ]
-    written = [file for of_worker in cluster.get(futures) for file in of_worker]
-    by_name = {file.uri.rpartition("/")[2]: file for file in written}
-    weights = {name: file for name, file in by_name.items() if name.startswith("model")}
-    total = sum(file.size_bytes for file in weights.values())
-    write_index(uri, {key: name for name, file in weights.items() for key in file.keys}, total)
-    return total
+    weight_names = _file_names("model", [num_weights for num_weights, _ in numbers])
+    mask_names = _file_names("masks", [num_masks for _, num_masks in numbers])
+    workers = cluster.placement.workers
+    futures = []
+    for index, names, masks in zip(workers, weight_names, mask_names, strict=True):
+        future = cluster.submit(
+            index,
+            save_weights,
+            uri,
+            names=names,
+            mask_names=masks,
+            left_out=left_out,
+            stored=kind != "per_block",
+            blocks=blocks,
+        )
+        futures.append(future)
+    file_of = dict[str, str]()
+    total_bytes = 0
+    for saved_files in cluster.get(futures):
+        for saved in saved_files:
+            name = saved.uri.rpartition("/")[2]
+            if name.startswith("model"):
+                file_of.update(dict.fromkeys(saved.keys, name))
+                total_bytes += saved.size_bytes
+    write_index(uri, file_of, total_bytes)
+    return total_bytes
 
 
 def write_index(uri: str, file_of: Mapping[str, str], num_bytes: int) -> None:
-    """Write the index of a folder's tensors, given the file of each, if there are several files."""
+    """Write the index of a folder's tensors if there are several files.
+
+    Args:
+        uri: folder.
+        file_of: name of each tensor -> name of its file.
+        num_bytes: size of all files.
+    """
     if len(set(file_of.values())) > 1:
         index = {"metadata": {"total_size": num_bytes}, "weight_map": file_of}
         files.write_json(files.join(uri, "model.safetensors.index.json"), index)
 
 
-def _names(stem: str, numbers: Sequence[int]) -> list[list[str]]:
-    """Return the names of the files of every worker, numbered if there are several."""
-    count = sum(numbers)
-    places = [f"-{i:05d}-of-{count:05d}" if count > 1 else "" for i in range(1, count + 1)]
-    names = iter([f"{stem}{place}.safetensors" for place in places])
-    return [list(itertools.islice(names, number)) for number in numbers]
+def _file_names(stem: str, numbers: Sequence[int]) -> list[list[str]]:
+    """Return the names of the files of every worker, numbered if there are several.
+
+    Args:
+        stem: the beginning of all names.
+        numbers: how many files each worker writes.
+    """
+    total = sum(numbers)
+    if total == 1:
+        names = [f"{stem}.safetensors"]
+    else:
+        numbered = range(1, total + 1)
+        names = [f"{stem}-{i:05d}-of-{total:05d}.safetensors" for i in numbered]
+    names_of_workers = []
+    start = 0
+    for number in numbers:
+        names_of_workers.append(names[start : start + number])
+        start += number
+    return names_of_workers
 
 
 def dense_document(model: ModelSection) -> dict[str, Any]:
-    """Return the dense model's config.json, with the job's dtype, not quantised, naming no code."""
-    document: dict[str, Any] = files.read_json(str(open_model(model).fetch("config.json")))
+    """Return the dense model's config.json with the job's dtype.
+
+    The fields on quantisation and on modeling code are removed.
+    """
+    config = open_model(model).fetch("config.json")
+    document: dict[str, Any] = files.read_json(str(config))
     for name in ("torch_dtype", "quantization_config", "auto_map"):
         document.pop(name, None)
-    # blocks that guess further tokens are no part of the model that transformers runs, and not read
+    # blocks that predict further tokens are not read, and transformers does not run them
     if document.get("num_nextn_predict_layers"):
         document["num_nextn_predict_layers"] = 0
-    return document | {"dtype": model.dtype}
+    document["dtype"] = model.dtype
+    return document
 
 
 def copy_small_files(model: ModelSection, uri: str, *, another_type: bool = False) -> None:
     """Copy the tokenizer and the generation configuration of the dense model.
 
-    transformers chooses a tokenizer's class by the type of the model, and some classes build
-    another one than the file says. So if the export is of another type than the dense model, the
-    tokenizer is written as it is for the dense one.
+    transformers chooses a tokenizer's class by the type of the model, and some classes build a
+    tokenizer that differs from the file. So if the export's type is not the dense model's, the
+    tokenizer is saved as transformers loads it for the dense model.
+
+    Args:
+        model: the dense model.
+        uri: folder of the export.
+        another_type: whether the export's model type differs from the dense model's.
     """
     dense = open_model(model)
-    for name in filter(goes_along, dense.names):
-        if name != "config.json":
+    for name in dense.names:
+        if goes_along(name) and name != "config.json":
             files.put_file(files.join(uri, name), dense.fetch(name))
     if not another_type:
         return
@@ -146,7 +198,8 @@ def copy_small_files(model: ModelSection, uri: str, *, another_type: bool = Fals
         if not Path(scratch, "tokenizer.json").exists():
             return
         settings = f"{scratch}/tokenizer_config.json"
-        document = files.read_json(settings) | {"tokenizer_class": "PreTrainedTokenizerFast"}
+        document = files.read_json(settings)
+        document["tokenizer_class"] = "PreTrainedTokenizerFast"
         files.write_json(settings, document)
         for path in Path(scratch).iterdir():
             files.put_file(files.join(uri, path.name), path)
@@ -162,10 +215,11 @@ def shipped_source(config: PretrainedConfig) -> str:
 def local_folder(uri: str, *, weights: bool = True) -> Iterator[tuple[Path, Path]]:
     """Yield an export's folder on this machine, and a scratch folder.
 
-    A folder elsewhere is copied, as is one without its weights; the copy is gone afterwards.
+    A remote folder is copied, as is any folder if its weights are not wanted; the copy is removed
+    afterwards.
     """
-    with tempfile.TemporaryDirectory() as name:
-        scratch = Path(name)
+    with tempfile.TemporaryDirectory() as temporary:
+        scratch = Path(temporary)
         if weights and files.is_local(uri):
             yield Path(files.open_filesystem(uri)[1]), scratch
             return
@@ -181,11 +235,21 @@ def local_folder(uri: str, *, weights: bool = True) -> Iterator[tuple[Path, Path
 def run_beside(cluster: Cluster, module: str, request: Request, offline: bool = True) -> Reply:
     """Run a module in a process beside the first worker; see `run_on_worker`."""
     first = cluster.placement.workers[0]
-    return cluster.get([cluster.submit(first, run_on_worker, module, request, offline)])[0]
+    future = cluster.submit(first, run_on_worker, module, request, offline)
+    return cluster.get([future])[0]
 
 
 def run_for(uri: str, name: str, request: Mapping[str, Any]) -> dict[str, Any]:
-    """Run a module of this folder in a process of its own, whose errors begin with the export."""
+    """Run a module of this folder in a fresh process.
+
+    Args:
+        uri: the export, named at the beginning of errors.
+        name: of the module.
+        request: for its `answer`.
+
+    Raises:
+        RuntimeError: the process fails.
+    """
     try:
         return fresh_process.run_module(f"{__package__}.{name}", request)
     except RuntimeError as error:
@@ -193,19 +257,25 @@ def run_for(uri: str, name: str, request: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def run_reload(uri: str, request: Mapping[str, Any]) -> dict[str, Any]:
-    """Load an export in a process of its own; `request` is the rest of what `answer` takes."""
+    """Load an export in a fresh process; `request` has the other entries that `answer` takes."""
     with local_folder(uri) as (folder, scratch):
-        size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-        most = available_bytes()
-        memory = most // 2 if 1.5 * size > most else 2 * most  # all of it fits
-        places = {"folder": str(folder), "offload": str(scratch), "max_memory": memory}
+        size_bytes = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+        free_bytes = available_bytes()
+        max_memory = 2 * free_bytes  # nothing is offloaded
+        if 1.5 * size_bytes > free_bytes:
+            max_memory = free_bytes // 2
+        places = {
+            "folder": str(folder),
+            "offload": str(scratch),
+            "max_memory": max_memory,
+        }
         return run_for(uri, "folder", {**places, **request})
 
 
 def reload_difference(pruned: Pruned, uri: str) -> float:
     """Return the largest difference between the workers' logits and the export's.
 
-    The export runs in a process of its own, which also generates.
+    The export runs in a fresh process, which also generates.
 
     Args:
         pruned: the model.
@@ -216,41 +286,51 @@ def reload_difference(pruned: Pruned, uri: str) -> float:
     """
     dtype = pruned.model.dtype
     half = pruned.layout.is_mixture and dtype != "float32"
-    some = pruned.calibration[0, :NUM_COMPARED_TOKENS].tolist()
-    workers_logits = decode(logits(pruned.cluster, some), torch.device("cpu"))
+    tokens = pruned.calibration[0, :NUM_COMPARED_TOKENS].tolist()
+    workers_logits = decode(logits(pruned.cluster, tokens), torch.device("cpu"))
     with tempfile.NamedTemporaryFile() as file:
-        run_reload(uri, {"tokens": some, "logits": file.name, "dtype": dtype, "half": half})
+        request = {"tokens": tokens, "logits": file.name, "dtype": dtype, "half": half}
+        run_reload(uri, request)
         reloaded_logits = load_file(file.name)["logits"]
     largest = float((workers_logits - reloaded_logits).abs().max())
     if not agree(reloaded_logits, workers_logits, dtype, half=half):
-        problem = f"its logits differ from the workers' by {largest:g}; do not use it"
-        raise RuntimeError(f"the export {uri} loads, but {problem}")
+        raise RuntimeError(
+            f"the export {uri} loads, but its logits differ from the workers' "
+            f"by {largest:g}; do not use it"
+        )
     return largest
 
 
 def agree(logits: Tensor, expected: Tensor, dtype: str, *, half: bool) -> bool:
-    """Whether logits [..., vocabulary] are the same but for rounding.
+    """Return whether two programs' logits [..., vocabulary] differ by rounding only.
 
     Args:
         logits: of one program.
         expected: of another.
         dtype: of the model.
-        half: whether half of the tokens may be off by anything: in a mixture a token may be routed
-            otherwise if attention rounds otherwise.
+        half: whether half of the tokens may differ by any amount: in a mixture, attention that
+            rounds otherwise may route a token otherwise.
     """
     differences = (logits - expected).norm(dim=-1)
     errors = differences / (expected - expected.mean(dim=-1, keepdim=True)).norm(dim=-1)
     allowed = TOLERANCE[dtype]
-    return float(errors.median()) <= allowed and (half or float(errors.max()) <= 4 * allowed)
+    is_close = float(errors.median()) <= allowed
+    if half:
+        return is_close
+    return is_close and float(errors.max()) <= 4 * allowed
 
 
 def _load(request: Mapping[str, Any]) -> PreTrainedModel:
-    """Load a checkpoint as it is; what does not fit stays in files and comes block by block."""
-    # exports have no code but ours
-    options = {"dtype": "auto", "trust_remote_code": True, "output_loading_info": True}
-    options |= {"device_map": "auto", "offload_folder": request["offload"]}
-    options["max_memory"] = {"cpu": request["max_memory"]}
-    model, info = AutoModelForCausalLM.from_pretrained(request["folder"], **options)
+    """Load a checkpoint in its dtype; blocks that do not fit into memory are offloaded to files."""
+    model, info = AutoModelForCausalLM.from_pretrained(
+        request["folder"],
+        dtype="auto",
+        trust_remote_code=True,  # exports have no code but ours
+        output_loading_info=True,
+        device_map="auto",
+        offload_folder=request["offload"],
+        max_memory={"cpu": request["max_memory"]},
+    )
     wrong = {kind: sorted(map(str, names)) for kind, names in info.items() if names}
     if wrong:
         raise RuntimeError(f"tensors do not fit the classes: {wrong}")
@@ -262,10 +342,11 @@ def _load(request: Mapping[str, Any]) -> PreTrainedModel:
 def answer(request: Mapping[str, Any]) -> dict[str, Any]:
     """Write the logits [1, T, vocabulary] float32 of tokens, and generate; see `reload_difference`.
 
-    If there are ``texts``, return the perplexity on every text instead; see `run_module`.
+    If the request has ``texts``, return the perplexity of each instead; see `run_module`.
 
     Raises:
-        RuntimeError: a tensor is missing or left over, or the logits with a cache are not the same.
+        RuntimeError: a tensor is missing or left over, or the logits with a cache differ from those
+            without.
     """
     if "texts" in request:
         return _perplexities(request)
@@ -273,9 +354,14 @@ def answer(request: Mapping[str, Any]) -> dict[str, Any]:
     tokens = torch.tensor([request["tokens"]])
     logits = model(tokens, use_cache=False).logits.float()
     prompt = tokens[:, :_NUM_PROMPT_TOKENS]
-    options = dict.fromkeys(("max_new_tokens", "min_new_tokens"), _NUM_NEW_TOKENS)
-    options |= {"return_dict_in_generate": True, "output_logits": True, "do_sample": False}
-    generated = model.generate(prompt, **options)
+    generated = model.generate(
+        prompt,
+        max_new_tokens=_NUM_NEW_TOKENS,
+        min_new_tokens=_NUM_NEW_TOKENS,
+        return_dict_in_generate=True,
+        output_logits=True,
+        do_sample=False,
+    )
     again = model(generated.sequences, use_cache=False).logits
     again = again[:, prompt.shape[1] - 1 : -1].float()
     cached = torch.stack(generated.logits, dim=1).float()
@@ -287,7 +373,7 @@ def answer(request: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _perplexities(request: Mapping[str, Any]) -> dict[str, float]:
-    """Return exp of the mean over windows of the mean loss of a token, for every text."""
+    """Return the exponential of the mean loss of a token, averaged over windows, for each text."""
     torch.set_num_threads(request["num_threads"])
     model = _load(request)
     perplexities = {}

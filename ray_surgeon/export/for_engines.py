@@ -1,4 +1,4 @@
-"""Exports for serving engines: GGUF for llama.cpp, and quantised copies for vLLM."""
+"""Writes exports for serving engines: GGUF for llama.cpp, and quantised copies for vLLM."""
 
 from __future__ import annotations
 
@@ -23,107 +23,168 @@ from ray_surgeon.storage import files
 def check_gguf(layout: ModelLayout, shrinking: WidthLimits) -> None:
     """Refuse a model that llama.cpp could not read, before anything starts.
 
+    Args:
+        layout: of the dense model.
+        shrinking: the widths that pruning may leave.
+
     Raises:
-        ValueError: says why, and what to do.
+        ValueError: gives the reason and a remedy.
     """
     if importlib.util.find_spec("gguf") is None:
         raise ValueError("output.exports: gguf needs `pip install 'ray-surgeon[gguf]'`")
     known = layout.family.llama_cpp
     if "blocks" in shrinking.layers and known is not None and known.attention_kinds:
-        problem = f"llama.cpp's {known.name} has kinds of attention in turns"
-        raise ValueError(f"output.exports: gguf: {problem}, so no block can go; export uniform")
+        raise ValueError(
+            f"output.exports: gguf: llama.cpp's {known.name} has kinds of attention in "
+            "turns, so no block can go; export uniform"
+        )
     heads = shrinking.kv_heads(layout)[0]
     channels = shrinking.channels(layout)[0]
-    widths = [BlockWidths(channels, heads), BlockWidths(channels + 1, heads)]
-    architecture_of(layout, widths[:1] if shrinking.uniform else widths)
+    widths = [BlockWidths(channels, heads)]
+    if not shrinking.uniform:
+        widths.append(BlockWidths(channels + 1, heads))
+    architecture_of(layout, widths)
 
 
 def check_quantised(layout: ModelLayout, shrinking: WidthLimits, section: QuantizeSection) -> None:
-    """Refuse a model that cannot be quantised as asked, before anything starts.
+    """Refuse a model that cannot be quantised as requested, before anything starts.
+
+    Args:
+        layout: of the dense model.
+        shrinking: the widths that pruning may leave.
+        section: `output.quantize` of the job spec.
 
     Raises:
-        ValueError: says why, and what to do.
+        ValueError: gives the reason and a remedy.
     """
-    kind = layout.config.model_type
-    absent = importlib.util.find_spec("compressed_tensors") is None
-    problems = {
-        "needs compressed-tensors; run `pip install 'ray-surgeon[quantize]'`": absent,
-        f"the linears of {kind} are Conv1D; remove quantize": layout.family.transposed,
-    }
-    for problem, applies in problems.items():
-        if applies:
-            raise ValueError(f"output.quantize: {problem}")
-    if (size := section.columns_together) is not None:
-        _check_groups(layout, shrinking, size)
+    if importlib.util.find_spec("compressed_tensors") is None:
+        raise ValueError(
+            "output.quantize: needs compressed-tensors; run `pip install 'ray-surgeon[quantize]'`"
+        )
+    if layout.family.transposed:
+        raise ValueError(
+            f"output.quantize: the linears of {layout.config.model_type} are Conv1D; "
+            "remove quantize"
+        )
+    group_size = section.columns_together
+    if group_size is not None:
+        _check_groups(layout, shrinking, group_size)
 
 
-def _check_groups(layout: ModelLayout, shrinking: WidthLimits, size: int) -> None:
-    """Refuse groups of columns that share a scale if they will not fill the rows of a linear."""
-    devices = shrinking.tensor_parallel
+def _check_groups(layout: ModelLayout, shrinking: WidthLimits, group_size: int) -> None:
+    """Refuse a group size that would not divide the columns of every linear after pruning."""
+    num_devices = shrinking.tensor_parallel
     possible = shrinking.inputs(layout)
     for name, shape in layout.shapes.items():
-        is_split = name in possible
         columns = shape.num_columns - shape.has_bias
-        if is_split:
-            columns = math.gcd(*possible[name]) // devices
-        if columns % size:
-            each = f" on each of {devices} devices" if is_split and devices > 1 else ""
-            problem = f"group_size {size} does not divide the columns of {name}, of which"
-            stay = f"a multiple of {columns}{each} will stay"
-            remedy = f"raise width_multiple, or give a divisor such as {math.gcd(columns, size)}"
-            raise ValueError(f"output.quantize: {problem} {stay}; {remedy}")
+        on_each_device = ""
+        if name in possible:
+            columns = math.gcd(*possible[name]) // num_devices
+            if num_devices > 1:
+                on_each_device = f" on each of {num_devices} devices"
+        if columns % group_size:
+            raise ValueError(
+                f"output.quantize: group_size {group_size} does not divide the columns "
+                f"of {name}, of which a multiple of {columns}{on_each_device} will stay; "
+                "raise width_multiple, or give a divisor such as "
+                f"{math.gcd(columns, group_size)}"
+            )
 
 
 def export_gguf(
-    pruned: folder.Pruned, uri: str, widths: Sequence[BlockWidths], kinds: Sequence[GgufKind]
+    pruned: folder.Pruned,
+    uri: str,
+    widths: Sequence[BlockWidths],
+    kinds: Sequence[GgufKind],
 ) -> dict[str, Any]:
-    """Write GGUF files, and an importance matrix by which llama.cpp can round them further.
+    """Write GGUF files, and an importance matrix with which llama.cpp can round them further.
 
-    The files are made from weights that the workers write beside them, and that are removed then.
+    The files are made from weights that the workers write into a folder beside them; the folder is
+    removed afterwards.
 
     Args:
         pruned: the model.
         uri: folder to write.
         widths: of every block.
-        kinds: types of the matrices, a file each.
+        kinds: types of the matrices; each gives one file.
 
     Returns:
         The export's entry in the report.
 
     Raises:
-        RuntimeError: a file cannot be written, or holds something else when it is read again.
+        RuntimeError: a file cannot be written, or differs when it is read again.
     """
-    model = pruned.model
     weights = files.join(uri, "weights")
-    document = shallower(pruned.layout, folder.dense_document(model), pruned.blocks)
-    pairs = [[width.num_channels, width.num_kv_heads] for width in widths]
-    name = model.source.rstrip("/").rpartition("/")[2].removesuffix(".gguf")
-    spec = pruned.facts["spec"]
-    name += "-pruned" if spec["pruning"] or spec["recovery"] else ""
-    request: dict[str, Any] = {"folder": weights, "document": document}
-    request["widths"] = [asdict(width) for width in widths]
-    request |= {"name": name, "target": uri}
-    files.remove_folder(uri)  # of a try that was interrupted
+    dense = folder.dense_document(pruned.model)
+    document = shallower(pruned.layout, dense, pruned.blocks)
+    request: dict[str, Any] = {
+        "folder": weights,
+        "document": document,
+        "widths": [asdict(width) for width in widths],
+        "name": _gguf_name(pruned),
+        "target": uri,
+    }
+    files.remove_folder(uri)  # an interrupted attempt may have left files
     try:
         folder.write_weights(pruned.cluster, weights, pruned.blocks)
-        folder.copy_small_files(model, weights)
+        folder.copy_small_files(pruned.model, weights)
         files.write_json(files.join(weights, "config.json"), document)
-        written = [folder.run_for(uri, "gguf_file", request | {"kind": kind}) for kind in kinds]
-        squares = files.join(weights, "mean_squares")
-        write_mean_squares(pruned.cluster, pruned.calibration, squares, pruned.blocks)
-        of_matrix = {"mean_squares": squares, "shape": pruned.calibration.shape}
-        texts = (spec["calibration"], *spec["calibration"].get("mix", ()))
-        of_matrix["texts"] = [text["source"] for text in texts]
-        matrix = folder.run_for(uri, "imatrix_file", request | of_matrix)
+        written = []
+        for kind in kinds:
+            written.append(folder.run_for(uri, "gguf_file", {**request, "kind": kind}))
+        matrix = _write_importance_matrix(pruned, uri, request)
     finally:
         files.remove_folder(weights)
     first = written[0]["file"]
+    path = f"{uri}/{first}" if files.is_local(uri) else first
     architecture = architecture_of(pruned.layout, widths).name
-    loaders = {"llama.cpp": f"as {architecture}", "vLLM, transformers": "no"}
-    load = f"llama-server --model {f'{uri}/{first}' if files.is_local(uri) else first}"
-    entry = {"kind": "gguf", "uri": uri, "size_bytes": written[0]["size_bytes"]}
-    entry["imatrix"] = matrix
-    return entry | {"loaders": loaders, "load": load, "files": written, "widths": pairs}
+    return {
+        "kind": "gguf",
+        "uri": uri,
+        "size_bytes": written[0]["size_bytes"],
+        "imatrix": matrix,
+        "loaders": {"llama.cpp": f"as {architecture}", "vLLM, transformers": "no"},
+        "load": f"llama-server --model {path}",
+        "files": written,
+        "widths": [[width.num_channels, width.num_kv_heads] for width in widths],
+    }
+
+
+def _gguf_name(pruned: folder.Pruned) -> str:
+    """Return the name of the model in its GGUF files."""
+    name = pruned.model.source.rstrip("/").rpartition("/")[2].removesuffix(".gguf")
+    spec = pruned.facts["spec"]
+    if spec["pruning"] or spec["recovery"]:
+        name += "-pruned"
+    return name
+
+
+def _write_importance_matrix(
+    pruned: folder.Pruned, uri: str, request: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Write the importance matrix of a GGUF export.
+
+    Args:
+        pruned: the model.
+        uri: folder of the export.
+        request: entries that the GGUF files and the matrix share.
+
+    Returns:
+        The name of the file and its size in bytes.
+    """
+    mean_squares = files.join(request["folder"], "mean_squares")
+    write_mean_squares(pruned.cluster, pruned.calibration, mean_squares, pruned.blocks)
+    calibration = pruned.facts["spec"]["calibration"]
+    texts = [calibration["source"]]
+    for text in calibration.get("mix", ()):
+        texts.append(text["source"])
+    matrix_request = {
+        **request,
+        "mean_squares": mean_squares,
+        "shape": pruned.calibration.shape,
+        "texts": texts,
+    }
+    return folder.run_for(uri, "imatrix_file", matrix_request)
 
 
 def write_quantised(
@@ -134,15 +195,15 @@ def write_quantised(
     source: str,
     perplexity: Mapping[str, float] | None = None,
 ) -> dict[str, Any]:
-    """Write a quantised copy of the export uniform, and evaluate it in a process of its own.
+    """Write a quantised copy of the export uniform, and evaluate it in a fresh process.
 
     Args:
         pruned: the model.
         uniform: entry of the export.
         target: folder of the copy.
-        section: how.
+        section: `output.quantize` of the job spec.
         source: folder of the weights: the export's, or rounded ones with their scales.
-        perplexity: on every text, if it is known, and transformers cannot load the copy.
+        perplexity: text -> perplexity, if transformers cannot load the copy to measure it.
 
     Returns:
         The copy's entry in the report, with its size and its perplexities.
@@ -150,25 +211,37 @@ def write_quantised(
     Raises:
         RuntimeError: it cannot be quantised or loaded.
     """
-    files.remove_folder(target)  # of a try that was interrupted
+    files.remove_folder(target)  # an interrupted attempt may have left files
     with folder.local_folder(uniform["uri"], weights=False) as (small, _):
         for name in files.list_files(str(small)):
             if not name.endswith((".index.json", ".md")):
                 files.put_file(files.join(target, name), small / name)
-    request: dict[str, Any] = {"source": source, "target": target, "scheme": section.scheme}
-    weights = [pruned.layout.family.stored_name(f"{name}.weight") for name in pruned.layout.shapes]
-    request |= {"group_size": section.columns_together, "weights": weights}
+    family = pruned.layout.family
+    names = [f"{linear}.weight" for linear in pruned.layout.shapes]
+    request: dict[str, Any] = {
+        "source": source,
+        "target": target,
+        "scheme": section.scheme,
+        "group_size": section.columns_together,
+        "weights": [family.stored_name(name) for name in names],
+    }
     copy = folder.run_for(target, "quantized", request)
     loaders = {"vLLM": "by compressed-tensors"}
     if perplexity is None:
         texts = {name: tokens.tolist() for name, tokens in pruned.texts.items()}
-        request = {"texts": texts, "num_threads": torch.get_num_threads()}
-        perplexity = folder.run_reload(target, request)
+        evaluation = {"texts": texts, "num_threads": torch.get_num_threads()}
+        perplexity = folder.run_reload(target, evaluation)
         loaders["transformers with compressed-tensors"] = "loaded and evaluated"
         load = f'AutoModelForCausalLM.from_pretrained("{target}")'
     else:
         loaders["transformers"] = "loads no quantised mixture"
         load = f"vllm serve {target}"
-    copy["perplexity"] = perplexity
-    entry = {"kind": f"uniform-{section.scheme}", "uri": target, "loaders": loaders, "load": load}
-    return entry | {"widths": uniform["widths"]} | copy
+    return {
+        "kind": f"uniform-{section.scheme}",
+        "uri": target,
+        "loaders": loaders,
+        "load": load,
+        "widths": uniform["widths"],
+        **copy,
+        "perplexity": perplexity,
+    }

@@ -1,8 +1,8 @@
-"""GGUF files for llama.cpp, by the package gguf, from an export's files, a tensor at a time.
+"""Writes GGUF files for llama.cpp from an export's files, a tensor at a time.
 
-Blocks of one width are the family's own architecture there. Where widths differ, a Llama or Mistral
-is written as ``deci``, whose blocks have widths of their own. Runs as a module of its own, see
-`fresh_process`.
+Blocks of one width have the family's own architecture in llama.cpp. A Llama or Mistral whose blocks
+differ in width is written as ``deci``, which has widths for every block. The module uses the
+package gguf and runs in a fresh process, see `fresh_process`.
 """
 
 from __future__ import annotations
@@ -37,19 +37,32 @@ from ray_surgeon.spec.sections import ModelSection
 from ray_surgeon.storage import files
 from ray_surgeon.storage.sources import open_model
 
-KINDS = {"f32": 1e-6, "f16": 1e-3, "bf16": 4e-3, "q8_0": 5e-3}
-KINDS |= {"q5_1": 0.04, "q5_0": 0.07, "q4_1": 0.07, "q4_0": 0.14}
+KINDS = {
+    "f32": 1e-6,
+    "f16": 1e-3,
+    "bf16": 4e-3,
+    "q8_0": 5e-3,
+    "q5_1": 0.04,
+    "q5_0": 0.07,
+    "q4_1": 0.07,
+    "q4_0": 0.14,
+}
 """Type of the matrices -> largest error, relative to the matrix's largest entry."""
 
 
 def write_gguf(
-    folder: str, config: PretrainedConfig, widths: Widths, kind: str, name: str, target: Path
+    folder: str,
+    config: PretrainedConfig,
+    widths: Widths,
+    kind: str,
+    name: str,
+    target: Path,
 ) -> float:
-    """Write one file and compare what it holds with what it was made from.
+    """Write one file and compare its content with the tensors that it was made from.
 
     Args:
-        folder: URI with the safetensors files, and the tokenizer, of a model whose groups are cut
-            out.
+        folder: URI with the tokenizer and the safetensors files of a model, from which pruned
+            groups are removed.
         config: of the dense model.
         widths: of every block.
         kind: one of `KINDS`.
@@ -57,11 +70,10 @@ def write_gguf(
         target: the file.
 
     Returns:
-        The largest error of a matrix's entry, of the matrix's largest entry.
+        The largest error of any entry, relative to the largest entry of its tensor.
 
     Raises:
-        ValueError: the tokenizer is of a kind that is not known; or what is read again is not what
-            was written.
+        ValueError: the tokenizer is of an unknown kind; or the file differs when it is read again.
     """
     layout = ModelLayout.of(config)
     architecture = architecture_of(layout, widths)
@@ -70,11 +82,13 @@ def write_gguf(
     all_or_mostly = "ALL" if kind == "f32" else "MOSTLY"
     writer.add_file_type(gguf.LlamaFileType[f"{all_or_mostly}_{kind.upper()}"])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    _describe(writer, layout, widths)
+    _add_sizes(writer, layout, widths)
+    _add_constants(writer, layout)
     _add_tokenizer(writer, folder, int(config.vocab_size))
     tensors = Tensors(folder, layout, architecture)
-    storage = {key: _storage(key, shape, kind) for key, shape in tensors.shapes.items()}
+    storage = {}
     for key, shape in tensors.shapes.items():
+        storage[key] = _storage(key, shape, kind)
         num_bytes = math.prod(gguf.quants.quant_shape_to_byte_shape(shape, storage[key]))
         writer.add_tensor_info(key, shape, np.dtype(np.float32), num_bytes, storage[key])
     writer.write_header_to_file()
@@ -86,21 +100,29 @@ def write_gguf(
     return _largest_error(target, tensors, kind)
 
 
-def _describe(writer: GGUFWriter, layout: ModelLayout, widths: Widths) -> None:
-    """Write what llama.cpp has to know of the shapes."""
+def _add_sizes(writer: GGUFWriter, layout: ModelLayout, widths: Widths) -> None:
+    """Write the sizes of the model's parts."""
     config = layout.config
     heads = layout.heads
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(layout.num_blocks)
     writer.add_vocab_size(config.vocab_size)
-    writer.add_feed_forward_length(_one_or_all([width.of_a_token for width in widths]))
+    channels = [width.of_a_token for width in widths]
+    writer.add_feed_forward_length(_one_or_all(channels))
     for name, size in in_llama_cpp(layout, widths).items():
         writer.add_uint32(f"{writer.arch}.{name}", size)
-    writer.add_head_count(_one_or_all([width.num_kv_heads * heads.n_rep for width in widths]))
-    writer.add_head_count_kv(_one_or_all([width.num_kv_heads for width in widths]))
+    kv_heads = [width.num_kv_heads for width in widths]
+    query_heads = [num_kv_heads * heads.n_rep for num_kv_heads in kv_heads]
+    writer.add_head_count(_one_or_all(query_heads))
+    writer.add_head_count_kv(_one_or_all(kv_heads))
     writer.add_key_length(heads.head_dim)
     writer.add_value_length(heads.head_dim)
+
+
+def _add_constants(writer: GGUFWriter, layout: ModelLayout) -> None:
+    """Write the constants of norms, of the attention's window and of rotary embeddings."""
+    config = layout.config
     if hasattr(config, "rms_norm_eps"):
         writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     else:
@@ -111,9 +133,10 @@ def _describe(writer: GGUFWriter, layout: ModelLayout, widths: Widths) -> None:
     parameters = rope_of(config)
     if not parameters:
         return
-    if sliding := config.rope_parameters.get("sliding_attention"):
+    sliding = config.rope_parameters.get("sliding_attention")
+    if sliding:
         writer.add_rope_freq_base_swa(float(sliding["rope_theta"]))
-    num_rotated = heads.head_dim * parameters.get("partial_rotary_factor", 1.0)
+    num_rotated = layout.heads.head_dim * parameters.get("partial_rotary_factor", 1.0)
     writer.add_rope_dimension_count(int(num_rotated))
     writer.add_rope_freq_base(float(parameters["rope_theta"]))
     kind = rope_kind(config)
@@ -121,46 +144,60 @@ def _describe(writer: GGUFWriter, layout: ModelLayout, widths: Widths) -> None:
         writer.add_rope_scaling_type(gguf.RopeScalingType(kind))
         writer.add_rope_scaling_factor(float(parameters["factor"]))
     if kind == "yarn":
-        writer.add_rope_scaling_orig_ctx_len(int(parameters["original_max_position_embeddings"]))
+        original_length = int(parameters["original_max_position_embeddings"])
+        writer.add_rope_scaling_orig_ctx_len(original_length)
 
 
 def _add_tokenizer(writer: GGUFWriter, uri: str, vocab_size: int) -> None:
     """Write tokens, merges, special tokens and the chat template of an export."""
     with local_folder(uri, weights=False) as (folder, _):
-        # for some families it is not what the file says
+        # some families' classes build a tokenizer that differs from the file
         AutoTokenizer.from_pretrained(folder).save_pretrained(folder)
         tokenizer = AutoTokenizer.from_pretrained(folder)
         document = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
-        model, cut = tokenizer_names(document)
+        model, pre_tokenizer = tokenizer_names(document)
         writer.add_tokenizer_model(model)
-        writer.add_tokenizer_pre(cut)
+        writer.add_tokenizer_pre(pre_tokenizer)
         tokens = tokens_of(document, vocab_size, has_pieces=model == "llama")
         writer.add_token_list([token.encode() for token, _ in tokens])
         writer.add_token_types([kind for _, kind in tokens])
-        plain, whole = (tokenizer("a", add_special_tokens=s)["input_ids"] for s in (False, True))
+        plain = tokenizer("a", add_special_tokens=False)["input_ids"]
+        with_special = tokenizer("a", add_special_tokens=True)["input_ids"]
         if model == "llama":
             piece = tokenizer.convert_ids_to_tokens(plain[0])
             writer.add_add_space_prefix(piece.startswith("\u2581"))
-            # they are numbered in the order of their merges
+            # tokens are numbered in the order of their merges
             writer.add_token_scores([-float(number) for number in range(len(tokens))])
-        special = gguf.SpecialVocab(folder, load_merges=model == "gpt2", n_vocab=vocab_size)
-        has_last = len(whole) > len(plain) and whole[-1] == tokenizer.eos_token_id
-        special.add_special_token |= {"bos": first_token(tokenizer) is not None, "eos": has_last}
+        has_special = len(with_special) > len(plain)
+        has_last = has_special and with_special[-1] == tokenizer.eos_token_id
+        has_merges = model == "gpt2"
+        special = gguf.SpecialVocab(folder, load_merges=has_merges, n_vocab=vocab_size)
+        special.add_special_token["bos"] = first_token(tokenizer) is not None
+        special.add_special_token["eos"] = has_last
         special.add_to_gguf(writer, quiet=True)
 
 
 def tokens_of(
     document: Mapping[str, Any], vocab_size: int, *, has_pieces: bool
 ) -> list[tuple[str, TokenType]]:
-    """Return every token by its number; numbers that no token has are embeddings that nothing uses.
+    """Return every token and its type, in the order of their numbers.
 
-    Of a tokenizer of pieces, llama.cpp takes U+2581 for a space, but not in tokens that were added
-    and are not special.
+    A number without a token is that of an unused embedding, and becomes a padding token.
+
+    llama.cpp reads U+2581 as a space in the tokens of a tokenizer of pieces, except in added tokens
+    that are not special.
+
+    Args:
+        document: content of tokenizer.json.
+        vocab_size: number of embeddings.
+        has_pieces: whether the tokenizer is one of pieces.
     """
     by_number = {}
     for token, number in document["model"]["vocab"].items():
-        is_byte = re.fullmatch("<0x[0-9A-F]{2}>", token)
-        by_number[number] = token, TokenType.BYTE if is_byte else TokenType.NORMAL
+        kind = TokenType.NORMAL
+        if re.fullmatch("<0x[0-9A-F]{2}>", token):
+            kind = TokenType.BYTE
+        by_number[number] = (token, kind)
     for added in document.get("added_tokens", []):
         token = added["content"]
         kind = TokenType.CONTROL if added["special"] else TokenType.USER_DEFINED
@@ -168,12 +205,16 @@ def tokens_of(
             kind = TokenType.UNKNOWN
         if has_pieces and not added["special"]:
             token = token.replace("\u2581", " ")
-        by_number[added["id"]] = token, kind
-    return [by_number.get(n, (f"[PAD{n}]", TokenType.UNUSED)) for n in range(vocab_size)]
+        by_number[added["id"]] = (token, kind)
+    tokens = []
+    for number in range(vocab_size):
+        padding = (f"[PAD{number}]", TokenType.UNUSED)
+        tokens.append(by_number.get(number, padding))
+    return tokens
 
 
 class Tensors:
-    """Tensors of a model by llama.cpp's names, each read and rearranged when asked for."""
+    """Tensors of a model by llama.cpp's names, each read and rearranged when it is used."""
 
     def __init__(self, folder: str, layout: ModelLayout, architecture: LlamaCpp) -> None:
         """Read the headers of a folder's files."""
@@ -199,7 +240,8 @@ class Tensors:
         if name in self._computed:
             return self._computed[name]
         place, shape = self._places[name]
-        if place.is_stack:  # which may be gigabytes
+        if place.is_stack:
+            # filled in place, because a stack may take gigabytes
             tensor = torch.empty(shape)
             for number, parameter in enumerate(place.names):
                 tensor[number] = self._read(parameter)
@@ -215,11 +257,17 @@ class Tensors:
 
 
 def _one_or_all(values: list[int]) -> int | list[int]:
-    return values[0] if len(set(values)) == 1 else values
+    """Return the value of all blocks if they share it, or else the list."""
+    if len(set(values)) == 1:
+        return values[0]
+    return values
 
 
 def _rope_factors(layout: ModelLayout) -> dict[str, NDArray[np.float32]]:
-    """Return by what llama3's scaling divides each frequency, [head_dim / 2], if a model has it."""
+    """Return the factors [head_dim / 2] by which llama3's scaling divides each frequency.
+
+    There are none for models that have another scaling, or no scaling.
+    """
     config = layout.config
     if rope_kind(config) != "llama3":
         return {}
@@ -231,30 +279,34 @@ def _rope_factors(layout: ModelLayout) -> dict[str, NDArray[np.float32]]:
 
 
 def _paired(tensor: Tensor, head_dim: int) -> Tensor:
-    """Return rows of queries or keys in the order in which neighbours rotate together.
+    """Reorder the rows of queries or keys so that neighbouring rows rotate together.
 
-    In transformers the halves of a head do.
+    In transformers, row i of a head rotates together with row i + head_dim / 2.
     """
     halves = tensor.view(-1, 2, head_dim // 2, *tensor.shape[1:])
     return halves.transpose(1, 2).reshape(tensor.shape)
 
 
 def _storage(name: str, shape: Sequence[int], kind: str) -> Kind:
-    """Return how a tensor is stored: matrices as asked if their rows are whole blocks of that."""
+    """Return the type of a tensor: `kind` for matrices whose rows fill whole blocks of it."""
     if len(shape) < 2 or re.search(r"^position_embd|\.ffn_gate_inp\.|\.bias$", name):
         return Kind.F32
-    block_size, _ = gguf.GGML_QUANT_SIZES[Kind[kind.upper()]]
-    return Kind[kind.upper()] if shape[-1] % block_size == 0 else Kind.F16
+    wanted = Kind[kind.upper()]
+    block_size, _ = gguf.GGML_QUANT_SIZES[wanted]
+    if shape[-1] % block_size:
+        return Kind.F16
+    return wanted
 
 
 def _largest_error(file: Path, tensors: Tensors, kind: str) -> float:
     """Read a file again; return the largest error, relative to the largest entry of a tensor.
 
     Raises:
-        ValueError: a tensor is missing, or further from what it was made of than its type explains.
+        ValueError: a tensor is missing, or its error is larger than its type explains.
     """
     stored = {tensor.name: tensor for tensor in GGUFReader(file).tensors}
-    if different := sorted(stored.keys() ^ tensors.shapes.keys()):
+    different = sorted(stored.keys() ^ tensors.shapes.keys())
+    if different:
         raise ValueError(f"{file.name}: holds other tensors than were written: {different}")
     largest = 0.0
     for name in tensors.shapes:
@@ -263,6 +315,7 @@ def _largest_error(file: Path, tensors: Tensors, kind: str) -> float:
         largest_value = max(expected.max(), -expected.min(), 1e-30)
         difference = values.reshape(expected.shape) - expected
         error = float(max(difference.max(), -difference.min()) / largest_value)
+        # an error that is not a number is refused, too
         if not error <= KINDS[kind]:
             raise ValueError(f"{file.name}: {name} read again differs by {error:g}; do not use it")
         largest = max(largest, error)
@@ -270,7 +323,7 @@ def _largest_error(file: Path, tensors: Tensors, kind: str) -> float:
 
 
 def answer(request: Mapping[str, Any]) -> dict[str, Any]:
-    """Write the file of a request, and return what was written; see `run_module`."""
+    """Write the file of a request, and return a record of it; see `run_module`."""
     config = AutoConfig.for_model(**request["document"])
     widths = [BlockWidths.of(width) for width in request["widths"]]
     kind = request["kind"]

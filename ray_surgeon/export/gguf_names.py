@@ -1,4 +1,4 @@
-"""Where llama.cpp has the parameters of a model: its names, and those of a mixture stacked."""
+"""llama.cpp's names of the parameters of a model; it stacks those of a mixture's experts."""
 
 from __future__ import annotations
 
@@ -15,54 +15,72 @@ from ray_surgeon.models.layout import ModelLayout
 
 @dataclass(frozen=True)
 class Place:
-    """What a tensor of llama.cpp is made of."""
+    """The parameters that one tensor of llama.cpp is made of."""
 
-    names: list[str]  # of parameters, as they are called in memory here
-    is_stack: bool  # whether it has several along a dimension of its own
+    names: list[str]  # of parameters, as in memory here
+    is_stack: bool  # whether they are stacked along a further, first dimension
 
     def shape(self, of_one: Shape) -> Shape:
         """Return the tensor's shape, given a parameter's."""
-        return (len(self.names), *of_one) if self.is_stack else of_one
+        if self.is_stack:
+            return (len(self.names), *of_one)
+        return of_one
 
 
 class Names:
     """llama.cpp's names of a model's parameters."""
 
     def __init__(self, layout: ModelLayout, architecture: LlamaCpp) -> None:
-        """Take the names of an architecture."""
+        """Look up the names of an architecture."""
         self._family = layout.family
         self._architecture = architecture.name
         number = gguf.MODEL_ARCH[architecture.name.upper().replace("-", "_")]
         self._names = gguf.get_tensor_name_map(number, layout.num_blocks)
 
     def places(self, names: Iterable[str]) -> dict[str, Place]:
-        """Return llama.cpp's name of a tensor -> which of the parameters it has.
+        """Return llama.cpp's name of each tensor -> the parameters it is made of.
+
+        Args:
+            names: of the parameters.
 
         Raises:
-            ValueError: there is no place for one.
+            ValueError: llama.cpp has no place for a parameter.
         """
         parts = defaultdict[str, list[tuple[int | None, str]]](list)
         for name in names:
             whole, number = self._family.sparse.together(name)
             parts[self._place(whole)].append((number, name))
-        return {
-            place: Place([name for _, name in sorted(found)], found[0][0] is not None)
-            for place, found in parts.items()
-        }
+        places = {}
+        for place, numbered in parts.items():
+            first_number, _ = numbered[0]
+            in_order = [name for _, name in sorted(numbered)]
+            places[place] = Place(in_order, is_stack=first_number is not None)
+        return places
 
     def stored(self, shapes: Mapping[str, Shape]) -> dict[str, tuple[Place, Shape]]:
-        """Return the same of the parameters of a checkpoint, and the shapes of the tensors.
+        """Return llama.cpp's name of each tensor -> its parameters in a checkpoint, and its shape.
 
         Args:
-            shapes: of the checkpoint's own tensors.
+            shapes: name of each tensor in the checkpoint -> its shape.
+
+        Raises:
+            ValueError: llama.cpp has no place for a parameter.
         """
-        own = dict(one for item in shapes.items() for one in parameters_in(self._family, *item))
-        places = self.places(own)
-        return {name: (place, place.shape(own[place.names[0]])) for name, place in places.items()}
+        shape_of = dict[str, Shape]()
+        for key, shape in shapes.items():
+            shape_of.update(parameters_in(self._family, key, shape))
+        stored = {}
+        for name, place in self.places(shape_of).items():
+            stored[name] = (place, place.shape(shape_of[place.names[0]]))
+        return stored
 
     def _place(self, name: str) -> str:
         found = self._names.get_name(name, try_suffixes=(".weight", ".bias"))
         if found is None:
-            problem = f"llama.cpp's {self._architecture} has no place for {name}"
-            raise ValueError(f"output.exports: gguf: {problem}; export uniform or per_block")
-        return found if found.endswith((".weight", ".bias")) else f"{found}.weight"
+            raise ValueError(
+                f"output.exports: gguf: llama.cpp's {self._architecture} has no place "
+                f"for {name}; export uniform or per_block"
+            )
+        if found.endswith((".weight", ".bias")):
+            return found
+        return f"{found}.weight"

@@ -1,6 +1,7 @@
-"""Importance matrices for llama.cpp's quantisation to K- and I-quants, by the package gguf.
+"""Writes the importance matrix that llama.cpp uses to quantise to K- and I-quants.
 
-Runs as a module of its own, see `fresh_process`.
+The file is written with the package gguf. The module runs in a fresh process, see
+`fresh_process`.
 """
 
 from __future__ import annotations
@@ -22,21 +23,25 @@ from ray_surgeon.storage import files, tensor_files
 
 
 class _Writer(gguf.GGUFWriter):
-    """Of a file that is no model, and has no architecture."""
+    """Writes a file that holds no model, so it has no architecture."""
 
     def add_architecture(self) -> None:
         self.add_type(gguf.GGUFType.IMATRIX)
 
 
 def write_imatrix(
-    mean_squares: Mapping[str, Tensor], texts: Sequence[str], shape: Sequence[int], target: Path
+    mean_squares: Mapping[str, Tensor],
+    texts: Sequence[str],
+    shape: Sequence[int],
+    target: Path,
 ) -> None:
     """Write one file.
 
     Args:
-        mean_squares: llama.cpp's name of a weight -> [C], of its inputs; [n, C] of a stack.
-        texts: names of the texts that they were taken on.
-        shape: number of sequences, and of the tokens of each.
+        mean_squares: llama.cpp's name of each weight -> mean squares of its inputs, [C], or [n, C]
+            for a stack of n experts.
+        texts: names of the texts on which they were measured.
+        shape: number of sequences, and number of tokens of each.
         target: the file.
     """
     num_sequences, sequence_length = shape
@@ -48,8 +53,9 @@ def write_imatrix(
     for name, values in sorted(mean_squares.items()):
         sums = num_tokens * values.float()
         writer.add_tensor(f"{name}.in_sum2", sums.numpy())
-        has_seen = sums.any(dim=-1, keepdim=True)  # without tokens: 0 to llama.cpp
-        writer.add_tensor(f"{name}.counts", (num_tokens * has_seen).numpy())
+        # llama.cpp takes a count of 0 for an expert that saw no tokens
+        has_seen = sums.any(dim=-1, keepdim=True)
+        writer.add_tensor(f"{name}.counts", (num_tokens * has_seen.float()).numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -57,16 +63,24 @@ def write_imatrix(
 
 
 def answer(request: Mapping[str, Any]) -> dict[str, Any]:
-    """Write the matrix beside the files of an export; see `fresh_process.run_module`."""
+    """Write the matrix beside the GGUF files of an export; see `fresh_process.run_module`.
+
+    Returns:
+        The name of the file and its size in bytes.
+    """
     layout = ModelLayout.of(AutoConfig.for_model(**request["document"]))
     widths = [BlockWidths.of(width) for width in request["widths"]]
-    own = tensor_files.read_folder(request["mean_squares"])
-    squares = dict[str, Tensor]()
-    for name, place in Names(layout, architecture_of(layout, widths)).places(own).items():
-        values = [own[part] for part in place.names]
-        squares[name] = torch.stack(values) if place.is_stack else values[0]
+    of_parameters = tensor_files.read_folder(request["mean_squares"])
+    names = Names(layout, architecture_of(layout, widths))
+    mean_squares = dict[str, Tensor]()
+    for name, place in names.places(of_parameters).items():
+        values = [of_parameters[parameter] for parameter in place.names]
+        if place.is_stack:
+            mean_squares[name] = torch.stack(values)
+        else:
+            mean_squares[name] = values[0]
     file = f"{request['name']}-imatrix.gguf"
     uri = files.join(request["target"], file)
     with files.replacing(uri) as path:
-        write_imatrix(squares, request["texts"], request["shape"], path)
+        write_imatrix(mean_squares, request["texts"], request["shape"], path)
     return {"file": file, "size_bytes": files.size_bytes(uri)}

@@ -1,4 +1,4 @@
-"""What inputs of linears weigh: their mean squares, the diagonals of A, as llama.cpp wants them."""
+"""Measures the mean squares of linears' inputs, the diagonals of A, for llama.cpp."""
 
 from __future__ import annotations
 
@@ -21,13 +21,14 @@ from ray_surgeon.runtime.write_linear_tensors import write_linear_tensors
 
 
 def _write(worker: Worker, folder: str, blocks: Sequence[int]) -> None:
-    write_linear_tensors(worker, worker.state.mean_squares, folder, blocks, stored=False)
+    mean_squares = worker.state.mean_squares
+    write_linear_tensors(worker, mean_squares, folder, blocks, stored=False)
     worker.state.mean_squares = {}
 
 
 @dataclass(frozen=True)
 class _Measuring(BlockPass):
-    """Keeps mean squares; the linears stay as they are."""
+    """Keeps the mean squares of inputs; does not change the linears."""
 
     changes: ClassVar[bool] = False
 
@@ -35,21 +36,25 @@ class _Measuring(BlockPass):
         """Keep the diagonal of A, without the bias."""
         mask = worker.mask(name, StructuredMask)
         columns = mask.columns[: num_inputs(worker.shard.linears[name])]
-        if columns.any() and mask.rows.any():
-            squares = A.diagonal()[: len(columns)].cpu()
-            worker.state.mean_squares[name] = squares[columns.cpu()]
+        if not (columns.any() and mask.rows.any()):
+            return
+        squares = A.diagonal()[: len(columns)].cpu()
+        worker.state.mean_squares[name] = squares[columns.cpu()]
 
 
 def write_mean_squares(
     cluster: Cluster, tokens: Tokens, folder: str, blocks: Sequence[int]
 ) -> None:
-    """Write the mean squares of the inputs of all linears, [C] by the names of their weights here.
+    """Write the mean squares of the inputs of all linears.
+
+    Each is a tensor [C], for the columns that are not pruned, by the name that the linear's weight
+    has in memory here.
 
     Args:
         cluster: with the pruned weights.
-        tokens: [num_sequences, sequence_length] to take the mean over.
+        tokens: [num_sequences, sequence_length], over which the mean is taken.
         folder: URI, for the files of all workers.
-        blocks: numbers of those that are left, by which names are numbered anew.
+        blocks: numbers of the blocks that are left; names number them from 0.
     """
     _Measuring().pass_all(cluster, tokens)
     cluster.run_all(_write, folder, blocks)

@@ -1,4 +1,4 @@
-"""The kinds of checkpoints of a run, each reloaded in a fresh process."""
+"""Writes one export of a kind, and reloads it in a fresh process."""
 
 from __future__ import annotations
 
@@ -25,18 +25,20 @@ def check_exports(output: OutputSection, layout: ModelLayout, shrinking: WidthLi
     """Refuse exports that a model cannot have, before anything starts.
 
     Args:
-        output: of the job spec.
+        output: `output` of the job spec.
         layout: of the dense model.
-        shrinking: what pruning may leave.
+        shrinking: the widths that pruning may leave.
 
     Raises:
-        ValueError: says why, and what to export instead.
+        ValueError: gives the reason, and another export.
     """
     if "uniform" in output.exports:
         pruned_config.check_uniform(layout, tuple(shrinking.fewest))
     if "masked" in output.exports and "experts" in shrinking.fewest:
-        problem = "masked keeps all shapes, and routers would go on to choose zeroed experts"
-        raise ValueError(f"output.exports: {problem}; export uniform")
+        raise ValueError(
+            "output.exports: masked keeps all shapes, and routers would go on to choose "
+            "zeroed experts; export uniform"
+        )
     if "gguf" in output.exports:
         check_gguf(layout, shrinking)
     if output.quantize is not None:
@@ -47,21 +49,27 @@ def check_exports(output: OutputSection, layout: ModelLayout, shrinking: WidthLi
 def _check_quantised_experts(layout: ModelLayout, section: QuantizeSection) -> None:
     if not layout.is_mixture:
         return
-    problem, remedy = "", ""
-    if not section.is_by_text:
-        problem = "transformers loads no quantised mixture, and workers measure what they round"
-        remedy = "give scheme w4a16 or w8a16, and rounding both_sides or gptq"
     if layout.family.sparse.stacked:
-        problem = f"{layout.config.model_type}'s checkpoints keep experts together, without scales"
-        remedy = "remove quantize, or export gguf"
-    if problem:
-        raise ValueError(f"output.quantize: {problem}; {remedy}")
+        raise ValueError(
+            f"output.quantize: {layout.config.model_type}'s checkpoints keep experts "
+            "together, without scales; remove quantize, or export gguf"
+        )
+    if not section.is_by_text:
+        raise ValueError(
+            "output.quantize: transformers loads no quantised mixture, and workers "
+            "measure what they round; give scheme w4a16 or w8a16, and rounding "
+            "both_sides or gptq"
+        )
 
 
 def export(
-    kind: str, pruned: folder.Pruned, uri: str, output: OutputSection, tasks: TasksSection | None
+    kind: str,
+    pruned: folder.Pruned,
+    uri: str,
+    output: OutputSection,
+    tasks: TasksSection | None,
 ) -> dict[str, Any]:
-    """Write a Hugging Face folder, reload it in a fresh process, compare and measure.
+    """Write an export, reload it in a fresh process, compare and measure it.
 
     Args:
         kind: one of `output.exports`.
@@ -77,28 +85,24 @@ def export(
         RuntimeError: the fresh process cannot load it, or computes something else.
     """
     layout = pruned.layout
-    is_masked = kind == "masked"
-    widths = [] if is_masked else pruned_config.block_widths(layout, pruned.rows_kept)
-    blocks = list(range(layout.num_blocks)) if is_masked else pruned.blocks
+    blocks = list(range(layout.num_blocks))
+    widths: list[BlockWidths] = []
+    if kind != "masked":
+        blocks = pruned.blocks
+        widths = pruned_config.block_widths(layout, pruned.rows_kept)
     if kind == "gguf":
         return export_gguf(pruned, uri, widths, output.gguf or ("bf16",))
     dense = folder.dense_document(pruned.model)
-    has_code = kind == "per_block"
-    narrowed = pruned_config.per_block_document if has_code else pruned_config.uniform_document
-    whole = pruned_config.shallower(layout, dense, blocks)
-    document = narrowed(layout, whole, widths) if widths else dense
-    left_out = pruned_config.left_out(layout, dict(zip(blocks, widths, strict=False)))
-    size = folder.write_weights(pruned.cluster, uri, blocks, kind, left_out)
-    is_of_family = document["model_type"] == dense["model_type"]
-    folder.copy_small_files(pruned.model, uri, another_type=not is_of_family)
-    files.write_json(files.join(uri, "config.json"), for_older_readers(document))
-    if has_code:
-        files.write_text(files.join(uri, folder.SHIPPED), folder.shipped_source(layout.config))
-    trusts = ", trust_remote_code=True" if has_code else ""
-    entry: dict[str, Any] = {"kind": kind, "uri": uri, "size_bytes": size}
-    entry["loaders"] = _loaders(kind, layout, widths)
-    entry["load"] = f'AutoModelForCausalLM.from_pretrained("{uri}"{trusts})'
-    entry["reload_max_logit_difference"] = folder.reload_difference(pruned, uri)
+    size_bytes = _write_folder(kind, pruned, uri, dense, blocks, widths)
+    trusts = ", trust_remote_code=True" if kind == "per_block" else ""
+    entry: dict[str, Any] = {
+        "kind": kind,
+        "uri": uri,
+        "size_bytes": size_bytes,
+        "loaders": _loaders(kind, layout, widths),
+        "load": f'AutoModelForCausalLM.from_pretrained("{uri}"{trusts})',
+        "reload_max_logit_difference": folder.reload_difference(pruned, uri),
+    }
     if widths:
         entry["widths"] = [[width.num_channels, width.num_kv_heads] for width in widths]
     if len(blocks) < layout.num_blocks:
@@ -112,17 +116,68 @@ def export(
     return entry
 
 
+def _write_folder(
+    kind: str,
+    pruned: folder.Pruned,
+    uri: str,
+    dense: dict[str, Any],
+    blocks: Sequence[int],
+    widths: Sequence[BlockWidths],
+) -> int:
+    """Write a Hugging Face folder; return the size of its weights in bytes.
+
+    Args:
+        kind: one of `output.exports`.
+        pruned: the model.
+        uri: folder to write.
+        dense: config.json of the dense model.
+        blocks: numbers of the blocks to write.
+        widths: of these blocks; none if the export keeps the dense model's shapes.
+    """
+    layout = pruned.layout
+    document = dense
+    width_of_block: dict[int, BlockWidths] = {}
+    if widths:
+        document = pruned_config.shallower(layout, dense, blocks)
+        width_of_block = dict(zip(blocks, widths, strict=True))
+        if kind == "per_block":
+            document = pruned_config.per_block_document(layout, document, widths)
+        else:
+            document = pruned_config.uniform_document(layout, document, widths)
+    left_out = pruned_config.left_out(layout, width_of_block)
+    size_bytes = folder.write_weights(pruned.cluster, uri, blocks, kind, left_out)
+    another_type = document["model_type"] != dense["model_type"]
+    folder.copy_small_files(pruned.model, uri, another_type=another_type)
+    files.write_json(files.join(uri, "config.json"), for_older_readers(document))
+    if kind == "per_block":
+        source = folder.shipped_source(layout.config)
+        files.write_text(files.join(uri, folder.SHIPPED), source)
+    return size_bytes
+
+
 def _loaders(kind: str, layout: ModelLayout, widths: Sequence[BlockWidths]) -> dict[str, str]:
-    """Return what is known of programs: program -> how it loads an export."""
+    """Return program -> how it loads an export."""
     if kind == "masked":
-        return {"transformers": _RELOADED, "others": "whatever loads the dense model; not run"}
+        return {
+            "transformers": _RELOADED,
+            "others": "whatever loads the dense model; not run",
+        }
     if kind == "uniform":
-        if widths[0].num_kv_heads == layout.heads.num_kv or layout.family.has_free_heads_in_vllm:
-            return {"transformers": _RELOADED, "vLLM": "an ordinary configuration of the family"}
-        vllm = "its own class wants heads that fill the hidden size"
-        return {"transformers": _RELOADED, "vLLM": f"with --model-impl transformers; {vllm}"}
-    loaders = {"transformers with trust_remote_code": f"{_RELOADED}, generates with a cache"}
+        has_all_heads = widths[0].num_kv_heads == layout.heads.num_kv
+        if has_all_heads or layout.family.has_free_heads_in_vllm:
+            vllm = "an ordinary configuration of the family"
+        else:
+            vllm = (
+                "with --model-impl transformers; its own class wants heads that fill the "
+                "hidden size"
+            )
+        return {"transformers": _RELOADED, "vLLM": vllm}
+    in_transformers = f"{_RELOADED}, generates with a cache"
     if layout.num_experts:
-        return loaders | {"vLLM": "not run"}
-    vllm = "by its transformers backend, if every block has an attention; not GPT-2"
-    return loaders | {"vLLM with --trust-remote-code": vllm}
+        return {"transformers with trust_remote_code": in_transformers, "vLLM": "not run"}
+    return {
+        "transformers with trust_remote_code": in_transformers,
+        "vLLM with --trust-remote-code": (
+            "by its transformers backend, if every block has an attention; not GPT-2"
+        ),
+    }

@@ -1,4 +1,4 @@
-"""The quantised copy of an export."""
+"""The stage that writes the quantised copy of an export."""
 
 from __future__ import annotations
 
@@ -29,13 +29,14 @@ _OF_A_TILE = 4
 def quantise(
     pruned: Pruned, uniform: Mapping[str, Any], target: str, section: QuantizeSection
 ) -> dict[str, Any]:
-    """Write the quantised copy of the export uniform, and evaluate it in a process of its own.
+    """Write the quantised copy of the export uniform, and evaluate it in a fresh process.
 
     Args:
-        pruned: the model; the workers' weights, which are the export's, may be rounded for good.
+        pruned: the model. The workers' weights, which are the export's, may be rounded
+            permanently.
         uniform: entry of the export.
         target: folder of the copy.
-        section: how.
+        section: `output.quantize` of the job spec.
 
     Returns:
         The copy's entry in the report, with its size and its perplexities.
@@ -43,36 +44,41 @@ def quantise(
     Raises:
         RuntimeError: it cannot be quantised or loaded.
     """
-    size = section.columns_together
-    if size is None or not section.is_by_text:
-        return write_quantised(pruned, uniform, target, section, uniform["uri"])
-    grid = Grid(section.num_bits, size)
+    group_size = section.columns_together
+    if group_size is None or not section.is_by_text:
+        return write_quantised(pruned, uniform, target, section, source=uniform["uri"])
+    cluster = pruned.cluster
+    grid = Grid(section.num_bits, group_size)
+    both_sides = section.rounding == "both_sides"
     rounded = f"{target}-rounded"
-    both = section.rounding == "both_sides"
     try:
-        round_linears(pruned.cluster, pruned.calibration, grid, both_sides=both)
-        write_weights(pruned.cluster, rounded, pruned.blocks)
+        round_linears(cluster, pruned.calibration, grid, both_sides=both_sides)
+        write_weights(cluster, rounded, pruned.blocks)
         scales = files.join(rounded, "scales")
-        pruned.cluster.run_all(write_scales, scales, pruned.blocks)
-        # of mixtures, which transformers would not load
-        found = _perplexities(pruned) if pruned.layout.is_mixture else None
-        return write_quantised(pruned, uniform, target, section, rounded, found)
+        cluster.run_all(write_scales, scales, pruned.blocks)
+        perplexity = None
+        # transformers would not load a quantised mixture
+        if pruned.layout.is_mixture:
+            perplexity = _perplexities(pruned)
+        return write_quantised(
+            pruned, uniform, target, section, source=rounded, perplexity=perplexity
+        )
     finally:
         files.remove_folder(rounded)
 
 
 def _perplexities(pruned: Pruned) -> dict[str, float]:
-    """Return those of the workers' weights, as they are now."""
-    losses = {text: sequence_losses(pruned.cluster, w) for text, w in pruned.texts.items()}
-    return {
-        text: perplexity_of(sum(losses[text]) / num_counted(windows))
-        for text, windows in pruned.texts.items()
-    }
+    """Return text -> perplexity of the workers' current weights."""
+    perplexities = {}
+    for text, windows in pruned.texts.items():
+        losses = sequence_losses(pruned.cluster, windows)
+        perplexities[text] = perplexity_of(sum(losses) / num_counted(windows))
+    return perplexities
 
 
 @dataclass(frozen=True)
 class Quantise(Stage):
-    """The quantised copy of the export uniform; it may round the workers' weights, for good."""
+    """Writes a quantised copy of the export uniform; may round the workers' weights permanently."""
 
     name = "quantise"
     size: Size
@@ -80,10 +86,13 @@ class Quantise(Stage):
 
     def write(self, run: RunState, facts: Facts) -> None:
         """Write and evaluate the copy."""
-        exports = {(entry["kind"], entry.get("size")): entry for entry in run.report.exports}
+        exports = {}
+        for export in run.report.exports:
+            exports[export["kind"], export.get("size")] = export
         uniform = exports["uniform", self.size.value]
         target = f"{uniform['uri']}-{self.section.scheme}"
-        entry = quantise(pruned_of(run, self.size.shot), uniform, target, self.section)
+        pruned = pruned_of(run, self.size.shot)
+        entry = quantise(pruned, uniform, target, self.section)
         tell_of(entry, run, facts, self.size)
 
     def needs(self, worker: WorkerView) -> Iterable[StepPlan]:

@@ -1,11 +1,11 @@
-"""Quantised checkpoints in the format compressed-tensors, which vLLM loads.
+"""Writes quantised checkpoints in the format compressed-tensors, which vLLM loads.
 
 They are made from an export's files, a tensor at a time.
 
-Weights are rounded to the nearest number, or come rounded, with their scales.
-Activations, where a scheme rounds them too, are scaled token by token when the model runs, so
-nothing is calibrated here. Embeddings, norms and the head stay as they are. Runs as a module of its
-own, see `fresh_process`.
+Weights are rounded to the nearest number, or are read already rounded, together with their scales.
+Where a scheme rounds activations, too, they are scaled token by token when the model runs, so they
+need no calibration. Embeddings, norms and the head are not quantised. The module runs in a fresh
+process, see `fresh_process`.
 """
 
 from __future__ import annotations
@@ -35,7 +35,9 @@ PRESETS = {"fp8": "FP8_DYNAMIC", "int8": "W8A8", "w4a16": "W4A16", "w8a16": "W8A
 def scheme_of(name: str, group_size: int | None = None) -> Scheme:
     """Return a scheme for all linears.
 
-    `group_size` columns share a scale, or a row does if it is not given.
+    Args:
+        name: one of `PRESETS`.
+        group_size: number of columns that share a scale; None for one scale for each row.
     """
     scheme = preset_name_to_scheme(PRESETS[name], ["Linear"])
     if group_size is not None:
@@ -46,18 +48,20 @@ def scheme_of(name: str, group_size: int | None = None) -> Scheme:
 
 
 def quantised(weight: Tensor, scheme: Scheme, scale: Tensor | None = None) -> dict[str, Tensor]:
-    """Return what is stored of a weight [R, C], by compressed-tensors' names.
+    """Return the tensors that store a weight [R, C], by compressed-tensors' names.
 
     Args:
         weight: to be rounded to the nearest number.
-        scheme: how.
-        scale: [R, groups]; with which the largest number just fits, if not given.
+        scheme: of quantisation.
+        scale: [R, groups]; if not given, the largest number of each group just fits.
     """
     weight = weight.float()
     size = scheme.weights.group_size or weight.shape[1]
     if scale is None:
         groups = weight.view(len(weight), -1, size)
-        scale, _ = calculate_qparams(groups.amin(dim=2), groups.amax(dim=2), scheme.weights)
+        lowest = groups.amin(dim=2)
+        highest = groups.amax(dim=2)
+        scale, _ = calculate_qparams(lowest, highest, scheme.weights)
     if scale.dtype == torch.float32:
         scale = scale.clamp(min=torch.finfo(torch.float32).tiny)
     compressor = BaseCompressor.get_value_from_registry(scheme.format)
@@ -67,36 +71,51 @@ def quantised(weight: Tensor, scheme: Scheme, scale: Tensor | None = None) -> di
 def answer(request: Mapping[str, Any]) -> dict[str, Any]:
     """Write the quantised copy of an export; see `fresh_process.run_module`.
 
-    Returns its size.
+    Returns:
+        The size of its files of weights in bytes.
     """
     source = request["source"]
-    target = request["target"]  # which has the export's configuration already
+    target = request["target"]  # has the export's configuration already
     scheme = scheme_of(request["scheme"], request["group_size"])
-    rounded = set(request["weights"])
+    to_quantise = set(request["weights"])
     reader = tensor_files.Reader()
-    scales = tensor_files.read_folder(files.join(source, "scales"))  # of rounded weights
-    plain = {"lm_head"}
-    weight_map = dict[str, str]()
-    total = 0
+    # weights that are already rounded have their scales beside them
+    scales = tensor_files.read_folder(files.join(source, "scales"))
+    not_quantised = {"lm_head"}
+    file_of = dict[str, str]()
+    total_bytes = 0
     for file in files.list_names(source):
         if not file.endswith(".safetensors"):
             continue
-        tensors = {}
-        for key in reader.names(files.join(source, file)):
-            tensor = reader.read(files.join(source, file), key)
+        uri = files.join(source, file)
+        tensors = dict[str, Tensor]()
+        for key in reader.names(uri):
+            tensor = reader.read(uri, key)
             name = key.removesuffix(".weight")
-            if key not in rounded:
-                tensors[key] = tensor
-                plain |= {name} if tensor.ndim == 2 else set()
+            if key in to_quantise:
+                scale = scales[key] if scales else None
+                for part, value in quantised(tensor, scheme, scale).items():
+                    tensors[f"{name}.{part}"] = value
                 continue
-            stored = quantised(tensor, scheme, scales[key] if scales else None)
-            tensors |= {f"{name}.{part}": value for part, value in stored.items()}
-        total += tensor_files.write(files.join(target, file), tensors)
-        weight_map |= dict.fromkeys(tensors, file)
-    write_index(target, weight_map, total)
-    document = files.read_json(files.join(target, "config.json"))
-    about = {"config_groups": {"group_0": scheme}, "format": scheme.format, "ignore": sorted(plain)}
-    quantised_so = QuantizationConfig(quantization_status="compressed", **about)
-    document["quantization_config"] = quantised_so.to_dict()
-    files.write_json(files.join(target, "config.json"), document)
-    return {"size_bytes": total}
+            tensors[key] = tensor
+            if tensor.ndim == 2:
+                not_quantised.add(name)
+        total_bytes += tensor_files.write(files.join(target, file), tensors)
+        file_of.update(dict.fromkeys(tensors, file))
+    write_index(target, file_of, total_bytes)
+    _write_config(target, scheme, sorted(not_quantised))
+    return {"size_bytes": total_bytes}
+
+
+def _write_config(target: str, scheme: Scheme, not_quantised: list[str]) -> None:
+    """Add the scheme to the config.json of a copy."""
+    uri = files.join(target, "config.json")
+    document = files.read_json(uri)
+    config = QuantizationConfig(
+        quantization_status="compressed",
+        config_groups={"group_0": scheme},
+        format=scheme.format,
+        ignore=not_quantised,
+    )
+    document["quantization_config"] = config.to_dict()
+    files.write_json(uri, document)

@@ -1,7 +1,6 @@
-"""How fast an export is beside the dense model.
+"""Measures the speed of an export beside that of the dense model.
 
-Each is measured in a process of its own, with random weights: speed depends on shapes and dtype,
-not on values.
+Each runs in a fresh process with random weights: speed depends on shapes and dtype, not on values.
 """
 
 from __future__ import annotations
@@ -9,6 +8,7 @@ from __future__ import annotations
 import json
 import statistics
 import time
+from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -26,17 +26,17 @@ from ray_surgeon.runtime.usage import process_usage
 from ray_surgeon.spec.targets import SpeedSection
 
 Record = dict[str, Any]
-"""Something that travels as JSON."""
+"""A document that is passed on as JSON."""
 
 
 def measure(cluster: Cluster, uri: str, dense: Record, options: SpeedSection) -> Record:
-    """Measure an export beside the dense model, in fresh processes beside the first worker.
+    """Measure an export and the dense model in fresh processes beside the first worker.
 
     Args:
         cluster: its first worker measures, on its GPU if it has one.
         uri: the export.
         dense: config.json of the dense model.
-        options: what to time.
+        options: sizes of the timed requests.
 
     Returns:
         For ``dense`` and ``pruned``: tokens per second of prefill and decode (median, lowest,
@@ -47,21 +47,22 @@ def measure(cluster: Cluster, uri: str, dense: Record, options: SpeedSection) ->
         RuntimeError: a process fails.
     """
     request = {"uri": uri, "dense": dense, "request": options.model_dump()}
-    record = folders.run_beside(cluster, __name__, request | {"only": None})
+    record = folders.run_beside(cluster, __name__, {**request, "only": None})
     for name in ("dense", "pruned"):
-        record[name] |= folders.run_beside(cluster, __name__, request | {"only": name})
+        memory = folders.run_beside(cluster, __name__, {**request, "only": name})
+        record[name].update(memory)
     return record
 
 
 def _device_name(device: torch.device, num_threads: int) -> str:
-    """Return what a report calls a device."""
+    """Return the name of a device in reports."""
     if device.type == "cpu":
         return f"CPU, {num_threads} threads"
     return str(backend(device).get_device_name(device))
 
 
 def _now(device: torch.device) -> float:
-    """Return the time when a device has done all its work."""
+    """Wait until a device has done all its work; return the time in seconds."""
     if device.type != "cpu":
         backend(device).synchronize(device)
     return time.perf_counter()
@@ -73,30 +74,47 @@ def time_request(model: PreTrainedModel, options: SpeedSection) -> tuple[float, 
     cache = cache_argument(model)
     size = (options.batch_size, options.prompt_length)
     generator = torch.Generator().manual_seed(0)
-    prompts = torch.randint(model.config.vocab_size, size, generator=generator).to(model.device)
+    prompts = torch.randint(model.config.vocab_size, size, generator=generator)
+    prompts = prompts.to(model.device)
     start = _now(model.device)
     out = model(prompts, use_cache=True, logits_to_keep=1)
     middle = _now(model.device)
     for _ in range(options.num_new_tokens):
-        out = model(out.logits[:, -1:].argmax(dim=-1), **{cache: out[cache]}, use_cache=True)
+        tokens = out.logits[:, -1:].argmax(dim=-1)
+        out = model(tokens, **{cache: out[cache]}, use_cache=True)
     return middle - start, _now(model.device) - middle
 
 
 def _compare(models: Mapping[str, PreTrainedModel], options: SpeedSection) -> Record:
-    """Time models in turns, after one unmeasured turn each. See `measure` for what is returned."""
-    turns = range(options.num_repeats + 1)
-    timings = [
-        {name: time_request(model, options) for name, model in models.items()} for _ in turns
-    ]
+    """Time the models in alternation, after one untimed run of each.
+
+    Returns:
+        The timings and ratios that `measure` returns.
+    """
+    prefills = defaultdict[str, list[float]](list)
+    decodes = defaultdict[str, list[float]](list)
+    for turn in range(options.num_repeats + 1):
+        for name, model in models.items():
+            prefill_s, decode_s = time_request(model, options)
+            if turn > 0:
+                prefills[name].append(prefill_s)
+                decodes[name].append(decode_s)
     record: Record = {name: {} for name in models}
-    for i, step in enumerate(("prefill", "decode")):
-        each = options.num_new_tokens if i else options.prompt_length
+    steps = (
+        ("prefill", options.prompt_length, prefills),
+        ("decode", options.num_new_tokens, decodes),
+    )
+    for step, num_tokens, timings in steps:
         medians = {}
         for name in models:
-            rates = [options.batch_size * each / timing[name][i] for timing in timings[1:]]
+            total = options.batch_size * num_tokens
+            rates = [total / seconds for seconds in timings[name]]
             medians[name] = statistics.median(rates)
-            spread = {"median": medians[name], "lowest": min(rates), "highest": max(rates)}
-            record[name][f"{step}_tokens_per_s"] = spread
+            record[name][f"{step}_tokens_per_s"] = {
+                "median": medians[name],
+                "lowest": min(rates),
+                "highest": max(rates),
+            }
         record[f"{step}_ratio"] = medians["pruned"] / medians["dense"]
     return record
 
@@ -106,14 +124,16 @@ def _random_model(document: Record, folder: Path) -> PreTrainedModel:
 
     Args:
         document: its config.json, which is written.
-        folder: for it; modeling code, if any, lies there and is ours.
+        folder: for config.json; modeling code in it, if any, is ours.
     """
     (folder / "config.json").write_text(json.dumps(document))
     config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
-    options = {"dtype": getattr(torch, document["dtype"]), "trust_remote_code": True}
-    # classes whose blocks differ build the dense model, and make it narrow
+    dtype = getattr(torch, document["dtype"])
+    # classes whose blocks differ in width build the dense model first, and narrow it
     with init_empty_weights(include_buffers=False):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, **options)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            config, dtype=dtype, trust_remote_code=True
+        )
     for name, absent in list(model.named_parameters()):
         values = torch.empty_like(absent, device="cpu").normal_(std=0.02)
         set_module_tensor_to_device(model, name, "cpu", values)
@@ -122,22 +142,35 @@ def _random_model(document: Record, folder: Path) -> PreTrainedModel:
 
 
 def answer(request: Record) -> Record:
-    """Return the comparison, or what one model alone needs of memory.
+    """Compare two models, or measure the memory that one of them takes alone.
 
     See `fresh_process.run_module`.
+
+    Returns:
+        The timings, ratios and machine that `measure` returns; or with ``only`` the peak bytes of
+        this process, and of the GPU.
     """
     options = SpeedSection(**request["request"])
     torch.set_num_threads(options.num_threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    only = request["only"]
     with folders.local_folder(request["uri"], weights=False) as (folder, scratch):
         document = json.loads((folder / "config.json").read_text())
-        places = {"dense": (request["dense"], scratch), "pruned": (document, folder)}
-        names = [request["only"]] if request["only"] else list(places)
-        models = {name: _random_model(*places[name]).to(device) for name in names}
-        if request["only"] is None:
-            name = _device_name(device, options.num_threads)
-            about = {"device": name, "dtype": document["dtype"]}
-            return _compare(models, options) | about | options.model_dump()
-        time_request(models[request["only"]], options)
+        models = {}
+        if only in (None, "dense"):
+            models["dense"] = _random_model(request["dense"], scratch).to(device)
+        if only in (None, "pruned"):
+            models["pruned"] = _random_model(document, folder).to(device)
+        if only is None:
+            return {
+                **_compare(models, options),
+                "device": _device_name(device, options.num_threads),
+                "dtype": document["dtype"],
+                **options.model_dump(),
+            }
+        time_request(models[only], options)
     usage = process_usage(device)
-    return {"peak_rss_bytes": usage.peak_rss_bytes, "peak_gpu_bytes": usage.peak_gpu_bytes}
+    return {
+        "peak_rss_bytes": usage.peak_rss_bytes,
+        "peak_gpu_bytes": usage.peak_gpu_bytes,
+    }

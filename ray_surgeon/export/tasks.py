@@ -1,4 +1,4 @@
-"""Downstream tasks of EleutherAI's harness, in a process of its own.
+"""Runs downstream tasks of EleutherAI's harness in a fresh process.
 
 They run on the dense model and on exports.
 """
@@ -28,62 +28,83 @@ def check_tasks(options: TasksSection) -> None:
     """Refuse tasks that the harness does not know, before anything starts.
 
     Raises:
-        ValueError: the harness is not installed, or names the tasks.
+        ValueError: the harness is not installed, or does not know a task.
     """
     remedy = "pip install 'ray_surgeon[eval]', or correct the task definitions"
     with refusing("evaluation.tasks: the harness cannot be used", remedy, RuntimeError):
         reply = run_module(__name__, {"options": options.model_dump(), "model": None})
     if reply["unknown"]:
         unknown = ", ".join(reply["unknown"])
-        remedy = "see `lm_eval ls tasks`, or name a folder in evaluation.tasks.include"
-        raise ValueError(f"evaluation.tasks.names: the harness has no {unknown}; {remedy}")
+        raise ValueError(
+            f"evaluation.tasks.names: the harness has no {unknown}; "
+            "see `lm_eval ls tasks`, or name a folder in evaluation.tasks.include"
+        )
 
 
 def evaluate_tasks(cluster: Cluster, model: ModelSection | str, options: TasksSection) -> Scores:
-    """Evaluate a model in a fresh process of the first worker, on its GPU if it has one.
+    """Evaluate a model in a fresh process beside the first worker, on its GPU if it has one.
 
     Args:
         cluster: its first worker evaluates.
         model: the dense model, or the URI of an export, whose modeling code, if any, is ours.
-        options: what to evaluate.
+        options: the tasks and their settings.
 
     Raises:
         RuntimeError: the process fails.
     """
-    named = model if isinstance(model, str) else model.model_dump()
-    request = {"options": options.model_dump(), "model": named}
+    request: dict[str, Any] = {"options": options.model_dump(), "model": model}
+    if isinstance(model, ModelSection):
+        request["model"] = model.model_dump()
     return run_beside(cluster, __name__, request, offline=False)
 
 
 def _numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
-    """Return the harness's numbers; ``acc,none`` is ``acc``, and another filter's name stays."""
-    numbers = {name: value for name, value in metrics.items() if isinstance(value, (int, float))}
-    return {name.removesuffix(",none"): float(n) for name, n in numbers.items() if "," in name}
+    """Return the numbers among the harness's metrics.
+
+    The filter ``none`` is left out of names, as in ``acc`` for ``acc,none``; other filters stay.
+    """
+    numbers = {}
+    for name, value in metrics.items():
+        if "," in name and isinstance(value, (int, float)):
+            numbers[name.removesuffix(",none")] = float(value)
+    return numbers
 
 
 def answer(request: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the scores, or the tasks that are not known; see `fresh_process.run_module`."""
+    """Return the scores of a model, or the unknown tasks; see `fresh_process.run_module`."""
     from lm_eval.evaluator import simple_evaluate
     from lm_eval.tasks import TaskManager
 
     options = TasksSection(**request["options"])
     model = request["model"]
-    with contextlib.ExitStack() as held:
-        definitions = None
+    with contextlib.ExitStack() as stack:
+        include_path = None
         if options.include is not None:
-            definitions, _ = held.enter_context(local_folder(options.include, weights=False))
-        manager = TaskManager(include_path=definitions and str(definitions))
+            copy = local_folder(options.include, weights=False)
+            definitions, _ = stack.enter_context(copy)
+            include_path = str(definitions)
+        manager = TaskManager(include_path=include_path)
         if model is None:
-            return {"unknown": [name for name in options.names if name not in manager.all_tasks]}
-        is_export = isinstance(model, str)
-        if is_export:
-            folder, _ = held.enter_context(local_folder(model))
+            unknown = [name for name in options.names if name not in manager.all_tasks]
+            return {"unknown": unknown}
+        trusts_code = False
+        if isinstance(model, str):
+            folder, _ = stack.enter_context(local_folder(model))
+            config = files.read_json(str(folder / "config.json"))
+            trusts_code = "auto_map" in config
         else:
-            folder = open_model(ModelSection(**model)).small_files_folder(weights=True)
-        has_code = "auto_map" in files.read_json(str(folder / "config.json"))
-        arguments = {"pretrained": str(folder), "trust_remote_code": is_export and has_code}
-        settings = options.model_dump(include={"batch_size", "num_fewshot", "limit"})
-        settings |= {"tasks": list(options.names), "task_manager": manager, "log_samples": False}
-        settings |= {"device": "cuda" if torch.cuda.is_available() else "cpu", "bootstrap_iters": 0}
-        results = simple_evaluate("hf", arguments, **settings)
+            source = open_model(ModelSection(**model))
+            folder = source.small_files_folder(weights=True)
+        results = simple_evaluate(
+            "hf",
+            model_args={"pretrained": str(folder), "trust_remote_code": trusts_code},
+            tasks=list(options.names),
+            task_manager=manager,
+            num_fewshot=options.num_fewshot,
+            batch_size=options.batch_size,
+            limit=options.limit,
+            device="cuda" if torch.cuda.is_available() else "cpu",
+            bootstrap_iters=0,
+            log_samples=False,
+        )
     return {task: _numbers(metrics) for task, metrics in results["results"].items()}

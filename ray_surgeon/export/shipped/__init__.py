@@ -1,1 +1,1 @@
-"""Modules that go with an export's weights; they import torch and transformers only."""
+"""Modules that are copied beside an export's weights; they import torch and transformers only."""

@@ -1,11 +1,11 @@
-"""Loads this checkpoint, whose blocks differ in width.
+"""Modeling code of this checkpoint, whose blocks differ in width.
 
-``AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)``.
+Load it with ``AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)``.
 
 ``per_layer_config`` in config.json has, for every block, the width of its feed-forward layer, its
-numbers of query and KV heads, and the widths of its experts; a block with no heads has no
-attention. Everything else is the dense family's own code. vLLM serves it by its transformers
-backend, if it has no experts, is no GPT-2, and every block has an attention.
+numbers of query and KV heads, and the widths of its experts; a block without heads has no
+attention. Everything else is the dense family's own code. vLLM serves the checkpoint by its
+transformers backend, if it has no experts, is no GPT-2, and every block has an attention.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ DenseForCausalLM: Any = MODEL_FOR_CAUSAL_LM_MAPPING[DenseConfig]
 class PrunedConfig(DenseConfig):  # type: ignore[misc]
     """The dense model's configuration, and ``per_layer_config``.
 
-    The classes are transformers' own where it has them, and a list of plain values otherwise.
+    Where transformers has a ``per_layer_config`` itself, it is used; ``block_sizes`` is a list of
+    plain values in any case.
     """
 
     model_type = f"pruned_{DENSE}"
@@ -36,40 +37,44 @@ class PrunedConfig(DenseConfig):  # type: ignore[misc]
         self, per_layer_config: dict[str, dict[str, Any]] | None = None, **kwargs: Any
     ) -> None:
         super().__init__(**kwargs)
-        by_block = sorted((per_layer_config or {}).items(), key=lambda item: int(item[0]))
-        self.block_sizes = [dict(sizes) for _, sizes in by_block]
+        sizes_of_block = per_layer_config or {}
+        blocks = sorted(sizes_of_block, key=int)
+        self.block_sizes = [dict(sizes_of_block[block]) for block in blocks]
         if hasattr(DenseConfig, "per_layer_config"):
             # the dense model is built first, with the dense widths
             self.allow_global_per_layer_attribute_access = True
             self.per_layer_config = dict(enumerate(self.block_sizes))
 
     def to_dict(self) -> dict[str, Any]:
-        """Return what config.json says."""
+        """Return the content of config.json."""
         document: dict[str, Any] = super().to_dict()
-        by_block = enumerate(document.pop("block_sizes", []))
-        document["per_layer_config"] = {str(block): sizes for block, sizes in by_block}
+        block_sizes = document.pop("block_sizes", [])
+        document["per_layer_config"] = {
+            str(block): sizes for block, sizes in enumerate(block_sizes)
+        }
         return document
 
 
 class NoInputs(nn.Module):
-    """A linear without inputs, or without outputs: what is left is its bias."""
+    """Replaces a linear that has no inputs, or no outputs, and keeps its bias."""
 
     def __init__(self, num_outputs: int, bias: bool) -> None:
         super().__init__()
         self.num_outputs = num_outputs
-        self.bias = nn.Parameter(torch.zeros(num_outputs)) if bias and num_outputs else None
+        self.bias = None
+        if bias and num_outputs:
+            self.bias = nn.Parameter(torch.zeros(num_outputs))
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Return the bias for every token, or zeros."""
         outputs = inputs.new_zeros(*inputs.shape[:-1], self.num_outputs)
-        return outputs if self.bias is None else outputs + self.bias
+        if self.bias is None:
+            return outputs
+        return outputs + self.bias
 
 
 class NoAttention(nn.Module):
-    """Stands for an attention whose heads are all pruned.
-
-    What is left is the bias of its last linear.
-    """
+    """Replaces an attention whose heads are all pruned, and keeps the bias of its last linear."""
 
     def __init__(self, output_name: str, output: nn.Module, layer_idx: int) -> None:
         super().__init__()
@@ -77,22 +82,35 @@ class NoAttention(nn.Module):
         self.add_module(output_name, output)
 
     def forward(
-        self, hidden_states: Tensor, cache: Any = None, past_key_values: Any = None, **kwargs: Any
+        self,
+        hidden_states: Tensor,
+        cache: Any = None,
+        past_key_values: Any = None,
+        **kwargs: Any,
     ) -> tuple[Tensor, None]:
         """Return the bias for every token, and tell the cache how many tokens there were.
 
-        transformers has called the cache by both names.
+        transformers names the cache ``cache`` or ``past_key_values``, depending on its version.
         """
-        cache = past_key_values if cache is None else cache
+        if cache is None:
+            cache = past_key_values
         if cache is not None:
-            nothing = hidden_states.new_zeros(hidden_states.shape[0], 1, hidden_states.shape[1], 1)
+            num_sequences, num_tokens = hidden_states.shape[:2]
+            nothing = hidden_states.new_zeros(num_sequences, 1, num_tokens, 1)
             cache.update(nothing, nothing, self.layer_idx)
         (output,) = self.children()
         return output(hidden_states), None
 
 
 def new_linear(num_inputs: int, num_outputs: int, bias: bool, is_conv: bool = False) -> nn.Module:
-    """Return a linear, or its bias if it has no inputs or outputs; with `is_conv` GPT-2's kind."""
+    """Return a linear, or a `NoInputs` if it has no inputs or no outputs.
+
+    Args:
+        num_inputs: number of inputs.
+        num_outputs: number of outputs.
+        bias: whether it has a bias.
+        is_conv: whether it is a Conv1D, as in GPT-2.
+    """
     if num_inputs == 0 or num_outputs == 0:
         return NoInputs(num_outputs, bias)
     if is_conv:
@@ -101,75 +119,130 @@ def new_linear(num_inputs: int, num_outputs: int, bias: bool, is_conv: bool = Fa
 
 
 class Experts(nn.Module):
-    """Experts of different widths, each with linears of its own.
+    """Experts of different widths, each with separate linears.
 
-    The family's experts lie in one tensor.
+    The family's own class has all experts in one tensor.
     """
 
     def __init__(self, whole: Any, widths: list[int]) -> None:
         super().__init__()
         bias = hasattr(whole, "down_proj_bias")
-        hidden = whole.down_proj.shape[2 if bias else 1]
+        # families with biases transpose their weights
+        hidden_axis = 2 if bias else 1
+        hidden = whole.down_proj.shape[hidden_axis]
         whole._parameters.clear()
-        self.whole = [whole]  # in a list, so that it is no part of this module
+        self.whole = [whole]  # in a list, so that it is not registered as a submodule
         for number, width in enumerate(widths):
-            linears = {name: new_linear(hidden, width, bias) for name in ("gate_proj", "up_proj")}
-            linears["down_proj"] = new_linear(width, hidden, bias)
+            linears = {
+                "gate_proj": new_linear(hidden, width, bias),
+                "up_proj": new_linear(hidden, width, bias),
+                "down_proj": new_linear(width, hidden, bias),
+            }
             self.add_module(str(number), nn.ModuleDict(linears))
 
     def combine(self, gate: Tensor, up: Tensor) -> Tensor:
-        """Return channels [num_tokens, width] as the family has them.
+        """Return the channels [num_tokens, width] as the family computes them.
 
-        Families with biases take gate and up in turns.
+        Families with biases interleave gate and up.
         """
         (whole,) = self.whole
         if hasattr(whole, "act_fn"):
             return whole.act_fn(gate) * up  # type: ignore[no-any-return]
-        return whole._apply_gate(torch.stack([gate, up], dim=-1).flatten(-2))  # type: ignore[no-any-return]
+        interleaved = torch.stack([gate, up], dim=-1).flatten(-2)
+        return whole._apply_gate(interleaved)  # type: ignore[no-any-return]
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """Return the weighted sum [num_tokens, d] of every token's experts [num_tokens, k]."""
+        """Return the weighted sum of every token's experts.
+
+        Args:
+            hidden_states: [num_tokens, d] inputs.
+            top_k_index: [num_tokens, k] numbers of each token's experts.
+            top_k_weights: [num_tokens, k] their weights.
+
+        Returns:
+            [num_tokens, d] outputs.
+        """
         total = torch.zeros_like(hidden_states)
         expert: Any
         for number, expert in enumerate(self.children()):
             token, place = torch.where(top_k_index == number)
             x = hidden_states[token]
-            output = expert.down_proj(self.combine(expert.gate_proj(x), expert.up_proj(x)))
+            channels = self.combine(expert.gate_proj(x), expert.up_proj(x))
+            output = expert.down_proj(channels)
             output = output * top_k_weights[token, place, None]
             total = total.index_add(0, token, output.to(total.dtype))
         return total
 
 
 class NoMixture(nn.Module):
-    """Stands for a mixture of experts that is gone."""
+    """Replaces a mixture of experts that is pruned whole."""
 
     def __init__(self, gives_scores: bool) -> None:
         super().__init__()
-        self.gives_scores = gives_scores  # whether the family returns those of its router, too
+        # whether the family's mixture also returns the scores of its router
+        self.gives_scores = gives_scores
 
     def forward(self, hidden_states: Tensor) -> Any:
         """Return zeros."""
         nothing = torch.zeros_like(hidden_states)
-        return (nothing, None) if self.gives_scores else nothing
+        if self.gives_scores:
+            return nothing, None
+        return nothing
 
 
 def narrow_experts(layer: Any, widths: list[int]) -> None:
-    """Replace the experts of a mixture by as many as there are widths.
+    """Replace the experts of a mixture by experts of given widths.
 
-    The router chooses among them.
+    The router keeps the rows of as many experts.
+
+    Args:
+        layer: the mixture.
+        widths: of every expert that is left.
     """
+    num_experts = len(widths)
     layer.experts = Experts(layer.experts, widths)
     router = layer.gate if hasattr(layer, "gate") else layer.router
-    router.num_experts = len(widths)
-    router.top_k = min(router.top_k, len(widths))
+    router.num_experts = num_experts
+    router.top_k = min(router.top_k, num_experts)
     for name, parameter in router.named_parameters(recurse=False):
-        setattr(router, name, nn.Parameter(parameter[: len(widths)]))
+        setattr(router, name, nn.Parameter(parameter[:num_experts]))
     for name, buffer in router.named_buffers(recurse=False):
-        setattr(router, name, buffer[: len(widths)].clone())
+        setattr(router, name, buffer[:num_experts].clone())
+
+
+def outputs_of_linears(sizes: dict[str, Any], width: int, head_dim: int) -> dict[str, int]:
+    """Return the number of outputs of each linear that produces channels or heads.
+
+    Args:
+        sizes: of the block.
+        width: of its feed-forward layer.
+        head_dim: of its attention.
+    """
+    queries = sizes["num_attention_heads"] * head_dim
+    keys = sizes["num_key_value_heads"] * head_dim
+    fused = queries + 2 * keys
+    return {
+        "gate_proj": width,
+        "up_proj": width,
+        "fc1": width,
+        "c_fc": width,
+        "gate_up_proj": 2 * width,
+        "q_proj": queries,
+        "k_proj": keys,
+        "v_proj": keys,
+        "qkv_proj": fused,
+        "c_attn": fused,
+    }
 
 
 def narrow_block(block: nn.Module, config: Any, sizes: dict[str, Any]) -> None:
-    """Replace the linears of a dense block by narrower ones of given sizes."""
+    """Replace the linears of a dense block by narrower ones of given sizes.
+
+    Args:
+        block: of the dense model.
+        config: of the model.
+        sizes: of the block, from ``per_layer_config``.
+    """
     (width_field,) = {"intermediate_size", "ffn_dim", "n_inner"} & sizes.keys()
     width = sizes[width_field]
     num_heads = sizes["num_attention_heads"]
@@ -178,23 +251,25 @@ def narrow_block(block: nn.Module, config: Any, sizes: dict[str, Any]) -> None:
     head_dim = getattr(names[attention_name], "head_dim", 0)
     # an attention that is not pruned may be of any kind
     is_whole = num_heads == config.num_attention_heads
-    num_outputs = dict.fromkeys(("gate_proj", "up_proj", "fc1", "c_fc"), width)
-    num_outputs |= {"gate_up_proj": 2 * width, "q_proj": num_heads * head_dim}
-    num_outputs |= dict.fromkeys(("k_proj", "v_proj"), sizes["num_key_value_heads"] * head_dim)
-    fused = num_outputs["q_proj"] + 2 * num_outputs["k_proj"]
-    num_outputs |= dict.fromkeys(("qkv_proj", "c_attn"), fused)
+    num_outputs = outputs_of_linears(sizes, width, head_dim)
     for name, module in names.items():
         owner, _, last = name.rpartition(".")
         is_attention = owner == attention_name
-        is_linear = isinstance(module, (nn.Linear, Conv1D)) and last != "shared_expert_gate"
-        if not is_linear or (is_attention and is_whole):
+        if not isinstance(module, (nn.Linear, Conv1D)) or last == "shared_expert_gate":
+            continue
+        if is_attention and is_whole:
             continue
         is_conv = isinstance(module, Conv1D)
-        inputs, outputs = module.weight.shape if is_conv else module.weight.shape[::-1]
+        if is_conv:
+            inputs, outputs = module.weight.shape
+        else:
+            outputs, inputs = module.weight.shape
         if last in num_outputs:
             outputs = num_outputs[last]
+        elif is_attention:
+            inputs = num_heads * head_dim
         else:
-            inputs = num_heads * head_dim if is_attention else width
+            inputs = width
         linear = new_linear(inputs, outputs, module.bias is not None, is_conv)
         setattr(names[owner], last, linear)
     if not is_whole:
@@ -202,36 +277,48 @@ def narrow_block(block: nn.Module, config: Any, sizes: dict[str, Any]) -> None:
 
 
 def narrow_attention(block: nn.Module, name: str, config: Any, sizes: dict[str, Any]) -> None:
-    """Tell an attention, whose linears are narrow, how many heads it has; without any it goes.
+    """Set the number of heads of an attention whose linears are narrow already.
 
-    The configuration becomes its own.
+    An attention without heads is replaced by a `NoAttention`.
+
+    Args:
+        block: that has the attention.
+        name: of the attention in the block.
+        config: a copy of the model's configuration, which this attention alone uses from now on.
+        sizes: of the block, from ``per_layer_config``.
     """
     num_heads = sizes["num_attention_heads"]
     attention: Any = block.get_submodule(name)
     attention.config = config
     if hasattr(attention, "sinks"):
         attention.sinks = nn.Parameter(attention.sinks[:num_heads])
-    counts = dict.fromkeys(("num_attention_heads", "num_heads"), num_heads)
-    counts["num_key_value_heads"] = sizes["num_key_value_heads"]
-    counts["split_size"] = num_heads * attention.head_dim
+    counts = {
+        "num_attention_heads": num_heads,
+        "num_heads": num_heads,
+        "num_key_value_heads": sizes["num_key_value_heads"],
+        "split_size": num_heads * attention.head_dim,
+    }
     for field, value in counts.items():
         for place in (attention, config):
             if field in vars(place):
                 setattr(place, field, value)
     if num_heads == 0:
-        output = next(name for name in ("o_proj", "out_proj", "c_proj") if hasattr(attention, name))
-        setattr(block, name, NoAttention(output, getattr(attention, output), attention.layer_idx))
+        outputs = ("o_proj", "out_proj", "c_proj")
+        last = next(linear for linear in outputs if hasattr(attention, linear))
+        replacement = NoAttention(last, getattr(attention, last), attention.layer_idx)
+        setattr(block, name, replacement)
 
 
 class Narrow(nn.Module):
-    """A model whose blocks are made as narrow as its configuration says."""
+    """Mixin that narrows the blocks of a dense model to the sizes in its configuration."""
 
     config_class = PrunedConfig
 
     def __init__(self, config: PrunedConfig) -> None:
         super().__init__(config)
-        lists = (module for module in self.modules() if isinstance(module, nn.ModuleList))
-        (blocks,) = (blocks for blocks in lists if len(blocks) == config.num_hidden_layers)
+        lists = [module for module in self.modules() if isinstance(module, nn.ModuleList)]
+        num_blocks = config.num_hidden_layers
+        (blocks,) = (modules for modules in lists if len(modules) == num_blocks)
         for block, sizes in zip(blocks, config.block_sizes, strict=True):
             narrow_block(block, config, sizes)
             if sizes.get("expert_widths"):
