@@ -1,11 +1,11 @@
-"""Lets the model write token by token, while keys and values stay on workers.
+"""Lets the model write texts token by token, while keys and values stay on the workers.
 
-Texts that are written together all start at position 0, without padding. While a text's own prompt
-is not used up, the next token of the prompt is fed in place of the drawn one.
+Texts of a batch all start at position 0, without padding. While the prompt of a text lasts, its
+next token is fed in place of the drawn one.
 
-The texts depend on the model and on `GenerationRequest` alone: the draws of a text on the seed and
-its number, the texts of a batch on numbers and lengths, and the rows that are left out of a batch
-on tokens that are a fixed number of steps old. Shards, replicas and backends change nothing.
+The texts depend on the model and on `GenerationRequest` alone: draws depend on the seed and the
+number of the text, batches on the numbers and lengths of texts, and the rows that leave a batch on
+tokens that are a fixed number of steps old. Shards, replicas and backends change nothing.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import zip_longest
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -29,19 +30,19 @@ from ray_surgeon.runtime.placement import WorkerIndex
 from ray_surgeon.runtime.worker import Worker
 
 TEXTS_TOGETHER = 16
-"""Texts in a batch, at most, if they are long; weights are read once for all of them."""
+"""Largest number of long texts in a batch; weights are read once for all of them."""
 TOKENS_TOGETHER = 8192
-"""Tokens in a batch, at most, if texts are short and so more than these many are in it."""
+"""Largest number of tokens in a batch of more than `TEXTS_TOGETHER` short texts."""
 PREFILL_TOKENS = 1024
 """Tokens of prompts that pass the shards in one call."""
 _STEPS_IN_FLIGHT = 4
 """Steps that are submitted ahead of the tokens that have come back."""
 _FEWER_ROWS = 0.75
-"""Ended texts are left out of a batch when no more than this fraction of its rows still writes."""
+"""Ended texts leave a batch once at most this fraction of its rows is still being written."""
 
 
 def texts_together(length: int) -> int:
-    """Return how many texts of so many tokens are written together, at most."""
+    """Return the largest number of texts of `length` tokens that are written together."""
     return max(TEXTS_TOGETHER, TOKENS_TOGETHER // length)
 
 
@@ -49,30 +50,34 @@ def texts_together(length: int) -> int:
 class GenerationRequest:
     """Texts that the model is to write."""
 
-    prompts: tuple[tuple[int, ...], ...]  # one a text: tokens that stand before it, one or more
-    num_tokens: int  # of each text, at most, without its prompt
+    prompts: tuple[tuple[int, ...], ...]  # tokens before each text, at least one
+    num_tokens: int  # largest number of tokens of a text, without its prompt
     temperature: float = 1.0  # logits are divided by it; 0 takes the most likely token
     seed: int = 0  # of the draws
     ends: frozenset[int] = frozenset()  # a text ends with the first of these tokens
-    max_length: int = sys.maxsize  # tokens of a prompt and its text together, at most
-    num_together: int | None = None  # texts in a batch, at most; None: see `texts_together`
+    max_length: int = sys.maxsize  # largest number of tokens of a prompt and its text together
+    # largest number of texts in a batch; None: see `texts_together`
+    num_together: int | None = None
 
     def room(self, number: int) -> int:
-        """Return how many tokens a text may have."""
+        """Return the largest number of tokens that a text may have."""
         return max(0, min(self.num_tokens, self.max_length - len(self.prompts[number])))
 
     def num_steps(self, numbers: Sequence[int]) -> int:
-        """Return in how many steps a batch is written if no text ends before it must."""
-        lengths = {i: len(self.prompts[i]) for i in numbers}
-        return max(lengths[i] + self.room(i) for i in numbers) - min(lengths.values())
+        """Return the number of steps of a batch if no text ends early."""
+        longest = max(len(self.prompts[i]) + self.room(i) for i in numbers)
+        return longest - min(len(self.prompts[i]) for i in numbers)
 
     def batches(self) -> list[list[int]]:
-        """Return the numbers of the texts of each batch: nearly equally many, of similar length."""
-        lengths = [len(prompt) for prompt in self.prompts]
-        numbers = sorted((i for i in range(len(lengths)) if self.room(i)), key=lengths.__getitem__)
+        """Return the numbers of the texts of each batch.
+
+        Batches have nearly equal numbers of texts, which are of similar length.
+        """
+        numbers = [i for i in range(len(self.prompts)) if self.room(i)]
         if not numbers:
             return []
-        longest = max(lengths[i] + self.room(i) for i in numbers)
+        numbers.sort(key=lambda i: len(self.prompts[i]))
+        longest = max(len(self.prompts[i]) + self.room(i) for i in numbers)
         num_batches = -(-len(numbers) // (self.num_together or texts_together(longest)))
         return [part.tolist() for part in np.array_split(np.array(numbers), num_batches)]
 
@@ -81,29 +86,34 @@ class GenerationRequest:
 
 
 class _Batch:
-    """Texts that are being written together, a row each."""
+    """Texts that are being written together, one per row."""
 
     def __init__(self, worker: Worker, numbers: Sequence[int], wanted: GenerationRequest) -> None:
-        """Begin texts with these numbers, whose prompts are all that `wanted` has."""
+        """Begin the texts with these numbers; `wanted` has the prompts of only these."""
         self.cache = worker.runner.new_cache()  # keys and values of all tokens so far
         self.num_tokens = 0  # so far, prompts included
         if not worker.shard.blocks.is_last:
             return
-        prompts = [torch.tensor(prompt) for prompt in wanted.prompts]
-        seeds = (wanted.seed + 1_000_003 * number for number in numbers)
-        generators = (torch.Generator().manual_seed(seed) for seed in seeds)
-        chances = [torch.rand(wanted.num_tokens, generator=drawing) for drawing in generators]
-        # what the last shard needs to choose the next tokens: [m, longest prompt] int64, zeros
-        # after shorter ones; [m] int64; and [m, num_tokens] in [0, 1)
+        prompts: list[Tensor] = []
+        chances: list[Tensor] = []
+        for number, prompt in zip(numbers, wanted.prompts, strict=True):
+            generator = torch.Generator().manual_seed(wanted.seed + 1_000_003 * number)
+            prompts.append(torch.tensor(prompt))
+            chances.append(torch.rand(wanted.num_tokens, generator=generator))
+        lengths = [len(prompt) for prompt in prompts]
+        # the last shard needs these to choose the next tokens
+        # [m, longest prompt] int64, zeros after shorter prompts
         self._prompts = pad_sequence(prompts, batch_first=True).to(worker.device)
-        self._lengths = torch.tensor([len(prompt) for prompt in prompts], device=worker.device)
+        # [m] int64
+        self._lengths = torch.tensor(lengths, device=worker.device)
+        # [m, num_tokens] in [0, 1)
         self._chances = torch.stack(chances).to(worker.device)
         self._temperature = wanted.temperature
 
     def keep_rows(self, worker: Worker, rows: Tensor) -> None:
-        """Forget all rows but these."""
+        """Drop all other rows."""
         self.cache.batch_select_indices(rows)
-        kept = worker.runner.new_cache()  # one that has no room set aside for the rows before
+        kept = worker.runner.new_cache()  # has no memory reserved for the dropped rows
         kept.layers = self.cache.layers
         self.cache = kept
         if worker.shard.blocks.is_last:
@@ -112,7 +122,7 @@ class _Batch:
             self._chances = self._chances[rows]
 
     def choose(self, worker: Worker, hidden: Tensor) -> Tensor:
-        """Return the tokens [m] that follow, after the last hidden states [m, d] before them."""
+        """Return the next tokens [m], given the last hidden states [m, d] before them."""
         position = self.num_tokens
         own = (position - self._lengths).clamp(0, self._chances.shape[1] - 1)
         chances = self._chances.gather(1, own[:, None])[:, 0]
@@ -123,11 +133,18 @@ class _Batch:
 
 
 class _Writing(dict[int, _Batch]):
-    """The batches that a worker is writing, by their numbers."""
+    """The batches that a worker is writing, by number."""
 
 
 def begin(worker: Worker, batch: int, numbers: Sequence[int], wanted: GenerationRequest) -> None:
-    """Prepare a batch; see `_Batch`."""
+    """Prepare a batch.
+
+    Args:
+        worker: with the shard.
+        batch: number of the batch.
+        numbers: numbers of its texts, by which tokens are drawn.
+        wanted: the request, with the prompts of only these texts.
+    """
     worker.keeping(_Writing)[batch] = _Batch(worker, numbers, wanted)
 
 
@@ -138,19 +155,20 @@ def write_on(
 
     Args:
         worker: with the shard.
-        batch: its number.
+        batch: number of the batch.
         inputs: tokens [m, n] for the first shard, hidden states [m, n, d] for others.
-        rows: the rows of the batch that go on from here; None: all.
+        rows: the rows of the batch that continue; None for all.
 
     Returns:
-        Hidden states [m, n, d], from the last shard the tokens [m, 1] that follow.
+        Hidden states [m, n, d]; from the last shard the next tokens [m, 1].
     """
     text = worker.kept(_Writing)[batch]
     received = worker.unpack(inputs)
     if rows is not None:
         chosen = torch.tensor(rows, device=received.device)
         text.keep_rows(worker, chosen)
-        received = received[chosen] if worker.shard.blocks.is_first else received
+        if worker.shard.blocks.is_first:
+            received = received[chosen]
     (hidden,) = worker.runner.infer(received, text.cache)
     text.num_tokens += received.shape[1]
     if worker.shard.blocks.is_last:
@@ -159,7 +177,7 @@ def write_on(
 
 
 def end(worker: Worker, batch: int) -> None:
-    """Forget a batch."""
+    """Free a batch."""
     del worker.kept(_Writing)[batch]
 
 
@@ -171,27 +189,33 @@ def write_texts(cluster: Cluster, wanted: GenerationRequest) -> list[NDArray[np.
 
     Args:
         cluster: with loaded workers.
-        wanted: prompts and what is to follow them.
+        wanted: the prompts, and how to continue them.
 
     Returns:
-        For each prompt what follows it, int64 tokens up to and including the first of `ends`; no
-        tokens if its prompt leaves no room.
+        The continuation of each prompt: int64 tokens up to and including the first of `ends`; no
+        tokens if the prompt leaves no room.
     """
     writer = _Writer(cluster, wanted, [[] for _ in wanted.prompts])
     batches = wanted.batches()
     waiting = iter(enumerate(batches))
-
-    def write_waiting(replica: int) -> Iterator[int]:
-        for batch, numbers in waiting:
-            yield from writer.write(batch, numbers, replica)
-
-    # so many batches at once keep all workers busy
+    # one batch per worker at a time keeps all workers busy
     num_slots = min(len(batches), len(cluster.placement.workers))
-    slots = [write_waiting(slot % cluster.placement.num_replicas) for slot in range(num_slots)]
+    slots: list[Iterator[int]] = []
+    for slot in range(num_slots):
+        replica = slot % cluster.placement.num_replicas
+        slots.append(writer.write_batches(waiting, replica))
     cluster.progress.begin(sum(map(wanted.num_steps, batches)), "tokens")
     for steps in zip_longest(*slots, fillvalue=0):
         cluster.progress.reach(cluster.progress.done + sum(steps))
     return [np.array(text, dtype=np.int64) for text in writer.texts]
+
+
+class _Step(NamedTuple):
+    """A submitted step of a batch."""
+
+    numbers: list[int]  # of the texts
+    position: int  # of the tokens that the step returns
+    tokens: Future[TensorPayload]  # [m, 1]
 
 
 @dataclass(frozen=True)
@@ -202,62 +226,92 @@ class _Writer:
     wanted: GenerationRequest
     texts: list[list[int]]  # tokens of every text that have come so far
 
-    def write(self, batch: int, numbers: list[int], replica: int) -> Iterator[int]:
-        """Write a batch of the texts with these numbers, and yield how many of its steps are done.
+    def write_batches(
+        self, waiting: Iterator[tuple[int, list[int]]], replica: int
+    ) -> Iterator[int]:
+        """Write waiting batches one after the other, until none is left; see `write`."""
+        for batch, numbers in waiting:
+            yield from self.write(batch, numbers, replica)
 
-        It is written step by step, on one replica.
+    def write(self, batch: int, numbers: list[int], replica: int) -> Iterator[int]:
+        """Write a batch on one replica, step by step.
+
+        Args:
+            batch: number of the batch.
+            numbers: numbers of its texts.
+            replica: which replica writes it.
+
+        Yields:
+            Number of steps that were done since the last time.
         """
         cluster = self.cluster
         workers = [WorkerIndex(shard, replica) for shard in range(cluster.placement.num_shards)]
-
-        def pass_on(
-            inputs: Future[TensorPayload], rows: list[int] | None = None
-        ) -> Future[TensorPayload]:
-            for worker in workers:
-                inputs = cluster.submit(worker, write_on, batch, value_of(inputs), rows)
-            return inputs
-
         own = replace(self.wanted, prompts=tuple(self.wanted.prompts[i] for i in numbers))
         cluster.get([cluster.submit(worker, begin, batch, numbers, own) for worker in workers])
         shortest = min(map(len, own.prompts))
-        tokens = np.array([prompt[:shortest] for prompt in own.prompts], dtype=np.int64)
-        size = max(1, PREFILL_TOKENS // len(numbers))
-        *pieces, inputs = [at_hand(tokens[:, i : i + size]) for i in range(0, shortest, size)]
-        for piece in pieces:
-            pass_on(piece)
-        # numbers of the texts, position of the tokens that come of a step, and these [m, 1]
-        in_flight = deque[tuple[list[int], int, Future[TensorPayload]]]()
+        inputs = self._prefill(workers, batch, own.prompts)
+        in_flight = deque[_Step]()
         steps_left = self.wanted.num_steps(numbers)
         for position in range(shortest, shortest + steps_left):
-            if not (rows := self._writing(numbers)):
+            rows = self._rows_left(numbers)
+            if not rows:
                 break
-            leaves_out = len(rows) <= _FEWER_ROWS * len(numbers)
-            if leaves_out:
+            if len(rows) <= _FEWER_ROWS * len(numbers):
                 numbers = [numbers[row] for row in rows]
-            inputs = pass_on(inputs, rows if leaves_out else None)
-            in_flight.append((numbers, position, inputs))
+                inputs = self._pass(workers, batch, inputs, rows)
+            else:
+                inputs = self._pass(workers, batch, inputs)
+            in_flight.append(_Step(numbers, position, inputs))
             if len(in_flight) > _STEPS_IN_FLIGHT:
-                self._take(*in_flight.popleft())
+                self._take(in_flight.popleft())
             steps_left -= 1
             yield 1
-        while in_flight and self._writing(numbers):
-            self._take(*in_flight.popleft())
+        while in_flight and self._rows_left(numbers):
+            self._take(in_flight.popleft())
             yield 0
         cluster.get([cluster.submit(worker, end, batch) for worker in workers])
         yield steps_left
 
-    def _writing(self, numbers: list[int]) -> list[int]:
-        """Return the rows of a batch that have not ended."""
+    def _prefill(
+        self, workers: list[WorkerIndex], batch: int, prompts: Sequence[Sequence[int]]
+    ) -> Future[TensorPayload]:
+        """Submit the tokens before the end of the shortest prompt, piece by piece.
+
+        Returns:
+            The last piece, which is not submitted, because its step has the first new tokens.
+        """
+        shortest = min(map(len, prompts))
+        tokens = np.array([prompt[:shortest] for prompt in prompts], dtype=np.int64)
+        size = max(1, PREFILL_TOKENS // len(prompts))
+        *pieces, last = [at_hand(tokens[:, i : i + size]) for i in range(0, shortest, size)]
+        for piece in pieces:
+            self._pass(workers, batch, piece)
+        return last
+
+    def _pass(
+        self,
+        workers: list[WorkerIndex],
+        batch: int,
+        inputs: Future[TensorPayload],
+        rows: list[int] | None = None,
+    ) -> Future[TensorPayload]:
+        """Submit a step of a batch to all shards in turn; see `write_on`."""
+        for worker in workers:
+            inputs = self.cluster.submit(worker, write_on, batch, value_of(inputs), rows)
+        return inputs
+
+    def _rows_left(self, numbers: list[int]) -> list[int]:
+        """Return the rows of a batch whose texts have not ended."""
         return [row for row, number in enumerate(numbers) if not self._has_ended(number)]
 
     def _has_ended(self, number: int) -> bool:
-        """Whether what was written so far of a text is all of it."""
         text = self.texts[number]
         return len(text) == self.wanted.room(number) or not self.wanted.ends.isdisjoint(text[-1:])
 
-    def _take(self, numbers: list[int], position: int, payload: Future[TensorPayload]) -> None:
-        """Add the tokens of a step to the texts that have not ended."""
-        (tokens,) = self.cluster.get([payload])
-        for number, token in zip(numbers, tokens[:, 0].tolist(), strict=True):
-            if position >= len(self.wanted.prompts[number]) and not self._has_ended(number):
+    def _take(self, step: _Step) -> None:
+        """Wait for the tokens of a step, and add them to the texts that have not ended."""
+        (tokens,) = self.cluster.get([step.tokens])
+        for number, token in zip(step.numbers, tokens[:, 0].tolist(), strict=True):
+            is_in_prompt = step.position < len(self.wanted.prompts[number])
+            if not is_in_prompt and not self._has_ended(number):
                 self.texts[number].append(token)
