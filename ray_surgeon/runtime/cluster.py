@@ -215,7 +215,11 @@ class LocalCluster(Cluster):
     """
 
     def __init__(
-        self, layout: ModelLayout, placement: Placement, num_threads: int, device: str = "cpu"
+        self,
+        layout: ModelLayout,
+        placement: Placement,
+        num_threads: int,
+        device: str = "cpu",
     ) -> None:
         """Create the workers.
 

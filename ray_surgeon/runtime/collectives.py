@@ -118,7 +118,10 @@ class Sent(NamedTuple):
 
 
 def send(
-    group: ReplicaGroup, tensors: Iterable[Sent], device: torch.device, place: torch.device
+    group: ReplicaGroup,
+    tensors: Iterable[Sent],
+    device: torch.device,
+    place: torch.device,
 ) -> None:
     """Send tensors from their owners to the other replicas, many in one message.
 
@@ -137,7 +140,8 @@ def send(
             flat = torch.empty(sum(sizes), dtype=first.like.dtype, device=device)
         group.broadcast(flat, first.owner)
         if group.rank != first.owner:
-            for sent, part in zip(message, torch.split(flat.to(place), sizes), strict=True):
+            parts = torch.split(flat.to(place), sizes)
+            for sent, part in zip(message, parts, strict=True):
                 sent.put(part.view(sent.like.shape))
 
 

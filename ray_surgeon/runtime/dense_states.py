@@ -52,7 +52,12 @@ class DenseStates(dict[str, dict[int, Tensor]]):
     """Head [vocabulary, d] of the dense model on the device; None if the pruned model shares it."""
 
 
-def keep_states(worker: Worker, text: str, numbers: list[int], states: Sequence[Tensor]) -> None:
+def keep_states(
+    worker: Worker,
+    text: str,
+    numbers: list[int],
+    states: Sequence[Tensor],
+) -> None:
     """Keep the states [1, T, d] of some sequences of a text.
 
     States are rounded to bfloat16, except those of answers, because rounding would lower the
@@ -82,9 +87,15 @@ def dense_state(worker: Worker, text: str, number: int) -> Dense:
     return transfers(worker.device).staged(states[text][number]), states.head
 
 
-def receive_states(worker: Worker, text: str, numbers: list[int], states: TensorPayload) -> None:
+def receive_states(
+    worker: Worker,
+    text: str,
+    numbers: list[int],
+    states: TensorPayload,
+) -> None:
     """Keep the states [m, T, d] that another worker sent."""
-    keep_states(worker, text, numbers, torch.split(decode(states, torch.device("cpu")), 1))
+    received = decode(states, torch.device("cpu"))
+    keep_states(worker, text, numbers, torch.split(received, 1))
 
 
 def kept_states(worker: Worker, text: str, numbers: list[int]) -> TensorPayload:

@@ -67,7 +67,12 @@ def run_module(
     return dict(json.loads(done.stdout.strip().splitlines()[-1]))
 
 
-def run_on_worker(worker: Worker, module: str, request: Request, offline: bool = True) -> Reply:
+def run_on_worker(
+    worker: Worker,
+    module: str,
+    request: Request,
+    offline: bool = True,
+) -> Reply:
     """Run a module in a process beside a worker; see `run_module`.
 
     The process sees the worker's GPU alone, or no GPU if the worker computes on a CPU.

@@ -95,7 +95,12 @@ class Measured:
     divergence: float  # mean divergence from the dense model over these tokens, in nats
 
 
-def remember(cluster: Cluster, text: str, windows: Tokens, counts: Counts = None) -> float:
+def remember(
+    cluster: Cluster,
+    text: str,
+    windows: Tokens,
+    counts: Counts = None,
+) -> float:
     """Return the dense model's perplexity on a text, and keep its hidden states.
 
     See `sequence_losses` for the arguments.

@@ -61,7 +61,11 @@ def head_cost_in_blocks(layout: ModelLayout) -> float:
     return 4 * head_size * layout.num_blocks / blocks_cost
 
 
-def partition_blocks(num_blocks: int, num_shards: int, head_cost: float) -> tuple[BlockRange, ...]:
+def partition_blocks(
+    num_blocks: int,
+    num_shards: int,
+    head_cost: float,
+) -> tuple[BlockRange, ...]:
     """Cut the blocks into contiguous shards so that the slowest shard is as fast as possible.
 
     The last shard also has the head.

@@ -87,7 +87,11 @@ _peak_here = functools.cache(AnonymousPeak)
 """Returns the sampler of this process."""
 
 
-def process_usage(device: torch.device, busy_s: float = 0.0, packing_s: float = 0.0) -> Usage:
+def process_usage(
+    device: torch.device,
+    busy_s: float = 0.0,
+    packing_s: float = 0.0,
+) -> Usage:
     """Return the resources that this process has used so far.
 
     Args:

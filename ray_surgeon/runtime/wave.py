@@ -192,7 +192,12 @@ def _gradient_below(worker: Worker, gradients: list[Tensor]) -> TensorPayload:
 # Without gradients; all but the first run on the last shard
 
 
-def infer(worker: Worker, number: int, inputs: TensorPayload, of_teacher: bool) -> TensorPayload:
+def infer(
+    worker: Worker,
+    number: int,
+    inputs: TensorPayload,
+    of_teacher: bool,
+) -> TensorPayload:
     """Run a wave without gradients, given tokens or hidden states; return hidden states."""
     hidden = torch.cat(_runner(worker, of_teacher).infer(worker.unpack(inputs)))
     return worker.pack(hidden)
@@ -255,7 +260,11 @@ class Compared(TypedDict, total=False):
 
 
 def comparison(
-    worker: Worker, hidden: Tensor, sequence: SequenceOfWave, text: str, with_acceptance: bool
+    worker: Worker,
+    hidden: Tensor,
+    sequence: SequenceOfWave,
+    text: str,
+    with_acceptance: bool,
 ) -> Compared:
     """Compare the present model with the dense one on a sequence.
 

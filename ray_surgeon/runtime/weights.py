@@ -191,7 +191,11 @@ def _named_tensors(shard: ModelShard, names: Iterable[str]) -> _Tensors:
         yield name, shard.tensor(name)
 
 
-def save_tensors(folder: str, name: str, tensors: Mapping[str, Tensor]) -> tuple[SavedFile, ...]:
+def save_tensors(
+    folder: str,
+    name: str,
+    tensors: Mapping[str, Tensor],
+) -> tuple[SavedFile, ...]:
     """Write tensors by name into one or more files, whose names begin with `name`."""
     parts = _split_into_files([(item, item[1].nbytes) for item in tensors.items()])
     return tuple(_write_all(folder, name, parts))

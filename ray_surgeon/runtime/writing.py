@@ -55,7 +55,8 @@ class GenerationRequest:
     temperature: float = 1.0  # logits are divided by it; 0 takes the most likely token
     seed: int = 0  # of the draws
     ends: frozenset[int] = frozenset()  # a text ends with the first of these tokens
-    max_length: int = sys.maxsize  # largest number of tokens of a prompt and its text together
+    # largest number of tokens of a prompt and its text together
+    max_length: int = sys.maxsize
     # largest number of texts in a batch; None: see `texts_together`
     num_together: int | None = None
 
@@ -136,7 +137,12 @@ class _Writing(dict[int, _Batch]):
     """The batches that a worker is writing, by number."""
 
 
-def begin(worker: Worker, batch: int, numbers: Sequence[int], wanted: GenerationRequest) -> None:
+def begin(
+    worker: Worker,
+    batch: int,
+    numbers: Sequence[int],
+    wanted: GenerationRequest,
+) -> None:
     """Prepare a batch.
 
     Args:
@@ -245,7 +251,8 @@ class _Writer:
             Number of steps that were done since the last time.
         """
         cluster = self.cluster
-        workers = [WorkerIndex(shard, replica) for shard in range(cluster.placement.num_shards)]
+        num_shards = cluster.placement.num_shards
+        workers = [WorkerIndex(shard, replica) for shard in range(num_shards)]
         own = replace(self.wanted, prompts=tuple(self.wanted.prompts[i] for i in numbers))
         cluster.get([cluster.submit(worker, begin, batch, numbers, own) for worker in workers])
         shortest = min(map(len, own.prompts))
@@ -306,7 +313,9 @@ class _Writer:
 
     def _has_ended(self, number: int) -> bool:
         text = self.texts[number]
-        return len(text) == self.wanted.room(number) or not self.wanted.ends.isdisjoint(text[-1:])
+        if len(text) == self.wanted.room(number):
+            return True
+        return bool(text) and text[-1] in self.wanted.ends
 
     def _take(self, step: _Step) -> None:
         """Wait for the tokens of a step, and add them to the texts that have not ended."""
