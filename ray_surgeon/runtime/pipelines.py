@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Literal, TypeVar
 
 from ray_surgeon.runtime import dense_states
@@ -158,7 +158,11 @@ def one_forward_one_backward(num_shards: int, num_waves: int) -> list[Operation]
 
 def one_by_one(num_shards: int, num_waves: int) -> list[Operation]:
     """Return the operations of waves that pass forward only, one wave after the other."""
-    return [(shard, "infer", wave) for wave in range(num_waves) for shard in range(num_shards)]
+    operations: list[Operation] = []
+    for wave in range(num_waves):
+        for shard in range(num_shards):
+            operations.append((shard, "infer", wave))
+    return operations
 
 
 _Order = Callable[[int, int], list[Operation]]
@@ -171,11 +175,11 @@ _SCHEDULES: dict[str, tuple[_Order, Callable[..., Any]]] = {
 
 def _interleaved(
     order: _Order, num_shards: int, waves: list[list[Wave]]
-) -> list[tuple[int, Operation]]:
-    """Return (replica, operation) for the waves of all replicas, which take turns."""
+) -> Iterator[tuple[int, Operation]]:
+    """Yield (replica, operation) for the waves of all replicas, which take turns."""
     turns: list[tuple[int, int, Operation]] = []
     for replica, own_waves in enumerate(waves):
         for turn, operation in enumerate(order(num_shards, len(own_waves))):
             turns.append((turn, replica, operation))
-    turns.sort()
-    return [(replica, operation) for _, replica, operation in turns]
+    for _, replica, operation in sorted(turns):
+        yield replica, operation

@@ -99,10 +99,13 @@ def lacking(
     """
     leaving = nodes_leaving()
     free = private.available_resources_per_node()  # type: ignore[no-untyped-call]
-    nodes = [node for node in _nodes() if node["Alive"] and node["NodeID"] not in leaving]
+    nodes: list[dict[str, Any]] = []
     num_fitting = 0
     num_placed = 0
-    for node in nodes:
+    for node in _nodes():
+        if not node["Alive"] or node["NodeID"] in leaving:
+            continue
+        nodes.append(node)
         if _has(node["Labels"], labels):
             num_fitting += 1
             num_placed += _num_bundles(free.get(node["NodeID"], {}), bundle)

@@ -6,6 +6,7 @@ size, one file at a time, so that a shard of any size can be written.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -252,10 +253,16 @@ def save_weights(
         stored: whether tensors have the names of the family's checkpoints, or those used here.
         blocks: numbers of the blocks to write, which are renumbered in this order.
     """
-    exported = _Exported(worker, blocks, cut_out=not mask_names, stored=stored)
+    exported = _Exported(
+        worker,
+        blocks=blocks,
+        left_out=left_out,
+        cut_out=not mask_names,
+        stored=stored,
+    )
     parts: list[_Tensors] = []
-    for in_file in _weight_parts(worker, changed_only=False):
-        parts.append(exported.tensors([name for name in in_file if name not in left_out]))
+    for names_of_file in _weight_parts(worker, changed_only=False):
+        parts.append(exported.tensors(names_of_file))
     if mask_names:
         parts.extend(_mask_parts(worker))
     saved: list[SavedFile] = []
@@ -268,10 +275,17 @@ class _Exported:
     """The tensors of a shard in the form in which they are exported."""
 
     def __init__(
-        self, worker: Worker, blocks: Sequence[int], *, cut_out: bool, stored: bool
+        self,
+        worker: Worker,
+        *,
+        blocks: Sequence[int],
+        left_out: Collection[str],
+        cut_out: bool,
+        stored: bool,
     ) -> None:
         """Find the remaining heads and experts, if pruned ones are cut out."""
         self._blocks = blocks
+        self._left_out = left_out
         self._shard = worker.shard
         self._masks = worker.masks if cut_out else {}
         layout = worker.layout
@@ -298,7 +312,7 @@ class _Exported:
         layout = self._shard.layout
         written = {None, *self._blocks}
         for name in names:
-            if layout.block_of(name) in written:
+            if name not in self._left_out and layout.block_of(name) in written:
                 stored = layout.renumbered(self._stored.name(name), self._blocks)
                 yield stored, self._stored.whole(name, self._cut(name))
 
@@ -335,7 +349,7 @@ def _weight_parts(worker: Worker, *, changed_only: bool) -> list[list[str]]:
         sizes.append((unit, element_bytes * num_entries))
     parts: list[list[str]] = []
     for units_of_file in _split_into_files(sizes):
-        parts.append([name for unit in units_of_file for name in unit])
+        parts.append(list(itertools.chain.from_iterable(units_of_file)))
     return parts
 
 

@@ -66,8 +66,11 @@ class GenerationRequest:
 
     def num_steps(self, numbers: Sequence[int]) -> int:
         """Return the number of steps of a batch if no text ends early."""
-        longest = max(len(self.prompts[i]) + self.room(i) for i in numbers)
-        return longest - min(len(self.prompts[i]) for i in numbers)
+        return self._longest(numbers) - min(len(self.prompts[i]) for i in numbers)
+
+    def _longest(self, numbers: Sequence[int]) -> int:
+        """Return the largest number of tokens of a prompt and its text."""
+        return max(len(self.prompts[i]) + self.room(i) for i in numbers)
 
     def batches(self) -> list[list[int]]:
         """Return the numbers of the texts of each batch.
@@ -78,8 +81,8 @@ class GenerationRequest:
         if not numbers:
             return []
         numbers.sort(key=lambda i: len(self.prompts[i]))
-        longest = max(len(self.prompts[i]) + self.room(i) for i in numbers)
-        num_batches = -(-len(numbers) // (self.num_together or texts_together(longest)))
+        num_together = self.num_together or texts_together(self._longest(numbers))
+        num_batches = -(-len(numbers) // num_together)
         return [part.tolist() for part in np.array_split(np.array(numbers), num_batches)]
 
 
