@@ -1,4 +1,4 @@
-"""What the coordinator asks of a cluster, of Ray actors or of objects in this process."""
+"""The interface of a cluster of workers, and a cluster of objects in this process."""
 
 from __future__ import annotations
 
@@ -27,50 +27,51 @@ class NoRoomError(RuntimeError):
     """The cluster cannot hold the workers."""
 
 
-_LOST = {"worker": "a worker was lost", "node": "a machine was lost"}
-_LOST |= {"coordinator": "the coordinator was lost", "memory": "a machine ran out of memory"}
-_LOST |= {"communication": "replicas could not communicate"}
-_LOST |= {"preemption": "a machine is taken away"}
-"""Cause of a failure -> what the user reads."""
+_LOST = {
+    "worker": "a worker was lost",
+    "node": "a machine was lost",
+    "coordinator": "the coordinator was lost",
+    "memory": "a machine ran out of memory",
+    "communication": "replicas could not communicate",
+    "preemption": "a machine is taken away",
+}
+"""Cause of a failure -> text for the user."""
 
 
 class WorkerFailureError(RuntimeError):
-    """Part of the cluster is lost.
-
-    A new group of workers can continue from the last committed shot.
-    """
+    """Part of the cluster is lost; new workers can continue from the last committed shot."""
 
     def __init__(self, cause: str, message: str | BaseException) -> None:
-        """Say what is lost.
+        """Describe the loss.
 
         Args:
             cause: "worker", "node", "coordinator", "communication" or "memory", see
-                `RetriesSection`; or "preemption", after which a run always goes on.
-            message: a line, or an error, of which the beginning is taken.
+                `RetriesSection`; or "preemption", after which a run always continues.
+            message: a line, or an error, whose first 300 characters are shown.
         """
         self.cause = cause
         self.message = " ".join(str(message).split())[:300]
         super().__init__(cause, self.message)
 
     def __str__(self) -> str:
-        """Return what is lost and why, for people."""
+        """Return the cause and the message for the user."""
         return f"{_LOST[self.cause]}: {self.message}"
 
 
 @dataclass
 class Progress:
-    """How far the present step has come."""
+    """Progress of the present step."""
 
     done: int = 0  # units that are done
-    total: int = 0  # units in all; 0 while that is not known
+    total: int = 0  # all units; 0 while the number is unknown
     unit: str = ""  # e.g. "sequences" or "linears"
-    tokens_each: int = 0  # tokens of one unit; 0 if it has none
-    started_s: float = 0.0  # clock at the beginning
-    # is called after every change
+    tokens_each: int = 0  # tokens per unit; 0 if units have none
+    started_s: float = 0.0  # monotonic clock at the beginning
+    # called after every change
     listener: Callable[[], None] | None = field(default=None, repr=False)
 
     def begin(self, total: int = 0, unit: str = "", tokens_each: int = 0) -> None:
-        """Start to count."""
+        """Start to count; see the attributes for the arguments."""
         self.done = 0
         self.total = total
         self.unit = unit
@@ -79,17 +80,28 @@ class Progress:
         self._tell()
 
     def reach(self, done: int, total: int | None = None) -> None:
-        """Say how many units are done, and how many there are in all if that was not known."""
-        if done != self.done:
-            self.done = done
-            self.total = self.total if total is None else total
-            self._tell()
+        """Set the number of units that are done, and the number of all units if it is given."""
+        if done == self.done:
+            return
+        self.done = done
+        if total is not None:
+            self.total = total
+        self._tell()
 
     def reach_together(self, positions: Iterable[tuple[int, int]]) -> None:
-        """Say how many linears each worker has done, of how many; nothing in other steps."""
-        if self.unit == "linears":
-            counts = list(positions)
-            self.reach(sum(done for done, _ in counts), sum(total for _, total in counts))
+        """Set the progress to the sum over workers in a step that counts linears.
+
+        Args:
+            positions: (done, total) linears of each worker.
+        """
+        if self.unit != "linears":
+            return
+        sum_done = 0
+        sum_total = 0
+        for done, total in positions:
+            sum_done += done
+            sum_total += total
+        self.reach(sum_done, sum_total)
 
     def _tell(self) -> None:
         if self.listener is not None:
@@ -97,19 +109,19 @@ class Progress:
 
 
 class Future(Generic[T]):
-    """Stands for what a step returns until `Cluster.get` waits for it."""
+    """Stands for the result of a step until `Cluster.get` waits for it."""
 
 
 def value_of(future: Future[T]) -> T:
-    """Return a future as the argument of a further step, which gets its value.
+    """Return a future as an argument for another step, which receives the value.
 
-    The value goes from worker to worker, and not through the coordinator.
+    The value travels from worker to worker, not through the coordinator.
     """
     return cast(T, future)
 
 
 def at_hand(value: T) -> Future[T]:
-    """Return a value as a future for `value_of`, where some values come from steps."""
+    """Return a value as a future for `value_of`, for code that also handles results of steps."""
     return cast(Future[T], value)
 
 
@@ -121,63 +133,72 @@ class Cluster(ABC):
     """
 
     def __init__(self, placement: Placement) -> None:
-        """Start without workers; `placement` says what each of them holds."""
+        """Start without workers.
+
+        Args:
+            placement: blocks and groups of each worker.
+        """
         self.placement = placement
         self.progress = Progress()
-        self.stores = Stores()  # of the loaded workers
+        self.stores = Stores()  # where the loaded workers keep weights and factors
 
     def submit(
         self, index: WorkerIndex, step: Step[P, T], *args: P.args, **kwargs: P.kwargs
     ) -> Future[T]:
-        """Start a step on one worker; its steps run in the order of submission.
+        """Start a step on one worker; the steps of a worker run in the order of submission.
 
         Args:
             index: which worker.
-            step: what it does.
-            args: of the step; see `value_of` for those that other steps return.
-            kwargs: plain values.
+            step: the function to run.
+            args: arguments of the step; see `value_of` for results of other steps.
+            kwargs: keyword arguments of the step, which are plain values.
         """
         return cast(Future[T], self._start(index, 1, step, *args, **kwargs))
 
     def submit_pair(
         self, index: WorkerIndex, step: Callable[..., tuple[T, U]], *args: Any
     ) -> tuple[Future[T], Future[U]]:
-        """Start a step that returns a pair of which each half gets a future of its own."""
+        """Start a step that returns a pair, and return a future for each half."""
         first, second = self._start(index, 2, step, *args)
         return first, second
 
     @abstractmethod
     def _start(self, index: WorkerIndex, num_futures: int, *step: Any, **kwargs: Any) -> Any:
-        """Start a step with its arguments; what it returns becomes so many futures."""
+        """Start a step with its arguments, and return one future or a pair of futures."""
 
     @abstractmethod
     def get(self, futures: Sequence[Future[T]]) -> list[T]:
-        """Wait for futures and return their values; what a worker raised is raised here."""
+        """Wait for futures and return their values; errors of workers are raised here."""
 
     def run_all(self, step: Step[P, T], *args: P.args, **kwargs: P.kwargs) -> list[T]:
         """Run a step on every worker at the same time.
 
-        Results come in the order of `placement.workers`.
+        Returns:
+            Results in the order of `placement.workers`.
         """
-        return self.get([self.submit(i, step, *args, **kwargs) for i in self.placement.workers])
+        futures: list[Future[T]] = []
+        for index in self.placement.workers:
+            futures.append(self.submit(index, step, *args, **kwargs))
+        return self.get(futures)
 
     def notice(self) -> str:
-        """Return which machines of workers are about to be taken away, in words; "" if none."""
+        """Return a sentence that names the machines about to be taken away; "" if none is."""
         return ""
 
     def leave_if_told(self) -> None:
-        """End the work here before it is lost; is called where all of it is committed.
+        """Stop before work is lost; called when all work is committed.
 
         Raises:
             WorkerFailureError: a machine is about to be taken away.
         """
-        if notice := self.notice():
+        notice = self.notice()
+        if notice:
             raise WorkerFailureError("preemption", notice)
 
     def clean_up(self) -> None:
-        """Let workers remove what they have on their disks, after an error.
+        """Let workers remove their files on local disks, after an error.
 
-        A worker that is still inside of a step may be left out.
+        A worker that is still running a step may be skipped.
         """
         self.run_all(clean_up)
 
@@ -189,31 +210,44 @@ class Cluster(ABC):
 class LocalCluster(Cluster):
     """Workers as objects of this process, for notebooks, tests and debuggers.
 
-    A submitted step runs at once, so its future is simply the value. Results are those of Ray's.
+    A submitted step runs at once, so a future is simply the value. Results are the same as with
+    Ray.
     """
 
     def __init__(
-        self, layout: ModelLayout, placement: Placement, num_threads: int, device: str = "cpu"
+        self,
+        layout: ModelLayout,
+        placement: Placement,
+        num_threads: int,
+        device: str = "cpu",
     ) -> None:
         """Create the workers.
 
         Args:
-            layout: of the whole model.
-            placement: what each of them holds.
-            num_threads: torch threads of the process from now on; who had others gives them back.
+            layout: layout of the whole model.
+            placement: blocks and groups of each worker.
+            num_threads: number of torch threads of this process from now on; the caller restores
+                an earlier number.
             device: "cpu" or "cuda".
         """
         super().__init__(placement)
         torch.set_num_threads(num_threads)
         self.workers = {i: Worker(layout, placement, i, device) for i in placement.workers}
-        copies = placement.num_replicas
-        meetings = [(Barrier(copies), [torch.empty(0)] * copies) for _ in placement.blocks]
-        for index, worker in self.workers.items():
-            worker.on_progress = self._look
+        for worker in self.workers.values():
+            worker.on_progress = self._update_progress
             if device != "cpu":
                 worker.take_gpu()
-            if copies > 1:
-                worker.replicas = ThreadReplica(index.replica, *meetings[index.shard])
+        if placement.num_replicas > 1:
+            self._connect_replicas()
+
+    def _connect_replicas(self) -> None:
+        num_replicas = self.placement.num_replicas
+        for shard in range(self.placement.num_shards):
+            barrier = Barrier(num_replicas)
+            brought = [torch.empty(0)] * num_replicas
+            for replica in range(num_replicas):
+                worker = self.workers[WorkerIndex(shard, replica)]
+                worker.replicas = ThreadReplica(replica, barrier, brought)
 
     def _start(self, index: WorkerIndex, num_futures: int, *step: Any, **kwargs: Any) -> Any:
         return self.workers[index].call(*step, **kwargs)
@@ -242,15 +276,23 @@ class LocalCluster(Cluster):
 
         with ThreadPoolExecutor(len(self.workers)) as pool:
             futures = [pool.submit(run, worker) for worker in self.workers.values()]
-        errors = [error for future in futures if (error := future.exception()) is not None]
-        if errors:  # the cause, rather than what it did to those that waited
-            raise min(errors, key=lambda error: isinstance(error, BrokenBarrierError))
+        _raise_cause([future.exception() for future in futures])
         return [future.result() for future in futures]
 
     def close(self) -> None:
-        """Drop the workers and what they have on the disk."""
+        """Drop the workers and their files on the local disk."""
         self.clean_up()
         self.workers.clear()
 
-    def _look(self) -> None:
+    def _update_progress(self) -> None:
         self.progress.reach_together(worker.position for worker in self.workers.values())
+
+
+def _raise_cause(outcomes: Iterable[BaseException | None]) -> None:
+    """Raise the first error that is not a replica's broken wait for another one, if any."""
+    errors = [error for error in outcomes if error is not None]
+    for error in errors:
+        if not isinstance(error, BrokenBarrierError):
+            raise error
+    if errors:
+        raise errors[0]

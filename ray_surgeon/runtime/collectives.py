@@ -1,4 +1,4 @@
-"""How tensors travel: sums and copies between replicas of a shard, and messages."""
+"""Collectives between the replicas of a shard, and the encoding of tensors that travel."""
 
 from __future__ import annotations
 
@@ -25,26 +25,26 @@ if TYPE_CHECKING:
 _NO_LIMIT = timedelta(days=365)
 
 MESSAGE_BYTES = 2**25
-"""Of tensors that are sent together."""
+"""Size of a message of several tensors."""
 
 
 class CollectiveError(RuntimeError):
-    """A sum or a copy between replicas failed, or took too long once all had come to it."""
+    """A sum or a copy between replicas failed, or timed out after all replicas had joined it."""
 
 
 class ReplicaGroup:
-    """The replicas of one shard, as one of them sees them; here it is the only one."""
+    """The replicas of one shard, as seen by one of them; here it is the only one."""
 
     rank = 0
 
     def reduce(self, tensor: Tensor, owner: int) -> None:
         """Make `tensor` the sum over the replicas, in place, at the owner.
 
-        On the other replicas its content is undefined afterwards.
+        Afterwards the content of `tensor` is undefined on the other replicas.
         """
 
     def broadcast(self, tensor: Tensor, owner: int) -> None:
-        """Make `tensor` a copy of the owner's, in place."""
+        """Copy the owner's `tensor` into that of the other replicas, in place."""
 
 
 class ThreadReplica(ReplicaGroup):
@@ -54,9 +54,9 @@ class ThreadReplica(ReplicaGroup):
         """Join the replicas of a shard.
 
         Args:
-            rank: of this one.
-            barrier: of all of them, where they wait until all are there or one leaves.
-            brought: what each of them has brought to the present sum or copy.
+            rank: rank of this replica.
+            barrier: barrier of all replicas, which breaks when one of them leaves.
+            brought: list shared by all replicas: the tensors of the present sum or copy, by rank.
         """
         self.rank = rank
         self._barrier = barrier
@@ -64,22 +64,23 @@ class ThreadReplica(ReplicaGroup):
 
     @contextlib.contextmanager
     def _all_of(self, tensor: Tensor) -> Iterator[list[Tensor]]:
-        """Bring a tensor, and have all of them until every replica has done its part."""
+        """Bring a tensor, and yield the tensors of all replicas; ends when all are done."""
         self._brought[self.rank] = tensor
         self._barrier.wait()
         yield self._brought
         self._barrier.wait()
 
     def leave(self) -> None:
-        """Let the others go on with an error, because this one will not come."""
+        """Raise an error on the replicas that wait, because this one will not join them."""
         self._barrier.abort()
 
     def reduce(self, tensor: Tensor, owner: int) -> None:
         """Sum to the owner, in the order of replicas."""
         with self._all_of(tensor) as tensors:
-            for rank, part in enumerate(tensors) if self.rank == owner else ():
-                if rank != owner:
-                    tensor.add_(part)
+            if self.rank == owner:
+                for rank, part in enumerate(tensors):
+                    if rank != owner:
+                        tensor.add_(part)
 
     def broadcast(self, tensor: Tensor, owner: int) -> None:
         """Copy from the owner."""
@@ -95,8 +96,8 @@ def together(
 
     Args:
         collective: `reduce` or `broadcast` of a `ReplicaGroup`.
-        tensors: on every replica the same number, of the same shapes.
-        owner: to which they are summed, or from which they are copied.
+        tensors: tensors with the same shapes on every replica.
+        owner: replica that receives the sums, or whose tensors are copied.
     """
     if not tensors:
         return
@@ -111,24 +112,27 @@ class Sent(NamedTuple):
     """A tensor that its owner sends to the other replicas."""
 
     owner: int
-    like: Tensor  # of its shape and dtype, with or without memory
-    get: Callable[[], Tensor]  # returns it, asked at the owner
-    put: Callable[[Tensor], None]  # takes it, at the others
+    like: Tensor  # has the shape and dtype of the tensor, with or without memory
+    get: Callable[[], Tensor]  # returns the tensor; called on the owner
+    put: Callable[[Tensor], None]  # takes the tensor; called on the others
 
 
 def send(
-    group: ReplicaGroup, tensors: Iterable[Sent], device: torch.device, place: torch.device
+    group: ReplicaGroup,
+    tensors: Iterable[Sent],
+    device: torch.device,
+    place: torch.device,
 ) -> None:
     """Send tensors from their owners to the other replicas, many in one message.
 
     Args:
-        group: of the replicas; all of them call this.
-        tensors: the same ones in the same order on all of them.
-        device: where the group copies.
-        place: where those that come are wanted.
+        group: the replicas, all of which must call this.
+        tensors: the same tensors in the same order on all replicas.
+        device: device on which the group copies.
+        place: device on which `Sent.put` takes tensors.
     """
     for message in _messages(tensors):
-        first, *_ = message
+        first = message[0]
         sizes = [sent.like.numel() for sent in message]
         if group.rank == first.owner:
             flat = torch.cat([sent.get().to(device).flatten() for sent in message])
@@ -136,52 +140,55 @@ def send(
             flat = torch.empty(sum(sizes), dtype=first.like.dtype, device=device)
         group.broadcast(flat, first.owner)
         if group.rank != first.owner:
-            for sent, part in zip(message, torch.split(flat.to(place), sizes), strict=True):
+            parts = torch.split(flat.to(place), sizes)
+            for sent, part in zip(message, parts, strict=True):
                 sent.put(part.view(sent.like.shape))
 
 
 def _messages(tensors: Iterable[Sent]) -> Iterator[list[Sent]]:
-    """Yield tensors of one owner and dtype, about `MESSAGE_BYTES` or one tensor at a time."""
-    left = defaultdict[tuple[int, torch.dtype], list[Sent]](list)
-    sizes = Counter[tuple[int, torch.dtype]]()
+    """Yield lists of tensors of one owner and dtype, about `MESSAGE_BYTES` or one tensor each."""
+    pending = defaultdict[tuple[int, torch.dtype], list[Sent]](list)
+    pending_bytes = Counter[tuple[int, torch.dtype]]()
     for sent in tensors:
         key = (sent.owner, sent.like.dtype)
-        left[key].append(sent)
-        sizes[key] += sent.like.nbytes
-        if sizes[key] >= MESSAGE_BYTES:
-            del sizes[key]
-            yield left.pop(key)
-    yield from left.values()
+        pending[key].append(sent)
+        pending_bytes[key] += sent.like.nbytes
+        if pending_bytes[key] >= MESSAGE_BYTES:
+            del pending_bytes[key]
+            yield pending.pop(key)
+    yield from pending.values()
 
 
 def open_meeting(host: str) -> TCPStore:
-    """Return where workers meet, opened in this process on a port that nobody else has."""
+    """Return the store through which workers connect, served by this process on a free port."""
     return TCPStore(host, 0, is_master=True, wait_for_workers=False)
 
 
 class ProcessReplica(ReplicaGroup):
-    """A replica in a process of its own, in a torch.distributed group.
+    """A replica in a separate process, in a torch.distributed group.
 
-    The backend is gloo on CPUs and NCCL on GPUs. Replicas meet before they begin, for which there
-    is no limit of time: one that waits because another one still computes has lost nothing, and
-    who has died has broken its connections. Of one that is silent, the coordinator hears.
+    The backend is gloo on CPUs and NCCL on GPUs. Before a collective, replicas wait for each other
+    without a timeout, because another replica may still compute. A dead peer closes its sockets; a
+    silent one is found by the coordinator's pings.
     """
 
     def __init__(self, worker: Worker, address: str, timeout_s: float) -> None:
-        """Join the world of all workers and make one group a shard.
+        """Join the world of all workers, and create one group per shard.
 
         Args:
-            worker: which of them this is.
-            address: ``host:port`` of the meeting; worker 0 has opened it, see `open_meeting`.
-            timeout_s: a collective that takes longer, once all have come to it, raises.
+            worker: the worker of this process.
+            address: ``host:port`` of the store that worker 0 has opened; see `open_meeting`.
+            timeout_s: limit of the time of a collective after all replicas have joined it.
 
         Raises:
-            CollectiveError: not all have come.
+            CollectiveError: not all workers have joined within `timeout_s`.
         """
         self.rank = worker.index.replica
         placement = worker.placement
         size = len(placement.workers)
-        shards = [[*range(i, size, placement.num_shards)] for i in range(placement.num_shards)]
+        num_shards = placement.num_shards
+        # ranks of the replicas of each shard
+        shards = [list(range(shard, size, num_shards)) for shard in range(num_shards)]
         timeout = timedelta(seconds=timeout_s)
         backend = "gloo" if worker.device.type == "cpu" else "nccl"
         rank = placement.workers.index(worker.index)
@@ -191,7 +198,7 @@ class ProcessReplica(ReplicaGroup):
             dist.init_process_group("gloo", None, timeout, size, rank, meeting)
             groups = [dist.new_group(ranks, timeout, backend) for ranks in shards]
             meetings = [dist.new_group(ranks, _NO_LIMIT, "gloo") for ranks in shards]
-        # another is lost before all have met
+        # another worker is lost before all have joined
         except RuntimeError as error:
             raise CollectiveError(f"workers could not connect to each other: {error}") from error
         self._group = groups[worker.index.shard]
@@ -208,21 +215,21 @@ class ProcessReplica(ReplicaGroup):
     def _join(self, collective: Callable[..., Any], tensor: Tensor, **owner: int) -> None:
         try:
             dist.barrier(self._meeting)
-            # NCCL has an error or a timeout for who waits, and only for a collective of its own
+            # NCCL reports errors and timeouts only to a caller that waits for the collective
             collective(tensor, group=self._group, async_op=True, **owner).wait()
-        # of gloo and NCCL (DistBackendError): a connection closed, or the timeout
+        # from gloo, or NCCL (DistBackendError): a closed connection or the timeout
         except RuntimeError as error:
             raise CollectiveError(f"a replica of this shard is lost: {error}") from error
 
 
 TensorPayload: TypeAlias = NDArray[Any]
-"""A tensor on its way; int16 stands for bfloat16, and no tensor here is of int16."""
+"""A tensor that travels; int16 stands for bfloat16, as no tensor here has the dtype int16."""
 
 
 def encode(tensor: Tensor) -> TensorPayload:
-    """Return a tensor as it travels.
+    """Return a tensor in the form in which it travels.
 
-    A view becomes a copy of its own, or its whole storage would travel.
+    A view is copied, as otherwise its whole storage would travel.
     """
     dense = tensor.detach().contiguous()
     if dense.device.type != "cpu":
@@ -230,18 +237,23 @@ def encode(tensor: Tensor) -> TensorPayload:
         dense = transfers(dense.device).to_host(dense, stage).on_host()
     elif dense.untyped_storage().nbytes() != dense.nbytes:
         dense = dense.clone()
-    return (dense.view(torch.int16) if dense.dtype == torch.bfloat16 else dense).numpy()
+    if dense.dtype == torch.bfloat16:
+        dense = dense.view(torch.int16)
+    return dense.numpy()
 
 
 def decode(payload: TensorPayload, device: torch.device) -> Tensor:
     """Return a tensor that may be written to.
 
-    What lies in the object store is shared with other readers.
+    It is a copy, because arrays in the object store are shared with other readers.
     """
     if device.type == "cpu":
         tensor = torch.tensor(payload)
     else:
-        tensor = Transfers.pinned(payload.shape, torch.from_numpy(np.empty(0, payload.dtype)).dtype)
+        dtype = torch.from_numpy(np.empty(0, payload.dtype)).dtype
+        tensor = Transfers.pinned(payload.shape, dtype)
         np.copyto(tensor.numpy(), payload)
         tensor = transfers(device).to_device(tensor).on_device()
-    return tensor.view(torch.bfloat16) if tensor.dtype == torch.int16 else tensor
+    if tensor.dtype == torch.int16:
+        return tensor.view(torch.bfloat16)
+    return tensor

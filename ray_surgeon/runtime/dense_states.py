@@ -1,8 +1,8 @@
-"""What the dense model says: its last hidden states of texts, on workers with the last shard.
+"""Keeps the last hidden states of the dense model on the workers with the last shard.
 
-Later weights are compared with them: the head is never pruned, so the distributions of the next
-tokens follow from these states, a slice of tokens at a time. A teacher that is another model has
-its own head, which is kept with them.
+Later weights are compared with these states. The head is never pruned, so the distributions of the
+next tokens follow from the states, a slice of tokens at a time. A teacher that is another model has
+its own head, which is kept with the states.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ from ray_surgeon.storage import tensor_files
 CALIBRATION = "(calibration)"
 ANSWERS = "(answers)"
 STREAM = "(stream)"
-"""Names of texts that have states: the calibration, the dense model's answers, and what comes next
-of a text that a teacher sees while the training goes on.
+"""Names of texts that have states: the calibration, the dense model's answers, and the next part
+of the text that a teacher reads during the training.
 
-No evaluation text can have them.
+No evaluation text can have these names.
 """
 _HEAD = "head"
-"""What a head of its own is called in the file of all states."""
+"""Name of the teacher's head in the file of all states."""
 
 
 def keep_states(worker: Worker, text: str, numbers: list[int], states: Sequence[Tensor]) -> None:
     """Keep the states [1, T, d] of some sequences of a text.
 
-    They are rounded to bfloat16, but those of answers, of which that alone would cost a float32
-    model some thousandths of the acceptance.
+    States are rounded to bfloat16, except those of answers, because rounding would lower the
+    acceptance of a float32 model by some thousandths.
     """
     of_text = worker.state.dense_states.setdefault(text, {})
     for number, row in zip(numbers, states, strict=True):
@@ -50,20 +50,26 @@ def forget_states(worker: Worker, text: str) -> None:
 
 
 def dense_states(worker: Worker) -> DenseStates:
-    """Return the states of all texts, once all are there."""
+    """Wait for all transfers, and return the states of all texts."""
     transfers(worker.device).settle()
     return worker.state.dense_states
 
 
 def dense_state(worker: Worker, text: str, number: int) -> Dense:
-    """Return the states [1, T, d] of a sequence of a text, on the device; and a head of its own."""
+    """Return the states [1, T, d] of a sequence on the device, and the dense model's own head."""
     states = dense_states(worker)
     return transfers(worker.device).staged(states[text][number]), states.head
 
 
-def receive_states(worker: Worker, text: str, numbers: list[int], states: TensorPayload) -> None:
+def receive_states(
+    worker: Worker,
+    text: str,
+    numbers: list[int],
+    states: TensorPayload,
+) -> None:
     """Keep the states [m, T, d] that another worker sent."""
-    keep_states(worker, text, numbers, torch.split(decode(states, torch.device("cpu")), 1))
+    received = decode(states, torch.device("cpu"))
+    keep_states(worker, text, numbers, torch.split(received, 1))
 
 
 def kept_states(worker: Worker, text: str, numbers: list[int]) -> TensorPayload:
@@ -73,23 +79,27 @@ def kept_states(worker: Worker, text: str, numbers: list[int]) -> TensorPayload:
 
 
 def write_states(worker: Worker, uri: str) -> None:
-    """Write the states of all texts but a stream into one file, for a run that goes on later."""
-    if worker.shard.blocks.is_last and worker.index.replica == 0:
-        tensors = dict[str, Tensor]()
-        for text, states in dense_states(worker).items():
-            if text != STREAM:
-                tensors |= {f"{number} {text}": tensor for number, tensor in states.items()}
-        if (head := dense_states(worker).head) is not None:
-            tensors[_HEAD] = head
-        tensor_files.write(uri, tensors)
+    """Write the states of all texts except the stream into one file, for a resumed run."""
+    if not worker.shard.blocks.is_last or worker.index.replica > 0:
+        return
+    dense = dense_states(worker)
+    tensors: dict[str, Tensor] = {}
+    for text, states in dense.items():
+        if text == STREAM:
+            continue
+        for number, tensor in states.items():
+            tensors[f"{number} {text}"] = tensor
+    if dense.head is not None:
+        tensors[_HEAD] = dense.head
+    tensor_files.write(uri, tensors)
 
 
 def read_states(worker: Worker, uri: str) -> None:
-    """Read what `write_states` wrote."""
+    """Read the file that `write_states` wrote."""
     if not worker.shard.blocks.is_last:
         return
     reader = tensor_files.Reader()
-    # one after the other: all of them twice would need memory that no plan has
+    # one tensor at a time, because memory is not planned for two copies of all
     for name in reader.names(uri):
         tensor = reader.read(uri, name)
         if name == _HEAD:

@@ -1,6 +1,6 @@
-"""Runs one of our modules in a process of its own.
+"""Runs a module of this package in a new process.
 
-The process sees the devices that the calling process sees, or one of them.
+The process sees all devices of the calling process, or one of them.
 """
 
 from __future__ import annotations
@@ -31,39 +31,54 @@ def run_module(
 
     Args:
         module: dotted name; its function `answer` takes the request and returns the reply. On Linux
-            its process is killed when this one ends.
-        request: for it.
-        offline: whether it may not ask the Hub.
-        gpu: the one GPU that it sees, as in ``CUDA_VISIBLE_DEVICES``, or "" for none; those of this
-            process if not given.
+            its process is killed when this process ends.
+        request: argument of `answer`.
+        offline: whether the process may not access the Hub.
+        gpu: the one GPU that the process sees, as in ``CUDA_VISIBLE_DEVICES``, or "" for none; None
+            for the GPUs of this process.
 
     Raises:
-        RuntimeError: it fails; its last lines are shown.
+        RuntimeError: the process fails; its last lines are shown.
     """
     with tempfile.TemporaryDirectory() as modules:
-        env = os.environ | {"HF_MODULES_CACHE": modules, "OMP_WAIT_POLICY": "PASSIVE"}
+        env = {
+            **os.environ,
+            "HF_MODULES_CACHE": modules,
+            "OMP_WAIT_POLICY": "PASSIVE",
+        }
         if offline:
             env["HF_HUB_OFFLINE"] = "1"
         if gpu is not None:
             env["CUDA_VISIBLE_DEVICES"] = gpu
-        command = [sys.executable, "-m", f"{__package__}.die_with_parent", str(os.getpid()), module]
-        # torch loads nothing in a folder that is gone, as when Ray unpacks the job's anew
-        folder = None if os.stat(".").st_nlink else modules
-        told: dict[str, Any] = {"input": json.dumps(request), "env": env, "cwd": folder}
-        done = subprocess.run(command, **told, capture_output=True, text=True)
+        runner = f"{__package__}.die_with_parent"
+        # torch loads nothing from a deleted folder, e.g. after Ray unpacks that of the job again
+        is_deleted = os.stat(".").st_nlink == 0
+        done = subprocess.run(
+            [sys.executable, "-m", runner, str(os.getpid()), module],
+            input=json.dumps(request),
+            env=env,
+            cwd=modules if is_deleted else None,
+            capture_output=True,
+            text=True,
+        )
     if done.returncode:
         last_lines = "\n".join(done.stderr.strip().splitlines()[-5:])
         raise RuntimeError(last_lines or f"{module} ended with exit code {done.returncode}")
     return dict(json.loads(done.stdout.strip().splitlines()[-1]))
 
 
-def run_on_worker(worker: Worker, module: str, request: Request, offline: bool = True) -> Reply:
+def run_on_worker(
+    worker: Worker,
+    module: str,
+    request: Request,
+    offline: bool = True,
+) -> Reply:
     """Run a module in a process beside a worker; see `run_module`.
 
-    The process sees that worker's device alone, and no GPU if that is a CPU.
+    The process sees the worker's GPU alone, or no GPU if the worker computes on a CPU.
     """
     if worker.device.type == "cpu":
         return run_module(module, request, offline, "")
-    # what torch keeps of freed memory is not there for the other process
+    # the other process cannot use freed memory that torch keeps in its cache
     backend(worker.device).empty_cache()
     return run_module(module, request, offline, worker.gpu)

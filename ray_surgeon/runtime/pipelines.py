@@ -1,9 +1,8 @@
-"""Waves of sequences on their way from worker to worker, as the coordinator sees them."""
+"""Schedules waves of sequences through the shards, on the coordinator."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from itertools import chain
+from collections.abc import Callable, Iterator
 from typing import Any, Literal, TypeVar
 
 from ray_surgeon.runtime import dense_states
@@ -20,63 +19,71 @@ _STEPS: dict[str, Callable[..., TensorPayload]] = {
     "backward": on_worker.backward,
     "infer": on_worker.infer,
 }
-"""What a shard that is not the last does in an operation."""
+"""Direction of an operation -> step of a shard that is not the last."""
 
 
 def forward_and_backward(
-    cluster: Cluster, sequences: Tokens, labels: Labels, only: Only = None, counts: Counts = None
+    cluster: Cluster,
+    sequences: Tokens,
+    labels: Labels,
+    only: Only = None,
+    counts: Counts = None,
 ) -> list[float]:
     """Run sequences forward and backward, and return the loss of each in nats.
 
-    A loss is summed over the sequence's tokens that count.
+    A loss is summed over the sequence's tokens that count; gradients are those of this sum.
 
-    Waves of sequences go through the shards in one-forward-one-backward order. Submission runs a
-    bounded number of them ahead.
+    Waves of sequences pass the shards in one-forward-one-backward order. A bounded number of waves
+    is submitted ahead.
 
     Args:
-        cluster: with loaded workers, whose hooks gather what is wanted.
+        cluster: with loaded workers, whose hooks gather statistics.
         sequences: [num_sequences, sequence_length] tokens.
-        labels: what the model is to say.
-        only: numbers of the sequences to run; all if not given.
-        counts: [num_sequences, sequence_length], whether a token counts as something that is
-            predicted; None if all do. The gradients are those of the summed loss of the tokens that
-            count.
+        labels: targets of the predictions.
+        only: numbers of the sequences to run; None for all.
+        counts: [num_sequences, sequence_length], whether a token counts as a prediction; None if
+            all do.
     """
-    text = dense_states.CALIBRATION if labels.remembers else None
-    return run_pass(cluster, Passage(sequences, counts, only, text), labels)
+    passage = Passage(
+        tokens=sequences,
+        counts=counts,
+        only=only,
+        text=dense_states.CALIBRATION if labels.remembers else None,
+    )
+    return run_pass(cluster, passage, labels)
 
 
-def run_pass(cluster: Cluster, passage: Passage, work: Labels | on_worker.OfEach[T]) -> list[T]:
-    """Let sequences pass, and return what comes of each; see `forward_and_backward`.
+def run_pass(
+    cluster: Cluster,
+    passage: Passage,
+    work: Labels | on_worker.OfEach[T],
+) -> list[T]:
+    """Run sequences through the shards, and return the result of each sequence.
 
     Args:
         cluster: with loaded workers.
         passage: the sequences.
-        work: what to do at the end: go backward from the loss at labels, or what to make of the
-            states of each sequence.
+        work: the work at the end: labels, to go backward from the loss, or a function that turns
+            the hidden states of each sequence into its result.
     """
     num_shards = cluster.placement.num_shards
-    num_sequences = len(passage.numbers)
-    is_inside = passage.of_teacher or (isinstance(work, Labels) and work.is_step)
-    progress = Progress() if is_inside else cluster.progress
-    progress.begin(num_sequences, "sequences", passage.tokens.shape[1])
-    order, at_end = _WAYS[isinstance(work, Labels)]
+    progress = cluster.progress
+    if passage.of_teacher or (isinstance(work, Labels) and work.is_step):
+        progress = Progress()  # the step that the pass is part of counts its own progress
+    progress.begin(len(passage.numbers), "sequences", passage.tokens.shape[1])
+    order, at_end = _SCHEDULES["train" if isinstance(work, Labels) else "infer"]
     waves = passage.waves(cluster.placement, cluster.stores)
-    turns = sorted(
-        (turn, replica, operation)
-        for replica, own in enumerate(waves)
-        for turn, operation in enumerate(order(num_shards, len(own)))
-    )
-    # (replica, number of its wave) -> what comes of its last operation, and of its sequences
+    # (replica, number of its wave) -> result of the last operation, and of the sequences
     moving: dict[tuple[int, int], Future[TensorPayload]] = {}
     results: dict[tuple[int, int], Future[list[T]]] = {}
-    for _, replica, (shard, direction, number) in turns:
+    for replica, (shard, direction, number) in _interleaved(order, num_shards, waves):
         key = (replica, number)
         index = WorkerIndex(shard, replica)
         wave = waves[replica][number]
         if shard == 0 and direction != "backward":
+            # at most num_shards + 1 waves of a replica are in flight
             earlier = (replica, number - num_shards - 1)
-            if earlier in moving:  # so many are on their way at once
+            if earlier in moving:
                 cluster.get([moving.pop(earlier)])
                 progress.reach(progress.done + len(waves[replica][earlier[1]].numbers))
             moving[key] = at_hand(wave.tokens)
@@ -84,69 +91,95 @@ def run_pass(cluster: Cluster, passage: Passage, work: Labels | on_worker.OfEach
         if shard == num_shards - 1:
             pair = cluster.submit_pair(index, at_end, number, inputs, wave, work)
             moving[key], results[key] = pair
+        elif direction == "infer":
+            step = _STEPS[direction]
+            moving[key] = cluster.submit(index, step, number, inputs, passage.of_teacher)
         else:
-            more = (passage.of_teacher,) * (direction == "infer")
-            moving[key] = cluster.submit(index, _STEPS[direction], number, inputs, *more)
+            moving[key] = cluster.submit(index, _STEPS[direction], number, inputs)
     values = cluster.get(list(results.values()))
-    progress.reach(num_sequences)
+    progress.reach(len(passage.numbers))
     if passage.text is not None:
         _share_states(cluster, passage.text, waves)
-    numbers = chain.from_iterable(waves[replica][number].numbers for replica, number in results)
-    result_of = dict(zip(numbers, chain.from_iterable(values), strict=True))
+    result_of: dict[int, T] = {}
+    for (replica, number), of_wave in zip(results, values, strict=True):
+        result_of.update(zip(waves[replica][number].numbers, of_wave, strict=True))
     return [result_of[number] for number in passage.numbers]
 
 
 def _share_states(cluster: Cluster, text: str, waves: list[list[Wave]]) -> None:
-    """Give the states that each replica keeps of its sequences of a text to the other replicas.
+    """Send the states of a text that each replica keeps to the other replicas.
 
-    This comes after the pass, in which replicas would wait for each other.
+    This follows the pass, because replicas would wait for each other during it.
     """
-    owners = [WorkerIndex(cluster.placement.num_shards - 1, i) for i in range(len(waves))]
+    if len(waves) == 1:
+        return
+    last_shard = cluster.placement.num_shards - 1
+    owners = [WorkerIndex(last_shard, replica) for replica in range(len(waves))]
     futures = list[Future[None]]()
-    for owner, own in zip(owners, waves, strict=True):
-        for wave in own if len(owners) > 1 else ():
-            states = value_of(cluster.submit(owner, dense_states.kept_states, text, wave.numbers))
-            futures += [
-                cluster.submit(receiver, dense_states.receive_states, text, wave.numbers, states)
-                for receiver in owners
-                if receiver != owner
-            ]
+    for owner, own_waves in zip(owners, waves, strict=True):
+        for wave in own_waves:
+            sent = cluster.submit(owner, dense_states.kept_states, text, wave.numbers)
+            states = value_of(sent)
+            for receiver in owners:
+                if receiver == owner:
+                    continue
+                futures.append(
+                    cluster.submit(
+                        receiver, dense_states.receive_states, text, wave.numbers, states
+                    )
+                )
     cluster.get(futures)
 
 
 Operation = tuple[int, Literal["forward", "backward", "infer"], int]
 """(shard, direction, number of a wave).
 
-On the last shard the backward pass belongs to the forward operation.
+On the last shard the forward operation includes the backward pass.
 """
 
 
 def one_forward_one_backward(num_shards: int, num_waves: int) -> list[Operation]:
     """Return the operations of all shards in 1F1B order (Narayanan et al. 2019).
 
-    They come in the order in which they would start if each took as long as any other. At most
-    ``num_shards - shard`` waves are in flight.
+    Operations are sorted by the time at which they would start if all took equally long. At most
+    ``num_shards - shard`` waves are in flight on a shard.
     """
     last = num_shards - 1
-    waves = range(num_waves)
-    forward: dict[Operation, int] = {
-        (shard, "forward", n): 2 * n + shard for n in waves for shard in range(num_shards)
-    }
-    backward: dict[Operation, int] = {
-        (shard, "backward", n): 2 * (n + last) - shard for n in waves for shard in range(last)
-    }
-    starts = forward | backward
-    return sorted(starts, key=starts.__getitem__)  # of two at a time, the forward one comes first
+    starts: dict[Operation, int] = {}
+    for wave in range(num_waves):
+        for shard in range(num_shards):
+            starts[shard, "forward", wave] = 2 * wave + shard
+    for wave in range(num_waves):
+        for shard in range(last):
+            starts[shard, "backward", wave] = 2 * (wave + last) - shard
+    # the sort is stable: a forward operation precedes a backward one of the same time
+    return sorted(starts, key=starts.__getitem__)
 
 
 def one_by_one(num_shards: int, num_waves: int) -> list[Operation]:
-    """Return the order in which waves pass forward only."""
-    return [(shard, "infer", wave) for wave in range(num_waves) for shard in range(num_shards)]
+    """Return the operations of waves that pass forward only, one wave after the other."""
+    operations: list[Operation] = []
+    for wave in range(num_waves):
+        for shard in range(num_shards):
+            operations.append((shard, "infer", wave))
+    return operations
 
 
 _Order = Callable[[int, int], list[Operation]]
-_WAYS: tuple[tuple[_Order, Callable[..., Any]], ...] = (
-    (one_by_one, on_worker.infer_each),
-    (one_forward_one_backward, on_worker.forward_backward),
-)
-"""Forward only, and forward and backward: the order, and what the last shard does."""
+_SCHEDULES: dict[str, tuple[_Order, Callable[..., Any]]] = {
+    "infer": (one_by_one, on_worker.infer_each),
+    "train": (one_forward_one_backward, on_worker.forward_backward),
+}
+"""Kind of a pass -> order of its operations, and step of the last shard."""
+
+
+def _interleaved(
+    order: _Order, num_shards: int, waves: list[list[Wave]]
+) -> Iterator[tuple[int, Operation]]:
+    """Yield (replica, operation) for the waves of all replicas, which take turns."""
+    turns: list[tuple[int, int, Operation]] = []
+    for replica, own_waves in enumerate(waves):
+        for turn, operation in enumerate(order(num_shards, len(own_waves))):
+            turns.append((turn, replica, operation))
+    for _, replica, operation in sorted(turns):
+        yield replica, operation

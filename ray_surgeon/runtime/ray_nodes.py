@@ -1,10 +1,10 @@
-"""The machines of a Ray cluster: which there are, which are taken away, and room on them."""
+"""Lists the machines of a Ray cluster, and reserves room for workers on them."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import ray
@@ -17,10 +17,11 @@ from ray_surgeon.runtime.usage import versions
 from ray_surgeon.spec.sections import RaySection
 
 Say = Callable[[str], None]
-"""Takes a line for who watches the run."""
+"""Takes a line of text for the user."""
 _FIRST_S = 8.0
+"""Time after which a run that waits for room reports what is lacking."""
 _AGAIN_S = 60.0
-"""After which a run that waits for room says for what, and says so again."""
+"""Time between later reports."""
 
 
 def nodes_alive() -> set[str]:
@@ -29,14 +30,15 @@ def nodes_alive() -> set[str]:
 
 
 def nodes_preempted() -> set[str]:
-    """Return those that were lost after Ray had been told that they would be taken away."""
+    """Return the identities of machines that were lost after Ray had announced their preemption."""
     taken = NodeDeathInfo.AUTOSCALER_DRAIN_PREEMPTED
     return {node["NodeID"] for node in _nodes() if node["DeathReason"] == taken}
 
 
 def nodes_leaving() -> set[str]:
-    """Return those that are alive and about to be taken away; Ray places nothing there any more."""
-    return set(private.state.get_draining_nodes())  # as Ray Train asks; nothing public tells
+    """Return the identities of live machines that will be preempted; Ray places nothing there."""
+    # Ray Train calls this as well; there is no public function
+    return set(private.state.get_draining_nodes())
 
 
 def _nodes() -> list[dict[str, Any]]:
@@ -45,86 +47,121 @@ def _nodes() -> list[dict[str, Any]]:
 
 
 def reserve(num_workers: int, section: RaySection, say: Say) -> PlacementGroup:
-    """Reserve room for all workers together, a bundle each.
+    """Reserve room for all workers together, one bundle per worker.
 
     Args:
-        num_workers: in all.
-        section: what each of them gets, and how long to wait.
-        say: is told what is waited for.
+        num_workers: number of workers.
+        section: resources and labels of each worker, and the time to wait for room.
+        say: is told what the run waits for.
 
     Raises:
-        NoRoomError: there is none within the time; names what was asked for and what there is.
+        NoRoomError: there is no room within the time; names the wanted and the free resources.
     """
-    amounts = {"CPU": section.cpus_per_worker, "GPU": section.gpus_per_worker}
-    bundle: dict[str, float] = {key: amount for key, amount in amounts.items() if amount}
+    bundle: dict[str, float] = {}
+    if section.cpus_per_worker:
+        bundle["CPU"] = section.cpus_per_worker
+    if section.gpus_per_worker:
+        bundle["GPU"] = section.gpus_per_worker
     labels = dict(section.worker_labels)
-    options: dict[str, Any] = {"bundle_label_selector": [labels] * num_workers} if labels else {}
+    options: dict[str, Any] = {}
+    if labels:
+        options["bundle_label_selector"] = [labels] * num_workers
     group: PlacementGroup = placement_group([bundle] * num_workers, strategy="PACK", **options)
     deadline = time.monotonic() + section.start_timeout_s
     patience_s = _FIRST_S
-    # in whole seconds, as Ray waits
-    while not group.wait(max(1, math.ceil(min(patience_s, deadline - time.monotonic())))):
+    while not group.wait(_whole_seconds(patience_s, deadline)):
         missing, lack = lacking(num_workers, bundle, labels)
         if time.monotonic() >= deadline:
             remove_placement_group(group)
-            problem = f"no room for {num_workers} workers within {section.start_timeout_s:g} s"
-            remedy = "Ask for fewer shards or replicas, or add nodes"
-            raise NoRoomError(f"{problem}: {lack}. {remedy}")
+            raise NoRoomError(
+                f"no room for {num_workers} workers within {section.start_timeout_s:g} s: {lack}. "
+                "Ask for fewer shards or replicas, or add nodes"
+            )
         say(f"waiting for {missing} of {num_workers} workers: {lack}")
         patience_s = _AGAIN_S
     return group
 
 
+def _whole_seconds(patience_s: float, deadline: float) -> int:
+    """Return how long to wait next; Ray takes whole seconds."""
+    return max(1, math.ceil(min(patience_s, deadline - time.monotonic())))
+
+
 def lacking(
     num_workers: int, bundle: Mapping[str, float], labels: Mapping[str, str]
 ) -> tuple[int, str]:
-    """Return how many workers have no room, and what no machine has, for people.
+    """Return how many workers have no room, and a sentence that says why.
 
     Args:
-        num_workers: in all.
-        bundle: resources of each of them.
-        labels: that its machine must have.
+        num_workers: number of workers.
+        bundle: resource -> amount that each worker needs.
+        labels: labels that the machine of a worker must have.
     """
     leaving = nodes_leaving()
     free = private.available_resources_per_node()  # type: ignore[no-untyped-call]
-    nodes = [node for node in _nodes() if node["Alive"] and node["NodeID"] not in leaving]
-    fitting = [node["NodeID"] for node in nodes if _has(node["Labels"], labels)]
-    num_placed = sum(
-        min(int(free.get(node, {}).get(key, 0) // amount) for key, amount in bundle.items())
-        for node in fitting
-    )
+    nodes: list[dict[str, Any]] = []
+    num_fitting = 0
+    num_placed = 0
+    for node in _nodes():
+        if not node["Alive"] or node["NodeID"] in leaving:
+            continue
+        nodes.append(node)
+        if _has(node["Labels"], labels):
+            num_fitting += 1
+            num_placed += _num_bundles(free.get(node["NodeID"], {}), bundle)
     missing = max(1, num_workers - num_placed)
     wanted = " and ".join(f"{key}={value}" for key, value in labels.items())
-    if labels and not fitting:
+    if labels and not num_fitting:
         lack = f"no node has {wanted}"
     else:
         amounts = " and ".join(f"{amount:g} {key}" for key, amount in bundle.items())
-        more = "more " if num_placed else ""
-        lack = f"no {more}node{wanted and ' with '}{wanted} has {amounts} free"
-    totals = [
-        f"{key} {sum(free.get(node['NodeID'], {}).get(key, 0) for node in nodes):g} free of "
-        f"{sum(node['Resources'].get(key, 0) for node in nodes):g}"
-        for key in bundle
-    ]
-    there = f"{len(nodes)} node{'s' * (len(nodes) > 1)}, {', '.join(totals)}"
-    return missing, f"{lack}; the cluster has {there}"
+        node_text = "more node" if num_placed else "node"
+        if labels:
+            node_text += f" with {wanted}"
+        lack = f"no {node_text} has {amounts} free"
+    return missing, f"{lack}; the cluster has {_amounts_of(nodes, free, bundle)}"
+
+
+def _num_bundles(free: Mapping[str, float], bundle: Mapping[str, float]) -> int:
+    """Return how many bundles fit into the free resources of a machine."""
+    return min(int(free.get(key, 0) // amount) for key, amount in bundle.items())
+
+
+def _amounts_of(
+    nodes: Sequence[Mapping[str, Any]],
+    free: Mapping[str, Mapping[str, float]],
+    keys: Iterable[str],
+) -> str:
+    """Return the number of machines and their free and total resources in words."""
+    unit = "nodes" if len(nodes) > 1 else "node"
+    totals: list[str] = []
+    for key in keys:
+        num_free = sum(free.get(node["NodeID"], {}).get(key, 0) for node in nodes)
+        num_total = sum(node["Resources"].get(key, 0) for node in nodes)
+        totals.append(f"{key} {num_free:g} free of {num_total:g}")
+    return f"{len(nodes)} {unit}, {', '.join(totals)}"
 
 
 def _has(labels: Mapping[str, str], selector: Mapping[str, str]) -> bool:
-    """Whether a machine has what Ray's label selectors ask for: a, !a, in(a,b) or !in(a,b)."""
+    """Whether the labels of a machine match a label selector of Ray: a, !a, in(a,b) or !in(a,b)."""
     for key, wanted in selector.items():
+        is_negated = wanted.startswith("!")
         value = wanted.removeprefix("!")
-        is_list = value.startswith("in(")
-        values = [part.strip() for part in value[3:-1].split(",")] if is_list else [value]
-        if (labels.get(key) in values) == wanted.startswith("!"):
+        values = [value]
+        if value.startswith("in("):
+            values = [part.strip() for part in value[3:-1].split(",")]
+        if (labels.get(key) in values) == is_negated:
             return False
     return True
 
 
 def say_differences(of_workers: Sequence[Mapping[str, str]], say: Say) -> None:
-    """Say which versions of workers are not those of this process, a line for each."""
+    """Report each package that has another version on a worker than in this process."""
     for name, own in versions().items():
-        others = sorted({theirs[name] for theirs in of_workers} - {own})
+        others = {theirs[name] for theirs in of_workers} - {own}
         if others:
-            problem = f"the coordinator has {name} {own}, workers have {', '.join(others)}"
-            say(f"note: {problem}; results may depend on who computes them. Use one image for all")
+            say(
+                f"note: the coordinator has {name} {own}, workers have "
+                f"{', '.join(sorted(others))}; results may depend on who computes them. "
+                "Use one image for all"
+            )

@@ -1,4 +1,4 @@
-"""The model to train towards, beside the worker's own."""
+"""Loads the teacher of a training beside a worker's own model."""
 
 from __future__ import annotations
 
@@ -6,30 +6,34 @@ from dataclasses import replace
 
 import torch
 
-from ray_surgeon.memory.stores import Place, Scratch
+from ray_surgeon.memory.stores import Place
 from ray_surgeon.memory.weights import ReadAhead
 from ray_surgeon.models.runner import BlockRunner
 from ray_surgeon.models.shard import ModelShard
 from ray_surgeon.runtime.dense_states import STREAM, forget_states
-from ray_surgeon.runtime.weights import ModelRecipe, reader_of
+from ray_surgeon.runtime.weights import ModelRecipe, new_scratch, reader_of
 from ray_surgeon.runtime.worker import Worker
 from ray_surgeon.runtime.worker_state import Teacher
 
 
 def load_teacher(worker: Worker, recipe: ModelRecipe, place: Place) -> None:
-    """Load the blocks of the model to train towards, beside those of the worker.
+    """Load the worker's blocks of the teacher beside the worker's own weights.
 
     Args:
-        worker: with its own weights.
-        recipe: of that model.
-        place: where its idle weights are.
+        worker: has loaded its own weights.
+        recipe: where the teacher's weights are.
+        place: where the teacher's idle weights are kept.
     """
-    index = worker.index
-    scratch = Scratch(*recipe.scratch, f"{index.shard}-{index.replica}-teacher")
+    scratch = new_scratch(worker, recipe.scratch, suffix="-teacher")
     layout, blocks = recipe.part(worker)
-    dtype = getattr(torch, recipe.model.dtype)
-    stores = replace(worker.shard.stores, weights=place)
-    shard = ModelShard(layout, blocks, dtype, worker.device, stores, scratch)
+    shard = ModelShard(
+        layout=layout,
+        blocks=blocks,
+        dtype=getattr(torch, recipe.model.dtype),
+        device=worker.device,
+        stores=replace(worker.shard.stores, weights=place),
+        scratch=scratch,
+    )
     read, stays = reader_of(worker, recipe)
     if not stays:
         read = ReadAhead(read, list(shard.wanted), layout.parameters)
@@ -38,7 +42,7 @@ def load_teacher(worker: Worker, recipe: ModelRecipe, place: Place) -> None:
 
 
 def drop_teacher(worker: Worker) -> None:
-    """Free the second model, and its states."""
+    """Free the teacher and the states that it gave."""
     teacher = worker.state.teacher
     assert teacher is not None
     worker.state.teacher = None

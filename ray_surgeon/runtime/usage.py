@@ -1,4 +1,4 @@
-"""What a process is and has used: versions, and CPU time and memory, as the system counts them."""
+"""Reports the versions of a process and the CPU time and memory that it has used."""
 
 from __future__ import annotations
 
@@ -22,56 +22,60 @@ import ray_surgeon
 from ray_surgeon.memory.transfers import backend
 
 _STATUS = Path("/proc/self/status")
-_SHAPES = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64", "LRU_CACHE_CAPACITY": "1"}
-"""How many pieces of machine code oneDNN, and torch beside it, keep for products; else 1,024 each.
+_SHAPES = {
+    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64",
+    "LRU_CACHE_CAPACITY": "1",
+}
+"""Numbers of compiled kernels that oneDNN and torch cache for products; the default is 1,024 each.
 
-oneDNN has one or two a shape, of up to 0.4 MB each, and makes them anew in half a millisecond;
-torch's are never looked at again. A pass over the blocks has a few dozen shapes. Those of the rows
-and columns that are left in a shot do not come again: without a bound a dozen shots add 0.5 GB.
+oneDNN has one or two kernels per shape, of up to 0.4 MB each, and compiles them in half a
+millisecond; torch never uses its cached ones again. A pass over the blocks has a few dozen shapes.
+Shapes of pruned linears change in every shot: without a bound a dozen shots add 0.5 GB.
 """
 
 
 @dataclass(frozen=True)
 class Usage:
-    """What a worker's process has used since it started.
+    """Resources that a worker's process has used since it started.
 
-    Workers of one process report the same process.
+    Workers in one process report the same process.
     """
 
-    process: str  # host and number
-    cpu_s: float  # CPU time of all its threads
-    peak_rss_bytes: int  # peak of its resident memory
-    peak_gpu_bytes: int = 0  # peak of what torch allocated on its GPU since it was asked last
-    # peak, since it was asked last, of the memory that is no file's: what could not be given back
+    process: str  # host and process id
+    cpu_s: float  # CPU time of all threads
+    peak_rss_bytes: int  # peak of the resident memory
+    peak_gpu_bytes: int = 0  # peak of torch's memory on the GPU since the last report
+    # peak since the last report of anonymous memory, which the system cannot reclaim
     peak_anonymous_bytes: int = 0
-    busy_s: float = 0.0  # wall clock that this worker itself spent inside its steps
-    # of it, what it took to pack and unpack tensors from and for other workers
+    busy_s: float = 0.0  # wall-clock time of this worker inside its steps
+    # part of `busy_s` to pack and unpack tensors for and from other workers
     packing_s: float = 0.0
 
 
 class AnonymousPeak:
-    """The peak of a process's anonymous memory, sampled every few milliseconds.
+    """The peak of a process's anonymous memory, sampled every 20 milliseconds.
 
-    The kernel does not keep it. It is 0 where there is no Linux.
+    The kernel does not record this peak. It is 0 on other systems than Linux.
     """
 
     _EVERY_S = 0.02
 
     def __init__(self) -> None:
-        """Start to look."""
+        """Start to sample."""
         self._peak = 0
         self._lock = threading.Lock()
         if _STATUS.exists():
-            threading.Thread(target=self._look_on, daemon=True, name="anonymous-memory").start()
+            thread = threading.Thread(target=self._sample, daemon=True, name="anonymous-memory")
+            thread.start()
 
-    def _look_on(self) -> None:
+    def _sample(self) -> None:
         while True:
-            with self._lock:  # a peak that was taken meanwhile would come back
+            with self._lock:  # `take` may reset the peak meanwhile
                 self._peak = max(self._peak, _status_bytes("RssAnon"))
             time.sleep(self._EVERY_S)
 
     def take(self) -> int:
-        """Return the peak so far, and begin anew."""
+        """Return the peak since the last call, and reset it."""
         with self._lock:
             now = _status_bytes("RssAnon")
             peak = max(self._peak, now)
@@ -80,51 +84,87 @@ class AnonymousPeak:
 
 
 _peak_here = functools.cache(AnonymousPeak)
-"""Returns the one of this process."""
+"""Returns the sampler of this process."""
 
 
-def process_usage(device: torch.device, busy_s: float = 0.0, packing_s: float = 0.0) -> Usage:
-    """Return what this process has used so far; `device` says whether GPU memory counts."""
-    gpu = 0
+def process_usage(
+    device: torch.device,
+    busy_s: float = 0.0,
+    packing_s: float = 0.0,
+) -> Usage:
+    """Return the resources that this process has used so far.
+
+    Args:
+        device: the worker's device, whose memory is reported if it is a GPU.
+        busy_s: time of the worker inside its steps.
+        packing_s: part of this time to pack and unpack tensors.
+    """
+    peak_gpu_bytes = 0
     if device.type != "cpu":
-        gpu = backend(device).max_memory_allocated(device)
+        peak_gpu_bytes = backend(device).max_memory_allocated(device)
         backend(device).reset_peak_memory_stats(device)
-    name = f"{socket.gethostname()}:{os.getpid()}"
-    # it also counts the process that this one was forked from
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    rss = _status_bytes("VmHWM") or most * (1 if sys.platform == "darwin" else 1024)
-    return Usage(name, time.process_time(), rss, gpu, _peak_here().take(), busy_s, packing_s)
+    return Usage(
+        process=f"{socket.gethostname()}:{os.getpid()}",
+        cpu_s=time.process_time(),
+        peak_rss_bytes=_peak_rss_bytes(),
+        peak_gpu_bytes=peak_gpu_bytes,
+        peak_anonymous_bytes=_peak_here().take(),
+        busy_s=busy_s,
+        packing_s=packing_s,
+    )
+
+
+def _peak_rss_bytes() -> int:
+    peak_bytes = _status_bytes("VmHWM")
+    if peak_bytes > 0:
+        return peak_bytes
+    # this also counts the process that this one was forked from
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    if sys.platform == "darwin":
+        return peak
+    return peak * 1024
 
 
 def bound_shapes() -> None:
-    """Bound what products leave in this process, before its first one.
+    """Bound the kernels that this process caches; must be called before its first product.
 
-    The libraries read the environment then. What a user has set there holds. Processes that are
-    started with `os.environ` have no bound: an export may have more shapes.
+    The libraries read the environment at the first product. Variables that the user has set are
+    kept. `os.environ` does not change, so child processes have no bound: an export may have more
+    shapes.
     """
-    for name in _SHAPES.keys() - os.environ.keys():
-        os.putenv(name, _SHAPES[name])
+    for name, value in _SHAPES.items():
+        if name not in os.environ:
+            os.putenv(name, value)
 
 
 def give_back() -> None:
-    """Return to the system what the C library keeps of freed memory.
+    """Return freed memory that the C library caches to the system.
 
-    So the next step's peak is its own.
+    Otherwise it would count in the peak of the next step.
     """
-    with contextlib.suppress(OSError, AttributeError):  # of another system, or another library
+    # other systems have no such library, and other C libraries no such function
+    with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def _status_bytes(field: str) -> int:
-    """Return what Linux says of this process's memory; 0 where it says nothing."""
-    lines = _STATUS.read_text().splitlines() if _STATUS.exists() else []
-    sizes = (line.split()[1] for line in lines if line.startswith(f"{field}:"))
-    return int(next(sizes, 0)) * 1024
+    """Return a size from Linux's status of this process; 0 if there is none."""
+    if not _STATUS.exists():
+        return 0
+    for line in _STATUS.read_text().splitlines():
+        if line.startswith(f"{field}:"):
+            size_kib = line.split()[1]
+            return int(size_kib) * 1024
+    return 0
 
 
 def versions() -> dict[str, str]:
     """Return the machine's kind and the versions that results of this process depend on."""
-    names = ("torch", "transformers", "ray", "numpy", "safetensors")
-    machine = {"python": platform.python_version(), "machine": platform.machine()}
-    own = {"ray_surgeon": ray_surgeon.__version__}
-    return own | machine | {name: version(name) for name in names}
+    found = {
+        "ray_surgeon": ray_surgeon.__version__,
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+    }
+    for name in ("torch", "transformers", "ray", "numpy", "safetensors"):
+        found[name] = version(name)
+    return found

@@ -1,4 +1,4 @@
-"""A wave of sequences on a worker: what it does with what comes from the shard before."""
+"""Steps of a worker that run a wave of sequences through its shard."""
 
 from __future__ import annotations
 
@@ -25,27 +25,26 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Labels:
-    """What the model is to say in a pass forward and backward; the text by default."""
+    """Targets of the predictions in a pass forward and backward; the text by default."""
 
     seed: int | None = None  # of labels drawn from the model itself (sampled Fisher)
-    # what the dense model says: name of the text as which its states of these sequences are kept
+    # name of the text under which the dense model's hidden states of the sequences are kept, whose
+    # predictions are the targets
     dense: str | None = None
-    # whether last shards keep the hidden states of the calibration, because the weights are the
-    # dense model's
+    # whether the last shards keep the hidden states of the calibration, because the weights are
+    # the dense model's
     remembers: bool = False
-    # whether this is a step of a training: one that goes wrong has a loss that is no number, and
-    # the training counts its steps itself
+    # whether this is a training step: its loss may be non-finite, and the training counts its
+    # steps itself
     is_step: bool = False
 
 
 Tokens: TypeAlias = NDArray[np.int64]
 """[num_sequences, sequence_length]."""
 Counts: TypeAlias = NDArray[np.bool_] | None
-"""[num_sequences, sequence_length], whether a token counts as something that is predicted; None if
-all do.
-"""
+"""[num_sequences, sequence_length], whether a token counts as a prediction; None if all do."""
 Only: TypeAlias = Sequence[int] | None
-"""Numbers of the sequences that are meant; None for all."""
+"""Numbers of the sequences to run; None for all."""
 
 
 class SequenceOfWave(NamedTuple):
@@ -53,25 +52,26 @@ class SequenceOfWave(NamedTuple):
 
     number: int
     tokens: Tensor  # [1, T]
-    counts: Tensor | None  # [1, T] bool, which tokens count; None for all
+    counts: Tensor | None  # [1, T] bool, whether a token counts; None if all do
 
 
 OfEach = Callable[[Worker, Tensor, SequenceOfWave], T]
-"""What is made of the hidden states [1, T, d] of a sequence before the head."""
+"""Turns the hidden states [1, T, d] of a sequence before the head into its result."""
 
 
 @dataclass(frozen=True)
 class Wave:
-    """Sequences that pass the shards together, as they travel to the last one."""
+    """Sequences that pass the shards together."""
 
     numbers: list[int]  # of the sequences
     tokens: Tokens  # [m, T]
     counts: Counts  # [m, T]
-    text: str | None  # as whose states those before the head are kept; None if they are not
-    of_teacher: bool = False  # whether they pass the teacher's blocks
+    # name under which the hidden states before the head are kept; None if they are not
+    text: str | None
+    of_teacher: bool = False  # whether the sequences pass the teacher's blocks
 
     def sequences(self, worker: Worker) -> Iterator[SequenceOfWave]:
-        """Yield the sequences."""
+        """Yield the sequences on the worker's device."""
         tokens = torch.split(worker.unpack(self.tokens), 1)
         counts: Iterable[Tensor | None] = [None] * len(tokens)
         if self.counts is not None:
@@ -81,37 +81,52 @@ class Wave:
 
 @dataclass(frozen=True)
 class Passage:
-    """Sequences of a text that pass the shards, and which of them and of their tokens are meant."""
+    """Sequences of a text that pass the shards."""
 
     tokens: Tokens
     counts: Counts = None
     only: Only = None
-    # as whose states those before the head are kept by the last shards of all replicas; None if
-    # they are not
+    # name under which the last shards of all replicas keep the hidden states before the head; None
+    # if they do not
     text: str | None = None
-    of_teacher: bool = False  # whether they pass the teacher's blocks, in the midst of another step
+    # whether the sequences pass the teacher's blocks, as part of another step
+    of_teacher: bool = False
 
     @property
     def numbers(self) -> list[int]:
-        """Numbers of those that pass."""
-        return list(range(len(self.tokens)) if self.only is None else self.only)
+        """Numbers of the sequences that pass."""
+        if self.only is None:
+            return list(range(len(self.tokens)))
+        return list(self.only)
 
     def waves(self, placement: Placement, stores: Stores) -> list[list[Wave]]:
-        """Return the waves of every replica; replicas take sequences in turns."""
+        """Return the waves of every replica; replicas take sequences in turn."""
         num_replicas = placement.num_replicas
-        own_stores = stores.of_teacher if self.of_teacher else stores
-        size = own_stores.wave_of(-(-len(self.numbers) // num_replicas), placement.num_shards)
-        own = [self.numbers[replica::num_replicas] for replica in range(num_replicas)]
-        return [[self._wave(mine[i : i + size]) for i in range(0, len(mine), size)] for mine in own]
+        if self.of_teacher:
+            stores = stores.of_teacher
+        num_sequences = -(-len(self.numbers) // num_replicas)
+        size = stores.wave_of(num_sequences, placement.num_shards)
+        waves: list[list[Wave]] = []
+        for replica in range(num_replicas):
+            numbers = self.numbers[replica::num_replicas]
+            starts = range(0, len(numbers), size)
+            waves.append([self._wave(numbers[start : start + size]) for start in starts])
+        return waves
 
     def _wave(self, numbers: list[int]) -> Wave:
-        counts = None if self.counts is None else self.counts[numbers]
-        return Wave(numbers, self.tokens[numbers], counts, self.text, self.of_teacher)
+        return Wave(
+            numbers=numbers,
+            tokens=self.tokens[numbers],
+            counts=None if self.counts is None else self.counts[numbers],
+            text=self.text,
+            of_teacher=self.of_teacher,
+        )
 
 
 def forward(worker: Worker, number: int, inputs: TensorPayload) -> TensorPayload:
-    """Run a wave forward: tokens [m, T] or hidden states [m, T, d] in, hidden states out."""
-    return worker.pack(torch.cat(worker.runner.forward(number, worker.unpack(inputs))))
+    """Run a wave forward, given tokens [m, T] or hidden states [m, T, d]; return hidden states."""
+    hidden = torch.cat(worker.runner.forward(number, worker.unpack(inputs)))
+    return worker.pack(hidden)
 
 
 def forward_backward(
@@ -120,34 +135,36 @@ def forward_backward(
     """Run a wave through the last shard and back.
 
     Args:
-        worker: with the last shard.
-        number: of the wave.
+        worker: holds the last shard.
+        number: number of the wave.
         inputs: tokens, if this is the only shard, or hidden states.
-        wave: what was to be predicted.
-        labels: what the model is to say.
+        wave: the sequences.
+        labels: targets of the predictions.
 
     Returns:
         The gradient at the inputs, empty if this is the only shard, and the loss of each sequence,
         summed over its tokens that count, in nats.
 
     Raises:
-        FloatingPointError: a loss is not finite, and no training may have made it so.
+        FloatingPointError: a loss is not finite, and this is not a training step.
     """
+    # hidden states at first; each is replaced by its gradient
     gradients = worker.runner.forward(number, worker.unpack(inputs))
-    of_each = list[Tensor]()
+    losses_of_each: list[Tensor] = []
     for i, sequence in enumerate(wave.sequences(worker)):
-        generator = dense = None
+        generator = None
         if labels.seed is not None:
             generator = torch.Generator().manual_seed(labels.seed + sequence.number)
+        dense = None
         if labels.dense is not None:
             dense = dense_state(worker, labels.dense, sequence.number)
         predicted = Predicted(sequence.tokens, sequence.counts, generator)
         loss, gradients[i], states = worker.runner.loss(gradients[i], predicted, dense)
         if wave.text is not None:
             keep_states(worker, wave.text, [sequence.number], [states])
-        of_each.append(loss)
+        losses_of_each.append(loss)
     gradient = _gradient_below(worker, worker.runner.backward(number, gradients))
-    losses = torch.cat(of_each).tolist()  # once all is launched
+    losses = torch.cat(losses_of_each).tolist()  # waits for the device, so it comes last
     for sequence_number, value in zip(wave.numbers, losses, strict=True):
         if not labels.is_step and not math.isfinite(value):
             raise FloatingPointError(
@@ -158,24 +175,32 @@ def forward_backward(
 
 
 def backward(worker: Worker, number: int, gradient: TensorPayload) -> TensorPayload:
-    """Run a wave backward: gradient at the outputs in, gradient at the inputs out.
+    """Run a wave backward, given the gradient at the outputs; return that at the inputs.
 
-    The first shard keeps its own.
+    The first shard returns an empty tensor.
     """
     gradients = list(torch.split(worker.unpack(gradient), 1))
     return _gradient_below(worker, worker.runner.backward(number, gradients))
 
 
 def _gradient_below(worker: Worker, gradients: list[Tensor]) -> TensorPayload:
-    return worker.pack(torch.cat(gradients) if worker.index.shard else torch.empty(0))
+    if worker.index.shard == 0:
+        return worker.pack(torch.empty(0))
+    return worker.pack(torch.cat(gradients))
 
 
-# Without gradients; all but the first run at the last shard
+# Without gradients; all but the first run on the last shard
 
 
-def infer(worker: Worker, number: int, inputs: TensorPayload, of_teacher: bool) -> TensorPayload:
-    """Run a wave: tokens or hidden states in, hidden states out."""
-    return worker.pack(torch.cat(_runner(worker, of_teacher).infer(worker.unpack(inputs))))
+def infer(
+    worker: Worker,
+    number: int,
+    inputs: TensorPayload,
+    of_teacher: bool,
+) -> TensorPayload:
+    """Run a wave without gradients, given tokens or hidden states; return hidden states."""
+    hidden = torch.cat(_runner(worker, of_teacher).infer(worker.unpack(inputs)))
+    return worker.pack(hidden)
 
 
 def _runner(worker: Worker, of_teacher: bool) -> BlockRunner:
@@ -188,29 +213,32 @@ def _runner(worker: Worker, of_teacher: bool) -> BlockRunner:
 def infer_each(
     worker: Worker, number: int, inputs: TensorPayload, wave: Wave, of_each: OfEach[T]
 ) -> tuple[TensorPayload, list[T]]:
-    """Run a wave up to the head.
-
-    Returns nothing that would go back, as `forward_backward` does, and what comes of each sequence.
+    """Run a wave up to the head, and compute a result for each sequence.
 
     Args:
-        worker: with the last shard.
-        number: of the wave.
+        worker: holds the last shard.
+        number: number of the wave.
         inputs: tokens [m, T] or hidden states [m, T, d].
         wave: the sequences.
-        of_each: what is made of one; see below.
+        of_each: computes the result of a sequence, e.g. `nll`.
+
+    Returns:
+        An empty tensor, in place of the gradient that `forward_backward` returns, and the results.
     """
     hidden = _runner(worker, wave.of_teacher).infer(worker.unpack(inputs))
     if wave.text is not None:
         keep_states(worker, wave.text, wave.numbers, hidden)
-    sequences = wave.sequences(worker)
-    results = [of_each(worker, h, sequence) for h, sequence in zip(hidden, sequences, strict=True)]
+    results: list[T] = []
+    for states, sequence in zip(hidden, wave.sequences(worker), strict=True):
+        results.append(of_each(worker, states, sequence))
     return worker.pack(torch.empty(0)), results
 
 
 def nll(worker: Worker, hidden: Tensor, sequence: SequenceOfWave) -> float:
     """Return a sequence's NLL in nats, summed over its tokens that count."""
-    head = worker.shard.head_weight
-    return float(next_token_loss(hidden, head, Predicted(sequence.tokens, sequence.counts))[0])
+    predicted = Predicted(sequence.tokens, sequence.counts)
+    loss, _ = next_token_loss(hidden, worker.shard.head_weight, predicted)
+    return float(loss)
 
 
 def logits(worker: Worker, hidden: Tensor, sequence: SequenceOfWave) -> TensorPayload:
@@ -224,7 +252,7 @@ def is_finite(worker: Worker, hidden: Tensor, sequence: SequenceOfWave) -> bool:
 
 
 class Compared(TypedDict, total=False):
-    """Sums of a sequence over the tokens that count, see `Comparison`."""
+    """Sums over the tokens of a sequence that count; see `Comparison`."""
 
     nll: float
     divergence: float
@@ -233,16 +261,31 @@ class Compared(TypedDict, total=False):
 
 
 def comparison(
-    worker: Worker, hidden: Tensor, sequence: SequenceOfWave, text: str, with_acceptance: bool
+    worker: Worker,
+    hidden: Tensor,
+    sequence: SequenceOfWave,
+    text: str,
+    with_acceptance: bool,
 ) -> Compared:
     """Compare the present model with the dense one on a sequence.
 
-    The worker has the dense model's states of the text. Acceptance and agreement are there if they
-    are wanted.
+    Args:
+        worker: keeps the dense model's states of the text.
+        hidden: hidden states [1, T, d] of the present model before the head.
+        sequence: the sequence.
+        text: name of the text.
+        with_acceptance: whether to compute acceptance and agreement; without, they are left out.
     """
-    _, tokens, counts = sequence
-    dense, own = dense_state(worker, text, sequence.number)
-    models = (hidden, dense, Predicted(tokens, counts), worker.shard.head_weight, own)
-    sums = compare_with_dense(*models, with_acceptance=with_acceptance)
-    values = {name: value for name, value in vars(sums).items() if value is not None}
-    return cast(Compared, dict(zip(values, torch.cat(list(values.values())).tolist(), strict=True)))
+    dense, dense_head = dense_state(worker, text, sequence.number)
+    sums = compare_with_dense(
+        hidden,
+        dense,
+        Predicted(sequence.tokens, sequence.counts),
+        worker.shard.head_weight,
+        dense_head,
+        with_acceptance=with_acceptance,
+    )
+    computed = {name: value for name, value in vars(sums).items() if value is not None}
+    # one transfer from the device for all of them
+    values = torch.cat(list(computed.values())).tolist()
+    return cast(Compared, dict(zip(computed, values, strict=True)))

@@ -1,15 +1,15 @@
-"""Weights and masks on workers: loaded from a checkpoint or a shot, and saved.
+"""Loads and saves the weights and masks of workers.
 
-Files are safetensors of bounded size, which replica 0 writes. A shard of any size is written a part
-at a time.
+Weights come from a checkpoint or a shot. Replica 0 writes them as safetensors files of bounded
+size, one file at a time, so that a shard of any size can be written.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from itertools import chain
 from typing import TypeVar
 
 import torch
@@ -30,12 +30,12 @@ from ray_surgeon.storage.sources import open_model
 
 T = TypeVar("T")
 _Tensors = Iterable[tuple[str, Tensor]]
-"""With their names in a file."""
+"""Tensors with their names in a file."""
 
 FILE_BYTES = 2**30
-"""Largest size of a file of weights, unless one tensor alone is larger.
+"""Largest size of a file of weights, unless a single tensor is larger.
 
-What it holds is in memory while it is written.
+The content of a file is in memory while it is written.
 """
 
 
@@ -47,12 +47,15 @@ class ModelRecipe:
     # (key, URI of its file) of the commit to continue from
     shot_files: tuple[tuple[str, str], ...] = ()
     scratch: ScratchNames = NO_SCRATCH
-    # of a teacher that is another model: its layout, and the blocks of every shard
+    # layout of a teacher that is another model, and the blocks of each of its shards
     teacher: tuple[ModelLayout, tuple[BlockRange, ...]] | None = None
 
     def part(self, worker: Worker) -> tuple[ModelLayout, BlockRange]:
-        """Return the layout of the model, and the blocks of it that a worker holds."""
-        layout, blocks = self.teacher or (worker.layout, worker.placement.blocks)
+        """Return the layout of the model and the blocks of it that a worker holds."""
+        if self.teacher is not None:
+            layout, blocks = self.teacher
+        else:
+            layout, blocks = worker.layout, worker.placement.blocks
         return layout, blocks[worker.index.shard]
 
 
@@ -60,8 +63,8 @@ def load(worker: Worker, recipe: ModelRecipe, by_element: bool, stores: Stores) 
     """Load a worker's weights and, when a run is resumed, its masks.
 
     Args:
-        worker: without weights, or with those of a teacher, which are freed.
-        recipe: where everything is; of a teacher, there are no masks.
+        worker: has no weights, or those of a teacher, which are freed.
+        recipe: where the weights and masks are; a teacher has no masks.
         by_element: whether masks are of elements, or of rows and columns.
         stores: where the weights and factors are kept.
 
@@ -69,50 +72,94 @@ def load(worker: Worker, recipe: ModelRecipe, by_element: bool, stores: Stores) 
         ValueError: the checkpoint cannot be read.
     """
     layout, blocks = recipe.part(worker)
-    index = worker.index
     if worker.scratch is not None:
         worker.scratch.close()
-    worker.scratch = scratch = Scratch(*recipe.scratch, f"{index.shard}-{index.replica}")
+    scratch = new_scratch(worker, recipe.scratch)
     scratch.remove_earlier()
-    dtype = getattr(torch, recipe.model.dtype)
-    worker.shard = ModelShard(layout, blocks, dtype, worker.device, stores, scratch)
+    worker.scratch = scratch
+    worker.shard = ModelShard(
+        layout=layout,
+        blocks=blocks,
+        dtype=getattr(torch, recipe.model.dtype),
+        device=worker.device,
+        stores=stores,
+        scratch=scratch,
+    )
     worker.runner = BlockRunner(worker.shard)
-    kind: type[StructuredMask] | type[ElementMask] = ElementMask if by_element else StructuredMask
-    parts = [part.name for part in fields(kind)] if recipe.shot_files else []
+    mask_type: type[StructuredMask] | type[ElementMask] = StructuredMask
+    if by_element:
+        mask_type = ElementMask
+    mask_parts: list[str] = []
+    if recipe.shot_files:
+        mask_parts = [part.name for part in fields(mask_type)]
     read, stays = reader_of(worker, recipe)
-    get = read
     if not stays:
-        names = [*worker.shard.wanted, *(f"{n}.{p}" for n in worker.shard.linears for p in parts)]
-        of_masks = {f"{s.name}.kept": (s.num_rows, s.num_columns) for s in layout.linears}
-        get = ReadAhead(read, names, {**layout.parameters, **of_masks})
-    worker.shard.load(get, stays=stays)
+        names = list(worker.shard.wanted)
+        for linear in worker.shard.linears:
+            names.extend(f"{linear}.{part}" for part in mask_parts)
+        read = ReadAhead(read, names, _shapes_of_files(layout))
+    worker.shard.load(read, stays=stays)
     if recipe.teacher is not None:
         if blocks.is_last:
             worker.state.dense_states.head = worker.shard.head_weight
         return
-    of_shot = filter(dict(recipe.shot_files).__contains__, worker.shard.weights.slot_of)
-    worker.shard.changed.update(dict.fromkeys(of_shot))
+    in_shot = dict(recipe.shot_files)
+    for name in worker.shard.weights.slot_of:
+        if name in in_shot:
+            worker.shard.changed[name] = None
+    _load_masks(worker, read, mask_type, mask_parts)
+
+
+def _load_masks(
+    worker: Worker,
+    read: Read,
+    mask_type: type[StructuredMask] | type[ElementMask],
+    parts: Sequence[str],
+) -> None:
+    """Read the given parts of all masks; without parts, masks keep everything."""
     for name in worker.shard.linears:
-        sizes = layout.shapes[name].num_rows, layout.shapes[name].num_columns
-        tensors = {part: get(f"{name}.{part}").to(torch.bool, copy=True) for part in parts}
-        worker.masks[name] = kind(**tensors) if parts else kind.full(*sizes)
+        if parts:
+            tensors = {part: read(f"{name}.{part}").to(torch.bool, copy=True) for part in parts}
+            worker.masks[name] = mask_type(**tensors)
+        else:
+            shape = worker.layout.shapes[name]
+            worker.masks[name] = mask_type.full(shape.num_rows, shape.num_columns)
+
+
+def new_scratch(worker: Worker, names: ScratchNames, suffix: str = "") -> Scratch:
+    """Return a scratch folder for a worker; `suffix` tells several of one worker apart."""
+    index = worker.index
+    return Scratch(
+        root=names.root,
+        run=names.run,
+        attempt=names.attempt,
+        worker=f"{index.shard}-{index.replica}{suffix}",
+    )
+
+
+def _shapes_of_files(layout: ModelLayout) -> dict[str, Sequence[int]]:
+    """Return the shapes of all parameters and element masks by their names in files."""
+    shapes: dict[str, Sequence[int]] = dict(layout.parameters)
+    for linear in layout.linears:
+        shapes[f"{linear.name}.kept"] = (linear.num_rows, linear.num_columns)
+    return shapes
 
 
 def reader_of(worker: Worker, recipe: ModelRecipe) -> tuple[Read, bool]:
-    """Return what reads a tensor by its name, and whether it goes on to at little cost."""
+    """Return a function that reads tensors by name, and whether later reads are cheap."""
     source = open_model(recipe.model)
     layout, _ = recipe.part(worker)
-    pruned_in = dict(recipe.shot_files)
+    uri_in_shot = dict(recipe.shot_files)
     read_dense = tensor_reader(layout, source.uri_of, source.read, source.origin)
 
     def read(name: str) -> Tensor:
-        if name in pruned_in:
-            return worker.shot_reader.read(pruned_in[name], name)
+        if name in uri_in_shot:
+            return worker.shot_reader.read(uri_in_shot[name], name)
         return read_dense(name)
 
     # stacked tensors are taken apart once, not whenever a block is read
     stays = source.is_local and not layout.family.sparse.stacked
-    return read, stays and all(map(files.is_local, set(pruned_in.values())))
+    return read, stays and all(map(files.is_local, set(uri_in_shot.values())))
 
 
 @dataclass(frozen=True)
@@ -128,17 +175,29 @@ class SavedFile:
 
 
 def save_shot(worker: Worker, folder: str) -> tuple[SavedFile, ...]:
-    """Write what the method changes: linears, or all that was trained, and the masks."""
-    get = worker.shard.tensor
-    weights = [((n, get(n)) for n in part) for part in _weight_parts(worker, changed_only=True)]
-    files_of: dict[str, Sequence[_Tensors]] = {"shard": weights, "masks": _mask_parts(worker)}
-    names = {f"{kind}-{worker.index.shard + 1:04d}": parts for kind, parts in files_of.items()}
-    return tuple(chain.from_iterable(_write_all(folder, *named) for named in names.items()))
+    """Write the masks and the weights that have changed: linears, or all that were trained."""
+    number = f"{worker.index.shard + 1:04d}"
+    parts = _weight_parts(worker, changed_only=True)
+    weights = [_named_tensors(worker.shard, names) for names in parts]
+    saved = [
+        *_write_all(folder, f"shard-{number}", weights),
+        *_write_all(folder, f"masks-{number}", _mask_parts(worker)),
+    ]
+    return tuple(saved)
 
 
-def save_tensors(folder: str, name: str, tensors: Mapping[str, Tensor]) -> tuple[SavedFile, ...]:
-    """Write tensors by name into one or more files, whose names begin with the one given."""
-    parts = _of_files([(item, item[1].nbytes) for item in tensors.items()])
+def _named_tensors(shard: ModelShard, names: Iterable[str]) -> _Tensors:
+    for name in names:
+        yield name, shard.tensor(name)
+
+
+def save_tensors(
+    folder: str,
+    name: str,
+    tensors: Mapping[str, Tensor],
+) -> tuple[SavedFile, ...]:
+    """Write tensors by name into one or more files, whose names begin with `name`."""
+    parts = _split_into_files([(item, item[1].nbytes) for item in tensors.items()])
     return tuple(_write_all(folder, name, parts))
 
 
@@ -149,21 +208,25 @@ def _write_all(folder: str, name: str, parts: Sequence[_Tensors]) -> Iterator[Sa
 
 
 def continue_from_shot(worker: Worker, saved: Sequence[SavedFile]) -> None:
-    """Let weights that are streamed from disk come from a committed shot's files.
+    """Stream weights that are kept on disk from the files of a committed shot from now on.
 
-    The files must be on this machine.
+    This needs all files on this machine; otherwise nothing changes.
     """
     weights = worker.shard.weights
-    are_here = all(files.is_local(file.uri) for file in saved)
-    if weights.kept.place == "disk" and are_here:
-        uri_of = {key: file.uri for file in saved for key in file.keys}
-        reader = tensor_files.Reader()
-        weights.continue_from(lambda name: reader.read(uri_of[name], name), uri_of)
-        worker.shot_reader.close()
+    if weights.kept.place != "disk":
+        return
+    if not all(files.is_local(file.uri) for file in saved):
+        return
+    uri_of: dict[str, str] = {}
+    for file in saved:
+        uri_of.update(dict.fromkeys(file.keys, file.uri))
+    reader = tensor_files.Reader()
+    weights.continue_from(lambda name: reader.read(uri_of[name], name), uri_of)
+    worker.shot_reader.close()
 
 
 def num_files(worker: Worker, masks: bool) -> tuple[int, int]:
-    """Return how many files `save_weights` writes, of weights and of masks."""
+    """Return how many files of weights and of masks `save_weights` writes."""
     num_masks = len(_mask_parts(worker)) if masks else 0
     return len(_weight_parts(worker, changed_only=False)), num_masks
 
@@ -180,51 +243,75 @@ def save_weights(
     """Write a shard's whole part of the model.
 
     Args:
-        worker: of the shard.
+        worker: holds the shard.
         folder: URI.
-        names: of the files of weights.
-        mask_names: of the files of masks; if there are none, pruned rows and columns are left out,
-            and with them tensors of which nothing is left.
-        left_out: names of other tensors to leave out.
-        stored: whether tensors are called as in the family's own checkpoints, or as they are here.
-        blocks: numbers of those that are written, in whose order they are numbered anew.
+        names: names of the files of weights.
+        mask_names: names of the files of masks. If there are none, pruned rows and columns are cut
+            out, and tensors that become empty are not written.
+        left_out: names of other tensors that are not written.
+        stored: whether tensors have the names of the family's checkpoints, or those used here.
+        blocks: numbers of the blocks to write, which are renumbered in this order.
     """
-    exported = _Exported(worker, blocks, cut_out=not mask_names, stored=stored)
-    names_of_parts = _weight_parts(worker, changed_only=False)
-    parts = [exported.tensors(n for n in part if n not in left_out) for part in names_of_parts]
-    parts += _mask_parts(worker) if mask_names else []
-    uris = (files.join(folder, name) for name in (*names, *mask_names))
-    return tuple(_write(uri, part) for uri, part in zip(uris, parts, strict=True))
+    exported = _Exported(
+        worker,
+        blocks=blocks,
+        left_out=left_out,
+        cut_out=not mask_names,
+        stored=stored,
+    )
+    parts: list[_Tensors] = []
+    for names_of_file in _weight_parts(worker, changed_only=False):
+        parts.append(exported.tensors(names_of_file))
+    if mask_names:
+        parts.extend(_mask_parts(worker))
+    saved: list[SavedFile] = []
+    for name, part in zip([*names, *mask_names], parts, strict=True):
+        saved.append(_write(files.join(folder, name), part))
+    return tuple(saved)
 
 
 class _Exported:
-    """The tensors of a shard as an export has them."""
+    """The tensors of a shard in the form in which they are exported."""
 
     def __init__(
-        self, worker: Worker, blocks: Sequence[int], *, cut_out: bool, stored: bool
+        self,
+        worker: Worker,
+        *,
+        blocks: Sequence[int],
+        left_out: Collection[str],
+        cut_out: bool,
+        stored: bool,
     ) -> None:
-        """Look up what is left of heads and of other parts, if pruned ones are cut out."""
+        """Find the remaining heads and experts, if pruned ones are cut out."""
         self._blocks = blocks
+        self._left_out = left_out
         self._shard = worker.shard
         self._masks = worker.masks if cut_out else {}
         layout = worker.layout
         self._stored = Stored(layout, worker.shard.blocks, self._masks, stored=stored)
-        # name of a tensor, or of a module, with an entry for each part -> which are left
+        # name of a tensor or module with one entry per head or expert -> which entries remain
         self._entries = dict(self._stored.entries)
-        per_head = layout.family.per_head if cut_out else ()
-        for groups in worker.group_sets if per_head else ():
-            if groups.kind == "attention":
-                columns = worker.mask(groups.consumer, StructuredMask).columns
-                of_heads = columns[groups.columns.flatten()].view(-1, layout.heads.head_dim)
-                prefix = layout.family.block_prefix(groups.block)
-                self._entries |= {prefix + name: of_heads.any(dim=1) for name in per_head}
+        if cut_out and layout.family.per_head:
+            self._add_heads(worker)
+
+    def _add_heads(self, worker: Worker) -> None:
+        layout = worker.layout
+        for groups in worker.group_sets:
+            if groups.kind != "attention":
+                continue
+            columns = worker.mask(groups.consumer, StructuredMask).columns
+            columns_of_heads = columns[groups.columns.flatten()].view(-1, layout.heads.head_dim)
+            remaining = columns_of_heads.any(dim=1)
+            prefix = layout.family.block_prefix(groups.block)
+            for name in layout.family.per_head:
+                self._entries[prefix + name] = remaining
 
     def tensors(self, names: Iterable[str]) -> _Tensors:
-        """Yield tensors, without what is cut out; see `Stored.whole`."""
+        """Yield tensors without the parts that are cut out; see `Stored.whole`."""
         layout = self._shard.layout
         written = {None, *self._blocks}
         for name in names:
-            if layout.block_of(name) in written:
+            if name not in self._left_out and layout.block_of(name) in written:
                 stored = layout.renumbered(self._stored.name(name), self._blocks)
                 yield stored, self._stored.whole(name, self._cut(name))
 
@@ -243,10 +330,10 @@ class _Exported:
 
 
 def _weight_parts(worker: Worker, *, changed_only: bool) -> list[list[str]]:
-    """Cut names of tensors into those of one file each, by sizes before anything is cut out.
+    """Return the names of the tensors in each file, by sizes before anything is cut out.
 
-    In whole models, those that checkpoints of the family keep in one tensor follow each other and
-    stay together. Replica 0 writes all of them.
+    In whole models, tensors that the family's checkpoints store as one stay together. Only
+    replica 0 writes weights.
     """
     if worker.index.replica:
         return []
@@ -254,41 +341,42 @@ def _weight_parts(worker: Worker, *, changed_only: bool) -> list[list[str]]:
     for name in worker.shard.saved(changed_only=changed_only):
         stored = name if changed_only else worker.layout.family.stored_in(name)
         units.setdefault(stored, []).append(name)
-    num_entries = {name: math.prod(shape) for name, shape in worker.layout.parameters.items()}
-    width = worker.shard.dtype.itemsize
-    sizes = [(unit, width * sum(num_entries[name] for name in unit)) for unit in units.values()]
-    return [list(chain.from_iterable(part)) for part in _of_files(sizes)]
+    element_bytes = worker.shard.dtype.itemsize
+    sizes: list[tuple[list[str], int]] = []
+    for unit in units.values():
+        num_entries = sum(math.prod(worker.layout.parameters[name]) for name in unit)
+        sizes.append((unit, element_bytes * num_entries))
+    parts: list[list[str]] = []
+    for units_of_file in _split_into_files(sizes):
+        parts.append(list(itertools.chain.from_iterable(units_of_file)))
+    return parts
 
 
 def _mask_parts(worker: Worker) -> list[list[tuple[str, Tensor]]]:
-    """Return the tensors of all masks by their names in files, those of one file each.
-
-    Replica 0 writes all of them.
-    """
+    """Return the named tensors of all masks, grouped by file; only replica 0 writes masks."""
     if worker.index.replica:
         return []
-    tensors = [
-        (f"{name}.{part}", tensor)
-        for name, mask in worker.masks.items()
-        for part, tensor in vars(mask).items()
-    ]
-    return _of_files([((name, tensor), tensor.numel()) for name, tensor in tensors])
+    sizes: list[tuple[tuple[str, Tensor], int]] = []
+    for name, mask in worker.masks.items():
+        for part, tensor in vars(mask).items():
+            sizes.append(((f"{name}.{part}", tensor), tensor.numel()))
+    return _split_into_files(sizes)
 
 
-def _of_files(sizes: Iterable[tuple[T, int]]) -> list[list[T]]:
-    """Put things of these sizes together as files hold them."""
+def _split_into_files(sizes: Iterable[tuple[T, int]]) -> list[list[T]]:
+    """Group items with sizes in bytes, in order, into files of at most `FILE_BYTES`."""
     parts: list[list[T]] = []
-    filled = 0
-    for thing, size in sizes:
-        if not parts or filled + size > FILE_BYTES:
+    filled_bytes = 0
+    for item, size_bytes in sizes:
+        if not parts or filled_bytes + size_bytes > FILE_BYTES:
             parts.append([])
-            filled = 0
-        parts[-1].append(thing)
-        filled += size
+            filled_bytes = 0
+        parts[-1].append(item)
+        filled_bytes += size_bytes
     return parts
 
 
 def _write(uri: str, tensors: _Tensors) -> SavedFile:
-    """Write tensors by name, but those of which nothing is left."""
+    """Write named tensors, except empty ones."""
     kept = {name: tensor for name, tensor in tensors if tensor.numel()}
     return SavedFile(uri, tensor_files.write(uri, kept), tuple(kept))

@@ -1,11 +1,11 @@
-"""Lets the model write token by token, while keys and values stay on workers.
+"""Lets the model write texts token by token, while keys and values stay on the workers.
 
-Texts that are written together all start at position 0, without padding. While a text's own prompt
-is not used up, the next token of the prompt is fed in place of the drawn one.
+Texts of a batch all start at position 0, without padding. While the prompt of a text lasts, its
+next token is fed in place of the drawn one.
 
-The texts depend on the model and on `GenerationRequest` alone: the draws of a text on the seed and
-its number, the texts of a batch on numbers and lengths, and the rows that are left out of a batch
-on tokens that are a fixed number of steps old. Shards, replicas and backends change nothing.
+The texts depend on the model and on `GenerationRequest` alone: draws depend on the seed and the
+number of the text, batches on the numbers and lengths of texts, and the rows that leave a batch on
+tokens that are a fixed number of steps old. Shards, replicas and backends change nothing.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import zip_longest
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -27,19 +28,19 @@ from ray_surgeon.runtime.worker import Worker
 from ray_surgeon.runtime.worker_state import TextBatch
 
 TEXTS_TOGETHER = 16
-"""Texts in a batch, at most, if they are long; weights are read once for all of them."""
+"""Largest number of long texts in a batch; weights are read once for all of them."""
 TOKENS_TOGETHER = 8192
-"""Tokens in a batch, at most, if texts are short and so more than these many are in it."""
+"""Largest number of tokens in a batch of more than `TEXTS_TOGETHER` short texts."""
 PREFILL_TOKENS = 1024
 """Tokens of prompts that pass the shards in one call."""
 _STEPS_IN_FLIGHT = 4
 """Steps that are submitted ahead of the tokens that have come back."""
 _FEWER_ROWS = 0.75
-"""Ended texts are left out of a batch when no more than this fraction of its rows still writes."""
+"""Ended texts leave a batch once at most this fraction of its rows is still being written."""
 
 
 def texts_together(length: int) -> int:
-    """Return how many texts of so many tokens are written together, at most."""
+    """Return the largest number of texts of `length` tokens that are written together."""
     return max(TEXTS_TOGETHER, TOKENS_TOGETHER // length)
 
 
@@ -47,31 +48,39 @@ def texts_together(length: int) -> int:
 class GenerationRequest:
     """Texts that the model is to write."""
 
-    prompts: tuple[tuple[int, ...], ...]  # one a text: tokens that stand before it, one or more
-    num_tokens: int  # of each text, at most, without its prompt
+    prompts: tuple[tuple[int, ...], ...]  # tokens before each text, at least one
+    num_tokens: int  # largest number of tokens of a text, without its prompt
     temperature: float = 1.0  # logits are divided by it; 0 takes the most likely token
     seed: int = 0  # of the draws
     ends: frozenset[int] = frozenset()  # a text ends with the first of these tokens
-    max_length: int = sys.maxsize  # tokens of a prompt and its text together, at most
-    num_together: int | None = None  # texts in a batch, at most; None: see `texts_together`
+    # largest number of tokens of a prompt and its text together
+    max_length: int = sys.maxsize
+    # largest number of texts in a batch; None: see `texts_together`
+    num_together: int | None = None
 
     def room(self, number: int) -> int:
-        """Return how many tokens a text may have."""
+        """Return the largest number of tokens that a text may have."""
         return max(0, min(self.num_tokens, self.max_length - len(self.prompts[number])))
 
     def num_steps(self, numbers: Sequence[int]) -> int:
-        """Return in how many steps a batch is written if no text ends before it must."""
-        lengths = {i: len(self.prompts[i]) for i in numbers}
-        return max(lengths[i] + self.room(i) for i in numbers) - min(lengths.values())
+        """Return the number of steps of a batch if no text ends early."""
+        return self._longest(numbers) - min(len(self.prompts[i]) for i in numbers)
+
+    def _longest(self, numbers: Sequence[int]) -> int:
+        """Return the largest number of tokens of a prompt and its text."""
+        return max(len(self.prompts[i]) + self.room(i) for i in numbers)
 
     def batches(self) -> list[list[int]]:
-        """Return the numbers of the texts of each batch: nearly equally many, of similar length."""
-        lengths = [len(prompt) for prompt in self.prompts]
-        numbers = sorted((i for i in range(len(lengths)) if self.room(i)), key=lengths.__getitem__)
+        """Return the numbers of the texts of each batch.
+
+        Batches have nearly equal numbers of texts, which are of similar length.
+        """
+        numbers = [i for i in range(len(self.prompts)) if self.room(i)]
         if not numbers:
             return []
-        longest = max(lengths[i] + self.room(i) for i in numbers)
-        num_batches = -(-len(numbers) // (self.num_together or texts_together(longest)))
+        numbers.sort(key=lambda i: len(self.prompts[i]))
+        num_together = self.num_together or texts_together(self._longest(numbers))
+        num_batches = -(-len(numbers) // num_together)
         return [part.tolist() for part in np.array_split(np.array(numbers), num_batches)]
 
 
@@ -96,12 +105,12 @@ def write_on(
 
     Args:
         worker: with the shard.
-        batch: its number.
+        batch: number of the batch.
         inputs: tokens [m, n] for the first shard, hidden states [m, n, d] for others.
-        rows: the rows of the batch that go on from here; None: all.
+        rows: the rows of the batch that continue; None for all.
 
     Returns:
-        Hidden states [m, n, d], from the last shard the tokens [m, 1] that follow.
+        Hidden states [m, n, d]; from the last shard the next tokens [m, 1].
     """
     text = worker.state.writing[batch]
     received = worker.unpack(inputs)
@@ -129,27 +138,33 @@ def write_texts(cluster: Cluster, wanted: GenerationRequest) -> list[NDArray[np.
 
     Args:
         cluster: with loaded workers.
-        wanted: prompts and what is to follow them.
+        wanted: the prompts, and how to continue them.
 
     Returns:
-        For each prompt what follows it, int64 tokens up to and including the first of `ends`; no
-        tokens if its prompt leaves no room.
+        The continuation of each prompt: int64 tokens up to and including the first of `ends`; no
+        tokens if the prompt leaves no room.
     """
     writer = _Writer(cluster, wanted, [[] for _ in wanted.prompts])
     batches = wanted.batches()
     waiting = iter(enumerate(batches))
-
-    def write_waiting(replica: int) -> Iterator[int]:
-        for batch, numbers in waiting:
-            yield from writer.write(batch, numbers, replica)
-
-    # so many batches at once keep all workers busy
+    # one batch per worker at a time keeps all workers busy
     num_slots = min(len(batches), len(cluster.placement.workers))
-    slots = [write_waiting(slot % cluster.placement.num_replicas) for slot in range(num_slots)]
+    slots: list[Iterator[int]] = []
+    for slot in range(num_slots):
+        replica = slot % cluster.placement.num_replicas
+        slots.append(writer.write_batches(waiting, replica))
     cluster.progress.begin(sum(map(wanted.num_steps, batches)), "tokens")
     for steps in zip_longest(*slots, fillvalue=0):
         cluster.progress.reach(cluster.progress.done + sum(steps))
     return [np.array(text, dtype=np.int64) for text in writer.texts]
+
+
+class _Step(NamedTuple):
+    """A submitted step of a batch."""
+
+    numbers: list[int]  # of the texts
+    position: int  # of the tokens that the step returns
+    tokens: Future[TensorPayload]  # [m, 1]
 
 
 @dataclass(frozen=True)
@@ -160,62 +175,95 @@ class _Writer:
     wanted: GenerationRequest
     texts: list[list[int]]  # tokens of every text that have come so far
 
-    def write(self, batch: int, numbers: list[int], replica: int) -> Iterator[int]:
-        """Write a batch of the texts with these numbers, and yield how many of its steps are done.
+    def write_batches(
+        self, waiting: Iterator[tuple[int, list[int]]], replica: int
+    ) -> Iterator[int]:
+        """Write waiting batches one after the other, until none is left; see `write`."""
+        for batch, numbers in waiting:
+            yield from self.write(batch, numbers, replica)
 
-        It is written step by step, on one replica.
+    def write(self, batch: int, numbers: list[int], replica: int) -> Iterator[int]:
+        """Write a batch on one replica, step by step.
+
+        Args:
+            batch: number of the batch.
+            numbers: numbers of its texts.
+            replica: which replica writes it.
+
+        Yields:
+            Number of steps that were done since the last time.
         """
         cluster = self.cluster
-        workers = [WorkerIndex(shard, replica) for shard in range(cluster.placement.num_shards)]
-
-        def pass_on(
-            inputs: Future[TensorPayload], rows: list[int] | None = None
-        ) -> Future[TensorPayload]:
-            for worker in workers:
-                inputs = cluster.submit(worker, write_on, batch, value_of(inputs), rows)
-            return inputs
-
+        num_shards = cluster.placement.num_shards
+        workers = [WorkerIndex(shard, replica) for shard in range(num_shards)]
         own = replace(self.wanted, prompts=tuple(self.wanted.prompts[i] for i in numbers))
         cluster.get([cluster.submit(worker, begin, batch, numbers, own) for worker in workers])
         shortest = min(map(len, own.prompts))
-        tokens = np.array([prompt[:shortest] for prompt in own.prompts], dtype=np.int64)
-        size = max(1, PREFILL_TOKENS // len(numbers))
-        *pieces, inputs = [at_hand(tokens[:, i : i + size]) for i in range(0, shortest, size)]
-        for piece in pieces:
-            pass_on(piece)
-        # numbers of the texts, position of the tokens that come of a step, and these [m, 1]
-        in_flight = deque[tuple[list[int], int, Future[TensorPayload]]]()
+        inputs = self._prefill(workers, batch, own.prompts)
+        in_flight = deque[_Step]()
         steps_left = self.wanted.num_steps(numbers)
         for position in range(shortest, shortest + steps_left):
-            if not (rows := self._writing(numbers)):
+            rows = self._rows_left(numbers)
+            if not rows:
                 break
-            leaves_out = len(rows) <= _FEWER_ROWS * len(numbers)
-            if leaves_out:
+            if len(rows) <= _FEWER_ROWS * len(numbers):
                 numbers = [numbers[row] for row in rows]
-            inputs = pass_on(inputs, rows if leaves_out else None)
-            in_flight.append((numbers, position, inputs))
+                inputs = self._pass(workers, batch, inputs, rows)
+            else:
+                inputs = self._pass(workers, batch, inputs)
+            in_flight.append(_Step(numbers, position, inputs))
             if len(in_flight) > _STEPS_IN_FLIGHT:
-                self._take(*in_flight.popleft())
+                self._take(in_flight.popleft())
             steps_left -= 1
             yield 1
-        while in_flight and self._writing(numbers):
-            self._take(*in_flight.popleft())
+        while in_flight and self._rows_left(numbers):
+            self._take(in_flight.popleft())
             yield 0
         cluster.get([cluster.submit(worker, end, batch) for worker in workers])
         yield steps_left
 
-    def _writing(self, numbers: list[int]) -> list[int]:
-        """Return the rows of a batch that have not ended."""
+    def _prefill(
+        self, workers: list[WorkerIndex], batch: int, prompts: Sequence[Sequence[int]]
+    ) -> Future[TensorPayload]:
+        """Submit the tokens before the end of the shortest prompt, piece by piece.
+
+        Returns:
+            The last piece, which is not submitted, because its step has the first new tokens.
+        """
+        shortest = min(map(len, prompts))
+        tokens = np.array([prompt[:shortest] for prompt in prompts], dtype=np.int64)
+        size = max(1, PREFILL_TOKENS // len(prompts))
+        *pieces, last = [at_hand(tokens[:, i : i + size]) for i in range(0, shortest, size)]
+        for piece in pieces:
+            self._pass(workers, batch, piece)
+        return last
+
+    def _pass(
+        self,
+        workers: list[WorkerIndex],
+        batch: int,
+        inputs: Future[TensorPayload],
+        rows: list[int] | None = None,
+    ) -> Future[TensorPayload]:
+        """Submit a step of a batch to all shards in turn; see `write_on`."""
+        for worker in workers:
+            inputs = self.cluster.submit(worker, write_on, batch, value_of(inputs), rows)
+        return inputs
+
+    def _rows_left(self, numbers: list[int]) -> list[int]:
+        """Return the rows of a batch whose texts have not ended."""
         return [row for row, number in enumerate(numbers) if not self._has_ended(number)]
 
     def _has_ended(self, number: int) -> bool:
-        """Whether what was written so far of a text is all of it."""
         text = self.texts[number]
-        return len(text) == self.wanted.room(number) or not self.wanted.ends.isdisjoint(text[-1:])
+        if len(text) == self.wanted.room(number):
+            return True
+        return bool(text) and text[-1] in self.wanted.ends
 
-    def _take(self, numbers: list[int], position: int, payload: Future[TensorPayload]) -> None:
-        """Add the tokens of a step to the texts that have not ended."""
-        (tokens,) = self.cluster.get([payload])
-        for number, token in zip(numbers, tokens[:, 0].tolist(), strict=True):
-            if position >= len(self.wanted.prompts[number]) and not self._has_ended(number):
+    def _take(self, step: _Step) -> None:
+        """Wait for the tokens of a step, and add them to the texts that have not ended."""
+        (tokens,) = self.cluster.get([step.tokens])
+        for number, token in zip(step.numbers, tokens[:, 0].tolist(), strict=True):
+            is_in_prompt = step.position < len(self.wanted.prompts[number])
+            if not is_in_prompt and not self._has_ended(number):
                 self.texts[number].append(token)
