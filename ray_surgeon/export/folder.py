@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
 
+from ray_surgeon.memory.transfers import backend
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.models.loss import perplexity_of
 from ray_surgeon.models.pruned_config import blocks_left
@@ -26,9 +27,10 @@ from ray_surgeon.plan.device_resources import available_bytes
 from ray_surgeon.runtime import fresh_process
 from ray_surgeon.runtime.cluster import Cluster
 from ray_surgeon.runtime.collectives import decode
-from ray_surgeon.runtime.fresh_process import Reply, Request, run_on_worker
+from ray_surgeon.runtime.fresh_process import Reply, Request
 from ray_surgeon.runtime.passes import logits
 from ray_surgeon.runtime.weights import num_files, save_weights
+from ray_surgeon.runtime.worker import Worker
 from ray_surgeon.spec.sections import ModelSection
 from ray_surgeon.storage import files
 from ray_surgeon.storage.sources import goes_along, open_model
@@ -230,6 +232,23 @@ def local_folder(uri: str, *, weights: bool = True) -> Iterator[tuple[Path, Path
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
                 files.download(files.join(uri, name), folder / name)
         yield folder, scratch
+
+
+def run_on_worker(
+    worker: Worker,
+    module: str,
+    request: Request,
+    offline: bool = True,
+) -> Reply:
+    """Run a module in a process beside a worker; see `run_module`.
+
+    The process sees the worker's GPU alone, or no GPU if the worker computes on a CPU.
+    """
+    if worker.device.type == "cpu":
+        return fresh_process.run_module(module, request, offline, "")
+    # the other process cannot use freed memory that torch keeps in its cache
+    backend(worker.device).empty_cache()
+    return fresh_process.run_module(module, request, offline, worker.gpu)
 
 
 def run_beside(cluster: Cluster, module: str, request: Request, offline: bool = True) -> Reply:

@@ -7,7 +7,7 @@ import threading
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -17,10 +17,7 @@ from torch import Tensor
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from ray_surgeon.memory.transfers import Transfers, transfers
-
-if TYPE_CHECKING:
-    from ray_surgeon.runtime.worker import Worker
-
+from ray_surgeon.runtime.placement import Placement, WorkerIndex
 
 _NO_LIMIT = timedelta(days=365)
 
@@ -172,26 +169,35 @@ class ProcessReplica(ReplicaGroup):
     silent one is found by the coordinator's pings.
     """
 
-    def __init__(self, worker: Worker, address: str, timeout_s: float) -> None:
+    def __init__(
+        self,
+        placement: Placement,
+        index: WorkerIndex,
+        device_type: str,
+        *,
+        address: str,
+        timeout_s: float,
+    ) -> None:
         """Join the world of all workers, and create one group per shard.
 
         Args:
-            worker: the worker of this process.
+            placement: of all workers.
+            index: which of them this is.
+            device_type: "cpu", or another one with NCCL.
             address: ``host:port`` of the store that worker 0 has opened; see `open_meeting`.
             timeout_s: limit of the time of a collective after all replicas have joined it.
 
         Raises:
             CollectiveError: not all workers have joined within `timeout_s`.
         """
-        self.rank = worker.index.replica
-        placement = worker.placement
+        self.rank = index.replica
         size = len(placement.workers)
         num_shards = placement.num_shards
         # ranks of the replicas of each shard
         shards = [list(range(shard, size, num_shards)) for shard in range(num_shards)]
         timeout = timedelta(seconds=timeout_s)
-        backend = "gloo" if worker.device.type == "cpu" else "nccl"
-        rank = placement.workers.index(worker.index)
+        backend = "gloo" if device_type == "cpu" else "nccl"
+        rank = placement.workers.index(index)
         host, _, port = address.rpartition(":")
         try:
             meeting = TCPStore(host, int(port), is_master=False, timeout=timeout)
@@ -201,8 +207,8 @@ class ProcessReplica(ReplicaGroup):
         # another worker is lost before all have joined
         except RuntimeError as error:
             raise CollectiveError(f"workers could not connect to each other: {error}") from error
-        self._group = groups[worker.index.shard]
-        self._meeting = meetings[worker.index.shard]
+        self._group = groups[index.shard]
+        self._meeting = meetings[index.shard]
 
     def reduce(self, tensor: Tensor, owner: int) -> None:
         """Sum to the owner."""

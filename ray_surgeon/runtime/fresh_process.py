@@ -11,13 +11,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
-
-from ray_surgeon.memory.transfers import backend
-
-if TYPE_CHECKING:  # the processes that read requests need no workers
-    from ray_surgeon.runtime.worker import Worker
-
+from typing import Any
 
 Request = Mapping[str, Any]
 Reply = dict[str, Any]
@@ -65,20 +59,3 @@ def run_module(
         last_lines = "\n".join(done.stderr.strip().splitlines()[-5:])
         raise RuntimeError(last_lines or f"{module} ended with exit code {done.returncode}")
     return dict(json.loads(done.stdout.strip().splitlines()[-1]))
-
-
-def run_on_worker(
-    worker: Worker,
-    module: str,
-    request: Request,
-    offline: bool = True,
-) -> Reply:
-    """Run a module in a process beside a worker; see `run_module`.
-
-    The process sees the worker's GPU alone, or no GPU if the worker computes on a CPU.
-    """
-    if worker.device.type == "cpu":
-        return run_module(module, request, offline, "")
-    # the other process cannot use freed memory that torch keeps in its cache
-    backend(worker.device).empty_cache()
-    return run_module(module, request, offline, worker.gpu)

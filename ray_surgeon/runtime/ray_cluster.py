@@ -293,4 +293,10 @@ def _open_meeting(worker: Worker) -> str:
 
 def _join_replicas(worker: Worker, address: str, timeout_s: float) -> None:
     """Let a worker join the process group of all workers; see `ProcessReplica`."""
-    worker.replicas = ProcessReplica(worker, address, timeout_s)
+    worker.replicas = ProcessReplica(
+        worker.placement,
+        worker.index,
+        worker.device.type,
+        address=address,
+        timeout_s=timeout_s,
+    )

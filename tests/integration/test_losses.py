@@ -14,13 +14,11 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import psutil
 import pytest
 import ray
-import torch
 from ray import cloudpickle
 from ray._raylet import GcsClient  # type: ignore[attr-defined]
 from ray.cluster_utils import Cluster
@@ -510,13 +508,11 @@ def test_what_does_not_answer_is_a_worker_or_its_machine(
 @pytest.mark.parametrize("opened", [True, False])
 def test_replicas_that_do_not_meet(opened: bool) -> None:
     """Because another one is lost before it comes, or before it has opened the meeting."""
-    worker: Any = SimpleNamespace(
-        index=WorkerIndex(0, 1), placement=place(LAYOUTS["llama"], 1, 2), device=torch.device("cpu")
-    )
+    placement = place(LAYOUTS["llama"], 1, 2)
     meeting = open_meeting("127.0.0.1")
     address = f"127.0.0.1:{meeting.port if opened else 1}"
     with pytest.raises(CollectiveError, match="could not connect to each other"):
-        ProcessReplica(worker, address, 0.5)
+        ProcessReplica(placement, WorkerIndex(0, 1), "cpu", address=address, timeout_s=0.5)
 
 
 @pytest.mark.chaos

@@ -42,12 +42,9 @@ TIMEOUT_S = 1.0
 
 
 def replica(rank: int, address: str, device: str = "cpu") -> ProcessReplica:
-    worker: Any = SimpleNamespace(
-        index=WorkerIndex(0, rank),
-        placement=place(LAYOUTS["llama"], 1, 2),
-        device=torch.device(device),
-    )
-    return ProcessReplica(worker, address, TIMEOUT_S)
+    placement = place(LAYOUTS["llama"], 1, 2)
+    index = WorkerIndex(0, rank)
+    return ProcessReplica(placement, index, device, address=address, timeout_s=TIMEOUT_S)
 
 
 def reduced(rank: int, address: str, what_happens: str, says: Any) -> None:

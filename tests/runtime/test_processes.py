@@ -14,6 +14,7 @@ from unittest.mock import Mock, call
 import pytest
 import torch
 
+from ray_surgeon.export import folder
 from ray_surgeon.report.events import largest_of_processes
 from ray_surgeon.runtime import fresh_process
 from ray_surgeon.runtime.usage import Usage
@@ -35,7 +36,7 @@ def test_a_process_beside_a_worker_on_a_cpu_sees_no_gpu(
     emptied = Mock()
     monkeypatch.setattr(torch.cuda, "empty_cache", emptied)
     worker: Any = SimpleNamespace(device=torch.device(device), gpu=gpu)
-    fresh_process.run_on_worker(worker, "module", {})
+    folder.run_on_worker(worker, "module", {})
     assert run_module.call_args_list == [call("module", {}, True, seen)]
     assert emptied.called == (device != "cpu")
 
