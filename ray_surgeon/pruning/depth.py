@@ -138,13 +138,13 @@ class Depth(Stage):
             enough = _PRICE_MARGIN * min(map(price, candidates))
             cheap = [layer for layer in candidates if price(layer) <= enough]
             wanted = cheap or wanted
-        taken = set[Layer]()
+        measured = set[Layer]()
         while wanted:
             scores.update(self._costs(run, wanted))
-            taken.update(wanted)
-            lowest = min(map(price, taken))
-            wanted = [x for x in candidates if x not in taken and price(x) < lowest]
-        return min(taken, key=price)
+            measured.update(wanted)
+            lowest = min(map(price, measured))
+            wanted = [x for x in candidates if x not in measured and price(x) < lowest]
+        return min(measured, key=price)
 
     def _costs(self, run: RunState, layers: Sequence[Layer]) -> dict[Layer, float]:
         """Return the cost of the removal of each layer, in the unit of the section's `costs`."""
@@ -159,8 +159,8 @@ class Depth(Stage):
             return {layer: of_blocks[layer.block] for layer in layers}
         sums = passes.sums_without_each(run.cluster, run.text, layers)
         divergences, losses = sums.unbind(dim=1)
-        measured = losses if kind == "loss" else divergences
-        with_all, *without = measured.tolist()
+        values = losses if kind == "loss" else divergences
+        with_all, *without = values.tolist()
         costs = dict[Layer, float]()
         for layer, value in zip(layers, without, strict=True):
             costs[layer] = value - with_all
