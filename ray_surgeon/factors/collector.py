@@ -1,8 +1,8 @@
 """The curvature pass: A and G of every linear, and further Kronecker terms of extended KFAC.
 
 Hooks in the shards gather A and G, which are summed over replicas to their owners. Further terms
-come of power iterations after that. Each is a forward and backward pass: one for A with G held, the
-next for G with A held. Source: docs/method.md, section 1.
+are found by power iterations after that. Each iteration is a forward and backward pass: one for A
+with G fixed, the next for G with A fixed. Source: docs/method.md, section 1.
 """
 
 from __future__ import annotations
@@ -33,40 +33,52 @@ from ray_surgeon.spec.curvature import ExtendedKfacSection
 
 
 class SumsBeside:
-    """What a pass sums beside A and G: here nothing; see `Method`."""
+    """The sums of a pass beside A and G; this base class sums nothing. See `Method`."""
 
-    options: ClassVar[Mapping[str, bool]] = {}  # of `ModelShard.start_curvature`
+    options: ClassVar[Mapping[str, bool]] = {}  # keyword arguments of `ModelShard.start_curvature`
 
     def num_changes(self, layout: ModelLayout) -> int:
-        """Return how many changes of a block's output are computed for a token."""
+        """Return the number of changes of a block's output that are computed for a token."""
         return 0
 
     def weigh(self, worker: Worker, factor: float) -> None:
-        """Multiply what follows from gradients by a factor, likewise for the tokens that count."""
+        """Multiply the sums that follow from gradients by a factor; see `weigh_gradients`."""
 
     def reduce(self, worker: Worker) -> None:
         """Sum over the replicas to the owners; every replica calls this."""
 
 
-def start_pass(worker: Worker, kind: str, only: frozenset[str] | None, beside: SumsBeside) -> None:
+def start_pass(
+    worker: Worker,
+    kind: str,
+    only: frozenset[str] | None,
+    beside: SumsBeside,
+) -> None:
     """Start gathering; see `ModelShard.start_curvature`."""
     worker.shard.start_curvature(kind, only=only, **beside.options)
 
 
 def not_finite(worker: Worker) -> list[str]:
-    """Return the linears of this shard whose inputs in the pass were not finite, one of each A."""
+    """Return the linears of this shard whose inputs in the pass were not finite.
+
+    Of linears that share an A, only the first is returned.
+    """
     store = worker.shard.factor_store
-    gathered = [group for group in worker.shard.gathering if group.key_of_A in store]
-    return [g.names[0] for g in gathered if not store.get(g.key_of_A).isfinite().all()]
+    names = list[str]()
+    for group in worker.shard.gathering:
+        if group.key_of_A in store and not store.get(group.key_of_A).isfinite().all():
+            names.append(group.names[0])
+    return names
 
 
 def weigh_gradients(worker: Worker, factor: float, beside: SumsBeside) -> None:
-    """Multiply all sums of gradients by a factor: G, and what is summed beside."""
+    """Multiply all sums of gradients by a factor: G, and the sums beside."""
     store = worker.shard.factor_store
-    for key in (key for group in worker.shard.gathering for key in group.keys_of_G.values()):
-        total = store.on_device(key)
-        total.mul_(factor)
-        store.put(key, total)
+    for group in worker.shard.gathering:
+        for key in group.keys_of_G.values():
+            total = store.on_device(key)
+            total.mul_(factor)
+            store.put(key, total)
     beside.weigh(worker, factor)
 
 
@@ -82,7 +94,8 @@ def finish_curvature(worker: Worker, beside: SumsBeside) -> None:
     if worker.placement.num_replicas == 1:
         return
     beside.reduce(worker)
-    num_tokens = torch.tensor([group.num_tokens for group in shard.gathering], device=worker.device)
+    numbers = [group.num_tokens for group in shard.gathering]
+    num_tokens = torch.tensor(numbers, device=worker.device)
     worker.replicas.reduce(num_tokens, 0)
     worker.replicas.broadcast(num_tokens, 0)
     for group, number in zip(shard.gathering, num_tokens.tolist(), strict=True):
@@ -105,14 +118,15 @@ class WantedFactors:
     """The factors that a curvature pass gathers."""
 
     kind: str = "kfac"
-    """See `ModelShard.start_curvature`; ``activations`` and ``identity`` need no backward pass"""
+    """See `ModelShard.start_curvature`; ``activations`` and ``identity`` need no backward pass."""
     label_seed: int | None = None
-    """See `Labels`"""
+    """See `Labels`."""
     only: frozenset[str] | None = None
-    """See `ModelShard.start_curvature`"""
+    """See `ModelShard.start_curvature`."""
     num_backward: int | None = None
-    """Number of sequences that pass backward, too; None for all. G is the sum over these, scaled to
-    the number of all sequences
+    """Number of sequences that also pass backward; None for all.
+
+    G is the sum over these, scaled to the number of all sequences.
     """
 
 
@@ -128,22 +142,22 @@ def gather_curvature(
     beside: SumsBeside = NOTHING_BESIDE,
     remembers: bool = False,
 ) -> float:
-    """Run every calibration sequence through the model and gather A and G where they belong.
+    """Run every calibration sequence through the model and gather A and G at their owners.
 
     A is of all N tokens that pass, G of the loss of the M tokens that count. The mean loss of those
     M has the curvature ``1/M sum_t g_t g_t^T (x) a_t a_t^T``, with g_t the gradient of the summed
-    loss at every position t that passes, counted or not. As if gradients and activations were
-    independent, that is ``(1/M sum g g^T) (x) (1/N sum a a^T)``. Factors are sums that are divided
-    by N, so G is multiplied by the number of tokens that are predicted over the number of those
+    loss at every position t that passes, counted or not. If gradients and activations are taken as
+    independent, it is ``(1/M sum g g^T) (x) (1/N sum a a^T)``. Factors are sums that are divided by
+    N later, so G is multiplied by the number of tokens that are predicted over the number of those
     that count, and costs are in nats per token that counts.
 
     Args:
         cluster: with loaded workers.
         sequences: [num_sequences, sequence_length] tokens.
         wanted: which factors are gathered, and how.
-        counts: [num_sequences, sequence_length], whether a token counts as something that is
+        counts: [num_sequences, sequence_length] bool, whether a token counts in the loss when it is
             predicted; None if all do.
-        beside: what is summed beside A and G.
+        beside: further sums of the pass.
         remembers: whether last shards keep the hidden states of these sequences, because the
             weights are the dense model's.
 
@@ -156,45 +170,50 @@ def gather_curvature(
         FloatingPointError: a loss or a hidden state is not finite; names the first linear whose
             inputs are not.
     """
-    count = wanted.num_backward or len(sequences)
+    num_backward = wanted.num_backward or len(sequences)
     if wanted.kind in ("activations", "identity"):
-        count = 0
-    both = drawn(len(sequences), count)
+        num_backward = 0
+    both = drawn(len(sequences), num_backward)
     measured = both or range(len(sequences))
     num_tokens = passes.num_counted(sequences, counts, measured)
     if not num_tokens:
-        problem = f"in none of the {len(measured)} sequences whose loss is taken a token counts"
-        remedy = "use longer ones, or more, or raise curvature.num_backward"
-        raise ValueError(f"calibration: {problem}; {remedy}")
+        raise ValueError(
+            f"calibration: in none of the {len(measured)} sequences whose loss is taken a "
+            "token counts; use longer ones, or more, or raise curvature.num_backward"
+        )
     cluster.run_all(start_pass, wanted.kind, wanted.only, beside)
     remembered = CALIBRATION if remembers else None
     try:
         if both:
             labels = Labels(wanted.label_seed, remembers=remembers)
             losses = forward_and_backward(cluster, sequences, labels, only=both, counts=counts)
-            if rest := sorted(set(range(len(sequences))) - set(both)):
+            rest = sorted(set(range(len(sequences))) - set(both))
+            if rest:
                 whose = "the calibration sequences"
                 passes.pass_up_to_the_head(cluster, sequences, rest, remembered, whose)
         else:
             losses = passes.sequence_losses(cluster, sequences, counts, remembered)
-        if both and passes.num_counted(sequences) != num_tokens:
-            cluster.run_all(weigh_gradients, passes.num_counted(sequences) / num_tokens, beside)
+        num_predicted = passes.num_counted(sequences)
+        if both and num_predicted != num_tokens:
+            cluster.run_all(weigh_gradients, num_predicted / num_tokens, beside)
         total = passes.finite("the loss of the calibration sequences", sum(losses))
     except FloatingPointError as error:
         reason = getattr(error, "cause", error)  # unwrapped from Ray's task error
-        first = next(chain(*cluster.run_all(not_finite)), "the head")
+        names = list(chain.from_iterable(cluster.run_all(not_finite)))
+        first = names[0] if names else "the head"
         raise FloatingPointError(f"{reason}; inputs are not finite from {first} on") from error
     cluster.run_all(finish_curvature, beside)
     return total / num_tokens
 
 
 def drawn(num_sequences: int, count: int) -> list[int]:
-    """Return the numbers of `count` sequences, drawn without regard to their texts.
+    """Return the sorted numbers of `count` sequences, drawn without regard to their texts.
 
-    Every text of a mix has its share by chance. All sequences are returned if `count` is their
+    Every text of a mix has its share in expectation. All sequences are returned if `count` is their
     number or more.
     """
-    return sorted(np.random.default_rng(0).permutation(num_sequences)[:count].tolist())
+    drawing = np.random.default_rng(0)
+    return sorted(drawing.permutation(num_sequences)[:count].tolist())
 
 
 # Further Kronecker terms
@@ -203,7 +222,10 @@ def drawn(num_sequences: int, count: int) -> list[int]:
 def _add_moments(
     power: PowerIteration, side: int, name: str, inputs: Tensor, gradients: Tensor
 ) -> None:
-    """Add (a^T A a) g g^T for side G, A being the opposite factor; (g^T G g) a a^T for A."""
+    """Add one pass to the moments of a side.
+
+    That is (a^T A a) g g^T for side G, A being the opposite factor, and (g^T G g) a a^T for A.
+    """
     pair = (gradients, inputs)
     weights = quadratic_forms(pair[1 - side], power.units[1 - side][name])
     power.moments[name].add(pair[side], weights)
@@ -215,7 +237,7 @@ def _power_iteration(worker: Worker) -> PowerIteration:
 
 
 def start_iteration(worker: Worker, side: int) -> None:
-    """Install the hooks of a pass that sums the moments of a side.
+    """Install the hooks of a pass that sums the moments of a side: 0 for G, 1 for A.
 
     A term begins with the identity as G: a known direction would find nothing new.
     """
@@ -228,13 +250,14 @@ def start_iteration(worker: Worker, side: int) -> None:
         R = shape.num_rows
         if name not in opposites:
             opposites[name] = torch.eye(R, device=worker.device) / R**0.5
-        power.moments[name] = PackedSymmetric.zeros((R, shape.num_columns)[side], worker.device)
+        size = R if side == 0 else shape.num_columns
+        power.moments[name] = PackedSymmetric.zeros(size, worker.device)
         power.hooks.append(watch_pairs(module, partial(_add_moments, power, side, name)))
 
 
 @collective
 def finish_iteration(worker: Worker, side: int) -> None:
-    """Sum the moments to owners, which take off known terms and send the factor on."""
+    """Sum the moments to the owners, which subtract known terms and broadcast the factor."""
     power = _power_iteration(worker)
     for hook in power.hooks:
         hook.remove()
@@ -256,34 +279,41 @@ def finish_iteration(worker: Worker, side: int) -> None:
 
 
 def finish_term(worker: Worker) -> dict[str, float]:
-    """Keep the term at the owners; return its size relative to the first one's, by linear."""
+    """Keep the term at the owners; return linear -> its size relative to the first term."""
     power = _power_iteration(worker)
     worker.state.power_iteration = None
-    sizes = {}
-    for name in filter(worker.owns, worker.shard.gathered):
+    sizes = dict[str, float]()
+    for name in worker.shard.gathered:
+        if not worker.owns(name):
+            continue
         sigma = power.sigma[name]
         factors = worker.shard.factors(name).dense(worker.device)
         norms = float(torch.linalg.norm(factors.A) * torch.linalg.norm(factors.G))
         size = norms / factors.num_tokens**2
         sizes[name] = sigma / size if size else 0.0
-        G, A = (units[name] * sigma**0.5 for units in power.units)
+        units_of_G, units_of_A = power.units
+        G = units_of_G[name] * sigma**0.5
+        A = units_of_A[name] * sigma**0.5
         worker.shard.terms.setdefault(name, []).append((G, A))
     return sizes
 
 
 def gather_terms(
-    cluster: Cluster, sequences: Tokens, section: ExtendedKfacSection, label_seed: int | None
+    cluster: Cluster,
+    sequences: Tokens,
+    section: ExtendedKfacSection,
+    label_seed: int | None,
 ) -> list[dict[str, float]]:
-    """Find the Kronecker terms after KFAC's.
+    """Find the Kronecker terms beyond that of KFAC.
 
     Args:
         cluster: with the factors of KFAC.
-        sequences: those it was gathered from.
-        section: says how many terms, and how many passes for each, for A and G in turns.
+        sequences: the sequences that KFAC was gathered from.
+        section: number of terms, and number of passes for each, alternately for A and G.
         label_seed: as for KFAC, so that the labels are the same.
 
     Returns:
-        For every further term, its size relative to the first one's by linear.
+        For every further term, linear -> its size relative to the first term.
     """
     sizes = []
     for _ in range(1, section.num_kronecker_terms):

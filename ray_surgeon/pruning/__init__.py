@@ -1,1 +1,1 @@
-"""Methods of pruning: what they score, choose, remove and update."""
+"""Methods of pruning: their costs, choices, removals and updates."""

@@ -1,11 +1,11 @@
 """The curvature pass of a shot: A and G of every linear, from the calibration text.
 
-Of several dampings the one may be chosen with which removals cost least on windows held aside.
+The damping may be chosen from several: the one whose removals cost least on windows held aside.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from math import isfinite
@@ -16,7 +16,12 @@ import numpy as np
 from ray_surgeon.factors.collector import WantedFactors, gather_curvature, gather_terms
 from ray_surgeon.maths.kronecker import PackedFactors
 from ray_surgeon.maths.packed import PackedSymmetric
-from ray_surgeon.maths.structured import A_CHOICES, G_CHOICES, choose_damping, cost_held_aside
+from ray_surgeon.maths.structured import (
+    A_CHOICES,
+    G_CHOICES,
+    choose_damping,
+    cost_held_aside,
+)
 from ray_surgeon.plan.counts import Counted, StepPlan
 from ray_surgeon.plan.estimate import WorkerView
 from ray_surgeon.pruning.method import Method
@@ -27,40 +32,47 @@ from ray_surgeon.spec.curvature import DampingSection, ExtendedKfacSection
 
 
 def _keep_held_factors(worker: Worker, method: Method) -> None:
-    """Keep the factors of the windows held aside, of the owned linears on which dampings are tried.
+    """Keep copies of the factors of some owned linears; dampings are tried on these.
 
-    Of each role that is ranked, these are one a third and one two thirds through the model.
+    In every role that is ranked, they are the linears one and two thirds through the model.
     """
-    of_role: dict[str, list[str]] = {}
+    names_of_roles: dict[str, list[str]] = {}
     for shape in worker.layout.linears:
         if shape.sees_all_tokens and method.needs(shape) is not None:
-            of_role.setdefault(shape.role, []).append(shape.name)
-    tried = (names[len(names) * third // 3] for names in of_role.values() for third in (1, 2))
+            names_of_roles.setdefault(shape.role, []).append(shape.name)
     held = dict[str, PackedFactors]()
-    for name in tried:
-        if name in worker.shard.linears and worker.owns(name):
+    for names in names_of_roles.values():
+        for third in (1, 2):
+            name = names[len(names) * third // 3]
+            if name not in worker.shard.linears or not worker.owns(name):
+                continue
             factors = worker.shard.own_factors(name)
-            A, G = (replace(own, flat=own.flat.clone()) for own in (factors.A, factors.G))
+            A = replace(factors.A, flat=factors.A.flat.clone())
+            G = replace(factors.G, flat=factors.G.flat.clone())
             held[name] = replace(factors, A=A, G=G)
     worker.state.held_factors = held
 
 
 def _costs_held_aside(worker: Worker, method: Method, share: float) -> list[float]:
-    """Return what removals in these linears cost by the factors held aside.
-
-    See `cost_held_aside`.
-    """
-    rows = method.gathers is None
-    all_held = worker.state.held_factors.items()
-    return [cost_held_aside(method.linear(worker, n), held, share, rows) for n, held in all_held]
+    """Return the costs of removals in these linears; see `cost_held_aside`."""
+    prunes_rows = method.gathers is None
+    costs = list[float]()
+    for name, held in worker.state.held_factors.items():
+        linear = method.linear(worker, name)
+        costs.append(cost_held_aside(linear, held, share, prunes_rows))
+    return costs
 
 
 def _drop_held_factors(worker: Worker) -> None:
     worker.state.held_factors = {}
 
 
-def _choose_damping(cluster: Cluster, method: Method, shot: int) -> tuple[Method, dict[str, Any]]:
-    """Return a method with the damping that costs least, and what the report says of it."""
+def _choose_damping(
+    cluster: Cluster,
+    method: Method,
+    shot: int,
+) -> tuple[Method, dict[str, Any]]:
+    """Return a method with the damping that costs least, and its entry in the report."""
     curvature = method.used_curvature
     share = method.section.removed_in(shot)
 
@@ -68,13 +80,18 @@ def _choose_damping(cluster: Cluster, method: Method, shot: int) -> tuple[Method
         damping = {"damping": DampingSection(a=a, g=g)}
         return replace(method, curvature=curvature.model_copy(update=damping))
 
-    def cost_of(a: float, g: float) -> list[float]:
-        return list(chain(*cluster.run_all(_costs_held_aside, damped(a, g), share)))
+    def costs_with(a: float, g: float) -> list[float]:
+        of_workers = cluster.run_all(_costs_held_aside, damped(a, g), share)
+        return list(chain.from_iterable(of_workers))
 
-    of_G = G_CHOICES if curvature.gathers == "both" else (DampingSection().g,)
-    a, g, tried = choose_damping(cost_of, A_CHOICES, of_G)
+    choices_of_G: Sequence[float] = G_CHOICES
+    if curvature.gathers != "both":
+        choices_of_G = (DampingSection().g,)
+    a, g, tried = choose_damping(costs_with, A_CHOICES, choices_of_G)
     cluster.run_all(_drop_held_factors)
-    costs = [{"a": x, "g": y, "cost": z if isfinite(z) else None} for x, y, z in tried]
+    costs = list[dict[str, float | None]]()
+    for tried_a, tried_g, cost in tried:
+        costs.append({"a": tried_a, "g": tried_g, "cost": cost if isfinite(cost) else None})
     return damped(a, g), {"a": a, "g": g, "tried": costs}
 
 
@@ -84,14 +101,14 @@ def calibrate(
     """Gather the curvature of the present weights.
 
     Args:
-        method: of pruning.
+        method: the method of pruning.
         cluster: with loaded workers.
         text: the calibration text.
         shot: number of the shot.
         remembers: see `gather_curvature`.
 
     Returns:
-        The method with the damping that was chosen, if it was; and what the report says.
+        The method, with the chosen damping if there was a choice; and entries for the report.
         `calibration_loss` is the mean NLL in nats per predicted token.
     """
     curvature = method.used_curvature
@@ -102,7 +119,8 @@ def calibrate(
         only=method.gathers,
         num_backward=curvature.sequences_backward,
     )
-    has_held = curvature.chooses_damping and len(text.held) >= cluster.placement.num_replicas
+    num_replicas = cluster.placement.num_replicas
+    has_held = curvature.chooses_damping and len(text.held) >= num_replicas
     if has_held:
         on_held = replace(wanted, num_backward=None)
         gather_curvature(cluster, text.held, on_held, counts=text.held_counts)
@@ -121,7 +139,8 @@ def calibrate(
             method, record["damping_chosen"] = _choose_damping(cluster, method, shot)
         if isinstance(curvature, ExtendedKfacSection):
             sizes = gather_terms(cluster, text.tokens, curvature, seed)
-            record["median_size_of_terms"] = [float(np.median([*term.values()])) for term in sizes]
+            medians = [float(np.median(list(term.values()))) for term in sizes]
+            record["median_size_of_terms"] = medians
     record["calibration_loss"] = loss
     return method, record
 
@@ -146,14 +165,21 @@ class Curvature(Stage):
         """Gather the factors, and choose the damping if the job leaves it open.
 
         Returns:
-            The method, with the damping that was chosen.
+            The method, with the chosen damping.
         """
         remembers = self.remembers and run.shot == 1
-        method, record = calibrate(method, run.cluster, run.text, run.shot, remembers=remembers)
+        method, record = calibrate(
+            method,
+            run.cluster,
+            text=run.text,
+            shot=run.shot,
+            remembers=remembers,
+        )
         run.record.update(record)
         facts["calibration_loss"] = record["calibration_loss"]
         facts["num_tokens"] = run.text.tokens.size
-        if chosen := record.get("damping_chosen"):
+        chosen = record.get("damping_chosen")
+        if chosen:
             facts["damping"] = f"{chosen['a']:g}/{chosen['g']:g}"
         return method
 

@@ -1,6 +1,6 @@
-"""Removes whole layers, the cheapest first, before anything narrower goes in the same shot.
+"""Removes whole layers, the cheapest first, before anything narrower is removed in the same shot.
 
-What the next removal costs is measured after each: neighbours' costs change most. See
+Costs are measured again after each removal, which changes those of its neighbours most. See
 docs/method.md, section 12.
 """
 
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -25,10 +26,12 @@ from ray_surgeon.runtime.cluster import Cluster
 from ray_surgeon.spec.depth import MEASURED, DepthSection
 
 _TOKENS_EACH = 20
-"""Tokens for each input of a linear that learns: more change what it learns by a twentieth at most.
+"""Tokens for each input of a linear that is fitted; more change the fit by at most a twentieth."""
+_PRICE_MARGIN = 2.0
+"""Layers up to this multiple of the lowest known price are measured again at once.
+
+Removals raise prices, so the lowest known one is often out of date. One pass measures many layers.
 """
-_FURTHER = 2.0
-"""Times the lowest price before a removal up to which layers are measured again at once."""
 
 
 @dataclass(frozen=True)
@@ -37,8 +40,8 @@ class Depth(Stage):
 
     name = "depth"
     method: Groups
-    layers: tuple[Layer, ...]  # of the kinds that may go
-    num_held: int  # windows held aside
+    layers: tuple[Layer, ...]  # layers of the kinds that may be removed
+    num_held: int  # number of windows held aside
 
     @property
     def section(self) -> DepthSection:
@@ -49,19 +52,20 @@ class Depth(Stage):
         """Remove one layer after the other.
 
         Returns:
-            The method, which knows what is gone.
+            The method, which knows which layers are gone.
         """
         cluster = run.cluster
         gone = self.find_gone(cluster)
         steps = list[dict[str, Any]]()
-        scores = dict[Layer, float]()  # of each layer as it was last taken
+        scores = dict[Layer, float]()  # layer -> its cost as it was last measured
         while self._is_missing(method, gone, run.shot):
             cheapest = self._cheapest(run, method, self._candidates(gone), scores)
-            step = {"layer": str(cheapest), "cost": scores[cheapest]}
-            linear = self._fitted(run, cheapest, gone)
+            step: dict[str, Any] = {"layer": str(cheapest), "cost": scores[cheapest]}
+            linear = self._sum_for_update(run, cheapest, gone)
             cluster.run_all(removal.remove, cheapest)
             gone = self.find_gone(cluster)
-            steps.append(step | self._made_up(run, linear))
+            step.update(self._try_update(run, linear))
+            steps.append(step)
         run.record["layers_removed"] = steps
         facts["removed"] = ", ".join(step["layer"] for step in steps)
         if steps:
@@ -69,33 +73,36 @@ class Depth(Stage):
         return self.known(method, gone)
 
     def find_gone(self, cluster: Cluster) -> list[Layer]:
-        """Return which layers are gone, and let workers' passes go around them."""
-        of_workers = cluster.run_all(removal.layers_gone, self.layers)
-        found = {layer for of_worker in of_workers for layer in of_worker}
+        """Return the layers that are gone, and let workers' passes skip the blocks among them."""
+        found = set[Layer]()
+        for of_worker in cluster.run_all(removal.layers_gone, self.layers):
+            found.update(of_worker)
         return [layer for layer in self.layers if layer in found]
 
     @staticmethod
     def known(method: Groups, gone: Sequence[Layer]) -> Groups:
-        """Return a method that knows what is gone."""
+        """Return a method that knows which layers are gone."""
         return replace(method, removed=frozenset(layer.key for layer in gone))
 
     # How many, and which
 
     def _is_missing(self, method: Groups, gone: Sequence[Layer], shot: int) -> bool:
-        """Whether a layer is still to go in a shot."""
-        section = self.method.section
-        if self.section.num_removed is not None:
-            return len(gone) < round(self.section.num_removed * shot / section.shots)
+        """Whether a shot has to remove another layer."""
+        num_removed = self.section.num_removed
+        if num_removed is not None:
+            return len(gone) < round(num_removed * shot / self.method.section.shots)
         method = self.known(method, gone)
-        budget = method.budget
-        return method.need(()) - method.goal(shot) > 1e-9 * budget.dense
+        return method.need(()) - method.goal(shot) > 1e-9 * method.budget.dense
 
     def _candidates(self, gone: Sequence[Layer]) -> list[Layer]:
-        """Return which layers may go; of every kind one stays."""
+        """Return the layers that may be removed; one of every kind stays."""
         blocks = {layer.block for layer in gone if layer.kind == "blocks"}
-        there = [x for x in self.layers if x not in gone and x.block not in blocks]
-        kinds = [layer.kind for layer in there]
-        return [layer for layer in there if kinds.count(layer.kind) > 1]
+        left = list[Layer]()
+        for layer in self.layers:
+            if layer not in gone and layer.block not in blocks:
+                left.append(layer)
+        num_left = Counter(layer.kind for layer in left)
+        return [layer for layer in left if num_left[layer.kind] > 1]
 
     def _cheapest(
         self,
@@ -106,38 +113,41 @@ class Depth(Stage):
     ) -> Layer:
         """Return the layer that costs least for each unit of the budget that it saves.
 
-        Removals make others dearer, so costs that were measured before others went are bounds from
-        below (lazy greedy, Minoux 1978). Layers are measured again until no bound is lower than the
-        cheapest of them.
+        Removals raise the costs of the other layers, so a cost that was measured before a removal
+        is a lower bound (lazy greedy, Minoux 1978). Layers are measured again until no bound is
+        lower than the cheapest measured layer.
 
         Args:
             run: in this step.
             method: of pruning, which has the budget.
-            candidates: that may go.
-            scores: cost of each layer as it was last measured, which is filled.
+            candidates: layers that may be removed.
+            scores: cost of each layer as it was last measured; updated in place.
         """
         of_layers = method.budget.of_layers
 
         def price(layer: Layer) -> float:
-            saved = of_layers[layer.key]  # nothing, if what was measured says so
-            return scores[layer] / saved if saved > 0 else math.inf
+            saved = of_layers[layer.key]
+            if saved <= 0:
+                return math.inf  # by measured seconds, a layer may save nothing
+            return scores[layer] / saved
 
         if self.section.costs not in MEASURED and scores:
             return min(candidates, key=price)
         wanted = list(candidates)
         if scores:
-            enough = _FURTHER * min(map(price, candidates))
-            wanted = [layer for layer in candidates if price(layer) <= enough] or wanted
-        taken = set[Layer]()
+            enough = _PRICE_MARGIN * min(map(price, candidates))
+            cheap = [layer for layer in candidates if price(layer) <= enough]
+            wanted = cheap or wanted
+        measured = set[Layer]()
         while wanted:
-            scores |= self._costs(run, wanted)
-            taken |= set(wanted)
-            lowest = min(map(price, taken))
-            wanted = [x for x in candidates if x not in taken and price(x) < lowest]
-        return min(taken, key=price)
+            scores.update(self._costs(run, wanted))
+            measured.update(wanted)
+            lowest = min(map(price, measured))
+            wanted = [x for x in candidates if x not in measured and price(x) < lowest]
+        return min(measured, key=price)
 
     def _costs(self, run: RunState, layers: Sequence[Layer]) -> dict[Layer, float]:
-        """Return what the removal of each layer costs, in the unit of the section's costs."""
+        """Return the cost of the removal of each layer, in the unit of the section's `costs`."""
         kind = self.section.costs
         if kind == "last":
             return {layer: -float(layer.block) for layer in layers}
@@ -148,36 +158,63 @@ class Depth(Stage):
             of_blocks = passes.influences_of(run.cluster, run.text.held)
             return {layer: of_blocks[layer.block] for layer in layers}
         sums = passes.sums_without_each(run.cluster, run.text, layers)
-        whole, *others = sums[:, int(kind == "loss")].tolist()
-        return {layer: value - whole for layer, value in zip(layers, others, strict=True)}
+        divergences, losses = sums.unbind(dim=1)
+        values = losses if kind == "loss" else divergences
+        with_all, *without = values.tolist()
+        costs = dict[Layer, float]()
+        for layer, value in zip(layers, without, strict=True):
+            costs[layer] = value - with_all
+        return costs
 
-    # What makes up for a layer
+    # The update that makes up for a layer
 
-    def _fitted(self, run: RunState, layer: Layer, gone: Sequence[Layer]) -> str | None:
-        """Return the linear that is to take over a layer, once what it needs is summed."""
-        names = [name for one in gone for name in one.linears]
-        linear = linear_before(run.layout, layer, names) if self.section.update else None
-        if linear is not None:
-            tokens = run.text.tokens
-            most = _TOKENS_EACH * run.layout.shapes[linear].num_columns
-            some = tokens[:: max(1, tokens.size // most)]
-            passes.sum_additions(run.cluster, run.layout, some, layer, linear)
+    def _sum_for_update(
+        self,
+        run: RunState,
+        layer: Layer,
+        gone: Sequence[Layer],
+    ) -> str | None:
+        """Return the linear that takes over a layer, after its sums are gathered.
+
+        None if there is no update, or no such linear.
+        """
+        if not self.section.update:
+            return None
+        names = list[str]()
+        for one in gone:
+            names.extend(one.linears)
+        linear = linear_before(run.layout, layer, names)
+        if linear is None:
+            return None
+        tokens = run.text.tokens
+        most = _TOKENS_EACH * run.layout.shapes[linear].num_columns
+        sample = tokens[:: max(1, tokens.size // most)]
+        passes.sum_additions(run.cluster, run.layout, sample, layer, linear)
         return linear
 
-    def _made_up(self, run: RunState, linear: str | None) -> dict[str, Any]:
-        """Let the linear take over, and undo it if the windows held aside get worse by it."""
-        divergence = held_measure(run.cluster, run.text)
-        record: dict[str, Any] = {"divergence_without_update": divergence, "updated": None}
-        if linear is not None:
-            run.cluster.run_all(removal.fold, linear)
-            updated = held_measure(run.cluster, run.text)
-            if updated < divergence:
-                divergence = updated
-                record["updated"] = linear
-            else:
-                run.cluster.run_all(removal.unfold, linear)
-            run.cluster.run_all(removal.end_fitting)
-        return record | {"divergence_held_aside": divergence}
+    def _try_update(self, run: RunState, linear: str | None) -> dict[str, Any]:
+        """Update the linear, and undo it if the windows held aside get worse by it.
+
+        Returns:
+            Entries for the report.
+        """
+        before = held_measure(run.cluster, run.text)
+        record: dict[str, Any] = {
+            "divergence_without_update": before,
+            "updated": None,
+            "divergence_held_aside": before,
+        }
+        if linear is None:
+            return record
+        run.cluster.run_all(removal.fold, linear)
+        after = held_measure(run.cluster, run.text)
+        if after < before:
+            record["updated"] = linear
+            record["divergence_held_aside"] = after
+        else:
+            run.cluster.run_all(removal.unfold, linear)
+        run.cluster.run_all(removal.end_fitting)
+        return record
 
     # For the plan
 
@@ -212,6 +249,8 @@ def depth_of(method: Method, layout: ModelLayout, num_held: int) -> Depth | None
     if not isinstance(method, Groups) or not method.section.layer_kinds:
         return None
     if not num_held:
-        problem = "it leaves no windows on which layers are chosen and measured"
-        raise ValueError(f"calibration.held_aside: {problem}; raise it, or num_sequences")
+        raise ValueError(
+            "calibration.held_aside: it leaves no windows on which layers are chosen and "
+            "measured; raise it, or num_sequences"
+        )
     return Depth(method, layers_of(layout, method.section.layer_kinds), num_held)

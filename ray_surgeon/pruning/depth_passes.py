@@ -1,8 +1,8 @@
-"""Passes of text that say what the removal of layers does; see `removal` for the workers' part."""
+"""Passes of text that measure the removal of layers; see `layer_removal` for the workers' part."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -19,8 +19,14 @@ from ray_surgeon.runtime.passes import num_counted
 from ray_surgeon.runtime.placement import WorkerIndex
 from ray_surgeon.runtime.wave import Tokens
 
+Passing = Callable[[WorkerIndex, int, Any], Future[Any]]
+"""(worker, number of a sequence, its inputs) -> its outputs."""
+
+AtEnd = Callable[[int, int, Any], Future[Any]]
+"""(replica, number of a sequence, its inputs) -> its result."""
+
 EVERY = 3
-"""Of the tokens held aside one in so many is compared: the head costs as much as several blocks."""
+"""One in this many tokens is compared, because the head costs as much as several blocks."""
 
 
 def sums_without_each(
@@ -28,12 +34,12 @@ def sums_without_each(
 ) -> torch.Tensor:
     """Measure the model on the windows held aside with all layers, and without each.
 
-    Every sequence passes once: from a layer on, the states without it go along.
+    Every sequence passes once; from each layer on, the states without it travel with the others.
 
     Args:
         cluster: with the dense model's states of the windows held aside.
         text: of the calibration.
-        layers: that are turned off, in the order of the model.
+        layers: the layers that are turned off, in the order of the model.
 
     Returns:
         [1 + num_layers, 2] float64: divergence from the dense model, and loss, in nats a token.
@@ -43,13 +49,20 @@ def sums_without_each(
     if text.held_counts is not None:
         counts &= text.held_counts
     last = cluster.placement.num_shards - 1
-    layers = [replace(layer, linears=()) for layer in layers]  # names, of which mixtures have many
+    # names of linears are not needed, and mixtures have many
+    layers = [replace(layer, linears=()) for layer in layers]
 
     def at_end(replica: int, number: int, inputs: Any) -> Future[Any]:
-        window = text.held[number : number + 1]
-        about = (number, window, torch.from_numpy(counts[number : number + 1]), layers)
-        at = WorkerIndex(last, replica)
-        return cluster.submit(at, removal.losses_without_each, inputs, *about)
+        own = slice(number, number + 1)
+        return cluster.submit(
+            WorkerIndex(last, replica),
+            removal.losses_without_each,
+            inputs,
+            number,
+            text.held[own],
+            torch.from_numpy(counts[own]),
+            layers,
+        )
 
     def passing(at: WorkerIndex, number: int, inputs: Any) -> Future[Any]:
         return cluster.submit(at, removal.pass_without_each, inputs, layers)
@@ -60,15 +73,16 @@ def sums_without_each(
 
 
 def influences_of(cluster: Cluster, tokens: Tokens) -> dict[int, float]:
-    """Return block -> mean over tokens of what `models.layers.influences` returns."""
+    """Return block -> its mean influence per token; see `models.layers.influences`."""
+    last = cluster.placement.num_shards - 1
 
     def passing(at: WorkerIndex, number: int, inputs: Any) -> Future[Any]:
         return cluster.submit(at, removal.pass_with_influences, inputs)
 
     def at_end(replica: int, number: int, inputs: Any) -> Future[Any]:
-        return passing(WorkerIndex(cluster.placement.num_shards - 1, replica), number, inputs)
+        return passing(WorkerIndex(last, replica), number, inputs)
 
-    _through(cluster, tokens, cluster.placement.num_shards - 1, passing, at_end)
+    _through(cluster, tokens, last, passing, at_end)
     total: dict[int, float] = {}
     for of_worker in cluster.run_all(removal.take_influences):
         for block, value in of_worker.items():
@@ -79,19 +93,17 @@ def influences_of(cluster: Cluster, tokens: Tokens) -> dict[int, float]:
 def sum_additions(
     cluster: Cluster, layout: ModelLayout, tokens: Tokens, layer: Layer, linear: str
 ) -> None:
-    """Let the workers with a linear sum what a later layer adds to the stream.
+    """Let the workers with a linear sum the output that a later layer adds to the stream.
 
     Args:
         cluster: with the layer in place.
         layout: of the model.
         tokens: [num_sequences, sequence_length] of the calibration.
-        layer: that is about to go.
-        linear: the last that adds to the stream before it.
+        layer: the layer that is about to be removed.
+        linear: the last linear that adds to the stream before the layer.
     """
-    block = layout.shapes[linear].block
-    shards = list(enumerate(cluster.placement.blocks))
-    at_linear = next(shard for shard, blocks in shards if block in blocks)
-    at_layer = next(shard for shard, blocks in shards if layer.block in blocks)
+    at_linear = _shard_of(cluster, layout.shapes[linear].block)
+    at_layer = _shard_of(cluster, layer.block)
     cluster.run_all(removal.begin_fitting, linear)
 
     def passing(at: WorkerIndex, number: int, inputs: Any) -> Future[Any]:
@@ -100,26 +112,37 @@ def sum_additions(
         return cluster.submit(at, wave.infer, number, inputs, False)
 
     def at_end(replica: int, number: int, inputs: Any) -> Future[Any]:
-        at = WorkerIndex(at_linear, replica)
+        summing = WorkerIndex(at_linear, replica)
         if at_layer == at_linear:
-            return cluster.submit(at, removal.note_and_sum_up, number, inputs, layer, linear)
-        addition = cluster.submit(WorkerIndex(at_layer, replica), removal.added, inputs, layer)
-        return cluster.submit(at, removal.sum_up, number, value_of(addition))
+            step = removal.note_and_sum_up
+            return cluster.submit(summing, step, number, inputs, layer, linear)
+        adding = WorkerIndex(at_layer, replica)
+        addition = cluster.submit(adding, removal.added, inputs, layer)
+        return cluster.submit(summing, removal.sum_up, number, value_of(addition))
 
     _through(cluster, tokens, at_layer, passing, at_end)
 
 
-def _through(cluster: Cluster, tokens: Tokens, last: int, passing: Any, at_end: Any) -> list[Any]:
-    """Let sequences pass the shards before one, and return what comes of each there.
+def _shard_of(cluster: Cluster, block: int) -> int:
+    for shard, blocks in enumerate(cluster.placement.blocks):
+        if block in blocks:
+            return shard
+    raise AssertionError(f"no shard has block {block}")
 
-    Replicas take sequences in turns. As many as there are shards, and one more, are on their way.
+
+def _through(
+    cluster: Cluster, tokens: Tokens, last: int, passing: Passing, at_end: AtEnd
+) -> list[Any]:
+    """Pass sequences through the shards before one, and return the results of that shard.
+
+    Replicas take turns. At most ``num_shards + 1`` sequences of each replica are under way.
 
     Args:
         cluster: with loaded workers.
         tokens: [num_sequences, sequence_length].
-        last: number of the shard.
-        passing: (worker, number of a sequence, its inputs) -> its outputs, of the shards before.
-        at_end: (replica, number of a sequence, its inputs) -> what comes of it.
+        last: number of the last shard.
+        passing: (worker, number of a sequence, its inputs) -> its outputs, for the shards before.
+        at_end: (replica, number of a sequence, its inputs) -> its result, for the last shard.
     """
     num_replicas = cluster.placement.num_replicas
     ahead = num_replicas * (cluster.placement.num_shards + 1)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ray_surgeon.maths import threshold as thresholds
 from ray_surgeon.maths.conjugate import ElementUpdate
-from ray_surgeon.maths.element_pruning import find_elements
+from ray_surgeon.maths.element_pruning import ElementCandidates, find_elements
 from ray_surgeon.maths.masks import ElementMask
 from ray_surgeon.models.layout import LinearShape
 from ray_surgeon.plan.work import LinearNeeds
@@ -28,14 +28,14 @@ from ray_surgeon.spec.pruning import ElementsSection
 
 @dataclass(frozen=True)
 class Elements(ByThreshold):
-    """Single elements or N:M groups; the costs of all of them never leave the workers."""
+    """The LLM Surgeon on single elements or N:M groups; their costs never leave the workers."""
 
     by_element: ClassVar[bool] = True
     section: ElementsSection
 
     @property
     def update(self) -> ElementUpdate:
-        """See `ElementCandidates`."""
+        """Options of the update; see `ElementCandidates`."""
         return ElementUpdate(**self.section.update.model_dump())
 
     def needs(self, shape: LinearShape) -> LinearNeeds:
@@ -62,48 +62,55 @@ class Elements(ByThreshold):
     # On a worker
 
     def costs(self, worker: Worker) -> Scores[None]:
-        """Take what the costs of the owned linears follow from, and keep it.
-
-        `histogram` and `prune` use it.
+        """Prepare the costs of the owned linears, and keep them for `histogram` and `prune`.
 
         Raises:
             FloatingPointError: a factor is not usable; names the linear.
         """
-        how = self.section.units, self.section.costs
-        candidates = {n: find_elements(self.linear(worker, n), *how) for n in worker.owned()}
+        units = self.section.units
+        kind = self.section.costs
+        candidates = dict[str, ElementCandidates]()
+        for name in worker.owned():
+            candidates[name] = find_elements(self.linear(worker, name), units, kind)
         return self.scores(worker, candidates)
 
     def histogram(self, worker: Worker, high: int | None) -> NDArray[np.int64]:
         """Count the costs of the owned linears' units by their bits; see `bit_histogram`."""
         counts = torch.zeros(1 << 16, dtype=torch.int64)
         for name, candidates in worker.state.candidates.items():
-            costs = candidates.costs(self.linear(worker, name), worker.mask(name, ElementMask))
+            mask = worker.mask(name, ElementMask)
+            costs = candidates.costs(self.linear(worker, name), mask)
             counts += thresholds.bit_histogram(costs, high).cpu()
         return counts.numpy()
 
     # On the coordinator
 
     def choose(self, cluster: Cluster, scores: Scores[None], shot: int) -> Choice:
-        """Find the exact k-th smallest cost by two rounds of counting.
+        """Find the exact k-th smallest cost in two rounds of counting.
 
-        The costs stay where they are.
+        The costs stay on the workers.
         """
         num_parameters = scores.num_parameters
-        size = self.section.units.num_removed
         num_pruned = num_parameters - scores.num_kept
-
-        def counts(high: int | None) -> Tensor:
-            return torch.from_numpy(np.sum(cluster.run_all(self.histogram, high), axis=0))
-
-        upper = counts(None)
-        target = self.section.targets[shot - 1]
-        most = int(upper.sum())
-        num_units = thresholds.units_to_remove(target, num_parameters, num_pruned, size, most)
-        value = -1.0
+        size = self.section.units.num_removed
+        upper = self._counts(cluster, high=None)
+        num_units = thresholds.units_to_remove(
+            target=self.section.targets[shot - 1],
+            num_parameters=num_parameters,
+            num_pruned=num_pruned,
+            num_per_unit=size,
+            num_candidates=int(upper.sum()),
+        )
+        threshold = -1.0
         if num_units:
             high, rest = thresholds.bucket_of(upper, num_units)
-            lower = counts(high)
+            lower = self._counts(cluster, high)
             low, _ = thresholds.bucket_of(lower, rest)
-            value = thresholds.cost_of_bits(high, low)
+            threshold = thresholds.cost_of_bits(high, low)
             num_pruned += int(upper[:high].sum() + lower[: low + 1].sum()) * size
-        return Choice(value, {"threshold": value, "sparsity": num_pruned / num_parameters})
+        sparsity = num_pruned / num_parameters
+        return Choice(threshold, {"threshold": threshold, "sparsity": sparsity})
+
+    def _counts(self, cluster: Cluster, high: int | None) -> Tensor:
+        """Return the sum of all workers' histograms; see `bit_histogram`."""
+        return torch.from_numpy(np.sum(cluster.run_all(self.histogram, high), axis=0))

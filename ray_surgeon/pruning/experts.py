@@ -1,4 +1,4 @@
-"""Whole experts on a worker: their costs, and routers that go around removed ones."""
+"""Whole experts on a worker: their costs, their removal, and routers that skip removed ones."""
 
 from __future__ import annotations
 
@@ -10,7 +10,12 @@ from typing import ClassVar
 import torch
 
 from ray_surgeon.factors.collector import SumsBeside
-from ray_surgeon.maths.experts import frequency_costs, random_costs, reap_costs, rerouting_costs
+from ray_surgeon.maths.experts import (
+    frequency_costs,
+    random_costs,
+    reap_costs,
+    rerouting_costs,
+)
 from ray_surgeon.maths.masks import StructuredMask
 from ray_surgeon.maths.threshold import check_costs
 from ray_surgeon.models.layout import ModelLayout
@@ -24,31 +29,32 @@ class ExpertSumsBeside(SumsBeside):
     options: ClassVar[Mapping[str, bool]] = {"experts": True}
 
     def num_changes(self, layout: ModelLayout) -> int:
-        """Return how many experts a token goes to, each of which may be removed."""
+        """Return the number of experts that a token goes to; each of them may be removed."""
         return layout.num_active_experts
 
     def weigh(self, worker: Worker, factor: float) -> None:
-        """Multiply the changes of the loss that removals would make."""
+        """Multiply the changes of the loss that removals would cause by a factor."""
         for sums in worker.shard.expert_sums.values():
-            for name in ("gains", "squares"):
-                sums.of(name).mul_(factor)
+            sums.of("gains").mul_(factor)
+            sums.of("squares").mul_(factor)
 
     def reduce(self, worker: Worker) -> None:
         """Sum over the replicas to the owners of the experts' first linears."""
         shard = worker.shard
-        for experts, sums in zip(shard.expert_sets, shard.expert_sums.values(), strict=True):
+        all_sums = shard.expert_sums.values()
+        for experts, sums in zip(shard.expert_sets, all_sums, strict=True):
             worker.replicas.reduce(sums.total, worker.owner(experts.linears[0][0]))
 
 
 def whole_expert_costs(
     worker: Worker, kind: ExpertCosts, shot: int, *, first_order: bool
 ) -> dict[str, float]:
-    """Return consumer of an expert -> cost of the expert's removal, of the owned ones.
+    """Return the costs of the removal of the owned experts, by their consumers.
 
     Args:
         worker: after a pass that gathered sums of experts.
-        kind: of the costs.
-        shot: its number.
+        kind: how costs are computed.
+        shot: number of the shot.
         first_order: see `rerouting_costs`.
 
     Raises:
@@ -56,8 +62,9 @@ def whole_expert_costs(
     """
     by_expert = dict[str, float]()
     shard = worker.shard
-    of_layers = shard.expert_sets, shard.mixtures.values(), shard.expert_sums.values()
-    for experts, mixture, sums in zip(*of_layers, strict=True):
+    mixtures = shard.mixtures.values()
+    all_sums = shard.expert_sums.values()
+    for experts, mixture, sums in zip(shard.expert_sets, mixtures, all_sums, strict=True):
         consumers = [linears[-1] for linears in experts.linears]
         if not worker.owns(consumers[0]):
             continue
@@ -69,28 +76,34 @@ def whole_expert_costs(
             costs = frequency_costs(sums, mixture.num_chosen)
         else:
             costs = random_costs(len(consumers), 1_000 * experts.block + shot)
-        check_costs(experts.name, costs, may_be_negative=kind == "rerouting" and first_order)
+        may_be_negative = kind == "rerouting" and first_order
+        check_costs(experts.name, costs, may_be_negative=may_be_negative)
         if not mixture.can_spare_one:
             costs.fill_(math.inf)
         gone = experts.removed(worker.masks).tolist()
-        of_expert = zip(consumers, costs.tolist(), gone, strict=True)
-        by_expert |= {name: cost for name, cost, is_gone in of_expert if not is_gone}
+        for name, cost, is_gone in zip(consumers, costs.tolist(), gone, strict=True):
+            if not is_gone:
+                by_expert[name] = cost
     return by_expert
 
 
 def go_around_removed(worker: Worker) -> None:
-    """Let routers go around the experts that are removed; weights and masks are loaded before."""
+    """Let routers skip the experts that are removed; weights and masks must be loaded."""
     shard = worker.shard
     for experts, mixture in zip(shard.expert_sets, shard.mixtures.values(), strict=True):
         removed = experts.removed(worker.masks)
-        if removed.any() and not removed.all():  # the layer adds nothing then, whatever is chosen
+        # if all are removed, the layer adds nothing, whatever is chosen
+        if removed.any() and not removed.all():
             mixture.kept = ~removed
 
 
 def remove_experts(worker: Worker, consumers: Collection[str]) -> None:
-    """Remove the experts with these consumers whole; routers go around them."""
-    for linears in chain.from_iterable(experts.linears for experts in worker.shard.expert_sets):
-        for name in linears if linears[-1] in consumers else ():
+    """Remove the experts with these consumers whole; routers skip them."""
+    all_linears = chain.from_iterable(experts.linears for experts in worker.shard.expert_sets)
+    for linears in all_linears:
+        if linears[-1] not in consumers:
+            continue
+        for name in linears:
             mask = worker.mask(name, StructuredMask)
             W = torch.zeros(len(mask.rows), len(mask.columns), device=worker.device)
             worker.masks[name] = mask.without(mask.rows, mask.columns)

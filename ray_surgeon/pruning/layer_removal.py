@@ -1,4 +1,4 @@
-"""Whole layers on a worker: what their removal does, the removal, and what makes up for it."""
+"""Whole layers on a worker: the effect of their removal, the removal, and the update after it."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from ray_surgeon.runtime.worker import Worker, collective
 from ray_surgeon.runtime.worker_state import LinearFit
 
 DAMPING = (1e-4, 1.0)
-"""Of A, relative to the mean of its diagonal: at first, and at most."""
+"""Damping of A relative to the mean of its diagonal: the first tried, and the largest."""
 
 
-# What the removal of each layer would do
+# The effect of the removal of each layer
 
 
 def pass_without_each(
@@ -45,19 +45,22 @@ def losses_without_each(
     Args:
         worker: with the dense model's states of the windows held aside.
         inputs: see `without_each`.
-        number: of the window among those held aside.
+        number: number of the window among those held aside.
         window: [1, T] its tokens.
-        counts: [1, T] bool, which tokens count.
-        layers: that are turned off.
+        counts: [1, T] bool, whether a token counts.
+        layers: the layers that are turned off.
 
     Returns:
-        Sums over the tokens that count, in nats: the divergence from the dense model, and the loss.
+        For the whole model and without each layer, sums over the tokens that count, in nats: the
+        divergence from the dense model, and the loss.
     """
     states = without_each(worker.shard, worker.runner, worker.unpack(inputs), layers)
     sequence = SequenceOfWave(number, worker.unpack(window), counts.to(worker.device))
-    parts = torch.split(states, 1)
-    compared = [comparison(worker, state, sequence, HELD, False) for state in parts]
-    return [(sums["divergence"], sums["nll"]) for sums in compared]
+    losses = list[tuple[float, float]]()
+    for state in torch.split(states, 1):
+        sums = comparison(worker, state, sequence, HELD, False)
+        losses.append((sums["divergence"], sums["nll"]))
+    return losses
 
 
 def pass_with_influences(worker: Worker, inputs: TensorPayload) -> TensorPayload:
@@ -70,7 +73,7 @@ def pass_with_influences(worker: Worker, inputs: TensorPayload) -> TensorPayload
 
 
 def take_influences(worker: Worker) -> dict[int, float]:
-    """Return the sums by block, and forget them."""
+    """Return block -> sum of its influences, and clear the sums."""
     total = worker.state.influences
     worker.state.influences = {}
     return total
@@ -80,25 +83,31 @@ def take_influences(worker: Worker) -> dict[int, float]:
 
 
 def layers_gone(worker: Worker, layers: Sequence[Layer] | None) -> list[Layer]:
-    """Return which layers of a shard are gone, and let its passes go around blocks that are.
+    """Return the layers of a shard that are gone, and let its passes skip the blocks among them.
 
-    All blocks are meant if no layers are given.
+    Args:
+        worker: with its masks.
+        layers: the layers that are looked at; None for all blocks.
     """
     shard = worker.shard
-    layers = layers_of(worker.layout, ("blocks",)) if layers is None else layers
-    own = [layer for layer in layers if layer.block in shard.blocks]
-    masks = {name: worker.mask(name, StructuredMask) for layer in own for name in layer.linears}
-    is_empty = {name: not mask.columns.any() for name, mask in masks.items()}
-    gone = [layer for layer in own if all(is_empty[name] for name in layer.linears)]
-    places = (layer.block - shard.blocks.first for layer in gone if layer.kind == "blocks")
-    shard.blocks_gone = frozenset(places)
+    if layers is None:
+        layers = layers_of(worker.layout, ("blocks",))
+    gone = list[Layer]()
+    for layer in layers:
+        if layer.block not in shard.blocks:
+            continue
+        masks = [worker.mask(name, StructuredMask) for name in layer.linears]
+        if not any(mask.columns.any() for mask in masks):
+            gone.append(layer)
+    blocks = [layer.block for layer in gone if layer.kind == "blocks"]
+    shard.blocks_gone = frozenset(block - shard.blocks.first for block in blocks)
     return gone
 
 
 def remove(worker: Worker, layer: Layer) -> None:
     """Remove a layer, if it is in the worker's shard.
 
-    Of a part of a block its last linear keeps its rows, of which a bias of zeros is left.
+    If the layer is a part of a block, its last linear keeps its rows: a bias of zeros is left.
     """
     if layer.block not in worker.shard.blocks:
         return
@@ -110,7 +119,7 @@ def remove(worker: Worker, layer: Layer) -> None:
         worker.shard.set_weight(name, W)
 
 
-# What makes up for it
+# The update that makes up for it
 
 
 def _fit(worker: Worker) -> LinearFit:
@@ -119,7 +128,7 @@ def _fit(worker: Worker) -> LinearFit:
 
 
 def begin_fitting(worker: Worker, linear: str) -> None:
-    """Begin with empty sums on the workers that have a linear."""
+    """Start empty sums on the workers that have a linear."""
     if linear in worker.shard.linears:
         shape = worker.layout.shapes[linear]
         worker.state.fit = LinearFit(shape.num_rows, shape.num_columns, worker.device)
@@ -127,7 +136,7 @@ def begin_fitting(worker: Worker, linear: str) -> None:
 
 @contextlib.contextmanager
 def _noting(worker: Worker, number: int, linear: str) -> Iterator[None]:
-    """Keep what a linear of a shard reads of a sequence that passes meanwhile."""
+    """Keep the inputs of a linear while a sequence passes."""
     noted = list[Tensor]()
     module = worker.shard.linears[linear]
     hook = module.register_forward_pre_hook(lambda module, read: noted.append(read[0]))
@@ -143,20 +152,20 @@ def _noting(worker: Worker, number: int, linear: str) -> Iterator[None]:
 
 
 def pass_and_note(worker: Worker, number: int, inputs: TensorPayload, linear: str) -> TensorPayload:
-    """Run a sequence through a shard, and keep what a linear in it reads."""
+    """Run a sequence through a shard, and keep the inputs of a linear in it."""
     with _noting(worker, number, linear):
         hidden = worker.runner.infer(worker.unpack(inputs))
     return worker.pack(torch.cat(hidden))
 
 
 def added(worker: Worker, inputs: TensorPayload, layer: Layer) -> TensorPayload:
-    """Return what a layer of a shard adds to the stream, [1, T, d]; see `added_by`."""
+    """Return the output [1, T, d] that a layer adds to the stream; see `added_by`."""
     states = added_by(worker.shard, worker.runner, worker.unpack(inputs), layer)
     return worker.pack(states)
 
 
 def sum_up(worker: Worker, number: int, addition: TensorPayload) -> None:
-    """Add a sequence to the sums, given what the layer added to it."""
+    """Add a sequence to the sums, given the output that the layer added to it."""
     fitting = _fit(worker)
     x = fitting.inputs.pop(number)
     d = worker.unpack(addition)[0].float()
@@ -167,7 +176,7 @@ def sum_up(worker: Worker, number: int, addition: TensorPayload) -> None:
 def note_and_sum_up(
     worker: Worker, number: int, inputs: TensorPayload, layer: Layer, linear: str
 ) -> None:
-    """Do all of that on a shard that has both, linear and layer."""
+    """Keep the inputs and add to the sums on a shard that has both the linear and the layer."""
     with _noting(worker, number, linear):
         addition = added(worker, inputs, layer)
     sum_up(worker, number, addition)
@@ -175,7 +184,7 @@ def note_and_sum_up(
 
 @collective
 def fold(worker: Worker, linear: str) -> None:
-    """Let a linear take over what was summed, and send it to the replicas; see `folded`."""
+    """Let a linear take over the layer's output, and send it to the replicas; see `folded`."""
     if linear not in worker.shard.linears:
         return
     fitting = _fit(worker)
@@ -184,13 +193,21 @@ def fold(worker: Worker, linear: str) -> None:
         worker.replicas.reduce(total, owner)
     fitting.before = worker.shard.weight(linear)
     if worker.owns(linear):
-        W, _ = folded(fitting.before, fitting.A, fitting.D, *DAMPING, linear)
+        damping, max_damping = DAMPING
+        W, _ = folded(
+            fitting.before,
+            fitting.A,
+            fitting.D,
+            damping=damping,
+            max_damping=max_damping,
+            name=linear,
+        )
         worker.shard.set_weight(linear, W)
     worker.share_linears([linear])
 
 
 def unfold(worker: Worker, linear: str) -> None:
-    """Give a linear back what it was before it learned."""
+    """Restore the weight that a linear had before `fold`."""
     if linear in worker.shard.linears:
         before = _fit(worker).before
         assert before is not None

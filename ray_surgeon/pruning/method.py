@@ -1,14 +1,12 @@
-"""What every pruning method has: curvature, costs, a choice, an update.
+"""The parts of every pruning method: curvature, costs, a choice, an update.
 
-A method is one frozen object. It travels to the workers with every step, so the methods that take a
-`Worker` run there and find all options in `self`; the methods that take a `Cluster` run on the
+A method is one frozen object. It travels to the workers with every step: its methods that take a
+`Worker` run there and find all options in `self`, and those that take a `Cluster` run on the
 coordinator.
 """
 
 from __future__ import annotations
 
-import functools
-import operator
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -31,35 +29,47 @@ from ray_surgeon.spec.schedule import ScheduleSection
 C = TypeVar("C")
 
 Applied = tuple[list[LinearSummary], dict[str, Any]]
-"""What an update left of every linear, and what the report says beside."""
+"""Summaries of the linears after an update, and further entries for the report."""
 
 
 @dataclass(frozen=True)
 class Scores(Generic[C]):
     """Costs of the linears that a worker owns, or of all linears."""
 
-    costs: tuple[C, ...]  # whatever the method ranks; nothing where the costs stay on the workers
+    costs: tuple[C, ...]  # costs that the method ranks; empty if they stay on the workers
     num_parameters: int  # entries of the linears
-    num_kept: int  # of them, what earlier shots kept
-    # factorisations that needed more damping than asked for
+    num_kept: int  # entries that earlier shots kept
+    # factorisations that needed more damping than requested
     raised_damping: tuple[RaisedDamping, ...] = ()
     clipping: tuple[Clipping, ...] = ()  # further Kronecker terms that were clipped
 
     @staticmethod
     def merged(parts: Sequence[Scores[C]]) -> Scores[C]:
-        """Return the scores of all workers: numbers and tuples are added up."""
-        of_fields = zip(*(vars(part).values() for part in parts), strict=True)
-        return Scores(*(functools.reduce(operator.add, of_field) for of_field in of_fields))
+        """Return the scores of all workers together."""
+        costs = list[C]()
+        raised_damping = list[RaisedDamping]()
+        clipping = list[Clipping]()
+        for part in parts:
+            costs.extend(part.costs)
+            raised_damping.extend(part.raised_damping)
+            clipping.extend(part.clipping)
+        return Scores(
+            costs=tuple(costs),
+            num_parameters=sum(part.num_parameters for part in parts),
+            num_kept=sum(part.num_kept for part in parts),
+            raised_damping=tuple(raised_damping),
+            clipping=tuple(clipping),
+        )
 
 
 @dataclass(frozen=True)
 class Choice:
     """What to prune in a shot."""
 
-    threshold: float | None  # everything up to this cost; None if the method has none
+    threshold: float | None  # largest cost that is pruned; None if the method has no threshold
     facts: Mapping[str, float | int | str]  # for the event of the step
-    removed: Any = None  # what else the method's `apply` takes
-    record: Mapping[str, Any] = field(default_factory=dict)  # more for the report
+    removed: Any = None  # further choices, in the form that the method's `apply` takes
+    record: Mapping[str, Any] = field(default_factory=dict)  # further entries for the report
 
 
 @dataclass(frozen=True)
@@ -67,22 +77,22 @@ class Method(ABC):
     """One way to prune, with its options."""
 
     by_element: ClassVar[bool] = False
-    """Whether masks are of elements, or of rows and columns."""
+    """Whether masks are of elements; otherwise they are of rows and columns."""
     section: ScheduleSection  # `pruning` of the job spec
-    # the section of that name; None for methods that gather their own
+    # `curvature` of the job spec; None for methods that gather their own
     curvature: AnyCurvature | None
 
     @property
     def has_costs(self) -> bool:
         """Whether a shot has curvature, costs and a threshold.
 
-        Methods that prune block by block have an update alone.
+        Methods that prune block by block have only an update.
         """
         return False
 
     @property
     def gathers(self) -> frozenset[str] | None:
-        """Roles of the linears whose curvature is needed, see `LinearShape`; None for all."""
+        """Roles of the linears whose curvature is needed (see `LinearShape`); None for all."""
         return None
 
     @property
@@ -92,19 +102,23 @@ class Method(ABC):
 
     @property
     def used_curvature(self) -> AnyCurvature:
-        """The curvature of a method that has one."""
+        """The `curvature` section of a method that has one."""
         assert self.curvature is not None
         return self.curvature
 
-    def around_pass(self, cluster: Cluster, text: CalibrationText) -> AbstractContextManager[None]:
-        """Do what comes before and after the pass over the calibration text.
+    def around_pass(
+        self,
+        cluster: Cluster,
+        text: CalibrationText,
+    ) -> AbstractContextManager[None]:
+        """Return a context in which the pass over the calibration text runs.
 
-        The weights are those from before the shot.
+        The weights are still those from before the shot.
         """
         return nullcontext()
 
     def after_resuming(self, cluster: Cluster) -> None:
-        """Prepare workers whose weights and masks are those of a committed shot."""
+        """Prepare workers that have loaded the weights and masks of a committed shot."""
         return
 
     @abstractmethod
@@ -115,21 +129,27 @@ class Method(ABC):
         """
 
     @abstractmethod
-    def apply(self, cluster: Cluster, tokens: Tokens, choice: Choice, shot: int) -> Applied:
-        """Prune, and update what stays.
+    def apply(
+        self,
+        cluster: Cluster,
+        tokens: Tokens,
+        choice: Choice,
+        shot: int,
+    ) -> Applied:
+        """Prune, and update the weights that stay.
 
         Args:
             cluster: after the costs, if the method has any.
             tokens: [num_sequences, sequence_length] of the calibration.
-            choice: of the shot.
-            shot: its number.
+            choice: the choice of the shot.
+            shot: number of the shot.
 
         Returns:
-            What is left of every linear, and what the report says beside.
+            Summaries of all linears, and further entries for the report.
         """
 
     def of_loss(self, linears: Sequence[LinearSummary]) -> list[LinearSummary]:
-        """Return what `apply` says, without predictions if the curvature is not of the loss.
+        """Return the summaries of `apply`, without predictions if the curvature is not of the loss.
 
         Costs are not in nats then.
         """
@@ -138,18 +158,21 @@ class Method(ABC):
         return [replace(linear, predicted=None) for linear in linears]
 
     def linear(self, worker: Worker, name: str) -> Linear:
-        """Return a linear of a worker as the mathematics takes it."""
-        W = worker.shard.weight(name)
-        factors = worker.shard.factors(name)
-        has_bias = worker.layout.shapes[name].has_bias
-        return Linear(name, W, factors, has_bias, self.used_curvature.as_damping)
+        """Return a linear of a worker in the form that `ray_surgeon.maths` takes."""
+        return Linear(
+            name=name,
+            W=worker.shard.weight(name),
+            factors=worker.shard.factors(name),
+            has_bias=worker.layout.shapes[name].has_bias,
+            damping=self.used_curvature.as_damping,
+        )
 
 
 class Ranking(Method):
-    """A method that ranks what it may remove by costs, over the whole model."""
+    """A method that ranks by cost, over the whole model, everything that it may remove."""
 
     costs: ClassVar[Callable[..., Scores[Any]]]
-    """What a worker does for `score`."""
+    """The step of `score` that runs on a worker."""
 
     @property
     def has_costs(self) -> bool:
@@ -157,36 +180,57 @@ class Ranking(Method):
         return True
 
     def score(self, cluster: Cluster, shot: int) -> Scores[Any]:
-        """Take the costs of everything that may be pruned.
+        """Compute the costs of everything that may be pruned.
 
-        Whatever is kept for `apply` stays on the workers.
+        Intermediate results for `apply` stay on the workers.
         """
         return self.taken(cluster)
 
     @abstractmethod
     def choose(self, cluster: Cluster, scores: Scores[Any], shot: int) -> Choice:
-        """Choose what to prune; may ask the workers again."""
+        """Return the choice of a shot; may run further steps on the workers."""
 
     def taken(self, cluster: Cluster, *arguments: Any) -> Scores[Any]:
-        """Let all workers take the `costs` of their linears, and return all of them."""
+        """Let all workers compute the `costs` of their linears, and return all of them."""
         cluster.progress.begin(unit="linears")
         return Scores.merged(cluster.run_all(self.costs, *arguments))
 
 
 class ByThreshold(Ranking):
-    """A method that ranks what it may remove from every linear on the linear's own."""
+    """A method that ranks parts of linears on their own and prunes up to one threshold."""
 
     update: Any
-    """How kept weights make up for pruned ones, as its candidates take it."""
+    """How kept weights make up for pruned ones, in the form that the candidates take."""
 
     # On a worker
 
-    def scores(self, worker: Worker, candidates: dict[str, Any], costs: Any = ()) -> Scores[Any]:
-        """Keep candidates, by linear, for the update, and return what the coordinator gets."""
+    def scores(
+        self,
+        worker: Worker,
+        candidates: dict[str, Any],
+        costs: Any = (),
+    ) -> Scores[Any]:
+        """Keep the candidates for the update, and return the scores for the coordinator.
+
+        Args:
+            worker: with curvature.
+            candidates: linear -> its candidates.
+            costs: costs that the method ranks on the coordinator, if it does.
+        """
         worker.state.candidates = candidates
-        raised = tuple(event for c in candidates.values() for event in c.basis.raised_damping)
-        clipped = tuple(event for c in candidates.values() for event in c.basis.clipping)
-        return Scores(tuple(costs), *sizes(worker), raised, clipped)
+        raised = list[RaisedDamping]()
+        clipped = list[Clipping]()
+        for of_linear in candidates.values():
+            raised.extend(of_linear.basis.raised_damping)
+            clipped.extend(of_linear.basis.clipping)
+        num_parameters, num_kept = sizes(worker)
+        return Scores(
+            costs=tuple(costs),
+            num_parameters=num_parameters,
+            num_kept=num_kept,
+            raised_damping=tuple(raised),
+            clipping=tuple(clipped),
+        )
 
     def share(self, worker: Worker) -> None:
         """Send all linears from their owners to the other replicas."""
@@ -194,7 +238,7 @@ class ByThreshold(Ranking):
 
     @collective
     def prune(self, worker: Worker, threshold: float) -> tuple[LinearSummary, ...]:
-        """Remove what costs at most the threshold, update the rest, and send it to replicas."""
+        """Prune every candidate up to the threshold, update the rest, and send it to replicas."""
         candidates = worker.state.candidates
         worker.state.candidates = {}
         removals = dict[str, tuple[float, float]]()
@@ -206,12 +250,22 @@ class ByThreshold(Ranking):
             removals[name] = removal.predicted, removal.residual
         worker.shard.drop_curvature()
         self.share(worker)
-        return tuple(worker.summary(name, *removal) for name, removal in removals.items())
+        return tuple(
+            worker.summary(name, predicted, residual)
+            for name, (predicted, residual) in removals.items()
+        )
 
     # On the coordinator
 
-    def apply(self, cluster: Cluster, tokens: Tokens, choice: Choice, shot: int) -> Applied:
+    def apply(
+        self,
+        cluster: Cluster,
+        tokens: Tokens,
+        choice: Choice,
+        shot: int,
+    ) -> Applied:
         """Prune and update."""
         assert choice.threshold is not None
         cluster.progress.begin(unit="linears")
-        return list(chain.from_iterable(cluster.run_all(self.prune, choice.threshold))), {}
+        pruned = cluster.run_all(self.prune, choice.threshold)
+        return list(chain.from_iterable(pruned)), {}

@@ -49,26 +49,30 @@ METHODS: dict[type, type[Method]] = {
     SparseGPTSection: Layerwise,
     WandaSection: Layerwise,
 }
-"""Section -> the method that takes it."""
+"""Class of a section -> class of the method that it configures."""
 
 
 def method_for(
-    pruning: PruningSection | None, curvature: AnyCurvature | None, layout: ModelLayout, dtype: str
+    pruning: PruningSection | None,
+    curvature: AnyCurvature | None,
+    layout: ModelLayout,
+    dtype: str,
 ) -> Method:
     """Return the method of a job for a model.
 
     Args:
         pruning: section of the job spec; None for a job that prunes nothing.
-        curvature: likewise; None for methods that gather their own.
+        curvature: section of the job spec; None for methods that gather their own.
         layout: of the model.
-        dtype: of its weights.
+        dtype: of the model's weights.
 
     Raises:
-        ValueError: the method cannot do what is asked to this model.
+        ValueError: the method cannot prune this model as requested.
     """
     if pruning is None:
         return NoPruning()
-    for problem in problems_of_mixture(layout, pruning, curvature):
+    problem = next(problems_of_mixture(layout, pruning, curvature), None)
+    if problem is not None:
         raise ValueError(problem)
     if isinstance(pruning, CoupledSection):
         return _groups(pruning, curvature, layout, dtype)
@@ -82,58 +86,98 @@ def _check_pattern(pruning: PatternSection, layout: ModelLayout) -> None:
     for shape in layout.linears:
         num_inputs = shape.num_columns - shape.has_bias
         if num_inputs % m:
-            inputs = f"{shape.name} has {num_inputs} inputs"
-            raise ValueError(f"pruning.n_m: {inputs}, not a multiple of {m}; choose another M")
-    if pruning.target_sparsity > (most := pruning.reach(layout)):
-        problem = f"target_sparsity: {pruning.target_sparsity:g}, but {most:.4g} is all that"
-        why = f"{pruning.method} can take from this model, because biases count and stay"
-        raise ValueError(f"pruning.{problem} {why}; lower it")
+            raise ValueError(
+                f"pruning.n_m: {shape.name} has {num_inputs} inputs, "
+                f"not a multiple of {m}; choose another M"
+            )
+    most = pruning.reach(layout)
+    if pruning.target_sparsity > most:
+        raise ValueError(
+            f"pruning.target_sparsity: {pruning.target_sparsity:g}, but {most:.4g} is "
+            f"all that {pruning.method} can take from this model, because biases count "
+            "and stay; lower it"
+        )
 
 
 def _groups(
-    pruning: CoupledSection, curvature: AnyCurvature | None, layout: ModelLayout, dtype: str
+    pruning: CoupledSection,
+    curvature: AnyCurvature | None,
+    layout: ModelLayout,
+    dtype: str,
 ) -> Groups:
     """Return the method of coupled groups; see `method_for`."""
+    _check_devices(pruning, layout)
+    _check_kinds(pruning, layout)
+    fewest = budgets.fewest_left(
+        layout,
+        pruning.fewest_groups,
+        pruning.tensor_parallel,
+        uniform=pruning.uniform,
+    )
+    consumers = set[str]()
+    for groups in layout.group_sets:
+        if groups.kind in pruning.groups:
+            consumers.add(layout.shapes[groups.consumer].role)
+    return Groups(
+        section=pruning,
+        curvature=curvature,
+        budget=_budget(layout, pruning, dtype),
+        fewest=fewest,
+        consumers=frozenset(consumers),
+    )
+
+
+def _check_devices(pruning: CoupledSection, layout: ModelLayout) -> None:
     heads = layout.heads
     devices = pruning.tensor_parallel
-    uniform = pruning.uniform
-    if heads.num_kv not in kv_heads_left(layout, devices, uniform=uniform):
-        counts = f"dense model's {heads.num_query} query heads and {heads.num_kv} KV heads"
-        raise ValueError(f"pruning.tensor_parallel: {devices}; give a divisor of the {counts}")
+    if heads.num_kv not in kv_heads_left(layout, devices, uniform=pruning.uniform):
+        raise ValueError(
+            f"pruning.tensor_parallel: {devices}; give a divisor of the dense model's "
+            f"{heads.num_query} query heads and {heads.num_kv} KV heads"
+        )
     for groups in layout.group_sets:
-        if groups.kind != "attention" and len(groups.columns) % devices:
-            channels = f"{groups.consumer} has {len(groups.columns)} channels"
-            raise ValueError(f"pruning.tensor_parallel: {devices}, but {channels}; give a divisor")
-    if missing := [kind for kind in pruning.narrow_kinds if kind not in layout.kinds]:
-        present = f"{layout.config.model_type} has {', '.join(layout.kinds)}"
-        problem = f"pruning.groups: {', '.join(missing)}, but {present} that can be pruned here"
-        raise ValueError(f"{problem}; name some of these")
-    if pruning.layer_kinds and not getattr(layout.config, "do_layer_norm_before", True):
-        problem = "norms come after what layers add (do_layer_norm_before false)"
-        raise ValueError(f"pruning.groups: {problem}, so no layer can go; name ffn or attention")
-    fewest = budgets.fewest_left(layout, pruning.fewest_groups, devices, uniform=uniform)
-    sets = (groups for groups in layout.group_sets if groups.kind in pruning.groups)
-    consumers = frozenset(layout.shapes[groups.consumer].role for groups in sets)
-    return Groups(pruning, curvature, _budget(layout, pruning, dtype), fewest, consumers)
+        num_groups = len(groups.columns)
+        if groups.kind != "attention" and num_groups % devices:
+            raise ValueError(
+                f"pruning.tensor_parallel: {devices}, but {groups.consumer} has "
+                f"{num_groups} channels; give a divisor"
+            )
+
+
+def _check_kinds(pruning: CoupledSection, layout: ModelLayout) -> None:
+    missing = [kind for kind in pruning.narrow_kinds if kind not in layout.kinds]
+    if missing:
+        raise ValueError(
+            f"pruning.groups: {', '.join(missing)}, but {layout.config.model_type} has "
+            f"{', '.join(layout.kinds)} that can be pruned here; name some of these"
+        )
+    norms_come_before = getattr(layout.config, "do_layer_norm_before", True)
+    if pruning.layer_kinds and not norms_come_before:
+        raise ValueError(
+            "pruning.groups: norms come after what layers add (do_layer_norm_before "
+            "false), so no layer can go; name ffn or attention"
+        )
 
 
 def _budget(layout: ModelLayout, pruning: CoupledSection, dtype: str) -> Budget:
-    """Return what groups save from."""
+    """Return the budget that the target of the section is measured in."""
     target = pruning.target
     if isinstance(target, TimedTarget):
         budget = budget_in(target.table, layout, target)
         for kind in pruning.narrow_kinds:
             if not budget.size(kind):
                 raise ValueError(
-                    f"pruning.groups: by the seconds in {target.table}, no {kind} save anything; "
-                    f"leave {kind} out, or measure again"
+                    f"pruning.groups: by the seconds in {target.table}, no {kind} save "
+                    f"anything; leave {kind} out, or measure again"
                 )
         return budget
     if isinstance(target, FlopsTarget):
         return budgets.flops_budget(layout, target.prompt_length)
     if isinstance(target, BytesTarget):
         return budgets.bytes_budget(layout, getattr(torch, dtype).itemsize)
-    return budgets.parameters_budget(layout) if target else budgets.linears_budget(layout)
+    if target:
+        return budgets.parameters_budget(layout)
+    return budgets.linears_budget(layout)
 
 
 @dataclass(frozen=True)
@@ -180,22 +224,26 @@ class Costs(_OnLinears):
 
 
 class Update(_OnLinears):
-    """The update of what stays."""
+    """The update of the weights that stay."""
 
     name = "update"
 
 
 def prune(
-    run: RunState, method: Method, scores: Scores[Any] | None, choice: Choice, facts: Facts
+    run: RunState,
+    method: Method,
+    scores: Scores[Any] | None,
+    choice: Choice,
+    facts: Facts,
 ) -> None:
-    """Let workers prune and update what stays, and measure that on the windows held aside.
+    """Let workers prune and update, and measure the result on the windows held aside.
 
     Args:
         run: in a shot.
-        method: of pruning.
-        scores: of the shot; None for a method without costs.
+        method: the method of pruning.
+        scores: scores of the shot; None for a method without costs.
         choice: what to prune.
-        facts: of the step.
+        facts: facts of the step, which are extended.
     """
     linears, record = method.apply(run.cluster, run.text.tokens, choice, run.shot)
     run.linears = method.of_loss(linears)
@@ -203,8 +251,11 @@ def prune(
     facts["sparsity"] = run.sparsity
     if scores is None:
         return
-    # by the quadratic model, in nats per token
-    predicted = [linear.predicted for linear in run.linears if linear.predicted is not None]
+    # loss increases by the quadratic model, in nats per token
+    predicted = list[float]()
+    for linear in run.linears:
+        if linear.predicted is not None:
+            predicted.append(linear.predicted)
     residuals = sorted(linear.residual for linear in run.linears)
     run.record["predicted_loss_increase"] = None
     run.record["update_residual"] = {

@@ -1,12 +1,14 @@
 """SparseGPT and Wanda, as baselines: block after block to the same sparsity.
 
-Inputs are those that the pruned blocks before give. A method that prunes nothing is here, too.
+The inputs of a block are the outputs of the pruned blocks before it. The method of jobs that prune
+nothing is here, too.
 """
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
-from typing import ClassVar
+from itertools import chain
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -31,7 +33,7 @@ class Layerwise(Method, BlockPass):
 
     by_element: ClassVar[bool] = True
     section: SparseGPTSection | WandaSection
-    sparsity: float = 0.0  # of every linear after the present shot
+    sparsity: float = 0.0  # sparsity of every linear after the current shot
 
     def needs(self, shape: LinearShape) -> LinearNeeds:
         """A's Cholesky factor and the inverse of that."""
@@ -42,15 +44,24 @@ class Layerwise(Method, BlockPass):
 
     # On the coordinator
 
-    def apply(self, cluster: Cluster, tokens: Tokens, choice: Choice, shot: int) -> Applied:
+    def apply(
+        self,
+        cluster: Cluster,
+        tokens: Tokens,
+        choice: Choice,
+        shot: int,
+    ) -> Applied:
         """Prune shard after shard, block after block, while the calibration sequences pass once.
 
-        The report gets what was damped more than asked.
+        The report gets the linears that needed more damping than requested.
         """
         replace(self, sparsity=self.section.targets[shot - 1]).pass_all(cluster, tokens)
-        done = cluster.run_all(_done)
-        raised = [asdict(event) for _, of_worker in done for event in of_worker]
-        return [linear for linears, _ in done for linear in linears], {"damping_used": raised}
+        linears = list[LinearSummary]()
+        raised = list[dict[str, Any]]()
+        for of_worker, events in cluster.run_all(_done):
+            linears.extend(of_worker)
+            raised.extend(asdict(event) for event in events)
+        return linears, {"damping_used": raised}
 
     # On a worker
 
@@ -61,7 +72,7 @@ class Layerwise(Method, BlockPass):
         shape = worker.layout.shapes[name]
         num_inputs = shape.num_columns - shape.has_bias
         fraction = self.sparsity * W.numel() / (len(W) * num_inputs)
-        options = fraction, section.units.n, section.units.m
+        units = section.units
         before = worker.mask(name, ElementMask).kept[:, :num_inputs].to(W.device)
         weights = W[:, :num_inputs]
         A = A[:num_inputs, :num_inputs]
@@ -69,9 +80,23 @@ class Layerwise(Method, BlockPass):
             U, raised = upper_inverse(A, section.damping, section.max_damping, name)
             worker.state.raised_damping.extend(raised)
             live = weights.masked_fill(A.diagonal() == 0, 0.0)
-            W[:, :num_inputs], kept = sparsegpt(live, U, *options, before=before)
+            W[:, :num_inputs], kept = sparsegpt(
+                live,
+                U,
+                sparsity=fraction,
+                n=units.n,
+                m=units.m,
+                before=before,
+            )
         else:
-            kept = wanda(weights, A.diagonal(), *options, before=before)
+            kept = wanda(
+                weights,
+                A.diagonal(),
+                sparsity=fraction,
+                n=units.n,
+                m=units.m,
+                before=before,
+            )
             W[:, :num_inputs] = weights * kept
         whole = torch.ones_like(W, dtype=torch.bool)
         whole[:, :num_inputs] = kept
@@ -89,13 +114,20 @@ class NoPruning(Method):
     def needs(self, shape: LinearShape) -> None:
         """Return None."""
 
-    def apply(self, cluster: Cluster, tokens: Tokens, choice: Choice, shot: int) -> Applied:
-        """Say what there is."""
-        return [linear for linears in cluster.run_all(summaries) for linear in linears], {}
+    def apply(
+        self,
+        cluster: Cluster,
+        tokens: Tokens,
+        choice: Choice,
+        shot: int,
+    ) -> Applied:
+        """Return the summaries of all linears, unchanged."""
+        linears = cluster.run_all(summaries)
+        return list(chain.from_iterable(linears)), {}
 
 
 def _done(worker: Worker) -> tuple[list[LinearSummary], list[RaisedDamping]]:
-    """Return what is left of the owned linears, and which damping they needed."""
+    """Return the summaries of the owned linears, and the dampings that had to be raised."""
     raised = worker.state.raised_damping
     worker.state.raised_damping = []
     return list(summaries(worker)), raised
