@@ -139,7 +139,8 @@ def _check_experts(layout: ModelLayout, known: LlamaCpp, widths: Sequence[BlockW
     if not getattr(layout.config, "norm_topk_prob", True):
         raise ValueError(
             f"output.exports: gguf: llama.cpp's {known.name} makes the weights of a "
-            "token's experts sum to 1, the model does not; export uniform or per_block instead"
+            "token's experts sum to 1, the model does not; "
+            "export uniform or per_block instead"
         )
 
 
@@ -164,7 +165,8 @@ def _check_gpt_oss(config: PretrainedConfig) -> None:
     if (alpha, limit) != (1.702, 7.0):
         raise ValueError(
             "output.exports: gguf: llama.cpp's gpt-oss has swiglu_alpha 1.702 and "
-            f"swiglu_limit 7, the model {(alpha, limit)}; export uniform or per_block instead"
+            f"swiglu_limit 7, the model {(alpha, limit)}; "
+            "export uniform or per_block instead"
         )
 
 

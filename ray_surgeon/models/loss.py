@@ -88,8 +88,8 @@ class Predicted:
         # [n] in [0, 1), the random numbers by which labels are drawn
         self.chances: Tensor | None = None
         if generator is not None:
-            of_all = torch.rand(self._shape.numel(), generator=generator).to(tokens.device)
-            self.chances = self.chosen(of_all[:, None])[:, 0]
+            chances = torch.rand(self._shape.numel(), generator=generator)
+            self.chances = self.chosen(chances.to(tokens.device)[:, None])[:, 0]
 
     def chosen(self, rows: Tensor) -> Tensor:
         """Return the rows [n, d] of [num_sequences, T - 1, d] whose predictions count."""
@@ -147,7 +147,7 @@ class Predicted:
         return pad(self.placed(gradient), (0, 0, 0, 1))
 
 
-def _logits(states: Sequence[Tensor], heads: Sequence[Tensor]) -> Sequence[Tensor]:
+def _logits(states: list[Tensor], heads: list[Tensor]) -> Sequence[Tensor]:
     """Return the logits [n, vocabulary] of each model."""
     if len(heads) == 1:
         return product(torch.cat(states), heads[0].T).chunk(len(states))
@@ -312,5 +312,6 @@ def _drawn(probabilities: Tensor, chances: Tensor) -> Tensor:
     A label is the first whose cumulated probability [n, vocabulary] exceeds the number.
     """
     cumulated = probabilities.cumsum(dim=1)
-    drawn = torch.searchsorted(cumulated, chances[:, None] * cumulated[:, -1:], right=True)
+    thresholds = chances[:, None] * cumulated[:, -1:]
+    drawn = torch.searchsorted(cumulated, thresholds, right=True)
     return drawn.clamp_(max=probabilities.shape[1] - 1)

@@ -168,7 +168,8 @@ class LowRankCorrections:
             A = part.A
             size_of_W = float(shard.weight(name)[:, : A.shape[1]].square().mean().sqrt())
             trained[f"{name}.A"] = Trained(A, RATE_OF_A * part.size)
-            trained[f"{name}.B"] = Trained(part.B, size_of_W / (part.size * len(A) ** 0.5))
+            size_of_B = size_of_W / (part.size * len(A) ** 0.5)
+            trained[f"{name}.B"] = Trained(part.B, size_of_B)
         self._optimizer = RelativeAdam(trained)
         # forward methods of the linears without corrections
         self._forwards = {name: shard.linears[name].forward for name in parts}
@@ -180,7 +181,7 @@ class LowRankCorrections:
         return [self.parts[name].A.detach(), self.parts[name].B.detach()]
 
     def gradients(self, name: str, num_tokens: int) -> list[Tensor]:
-        """Return the gradients of the mean loss at A and B of a linear, which store them, too.
+        """Set the gradients at A and B of a linear to those of the mean loss, and return them.
 
         They are zero if no tokens have passed the linear.
         """

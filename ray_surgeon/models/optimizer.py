@@ -67,7 +67,8 @@ class RelativeAdam:
         """Return the moments and gradient norms by name, not copied."""
         tensors: dict[str, Tensor] = {}
         for name, part in self._trained.items():
-            tensors[f"{name} norms"] = torch.tensor(self._history[name], dtype=torch.float64)
+            history = torch.tensor(self._history[name], dtype=torch.float64)
+            tensors[f"{name} norms"] = history
             for key, moment in self._optimizer.state.get(part.parameter, {}).items():
                 tensors[f"{name} {key}"] = moment
         return tensors

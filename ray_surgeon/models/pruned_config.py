@@ -174,7 +174,7 @@ def kv_heads_left(layout: ModelLayout, tensor_parallel: int, *, uniform: bool) -
         tensor_parallel: devices over which an engine will split the heads. It splits query heads
             evenly, and splits KV heads evenly or copies them.
         uniform: whether a class of transformers must hold this number in every block; otherwise 0
-            is allowed, too.
+            is also allowed.
     """
     allowed = []
     for num_kv in range(layout.heads.num_kv + 1):

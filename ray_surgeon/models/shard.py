@@ -61,7 +61,8 @@ class ModelShard:
         for name in layout.parameters_of(blocks):
             slots[layout.block_of(name)][name] = self._slot(name)
         self._ends = WeightStore("device", [slots.pop(None, {})], device, scratch)
-        self.weights = WeightStore(self.stores.weights, list(slots.values()), device, scratch)
+        in_blocks = list(slots.values())
+        self.weights = WeightStore(self.stores.weights, in_blocks, device, scratch)
         # global names of the tensors that `load` reads, in this order
         self.wanted = [*self._ends.slot_of, *self.weights.slot_of]
         # packed sums; those of a block are on the device while it runs
@@ -227,7 +228,7 @@ class ModelShard:
         Args:
             place: place of the block in the shard.
             wide: whether to compute products in float32 whatever the inputs' dtype is, because
-                other threads of this process compute products, too.
+                other threads of this process also compute products.
         """
         hooks: list[RemovableHandle] = []
         sums: dict[str, PackedSymmetric] = {}

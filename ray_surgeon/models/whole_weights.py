@@ -94,8 +94,7 @@ class WholeWeights:
         if part == "bias" and weight is not None:
             size = max(size, _root_mean_square(weight))
         if size == 0:
-            num_inputs = math.prod(parameter.shape[1:])
-            return num_inputs**-0.5
+            return float(math.prod(parameter.shape[1:]) ** -0.5)
         return size
 
     def _start_optimizers(self) -> None:
@@ -117,7 +116,7 @@ class WholeWeights:
         return [self._parameters[name].detach()]
 
     def gradients(self, name: str, num_tokens: int) -> list[Tensor]:
-        """Return the gradient of the mean loss at a parameter, which stores it, too.
+        """Set a parameter's gradient to that of the mean loss, and return it.
 
         It is zero if no tokens have passed the parameter.
         """
@@ -206,7 +205,7 @@ class WholeWeights:
         self._end()
 
     def absorb(self) -> dict[str, tuple[float, float]]:
-        """End the training and keep the trained weights, all of which shots then save.
+        """End the training and keep the trained weights; shots save all of them from now on.
 
         Returns:
             Name of an owned parameter -> (<change, change of its master>, |change of its

@@ -17,7 +17,8 @@ class WidthLimits:
     fewest: Mapping[str, int]
     multiple: int  # final feed-forward widths are multiples of this
     tensor_parallel: int  # devices over which engines will split heads and channels
-    uniform: bool  # whether all blocks have the same widths, as a class of transformers needs
+    # whether all blocks have the same widths, as a class of transformers needs
+    uniform: bool
     layers: tuple[str, ...] = ()  # kinds of layers that may be removed whole
 
     def channels(self, layout: ModelLayout) -> list[int]:
@@ -38,7 +39,8 @@ class WidthLimits:
             if groups.kind == "attention":
                 left = self.kv_heads(layout)
             else:
-                left = self._left(groups.kind, num_groups, range(0, num_groups, self.multiple))
+                numbers = range(0, num_groups, self.multiple)
+                left = self._left(groups.kind, num_groups, numbers)
             possible[groups.consumer] = [number * width for number in left]
         return possible
 
