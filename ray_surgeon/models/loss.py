@@ -1,9 +1,9 @@
-"""Loss at the head, in slices of tokens: the logits of a whole sequence never exist at once."""
+"""Loss at the head, in slices of tokens; the logits of a whole sequence are never stored."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,78 +13,93 @@ from torch.nn.functional import pad
 from ray_surgeon.maths.products import product
 
 TOKENS_PER_SLICE = 128
-"""128 tokens x 50k vocabulary x 4 bytes = 25 MiB."""
+"""Tokens whose logits exist at once: 128 tokens x 50k vocabulary x 4 bytes = 25 MiB."""
 TOKENS_IN_CACHE = 8
-"""Of a slice on a CPU, whose probabilities then stay in a core's cache from step to step.
+"""Tokens that a CPU works on at once, so that their probabilities stay in a core's cache.
 
-A GPU takes a slice at once.
+A GPU works on a whole slice at once.
 """
 
 
 def bytes_at_the_head(vocab_size: int, width: int, *, on_cpu: bool) -> int:
-    """Return the most bytes that a loss takes beside the hidden states.
+    """Return the peak memory of a loss in bytes, beside the hidden states.
 
-    These are the logits of a slice, on other devices than CPUs of both models, and what is worked
-    on in float32.
+    It holds the logits of a slice (on other devices than CPUs those of two models), and float32
+    copies of the tokens that are worked on.
 
     Args:
-        vocab_size: of the model.
+        vocab_size: vocabulary size of the model.
         width: bytes of a logit.
-        on_cpu: whether parts that stay in the cache are worked on together; the C library's heap
-            then holds as much again, as measured.
+        on_cpu: whether a CPU computes the loss, in parts that fit its cache. The C library's heap
+            then holds the same amount again, as measured.
     """
-    at_once = 2 * TOKENS_IN_CACHE if on_cpu else TOKENS_PER_SLICE
-    num_logits = TOKENS_PER_SLICE * (1 if on_cpu else 2)
-    return vocab_size * (num_logits * width + at_once * 20)
+    if on_cpu:
+        num_tokens = 2 * TOKENS_IN_CACHE
+        num_logits = TOKENS_PER_SLICE
+    else:
+        num_tokens = TOKENS_PER_SLICE
+        num_logits = 2 * TOKENS_PER_SLICE
+    return vocab_size * (num_logits * width + num_tokens * 20)
 
 
 def perplexity_of(mean: float) -> float:
-    """Return exp of a mean NLL in nats, infinite where it is too large for a number.
+    """Return the exponential of a mean NLL in nats; infinity if it overflows.
 
     Raises:
         FloatingPointError: the loss is not a number.
     """
     if math.isnan(mean):
-        problem = "the loss on the evaluation text is not a number"
-        raise FloatingPointError(f"{problem}; check the weights")
-    return math.exp(mean) if mean < 700 else math.inf
+        raise FloatingPointError(
+            "the loss on the evaluation text is not a number; check the weights"
+        )
+    if mean >= 700:
+        return math.inf
+    return math.exp(mean)
 
 
-_Work = Callable[..., None]
+_Work = Callable[[slice, Sequence[Tensor]], None]
 
 
 class Predicted:
-    """The tokens that are predicted: position t predicts token t + 1, so T - 1 in each sequence."""
+    """The predicted tokens: position t predicts token t + 1, so T - 1 in each sequence."""
 
     def __init__(
-        self, tokens: Tensor, counts: Tensor | None = None, generator: torch.Generator | None = None
+        self,
+        tokens: Tensor,
+        counts: Tensor | None = None,
+        generator: torch.Generator | None = None,
     ) -> None:
-        """Look them up.
+        """Find the labels, and draw random numbers for sampled labels if a generator is given.
 
         Args:
             tokens: [num_sequences, T] int64.
-            counts: [num_sequences, T] bool, whether a token counts as something that is predicted:
-                the loss of position t counts if token t + 1 does. None if all count. The others
-                have no logits, no loss and a gradient of 0.
-            generator: of the CPU; if given, the labels of the gradient are drawn from the model
-                (sampled Fisher) instead of the data, the same ones on every device, and the same
-                ones whichever tokens count.
+            counts: [num_sequences, T] bool, whether each token counts as a prediction: the loss at
+                position t counts if token t + 1 does. None if all count. Positions that do not
+                count have no logits, no loss and a gradient of 0.
+            generator: generator on the CPU. If given, the labels of the gradient are drawn from the
+                model (sampled Fisher) instead of the data. They are the same on every device, and
+                do not depend on which tokens count.
         """
         self._shape = tokens[:, 1:].shape
-        self._places = None if counts is None else counts[:, 1:].reshape(-1).nonzero()[:, 0]
+        self._places: Tensor | None = None
+        if counts is not None:
+            self._places = counts[:, 1:].reshape(-1).nonzero()[:, 0]
         self.labels = self.chosen(tokens[:, 1:, None])  # [n, 1]
-        self.chances: Tensor | None = None  # [n], by which labels are drawn
+        # [n] in [0, 1), the random numbers by which labels are drawn
+        self.chances: Tensor | None = None
         if generator is not None:
-            of_all = torch.rand(self._shape.numel(), generator=generator).to(tokens.device)
-            self.chances = self.chosen(of_all[:, None])[:, 0]
+            chances = torch.rand(self._shape.numel(), generator=generator)
+            self.chances = self.chosen(chances.to(tokens.device)[:, None])[:, 0]
 
     def chosen(self, rows: Tensor) -> Tensor:
-        """Return the rows [n, d] of [num_sequences, T - 1, d] that predict one of them."""
+        """Return the rows [n, d] of [num_sequences, T - 1, d] whose predictions count."""
         flat = rows.reshape(-1, rows.shape[-1])
-        return flat if self._places is None else flat[self._places]
+        if self._places is None:
+            return flat
+        return flat[self._places]
 
     def placed(self, rows: Tensor) -> Tensor:
-        """Return rows [n, ...] as [num_sequences, T - 1, ...], the others zero."""
+        """Return rows [n, ...] as [num_sequences, T - 1, ...], zero where nothing counts."""
         if self._places is not None:
             of_all = rows.new_zeros(self._shape.numel(), *rows.shape[1:])
             rows = of_all.index_copy_(0, self._places, rows)
@@ -93,59 +108,73 @@ class Predicted:
     def work_on(
         self, hidden: list[Tensor], heads: list[Tensor], work: _Work, with_gradient: bool
     ) -> Tensor | None:
-        """Call ``work(places, logits, ...)`` on parts of the tokens that are worked on together.
+        """Call ``work(span, logits)`` for parts of the predictions that count.
 
         Args:
-            hidden: what the head reads [num_sequences, T, d], once for every logits
-                [len(places), vocabulary].
-            heads: its weight [vocabulary, d]; or those of all, if they are not one.
-            work: if a gradient is wanted, it leaves that at the first logits in their place.
-            with_gradient: whether to return the gradient at the first hidden states.
+            hidden: input of the head [num_sequences, T, d] of each model; each gives logits
+                [len(span), vocabulary].
+            heads: one weight [vocabulary, d] of all models, or a list of one weight per model.
+            work: if a gradient is wanted, it overwrites the first model's logits with their
+                gradient.
+            with_gradient: whether to return the gradient.
+
+        Returns:
+            Gradient at the first model's hidden states [num_sequences, T, d], or None.
         """
         states = [self.chosen(of_model[:, :-1]) for of_model in hidden]
         first = states[0]
-        gradient = torch.empty_like(first) if with_gradient else None
-        size = num_tokens = TOKENS_PER_SLICE
+        gradient: Tensor | None = None
+        if with_gradient:
+            gradient = torch.empty_like(first)
+        num_tokens = TOKENS_PER_SLICE
+        size = TOKENS_PER_SLICE
         if first.device.type == "cpu":
-            # the C library keeps one piece of memory from slice to slice, but gives two back
+            # the C library reuses one block of memory from slice to slice, but frees two
             num_tokens = TOKENS_PER_SLICE // len(states)
             size = TOKENS_IN_CACHE
         for start in range(0, len(first), num_tokens):
             part = slice(start, min(start + num_tokens, len(first)))
             read = [of_model[part].to(first.dtype) for of_model in states]
-            if len(heads) == 1:
-                logits = product(torch.cat(read), heads[0].T).chunk(len(states))
-            else:
-                logits = tuple(product(read[i], heads[i].T) for i in range(len(heads)))
+            logits = _logits(read, heads)
             for place in range(start, part.stop, size):
                 span = slice(place, min(place + size, part.stop))
-                work(span, *(whole[place - start : span.stop - start] for whole in logits))
+                work(span, [whole[place - start : span.stop - start] for whole in logits])
             if gradient is not None:
                 gradient[part] = product(logits[0], heads[0])
-            del logits  # before the next slice's are made
-        return None if gradient is None else pad(self.placed(gradient), (0, 0, 0, 1))
+            del logits  # frees them before those of the next slice are computed
+        if gradient is None:
+            return None
+        return pad(self.placed(gradient), (0, 0, 0, 1))
+
+
+def _logits(states: list[Tensor], heads: list[Tensor]) -> Sequence[Tensor]:
+    """Return the logits [n, vocabulary] of each model."""
+    if len(heads) == 1:
+        return product(torch.cat(states), heads[0].T).chunk(len(states))
+    return [product(read, head.T) for read, head in zip(states, heads, strict=True)]
 
 
 @torch.no_grad()
 def next_token_loss(
     hidden: Tensor, head_weight: Tensor, predicted: Predicted, *, with_gradient: bool = False
 ) -> tuple[Tensor, Tensor | None]:
-    """Negative log-likelihood of the next tokens, and its gradient at the hidden states.
+    """Return the negative log-likelihood of the next tokens, and its gradient.
 
     Args:
         hidden: [num_sequences, T, d] output of the final norm.
         head_weight: [vocabulary, d].
-        predicted: tokens.
+        predicted: the predicted tokens.
         with_gradient: whether to return the gradient of the summed loss.
 
     Returns:
         [num_sequences] float64 NLL of the data in nats, summed over the tokens that count, and the
-        gradient [num_sequences, T, d] or None.
+        gradient at the hidden states [num_sequences, T, d], or None.
     """
     labels = predicted.labels
     nll = torch.empty(len(labels), dtype=torch.float64, device=hidden.device)
 
-    def work(span: slice, logits: Tensor) -> None:
+    def work(span: slice, logits_of_models: Sequence[Tensor]) -> None:
+        (logits,) = logits_of_models
         wide = logits.float()
         targets = labels[span]
         probabilities, log_sums = _softmax(wide)
@@ -153,25 +182,25 @@ def next_token_loss(
         if with_gradient:
             if predicted.chances is not None:
                 targets = _drawn(probabilities, predicted.chances[span])
-            minus = torch.full_like(targets, -1, dtype=probabilities.dtype)
-            logits.copy_(probabilities.scatter_add_(1, targets, minus))
+            minus_one = torch.full_like(targets, -1, dtype=probabilities.dtype)
+            logits.copy_(probabilities.scatter_add_(1, targets, minus_one))
 
     gradient = predicted.work_on([hidden], [head_weight], work, with_gradient)
     return predicted.placed(nll).sum(dim=1), gradient
 
 
 Dense = tuple[Tensor, Tensor | None]
-"""The dense model's last hidden states [1, T, d] of a sequence, and its head if it has its own."""
+"""The dense model's last hidden states [1, T, d] of a sequence, and its head if it is another."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """A model beside the dense one, summed over each sequence's tokens that count."""
+    """Comparison of a model with the dense model, summed over the tokens that count."""
 
     # [num_sequences] float64, ``sum_v p_v (log p_v - log q_v)`` with p of the dense model, in nats
     divergence: Tensor
     nll: Tensor  # [num_sequences] float64, of the text, in nats
-    # [num_sequences, T, d] of the summed divergence with respect to the hidden states
+    # [num_sequences, T, d] gradient of the summed divergence with respect to the hidden states
     gradient: Tensor | None
     acceptance: Tensor | None = None  # [num_sequences] float64, ``sum_v min(p_v, q_v)``
     # [num_sequences] float64, 1 where both models have the same most likely token
@@ -195,38 +224,54 @@ def compare_with_dense(
 
     Args:
         hidden: [num_sequences, T, d] output of the final norm.
-        dense: [num_sequences, T, d] of the dense model, of any float dtype.
-        predicted: tokens; labels are the text's.
-        head_weight: [vocabulary, d] of both.
-        dense_head: [vocabulary, another d] of the dense model, if it has one of its own.
-        with_gradient: whether the gradient is wanted.
-        with_acceptance: whether acceptance and agreement are wanted. Source: docs/method.md,
+        dense: [num_sequences, T, d] the same of the dense model, of any float dtype.
+        predicted: the predicted tokens; the labels are those of the text.
+        head_weight: [vocabulary, d] of both models.
+        dense_head: [vocabulary, another d] of the dense model, if its head is another.
+        with_gradient: whether to compute the gradient.
+        with_acceptance: whether to compute acceptance and agreement. Source: docs/method.md,
             section 11.
     """
     labels = predicted.labels
-    names = ("divergence", "nll", *(("acceptance", "agreement") if with_acceptance else ()))
-    sums = {n: torch.empty(len(labels), dtype=torch.float64, device=hidden.device) for n in names}
+    names = ["divergence", "nll"]
+    if with_acceptance:
+        names.extend(["acceptance", "agreement"])
+    sums: dict[str, Tensor] = {}
+    for name in names:
+        sums[name] = torch.empty(len(labels), dtype=torch.float64, device=hidden.device)
 
-    def work(span: slice, logits: Tensor, wanted: Tensor) -> None:
+    def work(span: slice, logits_of_models: Sequence[Tensor]) -> None:
+        logits, dense_logits = logits_of_models
         own = logits.float()
-        other = wanted.float()
+        other = dense_logits.float()
         q, log_sums = _softmax(own)
         p, dense_log_sums = _softmax(other)
         sums["nll"][span] = log_sums - own.gather(1, labels[span])[:, 0].double()
         if with_acceptance:
-            # twice the total variation
+            # the sum is twice the total variation
             sums["acceptance"][span] = 1 - (q - p).abs_().sum(dim=-1).double() / 2
-            sums["agreement"][span] = (logits.argmax(dim=-1) == wanted.argmax(dim=-1)).double()
-        # log p - log q, where the dense model's logits were
+            agrees = logits.argmax(dim=-1) == dense_logits.argmax(dim=-1)
+            sums["agreement"][span] = agrees.double()
+        # log p - log q, computed in place
         ratios = other.sub_(own).add_((log_sums - dense_log_sums).float()[:, None])
         sums["divergence"][span] = ratios.mul_(p).sum(dim=-1).double()
         if with_gradient:
             logits.copy_(q.sub_(p))
 
-    heads = [head_weight] if dense_head is None else [head_weight, dense_head]
+    heads = [head_weight]
+    if dense_head is not None:
+        heads.append(dense_head)
     gradient = predicted.work_on([hidden, dense], heads, work, with_gradient)
-    of_each = {name: predicted.placed(values).sum(dim=1) for name, values in sums.items()}
-    return Comparison(gradient=gradient, **of_each)
+    totals: dict[str, Tensor] = {}
+    for name, values in sums.items():
+        totals[name] = predicted.placed(values).sum(dim=1)
+    return Comparison(
+        divergence=totals["divergence"],
+        nll=totals["nll"],
+        gradient=gradient,
+        acceptance=totals.get("acceptance"),
+        agreement=totals.get("agreement"),
+    )
 
 
 @torch.no_grad()
@@ -236,9 +281,9 @@ def next_tokens(hidden: Tensor, head_weight: Tensor, chances: Tensor, temperatur
     Args:
         hidden: [m, d] output of the final norm at the last token.
         head_weight: [vocabulary, d].
-        chances: [m] uniform in [0, 1); a token is drawn where the cumulated probabilities pass its
-            sequence's.
-        temperature: logits are divided by it; 0 takes the most likely token.
+        chances: [m] uniform random numbers in [0, 1), one per sequence; the drawn token is the
+            first whose cumulated probability exceeds the number.
+        temperature: divisor of the logits; 0 takes the most likely token.
 
     Returns:
         [m] int64.
@@ -250,11 +295,11 @@ def next_tokens(hidden: Tensor, head_weight: Tensor, chances: Tensor, temperatur
 
 
 def _softmax(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Return softmax [n, vocabulary] of float32 logits, and log(sum_v exp) [n] float64.
+    """Return the softmax [n, vocabulary] of float32 logits, and log(sum_v exp) [n] float64.
 
-    The largest probability is one over the sum of exp(logit - the largest). On a CPU that costs a
-    fifth of `torch.logsumexp`; probabilities there have a common factor of up to 1 + 8e-6, which is
-    taken off again.
+    The largest probability is the inverse of sum_v exp(logit_v - largest logit). On a CPU this
+    costs a fifth of `torch.logsumexp`. Probabilities there have a common factor of up to
+    1 + 8e-6, which is divided out.
     """
     probabilities = torch.softmax(logits, dim=-1)
     largest = probabilities.amax(dim=-1).double() / probabilities.sum(dim=-1).double()
@@ -262,10 +307,11 @@ def _softmax(logits: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _drawn(probabilities: Tensor, chances: Tensor) -> Tensor:
-    """Return for each token the label [n, 1] at its chance.
+    """Return the labels [n, 1] drawn with the random numbers `chances` [n] in [0, 1).
 
-    There the cumulated probabilities [n, vocabulary] pass the chance [n] in [0, 1).
+    A label is the first whose cumulated probability [n, vocabulary] exceeds the number.
     """
     cumulated = probabilities.cumsum(dim=1)
-    drawn = torch.searchsorted(cumulated, chances[:, None] * cumulated[:, -1:], right=True)
+    thresholds = chances[:, None] * cumulated[:, -1:]
+    drawn = torch.searchsorted(cumulated, thresholds, right=True)
     return drawn.clamp_(max=probabilities.shape[1] - 1)

@@ -3,7 +3,8 @@
 They are trained and then absorbed, W <- W + B A.
 
 Source: docs/method.md, section 7; The LLM Surgeon, section 3.5. Pruned weights stay exactly zero:
-the pruned rows of B and columns of A are left out, and for elements B A itself is masked.
+pruned rows of B and pruned columns of A stay zero, and B A is masked where single elements are
+pruned.
 """
 
 from __future__ import annotations
@@ -22,24 +23,36 @@ from ray_surgeon.models.optimizer import RelativeAdam, Trained
 from ray_surgeon.models.shard import ModelShard
 
 RATE_OF_A = 24.0
-"""How much faster A changes than B A, both relative to their sizes; found on SmolLM2."""
+"""Rate of A over the rate of B A, both relative to their sizes; tuned on SmolLM2."""
 
 
 class LowRank:
-    """B A of one linear; B starts at zero, so that the model starts as it is."""
+    """B A of one linear; B starts at zero, so the model is unchanged at first."""
 
     def __init__(
-        self, module: LinearModule, mask: Mask, rank: int, seed: int, device: torch.device
+        self,
+        module: LinearModule,
+        mask: Mask,
+        rank: int,
+        seed: int,
+        device: torch.device,
     ) -> None:
-        """Draw A with a seed of the linear's own.
+        """Draw A and start with B = 0.
 
-        It is the same on every replica and for any number of shards.
+        Args:
+            module: the linear.
+            mask: mask of the linear.
+            rank: rank of B A.
+            seed: seed of A, one per linear. A is the same on every replica and for any number of
+                shards.
+            device: device of A and B.
         """
         R, C = matrix(module).shape
         generator = torch.Generator().manual_seed(seed)
         start = (2 * torch.rand(rank, C, generator=generator) - 1) / C**0.5
-        self.size = float(start.square().mean().sqrt())  # of an entry of A, the removed included
-        self.kept: Tensor | None = None  # [R, C], of elements
+        # root mean square of the entries of A, including removed ones
+        self.size = float(start.square().mean().sqrt())
+        self.kept: Tensor | None = None  # [R, C] bool, if single elements are pruned
         if isinstance(mask, ElementMask):
             self.kept = mask.kept[:, :C].to(device)
         else:
@@ -55,30 +68,33 @@ class LowRank:
         if self.kept is not None:
             outputs = _ByElement.apply(x, self.A, self.B, self.kept)  # type: ignore[no-untyped-call]
             return times(x, W.T) + outputs
-        rows = torch.cat([x, x]) if len(x) == 1 else x  # see `times`
+        rows = x
+        if len(x) == 1:  # see `times`
+            rows = torch.cat([x, x])
         outputs = _Corrected.apply(rows, W, self.A, self.B)  # type: ignore[no-untyped-call]
         return outputs[: len(x)]
 
     def keep_removed_(self, of_A: Tensor, of_B: Tensor) -> None:
-        """Take removed columns from a gradient at A, and removed rows from one at B.
+        """Zero removed columns in a gradient at A and removed rows in a gradient at B, in place.
 
-        So these stay zero, as they start, and no pass has to leave them out.
+        These entries of A and B start at zero and stay zero, so no pass has to mask them. Where
+        single elements are pruned, B A is masked instead and the gradients do not change.
         """
         if self.kept is None:
             of_A.mul_(self.columns)
             of_B.mul_(self.rows)
 
     def product(self) -> Tensor:
-        """Return B A [R, C], zero where the mask is."""
+        """Return B A [R, C], zero where the weight is pruned."""
         if self.kept is None:
             return torch.matmul(self.B * self.rows, self.A * self.columns)
         return torch.mul(self.B @ self.A, self.kept)
 
 
 class _Corrected(torch.autograd.Function):
-    """x W^T + (x A^T) B^T, of which W has no gradient.
+    """x W^T + (x A^T) B^T, where W has no gradient.
 
-    What A and B add is summed in the products: outputs and gradients of a linear exist once.
+    The products with A and B are added in place, so outputs and gradients are stored once.
     """
 
     @staticmethod
@@ -102,8 +118,8 @@ class _Corrected(torch.autograd.Function):
 class _ByElement(torch.autograd.Function):
     """x (B A * kept)^T.
 
-    The product is as large as the weight; it is made again in the backward pass, so that none waits
-    for it.
+    The product B A is as large as the weight, so it is not saved but computed again in the backward
+    pass.
     """
 
     @staticmethod
@@ -115,89 +131,100 @@ class _ByElement(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor, Tensor, None]:
         x, A, B, kept = ctx.saved_tensors
         (g,) = gradients
-        of_x = g @ (B @ A).mul_(kept).to(x.dtype) if ctx.needs_input_grad[0] else None
+        of_x = None
+        if ctx.needs_input_grad[0]:
+            of_x = g @ (B @ A).mul_(kept).to(x.dtype)
         of_product = (x.flatten(0, -2).T @ g.flatten(0, -2)).T.to(A.dtype) * kept
         return of_x, B.T @ of_product, of_product @ A.T, None
 
 
 class LowRankCorrections:
-    """Corrections of all linears of a shard while they are trained.
+    """Corrections of all linears of a shard during training.
 
-    A step of Adam changes B by its rate, whatever the weight's size is, so rates are given relative
-    to that: by a step of rate 1 the correction changes by the root mean square of the weight, and A
-    by `RATE_OF_A` times its own.
+    A step of Adam changes B by the rate, whatever the size of the weight is. Rates are therefore
+    relative to sizes: a step of rate 1 changes B A by the root mean square of the weight, and A by
+    `RATE_OF_A` times the root mean square of A.
     """
 
     def __init__(
         self, shard: ModelShard, parts: Mapping[str, LowRank], owned: Collection[str]
     ) -> None:
-        """Add corrections to the outputs.
+        """Add the corrections to the outputs of the linears.
 
         Args:
-            shard: with its weights.
-            parts: linear -> its correction, as it starts.
-            owned: linears whose optimizer lives here.
+            shard: shard with its weights.
+            parts: linear -> its correction at the start.
+            owned: linears whose optimizer is on this replica.
         """
         self._shard = shard
         self.parts = parts
         # whether outputs are those of weights that have absorbed the corrections, rounded to their
-        # own dtype
+        # dtype
         self.rounds = False
-        trained = dict[str, Trained]()
-        for name in filter(owned.__contains__, parts):
-            A = parts[name].A
-            of_A = parts[name].size
-            of_W = float(shard.weight(name)[:, : A.shape[1]].square().mean().sqrt())
-            trained[f"{name}.A"] = Trained(A, RATE_OF_A * of_A)
-            trained[f"{name}.B"] = Trained(parts[name].B, of_W / (of_A * len(A) ** 0.5))
+        trained: dict[str, Trained] = {}
+        for name, part in parts.items():
+            if name not in owned:
+                continue
+            A = part.A
+            size_of_W = float(shard.weight(name)[:, : A.shape[1]].square().mean().sqrt())
+            trained[f"{name}.A"] = Trained(A, RATE_OF_A * part.size)
+            size_of_B = size_of_W / (part.size * len(A) ** 0.5)
+            trained[f"{name}.B"] = Trained(part.B, size_of_B)
         self._optimizer = RelativeAdam(trained)
-        self._forwards = {
-            name: shard.linears[name].forward for name in parts
-        }  # as they are without
+        # forward methods of the linears without corrections
+        self._forwards = {name: shard.linears[name].forward for name in parts}
         for name in parts:
             shard.linears[name].forward = partial(self._forward, name)  # type: ignore[method-assign]
 
     def tensors(self, name: str) -> list[Tensor]:
-        """Return A and B of a linear, which its owner sends to the others."""
+        """Return A and B of a linear, which its owner sends to the other replicas."""
         return [self.parts[name].A.detach(), self.parts[name].B.detach()]
 
     def gradients(self, name: str, num_tokens: int) -> list[Tensor]:
-        """Return the gradients of the mean loss at A and B of a linear, and keep them there.
+        """Set the gradients at A and B of a linear to those of the mean loss, and return them.
 
-        They are zero if nothing has passed.
+        They are zero if no tokens have passed the linear.
         """
         part = self.parts[name]
-        gradients = []
         for parameter in (part.A, part.B):
-            passed = parameter.grad
-            parameter.grad = torch.zeros_like(parameter) if passed is None else passed / num_tokens
-            gradients.append(parameter.grad)
-        part.keep_removed_(*gradients)
-        return gradients
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            else:
+                parameter.grad = parameter.grad / num_tokens
+        of_A = part.A.grad
+        of_B = part.B.grad
+        assert of_A is not None
+        assert of_B is not None
+        part.keep_removed_(of_A, of_B)
+        return [of_A, of_B]
 
     def step(self, rate: float) -> None:
-        """Make one step with the gradients of the owned linears, and forget all gradients.
+        """Make one step with the gradients of the owned linears, and drop all gradients.
 
         Args:
-            rate: relative to the sizes of the weights, see above.
+            rate: learning rate, relative to the sizes of the weights, see the class.
         """
         self._optimizer.step(rate)
         self.forget_gradients()
 
     def forget_gradients(self) -> None:
-        """Start the sums of gradients anew."""
+        """Drop the summed gradients."""
         for part in self.parts.values():
-            part.A.grad = part.B.grad = None
+            part.A.grad = None
+            part.B.grad = None
 
     def state(self) -> dict[str, Tensor]:
-        """Return everything that steps change, by name; not copied."""
-        pairs = ((n, dict(zip("AB", self.tensors(n), strict=True))) for n in self.parts)
-        tensors = {f"{name}.{part}": x for name, of_part in pairs for part, x in of_part.items()}
-        return tensors | self._optimizer.state()
+        """Return all tensors that steps change, by name, not copied."""
+        tensors: dict[str, Tensor] = {}
+        for name, part in self.parts.items():
+            tensors[f"{name}.A"] = part.A.detach()
+            tensors[f"{name}.B"] = part.B.detach()
+        tensors.update(self._optimizer.state())
+        return tensors
 
     @torch.no_grad()
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
-        """Go back to a state; its tensors stay untouched."""
+        """Restore a state; its tensors are copied."""
         for name, part in self.parts.items():
             part.A.copy_(tensors[f"{name}.A"])
             part.B.copy_(tensors[f"{name}.B"])
@@ -205,11 +232,11 @@ class LowRankCorrections:
         self.forget_gradients()
 
     def best(self) -> dict[str, Tensor]:
-        """Return a copy to which `back_to` goes back."""
+        """Return a copy of the state for `back_to`."""
         return {name: tensor.clone() for name, tensor in self.state().items()}
 
     def back_to(self, best: Mapping[str, Tensor]) -> None:
-        """Go back to what `best` returned, which stays untouched."""
+        """Restore a state from `best`; its tensors are copied."""
         self.load_state(best)
 
     def _forward(self, name: str, x: Tensor) -> Tensor:
@@ -222,11 +249,12 @@ class LowRankCorrections:
             plain: Tensor = self._forwards[name](x)
             return plain + x @ change.T
         outputs = part.outputs(x.flatten(0, -2), matrix(module))
-        outputs = outputs if module.bias is None else outputs + module.bias
+        if module.bias is not None:
+            outputs = outputs + module.bias
         return outputs.view(*x.shape[:-1], outputs.shape[1])
 
     def remove(self) -> None:
-        """Remove the corrections; the weights are as they were before the training."""
+        """Remove the corrections; the weights are those before the training."""
         for name, forward in self._forwards.items():
             self._shard.linears[name].forward = forward  # type: ignore[method-assign]
 
@@ -235,20 +263,21 @@ class LowRankCorrections:
         """Add every B A to its weight and remove the corrections.
 
         Returns:
-            Name -> <change of W, B A> and |B A|^2. In a narrow dtype an entry of B A below half of
-            a step of its weight changes nothing.
+            Name -> (<change of W, B A>, |B A|^2). In a narrow dtype an entry of B A changes nothing
+            if it is below half of the spacing of numbers at its weight.
         """
         self.remove()
-        arrived = dict[str, tuple[float, float]]()
+        arrived: dict[str, tuple[float, float]] = {}
         for name, part in self.parts.items():
             W = self._shard.weight(name)
             added = part.product()
             inputs = W[:, : part.A.shape[1]]
-            before = inputs.to(self._shard.dtype, copy=True)  # which is what they are
+            before = inputs.to(self._shard.dtype, copy=True)  # exact: it is the weights' dtype
             inputs += added
             self._shard.set_weight(name, W)
             del W, inputs
             change = self._shard.weight(name)[:, : part.A.shape[1]].sub_(before)
             wanted = float(torch.linalg.vecdot(added, added).sum())
-            arrived[name] = float(torch.linalg.vecdot(change, added).sum()), wanted
+            changed = float(torch.linalg.vecdot(change, added).sum())
+            arrived[name] = (changed, wanted)
         return arrived

@@ -1,12 +1,12 @@
-"""Configurations of models whose blocks have lost whole channels and heads.
+"""Configurations of models that have lost channels, heads, experts or blocks.
 
-Configurations are the content of config.json, because an export may be of another family than its
-source.
+A configuration here is the content of config.json, because the exported model may belong to
+another family than the source.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,77 +17,83 @@ from ray_surgeon.models.groups import GroupSet
 from ray_surgeon.models.layers import layers_of
 from ray_surgeon.models.layout import ModelLayout
 
-_OF_EACH_BLOCK = ("layer_types", "mlp_layer_types", "no_rope_layers")
-"""Fields of configurations that say what each block is."""
+_FIELDS_PER_BLOCK = ("layer_types", "mlp_layer_types", "no_rope_layers")
+"""Fields of configurations that list the kind of every block."""
 Document = dict[str, Any]
 """Content of a config.json."""
 
 
 @dataclass(frozen=True)
 class BlockWidths:
-    """What is left of one block that is not gone whole."""
+    """Widths of one remaining block."""
 
     num_channels: int  # of the feed-forward layer, or of the shared experts
     num_kv_heads: int  # each with its query heads
-    experts: tuple[int, ...] = ()  # channels of every expert that is left, if the block has some
+    experts: tuple[int, ...] = ()  # channels of every remaining expert, if the block has experts
 
     @classmethod
     def of(cls, document: Mapping[str, Any]) -> BlockWidths:
-        """Return what travelled as JSON."""
-        return cls(**{**document, "experts": tuple(document["experts"])})
+        """Return the widths that were sent as JSON."""
+        return cls(
+            num_channels=document["num_channels"],
+            num_kv_heads=document["num_kv_heads"],
+            experts=tuple(document["experts"]),
+        )
 
     @property
     def of_a_token(self) -> int:
         """Channels of one expert, or of the feed-forward layer of a block without experts."""
-        return self.experts[0] if self.experts else self.num_channels
+        if self.experts:
+            return self.experts[0]
+        return self.num_channels
 
 
 Widths = Sequence[BlockWidths]
-"""Of every block."""
+"""Widths of every block."""
 
 
 def in_llama_cpp(layout: ModelLayout, widths: Widths) -> dict[str, int]:
-    """Return llama.cpp's words for the sizes of a mixture -> the sizes, the same in all blocks."""
+    """Return llama.cpp's names of a mixture's sizes -> the sizes, the same in all blocks."""
     if not layout.is_mixture:
         return {}
-    sizes = {"expert_count": len(widths[0].experts), "expert_used_count": layout.num_active_experts}
-    return sizes | {"expert_feed_forward_length": widths[0].of_a_token}
-
-
-def misread_of_mixtures(layout: ModelLayout, its: str, widths: Widths) -> Iterator[str]:
-    """Yield what llama.cpp would misread of a mixture; `its` says whose the architecture is."""
-    if len(set(widths)) > 1 or any(len(set(width.experts)) > 1 for width in widths):
-        yield f"{its} has experts of one width; set pruning.allocation: uniform"
-    if len(layout.expert_sets) < layout.num_blocks:
-        yield f"{its} has experts in every block, the model has not"
-    if not getattr(layout.config, "norm_topk_prob", True):
-        yield f"{its} makes the weights of a token's experts sum to 1, the model does not"
+    return {
+        "expert_count": len(widths[0].experts),
+        "expert_used_count": layout.num_active_experts,
+        "expert_feed_forward_length": widths[0].of_a_token,
+    }
 
 
 def block_widths(layout: ModelLayout, rows_kept: Mapping[str, int]) -> list[BlockWidths]:
-    """Return the widths of every block that is left after coupled groups were pruned.
+    """Return the widths of every block that remains after coupled groups were pruned.
 
     Args:
-        layout: of the dense model.
-        rows_kept: name of each linear -> rows that are left.
+        layout: layout of the dense model.
+        rows_kept: name of each linear -> number of its kept rows.
     """
-    left = {(g.block, g.kind): _num_left(g, rows_kept) for g in layout.group_sets}
+    num_left = {}
+    for groups in layout.group_sets:
+        num_left[groups.block, groups.kind] = _num_left(groups, rows_kept)
     attentions = layers_of(layout, ("attention_layers",))
     experts = {experts.block: experts.linears for experts in layout.expert_sets}
     widths = []
     for block in blocks_left(layout, rows_kept):
-        num_channels = left.get((block, "ffn"), left.get((block, "shared_experts"), 0))
-        num_kv_heads = left.get((block, "attention"), layout.heads.num_kv)
-        inside = set(attentions[block].linears) - {attentions[block].consumer}
-        if not any(rows_kept[name] for name in inside):
+        num_shared = num_left.get((block, "shared_experts"), 0)
+        num_channels = num_left.get((block, "ffn"), num_shared)
+        num_kv_heads = num_left.get((block, "attention"), layout.heads.num_kv)
+        attention = attentions[block]
+        producers = set(attention.linears) - {attention.consumer}
+        if not any(rows_kept[name] for name in producers):
             num_kv_heads = 0
-        present = [up for up, *_, down in experts.get(block, ()) if rows_kept[down]]
-        widths.append(BlockWidths(num_channels, num_kv_heads, tuple(rows_kept[u] for u in present)))
+        expert_widths = []
+        for up, *_, down in experts.get(block, ()):
+            if rows_kept[down]:
+                expert_widths.append(rows_kept[up])
+        widths.append(BlockWidths(num_channels, num_kv_heads, tuple(expert_widths)))
     return widths
 
 
 def blocks_left(layout: ModelLayout, rows_kept: Mapping[str, int]) -> list[int]:
-    """Return the numbers of the blocks of which something is left; see `block_widths`."""
+    """Return the numbers of the blocks that keep at least one row; see `block_widths`."""
     blocks = {shape.block for shape in layout.linears if rows_kept[shape.name]}
     return sorted(blocks)
 
@@ -95,185 +101,227 @@ def blocks_left(layout: ModelLayout, rows_kept: Mapping[str, int]) -> list[int]:
 def shallower(layout: ModelLayout, document: Document, left: Sequence[int]) -> Document:
     """Return the config.json of a model that has lost whole blocks.
 
-    Lists with an entry for every block are cut, and kinds of blocks that follow from their numbers
-    are written out.
+    Lists with an entry for every block are shortened. Kinds of blocks that transformers derives
+    from the numbers of the blocks are written out.
 
     Args:
-        layout: of the dense model.
-        document: its config.json.
-        left: numbers of the blocks that stay.
+        layout: layout of the dense model.
+        document: config.json of the dense model.
+        left: numbers of the remaining blocks.
     """
-    count = layout.num_blocks
-    if len(left) == count:
+    num_blocks = layout.num_blocks
+    if len(left) == num_blocks:
         return document
     config = layout.config
-    field = config.attribute_map.get("num_hidden_layers", "num_hidden_layers")
     cut = dict(document)
-    # what follows from numbers of blocks unless it is said
-    for name in _OF_EACH_BLOCK:
-        if (values := getattr(config, name, None)) is not None:
+    # transformers derives these from the numbers of the blocks unless they are given
+    for name in _FIELDS_PER_BLOCK:
+        values = getattr(config, name, None)
+        if values is not None:
             cut[name] = list(values)
     for name, values in cut.items():
-        if isinstance(values, list) and len(values) == count:
+        if isinstance(values, list) and len(values) == num_blocks:
             cut[name] = [values[block] for block in left]
-    cut[field] = len(left)
+    cut[config.attribute_map.get("num_hidden_layers", "num_hidden_layers")] = len(left)
     mixtures = {experts.block for experts in layout.expert_sets}
-    without = [place for place, block in enumerate(left) if block not in mixtures]
-    if "first_k_dense_replace" in cut:  # the blocks before are the ones without experts
-        cut["first_k_dense_replace"] = len(without)
+    dense_places = [place for place, block in enumerate(left) if block not in mixtures]
+    if "first_k_dense_replace" in cut:  # blocks before this number have no experts
+        cut["first_k_dense_replace"] = len(dense_places)
     if "mlp_only_layers" in cut or "decoder_sparse_step" in cut:
-        cut |= {"mlp_only_layers": without, "decoder_sparse_step": 1}
+        cut["mlp_only_layers"] = dense_places
+        cut["decoder_sparse_step"] = 1
     return cut
 
 
 def left_out(layout: ModelLayout, widths: Mapping[int, BlockWidths]) -> list[str]:
-    """Return names of tensors beside linears in layers of which nothing is left.
+    """Return the names of tensors in removed layers that do not belong to prunable linears.
 
     Args:
-        layout: of the dense model.
-        widths: number of a block -> what is left of it.
+        layout: layout of the dense model.
+        widths: number of each remaining block -> its widths.
     """
-    sparse = layout.family.sparse
     mixtures = {experts.block for experts in layout.expert_sets}
-    gone = set[str]()
+    removed_layers = []
     for block, width in widths.items():
         prefix = layout.family.block_prefix(block)
-        if not width.num_kv_heads:
-            gone.add(prefix + layout.family.attention.consumer.rpartition(".")[0])
-        if block in mixtures and not (width.experts or width.num_channels):
-            gone.add(prefix + sparse.layer)
-    return [
-        name
-        for name in layout.parameters
-        if name.startswith(tuple(f"{layer}." for layer in gone))
-        and name.rpartition(".")[0] not in layout.shapes
-    ]
+        if width.num_kv_heads == 0:
+            attention, _, _ = layout.family.attention.consumer.rpartition(".")
+            removed_layers.append(f"{prefix}{attention}.")
+        if block in mixtures and not width.experts and width.num_channels == 0:
+            removed_layers.append(f"{prefix}{layout.family.sparse.layer}.")
+    names = []
+    for name in layout.parameters:
+        owner, _, _ = name.rpartition(".")
+        if name.startswith(tuple(removed_layers)) and owner not in layout.shapes:
+            names.append(name)
+    return names
 
 
 def _num_left(groups: GroupSet, rows_kept: Mapping[str, int]) -> int:
     name, _ = groups.producers[-1]
-    each = sum(rows.shape[1] for producer, rows in groups.producers if producer == name)
-    return rows_kept[name] // each
+    rows_per_group = 0
+    for producer, rows in groups.producers:
+        if producer == name:
+            rows_per_group += rows.shape[1]
+    return rows_kept[name] // rows_per_group
 
 
 def kv_heads_left(layout: ModelLayout, tensor_parallel: int, *, uniform: bool) -> tuple[int, ...]:
-    """Return the numbers of KV heads that may be left in a block.
+    """Return the numbers of KV heads that a block may keep, ascending.
 
     Args:
-        layout: of the dense model.
-        tensor_parallel: devices over which an engine will split them; it splits query heads evenly,
-            and KV heads evenly or copies them.
-        uniform: whether a plain class must hold them in every block; else 0 is allowed, too.
+        layout: layout of the dense model.
+        tensor_parallel: devices over which an engine will split the heads. It splits query heads
+            evenly, and splits KV heads evenly or copies them.
+        uniform: whether a class of transformers must hold this number in every block; otherwise 0
+            is also allowed.
     """
-    heads = layout.heads
-    possible = (k for k in range(heads.num_kv + 1) if not uniform or _holds_heads(layout, k))
-    even = (k for k in possible if k * heads.n_rep % tensor_parallel == 0)
-    return tuple(k for k in even if k % tensor_parallel == 0 or (k and tensor_parallel % k == 0))
+    allowed = []
+    for num_kv in range(layout.heads.num_kv + 1):
+        if uniform and not _holds_heads(layout, num_kv):
+            continue
+        if num_kv * layout.heads.n_rep % tensor_parallel != 0:
+            continue
+        is_split = num_kv % tensor_parallel == 0
+        is_copied = num_kv > 0 and tensor_parallel % num_kv == 0
+        if is_split or is_copied:
+            allowed.append(num_kv)
+    return tuple(allowed)
 
 
 def _holds_heads(layout: ModelLayout, num_kv_heads: int) -> bool:
-    """Whether a plain class can hold so many KV heads, as it can those of the model.
+    """Return whether a class of transformers can hold this number of KV heads.
 
     Some classes tie the number of heads to the hidden size. Llama does, but without biases a
     Mistral computes the same.
     """
     config = layout.config
+    family = layout.family
     num_query_heads = num_kv_heads * layout.heads.n_rep
-    if num_kv_heads in (0, layout.heads.num_kv):
-        return num_kv_heads > 0
-    if not layout.family.has_free_heads or not _fits_factors(config, num_query_heads):
+    if num_kv_heads == 0:
         return False
+    if num_kv_heads == layout.heads.num_kv:
+        return True
+    if not family.has_free_heads or not _fits_factors(config, num_query_heads):
+        return False
+    if family.has_any_heads or config.hidden_size % num_query_heads == 0:
+        return True
     # with biases no Mistral computes the same as a Llama
-    as_mistral = config.model_type == "llama" and not config.attention_bias and not config.mlp_bias
-    return config.hidden_size % num_query_heads == 0 or layout.family.has_any_heads or as_mistral
+    return config.model_type == "llama" and not (config.attention_bias or config.mlp_bias)
 
 
 def _fits_factors(config: PretrainedConfig, num_query_heads: int) -> bool:
-    """Whether a Phi-3 has a factor for every pair: of hidden size over heads, not of head_dim."""
-    parameters = config.rope_parameters if config.model_type == "phi3" else {}
+    """Return whether a Phi-3 has one rotary factor for every pair of a head's entries.
+
+    Its class takes the dimension of a head from the hidden size and the number of heads, not from
+    head_dim. Other families fit.
+    """
+    if config.model_type != "phi3":
+        return True
+    parameters = config.rope_parameters
     width = config.hidden_size // num_query_heads
-    rotated = int(width * parameters.get("partial_rotary_factor", 1.0))
-    lists = [parameters.get(name) for name in ("short_factor", "long_factor")]
-    return all(len(factors) == rotated // 2 for factors in lists if factors is not None)
+    num_pairs = int(width * parameters.get("partial_rotary_factor", 1.0)) // 2
+    for name in ("short_factor", "long_factor"):
+        factors = parameters.get(name)
+        if factors is not None and len(factors) != num_pairs:
+            return False
+    return True
 
 
 def uniform_document(layout: ModelLayout, document: Document, widths: Widths) -> Document:
     """Return the config.json of a model with the same widths in every block.
 
     Args:
-        layout: of the dense model.
-        document: its config.json.
-        widths: of every block, the same in all that have experts and in all others.
+        layout: layout of the dense model.
+        document: config.json of the dense model.
+        widths: widths of every block; the same in all blocks with experts, and in all without.
     """
     config = layout.config
     heads = layout.heads
     sparse = layout.family.sparse
-    num_kv_heads = widths[0].num_kv_heads
     narrow = dict(document)
     for width in widths:
         if not width.experts:
             narrow[layout.family.width_field] = width.num_channels
             continue
-        names = [name for name in sparse.num_experts if name in document] or sparse.num_experts[:1]
-        narrow |= dict.fromkeys(names, len(width.experts)) | {sparse.width: width.experts[0]}
+        fields = [name for name in sparse.num_experts if name in document]
+        for name in fields or sparse.num_experts[:1]:
+            narrow[name] = len(width.experts)
+        narrow[sparse.width] = width.experts[0]
         if sparse.shared_width is not None:
             narrow[sparse.shared_width] = width.num_channels
+    num_kv_heads = widths[0].num_kv_heads
     if num_kv_heads == heads.num_kv:
         return narrow
-    narrow |= _numbers_of_heads(layout, num_kv_heads) | {"head_dim": heads.head_dim}
-    if config.model_type == "llama" and config.hidden_size % narrow["num_attention_heads"]:
+    num_query_heads = num_kv_heads * heads.n_rep
+    narrow["num_attention_heads"] = num_query_heads
+    narrow["num_key_value_heads"] = num_kv_heads
+    narrow["head_dim"] = heads.head_dim
+    if config.model_type == "llama" and config.hidden_size % num_query_heads != 0:
         return _as_mistral(config, narrow)
     return narrow
 
 
-def _numbers_of_heads(layout: ModelLayout, num_kv: int) -> Document:
-    return {"num_attention_heads": num_kv * layout.heads.n_rep, "num_key_value_heads": num_kv}
-
-
 def _as_mistral(config: PretrainedConfig, document: Document) -> Document:
-    """Return the config.json of a Mistral that computes what a Llama without biases does."""
-    mistral = document | {"model_type": "mistral", "architectures": ["MistralForCausalLM"]}
-    # of a Mistral from before version 5 it doubts the tokenizer
-    mistral |= {"sliding_window": None, "transformers_version": transformers.__version__}
+    """Return the config.json of a Mistral that computes the same as a Llama without biases."""
+    mistral = dict(document)
+    mistral.update(
+        model_type="mistral",
+        architectures=["MistralForCausalLM"],
+        sliding_window=None,
+        # transformers doubts the tokenizer of a Mistral from before version 5
+        transformers_version=transformers.__version__,
+    )
     for name in ("attention_bias", "mlp_bias", "pretraining_tp"):
         mistral.pop(name, None)
-    # a Mistral's default is another one
+    # Mistral has another default
     mistral.setdefault("max_position_embeddings", config.max_position_embeddings)
     return mistral
 
 
 def check_uniform(layout: ModelLayout, kinds: Sequence[str]) -> None:
-    """Refuse groups whose removal no plain class can hold, although it is the same in every block.
+    """Refuse kinds of groups that no class of transformers can lose, even in every block alike.
 
     Raises:
-        ValueError: says why.
+        ValueError: the widths of shared experts and of experts depend on each other.
     """
     sparse = layout.family.sparse
     changes_width = not {"expert_channels", "shared_experts"}.isdisjoint(kinds)
     if sparse.shared and sparse.shared_width is None and changes_width:
-        problem = f"in {layout.config.model_type} shared experts are n_shared_experts others wide"
-        remedy = "export per_block, or prune experts"
-        raise ValueError(f"output.exports: {problem}, so neither narrows alone; {remedy}")
+        raise ValueError(
+            f"output.exports: in {layout.config.model_type} shared experts are "
+            "n_shared_experts others wide, so neither narrows alone; "
+            "export per_block, or prune experts"
+        )
 
 
 def per_block_document(layout: ModelLayout, document: Document, widths: Widths) -> Document:
     """Return the config.json of a model whose widths differ, for the shipped classes.
 
     Args:
-        layout: of the dense model.
-        document: its config.json.
-        widths: of every block.
+        layout: layout of the dense model.
+        document: config.json of the dense model.
+        widths: widths of every block.
     """
-    layers = {}
+    blocks = {}
     for block, width in enumerate(widths):
-        layer = {layout.family.width_field: width.num_channels}
-        layer |= _numbers_of_heads(layout, width.num_kv_heads)
-        experts = {"expert_widths": list(width.experts)} if layout.num_experts else {}
-        layers[str(block)] = layer | experts
-    classes = {"AutoConfig": "PrunedConfig", "AutoModel": "PrunedModel"}
-    classes["AutoModelForCausalLM"] = "PrunedForCausalLM"
-    kind = {"model_type": f"pruned_{layout.config.model_type}"}
-    names = {auto: f"modeling_pruned.{name}" for auto, name in classes.items()}
-    code = {"architectures": ["PrunedForCausalLM"], "auto_map": names}
-    sizes = {"head_dim": layout.heads.head_dim, "per_layer_config": layers}
-    return document | kind | code | sizes
+        fields: Document = {
+            layout.family.width_field: width.num_channels,
+            "num_attention_heads": width.num_kv_heads * layout.heads.n_rep,
+            "num_key_value_heads": width.num_kv_heads,
+        }
+        if layout.num_experts:
+            fields["expert_widths"] = list(width.experts)
+        blocks[str(block)] = fields
+    return {
+        **document,
+        "model_type": f"pruned_{layout.config.model_type}",
+        "architectures": ["PrunedForCausalLM"],
+        "auto_map": {
+            "AutoConfig": "modeling_pruned.PrunedConfig",
+            "AutoModel": "modeling_pruned.PrunedModel",
+            "AutoModelForCausalLM": "modeling_pruned.PrunedForCausalLM",
+        },
+        "head_dim": layout.heads.head_dim,
+        "per_layer_config": blocks,
+    }

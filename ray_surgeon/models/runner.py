@@ -1,17 +1,18 @@
 """Runs sequences through the blocks of a shard, one block at a time.
 
-So weights and factors of one block are enough on the device.
+Only the weights and factors of one block need to be on the device.
 
-A *wave* of sequences passes a shard together: block b runs on every one of them before block b + 1,
-on a GPU several in one call, each of which launches as many kernels as one sequence's would.
-What a block is called with beside the hidden states (masks, positions) is taken from the family's
-own forward, which sees blocks that only note what they are given.
+A *wave* of sequences passes a shard together: block b runs on every sequence before block b + 1
+does. A GPU runs several sequences in one call, which launches as many kernels as one sequence does.
+The other arguments of a block (masks, positions) are taken from the family's own forward, which
+runs with blocks that only record their arguments.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -24,19 +25,19 @@ from ray_surgeon.models.loss import Dense, Predicted, compare_with_dense, next_t
 from ray_surgeon.models.shard import ModelShard
 
 TOKENS_OF_ROOM = 128
-"""By which the memory for keys and values grows."""
+"""Tokens by which the memory for keys and values grows."""
 
 
 Call = tuple[list[Any], dict[str, Any]]
-"""What a block is called with beside the hidden states."""
+"""Arguments of a block beside the hidden states."""
 
 
 _Calls = dict[int, list[Call]]
-"""Number of sequences that pass together -> what every block is called with."""
+"""Number of sequences in a call -> the arguments of every block."""
 
 
 _Step = tuple[list[Tensor], list[Tensor]]
-"""Inputs and outputs of a block, of every part of a wave; no outputs if activations are not kept.
+"""Inputs and outputs of a block for every part of a wave; no outputs unless activations are kept.
 """
 
 
@@ -44,63 +45,74 @@ class BlockRunner:
     """The passes over a shard, forward and backward."""
 
     def __init__(self, shard: ModelShard) -> None:
-        """Take a shard, with or without its weights."""
+        """Create a runner for a shard, with or without its weights."""
         self._shard = shard
         self._blocks = shard.block_modules
-        # of each wave between its forward and its backward pass
+        # waves between their forward and their backward pass
         self._waves: dict[int, tuple[_Calls, list[_Step]]] = {}
-        self._has_cache = False  # whether the present pass needs keys and values of every block
+        # whether the current pass needs the keys and values of every block
+        self._has_cache = False
 
     @torch.no_grad()
     def enter(self, inputs: Tensor, cache: DynamicCache | None = None) -> tuple[Tensor, list[Call]]:
-        """Take a sequence up to the first block.
+        """Return the hidden states that the first block reads, and the arguments of every block.
 
-        It is the family's forward, with blocks that do nothing.
+        The family's forward runs with blocks that do nothing.
 
         Args:
             inputs: tokens [n, T] int64 or hidden states [n, T, d].
-            cache: keys and values of the tokens before, if these go on.
+            cache: keys and values of the preceding tokens, if the sequences continue.
 
         Returns:
-            Hidden states [n, T, d], and with what every block is called beside them.
+            Hidden states [n, T, d], and the other arguments of every block.
         """
         calls: list[Call] = []
         hidden: list[Tensor] = []
 
-        def note(*args: Any, **kwargs: Any) -> Tensor:
+        def record(*args: Any, **kwargs: Any) -> Tensor:
             states, *rest = args or (kwargs.pop("hidden_states"),)
             hidden.append(states)
             calls.append((rest, kwargs))
-            return hidden[0]  # of which a family may take the first item
+            return hidden[0]  # a family may take the first item of it
 
-        key = "input_ids" if inputs.dtype == torch.int64 else "inputs_embeds"
-        going_on = {} if cache is None else {cache_argument(self._shard.base): cache}
+        base = self._shard.base
+        arguments: dict[str, Any] = {"use_cache": cache is not None}
+        if inputs.dtype == torch.int64:
+            arguments["input_ids"] = inputs
+        else:
+            arguments["inputs_embeds"] = inputs
+        if cache is not None:
+            arguments[cache_argument(base)] = cache
         for block in self._blocks:
-            block.forward = note
+            block.forward = record
         try:
-            self._shard.base(**{key: inputs}, **going_on, use_cache=cache is not None)
+            base(**arguments)
         finally:
             for block in self._blocks:
                 del block.forward
         return hidden[0], calls
 
     def through(self, place: int, hidden: Tensor, calls: list[Call]) -> Tensor:
-        """Run one block, whose weights must be there, on sequences [n, T, d].
+        """Run one block, whose weights must be on the device, on sequences [n, T, d].
 
-        A block that is gone does nothing, unless something is to see what it would do.
+        A removed block does nothing, unless its activations are recorded or cached.
         """
-        args, kwargs = calls[place]
-        if place in self._shard.blocks_gone and not (self._has_cache or self._shard.is_watched):
+        is_needed = self._has_cache or self._shard.is_watched
+        if place in self._shard.blocks_gone and not is_needed:
             return hidden
+        args, kwargs = calls[place]
         output = self._blocks[place](hidden, *args, **kwargs)
-        first: Tensor = output[0] if isinstance(output, tuple) else output
+        first: Tensor = output
+        if isinstance(output, tuple):
+            first = output[0]
         return first
 
     def leave(self, hidden: Tensor) -> Tensor:
-        """Run what comes after the last block; nothing in a shard that is not the last."""
+        """Run the modules after the last block; a shard that is not the last has none."""
         for name in self._shard.layout.family.final:
             module = getattr(self._shard.base, name, None)
-            hidden = hidden if module is None else module(hidden)
+            if module is not None:
+                hidden = module(hidden)
         return hidden
 
     def new_cache(self) -> DynamicCache:
@@ -113,27 +125,32 @@ class BlockRunner:
 
         Args:
             inputs: tokens [m, T] or hidden states [m, T, d].
-            cache: of these sequences, see `new_cache`, if they go on after what it holds, all
-                together; it grows by what they bring.
+            cache: keys and values of the preceding tokens of these sequences, see `new_cache`. If
+                it is given, the sequences run in one call, and the cache grows by their keys and
+                values.
 
         Returns:
-            Hidden states [1, T, d] of every sequence, or [m, T, d] of all that go on.
+            Hidden states [1, T, d] of every sequence, or [m, T, d] of all if a cache is given.
         """
         hidden, calls = self._enter(inputs, cache)
         self._has_cache = cache is not None
         for place in range(len(self._blocks)):
-            with self._shard.weights.block(place, place + 1), self._shard.gathering_in(place):
-                for i, h in enumerate(hidden):
-                    hidden[i] = self.through(place, h, calls[len(h)])
+            weights = self._shard.weights.block(place, place + 1)
+            with weights, self._shard.gathering_in(place):
+                for i, part in enumerate(hidden):
+                    hidden[i] = self.through(place, part, calls[len(part)])
         if cache is not None:
-            return [self.leave(h) for h in hidden]
-        return [sequence for h in hidden for sequence in torch.split(self.leave(h), 1)]
+            return [self.leave(part) for part in hidden]
+        sequences: list[Tensor] = []
+        for part in hidden:
+            sequences.extend(torch.split(self.leave(part), 1))
+        return sequences
 
     def forward(self, wave: int, inputs: Tensor) -> list[Tensor]:
         """Run the blocks on a wave, and keep what its backward pass needs.
 
         Args:
-            wave: its number.
+            wave: number of the wave.
             inputs: tokens [m, T] or hidden states [m, T, d].
 
         Returns:
@@ -145,19 +162,29 @@ class BlockRunner:
         self._waves[wave] = calls, steps
         keeps = self._shard.stores.activations == "keep"
         for place in range(len(self._blocks)):
+            leaves: list[Tensor] = []
+            outputs: list[Tensor] = []
             weights = self._shard.weights.block(place, place + 1)
-            gathering = self._shard.gathering_in(place) if keeps else contextlib.nullcontext()
+            gathering: AbstractContextManager[None] = contextlib.nullcontext()
+            if keeps:
+                gathering = self._shard.gathering_in(place)
             with weights, gathering, torch.set_grad_enabled(keeps):
-                leaves = [h.detach().requires_grad_(keeps) for h in hidden]
-                outputs = [self.through(place, leaf, calls[len(leaf)]) for leaf in leaves]
+                for part in hidden:
+                    leaves.append(part.detach().requires_grad_(keeps))
+                for leaf in leaves:
+                    outputs.append(self.through(place, leaf, calls[len(leaf)]))
             steps.append((leaves, outputs if keeps else []))
             hidden = [output.detach() for output in outputs]
-        return [sequence for part in hidden for sequence in torch.split(part, 1)]
+        sequences: list[Tensor] = []
+        for part in hidden:
+            sequences.extend(torch.split(part, 1))
+        return sequences
 
     def backward(self, wave: int, gradients: list[Tensor]) -> list[Tensor]:
         """Run a wave backward: gradients at the outputs -> gradients at the inputs.
 
-        They are [1, T, d] of every sequence, and [n, T, d] of those that pass together.
+        Gradients at the outputs are [1, T, d], one per sequence; gradients at the inputs are
+        [n, T, d], one per call of a block.
         """
         calls, steps = self._waves.pop(wave)
         gradients = list(self._together(gradients))
@@ -168,14 +195,16 @@ class BlockRunner:
                     torch.autograd.backward(output, gradients[i])
                     gradients[i] = _gradient(leaves[i])
                 continue
-            with self._shard.weights.block(place, place - 1), self._shard.gathering_in(place):
+            weights = self._shard.weights.block(place, place - 1)
+            with weights, self._shard.gathering_in(place):
                 for i in range(len(leaves)):
                     leaf = leaves[i].requires_grad_()
                     output = self.through(place, leaf, calls[len(leaf)])
                     torch.autograd.backward(output, gradients[i])
                     del output
                     gradients[i] = _gradient(leaf)
-                    leaves[i] = leaf = gradients[i]  # the inputs are not needed any more
+                    # frees the inputs, which are not needed any more
+                    leaves[i] = leaf = gradients[i]
         return gradients
 
     def loss(
@@ -185,12 +214,12 @@ class BlockRunner:
 
         Args:
             hidden: [1, T, d] detached.
-            predicted: tokens of the sequence.
-            dense: the dense model, from which the loss is the divergence, if it is given.
+            predicted: predicted tokens of the sequence.
+            dense: the dense model; if it is given, the loss is the divergence from it.
 
         Returns:
             [1] float64 NLL of the data, or divergence, in nats, summed over the tokens that count;
-            the gradient [1, T, d]; and what the head reads.
+            the gradient [1, T, d]; and the input of the head.
         """
         leaf = hidden.requires_grad_()
         output = self.leave(leaf)
@@ -199,8 +228,15 @@ class BlockRunner:
         if dense is None:
             loss, gradient = next_token_loss(states, head, predicted, with_gradient=True)
         else:
-            wanted, own = dense
-            compared = compare_with_dense(states, wanted, predicted, head, own, with_gradient=True)
+            dense_states, dense_head = dense
+            compared = compare_with_dense(
+                hidden=states,
+                dense=dense_states,
+                predicted=predicted,
+                head_weight=head,
+                dense_head=dense_head,
+                with_gradient=True,
+            )
             loss = compared.divergence
             gradient = compared.gradient
         torch.autograd.backward(output, gradient)
@@ -210,11 +246,16 @@ class BlockRunner:
         parts = [inputs]
         if cache is None:
             parts = list(torch.split(inputs, self._shard.stores.together))
-        entered = [self.enter(part, cache) for part in parts]
-        return [h for h, _ in entered], {len(h): calls for h, calls in entered}
+        hidden: list[Tensor] = []
+        calls_of: _Calls = {}
+        for part in parts:
+            states, calls = self.enter(part, cache)
+            hidden.append(states)
+            calls_of[len(states)] = calls
+        return hidden, calls_of
 
     def _together(self, sequences: list[Tensor]) -> Iterator[Tensor]:
-        """Yield those [n, T, d] that pass together of sequences [1, T, d], which are forgotten."""
+        """Yield sequences [1, T, d] as [n, T, d] for one call, and remove them from the list."""
         size = self._shard.stores.together
         while sequences:
             part = sequences[:size]
@@ -228,22 +269,27 @@ def _gradient(leaf: Tensor) -> Tensor:
 
 
 class ShardCache(DynamicCache):  # type: ignore[misc]
-    """Keys and values of a shard's blocks, which count from the first block of the model.
+    """Keys and values of a shard's blocks, whose numbers count from the model's first block.
 
-    Where a layer keeps all tokens, there is room for more than it has: a copy of everything for
-    every token would take a third of the time.
+    A layer that keeps all tokens reserves memory for more tokens than it has: copying everything
+    for every token would take a third of the time.
     """
 
     def __init__(self, config: Any, first: int) -> None:
         super().__init__(config=config)
         self._first = first
-        # of a layer the "keys" or "values", [m, heads, at least as many tokens, head_dim]
+        # (layer, "keys" or "values") -> memory [m, heads, at least as many tokens, head_dim]
         self._rooms: dict[tuple[int, str], Tensor] = {}
 
     def update(
-        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+        self,
+        key_states: Tensor,
+        value_states: Tensor,
+        layer_idx: int,
+        *args: Any,
+        **kwargs: Any,
     ) -> tuple[Tensor, Tensor]:
-        """Add keys and values [m, heads, n, d] of a block, and return all; see `DynamicCache`."""
+        """Add keys and values [m, heads, n, d] of a block and return all; see `DynamicCache`."""
         number = layer_idx - self._first
         if type(self.layers[number]) is not DynamicLayer:
             keys, values = super().update(key_states, value_states, number, *args, **kwargs)
@@ -254,16 +300,19 @@ class ShardCache(DynamicCache):  # type: ignore[misc]
         before = layer.get_seq_length()
         for name, states in (("keys", key_states), ("values", value_states)):
             room = self._rooms.get((number, name), getattr(layer, name))
-            room = self._rooms[number, name] = _with_room(room, before, states)
+            room = _with_room(room, before, states)
+            self._rooms[number, name] = room
             setattr(layer, name, room[:, :, : before + states.shape[-2]])
         return layer.keys, layer.values
 
 
 def _with_room(room: Tensor, before: int, states: Tensor) -> Tensor:
-    """Return room [m, heads, more, d] with new states [m, heads, n, d] written into it."""
+    """Return memory [m, heads, more, d] with new states [m, heads, n, d] written into it."""
     after = before + states.shape[-2]
     if before == 0 or room.shape[-2] < after:
-        larger = states.new_empty(*states.shape[:2], after + TOKENS_OF_ROOM, states.shape[-1])
+        num_sequences, num_heads, _, head_dim = states.shape
+        num_tokens = after + TOKENS_OF_ROOM
+        larger = states.new_empty(num_sequences, num_heads, num_tokens, head_dim)
         if before:
             larger[:, :, :before] = room[:, :, :before]
         room = larger

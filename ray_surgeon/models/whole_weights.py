@@ -1,7 +1,7 @@
-"""All weights of a shard's blocks while they are trained.
+"""Training of all weights of a shard's blocks.
 
 Linears with their biases, norms, routers and sinks are trained; embeddings, the last norm and the
-head are not. Pruned weights stay exactly zero, because their gradients are taken as zero.
+head are not. Pruned weights stay exactly zero, because their gradients are set to zero.
 """
 
 from __future__ import annotations
@@ -20,101 +20,119 @@ from ray_surgeon.models.shard import ModelShard
 
 
 def block_parameters(shard: ModelShard) -> dict[str, nn.Parameter]:
-    """Return the parameters of a shard's blocks by their global names; not saved buffers.
+    """Return the parameters of a shard's blocks by their global names, without saved buffers.
 
-    They stay where they are, on the device.
+    The weights must be on the device; they are not copied.
     """
     assert shard.stores.weights == "device"
-    contents = ((name, slot.content) for name, slot in shard.weights.slot_of.items())
-    return {name: content for name, content in contents if isinstance(content, nn.Parameter)}
+    parameters: dict[str, nn.Parameter] = {}
+    for name, slot in shard.weights.slot_of.items():
+        content = slot.content
+        if isinstance(content, nn.Parameter):
+            parameters[name] = content
+    return parameters
 
 
 class WholeWeights:
-    """The training of all weights of the blocks.
+    """Trains all weights of a shard's blocks.
 
-    Gradients are summed in the weights' dtype. The replica that owns a weight has a float32 master
-    of it and Adam's moments, where factors are kept: on the device, or else in the host's memory.
-    Steps change masters, and weights are these, rounded.
+    Gradients are summed in the weights' dtype. The replica that owns a weight keeps a float32
+    master copy and Adam's moments where the factors are stored: on the device, or else in the
+    host's memory. Steps change the masters; the weights are the rounded masters.
     """
 
-    rounds = True  # outputs are always those of the weights in their dtype
+    rounds = True  # outputs are always those of the weights in their own dtype
 
     def __init__(
         self, shard: ModelShard, masks: Mapping[str, Mask], owned: Collection[str]
     ) -> None:
-        """Start with the weights as they are.
+        """Start with the present weights.
 
         Args:
-            shard: with its weights, on the device.
-            masks: of its linears.
-            owned: parameters whose masters are here, see `block_parameters`.
+            shard: shard with its weights, on the device.
+            masks: masks of its linears.
+            owned: parameters whose masters are on this replica, see `block_parameters`.
         """
         self._shard = shard
         self._parameters = block_parameters(shard)
-        where = shard.device if shard.stores.factors == "device" else torch.device("cpu")
-        # a float32 weight there is its own master
-        self._masters = {n: self._parameters[n].detach().to(where, torch.float32) for n in owned}
+        where = torch.device("cpu")
+        if shard.stores.factors == "device":
+            where = shard.device
+        self._masters: dict[str, Tensor] = {}
+        for name in owned:
+            # not a copy if the weight is float32 and on this device
+            self._masters[name] = self._parameters[name].detach().to(where, torch.float32)
         self._sizes = {name: self._size(name) for name in owned}
-        self._kept = dict[str, list[Tensor]]()  # of pruned ones, see `_kept`
+        # owned parameter of a linear -> bool factors that zero its pruned entries, see `_kept`
+        self._kept: dict[str, list[Tensor]] = {}
         for name in owned:
             linear, _, part = name.rpartition(".")
             if linear in masks:
                 factors = _kept(masks[linear], shard.linears[linear], part)
                 self._kept[name] = [factor.to(where) for factor in factors]
-        # one for each block, so that float32 gradients are those of one block at a time
-        self._optimizers = list[tuple[list[str], RelativeAdam]]()
+        # one optimizer per block, so that only one block at a time has float32 gradients
+        self._optimizers: list[tuple[list[str], RelativeAdam]] = []
         self._start_optimizers()
         self._start = self._copied()
-        self._copy: Mapping[str, Tensor] | None = self._start  # of the present weights, if any is
+        # copy of the present weights, if there is one
+        self._copy: Mapping[str, Tensor] | None = self._start
         for parameter in self._parameters.values():
             parameter.requires_grad_()
 
     def _size(self, name: str) -> float:
-        """Return by how much a step of rate 1 changes a parameter.
+        """Return the change of a parameter's entries in a step of rate 1.
 
-        That is the root mean square of its entries, without those that are zero, as pruned ones
-        are. A bias counts as a column of its weight, if it is smaller than that: many begin as
-        zeros. What else is zero changes as what it might be: numbers around 1, or a weight that
-        keeps the size of its inputs.
+        This is the root mean square of its nonzero entries, because pruned entries are zero. A bias
+        takes the size of its weight if that is larger, because many biases start at zero. The size
+        of any other parameter that is all zeros is a guess: 1 for a vector, and for a matrix the
+        size that preserves the norm of its inputs.
         """
         parameter = self._parameters[name]
         prefix, _, part = name.rpartition(".")
         size = _root_mean_square(parameter)
-        if part == "bias" and f"{prefix}.weight" in self._parameters:
-            size = max(size, _root_mean_square(self._parameters[f"{prefix}.weight"]))
-        return size or math.prod(parameter.shape[1:]) ** -0.5
+        weight = self._parameters.get(f"{prefix}.weight")
+        if part == "bias" and weight is not None:
+            size = max(size, _root_mean_square(weight))
+        if size == 0:
+            return float(math.prod(parameter.shape[1:]) ** -0.5)
+        return size
 
     def _start_optimizers(self) -> None:
         self._optimizers.clear()
         for _, of_block in groupby(self._masters, key=self._shard.layout.block_of):
-            names = list(of_block)
-            trained = {name: Trained(self._masters[name], self._sizes[name]) for name in names}
-            self._optimizers.append((names, RelativeAdam(trained)))
+            trained: dict[str, Trained] = {}
+            for name in of_block:
+                trained[name] = Trained(self._masters[name], self._sizes[name])
+            self._optimizers.append((list(trained), RelativeAdam(trained)))
 
     def _copied(self) -> dict[str, Tensor]:
-        parameters = self._parameters.items()
-        return {name: weight.detach().to("cpu", copy=True) for name, weight in parameters}
+        copies: dict[str, Tensor] = {}
+        for name, parameter in self._parameters.items():
+            copies[name] = parameter.detach().to("cpu", copy=True)
+        return copies
 
     def tensors(self, name: str) -> list[Tensor]:
-        """Return a parameter, which its owner sends to the others."""
+        """Return a parameter, which its owner sends to the other replicas."""
         return [self._parameters[name].detach()]
 
     def gradients(self, name: str, num_tokens: int) -> list[Tensor]:
-        """Return the gradient of the mean loss at a parameter, and keep it there.
+        """Set a parameter's gradient to that of the mean loss, and return it.
 
-        It is zero if nothing has passed.
+        It is zero if no tokens have passed the parameter.
         """
         parameter = self._parameters[name]
-        summed = parameter.grad
-        parameter.grad = torch.zeros_like(parameter) if summed is None else summed.div_(num_tokens)
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        else:
+            parameter.grad.div_(num_tokens)
         return [parameter.grad]
 
     @torch.no_grad()
     def step(self, rate: float) -> None:
-        """Make one step with the gradients of the owned parameters, and forget all gradients.
+        """Make one step with the gradients of the owned parameters, and drop all gradients.
 
         Args:
-            rate: relative to the sizes of the weights, see `_size`.
+            rate: learning rate, relative to the sizes of the weights, see `_size`.
         """
         for names, optimizer in self._optimizers:
             for name in names:
@@ -132,22 +150,22 @@ class WholeWeights:
         self.forget_gradients()
 
     def forget_gradients(self) -> None:
-        """Start the sums of gradients anew."""
+        """Drop the summed gradients."""
         for parameter in self._parameters.values():
             parameter.grad = None
 
     def state(self) -> dict[str, Tensor]:
-        """Return masters and what Adam knows of them, by name; not copied."""
+        """Return the masters and Adam's state by name, not copied."""
         tensors = dict(self._masters)
         for _, optimizer in self._optimizers:
-            tensors |= optimizer.state()
+            tensors.update(optimizer.state())
         return tensors
 
     @torch.no_grad()
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
-        """Go back to a state; its tensors stay untouched.
+        """Restore a state; its tensors are copied.
 
-        Weights that are not owned are the old ones until their owners have sent them.
+        Weights that are not owned change only when their owners have sent them.
         """
         for names, optimizer in self._optimizers:
             for name in names:
@@ -158,19 +176,20 @@ class WholeWeights:
         self.forget_gradients()
 
     def best(self) -> dict[str, Tensor]:
-        """Return a copy of the weights in the host's memory, to which `back_to` goes back.
+        """Return a copy of the weights in the host's memory for `back_to`.
 
-        It is not written to: it may be that of the start.
+        It must not be written to, because it may be the copy from the start.
         """
-        self._copy = self._copied() if self._copy is None else self._copy
+        if self._copy is None:
+            self._copy = self._copied()
         return dict(self._copy)
 
     @torch.no_grad()
     def back_to(self, best: Mapping[str, Tensor]) -> None:
-        """Go back to what `best` returned, which stays untouched.
+        """Restore the weights from `best`, whose tensors are copied.
 
-        Masters are those weights, and moments start anew: float32 copies of all of them would take
-        six times the memory of a bfloat16 model.
+        Masters are set to these weights, and the moments start at zero: float32 copies of masters
+        and moments would take six times the memory of a bfloat16 model.
         """
         for name, parameter in self._parameters.items():
             parameter.copy_(best[name])
@@ -181,25 +200,26 @@ class WholeWeights:
         self.forget_gradients()
 
     def remove(self) -> None:
-        """End the training; the weights are as they were before it."""
+        """End the training; the weights are those before it."""
         self.back_to(self._start)
         self._end()
 
     def absorb(self) -> dict[str, tuple[float, float]]:
-        """End the training; the weights are the trained ones, and shots have all of them.
+        """End the training and keep the trained weights; shots save all of them from now on.
 
         Returns:
-            Name of an owned parameter -> <change, change of its master> and |change of its
-            master|^2. In a narrow dtype a change below half of a step of its weight is lost.
+            Name of an owned parameter -> (<change, change of its master>, |change of its
+            master|^2). In a narrow dtype a change is lost if it is below half of the spacing of
+            numbers at its weight.
         """
         self._end()
         self._shard.changed.update(dict.fromkeys(self._parameters))
-        arrived = dict[str, tuple[float, float]]()
+        arrived: dict[str, tuple[float, float]] = {}
         for name, master in self._masters.items():
             before = self._start[name].to(master)
             wanted = master - before
             change = self._parameters[name].detach().to(master) - before
-            arrived[name] = float((change * wanted).sum()), float(wanted.square().sum())
+            arrived[name] = (float((change * wanted).sum()), float(wanted.square().sum()))
         return arrived
 
     def _end(self) -> None:
@@ -209,21 +229,25 @@ class WholeWeights:
 
 
 def _root_mean_square(tensor: Tensor) -> float:
-    """Return that of the entries that are not zero; 0 if there are none."""
+    """Return the root mean square of the entries that are not zero; 0 if there are none."""
     norm = float(torch.linalg.vector_norm(tensor.detach(), dtype=torch.float32))
     return norm / math.sqrt(max(1, int(tensor.count_nonzero())))
 
 
 def _kept(mask: Mask, module: LinearModule, part: str) -> list[Tensor]:
-    """Return what a mask keeps of the ``weight`` or ``bias`` of a linear, as factors of it.
+    """Return bool factors that zero the pruned entries of a linear's ``weight`` or ``bias``.
 
-    Nothing where that is all.
+    Factors that keep everything are left out.
     """
     C = num_inputs(module)
-    if isinstance(mask, ElementMask):
-        factors = [mask.kept[:, -1] if part == "bias" else mask.kept[:, :C]]
+    if isinstance(mask, ElementMask) and part == "bias":
+        factors = [mask.kept[:, -1]]
+    elif isinstance(mask, ElementMask):
+        factors = [mask.kept[:, :C]]
+    elif part == "bias":
+        factors = [mask.rows]
     else:
-        factors = [mask.rows] if part == "bias" else [mask.rows[:, None], mask.columns[None, :C]]
-    if part == "weight" and not isinstance(module, nn.Linear):  # GPT-2's lie the other way
+        factors = [mask.rows[:, None], mask.columns[None, :C]]
+    if part == "weight" and not isinstance(module, nn.Linear):  # GPT-2's weights are transposed
         factors = [factor.T for factor in factors]
     return [factor for factor in factors if not factor.all()]

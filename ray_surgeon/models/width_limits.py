@@ -1,4 +1,4 @@
-"""Which widths pruning may leave of the blocks of a model."""
+"""Widths that pruning may leave in the blocks of a model."""
 
 from __future__ import annotations
 
@@ -11,35 +11,44 @@ from ray_surgeon.models.pruned_config import kv_heads_left
 
 @dataclass(frozen=True)
 class WidthLimits:
-    """What pruning may leave of the blocks."""
+    """Limits on the widths that pruning may leave in the blocks."""
 
-    # kind of groups that are pruned -> how many stay in every block; other kinds stay whole
+    # kind of pruned groups -> least number that every block keeps; other kinds are not pruned
     fewest: Mapping[str, int]
-    multiple: int  # feed-forward widths are multiples of this in the end
+    multiple: int  # final feed-forward widths are multiples of this
     tensor_parallel: int  # devices over which engines will split heads and channels
-    uniform: bool  # whether all blocks have the same widths, which a plain class must hold
-    layers: tuple[str, ...] = ()  # kinds of layers that may go whole
+    # whether all blocks have the same widths, as a class of transformers needs
+    uniform: bool
+    layers: tuple[str, ...] = ()  # kinds of layers that may be removed whole
 
     def channels(self, layout: ModelLayout) -> list[int]:
-        """Return the widths that a feed-forward layer may have, in ascending order."""
-        return self._left("ffn", layout.num_channels, range(0, layout.num_channels, self.multiple))
+        """Return the possible widths of a feed-forward layer, ascending."""
+        possible = range(0, layout.num_channels, self.multiple)
+        return self._left("ffn", layout.num_channels, possible)
 
     def kv_heads(self, layout: ModelLayout) -> list[int]:
-        """Return the numbers of KV heads that a block may have, in ascending order."""
+        """Return the possible numbers of KV heads of a block, ascending."""
         possible = kv_heads_left(layout, self.tensor_parallel, uniform=self.uniform)
         return self._left("attention", layout.heads.num_kv, possible)
 
     def inputs(self, layout: ModelLayout) -> dict[str, list[int]]:
-        """Return consumer of coupled groups -> how many columns it may have."""
+        """Return consumer of coupled groups -> its possible numbers of columns, ascending."""
         possible = {}
         for groups in layout.group_sets:
-            whole, each = groups.columns.shape
-            left = self._left(groups.kind, whole, range(0, whole, self.multiple))
+            num_groups, width = groups.columns.shape
             if groups.kind == "attention":
                 left = self.kv_heads(layout)
-            possible[groups.consumer] = [number * each for number in left]
+            else:
+                numbers = range(0, num_groups, self.multiple)
+                left = self._left(groups.kind, num_groups, numbers)
+            possible[groups.consumer] = [number * width for number in left]
         return possible
 
     def _left(self, kind: str, whole: int, possible: Iterable[int]) -> list[int]:
-        least = 0 if f"{kind}_layers" in self.layers else self.fewest.get(kind, whole)
-        return sorted({*(n for n in possible if n >= least), whole})
+        """Return the possible numbers of groups that a block may keep, and all `whole` of them."""
+        least = self.fewest.get(kind, whole)
+        if f"{kind}_layers" in self.layers:
+            least = 0
+        allowed = {number for number in possible if number >= least}
+        allowed.add(whole)
+        return sorted(allowed)
