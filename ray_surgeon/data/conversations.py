@@ -62,7 +62,7 @@ def write(cluster: Cluster, request: Request) -> WrittenText:
 
     Args:
         cluster: with loaded workers.
-        request: what is to be written.
+        request: for texts or conversations.
 
     Raises:
         RuntimeError: there are too few useful conversations.

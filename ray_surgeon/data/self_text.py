@@ -55,10 +55,8 @@ class SelfText(Stage):
         counts_of_texts = [count for _, count in self.section.shares]
         owners = np.array([number for number, _ in order(counts_of_texts)])
         tokens = run.calibration.copy()
-        answers = np.zeros(
-            tokens.shape,
-            dtype=bool,
-        )  # whether a token belongs to an answer
+        # whether a token belongs to an answer
+        answers = np.zeros(tokens.shape, dtype=bool)
         counts = ~answers
         for number in self.requests:
             rows = owners == number

@@ -151,7 +151,7 @@ class Language:
         return frozenset(special)
 
     def requests(self, section: CalibrationSection) -> dict[int, Request]:
-        """Return what the dense model is to write, by the index of the calibration text.
+        """Return the requests for the dense model, by the index of the calibration text.
 
         Raises:
             ValueError: the model cannot write a text, or a file for it cannot be read; names the

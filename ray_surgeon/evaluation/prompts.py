@@ -66,7 +66,7 @@ class PromptSet:
         return written or self.prompts
 
     def text_of(self, tokens: Sequence[int]) -> str:
-        """Return the text of tokens, without those of the chat template."""
+        """Return the text of tokens, without the chat template's special tokens."""
         return str(self.tokenizer.decode(list(tokens), skip_special_tokens=True))
 
 

@@ -243,9 +243,8 @@ class Reconstruction:
         N = cluster.placement.num_replicas
         arrivals = []
         for i in range(N):
-            arrivals.append(
-                [*range(i, num_backward, N), *range(num_backward + i, count, N)],
-            )
+            own = [*range(i, num_backward, N), *range(num_backward + i, count, N)]
+            arrivals.append(own)
         cluster.run_all(self.start, arrivals, length)
         yield
         cluster.run_all(self.share, arrivals, length)

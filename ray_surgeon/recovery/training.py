@@ -76,7 +76,7 @@ class Training:
 
         Args:
             shot: number of the shot.
-            part: what an earlier try has committed of this training.
+            part: state of this training that an earlier try has committed.
         """
         if not self.batches.num_steps:
             return
@@ -263,8 +263,7 @@ class Training:
     ) -> Check:
         """Measure the state after a number of steps; the value is infinite if it is not finite.
 
-        With `rounded` the measure is that of the weights as they will be, in their dtype, and no
-        step may follow.
+        With `rounded`, the final weights are measured, rounded to their dtype; no step may follow.
         """
         if rounded and is_finite:
             self.cluster.run_all(steps.round_as_absorbed)
