@@ -1,6 +1,6 @@
-"""Pruning is one call: check -> plan -> start workers -> shots -> exports.
+"""The Python interface. Pruning is one call: check -> plan -> start workers -> shots -> exports.
 
-The command line is a thin shell over this.
+The command line is a thin layer over it.
 """
 
 from __future__ import annotations
@@ -27,14 +27,28 @@ from ray_surgeon.models.runner import BlockRunner
 from ray_surgeon.models.shard import ModelShard
 from ray_surgeon.preparation.inputs import check
 from ray_surgeon.report.display import Display, new_console
-from ray_surgeon.run.arguments import a_tokenizer, causal_lm, own_modes, save, spec_of, towards
+from ray_surgeon.run.arguments import (
+    a_tokenizer,
+    causal_lm,
+    own_modes,
+    save,
+    spec_of,
+    towards,
+)
 from ray_surgeon.run.result import PruneResult, ended_before, run
 from ray_surgeon.spec.base import REASON, local_path, refusing
 from ray_surgeon.spec.job import JobSpec
 from ray_surgeon.spec.parsing import parse_spec
 
-__all__ = ["JobSpec", "KroneckerFactors", "PruneResult"]
-__all__ += ["curvature", "parse_spec", "prune", "recover"]
+__all__ = [
+    "JobSpec",
+    "KroneckerFactors",
+    "PruneResult",
+    "curvature",
+    "parse_spec",
+    "prune",
+    "recover",
+]
 
 
 @own_modes()
@@ -62,7 +76,7 @@ def prune(  # noqa: PLR0913  the sections of a job spec, by name
         model: a Hub id, a folder, an fsspec URI, the section of that name (source, dtype,
             revision), or a model in memory; not with `spec`.
         tokenizer: the tokenizer of a model in memory.
-        spec: a whole job spec, in place of everything else.
+        spec: a complete job spec, in place of all other arguments but the last two.
         calibration: section of that name: source, num_sequences, sequence_length and more; a mix
             of texts that suits the model if not given.
         pruning: section of that name: structure, target_sparsity and more. Needed without `spec`.
@@ -76,38 +90,51 @@ def prune(  # noqa: PLR0913  the sections of a job spec, by name
         memory: section of that name; if not given, planned from the memory that the machines have.
         output: section of that name, or only its URI; if not given, below ``./runs``.
         name: of the run; if not given, made from the model's name.
-        preset: ``"fast"``, ``"balanced"`` or ``"quality"``: settings of text and method, under
-            those that are given here.
+        preset: ``"fast"``, ``"balanced"`` or ``"quality"``: settings of text and method; settings
+            that are given here override them.
         resume: whether to continue a run after its last committed shot.
-        progress: whether to show how far the run is, in a terminal or a notebook.
+        progress: whether to show the progress of the run, in a terminal or a notebook.
 
     Returns:
         The run: the pruned model's folder, the model itself by ``.load()``, and the report.
 
     Raises:
-        ValueError: something cannot work. The message names the field, what was found, and the
+        ValueError: an argument is not valid. The message names the field, the problem, and the
             remedy. It is raised before anything expensive starts, except for weights that are NaN
-            or infinite, and for targets that only costs can refuse.
+            or infinite, and for targets that can be checked only once costs are known.
         FloatingPointError: a loss, factor or cost is not usable; committed shots stay.
         RuntimeError: the run failed otherwise; committed shots stay.
     """
-    arguments = locals()
-    names = JobSpec.model_fields.keys() - {"version", "model"}
-    sections = {key: arguments[key] for key in names if arguments[key] is not None}
+    sections = {
+        "name": name,
+        "preset": preset,
+        "calibration": calibration,
+        "pruning": pruning,
+        "curvature": curvature,
+        "recovery": recovery,
+        "evaluation": evaluation,
+        "cluster": cluster,
+        "memory": memory,
+        "output": output,
+    }
+    sections = {key: section for key, section in sections.items() if section is not None}
     source = local_path(model)
     if not (source is None or isinstance(source, str | Mapping)):
         source = causal_lm(source)
     if spec is None:
         spec = spec_of(source, tokenizer, sections)
     elif not isinstance(spec, JobSpec):
-        parsed = "ray_surgeon.parse_spec(Path('spec.yaml').read_text())"
-        raise ValueError(f"spec: got a {type(spec).__name__}; give {parsed}")
+        raise ValueError(
+            f"spec: got a {type(spec).__name__}; give "
+            "ray_surgeon.parse_spec(Path('spec.yaml').read_text())"
+        )
     elif model is not None or tokenizer is not None or sections:
         raise ValueError("spec: it says everything already; leave all other arguments out")
     if isinstance(source, PreTrainedModel):
         save(source, a_tokenizer(tokenizer), spec.model.source, spec.output.uri)
     inputs = check(spec, resume=resume)
-    with Display(new_console() if progress else None, inputs.spec.name) as display:
+    console = new_console() if progress else None
+    with Display(console, inputs.spec.name) as display:
         for line in inputs.notes:
             display.note(line)
         return ended_before(inputs, display.note) or run(inputs, display)
@@ -125,19 +152,20 @@ def recover(
 
     Args:
         export: a Hub id, a folder, an fsspec URI, or the section ``model``.
-        teacher: likewise; of the same vocabulary, and of any supported family and size.
+        teacher: a Hub id, a folder, an fsspec URI, or a section like ``model``. The teacher may be
+            of any supported family and size, with the same vocabulary.
         resume: as in `prune`.
-        progress: likewise.
-        sections: likewise: recovery, calibration, evaluation, cluster, memory, output, name and
-            preset.
+        progress: as in `prune`.
+        sections: as in `prune`: recovery, calibration, evaluation, cluster, memory, output, name
+            and preset.
 
     Returns:
-        The run; what it calls dense is the teacher.
+        The run; its report calls the teacher the dense model.
 
     Raises:
         ValueError: see `prune`.
-        FloatingPointError: likewise.
-        RuntimeError: likewise.
+        FloatingPointError: see `prune`.
+        RuntimeError: see `prune`.
     """
     spec = spec_of(local_path(export), None, towards(teacher, sections))
     return prune(spec=spec, resume=resume, progress=progress)
@@ -152,23 +180,23 @@ def curvature(
     linears: Sequence[str] | None = None,
     label_seed: int | None = None,
 ) -> dict[str, KroneckerFactors]:
-    """Gather A and G of the linears of a model in memory, for research.
+    """Gather the Kronecker factors A and G of linears of a model in memory, for research.
 
     Args:
         model: a causal LM of a supported family; its weights are not changed.
         sequences: token sequences, or texts if there is a tokenizer.
         tokenizer: for texts. Each text becomes one sequence; it begins with BOS if the tokenizer
             itself begins a text with it.
-        linears: names of the linears wanted, e.g. ``model.layers.0.mlp.down_proj``; all if not
-            given. Factors of their roles, here of every block's ``down_proj``, and of what shares
-            their inputs are gathered on the model's device, and no others.
+        linears: names of the linears, e.g. ``model.layers.0.mlp.down_proj``; all if not given. Only
+            factors for their roles (here every block's ``down_proj``) and for linears with the same
+            inputs are gathered on the model's device.
         label_seed: seed of labels drawn from the model (sampled Fisher); None takes the text's own
-            (empirical Fisher).
+            labels (empirical Fisher).
 
     Returns:
         Name -> sums A [C, C] of a a^T and G [R, R] of g g^T over all tokens, with the number of
-        tokens; a bias is the last input, whose value is 1. A linear of a mixture sees the tokens
-        that are routed to it. Source: docs/method.md, section 1.
+        tokens; a bias is the last input, whose value is 1. A linear of a mixture of experts sees
+        the tokens that are routed to it. Source: docs/method.md, section 1.
 
     Raises:
         ValueError: the family is not supported, the model has no such linear, or there is no
@@ -177,11 +205,14 @@ def curvature(
     model = causal_lm(model)
     layout = ModelLayout.of(model.config)
     names = list(layout.shapes if linears is None else linears)
-    if unknown := [name for name in names if name not in layout.shapes]:
-        problem = f"the model has no {', '.join(unknown)}"
-        raise ValueError(f"linears: {problem}; it has for example {list(layout.shapes)[:7]}")
+    unknown = [name for name in names if name not in layout.shapes]
+    if unknown:
+        raise ValueError(
+            f"linears: the model has no {', '.join(unknown)}; it has for example "
+            f"{list(layout.shapes)[:7]}"
+        )
     windows = _token_ids(sequences, tokenizer, layout)
-    # weights are never written, so they are read where they are: in the model
+    # weights are never written, so they are read directly from the model
     stores = Stores(weights="disk")
     blocks = BlockRange(0, layout.num_blocks, layout.num_blocks)
     shard = ModelShard(layout, blocks, model.dtype, model.device, stores)
@@ -210,38 +241,56 @@ def _token_ids(
     Args:
         sequences: token sequences, or texts if there is a tokenizer.
         tokenizer: for texts.
-        layout: of the model that takes them.
+        layout: of the model.
 
     Raises:
-        ValueError: the model cannot take one, or there is none.
+        ValueError: the model cannot take a sequence, or there is none.
     """
     if sequences is None or isinstance(sequences, str | Mapping):
-        kind = type(sequences).__name__
-        raise ValueError(f"sequences: got a {kind}; give a list of sequences, such as input_ids")
+        raise ValueError(
+            f"sequences: got a {type(sequences).__name__}; give a list of sequences, "
+            "such as input_ids"
+        )
     config = layout.config
-    # rotary embeddings go on
-    longest = config.max_position_embeddings if layout.family.positions else math.inf
-    windows = [_ids_of(number, sequence, tokenizer) for number, sequence in enumerate(sequences)]
+    longest = math.inf  # rotary embeddings have no limit
+    if layout.family.positions:
+        longest = config.max_position_embeddings
+    windows = []
+    for number, sequence in enumerate(sequences):
+        windows.append(_ids_of(number, sequence, tokenizer))
     if not windows:
         raise ValueError("sequences: there is none; give at least one of two tokens or more")
     for number, ids in enumerate(windows):
-        # the last token predicts nothing
-        if not (2 <= len(ids) <= longest and min(ids) >= 0 and max(ids) < config.vocab_size):
-            ends = f"from {min(ids, default=None)} to {max(ids, default=None)}"
-            takes = f"2 to {longest} tokens, from 0 to {config.vocab_size - 1}"
-            problem = f"{len(ids)} tokens {ends}; the model takes {takes}"
-            raise ValueError(f"sequences[{number}]: {problem}; use its own tokenizer, and cut them")
+        # one token alone predicts nothing
+        smallest = min(ids, default=-1)
+        largest = max(ids, default=-1)
+        if not (2 <= len(ids) <= longest and smallest >= 0 and largest < config.vocab_size):
+            raise ValueError(
+                f"sequences[{number}]: {len(ids)} tokens from {min(ids, default=None)} "
+                f"to {max(ids, default=None)}; the model takes 2 to {longest} tokens, "
+                f"from 0 to {config.vocab_size - 1}; use its own tokenizer, and cut them"
+            )
     return windows
 
 
-def _ids_of(number: int, sequence: Any, tokenizer: PreTrainedTokenizerBase | None) -> list[int]:
+def _ids_of(
+    number: int,
+    sequence: Any,
+    tokenizer: PreTrainedTokenizerBase | None,
+) -> list[int]:
     if isinstance(sequence, str):
         if tokenizer is None:
             raise ValueError("tokenizer: texts need one; give it, or sequences of tokens")
         first = first_token(a_tokenizer(tokenizer))
         ids = list(tokens_of(tokenizer, sequence))
-        return ids if first is None else [first, *ids]
+        if first is not None:
+            ids = [first, *ids]
+        return ids
     problem = f"sequences[{number}]: got {reprlib.repr(sequence)} ({REASON})"
-    with refusing(problem, "give a list of integers, or a text and the tokenizer", TypeError):
+    with refusing(
+        problem,
+        "give a list of integers, or a text and the tokenizer",
+        TypeError,
+    ):
         ids = [operator.index(token) for token in sequence]
     return ids

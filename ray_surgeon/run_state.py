@@ -1,11 +1,11 @@
-"""The state of a run, the windows that are held aside, and what the plan asks of a stage."""
+"""The state of a run, the windows held aside, and the base class of stages."""
 
 from __future__ import annotations
 
 import math
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -27,28 +27,30 @@ from ray_surgeon.runtime.worker import LinearSummary
 from ray_surgeon.spec.sections import ModelSection
 
 HELD = "(held aside)"
-"""Name of the windows held aside among the texts that have dense states.
+"""Name of the windows held aside among the texts with states of the dense model.
 
-No evaluation text can have it.
+No evaluation text can have this name.
 """
 
 Facts = dict[str, Fact]
-"""What the line of a step says, by name."""
+"""Facts that a step shows, by name."""
 
 
 Text = tuple[Tokens, Counts]
-"""Windows on which later weights are compared with the dense model, and which tokens count."""
+"""Windows for comparisons with the dense model, and which of their tokens count."""
 
 
 @dataclass(frozen=True, repr=False)
 class CalibrationText:
     """Windows of the calibration, and which of their tokens count as predicted ones."""
 
-    tokens: Tokens  # [num_sequences, sequence_length] what stages are fitted on
-    counts: Counts = None  # likewise, whether a token counts; None if all do
-    # [num_windows, sequence_length] what no stage is fitted on
+    tokens: Tokens  # [num_sequences, sequence_length] on which stages are fitted
+    # [num_sequences, sequence_length] whether a token counts; None if all do
+    counts: Counts = None
+    # [num_windows, sequence_length] on which no stage is fitted
     held: Tokens = field(default_factory=lambda: np.zeros((0, 0), dtype=np.int64))
-    held_counts: Counts = None  # likewise
+    # [num_windows, sequence_length] whether a token counts; None if all do
+    held_counts: Counts = None
 
     @staticmethod
     def split(tokens: Tokens, counts: Counts, num_held: int) -> CalibrationText:
@@ -56,45 +58,52 @@ class CalibrationText:
 
         Args:
             tokens: [num_sequences, sequence_length].
-            counts: likewise, whether a token counts; None if all do.
-            num_held: how many windows are held aside.
+            counts: [num_sequences, sequence_length], whether a token counts; None if all do.
+            num_held: number of windows that are held aside.
         """
         is_held = np.zeros(len(tokens), dtype=bool)
         is_held[held_places(len(tokens), num_held)] = True
-        of_fitted, of_held = (None, None) if counts is None else (counts[~is_held], counts[is_held])
-        return CalibrationText(tokens[~is_held], of_fitted, tokens[is_held], of_held)
+        text = CalibrationText(tokens=tokens[~is_held], held=tokens[is_held])
+        if counts is None:
+            return text
+        return replace(text, counts=counts[~is_held], held_counts=counts[is_held])
 
 
 def held_places(num_sequences: int, num_held: int) -> NDArray[np.int64]:
-    """Return the places of evenly spread windows: the middles of `num_held` equal parts."""
-    return ((np.arange(num_held) + 0.5) * num_sequences / max(1, num_held)).astype(np.int64)
+    """Return the indices of evenly spread windows: the middles of `num_held` equal parts."""
+    middles = (np.arange(num_held) + 0.5) * num_sequences / max(1, num_held)
+    return middles.astype(np.int64)
 
 
 def held_aside(
     cluster: Cluster, text: CalibrationText, loss: str = "kl"
 ) -> tuple[float, float | None]:
-    """Measure the present weights on the windows held aside.
+    """Measure the current weights on the windows held aside.
 
     Returns:
-        The divergence (kl) or the loss, in nats per token that counts; infinite if it is no number,
-        as where a training diverged. With kl, the acceptance, too: the share of the dense model's
-        tokens that would be accepted.
+        The divergence (kl) or the loss, in nats per counted token, infinite if it is not finite, as
+        after a training that diverged; and with kl the acceptance, that is, the share of the dense
+        model's tokens that would be accepted, else None.
     """
-    held = text.held, text.held_counts
-    num_tokens = max(1, num_counted(*held))
+    tokens = text.held
+    counts = text.held_counts
+    num_tokens = max(1, num_counted(tokens, counts))
     acceptance = None
     if loss == "kl":
-        comparisons = compared(cluster, HELD, *held, acceptance=True)
+        comparisons = compared(cluster, HELD, tokens, counts, acceptance=True)
         mean = sum(each["divergence"] for each in comparisons) / num_tokens
         acceptance = sum(each["acceptance"] for each in comparisons) / num_tokens
     else:
-        mean = sum(sequence_losses(cluster, *held)) / num_tokens
-    return (mean if math.isfinite(mean) else math.inf), acceptance
+        mean = sum(sequence_losses(cluster, tokens, counts)) / num_tokens
+    if not math.isfinite(mean):
+        mean = math.inf
+    return mean, acceptance
 
 
 def held_measure(cluster: Cluster, text: CalibrationText, loss: str = "kl") -> float:
-    """Return the measure of `held_aside` alone."""
-    return held_aside(cluster, text, loss)[0]
+    """Return the divergence or the loss alone; see `held_aside`."""
+    measure, _ = held_aside(cluster, text, loss)
+    return measure
 
 
 @dataclass
@@ -106,24 +115,26 @@ class RunState:
     report: RunReport
     steps: Steps
     layout: ModelLayout
-    model: ModelSection  # the dense model, pinned to what was checked
+    model: ModelSection  # the dense model, pinned to the files that were checked
     calibration: Tokens  # [num_sequences, sequence_length] tokens, all windows
-    text: CalibrationText  # the same in two parts
+    text: CalibrationText  # the same windows: those for fitting and those held aside
     texts: Mapping[str, Tokens]  # evaluation text -> windows
     scratch: ScratchNames  # folders of workers on their disks
-    page: LivePage  # the report as a page while the run goes on
+    page: LivePage  # page with the report, updated during the run
     num_shots: int
     num_done: int  # shots that an earlier try has committed
-    # what is committed of the present shot, before the first one of the shot in which a run goes on
+    # committed part of the current shot; before the first one, of the shot in which the run resumes
     part: CommittedPart | None
-    shot: int = 0  # number of the present one; 0 before the first
-    record: dict[str, Any] = field(default_factory=dict)  # of the present shot, for the report
-    linears: list[LinearSummary] = field(default_factory=list)  # what the update of the shot left
+    shot: int = 0  # number of the current shot; 0 before the first
+    # entries of the report for the current shot
+    record: dict[str, Any] = field(default_factory=dict)
+    # linears after the update of the current shot
+    linears: list[LinearSummary] = field(default_factory=list)
     committed_s: float = 0.0  # clock at the last commit, or at the beginning of the shot
 
     @property
     def resumes(self) -> bool:
-        """Whether the workers' weights are those of a commit, not the dense model's."""
+        """Whether the workers' weights come from a commit, not from the dense model."""
         return self.num_done > 0 or self.part is not None
 
     @property
@@ -133,8 +144,10 @@ class RunState:
         return 1 - kept / sum(linear.size for linear in self.linears)
 
     def begin_shot(self, shot: int) -> None:
-        """Forget what belongs to the shot before, and know what a committed part of this knows."""
-        earlier = {} if self.part is None else self.part.record
+        """Reset the state for a new shot, or restore it from the shot's committed part."""
+        earlier = {}
+        if self.part is not None:
+            earlier = self.part.record
         self.shot = shot
         self.record = earlier.get("shot", {})
         self.linears = [LinearSummary(**linear) for linear in earlier.get("linears", ())]
@@ -143,13 +156,13 @@ class RunState:
 
 
 class Stage:
-    """What the plan and the fingerprints of a run take from one of its steps."""
+    """One of the steps of a run, with its needs for the plan and its fingerprints."""
 
     name: ClassVar[str]
-    """Of its step, as in events and in the plan."""
+    """Name of the step, as in events and in the plan."""
 
     def fingerprints(self) -> Mapping[str, Any]:
-        """Return what must be the same when a run goes on; None for what may be anything."""
+        """Return values that must not change when a run resumes; None for any value."""
         return {}
 
     def needs(self, worker: WorkerView) -> Iterable[StepPlan]:

@@ -1,6 +1,6 @@
 """The weights of a run: loaded once, and committed after every shot.
 
-A commit has masks and a record, too, from which a run can go on.
+A commit also contains masks and a record, so that a run can resume from it.
 """
 
 from __future__ import annotations
@@ -28,26 +28,34 @@ from ray_surgeon.runtime.weights import (
 from ray_surgeon.storage import files
 
 _PINNED_BYTES_PER_S = 4e9
-"""At which the host pins memory."""
+"""Rate at which the host pins memory."""
 
 
-def load_weights(run: RunState, committed: Sequence[SavedFile], *, by_element: bool) -> None:
-    """Load the dense model's weights, and in their place those of a commit, if there is one.
+def load_weights(
+    run: RunState,
+    committed: Sequence[SavedFile],
+    *,
+    by_element: bool,
+) -> None:
+    """Load the dense model's weights, or those of a commit in their place, if there is one.
 
     Args:
         run: before its steps.
-        committed: files of the commit.
+        committed: files of the commit; empty if there is none.
         by_element: whether masks are of elements, or of rows and columns.
     """
-    shot_files = tuple((key, file.uri) for file in committed for key in file.keys)
-    recipe = ModelRecipe(run.model, shot_files, run.scratch)
+    shot_files = []
+    for file in committed:
+        for key in file.keys:
+            shot_files.append((key, file.uri))
+    recipe = ModelRecipe(run.model, tuple(shot_files), run.scratch)
     run.cluster.run_all(load, recipe, by_element, run.cluster.stores)
 
 
 def load_model(run: RunState, facts: Facts, *, by_element: bool) -> None:
-    """Load weights, masks, and what the dense model said of texts.
+    """Load weights, masks, and the dense model's states of texts.
 
-    The weights are those of the last commit of the run, if there is one.
+    Everything is taken from the last commit of the run, if there is one.
 
     Args:
         run: before its steps.
@@ -70,7 +78,7 @@ def load_model(run: RunState, facts: Facts, *, by_element: bool) -> None:
 
 @dataclass(frozen=True)
 class Load(Stage):
-    """What the loading of the weights needs."""
+    """Loads the weights; see `load_model`."""
 
     name = "load"
     by_element: bool  # whether masks are of elements, or of rows and columns
@@ -93,10 +101,11 @@ class Load(Stage):
 
 @dataclass(frozen=True)
 class Commit(Stage):
-    """Writes a shot, so that it exists and a run can go on from it."""
+    """Writes a shot, so that it exists and a run can resume from it."""
 
     name = "commit"
-    targets: Sequence[float]  # sparsity at the end of every shot; none if the target is no sparsity
+    # sparsity at the end of every shot; empty if the target is not a sparsity
+    targets: Sequence[float]
     keep_shots: int  # shots whose tensors are kept; 0 for all
     kept: Sequence[int] = ()  # shots whose tensors are always kept
 
@@ -106,17 +115,19 @@ class Commit(Stage):
         cluster = run.cluster
         shot = run.shot
         folder = directory.shot_folder(shot)
-        directory.check_attempt()  # what follows takes files that another try may have written
-        if shot == 1:  # what a run that goes on reads
+        directory.check_attempt()  # because another try's files would be replaced
+        if shot == 1:  # a run that resumes reads them
             cluster.run_all(write_states, directory.dense_states)
-        files.remove_files(folder, ["*.safetensors"])  # of a try that was interrupted
-        written = [file for worker in cluster.run_all(save_shot, folder) for file in worker]
-        target = self.targets[shot - 1] if self.targets else None
+        files.remove_files(folder, ["*.safetensors"])  # from an interrupted try
+        written = list(chain.from_iterable(cluster.run_all(save_shot, folder)))
+        target = None
+        if self.targets:
+            target = self.targets[shot - 1]
         record = {
             "index": shot,
             "target_sparsity": target,
             "sparsity": run.sparsity,
-            # what the steps of this shot may leave out
+            # defaults for stages that this shot may leave out
             "threshold": None,
             "calibration_loss": None,
             "recovery_losses": [],
@@ -148,19 +159,20 @@ class Commit(Stage):
 
 
 def commit_part(run: RunState, stage: str, after: str, state: Record, save: Save) -> None:
-    """Commit the present shot as far as a stage has come, so that a run goes on in its middle.
+    """Commit the current shot in the middle of a stage, so that a run can resume there.
 
     The first commit must come before the stage changes weights.
 
     Args:
         run: in this stage.
-        stage: its name.
-        after: how far it has come, e.g. "after 12 steps of recovery".
-        state: what it goes on from on the coordinator; nothing if it has not begun.
-        save: writes what workers go on from, under names that no commit before has used.
+        stage: name of the stage.
+        after: progress of the stage, e.g. "after 12 steps of recovery".
+        state: state of the stage on the coordinator; empty if it has not begun.
+        save: writes the state of the stage on the workers, under names that no earlier commit has
+            used.
 
     Raises:
-        WorkerFailureError: a machine is about to be taken away; the run goes on elsewhere.
+        WorkerFailureError: a machine is about to be taken away; the run continues elsewhere.
     """
     directory = run.directory
     directory.check_attempt()  # as in `Commit`
@@ -180,7 +192,7 @@ def commit_part(run: RunState, stage: str, after: str, state: Record, save: Save
         "steps": run.steps.record_so_far(),
         "dense": run.report.dense,
     }
-    run.part = CommittedPart(files, tuple(save(folder)), record)
+    run.part = CommittedPart(files=files, of_stage=tuple(save(folder)), record=record)
     directory.commit_part(run.shot, run.part)
     run.committed_s = time.monotonic()
     run.cluster.leave_if_told()

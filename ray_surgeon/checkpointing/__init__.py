@@ -1,1 +1,1 @@
-"""The run directory: committed shots, and what a run goes on from."""
+"""The run directory: committed shots, and parts of shots from which a run can resume."""

@@ -24,7 +24,8 @@ class CommittedPart(NamedTuple):
 
     files: tuple[SavedFile, ...]  # weights and masks as this stage found them
     of_stage: tuple[SavedFile, ...]  # state of the stage on the workers
-    record: dict[str, Any]  # state of the stage on the coordinator, and results of earlier stages
+    # state of the stage on the coordinator, and results of earlier stages
+    record: dict[str, Any]
 
 
 def entry(file: SavedFile) -> dict[str, Any]:
@@ -34,7 +35,7 @@ def entry(file: SavedFile) -> dict[str, Any]:
 
 
 def files_of(folder: str, entries: Iterable[Mapping[str, Any]]) -> tuple[SavedFile, ...]:
-    """Return the files that a manifest in a folder names."""
+    """Return the files that are named in a folder's manifest."""
     files = []
     for about in entries:
         uri = store.join(folder, about["name"])

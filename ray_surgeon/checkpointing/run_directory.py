@@ -1,7 +1,7 @@
-"""The run directory: what identifies a run, its committed shots, its events and its report.
+"""The run directory: identity of a run, its committed shots, its events and its report.
 
-A shot exists if its manifest does; the manifest is written after every file it names. So is that of
-a shot's part, for a run that goes on in the middle of a long stage.
+A shot exists if its manifest does; the manifest is written after all files that it names. The same
+holds for a part of a shot, from which a run can resume in the middle of a long stage.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ from ray_surgeon.spec.base import refusing
 from ray_surgeon.storage import files as store
 
 _EVENTS_EVERY_S = 20.0
-"""How often a store that cannot append gets all events again, besides the end of every shot."""
+"""How often all events are written again to a store that cannot append."""
 _BEFORE_A_RUN = (".writable", "attempt", "spec.yaml", "source")
-"""All there is of a run that was killed before its first record.
+"""Names that a run which was killed before its first record may have left.
 
 `source` is a model that was in memory.
 """
 _DAMAGED = (ValueError, KeyError, TypeError)
-"""What reading a damaged manifest raises."""
+"""Errors that reading a damaged manifest raises."""
 _REPEAT = "remove {folder} to repeat this shot from its beginning"
 
 
 Record = Mapping[str, Any]
-"""What becomes JSON: a report, an entry of one, fingerprints."""
+"""A JSON object: a report, an entry of one, or fingerprints."""
 
 
 class TakenOverError(RuntimeError):
@@ -48,17 +48,17 @@ class TakenOverError(RuntimeError):
 
 @dataclass
 class Attempt:
-    """A try of a run; one that goes on after a loss is the same."""
+    """A try of a run; it stays the same when the run continues after a loss."""
 
     name: str = field(default_factory=lambda: uuid.uuid4().hex)
-    has_begun: bool = False  # and has taken the folder
+    has_begun: bool = False  # whether it has taken over the folder
 
 
 class RunDirectory:
     """A folder on any fsspec URI that belongs to one run."""
 
     def __init__(self, uri: str, attempt: Attempt | None = None) -> None:
-        """Name the folder, and the try of the run that will write there.
+        """Initialize for a folder and the try of the run that will write there.
 
         Nothing is read or written yet.
         """
@@ -74,7 +74,7 @@ class RunDirectory:
 
     @property
     def dense_states(self) -> str:
-        """The URI of what later shots are compared with, which is there once a shot is."""
+        """URI of the dense model's states, which exist once a shot does."""
         return self.path("dense.safetensors")
 
     def is_new(self) -> bool:
@@ -87,16 +87,16 @@ class RunDirectory:
             return True
         if not store.exists(self.path("run.json")):
             raise ValueError(
-                f"output.uri: {self.uri} is not empty and holds no run of this program; choose "
-                "another folder"
+                f"output.uri: {self.uri} is not empty and holds no run of this program; "
+                "choose another folder"
             )
         return False
 
     def report(self) -> dict[str, Any]:
-        """Return what the run has written at its end.
+        """Return the report that the run has written.
 
         Raises:
-            FileNotFoundError: it has not ended.
+            FileNotFoundError: there is none yet.
             ValueError: the file is damaged.
         """
         return dict(store.read_json(self.path("report.json")))
@@ -111,14 +111,12 @@ class RunDirectory:
         store.remove_files(self.uri, [".writable"])
 
     def start(self, spec_yaml: str, fingerprints: Record) -> None:
-        """Take the folder for this try, and remove what a killed process left half written.
+        """Take over the folder for this try, and remove incomplete files of a killed process.
 
-        The run may be new, or go on.
-
-        The last try that starts owns the folder.
+        The run may be new or be resumed. The last try that starts owns the folder.
 
         Raises:
-            TakenOverError: this try has started before, and another one since.
+            TakenOverError: this try has started before, and another one has started since.
         """
         if self._attempt.has_begun:
             self.check_attempt()
@@ -130,38 +128,42 @@ class RunDirectory:
             store.write_text(self.path("spec.yaml"), spec_yaml)
             store.write_json(self.path("run.json"), {"fingerprints": dict(fingerprints)})
         elif store.exists(self.path("events.jsonl")):
-            whole, newline, torn = store.read_text(self.path("events.jsonl")).rpartition("\n")
+            uri = self.path("events.jsonl")
+            whole, newline, torn = store.read_text(uri).rpartition("\n")
             self._events = whole.splitlines()
             if torn:  # by a full disk or a killed process
-                store.write_text(self.path("events.jsonl"), whole + newline)
+                store.write_text(uri, whole + newline)
 
     def check_attempt(self) -> None:
-        """End this try if another one has started since, as by a second job with this spec.
+        """Check that no other try has started since, for example by a second job with this spec.
 
         Raises:
-            TakenOverError: it has.
+            TakenOverError: another try has started.
         """
         if not self._attempt.has_begun:
             return
         with contextlib.suppress(FileNotFoundError):
             if store.read_text(self.path("attempt")) != self._attempt.name:
                 raise TakenOverError(
-                    f"another try of this run has begun in {self.uri}, so this one ends; committed "
-                    "shots are kept"
+                    f"another try of this run has begun in {self.uri}, so this one ends; "
+                    "committed shots are kept"
                 )
 
     def retries(self) -> list[dict[str, Any]]:
-        """Return the facts of every loss after which the run went on."""
-        events = map(json.loads, self._events)
-        return [event["facts"] for event in events if event["step"] == "retry"]
+        """Return the facts of every loss after which the run continued."""
+        facts = []
+        for line in self._events:
+            event = json.loads(line)
+            if event["step"] == "retry":
+                facts.append(event["facts"])
+        return facts
 
     def add_event(self, event: Record) -> None:
-        """Append to events.jsonl, with the time.
+        """Append an event with the current time to events.jsonl.
 
-        Object stores cannot append, so there the whole file is written again, now and then.
-
-        A store that fails meanwhile does not end the run for that: the lines are there the next
-        time, at the latest with the report.
+        Object stores cannot append, so there the whole file is written again from time to time. If
+        that fails, the run does not end: the lines are written the next time, at the latest with
+        the report.
         """
         self._events.append(json.dumps({**event, "time": time.time()}))
         if store.is_local(self.uri):
@@ -185,9 +187,13 @@ class RunDirectory:
         return self.path("shots", f"{index:04d}")
 
     def commit_shot(self, index: int, files: Sequence[SavedFile], record: Record) -> None:
-        """Make a shot exist: write its manifest. Raises as `check_attempt` does."""
+        """Commit a shot by writing its manifest. Raises as `check_attempt` does."""
         self.check_attempt()
-        manifest = {"index": index, "files": list(map(entry, files)), "record": dict(record)}
+        manifest = {
+            "index": index,
+            "files": [entry(file) for file in files],
+            "record": dict(record),
+        }
         store.write_json(store.join(self.shot_folder(index), "manifest.json"), manifest)
 
     def part_folder(self, index: int) -> str:
@@ -195,17 +201,20 @@ class RunDirectory:
         return self.path("shots", f"{index:04d}", "part")
 
     def commit_part(self, index: int, part: CommittedPart) -> None:
-        """Make a part of a shot exist in place of an earlier one. Raises as `check_attempt` does.
+        """Commit a part of a shot in place of an earlier one. Raises as `check_attempt` does.
 
-        Files that it does not name are removed from its folder.
+        Files that the part does not name are removed from its folder.
         """
         self.check_attempt()
         folder = self.part_folder(index)
-        files, of_stage = (list(map(entry, kind)) for kind in (part.files, part.of_stage))
+        files = [entry(file) for file in part.files]
+        of_stage = [entry(file) for file in part.of_stage]
         manifest = {"files": files, "of_stage": of_stage, "record": part.record}
         store.write_json(store.join(folder, "manifest.json"), manifest)
-        names = {"manifest.json", *(about["name"] for about in files + of_stage)}
-        store.remove_files(folder, [n for n in store.list_names(folder) if n not in names])
+        kept = {"manifest.json"}
+        kept.update(about["name"] for about in files + of_stage)
+        unnamed = [name for name in store.list_names(folder) if name not in kept]
+        store.remove_files(folder, unnamed)
 
     def read_part(self, index: int) -> CommittedPart | None:
         """Return the committed part of a shot, if there is one.
@@ -219,20 +228,22 @@ class RunDirectory:
             return None
         with refusing(f"{uri} is damaged", _REPEAT.format(folder=folder), _DAMAGED):
             manifest = store.read_json(uri)
-            files, of_stage = (files_of(folder, manifest[kind]) for kind in ("files", "of_stage"))
-            return CommittedPart(files, of_stage, manifest["record"])
+            return CommittedPart(
+                files=files_of(folder, manifest["files"]),
+                of_stage=files_of(folder, manifest["of_stage"]),
+                record=manifest["record"],
+            )
 
     def remove_part(self, index: int) -> None:
-        """Remove the part of a shot that is committed. Raises as `check_attempt` does."""
+        """Remove the committed part of a shot. Raises as `check_attempt` does."""
         self.check_attempt()
         store.remove_folder(self.part_folder(index))
 
     def drop_tensors(self, last: int, kept: Collection[int] = ()) -> None:
-        """Remove the weights and masks of all shots up to one but some; their manifests stay.
+        """Remove the weights and masks of the shots up to `last`, except `kept`.
 
-        No run will resume from these.
-
-        Raises as `check_attempt` does, because another try may resume from them.
+        Their manifests stay, but no run can resume from these shots. Raises as `check_attempt`
+        does, because another try may resume from them.
         """
         self.check_attempt()
         while self._num_dropped < last:
@@ -257,7 +268,7 @@ class RunDirectory:
         return CommittedShot(files_of(folder, manifest["files"]), manifest["record"])
 
     def check_tensors(self) -> bool:
-        """Refuse to resume from a commit of which a file is missing or cut short.
+        """Refuse to resume from a commit with a missing or truncated file.
 
         Returns:
             Whether there is a commit, of a shot or of a part.
@@ -270,10 +281,15 @@ class RunDirectory:
         if part is not None:
             remedy = _REPEAT.format(folder=self.part_folder(last + 1))
             check_files(part.files + part.of_stage, remedy)
-        elif last:
-            remedy = f"remove {self.shot_folder(last)} to repeat this shot from the one before"
-            check_files(self.read_shot(last).files, f"{remedy}, if that still has its tensors")
-        return part is not None or last > 0
+            return True
+        if last:
+            remedy = (
+                f"remove {self.shot_folder(last)} to repeat this shot from the one before, "
+                "if that still has its tensors"
+            )
+            check_files(self.read_shot(last).files, remedy)
+            return True
+        return False
 
     def write_report(self, report: Record) -> None:
         """Write report.json, and the events so far."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from ray_surgeon.data.conversations import write
 from ray_surgeon.data.texts import order
@@ -20,16 +21,16 @@ from ray_surgeon.storage import files, tensor_files
 
 @dataclass(frozen=True)
 class SelfText(Stage):
-    """Fills in the windows of a calibration that the model writes."""
+    """Fills in the calibration windows that the model writes."""
 
     name = "sampling"
     section: CalibrationSection
-    # number of a calibration text -> what is to be written for it; nothing without a tokenizer
+    # index of a calibration text -> what the model writes for it; empty without a tokenizer
     requests: Mapping[int, Request] = field(repr=False)
 
     @staticmethod
     def of(section: CalibrationSection, language: Language | None) -> SelfText | None:
-        """Return the stage if the model writes some of the calibration.
+        """Return the stage if the model writes some of the calibration text.
 
         Args:
             section: of the calibration.
@@ -40,32 +41,27 @@ class SelfText(Stage):
         """
         if not any(text.is_written for text, _ in section.shares):
             return None
-        return SelfText(section, {} if language is None else language.requests(section))
+        if language is None:
+            return SelfText(section, {})
+        return SelfText(section, language.requests(section))
 
     def fill_in(self, run: RunState, facts: Facts) -> None:
         """Let the model write, unless an earlier try of the run did.
 
         Raises:
-            ValueError: what an earlier try wrote is gone.
+            ValueError: the text that an earlier try wrote is gone.
         """
-        uri = run.directory.path("written.safetensors")
-        if was_written(run, uri):
-            tensors = tensor_files.read(uri)
-        else:
-            tensors = {}
-            for number, request in self.requests.items():
-                text = write(run.cluster, request)
-                tensors[f"{number}"] = torch.from_numpy(text.tokens)
-                tensors[f"{number}.answers"] = torch.from_numpy(text.answers)
-            tensor_files.write(uri, tensors)
-        owners = np.array([number for number, _ in order([n for _, n in self.section.shares])])
+        written = self._written(run)
+        counts_of_texts = [count for _, count in self.section.shares]
+        owners = np.array([number for number, _ in order(counts_of_texts)])
         tokens = run.calibration.copy()
-        answers = np.zeros(tokens.shape, dtype=bool)  # whether a token belongs to an answer
+        # whether a token belongs to an answer
+        answers = np.zeros(tokens.shape, dtype=bool)
         counts = ~answers
         for number in self.requests:
             rows = owners == number
-            tokens[rows] = tensors[f"{number}"].numpy()
-            answers[rows] = tensors[f"{number}.answers"].numpy()
+            tokens[rows] = written[f"{number}"].numpy()
+            answers[rows] = written[f"{number}.answers"].numpy()
             if answers[rows].any():
                 counts[rows] = answers[rows]
         weighed = counts if self.section.weigh == "answers" else None
@@ -76,6 +72,19 @@ class SelfText(Stage):
         if answers.any():
             facts["share of answers"] = float(answers[is_written].mean())
 
+    def _written(self, run: RunState) -> dict[str, Tensor]:
+        """Return the written windows and which of their tokens belong to answers."""
+        uri = run.directory.path("written.safetensors")
+        if was_written(run, uri):
+            return tensor_files.read(uri)
+        tensors = dict[str, Tensor]()
+        for number, request in self.requests.items():
+            text = write(run.cluster, request)
+            tensors[f"{number}"] = torch.from_numpy(text.tokens)
+            tensors[f"{number}.answers"] = torch.from_numpy(text.answers)
+        tensor_files.write(uri, tensors)
+        return tensors
+
     def needs(self, worker: WorkerView) -> Iterable[StepPlan]:
         """Return the writing, token by token."""
         length = self.section.sequence_length
@@ -84,10 +93,10 @@ class SelfText(Stage):
 
 
 def was_written(run: RunState, uri: str) -> bool:
-    """Whether an earlier try of a run has written a file that only the dense model can write.
+    """Return whether an earlier try of a run has written a file that needs the dense model.
 
     Raises:
-        ValueError: it is gone, and the run has the dense model no more.
+        ValueError: the file is gone, and the run no longer has the dense model.
     """
     is_there = files.exists(uri)
     if run.resumes and not is_there:

@@ -1,4 +1,4 @@
-"""What the dense model is to write, from the sections of a calibration."""
+"""Requests for texts that the dense model writes, from the sections of a calibration."""
 
 from __future__ import annotations
 
@@ -18,53 +18,52 @@ from ray_surgeon.spec.calibration import CalibrationSection, MixedSection
 from ray_surgeon.spec.texts import TURN_TOKENS
 
 _LEAST_ROOM = 24
-"""Tokens of a window that are left for a turn and its answer, beside the chat template, at least.
-"""
+"""Minimum tokens of a window for a turn and its answer, without the chat template."""
 _SAID = "What the user said 7351"
 _ANSWERED = "What was answered 9462"
 
 
 @dataclass(frozen=True)
 class Texts:
-    """Plain texts, some of which fill a window together."""
+    """Request for plain texts; several of them may fill a window together."""
 
     wanted: GenerationRequest
-    starts: tuple[tuple[int, ...], ...]  # tokens of each text that stand before what is written
+    starts: tuple[tuple[int, ...], ...]  # tokens of each text before the written ones
     sequence_length: int
 
 
 @dataclass(frozen=True)
 class ChatMarks:
-    """Tokens that a chat template puts around what a user and the model say."""
+    """Tokens that a chat template puts around the turns of a user and the model."""
 
     opening: tuple[int, ...] = ()  # before the user's turn
     closing: tuple[int, ...] = ()  # between the turn and the answer
     end: tuple[int, ...] = ()  # after the answer
     last: frozenset[int] = frozenset()  # tokens that end any text
-    special: frozenset[int] = frozenset()  # tokens that are no text
+    special: frozenset[int] = frozenset()  # tokens that are not text
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of a conversation beside what is said."""
+        """Number of tokens that the template adds to a conversation."""
         return len(self.opening) + len(self.closing) + len(self.end)
 
     @property
     def ends_of_turn(self) -> frozenset[int]:
-        """Tokens with which the user's turn is over."""
+        """Tokens that end the user's turn."""
         return self.last | set(self.closing[:1])
 
     @property
     def ends_of_answer(self) -> frozenset[int]:
-        """Tokens with which the answer is over."""
+        """Tokens that end the answer."""
         return self.last | set(self.end[:1])
 
 
 @dataclass(frozen=True)
 class Conversations:
-    """Conversations of a user's turn and an answer, packed into windows."""
+    """Request for conversations of a user's turn and an answer, packed into windows."""
 
     marks: ChatMarks
-    prompts: Sequence[Prompt] | None  # of a file; None: the model writes the turns, too
+    prompts: Sequence[Prompt] | None  # of a file; None if the model writes the turns, too
     num_sequences: int
     sequence_length: int
     temperature: float
@@ -73,8 +72,9 @@ class Conversations:
 
     @property
     def turn_tokens(self) -> int:
-        """Tokens of a turn, at most: a third of a window beside those of the chat template."""
-        return min(TURN_TOKENS, (self.sequence_length - self.marks.num_tokens) // 3)
+        """Maximum tokens of a turn: a third of a window without the chat template."""
+        room = self.sequence_length - self.marks.num_tokens
+        return min(TURN_TOKENS, room // 3)
 
 
 Request = Texts | Conversations
@@ -89,31 +89,29 @@ class Language:
 
     @property
     def longest(self) -> float:
-        """Tokens that the model takes, at most."""
+        """Maximum number of tokens that the model takes."""
         return getattr(self.config, "max_position_embeddings", None) or math.inf
 
     def marks(self, where: str) -> ChatMarks:
-        """Return what the chat template puts around turns, from what it makes of two marks.
+        """Return the tokens that the chat template puts around turns.
 
-        Without a template, there are only tokens that end texts, and those that are no text.
+        They are found by rendering two marker texts. Without a template, there are only tokens that
+        end texts and special tokens.
 
         Args:
             where: the field of the job spec, for errors.
 
         Raises:
-            ValueError: the template does not show what it is given.
+            ValueError: the template does not show the texts that it is given.
         """
         tokenizer = self.tokenizer
-        eos = self.config.eos_token_id
-        ending = {tokenizer.eos_token_id, *(eos if isinstance(eos, list | tuple) else (eos,))}
-        special = {n for n, token in tokenizer.added_tokens_decoder.items() if token.special}
-        # the rest of a table that was rounded up
-        unused = range(len(tokenizer), self.config.vocab_size)
-        not_text = frozenset({*special, *tokenizer.all_special_ids, *unused})
-        marks = ChatMarks(last=frozenset(ending - {None}), special=not_text)
+        marks = ChatMarks(last=self._ending_tokens(), special=self._special_tokens())
         if not has_chat_template(tokenizer):
             return marks
-        messages = [{"role": "user", "content": _SAID}, {"role": "assistant", "content": _ANSWERED}]
+        messages = [
+            {"role": "user", "content": _SAID},
+            {"role": "assistant", "content": _ANSWERED},
+        ]
         render = tokenizer.apply_chat_template
         remedy = "give a tokenizer with another one, or a text without chat"
         failure = f"{where}: the model's chat template fails ({REASON})"
@@ -121,73 +119,158 @@ class Language:
             question = render(messages[:1], tokenize=False, add_generation_prompt=True)
             whole = render(messages, tokenize=False)
         if _SAID not in question or _ANSWERED not in whole:
-            raise ValueError(f"{where}: the chat template changes what is said; {remedy}")
+            raise ValueError(
+                f"{where}: the chat template changes what is said; give a tokenizer with "
+                "another one, or a text without chat"
+            )
         before, _, between = question.partition(_SAID)
-        around = (before, between, whole.rpartition(_ANSWERED)[2])
-        opening, closing, end = (tokens_of(tokenizer, text) for text in around)
-        return replace(marks, opening=opening, closing=closing, end=end)
+        after = whole.rpartition(_ANSWERED)[2]
+        return replace(
+            marks,
+            opening=tokens_of(tokenizer, before),
+            closing=tokens_of(tokenizer, between),
+            end=tokens_of(tokenizer, after),
+        )
+
+    def _ending_tokens(self) -> frozenset[int]:
+        """Return the tokens that end a text, of the tokenizer and of the configuration."""
+        eos = self.config.eos_token_id
+        if not isinstance(eos, list | tuple):
+            eos = [eos]
+        return frozenset({self.tokenizer.eos_token_id, *eos} - {None})
+
+    def _special_tokens(self) -> frozenset[int]:
+        """Return the tokens that are not text."""
+        tokenizer = self.tokenizer
+        special = set[int](tokenizer.all_special_ids)
+        for number, token in tokenizer.added_tokens_decoder.items():
+            if token.special:
+                special.add(number)
+        # the end of an embedding table whose size was rounded up
+        special.update(range(len(tokenizer), self.config.vocab_size))
+        return frozenset(special)
 
     def requests(self, section: CalibrationSection) -> dict[int, Request]:
-        """Return number of a calibration text -> what the dense model is to write for it.
+        """Return the requests for the dense model, by the index of the calibration text.
 
         Raises:
-            ValueError: the model cannot write it, or a file for it cannot be read; names the field.
+            ValueError: the model cannot write a text, or a file for it cannot be read; names the
+                field.
         """
         requests: dict[int, Request] = {}
         for number, (text, count) in enumerate(section.shares):
-            if text.is_written:
-                where = f"calibration.mix.{number - 1}" if number else "calibration"
-                make = self.chats if text.has_answers else self.texts
-                requests[number] = make(text, count, section.sequence_length, where)
+            if not text.is_written:
+                continue
+            where = f"calibration.mix.{number - 1}" if number else "calibration"
+            if text.has_answers:
+                request: Request = self.chats(text, count, section.sequence_length, where)
+            else:
+                request = self.texts(text, count, section.sequence_length, where)
+            requests[number] = request
         return requests
 
-    def texts(self, text: MixedSection, count: int, sequence_length: int, where: str) -> Texts:
-        """Return what is to be written of plain texts; see `requests`."""
-        tokenizer = self.tokenizer
+    def texts(
+        self,
+        text: MixedSection,
+        count: int,
+        sequence_length: int,
+        where: str,
+    ) -> Texts:
+        """Return the request for plain texts; see `requests`."""
         num_texts, length = text.sizes(count, sequence_length)
-        prompt: tuple[int, ...] = ()  # before every text, and no part of it
+        prompt: tuple[int, ...] = ()  # before every text, but not a part of it
         if text.starts is not None:
-            at = f"{where}.starts"
-            windows = read_windows(text.starts, num_texts, text.start_tokens, tokenizer, at)
-            starts = prompts = tuple(map(tuple, windows.tokens.tolist()))
+            windows = read_windows(
+                text.starts,
+                num_texts,
+                text.start_tokens,
+                self.tokenizer,
+                f"{where}.starts",
+            )
+            starts = tuple(map(tuple, windows.tokens.tolist()))
+            prompts = starts
         else:
-            ends = [n for n in (tokenizer.bos_token_id, tokenizer.eos_token_id) if n is not None]
-            prompt = tuple(ends[:1]) if text.prompt is None else tokens_of(tokenizer, text.prompt)
-            first = first_token(tokenizer)
-            start = prompt[-1:] if first is None and text.texts_per_sequence > 1 else ()
-            starts = (start if first is None else (first,),) * num_texts
+            prompt = self._prompt_of(text)
+            starts = (self._start_of(text, prompt),) * num_texts
             prompts = (prompt,) * num_texts
         most = self.longest - length
         if not prompts[0] or len(prompt) > most:
-            size = f"the prompt has {len(prompt)} tokens, and 1 to {most} may stand there"
-            raise ValueError(f"{where}: {size}; change the prompt or the lengths")
+            raise ValueError(
+                f"{where}: the prompt has {len(prompt)} tokens, and 1 to {most} may "
+                "stand there; change the prompt or the lengths"
+            )
         self.check(prompts)
-        own = length - len(starts[0])
-        together = texts_together(length)
-        wanted = GenerationRequest(prompts, own, text.temperature, text.seed, num_together=together)
-        return Texts(wanted, starts, sequence_length)
+        wanted = GenerationRequest(
+            prompts=prompts,
+            num_tokens=length - len(starts[0]),
+            temperature=text.temperature,
+            seed=text.seed,
+            num_together=texts_together(length),
+        )
+        return Texts(wanted=wanted, starts=starts, sequence_length=sequence_length)
 
-    def chats(self, text: MixedSection, count: int, length: int, where: str) -> Conversations:
-        """Return what is to be written of conversations; see `requests`."""
-        short = f"calibration.sequence_length: {length}, but"
+    def _prompt_of(self, text: MixedSection) -> tuple[int, ...]:
+        """Return the given prompt, or else the token that separates texts, if there is one."""
+        tokenizer = self.tokenizer
+        if text.prompt is not None:
+            return tokens_of(tokenizer, text.prompt)
+        for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
+            if token is not None:
+                return (token,)
+        return ()
+
+    def _start_of(self, text: MixedSection, prompt: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the token with which every written text begins, if there is one."""
+        first = first_token(self.tokenizer)
+        if first is not None:
+            return (first,)
+        if text.texts_per_sequence > 1:
+            return prompt[-1:]
+        return ()
+
+    def chats(
+        self,
+        text: MixedSection,
+        count: int,
+        length: int,
+        where: str,
+    ) -> Conversations:
+        """Return the request for conversations; see `requests`."""
         if length > self.longest:
-            raise ValueError(f"{short} the model takes at most {self.longest}")
+            raise ValueError(
+                f"calibration.sequence_length: {length}, but the model takes at most {self.longest}"
+            )
         marks = self.marks(where)
         prompts = None
+        said = list[tuple[int, ...]]()
         if text.prompts is not None:
-            prompts = read_prompts(text.prompts, self.tokenizer, f"{where}.prompts", length - 1)
+            at = f"{where}.prompts"
+            prompts = read_prompts(text.prompts, self.tokenizer, at, length - 1)
+            said = [prompt.tokens + (prompt.answer or ()) for prompt in prompts]
         elif not marks.opening:
-            problem = "the model's chat template is absent, or puts nothing before a turn"
-            remedy = "give starts, such as {source: python-docstrings}, or prompts"
-            raise ValueError(f"{where}.chat: true, but {problem}; {remedy}")
+            raise ValueError(
+                f"{where}.chat: true, but the model's chat template is absent, or puts "
+                "nothing before a turn; give starts, such as {source: "
+                "python-docstrings}, or prompts"
+            )
         elif length - marks.num_tokens < _LEAST_ROOM:
-            raise ValueError(f"{short} the chat template alone takes {marks.num_tokens}; raise it")
-        said = [prompt.tokens + (prompt.answer or ()) for prompt in prompts or ()]
+            raise ValueError(
+                f"calibration.sequence_length: {length}, but the chat template alone "
+                f"takes {marks.num_tokens}; raise it"
+            )
         self.check([marks.opening, marks.closing, marks.end, *said])
-        return Conversations(marks, prompts, count, length, text.temperature, text.seed, where)
+        return Conversations(
+            marks=marks,
+            prompts=prompts,
+            num_sequences=count,
+            sequence_length=length,
+            temperature=text.temperature,
+            seed=text.seed,
+            where=where,
+        )
 
     def check(self, texts: Iterable[Iterable[int]]) -> None:
-        """Refuse tokens that the model has not, which a tokenizer of another model may give."""
+        """Refuse tokens outside of the vocabulary, as from the tokenizer of another model."""
         size = self.config.vocab_size
         largest = max(itertools.chain.from_iterable(texts), default=0)
         if largest >= size:

@@ -1,15 +1,15 @@
-"""Answers to prompts: those of the dense model, written once, and how near a pruned model comes.
+"""Answers to prompts: the dense model's, written once, and how close a pruned model comes to them.
 
-The pruned model is compared twice. It reads the dense model's answers, and both say at every token
-what comes next (acceptance, agreement, divergence). And it writes its own answers, taking the most
-likely token each time as the dense model did, until they part. Source: docs/method.md, section 11.
+The pruned model is compared in two ways. It reads the dense model's answers, and both models
+predict the next token at every position (acceptance, agreement, divergence). It also writes its own
+answers greedily, as the dense model did, and these are compared up to the first difference. Source:
+docs/method.md, section 11.
 """
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from statistics import fmean, median
 from typing import Any
 
@@ -30,9 +30,9 @@ from ray_surgeon.runtime.writing import GenerationRequest, write_texts
 from ray_surgeon.storage import files
 
 _EXAMPLE_CHARACTERS = 2000
-"""Of a text that a record shows as an example."""
+"""Maximum length of an example text in a record."""
 _PROMPT_TOKENS = 256
-"""Tokens of a prompt, chat template included; a guess for the plan."""
+"""Estimated tokens of a prompt for the plan, chat template included."""
 
 Decode = Callable[[Sequence[int]], str]
 """Returns the text of tokens."""
@@ -40,44 +40,51 @@ Decode = Callable[[Sequence[int]], str]
 
 @dataclass(frozen=True)
 class Answers:
-    """What the dense model answers, taking the most likely token each time."""
+    """The dense model's greedy answers to prompts."""
 
     prompts: Prompts
-    answers: Prompts  # likewise, with the token that ends it if it has ended
+    answers: Prompts  # tokens of each, including the token that ends it, if any
     ends: frozenset[int]  # tokens that end an answer
 
     @property
     def ended(self) -> list[bool]:
-        """Whether each answer has ended, rather than been cut."""
+        """Whether each answer has ended, rather than been cut off."""
         return [answer[-1] in self.ends for answer in self.answers]
 
     def windows(self) -> tuple[Tokens, Counts]:
-        """Return each of n prompts with its answer, filled up on the right, where no model looks.
+        """Return each of n prompts with its answer, padded on the right.
 
         Returns:
             [n, T] tokens, and [n, T] whether a token belongs to the answer.
         """
-        pairs = list(zip(self.prompts, self.answers, strict=True))
-        tokens = pad_sequence([torch.tensor(p + a) for p, a in pairs], batch_first=True)
-        counts = [torch.arange(len(p + a)) >= len(p) for p, a in pairs]
-        return tokens.numpy(), pad_sequence(counts, batch_first=True).numpy()
+        tokens = []
+        counts = []
+        for prompt, answer in zip(self.prompts, self.answers, strict=True):
+            both = torch.tensor(prompt + answer)
+            tokens.append(both)
+            counts.append(torch.arange(len(both)) >= len(prompt))
+        padded_tokens = pad_sequence(tokens, batch_first=True)
+        padded_counts = pad_sequence(counts, batch_first=True)
+        return padded_tokens.numpy(), padded_counts.numpy()
 
 
 @dataclass(frozen=True)
 class Generation:
-    """A pruned model beside the dense model's answers."""
+    """Comparison of a pruned model with the dense model's answers.
 
-    # at the tokens of the dense model's answers
+    The first three are over the tokens of the dense model's answers.
+    """
+
     acceptance: float  # mean of ``sum_v min(p_v, q_v)``
-    agreement: float  # fraction of them for which both models have the same most likely token
-    divergence: float  # mean over them of the divergence from the dense model, in nats
-    # for each prompt, tokens in which both own answers agree from the start
+    agreement: float  # fraction of tokens for which both models predict the same token
+    divergence: float  # mean divergence from the dense model, in nats
+    # for each prompt, number of leading tokens in which both models' own answers agree
     departures: tuple[int, ...]
-    # of the answers that the dense model ended, the fraction that is not ended; None if it ended
+    # fraction of unfinished answers among those that the dense model finished; None if it finished
     # none
     not_ended: float | None
     repeating: float  # fraction of the answers that get stuck in a loop
-    answers: Prompts  # the pruned model's own
+    answers: Prompts  # the pruned model's own answers
 
 
 # On the coordinator
@@ -86,33 +93,45 @@ class Generation:
 def answers_of(
     cluster: Cluster, prompts: Prompts, max_tokens: int, ends: frozenset[int]
 ) -> Answers:
-    """Let the dense model answer prompts, and keep what pruned models are compared with.
+    """Let the dense model answer prompts, and keep its states for comparisons.
 
     Raises:
         FloatingPointError: a hidden state is not finite.
     """
-    answers = Answers(prompts, _written(cluster, prompts, max_tokens, ends), ends)
+    written = _written(cluster, prompts, max_tokens, ends)
+    answers = Answers(prompts=prompts, answers=written, ends=ends)
     remember_answers(cluster, answers)
     return answers
 
 
-def _written(cluster: Cluster, prompts: Prompts, max_tokens: int, ends: frozenset[int]) -> Prompts:
-    wanted = GenerationRequest(prompts, max_tokens, temperature=0.0, ends=ends)
-    return tuple(tuple(text.tolist()) for text in write_texts(cluster, wanted))
+def _written(
+    cluster: Cluster,
+    prompts: Prompts,
+    max_tokens: int,
+    ends: frozenset[int],
+) -> Prompts:
+    request = GenerationRequest(prompts, max_tokens, temperature=0.0, ends=ends)
+    return tuple(tuple(text.tolist()) for text in write_texts(cluster, request))
 
 
 def remember_answers(cluster: Cluster, answers: Answers) -> None:
-    """Let the last shards of all replicas keep the dense model's states of its answers.
+    """Let the last shards of all replicas keep the dense model's states on its answers.
 
     Raises:
         FloatingPointError: a state is not finite.
     """
     tokens, _ = answers.windows()
-    passes.pass_up_to_the_head(cluster, tokens, None, ANSWERS, "the dense model's answers")
+    passes.pass_up_to_the_head(
+        cluster,
+        tokens,
+        only=None,
+        text=ANSWERS,
+        whose="the dense model's answers",
+    )
 
 
 def measure_rates(cluster: Cluster, answers: Answers) -> dict[str, float]:
-    """Measure weights on the answers that workers remember, without writing any.
+    """Measure weights on the answers that workers remember, without writing new ones.
 
     Returns:
         Acceptance, agreement and divergence, as in `Generation`.
@@ -123,68 +142,93 @@ def measure_rates(cluster: Cluster, answers: Answers) -> dict[str, float]:
     tokens, counts = answers.windows()
     comparisons = passes.compared(cluster, ANSWERS, tokens, counts, acceptance=True)
     num_tokens = passes.num_counted(tokens, counts)
-    means = {
-        name: sum(comparison[name] for comparison in comparisons) / num_tokens
-        for name in ("acceptance", "agreement", "divergence")
-    }
-    passes.finite("the divergence from the dense model on its answers", means["divergence"])
+    means = {}
+    for name in ("acceptance", "agreement", "divergence"):
+        means[name] = sum(comparison[name] for comparison in comparisons) / num_tokens
+    divergence = means["divergence"]
+    passes.finite("the divergence from the dense model on its answers", divergence)
     return means
 
 
 def measure_answers(cluster: Cluster, answers: Answers, max_tokens: int) -> Generation:
-    """Measure weights on the answers that workers remember, and let them write their own.
+    """Measure weights on the answers that workers remember, and let the model write its own.
 
     Raises:
         FloatingPointError: the divergence is not a number.
     """
     rates = measure_rates(cluster, answers)
     own = _written(cluster, answers.prompts, max_tokens, answers.ends)
-    ended = zip(own, answers.ended, strict=True)
-    is_open = [answer[-1] not in answers.ends for answer, was_ended in ended if was_ended]
+    # for each answer that the dense model finished, whether the pruned one's is unfinished
+    unfinished = []
+    for answer, was_ended in zip(own, answers.ended, strict=True):
+        if was_ended:
+            unfinished.append(answer[-1] not in answers.ends)
     return Generation(
-        **rates,
+        acceptance=rates["acceptance"],
+        agreement=rates["agreement"],
+        divergence=rates["divergence"],
         departures=tuple(map(departure, answers.answers, own)),
-        not_ended=fmean(is_open) if is_open else None,
+        not_ended=fmean(unfinished) if unfinished else None,
         repeating=fmean(map(repeats, own)),
         answers=own,
     )
 
 
 def departure(answer: Sequence[int], second_answer: Sequence[int]) -> int:
-    """Return with how many equal tokens two answers begin."""
-    pairs = zip(answer, second_answer, strict=False)
-    return len(list(itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)))
+    """Return the number of leading tokens in which two answers agree."""
+    num_equal = 0
+    for token, second_token in zip(answer, second_answer, strict=False):
+        if token != second_token:
+            break
+        num_equal += 1
+    return num_equal
 
 
 def dense_record(answers: Answers, decode_tokens: Decode) -> dict[str, Any]:
-    """Return what a report tells of the dense model's answers; `decode_tokens` gives their text."""
-    record: dict[str, Any] = {"num_prompts": len(answers.prompts)}
-    record["num_tokens"] = sum(map(len, answers.answers))
-    record["share_ended"] = fmean(answers.ended)
-    record["share_repeating"] = fmean(map(repeats, answers.answers))
-    first = {"prompt": answers.prompts[0], "dense": answers.answers[0]}
-    texts = {name: decode_tokens(tokens) for name, tokens in first.items()}
-    record["example"] = {name: text[:_EXAMPLE_CHARACTERS] for name, text in texts.items()}
-    return record
+    """Return the report's entry on the dense model's answers; `decode_tokens` gives their text."""
+    prompt = decode_tokens(answers.prompts[0])
+    answer = decode_tokens(answers.answers[0])
+    return {
+        "num_prompts": len(answers.prompts),
+        "num_tokens": sum(map(len, answers.answers)),
+        "share_ended": fmean(answers.ended),
+        "share_repeating": fmean(map(repeats, answers.answers)),
+        "example": {
+            "prompt": prompt[:_EXAMPLE_CHARACTERS],
+            "dense": answer[:_EXAMPLE_CHARACTERS],
+        },
+    }
 
 
-def shot_record(answers: Answers, generation: Generation, decode_tokens: Decode) -> dict[str, Any]:
-    """Return what a report tells of the answers after a shot; see `dense_record`."""
+def shot_record(
+    answers: Answers,
+    generation: Generation,
+    decode_tokens: Decode,
+) -> dict[str, Any]:
+    """Return the report's entry on the answers after a shot; see `dense_record`."""
     pruned = decode_tokens(generation.answers[0])[:_EXAMPLE_CHARACTERS]
-    record = asdict(generation)
-    del record["answers"]
-    departures = record.pop("departures")
-    return record | {
-        "tokens_until_departure": {"mean": fmean(departures), "median": median(departures)},
-        "example": dense_record(answers, decode_tokens)["example"] | {"pruned": pruned},
+    return {
+        "acceptance": generation.acceptance,
+        "agreement": generation.agreement,
+        "divergence": generation.divergence,
+        "not_ended": generation.not_ended,
+        "repeating": generation.repeating,
+        "tokens_until_departure": {
+            "mean": fmean(generation.departures),
+            "median": median(generation.departures),
+        },
+        "example": {**dense_record(answers, decode_tokens)["example"], "pruned": pruned},
     }
 
 
 def read_answers(uri: str) -> Answers:
-    """Read the dense model's answers, for a run that goes on without the dense model."""
+    """Read the dense model's answers, for a run that resumes without the dense model."""
     record = files.read_json(uri)
-    prompts, answers = (tuple(map(tuple, record[part])) for part in ("prompts", "answers"))
-    return Answers(prompts, answers, frozenset(record["ends"]))
+    return Answers(
+        prompts=tuple(map(tuple, record["prompts"])),
+        answers=tuple(map(tuple, record["answers"])),
+        ends=frozenset(record["ends"]),
+    )
 
 
 # Stages
@@ -203,7 +247,7 @@ class _Answering(Stage):
 
 
 class DenseAnswers(_Answering):
-    """The dense model answers the prompts, before the first shot."""
+    """Lets the dense model answer the prompts, before the first shot."""
 
     def collect(self, run: RunState, facts: Facts) -> Answers:
         """Return the dense model's answers, unless an earlier try of the run has written them.
@@ -213,15 +257,23 @@ class DenseAnswers(_Answering):
         """
         uri = run.directory.path("answers.json")
         prompt_set = self.prompt_set
-        if not was_written(run, uri):
-            prompts = prompt_set.prompts_on(run.cluster)
-            most = prompt_set.section.max_new_tokens
-            answers = answers_of(run.cluster, prompts, most, prompt_set.ends)
-            files.write_json(uri, asdict(answers) | {"ends": sorted(answers.ends)})
-        else:
+        if was_written(run, uri):
             answers = read_answers(uri)
-            if not run.resumes:  # otherwise its states are among those of the dense model
+            if not run.resumes:  # otherwise workers have read the dense model's states
                 remember_answers(run.cluster, answers)
+        else:
+            answers = answers_of(
+                run.cluster,
+                prompt_set.prompts_on(run.cluster),
+                max_tokens=prompt_set.section.max_new_tokens,
+                ends=prompt_set.ends,
+            )
+            document = {
+                "prompts": answers.prompts,
+                "answers": answers.answers,
+                "ends": sorted(answers.ends),
+            }
+            files.write_json(uri, document)
         record = dense_record(answers, prompt_set.text_of)
         facts["prompts"] = record["num_prompts"]
         facts["num_tokens"] = record["num_tokens"]
@@ -230,7 +282,7 @@ class DenseAnswers(_Answering):
         return answers
 
     def fingerprints(self) -> Mapping[str, Any]:
-        """Return the prompts: answers before and after are to the same ones."""
+        """Return the prompts, which must be the same for answers before and after."""
         return {"generation": self.prompt_set.fingerprint}
 
     def on_host(self, worker: WorkerView) -> float:
@@ -240,19 +292,24 @@ class DenseAnswers(_Answering):
 
 
 def measure_acceptance(run: RunState, answers: Answers, facts: Facts) -> None:
-    """Measure how many of the dense model's tokens the model accepts before its recovery."""
+    """Measure the share of the dense model's tokens that the model accepts before its recovery."""
     rates = measure_rates(run.cluster, answers)
     run.record["generation_before_recovery"] = rates
     facts["accepted"] = rates["acceptance"]
 
 
 class PrunedAnswers(_Answering):
-    """The pruned model's answers beside the dense model's, after every shot."""
+    """Compares the pruned model's answers with the dense model's after every shot."""
 
     def compare(self, run: RunState, answers: Answers, facts: Facts) -> None:
         """Compare the pruned model's answers with the dense model's."""
-        generation = measure_answers(run.cluster, answers, self.prompt_set.section.max_new_tokens)
-        run.record["generation"] = shot_record(answers, generation, self.prompt_set.text_of)
+        max_tokens = self.prompt_set.section.max_new_tokens
+        generation = measure_answers(run.cluster, answers, max_tokens)
+        run.record["generation"] = shot_record(
+            answers,
+            generation,
+            self.prompt_set.text_of,
+        )
         facts["accepted"] = generation.acceptance
         facts["agreement"] = generation.agreement
 

@@ -1,4 +1,4 @@
-"""Which prompts the dense and the pruned model answer, to be compared.
+"""The prompts that the dense and the pruned model answer for a comparison.
 
 See `ray_surgeon.evaluation.answers`.
 """
@@ -23,23 +23,23 @@ from ray_surgeon.spec.texts import START_TOKENS, TURN_TOKENS
 
 WHERE = "evaluation.generation"
 _SEED = 7_919
-"""Added to a user's seed.
+"""Added to the user's seed.
 
-So the prompts are not those of conversations in the calibration with the same seed.
+The prompts then differ from those of conversations in the calibration with the same seed.
 """
 _HELD_SHARE = 0.1
-"""Share of a calibration's file of prompts that is held aside for the comparison, at most."""
+"""Maximum share of a calibration's file of prompts that is held aside for the comparison."""
 
 Prompts = tuple[tuple[int, ...], ...]
-"""Tokens of each, one or more."""
+"""Tokens of each prompt, at least one."""
 
 
 @dataclass(frozen=True)
 class PromptSet:
-    """Prompts, and what their answers need."""
+    """Prompts and the settings for their answers."""
 
     section: GenerationSection
-    # if the dense model writes some, in case that none of them is of use
+    # fallback if the dense model writes prompts and none of them is useful
     prompts: Prompts
     request: Conversations | None  # for prompts that the dense model writes
     ends: frozenset[int]  # tokens that end an answer
@@ -47,18 +47,26 @@ class PromptSet:
 
     @property
     def fingerprint(self) -> dict[str, Any]:
-        """What must be the same when a run goes on; prompts that the model writes may differ."""
-        digest = None if self.request else hashlib.sha256(repr(self.prompts).encode()).hexdigest()
-        return self.section.model_dump(mode="json", exclude={"prompts"}) | {"prompts": digest}
+        """Settings and prompts that must not change when a run resumes.
+
+        Prompts that the model writes are not included, because they may differ.
+        """
+        fingerprint = self.section.model_dump(mode="json", exclude={"prompts"})
+        fingerprint["prompts"] = None
+        if self.request is None:
+            digest = hashlib.sha256(repr(self.prompts).encode())
+            fingerprint["prompts"] = digest.hexdigest()
+        return fingerprint
 
     def prompts_on(self, cluster: Cluster) -> Prompts:
         """Return the prompts, written by the dense model on the cluster if they are not given."""
         if self.request is None:
             return self.prompts
-        return Writer(cluster, self.request).prompts(self.section.num_prompts) or self.prompts
+        written = Writer(cluster, self.request).prompts(self.section.num_prompts)
+        return written or self.prompts
 
     def text_of(self, tokens: Sequence[int]) -> str:
-        """Return the text of tokens, without those of the chat template."""
+        """Return the text of tokens, without the chat template's special tokens."""
         return str(self.tokenizer.decode(list(tokens), skip_special_tokens=True))
 
 
@@ -68,14 +76,14 @@ def prompt_set_for(
     language: Language | None,
     windows: Tokens,
 ) -> tuple[PromptSet | None, SelfText | None]:
-    """Return the prompts whose answers are compared, and what is left for the model to write.
+    """Return the prompts whose answers are compared, and the calibration without these prompts.
 
-    By default they are some of the calibration's file of prompts, or else written by the dense
+    By default they are taken from the calibration's file of prompts, or else written by the dense
     model, if it has a chat template.
 
     Args:
         section: `evaluation.generation`.
-        self_text: the stage in which the model writes, if there is one.
+        self_text: the stage in which the model writes calibration text, if there is one.
         language: of the model; None for a plan alone, which has no prompts.
         windows: [num_windows, sequence_length] of the first evaluation text.
 
@@ -86,22 +94,31 @@ def prompt_set_for(
         return None, self_text
     if isinstance(section, GenerationSection):
         return _prompt_set_of(section, language, windows), self_text
-    if self_text is not None and (held := _held_prompts(self_text, language)):
-        return held
+    if self_text is not None:
+        held = _held_prompts(self_text, language)
+        if held is not None:
+            return held
     try:
         prompt_set = _prompt_set_of(GenerationSection(), language, windows)
-    except ValueError:  # a chat template that shows no turns, or a model with no room for answers
+    except ValueError:  # unusable chat template, or no room for answers
         return None, self_text
-    return prompt_set if prompt_set.request else None, self_text
+    if prompt_set.request is None:
+        return None, self_text
+    return prompt_set, self_text
 
 
-def check_prompts(prompts: Sequence[Sequence[int]], new: int, longest: float, where: str) -> None:
+def check_prompts(
+    prompts: Sequence[Sequence[int]],
+    new: int,
+    longest: float,
+    where: str,
+) -> None:
     """Refuse prompts that the model cannot answer.
 
     Args:
         prompts: tokens of each.
-        new: tokens of an answer, at most.
-        longest: tokens that the model takes at most.
+        new: maximum number of tokens of an answer.
+        longest: maximum number of tokens that the model takes.
         where: field of the prompts in the job spec.
 
     Raises:
@@ -109,55 +126,91 @@ def check_prompts(prompts: Sequence[Sequence[int]], new: int, longest: float, wh
     """
     for number, prompt in enumerate(prompts):
         if not 0 < len(prompt) <= longest - new:
-            size = f"{len(prompt)} tokens and its answer up to {new}"
-            problem = f"{where}: prompt {number} has {size}, but the model takes at most {longest}"
-            raise ValueError(f"{problem}, one of a prompt at least; change those")
+            raise ValueError(
+                f"{where}: prompt {number} has {len(prompt)} tokens and its answer up to "
+                f"{new}, but the model takes at most {longest}, one of a prompt at least; "
+                "change those"
+            )
 
 
 def _drawn(count: int, most: int, seed: int) -> list[int]:
-    """Return the numbers of the prompts, of so many, that are drawn from a file."""
-    return sorted(np.random.default_rng(seed).permutation(count)[:most].tolist())
+    """Return the sorted numbers of at most `most` of `count` prompts, drawn at random."""
+    order = np.random.default_rng(seed).permutation(count)
+    return sorted(order[:most].tolist())
 
 
-def _prompt_set_of(section: GenerationSection, language: Language, windows: Tokens) -> PromptSet:
-    """Return the prompts of a file, or how they are to be written, or beginnings of windows."""
+def _prompt_set_of(
+    section: GenerationSection,
+    language: Language,
+    windows: Tokens,
+) -> PromptSet:
+    """Return prompts of a file, a request to write some, or the beginnings of windows."""
     new = section.max_new_tokens
     marks = language.marks(WHERE)
     request = None
     where = f"{WHERE}.prompts"
-    prompts: Prompts = tuple(map(tuple, windows[: section.num_prompts, :START_TOKENS].tolist()))
+    starts = windows[: section.num_prompts, :START_TOKENS].tolist()
+    prompts: Prompts = tuple(map(tuple, starts))
     checked = prompts
     if section.prompts is not None:
-        read = read_prompts(section.prompts, language.tokenizer, where, language.longest - new)
+        longest = language.longest - new
+        read = read_prompts(section.prompts, language.tokenizer, where, longest)
         drawn = _drawn(len(read), section.num_prompts, section.seed)
-        prompts = checked = tuple(read[number].tokens for number in drawn)
+        prompts = tuple(read[number].tokens for number in drawn)
+        checked = prompts
     elif marks.opening:
-        length = marks.num_tokens + 3 * TURN_TOKENS  # a third is a turn's
-        request = Conversations(marks, None, 0, length, 1.0, section.seed + _SEED, WHERE)
-        checked = ((*marks.opening, *marks.closing, *[0] * request.turn_tokens),)
+        request = Conversations(
+            marks=marks,
+            prompts=None,
+            num_sequences=0,
+            sequence_length=marks.num_tokens + 3 * TURN_TOKENS,  # a turn takes a third
+            temperature=1.0,
+            seed=section.seed + _SEED,
+            where=WHERE,
+        )
+        longest_turn = [0] * request.turn_tokens
+        checked = ((*marks.opening, *marks.closing, *longest_turn),)
         where = f"{WHERE}.max_new_tokens"
     check_prompts(checked, new, language.longest, where)
-    return PromptSet(section, prompts, request, marks.ends_of_answer, language.tokenizer)
+    return PromptSet(
+        section=section,
+        prompts=prompts,
+        request=request,
+        ends=marks.ends_of_answer,
+        tokenizer=language.tokenizer,
+    )
 
 
-def _held_prompts(self_text: SelfText, language: Language) -> tuple[PromptSet, SelfText] | None:
-    """Take some prompts of the calibration's file out of it, for the comparison alone.
+def _held_prompts(
+    self_text: SelfText,
+    language: Language,
+) -> tuple[PromptSet, SelfText] | None:
+    """Take some prompts out of the calibration's file, for the comparison alone.
 
     Returns:
-        The set of prompts, and what is left to be written; None if the calibration has no file of
-        two prompts or more.
+        The prompts, and the stage without them; None if the calibration has no file of two or more
+        prompts.
     """
     section = GenerationSection()
     for number, request in self_text.requests.items():
-        if isinstance(request, Texts) or len(prompts := request.prompts or ()) < 2:
+        if isinstance(request, Texts) or request.prompts is None:
+            continue
+        prompts = request.prompts
+        if len(prompts) < 2:
             continue
         count = min(section.num_prompts, max(1, round(_HELD_SHARE * len(prompts))))
         held = _drawn(len(prompts), count, section.seed)
         taken = tuple(prompts[i].tokens for i in held)
         rest = tuple(prompt for i, prompt in enumerate(prompts) if i not in held)
-        check_prompts(taken, section.max_new_tokens, language.longest, f"{request.where}.prompts")
-        ends = request.marks.ends_of_answer
-        prompt_set = PromptSet(section, taken, None, ends, language.tokenizer)
+        where = f"{request.where}.prompts"
+        check_prompts(taken, section.max_new_tokens, language.longest, where)
+        prompt_set = PromptSet(
+            section=section,
+            prompts=taken,
+            request=None,
+            ends=request.marks.ends_of_answer,
+            tokenizer=language.tokenizer,
+        )
         requests = {**self_text.requests, number: replace(request, prompts=rest)}
         return prompt_set, replace(self_text, requests=requests)
     return None

@@ -1,6 +1,6 @@
-"""What the models are measured on: texts, after every shot, and tasks.
+"""Measures on texts after every shot, and on tasks for the dense model.
 
-Tasks of the dense model, that is; those of exports are measured with each export.
+Exports are measured on tasks when they are written.
 """
 
 from __future__ import annotations
@@ -19,21 +19,22 @@ from ray_surgeon.spec.sections import ModelSection
 
 
 class CollapseError(RuntimeError):
-    """The model is worse than the spec allows."""
+    """Raised if the model is worse than the spec allows."""
 
 
 def measure_dense_model(run: RunState, further: Mapping[str, Text], facts: Facts) -> None:
-    """Measure the dense model, and let the last shards keep its states of all that is compared.
+    """Measure the dense model, and let the last shards keep its states for later comparisons.
 
     Args:
         run: before the first shot.
-        further: texts beside those of the evaluation on which later weights are compared with the
-            dense model, by name.
+        further: texts in addition to those of the evaluation on which later weights are compared
+            with the dense model, by name.
         facts: of the step.
     """
-    perplexity = {name: remember(run.cluster, name, text) for name, text in run.texts.items()}
-    for name, value in perplexity.items():
-        facts[f"perplexity {name}"] = value
+    perplexity = {}
+    for name, text in run.texts.items():
+        perplexity[name] = remember(run.cluster, name, text)
+        facts[f"perplexity {name}"] = perplexity[name]
     run.report.dense["perplexity"] = perplexity
     for name, (tokens, counts) in further.items():
         remember(run.cluster, name, tokens, counts)
@@ -48,17 +49,24 @@ class Evaluation(Stage):
 
     name = "evaluation"
     sizes: Sequence[tuple[int, int]]  # number and length of the windows of each text
-    stop_above: float | None  # times the dense model's perplexity; None for no limit
+    # limit on the perplexity relative to the dense model's; None for no limit
+    stop_above: float | None
 
     def measure(self, run: RunState, facts: Facts) -> None:
         """Measure every text."""
         facts["sparsity"] = run.sparsity
-        measured = {name: measure(run.cluster, name, text) for name, text in run.texts.items()}
-        run.record["perplexity"] = {name: found.perplexity for name, found in measured.items()}
-        run.record["divergence"] = {name: found.divergence for name, found in measured.items()}
-        for what in ("perplexity", "divergence"):
-            for name, value in run.record[what].items():
-                facts[f"{what} {name}"] = value
+        perplexity = {}
+        divergence = {}
+        for name, text in run.texts.items():
+            measured = measure(run.cluster, name, text)
+            perplexity[name] = measured.perplexity
+            divergence[name] = measured.divergence
+        run.record["perplexity"] = perplexity
+        run.record["divergence"] = divergence
+        for name, value in perplexity.items():
+            facts[f"perplexity {name}"] = value
+        for name, value in divergence.items():
+            facts[f"divergence {name}"] = value
 
     def check_limit(self, run: RunState) -> None:
         """End the run if the model is too much worse than the dense one.
@@ -105,10 +113,9 @@ class Tasks(Stage):
 
     def measure_dense_model(self, run: RunState) -> None:
         """Run the tasks on the dense model."""
-        run.report.dense["tasks"] = evaluate_tasks(
-            run.cluster, self.model or run.model, self.section
-        )
+        model = self.model or run.model
+        run.report.dense["tasks"] = evaluate_tasks(run.cluster, model, self.section)
 
     def fingerprints(self) -> Mapping[str, Any]:
-        """Return the tasks: scores before and after are of the same ones."""
+        """Return the tasks, which must be the same for scores before and after."""
         return {"tasks": self.section.model_dump(mode="json", exclude={"batch_size"})}

@@ -1,7 +1,4 @@
-"""Everything that is read and checked before a worker starts.
-
-So a job which cannot work fails in seconds.
-"""
+"""Reads and checks all inputs before a worker starts, so that an impossible job fails early."""
 
 from __future__ import annotations
 
@@ -44,44 +41,52 @@ from ray_surgeon.spec.sections import KERNEL_COLUMNS, ModelSection, RaySection
 class Inputs:
     """A checked job spec and everything that was read for it."""
 
-    spec: JobSpec  # what was asked for
+    spec: JobSpec
     layout: ModelLayout  # of the model
     placement: Placement  # of its blocks on workers
     method: Method  # of pruning
     stages: Stages
-    model: ModelSection  # where the weights are, pinned to what was checked
-    # [num_sequences, sequence_length] tokens, 0 where the model will write them
+    model: ModelSection  # where the weights are, pinned to the files that were checked
+    # [num_sequences, sequence_length] tokens; 0 where the model will write them
     calibration: NDArray[np.int64] = field(repr=False)
-    texts: Mapping[str, NDArray[np.int64]] = field(repr=False)  # evaluation text -> windows
+    # evaluation text -> windows
+    texts: Mapping[str, NDArray[np.int64]] = field(repr=False)
     # of model, tokenizer, texts and stages; empty for a plan from config.json alone
     fingerprints: Mapping[str, Any]
-    chosen_text: str | None  # what was chosen for a calibration of source auto, for people
+    # description of the text chosen for a calibration of source auto
+    chosen_text: str | None
 
     @property
     def ray(self) -> RaySection:
-        """The section on the cluster, of a job that runs on Ray."""
+        """The section `cluster` of a job that runs on Ray."""
         assert isinstance(self.spec.cluster, RaySection)
         return self.spec.cluster
 
     @property
     def text(self) -> CalibrationText:
-        """What stages are fitted on, and what is held aside from them."""
-        return CalibrationText.split(self.calibration, None, self.spec.num_held)
+        """The windows for fitting, and those held aside."""
+        return CalibrationText.split(
+            self.calibration,
+            counts=None,
+            num_held=self.spec.num_held,
+        )
 
     @property
     def spec_yaml(self) -> str:
-        """The resolved spec, as it is kept in the run directory."""
+        """The resolved spec, as written into the run directory."""
         return yaml.safe_dump(self.spec.model_dump(mode="json"), sort_keys=False)
 
     @property
     def goal(self) -> str:
-        """What the run is to reach, for people."""
+        """Description of the run's goal for the user."""
         pruning = self.spec.pruning
-        method = self.method
         if pruning is None:
-            return "train towards another model" if self.spec.recovery else "write another format"
+            if self.spec.recovery is None:
+                return "write another format"
+            return "train towards another model"
         if pruning.last_sparsity is not None:
             return f"{pruning.last_sparsity:.1%}"
+        method = self.method
         assert isinstance(method, Groups)
         target = method.section.target
         assert target is not None
@@ -90,34 +95,50 @@ class Inputs:
 
     @property
     def notes(self) -> list[str]:
-        """What is to be done, and what to know of it, for people, a line each."""
-        shots = self.spec.schedule.shots
-        about = f"{self.goal}, {self.calibration.size} calibration tokens"
-        if self.spec.pruning is not None:
-            about = f"{shots} shot{'s' * (shots > 1)} to {about} each"
-        lines = [about, *filter(None, [self.chosen_text])]
+        """Lines for the user: the goal, and hints on the settings."""
+        lines = [self._summary()]
+        if self.chosen_text:
+            lines.append(self.chosen_text)
         stored = str(getattr(self.layout.config, "dtype", None)).removeprefix("torch.")
         if stored in ("bfloat16", "float16") and self.spec.model.dtype == "float32":
-            twice = f"config.json says {stored}, but this job and its exports are in float32"
-            lines.append(f"{twice}, twice as large; model.dtype: bfloat16 halves it")
+            lines.append(
+                f"config.json says {stored}, but this job and its exports are in "
+                "float32, twice as large; model.dtype: bfloat16 halves it"
+            )
         pruning = self.spec.pruning
         if isinstance(pruning, CoupledSection) and not CHANNELS.isdisjoint(pruning.groups):
-            liked = KERNEL_COLUMNS * pruning.tensor_parallel
-            remedy = f"; to quantise later, set pruning.width_multiple to {liked}"
-            own = min(len(s.columns) for s in self.layout.group_sets if s.kind in CHANNELS)
-            widths = f"feed-forward widths, {own} channels, stay multiples of {pruning.multiple}"
-            lines.append(widths + remedy * (pruning.multiple % liked > 0))
+            lines.append(self._note_on_widths(pruning))
         return lines
 
+    def _summary(self) -> str:
+        about = f"{self.goal}, {self.calibration.size} calibration tokens"
+        if self.spec.pruning is None:
+            return about
+        shots = self.spec.schedule.shots
+        if shots == 1:
+            return f"{shots} shot to {about} each"
+        return f"{shots} shots to {about} each"
+
+    def _note_on_widths(self, pruning: CoupledSection) -> str:
+        widths = []
+        for groups in self.layout.group_sets:
+            if groups.kind in CHANNELS:
+                widths.append(len(groups.columns))
+        note = f"feed-forward widths, {min(widths)} channels, stay multiples of {pruning.multiple}"
+        preferred = KERNEL_COLUMNS * pruning.tensor_parallel
+        if pruning.multiple % preferred > 0:
+            note += f"; to quantise later, set pruning.width_multiple to {preferred}"
+        return note
+
     def plan(self, room: Room, device: Device) -> Plan:
-        """Return how the job runs.
+        """Return the best plan for the job.
 
         Args:
-            room: of every worker.
-            device: how fast theirs is.
+            room: memory and disk of every worker.
+            device: speeds of every worker's device.
 
         Raises:
-            DoesNotFitError: no way to run it fits.
+            DoesNotFitError: no plan fits.
         """
         work = work_of(self.spec, self.layout, self.method, self.stages)
         shapes = Shapes(self.layout, work, "cpu" if room.device_is_host else "cuda")
@@ -125,16 +146,30 @@ class Inputs:
 
 
 def work_of(spec: JobSpec, layout: ModelLayout, method: Method, stages: Stages) -> Work:
-    """Return what a plan depends on beside model, placement and memory."""
-    gathered = frozenset(shape.name for shape in layout.linears if method.needs(shape) is not None)
-    factors = None if method.curvature is None else method.curvature.gathers
-    sizes = (spec.calibration.num_sequences, spec.calibration.sequence_length)
-    job = (spec.model.dtype, *sizes, factors or "none", gathered, stages.all)
-    recovery = spec.recovery
-    if recovery is None:
-        return Work(*job)
-    remedy = "or give recovery.rank a number, with which weights may be elsewhere"
-    return Work(*job, recovery.has_teacher, remedy if recovery.rank == "all" else "")
+    """Return the inputs of a plan other than model, placement and memory."""
+    gathered = set()
+    for shape in layout.linears:
+        if method.needs(shape) is not None:
+            gathered.add(shape.name)
+    factors = None
+    if method.curvature is not None:
+        factors = method.curvature.gathers
+    has_teacher = False
+    remedy = ""  # the change that would let weights leave the device
+    if spec.recovery is not None:
+        has_teacher = spec.recovery.has_teacher
+        if spec.recovery.rank == "all":
+            remedy = "or give recovery.rank a number, with which weights may be elsewhere"
+    return Work(
+        dtype=spec.model.dtype,
+        num_sequences=spec.calibration.num_sequences,
+        sequence_length=spec.calibration.sequence_length,
+        factors=factors or "none",
+        gathered=frozenset(gathered),
+        stages=stages.all,
+        has_teacher=has_teacher,
+        streaming_remedy=remedy,
+    )
 
 
 def check(spec: JobSpec, *, resume: bool = False, dry_run: bool = False) -> Inputs:
@@ -143,11 +178,10 @@ def check(spec: JobSpec, *, resume: bool = False, dry_run: bool = False) -> Inpu
     Args:
         spec: parsed.
         resume: whether the run directory may already hold this run.
-        dry_run: whether to leave the run directory untouched. A model without weights is enough
-            then.
+        dry_run: whether to leave the run directory untouched. The model may lack weights then.
 
     Raises:
-        ValueError: something cannot work; names the field, what was found, and the remedy.
+        ValueError: an input is not valid; names the field, the problem, and the remedy.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     reading.check_machine(spec, dry_run=dry_run)
@@ -159,16 +193,29 @@ def check(spec: JobSpec, *, resume: bool = False, dry_run: bool = False) -> Inpu
     method = method_for(spec.pruning, spec.curvature, layout, spec.model.dtype)
     reading.check_requests(spec, layout)
     is_read = source.has_weights or not dry_run
-    model_fingerprint = reading.check_weights(source, layout) if is_read else None
-    tokenizer = load_tokenizer(folder, source.origin) if is_read else None
+    model_fingerprint = None
+    tokenizer = None
+    if is_read:
+        model_fingerprint = reading.check_weights(source, layout)
+        tokenizer = load_tokenizer(folder, source.origin)
     spec, texts, chosen = _read(spec, tokenizer, layout)
     texts = texts._replace(teacher=_teacher(spec, tokenizer, layout))
     stages = stages_of(spec, layout, method, texts, last)
-    placement = place(layout, spec.cluster.num_shards, spec.cluster.num_replicas)
-    job = (spec, layout, placement, method, stages, source.pinned)
-    measured = {name: windows.tokens for name, windows in texts.measured.items()}
-    fingerprints = _fingerprints(spec, model_fingerprint, texts, stages) if is_read else {}
-    inputs = Inputs(*job, texts.calibration.tokens, measured, fingerprints, chosen)
+    fingerprints: dict[str, Any] = {}
+    if is_read:
+        fingerprints = _fingerprints(spec, model_fingerprint, texts, stages)
+    inputs = Inputs(
+        spec=spec,
+        layout=layout,
+        placement=place(layout, spec.cluster.num_shards, spec.cluster.num_replicas),
+        method=method,
+        stages=stages,
+        model=source.pinned,
+        calibration=texts.calibration.tokens,
+        texts={name: windows.tokens for name, windows in texts.measured.items()},
+        fingerprints=fingerprints,
+        chosen_text=chosen,
+    )
     if is_read:
         with reading.as_input_error(f"output.uri: cannot use {spec.output.uri}"):
             check_folder(directory, fingerprints, inputs.spec_yaml, resume=resume)
@@ -177,10 +224,16 @@ def check(spec: JobSpec, *, resume: bool = False, dry_run: bool = False) -> Inpu
     return inputs
 
 
-def _read(spec: JobSpec, tokenizer: Any, layout: ModelLayout) -> tuple[JobSpec, Texts, str | None]:
-    """Return a spec with its texts all named, these texts, and what was chosen of them.
+def _read(
+    spec: JobSpec,
+    tokenizer: Any,
+    layout: ModelLayout,
+) -> tuple[JobSpec, Texts, str | None]:
+    """Read the texts; without a tokenizer nothing is read.
 
-    Without a tokenizer nothing is read.
+    Returns:
+        The spec with all texts named, the texts, and a description of those that were chosen for
+        source auto.
     """
     if tokenizer is None:
         return spec, reading.unread_texts(spec), None
@@ -195,38 +248,55 @@ def _read(spec: JobSpec, tokenizer: Any, layout: ModelLayout) -> tuple[JobSpec, 
 
 
 def _teacher(spec: JobSpec, tokenizer: Any, layout: ModelLayout) -> LoadTeacher | None:
-    """Return what loads the model to train towards, if there is one beside the job's own.
+    """Return the stage that loads the model to train towards, if it is not the job's own.
 
-    Without the tokenizer of that one, its configuration alone is read.
+    Without a tokenizer, only the configuration of that model is read.
 
     Raises:
-        ValueError: it cannot be used; names the field.
+        ValueError: the model cannot be used; names the field.
     """
     section = None if spec.recovery is None else spec.recovery.teacher
     if section is None:
         return None
     try:
         source, folder, own = reading.opened(section)
-        tokenizers = [tokenizer, load_tokenizer(folder, source.origin)] if tokenizer else []
-        reading.check_vocabularies(tokenizers, (layout.config.vocab_size, own.config.vocab_size))
-        fingerprint = reading.check_weights(source, own) if tokenizers else None
+        tokenizers = []
+        if tokenizer:
+            tokenizers = [tokenizer, load_tokenizer(folder, source.origin)]
+        sizes = (layout.config.vocab_size, own.config.vocab_size)
+        reading.check_vocabularies(tokenizers, sizes)
+        fingerprint = None
+        if tokenizers:
+            fingerprint = reading.check_weights(source, own)
         placement = place(own, spec.cluster.num_shards, spec.cluster.num_replicas)
-        lengths = (text.sequence_length for text in (spec.calibration, *spec.evaluation.texts))
-        reading.check_length(max(lengths), own.config, "sequence_length")
+        texts = (spec.calibration, *spec.evaluation.texts)
+        longest = max(text.sequence_length for text in texts)
+        reading.check_length(longest, own.config, "sequence_length")
     except ValueError as error:
         raise ValueError(f"recovery.teacher: {section.source}: {error}") from error
-    return LoadTeacher(source.pinned, own, placement, fingerprint)
+    return LoadTeacher(
+        model=source.pinned, layout=own, placement=placement, fingerprint=fingerprint
+    )
 
 
-def _fingerprints(spec: JobSpec, model: Any, texts: Texts, stages: Stages) -> dict[str, Any]:
-    """Return what must be the same when a run goes on."""
+def _fingerprints(
+    spec: JobSpec,
+    model: Any,
+    texts: Texts,
+    stages: Stages,
+) -> dict[str, Any]:
+    """Return the fingerprints that must not change when a run resumes."""
     vocabulary = repr(sorted(texts.tokenizer.get_vocab().items()))
-    fingerprints: dict[str, Any] = {"code": ray_surgeon.__version__}
-    fingerprints |= {"method": spec.method_fingerprint(), "model": model}
-    fingerprints["tokenizer"] = hashlib.sha256(vocabulary.encode()).hexdigest()
-    fingerprints["calibration"] = texts.calibration.fingerprint
     measured = {name: windows.fingerprint for name, windows in texts.measured.items()}
-    fingerprints |= {"evaluation": measured, "tasks": None}  # which a run may go on without
+    fingerprints: dict[str, Any] = {
+        "code": ray_surgeon.__version__,
+        "method": spec.method_fingerprint(),
+        "model": model,
+        "tokenizer": hashlib.sha256(vocabulary.encode()).hexdigest(),
+        "calibration": texts.calibration.fingerprint,
+        "evaluation": measured,
+        "tasks": None,  # a run may resume without its tasks
+    }
     for stage in stages.all:
-        fingerprints |= stage.fingerprints()
+        fingerprints.update(stage.fingerprints())
     return fingerprints

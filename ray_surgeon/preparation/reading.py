@@ -1,9 +1,7 @@
-"""Reads what a job names, and checks it: the configuration, the tokenizer and the texts."""
+"""Reads and checks a job's inputs: the configuration, the tokenizer and the texts."""
 
 from __future__ import annotations
 
-import functools
-import operator
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -30,19 +28,19 @@ from ray_surgeon.storage.sources import ModelFiles, open_model
 
 
 class Texts(NamedTuple):
-    """What a job reads beside its model."""
+    """The inputs of a job other than its model."""
 
     tokenizer: Any  # None if nothing is read, for a plan from config.json alone
     calibration: Windows
-    measured: Mapping[str, Windows]  # by name, what is evaluated on
-    teacher: LoadTeacher | None = None  # what loads a model to train towards
+    measured: Mapping[str, Windows]  # evaluation texts by name
+    teacher: LoadTeacher | None = None  # stage that loads a model to train towards
 
 
 def unread_texts(spec: JobSpec) -> Texts:
-    """Return what stands for the texts in a plan from config.json alone."""
+    """Return placeholders for the texts in a plan from config.json alone."""
     shape = (spec.calibration.num_sequences, spec.calibration.sequence_length)
-    tokens = np.broadcast_to(np.int64(0), shape)  # all places share their memory
-    return Texts(None, windows_of(tokens), {})
+    tokens = np.broadcast_to(np.int64(0), shape)  # all tokens share their memory
+    return Texts(tokenizer=None, calibration=windows_of(tokens), measured={})
 
 
 def read_texts(spec: JobSpec, tokenizer: Any, config: PretrainedConfig) -> Texts:
@@ -53,8 +51,10 @@ def read_texts(spec: JobSpec, tokenizer: Any, config: PretrainedConfig) -> Texts
         windows = read_windows(text, count, length, tokenizer, where)
         largest = int(windows.tokens.max())
         if largest >= config.vocab_size:
-            problem = f"the tokenizer gives token {largest}, the vocabulary is {config.vocab_size}"
-            raise ValueError(f"model.source: {problem}; it belongs to another model")
+            raise ValueError(
+                f"model.source: the tokenizer gives token {largest}, the vocabulary is "
+                f"{config.vocab_size}; it belongs to another model"
+            )
         return windows
 
     section = spec.calibration
@@ -63,21 +63,26 @@ def read_texts(spec: JobSpec, tokenizer: Any, config: PretrainedConfig) -> Texts
             section.check_border(later, f"evaluation.{i}")
     length = section.sequence_length
     parts = list[Windows]()
-    for number, (text, count) in enumerate(section.shares):
-        if text.is_written:
+    for number, (share, count) in enumerate(section.shares):
+        if share.is_written:
             parts.append(windows_of(np.zeros((count, length), dtype=np.int64)))
             continue
         where = f"calibration.mix.{number - 1}" if number else "calibration"
-        parts.append(windows_in(text, count, length, where))
-    measured = {
-        t.name: windows_in(t, t.num_sequences, t.sequence_length, f"evaluation.{i} ({t.name})")
-        for i, t in enumerate(spec.evaluation.texts)
-    }
-    return Texts(tokenizer, interleaved(parts), measured)
+        parts.append(windows_in(share, count, length, where))
+    measured = {}
+    for i, text in enumerate(spec.evaluation.texts):
+        where = f"evaluation.{i} ({text.name})"
+        measured[text.name] = windows_in(
+            text,
+            text.num_sequences,
+            text.sequence_length,
+            where,
+        )
+    return Texts(tokenizer=tokenizer, calibration=interleaved(parts), measured=measured)
 
 
 def check_length(length: int, config: PretrainedConfig, where: str) -> None:
-    """Refuse windows that are longer than a model takes.
+    """Refuse windows that are longer than the model takes.
 
     Raises:
         ValueError: names the field.
@@ -88,24 +93,26 @@ def check_length(length: int, config: PretrainedConfig, where: str) -> None:
 
 
 def as_input_error(what: str) -> AbstractContextManager[None]:
-    """Turn a failing file system into a clear error of the user's input."""
-    return refusing(what, "check the address, the permissions, the credentials and the network")
+    """Turn errors of a file system into a ValueError on the user's input."""
+    remedy = "check the address, the permissions, the credentials and the network"
+    return refusing(what, remedy)
 
 
 def opened(model: ModelSection) -> tuple[ModelFiles, Path, ModelLayout]:
-    """Return a model's files, those that are small on this machine, and its layout.
+    """Return a model's files, a local folder with the small ones, and its layout.
 
     Raises:
-        ValueError: it cannot be read, or is not supported.
+        ValueError: the model cannot be read, or is not supported.
     """
     with as_input_error(f"model.source: cannot read {model.source}"):
         source = open_model(model)
         folder = source.small_files_folder()
-    return source, folder, ModelLayout.of(load_config(folder, source.origin), source.origin)
+    config = load_config(folder, source.origin)
+    return source, folder, ModelLayout.of(config, source.origin)
 
 
 def check_vocabularies(tokenizers: Sequence[Any], sizes: Sequence[int]) -> None:
-    """Refuse a teacher whose distributions are of other tokens.
+    """Refuse a teacher with another vocabulary.
 
     Args:
         tokenizers: of the model and of its teacher; empty if they were not read.
@@ -114,14 +121,21 @@ def check_vocabularies(tokenizers: Sequence[Any], sizes: Sequence[int]) -> None:
     Raises:
         ValueError: says what differs.
     """
-    entries = [frozenset(tokenizer.get_vocab().items()) for tokenizer in tokenizers]
-    wrong: list[tuple[str, int]] = sorted(functools.reduce(operator.xor, entries, frozenset()))
-    if wrong or sizes[0] != sizes[1]:
-        raise ValueError(
-            f"vocab_size is {sizes[1]}, and that of model.source {sizes[0]}; {len(wrong)} entries "
-            f"of the tokenizers differ{f', such as {wrong[0][0]!r}' if wrong else ''}; both must "
-            "have one vocabulary, so give the model that this one was pruned from"
-        )
+    different = set[tuple[str, int]]()  # entries of one vocabulary alone
+    for tokenizer in tokenizers:
+        different.symmetric_difference_update(tokenizer.get_vocab().items())
+    size, teacher_size = sizes
+    if not different and size == teacher_size:
+        return
+    example = ""
+    if different:
+        word, _ = min(different)
+        example = f", such as {word!r}"
+    raise ValueError(
+        f"vocab_size is {teacher_size}, and that of model.source {size}; "
+        f"{len(different)} entries of the tokenizers differ{example}; both must have one "
+        "vocabulary, so give the model that this one was pruned from"
+    )
 
 
 def load_config(folder: Path, origin: str) -> PretrainedConfig:
@@ -132,25 +146,30 @@ def load_config(folder: Path, origin: str) -> PretrainedConfig:
         origin: of the checkpoint, for errors.
 
     Raises:
-        ValueError: it cannot be read, or is of a family or a kind that is not supported.
+        ValueError: the configuration cannot be read, or its family or kind is not supported.
     """
     document = files.read_json(str(folder / "config.json"))
     if not isinstance(document, dict):
-        problem = f"config.json of {origin} is a {type(document).__name__}, expected an object"
-        raise ValueError(f"model.source: {problem}; fetch it again")
+        raise ValueError(
+            f"model.source: config.json of {origin} is a {type(document).__name__}, "
+            "expected an object; fetch it again"
+        )
     check_family(str(document.get("model_type", "")), document.get("text_config"))
     check_depth(document, origin)
     check_not_quantised(document)
     refused = f"model.source: transformers cannot read config.json of {origin}"
     # the code of any family may raise anything
     with refusing(refused, "give a checkpoint it knows", Exception):
-        config: PretrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        config: PretrainedConfig = AutoConfig.from_pretrained(
+            folder,
+            trust_remote_code=False,
+        )
     check_rope(document)
     return config
 
 
 def check_machine(spec: JobSpec, *, dry_run: bool) -> None:
-    """Refuse a GPU that is not here, and an output folder that goes with the job.
+    """Refuse a GPU that this machine lacks, and an output folder that vanishes with the job.
 
     Raises:
         ValueError: names the field.
@@ -160,18 +179,22 @@ def check_machine(spec: JobSpec, *, dry_run: bool) -> None:
         named_device(section.device_speed, section.cpus_per_worker)
     wants_gpu = isinstance(section, LocalSection) and section.device == "cuda"
     if not dry_run and wants_gpu and not torch.cuda.is_available():
-        problem = "cluster.gpus_per_worker: 1, but torch sees no GPU here"
-        raise ValueError(f"{problem}; set it to 0, or install torch with CUDA and a driver")
+        raise ValueError(
+            "cluster.gpus_per_worker: 1, but torch sees no GPU here; set it to 0, or "
+            "install torch with CUDA and a driver"
+        )
     if any(part.startswith("_ray_pkg_") for part in Path(spec.output.uri).parts):
-        problem = f"{spec.output.uri} is in Ray's copy of the working directory, and goes with it"
-        raise ValueError(f"output.uri: {problem}; give a whole path or a URI")
+        raise ValueError(
+            f"output.uri: {spec.output.uri} is in Ray's copy of the working directory, "
+            "and goes with it; give a whole path or a URI"
+        )
 
 
 def check_weights(source: ModelFiles, layout: ModelLayout) -> Any:
     """Check the headers of a checkpoint, and return its fingerprint.
 
     Raises:
-        ValueError: it lacks tensors, or has other shapes.
+        ValueError: tensors are missing, or have other shapes.
     """
     with as_input_error(f"model.source: cannot read {source.origin}"):
         shapes, fingerprint = source.shapes_and_fingerprint()
@@ -184,7 +207,7 @@ def check_weights(source: ModelFiles, layout: ModelLayout) -> Any:
 def check_requests(spec: JobSpec, layout: ModelLayout) -> None:
     """Refuse a timed request that is longer than the table of positions.
 
-    It would fail after all pruning.
+    Otherwise it would fail only after all pruning.
 
     Raises:
         ValueError: names the field.
@@ -196,5 +219,6 @@ def check_requests(spec: JobSpec, layout: ModelLayout) -> None:
     if request.prompt_length + request.num_new_tokens > longest:
         raise ValueError(
             f"output.speed: a prompt of {request.prompt_length} tokens and "
-            f"{request.num_new_tokens} new ones, but the model takes at most {longest}; give fewer"
+            f"{request.num_new_tokens} new ones, but the model takes at most {longest}; "
+            "give fewer"
         )

@@ -1,4 +1,4 @@
-"""The steps of a job with their settings, as `ray_surgeon.job` runs them."""
+"""The stages of a job with their settings, as `ray_surgeon.job` runs them."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ ExportStep = LoadSize | Export | Quantise
 
 @dataclass(frozen=True)
 class Stages:
-    """The steps that a job has, each with its settings; None for those that it leaves out."""
+    """The stages of a job, each with its settings; None for those that it leaves out."""
 
     load: Load
     teacher: LoadTeacher | None
@@ -52,20 +52,22 @@ class Stages:
     evaluation: Evaluation
     answers: PrunedAnswers | None
     commit: Commit
-    exports: tuple[ExportStep, ...]  # with the loading of the weights that they need
+    exports: tuple[ExportStep, ...]  # including the loading of the weights that they need
 
     @property
     def all(self) -> tuple[Stage, ...]:
-        """All of them, in the order in which the plan says what they need."""
-        before_shots = (
+        """All stages, in the order in which the plan lists their needs."""
+        # a teacher is loaded first, and the model only once the teacher's work is done
+        load_first = self.load if self.teacher is None else None
+        load_later = None if self.teacher is None else self.load
+        stages = (
             self.teacher,
-            self.load if self.teacher is None else None,
+            load_first,
             self.self_text,
             self.dense_answers,
             self.tasks,
-            self.load if self.teacher is not None else None,
-        )
-        of_a_shot = (
+            load_later,
+            # of every shot
             self.depth,
             self.curvature,
             self.costs,
@@ -75,111 +77,144 @@ class Stages:
             self.evaluation,
             self.answers,
             self.commit,
+            *self.exports,
         )
-        present = (*before_shots, *of_a_shot, *self.exports)
-        return tuple(stage for stage in present if stage is not None)
+        return tuple(stage for stage in stages if stage is not None)
 
 
 def stages_of(
-    spec: JobSpec, layout: ModelLayout, method: Method, texts: Texts, exports: tuple[Stage, ...]
+    spec: JobSpec,
+    layout: ModelLayout,
+    method: Method,
+    texts: Texts,
+    exports: tuple[Stage, ...],
 ) -> Stages:
-    """Return the steps of a job.
+    """Return the stages of a job.
 
     Args:
         spec: of the job.
         layout: of its model.
         method: of pruning.
-        texts: that were read.
+        texts: of the job.
         exports: of `stages_after_shots`, which is checked before there is a method.
 
     Raises:
-        ValueError: a step cannot work; names the field, what was found, and the remedy.
+        ValueError: a stage is not possible; names the field, the problem, and the remedy.
     """
-    held = spec.num_held
-    sizes = [(text.num_sequences, text.sequence_length) for text in spec.evaluation.texts]
-    if held > 0:
-        sizes.append((held, spec.calibration.sequence_length))
     language = None
     if texts.tokenizer:
         language = Language(texts.tokenizer, layout.config)
     self_text = SelfText.of(spec.calibration, language)
-    first = next(iter(texts.measured.values()), texts.calibration).tokens
-    prompt_set, self_text = prompt_set_for(spec.evaluation.generation, self_text, language, first)
-    groups = method if isinstance(method, Groups) else None
+    first_text = next(iter(texts.measured.values()), texts.calibration)
+    prompt_set, self_text = prompt_set_for(
+        spec.evaluation.generation, self_text, language, first_text.tokens
+    )
+    dense_answers = None
+    answers = None
+    if prompt_set is not None:
+        dense_answers = DenseAnswers(prompt_set)
+        answers = PrunedAnswers(prompt_set)
     recovery = _recovery(spec, method, texts)
-    sees_calibration = recovery is not None and recovery.sees_calibration
+    curvature = None
+    costs = None
+    if method.has_costs:
+        sees_calibration = recovery is not None and recovery.sees_calibration
+        curvature = Curvature(method, sees_calibration)
+        costs = Costs(method)
     return Stages(
         load=Load(by_element=method.by_element),
         teacher=texts.teacher,
         self_text=self_text,
-        dense_answers=DenseAnswers(prompt_set) if prompt_set else None,
+        dense_answers=dense_answers,
         tasks=_tasks(spec, texts),
-        depth=depth_of(method, layout, held),
-        curvature=Curvature(method, sees_calibration) if method.has_costs else None,
-        costs=Costs(method) if method.has_costs else None,
+        depth=depth_of(method, layout, spec.num_held),
+        curvature=curvature,
+        costs=costs,
         update=Update(method),
-        reconstruction=groups.reconstruction if groups is not None else None,
+        reconstruction=method.reconstruction if isinstance(method, Groups) else None,
         recovery=recovery,
-        evaluation=Evaluation(sizes, spec.evaluation.stop_above),
-        answers=PrunedAnswers(prompt_set) if prompt_set else None,
+        evaluation=Evaluation(_sizes_of_texts(spec), spec.evaluation.stop_above),
+        answers=answers,
         commit=Commit(spec.schedule.targets, spec.output.keep_shots, _kept(spec)),
         exports=_loads_sizes(method, exports),
     )
+
+
+def _sizes_of_texts(spec: JobSpec) -> list[tuple[int, int]]:
+    """Return number and length of the windows of every text that weights are measured on."""
+    sizes = []
+    for text in spec.evaluation.texts:
+        sizes.append((text.num_sequences, text.sequence_length))
+    if spec.num_held > 0:
+        sizes.append((spec.num_held, spec.calibration.sequence_length))
+    return sizes
 
 
 def _tasks(spec: JobSpec, texts: Texts) -> Tasks | None:
     section = spec.evaluation.tasks
     if section is None or not texts.tokenizer:
         return None
-    return Tasks(section, texts.teacher.model if texts.teacher else None)
+    if texts.teacher is None:
+        return Tasks(section)
+    return Tasks(section, texts.teacher.model)
 
 
 def _recovery(spec: JobSpec, method: Method, texts: Texts) -> Recovery | None:
     section = spec.recovery
     if section is None:
         return None
-    schedule = spec.schedule
-    stream = stream_of(section, schedule, spec.calibration.sequence_length, texts.tokenizer)
-    about = (method.by_element, method.has_costs, stream, texts.teacher)
-    return Recovery(section, spec.num_held, schedule.size_shots, *about)
+    length = spec.calibration.sequence_length
+    return Recovery(
+        section=section,
+        num_held=spec.num_held,
+        size_shots=spec.schedule.size_shots,
+        by_element=method.by_element,
+        has_pass=method.has_costs,
+        stream=stream_of(section, spec.schedule, length, texts.tokenizer),
+        teacher=texts.teacher,
+    )
 
 
 def stages_after_shots(spec: JobSpec, layout: ModelLayout) -> tuple[Stage, ...]:
-    """Return the stages that write what a run leaves; they do not depend on the method.
+    """Return the stages that write exports; they do not depend on the method.
 
     Raises:
-        ValueError: the model cannot be written so; names the field, and the remedy.
+        ValueError: an export is not possible; names the field, and the remedy.
     """
     pruning = spec.pruning
-    if isinstance(pruning, CoupledSection):  # others leave the shapes as they are
+    if isinstance(pruning, CoupledSection):  # other methods keep the shapes
         check_exports(spec.output, layout, pruning.shrinking(pruning.fewest_groups))
     if pruning is None:
         check_exports(spec.output, layout, WidthLimits({}, 1, 1, uniform=True))
     schedule = spec.schedule
     values = getattr(pruning, "sizes", None) or (None,)
-    pairs = zip(schedule.size_shots, values, strict=True)
-    sizes = [Size(shot, size, shot == schedule.shots) for shot, size in pairs]
+    sizes = []
+    for shot, value in zip(schedule.size_shots, values, strict=True):
+        sizes.append(Size(shot, value, is_last=shot == schedule.shots))
     return _exports_of(spec.output, spec.evaluation.tasks, sizes)
 
 
 def _exports_of(
     output: OutputSection, tasks: TasksSection | None, sizes: Sequence[Size]
 ) -> tuple[Stage, ...]:
-    """Return a stage for every export, with tasks that it is measured on, and a quantised copy.
+    """Return the stages of all exports and of quantised copies.
 
-    The last of the sizes that a run passes through comes first: its weights are there. See
-    `_loads_sizes` for those of the others.
+    The last size of a run comes first, because its weights are loaded already. For those of other
+    sizes see `_loads_sizes`.
     """
     stages = list[Stage]()
     for size in reversed(sizes):
-        if output.sizes is None or size.value in output.sizes:
-            stages += [Export(size, kind, output, tasks) for kind in output.exports]
-            stages += [] if output.quantize is None else [Quantise(size, output.quantize)]
+        if output.sizes is not None and size.value not in output.sizes:
+            continue
+        for kind in output.exports:
+            stages.append(Export(size, kind, output, tasks))
+        if output.quantize is not None:
+            stages.append(Quantise(size, output.quantize))
     return tuple(stages)
 
 
 def _loads_sizes(method: Method, stages: Sequence[Stage]) -> tuple[ExportStep, ...]:
-    """Return the stages of exports, with the loading of every size that is not the last."""
+    """Return the stages of exports, each size that is not the last preceded by its loading."""
     loaded = list[ExportStep]()
     size = None
     for stage in stages:
@@ -192,5 +227,7 @@ def _loads_sizes(method: Method, stages: Sequence[Stage]) -> tuple[ExportStep, .
 
 
 def _kept(spec: JobSpec) -> tuple[int, ...]:
-    """Return the shots of a family's sizes, from which exports may be wanted later."""
-    return spec.schedule.size_shots if getattr(spec.pruning, "sizes", None) else ()
+    """Return the shots of a family's sizes, which may be exported later."""
+    if getattr(spec.pruning, "sizes", None):
+        return spec.schedule.size_shots
+    return ()

@@ -1,4 +1,4 @@
-"""The sequences of every step of a recovery, and what the dense model says of them."""
+"""The sequences of every step of a recovery, and the dense model's states of them."""
 
 from __future__ import annotations
 
@@ -19,21 +19,24 @@ from ray_surgeon.runtime.wave import Counts, Tokens
 from ray_surgeon.spec.recovery import RecoverySection
 
 SEQUENCES_AHEAD = 32
-"""That the teacher sees in one pass: its weights move once for them, and shards wait once."""
+"""Sequences that the teacher sees in one pass.
+
+Its weights are moved, and shards wait for each other, once for all of them.
+"""
 
 
 def steps_ahead(sequences_per_step: int) -> int:
-    """Return how many steps' sequences the teacher sees in one pass."""
+    """Return the number of steps whose sequences the teacher sees in one pass."""
     return max(1, SEQUENCES_AHEAD // sequences_per_step)
 
 
 class Batch(NamedTuple):
     """The sequences of one step."""
 
-    tokens: Tokens  # [num_sequences, T], more than those of this step
-    counts: Counts  # likewise, which tokens count
-    numbers: Sequence[int]  # of the step's sequences among them
-    text: str  # under which name workers keep the dense model's states of `tokens`
+    tokens: Tokens  # [num_sequences, T], not only those of this step
+    counts: Counts  # [num_sequences, T], which tokens count
+    numbers: Sequence[int]  # indices of the step's sequences
+    text: str  # name under which workers keep the dense model's states of `tokens`
 
 
 class Batches(ABC):
@@ -44,16 +47,18 @@ class Batches(ABC):
 
     @abstractmethod
     def batch(self, number: int) -> Batch:
-        """Return the sequences of a step; steps are asked for in order, or again from the first.
+        """Return the sequences of a step.
+
+        Steps are requested in order, possibly again from the first one.
 
         Raises:
-            TextEndedError: there are no more.
+            TextEndedError: there are no more sequences.
         """
 
 
 @dataclass
 class CalibrationBatches(Batches):
-    """Windows of the calibration text, in an order that is drawn anew in every pass over them."""
+    """Windows of the calibration text, shuffled anew for every pass over them."""
 
     section: RecoverySection
     text: CalibrationText
@@ -65,20 +70,26 @@ class CalibrationBatches(Batches):
         size = min(self.section.sequences_per_step, num_sequences)
         per_pass = -(-num_sequences // size)
         self.tokens_of_step = size * length
-        draw = np.random.default_rng((self.section.seed, self.shot))
-        orders = [
-            draw.permutation(num_sequences).tolist() for _ in range(-(-self.num_steps // per_pass))
-        ]
-        parts = [own[i : i + size] for own in orders for i in range(0, num_sequences, size)]
+        generator = np.random.default_rng((self.section.seed, self.shot))
+        parts = []
+        for _ in range(-(-self.num_steps // per_pass)):
+            order = generator.permutation(num_sequences).tolist()
+            for start in range(0, num_sequences, size):
+                parts.append(order[start : start + size])
         self._numbers = parts[: self.num_steps]
 
     def batch(self, number: int) -> Batch:
-        """Return the windows of a step; the last step of a pass has what is left."""
-        return Batch(self.text.tokens, self.text.counts, self._numbers[number], CALIBRATION)
+        """Return the windows of a step; the last step of a pass may have fewer."""
+        return Batch(
+            tokens=self.text.tokens,
+            counts=self.text.counts,
+            numbers=self._numbers[number],
+            text=CALIBRATION,
+        )
 
 
 class StreamBatches(Batches):
-    """Windows of a stream of texts, of which the teacher sees some steps' at once."""
+    """Windows of a stream of texts; the teacher sees those of several steps at once."""
 
     def __init__(
         self,
@@ -88,14 +99,14 @@ class StreamBatches(Batches):
         num_steps: int,
         first: int,
     ) -> None:
-        """Start to read at a window.
+        """Prepare to read from a window on.
 
         Args:
             section: of the recovery.
             stream: of windows.
             cluster: whose workers have a teacher, if the section wants one.
-            num_steps: in all.
-            first: number of the first window; those before it were used after earlier shots.
+            num_steps: number of steps.
+            first: index of the first window; those before it were used after earlier shots.
         """
         self.num_steps = num_steps
         self._size = section.sequences_per_step
@@ -106,7 +117,7 @@ class StreamBatches(Batches):
         self._first = first
         self._steps_ahead = steps_ahead(self._size)
         self._windows: Iterator[NDArray[np.int64]] = iter(())
-        self._part = -1  # number of the present part, of which every one has so many steps
+        self._part = -1  # number of the current part; a part has `_steps_ahead` steps
         self._tokens: Tokens = np.zeros((0, stream.sequence_length), dtype=np.int64)
         self._ended: TextEndedError | None = None
 
@@ -118,10 +129,10 @@ class StreamBatches(Batches):
         numbers = range(place * self._size, (place + 1) * self._size)
         if numbers.stop > len(self._tokens) and self._ended is not None:
             raise self._ended
-        return Batch(self._tokens, None, numbers, STREAM)
+        return Batch(tokens=self._tokens, counts=None, numbers=numbers, text=STREAM)
 
     def _read(self, part: int) -> None:
-        """Read the windows of a part, and let the teacher see them."""
+        """Read the windows of a part and pass them through the teacher."""
         size = self._steps_ahead * self._size
         if part != self._part + 1 or part == 0:
             self._windows = self._stream.windows(self._first + part * size)
@@ -133,7 +144,17 @@ class StreamBatches(Batches):
                 windows.append(next(self._windows))
         except TextEndedError as error:
             self._ended = error
-        self._tokens = np.stack(windows) if windows else self._tokens[:0]
-        if self._has_teacher and windows:
+        if not windows:
+            self._tokens = self._tokens[:0]
+            return
+        self._tokens = np.stack(windows)
+        if self._has_teacher:
             self._cluster.run_all(forget_states, STREAM)
-            pass_up_to_the_head(self._cluster, self._tokens, None, STREAM, "the dense model", True)
+            pass_up_to_the_head(
+                self._cluster,
+                self._tokens,
+                None,
+                STREAM,
+                "the dense model",
+                True,
+            )

@@ -7,52 +7,53 @@ from dataclasses import dataclass
 RATES = (1e-3, 5e-4, 2.5e-4)
 """Learning rates that are tried in turn, relative to the root mean square of each weight.
 
-The first one that does no harm goes on. What is best for few steps is no guide to what is best for
-many: on SmolLM2 the lowest of 6e-4, 1.2e-3 and 2.4e-3 is best for four steps and the second for
+The first one that does no harm is kept. The best rate for few steps does not predict the best rate
+for many: on SmolLM2 the lowest of 6e-4, 1.2e-3 and 2.4e-3 is best for four steps and the second for
 sixty; on Qwen2.5-Coder-0.5B the last is best for four and diverges later.
 """
 HARMLESS = 1.05
-"""Times the measure at the start, up to which first steps with a rate do no harm to corrections.
+"""Factor on the measure at the start, up to which first steps with a rate are harmless.
 
-To all weights they do none if it does not rise: what is close to the dense model already loses more
-by a high rate than few steps bring back.
+This holds for corrections. For a training of all weights, the measure must not rise: a model that
+is already close to the dense one loses more by a high rate than few steps can recover.
 """
 _WARM_UP = 0.1
-"""Of the steps, those in which the rate rises,"""
+"""Fraction of the steps in which the rate rises."""
 _MOST_WARM_UP = 20
-"""but no more than these, so that the trial of a rate reaches it."""
+"""Limit on the number of steps in which the rate rises, so that a trial reaches the full rate."""
 _STEPS_OF_A_CHECK = 100
-"""After so many steps a training is measured on the windows held aside, or after a third of it."""
+"""Steps between measures on the windows held aside; a third of all steps if that is less."""
 PATIENCE = 4
-"""Checks in a row that bring nothing, after which a training ends."""
+"""Consecutive checks without an improvement, after which a training ends."""
 TOLERATED = 1.02
-"""Times the best measure so far, up to which a training goes on as it is."""
+"""Factor on the best measure so far, up to which a training goes on unchanged."""
 GIVEN_UP = 1.5
-"""Times the measure at the start, from which a training with a rate given by hand is given up."""
+"""Factor on the measure at the start, above which a training with a given rate is abandoned."""
 
 
 def trial_steps(num_steps: int) -> int:
-    """Return how many steps of a training are made with each learning rate that is tried."""
+    """Return the number of steps made with each learning rate that is tried."""
     return min(num_steps, max(3, min(_MOST_WARM_UP, num_steps // 15)))
 
 
 def steps_between_checks(num_steps: int) -> int:
-    """Return after how many steps a training is measured on the windows held aside."""
+    """Return the number of steps between measures on the windows held aside."""
     return max(1, min(_STEPS_OF_A_CHECK, round(num_steps / 3)))
 
 
 def rising_steps(num_steps: int) -> int:
-    """Return in how many steps of a training the rate rises; see `rate_factor`."""
+    """Return the number of steps in which the rate rises; see `rate_factor`."""
     return max(1, min(_MOST_WARM_UP, round(_WARM_UP * num_steps)))
 
 
 @dataclass(frozen=True)
 class Check:
-    """A training measured on the windows held aside."""
+    """A measure of a training on the windows held aside."""
 
-    steps: int  # that were made
+    steps: int  # number of steps made
     value: float  # divergence from the dense model, or loss, in nats per token
-    acceptance: float | None = None  # share of the dense model's tokens; None with the loss
-    tokens: int = 0  # that were trained on
-    loss: float | None = None  # mean of the steps since the check before, nats per token
-    tokens_per_s: float | None = None  # likewise
+    # accepted share of the dense model's tokens; None if the loss is measured
+    acceptance: float | None = None
+    tokens: int = 0  # number of tokens trained on
+    loss: float | None = None  # mean of the steps since the last check, nats per token
+    tokens_per_s: float | None = None  # since the last check

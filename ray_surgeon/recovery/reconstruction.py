@@ -2,10 +2,11 @@
 
 See `ray_surgeon.maths.reconstruction`.
 
-The inputs of every layer are kept in the curvature pass, when the weights are those from before the
-shot, and those of the windows held aside in a pass of their own. Then every layer is the work of
-the owner of its consumer, which gets the inputs of all replicas, and trains it while other owners
-train theirs. A layer that is no better on the windows held aside stays as the update left it.
+The inputs of every layer are kept in the curvature pass, while the weights are still those from
+before the shot; the inputs for the windows held aside are kept in a separate pass. Then the owner
+of each layer's consumer receives the inputs of all replicas and trains the layer, while other
+owners train theirs. A layer that is no better on the windows held aside stays as the update left
+it.
 """
 
 from __future__ import annotations
@@ -20,7 +21,12 @@ from torch import Tensor
 from transformers.activations import ACT2FN
 
 from ray_surgeon.maths.masks import StructuredMask
-from ray_surgeon.maths.reconstruction import FeedForward, Reconstructed, outputs_of, reconstruct
+from ray_surgeon.maths.reconstruction import (
+    FeedForward,
+    Reconstructed,
+    outputs_of,
+    reconstruct,
+)
 from ray_surgeon.models.groups import GroupSet
 from ray_surgeon.models.hooks import LayerInputs
 from ray_surgeon.run_state import CalibrationText
@@ -36,22 +42,23 @@ RATES = (0.003, 0.006, 0.012)
 The last one was the best on SmolLM2 with much text.
 """
 TRIAL_PART = 0.25
-"""Share of a pass over the calibration tokens that each of them is tried for, on two layers."""
+"""Share of a pass over the calibration tokens for which each rate is tried, on two layers."""
 
 
 def layer_errors(worker: Worker) -> dict[str, tuple[float, float]]:
-    """Return, by the consumer of each layer that the worker trained, its mean loss held aside.
+    """Return the mean losses held aside of the layers that the worker trained.
 
-    That is before and after the training.
+    Returns:
+        Name of a layer's consumer -> mean loss before and after the training.
     """
     return worker.state.layer_errors
 
 
 Arrivals = list[list[int]]
-"""For each replica, when its sequences would come to a single replica.
+"""For each replica, the positions that its sequences would have on a single replica.
 
-They are in the order in which they come to it. Replicas take sequences in turns, first those that
-pass backward, too; so the number of replicas changes nothing.
+They are listed in the order in which the replica sees them. Replicas take sequences in turns, first
+those that also pass backward; so results do not depend on the number of replicas.
 """
 
 
@@ -69,9 +76,12 @@ class Reconstruction:
     def start(self, worker: Worker, arrivals: Arrivals, length: int) -> None:
         """Let the next pass keep the inputs of the layers for sequences of a length."""
         shard = worker.shard
-        first = shard.blocks.first
-        sets = (groups for groups in worker.group_sets if groups.kind in self.kinds)
-        layers = {g.consumer: (g.block - first, shard.linears[g.producers[0][0]]) for g in sets}
+        layers = {}
+        for groups in worker.group_sets:
+            if groups.kind in self.kinds:
+                first_producer, _ = groups.producers[0]
+                block = groups.block - shard.blocks.first
+                layers[groups.consumer] = (block, shard.linears[first_producer])
         num_tokens = length * len(arrivals[worker.replicas.rank])
         shard.layer_inputs = LayerInputs(layers, num_tokens, shard.device)
         worker.state.layer_errors = {}
@@ -80,7 +90,7 @@ class Reconstruction:
     def share(self, worker: Worker, arrivals: Arrivals, length: int) -> None:
         """Send the inputs of every layer to the owner of its consumer, after a pass.
 
-        They come in the order that one replica has.
+        The owner puts them in the order that a single replica has.
 
         Args:
             worker: of any replica; all of them call this.
@@ -89,54 +99,51 @@ class Reconstruction:
         """
         inputs = worker.shard.layer_inputs
         assert inputs is not None
-        rank = worker.replicas.rank
-        for name in list(inputs.kept) if len(arrivals) > 1 else ():
-            own = inputs.kept.pop(name)
-            own = own.view(-1, length, own.shape[1])
-            owner = worker.owner(name)
-            everything = own.new_empty(sum(map(len, arrivals)) * (owner == rank), *own.shape[1:])
-            for replica, places in enumerate(arrivals):
-                part = own if replica == rank else own.new_empty(len(places), *own.shape[1:])
-                if replica != owner and places:
-                    moving = part.to(worker.device)
-                    worker.replicas.broadcast(moving.view(torch.uint8), replica)
-                    part = moving.cpu()
-                if owner == rank:
-                    everything[places] = part
-            if owner == rank:
-                inputs.kept[name] = everything.flatten(0, 1)
+        if len(arrivals) > 1:
+            for name in list(inputs.kept):
+                own = inputs.kept.pop(name)
+                own = own.view(-1, length, own.shape[1])
+                shared = _sent_to_owner(worker, own, arrivals, worker.owner(name))
+                if shared is not None:
+                    inputs.kept[name] = shared.flatten(0, 1)
         worker.shard.layer_inputs = None
         worker.state.layer_inputs.append(inputs)
 
     def tried(
         self, worker: Worker, groups: GroupSet, W: Tensor, kept: Tensor
     ) -> list[tuple[float, float]]:
-        """Train an owned layer shortly with every rate of `RATES`; nothing changes.
+        """Train an owned layer briefly with every rate of `RATES`; its weights do not change.
 
         Args:
-            worker: whose weights are those from before.
-            groups: those of the layer.
-            W: [R, C] the consumer after its update, zero in what is removed.
+            worker: whose weights are those from before the shot.
+            groups: of the layer.
+            W: [R, C] the consumer after its update, zero in removed columns.
             kept: [num_groups] bool, the groups that stay.
 
         Returns:
-            Each rate, and the error held aside after it as a share of the error before.
+            Pairs of a rate and the error held aside after it, relative to the error before.
         """
-        every = self._trained(worker, groups, W, kept, RATES)
-        errors = (each.after / each.before if each.before else 1.0 for each in every)
-        return list(zip(RATES, errors, strict=True))
+        tried = []
+        trained = self._trained(worker, groups, W, kept, RATES)
+        for rate, result in zip(RATES, trained, strict=True):
+            error = 1.0
+            if result.before:
+                error = result.after / result.before
+            tried.append((rate, error))
+        return tried
 
     def fitted(self, worker: Worker, groups: GroupSet, W: Tensor, rate: float) -> Tensor:
-        """Train an owned layer after groups were removed.
-
-        Its producers are set, and its consumer is returned.
+        """Train an owned layer after groups were removed, and set its producers.
 
         Args:
-            worker: whose weights are those from before, and whose mask of the consumer is the new
-                one.
-            groups: those of the layer.
-            W: [R, C] the consumer after its update, zero in what is removed.
+            worker: whose weights are those from before the shot, and whose mask of the consumer is
+                the new one.
+            groups: of the layer.
+            W: [R, C] the consumer after its update, zero in removed columns.
             rate: the learning rate.
+
+        Returns:
+            [R, C], the trained consumer.
         """
         shard = worker.shard
         name = groups.consumer
@@ -153,13 +160,19 @@ class Reconstruction:
         return W.index_copy(1, _columns(groups, kept, W), consumer)
 
     def _trained(
-        self, worker: Worker, groups: GroupSet, W: Tensor, kept: Tensor, rates: Sequence[float]
+        self,
+        worker: Worker,
+        groups: GroupSet,
+        W: Tensor,
+        kept: Tensor,
+        rates: Sequence[float],
     ) -> Iterator[Reconstructed]:
-        """Yield an owned layer trained with each rate, shortly if there are several to try."""
+        """Yield an owned layer trained with each rate, briefly if there are several to try."""
         is_trial = len(rates) > 1
         shard = worker.shard
         name = groups.consumer
-        whole = _layer(worker, groups, shard.weight(name), torch.ones_like(kept)).to(shard.dtype)
+        everything = torch.ones_like(kept)
+        whole = _layer(worker, groups, shard.weight(name), everything).to(shard.dtype)
         left = _layer(worker, groups, W, kept)
 
         def pairs(stored: LayerInputs) -> tuple[Tensor, Tensor]:
@@ -167,26 +180,36 @@ class Reconstruction:
             inputs = inputs.to(worker.device, shard.dtype)
             return inputs, outputs_of(whole, inputs)
 
+        num_epochs: float = self.section.num_epochs
+        if is_trial:
+            num_epochs = TRIAL_PART
         seed = self.section.seed + worker.layout.linear_numbers[name]
-        fitted, *held = map(pairs, worker.state.layer_inputs)
+        stored = worker.state.layer_inputs  # of the calibration and of held-out windows
+        inputs, outputs = pairs(stored[0])
+        held = pairs(stored[1]) if len(stored) > 1 else None
         for rate in rates:
             yield reconstruct(
                 left,
-                *fitted,
-                *held,
+                inputs=inputs,
+                outputs=outputs,
+                held=held,
                 learning_rate=rate,
                 tokens_per_step=self.section.tokens_per_step,
-                num_epochs=TRIAL_PART if is_trial else self.section.num_epochs,
+                num_epochs=num_epochs,
                 generator=torch.Generator().manual_seed(seed),
             )
 
     def end(self, worker: Worker, sets: Iterable[GroupSet]) -> None:
-        """Send the producers of trained layers from their owners, and drop all inputs.
+        """Broadcast the producers of trained layers from their owners, and drop all inputs.
 
         Every replica calls this, for the same layers.
         """
-        producers = ((name, groups) for groups in sets for name, _ in groups.producers)
-        worker.share_weights({name: worker.owner(groups.consumer) for name, groups in producers})
+        owners = {}
+        for groups in sets:
+            owner = worker.owner(groups.consumer)
+            for name, _ in groups.producers:
+                owners[name] = owner
+        worker.share_weights(owners)
         worker.state.layer_inputs = []
 
     # On the coordinator
@@ -195,7 +218,8 @@ class Reconstruction:
     def around_pass(self, cluster: Cluster, text: CalibrationText) -> Iterator[None]:
         """Let workers keep the inputs of the layers in the curvature pass over a text.
 
-        After it they are sent to the layers' owners, and those for the windows held aside.
+        After the pass, the inputs are sent to the layers' owners. So are those for the windows held
+        aside, after a pass over these.
         """
         with self._keeping(cluster, text.tokens, self.num_backward):
             yield
@@ -205,41 +229,94 @@ class Reconstruction:
                 pass_up_to_the_head(cluster, held, None, None, "the windows held aside")
 
     @contextmanager
-    def _keeping(self, cluster: Cluster, tokens: Tokens, backward: int | None) -> Iterator[None]:
-        """Let workers keep inputs in a pass over tokens; `backward` is as `num_backward`."""
+    def _keeping(
+        self,
+        cluster: Cluster,
+        tokens: Tokens,
+        backward: int | None,
+    ) -> Iterator[None]:
+        """Let workers keep inputs in a pass over tokens; for `backward` see `num_backward`."""
         count, length = tokens.shape
-        first = count if backward is None else min(backward, count)
+        num_backward = count
+        if backward is not None:
+            num_backward = min(backward, count)
         N = cluster.placement.num_replicas
-        arrivals = [[*range(i, first, N), *range(first + i, count, N)] for i in range(N)]
+        arrivals = []
+        for i in range(N):
+            own = [*range(i, num_backward, N), *range(num_backward + i, count, N)]
+            arrivals.append(own)
         cluster.run_all(self.start, arrivals, length)
         yield
         cluster.run_all(self.share, arrivals, length)
 
     @staticmethod
     def best_rate(tried: Sequence[tuple[float, float]]) -> float:
-        """Return the learning rate with the smallest mean of relative errors, one at each trial.
+        """Return the learning rate with the smallest mean of relative errors over the trials.
 
-        A mean that is no number counts as no gain.
+        A mean that is not finite counts as no gain.
         """
-        means = {rate: np.mean([e for r, e in tried if r == rate] or np.inf) for rate in RATES}
-        return min(RATES, key=lambda rate: (not np.isfinite(means[rate]), means[rate]))
+        best = RATES[0]
+        best_mean = np.inf
+        for rate in RATES:
+            errors = [error for tried_rate, error in tried if tried_rate == rate]
+            if not errors:
+                continue
+            mean = float(np.mean(errors))
+            if np.isfinite(mean) and mean < best_mean:
+                best = rate
+                best_mean = mean
+        return best
+
+
+def _sent_to_owner(
+    worker: Worker,
+    own: Tensor,
+    arrivals: Arrivals,
+    owner: int,
+) -> Tensor | None:
+    """Send a layer's inputs to its owner.
+
+    Args:
+        worker: of any replica; all of them call this.
+        own: [n, T, C] the inputs for the worker's own sequences.
+        arrivals: of the sequences of all replicas.
+        owner: rank of the replica that owns the layer.
+
+    Returns:
+        [N, T, C] for all sequences, in the order of `arrivals`; None if the worker is not the
+        owner.
+    """
+    rank = worker.replicas.rank
+    received = None
+    if owner == rank:
+        received = own.new_empty(sum(map(len, arrivals)), *own.shape[1:])
+    for replica, places in enumerate(arrivals):
+        part = own
+        if replica != rank:
+            part = own.new_empty(len(places), *own.shape[1:])
+        if replica != owner and places:
+            moving = part.to(worker.device)
+            worker.replicas.broadcast(moving.view(torch.uint8), replica)
+            part = moving.cpu()
+        if received is not None:
+            received[places] = part
+    return received
 
 
 def _layer(worker: Worker, groups: GroupSet, W: Tensor, kept: Tensor) -> FeedForward:
-    """Return what is left of a layer if some of its groups are.
-
-    The producers are those that the worker has.
-    """
-    weights = [(worker.shard.weight(name), rows[kept].flatten()) for name, rows in groups.producers]
-    producers = (V[rows.to(V.device)] for V, rows in weights)
-    consumer = W[:, _columns(groups, kept, W)]
-    return FeedForward((*producers, consumer), ACT2FN[worker.layout.activation])
+    """Return a layer reduced to its kept groups, with the producers' weights on the worker."""
+    weights = []
+    for name, rows in groups.producers:
+        V = worker.shard.weight(name)
+        weights.append(V[rows[kept].flatten().to(V.device)])
+    weights.append(W[:, _columns(groups, kept, W)])
+    return FeedForward(tuple(weights), ACT2FN[worker.layout.activation])
 
 
 def _columns(groups: GroupSet, kept: Tensor, W: Tensor) -> Tensor:
-    """Return the columns of a consumer W [R, C] that are left.
+    """Return the indices of the kept columns of a consumer W [R, C].
 
-    They come in the order of the producers' rows, the bias's last.
+    They are in the order of the producers' rows; the bias's column is last.
     """
     columns = groups.columns[kept].flatten().to(W.device)
     bias = torch.arange(int(groups.columns.max()) + 1, W.shape[1], device=W.device)

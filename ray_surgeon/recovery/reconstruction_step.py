@@ -1,4 +1,7 @@
-"""What the reconstruction of layers needs and did; its work is in curvature pass and update."""
+"""The stage of the reconstruction of layers: its needs and its report.
+
+The work itself is done in the curvature pass and in the update.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,12 @@ from ray_surgeon.maths.reconstruction import TOKENS_AT_A_TIME
 from ray_surgeon.models.layout import LinearShape
 from ray_surgeon.plan.counts import NOTHING, Counted, StepPlan
 from ray_surgeon.plan.estimate import WorkerView
-from ray_surgeon.recovery.reconstruction import RATES, TRIAL_PART, Reconstruction, layer_errors
+from ray_surgeon.recovery.reconstruction import (
+    RATES,
+    TRIAL_PART,
+    Reconstruction,
+    layer_errors,
+)
 from ray_surgeon.run_state import Facts, RunState, Stage
 
 _STEP = 32
@@ -26,24 +34,34 @@ _WIDE = 15.0
 
 
 class ReconstructionStage(Reconstruction, Stage):
-    """Layers are trained in the update, where the weights from before are still there."""
+    """Trains layers in the update, while the weights from before the shot are still there."""
 
     name = "reconstruction"
 
     def report(self, run: RunState, facts: Facts) -> None:
         """Report which layers the update trained, and their errors held aside."""
-        workers = run.cluster.run_all(layer_errors)
-        errors = {name: pair for own in workers for name, pair in own.items()}
-        rate = run.record["reconstruction_rate"] if errors else 0.0
+        errors = dict[str, tuple[float, float]]()
+        for of_worker in run.cluster.run_all(layer_errors):
+            errors.update(of_worker)
+        rate = 0.0
+        if errors:
+            rate = run.record["reconstruction_rate"]
         run.record["reconstruction"] = errors
         run.record["reconstruction_rate"] = rate
-        trained = [(before, after) for before, after in errors.values() if before > 0]
-        better = [after / before for before, after in trained if after < before]
-        undone = len(trained) - len(better)
-        ratio = (sum(better) + undone) / len(trained) if trained else 1.0
+        num_trained = 0
+        better = []  # errors after the training relative to those before, where they fell
+        for before, after in errors.values():
+            if before > 0:
+                num_trained += 1
+                if after < before:
+                    better.append(after / before)
+        num_undone = num_trained - len(better)
+        ratio = 1.0
+        if num_trained:
+            ratio = (sum(better) + num_undone) / num_trained
         facts["rate"] = rate
-        facts["layers"] = len(trained)
-        facts["layers undone"] = undone
+        facts["layers"] = num_trained
+        facts["layers undone"] = num_undone
         facts["error held aside"] = ratio
 
     # For the plan

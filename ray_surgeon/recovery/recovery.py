@@ -30,86 +30,128 @@ from ray_surgeon.spec.schedule import ScheduleSection
 
 @dataclass(frozen=True)
 class Recovery(Stage):
-    """Trains towards the dense model, and keeps what helps."""
+    """Trains towards the dense model, and keeps the training if it helps."""
 
     name = "recovery"
     section: RecoverySection
     num_held: int  # windows held aside, on which it is measured
-    size_shots: Sequence[int]  # numbers of the shots that end at a size asked for
+    size_shots: Sequence[int]  # numbers of the shots that end at a requested size
     by_element: bool  # whether masks are of elements
     # whether the curvature pass keeps the dense model's states of the calibration text
     has_pass: bool
     # windows of the texts to train on; None for those of the calibration
     stream: TextStream | None = field(default=None, repr=False)
-    teacher: LoadTeacher | None = None  # what to train towards; None for the dense model
+    teacher: LoadTeacher | None = None  # None to train towards the dense model
 
     def train(self, run: RunState, facts: Facts) -> None:
-        """Train, from where an earlier try of the run has come."""
+        """Train, starting from where an earlier try of the run has come."""
 
-        def tell(check: Check) -> None:
-            pace = (check.tokens_per_s or 0.0) / self.section.num_tokens
-            share = share_of_peak(run.report.plan, run.model.dtype, pace) or None
-            named = {"held_aside": check.value, "value": None, "rate": trained.rate}
-            run.steps.tell(CHECK, vars(check) | named | {"share_of_peak": share})
-            so_far = replace(trained, held=[*trained.held, check]).as_record()
-            run.page.draw(run.report.as_record() | {"present": so_far}, final=False)
+        def on_check(check: Check) -> None:
+            self._show(run, training, check)
 
-        trained = Training(self.section, run.cluster, run.text, self._batches(run), tell)
-        trained.on_step = partial(self._commit, run, trained)
-        if trained.batches.num_steps and run.part is None:
+        training = Training(
+            section=self.section,
+            cluster=run.cluster,
+            text=run.text,
+            batches=self._batches(run),
+            on_check=on_check,
+        )
+        training.on_step = partial(self._commit, run, training)
+        if training.batches.num_steps and run.part is None:
             # all weights change from the first step on
-            self._commit(run, trained, at_once=self.section.rank == "all")
-        has_teacher = self.section.has_teacher and trained.batches.num_steps > 0
+            self._commit(run, training, at_once=self.section.rank == "all")
+        has_teacher = self.section.has_teacher and training.batches.num_steps > 0
         if has_teacher:
-            scratch = run.scratch
-            teacher = self.teacher
-            recipe = teacher.recipe(scratch) if teacher else ModelRecipe(run.model, (), scratch)
+            if self.teacher is not None:
+                recipe = self.teacher.recipe(run.scratch)
+            else:
+                recipe = ModelRecipe(run.model, (), run.scratch)
             run.cluster.run_all(load_teacher, recipe, run.cluster.stores.teacher)
-        trained.train(run.shot, run.part)
+        training.train(run.shot, run.part)
         if has_teacher:
             run.cluster.run_all(drop_teacher)
-        facts.update(trained.facts)
-        run.record.update(trained.as_record())
+        facts.update(training.facts)
+        run.record.update(training.as_record())
 
-    def _commit(self, run: RunState, trained: Training, *, at_once: bool = False) -> None:
-        """Commit how far the shot has come, if the last commit was long ago or it is wanted."""
+    def _show(self, run: RunState, training: Training, check: Check) -> None:
+        """Emit an event for a check, and draw the page with it."""
+        tokens_per_s = check.tokens_per_s or 0.0
+        share = share_of_peak(run.report.plan, run.model.dtype, tokens_per_s)
+        facts = {
+            **vars(check),
+            "held_aside": check.value,
+            "value": None,
+            "rate": training.rate,
+            "share_of_peak": share or None,
+        }
+        run.steps.tell(CHECK, facts)
+        so_far = replace(training, held=[*training.held, check]).as_record()
+        run.page.draw({**run.report.as_record(), "present": so_far}, final=False)
+
+    def _commit(
+        self,
+        run: RunState,
+        training: Training,
+        *,
+        at_once: bool = False,
+    ) -> None:
+        """Commit the progress of the shot, at once or if the last commit was long ago."""
         since_s = time.monotonic() - run.committed_s
         is_due = at_once or since_s > 60 * self.section.commit_minutes
         if is_due or run.cluster.notice():
-            after = f"after {trained.done} steps of {self.name}"
-            commit_part(run, self.name, after, trained.state(), trained.save)
+            commit_part(
+                run,
+                stage=self.name,
+                after=f"after {training.done} steps of {self.name}",
+                state=training.state(),
+                save=training.save,
+            )
 
     def _batches(self, run: RunState) -> Batches:
         if self.stream is None:
             last = self._num_steps(run.shot, run.text.tokens.shape[1])[-1]
             return CalibrationBatches(self.section, run.text, last, run.shot)
         num_steps = self._num_steps(run.shot, self.stream.sequence_length)
-        first = sum(num_steps[:-1]) * self.section.sequences_per_step
-        # the checks are of text that is not trained on
+        num_steps_before = sum(num_steps[:-1])
+        # the windows held aside are not trained on
         stream = replace(self.stream, calibration=run.text.tokens, held=run.text.held)
-        return StreamBatches(self.section, stream, run.cluster, num_steps[-1], first)
+        return StreamBatches(
+            section=self.section,
+            stream=stream,
+            cluster=run.cluster,
+            num_steps=num_steps[-1],
+            first=num_steps_before * self.section.sequences_per_step,
+        )
 
     def _num_steps(self, last: int, length: int) -> list[int]:
-        """Return how many steps there are after every shot up to one."""
-        ends = [shot in self.size_shots for shot in range(1, last + 1)]
-        return [self.section.num_steps(length, ends=each) for each in ends]
+        """Return the number of steps after each shot up to `last`."""
+        num_steps = []
+        for shot in range(1, last + 1):
+            ends = shot in self.size_shots
+            num_steps.append(self.section.num_steps(length, ends=ends))
+        return num_steps
 
     def texts_to_remember(self, text: CalibrationText) -> Mapping[str, Text]:
-        """Return the calibration text, unless a curvature pass sees it anyway."""
+        """Return the calibration text if it is needed and no curvature pass sees it."""
         if self.has_pass or not self.sees_calibration:
             return {}
         return {CALIBRATION: (text.tokens, text.counts)}
 
     @property
     def sees_calibration(self) -> bool:
-        """Whether it wants the dense model's states of the calibration text."""
+        """Whether the training needs the dense model's states of the calibration text."""
         return self.section.loss == "kl" and not self.section.texts
 
     # For the plan
 
     def needs(self, worker: WorkerView) -> Iterable[StepPlan]:
         """Return the training, the checks, and what the dense model sees beside."""
-        needs = RecoveryNeeds(self.section, self.num_held, worker, by_element=self.by_element)
+        needs = RecoveryNeeds(
+            self.section,
+            self.num_held,
+            worker,
+            by_element=self.by_element,
+        )
         return needs.steps(self.name)
 
     def on_host(self, worker: WorkerView) -> float:
@@ -119,29 +161,31 @@ class Recovery(Stage):
 
 
 def share_of_peak(plan: Mapping[str, Any], dtype: str, per_s: float) -> float:
-    """Return the operations of a training as a share of those that GPUs are sold with.
+    """Return a training's operations per second as a share of the GPUs' nominal peak.
 
     Args:
-        plan: of the run, as its report has it; on CPUs the share is 0.
+        plan: of the run, as in its report; on CPUs the share is 0.
         dtype: of the weights.
-        per_s: trainings per second, a small part of one.
+        per_s: trainings per second; a small fraction of 1.
     """
     peak = DEVICES[plan["device"]].peak_flops.get(dtype, math.inf)
-    # a replica's operations, with its share of the tokens, are those of as many workers as shards
+    # the operations of a replica, which has a share of the tokens, are spread over its shards
     return float(plan["flops"][Recovery.name] / len(plan["disk_bytes"]) * per_s / peak)
 
 
 def stream_of(
     section: RecoverySection, schedule: ScheduleSection, length: int, tokenizer: Any
 ) -> TextStream | None:
-    """Return the windows that a recovery reads; None without texts or a tokenizer.
+    """Return the stream of windows that a recovery reads; None without texts or a tokenizer.
 
     Raises:
         ValueError: a text on this machine is too short, or cannot be read.
     """
     if tokenizer is None or not section.texts:
         return None
-    texts = [(text, f"recovery.texts.{i}") for i, text in enumerate(section.texts)]
+    texts = []
+    for i, text in enumerate(section.texts):
+        texts.append((text, f"recovery.texts.{i}"))
     stream = TextStream(texts, length, tokenizer, section.seed)
     num_ends = len(schedule.size_shots)
     num_steps = num_ends * section.num_steps(length)

@@ -19,16 +19,20 @@ from ray_surgeon.storage import tensor_files
 
 _PRESENT = "present "
 _BEST = "best "
-"""How the names of tensors of a state begin in files."""
+"""Prefixes of the names of a state's tensors in files."""
 
 
 class _Saved(UserDict[str, Any]):
-    """Tensors of committed files by name, each of which is read when it is wanted."""
+    """Tensors of committed files by name, each read when it is accessed."""
 
     def __init__(self, files: Sequence[SavedFile], prefix: str) -> None:
-        """Know where those are whose names begin so, by the rest of their names."""
-        keys = ((key, file.uri) for file in files for key in file.keys if key.startswith(prefix))
-        super().__init__({key.removeprefix(prefix): uri for key, uri in keys})
+        """Index the tensors whose names begin with a prefix, by the rest of their names."""
+        uris = {}
+        for file in files:
+            for key in file.keys:
+                if key.startswith(prefix):
+                    uris[key.removeprefix(prefix)] = file.uri
+        super().__init__(uris)
         self._prefix = prefix
         self._reader = tensor_files.Reader()
 
@@ -44,7 +48,7 @@ def _training(worker: Worker) -> TrainingState:
 def _owned(
     training: TrainingState, tensors: Mapping[str, Tensor], prefix: str, rank: int
 ) -> dict[str, Tensor]:
-    """Return the tensors of parts that a replica owns; other replicas have the same of some."""
+    """Return the tensors of the parts that a replica owns; other replicas may have copies."""
     owned = dict[str, Tensor]()
     for name, tensor in tensors.items():
         part = name.partition(" ")[0]
@@ -56,7 +60,7 @@ def _owned(
 
 
 def _messages(training: TrainingState) -> Iterator[tuple[int, list[str]]]:
-    """Yield an owner and parts of it that travel together."""
+    """Yield an owner and the names of its parts that are sent together."""
     for owner in sorted(set(training.owners.values())):
         names = list[str]()
         size = 0
@@ -74,18 +78,27 @@ def _messages(training: TrainingState) -> Iterator[tuple[int, list[str]]]:
 
 
 def start(worker: Worker, section: RecoverySection, shot: int) -> None:
-    """Start to train; see `LowRankCorrections` and `WholeWeights`."""
+    """Start training; see `LowRankCorrections` and `WholeWeights`."""
     shard = worker.shard
     if section.rank == "all":
         owners = _owners_of_parameters(worker)
         own = [name for name, owner in owners.items() if owner == worker.replicas.rank]
-        worker.state.training = TrainingState(WholeWeights(shard, worker.masks, own), owners)
+        worker.state.training = TrainingState(
+            WholeWeights(shard, worker.masks, own),
+            owners,
+        )
         return
     first = section.seed + 1_000_003 * shot
     parts = {}
     for name, module in shard.linears.items():
         seed = first + worker.layout.linear_numbers[name]
-        parts[name] = LowRank(module, worker.masks[name], section.rank, seed, shard.device)
+        parts[name] = LowRank(
+            module,
+            worker.masks[name],
+            section.rank,
+            seed,
+            shard.device,
+        )
     owners = {name: worker.owner(name) for name in parts}
     owned = [name for name in parts if worker.owns(name)]
     worker.state.training = TrainingState(LowRankCorrections(shard, parts, owned), owners)
@@ -94,25 +107,32 @@ def start(worker: Worker, section: RecoverySection, shot: int) -> None:
 def _owners_of_parameters(worker: Worker) -> dict[str, int]:
     """Return the owners of all parameters of blocks.
 
-    Those of a linear are its own, all others those of the first linear of their block.
+    A linear's parameters belong to the linear's owner, all others to the owner of the first linear
+    of their block.
     """
-    owner_of = {name: worker.owner(name) for name in worker.shard.linears}
-    first = dict[int | None, int]()
-    for name, owner in owner_of.items():
-        first.setdefault(worker.layout.block_of(name), owner)
-    return {
-        name: owner_of.get(name.rpartition(".")[0], first[worker.layout.block_of(name)])
-        for name in block_parameters(worker.shard)
-    }
+    layout = worker.layout
+    owner_of_linear = {}
+    owner_of_block = dict[int | None, int]()
+    for linear in worker.shard.linears:
+        owner = worker.owner(linear)
+        owner_of_linear[linear] = owner
+        owner_of_block.setdefault(layout.block_of(linear), owner)
+    owners = {}
+    for name in block_parameters(worker.shard):
+        of_block = owner_of_block[layout.block_of(name)]
+        owners[name] = owner_of_linear.get(name.rpartition(".")[0], of_block)
+    return owners
 
 
 @collective
 def step(worker: Worker, num_tokens: int, rate: float) -> None:
-    """Sum the gradients to the owners, which make a step and send the result back."""
+    """Reduce the gradients to their owners, which make a step and broadcast the result."""
     training = _training(worker)
     trainee = training.trainee
     for owner, names in _messages(training):
-        gradients = [part for name in names for part in trainee.gradients(name, num_tokens)]
+        gradients = list[Tensor]()
+        for name in names:
+            gradients.extend(trainee.gradients(name, num_tokens))
         together(worker.replicas.reduce, gradients, owner)
     trainee.step(rate)
     share(worker)
@@ -120,17 +140,19 @@ def step(worker: Worker, num_tokens: int, rate: float) -> None:
 
 @collective
 def share(worker: Worker) -> None:
-    """Send what was trained from its owners to the other replicas."""
+    """Broadcast the trained tensors from their owners to the other replicas."""
     training = _training(worker)
     for owner, names in _messages(training):
-        tensors = [tensor for name in names for tensor in training.trainee.tensors(name)]
+        tensors = list[Tensor]()
+        for name in names:
+            tensors.extend(training.trainee.tensors(name))
         together(worker.replicas.broadcast, tensors, owner)
 
 
 def keep_best(worker: Worker) -> None:
-    """Keep the present state as the best."""
+    """Keep the current state as the best."""
     training = _training(worker)
-    training.best = None  # not beside the new one
+    training.best = None  # frees its memory before the new one is copied
     training.best = training.trainee.best()
 
 
@@ -142,39 +164,48 @@ def take_best(worker: Worker) -> None:
 
 
 def round_as_absorbed(worker: Worker) -> None:
-    """Let outputs be those of the weights once they have absorbed the corrections."""
+    """Compute outputs as if the weights had absorbed the corrections."""
     _training(worker).trainee.rounds = True
 
 
 def save(worker: Worker, folder: str, num_steps: int) -> tuple[SavedFile, ...]:
-    """Write the present state and the best one after so many steps, each tensor by its owner."""
+    """Write the current state and the best one; each tensor is written by its owner."""
     training = _training(worker)
     rank = worker.replicas.rank
     tensors = _owned(training, training.trainee.state(), _PRESENT, rank)
     tensors.update(_owned(training, training.best or {}, _BEST, rank))
-    name = f"training-{num_steps:08d}-{worker.index.shard + 1:04d}-{worker.index.replica + 1:04d}"
+    shard = worker.index.shard + 1
+    replica = worker.index.replica + 1
+    name = f"training-{num_steps:08d}-{shard:04d}-{replica:04d}"
     return save_tensors(folder, name, tensors)
 
 
 def go_on(worker: Worker, files: Sequence[SavedFile]) -> None:
-    """Go back to what `save` has written on all workers, of which there may have been more."""
+    """Restore what `save` has written on all workers; their number may have been another."""
     training = _training(worker)
-    if best := _Saved(files, _BEST):
+    best = _Saved(files, _BEST)
+    if best:
         training.trainee.back_to(best)
         training.best = training.trainee.best()
     training.trainee.load_state(_Saved(files, _PRESENT))
 
 
 def end(worker: Worker, absorbs: bool) -> tuple[float, float]:
-    """Keep what was trained, or remove it without a trace.
+    """Absorb what was trained into the weights, or remove it without a trace.
 
-    Returns how much of it arrived in the owned weights, see `Trainee.absorb`.
+    Returns:
+        How much of the owned weights' change arrived and how much was wanted; see
+        `Trainee.absorb`.
     """
     training = _training(worker)
     worker.state.training = None
     if not absorbs:
         training.trainee.remove()
         return 0.0, 0.0
-    parts = training.trainee.absorb().items()
-    own = [of_part for name, of_part in parts if training.owners[name] == worker.replicas.rank]
-    return sum(arrived for arrived, _ in own), sum(wanted for _, wanted in own)
+    arrived = []
+    wanted = []
+    for name, (arrived_part, wanted_part) in training.trainee.absorb().items():
+        if training.owners[name] == worker.replicas.rank:
+            arrived.append(arrived_part)
+            wanted.append(wanted_part)
+    return sum(arrived), sum(wanted)

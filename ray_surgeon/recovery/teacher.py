@@ -1,4 +1,4 @@
-"""The model to train towards, where it is not the dense model of the job itself."""
+"""The model to train towards, if it is not the dense model of the job itself."""
 
 from __future__ import annotations
 
@@ -18,33 +18,33 @@ from ray_surgeon.runtime.weights import ModelRecipe, load
 from ray_surgeon.spec.sections import ModelSection
 
 _OF_TEACHER = ("load", "self_text", "answers", "evaluation")
-"""Steps that need with the teacher what they need with the model."""
+"""Steps that also run with the teacher, and have the same needs then."""
 
 
 @dataclass(frozen=True, eq=False)
 class LoadTeacher(Stage):
-    """Workers have the teacher first, in place of the model, until that is loaded.
+    """Loads the teacher in place of the model, which is loaded later.
 
-    What later weights are compared with is the teacher's then: its texts, answers and states.
+    Later weights are compared with the teacher's texts, answers and states.
     """
 
     name = "teacher"
-    model: ModelSection  # pinned to what was checked
+    model: ModelSection  # pinned to the files that were checked
     layout: ModelLayout = field(repr=False)
-    placement: Placement  # of its blocks, on as many workers as the model's
-    fingerprint: Any  # of its weights; None if there are none to check
+    placement: Placement  # of its blocks, on as many workers as the model has
+    fingerprint: Any  # of its weights; None if there are no weights to check
 
     def recipe(self, scratch: ScratchNames) -> ModelRecipe:
-        """Return how workers get it."""
+        """Return the recipe by which workers load the teacher."""
         return ModelRecipe(self.model, (), scratch, (self.layout, self.placement.blocks))
 
     def load(self, run: RunState) -> None:
-        """Load it in place of the model."""
+        """Load the teacher in place of the model."""
         recipe = self.recipe(run.scratch)
         run.cluster.run_all(load, recipe, False, run.cluster.stores)
 
     def fingerprints(self) -> Mapping[str, Any]:
-        """Return that of its weights."""
+        """Return the fingerprint of the teacher's weights."""
         return {"teacher": self.fingerprint}
 
     def needs(self, worker: WorkerView) -> Iterable[StepPlan]:
@@ -67,13 +67,30 @@ class LoadTeacher(Stage):
         return sum(s.on_host(view) for s in worker.shapes.work.stages if s is not self)
 
     def view(self, worker: WorkerView) -> WorkerView:
-        """Return a worker as it is with the teacher in place of the model."""
+        """Return a view of a worker that has the teacher in place of the model."""
         work = worker.shapes.work
-        shapes = _shapes(self.layout, work.dtype, work.num_sequences, work.sequence_length)
-        place = worker.stores, worker.device_is_host, worker.shard
-        return WorkerView(shapes, self.placement, *place)
+        return WorkerView(
+            shapes=_shapes(
+                self.layout,
+                work.dtype,
+                work.num_sequences,
+                work.sequence_length,
+            ),
+            placement=self.placement,
+            stores=worker.stores,
+            device_is_host=worker.device_is_host,
+            shard=worker.shard,
+        )
 
 
 @functools.lru_cache(maxsize=1)
 def _shapes(layout: ModelLayout, dtype: str, num_sequences: int, length: int) -> Shapes:
-    return Shapes(layout, Work(dtype, num_sequences, length, "none", frozenset(), ()))
+    work = Work(
+        dtype=dtype,
+        num_sequences=num_sequences,
+        sequence_length=length,
+        factors="none",
+        gathered=frozenset(),
+        stages=(),
+    )
+    return Shapes(layout, work)

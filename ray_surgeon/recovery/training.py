@@ -1,6 +1,6 @@
-"""A training after pruning, on the coordinator.
+"""The training after pruning, on the coordinator.
 
-It measures itself on windows held aside, chooses its rate, and keeps its best state.
+It is measured on windows held aside, chooses its learning rate, and keeps its best state.
 """
 
 from __future__ import annotations
@@ -27,21 +27,18 @@ from ray_surgeon.runtime.wave import Labels
 from ray_surgeon.runtime.weights import SavedFile
 from ray_surgeon.spec.recovery import RecoverySection
 
-_STATE = ("done", "losses", "rate", "before", "num_tokens", "num_in_vain")
-_CLOCKS = ("started_s", "checked_s")
-"""Fields from which a training goes on; of clocks, how long ago they were read."""
-
 
 @dataclass
 class Training:
-    """A training, and what it came to.
+    """Trains a pruned model and keeps its best state.
 
-    Measures are of windows held aside: the divergence, or the loss if that is trained.
+    Measures are taken on the windows held aside: the divergence from the dense model, or the loss
+    if that is trained.
 
-    Where windows are held aside, the model is measured on them before, on the way and at the end.
-    A learning rate that is not given is the highest of three whose first steps do no harm, and is
-    halved where the measure rises, from the best state on. A training that brings nothing any more
-    ends early, and one that ends no better than it began is undone.
+    If windows are held aside, the model is measured on them before, during and after the training.
+    A learning rate that is not given is the highest of three whose first steps do no harm. It is
+    halved, starting from the best state, whenever the measure rises. Training ends early once it
+    brings no improvement, and it is undone if it ends no better than it began.
     """
 
     section: RecoverySection
@@ -51,32 +48,35 @@ class Training:
     text: CalibrationText
     batches: Batches
     on_check: Callable[[Check], object] = lambda _: None  # is called with every check
-    # mean loss of each step's sequences before the step, in nats per token; of trials, those of the
-    # rate taken
+    # mean loss of each step's sequences before the step, in nats per token; for trials, only those
+    # of the rate that was taken
     losses: list[float] = field(default_factory=list)
     # share of the training that arrived in the weights, see `Trainee.absorb`
     absorbed: float = 1.0
-    rate: float = 0.0  # the present learning rate; of no step if there is none
+    rate: float = 0.0  # current learning rate; 0 if there are no steps
     # learning rate -> measure after its first steps; the last one was taken
     tried: dict[float, float] = field(default_factory=dict)
-    held: list[Check] = field(default_factory=list)  # of the state kept at the end, too
-    before: float = math.nan  # the measure of the start
-    undone: str | None = None  # why the model stays as it was; None if the training is kept
-    ended: str | None = None  # why it ended early; None if it did not
-    done: int = 0  # steps that were made; of trials, those of the rate taken
-    num_tokens: int = 0  # that were trained on in them
-    num_in_vain: int = 0  # checks in a row that brought nothing
+    # all checks; one of them is of the state kept at the end
+    held: list[Check] = field(default_factory=list)
+    before: float = math.nan  # measure at the start
+    # why the model stays as it was; None if the training is kept
+    undone: str | None = None
+    ended: str | None = None  # why training ended early; None if it did not
+    done: int = 0  # number of steps; for trials, only those of the rate that was taken
+    num_tokens: int = 0  # number of tokens trained on in these steps
+    num_in_vain: int = 0  # consecutive checks without an improvement
     started_s: float = field(default_factory=time.monotonic)
     checked_s: float = field(default_factory=time.monotonic)
-    # is called after a step, but in trials, if another one follows: `state` and `save` can be used
+    # is called after a step, except in trials, if another one follows: `state` and `save` can be
+    # used
     on_step: Callable[[], None] = field(default=lambda: None, repr=False)
 
     def train(self, shot: int, part: CommittedPart | None = None) -> None:
-        """Train, and keep what is best.
+        """Train, and keep the best state.
 
         Args:
             shot: number of the shot.
-            part: what an earlier try has committed of this training.
+            part: state of this training that an earlier try has committed.
         """
         if not self.batches.num_steps:
             return
@@ -89,31 +89,59 @@ class Training:
             self._begin_checked()
         self._train_on()
         if len(self.text.held):  # otherwise the last state is kept
-            undone = self._back_to_the_best()
-            why = "" if self.ended is None else f"; {self.ended}"
-            self.undone = None if undone is None else f"{undone}{why}"
-        of_workers = self.cluster.run_all(steps.end, self.undone is None)
-        arrived, wanted = map(sum, zip(*of_workers, strict=True))
-        self.absorbed = arrived / wanted if wanted else float(self.undone is None)
+            self.undone = self._back_to_the_best()
+            if self.undone is not None and self.ended is not None:
+                self.undone = f"{self.undone}; {self.ended}"
+        self._absorb()
+
+    def _absorb(self) -> None:
+        """Let workers absorb the training, or remove it if it is undone."""
+        absorbs = self.undone is None
+        of_workers = self.cluster.run_all(steps.end, absorbs)
+        arrived = sum(arrived_there for arrived_there, _ in of_workers)
+        wanted = sum(wanted_there for _, wanted_there in of_workers)
+        if wanted:
+            self.absorbed = arrived / wanted
+        else:
+            self.absorbed = float(absorbs)
 
     def state(self) -> dict[str, Any]:
-        """Return what becomes JSON, and a training goes on from; nothing before the first step."""
+        """Return the state to resume from, ready for JSON; empty before the first step."""
         if not self.done:
             return {}
-        state = {name: getattr(self, name) for name in _STATE}
-        state |= {name: time.monotonic() - getattr(self, name) for name in _CLOCKS}
-        return state | {"tried": list(self.tried.items()), "held": list(map(asdict, self.held))}
+        now_s = time.monotonic()
+        return {
+            "done": self.done,
+            "losses": self.losses,
+            "rate": self.rate,
+            "before": self.before,
+            "num_tokens": self.num_tokens,
+            "num_in_vain": self.num_in_vain,
+            "started_s": now_s - self.started_s,
+            "checked_s": now_s - self.checked_s,
+            "tried": list(self.tried.items()),
+            "held": [asdict(check) for check in self.held],
+        }
 
     def save(self, folder: str) -> list[SavedFile]:
-        """Let workers write what they go on from beside `state`."""
-        of_workers = self.cluster.run_all(steps.save, folder, self.done) if self.done else []
+        """Let workers write the files to resume from; `state` is the coordinator's part."""
+        if not self.done:
+            return []
+        of_workers = self.cluster.run_all(steps.save, folder, self.done)
         return list(chain.from_iterable(of_workers))
 
     def _go_on(self, part: CommittedPart) -> None:
-        """Go back to what `state` and `save` have left."""
+        """Restore what `state` and `save` have written."""
         state = part.record["state"]
-        vars(self).update({name: state[name] for name in _STATE})
-        vars(self).update({name: time.monotonic() - state[name] for name in _CLOCKS})
+        now_s = time.monotonic()
+        self.done = state["done"]
+        self.losses = state["losses"]
+        self.rate = state["rate"]
+        self.before = state["before"]
+        self.num_tokens = state["num_tokens"]
+        self.num_in_vain = state["num_in_vain"]
+        self.started_s = now_s - state["started_s"]
+        self.checked_s = now_s - state["checked_s"]
         self.tried = dict(state["tried"])
         self.held = [Check(**check) for check in state["held"]]
         self.cluster.run_all(steps.go_on, part.of_stage)
@@ -130,7 +158,10 @@ class Training:
             self._try_rates(rates.trial_steps(self.batches.num_steps))
 
     def _try_rates(self, count: int) -> None:
-        """Take the first steps with the highest harmless rate, or else the lowest."""
+        """Make the first steps with the highest harmless rate, or else with the lowest."""
+        tolerated = self.before
+        if self.section.rank != "all":
+            tolerated = self.before * rates.HARMLESS
         check = Check(0, math.inf)
         for rate in rates.RATES:
             self.rate = rate
@@ -140,13 +171,13 @@ class Training:
             is_finite = all(map(self._step, range(count)))
             check = self._measured(count, is_finite)
             self.tried[rate] = check.value
-            if check.value <= self.before * (1 if self.section.rank == "all" else rates.HARMLESS):
+            if check.value <= tolerated:
                 break
         self._note_if_best(check)
         self.done = count
 
     def _train_on(self) -> None:
-        """Make the steps that are left."""
+        """Make the remaining steps."""
         while not self._has_ended():
             is_finite = self._step(self.done)
             self.done += 1
@@ -156,7 +187,7 @@ class Training:
                 self.on_step()
 
     def _check_on_the_way(self, is_finite: bool) -> None:
-        """Measure after some steps, and after the last one; see what follows from that."""
+        """Measure after some steps and after the last one, and act on the result."""
         done = self.done
         num_steps = self.batches.num_steps
         is_last = done == num_steps
@@ -164,31 +195,45 @@ class Training:
             return
         check = self._measured(done, is_finite, rounded=is_last)
         is_better = self._note_if_best(check)
-        self.num_in_vain = 0 if is_better else self.num_in_vain + 1
-        if is_better or is_last:
-            return
+        if is_better:
+            self.num_in_vain = 0
+        else:
+            self.num_in_vain += 1
+        if not is_better and not is_last:
+            self._react_to(check)
+
+    def _react_to(self, check: Check) -> None:
+        """End the training or halve its rate after a check that is no improvement, if needed."""
+        best = self._best.value
         if self.num_in_vain == rates.PATIENCE:
-            self.ended = f"it ended after {done} steps, because {rates.PATIENCE} checks in a row "
-            self.ended += f"were no better than {self._best.value:.4g}"
-        elif check.value <= rates.TOLERATED * self._best.value:
+            self.ended = (
+                f"it ended after {self.done} steps, because {rates.PATIENCE} checks "
+                f"in a row were no better than {best:.4g}"
+            )
             return
-        elif self.section.learning_rate is None:
+        if check.value <= rates.TOLERATED * best:
+            return
+        if self.section.learning_rate is None:
             self.rate /= 2
             self.cluster.run_all(steps.take_best)
         elif check.value > rates.GIVEN_UP * self.before:
-            rise = f"{self.before:.4g} became {check.value:.4g}"
-            self.ended = f"it was given up after {done} steps, because it diverged: {rise}"
+            self.ended = (
+                f"it was given up after {self.done} steps, because it diverged: "
+                f"{self.before:.4g} became {check.value:.4g}"
+            )
 
     def _has_ended(self) -> bool:
-        """Whether no step follows: all are made, or the training has ended early, as a text may."""
-        if self.ended is None and self.done < self.batches.num_steps:
-            try:
-                self.batches.batch(self.done)
-            except TextEndedError as error:
-                self.ended = str(error)
-                if len(self.text.held):
-                    self._note_if_best(self._measured(self.done))
-        return self.ended is not None or self.done == self.batches.num_steps
+        """Whether no step follows: all steps are made, training ended early, or the text did."""
+        if self.ended is not None or self.done == self.batches.num_steps:
+            return True
+        try:
+            self.batches.batch(self.done)
+        except TextEndedError as error:
+            self.ended = str(error)
+            if len(self.text.held):
+                self._note_if_best(self._measured(self.done))
+            return True
+        return False
 
     def _step(self, number: int) -> bool:
         """Make one step; return whether the loss was finite."""
@@ -196,7 +241,9 @@ class Training:
         num_tokens = num_counted(tokens, counts, numbers)
         if not num_tokens:
             return True
-        labels = Labels(dense=text if self.section.loss == "kl" else None, is_step=True)
+        labels = Labels(is_step=True)
+        if self.section.loss == "kl":
+            labels = Labels(dense=text, is_step=True)
         sums = forward_and_backward(self.cluster, tokens, labels, numbers, counts)
         self.losses.append(sum(sums) / num_tokens)
         if not math.isfinite(self.losses[-1]):
@@ -208,22 +255,41 @@ class Training:
         self.cluster.progress.reach(number + 1)
         return True
 
-    def _measured(self, num_steps: int, is_finite: bool = True, rounded: bool = False) -> Check:
-        """Measure the state after so many steps; the value is infinite if it is no number.
+    def _measured(
+        self,
+        num_steps: int,
+        is_finite: bool = True,
+        rounded: bool = False,
+    ) -> Check:
+        """Measure the state after a number of steps; the value is infinite if it is not finite.
 
-        With `rounded` it is that of the weights as they will be, in their dtype, and no step may
-        follow.
+        With `rounded`, the final weights are measured, rounded to their dtype; no step may follow.
         """
         if rounded and is_finite:
             self.cluster.run_all(steps.round_as_absorbed)
         now_s = time.monotonic()
-        num_before = self.held[-1].tokens if self.held else 0
-        pace = max(0, self.num_tokens - num_before) / (now_s - self.checked_s)
-        losses = self.losses[self.held[-1].steps if self.held else 0 :]
-        about = (self.cluster, self.text, self.section.loss)
-        measure = held_aside(*about) if is_finite else (math.inf, None)
-        loss = fmean(losses) if losses and is_finite else None
-        check = Check(num_steps, *measure, self.num_tokens, loss, pace or None)
+        steps_before = 0
+        tokens_before = 0
+        if self.held:
+            steps_before = self.held[-1].steps
+            tokens_before = self.held[-1].tokens
+        tokens_per_s = max(0, self.num_tokens - tokens_before) / (now_s - self.checked_s)
+        value = math.inf
+        acceptance = None
+        loss = None
+        if is_finite:
+            value, acceptance = held_aside(self.cluster, self.text, self.section.loss)
+            losses = self.losses[steps_before:]
+            if losses:
+                loss = fmean(losses)
+        check = Check(
+            steps=num_steps,
+            value=value,
+            acceptance=acceptance,
+            tokens=self.num_tokens,
+            loss=loss,
+            tokens_per_s=tokens_per_s or None,
+        )
         self.on_check(check)
         self.checked_s = time.monotonic()
         self._begin_steps()
@@ -231,7 +297,7 @@ class Training:
 
     @property
     def _best(self) -> Check:
-        """The smallest measure so far, of the state that workers keep."""
+        """The check with the smallest measure so far; workers keep its state."""
         return min(self.held, key=lambda check: (check.value, check.steps))
 
     def _begin_steps(self) -> None:
@@ -242,7 +308,7 @@ class Training:
         progress.reach(self.done)
 
     def _note_if_best(self, check: Check) -> bool:
-        """Note a measure, and keep the state if it is the best so far; return whether it is."""
+        """Note a check, and keep the state if it is the best so far; return whether it is."""
         is_best = not self.held or check.value < self._best.value
         self.held.append(check)
         if is_best:
@@ -250,51 +316,64 @@ class Training:
         return is_best
 
     def _back_to_the_best(self) -> str | None:
-        """Go back to the best state; return why nothing is to be kept, if so."""
-        before = f"{self.before:.4g} before"
+        """Go back to the best state; return the reason if the training is to be undone."""
         num_steps = self._best.steps
         if not num_steps:
+            before = f"{self.before:.4g} before"
             return f"no state was better on the windows held aside than {before}"
-        if num_steps == self.batches.num_steps:  # which was measured rounded
+        if num_steps == self.batches.num_steps:  # it was measured rounded
             return None
         self.cluster.run_all(steps.take_best)
         rounded = self._measured(num_steps, rounded=True)
         self.held.append(rounded)
         if rounded.value < self.before:
             return None
-        rounds = f"rounded to the weights' dtype it was {rounded.value:.4g}"
-        return f"{rounds} on the windows held aside, and {before}"
+        return (
+            f"rounded to the weights' dtype it was {rounded.value:.4g} "
+            f"on the windows held aside, and {self.before:.4g} before"
+        )
 
     @property
     def facts(self) -> Facts:
-        """What the line of the step says.
+        """The facts that the step shows.
 
-        These are the measures before and after, the rate, and why it was undone, if it was.
+        These are the measures before and after, the rate, and why the training was undone, if it
+        was.
         """
         facts: Facts = {"num_steps": len(self.losses), "rate": self.rate}
         if self.held:
-            measures = [check.value for check in self.held]
-            facts |= {"held aside before": measures[0], "held aside after": measures[-1]}
+            facts["held aside before"] = self.held[0].value
+            facts["held aside after"] = self.held[-1].value
         elif self.losses:
-            facts |= {"first_loss": self.losses[0], "last_loss": self.losses[-1]}
+            facts["first_loss"] = self.losses[0]
+            facts["last_loss"] = self.losses[-1]
         if self.undone is not None:
-            return facts | {"undone": self.undone}
-        return facts | {"absorbed": self.absorbed} | ({"ended": self.ended} if self.ended else {})
+            facts["undone"] = self.undone
+            return facts
+        facts["absorbed"] = self.absorbed
+        if self.ended:
+            facts["ended"] = self.ended
+        return facts
 
     def as_record(self) -> dict[str, Any]:
-        """Return what the report says."""
-        tried = self.tried.items()
+        """Return the entries of the report."""
+        tried = []
+        for rate, measure in self.tried.items():
+            tried.append({"rate": rate, "held_aside": _finite_or_none(measure)})
+        held = []
+        for check in self.held:
+            held.append({**asdict(check), "value": _finite_or_none(check.value)})
         return {
             "recovery_losses": [loss for loss in self.losses if math.isfinite(loss)],
             "recovery_absorbed": self.absorbed,
             "recovery_rate": self.rate,
-            "recovery_tried": [{"rate": rate, "held_aside": _number(x)} for rate, x in tried],
-            "recovery_held_aside": [asdict(c) | {"value": _number(c.value)} for c in self.held],
+            "recovery_tried": tried,
+            "recovery_held_aside": held,
             "recovery_undone": self.undone,
             "recovery_ended": self.ended,
         }
 
 
-def _number(measure: float) -> float | None:
-    """Return what JSON can hold: None for an infinite measure, of a training that diverged."""
+def _finite_or_none(measure: float) -> float | None:
+    """Return a measure, or None, which JSON can hold, if it is infinite."""
     return measure if math.isfinite(measure) else None

@@ -1,6 +1,7 @@
-"""What the arguments of prune() stand for: a job spec, and a model in memory.
+"""Converts the arguments of prune() to a job spec, and writes models that are in memory.
 
-The model is written where workers can read it, and its owner's process is left as it was set up.
+A model is written to a folder from which workers can read it. The settings of the caller's process
+are restored afterwards.
 """
 
 from __future__ import annotations
@@ -17,7 +18,11 @@ from typing import Any
 import torch
 from pydantic import ValidationError
 from safetensors import SafetensorError
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from ray_surgeon.checkpointing.run_directory import RunDirectory
 from ray_surgeon.models.families import family_of
@@ -29,9 +34,14 @@ from ray_surgeon.spec.parsing import validation_message
 from ray_surgeon.spec.texts import TextSection
 from ray_surgeon.storage import files
 
-_NOT_SHARED = CalibrationSection.model_fields.keys() - TextSection.model_fields.keys()
-_NOT_SHARED |= {"num_sequences", "stride", "seed", "split"}
-"""Fields of a calibration text that an evaluation text does not take over."""
+_NOT_SHARED = {
+    *(CalibrationSection.model_fields.keys() - TextSection.model_fields.keys()),
+    "num_sequences",
+    "stride",
+    "seed",
+    "split",
+}
+"""Fields of a calibration text that an evaluation text does not inherit."""
 
 
 def spec_of(
@@ -39,17 +49,18 @@ def spec_of(
     tokenizer: PreTrainedTokenizerBase | None,
     sections: Mapping[str, Any],
 ) -> JobSpec:
-    """Return the job spec that the arguments of `prune` stand for.
+    """Return the job spec for the arguments of `prune`.
 
     Raises:
-        ValueError: it is none that can work; names the argument, and the remedy.
+        ValueError: an argument is not valid; names the argument, and the remedy.
     """
     document = document_of(model, tokenizer, sections)
     try:
         return JobSpec.model_validate(document)
     except ValidationError as error:
         derived = () if "evaluation" in sections else ("evaluation",)
-        raise ValueError(validation_message(error, "what prune() was given", derived)) from error
+        message = validation_message(error, "what prune() was given", derived)
+        raise ValueError(message) from error
 
 
 def document_of(
@@ -57,37 +68,54 @@ def document_of(
     tokenizer: PreTrainedTokenizerBase | None,
     sections: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Return the document of that job spec, with what follows from what is there.
+    """Return the document of the job spec for the arguments of `prune`, with defaults.
 
     Raises:
         ValueError: see `spec_of`; fields are not checked yet.
     """
     _check_given(model, tokenizer, sections)
-    document: dict[str, Any] = {"version": 2, "name": "model", "cluster": {}, "output": {}}
-    document |= sections
     if isinstance(model, str):
         model = {"source": model}
-    if not isinstance(model, PreTrainedModel):
-        if not model or "source" not in model:
-            raise ValueError(
-                "model: give a Hub id, a folder, a URI, a model, or a section that gives its "
-                "source; or give a whole spec"
-            )
-        document["name"] = sections.get("name", _name_of(str(model["source"])))
+    if isinstance(model, PreTrainedModel):
+        name = sections.get("name", "model")
+    elif model and "source" in model:
+        name = sections.get("name", _name_of(str(model["source"])))
+    else:
+        raise ValueError(
+            "model: give a Hub id, a folder, a URI, a model, or a section that gives its "
+            "source; or give a whole spec"
+        )
+    document: dict[str, Any] = {
+        "version": 2,
+        "name": name,
+        "cluster": {},
+        **{key: section for key, section in sections.items() if key != "name"},
+        "output": _output_of(name, sections),
+    }
     if isinstance(document["cluster"], Mapping):
         document["cluster"] = {"backend": "local", **document["cluster"]}
-    if not isinstance(document["output"], Mapping):
-        document["output"] = {"uri": document["output"]}
-    output = document["output"] = {"uri": f"./runs/{document['name']}", **document["output"]}
-    exports = _default_exports(sections)
-    if exports is not None:
-        output.setdefault("exports", exports)
     if "evaluation" not in sections:
         document.update(_default_evaluation(sections))
     if isinstance(model, PreTrainedModel):
-        source = files.join(absolute(str(output["uri"])), "source")
-        model = {"source": source, "dtype": str(model.dtype).removeprefix("torch.")}
-    return document | {"model": model}
+        uri = str(document["output"]["uri"])
+        model = {
+            "source": files.join(absolute(uri), "source"),
+            "dtype": str(model.dtype).removeprefix("torch."),
+        }
+    document["model"] = model
+    return document
+
+
+def _output_of(name: Any, sections: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the section `output` of a job with the given name."""
+    given = sections.get("output", {})
+    if not isinstance(given, Mapping):
+        given = {"uri": given}
+    output = {"uri": f"./runs/{name}", **given}
+    exports = _default_exports(sections)
+    if exports is not None:
+        output.setdefault("exports", exports)
+    return output
 
 
 def _check_given(
@@ -97,21 +125,21 @@ def _check_given(
 ) -> None:
     if isinstance(model, PreTrainedModel) == (tokenizer is None):
         raise ValueError(
-            "tokenizer: belongs to a model in memory, which needs its tokenizer; that of a folder, "
-            "URI or Hub id is read from there"
+            "tokenizer: belongs to a model in memory, which needs its tokenizer; that of "
+            "a folder, URI or Hub id is read from there"
         )
-    if "model" in sections:  # of `recover`, whose first argument has another name
+    if "model" in sections:  # from `recover`, whose first argument has another name
         raise ValueError("model: is the first argument; give the section there")
 
 
 def _name_of(source: str) -> str:
-    """Return a name of a run that the spec accepts, from the last part of a model's source."""
+    """Return a valid name for a run, from the last part of a model's source."""
     last = source.rstrip("/").rpartition("/")[2].lower()
     return re.sub(r"[^a-z0-9.-]", "-", last).strip("-.")[:63] or "model"
 
 
 def _default_exports(sections: Mapping[str, Any]) -> list[str] | None:
-    """Return the exports of a job that names none; None for those of the spec."""
+    """Return the exports of a job that names none; None for the spec's default."""
     if "pruning" in sections and sections["pruning"] is None:
         return ["uniform"]
     pruning = _fields(sections.get("pruning"))
@@ -123,7 +151,7 @@ def _default_exports(sections: Mapping[str, Any]) -> list[str] | None:
 
 
 def _default_evaluation(sections: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the section on evaluation of a job that has none; nothing for that of the spec."""
+    """Return the section `evaluation` of a job that has none; empty for the spec's default."""
     calibration = _fields(sections.get("calibration"))
     if calibration.get("source", "auto") in ("auto", "self"):
         return {}
@@ -131,53 +159,68 @@ def _default_evaluation(sections: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def towards(teacher: Any, sections: Mapping[str, Any]) -> dict[str, Any]:
-    """Return sections of a job that trains towards a teacher and prunes nothing.
+    """Return the sections of a job that trains towards a teacher and prunes nothing.
 
     Args:
-        teacher: where the model is, or its section.
-        sections: of the job; that on recovery has no teacher yet.
+        teacher: source of the model, or its section.
+        sections: of the job; the section on recovery has no teacher yet.
     """
-    section = teacher if isinstance(teacher, Mapping) else {"source": local_path(teacher)}
+    if not isinstance(teacher, Mapping):
+        teacher = {"source": local_path(teacher)}
     recovery = sections.get("recovery") or {}
-    if isinstance(recovery, Mapping):  # what is none is refused later
-        recovery = {**recovery, "teacher": section}
+    if isinstance(recovery, Mapping):  # anything else is refused later
+        recovery = {**recovery, "teacher": teacher}
     return {**sections, "pruning": None, "recovery": recovery}
 
 
 def _fields(section: Any) -> Mapping[str, Any]:
-    """Return the fields of a section; none of what is refused later because it is no section."""
+    """Return the fields of a section; empty if it is not a section, which is refused later."""
     return section if isinstance(section, Mapping) else {}
 
 
 def _test_part(calibration: Mapping[str, Any]) -> dict[str, Any]:
     """Return the evaluation text of a run that names none.
 
-    It is a quarter as many windows of the test part of the calibration text.
+    It has a quarter as many windows, from the test part of the calibration text.
 
     Raises:
         ValueError: the calibration reads that part.
     """
     if calibration.get("split", "train") == "test":
-        problem = "evaluation: the calibration reads the test part of its text"
-        raise ValueError(f"{problem}; name another text to measure on")
+        raise ValueError(
+            "evaluation: the calibration reads the test part of its text; name another "
+            "text to measure on"
+        )
     text = {name: value for name, value in calibration.items() if name not in _NOT_SHARED}
+    text["name"] = "test"
+    text["split"] = "test"
+    text["num_sequences"] = 1
     count = str(calibration.get("num_sequences"))
-    # what is no number is refused in its own place
-    quarter = max(1, int(count) // 4) if count.isdecimal() else 1
-    return text | {"name": "test", "split": "test", "num_sequences": quarter}
+    if count.isdecimal():  # anything else is refused by the section on calibration
+        text["num_sequences"] = max(1, int(count) // 4)
+    return text
 
 
 _MARKER = ".from_memory"
-"""A file beside a model that was in memory, with the digest of all others: the folder is ours."""
-_OF_USE = {"transformers_version", "is_local", "local_files_only", "truncation", "padding"}
-"""What a configuration or a tokenizer's file says of who wrote it, or of the last text."""
+"""A file beside a model that was in memory, with the digest of all other files.
+
+It marks the folder as written by this program.
+"""
+_OF_USE = {
+    "transformers_version",
+    "is_local",
+    "local_files_only",
+    "truncation",
+    "padding",
+}
+"""Entries of JSON files that depend on who wrote them, or on the last text."""
 
 
 def causal_lm(model: Any) -> PreTrainedModel:
-    """Return what was given as a model in memory, without the wrapper of ``torch.compile``.
+    """Return a model in memory without the wrapper of ``torch.compile``.
 
     Raises:
-        ValueError: it is no causal LM of transformers, or of a family that is not supported.
+        ValueError: it is not a causal LM of transformers, or its family is not supported.
     """
     model = getattr(model, "_orig_mod", model)
     if isinstance(model, PreTrainedModel):
@@ -188,23 +231,29 @@ def causal_lm(model: Any) -> PreTrainedModel:
 
 
 def a_tokenizer(tokenizer: Any) -> PreTrainedTokenizerBase:
-    """Return what was given as a tokenizer.
+    """Return a tokenizer after checking its type.
 
     Raises:
-        ValueError: it is none of transformers'.
+        ValueError: it is not a tokenizer of transformers.
     """
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
-        kind = type(tokenizer).__name__
-        raise ValueError(f"tokenizer: got a {kind}; give what AutoTokenizer returns")
+        raise ValueError(
+            f"tokenizer: got a {type(tokenizer).__name__}; give what AutoTokenizer returns"
+        )
     return tokenizer
 
 
-def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: str, run: str) -> None:
+def save(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    source: str,
+    run: str,
+) -> None:
     """Write a model into the folder of its run, unless the run has begun and has it.
 
     Raises:
-        ValueError: the run has another one, the folder holds something else, or it cannot be
-            written.
+        ValueError: the run has another model, the folder holds something else, or the model cannot
+            be written.
     """
     config = vars(model.config).copy()
     with tempfile.TemporaryDirectory() as scratch:
@@ -215,37 +264,43 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: str
                 model.save_pretrained(scratch)
                 tokenizer.save_pretrained(scratch)
         finally:
-            vars(model.config).update(config)  # which `save_pretrained` changes
-        paths = filter(Path.is_file, sorted(Path(scratch).rglob("*")))
-        written = {path.relative_to(scratch).as_posix(): path for path in paths}
+            vars(model.config).update(config)  # because `save_pretrained` changes it
+        written = {}
+        for path in sorted(Path(scratch).rglob("*")):
+            if path.is_file():
+                written[path.relative_to(scratch).as_posix()] = path
         with as_input_error(f"output.uri: cannot use {run}"):
             _put(written, source, has_begun=not RunDirectory(run).is_new())
 
 
 def _put(written: Mapping[str, Path], source: str, *, has_begun: bool) -> None:
-    """Write files into a folder of the run's own, unless it has them; see `save`."""
+    """Write files into a folder of the run, unless it has them; see `save`."""
     digest = _digest_of(written)
     marker = files.join(source, _MARKER)
     names = set(files.list_files(source))
     is_ours = _MARKER in names and (not has_begun or files.read_text(marker) == digest)
     if names and not is_ours:
-        problem = f"{source} holds something else, or another model or tokenizer"
-        raise ValueError(f"output.uri: {problem}; give output another folder")
+        raise ValueError(
+            f"output.uri: {source} holds something else, or another model or tokenizer; "
+            "give output another folder"
+        )
     if has_begun and names == {_MARKER, *written}:
         return
-    files.remove_folder(source)  # of a try before the run began, or a part
+    files.remove_folder(source)  # from a try before the run began, or incomplete
     files.write_text(marker, digest)
     for name, path in written.items():
         files.put_file(files.join(source, name), path)
 
 
 def _digest_of(written: Mapping[str, Path]) -> str:
-    """Return a digest of files: JSON but for what changes with the use of a tokenizer."""
+    """Return a digest of files; entries of JSON files that vary with use are left out."""
     digest = hashlib.blake2b()
     for name, path in written.items():
         digest.update(name.encode())
         if name.endswith(".json"):
-            document = {k: v for k, v in json.loads(path.read_text()).items() if k not in _OF_USE}
+            document = json.loads(path.read_text())
+            for key in _OF_USE:
+                document.pop(key, None)
             digest.update(json.dumps(document, sort_keys=True).encode())
             continue
         with path.open("rb") as file:
@@ -256,10 +311,10 @@ def _digest_of(written: Mapping[str, Path]) -> str:
 
 @contextmanager
 def own_modes() -> Iterator[None]:
-    """Leave outside what the caller's process and thread are in, and give it back.
+    """Use torch's default modes, and restore the caller's modes afterwards.
 
-    These are torch's number of threads, the precision of products
-    (``torch.set_float32_matmul_precision``), a default device, `no_grad`, `inference_mode` and
+    The number of threads is only restored. The others are the precision of products
+    (``torch.set_float32_matmul_precision``), the default device, `no_grad`, `inference_mode` and
     `autocast`.
     """
     backends: Any = torch.backends

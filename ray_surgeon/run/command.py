@@ -1,4 +1,4 @@
-"""What the command line does once it runs a job; see `pipeline`, which imports it only then."""
+"""The part of the command line that runs a job; `pipeline` imports it only if it is needed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,13 @@ from rich.console import Console
 from ray_surgeon.checkpointing.run_directory import RunDirectory, TakenOverError
 from ray_surgeon.maths.threshold import OutOfReachError
 from ray_surgeon.models.checkpoint import BadWeightsError
-from ray_surgeon.plan.device_resources import DEVICES, Device, Room, named_device, resources_here
+from ray_surgeon.plan.device_resources import (
+    DEVICES,
+    Device,
+    Room,
+    named_device,
+    resources_here,
+)
 from ray_surgeon.plan.plan import DoesNotFitError, plan_table
 from ray_surgeon.preparation.inputs import Inputs, check
 from ray_surgeon.preparation.reading import as_input_error
@@ -33,7 +39,7 @@ from ray_surgeon.storage import files
 
 _MAX_SPEC_BYTES = 2**20
 _LARGE = 2.0**40
-"""Bytes of memory and disk of a node of Kubernetes, if not given."""
+"""Bytes of memory and disk of a Kubernetes node, if not given."""
 
 DONE = 0
 FAILED = 1
@@ -41,9 +47,16 @@ BAD_INPUT = 2
 INTERRUPTED = 130
 
 _REFUSED = (BadWeightsError, DoesNotFitError, OutOfReachError)
-"""What only a run can find to be wrong with its input."""
-_ENDS = (ValueError, RuntimeError, OSError, FloatingPointError, KeyboardInterrupt, SystemExit)
-"""What ends a command with words; anything else is a defect, and has a traceback."""
+"""Errors of the input that are found only during a run."""
+_ENDS = (
+    ValueError,
+    RuntimeError,
+    OSError,
+    FloatingPointError,
+    KeyboardInterrupt,
+    SystemExit,
+)
+"""Errors that end a command with a message; any other is a defect and shows a traceback."""
 
 
 def _read_spec(arguments: argparse.Namespace) -> JobSpec:
@@ -54,13 +67,19 @@ def _read_spec(arguments: argparse.Namespace) -> JobSpec:
 
 
 def _spec_text(arguments: argparse.Namespace) -> str:
-    """Return a job spec: that of a file, or the one that a recovery's arguments stand for."""
+    """Return the text of a job spec, from a file or for the arguments of a recovery."""
     uri = arguments.spec
     if "teacher" in arguments:
-        sections = {} if arguments.output is None else {"output": arguments.output}
+        sections = {}
+        if arguments.output is not None:
+            sections["output"] = arguments.output
         return json.dumps(document_of(uri, None, towards(arguments.teacher, sections)))
     with as_input_error(f"cannot read the job spec {uri}"):
-        files.check_size(uri, _MAX_SPEC_BYTES, "this is no job spec; see the files in pipelines/")
+        files.check_size(
+            uri,
+            _MAX_SPEC_BYTES,
+            "this is no job spec; see the files in pipelines/",
+        )
         return files.read_text(uri)
 
 
@@ -69,10 +88,10 @@ def perform(arguments: argparse.Namespace, words: Sequence[str], prog: str) -> i
 
     Args:
         arguments: of the command line.
-        words: the same as they were typed, for the command that goes on.
-        prog: how the command is called.
+        words: the same as they were typed, for the command that resumes the run.
+        prog: name of the command.
     """
-    # with which Ray and Kubernetes stop jobs
+    # Ray and Kubernetes stop jobs with it
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     console = new_console()
     resume_with = ""
@@ -92,13 +111,7 @@ def perform(arguments: argparse.Namespace, words: Sequence[str], prog: str) -> i
             return DONE
         result = ended_before(inputs, console.print)
         if result is None:
-            if isinstance(inputs.spec.cluster, RaySection):
-                from ray_surgeon.run.driver import connect  # Ray is imported only if it is used
-
-                where = f"running on {connect(inputs.ray)} into {inputs.spec.output.uri}"
-                console.print(where, soft_wrap=True)
-                # again, because ray.init has a handler of its own
-                signal.signal(signal.SIGTERM, signal.default_int_handler)
+            _connect(inputs, console)
             resume_with = f"continue with: {prog} {shlex.join([*words, '--resume'])}"
             with Display(console, inputs.spec.name) as display:
                 result = run(inputs, display, disconnects=True)
@@ -108,20 +121,36 @@ def perform(arguments: argparse.Namespace, words: Sequence[str], prog: str) -> i
     return DONE
 
 
+def _connect(inputs: Inputs, console: Console) -> None:
+    """Connect to Ray, if the job runs there."""
+    if not isinstance(inputs.spec.cluster, RaySection):
+        return
+    from ray_surgeon.run.driver import connect  # Ray is imported only if it is used
+
+    where = f"running on {connect(inputs.ray)} into {inputs.spec.output.uri}"
+    console.print(where, soft_wrap=True)
+    # again, because ray.init installs another handler
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+
 def _planned_for(arguments: argparse.Namespace, inputs: Inputs) -> tuple[Room, Device]:
-    """Return what a worker has, as the command line says it, or else as it is here."""
+    """Return a worker's room and device, from the command line or else from this machine."""
     section = inputs.spec.cluster
-    this_machine = resources_here(torch.device("cpu"), inputs.spec.memory.scratch).room
-    wants_gpu = section.gpus_per_worker or arguments.device_memory
-    name = arguments.device or section.device_speed or ("h100" if wants_gpu else "cpu")
+    name = arguments.device or section.device_speed
+    if not name:
+        wants_gpu = section.gpus_per_worker or arguments.device_memory
+        name = "h100" if wants_gpu else "cpu"
     if arguments.device is not None and name not in DEVICES:
         raise ValueError(f"--device: {name} is none of {', '.join(sorted(DEVICES))}")
     device = named_device(name, section.cpus_per_worker)
-    together = max(1, min(section.num_workers, arguments.workers_per_machine or 8))
-    host = (arguments.host_memory or this_machine.host) / together
-    disk = (arguments.disk or this_machine.disk) / together
-    if arguments.kubernetes:  # a pod is made as large as the job wants it
-        host, disk = arguments.host_memory or _LARGE, arguments.disk or _LARGE
+    if arguments.kubernetes:  # a pod is made as large as the job needs it
+        host = arguments.host_memory or _LARGE
+        disk = arguments.disk or _LARGE
+    else:
+        here = resources_here(torch.device("cpu"), inputs.spec.memory.scratch).room
+        together = min(section.num_workers, arguments.workers_per_machine or 8)
+        host = (arguments.host_memory or here.host) / max(1, together)
+        disk = (arguments.disk or here.disk) / max(1, together)
     if not device.memory_bytes:
         return Room(host, host, disk, device_is_host=True), device
     memory = arguments.device_memory or device.memory_bytes
@@ -129,23 +158,26 @@ def _planned_for(arguments: argparse.Namespace, inputs: Inputs) -> tuple[Room, D
 
 
 def _end(error: BaseException, resume_with: str) -> int:
-    """Say why the command ends, and return its exit code.
+    """Print why the command ends, and return its exit code.
 
     Args:
-        error: what ended it.
-        resume_with: the command that goes on; empty where nothing has begun.
+        error: that ended it.
+        resume_with: the command that resumes the run; empty if no run has begun.
     """
     console = Console(stderr=True)
     if isinstance(error, SystemExit) and error.code != signal.SIGTERM:
-        raise error  # Ray makes an exit of SIGTERM while it starts, and of nothing else
+        raise error  # Ray turns SIGTERM into an exit while it starts, and nothing else
     if isinstance(error, KeyboardInterrupt | SystemExit):
         if resume_with:
             console.print(f"interrupted; {resume_with}", markup=False, soft_wrap=True)
         return INTERRUPTED
     of_input = isinstance(error, _REFUSED if resume_with else ValueError)
-    message = f"error: {error}" if of_input else f"failed: {error}"
-    if resume_with and not (of_input or isinstance(error, TakenOverError)):
-        message += f"\n{resume_with}"
+    if of_input:
+        message = f"error: {error}"
+    else:
+        message = f"failed: {error}"
+        if resume_with and not isinstance(error, TakenOverError):
+            message += f"\n{resume_with}"
     console.print(message, style="red", markup=False, highlight=False, soft_wrap=True)
     return BAD_INPUT if of_input else FAILED
 
@@ -160,17 +192,18 @@ def _show(result: PruneResult, console: Console) -> None:
 
 
 def export_more(argv: Sequence[str], run_job: Callable[[Sequence[str], str], int]) -> int:
-    """Write further exports of a finished run beside those that it has.
+    """Write more exports of a finished run in addition to those that it has.
 
     Args:
-        argv: what follows the command's name.
-        run_job: runs the command line of a job.
+        argv: arguments after the command's name.
+        run_job: function that runs the command line of a job.
 
     Returns:
         The exit code.
     """
     prog = "ray-surgeon export"
-    parser = argparse.ArgumentParser(prog, description="Write further exports of a finished run.")
+    description = "Write further exports of a finished run."
+    parser = argparse.ArgumentParser(prog, description=description)
     parser.add_argument("run", help="run directory, on any fsspec URI")
     parser.add_argument("--exports", required=True, help="kinds, as uniform,gguf")
     parser.add_argument("--size", type=float, help="of pruning.sizes; all of them if not given")
@@ -181,14 +214,28 @@ def export_more(argv: Sequence[str], run_job: Callable[[Sequence[str], str], int
             before = directory.report()
     except ValueError as error:
         return _end(error, "")
-    output: dict[str, Any] = {"exports": arguments.exports.split(","), "quantize": None}
-    output["sizes"] = None if arguments.size is None else [arguments.size]
-    changes = [f"--set=output.{name}={json.dumps(value)}" for name, value in output.items()]
+    output: dict[str, Any] = {
+        "exports": arguments.exports.split(","),
+        "quantize": None,
+        "sizes": None,
+    }
+    if arguments.size is not None:
+        output["sizes"] = [arguments.size]
+    changes = []
+    for name, value in output.items():
+        changes.append(f"--set=output.{name}={json.dumps(value)}")
     try:
         return run_job([directory.path("spec.yaml"), "--resume", *changes, *rest], prog)
-    finally:  # the report of the whole run, with what there is now
-        now = directory.report()
-        places = {export["uri"] for export in now["exports"]}
-        kept = [export for export in before["exports"] if export["uri"] not in places]
-        directory.write_report(now | {"spec": before["spec"], "exports": kept + now["exports"]})
-        LivePage(directory).draw(directory.report(), final=True)
+    finally:
+        _keep_earlier_exports(directory, before)
+
+
+def _keep_earlier_exports(directory: RunDirectory, before: dict[str, Any]) -> None:
+    """Add the spec and the exports of an earlier report to the report of a run."""
+    now = directory.report()
+    places = {export["uri"] for export in now["exports"]}
+    kept = [export for export in before["exports"] if export["uri"] not in places]
+    now["spec"] = before["spec"]
+    now["exports"] = kept + now["exports"]
+    directory.write_report(now)
+    LivePage(directory).draw(directory.report(), final=True)

@@ -1,4 +1,4 @@
-"""A run on Ray: the coordinator as an actor, polled by the driver, retries after losses."""
+"""A run on Ray: the driver polls the coordinator, which is an actor, and retries after losses."""
 
 from __future__ import annotations
 
@@ -29,31 +29,42 @@ from ray_surgeon.spec.base import refusing
 from ray_surgeon.spec.sections import RaySection
 
 _Failure = WorkerFailureError | None
-_LOSSES: tuple[type[RayError], ...] = (ObjectLostError, OutOfMemoryError)
-_LOSSES += (ray.exceptions.RayActorError, ray.exceptions.WorkerCrashedError)
-"""What Ray raises where the coordinator itself is lost."""
-_TOLD = (FloatingPointError, ValueError, OSError, CollapseError, TakenOverError, NoRoomError)
-"""What the work raises that says all; anything else comes with Ray's words."""
+_LOSSES: tuple[type[RayError], ...] = (
+    ObjectLostError,
+    OutOfMemoryError,
+    ray.exceptions.RayActorError,
+    ray.exceptions.WorkerCrashedError,
+)
+"""Errors that Ray raises if the coordinator itself is lost."""
+_TOLD = (
+    FloatingPointError,
+    ValueError,
+    OSError,
+    CollapseError,
+    TakenOverError,
+    NoRoomError,
+)
+"""Errors of the work whose messages suffice; any other keeps Ray's traceback."""
 _POLL_S = 0.5
 _LOST_ITS_SERVER = "(?s).*Initialization failure from server"
-"""What the cluster answers if it could not start what serves a client."""
+"""Message of the cluster if it could not start the process that serves a client."""
 _IN_VAIN = 10
-"""Preemptions in a row without a commit, or a check of a training, after which they are losses."""
+"""Consecutive preemptions without a commit or a check, from which on they count as losses."""
 _TRIES = 4
-"""Tries to connect by a Ray client.
+"""Number of tries to connect by a Ray client.
 
-Of the processes that serve clients, about one in twenty dies at its fork (Ray issue 63202).
+About one in twenty of the processes that serve clients dies at its fork (Ray issue 63202).
 """
 
 
 class Coordinator:
-    """The Ray actor that runs the shots; it holds the workers, so they end with it.
+    """The Ray actor that runs the shots; it owns the workers, so they end with it.
 
-    `news` answers while `run` runs.
+    `news` can be called while `run` runs.
     """
 
     def __init__(self) -> None:
-        """Start without events."""
+        """Initialize without events."""
         self._events: list[Event | str] = []
         self._moment: Moment | None = None
 
@@ -62,11 +73,11 @@ class Coordinator:
 
         Args:
             inputs: checked.
-            before: the loss after which this goes on, for the record.
+            before: the loss after which the run resumes, for the record.
             attempt: this try, the same after losses.
 
         Returns:
-            None at the end, or what failed.
+            None at the end, or the failure.
         """
         spec = inputs.spec
         run = RunDirectory(spec.output.uri, attempt)
@@ -86,15 +97,20 @@ class Coordinator:
             run.add_event(asdict(event))
             metrics.record(event)
         try:
-            about = inputs.layout, inputs.placement, inputs.ray
-            with closing(RayCluster(*about, self._events.append)) as cluster:
+            cluster = RayCluster(
+                inputs.layout,
+                inputs.placement,
+                inputs.ray,
+                self._events.append,
+            )
+            with closing(cluster):
                 run_job(inputs, cluster, run, listen)
         except WorkerFailureError as error:
             return error
         return None
 
     def news(self, seen: int) -> tuple[list[Event | str], Moment | None]:
-        """Return events and lines after the first `seen` ones, and the present step's progress."""
+        """Return events and lines after the first `seen` ones, and the current step's progress."""
         return self._events[seen:], self._moment
 
 
@@ -104,13 +120,14 @@ def run_on_ray(inputs: Inputs, display: Display, *, disconnects: bool) -> None:
     Args:
         inputs: checked.
         display: shows events.
-        disconnects: whether to leave the cluster afterwards even if this process belonged to it
-            before; a Ray that was started on this machine ends then.
+        disconnects: whether to disconnect afterwards even if this process was connected before; a
+            Ray that was started on this machine ends then.
 
     Raises:
         ValueError: there is no cluster at the address.
-        RuntimeError: losses of one cause are more than the job spec allows, or Ray itself fails.
-        Exception: what the work raised, unwrapped from Ray's task errors.
+        RuntimeError: there were more losses of one cause than the job spec allows, or Ray itself
+            failed.
+        Exception: the error of the work, unwrapped from Ray's task errors.
     """
     if not ray.is_initialized():
         display.note(f"running on {connect(inputs.ray)}")
@@ -127,25 +144,35 @@ def run_on_ray(inputs: Inputs, display: Display, *, disconnects: bool) -> None:
 def _run_with_retries(inputs: Inputs, display: Display) -> None:
     section = inputs.ray
     if len(nodes_alive()) > 1 and "://" not in inputs.spec.output.uri:
-        needed = f"{inputs.spec.output.uri} must be a folder that they share"
-        display.note(f"note: the cluster has several machines; {needed}")
+        display.note(
+            "note: the cluster has several machines; "
+            f"{inputs.spec.output.uri} must be a folder that they share"
+        )
     left = section.retries.model_dump()
     attempt = Attempt()
     failure: _Failure = None
     seen = Counter[str]()  # events by their steps
-    came_to = num_in_vain = 0
+    progress_before = 0
+    num_in_vain = 0
     while (failure := _try(inputs, failure, attempt, display, seen)) is not None:
         cause = failure.cause
-        num_in_vain = num_in_vain + 1 if came_to == seen["commit"] + seen[CHECK] else 0
-        came_to = seen["commit"] + seen[CHECK]
+        progress = seen["commit"] + seen[CHECK]
+        if progress == progress_before:
+            num_in_vain += 1
+        else:
+            num_in_vain = 0
+        progress_before = progress
         if cause == "preemption" and num_in_vain < _IN_VAIN:  # not a defect, so not counted
             display.note(f"{failure}; continuing from the last commit")
             continue
-        cause = "node" if cause == "preemption" else cause
+        if cause == "preemption":
+            cause = "node"
         if not left[cause]:
-            allowed = f"cluster.retries.{cause} allows {getattr(section.retries, cause)}"
-            remedy = f"Look for the reason in Ray's logs, or raise cluster.retries.{cause}"
-            raise RuntimeError(f"{failure}. {allowed}; committed shots are kept. {remedy}")
+            raise RuntimeError(
+                f"{failure}. cluster.retries.{cause} allows "
+                f"{getattr(section.retries, cause)}; committed shots are kept. Look for "
+                f"the reason in Ray's logs, or raise cluster.retries.{cause}"
+            )
         left[cause] -= 1
         retries = f"{left[cause]} such retries left"
         display.note(f"{failure}; continuing from the last commit, {retries}")
@@ -155,98 +182,135 @@ def connect(section: RaySection) -> str:
     """Connect this process to Ray, starting one on this machine if none is named.
 
     Args:
-        section: of the job spec. If it has no address, ``RAY_ADDRESS`` is used. A local Ray has a
-            logical CPU for each of the workers', at least; more workers than cores take turns.
+        section: of the job spec. If it has no address, ``RAY_ADDRESS`` is used. A local Ray has at
+            least as many logical CPUs as the workers need; more workers than cores take turns.
 
     Returns:
-        What it is connected to, for the log.
+        A description of the cluster, for the log.
 
     Raises:
         ValueError: there is no cluster at the address.
         RuntimeError: a local Ray cannot be started.
     """
-    target = section.address or os.environ.get("RAY_ADDRESS")
-    if target:
-        lost_its_server = tenacity.retry_if_exception_message(match=_LOST_ITS_SERVER)
-        stop = tenacity.stop_after_attempt(_TRIES)
-        tries = tenacity.Retrying(retry=lost_its_server, stop=stop, reraise=True)
-        remedy = "start it, check RAY_AUTH_MODE and RAY_AUTH_TOKEN, or leave the address out"
-        kinds = (ConnectionError, TimeoutError)
-        with refusing(f"cluster.address: cannot reach Ray at {target!r}", remedy, kinds):
-            tries(ray.init, address=target, log_to_driver=False)
-        return target
+    address = section.address or os.environ.get("RAY_ADDRESS")
+    if address:
+        _connect_to(address)
+        return address
     num_cpus = max(available_cpus(), section.num_workers * section.cpus_per_worker)
-    quiet: dict[str, Any] = {"log_to_driver": False, "configure_logging": False}
-    # its warning
-    logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel("ERROR")
+    # the warning that there is no token
+    logger = logging.getLogger("ray._private.authentication.authentication_token_setup")
+    logger.setLevel("ERROR")
     try:
-        ray.init(address="local", num_cpus=num_cpus, include_dashboard=False, **quiet)
+        ray.init(
+            address="local",
+            num_cpus=num_cpus,
+            include_dashboard=False,
+            log_to_driver=False,
+            configure_logging=False,
+        )
     except OSError as error:
-        needs = f"a writable home ({os.path.expanduser('~')}) and temporary folder"
-        raise RuntimeError(f"cannot start a local Ray: {error}; it needs {needs}") from error
+        raise RuntimeError(
+            f"cannot start a local Ray: {error}; it needs a writable home "
+            f"({os.path.expanduser('~')}) and temporary folder"
+        ) from error
     return f"a local Ray with {num_cpus} CPUs"
 
 
-def unwrapped(error: BaseException) -> BaseException:
-    """Return what the work raised, unwrapped from Ray's task errors.
+def _connect_to(address: str) -> None:
+    """Connect this process to a cluster, with several tries if the client's server is lost."""
+    retrying = tenacity.Retrying(
+        retry=tenacity.retry_if_exception_message(match=_LOST_ITS_SERVER),
+        stop=tenacity.stop_after_attempt(_TRIES),
+        reraise=True,
+    )
+    remedy = "start it, check RAY_AUTH_MODE and RAY_AUTH_TOKEN, or leave the address out"
+    kinds = (ConnectionError, TimeoutError)
+    with refusing(f"cluster.address: cannot reach Ray at {address!r}", remedy, kinds):
+        retrying(ray.init, address=address, log_to_driver=False)
 
-    What may be a defect of ours keeps its traceback.
+
+def unwrapped(error: BaseException) -> BaseException:
+    """Return the error of the work, unwrapped from Ray's task errors.
+
+    An error that may be a defect of this program keeps its traceback.
     """
     cause = error
     while isinstance(cause, RayTaskError):
         cause = cause.cause
-    return cause if isinstance(cause, _TOLD) else RuntimeError(str(error))
+    if isinstance(cause, _TOLD):
+        return cause
+    return RuntimeError(str(error))
 
 
 def _start_coordinator() -> Any:
     node = ray.get_runtime_context().get_node_id()
-    # beside this process, so that it is not lost with a machine of workers. Not soft: Ray 2.60
-    # takes a soft affinity of an actor without CPUs for none at times
-    beside = NodeAffinitySchedulingStrategy(node, soft=False)
-    threads = {"OMP_NUM_THREADS": str(available_cpus())}  # of its container, not of the machine
-    environment = {"env_vars": {"OMP_WAIT_POLICY": "PASSIVE"} | threads}
+    # on this process's node, so that it is not lost with a machine of workers. Not soft: Ray 2.60
+    # sometimes ignores a soft affinity of an actor without CPUs
+    affinity = NodeAffinitySchedulingStrategy(node, soft=False)
+    variables = {
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "OMP_NUM_THREADS": str(available_cpus()),  # of its container, not of the machine
+    }
     actor_class = ray.remote(num_cpus=0, max_restarts=0, max_task_retries=0)(Coordinator)
-    options = {"max_concurrency": 2, "runtime_env": environment, "scheduling_strategy": beside}
-    return actor_class.options(**options).remote()
+    options = actor_class.options(
+        max_concurrency=2,
+        runtime_env={"env_vars": variables},
+        scheduling_strategy=affinity,
+    )
+    return options.remote()
 
 
 def _try(
-    inputs: Inputs, before: _Failure, attempt: Attempt, show: Display, counts: Counter[str]
+    inputs: Inputs,
+    before: _Failure,
+    attempt: Attempt,
+    display: Display,
+    counts: Counter[str],
 ) -> _Failure:
-    """Run a coordinator to its end, count its events, and return what failed, if anything."""
+    """Run a coordinator to its end, count its events, and return the failure, if any."""
     section = inputs.ray
     coordinator = _start_coordinator()
-    patience_s = section.start_timeout_s
-    seen = 0
-    running = True
-    silence = f"not started within {patience_s:g} s; raise cluster.start_timeout_s"
+    timeout_s = section.start_timeout_s
+    silence = f"not started within {timeout_s:g} s; raise cluster.start_timeout_s"
     try:
-        ray.get(coordinator.news.remote(0), timeout=patience_s)
-        patience_s = section.ping_timeout_s
-        silence = f"not answered for {patience_s:g} s"
+        ray.get(coordinator.news.remote(0), timeout=timeout_s)
+        timeout_s = section.ping_timeout_s
+        silence = f"not answered for {timeout_s:g} s"
         run = coordinator.run.remote(inputs, before, attempt)
+        seen = 0
+        running = True
         while running:
             done, _ = ray.wait([run], timeout=_POLL_S)
             running = not done
-            events, moment = ray.get(coordinator.news.remote(seen), timeout=patience_s)
+            events, moment = ray.get(coordinator.news.remote(seen), timeout=timeout_s)
             seen += len(events)
-            for event in events:
-                if isinstance(event, str):
-                    show.note(event)
-                    continue
-                attempt.has_begun = True
-                counts[event.step] += 1
-                show(event)
+            _show(events, attempt, display, counts)
             if moment is not None and running:
-                show(moment)
+                display(moment)
         failure: _Failure = ray.get(run)
     except ray.exceptions.GetTimeoutError:
         return WorkerFailureError("coordinator", f"the coordinator has {silence}")
     except _LOSSES as error:
-        if isinstance(error, RayTaskError):  # the coordinator lives and reports another error
+        if isinstance(
+            error,
+            RayTaskError,
+        ):  # the coordinator lives and reports another error
             raise
         cause = "memory" if isinstance(error, OutOfMemoryError) else "coordinator"
         return WorkerFailureError(cause, error)
     finally:
         ray.kill(coordinator)
     return failure
+
+
+def _show(
+    events: list[Event | str], attempt: Attempt, display: Display, counts: Counter[str]
+) -> None:
+    """Show events and lines, and count the events."""
+    for event in events:
+        if isinstance(event, str):
+            display.note(event)
+            continue
+        attempt.has_begun = True
+        counts[event.step] += 1
+        display(event)

@@ -1,9 +1,9 @@
-"""The RayJob of KubeRay for exactly one job: as many pods as workers, as large as the plan says."""
+"""The RayJob of KubeRay for one job: one pod for each worker, sized by the plan."""
 
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from ray_surgeon.plan.plan import Plan
 from ray_surgeon.preparation.inputs import Inputs
@@ -12,34 +12,41 @@ from ray_surgeon.spec.sections import RaySection
 
 _GIB = 2**30
 _SPARE = 1.25
-"""Memory and disk of a pod, times what the plan needs."""
+"""Memory and disk of a pod relative to the plan's needs."""
 _TIMES = 4
-"""A try that takes this many times the expected time is ended."""
+"""Factor on the expected time, after which a try is ended."""
 _DETECTED = "ray.io/accelerator-type"
-"""The label that Ray finds by itself."""
+"""The label that Ray sets by itself."""
 _OF_RAY_GIB = 2
-"""What a raylet and its agents take beside workers."""
+"""Memory of a raylet and its agents, without workers."""
 
 
 class Pod(NamedTuple):
-    """What a pod gets: CPUs, GPUs, and GiB."""
+    """Resources of a pod: CPUs, GPUs, and GiB."""
 
     cpus: int
     gpus: int
-    memory: int  # with its share of /dev/shm
+    memory: int  # including its share of /dev/shm
     store: int  # of /dev/shm, for Ray's objects
-    cache: int  # of /cache: downloads, what is kept on disk, exports that are checked
+    cache: int  # of /cache: downloads, weights on disk, exports that are checked
 
 
-HEAD = Pod(4, 0, 16, 2, 100)
-WORKER = Pod(5, 0, 24, 4, 100)
-"""Of a cluster for several jobs."""
+HEAD = Pod(cpus=4, gpus=0, memory=16, store=2, cache=100)
+WORKER = Pod(cpus=5, gpus=0, memory=24, store=4, cache=100)
+"""Pods of a cluster for several jobs."""
 
 
 def ray_cluster() -> str:
-    """Return the YAML of a cluster that stays."""
-    sizes = {"head": HEAD, "worker": WORKER, "num_workers": 8, "labels": {}}
-    return rendered("rayjob.yaml.jinja", kind="RayCluster", name="ray-surgeon", **sizes)
+    """Return the YAML of a permanent cluster."""
+    return rendered(
+        "rayjob.yaml.jinja",
+        kind="RayCluster",
+        name="ray-surgeon",
+        head=HEAD,
+        worker=WORKER,
+        num_workers=8,
+        labels={},
+    )
 
 
 def ray_job(inputs: Inputs, plan: Plan) -> str:
@@ -47,46 +54,66 @@ def ray_job(inputs: Inputs, plan: Plan) -> str:
 
     Args:
         inputs: checked.
-        plan: of the job, on one worker a pod.
+        plan: of the job, with one worker in each pod.
 
     Raises:
-        ValueError: the workers are no actors of Ray.
+        ValueError: the workers are not actors of Ray.
     """
     section = inputs.spec.cluster
     if not isinstance(section, RaySection):
         raise ValueError("cluster.backend: local has no pods for workers; remove it for Kubernetes")
-    dense = inputs.layout.num_parameters * plan.workers[0].shapes.width
-    about: dict[str, Any] = {"head": _head(dense), "worker": _worker(inputs, plan, dense)}
+    dense_bytes = inputs.layout.num_parameters * plan.workers[0].shapes.width
     waits_s = math.ceil(section.start_timeout_s)
     expected_s = sum(plan.seconds.values()) * inputs.spec.schedule.shots
-    labels = section.worker_labels
-    about |= {"num_workers": section.num_workers, "waits_s": waits_s, "times": _TIMES}
-    about |= {"deadline_s": waits_s + 600 * math.ceil(_TIMES * expected_s / 600)}
-    plain = {key: x for key, x in labels.items() if x[0] != "!" and "(" not in x}
-    about["labels"] = {key: x for key, x in plain.items() if key != _DETECTED}
-    return rendered("rayjob.yaml.jinja", kind="RayJob", name="ray-surgeon", **about)
+    labels = {}
+    for key, value in section.worker_labels.items():
+        is_plain = value[0] != "!" and "(" not in value
+        if is_plain and key != _DETECTED:
+            labels[key] = value
+    return rendered(
+        "rayjob.yaml.jinja",
+        kind="RayJob",
+        name="ray-surgeon",
+        head=_head(dense_bytes),
+        worker=_worker(inputs, plan, dense_bytes),
+        num_workers=section.num_workers,
+        waits_s=waits_s,
+        times=_TIMES,
+        deadline_s=waits_s + 600 * math.ceil(_TIMES * expected_s / 600),
+        labels=labels,
+    )
 
 
-def _head(dense: float) -> Pod:
-    """Return the head: it reloads an export whole, and fetches each once more."""
-    memory = HEAD.store + _OF_RAY_GIB + _gib(1.5 * dense)
-    return HEAD._replace(memory=max(HEAD.memory, memory), cache=10 + _gib(3 * dense))
+def _head(dense_bytes: float) -> Pod:
+    """Return the pod of the head, which loads each export whole and downloads it once more."""
+    memory = HEAD.store + _OF_RAY_GIB + _gib(1.5 * dense_bytes)
+    cache = 10 + _gib(3 * dense_bytes)
+    return HEAD._replace(memory=max(HEAD.memory, memory), cache=cache)
 
 
-def _worker(inputs: Inputs, plan: Plan, dense: float) -> Pod:
-    """Return the pod of a worker: what the plan needs there, Ray, and what travels."""
+def _worker(inputs: Inputs, plan: Plan, dense_bytes: float) -> Pod:
+    """Return the pod of a worker, for the plan's needs, Ray, and messages."""
     section = inputs.spec.cluster
     shapes = plan.workers[0].shapes
     sequences = max(plan.stores.wave, plan.stores.together) * shapes.work.sequence_length
-    hidden = inputs.layout.config.hidden_size * shapes.width
-    store = max(1, _gib(8 * sequences * hidden))  # of a wave, in both directions, some at once
-    peaks = [plan.peak(step) for worker in plan.workers for step in worker.steps]
-    host = max(on_host or on_device for on_device, on_host in peaks)
-    disk = max(worker.disk_bytes for worker in plan.workers)
-    memory = store + _OF_RAY_GIB + _gib(host)
-    cache = 10 + _gib(disk + dense)
-    return Pod(section.cpus_per_worker + 1, section.gpus_per_worker, memory, store, cache)
+    hidden_bytes = inputs.layout.config.hidden_size * shapes.width
+    # for a wave, in both directions, some of them at once
+    store = max(1, _gib(8 * sequences * hidden_bytes))
+    host = 0.0
+    disk = 0.0
+    for worker in plan.workers:
+        disk = max(disk, worker.disk_bytes)
+        for step in worker.steps:
+            on_device, on_host = plan.peak(step)
+            host = max(host, on_host or on_device)
+    return Pod(
+        cpus=section.cpus_per_worker + 1,
+        gpus=section.gpus_per_worker,
+        memory=store + _OF_RAY_GIB + _gib(host),
+        store=store,
+        cache=10 + _gib(disk + dense_bytes),
+    )
 
 
-def _gib(size: float) -> int:
-    return math.ceil(_SPARE * size / _GIB)
+def _gib(size_bytes: float) -> int:
+    return math.ceil(_SPARE * size_bytes / _GIB)

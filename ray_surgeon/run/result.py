@@ -1,4 +1,4 @@
-"""Runs a job in this process, and gives what it left."""
+"""Runs a job from this process, and returns its result."""
 
 from __future__ import annotations
 
@@ -46,9 +46,9 @@ class PruneResult:
 
     @property
     def sizes(self) -> dict[float, Mapping[str, Any]]:
-        """The sizes of a family as the spec has them -> ``perplexity``, ``exports`` and more.
+        """Size of a family, as in the spec -> ``perplexity``, ``exports`` and more.
 
-        Each is the report's record of the shot that ends at the size, with its exports.
+        Each value is the report's record of the shot that ends at the size, with its exports.
         """
         return family_of(self.report)
 
@@ -86,9 +86,9 @@ class PruneResult:
         """Load the pruned model by transformers.
 
         Args:
-            kind: which export; if not given, the last one that transformers loads, quantised copies
-                left out.
-            size: of a family; the last of its sizes if not given.
+            kind: of the export; if not given, the last one that transformers can load, without
+                quantised copies.
+            size: of a family; its last size if not given.
             options: of `from_pretrained`, such as ``device_map``.
 
         Raises:
@@ -96,47 +96,68 @@ class PruneResult:
         """
         export = self._export(kind, size, for_transformers=kind is None)
         if "from_pretrained" not in export["load"]:
-            problem = f"the export {export['kind']} is not for transformers"
-            raise ValueError(f"{problem}; load another, or: {export['load']}")
-        # the code beside the weights is ours, written by the run
+            raise ValueError(
+                f"the export {export['kind']} is not for transformers; load another, or: "
+                f"{export['load']}"
+            )
+        # the code beside the weights was written by the run
         trusted = "trust_remote_code=True" in export["load"]
-        options = {"dtype": "auto", "trust_remote_code": trusted} | options
+        options = {"dtype": "auto", "trust_remote_code": trusted, **options}
         with local_folder(str(export["uri"])) as (folder, _):
-            model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, **options)
+            model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+                folder,
+                **options,
+            )
         return model
 
     def _export(
-        self, kind: str | None, size: float | None = None, *, for_transformers: bool = False
+        self,
+        kind: str | None,
+        size: float | None = None,
+        *,
+        for_transformers: bool = False,
     ) -> Mapping[str, Any]:
-        """Return an export of a kind and size, or the last of those that the spec names."""
-        wanted = next(reversed(self.sizes), None) if size is None else size
-        everything: list[Mapping[str, Any]] = self.report["exports"]
-        written = [export for export in everything if export.get("size") == wanted]
-        kinds = self.report["spec"]["output"]["exports"] if kind is None else [kind]
-        exports = [export for export in written if export["kind"] in kinds]
-        if for_transformers:
-            exports = [export for export in exports if "from_pretrained" in export["load"]]
+        """Return the last export of a kind and size.
+
+        Without a kind, it is one of those that the spec names; without a size, of the last size.
+        """
+        wanted = size
+        if wanted is None:
+            wanted = next(reversed(self.sizes), None)
+        kinds = [kind]
+        if kind is None:
+            kinds = self.report["spec"]["output"]["exports"]
+        kinds_of_size = []
+        exports: list[Mapping[str, Any]] = []
+        for export in self.report["exports"]:
+            if export.get("size") != wanted:
+                continue
+            kinds_of_size.append(export["kind"])
+            is_loadable = "from_pretrained" in export["load"] or not for_transformers
+            if export["kind"] in kinds and is_loadable:
+                exports.append(export)
         if not exports:
-            kinds = [export["kind"] for export in written]
             of_size = "" if size is None else f" of size {size:g}"
-            problem = f"the run {self.uri} has no export {kind or 'for this'}{of_size}"
-            raise ValueError(f"{problem}; it has {kinds}; name one in output.exports")
+            raise ValueError(
+                f"the run {self.uri} has no export {kind or 'for this'}{of_size}; it has "
+                f"{kinds_of_size}; name one in output.exports"
+            )
         return exports[-1]
 
 
 def ended_before(inputs: Inputs, say: Callable[[str], None]) -> PruneResult | None:
-    """Return the run of these very inputs if it has ended, with its exports.
-
-    Nothing is to be done then.
-    """
+    """Return the run with the same inputs if it has ended and its exports are there."""
     directory = RunDirectory(inputs.spec.output.uri)
     has_ended = False
-    # the report may be not there, or damaged
+    # the report may be missing or damaged
     with suppress(FileNotFoundError, ValueError, KeyError, TypeError):
         report = directory.report()
-        is_same = report["spec"] == inputs.spec.model_dump(mode="json") and is_complete(report)
-        has_shots = len(directory.committed_indices()) == len(report["shots"])
-        has_ended = is_same and has_shots and all(map(has_its_files, report["exports"]))
+        has_ended = (
+            report["spec"] == inputs.spec.model_dump(mode="json")
+            and is_complete(report)
+            and len(directory.committed_indices()) == len(report["shots"])
+            and all(map(has_its_files, report["exports"]))
+        )
     if not has_ended:
         return None
     say("this run has ended before, and its exports are there; nothing is done again")
@@ -161,7 +182,9 @@ def run(inputs: Inputs, display: Display, *, disconnects: bool = False) -> Prune
 
             driver.run_on_ray(inputs, display, disconnects=disconnects)
         else:
-            machine = (section.cpus_per_worker, section.device)
-            with closing(LocalCluster(inputs.layout, inputs.placement, *machine)) as cluster:
+            cluster = LocalCluster(
+                inputs.layout, inputs.placement, section.cpus_per_worker, section.device
+            )
+            with closing(cluster):
                 run_job(inputs, cluster, directory, display)
     return PruneResult(directory.uri, directory.report())
