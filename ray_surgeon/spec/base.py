@@ -14,9 +14,9 @@ from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag
 Errors = type[Exception] | tuple[type[Exception], ...]
 
 REASON = "{reason}"
-"""Placeholder in a message for the text of an error, see `refusing`."""
+"""Placeholder for the text of an error in a message; see `refusing`."""
 _LONGEST_REASON = 500
-"""The most characters of an error's text in a message."""
+"""Maximum number of characters of an error's text in a message."""
 
 
 @contextlib.contextmanager
@@ -24,17 +24,22 @@ def refusing(what: str, remedy: str, kinds: Errors = OSError) -> Iterator[None]:
     """Turn an error into a ValueError for the user.
 
     Args:
-        what: says which thing cannot be used, and where; may hold `REASON` where the text of the
-            error belongs, which is otherwise added at the end.
+        what: the problem: which input cannot be used, and where it is. The text of the error is
+            inserted at `REASON`, or appended if `what` does not contain it.
         remedy: advice for the user.
-        kinds: of errors.
+        kinds: types of the errors to turn.
+
+    Raises:
+        ValueError: the block raised such an error.
     """
     try:
         yield
     except kinds as error:
-        said = what if REASON in what else f"{what}: {REASON}"
+        problem = what
+        if REASON not in what:
+            problem = f"{what}: {REASON}"
         reason = " ".join(str(error).split())[:_LONGEST_REASON] or type(error).__name__
-        raise ValueError(f"{said}; {remedy}".replace(REASON, reason)) from error
+        raise ValueError(f"{problem}; {remedy}".replace(REASON, reason)) from error
 
 
 Positive = Annotated[int, Field(gt=0)]
@@ -55,7 +60,7 @@ def local_path(value: Any) -> Any:
     """Return a path object as text, and any other value unchanged.
 
     Raises:
-        ValueError: the path was a URI, whose two slashes a Path turns into one.
+        ValueError: the path was made of a URI, whose two slashes `pathlib` turns into one.
     """
     if not isinstance(value, os.PathLike):
         return value
@@ -80,7 +85,7 @@ def absolute(uri: str) -> str:
 
 _Text = Annotated[str, Field(min_length=1)]
 Address = Annotated[_Text, BeforeValidator(local_path), AfterValidator(_without_secrets)]
-"""A path, URI or Hub id, shown in the run's records."""
+"""A path, URI or Hub id; it is shown in the run's records, so it must not hold credentials."""
 Place = Annotated[Address, AfterValidator(absolute)]
 """A path or URI; a local path becomes absolute."""
 
@@ -98,13 +103,14 @@ class Section(pydantic.BaseModel):
         hide_input_in_errors=True,
         use_attribute_docstrings=True,
     )
-    is_checked: ClassVar[bool] = False  # whether its stage measures itself on windows held aside
+    # whether the stage that the section configures is measured on windows held aside
+    is_checked: ClassVar[bool] = False
 
     def problems(self) -> Iterable[str]:
         """Yield conflicts between fields that are valid by themselves.
 
-        Each is a sentence with the remedy. The first becomes the section's error; those of base
-        classes are found first, so that a class need not yield them again.
+        Each conflict is a sentence with the remedy. The first one becomes the section's error.
+        Conflicts of base classes are found first, so a subclass need not yield them again.
         """
         return ()
 
@@ -117,7 +123,7 @@ class Section(pydantic.BaseModel):
 
 
 def tag(name: str) -> str:
-    """Return a tag of a union; the angle brackets keep it apart from names of fields in errors."""
+    """Return a tag of a union, in angle brackets to distinguish it from field names in errors."""
     return f"<{name}>"
 
 
@@ -126,12 +132,14 @@ def by_tag(tag_of: Callable[[Any], str | None], expected: str) -> Discriminator:
 
     Args:
         tag_of: takes a function (field, default) -> value, and returns the tag's name, or None if
-            there is no such section.
-        expected: what the fields may be, for the error.
+            no section of the union fits.
+        expected: the allowed fields, for the error.
     """
 
     def find(value: Any) -> str | None:
-        fields = vars(value) if isinstance(value, Section) else value
+        fields = value
+        if isinstance(value, Section):
+            fields = vars(value)
         if not isinstance(fields, dict):
             return None
         return tag(str(tag_of(fields.get)))
@@ -144,4 +152,4 @@ OrAuto = Annotated[
     Annotated[_S, Tag(tag("section"))] | Annotated[Literal["auto"], Tag(tag("auto"))],
     Discriminator(lambda value: tag("auto") if isinstance(value, str) else tag("section")),
 ]
-"""A section or the word auto; errors refer to the one that was given."""
+"""A section or the word auto; errors mention only the alternative that was given."""

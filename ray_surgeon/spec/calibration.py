@@ -11,13 +11,9 @@ from ray_surgeon.spec.base import Address
 from ray_surgeon.spec.texts import SourceSection, TextSection, WritingSection
 
 _READING = SourceSection.model_fields.keys() - {"source", "seed"}
+"""Fields of texts that are read."""
 _WRITING = WritingSection.model_fields.keys()
-_MISPLACED = {
-    "auto": (_READING | _WRITING | {"weight", "mix"}, "{} cannot be given to auto; remove it"),
-    "self": (_READING, "{} belongs to a text that is read, and the model writes this one"),
-    "text": (_WRITING, "{} belongs to text that the model writes; set source to self"),
-}
-"""Source -> fields that it has not, and what is said of them."""
+"""Fields of texts that the model writes."""
 
 
 class MixedSection(SourceSection, WritingSection):
@@ -33,15 +29,26 @@ class MixedSection(SourceSection, WritingSection):
 
     @property
     def is_written(self) -> bool:
-        """Whether the model writes it."""
+        """Whether the model writes the text."""
         return self.source == "self"
 
     def problems(self) -> Iterator[str]:
         """Yield fields that do not fit the source."""
-        misplaced, problem = _MISPLACED.get(self.source, _MISPLACED["text"])
-        changed = self.model_dump(exclude_defaults=True)
-        if names := [name for name in changed if name in misplaced]:
-            yield problem.format(", ".join(names))
+        if self.source == "auto":
+            misplaced = _READING | _WRITING | {"weight", "mix"}
+            problem = "cannot be given to auto; remove it"
+        elif self.source == "self":
+            misplaced = _READING
+            problem = "belongs to a text that is read, and the model writes this one"
+        else:
+            misplaced = set(_WRITING)
+            problem = "belongs to text that the model writes; set source to self"
+        names = []
+        for name in self.model_dump(exclude_defaults=True):
+            if name in misplaced:
+                names.append(name)
+        if names:
+            yield f"{', '.join(names)} {problem}"
 
 
 class CalibrationSection(MixedSection, TextSection):
@@ -70,54 +77,72 @@ class CalibrationSection(MixedSection, TextSection):
 
     @property
     def shares(self) -> list[tuple[MixedSection, int]]:
-        """Each text with its number of windows, which add up to num_sequences."""
+        """Pairs of a text and its number of windows; the numbers add up to num_sequences."""
         texts = (self, *self.mix)
-        return list(zip(texts, _split(self.num_sequences, [t.weight for t in texts]), strict=True))
+        counts = _split(self.num_sequences, [text.weight for text in texts])
+        return list(zip(texts, counts, strict=True))
 
     def check_border(self, measured: SourceSection, where: str) -> None:
-        """Refuse a text that the calibration cuts into train and test at another place.
+        """Refuse an evaluation text that the calibration cuts at another place.
+
+        Args:
+            measured: a text on which the model is evaluated.
+            where: place of that text in the spec, for the error.
 
         Raises:
-            ValueError: the calibration reads more or less of the same text; `where` is the measured
-                one's place in the spec.
+            ValueError: the calibration reads more or less of the same text, so that the border
+                between train and test differs.
         """
-        source = measured.source
-        texts = (text.starts if text.is_written else text for text in (self, *self.mix))
-        cuts = {text.max_tokens for text in texts if text and text.source == source}
         # train and test of python-code are different files, however much is read
-        if source != "python-code" and cuts - {measured.max_tokens}:
-            why = ", or the border between train and test moves"
-            raise ValueError(f"{where}.max_tokens: must equal that of {source} in calibration{why}")
+        if measured.source == "python-code":
+            return
+        for text in (self, *self.mix):
+            read: SourceSection | None = text
+            if text.is_written:
+                read = text.starts
+            if read is None or read.source != measured.source:
+                continue
+            if read.max_tokens != measured.max_tokens:
+                raise ValueError(
+                    f"{where}.max_tokens: must equal that of {measured.source} in calibration, or "
+                    "the border between train and test moves"
+                )
 
     def problems(self) -> Iterator[str]:
-        """Yield texts that do not fit each other."""
-        total = self.num_sequences
-        windows = list[dict[str, Any]]()
+        """Yield conflicts between the texts."""
+        earlier: list[dict[str, Any]] = []
         for number, (text, count) in enumerate(self.shares):
-            where = f"mix.{number - 1}: " if number else ""
-            if not count:
-                yield f"mix: the share of {text.source} in {total} sequences is none; raise weight"
+            where = ""
+            if number > 0:
+                where = f"mix.{number - 1}: "
+            if count == 0:
+                yield (
+                    f"mix: the share of {text.source} in {self.num_sequences} sequences is none; "
+                    "raise weight"
+                )
             if text.is_written:
                 yield from text.problems_of_lengths(self.sequence_length, where)
             fields = text.model_dump(include=MixedSection.model_fields.keys() - {"weight"})
-            if fields in windows:
+            if fields in earlier:
                 yield f"{where}windows of {text.source} are in the calibration; raise their weight"
-            windows.append(fields)
+            earlier.append(fields)
         if not self.mix and self.weight != 1.0:
             yield "weight has no effect without mix; remove it"
-        has_answers = any(text.is_written and text.has_answers for text in (self, *self.mix))
-        if self.weigh == "answers" and not has_answers and self.source != "auto":
+        if self.weigh == "answers" and self.source != "auto" and not self._has_answers():
             yield "weigh: no text of the calibration has any answers; add one with chat or prompts"
+
+    def _has_answers(self) -> bool:
+        return any(text.is_written and text.has_answers for text in (self, *self.mix))
 
 
 def _split(total: int, weights: Sequence[float]) -> list[int]:
-    """Return numbers in proportion to weights that add up to `total`.
+    """Return whole numbers in proportion to the weights, which add up to `total`.
 
-    Exact shares are rounded down, the largest rests up.
+    Exact shares are rounded down; those with the largest remainders are then rounded up.
     """
     exact = [total * weight / (sum(weights) or 1.0) for weight in weights]
     counts = [int(share) for share in exact]
-    rests = sorted(range(len(exact)), key=lambda i: (counts[i] - exact[i], i))
-    for i in rests[: total - sum(counts)]:
+    by_remainder = sorted(range(len(exact)), key=lambda i: (counts[i] - exact[i], i))
+    for i in by_remainder[: total - sum(counts)]:
         counts[i] += 1
     return counts

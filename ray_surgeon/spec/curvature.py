@@ -21,28 +21,33 @@ class DampingSection(Section):
 
 
 class _Curvature(Section):
-    gathers: ClassVar[Literal["both", "A"]] = "both"  # factors of a pass over the text
-    is_of_loss: ClassVar[bool] = False  # costs are in nats, because G is of the loss's gradients
+    gathers: ClassVar[Literal["both", "A"]] = "both"  # factors that a pass over the text gathers
+    is_of_loss: ClassVar[bool] = False  # whether G is of the loss's gradients, so costs are in nats
 
     @property
     def as_damping(self) -> Damping:
-        """The damping as the mathematics takes it."""
+        """The damping in the form that `ray_surgeon.maths` takes."""
         return Damping(0.0, 0.0, 1.0)
 
     @property
     def chooses_damping(self) -> bool:
-        """Whether the damping is chosen by windows held aside."""
+        """Whether the damping is chosen on windows held aside."""
         return getattr(self, "damping", None) == "auto"
 
     @property
     def sequences_backward(self) -> int | None:
-        """How many sequences pass backward, too; None if that is not limited."""
+        """Number of sequences with a backward pass; None if all have one."""
         return getattr(self, "num_backward", None)
 
     def label_seed(self, shot: int, num_sequences: int) -> int | None:
-        """Return the seed of labels drawn from the model in a shot.
+        """Return the seed of the labels that are drawn from the model in a shot.
 
-        None if the labels are the data's, or not needed.
+        Args:
+            shot: number of the shot.
+            num_sequences: sequences of the calibration.
+
+        Returns:
+            The seed, or None if the labels are the data's or not needed.
         """
         return None
 
@@ -59,15 +64,22 @@ class _Damped(_Curvature):
 
     @property
     def as_damping(self) -> Damping:
-        """The damping as the mathematics takes it; the default where it is chosen later."""
-        damping = DampingSection() if self.damping == "auto" else self.damping
-        return Damping(damping.a, 0.0 if self.gathers == "A" else damping.g, self.max_damping)
+        """The damping in the form that `ray_surgeon.maths` takes; the default if it is auto."""
+        damping = DampingSection()
+        if self.damping != "auto":
+            damping = self.damping
+        damping_g = damping.g
+        if self.gathers == "A":
+            damping_g = 0.0
+        return Damping(damping.a, damping_g, self.max_damping)
 
     def problems(self) -> Iterator[str]:
-        """Yield what fields have against each other."""
+        """Yield conflicts between fields."""
         if self.damping != "auto" and self.max_damping < max(self.damping.a, self.damping.g):
-            damping = f"{self.damping.a:g}/{self.damping.g:g}"
-            yield f"max_damping {self.max_damping:g} is below damping {damping}; raise it"
+            yield (
+                f"max_damping {self.max_damping:g} is below damping "
+                f"{self.damping.a:g}/{self.damping.g:g}; raise it"
+            )
 
 
 class _Fisher(_Damped):
@@ -79,14 +91,21 @@ class _Fisher(_Damped):
     """Seed of the labels of the sampled Fisher"""
 
     def label_seed(self, shot: int, num_sequences: int) -> int | None:
-        """Return the seed of labels drawn from the model in a shot.
+        """Return the seed of the labels that are drawn from the model in a shot.
 
-        None if the labels are the data's.
+        Args:
+            shot: number of the shot.
+            num_sequences: sequences of the calibration, each of which has a seed.
+
+        Returns:
+            The seed, or None if the labels are the data's.
         """
-        return self.seed + shot * num_sequences if self.fisher == "sampled" else None
+        if self.fisher == "empirical":
+            return None
+        return self.seed + shot * num_sequences
 
     def problems(self) -> Iterator[str]:
-        """Yield what fields have against each other."""
+        """Yield conflicts between fields."""
         if self.seed and self.fisher == "empirical":
             yield "seed draws labels of the sampled Fisher, and this is the empirical; remove it"
 
@@ -130,7 +149,7 @@ class ActivationsSection(_Damped):
     """A of every linear, and G = I"""
 
     def problems(self) -> Iterator[str]:
-        """Yield what fields have against each other."""
+        """Yield conflicts between fields."""
         if self.damping != "auto" and self.damping.g != DampingSection().g:
             yield "damping.g has no effect, because G is the identity; remove it"
 

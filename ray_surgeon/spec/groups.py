@@ -8,14 +8,15 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field
 
 from ray_surgeon.maths.threshold import OutOfReachError
-from ray_surgeon.models.layout import ModelLayout
+from ray_surgeon.models.layers import LAYER_KINDS
+from ray_surgeon.models.layout import FEED_FORWARD_OF_ALL, ModelLayout
 from ray_surgeon.models.width_limits import WidthLimits
 from ray_surgeon.spec.base import Positive
 from ray_surgeon.spec.curvature import AnyCurvature
-from ray_surgeon.spec.depth import Deepened
-from ray_surgeon.spec.reconstruction import Reconstructed
+from ray_surgeon.spec.depth import DepthSection
+from ray_surgeon.spec.reconstruction import ReconstructionSection
 from ray_surgeon.spec.schedule import FamilySection, ScheduleSection
-from ray_surgeon.spec.targets import FlopsTarget, TimedTarget
+from ray_surgeon.spec.targets import FlopsTarget, TargetSection, TimedTarget
 
 GroupKind = Literal[
     "ffn",
@@ -29,26 +30,23 @@ GroupKind = Literal[
 ]
 
 CHANNELS = {"ffn", "shared_experts", "expert_channels"}
-"""Kinds of groups that are channels, of which a width is left."""
-
+"""Kinds of groups that are channels of feed-forward layers."""
 
 ExpertCosts = Literal["rerouting", "reap", "frequency", "random"]
 
 
 def _default_groups(section: Mapping[str, Any]) -> tuple[GroupKind, ...]:
-    # at equal speed of decoding, heads lose more than channels
-    return ("ffn",) if isinstance(section.get("target"), TimedTarget) else ("ffn", "attention")
+    # at equal speed of decoding, removing heads harms the model more than removing channels
+    if isinstance(section.get("target"), TimedTarget):
+        return ("ffn",)
+    return ("ffn", "attention")
 
 
-class CoupledSection(Reconstructed, Deepened, FamilySection):
-    """What both ways to allocate coupled groups have."""
+class CoupledSection(FamilySection):
+    """Fields of both ways to allocate coupled groups."""
 
     uniform: ClassVar[bool] = False  # whether every block gets the same widths
 
-    structure: Literal["groups"]
-    """Coupled groups"""
-    method: Literal["llm_surgeon"] = "llm_surgeon"
-    """The LLM Surgeon: costs from the curvature, and updates"""
     groups: tuple[GroupKind, ...] = Field(default_factory=_default_groups, min_length=1)
     """Kinds of groups; ffn and attention if not given, ffn alone where target is a speed: ffn,
     channels of feed-forward layers; attention, KV groups with their query heads; in mixtures of
@@ -59,6 +57,18 @@ class CoupledSection(Reconstructed, Deepened, FamilySection):
     from OPT, GPT-2, Qwen2-MoE and a Phi-3 with longrope, whose classes hold no fewer heads, and
     from models of one KV head
     """
+    depth: DepthSection | None = None
+    """How layers are removed, before the channels and heads of the same shot, where groups names
+    blocks, attention_layers or ffn_layers; null: by the defaults
+    """
+    reconstruction: ReconstructionSection | None = None
+    """In every shot, after the update: train every feed-forward layer that lost channels to
+    reproduce its earlier outputs. Workers keep its inputs until then. null: no reconstruction
+    """
+    structure: Literal["groups"]
+    """Coupled groups"""
+    method: Literal["llm_surgeon"] = "llm_surgeon"
+    """The LLM Surgeon: costs from the curvature, and updates"""
     expert_costs: ExpertCosts = "rerouting"
     """What a whole expert costs: rerouting, the loss increase that gradients predict if its tokens
     go to the next ones; or a score of a baseline, which has no such unit: reap, weight times norm
@@ -77,96 +87,191 @@ class CoupledSection(Reconstructed, Deepened, FamilySection):
     """Fraction of the parameters of the blocks' linears to remove, biases included"""
 
     @property
+    def layer_kinds(self) -> tuple[str, ...]:
+        """Kinds of layers that may be removed whole."""
+        return tuple(kind for kind in LAYER_KINDS if kind in self.groups)
+
+    @property
+    def narrow_kinds(self) -> tuple[str, ...]:
+        """Kinds of groups that are parts of layers."""
+        return tuple(kind for kind in self.groups if kind not in LAYER_KINDS)
+
+    @property
+    def takes_curvature(self) -> bool:
+        """Whether parts of layers are pruned; the removal of whole layers takes no curvature."""
+        return bool(self.narrow_kinds)
+
+    @property
+    def checks_itself(self) -> bool:
+        """Whether windows held aside are needed, for a stage or for the choice of layers."""
+        return super().checks_itself or bool(self.layer_kinds)
+
+    @property
     def fewest_groups(self) -> dict[str, int]:
-        """Groups of each kind to prune that stay in every block; see `budgets.fewest_left`."""
-        fewest = dict.fromkeys(CHANNELS, self.multiple) | {"attention": 1}
-        return {str(kind): fewest.get(kind, 0) for kind in self.narrow_kinds}
+        """Kind of groups -> groups that stay in every block; see `budgets.fewest_left`."""
+        fewest = {}
+        for kind in self.narrow_kinds:
+            if kind in CHANNELS:
+                fewest[kind] = self.multiple
+            elif kind == "attention":
+                fewest[kind] = 1
+            else:
+                fewest[kind] = 0
+        return fewest
 
     @property
     def multiple(self) -> int:
-        """The number that widths are multiples of in the end."""
+        """The number of which final widths are multiples."""
         return self.width_multiple or 64 * self.tensor_parallel
 
     def shrinking(self, fewest: Mapping[str, int]) -> WidthLimits:
-        """Return what pruning may leave if so many groups of each kind stay."""
+        """Return the limits of the widths.
+
+        Args:
+            fewest: kind of groups -> groups that stay in every block.
+        """
         return WidthLimits(
-            fewest, self.multiple, self.tensor_parallel, self.uniform, self.layer_kinds
+            fewest=fewest,
+            multiple=self.multiple,
+            tensor_parallel=self.tensor_parallel,
+            uniform=self.uniform,
+            layers=self.layer_kinds,
         )
 
     def goal(self, dense: float, shot: int) -> float:
-        """Return what the model may need of a budget after a shot, of which it needs `dense`."""
+        """Return the budget of the model after a shot.
+
+        Args:
+            dense: need of the dense model, in the unit of the budget.
+            shot: number of the shot, from 1.
+        """
         if self.target is None:
             return dense * (1 - self.targets[shot - 1])
-        wanted = [self.target.of(size) for size in self.sizes or (self.target.value,)]
-        ends = [1 - target.allowed(dense) / dense for target in wanted]
+        values = self.sizes or (self.target.value,)
+        ends = [1 - self.target.of(value).allowed(dense) / dense for value in values]
         return dense * (1 - self.through(ends)[shot - 1])
 
     def check_target(self, least: float, dense: float, unit: str) -> None:
         """Refuse a target that cannot be reached, or that the dense model meets already.
 
         Args:
-            least: what a model needs of which everything is removed that may be.
-            dense: what the dense model needs.
-            unit: of both.
+            least: need of the model after everything that may be removed is removed.
+            dense: need of the dense model.
+            unit: unit of both.
 
         Raises:
-            OutOfReachError: says what is possible.
+            OutOfReachError: the target is out of reach; the message says what is possible.
         """
         if self.target is None:
             assert self.last_sparsity is not None
             allowed = dense * (1 - self.last_sparsity)
-            name = "sizes" if self.sizes else "target_sparsity"
-            what = f"pruning.{name}: {self.last_sparsity:g}"
+            field = "sizes" if self.sizes else "target_sparsity"
+            goal = f"{field}: {self.last_sparsity:g}"
         else:
+            self._check_first_target(self.target, dense, unit)
             allowed = self.target.allowed(dense)
-            first = self.target.of(self.sizes[0]) if self.sizes else self.target
-            what = f"pruning.target: {first.unit} {first.value:.6g}"
-            if first.allowed(dense) >= dense:
-                need = f"the dense model needs no more than {dense:.6g} {unit}"
-                need += first.named(dense, dense)
-                raise OutOfReachError(f"{what}, but {need}; ask for a smaller or faster model")
-            what = f"pruning.target: {self.target.unit} {self.target.value:.6g}"
-            unit += self.target.named(least, dense) if least else ""
+            goal = f"target: {self.target.unit} {self.target.value:.6g}"
+            if least:
+                unit += self.target.named(least, dense)
         if allowed < least:
-            how = f"these groups and allocation, and a width_multiple which is {self.multiple}"
-            need = f"the model needs at least {least:.6g} {unit}"
-            most = f"at most {1 - least / dense:.4f} of that can be removed"
-            remedy = "ask for less to go, or change those"
-            raise OutOfReachError(f"{what}, but with {how}, {need}, so {most}; {remedy}")
+            raise OutOfReachError(
+                f"pruning.{goal}, but with these groups and allocation, and a width_multiple "
+                f"which is {self.multiple}, the model needs at least {least:.6g} {unit}, so at "
+                f"most {1 - least / dense:.4f} of that can be removed; ask for less to go, or "
+                "change those"
+            )
+
+    def _check_first_target(self, target: TargetSection, dense: float, unit: str) -> None:
+        first = target.of(self.sizes[0]) if self.sizes else target
+        if first.allowed(dense) >= dense:
+            raise OutOfReachError(
+                f"pruning.target: {first.unit} {first.value:.6g}, but the dense model needs no "
+                f"more than {dense:.6g} {unit}{first.named(dense, dense)}; ask for a smaller or "
+                "faster model"
+            )
 
     def problem_with(self, curvature: AnyCurvature) -> str | None:
-        """Return why this section and a curvature do not go together; see `ScheduleSection`."""
-        reasons = {"extended_kfac": "does not go with structure groups; use kfac"}
-        if "experts" in self.groups:
-            reasons["identity"] = "looks at no text, which says what whole experts cost; use kfac"
-            if self.expert_costs == "rerouting":
-                reasons["activations"] = "has no gradients, which whole experts need; use kfac"
-        if curvature.kind in reasons:
-            return f"curvature.kind: {curvature.kind} {reasons[curvature.kind]}"
+        """Return the conflict between this section and a curvature, if there is one."""
+        kind = curvature.kind
+        if kind == "extended_kfac":
+            return "curvature.kind: extended_kfac does not go with structure groups; use kfac"
+        if "experts" in self.groups and kind == "identity":
+            return (
+                "curvature.kind: identity looks at no text, which says what whole experts cost; "
+                "use kfac"
+            )
+        needs_gradients = "experts" in self.groups and self.expert_costs == "rerouting"
+        if needs_gradients and kind == "activations":
+            return (
+                "curvature.kind: activations has no gradients, which whole experts need; use kfac"
+            )
         if set(self.groups) == {"experts"}:
-            changed = curvature.model_dump(exclude_defaults=True).keys()
-            for field in sorted(changed & {"damping", "max_damping"}):
-                return f"curvature.{field}: costs of whole experts invert no factor; leave it out"
-        return super().problem_with(curvature)
+            changed = curvature.model_dump(exclude_defaults=True)
+            for field in ("damping", "max_damping"):
+                if field in changed:
+                    return (
+                        f"curvature.{field}: costs of whole experts invert no factor; leave it out"
+                    )
+        if self.reconstruction is not None and kind == "identity":
+            return "curvature.kind: identity keeps no inputs of layers; use kfac or activations"
+        return None
 
     def problems(self) -> Iterator[str]:
-        """Yield what fields have against each other."""
+        """Yield conflicts between fields."""
+        yield from self._problems_of_depth()
+        if self.reconstruction is not None and FEED_FORWARD_OF_ALL.isdisjoint(self.groups):
+            kinds = " or ".join(sorted(FEED_FORWARD_OF_ALL))
+            yield f"reconstruction: is of channels; add {kinds} to groups, or leave it out"
+        yield from self._problems_of_groups()
+        if self.multiple % self.tensor_parallel:
+            yield (
+                f"width_multiple: {self.multiple} channels cannot be split over tensor_parallel "
+                f"{self.tensor_parallel}; give a multiple of it"
+            )
+        goals = {
+            "target_sparsity": self.target_sparsity,
+            "target": self.target,
+            "sizes": self.sizes,
+        }
+        given = [name for name, value in goals.items() if value]
+        if len(given) != 1 and given != ["target", "sizes"]:
+            got = " and ".join(given) or "none"
+            yield f"target_sparsity: give this, sizes or target, got {got}"
+
+    def _problems_of_depth(self) -> Iterator[str]:
+        if not self.layer_kinds:
+            if self.depth is not None:
+                kinds = ", ".join(LAYER_KINDS)
+                yield f"depth: is of whole layers; remove it, or name one of {kinds} in groups"
+            return
+        depth = self.depth or DepthSection()
+        if self.narrow_kinds and depth.num_removed is None:
+            kinds = ", ".join(self.narrow_kinds)
+            yield (
+                f"depth.num_removed: groups names {kinds} beside layers; say how many layers go "
+                "first"
+            )
+        if not self.narrow_kinds and depth.num_removed is not None:
+            kinds = ", ".join(self.layer_kinds)
+            yield f"depth.num_removed: the target says how many {kinds} go; remove it"
+        if depth.costs == "influence" and self.layer_kinds != ("blocks",):
+            yield "depth.costs: influence is of blocks; set groups to [blocks], or use divergence"
+
+    def _problems_of_groups(self) -> Iterator[str]:
         kinds = set(self.groups)
         if len(kinds) < len(self.groups):
             yield f"groups: {', '.join(self.groups)} name a kind twice; remove one"
         if self.expert_costs != "rerouting" and kinds != {"experts"}:
-            problem = "is of whole experts alone and has another unit; set groups to [experts]"
-            yield f"expert_costs: {self.expert_costs} {problem}"
-        if self.uniform and (parts := kinds & {"attention_layers", "ffn_layers"}):
-            remedy = "set allocation to global, or name blocks"
-            yield f"groups: {', '.join(sorted(parts))} leave blocks that differ; {remedy}"
-        if self.multiple % self.tensor_parallel:
-            devices = f"tensor_parallel {self.tensor_parallel}; give a multiple of it"
-            yield f"width_multiple: {self.multiple} channels cannot be split over {devices}"
-        named = [name for name in ("target_sparsity", "target", "sizes") if getattr(self, name)]
-        if len(named) != 1 and named != ["target", "sizes"]:
-            got = " and ".join(named) or "none"
-            yield f"target_sparsity: give this, sizes or target, got {got}"
+            yield (
+                f"expert_costs: {self.expert_costs} is of whole experts alone and has another "
+                "unit; set groups to [experts]"
+            )
+        parts = kinds & {"attention_layers", "ffn_layers"}
+        if self.uniform and parts:
+            yield (
+                f"groups: {', '.join(sorted(parts))} leave blocks that differ; set allocation to "
+                "global, or name blocks"
+            )
 
 
 class GroupsSection(CoupledSection):
@@ -191,7 +296,7 @@ class UniformGroupsSection(CoupledSection):
 def problems_of_mixture(
     layout: ModelLayout, pruning: ScheduleSection, curvature: AnyCurvature | None
 ) -> Iterator[str]:
-    """Yield why a mixture cannot be pruned so, with the remedy; nothing for other models."""
+    """Yield conflicts between a job and a mixture of experts; nothing for other models."""
     if not layout.is_mixture:
         return
     if curvature is not None and curvature.sequences_backward is not None:
@@ -204,9 +309,13 @@ def problems_of_mixture(
     if "experts" not in pruning.groups:
         return
     field = layout.family.sparse.num_groups
-    num_groups = getattr(layout.config, field) if field else None
+    num_groups = None
+    if field:
+        num_groups = getattr(layout.config, field)
     if num_groups is not None and num_groups > 1:
-        problem = f"the router chooses among {num_groups} groups of experts of one size"
-        yield f"pruning.groups: {problem} ({field}), so no single one can go; use expert_channels"
+        yield (
+            f"pruning.groups: the router chooses among {num_groups} groups of experts of one size "
+            f"({field}), so no single one can go; use expert_channels"
+        )
     if isinstance(pruning.target, FlopsTarget):
         yield "pruning.target: whole experts save no flops; give parameters or bytes"

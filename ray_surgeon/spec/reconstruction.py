@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import ClassVar
 
 from pydantic import Field
 
-from ray_surgeon.models.layout import FEED_FORWARD_OF_ALL
 from ray_surgeon.spec.base import Positive, Section
-from ray_surgeon.spec.curvature import AnyCurvature
-from ray_surgeon.spec.schedule import ScheduleSection
 
 
 class ReconstructionSection(Section):
@@ -29,25 +25,3 @@ class ReconstructionSection(Section):
     """Passes over the calibration tokens"""
     seed: int = Field(0, ge=0)
     """Seed of the order of the tokens"""
-
-
-class Reconstructed(ScheduleSection):
-    """Pruning after which layers may be reconstructed."""
-
-    groups: tuple[str, ...]
-    reconstruction: ReconstructionSection | None = None
-    """In every shot, after the update: train every feed-forward layer that lost channels to
-    reproduce its earlier outputs. Workers keep its inputs until then. null: no reconstruction
-    """
-
-    def problem_with(self, curvature: AnyCurvature) -> str | None:
-        """Return why this section and a curvature do not go together; see `ScheduleSection`."""
-        if self.reconstruction is not None and curvature.kind == "identity":
-            return "curvature.kind: identity keeps no inputs of layers; use kfac or activations"
-        return super().problem_with(curvature)
-
-    def problems(self) -> Iterator[str]:
-        """Yield what fields have against each other."""
-        if self.reconstruction is not None and not FEED_FORWARD_OF_ALL.intersection(self.groups):
-            kinds = " or ".join(sorted(FEED_FORWARD_OF_ALL))
-            yield f"reconstruction: is of channels; add {kinds} to groups, or leave it out"
