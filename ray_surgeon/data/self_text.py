@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -11,18 +11,15 @@ import torch
 from ray_surgeon.data.conversations import write
 from ray_surgeon.data.texts import order
 from ray_surgeon.data.written_text import Language, Request
-from ray_surgeon.plan.counts import StepPlan
-from ray_surgeon.plan.estimate import WorkerView
-from ray_surgeon.run_state import CalibrationText, Facts, RunState, Stage
+from ray_surgeon.run_state import CalibrationText, Facts, RunState
 from ray_surgeon.spec.calibration import CalibrationSection
 from ray_surgeon.storage import files, tensor_files
 
 
 @dataclass(frozen=True)
-class SelfText(Stage):
+class SelfText:
     """Fills in the windows of a calibration that the model writes."""
 
-    name = "sampling"
     section: CalibrationSection
     # number of a calibration text -> what is to be written for it; nothing without a tokenizer
     requests: Mapping[int, Request] = field(repr=False)
@@ -75,12 +72,6 @@ class SelfText(Stage):
         facts["num_sequences"] = int(is_written.sum())
         if answers.any():
             facts["share of answers"] = float(answers[is_written].mean())
-
-    def needs(self, worker: WorkerView) -> Iterable[StepPlan]:
-        """Return the writing, token by token."""
-        length = self.section.sequence_length
-        sizes = [text.sizes(n, length) for text, n in self.section.shares if text.is_written]
-        yield worker.writing(self.name, sizes)
 
 
 def was_written(run: RunState, uri: str) -> bool:

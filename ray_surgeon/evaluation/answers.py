@@ -8,7 +8,7 @@ likely token each time as the dense model did, until they part. Source: docs/met
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from statistics import fmean, median
 from typing import Any
@@ -19,9 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 from ray_surgeon.data.conversations import repeats
 from ray_surgeon.data.self_text import was_written
 from ray_surgeon.evaluation.prompts import Prompts, PromptSet
-from ray_surgeon.plan.counts import StepPlan
-from ray_surgeon.plan.estimate import WorkerView
-from ray_surgeon.run_state import Facts, RunState, Stage
+from ray_surgeon.run_state import Facts, RunState
 from ray_surgeon.runtime import passes
 from ray_surgeon.runtime.cluster import Cluster
 from ray_surgeon.runtime.dense_states import ANSWERS
@@ -31,8 +29,6 @@ from ray_surgeon.storage import files
 
 _EXAMPLE_CHARACTERS = 2000
 """Of a text that a record shows as an example."""
-_PROMPT_TOKENS = 256
-"""Tokens of a prompt, chat template included; a guess for the plan."""
 
 Decode = Callable[[Sequence[int]], str]
 """Returns the text of tokens."""
@@ -191,19 +187,10 @@ def read_answers(uri: str) -> Answers:
 
 
 @dataclass(frozen=True)
-class _Answering(Stage):
-    name = "answers"
-    prompt_set: PromptSet
-
-    def needs(self, worker: WorkerView) -> Iterable[StepPlan]:
-        """Return the writing of the answers."""
-        section = self.prompt_set.section
-        sizes = [(section.num_prompts, section.max_new_tokens)]
-        yield worker.writing(self.name, sizes, _PROMPT_TOKENS)
-
-
-class DenseAnswers(_Answering):
+class DenseAnswers:
     """The dense model answers the prompts, before the first shot."""
+
+    prompt_set: PromptSet
 
     def collect(self, run: RunState, facts: Facts) -> Answers:
         """Return the dense model's answers, unless an earlier try of the run has written them.
@@ -229,15 +216,6 @@ class DenseAnswers(_Answering):
             run.report.dense["generation"] = record
         return answers
 
-    def fingerprints(self) -> Mapping[str, Any]:
-        """Return the prompts: answers before and after are to the same ones."""
-        return {"generation": self.prompt_set.fingerprint}
-
-    def on_host(self, worker: WorkerView) -> float:
-        """Return the dense model's states of prompts and answers."""
-        section = self.prompt_set.section
-        return worker.remembered(section.num_prompts * (_PROMPT_TOKENS + section.max_new_tokens))
-
 
 def measure_acceptance(run: RunState, answers: Answers, facts: Facts) -> None:
     """Measure how many of the dense model's tokens the model accepts before its recovery."""
@@ -246,8 +224,11 @@ def measure_acceptance(run: RunState, answers: Answers, facts: Facts) -> None:
     facts["accepted"] = rates["acceptance"]
 
 
-class PrunedAnswers(_Answering):
+@dataclass(frozen=True)
+class PrunedAnswers:
     """The pruned model's answers beside the dense model's, after every shot."""
+
+    prompt_set: PromptSet
 
     def compare(self, run: RunState, answers: Answers, facts: Facts) -> None:
         """Compare the pruned model's answers with the dense model's."""
@@ -255,10 +236,3 @@ class PrunedAnswers(_Answering):
         run.record["generation"] = shot_record(answers, generation, self.prompt_set.text_of)
         facts["accepted"] = generation.acceptance
         facts["agreement"] = generation.agreement
-
-    def needs(self, worker: WorkerView) -> Iterable[StepPlan]:
-        """Return the writing, which is as that of the dense model, and the comparison."""
-        yield from super().needs(worker)
-        section = self.prompt_set.section
-        length = _PROMPT_TOKENS + section.max_new_tokens
-        yield worker.measuring(self.name, [(section.num_prompts, length)])

@@ -24,8 +24,9 @@ from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.models.llama_cpp import tokenizer_names
 from ray_surgeon.plan.device_resources import Device, Room
 from ray_surgeon.plan.plan import Plan, Planner
-from ray_surgeon.plan.work import Shapes, Work
+from ray_surgeon.plan.shapes import Shapes
 from ray_surgeon.preparation import reading
+from ray_surgeon.preparation.planning import describe_job
 from ray_surgeon.preparation.reading import Texts
 from ray_surgeon.preparation.stages import Stages, stages_after_shots, stages_of
 from ray_surgeon.pruning.coupled_groups import Groups
@@ -119,22 +120,9 @@ class Inputs:
         Raises:
             DoesNotFitError: no way to run it fits.
         """
-        work = work_of(self.spec, self.layout, self.method, self.stages)
-        shapes = Shapes(self.layout, work, "cpu" if room.device_is_host else "cuda")
+        job = describe_job(self.spec, self.layout, self.method, self.stages)
+        shapes = Shapes(self.layout, job, "cpu" if room.device_is_host else "cuda")
         return Planner(shapes, self.spec.memory, device).best(self.placement, room)
-
-
-def work_of(spec: JobSpec, layout: ModelLayout, method: Method, stages: Stages) -> Work:
-    """Return what a plan depends on beside model, placement and memory."""
-    gathered = frozenset(shape.name for shape in layout.linears if method.needs(shape) is not None)
-    factors = None if method.curvature is None else method.curvature.gathers
-    sizes = (spec.calibration.num_sequences, spec.calibration.sequence_length)
-    job = (spec.model.dtype, *sizes, factors or "none", gathered, stages.all)
-    recovery = spec.recovery
-    if recovery is None:
-        return Work(*job)
-    remedy = "or give recovery.rank a number, with which weights may be elsewhere"
-    return Work(*job, recovery.has_teacher, remedy if recovery.rank == "all" else "")
 
 
 def check(spec: JobSpec, *, resume: bool = False, dry_run: bool = False) -> Inputs:
@@ -227,6 +215,10 @@ def _fingerprints(spec: JobSpec, model: Any, texts: Texts, stages: Stages) -> di
     fingerprints["calibration"] = texts.calibration.fingerprint
     measured = {name: windows.fingerprint for name, windows in texts.measured.items()}
     fingerprints |= {"evaluation": measured, "tasks": None}  # which a run may go on without
-    for stage in stages.all:
-        fingerprints |= stage.fingerprints()
+    if stages.teacher is not None:
+        fingerprints["teacher"] = stages.teacher.fingerprint
+    if stages.dense_answers is not None:
+        fingerprints["generation"] = stages.dense_answers.prompt_set.fingerprint
+    if stages.tasks is not None:
+        fingerprints["tasks"] = stages.tasks.fingerprint
     return fingerprints

@@ -20,68 +20,43 @@ from ray_surgeon.pruning.calibration import Curvature
 from ray_surgeon.pruning.coupled_groups import Groups
 from ray_surgeon.pruning.depth import Depth, depth_of
 from ray_surgeon.pruning.method import Method
-from ray_surgeon.pruning.methods import Costs, Update
-from ray_surgeon.recovery.reconstruction_step import ReconstructionStage
+from ray_surgeon.recovery.reconstruction import Reconstruction
 from ray_surgeon.recovery.recovery import Recovery, stream_of
 from ray_surgeon.recovery.teacher import LoadTeacher
-from ray_surgeon.run_state import Stage
-from ray_surgeon.shot_weights import Commit, Load
+from ray_surgeon.shot_weights import Commit
 from ray_surgeon.spec.evaluation import TasksSection
 from ray_surgeon.spec.groups import CoupledSection
 from ray_surgeon.spec.job import JobSpec
 from ray_surgeon.spec.sections import OutputSection
 
-ExportStep = LoadSize | Export | Quantise
+WritingStep = Export | Quantise
+ExportStep = LoadSize | WritingStep
 
 
 @dataclass(frozen=True)
 class Stages:
     """The steps that a job has, each with its settings; None for those that it leaves out."""
 
-    load: Load
     teacher: LoadTeacher | None
     self_text: SelfText | None
     dense_answers: DenseAnswers | None
     tasks: Tasks | None
     depth: Depth | None
     curvature: Curvature | None
-    costs: Costs | None
-    update: Update
-    reconstruction: ReconstructionStage | None
+    reconstruction: Reconstruction | None
     recovery: Recovery | None
     evaluation: Evaluation
     answers: PrunedAnswers | None
     commit: Commit
     exports: tuple[ExportStep, ...]  # with the loading of the weights that they need
 
-    @property
-    def all(self) -> tuple[Stage, ...]:
-        """All of them, in the order in which the plan says what they need."""
-        before_shots = (
-            self.teacher,
-            self.load if self.teacher is None else None,
-            self.self_text,
-            self.dense_answers,
-            self.tasks,
-            self.load if self.teacher is not None else None,
-        )
-        of_a_shot = (
-            self.depth,
-            self.curvature,
-            self.costs,
-            self.update,
-            self.reconstruction,
-            self.recovery,
-            self.evaluation,
-            self.answers,
-            self.commit,
-        )
-        present = (*before_shots, *of_a_shot, *self.exports)
-        return tuple(stage for stage in present if stage is not None)
-
 
 def stages_of(
-    spec: JobSpec, layout: ModelLayout, method: Method, texts: Texts, exports: tuple[Stage, ...]
+    spec: JobSpec,
+    layout: ModelLayout,
+    method: Method,
+    texts: Texts,
+    exports: tuple[WritingStep, ...],
 ) -> Stages:
     """Return the steps of a job.
 
@@ -96,9 +71,6 @@ def stages_of(
         ValueError: a step cannot work; names the field, what was found, and the remedy.
     """
     held = spec.num_held
-    sizes = [(text.num_sequences, text.sequence_length) for text in spec.evaluation.texts]
-    if held > 0:
-        sizes.append((held, spec.calibration.sequence_length))
     language = None
     if texts.tokenizer:
         language = Language(texts.tokenizer, layout.config)
@@ -109,18 +81,15 @@ def stages_of(
     recovery = _recovery(spec, method, texts)
     sees_calibration = recovery is not None and recovery.sees_calibration
     return Stages(
-        load=Load(by_element=method.by_element),
         teacher=texts.teacher,
         self_text=self_text,
         dense_answers=DenseAnswers(prompt_set) if prompt_set else None,
         tasks=_tasks(spec, texts),
         depth=depth_of(method, layout, held),
         curvature=Curvature(method, sees_calibration) if method.has_costs else None,
-        costs=Costs(method) if method.has_costs else None,
-        update=Update(method),
         reconstruction=groups.reconstruction if groups is not None else None,
         recovery=recovery,
-        evaluation=Evaluation(sizes, spec.evaluation.stop_above),
+        evaluation=Evaluation(spec.evaluation.stop_above),
         answers=PrunedAnswers(prompt_set) if prompt_set else None,
         commit=Commit(spec.schedule.targets, spec.output.keep_shots, _kept(spec)),
         exports=_loads_sizes(method, exports),
@@ -140,11 +109,16 @@ def _recovery(spec: JobSpec, method: Method, texts: Texts) -> Recovery | None:
         return None
     schedule = spec.schedule
     stream = stream_of(section, schedule, spec.calibration.sequence_length, texts.tokenizer)
-    about = (method.by_element, method.has_costs, stream, texts.teacher)
-    return Recovery(section, spec.num_held, schedule.size_shots, *about)
+    return Recovery(
+        section=section,
+        size_shots=schedule.size_shots,
+        has_pass=method.has_costs,
+        stream=stream,
+        teacher=texts.teacher,
+    )
 
 
-def stages_after_shots(spec: JobSpec, layout: ModelLayout) -> tuple[Stage, ...]:
+def stages_after_shots(spec: JobSpec, layout: ModelLayout) -> tuple[WritingStep, ...]:
     """Return the stages that write what a run leaves; they do not depend on the method.
 
     Raises:
@@ -164,13 +138,13 @@ def stages_after_shots(spec: JobSpec, layout: ModelLayout) -> tuple[Stage, ...]:
 
 def _exports_of(
     output: OutputSection, tasks: TasksSection | None, sizes: Sequence[Size]
-) -> tuple[Stage, ...]:
+) -> tuple[WritingStep, ...]:
     """Return a stage for every export, with tasks that it is measured on, and a quantised copy.
 
     The last of the sizes that a run passes through comes first: its weights are there. See
     `_loads_sizes` for those of the others.
     """
-    stages = list[Stage]()
+    stages = list[WritingStep]()
     for size in reversed(sizes):
         if output.sizes is None or size.value in output.sizes:
             stages += [Export(size, kind, output, tasks) for kind in output.exports]
@@ -178,12 +152,11 @@ def _exports_of(
     return tuple(stages)
 
 
-def _loads_sizes(method: Method, stages: Sequence[Stage]) -> tuple[ExportStep, ...]:
+def _loads_sizes(method: Method, stages: Sequence[WritingStep]) -> tuple[ExportStep, ...]:
     """Return the stages of exports, with the loading of every size that is not the last."""
     loaded = list[ExportStep]()
     size = None
     for stage in stages:
-        assert isinstance(stage, Export | Quantise)
         if stage.size != size and not stage.size.is_last:
             loaded.append(LoadSize(method, stage.size))
         size = stage.size

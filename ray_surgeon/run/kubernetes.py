@@ -55,7 +55,7 @@ def ray_job(inputs: Inputs, plan: Plan) -> str:
     section = inputs.spec.cluster
     if not isinstance(section, RaySection):
         raise ValueError("cluster.backend: local has no pods for workers; remove it for Kubernetes")
-    dense = inputs.layout.num_parameters * plan.workers[0].shapes.width
+    dense = inputs.layout.num_parameters * plan.shapes.width
     about: dict[str, Any] = {"head": _head(dense), "worker": _worker(inputs, plan, dense)}
     waits_s = math.ceil(section.start_timeout_s)
     expected_s = sum(plan.seconds.values()) * inputs.spec.schedule.shots
@@ -76,13 +76,13 @@ def _head(dense: float) -> Pod:
 def _worker(inputs: Inputs, plan: Plan, dense: float) -> Pod:
     """Return the pod of a worker: what the plan needs there, Ray, and what travels."""
     section = inputs.spec.cluster
-    shapes = plan.workers[0].shapes
-    sequences = max(plan.stores.wave, plan.stores.together) * shapes.work.sequence_length
+    shapes = plan.shapes
+    sequences = max(plan.stores.wave, plan.stores.together) * shapes.job.sequence_length
     hidden = inputs.layout.config.hidden_size * shapes.width
     store = max(1, _gib(8 * sequences * hidden))  # of a wave, in both directions, some at once
     peaks = [plan.peak(step) for worker in plan.workers for step in worker.steps]
     host = max(on_host or on_device for on_device, on_host in peaks)
-    disk = max(worker.disk_bytes for worker in plan.workers)
+    disk = max(worker.view.disk_bytes for worker in plan.workers)
     memory = store + _OF_RAY_GIB + _gib(host)
     cache = 10 + _gib(disk + dense)
     return Pod(section.cpus_per_worker + 1, section.gpus_per_worker, memory, store, cache)
