@@ -1,12 +1,12 @@
-"""The state of a run, the windows held aside, and the base class of stages."""
+"""The state of a run, and the windows that are held aside."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,8 +15,6 @@ from ray_surgeon.checkpointing.committed import CommittedPart
 from ray_surgeon.checkpointing.run_directory import RunDirectory
 from ray_surgeon.memory.stores import ScratchNames
 from ray_surgeon.models.layout import ModelLayout
-from ray_surgeon.plan.counts import StepPlan
-from ray_surgeon.plan.estimate import WorkerView
 from ray_surgeon.report.events import Fact, Steps
 from ray_surgeon.report.html_report import LivePage
 from ray_surgeon.report.record import RunReport
@@ -153,26 +151,3 @@ class RunState:
         self.linears = [LinearSummary(**linear) for linear in earlier.get("linears", ())]
         self.steps.new_shot(earlier.get("steps", {}))
         self.committed_s = time.monotonic()
-
-
-class Stage:
-    """One of the steps of a run, with its needs for the plan and its fingerprints."""
-
-    name: ClassVar[str]
-    """Name of the step, as in events and in the plan."""
-
-    def fingerprints(self) -> Mapping[str, Any]:
-        """Return values that must not change when a run resumes; None for any value."""
-        return {}
-
-    def needs(self, worker: WorkerView) -> Iterable[StepPlan]:
-        """Return its steps with what they need."""
-        return ()
-
-    def beside(self, worker: WorkerView) -> Iterable[StepPlan]:
-        """Return the bytes that this stage needs beside others, in their steps by name."""
-        return ()
-
-    def on_host(self, worker: WorkerView) -> float:
-        """Return the bytes of the host's memory that this stage needs in all steps."""
-        return 0.0

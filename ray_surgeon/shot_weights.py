@@ -6,19 +6,16 @@ A commit also contains masks and a record, so that a run can resume from it.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import chain
 from typing import Any
 
 from ray_surgeon.checkpointing.committed import CommittedPart, Save
 from ray_surgeon.checkpointing.run_directory import Record
-from ray_surgeon.plan.counts import Counted, StepPlan
-from ray_surgeon.plan.estimate import WorkerView
-from ray_surgeon.run_state import Facts, RunState, Stage
+from ray_surgeon.run_state import Facts, RunState
 from ray_surgeon.runtime.dense_states import read_states, write_states
 from ray_surgeon.runtime.weights import (
-    FILE_BYTES,
     ModelRecipe,
     SavedFile,
     continue_from_shot,
@@ -26,9 +23,6 @@ from ray_surgeon.runtime.weights import (
     save_shot,
 )
 from ray_surgeon.storage import files
-
-_PINNED_BYTES_PER_S = 4e9
-"""Rate at which the host pins memory."""
 
 
 def load_weights(
@@ -77,33 +71,9 @@ def load_model(run: RunState, facts: Facts, *, by_element: bool) -> None:
 
 
 @dataclass(frozen=True)
-class Load(Stage):
-    """Loads the weights; see `load_model`."""
-
-    name = "load"
-    by_element: bool  # whether masks are of elements, or of rows and columns
-
-    def needs(self, worker: WorkerView) -> Iterable[StepPlan]:
-        """Return what a worker needs until its weights are where they stay."""
-        host = worker.host + worker.shapes.largest_tensor
-        size = worker.all_blocks + worker.outside
-        moved = size * (not worker.device_is_host)
-        # and buffers that no checkpoint has
-        num_tensors = 2 + len(worker.shapes.layout.parameters_of(worker.blocks))
-        counts = Counted(num_tensors, num_tensors, size)
-        counts += Counted(waiting_s=worker.host * (moved > 0) / _PINNED_BYTES_PER_S)
-        yield StepPlan(self.name, worker.weights, host, 0.0, 0.0, moved, size, counts=counts)
-
-    def on_host(self, worker: WorkerView) -> float:
-        """Return the bytes of masks of elements; others are small."""
-        return float(self.by_element * sum(linear.size for linear in worker.linears))
-
-
-@dataclass(frozen=True)
-class Commit(Stage):
+class Commit:
     """Writes a shot, so that it exists and a run can resume from it."""
 
-    name = "commit"
     # sparsity at the end of every shot; empty if the target is not a sparsity
     targets: Sequence[float]
     keep_shots: int  # shots whose tensors are kept; 0 for all
@@ -147,15 +117,6 @@ class Commit(Stage):
         facts["uri"] = folder
         facts["parameters"] = last["num_nonzero"]
         facts["peak_rss_bytes"] = last["peak_rss_bytes"]
-
-    def needs(self, worker: WorkerView) -> Iterable[StepPlan]:
-        """Return the writing, a file at a time."""
-        of_file = min(FILE_BYTES, worker.all_blocks + worker.outside)
-        host = worker.host + max(of_file, worker.shapes.largest_stored)
-        counts = Counted(len(worker.linears), len(worker.linears))
-        written = worker.all_blocks
-        moved = written * (not worker.device_is_host)
-        yield StepPlan(self.name, worker.idle, host, 0.0, 0.0, moved, written, counts=counts)
 
 
 def commit_part(run: RunState, stage: str, after: str, state: Record, save: Save) -> None:

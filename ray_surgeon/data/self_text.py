@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -12,18 +12,15 @@ from torch import Tensor
 from ray_surgeon.data.conversations import write
 from ray_surgeon.data.texts import order
 from ray_surgeon.data.written_text import Language, Request
-from ray_surgeon.plan.counts import StepPlan
-from ray_surgeon.plan.estimate import WorkerView
-from ray_surgeon.run_state import CalibrationText, Facts, RunState, Stage
+from ray_surgeon.run_state import CalibrationText, Facts, RunState
 from ray_surgeon.spec.calibration import CalibrationSection
 from ray_surgeon.storage import files, tensor_files
 
 
 @dataclass(frozen=True)
-class SelfText(Stage):
+class SelfText:
     """Fills in the calibration windows that the model writes."""
 
-    name = "sampling"
     section: CalibrationSection
     # index of a calibration text -> what the model writes for it; empty without a tokenizer
     requests: Mapping[int, Request] = field(repr=False)
@@ -84,12 +81,6 @@ class SelfText(Stage):
             tensors[f"{number}.answers"] = torch.from_numpy(text.answers)
         tensor_files.write(uri, tensors)
         return tensors
-
-    def needs(self, worker: WorkerView) -> Iterable[StepPlan]:
-        """Return the writing, token by token."""
-        length = self.section.sequence_length
-        sizes = [text.sizes(n, length) for text, n in self.section.shares if text.is_written]
-        yield worker.writing(self.name, sizes)
 
 
 def was_written(run: RunState, uri: str) -> bool:

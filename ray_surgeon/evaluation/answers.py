@@ -8,7 +8,7 @@ docs/method.md, section 11.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import fmean, median
 from typing import Any
@@ -19,9 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 from ray_surgeon.data.conversations import repeats
 from ray_surgeon.data.self_text import was_written
 from ray_surgeon.evaluation.prompts import Prompts, PromptSet
-from ray_surgeon.plan.counts import StepPlan
-from ray_surgeon.plan.estimate import WorkerView
-from ray_surgeon.run_state import Facts, RunState, Stage
+from ray_surgeon.run_state import Facts, RunState
 from ray_surgeon.runtime import passes
 from ray_surgeon.runtime.cluster import Cluster
 from ray_surgeon.runtime.dense_states import ANSWERS
@@ -30,9 +28,7 @@ from ray_surgeon.runtime.writing import GenerationRequest, write_texts
 from ray_surgeon.storage import files
 
 _EXAMPLE_CHARACTERS = 2000
-"""Maximum length of an example text in a record."""
-_PROMPT_TOKENS = 256
-"""Estimated tokens of a prompt for the plan, chat template included."""
+"""Of a text that a record shows as an example."""
 
 Decode = Callable[[Sequence[int]], str]
 """Returns the text of tokens."""
@@ -235,19 +231,10 @@ def read_answers(uri: str) -> Answers:
 
 
 @dataclass(frozen=True)
-class _Answering(Stage):
-    name = "answers"
-    prompt_set: PromptSet
-
-    def needs(self, worker: WorkerView) -> Iterable[StepPlan]:
-        """Return the writing of the answers."""
-        section = self.prompt_set.section
-        sizes = [(section.num_prompts, section.max_new_tokens)]
-        yield worker.writing(self.name, sizes, _PROMPT_TOKENS)
-
-
-class DenseAnswers(_Answering):
+class DenseAnswers:
     """Lets the dense model answer the prompts, before the first shot."""
+
+    prompt_set: PromptSet
 
     def collect(self, run: RunState, facts: Facts) -> Answers:
         """Return the dense model's answers, unless an earlier try of the run has written them.
@@ -281,15 +268,6 @@ class DenseAnswers(_Answering):
             run.report.dense["generation"] = record
         return answers
 
-    def fingerprints(self) -> Mapping[str, Any]:
-        """Return the prompts, which must be the same for answers before and after."""
-        return {"generation": self.prompt_set.fingerprint}
-
-    def on_host(self, worker: WorkerView) -> float:
-        """Return the dense model's states of prompts and answers."""
-        section = self.prompt_set.section
-        return worker.remembered(section.num_prompts * (_PROMPT_TOKENS + section.max_new_tokens))
-
 
 def measure_acceptance(run: RunState, answers: Answers, facts: Facts) -> None:
     """Measure the share of the dense model's tokens that the model accepts before its recovery."""
@@ -298,8 +276,11 @@ def measure_acceptance(run: RunState, answers: Answers, facts: Facts) -> None:
     facts["accepted"] = rates["acceptance"]
 
 
-class PrunedAnswers(_Answering):
+@dataclass(frozen=True)
+class PrunedAnswers:
     """Compares the pruned model's answers with the dense model's after every shot."""
+
+    prompt_set: PromptSet
 
     def compare(self, run: RunState, answers: Answers, facts: Facts) -> None:
         """Compare the pruned model's answers with the dense model's."""
@@ -312,10 +293,3 @@ class PrunedAnswers(_Answering):
         )
         facts["accepted"] = generation.acceptance
         facts["agreement"] = generation.agreement
-
-    def needs(self, worker: WorkerView) -> Iterable[StepPlan]:
-        """Return the writing, which is as that of the dense model, and the comparison."""
-        yield from super().needs(worker)
-        section = self.prompt_set.section
-        length = _PROMPT_TOKENS + section.max_new_tokens
-        yield worker.measuring(self.name, [(section.num_prompts, length)])

@@ -5,14 +5,12 @@ Exports are measured on tasks when they are written.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from ray_surgeon.export.tasks import check_tasks, evaluate_tasks
-from ray_surgeon.plan.counts import StepPlan
-from ray_surgeon.plan.estimate import WorkerView
-from ray_surgeon.run_state import HELD, Facts, RunState, Stage, Text
+from ray_surgeon.run_state import HELD, Facts, RunState, Text
 from ray_surgeon.runtime.passes import measure, remember
 from ray_surgeon.spec.evaluation import TasksSection
 from ray_surgeon.spec.sections import ModelSection
@@ -44,11 +42,9 @@ def measure_dense_model(run: RunState, further: Mapping[str, Text], facts: Facts
 
 
 @dataclass(frozen=True)
-class Evaluation(Stage):
+class Evaluation:
     """Measures the pruned model on texts."""
 
-    name = "evaluation"
-    sizes: Sequence[tuple[int, int]]  # number and length of the windows of each text
     # limit on the perplexity relative to the dense model's; None for no limit
     stop_above: float | None
 
@@ -86,20 +82,11 @@ class Evaluation(Stage):
                     f"{limit:g}. The shots before are committed; prune less, or raise the limit"
                 )
 
-    def needs(self, worker: WorkerView) -> Iterable[StepPlan]:
-        """Return the passes over the texts."""
-        yield worker.measuring(self.name, self.sizes)
-
-    def on_host(self, worker: WorkerView) -> float:
-        """Return the dense model's states of the texts."""
-        return worker.remembered(sum(count * length for count, length in self.sizes))
-
 
 @dataclass(frozen=True)
-class Tasks(Stage):
+class Tasks:
     """Runs the tasks once, before the first shot."""
 
-    name = "tasks"
     section: TasksSection
     model: ModelSection | None = None  # a teacher; None for the model of the job
 
@@ -116,6 +103,7 @@ class Tasks(Stage):
         model = self.model or run.model
         run.report.dense["tasks"] = evaluate_tasks(run.cluster, model, self.section)
 
-    def fingerprints(self) -> Mapping[str, Any]:
-        """Return the tasks, which must be the same for scores before and after."""
-        return {"tasks": self.section.model_dump(mode="json", exclude={"batch_size"})}
+    @property
+    def fingerprint(self) -> dict[str, Any]:
+        """The tasks, which must be the same for scores before and after."""
+        return self.section.model_dump(mode="json", exclude={"batch_size"})

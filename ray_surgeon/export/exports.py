@@ -2,26 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from ray_surgeon.export.folder import Pruned
-from ray_surgeon.export.importance import needs_of_mean_squares
 from ray_surgeon.export.kinds import export
-from ray_surgeon.plan.counts import Counted, StepPlan
-from ray_surgeon.plan.estimate import WorkerView
 from ray_surgeon.pruning.method import Method
 from ray_surgeon.report.html_report import rendered
-from ray_surgeon.run_state import Facts, RunState, Stage
-from ray_surgeon.runtime.weights import FILE_BYTES
+from ray_surgeon.run_state import Facts, RunState
 from ray_surgeon.shot_weights import load_weights
 from ray_surgeon.spec.evaluation import TasksSection
 from ray_surgeon.spec.sections import OutputSection
 from ray_surgeon.storage import files
-
-_PROCESS_S = 8.0
-"""Seconds that a fresh process takes to import torch and transformers."""
 
 
 @dataclass(frozen=True)
@@ -67,10 +59,10 @@ def tell_of(entry: dict[str, Any], run: RunState, facts: Facts, size: Size) -> N
 
 
 @dataclass(frozen=True)
-class LoadSize(Stage):
+class LoadSize:
     """Loads the weights of a smaller size from the commit of its shot."""
 
-    name = "load"
+    name: ClassVar[str] = "load"  # of its step
     method: Method
     size: Size
 
@@ -83,10 +75,10 @@ class LoadSize(Stage):
 
 
 @dataclass(frozen=True)
-class Export(Stage):
+class Export:
     """Writes one checkpoint, reloads it and measures it."""
 
-    name = "export"
+    name: ClassVar[str] = "export"  # of its step
     size: Size
     kind: str
     output: OutputSection
@@ -104,20 +96,3 @@ class Export(Stage):
             tasks=self.tasks,
         )
         tell_of(entry, run, facts, self.size)
-
-    def needs(self, worker: WorkerView) -> Iterable[StepPlan]:
-        """Return the writing, and the reading in a process of its own, which the workers outlast.
-
-        Tasks are not planned.
-        """
-        if self.kind == "gguf":
-            yield needs_of_mean_squares(worker, self.name)
-        size = worker.all_blocks + worker.outside
-        host = worker.host + max(min(FILE_BYTES, size), worker.shapes.largest_stored)
-        moved = size * (not worker.device_is_host)
-        # one process reads what all shards have written
-        whole = worker.shapes.width * worker.shapes.layout.num_parameters
-        processes = 1 + 2 * (self.output.speed is not None)
-        counts = Counted(waiting_s=processes * _PROCESS_S)
-        on_disk = size + processes * whole
-        yield StepPlan(self.name, worker.idle, host, 0.0, 0.0, moved, on_disk, counts=counts)

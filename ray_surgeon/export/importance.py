@@ -10,9 +10,6 @@ from torch import Tensor
 
 from ray_surgeon.maths.masks import StructuredMask
 from ray_surgeon.models.build import num_inputs
-from ray_surgeon.plan.counts import StepPlan
-from ray_surgeon.plan.estimate import WorkerView
-from ray_surgeon.plan.step_estimates import block_by_block
 from ray_surgeon.runtime.cluster import Cluster
 from ray_surgeon.runtime.passes import BlockPass
 from ray_surgeon.runtime.wave import Tokens
@@ -58,8 +55,3 @@ def write_mean_squares(
     """
     _Measuring().pass_all(cluster, tokens)
     cluster.run_all(_write, folder, blocks)
-
-
-def needs_of_mean_squares(worker: WorkerView, name: str) -> StepPlan:
-    """Return what the pass needs, as a step of the given name."""
-    return block_by_block(worker, name, [(8.0 * s.num_columns**2, 0.0) for s in worker.linears])

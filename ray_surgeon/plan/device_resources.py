@@ -214,10 +214,7 @@ class Device:
     disk_bytes_per_s: Rate  # between disk and host
     memory_bytes_per_s: Rate  # of its own memory, read or written
     network_bytes_per_s: Rate  # between workers
-    launch_s: NonNegativeFloat  # host's time for an operator
-    call_s: NonNegativeFloat  # until a waiting worker starts its next step
     memory_bytes: NonNegativeFloat = 0.0  # of the device's own memory; 0 for the CPU
-    sync_s: NonNegativeFloat = 0.0  # until the host continues after it waited for the device
     # per second, dense, by dtype, as published by its maker; empty for CPUs
     peak_flops: Mapping[str, Rate] = field(default_factory=dict)
 

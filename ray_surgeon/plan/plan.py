@@ -17,10 +17,10 @@ from typing import Any, NamedTuple, TypeVar, cast, get_args
 from rich.table import Table
 
 from ray_surgeon.memory.stores import TOGETHER, Activations, Place, Stores
-from ray_surgeon.plan.counts import StepPlan
 from ray_surgeon.plan.device_resources import Device, Room
-from ray_surgeon.plan.estimate import WorkerView
-from ray_surgeon.plan.work import Shapes
+from ray_surgeon.plan.memory_plan import WorkerPlan, plan_worker
+from ray_surgeon.plan.shapes import Shapes
+from ray_surgeon.plan.step_plan import StepPlan
 from ray_surgeon.runtime.placement import Placement, place
 from ray_surgeon.spec.sections import MemorySection
 
@@ -55,7 +55,8 @@ class Plan:
     """How a job runs."""
 
     stores: Stores
-    workers: tuple[WorkerView, ...]  # one per shard; replicas of a shard need the same
+    shapes: Shapes  # of the model, with the job
+    workers: tuple[WorkerPlan, ...]  # one per shard; replicas of a shard need the same
     room: Room
     device: Device
 
@@ -69,24 +70,32 @@ class Plan:
 
     @property
     def seconds(self) -> dict[str, float]:
-        """Expected time of each step on the slowest worker, by name."""
-        dtype = self.workers[0].shapes.work.dtype
+        """Lower bound on the time of each step on the slowest worker, by name.
+
+        See `StepPlan.seconds`.
+        """
+        dtype = self.shapes.job.dtype
         seconds = {}
         for name, shards in self.steps.items():
             seconds[name] = max(step.seconds(self.device, dtype) for step in shards)
         return seconds
 
     @property
+    def num_replicas(self) -> int:
+        """Replicas of each shard."""
+        return self.workers[0].view.num_replicas
+
+    @property
     def worker_hours(self) -> float:
-        """Expected duration in hours times the number of workers, with one shot."""
-        num_workers = len(self.workers) * self.workers[0].num_replicas
+        """Lower bound on the hours of all workers together, with one shot."""
+        num_workers = len(self.workers) * self.num_replicas
         return num_workers * sum(self.seconds.values()) / 3600
 
     @property
     def places(self) -> dict[str, Any]:
         """The stores of the plan, by name."""
         places = asdict(self.stores)
-        if not self.workers[0].shapes.work.has_teacher:
+        if not self.shapes.job.has_teacher:
             del places["teacher"]
         return places
 
@@ -112,19 +121,16 @@ class Plan:
     def as_record(self) -> dict[str, Any]:
         """Return the plan's entry in the report.
 
-        Operations and bytes are summed over all shards of one replica.
+        Operations and bytes are summed over all shards of one replica. Seconds and hours are lower
+        bounds; see `StepPlan.seconds`.
         """
         flops = {}
         moved_bytes = {}
-        launches = {}
-        syncs = {}
         memory_bytes = {}
         for name, shards in self.steps.items():
             flops[name] = sum(step.flops + step.float32_flops for step in shards)
             moved_bytes[name] = sum(step.host_bytes + step.disk_bytes for step in shards)
-            launches[name] = round(sum(step.counts.launches for step in shards))
-            syncs[name] = round(sum(step.counts.syncs for step in shards))
-            memory_bytes[name] = round(sum(step.counts.memory_bytes for step in shards))
+            memory_bytes[name] = round(sum(step.memory_bytes for step in shards))
         return {
             "stores": self.places,
             "device": self.device.name,
@@ -132,11 +138,9 @@ class Plan:
             "seconds": {name: round(seconds, 3) for name, seconds in self.seconds.items()},
             "flops": flops,
             "moved_bytes": moved_bytes,
-            "launches": launches,
-            "syncs": syncs,
             "memory_bytes": memory_bytes,
             "peak_bytes": {name: list(map(int, peaks)) for name, peaks in self.peaks().items()},
-            "disk_bytes": [int(worker.disk_bytes) for worker in self.workers],
+            "disk_bytes": [int(worker.view.disk_bytes) for worker in self.workers],
         }
 
     def excess(self) -> tuple[float, str]:
@@ -148,13 +152,13 @@ class Plan:
         device_memory = "memory" if room.device_is_host else "device memory"
         needs = []
         for worker in self.workers:
-            shard = f"shard {worker.shard}"
+            shard = f"shard {worker.view.shard}"
             for step in worker.steps:
                 device, host = self.peak(step)
                 where = f"{step.name} on {shard}"
                 needs.append(_Need(where, device_memory, device, room.device))
                 needs.append(_Need(where, "host memory", host, room.host))
-            needs.append(_Need(shard, "disk", worker.disk_bytes, max(1.0, room.disk)))
+            needs.append(_Need(shard, "disk", worker.view.disk_bytes, max(1.0, room.disk)))
         largest = max(needs, key=lambda need: need.fraction)
         sentence = (
             f"{largest.where} needs {largest.needed / 2**30:.1f} GiB of {largest.memory}, "
@@ -176,7 +180,7 @@ class DoesNotFitError(ValueError):
 class Planner:
     """Makes plans of one job, for any placement and room."""
 
-    shapes: Shapes  # of the model, with the work of the job
+    shapes: Shapes  # of the model, with the job
     wanted: MemorySection  # the settings that the spec fixes
     device: Device  # speed of a worker's device
 
@@ -217,7 +221,7 @@ class Planner:
         """Return the plan of the job with given stores."""
         workers = []
         for shard in range(placement.num_shards):
-            worker = WorkerView(
+            worker = plan_worker(
                 shapes=self.shapes,
                 placement=placement,
                 stores=stores,
@@ -225,11 +229,17 @@ class Planner:
                 shard=shard,
             )
             workers.append(worker)
-        return Plan(stores=stores, workers=tuple(workers), room=room, device=self.device)
+        return Plan(
+            stores=stores,
+            shapes=self.shapes,
+            workers=tuple(workers),
+            room=room,
+            device=self.device,
+        )
 
     def plans(self, placement: Placement, room: Room) -> Iterator[Plan]:
         """Yield the plans that the spec allows, the simplest first."""
-        per_replica = -(-self.shapes.work.num_sequences // placement.num_replicas)
+        per_replica = -(-self.shapes.job.num_sequences // placement.num_replicas)
         for weights, factors, activations, teacher in self._ways(room.device_is_host):
             is_resident = weights == factors == "device"
             if activations == "keep" and not is_resident:
@@ -252,13 +262,13 @@ class Planner:
     def _ways(self, device_is_host: bool) -> Iterator[tuple[Place, Place, Activations, Place]]:
         """Return places of weights and factors, ways of activations, and places of the teacher."""
         wanted = self.wanted
-        work = self.shapes.work
+        job = self.shapes.job
         places: tuple[Place, ...] = get_args(Place)
         if device_is_host:
             places = ("device", "disk")
         only_device: tuple[Place, ...] = ("device",)
-        weights = only_device if work.streaming_remedy else _choices(wanted.weights, places)
-        teacher = _choices(wanted.teacher, places) if work.has_teacher else only_device
+        weights = only_device if job.trains_all else _choices(wanted.weights, places)
+        teacher = _choices(wanted.teacher, places) if job.has_teacher else only_device
         factors = _choices(wanted.factors, places)
         all_activations: tuple[Activations, ...] = get_args(Activations)
         activations = _choices(wanted.activations, all_activations)
@@ -269,8 +279,8 @@ class Planner:
     ) -> Iterator[tuple[int, int]]:
         """Yield the sequences of a wave, and the largest number of them in one call.
 
-        On a GPU more are better: a call launches the same number of kernels for any number of
-        sequences. On a CPU a single sequence stays in the cache.
+        On a GPU more are better: a call reads the weights once, and launches the same number of
+        kernels, for any number of sequences. On a CPU a single sequence stays in the cache.
         """
         if self.wanted.wave:
             waves = [self.wanted.wave]
@@ -302,8 +312,8 @@ class Planner:
         freed = replace(self, wanted=free)
         if free != wanted and any(plan.fits for plan in freed.plans(placement, best.room)):
             remedies.append("leave memory to the plan, which finds a way")
-        if self.shapes.work.streaming_remedy:
-            remedies.append(self.shapes.work.streaming_remedy)
+        if self.shapes.job.trains_all:
+            remedies.append("or give recovery.rank a number, with which weights may be elsewhere")
         times = best.excess()[0]
         if wanted.limit_gib is not None and self.plan(placement, safe, best.stores).fits:
             limit = math.ceil(100 * wanted.limit_gib * times) / 100
@@ -336,18 +346,17 @@ def _choices(wanted: _Choice | str, choices: tuple[_Choice, ...]) -> tuple[_Choi
 def plan_table(plan: Plan) -> Table:
     """Return the plan as a table.
 
-    It has the peak of each step on every shard, operations, moved bytes and expected times.
+    It has the peak of each step on every shard, operations, moved bytes, and lower bounds on times.
     """
     record = plan.as_record()
     stores = ", ".join(f"{name}: {value}" for name, value in record["stores"].items())
-    num_replicas = plan.workers[0].num_replicas
     hours = "GPU-hours" if plan.device.memory_bytes else "worker-hours"
     table = Table(
         title=(
-            f"shards: {len(plan.workers)}, replicas: {num_replicas}; {stores}; "
+            f"shards: {len(plan.workers)}, replicas: {plan.num_replicas}; {stores}; "
             "GiB of a worker's device at the peak of each step"
         ),
-        caption=f"{plan.worker_hours:.3g} {hours}, with one shot",
+        caption=f"at least {plan.worker_hours:.3g} {hours}, with one shot",
     )
     for column in ("shard", "blocks", *plan.seconds, "host", "disk"):
         table.add_column(column, justify="right")
@@ -358,11 +367,11 @@ def plan_table(plan: Plan) -> Table:
             device, host = plan.peak(step)
             on_device.append(device)
             on_host.append(host)
-        sizes = [*on_device, max(on_host), worker.disk_bytes]
-        blocks = f"{worker.blocks.first}-{worker.blocks.last - 1}"
-        table.add_row(str(worker.shard), blocks, *(f"{size / 2**30:.2f}" for size in sizes))
+        sizes = [*on_device, max(on_host), worker.view.disk_bytes]
+        blocks = f"{worker.view.blocks.first}-{worker.view.blocks.last - 1}"
+        table.add_row(str(worker.view.shard), blocks, *(f"{size / 2**30:.2f}" for size in sizes))
     table.add_section()
-    for name in ("flops", "moved_bytes", "memory_bytes", "launches", "syncs"):
+    for name in ("flops", "moved_bytes", "memory_bytes"):
         table.add_row("all", name, *(f"{value:.3g}" for value in record[name].values()), "", "")
     table.add_row("slowest", plan.device.name, *map(_time, plan.seconds.values()), "", "")
     return table

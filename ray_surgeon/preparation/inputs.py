@@ -21,8 +21,9 @@ from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.models.llama_cpp import tokenizer_names
 from ray_surgeon.plan.device_resources import Device, Room
 from ray_surgeon.plan.plan import Plan, Planner
-from ray_surgeon.plan.work import Shapes, Work
+from ray_surgeon.plan.shapes import Shapes
 from ray_surgeon.preparation import reading
+from ray_surgeon.preparation.planning import describe_job
 from ray_surgeon.preparation.reading import Texts
 from ray_surgeon.preparation.stages import Stages, stages_after_shots, stages_of
 from ray_surgeon.pruning.coupled_groups import Groups
@@ -140,36 +141,9 @@ class Inputs:
         Raises:
             DoesNotFitError: no plan fits.
         """
-        work = work_of(self.spec, self.layout, self.method, self.stages)
-        shapes = Shapes(self.layout, work, "cpu" if room.device_is_host else "cuda")
+        job = describe_job(self.spec, self.layout, self.method, self.stages)
+        shapes = Shapes(self.layout, job, "cpu" if room.device_is_host else "cuda")
         return Planner(shapes, self.spec.memory, device).best(self.placement, room)
-
-
-def work_of(spec: JobSpec, layout: ModelLayout, method: Method, stages: Stages) -> Work:
-    """Return the inputs of a plan other than model, placement and memory."""
-    gathered = set()
-    for shape in layout.linears:
-        if method.needs(shape) is not None:
-            gathered.add(shape.name)
-    factors = None
-    if method.curvature is not None:
-        factors = method.curvature.gathers
-    has_teacher = False
-    remedy = ""  # the change that would let weights leave the device
-    if spec.recovery is not None:
-        has_teacher = spec.recovery.has_teacher
-        if spec.recovery.rank == "all":
-            remedy = "or give recovery.rank a number, with which weights may be elsewhere"
-    return Work(
-        dtype=spec.model.dtype,
-        num_sequences=spec.calibration.num_sequences,
-        sequence_length=spec.calibration.sequence_length,
-        factors=factors or "none",
-        gathered=frozenset(gathered),
-        stages=stages.all,
-        has_teacher=has_teacher,
-        streaming_remedy=remedy,
-    )
 
 
 def check(spec: JobSpec, *, resume: bool = False, dry_run: bool = False) -> Inputs:
@@ -297,6 +271,10 @@ def _fingerprints(
         "evaluation": measured,
         "tasks": None,  # a run may resume without its tasks
     }
-    for stage in stages.all:
-        fingerprints.update(stage.fingerprints())
+    if stages.teacher is not None:
+        fingerprints["teacher"] = stages.teacher.fingerprint
+    if stages.dense_answers is not None:
+        fingerprints["generation"] = stages.dense_answers.prompt_set.fingerprint
+    if stages.tasks is not None:
+        fingerprints["tasks"] = stages.tasks.fingerprint
     return fingerprints

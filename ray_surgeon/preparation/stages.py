@@ -20,66 +20,35 @@ from ray_surgeon.pruning.calibration import Curvature
 from ray_surgeon.pruning.coupled_groups import Groups
 from ray_surgeon.pruning.depth import Depth, depth_of
 from ray_surgeon.pruning.method import Method
-from ray_surgeon.pruning.methods import Costs, Update
-from ray_surgeon.recovery.reconstruction_step import ReconstructionStage
+from ray_surgeon.recovery.reconstruction import Reconstruction
 from ray_surgeon.recovery.recovery import Recovery, stream_of
 from ray_surgeon.recovery.teacher import LoadTeacher
-from ray_surgeon.run_state import Stage
-from ray_surgeon.shot_weights import Commit, Load
+from ray_surgeon.shot_weights import Commit
 from ray_surgeon.spec.evaluation import TasksSection
 from ray_surgeon.spec.groups import CoupledSection
 from ray_surgeon.spec.job import JobSpec
 from ray_surgeon.spec.sections import OutputSection
 
-ExportStep = LoadSize | Export | Quantise
+WritingStep = Export | Quantise
+ExportStep = LoadSize | WritingStep
 
 
 @dataclass(frozen=True)
 class Stages:
     """The stages of a job, each with its settings; None for those that it leaves out."""
 
-    load: Load
     teacher: LoadTeacher | None
     self_text: SelfText | None
     dense_answers: DenseAnswers | None
     tasks: Tasks | None
     depth: Depth | None
     curvature: Curvature | None
-    costs: Costs | None
-    update: Update
-    reconstruction: ReconstructionStage | None
+    reconstruction: Reconstruction | None
     recovery: Recovery | None
     evaluation: Evaluation
     answers: PrunedAnswers | None
     commit: Commit
     exports: tuple[ExportStep, ...]  # including the loading of the weights that they need
-
-    @property
-    def all(self) -> tuple[Stage, ...]:
-        """All stages, in the order in which the plan lists their needs."""
-        # a teacher is loaded first, and the model only once the teacher's work is done
-        load_first = self.load if self.teacher is None else None
-        load_later = None if self.teacher is None else self.load
-        stages = (
-            self.teacher,
-            load_first,
-            self.self_text,
-            self.dense_answers,
-            self.tasks,
-            load_later,
-            # of every shot
-            self.depth,
-            self.curvature,
-            self.costs,
-            self.update,
-            self.reconstruction,
-            self.recovery,
-            self.evaluation,
-            self.answers,
-            self.commit,
-            *self.exports,
-        )
-        return tuple(stage for stage in stages if stage is not None)
 
 
 def stages_of(
@@ -87,7 +56,7 @@ def stages_of(
     layout: ModelLayout,
     method: Method,
     texts: Texts,
-    exports: tuple[Stage, ...],
+    exports: tuple[WritingStep, ...],
 ) -> Stages:
     """Return the stages of a job.
 
@@ -116,38 +85,23 @@ def stages_of(
         answers = PrunedAnswers(prompt_set)
     recovery = _recovery(spec, method, texts)
     curvature = None
-    costs = None
     if method.has_costs:
         sees_calibration = recovery is not None and recovery.sees_calibration
         curvature = Curvature(method, sees_calibration)
-        costs = Costs(method)
     return Stages(
-        load=Load(by_element=method.by_element),
         teacher=texts.teacher,
         self_text=self_text,
         dense_answers=dense_answers,
         tasks=_tasks(spec, texts),
         depth=depth_of(method, layout, spec.num_held),
         curvature=curvature,
-        costs=costs,
-        update=Update(method),
         reconstruction=method.reconstruction if isinstance(method, Groups) else None,
         recovery=recovery,
-        evaluation=Evaluation(_sizes_of_texts(spec), spec.evaluation.stop_above),
+        evaluation=Evaluation(spec.evaluation.stop_above),
         answers=answers,
         commit=Commit(spec.schedule.targets, spec.output.keep_shots, _kept(spec)),
         exports=_loads_sizes(method, exports),
     )
-
-
-def _sizes_of_texts(spec: JobSpec) -> list[tuple[int, int]]:
-    """Return number and length of the windows of every text that weights are measured on."""
-    sizes = []
-    for text in spec.evaluation.texts:
-        sizes.append((text.num_sequences, text.sequence_length))
-    if spec.num_held > 0:
-        sizes.append((spec.num_held, spec.calibration.sequence_length))
-    return sizes
 
 
 def _tasks(spec: JobSpec, texts: Texts) -> Tasks | None:
@@ -163,20 +117,19 @@ def _recovery(spec: JobSpec, method: Method, texts: Texts) -> Recovery | None:
     section = spec.recovery
     if section is None:
         return None
-    length = spec.calibration.sequence_length
+    schedule = spec.schedule
+    stream = stream_of(section, schedule, spec.calibration.sequence_length, texts.tokenizer)
     return Recovery(
         section=section,
-        num_held=spec.num_held,
-        size_shots=spec.schedule.size_shots,
-        by_element=method.by_element,
+        size_shots=schedule.size_shots,
         has_pass=method.has_costs,
-        stream=stream_of(section, spec.schedule, length, texts.tokenizer),
+        stream=stream,
         teacher=texts.teacher,
     )
 
 
-def stages_after_shots(spec: JobSpec, layout: ModelLayout) -> tuple[Stage, ...]:
-    """Return the stages that write exports; they do not depend on the method.
+def stages_after_shots(spec: JobSpec, layout: ModelLayout) -> tuple[WritingStep, ...]:
+    """Return the stages that write what a run leaves; they do not depend on the method.
 
     Raises:
         ValueError: an export is not possible; names the field, and the remedy.
@@ -196,13 +149,13 @@ def stages_after_shots(spec: JobSpec, layout: ModelLayout) -> tuple[Stage, ...]:
 
 def _exports_of(
     output: OutputSection, tasks: TasksSection | None, sizes: Sequence[Size]
-) -> tuple[Stage, ...]:
+) -> tuple[WritingStep, ...]:
     """Return the stages of all exports and of quantised copies.
 
     The last size of a run comes first, because its weights are loaded already. For those of other
     sizes see `_loads_sizes`.
     """
-    stages = list[Stage]()
+    stages = list[WritingStep]()
     for size in reversed(sizes):
         if output.sizes is not None and size.value not in output.sizes:
             continue
@@ -213,12 +166,11 @@ def _exports_of(
     return tuple(stages)
 
 
-def _loads_sizes(method: Method, stages: Sequence[Stage]) -> tuple[ExportStep, ...]:
+def _loads_sizes(method: Method, stages: Sequence[WritingStep]) -> tuple[ExportStep, ...]:
     """Return the stages of exports, each size that is not the last preceded by its loading."""
     loaded = list[ExportStep]()
     size = None
     for stage in stages:
-        assert isinstance(stage, Export | Quantise)
         if stage.size != size and not stage.size.is_last:
             loaded.append(LoadSize(method, stage.size))
         size = stage.size

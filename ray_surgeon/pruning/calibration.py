@@ -5,7 +5,7 @@ The damping may be chosen from several: the one whose removals cost least on win
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from math import isfinite
@@ -15,17 +15,14 @@ import numpy as np
 
 from ray_surgeon.factors.collector import WantedFactors, gather_curvature, gather_terms
 from ray_surgeon.maths.kronecker import PackedFactors
-from ray_surgeon.maths.packed import PackedSymmetric
 from ray_surgeon.maths.structured import (
     A_CHOICES,
     G_CHOICES,
     choose_damping,
     cost_held_aside,
 )
-from ray_surgeon.plan.counts import Counted, StepPlan
-from ray_surgeon.plan.estimate import WorkerView
 from ray_surgeon.pruning.method import Method
-from ray_surgeon.run_state import CalibrationText, Facts, RunState, Stage
+from ray_surgeon.run_state import CalibrationText, Facts, RunState
 from ray_surgeon.runtime.cluster import Cluster
 from ray_surgeon.runtime.worker import Worker
 from ray_surgeon.spec.curvature import DampingSection, ExtendedKfacSection
@@ -38,7 +35,8 @@ def _keep_held_factors(worker: Worker, method: Method) -> None:
     """
     names_of_roles: dict[str, list[str]] = {}
     for shape in worker.layout.linears:
-        if shape.sees_all_tokens and method.needs(shape) is not None:
+        is_ranked = method.gathers is None or shape.role in method.gathers
+        if shape.sees_all_tokens and is_ranked:
             names_of_roles.setdefault(shape.role, []).append(shape.name)
     held = dict[str, PackedFactors]()
     for names in names_of_roles.values():
@@ -145,18 +143,10 @@ def calibrate(
     return method, record
 
 
-_CHANGES = 56
-_REROUTED = 11 / 3
-"""Launches for what removals of whole parts of a mixture would change: of a block, and more of each
-of its linears.
-"""
-
-
 @dataclass(frozen=True)
-class Curvature(Stage):
+class Curvature:
     """Workers gather the curvature of the present weights."""
 
-    name = "curvature"
     method: Method
     # whether the first pass keeps the dense model's states of the calibration text
     remembers: bool
@@ -182,77 +172,3 @@ class Curvature(Stage):
         if chosen:
             facts["damping"] = f"{chosen['a']:g}/{chosen['g']:g}"
         return method
-
-    # For the plan
-
-    def needs(self, worker: WorkerView) -> Iterable[StepPlan]:
-        """Return the passes over the calibration text."""
-        curvature = self.method.used_curvature
-        stores = worker.stores
-        waves = worker.num_waves
-        of_all = curvature.sequences_backward or worker.num_sequences
-        # of the replica that has most of them
-        backward = 0 if curvature.gathers == "A" else -(-of_all // worker.num_replicas)
-        # the changes that removals would make for a token
-        num_changes = self.method.beside.num_changes(worker.shapes.layout)
-        part = worker.shapes.layout.part_of_tokens
-        gathered = [s for s in worker.linears if s.name in worker.shapes.work.gathered]
-        # half of each product is left out
-        A_flops = sum({s.shared_input: part(s) * s.num_columns**2 for s in gathered}.values())
-        G_flops = sum(part(s) * s.num_rows**2 for s in gathered)
-        forward = (1 + (num_changes > 0)) * 2 * worker.active + A_flops
-        head = worker.head_flops * (backward or worker.sequences)
-        runs = 1 + (stores.activations == "recompute")
-        further = runs * 2 * worker.active + 2 * worker.head_flops + G_flops
-        of_pass = worker.sequences * forward + head + backward * further
-        num_passes = 1
-        if isinstance(curvature, ExtendedKfacSection):
-            num_passes += (curvature.num_kronecker_terms - 1) * curvature.num_power_iterations
-        loads = (waves + -(-backward // worker.wave)) * worker.all_blocks
-        weights = worker.moved(stores.weights, loads)
-        factors = worker.moved(stores.factors, 2 * waves * worker.all_factors)
-        on_device = worker.all_factors
-        if stores.factors != "device":  # beside an accelerator's, those of the next block are ahead
-            on_device = worker.largest_factors * (1 if worker.device_is_host else 2)
-        changes = num_changes * worker.hidden_size
-        passing = worker.passing(more_kept=4 * changes, more_in_a_moment=12 * changes)
-        device = worker.weights + on_device + passing
-        factors_on_host = worker.all_factors * (stores.factors == "host" and worker.device_is_host)
-        host = worker.host + factors_on_host + worker.travelling(worker.sequence_length)
-        flops = num_passes * worker.sequence_length * of_pass
-        of_host, of_disk = (num_passes * sum(pair) for pair in zip(weights, factors, strict=True))
-        bubble = worker.bubble(worker.sequences, stores)
-        counts = self._counts(worker, backward, runs, num_changes).times(num_passes)
-        yield StepPlan(self.name, device, host, flops, 0.0, of_host, of_disk, bubble, counts)
-
-    @staticmethod
-    def _counts(worker: WorkerView, backward: int, runs: int, num_changes: int) -> Counted:
-        """Return what passes launch whose sequences pass backward in part."""
-        T = worker.sequence_length
-        counts = worker.pass_counts(worker.sequences - backward, T, heads=float(not backward))
-        counts += worker.pass_counts(backward, T, runs, 1.0)
-        gathered = [s for s in worker.linears if s.name in worker.shapes.work.gathered]
-        of_A = {linear.shared_input: linear.num_columns for linear in gathered}.values()
-        of_G = [linear.num_rows for linear in gathered]
-        calls = -(-worker.sequences // worker.together), -(-backward // worker.together)
-        for sizes, num_calls in zip((of_A, of_G), calls, strict=True):
-            panels = sum(PackedSymmetric.num_panels(n, "cuda") for n in sizes)
-            counts += Counted(panels, 0, sum(4.0 * n**2 for n in sizes)).times(num_calls)
-            counts += Counted(len(gathered) * (num_calls > 0))  # zeros at the start
-        if num_changes:
-            routed = sum(not linear.sees_all_tokens for linear in worker.linears)
-            own = Counted(_CHANGES * worker.num_blocks + _REROUTED * routed, 3 * worker.num_blocks)
-            counts += own.times(calls[0])
-        # of every factor to its owner
-        between = worker.all_factors * (worker.num_replicas > 1)
-        return counts + Counted(2 * len(gathered) * (between > 0), 0, 0.0, between)
-
-    def beside(self, worker: WorkerView) -> Iterable[StepPlan]:
-        """Return further Kronecker terms, which are not packed."""
-        curvature = self.method.used_curvature
-        if not isinstance(curvature, ExtendedKfacSection):
-            return ()
-        squares = sum(linear.num_rows**2 + linear.num_columns**2 for linear in worker.linears)
-        further = curvature.num_kronecker_terms - 1
-        device = (further + 1.5) * 4.0 * squares
-        return [StepPlan(name, device, 0.0) for name in (self.name, "costs", "update")]

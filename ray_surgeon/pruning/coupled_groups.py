@@ -36,20 +36,17 @@ from ray_surgeon.maths.threshold import OutOfReachError
 from ray_surgeon.models.budgets import Budget
 from ray_surgeon.models.groups import GroupSet
 from ray_surgeon.models.layers import LayerKey
-from ray_surgeon.models.layout import FEED_FORWARD_OF_ALL, LinearShape
+from ray_surgeon.models.layout import FEED_FORWARD_OF_ALL
 from ray_surgeon.models.pruned_config import kv_heads_left
-from ray_surgeon.plan.work import LinearNeeds
 from ray_surgeon.pruning.experts import (
     ExpertSumsBeside,
     go_around_removed,
     remove_experts,
     whole_expert_costs,
 )
-from ray_surgeon.pruning.group_needs import FARTHER, needs_of_consumer
 from ray_surgeon.pruning.layer_removal import layers_gone
 from ray_surgeon.pruning.method import Applied, Choice, Ranking, Scores
 from ray_surgeon.recovery.reconstruction import Reconstruction
-from ray_surgeon.recovery.reconstruction_step import ReconstructionStage
 from ray_surgeon.run_state import CalibrationText
 from ray_surgeon.runtime.cluster import Cluster
 from ray_surgeon.runtime.wave import Tokens
@@ -179,17 +176,6 @@ class Groups(Ranking):
         """Return the divisor that makes costs of groups of different kinds comparable."""
         return self.budget.size(kind)
 
-    def needs(self, shape: LinearShape) -> LinearNeeds | None:
-        """Return what a consumer needs; nothing else is ranked and updated."""
-        if shape.role not in self.consumers:
-            return None
-        budget = self.budget
-        most = max(budget.dense - budget.least(self.fewest), 1e-9 * budget.dense)
-        # of the groups, in the first shot: all consumers lose the same
-        share = min(1.0, (budget.dense - self.goal(1)) / most)
-        reach = min(1.0, 2 * (self.section.last_sparsity or 0.5))
-        return needs_of_consumer(shape, reach, share * (1.0 if self.section.uniform else FARTHER))
-
     def allocate(self, scores: GroupScores, shot: int) -> Allocation:
         """Return how many groups every block loses."""
         costs = sorted(scores.costs, key=lambda c: c.consumer)
@@ -253,8 +239,8 @@ class Groups(Ranking):
         )
 
     @property
-    def reconstruction(self) -> ReconstructionStage | None:
-        """The reconstruction of layers that lose groups, or None if there is none."""
+    def reconstruction(self) -> Reconstruction | None:
+        """The reconstruction of layers that lose groups, if there is one."""
         section = self.section.reconstruction
         kinds = FEED_FORWARD_OF_ALL & set(self.section.groups)
         if section is None or not kinds:
@@ -263,7 +249,7 @@ class Groups(Ranking):
         num_backward = curvature.sequences_backward
         if curvature.gathers == "A":
             num_backward = 0
-        return ReconstructionStage(section, kinds, num_backward)
+        return Reconstruction(section, kinds, num_backward)
 
     # On a worker
 

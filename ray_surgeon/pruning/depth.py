@@ -9,23 +9,21 @@ from __future__ import annotations
 import math
 import random
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from ray_surgeon.models.layers import Layer, layers_of, linear_before
 from ray_surgeon.models.layout import ModelLayout
-from ray_surgeon.plan.counts import StepPlan
-from ray_surgeon.plan.estimate import WorkerView
 from ray_surgeon.pruning import depth_passes as passes
 from ray_surgeon.pruning import layer_removal as removal
 from ray_surgeon.pruning.coupled_groups import Groups
 from ray_surgeon.pruning.method import Method
-from ray_surgeon.run_state import Facts, RunState, Stage, held_measure
+from ray_surgeon.run_state import Facts, RunState, held_measure
 from ray_surgeon.runtime.cluster import Cluster
 from ray_surgeon.spec.depth import MEASURED, DepthSection
 
-_TOKENS_EACH = 20
+TOKENS_EACH = 20
 """Tokens for each input of a linear that is fitted; more change the fit by at most a twentieth."""
 _PRICE_MARGIN = 2.0
 """Layers up to this multiple of the lowest known price are measured again at once.
@@ -35,13 +33,11 @@ Removals raise prices, so the lowest known one is often out of date. One pass me
 
 
 @dataclass(frozen=True)
-class Depth(Stage):
+class Depth:
     """Removes layers until the shot's share of them is gone."""
 
-    name = "depth"
     method: Groups
     layers: tuple[Layer, ...]  # layers of the kinds that may be removed
-    num_held: int  # number of windows held aside
 
     @property
     def section(self) -> DepthSection:
@@ -187,7 +183,7 @@ class Depth(Stage):
         if linear is None:
             return None
         tokens = run.text.tokens
-        most = _TOKENS_EACH * run.layout.shapes[linear].num_columns
+        most = TOKENS_EACH * run.layout.shapes[linear].num_columns
         sample = tokens[:: max(1, tokens.size // most)]
         passes.sum_additions(run.cluster, run.layout, sample, layer, linear)
         return linear
@@ -216,29 +212,6 @@ class Depth(Stage):
         run.cluster.run_all(removal.end_fitting)
         return record
 
-    # For the plan
-
-    def needs(self, worker: WorkerView) -> Iterable[StepPlan]:
-        """Return the passes of a shot.
-
-        Each measure is of half of the blocks for every layer in the mean; after the first about
-        half of the layers are measured again.
-        """
-        section = self.method.section
-        number = self.section.num_removed or len(self.layers) * (section.last_sparsity or 0.2)
-        num_removed = max(1, round(number / section.shots))
-        T = worker.sequence_length
-        held = 2.0 * self.num_held * num_removed
-        if self.section.costs in MEASURED:
-            held += self.num_held * len(self.layers) / 2 * (1 + (num_removed - 1) / 2)
-        widest = max(linear.num_columns for linear in worker.linears)
-        fitted = min(worker.num_sequences, _TOKENS_EACH * widest / T) * num_removed / 2
-        count = round(held + fitted * self.section.update)
-        step = worker.measuring(self.name, [(max(1, count), T)])
-        states = (len(self.layers) + 1) * T * worker.hidden_size * worker.shapes.width
-        sums = 4.0 * (2 * widest**2 + 2 * widest * worker.hidden_size + T * widest)
-        yield replace(step, device=step.device + 2 * states + sums * self.section.update)
-
 
 def depth_of(method: Method, layout: ModelLayout, num_held: int) -> Depth | None:
     """Return the stage of a method that removes layers.
@@ -253,4 +226,4 @@ def depth_of(method: Method, layout: ModelLayout, num_held: int) -> Depth | None
             "calibration.held_aside: it leaves no windows on which layers are chosen and "
             "measured; raise it, or num_sequences"
         )
-    return Depth(method, layers_of(layout, method.section.layer_kinds), num_held)
+    return Depth(method, layers_of(layout, method.section.layer_kinds))

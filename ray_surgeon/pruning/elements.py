@@ -5,7 +5,6 @@ Removals are zeros in the dense shapes, by one global threshold, with correlated
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -18,8 +17,6 @@ from ray_surgeon.maths import threshold as thresholds
 from ray_surgeon.maths.conjugate import ElementUpdate
 from ray_surgeon.maths.element_pruning import ElementCandidates, find_elements
 from ray_surgeon.maths.masks import ElementMask
-from ray_surgeon.models.layout import LinearShape
-from ray_surgeon.plan.work import LinearNeeds
 from ray_surgeon.pruning.method import ByThreshold, Choice, Scores
 from ray_surgeon.runtime.cluster import Cluster
 from ray_surgeon.runtime.worker import Worker
@@ -37,27 +34,6 @@ class Elements(ByThreshold):
     def update(self) -> ElementUpdate:
         """Options of the update; see `ElementCandidates`."""
         return ElementUpdate(**self.section.update.model_dump())
-
-    def needs(self, shape: LinearShape) -> LinearNeeds:
-        """Both factors are factorised for the costs.
-
-        The update multiplies by both as often as its solver iterates.
-        """
-        R = shape.num_rows
-        C = shape.num_columns
-        units = self.section.units
-        # each of which every group tries
-        patterns = math.comb(units.m, units.n) if self.section.costs == "obs" and units.m > 1 else 0
-        update = self.section.update
-        iterations = update.num_iterations if update.solver == "conjugate_gradients" else 2
-        return LinearNeeds(
-            costs_bytes=4 * (2 * (C**2 + R**2) + max(R, C) ** 2 + 5 * R * C),
-            costs_flops=1.5 * (C**3 + R**3)
-            + patterns * 2.0 * R * (C // units.m) * units.num_removed**2,
-            update_bytes=4 * (2.5 * (C**2 + R**2) + 10 * R * C),
-            update_flops=iterations * 2.0 * R * C * (R + C),
-            kept_bytes=0.0 if self.section.structure == "element" else 12.0 * R * C / units.m,
-        )
 
     # On a worker
 

@@ -17,8 +17,6 @@ from typing import Any, ClassVar, Generic, TypeVar
 from ray_surgeon.factors.collector import NOTHING_BESIDE, SumsBeside
 from ray_surgeon.maths.curvature import Clipping, Linear
 from ray_surgeon.maths.factorised import RaisedDamping
-from ray_surgeon.models.layout import LinearShape
-from ray_surgeon.plan.work import LinearNeeds
 from ray_surgeon.run_state import CalibrationText
 from ray_surgeon.runtime.cluster import Cluster
 from ray_surgeon.runtime.wave import Tokens
@@ -120,13 +118,6 @@ class Method(ABC):
     def after_resuming(self, cluster: Cluster) -> None:
         """Prepare workers that have loaded the weights and masks of a committed shot."""
         return
-
-    @abstractmethod
-    def needs(self, shape: LinearShape) -> LinearNeeds | None:
-        """Return what the costs and the update of a linear need.
-
-        None if it is neither ranked nor updated by its factors.
-        """
 
     @abstractmethod
     def apply(

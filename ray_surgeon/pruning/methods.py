@@ -1,29 +1,23 @@
-"""The method of a job, and its steps."""
+"""The method of a job, and the pruning of a shot."""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 import torch
 
-from ray_surgeon.maths.group_batch import KEPT_BYTES
 from ray_surgeon.models import budgets
 from ray_surgeon.models.budgets import Budget
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.models.pruned_config import kv_heads_left
-from ray_surgeon.plan.counts import NOTHING, StepPlan
-from ray_surgeon.plan.estimate import WorkerView
-from ray_surgeon.plan.step_estimates import block_by_block, linear_by_linear
 from ray_surgeon.pruning.baselines.layerwise import Layerwise, NoPruning
 from ray_surgeon.pruning.coupled_groups import Groups
 from ray_surgeon.pruning.elements import Elements
 from ray_surgeon.pruning.method import Choice, Method, Scores
 from ray_surgeon.pruning.rows_columns import RowsColumns
 from ray_surgeon.pruning.seconds_table import budget_in
-from ray_surgeon.run_state import Facts, RunState, Stage, held_measure
+from ray_surgeon.run_state import Facts, RunState, held_measure
 from ray_surgeon.spec.curvature import AnyCurvature
 from ray_surgeon.spec.groups import (
     CoupledSection,
@@ -178,55 +172,6 @@ def _budget(layout: ModelLayout, pruning: CoupledSection, dtype: str) -> Budget:
     if target:
         return budgets.parameters_budget(layout)
     return budgets.linears_budget(layout)
-
-
-@dataclass(frozen=True)
-class _OnLinears(Stage):
-    """A stage in which linears have their turns."""
-
-    method: Method
-
-    def needs(self, worker: WorkerView) -> Iterable[StepPlan]:
-        """Return the work, linear by linear, or block by block where nothing is ranked."""
-        # asked once for all linears of a shape, of which a mixture has thousands
-        shapes = [(s.role, s.num_rows, s.num_columns) for s in worker.linears]
-        firsts = dict(zip(reversed(shapes), reversed(worker.linears), strict=True))
-        of_shapes = {shape: self.method.needs(first) for shape, first in firsts.items()}
-        needs = [vars(own) for shape in shapes if (own := of_shapes[shape]) is not None]
-        sizes = [of_linear[f"{self.name}_bytes"] for of_linear in needs]
-        flops = [of_linear[f"{self.name}_flops"] for of_linear in needs]
-        counts = NOTHING
-        reused = 0.0
-        for shape, number in Counter(shapes).items():
-            if (own := of_shapes[shape]) is None:
-                continue
-            counts += getattr(own, f"{self.name}_counts").times(number)
-            if self.name == "costs":
-                together = 1 if worker.device_is_host else own.together
-                counts += own.batch_counts.times(-(-number // together))
-                sizes.append(min(number, own.together) * own.batch_bytes)
-                reused += number * own.reused_bytes
-        if worker.device_is_host:  # which has no batches
-            sizes = sizes[: len(needs)]
-        if self.method.has_costs:
-            kept = sum(of_linear["kept_bytes"] for of_linear in needs)
-            largest = max(sizes, default=0.0)
-            largest += min(KEPT_BYTES, reused / worker.num_replicas) * worker.device_is_host
-            yield linear_by_linear(worker, self.name, largest, sum(flops), kept, counts)
-        elif needs:
-            yield block_by_block(worker, self.name, list(zip(sizes, flops, strict=True)), counts)
-
-
-class Costs(_OnLinears):
-    """The costs of everything that may be pruned."""
-
-    name = "costs"
-
-
-class Update(_OnLinears):
-    """The update of the weights that stay."""
-
-    name = "update"
 
 
 def prune(

@@ -18,8 +18,6 @@ from ray_surgeon.maths.masks import StructuredMask
 from ray_surgeon.maths.structured import Candidates, find_candidates
 from ray_surgeon.maths.threshold import StructureCosts
 from ray_surgeon.models.groups import propagate, shrinkable
-from ray_surgeon.models.layout import LinearShape
-from ray_surgeon.plan.work import LinearNeeds
 from ray_surgeon.pruning.method import Applied, ByThreshold, Choice, Scores
 from ray_surgeon.runtime.cluster import Cluster
 from ray_surgeon.runtime.wave import Tokens
@@ -43,18 +41,6 @@ class RowsColumns(ByThreshold):
     def update(self) -> str:
         """Kind of the update; see `Candidates`."""
         return self.section.update
-
-    def needs(self, shape: LinearShape) -> LinearNeeds:
-        """Both factors of every linear are factorised, then the parts that stay."""
-        R = shape.num_rows
-        C = shape.num_columns
-        reach = min(1.0, 2 * self.section.target_sparsity)
-        return LinearNeeds(
-            costs_bytes=4 * ((2 + reach) * (C**2 + R**2) + max(R, C) ** 2 + 6 * R * C),
-            costs_flops=5.0 * (C**3 + R**3) + 6 * R * C * (R + C),
-            update_bytes=4 * (C**2 + R**2 + 1.7 * max(R, C) ** 2 + 7 * R * C),
-            update_flops=2.0 * (C**3 + R**3),
-        )
 
     # On a worker
 

@@ -29,7 +29,7 @@ from ray_surgeon.maths.reconstruction import (
 )
 from ray_surgeon.models.groups import GroupSet
 from ray_surgeon.models.hooks import LayerInputs
-from ray_surgeon.run_state import CalibrationText
+from ray_surgeon.run_state import CalibrationText, Facts, RunState
 from ray_surgeon.runtime.cluster import Cluster
 from ray_surgeon.runtime.passes import pass_up_to_the_head
 from ray_surgeon.runtime.wave import Tokens
@@ -213,6 +213,22 @@ class Reconstruction:
         worker.state.layer_inputs = []
 
     # On the coordinator
+
+    def report(self, run: RunState, facts: Facts) -> None:
+        """Report which layers the update trained, and their errors held aside."""
+        workers = run.cluster.run_all(layer_errors)
+        errors = {name: pair for own in workers for name, pair in own.items()}
+        rate = run.record["reconstruction_rate"] if errors else 0.0
+        run.record["reconstruction"] = errors
+        run.record["reconstruction_rate"] = rate
+        trained = [(before, after) for before, after in errors.values() if before > 0]
+        better = [after / before for before, after in trained if after < before]
+        undone = len(trained) - len(better)
+        ratio = (sum(better) + undone) / len(trained) if trained else 1.0
+        facts["rate"] = rate
+        facts["layers"] = len(trained)
+        facts["layers undone"] = undone
+        facts["error held aside"] = ratio
 
     @contextmanager
     def around_pass(self, cluster: Cluster, text: CalibrationText) -> Iterator[None]:

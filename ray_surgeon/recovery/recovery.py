@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 from ray_surgeon.data.streams import TextStream
-from ray_surgeon.plan.counts import StepPlan
 from ray_surgeon.plan.device_resources import DEVICES
-from ray_surgeon.plan.estimate import WorkerView
 from ray_surgeon.recovery.batches import Batches, CalibrationBatches, StreamBatches
-from ray_surgeon.recovery.estimate import RecoveryNeeds
 from ray_surgeon.recovery.rates import Check
 from ray_surgeon.recovery.teacher import LoadTeacher
 from ray_surgeon.recovery.training import Training
 from ray_surgeon.report.events import CHECK
-from ray_surgeon.run_state import CalibrationText, Facts, RunState, Stage, Text
+from ray_surgeon.run_state import CalibrationText, Facts, RunState, Text
 from ray_surgeon.runtime.dense_states import CALIBRATION
 from ray_surgeon.runtime.teacher import drop_teacher, load_teacher
 from ray_surgeon.runtime.weights import ModelRecipe
@@ -29,14 +26,12 @@ from ray_surgeon.spec.schedule import ScheduleSection
 
 
 @dataclass(frozen=True)
-class Recovery(Stage):
+class Recovery:
     """Trains towards the dense model, and keeps the training if it helps."""
 
-    name = "recovery"
+    name: ClassVar[str] = "recovery"  # of its step
     section: RecoverySection
-    num_held: int  # windows held aside, on which it is measured
     size_shots: Sequence[int]  # numbers of the shots that end at a requested size
-    by_element: bool  # whether masks are of elements
     # whether the curvature pass keeps the dense model's states of the calibration text
     has_pass: bool
     # windows of the texts to train on; None for those of the calibration
@@ -141,23 +136,6 @@ class Recovery(Stage):
     def sees_calibration(self) -> bool:
         """Whether the training needs the dense model's states of the calibration text."""
         return self.section.loss == "kl" and not self.section.texts
-
-    # For the plan
-
-    def needs(self, worker: WorkerView) -> Iterable[StepPlan]:
-        """Return the training, the checks, and what the dense model sees beside."""
-        needs = RecoveryNeeds(
-            self.section,
-            self.num_held,
-            worker,
-            by_element=self.by_element,
-        )
-        return needs.steps(self.name)
-
-    def on_host(self, worker: WorkerView) -> float:
-        """Return the dense model's states of the calibration text."""
-        tokens = worker.num_sequences * worker.sequence_length
-        return worker.remembered(tokens * self.sees_calibration)
 
 
 def share_of_peak(plan: Mapping[str, Any], dtype: str, per_s: float) -> float:

@@ -62,7 +62,7 @@ def ray_job(inputs: Inputs, plan: Plan) -> str:
     section = inputs.spec.cluster
     if not isinstance(section, RaySection):
         raise ValueError("cluster.backend: local has no pods for workers; remove it for Kubernetes")
-    dense_bytes = inputs.layout.num_parameters * plan.workers[0].shapes.width
+    dense_bytes = inputs.layout.num_parameters * plan.shapes.width
     waits_s = math.ceil(section.start_timeout_s)
     expected_s = sum(plan.seconds.values()) * inputs.spec.schedule.shots
     labels = {}
@@ -94,15 +94,15 @@ def _head(dense_bytes: float) -> Pod:
 def _worker(inputs: Inputs, plan: Plan, dense_bytes: float) -> Pod:
     """Return the pod of a worker, for the plan's needs, Ray, and messages."""
     section = inputs.spec.cluster
-    shapes = plan.workers[0].shapes
-    sequences = max(plan.stores.wave, plan.stores.together) * shapes.work.sequence_length
+    shapes = plan.shapes
+    sequences = max(plan.stores.wave, plan.stores.together) * shapes.job.sequence_length
     hidden_bytes = inputs.layout.config.hidden_size * shapes.width
     # for a wave, in both directions, some of them at once
     store = max(1, _gib(8 * sequences * hidden_bytes))
     host = 0.0
     disk = 0.0
     for worker in plan.workers:
-        disk = max(disk, worker.disk_bytes)
+        disk = max(disk, worker.view.disk_bytes)
         for step in worker.steps:
             on_device, on_host = plan.peak(step)
             host = max(host, on_host or on_device)

@@ -88,9 +88,11 @@ def test_a_device_is_known_by_its_longest_name() -> None:
 
 def test_measured_figures_are_read_from_a_file(tmp_path: Path) -> None:
     path = tmp_path / "own.json"
-    path.write_text(json.dumps({"like": "h200", "flops": {"bfloat16": 5e14}, "launch_s": 4e-6}))
+    path.write_text(
+        json.dumps({"like": "h200", "flops": {"bfloat16": 5e14}, "disk_bytes_per_s": 4e9})
+    )
     device = named_device(str(path), 1)
-    assert (device.name, device.launch_s, device.flops["bfloat16"]) == ("own", 4e-6, 5e14)
+    assert (device.name, device.disk_bytes_per_s, device.flops["bfloat16"]) == ("own", 4e9, 5e14)
     assert device.flops["float32"] == DEVICES["h200"].flops["float32"]
     assert device.memory_bytes_per_s == DEVICES["h200"].memory_bytes_per_s
     assert named_device("cpu", 3).float32_flops == 3 * DEVICES["cpu"].float32_flops
@@ -99,9 +101,9 @@ def test_measured_figures_are_read_from_a_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        ('{"lunch_s": 1}', "lunch_s Unexpected"),
-        ('{"launch_s": "slow"}', "launch_s"),
-        ('{"launch_s": -1}', "launch_s Input should be greater"),
+        ('{"dusk_bytes_per_s": 1}', "dusk_bytes_per_s Unexpected"),
+        ('{"disk_bytes_per_s": "slow"}', "disk_bytes_per_s"),
+        ('{"disk_bytes_per_s": -1}', "disk_bytes_per_s Input should be greater"),
         ('{"like": "h900"}', "h900"),
         ("[]", "figures"),
     ],

@@ -16,8 +16,6 @@ from torch import Tensor
 from ray_surgeon.maths.columns import sparsegpt, upper_inverse, wanda
 from ray_surgeon.maths.factorised import RaisedDamping
 from ray_surgeon.maths.masks import ElementMask
-from ray_surgeon.models.layout import LinearShape
-from ray_surgeon.plan.work import LinearNeeds
 from ray_surgeon.pruning.method import Applied, Choice, Method
 from ray_surgeon.runtime.cluster import Cluster
 from ray_surgeon.runtime.passes import BlockPass
@@ -34,13 +32,6 @@ class Layerwise(Method, BlockPass):
     by_element: ClassVar[bool] = True
     section: SparseGPTSection | WandaSection
     sparsity: float = 0.0  # sparsity of every linear after the current shot
-
-    def needs(self, shape: LinearShape) -> LinearNeeds:
-        """A's Cholesky factor and the inverse of that."""
-        R = shape.num_rows
-        C = shape.num_columns
-        flops = 2 / 3 * C**3 + 2 * R * C**2
-        return LinearNeeds(update_bytes=4 * (4 * C**2 + 4 * R * C), update_flops=flops)
 
     # On the coordinator
 
@@ -110,9 +101,6 @@ class NoPruning(Method):
 
     section: ScheduleSection = NO_PRUNING
     curvature: None = None
-
-    def needs(self, shape: LinearShape) -> None:
-        """Return None."""
 
     def apply(
         self,

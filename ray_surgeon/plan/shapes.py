@@ -1,4 +1,4 @@
-"""The inputs of a plan: the work, and the sizes of the model's parts."""
+"""The sizes of a model's parts, as far as a plan needs them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -16,25 +16,29 @@ from ray_surgeon.maths.packed import PackedSymmetric
 from ray_surgeon.memory.stores import reserved_bytes
 from ray_surgeon.models.build import BlockRange
 from ray_surgeon.models.layout import LinearShape, ModelLayout
-from ray_surgeon.plan.counts import NOTHING, BlockCounts, Counted
+from ray_surgeon.plan.planned_job import PlannedJob
 
-if TYPE_CHECKING:
-    from ray_surgeon.run_state import Stage
+_FORWARD_ENTRIES = 4.5
+_BACKWARD_ENTRIES = 12.0
+"""Entries read or written in a pass for each entry of an input or output of a linear; fits."""
+_NORM_BYTES = 36.0
+"""Bytes in addition for each entry of a norm that computes in float32 on another dtype; a fit."""
 
 
 @dataclass(frozen=True)
-class Work:
-    """The inputs of a plan beside model, placement and memory."""
+class BlockTraffic:
+    """Bytes that passes of some blocks read or write in the device's memory."""
 
-    dtype: str  # of weights and activations
-    num_sequences: int  # of the calibration
-    sequence_length: int
-    factors: Literal["both", "A", "none"]  # gathered by a pass over the calibration text
-    gathered: frozenset[str]  # linears whose factors are gathered
-    stages: tuple[Stage, ...]  # of the job, in their order
-    has_teacher: bool = False  # whether the dense model is beside the pruned one in a step
-    # the change that would let weights leave the device, if a step needs all of them there; else ""
-    streaming_remedy: str = ""
+    weight_bytes: float = 0.0  # in every call, forward or backward
+    forward_token: float = 0.0  # for every token
+    backward_token: float = 0.0
+
+    def __add__(self, more: BlockTraffic) -> BlockTraffic:
+        return BlockTraffic(
+            weight_bytes=self.weight_bytes + more.weight_bytes,
+            forward_token=self.forward_token + more.forward_token,
+            backward_token=self.backward_token + more.backward_token,
+        )
 
 
 class ActivationBytes(NamedTuple):
@@ -56,7 +60,7 @@ class Shapes:
 
     Attributes:
         layout: of the model.
-        work: of the job.
+        job: that is planned.
         width: bytes of a number.
         largest_tensor: bytes of the largest parameter.
         largest_stored: bytes of the largest tensor of a checkpoint, which may hold several.
@@ -65,22 +69,22 @@ class Shapes:
         factor_bytes: of the gathered packed factors of every block.
         active_parameters: parameters of every block's linears that a token is multiplied with.
         activations: of every block.
-        counts: function from a range of blocks to their counts.
+        traffic: function from a range of blocks to what their passes read and write.
         of_shard: function from a range of blocks to the bytes of a shard's weights outside of them,
             and those that a host reserves for the blocks' weights, and for their factors.
     """
 
-    def __init__(self, layout: ModelLayout, work: Work, device_type: str = "cpu") -> None:
+    def __init__(self, layout: ModelLayout, job: PlannedJob, device_type: str = "cpu") -> None:
         """Compute the sizes.
 
         Args:
             layout: of the model.
-            work: of the job.
+            job: that is planned.
             device_type: of the workers, which determines how factors are laid out.
         """
         self.layout = layout
-        self.work = work
-        self.width = getattr(torch, work.dtype).itemsize
+        self.job = job
+        self.width: int = getattr(torch, job.dtype).itemsize
         self._sizes: dict[str, int] = {}
         for name, shape in layout.parameters.items():
             self._sizes[name] = self.width * math.prod(shape)
@@ -91,12 +95,12 @@ class Shapes:
             self.linears[linear.block].append(linear)
         self._in_blocks = self._sizes_in_blocks()
         self.block_bytes = [sum(sizes) for sizes in self._in_blocks]
-        self._factors = [_factor_sizes(linears, work, device_type) for linears in self.linears]
+        self._factors = [_factor_sizes(linears, job, device_type) for linears in self.linears]
         self.factor_bytes = [sum(sizes) for sizes in self._factors]
         self.active_parameters = [self._active_parameters(linears) for linears in self.linears]
         self.activations = [self._activation_bytes(linears) for linears in self.linears]
-        self._counts = self._count_blocks()
-        self.counts = functools.cache(self._counts_of)
+        self._traffic = self._traffic_of_blocks()
+        self.traffic = functools.cache(self._sum_of_traffic)
         self.of_shard = functools.cache(self._of_shard)
 
     def _largest_stored(self) -> int:
@@ -135,27 +139,39 @@ class Shapes:
             scores=self.width * layout.heads.num_query if has_scores else 0,
         )
 
-    def _count_blocks(self) -> list[BlockCounts]:
-        """Return the counts of every block."""
+    def _traffic_of_blocks(self) -> list[BlockTraffic]:
+        """Return the traffic of every block."""
         layout = self.layout
         norms: list[list[int]] = [[] for _ in range(layout.num_blocks)]
         for name, shape in layout.parameters.items():
             block = layout.block_of(name)
             if block is not None and len(shape) == 1 and name.endswith("weight"):
                 norms[block].append(shape[0])
-        counts = []
+        traffic = []
         for block in range(layout.num_blocks):
-            of_block = BlockCounts.of(
-                layout,
-                linears=self.linears[block],
-                norms=norms[block],
-                weight_bytes=self.block_bytes[block],
-            )
-            counts.append(of_block)
-        return counts
+            traffic.append(self._traffic_of(block, norms[block]))
+        return traffic
 
-    def _counts_of(self, blocks: BlockRange) -> BlockCounts:
-        return sum(self._counts[blocks.first : blocks.last], BlockCounts())
+    def _traffic_of(self, block: int, norms: Sequence[int]) -> BlockTraffic:
+        """Return the traffic of a block, whose norms have these numbers of entries."""
+        linears = self.linears[block]
+        weight_bytes = self.block_bytes[block]
+        width = weight_bytes / max(1, sum(linear.size for linear in linears))
+        norm_bytes = 0.0
+        if width < 3:  # norms convert their inputs
+            norm_bytes = _NORM_BYTES * sum(norms)
+        entries = 0.0
+        for linear in linears:
+            part = self.layout.part_of_tokens(linear)
+            entries += part * (linear.num_rows + linear.num_columns)
+        return BlockTraffic(
+            weight_bytes=weight_bytes,
+            forward_token=width * _FORWARD_ENTRIES * entries + norm_bytes,
+            backward_token=width * _BACKWARD_ENTRIES * entries + norm_bytes,
+        )
+
+    def _sum_of_traffic(self, blocks: BlockRange) -> BlockTraffic:
+        return sum(self._traffic[blocks.first : blocks.last], BlockTraffic())
 
     def _of_shard(self, blocks: BlockRange) -> tuple[int, int, int]:
         own = slice(blocks.first, blocks.last)
@@ -168,37 +184,15 @@ class Shapes:
         return outside, weights, factors
 
 
-def _factor_sizes(linears: list[LinearShape], work: Work, device_type: str) -> list[int]:
+def _factor_sizes(linears: list[LinearShape], job: PlannedJob, device_type: str) -> list[int]:
     """Return the bytes of A and G of a block's linears, packed in float32."""
-    if work.factors == "none":
+    if job.factors == "none":
         return []
     columns: dict[int, int] = {}  # shared input -> size of A
     rows = []
     for linear in linears:
-        if linear.name in work.gathered:
+        if linear.name in job.gathered:
             columns[linear.shared_input] = linear.num_columns
             rows.append(linear.num_rows)
     orders = [*columns.values(), *rows]
     return [4 * PackedSymmetric.size(order, device_type) for order in orders]
-
-
-@dataclass(frozen=True)
-class LinearNeeds:
-    """Needs of a method for one linear beside its weight and packed factors.
-
-    Bytes are on the device, while that linear is treated.
-    """
-
-    costs_bytes: float = 0.0
-    costs_flops: float = 0.0
-    update_bytes: float = 0.0
-    update_flops: float = 0.0
-    kept_bytes: float = 0.0  # from its costs to its update, of all linears at the same time
-    batch_bytes: float = 0.0  # of one linear in a batch, see `together`
-    reused_bytes: float = 0.0  # on a CPU, kept while costs are computed, up to a limit
-    # beside products
-    costs_counts: Counted = NOTHING
-    update_counts: Counted = NOTHING
-    # of the costs of a batch of linears of one shape, and the largest number of them in a batch
-    batch_counts: Counted = NOTHING
-    together: int = 1

@@ -1,27 +1,28 @@
-"""Memory, operations and moved bytes of a job's steps on a worker, by arithmetic on shapes.
+"""One worker as the estimates of its steps see it, by arithmetic on shapes.
 
-Stages describe their needs in terms of a `WorkerView`; the plan sums them up.
+The estimates themselves are in `ray_surgeon.plan.memory_plan`.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
-from dataclasses import replace
 
 from ray_surgeon.memory.stores import Place, Stores
-from ray_surgeon.models.loss import TOKENS_PER_SLICE, bytes_at_the_head
+from ray_surgeon.models.loss import bytes_at_the_head
 from ray_surgeon.models.runner import TOKENS_OF_ROOM
-from ray_surgeon.plan.counts import CALL, NOTHING, SLICE, Counted, StepPlan, head_counts
-from ray_surgeon.plan.work import ActivationBytes, Shapes
+from ray_surgeon.plan.shapes import ActivationBytes, Shapes
+from ray_surgeon.plan.step_plan import StepPlan
 from ray_surgeon.runtime.placement import Placement
 from ray_surgeon.runtime.writing import texts_together
 
 TextSizes = Sequence[tuple[int, int]]  # number of windows of each text, and their length
 
+_LOGIT_BYTES = 40.0
+"""Bytes read or written for a logit; a fit."""
+
 
 class WorkerView:
-    """One worker, in whose terms a stage describes its needs.
+    """One worker, in whose terms the needs of steps are estimated.
 
     Attributes:
         shard: the shard that it holds.
@@ -43,7 +44,8 @@ class WorkerView:
         outside: bytes of the weights outside of the blocks.
         active: parameters of the linears that a token is multiplied with.
         head_flops: operations of the head for a token, forward.
-        host: bytes of the host's memory in every step.
+        host: bytes of the host's memory in every step; `ray_surgeon.plan.memory_plan` adds what
+            steps keep there for others.
     """
 
     def __init__(
@@ -58,7 +60,7 @@ class WorkerView:
             device_is_host: whether device and host have one memory.
             shard: of the worker.
         """
-        work = shapes.work
+        job = shapes.job
         self.shard = shard
         self.blocks = blocks = placement.blocks[shard]
         self.shapes = shapes
@@ -70,8 +72,8 @@ class WorkerView:
         self.device_is_host = device_is_host
         self.linears = [linear for block in shapes.linears[self._own] for linear in block]
         self.owners = {s.name: placement.owners[s.shared_input] for s in self.linears}
-        self.num_sequences = work.num_sequences
-        self.sequence_length = work.sequence_length
+        self.num_sequences = job.num_sequences
+        self.sequence_length = job.sequence_length
         self.sequences = -(-self.num_sequences // self.num_replicas)
         self.wave = min(stores.wave_of(self.sequences, self.num_shards), self.sequences)
         self.together = min(stores.together, self.wave)
@@ -80,11 +82,10 @@ class WorkerView:
         config = shapes.layout.config
         self.hidden_size = int(config.hidden_size)
         self._hidden = self.hidden_size * shapes.width
-        vocabulary = config.vocab_size if blocks.is_last else 0
-        self.head_flops = 2 * vocabulary * config.hidden_size
+        vocabulary = int(config.vocab_size) if blocks.is_last else 0
+        self.head_flops = 2 * vocabulary * self.hidden_size
         self._head = bytes_at_the_head(vocabulary, shapes.width, on_cpu=device_is_host)
         self._sum_up_blocks()
-        self.host += sum(stage.on_host(self) for stage in work.stages)
 
     def _sum_up_blocks(self) -> None:
         shapes = self.shapes
@@ -128,22 +129,10 @@ class WorkerView:
             size += self.all_blocks
         return size
 
-    @functools.cached_property
-    def steps(self) -> list[StepPlan]:
-        """The steps of all stages in their order; parts of the same name are one step."""
-        stages = self.shapes.work.stages
-        steps: dict[str, StepPlan] = {}
-        for stage in stages:
-            for step in stage.needs(self):
-                earlier = steps.get(step.name)
-                steps[step.name] = step if earlier is None else earlier.then(step)
-        for stage in stages:
-            for more in stage.beside(self):
-                own = steps.get(more.name)
-                if own is not None:
-                    device = own.device + more.device
-                    steps[more.name] = replace(own, device=device, host=own.host + more.host)
-        return list(steps.values())
+    @property
+    def num_runs_forward(self) -> int:
+        """How often a sequence that passes backward runs forward."""
+        return 2 if self.stores.activations == "recompute" else 1
 
     def remembered(self, num_tokens: int) -> float:
         """Return the bytes of the dense model's last hidden states, in bfloat16."""
@@ -176,12 +165,14 @@ class WorkerView:
         peak = host = 0.0
         tokens = 0
         loads = 0
-        counts = NOTHING
+        memory_bytes = 0.0
+        sent_bytes = 0.0
         for count, length in texts:
             own = -(-count // self.num_replicas)
             wave = min(stores.wave_of(own, self.num_shards), own)
             together = min(stores.together, wave)
-            counts += self.pass_counts(own, length, heads=num_heads, together=together)
+            memory_bytes += self.pass_bytes(own, length, heads=num_heads, together=together)
+            sent_bytes += self.sent_bytes(own * length, num_passes=1)
             moment = together * self.forward_bytes(length)
             if not of_teacher:
                 moment = max(moment, self._head)
@@ -197,10 +188,11 @@ class WorkerView:
             flops=tokens * (2 * self.active + 2 * num_heads * self.head_flops),
             host_bytes=host_bytes,
             disk_bytes=disk_bytes,
-            counts=counts,
+            memory_bytes=memory_bytes,
+            sent_bytes=sent_bytes,
         )
 
-    def pass_counts(
+    def pass_bytes(
         self,
         num_sequences: float,
         length: int,
@@ -208,8 +200,8 @@ class WorkerView:
         backward: float = 0.0,
         heads: float = 1.0,
         together: int = 0,
-    ) -> Counted:
-        """Return the counts of passes over sequences, beside their products.
+    ) -> float:
+        """Return the bytes that passes read or write in the device's memory.
 
         Args:
             num_sequences: of one replica.
@@ -222,18 +214,20 @@ class WorkerView:
         size = together or self.stores.in_a_call(num_sequences, self.num_shards)
         num_calls = -(-num_sequences // size)
         tokens = num_sequences * length
-        own = self.shapes.counts(self.blocks)
-        counts = own.forward.times(num_calls * forward) + own.backward.times(num_calls * backward)
-        passed = forward * own.forward_token + backward * own.backward_token
-        counts += Counted(memory_bytes=tokens * passed)
-        counts += Counted(launches=CALL, syncs=4).times(num_calls * forward)
+        own = self.shapes.traffic(self.blocks)
+        passed_bytes = num_calls * forward * own.weight_bytes
+        passed_bytes += num_calls * backward * own.weight_bytes
+        passed_bytes += tokens * (forward * own.forward_token + backward * own.backward_token)
         if self.head_flops:
             vocabulary = self.head_flops / (2 * self.hidden_size)
-            logits = head_counts(length, TOKENS_PER_SLICE, vocabulary, backward=bool(backward))
-            counts += logits.times(num_sequences * heads)
-        if self.num_shards > 1:
-            counts += Counted(sent_bytes=tokens * self._hidden * (forward + backward))
-        return counts
+            passed_bytes += num_sequences * heads * (_LOGIT_BYTES * length * vocabulary)
+        return passed_bytes
+
+    def sent_bytes(self, num_tokens: float, num_passes: float) -> float:
+        """Return the bytes of hidden states that passes send to other shards."""
+        if self.num_shards == 1:
+            return 0.0
+        return num_tokens * self._hidden * num_passes
 
     def forward_bytes(self, length: int) -> float:
         """Return the bytes that a block needs to run forward on one sequence."""
@@ -252,7 +246,7 @@ class WorkerView:
         most = 0.0
         flops = 0.0
         num_passes = 0
-        counts = NOTHING
+        memory_bytes = 0.0
         for num_texts, length in texts:
             batches = -(-num_texts // texts_together(length))  # the same on any cluster
             batch = -(-num_texts // batches)
@@ -268,11 +262,10 @@ class WorkerView:
             flops += own * num_prompt_tokens * 2 * self.active
             num_passes += length * rounds
             # a token reads the keys and values of half of the tokens on average
-            counts += Counted(memory_bytes=self.num_blocks * own * length * of_token * length / 2)
-        counts += self.shapes.counts(self.blocks).forward.times(num_passes)
-        head_bytes = self.outside if self.head_flops else 0
-        beside_blocks = Counted(launches=CALL + SLICE, syncs=1, memory_bytes=head_bytes, calls=1)
-        counts += beside_blocks.times(num_passes)
+            memory_bytes += self.num_blocks * own * length * of_token * length / 2
+        memory_bytes += num_passes * self.shapes.traffic(self.blocks).weight_bytes
+        if self.head_flops:
+            memory_bytes += num_passes * self.outside
         host_bytes, disk_bytes = self.moved(self.stores.weights, num_passes * self.all_blocks)
         return StepPlan(
             name=name,
@@ -281,7 +274,7 @@ class WorkerView:
             flops=flops,
             host_bytes=host_bytes,
             disk_bytes=disk_bytes,
-            counts=counts,
+            memory_bytes=memory_bytes,
         )
 
     def _cached_bytes_per_token(self) -> float:
@@ -308,7 +301,7 @@ class WorkerView:
         own = self._activations
         kept = own.kept + more_kept + 2 * T * own.scores
         moment = own.moment + more_in_a_moment + 4 * T * own.scores
-        gathered = self.shapes.work.gathered
+        gathered = self.shapes.job.gathered
         widest = max((s.num_columns for s in self.linears if s.name in gathered), default=0)
         tokens = min(self.stores.together, wave) * T
         conversion = 4 * (tokens + 256) * widest
