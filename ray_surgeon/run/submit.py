@@ -93,7 +93,7 @@ def _run(
                 _fetch(client, f"{job}-report", uri, environment, Path(arguments.report or job))
             except (OSError, RuntimeError) as error:
                 _say(f"the report in {uri} could not be fetched: {error}")
-    about = _patiently(lambda: client.get_job_info(job))
+    about = patiently(lambda: client.get_job_info(job))
     if "continue with: " in log:  # from where the package is; from here:
         words = ["ray-surgeon", "submit", arguments.spec, *options, "--resume"]
         _say(f"continue with: {shlex.join(words)}{at}")
@@ -118,7 +118,7 @@ def _submit(client: JobSubmissionClient, job: str, words: Sequence[str], environ
         is_again = True
         client.submit_job(**options)
 
-    _patiently(ask)
+    patiently(ask)
 
 
 def _follow(client: JobSubmissionClient, job: str, say: Callable[[str], None]) -> str:
@@ -126,8 +126,8 @@ def _follow(client: JobSubmissionClient, job: str, say: Callable[[str], None]) -
     log = ""
     ended = False
     while not ended:
-        ended = _patiently(lambda: client.get_job_status(job)).is_terminal()
-        now = _patiently(lambda: client.get_job_logs(job))
+        ended = patiently(lambda: client.get_job_status(job)).is_terminal()
+        now = patiently(lambda: client.get_job_logs(job))
         whole = now if ended else now[: now.rfind("\n") + 1]
         if len(whole) > len(log):
             say(whole[len(log) :].removesuffix("\n"))
@@ -150,7 +150,7 @@ def _fetch(client: JobSubmissionClient, job: str, uri: str, environment: Any, fo
     _say(f"report: {folder / 'report.html'}, with report.json beside it")
 
 
-def _patiently(ask: Callable[[], Any]) -> Any:
+def patiently(ask: Callable[[], Any]) -> Any:
     """Return what the head answers, which may not be there for a while.
 
     Raises:

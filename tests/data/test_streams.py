@@ -109,7 +109,7 @@ def test_windows_are_the_text_cut_in_pieces(
     if where == "saved":
         source = lines.with_name("saved")
         datasets.Dataset.from_dict({"text": DOCUMENTS}).save_to_disk(source)
-    monkeypatch.setattr(texts, "_DOCUMENTS_PER_CALL", 9)
+    monkeypatch.setattr(texts, "DOCUMENTS_PER_CALL", 9)
     sections = streamed(source, split="train" if where == "hub" else "all")
     stream = TextStream(sections, LENGTH, tokenizer, 0, buffer=1)
     assert drained(stream) == cut(whole(tokenizer))
@@ -157,7 +157,7 @@ def test_a_buffer_shuffles(buffer: int, lines: Path, tokenizer: FastTokenizer) -
 def test_a_stream_goes_on_where_it_was(
     lines: Path, tokenizer: FastTokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(texts, "_DOCUMENTS_PER_CALL", 2)
+    monkeypatch.setattr(texts, "DOCUMENTS_PER_CALL", 2)
     sections = [
         *streamed(lines, weight=2.5),
         *streamed("python-docs", split="train", max_tokens=4000),
@@ -181,7 +181,7 @@ def test_weights_are_shares(weights: list[float], tokenizer: FastTokenizer) -> N
     Were it the turn of the text that is furthest behind, the last ones would be off by more.
     """
     sections = [streamed("python-docs", weight=weight)[0] for weight in weights]
-    turns = list(islice(TextStream(sections, LENGTH, tokenizer, 0)._turns(), 3000))
+    turns = list(islice(TextStream(sections, LENGTH, tokenizer, 0).turns(), 3000))
     counts = np.cumsum(np.eye(len(weights))[turns], axis=0)
     exact = np.arange(1, 3001)[:, None] * np.array(weights) / sum(weights)
     assert np.abs(counts - exact).max() < 1
@@ -193,7 +193,7 @@ def test_windows_are_of_the_text_whose_turn_it_is(tmp_path: Path, tokenizer: Fas
     sections = [*streamed(tmp_path / "a.txt", weight=3.0), *streamed(tmp_path / "b.txt")]
     stream = TextStream(sections, LENGTH, tokenizer, 0, buffer=4)
     read = ["b" in tokenizer.decode(window) for window in islice(stream.windows(), 80)]
-    assert read == [turn == 1 for turn in islice(stream._turns(), 80)]
+    assert read == [turn == 1 for turn in islice(stream.turns(), 80)]
     assert sum(read) == 20
 
 
@@ -208,7 +208,7 @@ def test_no_more_is_read_than_the_buffer_holds(
             yield DOCUMENTS[0]
 
     monkeypatch.setattr(documents, "documents_of", endless)
-    monkeypatch.setattr(texts, "_DOCUMENTS_PER_CALL", 2)
+    monkeypatch.setattr(texts, "DOCUMENTS_PER_CALL", 2)
     sections = [*streamed("hub/one", split="train", weight=9.0), *streamed("hub/two")]
     stream = TextStream(sections, LENGTH, tokenizer, 0, buffer=4)
     windows = stream.windows()
@@ -231,7 +231,7 @@ def test_a_text_ends(lines: Path, tokenizer: FastTokenizer) -> None:
     sections = [*streamed(longer), *streamed(lines, weight=0.5)]
     sections[1] = (sections[1][0], "recovery.texts.1")
     stream = TextStream(sections, LENGTH, tokenizer, 0, buffer=16)
-    turns = list(islice(stream._turns(), 4 * count))
+    turns = list(islice(stream.turns(), 4 * count))
     total = [i for i, turn in enumerate(turns) if turn == 1][count]
     windows = stream.windows()
     assert len(list(islice(windows, total))) == total
@@ -258,7 +258,7 @@ def test_a_length_is_checked_without_reading_more(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A train of 800 tokens is 50 windows, and a test of 200 tokens 12."""
-    monkeypatch.setattr(texts, "_DOCUMENTS_PER_CALL", 3)
+    monkeypatch.setattr(texts, "DOCUMENTS_PER_CALL", 3)
     limit = {} if split == "all" else {"max_tokens": 1000}
     most = most or len(cut(whole(tokenizer)))
     stream = TextStream(streamed(lines, split=split, **limit), LENGTH, tokenizer, 0)

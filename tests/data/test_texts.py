@@ -111,7 +111,8 @@ def test_docstrings_of_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr("sysconfig.get_path", lambda name: tmp_path / "library")
     installed = [Distribution.at(path) for path in tmp_path.glob("*.dist-info")]
     monkeypatch.setattr(documents, "distributions", lambda: iter(installed))
-    found = [document.partition(".")[0] for document in documents._package_docstrings()]
+    found = documents.documents_of(source("package-docstrings"), "t")
+    found = [document.partition(".")[0] for document in found]
     assert sorted(found) == ["Of alpha", "Of alpha, too", "Of beta"]
     assert found.index("Of beta") < 2
 
@@ -119,7 +120,7 @@ def test_docstrings_of_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize("name", ["python-docs", "package-descriptions", "python-docstrings"])
 def test_installed(name: str, tokenizer: FastTokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     """Eighty percent are for training."""
-    monkeypatch.setattr(texts, "_DOCUMENTS_PER_CALL", 9)  # the first ones are enough
+    monkeypatch.setattr(texts, "DOCUMENTS_PER_CALL", 9)  # the first ones are enough
     train, test = (
         stream(tokenizer, name, max_tokens=3000, split=split) for split in ("train", "test")
     )

@@ -65,7 +65,7 @@ def test_a_pod_has_less_than_its_node(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_files_that_a_container_has_read_leave_its_memory_when_it_is_wanted(
     limit: str, used: str, prefix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(device_resources, "_CGROUPS", ((str(tmp_path), limit, used, prefix),))
+    monkeypatch.setattr(device_resources, "CGROUPS", ((str(tmp_path), limit, used, prefix),))
     here = available_bytes()
     statistics = f"anon 100\n{prefix}inactive_file 3000\n{prefix}active_file 400\n"
     (tmp_path / "memory.stat").write_text(statistics)
@@ -118,7 +118,9 @@ def test_a_file_without_figures_is_refused(text: str, reason: str, tmp_path: Pat
 def test_files_that_vanish_while_a_folder_is_measured_count_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("RAY_SURGEON_DISK", "1000")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     (tmp_path / "kept").write_bytes(b"12345")
     walked: list[tuple[str, list[str], list[str]]] = [(str(tmp_path), [], ["kept", "gone"])]
     monkeypatch.setattr(os, "walk", lambda _: walked)
-    assert device_resources._size_of(tmp_path) == 5
+    assert device_resources.resources_here(torch.device("cpu"), None).room.disk == 1000 - 5

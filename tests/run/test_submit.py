@@ -72,7 +72,10 @@ def test_an_address_without_a_scheme_is_refused(
 def test_why_a_head_takes_no_job_is_said_at_once(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(submit, "_POLL_S", 0.0)
+    clock = SimpleNamespace(now=0.0)
+    clock.monotonic = lambda: clock.now
+    clock.sleep = lambda s: setattr(clock, "now", clock.now + s)
+    monkeypatch.setattr(submit, "time", clock)
     problem = "status code 500: No available agent"
     answers: list[Any] = [RuntimeError(problem), RuntimeError(problem), OSError("gone"), "taken"]
 
@@ -82,10 +85,9 @@ def test_why_a_head_takes_no_job_is_said_at_once(
             raise answer
         return answer
 
-    assert submit._patiently(ask) == "taken"
+    assert submit.patiently(ask) == "taken"
     lines = capsys.readouterr().out.splitlines()
     assert lines == [f"waiting for the head: {problem}", "waiting for the head: gone"]
-    monkeypatch.setattr(submit, "_PATIENCE_S", -1.0)
-    answers.append(OSError("gone"))
-    with pytest.raises(RuntimeError, match="took no request for -1 s: gone"):
-        submit._patiently(ask)
+    answers += [OSError("gone")] * 200
+    with pytest.raises(RuntimeError, match="took no request for 300 s: gone"):
+        submit.patiently(ask)
