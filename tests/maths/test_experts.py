@@ -42,8 +42,8 @@ def test_factors_are_shrunk_by_the_number_of_tokens(num_tokens: int) -> None:
 @pytest.mark.parametrize("has_bias", [False, True])
 @pytest.mark.parametrize("numbers", [(3, 0, 10), (0, 1), (0, 0)])
 def test_layer_mean_ignores_removed_channels(numbers: tuple[int, ...], has_bias: bool) -> None:
-    """The level of an expert without tokens is the mean over the channels that are left, so experts
-    that lost channels do not lower it.
+    """Without a common basis the mean is a multiple of the identity: the mean square over the
+    channels that are left. Experts that lost channels do not lower it.
     """
     own = [draw(n, 6, seed=n) for n in numbers]
     if len(own) == 3:

@@ -1,6 +1,6 @@
-"""What the counter of launches counts, by hand; and what plans say of it.
+"""The counter of launches against counts by hand, and planned counts against a run.
 
-Whole runs are on a pretend accelerator, in processes of their own; see pretend_accelerator.py.
+Whole runs are on a pretend accelerator, in their own processes; see pretend_accelerator.py.
 """
 
 from __future__ import annotations
@@ -45,14 +45,14 @@ CASES: dict[str, tuple[Callable[[], object], int, int]] = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_launches_and_syncs(case: str) -> None:
+def test_counted_launches_and_syncs(case: str) -> None:
     compute, launches, syncs = CASES[case]
     with Counter() as counter:
         compute()
     assert (counter.launches, counter.syncs) == (launches, syncs), counter.operators
 
 
-def test_bytes_and_operations() -> None:
+def test_counted_bytes_and_operations() -> None:
     x = torch.randn(8, 4)
     y = torch.randn(4, 2)
     with Counter() as counter:
@@ -64,7 +64,7 @@ def test_bytes_and_operations() -> None:
     assert counter.bytes == 4 * (32 + 8 + 16) + 2 * 4 * 16 + 2 * 4 * 8 + 2 * 8
 
 
-def test_backward_passes_count() -> None:
+def test_backward_passes_are_counted() -> None:
     x = torch.randn(4, 4, requires_grad=True)
     with Counter() as counter:
         (x @ x).sum().backward()
@@ -100,7 +100,7 @@ WHOLE = {"pruning": {"groups": ["expert_channels", "experts"], "width_multiple":
 
 
 def counts_and_plans(kind: str, sections: dict[str, Any]) -> dict[str, list[list[float]]]:
-    """Return step -> launches, syncs, operations and bytes as counted, and as planned."""
+    """Return step -> counted and planned launches, syncs, operations and bytes."""
     is_mixture = kind in {"mixture", "whole"}
     config = tiny_mixture(2, 16) if is_mixture else tiny_llama(2)
     with tempfile.TemporaryDirectory() as folder:
@@ -134,9 +134,7 @@ def on_sim(zygote: Zygote, function: Callable[..., object], **arguments: object)
     ],
     ids=["dense", "trained", "taught", "all weights", "mixture", "whole"],
 )
-def test_planned_counts_are_those_of_a_run(
-    kind: str, sections: dict[str, Any], zygote: Zygote
-) -> None:
+def test_planned_counts_match_a_run(kind: str, sections: dict[str, Any], zygote: Zygote) -> None:
     found = on_sim(zygote, counts_and_plans, kind=kind, sections=sections)
     far = {}
     held = set(HELD) - DATA.get(kind, set())
@@ -159,7 +157,7 @@ def test_planned_counts_are_those_of_a_run(
         pytest.param("whole", 400, 0.6, marks=pytest.mark.slow),
     ],
 )
-def test_a_block_launches_no_more_for_a_sequence(
+def test_launches_of_a_block_per_sequence_are_bounded(
     name: str, launches: float, syncs: float, zygote: Zygote
 ) -> None:
     counted = on_sim(zygote, of_a_block, name=name, device="sim")
@@ -167,7 +165,7 @@ def test_a_block_launches_no_more_for_a_sequence(
     assert counted[1] <= syncs
 
 
-def test_the_table_of_a_large_model() -> None:
+def test_table_of_a_large_model() -> None:
     rows = {row[0]: row[1:] for row in rows_of(planned("llama-2-7b", 1, {}))}
     assert {"curvature", "costs", "update", "evaluation", "commit", "export"} <= rows.keys()
     launches, syncs, size, flops, seconds = rows["curvature"]

@@ -85,7 +85,7 @@ def test_process_does_nothing_if_its_parent_ended_before_it_started(tmp_path: Pa
 
 
 def test_peak_of_a_process_is_its_largest_reading() -> None:
-    """Reading the peak resets it, so a second reading of the same process is smaller."""
+    """Reading the peak resets it, so a second reading of the same process may be smaller."""
     sizes = [("a", 0, 900), ("a", 0, 100), ("b", 70, 200), ("b", 5, 200)]
     usages = [Usage(process, 1.0, 10, gpu, anonymous) for process, gpu, anonymous in sizes]
     assert largest_of_processes(usages, "peak_anonymous_bytes") == {"a": 900, "b": 200}

@@ -212,9 +212,7 @@ def test_overrides_in_the_readme_are_valid() -> None:
         ("curvature.damping.g=0.5", False),
     ],
 )
-def test_method_fingerprint_ignores_settings_that_keep_the_result(
-    changes: str, is_same: bool
-) -> None:
+def test_method_fingerprint_depends_on_the_method_only(changes: str, is_same: bool) -> None:
     assert (spec_of(changes).method_fingerprint() == spec_of().method_fingerprint()) == is_same
 
 
