@@ -237,10 +237,10 @@ def outcome_of(program: str, limits: Limits, *, allow_network: bool = False) -> 
             process.wait()
             assert process.stdout is not None
             process.stdout.close()
-    return _outcome(told, token)
+    return read_outcome(told, token)
 
 
-def _outcome(told: bytes, token: str) -> str:
+def read_outcome(told: bytes, token: str) -> str:
     try:
         found, outcome = json.loads(told)
     except ValueError:

@@ -1,4 +1,4 @@
-"""Pages that name our code: what they name exists."""
+"""Files, names and tests that are mentioned in documentation pages exist."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def is_of_the_spec(name: str) -> bool:
 
 
 def candidates(name: str) -> list[str]:
-    """Return the dotted names that a short one may stand for: those of modules that end so."""
+    """Return the full dotted names that a short name may stand for."""
     first = name.partition(".")[0]
     ends = [module for module in MODULES if module.rpartition(".")[2] == first]
     rest = name.partition(".")[2]
@@ -60,7 +60,7 @@ def candidates(name: str) -> list[str]:
 
 
 @pytest.mark.parametrize("page", [p for p in PAGES if p.name not in OLD], ids=lambda p: p.name)
-def test_what_a_page_names_exists(page: Path) -> None:
+def test_files_and_names_in_pages_exist(page: Path) -> None:
     """Files, and dotted names that begin with one of our modules."""
     for name in set(re.findall(r"`([\w./*]+)`", page.read_text(encoding="utf-8"))):
         if re.fullmatch(r"(ray_surgeon/)?[\w/]+\.(py|yaml)", name) and "/" in name:
@@ -78,7 +78,7 @@ def test_what_a_page_names_exists(page: Path) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_tests_that_a_page_names_exist(page: Path) -> None:
+def test_tests_named_in_pages_exist(page: Path) -> None:
     named = re.findall(r"(test_\w+\.py)::(test_\w+)", page.read_text(encoding="utf-8"))
     for file, test in named:
         texts = [path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob(file)]

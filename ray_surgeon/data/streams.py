@@ -82,7 +82,7 @@ class TextStream:
             ValueError: a text cannot be read.
         """
         sources = [self._shuffled(number) for number in range(len(self.texts))]
-        return itertools.islice((next(sources[number]) for number in self._turns()), start, None)
+        return itertools.islice((next(sources[number]) for number in self.turns()), start, None)
 
     def check_length(self, num_windows: int) -> None:
         """Refuse texts on this machine that end before so many windows of all texts.
@@ -94,7 +94,7 @@ class TextStream:
             TextEndedError: a text has too few tokens.
             ValueError: a text cannot be read.
         """
-        counts = Counter(itertools.islice(self._turns(), num_windows))
+        counts = Counter(itertools.islice(self.turns(), num_windows))
         for number, count in sorted(counts.items()):
             needed = count * self._own_tokens(number)
             if _is_here(self.texts[number][0].source):
@@ -129,7 +129,7 @@ class TextStream:
                 break
         return len(part_of_split(text, num_read))
 
-    def _turns(self) -> Iterator[int]:
+    def turns(self) -> Iterator[int]:
         """Yield for ever which text the next window is of.
 
         Of the texts that are not ahead of their share it is the one which would fall behind first

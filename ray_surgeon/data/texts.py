@@ -22,7 +22,7 @@ from ray_surgeon.spec.base import REASON, refusing
 from ray_surgeon.spec.texts import SourceSection
 
 _FEWEST_TOKENS = 4
-_DOCUMENTS_PER_CALL = 1000
+DOCUMENTS_PER_CALL = 1000
 """Documents joined for one call of the tokenizer, so that a large corpus is not one string."""
 _CODE_FILES_PER_CALL = 16
 """The same for files of code, which are long: tokenizing more than is wanted takes time."""
@@ -193,7 +193,7 @@ def token_pieces(text: SourceSection, tokenizer: Any, where: str) -> Iterator[ND
     See `token_stream`; neither `max_tokens` nor the border between train and test counts here.
     """
     of_text = documents.documents_of(text, where)
-    per_call = _DOCUMENTS_PER_CALL
+    per_call = DOCUMENTS_PER_CALL
     if text.source == "python-code":
         per_call = _CODE_FILES_PER_CALL
     for batch in documents.batches(of_text, documents.PIECE_BYTES, per_call):

@@ -24,17 +24,17 @@ High enough for a fast GEMM, low enough to skip almost half of it.
 """
 _TALL_PANEL = 1024
 """Least number of rows of a panel on any other device, which smaller panels would leave idle."""
-_ALIGNMENT = 8
+ALIGNMENT = 8
 """On other devices rows start at multiples of this many entries: GEMMs read 16 bytes at a time."""
 _NARROW = (torch.bfloat16, torch.float16)
 """Dtypes whose products are exact in float32."""
 
 
 def _round_up(number: int) -> int:
-    return -(-number // _ALIGNMENT) * _ALIGNMENT
+    return -(-number // ALIGNMENT) * ALIGNMENT
 
 
-class _Panel(NamedTuple):
+class Panel(NamedTuple):
     """A panel of a packed sum: some of its rows, from the diagonal on."""
 
     start: int  # first row
@@ -44,7 +44,7 @@ class _Panel(NamedTuple):
 
 
 @functools.cache
-def _layout(n: int, *, is_tall: bool) -> tuple[_Panel, ...]:
+def panel_layout(n: int, *, is_tall: bool) -> tuple[Panel, ...]:
     """Return the panels of a sum [n, n]."""
     height = _PANEL
     if is_tall:
@@ -57,7 +57,7 @@ def _layout(n: int, *, is_tall: bool) -> tuple[_Panel, ...]:
         stride = n - start
         if is_tall:
             stride = _round_up(stride)
-        panels.append(_Panel(start=start, stop=stop, place=place, stride=stride))
+        panels.append(Panel(start=start, stop=stop, place=place, stride=stride))
         place += (stop - start) * stride
     return tuple(panels)
 
@@ -81,14 +81,14 @@ class PackedSymmetric:
     def size(n: int, device_type: str = "cpu") -> int:
         """Return the number of stored entries of a sum [n, n] computed on a type of device."""
         size = 0
-        for panel in _layout(n, is_tall=device_type != "cpu"):
+        for panel in panel_layout(n, is_tall=device_type != "cpu"):
             size += (panel.stop - panel.start) * panel.stride
         return size
 
     @staticmethod
     def num_panels(n: int, device_type: str = "cpu") -> int:
         """Return the number of panels of such a sum; `add` computes each as one product."""
-        return len(_layout(n, is_tall=device_type != "cpu"))
+        return len(panel_layout(n, is_tall=device_type != "cpu"))
 
     @staticmethod
     def zeros(
@@ -99,13 +99,13 @@ class PackedSymmetric:
         size = PackedSymmetric.size(n, device_type)
         return PackedSymmetric(n, torch.zeros(size, device=device, dtype=dtype))
 
-    def _panels(self, device: torch.device | None = None) -> Iterator[tuple[int, Tensor]]:
+    def panels(self, device: torch.device | None = None) -> Iterator[tuple[int, Tensor]]:
         """Yield the first row of each panel and the panel [rows, n - start] itself.
 
         The first row is also the first column. The panel is a view, or a copy on another device.
         """
         is_tall = len(self.flat) != PackedSymmetric.size(self.n)
-        for start, stop, place, stride in _layout(self.n, is_tall=is_tall):
+        for start, stop, place, stride in panel_layout(self.n, is_tall=is_tall):
             rows = self.flat[place : place + (stop - start) * stride]
             if device is not None:
                 rows = rows.to(device, non_blocking=device.type != "cpu")
@@ -135,7 +135,7 @@ class PackedSymmetric:
         left = x.T
         if weights is not None:
             left = (x * weights[:, None]).T
-        for start, panel in self._panels():
+        for start, panel in self.panels():
             add_product_(panel, left[start : start + len(panel)], x[:, start:])
 
     def _add_on_cpu(self, x: Tensor, weights: Tensor | None, *, is_bfloat16: bool) -> None:
@@ -145,12 +145,12 @@ class PackedSymmetric:
             rows = rows.to(dtype, copy=True, memory_format=torch.contiguous_format)
         weighted = rows if weights is None else rows * weights
         with _narrow_products() if is_bfloat16 else contextlib.nullcontext():
-            for start, panel in self._panels():
+            for start, panel in self.panels():
                 panel.add_(product(weighted[start : start + len(panel)], rows[start:].T))
 
     def fill_diagonal(self, value: float | Tensor) -> None:
         """Set the diagonal to a number, or to entries [n]."""
-        for start, panel in self._panels():
+        for start, panel in self.panels():
             diagonal = panel.diagonal()
             if isinstance(value, Tensor):
                 diagonal.copy_(value[start : start + len(panel)])
@@ -160,7 +160,7 @@ class PackedSymmetric:
     def diagonal(self) -> Tensor:
         """Return a copy of the diagonal [n]."""
         parts = [self.flat[:0]]
-        for _, panel in self._panels():
+        for _, panel in self.panels():
             parts.append(panel.diagonal())
         return torch.cat(parts)
 
@@ -169,11 +169,11 @@ class PackedSymmetric:
         device = device or self.flat.device
         total = self.flat.new_empty(self.n, self.n, device=device)
         if device.type != "cpu":
-            for start, panel in self._panels(device):
+            for start, panel in self.panels(device):
                 total[start : start + len(panel), start:] = panel
             total.triu_()
             return total.add_(total.triu(1).T)
-        for start, panel in self._panels():
+        for start, panel in self.panels():
             stop = start + len(panel)
             total[start:stop, start:].copy_(panel)
             square = total[start:stop, start:stop]
@@ -184,7 +184,7 @@ class PackedSymmetric:
 
 def diagonals(sums: Sequence[PackedSymmetric]) -> Tensor:
     """Return the diagonals [num_sums, n] of sums of one size, in few launches."""
-    panels_of_each = [total._panels() for total in sums]
+    panels_of_each = [total.panels() for total in sums]
     parts = []
     for panels in zip(*panels_of_each, strict=True):
         parts.append(torch.stack([panel.diagonal() for _, panel in panels]))

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_WORTH_IT = 2**21
+WORTH_IT = 2**21
 """Least number of multiplications for which oneDNN saves more time than its call costs."""
 
 _has_onednn = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
@@ -29,7 +29,7 @@ def _is_for_onednn(x: Tensor, y: Tensor) -> bool:
         return False
     if x.dtype != torch.float32 or y.dtype != torch.float32:
         return False
-    return x.shape[0] * x.shape[1] * y.shape[1] >= _WORTH_IT
+    return x.shape[0] * x.shape[1] * y.shape[1] >= WORTH_IT
 
 
 def product(x: Tensor, y: Tensor) -> Tensor:
@@ -61,7 +61,7 @@ def _dense(matrix: Tensor) -> Tensor:
     return matrix.contiguous()
 
 
-_adds_wide = torch.__version__ >= "2.10"
+adds_wide = torch.__version__ >= "2.10"
 """Whether torch can add a product of narrow matrices to a float32 sum in one call."""
 
 
@@ -75,7 +75,7 @@ def add_product_(total: Tensor, x: Tensor, y: Tensor) -> None:
     """
     if x.dtype == total.dtype:
         total.addmm_(x, y)
-    elif _adds_wide:
+    elif adds_wide:
         torch.addmm(total, x, y, out_dtype=total.dtype, out=total)
     else:
         total.add_(torch.mm(x, y, out_dtype=total.dtype))

@@ -25,7 +25,7 @@ from ray_surgeon.memory.transfers import backend
 from ray_surgeon.runtime.worker import Worker
 from ray_surgeon.spec.base import refusing
 
-_CGROUPS = [
+CGROUPS = [
     ("/sys/fs/cgroup", "memory.max", "memory.current", ""),
     ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),
 ]
@@ -158,7 +158,7 @@ def available_bytes() -> int:
     """Return the bytes of memory that are available on this machine, or in this container."""
     meminfo = dict(line.split(":") for line in _read("/proc/meminfo").splitlines())
     available = int(meminfo.get("MemAvailable", "8000000 kB").split()[0]) * 1024
-    for folder, limit, used, prefix in _CGROUPS:
+    for folder, limit, used, prefix in CGROUPS:
         allowed = _read(folder, limit).strip()
         if allowed in ("", "max"):
             continue

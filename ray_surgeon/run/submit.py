@@ -114,7 +114,7 @@ def _run(
                 _fetch(client, f"{job}-report", uri, environment, report)
             except (OSError, RuntimeError) as error:
                 _say(f"the report in {uri} could not be fetched: {error}")
-    about = _patiently(lambda: client.get_job_info(job))
+    about = patiently(lambda: client.get_job_info(job))
     if "continue with: " in log:  # that command is for the job's machine
         words = ["ray-surgeon", "submit", arguments.spec, *options, "--resume"]
         _say(f"continue with: {shlex.join(words)}{at}")
@@ -161,7 +161,7 @@ def _submit(
             runtime_env=environment,
         )
 
-    _patiently(ask)
+    patiently(ask)
 
 
 def _follow(client: JobSubmissionClient, job: str, say: Callable[[str], None]) -> str:
@@ -169,8 +169,8 @@ def _follow(client: JobSubmissionClient, job: str, say: Callable[[str], None]) -
     log = ""
     ended = False
     while not ended:
-        ended = _patiently(lambda: client.get_job_status(job)).is_terminal()
-        now = _patiently(lambda: client.get_job_logs(job))
+        ended = patiently(lambda: client.get_job_status(job)).is_terminal()
+        now = patiently(lambda: client.get_job_logs(job))
         whole = now
         if not ended:  # without the last line, which may be incomplete
             whole = now[: now.rfind("\n") + 1]
@@ -201,7 +201,7 @@ def _fetch(
     _say(f"report: {folder / 'report.html'}, with report.json beside it")
 
 
-def _patiently(ask: Callable[[], Any]) -> Any:
+def patiently(ask: Callable[[], Any]) -> Any:
     """Return the head's answer to a request, and try again while it does not answer.
 
     Raises:

@@ -43,9 +43,9 @@ _UNLESS_SET = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
 _UNLESS_SET |= {"TORCH_NCCL_BLOCKING_WAIT": "1", "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0"}
 _OF_NODES = (ray.exceptions.NodeDiedError, ray.exceptions.ObjectLostError)
 """Errors that a lost machine has, if Ray does not say more of it."""
-_LOOK_S = 2.0
+LOOK_S = 2.0
 """How often a step over linears is asked how many are done."""
-_ANSWER_S = 30.0
+ANSWER_S = 30.0
 """In which a machine must start a process that answers, if a worker on it does not."""
 
 
@@ -85,7 +85,7 @@ class RayCluster(Cluster):
             index: actor_class.options(
                 num_cpus=section.cpus_per_worker,
                 num_gpus=section.gpus_per_worker,
-                runtime_env={"env_vars": _environment(section.cpus_per_worker)},
+                runtime_env={"env_vars": worker_environment(section.cpus_per_worker)},
                 scheduling_strategy=strategies.PlacementGroupSchedulingStrategy(self._group, i),
             ).remote(layout_reference, placement, index, section.device)
             # Ray fills one machine after the other; replicas of a shard send most to each other
@@ -95,7 +95,7 @@ class RayCluster(Cluster):
         self._told = set[str]()  # machines that Ray has called leaving, which it forgets once gone
         self._nodes_at_start = nodes_alive()
         try:
-            started = [self.submit(i, _settle, section.cpus_per_worker) for i in placement.workers]
+            started = [self.submit(i, settle, section.cpus_per_worker) for i in placement.workers]
             nodes, of_workers = zip(*self._wait(started, section.start_timeout_s), strict=True)
             self._nodes = dict(zip(placement.workers, nodes, strict=True))
             say_differences(of_workers, say)
@@ -122,7 +122,7 @@ class RayCluster(Cluster):
         values: dict[Any, Any] = {}
         pending: list[Any] = list(dict.fromkeys(futures))
         heard = time.monotonic()
-        look_s = min(patience_s, _LOOK_S)
+        look_s = min(patience_s, LOOK_S)
         try:
             # in the order of completion, so that a failure is seen while the others still run
             while pending:
@@ -138,7 +138,7 @@ class RayCluster(Cluster):
                     self._check_that_all_answer(self._ping_timeout_s / 2)
                     heard = time.monotonic()
         except RayError as error:
-            raise self._as_failure(error) from error
+            raise self.as_failure(error) from error
         return [values[future] for future in futures]
 
     def _ping(self, timeout_s: float) -> tuple[list[tuple[int, int]], list[WorkerIndex]]:
@@ -182,12 +182,12 @@ class RayCluster(Cluster):
             return True
         beside = strategies.NodeAffinitySchedulingStrategy(self._nodes[index], soft=False)
         try:
-            ray.get(_answer.options(scheduling_strategy=beside).remote(), timeout=_ANSWER_S)
+            ray.get(_answer.options(scheduling_strategy=beside).remote(), timeout=ANSWER_S)
         except RayError:
             return False
         return True
 
-    def _as_failure(self, error: RayError) -> Exception:
+    def as_failure(self, error: RayError) -> Exception:
         """Return the failure behind an error, or the error itself if the work raised it."""
         while isinstance(error, RayTaskError) and isinstance(error.cause, RayError):
             # a task failed because what it was to take was lost with another worker
@@ -220,7 +220,7 @@ class RayCluster(Cluster):
         try:
             self._check_that_all_answer(min(5.0, self._ping_timeout_s))
         except RayError as dead:  # the other end of the collective
-            return self._as_failure(dead)
+            return self.as_failure(dead)
         except WorkerFailureError as failure:
             return failure
         return WorkerFailureError("communication", error.cause)
@@ -263,7 +263,7 @@ class RayCluster(Cluster):
         remove_placement_group(self._group)
 
 
-def _environment(num_threads: int) -> dict[str, str]:
+def worker_environment(num_threads: int) -> dict[str, str]:
     """Return the variables of a worker's process; some of them are the user's if they are set."""
     users = {name.replace("PYTORCH_CUDA_", "PYTORCH_") for name in os.environ}  # an older name
     ours = {name: value for name, value in _UNLESS_SET.items() if name not in users}
@@ -271,7 +271,7 @@ def _environment(num_threads: int) -> dict[str, str]:
     return _ENVIRONMENT | ours | threads
 
 
-def _settle(worker: Worker, num_threads: int) -> tuple[str, dict[str, str]]:
+def settle(worker: Worker, num_threads: int) -> tuple[str, dict[str, str]]:
     """Set torch's threads and take the GPU that Ray gave, of all that the machine shows.
 
     Returns the machine's identity, and its versions.

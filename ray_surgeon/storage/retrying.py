@@ -23,7 +23,7 @@ PATIENCE_S = 30.0
 Such errors are 500, 503, timeouts, resets and short replies.
 """
 FIRST_PAUSE_S = 0.1
-_LONGEST_PAUSE_S = 5.0
+LONGEST_PAUSE_S = 5.0
 _CLIENT_ERRORS = {"BotoCoreError", "ClientError", "HTTPError", "HttpError", "AzureError"}
 """Names of the errors of clients of object stores that are not OSError."""
 _LASTING_ERRORS = {
@@ -111,7 +111,7 @@ def tries_again(function: Callable[P, T]) -> Callable[P, T]:
                         raise
                     raise OSError(f"{uri}: {error}") from error
             sleep(pause_s)
-            longest_s = min(2 * longest_s, _LONGEST_PAUSE_S)
+            longest_s = min(2 * longest_s, LONGEST_PAUSE_S)
 
     return wrapped
 

@@ -1,6 +1,4 @@
-"""The benchmarks of mixtures of experts: what they measure, and what others remove, against the
-definitions.
-"""
+"""The benchmarks of mixtures of experts: measures and baselines, against their definitions."""
 
 from __future__ import annotations
 
@@ -25,7 +23,7 @@ LITTLE = (f"evaluation=[{TEXT}]", "calibration.max_tokens=40000", "model.dtype=f
 
 
 def shorten(monkeypatch: pytest.MonkeyPatch, *changes: str) -> None:
-    """Let jobs of the benchmark read a part of one text, and draw nothing."""
+    """Let jobs of the benchmark read a part of one text, and draw no plots."""
     monkeypatch.setattr(experts, "parse_spec", lambda text: parse_spec(text, [*LITTLE, *changes]))
     monkeypatch.setattr(LivePage, "draw", lambda self, record, *, final: None)
 
@@ -35,7 +33,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory, model_folders: dict[str, Pa
     return new_model(CONFIG, tmp_path_factory.mktemp("mixture"), model_folders["mixtral"])
 
 
-def test_magnitude(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_magnitude_removes_the_experts_of_lowest_norm(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     shorten(monkeypatch, "calibration.num_sequences=4", "calibration.sequence_length=64")
     record = experts.record_of(experts.Point("experts", 0.5, "magnitude"), folder, tmp_path)
     assert record["divergence"]["docs"] > 0
@@ -50,7 +50,7 @@ def test_magnitude(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def without(model: torch.nn.Module, block: int, expert: int) -> None:
-    """Let the router of a block go around an expert, by the definition of Mixtral's."""
+    """Make the router of a block skip an expert, by Mixtral's definition."""
     gate: Any = model.get_submodule(f"model.layers.{block}.mlp.gate")
 
     def forward(hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -68,7 +68,7 @@ def log_chances(model: torch.nn.Module, sequences: Tensor) -> Tensor:
     return found
 
 
-def test_removals_of_experts_are_measured(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_measured_removals_of_experts(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shorten(monkeypatch)
     few = sequences_of_help(folder, 2)[:, :64]
     found = predictions(folder, ModelLayout.of(CONFIG), few, every=2)["experts"]

@@ -10,9 +10,9 @@ from benchmarks.fisher_error import block_errors, main
 from tests.integration.runs import tiny_spec
 
 
-def test_errors_against_a_fisher_that_is_formed_whole() -> None:
-    """One term is exact if a and g are independent, more terms never fit worse on the whole Fisher,
-    enough terms fit exactly.
+def test_errors_against_the_dense_fisher() -> None:
+    """One term is exact if a and g are independent. More terms never fit the whole Fisher worse,
+    and enough terms fit it exactly.
     """
     a = torch.randn(40, 5, dtype=torch.float64)
     g = torch.randn(40, 4, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""The benchmark HumanEval: what is cut, what a candidate can do, and what is counted."""
+"""The HumanEval benchmark: cutting completions, the sandbox of candidates, and counting."""
 
 from __future__ import annotations
 
@@ -54,11 +54,11 @@ def ran(program: str, limits: Limits = LIMITS) -> str:
         ("    s = 'a\u2028b'\n    t = 'a\x0cb'\n", "    s = 'a\u2028b'\n    t = 'a\x0cb'\n"),
     ],
 )
-def test_a_completion_ends_before_the_first_line_in_column_0(completion: str, kept: str) -> None:
+def test_completion_ends_before_the_first_unindented_line(completion: str, kept: str) -> None:
     assert cut(completion) == kept
 
 
-def test_an_engine_may_stop_where_the_cut_is() -> None:
+def test_stop_strings_of_an_engine_do_not_change_the_cut() -> None:
     for stop in humaneval.STOPS:
         completion = f"    return 1\n\n    # here{stop}more\n    x\n"
         stopped = completion[: completion.find(stop) + len(stop)]
@@ -81,7 +81,7 @@ as_root = pytest.mark.skipif(os.geteuid() != 0, reason="is not root")
         pytest.param("open('/root/written', 'w')", "failed: PermissionError", marks=as_root),
     ],
 )
-def test_what_a_candidate_can_do(program: str, outcome: str) -> None:
+def test_outcomes_of_candidate_programs(program: str, outcome: str) -> None:
     assert ran(program, Limits(cpu_s=2, wall_s=20.0, memory_bytes=1 << 28)).startswith(outcome)
 
 
@@ -111,7 +111,7 @@ time.sleep(0.5)
 
 
 @needs_namespaces
-def test_there_is_no_network() -> None:
+def test_candidates_have_no_network() -> None:
     assert "ModuleNotFoundError" in ran("import socket")
     by_system_call = """
 import ctypes, os, struct
@@ -125,11 +125,11 @@ raise OSError(os.strerror(ctypes.get_errno()))
 
 def test_a_process_that_keeps_the_network_is_refused() -> None:
     with pytest.raises(RuntimeError, match=r"Operation not permitted.*--allow-network"):
-        humaneval._outcome(json.dumps(["t", "refused: Operation not permitted"]).encode(), "t")
-    assert humaneval._outcome(b'["other", "passed"]', "t").startswith("failed: ")
+        humaneval.read_outcome(json.dumps(["t", "refused: Operation not permitted"]).encode(), "t")
+    assert humaneval.read_outcome(b'["other", "passed"]', "t").startswith("failed: ")
 
 
-def test_paired_statistics_by_hand() -> None:
+def test_paired_statistics_match_hand_computation() -> None:
     dense = {str(i): "passed" if i < 6 else "failed: x" for i in range(10)}
     found = comparison(dense, dense | dict.fromkeys("012", "failed: y") | {"9": "passed"})
     assert (found.passed, found.lost, found.won, found.difference) == (4, 3, 1, -2)
@@ -140,7 +140,7 @@ def test_paired_statistics_by_hand() -> None:
         comparison(dense, {"0": "passed"})
 
 
-def test_completions_of_an_earlier_file_are_run_with_the_flag_alone(
+def test_earlier_completions_are_run_only_with_the_flag(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(humaneval, "fetch_tasks", lambda: [TASK])
@@ -166,8 +166,10 @@ def test_completions_of_an_earlier_file_are_run_with_the_flag_alone(
         humaneval.outcomes_of({"T/1": RIGHT}, [TASK], LIMITS)
 
 
-def test_transformers(model_folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Padding changes nothing, and texts are the tokens that are the most likely one by one."""
+def test_completions_by_transformers(
+    model_folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Padding changes nothing, and every token is the most likely one."""
     monkeypatch.setattr(humaneval, "NUM_NEW_TOKENS", 12)
     monkeypatch.setattr(humaneval, "cut", lambda text: text)
     folder = str(model_folders["llama"])

@@ -40,7 +40,7 @@ def gathered(model: PreTrainedModel, inputs: Inputs) -> Any:
 
 
 def outputs_of(model: torch.nn.Module, name: str, inputs: Inputs) -> tuple[Tensor, Tensor]:
-    """Return what went into a linear and what came out, of all calibration tokens, float64."""
+    """Return the inputs and outputs of a linear for all calibration tokens, in float64."""
     seen: list[tuple[Tensor, Tensor]] = []
     hook = peers.linear(model, name).register_forward_hook(
         lambda _, given, out: seen.append((given[0].flatten(0, 1), out.flatten(0, 1)))
@@ -51,7 +51,7 @@ def outputs_of(model: torch.nn.Module, name: str, inputs: Inputs) -> tuple[Tenso
     return seen[0][0].double(), seen[0][1].double()
 
 
-def test_scores_are_those_of_the_definitions(inputs: Inputs) -> None:
+def test_scores_match_their_definitions(inputs: Inputs) -> None:
     model = dense(inputs)
     groups = next(g for g in inputs.layout.group_sets if g.kind == "attention")
     x, _ = outputs_of(model, groups.consumer, inputs)
@@ -80,7 +80,7 @@ def test_scores_are_those_of_the_definitions(inputs: Inputs) -> None:
 
 
 def test_scores_are_comparable_between_blocks(inputs: Inputs) -> None:
-    """A block whose activations are a hundred times as large does not keep more for it."""
+    """A block with a hundred times larger activations does not keep more groups."""
     found = gathered(dense(inputs), inputs)
     factors = {name: 100 if ".0." in name else 1 for name in found.mean}
     louder = replace(
@@ -95,8 +95,8 @@ def test_scores_are_comparable_between_blocks(inputs: Inputs) -> None:
         assert torch.equal(*(peers.linear(each, shape.name).weight for each in pruned))
 
 
-def test_a_saved_model_computes_the_same(inputs: Inputs, tmp_path: Path) -> None:
-    """Biases of FLAP are there, and so is the tokenizer."""
+def test_saved_model_computes_the_same(inputs: Inputs, tmp_path: Path) -> None:
+    """FLAP's biases are saved, and so is the tokenizer."""
     model = dense(inputs)
     pruned = dense(inputs)
     peers.prune("FLAP", pruned, inputs, gathered(pruned, inputs))
@@ -115,7 +115,7 @@ def test_a_saved_model_computes_the_same(inputs: Inputs, tmp_path: Path) -> None
     assert of_itself == pytest.approx(dict.fromkeys(inputs.texts, 0.0), abs=1e-6)
 
 
-def test_peers_at_the_point_of_a_spec(
+def test_peers_prune_to_the_target_of_a_spec(
     spec: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "out"

@@ -1,4 +1,4 @@
-"""The small real mixture of experts that is made for measuring."""
+"""The small real mixture of experts that is made for measurements."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def logits(model: torch.nn.Module) -> Tensor:
 
 
 def inputs_of_layer(model: PreTrainedModel, block: int) -> Tensor:
-    """Return what the feed-forward layer of a block sees on all tokens."""
+    """Return the inputs of a block's feed-forward layer for all tokens."""
     seen: list[Tensor] = []
     hook = model.model.layers[block].mlp.register_forward_pre_hook(
         lambda _, given: seen.append(given[0].flatten(0, 1))
@@ -40,7 +40,7 @@ def dense() -> PreTrainedModel:
     return tiny_model("llama")
 
 
-def test_every_expert_starts_without_channels_of_its_own(dense: PreTrainedModel) -> None:
+def test_every_expert_starts_with_its_own_channels_dropped(dense: PreTrainedModel) -> None:
     model = upcycled.upcycled(dense, NUM_EXPERTS)
     for block, original in zip(model.model.layers, dense.model.layers, strict=True):
         expected = original.mlp.down_proj.weight / (1 - upcycled.DROPPED)
@@ -54,14 +54,16 @@ def test_every_expert_starts_without_channels_of_its_own(dense: PreTrainedModel)
 
 @pytest.fixture
 def started(dense: PreTrainedModel) -> PreTrainedModel:
-    """Return a mixture whose routers were started."""
+    """Return a mixture with initialised routers."""
     model = upcycled.upcycled(dense, NUM_EXPERTS).eval()
     upcycled.start_routers(model, dense, TOKENS)
     return model
 
 
-def test_started_routers(dense: PreTrainedModel, started: PreTrainedModel, tmp_path: Path) -> None:
-    """Their logits have variance one, and leave out the mean."""
+def test_initialised_routers(
+    dense: PreTrainedModel, started: PreTrainedModel, tmp_path: Path
+) -> None:
+    """Their logits have variance one, without the mean input."""
     upcycled.save(started, tmp_path)
     read = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     assert read.config.architectures == ["MixtralForCausalLM"]

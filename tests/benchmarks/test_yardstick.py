@@ -1,6 +1,4 @@
-"""The rank correlation of a run's measures with HumanEval: ranks, signs, and measures that are the
-run's own.
-"""
+"""The rank correlation of a run's measures with HumanEval: ranks, signs, and measures."""
 
 from __future__ import annotations
 
@@ -16,14 +14,14 @@ from ray_surgeon.report.html_report import LivePage
 from tests.integration.runs import report_of, run, windows
 
 
-def test_only_the_order_counts() -> None:
+def test_correlation_depends_on_ranks_only() -> None:
     assert ranks([3.0, 1.0, 3.0, 7.0]).tolist() == [2.5, 1.0, 2.5, 4.0]
     assert rank_correlation([1, 2, 3, 40], [0.1, 0.2, 0.3, 0.31]) == 1
     assert rank_correlation([1, 2, 3], [1, 3, 2]) == pytest.approx(0.5)
     assert math.isnan(rank_correlation([1, 1, 1], [1, 2, 3]))
 
 
-def test_better_goes_with_better() -> None:
+def test_signs_of_measures_agree_with_quality() -> None:
     """A divergence that falls is as good as an acceptance that rises."""
     measures = {"acceptance": 1, "divergence": -1, "perplexity a, relative": 1}
     entries: list[dict[str, Any]] = [
@@ -35,7 +33,7 @@ def test_better_goes_with_better() -> None:
 
 
 @pytest.mark.usefixtures("forked")
-def test_measures_are_those_of_the_run(
+def test_measures_match_the_run(
     model_folders: dict[str, Path],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,

@@ -1,4 +1,4 @@
-"""Streams of texts, against windows that are cut by hand from all of their tokens."""
+"""Streams of texts, against windows cut by hand from all of their tokens."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def cut(tokens: list[int], length: int = LENGTH) -> list[list[int]]:
 
 
 def streamed(*sources: object, **fields: object) -> list[tuple[StreamedSection, str]]:
-    """Return sections, of which all have the same fields."""
+    """Return sections with the same fields, one per source."""
     return [
         (
             StreamedSection.model_validate({"source": str(source), "split": "all", **fields}),
@@ -63,7 +63,7 @@ def drained(stream: TextStream) -> list[list[int]]:
     return windows
 
 
-def test_windows_of_the_calibration_come_again_in_another_order(
+def test_calibration_windows_are_repeated_in_another_order(
     lines: Path, tokenizer: FastTokenizer
 ) -> None:
     sections = [*streamed(lines), (StreamedSection(source="calibration"), "t.1")]
@@ -79,8 +79,10 @@ def test_windows_of_the_calibration_come_again_in_another_order(
     assert [window.tolist() for window in islice(stream.windows(7), 13)] == found[7:]
 
 
-def test_no_window_has_text_that_is_held_aside(lines: Path, tokenizer: FastTokenizer) -> None:
-    """Windows of 64 tokens, one from the middle of one into the next, and one of another text."""
+def test_windows_exclude_text_held_aside(lines: Path, tokenizer: FastTokenizer) -> None:
+    """The windows have 64 tokens. One held-aside window overlaps two of them, the other one is of
+    another text.
+    """
     tokens = whole(tokenizer)
     windows = cut(tokens, 64)
     held = np.array([tokens[5 * 64 + 32 : 6 * 64 + 32], list(range(64))])
@@ -89,10 +91,10 @@ def test_no_window_has_text_that_is_held_aside(lines: Path, tokenizer: FastToken
 
 
 @pytest.mark.parametrize("where", ["jsonl", "parquet", "txt", "memory", "hub", "saved"])
-def test_windows_are_the_text_cut_in_pieces(
+def test_windows_are_consecutive_pieces_of_the_text(
     where: str, lines: Path, tokenizer: FastTokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With a buffer of one window they come in order; every whole one comes once."""
+    """With a buffer of one window they are in order, and every whole window comes once."""
     source: object = lines
     if where == "parquet":
         source = lines.with_name("text.parquet")
@@ -109,14 +111,14 @@ def test_windows_are_the_text_cut_in_pieces(
     if where == "saved":
         source = lines.with_name("saved")
         datasets.Dataset.from_dict({"text": DOCUMENTS}).save_to_disk(source)
-    monkeypatch.setattr(texts, "_DOCUMENTS_PER_CALL", 9)
+    monkeypatch.setattr(texts, "DOCUMENTS_PER_CALL", 9)
     sections = streamed(source, split="train" if where == "hub" else "all")
     stream = TextStream(sections, LENGTH, tokenizer, 0, buffer=1)
     assert drained(stream) == cut(whole(tokenizer))
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
-def test_cut_texts_have_the_border_of_other_stages(
+def test_train_and_test_are_split_as_in_other_stages(
     split: str, lines: Path, tokenizer: FastTokenizer
 ) -> None:
     fields = {"split": split, "max_tokens": 1000}
@@ -125,7 +127,9 @@ def test_cut_texts_have_the_border_of_other_stages(
     assert drained(stream) == cut(whole(tokenizer)[part])
 
 
-def test_windows_begin_as_texts_do(lines: Path, tokenizer: FastTokenizer) -> None:
+def test_windows_begin_with_the_bos_token_if_texts_do(
+    lines: Path, tokenizer: FastTokenizer
+) -> None:
     chatty = beginning(tokenizer, "<end> $A")
     expected = [[0, *window] for window in cut(whole(tokenizer), LENGTH - 1)]
     for used, bos in ((chatty, None), (tokenizer, True)):
@@ -136,8 +140,8 @@ def test_windows_begin_as_texts_do(lines: Path, tokenizer: FastTokenizer) -> Non
 
 
 @pytest.mark.parametrize("buffer", [8, 1024])
-def test_a_buffer_shuffles(buffer: int, lines: Path, tokenizer: FastTokenizer) -> None:
-    """No window comes earlier by the buffer or more, and none is lost."""
+def test_buffer_shuffles_windows(buffer: int, lines: Path, tokenizer: FastTokenizer) -> None:
+    """No window is early by the size of the buffer or more, and none is lost."""
     ordered = cut(whole(tokenizer))
     first, again, other = (
         drained(TextStream(streamed(lines), LENGTH, tokenizer, seed, buffer)) for seed in (0, 0, 1)
@@ -154,10 +158,10 @@ def test_a_buffer_shuffles(buffer: int, lines: Path, tokenizer: FastTokenizer) -
     assert turns[::2] == first[:20] != turns[1::2], "each text has its own order"
 
 
-def test_a_stream_goes_on_where_it_was(
+def test_stream_resumes_at_a_window(
     lines: Path, tokenizer: FastTokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(texts, "_DOCUMENTS_PER_CALL", 2)
+    monkeypatch.setattr(texts, "DOCUMENTS_PER_CALL", 2)
     sections = [
         *streamed(lines, weight=2.5),
         *streamed("python-docs", split="train", max_tokens=4000),
@@ -175,29 +179,31 @@ MANY = [float(weight) for weight in "32331311133113331313332312133"]
 @pytest.mark.parametrize(
     "weights", [[1.0], [1, 1], [3, 1], [0.9, 0.07, 0.03], [5, 1, 1, 1, 1, 1, 1, 7, 0.001], MANY]
 )
-def test_weights_are_shares(weights: list[float], tokenizer: FastTokenizer) -> None:
+def test_texts_take_turns_by_their_weights(weights: list[float], tokenizer: FastTokenizer) -> None:
     """After any number of windows, up to less than one window.
 
-    Were it the turn of the text that is furthest behind, the last ones would be off by more.
+    Choosing the text that is furthest behind would put the last ones off by more.
     """
     sections = [streamed("python-docs", weight=weight)[0] for weight in weights]
-    turns = list(islice(TextStream(sections, LENGTH, tokenizer, 0)._turns(), 3000))
+    turns = list(islice(TextStream(sections, LENGTH, tokenizer, 0).turns(), 3000))
     counts = np.cumsum(np.eye(len(weights))[turns], axis=0)
     exact = np.arange(1, 3001)[:, None] * np.array(weights) / sum(weights)
     assert np.abs(counts - exact).max() < 1
 
 
-def test_windows_are_of_the_text_whose_turn_it_is(tmp_path: Path, tokenizer: FastTokenizer) -> None:
+def test_each_window_comes_from_the_text_whose_turn_it_is(
+    tmp_path: Path, tokenizer: FastTokenizer
+) -> None:
     for name in ("a", "b"):
         (tmp_path / f"{name}.txt").write_text(f"{name} " * 2000)
     sections = [*streamed(tmp_path / "a.txt", weight=3.0), *streamed(tmp_path / "b.txt")]
     stream = TextStream(sections, LENGTH, tokenizer, 0, buffer=4)
     read = ["b" in tokenizer.decode(window) for window in islice(stream.windows(), 80)]
-    assert read == [turn == 1 for turn in islice(stream._turns(), 80)]
+    assert read == [turn == 1 for turn in islice(stream.turns(), 80)]
     assert sum(read) == 20
 
 
-def test_no_more_is_read_than_the_buffer_holds(
+def test_stream_reads_no_more_than_its_buffer_holds(
     tokenizer: FastTokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read = list[str]()
@@ -208,7 +214,7 @@ def test_no_more_is_read_than_the_buffer_holds(
             yield DOCUMENTS[0]
 
     monkeypatch.setattr(documents, "documents_of", endless)
-    monkeypatch.setattr(texts, "_DOCUMENTS_PER_CALL", 2)
+    monkeypatch.setattr(texts, "DOCUMENTS_PER_CALL", 2)
     sections = [*streamed("hub/one", split="train", weight=9.0), *streamed("hub/two")]
     stream = TextStream(sections, LENGTH, tokenizer, 0, buffer=4)
     windows = stream.windows()
@@ -223,15 +229,15 @@ def test_no_more_is_read_than_the_buffer_holds(
     assert len(read) == num_read, "texts elsewhere are not read for that"
 
 
-def test_a_text_ends(lines: Path, tokenizer: FastTokenizer) -> None:
-    """When its next window is wanted, after its buffer was emptied."""
+def test_end_of_a_text_is_an_error(lines: Path, tokenizer: FastTokenizer) -> None:
+    """It is raised when the text's next window is requested after its buffer is empty."""
     longer = lines.with_name("longer.txt")
     longer.write_text("\n\n".join(DOCUMENTS * 3))
     count = len(cut(whole(tokenizer)))
     sections = [*streamed(longer), *streamed(lines, weight=0.5)]
     sections[1] = (sections[1][0], "recovery.texts.1")
     stream = TextStream(sections, LENGTH, tokenizer, 0, buffer=16)
-    turns = list(islice(stream._turns(), 4 * count))
+    turns = list(islice(stream.turns(), 4 * count))
     total = [i for i, turn in enumerate(turns) if turn == 1][count]
     windows = stream.windows()
     assert len(list(islice(windows, total))) == total
@@ -250,15 +256,15 @@ def test_a_text_ends(lines: Path, tokenizer: FastTokenizer) -> None:
 
 
 @pytest.mark.parametrize(("split", "most"), [("train", 50), ("test", 12), ("all", None)])
-def test_a_length_is_checked_without_reading_more(
+def test_check_length_reads_no_more_than_needed(
     split: str,
     most: int | None,
     lines: Path,
     tokenizer: FastTokenizer,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A train of 800 tokens is 50 windows, and a test of 200 tokens 12."""
-    monkeypatch.setattr(texts, "_DOCUMENTS_PER_CALL", 3)
+    """A train split of 800 tokens has 50 windows, and a test split of 200 tokens 12."""
+    monkeypatch.setattr(texts, "DOCUMENTS_PER_CALL", 3)
     limit = {} if split == "all" else {"max_tokens": 1000}
     most = most or len(cut(whole(tokenizer)))
     stream = TextStream(streamed(lines, split=split, **limit), LENGTH, tokenizer, 0)
@@ -286,7 +292,7 @@ def test_a_length_is_checked_without_reading_more(
         assert len(pieces) < 20, "max_tokens are read"
 
 
-def test_code_is_streamed_whole(
+def test_stream_of_code_has_every_file(
     tmp_path: Path, tokenizer: FastTokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     names = {f"json/{number}.py" for number in range(60)}
@@ -312,21 +318,19 @@ def test_code_is_streamed_whole(
         ({"source": "self"}, "source self has a place in the calibration only"),
     ],
 )
-def test_fields_that_are_refused(fields: dict[str, object], said: str) -> None:
+def test_invalid_fields_are_refused(fields: dict[str, object], said: str) -> None:
     with pytest.raises(ValueError, match=said):
         StreamedSection.model_validate({"source": "python-docs", **fields})
 
 
-def test_a_limit_is_refused_where_it_has_no_effect(
-    tmp_path: Path, tokenizer: FastTokenizer
-) -> None:
+def test_limit_without_effect_is_refused(tmp_path: Path, tokenizer: FastTokenizer) -> None:
     for source, split in (("python-docs", "all"), ("python-code", "train"), ("hub/set", "train")):
         sections = streamed(source, split=split, max_tokens=100)
         with pytest.raises(ValueError, match=rf"^t\.0\.max_tokens: {source} with split {split} is"):
             TextStream(sections, LENGTH, tokenizer, 0)
 
 
-def test_texts_that_are_not_streamed_have_no_split_all(tmp_path: Path) -> None:
+def test_split_all_is_refused_for_texts_that_are_not_streamed(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="python-docs has train and test only"):
         SourceSection(source="python-docs", split="all")
     datasets.Dataset.from_dict({"text": DOCUMENTS}).save_to_disk(tmp_path / "saved")

@@ -43,8 +43,8 @@ def tokens_of(tokenizer: FastTokenizer, *parts: str) -> list[int]:
     return tokenizer("\n\n".join(parts), add_special_tokens=False)["input_ids"]
 
 
-def test_a_tokenizer_that_loses_spaces_is_refused(tmp_path: Path) -> None:
-    """As some versions of transformers load the files of some models."""
+def test_tokenizer_that_loses_spaces_is_refused(tmp_path: Path) -> None:
+    """Some versions of transformers load the files of some models this way."""
     words = Tokenizer(WordLevel({"a": 0, "b": 1, "<unk>": 2}, unk_token="<unk>"))
     words.pre_tokenizer = Whitespace()
     FastTokenizer(tokenizer_object=words).save_pretrained(tmp_path / "sound")
@@ -56,8 +56,8 @@ def test_a_tokenizer_that_loses_spaces_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("begin", [[], [7777]])
-def test_windows(begin: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Strided ones are where they should be, drawn ones do not overlap and depend on the seed; all
+def test_strided_and_drawn_windows(begin: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Strided windows are at their places; drawn ones do not overlap and depend on the seed. All
     begin with the first token if there is one.
     """
     own = 10 - len(begin)
@@ -88,7 +88,7 @@ def test_mixed_windows_are_spread_evenly() -> None:
     assert found.fingerprint != interleaved(parts[:2]).fingerprint
 
 
-def test_docstrings_of_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_docstrings_of_installed_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def function(says: str) -> str:
         return f"def f():\n    {says * 40!r}\n"
 
@@ -111,15 +111,18 @@ def test_docstrings_of_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr("sysconfig.get_path", lambda name: tmp_path / "library")
     installed = [Distribution.at(path) for path in tmp_path.glob("*.dist-info")]
     monkeypatch.setattr(documents, "distributions", lambda: iter(installed))
-    found = [document.partition(".")[0] for document in documents._package_docstrings()]
+    found = documents.documents_of(source("package-docstrings"), "t")
+    found = [document.partition(".")[0] for document in found]
     assert sorted(found) == ["Of alpha", "Of alpha, too", "Of beta"]
     assert found.index("Of beta") < 2
 
 
 @pytest.mark.parametrize("name", ["python-docs", "package-descriptions", "python-docstrings"])
-def test_installed(name: str, tokenizer: FastTokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_texts_of_the_installation(
+    name: str, tokenizer: FastTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Eighty percent are for training."""
-    monkeypatch.setattr(texts, "_DOCUMENTS_PER_CALL", 9)  # the first ones are enough
+    monkeypatch.setattr(texts, "DOCUMENTS_PER_CALL", 9)  # the first ones are enough
     train, test = (
         stream(tokenizer, name, max_tokens=3000, split=split) for split in ("train", "test")
     )
@@ -129,7 +132,7 @@ def test_installed(name: str, tokenizer: FastTokenizer, monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize("kind", ["txt", "jsonl", "parquet"])
-def test_files_of_every_kind(kind: str, tmp_path: Path, tokenizer: FastTokenizer) -> None:
+def test_text_files_of_every_kind(kind: str, tmp_path: Path, tokenizer: FastTokenizer) -> None:
     path = tmp_path / f"text.{kind}"
     if kind == "parquet":
         pyarrow.parquet.write_table(pyarrow.table({"text": DOCUMENTS}), path)
@@ -145,8 +148,8 @@ def test_files_of_every_kind(kind: str, tmp_path: Path, tokenizer: FastTokenizer
     assert stream(tokenizer, tmp_path / f"*.{kind}", max_tokens=100) == train[:80]
 
 
-def test_data_sets(tmp_path: Path, tokenizer: FastTokenizer) -> None:
-    """One with its own splits, and a folder for load_dataset."""
+def test_datasets_with_and_without_splits(tmp_path: Path, tokenizer: FastTokenizer) -> None:
+    """A dataset with its own splits, and a folder for load_dataset."""
     parts = {"train": DOCUMENTS[:30], "test": DOCUMENTS[30:]}
     sets = {name: datasets.Dataset.from_dict({"body": part}) for name, part in parts.items()}
     datasets.DatasetDict(sets).save_to_disk(tmp_path / "set")
@@ -161,7 +164,7 @@ def test_data_sets(tmp_path: Path, tokenizer: FastTokenizer) -> None:
     assert stream(tokenizer, tmp_path / "lines") == tokens_of(tokenizer, "one line")
 
 
-def test_windows_of_a_job_begin_as_the_tokenizer_begins_a_text(
+def test_windows_of_a_job_begin_like_the_tokenizer(
     model_folders: dict[str, Path], tokenizer: FastTokenizer, tmp_path: Path
 ) -> None:
     model = Path(shutil.copytree(model_folders["llama"], tmp_path / "model"))
@@ -183,7 +186,9 @@ def test_windows_of_a_job_begin_as_the_tokenizer_begins_a_text(
         begun(model, calibration__bos=True)
 
 
-def test_no_more_is_read_than_is_wanted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_text_is_read_only_as_far_as_needed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(documents, "PIECE_BYTES", 1000)
     (tmp_path / "long.txt").write_text("one two three four five six seven\n" * 3000)
     tokenizer = Mock(side_effect=lambda chunk, **_: {"input_ids": [7] * len(chunk.split())})
@@ -193,7 +198,9 @@ def test_no_more_is_read_than_is_wanted(tmp_path: Path, monkeypatch: pytest.Monk
     assert max(len(call.args[0]) for call in tokenizer.call_args_list) < 1100
 
 
-def test_code(tokenizer: FastTokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_code_of_the_standard_library(
+    tokenizer: FastTokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     code = [f"json/{number}.py" for number in range(200)]
     for name in (*code, "textwrap.py", "pydoc_data/topics.py", "unittest/mock.py"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -220,13 +227,13 @@ CHAT = (
 
 
 def chat(*messages: tuple[str, str]) -> str:
-    """Return a line of a file of prompts with messages, role and text."""
+    """Return a line of a prompts file with messages, given as roles and texts."""
     return json.dumps({"messages": [{"role": role, "content": text} for role, text in messages]})
 
 
 @pytest.fixture
 def chatty(tokenizer: FastTokenizer) -> FastTokenizer:
-    """Return a tokenizer with a template that begins every text with a token."""
+    """Return a tokenizer whose template begins every text with a token."""
     changed = beginning(tokenizer, "<end> $A")
     changed.chat_template = CHAT
     return changed
@@ -263,7 +270,9 @@ def test_prompts_are_read(tmp_path: Path, chatty: FastTokenizer) -> None:
         (None, r"cannot read .*prompts\.jsonl"),
     ],
 )
-def test_no_prompts(text: str | None, said: str, tmp_path: Path, chatty: FastTokenizer) -> None:
+def test_invalid_prompts_are_refused(
+    text: str | None, said: str, tmp_path: Path, chatty: FastTokenizer
+) -> None:
     path = tmp_path / "prompts.jsonl"
     if text is not None:
         path.write_text(text, errors="surrogateescape")
@@ -272,7 +281,7 @@ def test_no_prompts(text: str | None, said: str, tmp_path: Path, chatty: FastTok
 
 
 @pytest.mark.parametrize("is_chat", [False, True])
-def test_a_default_mix_suits_the_model(is_chat: bool, chatty: FastTokenizer) -> None:
+def test_default_mix_depends_on_the_chat_template(is_chat: bool, chatty: FastTokenizer) -> None:
     chatty.chat_template = CHAT if is_chat else None
     for count, length in ((1, 32), (2, 64), (64, 512), (256, 2048)):
         sizes = {"num_sequences": count, "sequence_length": length, "held_aside": 0.2}
@@ -289,7 +298,7 @@ def test_a_default_mix_suits_the_model(is_chat: bool, chatty: FastTokenizer) -> 
         assert ("conversations" in line) == is_chat
 
 
-def test_a_tokenizer_without_a_chat_template(tmp_path: Path, tokenizer: FastTokenizer) -> None:
+def test_conversations_need_a_chat_template(tmp_path: Path, tokenizer: FastTokenizer) -> None:
     (tmp_path / "chat.jsonl").write_text(chat(("user", "a")))
     with pytest.raises(ValueError, match=r"line 1 .*has no chat template; give prompt"):
         prompts.read_prompts(str(tmp_path / "chat.jsonl"), tokenizer, "here")

@@ -1,4 +1,4 @@
-"""What `deploy/` renders to is valid, strictly, and keeps our own rules."""
+"""The manifests rendered from `deploy/` are strictly valid and follow the rules of this project."""
 
 from __future__ import annotations
 
@@ -37,8 +37,9 @@ def objects(folder: str) -> dict[str, dict[str, Any]]:
 
 
 def strict(schema: Any) -> Any:
-    """Make the schema of a custom resource refuse what the API server would prune, and accept what
-    it would fill in.
+    """Make the schema of a custom resource refuse fields that the API server would prune.
+
+    Fields that the server fills in are accepted.
     """
     if isinstance(schema, list):
         return [strict(part) for part in schema]
@@ -72,7 +73,7 @@ def check(document: dict[str, Any]) -> None:
     validator_of(document["kind"]).validate(document)
 
 
-def test_the_check_is_strict() -> None:
+def test_check_refuses_unknown_fields() -> None:
     document = yaml.safe_load((ROOT / "deploy/base/rayjob.yaml").read_text())
     check(document)
     document["spec"]["entrypont"] = "x"
@@ -81,14 +82,14 @@ def test_the_check_is_strict() -> None:
 
 
 def groups_of(document: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the head's and the workers'."""
+    """Return the groups of the head and of the workers."""
     cluster = document["spec"].get("rayClusterSpec", document["spec"])
     return [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]
 
 
 @needs_kubectl
 @pytest.mark.parametrize("folder", RENDERED)
-def test_rules_of_the_operator_and_of_ours(folder: str) -> None:
+def test_manifests_follow_the_rules_of_the_operator_and_of_this_project(folder: str) -> None:
     found = objects(folder)
     document = found.get("RayJob") or found["RayCluster"]
     check(document)
@@ -136,7 +137,7 @@ def test_rules_of_the_operator_and_of_ours(folder: str) -> None:
 
 
 def check_rules_of_jobs(spec: dict[str, Any]) -> None:
-    """Those of the operator, whose validation.go of version 1.7 refuses a job that breaks one."""
+    """Check the rules by which the operator's validation.go of version 1.7 refuses jobs."""
     assert "clusterSelector" not in spec
     assert spec["submissionMode"] == "SidecarMode"
     assert not {"submitterPodTemplate", "submitterConfig"} & spec.keys()
@@ -165,8 +166,10 @@ def gibibytes(quantity: str) -> float:
 
 @needs_kubectl
 @pytest.mark.parametrize("folder", OVERLAYS)
-def test_the_cluster_fits_the_job_spec(folder: str) -> None:
-    """As many GPUs as workers, room for their CPUs, and a run directory that outlives the pods."""
+def test_cluster_fits_the_job_spec(folder: str) -> None:
+    """There is a GPU for each worker, room for its CPUs, and a run directory that outlives the
+    pods.
+    """
     found = objects(folder)
     job = parse_spec(found["ConfigMap"]["data"]["job.yaml"])
     (group,) = found["RayJob"]["spec"]["rayClusterSpec"]["workerGroupSpecs"]
@@ -188,7 +191,7 @@ def test_the_cluster_fits_the_job_spec(folder: str) -> None:
 
 
 @needs_kubectl
-def test_what_the_components_do() -> None:
+def test_spot_and_kueue_components() -> None:
     plain, spot, kueue = (
         objects(f"overlays/{name}")["RayJob"] for name in ("gpu-s3", "gpu-spot-s3", "gpu-kueue-s3")
     )
@@ -220,13 +223,13 @@ def test_what_the_components_do() -> None:
     assert cluster["workerGroupSpecs"][0]["minReplicas"] == 0
 
 
-def test_manifests_are_what_the_package_writes() -> None:
-    """Of the job, whose model is needed for a plan, a test of the quickstart's model says it."""
+def test_ray_cluster_manifest_is_generated_by_the_package() -> None:
+    """The RayJob needs the model for its plan, so test_smollm2.py checks it."""
     path = ROOT / "deploy/raycluster/raycluster.yaml"
     assert path.read_text() == ray_cluster(), f"{path} is not kubernetes.ray_cluster()"
 
 
-def test_the_image_is_pinned_small_and_not_root() -> None:
+def test_image_is_pinned_and_does_not_run_as_root() -> None:
     lines = (ROOT / "Dockerfile").read_text().splitlines()
     images = [line.split()[1] for line in lines if line.startswith("FROM")]
     assert all(re.search(r":\d+\.\d+\.\d+", image) for image in images)
@@ -248,8 +251,8 @@ def test_the_image_is_pinned_small_and_not_root() -> None:
     assert (ROOT / ".dockerignore").read_text().split()[0] == "*"
 
 
-def test_the_dashboard_shows_every_metric_and_no_other() -> None:
-    """Ray adds `ray_` to names, and Prometheus `_total` to counters."""
+def test_dashboard_shows_exactly_the_metrics_of_the_package() -> None:
+    """Ray prefixes names with `ray_`, and Prometheus appends `_total` to counters."""
     dashboard = json.loads((ROOT / "deploy/components/monitoring/ray-surgeon.json").read_text())
     panels = dashboard["panels"]
     expressions = " ".join(target["expr"] for panel in panels for target in panel["targets"])

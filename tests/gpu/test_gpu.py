@@ -1,4 +1,4 @@
-"""On one GPU, in minutes: every method and store gives the CPU's results, memory is as planned.
+"""On one GPU, in minutes: every method and store gives the CPU's results, and memory is as planned.
 
 ``pytest -m gpu``
 """
@@ -45,7 +45,7 @@ def full_precision() -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_every_method_and_store(method: str, small_models: dict[str, Path], tmp_path: Path) -> None:  # noqa: F811
+def test_methods_match_the_cpu(method: str, small_models: dict[str, Path], tmp_path: Path) -> None:  # noqa: F811
     options, (of_weights, of_perplexity) = METHODS[method]
     for device in ("cpu", "cuda"):
         run_on(device, spec_in(tmp_path / device, small_models["llama"], **options))
@@ -58,7 +58,7 @@ def test_every_method_and_store(method: str, small_models: dict[str, Path], tmp_
 
 
 @pytest.mark.parametrize("place", ["device", "host", "disk"])
-def test_what_is_copied_in_the_background_arrives_bit_by_bit(place: Place) -> None:
+def test_background_copies_are_bit_identical(place: Place) -> None:
     for seed in range(20):
         assert stored("cuda:0", place, seed) == stored("cpu", place, seed)
     assert streamed("cuda:0", place) == streamed("cpu", place)
@@ -68,8 +68,8 @@ def test_streamed_weights_give_the_results_of_resident_ones(
     small_models: dict[str, Path],  # noqa: F811
     tmp_path: Path,
 ) -> None:
-    """CUDA promises the bits of a copy, but not those of sums: its libraries choose kernels by
-    where in memory a matrix begins, too.
+    """CUDA guarantees the bits of a copy, but not those of sums: its libraries also choose kernels
+    by the alignment of a matrix in memory.
     """
     found = {}
     for name in ("device", "host", "disk"):
@@ -111,7 +111,7 @@ def test_peak_memory_is_as_planned(kept: str, tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("no_ray_after")
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="NCCL wants a GPU for each rank")
-def test_replicas_by_nccl(small_models: dict[str, Path], tmp_path: Path) -> None:  # noqa: F811
+def test_replicas_with_nccl(small_models: dict[str, Path], tmp_path: Path) -> None:  # noqa: F811
     cluster = {"backend": "ray", "gpus_per_worker": 1, "num_replicas": 2}
     options: dict[str, Any] = {"cluster": cluster, "pruning__costs": "obs"}
     assert run(tmp_path, small_models["llama"], **options) == 0
@@ -130,8 +130,8 @@ def _rate(work: Any, flops: float) -> float:
 
 
 def test_second_moments_in_bfloat16(record_property: Callable[[str, object], None]) -> None:
-    """They equal the float32 ones; their counted operations a second, in those of a plain product,
-    are in the report of the test.
+    """They equal the float32 ones. The report of the test has their operations per second, relative
+    to those of a plain product.
     """
     n = 11008
     num_tokens = 4096

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
+from ray_surgeon.recovery import training
 from ray_surgeon.recovery.rates import trial_steps
-from ray_surgeon.recovery.training import Training
 from ray_surgeon.runtime.cluster import LocalCluster
 from tests.integration import runs
 from tests.integration.runs import ONE, Done, Jobs, assert_same_shot
@@ -33,21 +33,21 @@ MEASURED = ("losses", "rate", "tried", "undone", "ended", "absorbed")
 
 @pytest.fixture
 def dies(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
-    """The number of a step at which the process ends: the last one of this list, which it loses."""
+    """Numbers of steps after which the process ends; each time the last one is removed."""
     left = list[int]()
-    plain = Training._step
+    plain = training.forward_and_backward
     num_made = 0
 
-    def step(training: Training, number: int) -> bool:
+    def step(*args: Any) -> list[float]:
         nonlocal num_made
         num_made += bool(left)
         if left and num_made > left[-1]:
             left.pop()
             num_made = 0
             sys.exit("killed")
-        return plain(training, number)
+        return plain(*args)
 
-    monkeypatch.setattr(Training, "_step", step)
+    monkeypatch.setattr(training, "forward_and_backward", step)
     yield left
     assert not left, "it was killed as often as it should"
 

@@ -63,7 +63,20 @@ def ids(tokenizer: Tokenizer, text: str) -> list[int]:
     return found
 
 
-def test_loops_are_found() -> None:
+@pytest.fixture
+def written(monkeypatch: pytest.MonkeyPatch) -> list[Conversation]:
+    """The conversations that were last packed into windows."""
+    found: list[Conversation] = []
+
+    def recorded(given: list[Conversation], num_windows: int, length: int) -> Any:
+        found[:] = given
+        return pack(given, num_windows, length)
+
+    monkeypatch.setattr(conversations, "pack", recorded)
+    return found
+
+
+def test_repetitions_are_found() -> None:
     text = np.random.default_rng(0).permutation(300)
     assert not repeats(text)
     assert not repeats([])
@@ -104,15 +117,16 @@ def test_marks_of_a_template(chatty: Tokenizer, asked: Ask) -> None:
     assert marks.ends_of_turn == {end, ids(chatty, ";")[0]}
 
 
-def test_answers_are_marked_in_the_template(chatty: Tokenizer, asked: Ask, llama: Path) -> None:
-    """And all is the same whatever the workers are."""
+def test_answers_are_marked_in_the_template(
+    chatty: Tokenizer, asked: Ask, llama: Path, written: list[Conversation]
+) -> None:
+    """The text does not depend on the number of shards and replicas."""
     request = soon_ended(asked(chatty, chat=True, seed=4))
     cluster = loaded(llama)
-    writer = conversations.Writer(cluster, request)
-    found = writer.windows()
+    found = write(cluster, request)
     marks = request.marks
     turns = []
-    for made in writer._conversations:
+    for made in written:
         tokens = made.tokens
         assert tokens[: len(marks.opening)] == marks.opening
         before = tokens[: made.answer.start]
@@ -125,7 +139,7 @@ def test_answers_are_marked_in_the_template(chatty: Tokenizer, asked: Ask, llama
         assert tokens[made.answer.stop :] == (marks.end[1:] if ended else ())
     assert len(turns) == len(set(turns))
     assert all(len(t) >= 3 and chatty.eos_token_id not in t and not repeats(t) for t in turns)
-    packed = pack(writer._conversations, 5, 96)
+    packed = pack(written, 5, 96)
     for other in (packed, write(loaded(llama, 3, 2), request)):
         assert np.array_equal(other.tokens, found.tokens)
         assert np.array_equal(other.answers, found.answers)
@@ -133,16 +147,19 @@ def test_answers_are_marked_in_the_template(chatty: Tokenizer, asked: Ask, llama
     assert not np.array_equal(write(cluster, replace(request, seed=5)).tokens, found.tokens)
 
 
-def test_an_answer_may_be_cut_and_a_model_that_never_ends_a_turn_is_refused(
-    chatty: Tokenizer, asked: Ask, llama: Path, monkeypatch: pytest.MonkeyPatch
+def test_long_answers_are_cut_and_a_model_that_never_ends_a_turn_is_refused(
+    chatty: Tokenizer,
+    asked: Ask,
+    llama: Path,
+    written: list[Conversation],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(conversations, "ANSWER_TOKENS", 9)
     monkeypatch.setattr(conversations, "MAX_ROUNDS", 3)
     request = asked(chatty, chat=True)
     cluster = loaded(llama)
-    writer = conversations.Writer(cluster, soon_ended(request))
-    writer.windows()
-    sizes = {c.answer.stop - c.answer.start for c in writer._conversations}
+    write(cluster, soon_ended(request))
+    sizes = {c.answer.stop - c.answer.start for c in written}
     assert max(sizes) == 9
     never = replace(request.marks, last=frozenset(), closing=(1, 2), end=())
     with pytest.raises(RuntimeError, match=r"calibration: after 3 rounds, \d+ of \d+ users' turns"):
@@ -154,7 +171,9 @@ def lines(path: Path, *records: object) -> str:
     return str(path)
 
 
-def test_prompts_are_answered(chatty: Tokenizer, asked: Ask, llama: Path, tmp_path: Path) -> None:
+def test_prompts_are_answered(
+    chatty: Tokenizer, asked: Ask, llama: Path, tmp_path: Path, written: list[Conversation]
+) -> None:
     said = {"role": "user", "content": "Why?"}
     answer = {"role": "assistant", "content": "Because it is so."}
     uri = lines(
@@ -165,14 +184,13 @@ def test_prompts_are_answered(chatty: Tokenizer, asked: Ask, llama: Path, tmp_pa
     )
     request = soon_ended(asked(chatty, prompts=uri, num_sequences=3))
     cluster = loaded(llama)
-    writer = conversations.Writer(cluster, request)
-    found = writer.windows()
+    found = write(cluster, request)
     assert found.tokens.shape == (3, 96)
     heads = {tuple(ids(chatty, head)) for head in ("the name of", "<s>Be kind.\n<u>Why?<end>\n<a>")}
     given = tuple(ids(chatty, "<s>Be brief.<end>\n<u>Why?<end>\n<a>Because it is so.<end>\n"))
-    (whole,) = [c for c in writer._conversations if c.tokens == given]
+    (whole,) = [c for c in written if c.tokens == given]
     assert chatty.decode(whole.tokens[whole.answer]) == "Because it is so.<end>"
-    assert heads == {c.tokens[: c.answer.start] for c in writer._conversations if c is not whole}
+    assert heads == {c.tokens[: c.answer.start] for c in written if c is not whole}
     other = write(loaded(llama, 2, 2), request)
     assert np.array_equal(other.tokens, found.tokens)
     greedy = asked(chatty, prompts=uri, temperature=0)

@@ -490,7 +490,7 @@ def test_what_does_not_answer_is_a_worker_or_its_machine(
         ]
         whole = [machine, *machine.children(recursive=True)]
         for lost, cause, answer_s in (([worker], "worker", 30.0), (whole, "node", 2.0)):
-            monkeypatch.setattr(ray_cluster, "_ANSWER_S", answer_s)
+            monkeypatch.setattr(ray_cluster, "ANSWER_S", answer_s)
             for process in lost:
                 process.suspend()
                 stopped.append(process)

@@ -20,10 +20,10 @@ from unittest import mock
 
 import pytest
 import torch
+from torch.backends import mkldnn
 
 from ray_surgeon import job as job_page
 from ray_surgeon.evaluation import texts as evaluation
-from ray_surgeon.maths import products
 from ray_surgeon.maths.products import product
 from ray_surgeon.memory import weights
 from ray_surgeon.memory.stores import NO_SCRATCH, Scratch
@@ -277,7 +277,7 @@ def answer(asked: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells of anonymous memory")
-@pytest.mark.skipif(products._linear is None, reason="no oneDNN")
+@pytest.mark.skipif(not mkldnn.is_available(), reason="no oneDNN")
 def test_shapes_that_do_not_come_again_are_forgotten(zygote: Zygote) -> None:
     """Every shot leaves other rows and columns. Kept for good, 300 shapes take 180 MB."""
     request = {"after": [100, 400]}

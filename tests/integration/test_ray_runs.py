@@ -163,7 +163,7 @@ def test_what_two_workers_say(connected: None, job: Jobs, monkeypatch: pytest.Mo
     seen: list[tuple[int, int]] = []
     progress = workers.progress
     with monkeypatch.context() as patched:
-        patched.setattr(ray_cluster, "_LOOK_S", 0.2)
+        patched.setattr(ray_cluster, "LOOK_S", 0.2)
         progress.listener = lambda: seen.append((progress.done, progress.total))
         progress.begin(unit="linears")
         workers.run_all(slowly)
@@ -177,7 +177,7 @@ def test_what_two_workers_say(connected: None, job: Jobs, monkeypatch: pytest.Mo
     ray.kill(first)
     with pytest.raises(RayTaskError) as failed:
         ray.get(waiting)
-    found = workers._as_failure(failed.value)
+    found = workers.as_failure(failed.value)
     assert isinstance(found, WorkerFailureError)
     assert found.cause == "worker"
 
@@ -202,14 +202,14 @@ def test_a_gpu_that_fails_is_a_lost_worker_and_a_full_disk_is_none() -> None:
     broken = RayTaskError(
         "step", "", torch.AcceleratorError("CUDA error: unspecified launch failure")
     )
-    found = RayCluster._as_failure(nobody, broken)
+    found = RayCluster.as_failure(nobody, broken)
     assert isinstance(found, WorkerFailureError)
     assert found.cause == "worker"
     assert "unspecified launch failure" in found.message
     for said in ("CUDA error: out of memory", "CUDA error: device-side assert triggered"):
         again = RayTaskError("step", "", torch.AcceleratorError(said))
-        assert RayCluster._as_failure(nobody, again) is again
+        assert RayCluster.as_failure(nobody, again) is again
     full = OutOfDiskError("no space")
-    assert RayCluster._as_failure(nobody, full) is full
+    assert RayCluster.as_failure(nobody, full) is full
     wrong = RayTaskError("step", "", torch.OutOfMemoryError("CUDA out of memory"))
-    assert RayCluster._as_failure(nobody, wrong) is wrong
+    assert RayCluster.as_failure(nobody, wrong) is wrong

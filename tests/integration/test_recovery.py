@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import numpy as np
 import pytest
 from transformers import AutoTokenizer
@@ -111,15 +112,16 @@ def test_weights_of_a_teacher_move_once_for_all_sequences_of_a_pass(llama: Path)
         assert [len(of_replica) for of_replica in waves] == [number] * 2
 
 
-def test_a_text_that_ends_ends_the_training(
-    llama: Path, text: StreamedSection, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """With what was trained so far, and a sentence; where it is known before, it is refused."""
+def test_training_ends_when_its_text_ends(llama: Path, text: StreamedSection) -> None:
+    """It keeps what was trained so far and says why; a local text that is too short is refused."""
     path = Path(text.source)
     path.write_text(path.read_text(encoding="utf-8")[:2500], encoding="utf-8")
     with pytest.raises(ValueError, match=r"recovery\.texts\.0.*ended|needs?"):
         trained(llama, text, 0.8)
-    monkeypatch.setattr("ray_surgeon.data.streams._is_here", lambda _: False)
+    elsewhere = f"memory://recovery/{path.name}"
+    with fsspec.open(elsewhere, "wb") as file:
+        file.write(path.read_bytes())
+    text = text.model_copy(update={"source": elsewhere})
     training, cluster, held = trained(llama, text, 0.8)
     assert training.ended is not None
     assert "recovery.texts.0" in training.ended

@@ -136,7 +136,7 @@ def faulty(s3: None, monkeypatch: pytest.MonkeyPatch, cache: Path) -> Iterator[t
         {"config_kwargs": {"read_timeout": 0.25, "retries": {"max_attempts": 0}}},
     )
     monkeypatch.setattr(retrying, "FIRST_PAUSE_S", 0.005)
-    monkeypatch.setattr(retrying, "_LONGEST_PAUSE_S", 0.1)
+    monkeypatch.setattr(retrying, "LONGEST_PAUSE_S", 0.1)
     monkeypatch.setattr(S3FileSystem, "retries", 2)  # the pauses of the clients cannot be set
     S3FileSystem.clear_instance_cache()
     yield FaultyProxy

@@ -36,7 +36,7 @@ def problem(R: int = 6, C: int = 7) -> tuple[Tensor, Tensor, Tensor]:
 def packed(matrix: Tensor) -> PackedSymmetric:
     """Return a symmetric matrix as a sum of which half exists."""
     result = PackedSymmetric.zeros(len(matrix), dtype=matrix.dtype)
-    for start, panel in result._panels():
+    for start, panel in result.panels():
         panel.copy_(matrix[start : start + len(panel), start:])
     return result
 

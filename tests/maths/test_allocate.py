@@ -1,4 +1,4 @@
-"""How many groups and whole experts go, from costs alone."""
+"""How many groups and whole experts are removed, computed from costs alone."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def groups(
 def experts(
     whole: Sequence[float], channels: Sequence[Sequence[float]] | None = None, layer: int = 0
 ) -> list[GroupCosts]:
-    """Return experts of one layer, of three channels of ten parameters each."""
+    """Return the experts of one layer, each with three channels of ten parameters."""
     found = []
     for i, (cost, own) in enumerate(zip(whole, channels or [STAYS] * len(whole), strict=True)):
         one = groups(f"{layer}.{i}", own, [0.0, 10.0, 20.0, 30.0], "expert_channels")
@@ -51,12 +51,12 @@ def experts(
 
 
 def narrowed(costs: Sequence[GroupCosts], num_left: int) -> list[GroupCosts]:
-    """Return costs of consumers that have lost groups before."""
+    """Return the costs of consumers that lost groups in earlier shots."""
     return [replace(c, num_left=num_left) for c in costs]
 
 
 def random_groups(seed: int, widths: frozenset[int] = ANY, num_left: int = 8) -> list[GroupCosts]:
-    """Return heads and channels of three blocks, in each of which the dearest stays."""
+    """Return heads and channels of three blocks; the most expensive ones cannot be removed."""
     generator = torch.Generator().manual_seed(seed)
     found = []
     for block in range(3):
@@ -70,7 +70,7 @@ def random_groups(seed: int, widths: frozenset[int] = ANY, num_left: int = 8) ->
 
 
 def with_plateaus(costs: Sequence[GroupCosts], seed: int) -> list[GroupCosts]:
-    """Let groups save unequally, and some nothing, as of measured latencies."""
+    """Let groups save different amounts, and some nothing, like measured latencies."""
     generator = torch.Generator().manual_seed(seed)
     found = []
     for c in costs:
@@ -91,7 +91,7 @@ def random_experts(seed: int, number: int, most: float, num_layers: int = 1) -> 
 
 
 def gaining(costs: Sequence[GroupCosts]) -> list[GroupCosts]:
-    """Let the removal of some experts promise a gain."""
+    """Give some experts a negative cost of removal."""
     return [replace(c, whole=c.whole - 0.7) for c in costs]
 
 
@@ -114,10 +114,10 @@ def saved_by(costs: Sequence[GroupCosts], found: Allocation) -> float:
     ],
     ids=["units", "groups", "even", "odd", "plateaus", "experts", "narrowed", "gains"],
 )
-def test_the_threshold_is_the_lowest_and_nothing_is_better_at_its_price(
+def test_lowest_sufficient_threshold_gives_an_optimal_allocation(
     allocate: Allocate, costs_of: Callable[[int], list[GroupCosts]], share: float, seed: int
 ) -> None:
-    """The oracle is the least of cost - threshold * saved over all that each consumer may lose."""
+    """The oracle minimises cost - threshold * saved over all numbers that a consumer may lose."""
     costs = costs_of(seed)
     missing = share * sum(c.saved(max(c.possible_counts)) for c in costs)
     found = allocate(costs, missing)
@@ -137,9 +137,9 @@ def test_the_threshold_is_the_lowest_and_nothing_is_better_at_its_price(
 
 
 @pytest.mark.parametrize("seed", range(2))
-def test_channels_go_where_no_expert_can_be_spared(seed: int) -> None:
-    """Whole experts are cheap; all that may go together does, and no allocation of the same experts
-    that saves as much costs less.
+def test_channels_are_removed_where_every_expert_is_needed(seed: int) -> None:
+    """Whole experts are cheap here, so as many as possible are removed. No allocation that removes
+    the same experts and saves as much costs less.
     """
     costs = random_experts(seed, 4, 0.5)
     with pytest.raises(OutOfReachError, match="120"):
@@ -159,7 +159,7 @@ def test_channels_go_where_no_expert_can_be_spared(seed: int) -> None:
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_uniform_widths_are_the_cheapest_by_brute_force(seed: int) -> None:
+def test_uniform_widths_match_brute_force(seed: int) -> None:
     costs = random_groups(seed, EVEN)
     found = allocate_uniformly(costs, 150)
     prices = {
@@ -174,8 +174,8 @@ def test_uniform_widths_are_the_cheapest_by_brute_force(seed: int) -> None:
     assert prices[heads.pop(), channels.pop()] == pytest.approx(min(prices.values()), rel=1e-6)
 
 
-def test_uniform_experts_and_channels_by_brute_force() -> None:
-    """No option counts as cheaper than one that removes less of everything."""
+def test_uniform_experts_and_channels_match_brute_force() -> None:
+    """An option never counts as cheaper than one that removes less of everything."""
     costs = random_experts(5, 4, 2.0, num_layers=2)
     layers = [[c for c in costs if c.layer == layer] for layer in range(2)]
 
@@ -238,14 +238,14 @@ UNIFORM = [allocate_uniformly]
         (BOTH, LAYERS, 90, 2, 60),
     ],
 )
-def test_what_goes_or_how_much_there_is(
+def test_small_allocations_and_targets_out_of_reach(
     allocators: Sequence[Allocate],
     costs: list[GroupCosts],
     missing: float,
     fewest: int,
     expected: dict[str, int] | int,
 ) -> None:
-    """Where the target is out of reach, the error says it, also to a coordinator elsewhere."""
+    """If the target is out of reach, the error gives the largest saving, also after pickling."""
     for allocate in allocators:
         if isinstance(expected, int):
             with pytest.raises(
@@ -260,21 +260,21 @@ def test_what_goes_or_how_much_there_is(
         assert found.experts == are_experts & set(expected)
 
 
-def test_groups_of_earlier_shots_save_nothing_more() -> None:
+def test_groups_removed_in_earlier_shots_save_nothing() -> None:
     costs = replace(FREE, num_left=2, needs=[0.0, 10.0, 11.0, 30.0])
     assert [costs.saved(count) for count in range(3)] == [0, 1, 11]
 
 
 @pytest.mark.parametrize("allocate", BOTH)
-def test_the_unit_of_the_budget_does_not_matter(allocate: Allocate) -> None:
-    """Seconds of a token are millions of times smaller than parameters."""
+def test_allocation_does_not_depend_on_the_unit_of_the_budget(allocate: Allocate) -> None:
+    """Seconds per token are millions of times smaller than numbers of parameters."""
     costs = random_groups(0)
     small = [replace(c, needs=[1e-9 * need for need in c.needs]) for c in costs]
     assert allocate(small, 1e-9 * 301).counts == allocate(costs, 301).counts
 
 
-def test_groups_of_one_cost_go_one_at_a_time() -> None:
-    """Points of their path lie on one line, but for the rounding of sums."""
+def test_groups_of_equal_cost_are_removed_one_at_a_time() -> None:
+    """The points of their path lie on one line, up to the rounding of sums."""
     costs = groups("x", [0.1] * 8, [0.3 * n for n in range(9)])
     for number in range(1, 9):
         assert per_unit([costs], 0.3 * number - 0.1).counts == {"x": number}
@@ -283,7 +283,7 @@ def test_groups_of_one_cost_go_one_at_a_time() -> None:
 @pytest.mark.parametrize(
     ("size", "missing"), [(0.1, sum([0.4 - 0.2] * 3) + 1e-10), (1e10, 6e10 * (1 + 1e-10))]
 )
-def test_a_target_that_is_met_but_for_rounding(size: float, missing: float) -> None:
+def test_target_is_met_up_to_rounding(size: float, missing: float) -> None:
     needs = [size * n for n in range(5)]
     costs = [groups(f"{block}", [block + n for n in (1.0, 2, 3, 4)], needs) for block in range(3)]
     for allocate in BOTH:

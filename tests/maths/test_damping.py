@@ -1,4 +1,4 @@
-"""The choice of damping by factors of other tokens, against dense formulas in float64."""
+"""The choice of damping by the factors of other tokens, against dense formulas in float64."""
 
 from __future__ import annotations
 
@@ -24,10 +24,12 @@ def factors(a: Tensor, g: Tensor) -> PackedFactors:
 
 @pytest.mark.parametrize("prunes_rows", [False, True])
 @pytest.mark.parametrize("has_bias", [False, True])
-def test_the_cost_held_aside_is_of_the_other_tokens(has_bias: bool, prunes_rows: bool) -> None:
-    """The removal and its update follow from the own factors, those of rows and columns independent
-    of each other. Its price is from the dense Fisher of others. An input and a gradient are always
-    zero, and an earlier shot pruned a column.
+def test_held_aside_cost_uses_the_factors_of_other_tokens(
+    has_bias: bool, prunes_rows: bool
+) -> None:
+    """The removal and its update follow from a linear's own factors, rows and columns
+    independently. Their cost is computed with the dense Fisher of other tokens. One input and one
+    gradient are always zero, and an earlier shot pruned a column.
     """
     W = draw(R, C)
     a, g, a_held, g_held = (draw(N, n, seed=seed) for seed, n in ((1, C), (2, R), (3, C), (4, R)))
@@ -60,8 +62,8 @@ def test_the_cost_held_aside_is_of_the_other_tokens(has_bias: bool, prunes_rows:
     assert found == pytest.approx(float(change @ dense @ change) / 2, rel=1e-9)
 
 
-def test_the_choice_is_made_one_after_the_other_and_says_what_was_tried() -> None:
-    """A cost that is no number loses."""
+def test_damping_of_A_is_chosen_before_that_of_G() -> None:
+    """The result lists what was tried. A NaN cost is never chosen."""
 
     def cost_of(a: float, g: float) -> list[float]:
         return [math.log(a / 0.1) ** 2 + (g - 0.3) ** 2 + 1, math.nan if a < 0.001 else 2.0]

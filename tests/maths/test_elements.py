@@ -26,7 +26,7 @@ def kept_of(R: int, C: int, fraction: float) -> Tensor:
 
 
 def updated(W: Tensor, terms: list[Term], kept: Tensor, *options: Any) -> Removal:
-    """Return what so many iterations, down to a tolerance and in a precision, come to."""
+    """Return the update after a number of iterations with a tolerance and a precision."""
     return update_elements(W, terms, kept, ElementUpdate("conjugate_gradients", *options))
 
 
@@ -35,9 +35,11 @@ def updated(W: Tensor, terms: list[Term], kept: Tensor, *options: Any) -> Remova
 @pytest.mark.parametrize(
     "units", [ElementUnits(), ElementUnits(2, 4), ElementUnits(1, 4)], ids=["single", "2:4", "1:4"]
 )
-def test_costs_and_updates_are_dense(units: ElementUnits, costs: str, num_terms: int) -> None:
-    """An input and a gradient are always zero, the last column is a bias, which stays, and an
-    earlier shot removed some elements: they are constraints still, and no candidates again.
+def test_costs_and_updates_match_the_dense_solution(
+    units: ElementUnits, costs: str, num_terms: int
+) -> None:
+    """One input and one gradient are always zero. The last column is a bias, which is never
+    removed. Elements that an earlier shot removed stay constraints and are no candidates.
     """
     W, A, G = problem(4, 9)
     further = dense.further_terms(A, G, num_terms - 1)
@@ -100,7 +102,7 @@ def test_costs_and_updates_are_dense(units: ElementUnits, costs: str, num_terms:
         assert removal.residual < 1e-11
 
 
-def test_the_update_has_the_damping_that_the_costs_needed() -> None:
+def test_update_uses_the_raised_damping_of_the_costs() -> None:
     W, A, G = problem()
     of = linear(W, dense.too_indefinite(A), G)
     full = ElementMask.full(6, 7)
@@ -116,7 +118,9 @@ def test_the_update_has_the_damping_that_the_costs_needed() -> None:
     ("num_terms", "C", "fraction"),
     [(1, 7, 0.1), (1, 7, 0.9), (1, 1, 0.4), (1, 7, 0.0), (3, 7, 0.5)],
 )
-def test_conjugate_gradients_reach_the_solution(num_terms: int, C: int, fraction: float) -> None:
+def test_conjugate_gradients_converge_to_the_dense_solution(
+    num_terms: int, C: int, fraction: float
+) -> None:
     W, A, G = problem(6, C)
     terms = [(G, A), *dense.further_terms(A, G, num_terms - 1)]
     kept = kept_of(6, C, fraction)
@@ -128,7 +132,7 @@ def test_conjugate_gradients_reach_the_solution(num_terms: int, C: int, fraction
     assert found.predicted == pytest.approx(cost, rel=1e-9)
 
 
-def test_narrow_products_come_close_and_tell_the_true_residual() -> None:
+def test_bfloat16_products_come_close_and_report_the_true_residual() -> None:
     W, A, G = problem(40, 50)
     G = dense.damped(G, 0.1)
     A = dense.damped(A, 0.01)
@@ -141,14 +145,14 @@ def test_narrow_products_come_close_and_tell_the_true_residual() -> None:
     assert found.residual == pytest.approx(float(left / start), rel=1e-6)
 
 
-def test_more_iterations_than_the_dtype_has_digits_for() -> None:
+def test_iterations_beyond_float32_precision_stay_finite() -> None:
     W, A, G = (x.float() for x in problem(6, 8))
     found = updated(W, [(G, A)], kept_of(6, 8, 0.4), 1000, 0.0, "float32")
     assert torch.isfinite(found.W).all()
     assert found.residual < 1e-4
 
 
-def test_the_preconditioner_inverts_the_dominant_part_on_the_kept_columns_of_each_row() -> None:
+def test_preconditioner_inverts_the_dominant_part_on_kept_columns() -> None:
     _, A, G = problem(5, 24)
     U, s = conjugate.dominant_part(A, 6)
     eigenvalues, vectors = torch.linalg.eigh(A)

@@ -24,8 +24,8 @@ def gram(x: Tensor) -> PackedSymmetric:
 
 @pytest.mark.parametrize("num_tokens", [0, 1, 7, 4000])
 def test_factors_are_shrunk_by_the_number_of_tokens(num_tokens: int) -> None:
-    """With 256 tokens an expert counts as much as its layer. Further terms are divided as its own
-    part of the first one is.
+    """An expert with 256 tokens has the same weight as its layer. Further terms are scaled like the
+    first one.
     """
     a, g = (draw(num_tokens, n) for n in (5, 3))
     M_A, M_G = (draw(9, n) for n in (5, 3))
@@ -41,9 +41,9 @@ def test_factors_are_shrunk_by_the_number_of_tokens(num_tokens: int) -> None:
 
 @pytest.mark.parametrize("has_bias", [False, True])
 @pytest.mark.parametrize("numbers", [(3, 0, 10), (0, 1), (0, 0)])
-def test_the_mean_of_a_layer(numbers: tuple[int, ...], has_bias: bool) -> None:
-    """Without one its level is that of the channels which are left: experts that lost channels do
-    not lower it.
+def test_layer_mean_ignores_removed_channels(numbers: tuple[int, ...], has_bias: bool) -> None:
+    """Without a common basis the mean is a multiple of the identity: the mean square over the
+    channels that are left. Experts that lost channels do not lower it.
     """
     own = [draw(n, 6, seed=n) for n in numbers]
     if len(own) == 3:
@@ -63,8 +63,8 @@ def test_the_mean_of_a_layer(numbers: tuple[int, ...], has_bias: bool) -> None:
 
 
 @pytest.mark.parametrize("numbers", [[[0, 1], [1, 0], [0, 1], [1, 2], [0, 1]], [[0, 1]], []])
-def test_costs_from_their_definitions(numbers: list[list[int]]) -> None:
-    """Four experts, of which two a token, in two parts; no token came to the last one."""
+def test_expert_costs_match_their_definitions(numbers: list[list[int]]) -> None:
+    """Each token goes to two of four experts, in two parts; the last expert gets no token."""
     experts = torch.tensor(numbers, dtype=torch.int64).flatten()
     num_tokens = len(numbers)
     tokens = torch.arange(num_tokens).repeat_interleave(2)
@@ -93,7 +93,7 @@ def test_costs_from_their_definitions(numbers: list[list[int]]) -> None:
     assert not torch.equal(costs.random_costs(4, 7), costs.random_costs(4, 8))
 
 
-def test_only_costs_with_a_first_order_may_be_negative() -> None:
+def test_only_costs_with_a_first_order_term_may_be_negative() -> None:
     check_costs("layer", torch.tensor([-1.0, 0.0, 2.0]), may_be_negative=True)
     with pytest.raises(FloatingPointError, match="layer: 1 of 3 costs are NaN, infinite or negati"):
         check_costs("layer", torch.tensor([-1.0, 0.0, 2.0]))

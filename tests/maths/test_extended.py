@@ -1,4 +1,4 @@
-"""Sums of Kronecker products: their terms, and what keeps their sum positive definite."""
+"""Sums of Kronecker products: their terms, and clipping that keeps them positive definite."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ R = 5
 C = 6
 
 
-def test_weighted_moment_is_the_direct_sum() -> None:
+def test_weighted_second_moment_matches_the_direct_sum() -> None:
     x = draw(7, 300)
     weights = draw(7, seed=1)
     total = PackedSymmetric.zeros(300, dtype=torch.float64)
@@ -26,8 +26,8 @@ def test_weighted_moment_is_the_direct_sum() -> None:
     torch.testing.assert_close(total.dense(), expected, rtol=1e-12, atol=1e-12)
 
 
-def test_power_iteration_finds_the_best_further_terms_of_the_rearranged_fisher() -> None:
-    """Against the SVD of R(F) - sum of known terms, formed densely; with no known term, too."""
+def test_power_iteration_finds_the_best_further_terms() -> None:
+    """Against the SVD of R(F) minus the known terms, formed densely; also without a known term."""
     a = draw(50, C)
     g = draw(50, R, seed=1) * (1 + a[:, :1].abs())
     rearranged = torch.einsum("ni,nj,nk,nl->ijkl", g, g, a, a).reshape(R * R, C * C) / 50
@@ -47,7 +47,7 @@ def test_power_iteration_finds_the_best_further_terms_of_the_rearranged_fisher()
     check([first, check([first])])
 
 
-def test_clipping_leaves_a_harmless_term_alone_and_makes_a_wild_one_harmless() -> None:
+def test_clipping_changes_only_terms_that_make_the_sum_indefinite() -> None:
     _, A, G = problem(R, C)
     factors = torch.linalg.cholesky(G), torch.linalg.cholesky(A)
     mild = 1e-3 * dense.indefinite(R, 1), 1e-3 * dense.indefinite(C, 2)
@@ -63,7 +63,9 @@ def test_clipping_leaves_a_harmless_term_alone_and_makes_a_wild_one_harmless() -
 
 
 @pytest.mark.parametrize("num_terms", [2, 4])
-def test_the_joint_update_is_dense(num_terms: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_joint_update_matches_the_dense_solution(
+    num_terms: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("ray_surgeon.maths.extended.terms.TOLERANCE", 1e-13)
     monkeypatch.setattr("ray_surgeon.maths.extended.terms.ITERATIONS", 200)
     W, A, G = problem(R, C)

@@ -1,4 +1,4 @@
-"""What a removed layer added, as a map of what an earlier linear reads, against least squares."""
+"""A removed layer's output folded into an earlier linear, against least squares."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import torch
 from ray_surgeon.maths.folding import folded
 
 
-def test_it_is_least_squares_with_damping() -> None:
-    """Over tokens, by the pseudoinverse of the stacked problem; dead inputs are left alone."""
+def test_folding_is_damped_least_squares() -> None:
+    """Against the pseudoinverse of the stacked problem over tokens; dead inputs are left alone."""
     generator = torch.Generator().manual_seed(0)
     make = lambda *shape: torch.randn(*shape, dtype=torch.float64, generator=generator)  # noqa: E731
     W, x, d = make(3, 7), make(50, 7), make(50, 3)
@@ -25,8 +25,8 @@ def test_it_is_least_squares_with_damping() -> None:
     torch.testing.assert_close(torch.tensor(gain), (d.square().sum() - left).float())
 
 
-def test_no_curvature_at_the_stream_changes_it() -> None:
-    """The gradient of E[(d - X a)^T G (d - X a)] is zero where that of G = I is, for any G."""
+def test_folding_does_not_depend_on_the_curvature_of_the_stream() -> None:
+    """The gradient of E[(d - X a)^T G (d - X a)] is zero for any G where it is zero for G = I."""
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(40, 5, dtype=torch.float64, generator=generator)
     d = torch.randn(40, 4, dtype=torch.float64, generator=generator)

@@ -30,20 +30,20 @@ def curvature_of(W: Tensor, A: Tensor, G: Tensor) -> LinearCurvature:
 
 
 def path(rows: int = R, columns: int = C) -> tuple[GreedyPath, Tensor, Tensor]:
-    """Return a path on which the first rows and columns may go, the weights, and F."""
+    """Return a path that may remove the first rows and columns, the weights, and F."""
     W, A, G = problem(R, C)
     may_prune = flags(R, list(range(rows))), flags(C, list(range(columns)))
     return GreedyPath(curvature_of(W, A, G), may_prune), W, torch.kron(G, A)
 
 
-def test_a_block_that_rounding_made_indefinite_still_has_a_root() -> None:
+def test_root_of_a_block_made_indefinite_by_rounding() -> None:
     block = torch.tensor([[1.0, 1.0 + 1e-6], [1.0 + 1e-6, 1.0]])
     L = root(block)
     assert torch.equal(L, L.tril())
     torch.testing.assert_close(L @ L.T, block, rtol=1e-5, atol=1e-5)
 
 
-def test_costs_of_wide_sets_are_the_dense_ones_on_two_threads() -> None:
+def test_costs_of_wide_sets_match_the_dense_costs_on_two_threads() -> None:
     width = 192
     W = torch.randn(5, 3 * width)
     sets = torch.arange(3 * width).view(3, width)
@@ -64,8 +64,8 @@ def test_costs_of_wide_sets_are_the_dense_ones_on_two_threads() -> None:
         assert cost == pytest.approx(float(expected), rel=1e-3)
 
 
-def test_weights_and_costs_after_downdating_are_the_dense_ones() -> None:
-    """After a few removals in turns: W is the dense joint solution, and every cost what its removal
+def test_weights_and_costs_after_downdating_match_the_dense_solution() -> None:
+    """After alternating removals W is the dense joint solution, and each cost is what its removal
     adds to the dense cost.
     """
     found, W, F = path()
@@ -88,8 +88,9 @@ def test_weights_and_costs_after_downdating_are_the_dense_ones() -> None:
 def marginals_by_brute_force(
     W: Tensor, F: Tensor, rows: Sequence[int], columns: Sequence[int], *, per_parameter: bool
 ) -> tuple[Tensor, list[int]]:
-    """Return the running maximum of dense marginal costs, of rows and then columns, and the order
-    in which they go: one at a time, the cheapest first.
+    """Return the running maximum of the dense marginal costs and the order of removal.
+
+    Rows come before columns. The cheapest structure is removed first, one at a time.
     """
     sizes = {"rows": W.shape[0], "columns": W.shape[1]}
     gone: dict[str, list[int]] = {"rows": [], "columns": []}
@@ -116,8 +117,10 @@ def marginals_by_brute_force(
 
 
 @pytest.mark.parametrize("per_parameter", [False, True])
-def test_greedy_path_by_brute_force(per_parameter: bool) -> None:
-    """One at a time, the cheapest by the dense marginal cost. A limit cuts the same path."""
+def test_greedy_path_matches_brute_force(per_parameter: bool) -> None:
+    """Brute force removes the structure of the lowest dense marginal cost, one at a time. A limit
+    ends the same path earlier.
+    """
     found, W, F = path(R - 1, C - 1)
     marginal = torch.cat(greedy_costs(found, Limits(per_parameter=per_parameter), "linear"))
     sides = range(R - 1), range(C - 1)
@@ -130,7 +133,7 @@ def test_greedy_path_by_brute_force(per_parameter: bool) -> None:
     assert torch.equal(torch.cat(cut), torch.where(marginal <= limit, marginal, torch.inf))
 
 
-def test_a_linear_gives_its_greedy_candidates_on_the_alive_part() -> None:
+def test_greedy_candidates_are_limited_to_live_rows_and_columns() -> None:
     W, A, G = problem(R, C)
     silence(G, 2)
     mask = StructuredMask(~flags(R, []), ~flags(C, [3]))

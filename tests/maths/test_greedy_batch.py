@@ -1,5 +1,6 @@
-"""Greedy paths as a GPU follows them: against the dense solution and the CPU's way, and how many
-launches and syncs they have.
+"""Greedy paths as computed on a GPU, against the dense solution and the path on the CPU.
+
+Also counts launches and syncs.
 """
 
 from __future__ import annotations
@@ -46,8 +47,8 @@ def batch_of(
 
 @pytest.mark.parametrize("per_parameter", [False, True])
 @pytest.mark.parametrize(("rows", "columns"), [(R, 0), (0, C), (R - 1, C - 1), (R, C)], ids=str)
-def test_paths_of_a_batch_by_brute_force(rows: int, columns: int, per_parameter: bool) -> None:
-    """Each of the linears goes as far as its own limits say, the last one nowhere."""
+def test_batched_paths_match_brute_force(rows: int, columns: int, per_parameter: bool) -> None:
+    """Each linear's path ends at its own limits; the last linear removes nothing."""
     problems = [(draw(R, C, seed=i), spd(C, 2 * i), spd(R, 2 * i + 1)) for i in range(5)]
     sides = range(rows), range(columns)
     dense = [
@@ -76,8 +77,9 @@ def test_paths_of_a_batch_by_brute_force(rows: int, columns: int, per_parameter:
 
 
 def consumers(num_rows: int, num_columns: int, width: int, number: int) -> list[Any]:
-    """Return linears of which some have dead rows, silent inputs or too little damping, what
-    earlier shots left of them, and the columns of their groups.
+    """Return linears, what earlier shots left of them, and the columns of their groups.
+
+    Some linears have dead rows, inputs that are always zero, or too little damping.
     """
     columns = torch.arange((num_columns - 1) // width * width).view(-1, width)
     linears = []
@@ -111,10 +113,10 @@ LIMITS = {
 @pytest.mark.parametrize("limits", LIMITS)
 @pytest.mark.parametrize("width", [1, 2, 3])
 @pytest.mark.parametrize("number", [1, 6])
-def test_groups_of_a_batch_cost_what_they_do_one_by_one(
+def test_batched_group_costs_equal_those_computed_one_by_one(
     width: int, number: int, limits: str
 ) -> None:
-    """The costs one by one are dense ones, as tests/maths/test_groups.py says."""
+    """tests/maths/test_groups.py compares the latter with the dense solution."""
     linears, masks, columns = consumers(5, 31, width, number)
     of_each = [LIMITS[limits][i % len(LIMITS[limits])] for i in range(number)]
     expected = costs_of_groups(linears, masks, columns, of_each)
@@ -129,8 +131,8 @@ def test_groups_of_a_batch_cost_what_they_do_one_by_one(
         assert together[3][0].damping.a == 0.1
 
 
-def test_a_block_that_rounding_made_indefinite_is_repaired() -> None:
-    """Two columns that are nearly the same, in one set or in two that go at once."""
+def test_block_made_indefinite_by_rounding_is_repaired() -> None:
+    """Two columns are nearly equal, in one set or in two that are removed together."""
     for width in (1, 2):
         A = torch.eye(512)
         A[0, 1] = A[1, 0] = 1 - 6e-8
@@ -145,7 +147,7 @@ def test_a_block_that_rounding_made_indefinite_is_repaired() -> None:
 
 @pytest.mark.parametrize("limit", [None, math.inf])
 @pytest.mark.parametrize("bad", [math.nan, 1e200])
-def test_costs_that_are_no_numbers_are_an_error(bad: float, limit: float | None) -> None:
+def test_nan_and_infinite_costs_are_an_error(bad: float, limit: float | None) -> None:
     linears, masks, columns = consumers(5, 31, 1, 2)
     linears[1].W[0, 5] = bad
     linears[1] = replace(linears[1], name="y")
@@ -153,7 +155,7 @@ def test_costs_that_are_no_numbers_are_an_error(bad: float, limit: float | None)
         batched_group_costs(linears, masks, columns, [Limits(limit)] * 2)
 
 
-def test_a_factor_that_is_zero_is_an_error() -> None:
+def test_zero_factor_is_an_error() -> None:
     linears, masks, columns = consumers(5, 31, 1, 2)
     linears[1] = replace(linears[1], factors=nothing_in_A(linears[1]), name="y")
     with pytest.raises(FloatingPointError, match="y A: the curvature factor is zero"):
@@ -173,7 +175,7 @@ WAITS = {"local_scalar_dense", "nonzero", "equal", "masked_select", "bincount"}
 
 
 class Counts(TorchDispatchMode):
-    """Launches and syncs of what is on the device, by operator."""
+    """Counts launches and syncs of tensors on the device, by operator."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -208,14 +210,14 @@ def to_sim(of: Linear) -> Linear:
 
 
 def steps_and_counts(follow: Callable[[], object]) -> tuple[int, int, int]:
-    """Return how many steps a path has, launches, and syncs."""
+    """Return the number of steps of a path, launches, and syncs."""
     with Counts() as counts:
         follow()
     return counts.launches["topk"], counts.launches.total(), counts.syncs.total()
 
 
 def counts_of_paths() -> dict[str, list[int]]:
-    """Return steps, launches and syncs of paths to 20 % on the device."""
+    """Return steps, launches and syncs of paths on the device that remove 20 %."""
     counts = {}
     for name, sides in (("columns", (0, 96)), ("rows and columns", (256, 96))):
         for number in (1, 128) if name == "columns" else (1,):
@@ -247,7 +249,7 @@ def elsewhere(zygote: Zygote, function: Callable[..., object], **arguments: obje
 
 
 def test_a_step_has_few_launches_and_one_sync(zygote: Zygote) -> None:
-    """And a batch has hardly more than one linear has."""
+    """A batch has hardly more of them than one linear."""
     counts = elsewhere(zygote, counts_of_paths)
     for name in ("columns, 1", "columns, 128", "rows and columns, 1"):
         steps, launches, syncs = counts[name]
@@ -259,7 +261,7 @@ def test_a_step_has_few_launches_and_one_sync(zygote: Zygote) -> None:
 
 
 def differences() -> dict[str, float]:
-    """Return the largest relative difference of costs on the device from those on the CPU."""
+    """Return the largest relative difference between the costs on the device and on the CPU."""
     found = dict[str, float]()
     linears, masks, _ = consumers(20, 31, 1, 4)
     for structure in ("rows", "columns", "rows_columns"):
@@ -282,7 +284,7 @@ def differences() -> dict[str, float]:
 
 
 def _difference(expected: Tensor, found: Tensor) -> float:
-    """Return the largest relative difference; infinite if other structures are pruned."""
+    """Return the largest relative difference; infinity if other structures are pruned."""
     found = found.cpu().double()
     is_finite = expected.isfinite()
     if not torch.equal(is_finite, found.isfinite()):
@@ -291,7 +293,7 @@ def _difference(expected: Tensor, found: Tensor) -> float:
     return float(distance.max()) if len(distance) else 0.0
 
 
-def test_both_ways_agree(zygote: Zygote) -> None:
-    """On float64's costs, which the device has in float32."""
+def test_device_costs_agree_with_the_cpu(zygote: Zygote) -> None:
+    """The CPU computes in float64, the device in float32."""
     for name, difference in elsewhere(zygote, differences).items():
         assert difference < 1e-4, name

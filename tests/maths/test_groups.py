@@ -45,8 +45,10 @@ def costs_of(
 
 @pytest.mark.parametrize("width", [1, 2])
 @pytest.mark.parametrize("least", [0, 1])
-def test_marginal_costs_by_brute_force_and_the_update_is_dense(width: int, least: int) -> None:
-    """An earlier shot removed a group; the last column is a bias, which never goes."""
+def test_marginal_costs_match_brute_force_and_update_matches_dense_solution(
+    width: int, least: int
+) -> None:
+    """An earlier shot removed a group; the last column is a bias, which is never removed."""
     W, A, G = problem(R, C)
     columns = torch.arange(8).view(-1, width)
     mask = StructuredMask(~flags(R, []), ~flags(C, columns[1].tolist()))
@@ -101,7 +103,7 @@ def test_marginal_costs_by_brute_force_and_the_update_is_dense(width: int, least
 
 @pytest.mark.parametrize("limit", [None, math.inf])
 @pytest.mark.parametrize(("silent", "least", "num_free"), [([3], 1, 1), (range(7), 3, 5)])
-def test_groups_whose_inputs_are_always_zero_cost_nothing_but_some_groups_stay(
+def test_dead_groups_cost_nothing_but_the_required_number_stays(
     silent: Sequence[int], least: int, num_free: int, limit: float | None
 ) -> None:
     W, A, G = problem(R, C)
@@ -115,15 +117,17 @@ def test_groups_whose_inputs_are_always_zero_cost_nothing_but_some_groups_stay(
 
 @pytest.mark.parametrize("limit", [None, math.inf])
 @pytest.mark.parametrize("bad", [math.nan, 1e200])
-def test_costs_that_are_no_numbers_are_an_error(bad: float, limit: float | None) -> None:
+def test_nan_and_infinite_costs_are_an_error(bad: float, limit: float | None) -> None:
     W, A, G = problem(R, C)
     W[0, 3] = bad
     with pytest.raises(FloatingPointError, match="x groups: "):
         costs_of(linear(W, A, G), torch.arange(C)[:, None], 0, limit)
 
 
-def test_a_second_walk_has_the_factors_of_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    """To the bit, also where damping was raised; and where there is no room, it makes its own."""
+def test_second_pass_reuses_the_kept_factors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The costs are bit-identical, also where damping was raised. Without room for the factors they
+    are computed again.
+    """
     W, A, G = problem(R, C)
     of = linear(W, too_indefinite(A), G)
     known = [of], [StructuredMask.full(R, C)], torch.arange(8).view(-1, 2)

@@ -27,7 +27,7 @@ def test_packed_second_moment_equals_the_full_product(n: int) -> None:
     assert torch.equal(half.dense(), total.fill_diagonal_(3.0))
 
 
-def test_balancing_several_pairs_is_balancing_each() -> None:
+def test_balancing_a_batch_equals_balancing_each_pair() -> None:
     As = torch.stack([spd(5, 0) * 1e6, spd(5, 2), torch.zeros(5, 5, dtype=torch.float64)])
     Gs = torch.stack([spd(4, 1), spd(4, 3), spd(4, 4)])
     pairs = [(A.clone(), G.clone()) for A, G in zip(As, Gs, strict=True)]
@@ -37,7 +37,7 @@ def test_balancing_several_pairs_is_balancing_each() -> None:
         torch.testing.assert_close((A, G), pair, rtol=1e-14, atol=0)
 
 
-def test_balancing_keeps_the_product_and_a_zero_factor() -> None:
+def test_balancing_preserves_the_product_and_zero_factors() -> None:
     A = spd(5, 0) * 1e6
     G = spd(4, 1) * 1e-7
     product = torch.kron(G, A)
@@ -53,7 +53,7 @@ def test_balancing_keeps_the_product_and_a_zero_factor() -> None:
 
 @pytest.mark.parametrize("n", [1, 9, 600])
 def test_inverse_and_its_parts(n: int) -> None:
-    """Sizes below and above the panels'."""
+    """For sizes below and above the height of a panel."""
     matrix = spd(n, 3)
     expected = torch.linalg.inv(damped(matrix, 0.1))
     found = factorise(matrix, 0.1, 1.0, "x")
@@ -68,8 +68,8 @@ def test_inverse_and_its_parts(n: int) -> None:
 
 
 def test_failed_cholesky_is_retried_in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whether a float32 factorisation of a hard matrix fails depends on the LAPACK, so here every
-    one does.
+    """Whether a float32 factorisation of a hard matrix fails depends on the LAPACK, so every
+    float32 factorisation fails in this test.
     """
     original = torch.linalg.cholesky_ex
 
@@ -104,6 +104,8 @@ def test_damping_is_raised_tenfold_and_reported(dtype: torch.dtype) -> None:
         ([[0.0] * 2] * 2, r"blocks\.3 G: the curvature factor is zero"),
     ],
 )
-def test_a_hopeless_matrix_is_named(matrix: list[list[float]], expected: str) -> None:
+def test_error_names_a_matrix_that_cannot_be_factorised(
+    matrix: list[list[float]], expected: str
+) -> None:
     with pytest.raises(FloatingPointError, match=expected):
         factorise(torch.tensor(matrix), 0.01, 1.0, "blocks.3 G")

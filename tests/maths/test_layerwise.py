@@ -23,8 +23,9 @@ def by_sparsegpt(
 def by_definition(
     W: Tensor, A: Tensor, sparsity: float, n: int, m: int, block: int
 ) -> tuple[Tensor, Tensor]:
-    """SparseGPT one weight at a time: OBS with the inverse Hessian of the columns from c on
-    (equations 3 and 4 of its paper).
+    """Return SparseGPT one weight at a time (equations 3 and 4 of its paper).
+
+    This is OBS with the inverse Hessian of the columns from c on.
     """
     W = W.clone()
     R, C = W.shape
@@ -51,7 +52,7 @@ def by_definition(
 @pytest.mark.parametrize(
     ("n", "m", "block"), [(0, 1, 4), (0, 1, 100), (2, 4, 100), (1, 2, 3), (3, 4, 8)]
 )
-def test_sparsegpt_is_its_definition(n: int, m: int, block: int) -> None:
+def test_sparsegpt_matches_its_definition(n: int, m: int, block: int) -> None:
     W, A, _ = problem(5, 12)
     found, kept, raised = by_sparsegpt(W, A, n=n, m=m, block_size=block)
     expected, expected_kept = by_definition(W, A, 0.5, n, m, block)
@@ -60,8 +61,8 @@ def test_sparsegpt_is_its_definition(n: int, m: int, block: int) -> None:
     assert not raised
 
 
-def test_what_sparsegpt_pruned_stays_pruned_in_the_next_shot() -> None:
-    """Columns to the right of a block change before the block chooses, pruned ones, too."""
+def test_sparsegpt_keeps_earlier_pruned_weights_at_zero() -> None:
+    """Columns to the right of a block change before the block is chosen, pruned ones too."""
     W, A, _ = problem(8, 24)
     W, before, _ = by_sparsegpt(W, A, 0.3, block_size=4)
     found, kept, _ = by_sparsegpt(W, A, 0.6, before=before, block_size=4)
@@ -70,7 +71,7 @@ def test_what_sparsegpt_pruned_stays_pruned_in_the_next_shot() -> None:
     assert float((~kept).double().mean()) >= 0.6
 
 
-def test_sparsegpt_says_what_it_damped_more_than_asked() -> None:
+def test_sparsegpt_reports_raised_damping() -> None:
     W, A, _ = problem(5, 12)
     A[:, 1] = A[:, 0]
     A[1] = A[0]
@@ -81,7 +82,7 @@ def test_sparsegpt_says_what_it_damped_more_than_asked() -> None:
     assert event.used > 0
 
 
-def test_what_wanda_pruned_stays_pruned_where_inputs_are_zero_now() -> None:
+def test_wanda_keeps_earlier_pruned_weights_at_zero_if_inputs_are_zero() -> None:
     W, A, _ = problem(5, 12)
     before = wanda(W, A.diagonal(), 0.25, 0, 1, before=W != 0)
     silence(A, *range(2, 9))
@@ -94,8 +95,8 @@ def test_what_wanda_pruned_stays_pruned_where_inputs_are_zero_now() -> None:
     ("sparsity", "n", "m", "number"),
     [(0.25, 0, 1, 3), (0.2, 0, 1, 3), (0.0, 2, 4, 2), (0.0, 1, 4, 3)],
 )
-def test_wanda_keeps_the_largest(sparsity: float, n: int, m: int, number: int) -> None:
-    """At least a fifth of 12, as other methods do."""
+def test_wanda_keeps_the_largest_scores(sparsity: float, n: int, m: int, number: int) -> None:
+    """At least a fifth of 12 is removed, as by other methods."""
     W, A, _ = problem(5, 12)
     scores = (W.abs() * A.diagonal().sqrt()).view(-1, 12 if m == 1 else m)
     kept = wanda(W, A.diagonal(), sparsity, n, m, before=W != 0).view_as(scores)

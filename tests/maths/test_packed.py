@@ -1,7 +1,6 @@
-"""What another device than the CPU computes in another way: results, launches and syncs, on the
-pretend accelerator.
+"""Code paths of devices other than the CPU: results, launches and syncs on the pretend accelerator.
 
-Functions that take ``device`` first run in a process that has it.
+Functions whose first argument is ``device`` run in a process that has that device.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ NO_LAUNCHES = {"empty", "new_empty", "empty_strided", "empty_like", "_unsafe_vie
 
 
 class Counts(TorchDispatchMode):
-    """Counts operators that start a kernel, and those for which the host waits."""
+    """Counts operators that start a kernel, and operators for which the host waits."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -70,10 +69,11 @@ def summed(x: Tensor) -> PackedSymmetric:
 
 
 def second_moments(device: str, sizes: list[int], dtype: str, adds_wide: bool) -> list[Any]:
-    """Return, for sums with and without a bias, without and with weights, how far both layouts are
-    from float64's product, and what was launched.
+    """Return the errors against float64 and the launches of sums in both layouts.
+
+    The sums are with and without a bias, and with and without weights.
     """
-    products._adds_wide = adds_wide
+    products.adds_wide = adds_wide
     cases = [(n, bias, weighs) for n in sizes for bias in (False, True) for weighs in (False, True)]
     found = []
     for n, has_bias, has_weights in cases:
@@ -87,7 +87,7 @@ def second_moments(device: str, sizes: list[int], dtype: str, adds_wide: bool) -
         if has_bias:
             with Counts() as of_ones:
                 there = with_ones(there)
-            assert there.stride(0) % packed._ALIGNMENT == 0
+            assert there.stride(0) % packed.ALIGNMENT == 0
             assert of_ones.launches.total() == 2
             assert not of_ones.syncs
         for part in (slice(0, 10), slice(10, 24)):
@@ -106,8 +106,8 @@ def second_moments(device: str, sizes: list[int], dtype: str, adds_wide: bool) -
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "float64"])
-def test_second_moments(elsewhere: Any, dtype: str) -> None:
-    """Below, at and above the height of a panel: one launch for each."""
+def test_second_moments_take_one_launch_per_panel(elsewhere: Any, dtype: str) -> None:
+    """For sizes below, at and above the height of a panel."""
     sizes = [7, 1024, 2049]
     found = elsewhere(second_moments, sizes=sizes, dtype=dtype, adds_wide=True)
     assert max(error for error, _ in found) < (1e-12 if dtype == "float64" else 2e-6)
@@ -120,17 +120,19 @@ def test_second_moments(elsewhere: Any, dtype: str) -> None:
     assert [launches for _, launches in found] == expected
 
 
-def test_second_moments_by_an_older_torch(elsewhere: Any) -> None:
-    """Before 2.10 it does not add narrow products to a float32 sum."""
+def test_second_moments_with_older_torch(elsewhere: Any) -> None:
+    """torch before 2.10 cannot add products of narrow dtypes to a float32 sum."""
     found = elsewhere(second_moments, sizes=[2049], dtype="bfloat16", adds_wide=False)
     assert max(error for error, _ in found) < 2e-6
     assert found[0][1] == {"mm": 2, "add_": 2}
 
 
-def test_the_number_of_entries_tells_the_layout() -> None:
-    """The CPU's has fewer, or both are the same. Panels elsewhere have 1,024 rows, but the last."""
+def test_number_of_entries_identifies_the_layout() -> None:
+    """The CPU's layout has fewer entries, or both layouts are the same. On other devices all panels
+    but the last have 1,024 rows.
+    """
     for n in [*range(3200), 4096, 4097, 11008, 14337, 28672]:
-        low, tall = (packed._layout(n, is_tall=is_tall) for is_tall in (False, True))
+        low, tall = (packed.panel_layout(n, is_tall=is_tall) for is_tall in (False, True))
         low_size, tall_size = (PackedSymmetric.size(n, device) for device in ("cpu", "cuda"))
         assert low_size <= tall_size
         assert (low_size == tall_size) == (low == tall)
@@ -141,7 +143,7 @@ def test_the_number_of_entries_tells_the_layout() -> None:
 
 
 def parts(device: str) -> dict[str, Any]:
-    """Restrict and balance factors of which some rows and columns are alive, or all."""
+    """Restrict and balance factors, with some or all rows and columns alive."""
     where = torch.device(device)
     errors = []
     syncs = []
@@ -168,7 +170,7 @@ def parts(device: str) -> dict[str, Any]:
     return {"errors": errors, "syncs": syncs, "zero": zero.tolist(), "kept": kept[0].tolist()}
 
 
-def test_parts_take_one_read_and_balancing_none(elsewhere: Any) -> None:
+def test_restricting_factors_syncs_once_and_balancing_never(elsewhere: Any) -> None:
     found = elsewhere(parts)
     assert max(found["errors"]) < 1e-12
     assert found["syncs"] == [{"_to_copy": 1}] * 2
@@ -177,7 +179,7 @@ def test_parts_take_one_read_and_balancing_none(elsewhere: Any) -> None:
 
 
 def layer(device: str, sizes: list[int], num_experts: int) -> dict[str, Any]:
-    """Take the mean of a layer's experts, which have C inputs and R outputs, and their factors."""
+    """Return the mean of a layer's experts, with C inputs and R outputs, and their factors."""
     C, R = sizes
     where = torch.device(device)
     numbers = [i % 4 for i in range(num_experts)]
@@ -210,8 +212,8 @@ def layer(device: str, sizes: list[int], num_experts: int) -> dict[str, Any]:
     return {"errors": errors, "launches": launches, "syncs": of_mean.syncs.total()}
 
 
-def test_experts_of_a_layer_at_once(elsewhere: Any) -> None:
-    """As many launches for 128 experts as for 8, and no read."""
+def test_experts_of_a_layer_are_processed_together(elsewhere: Any) -> None:
+    """128 experts take as many launches as 8, and no syncs."""
     few, many = (elsewhere(layer, sizes=[24, 16], num_experts=n) for n in (8, 128))
     wide = elsewhere(layer, sizes=[12, 2056], num_experts=4)
     assert max(few["errors"] + many["errors"] + wide["errors"]) < 1e-12

@@ -24,16 +24,16 @@ def laid_out(m: int, n: int, way: str) -> torch.Tensor:
 
 @pytest.mark.parametrize("way", ["rows", "columns", "gaps", "part"])
 @pytest.mark.parametrize("other", ["rows", "columns", "gaps"])
-def test_product_is_the_one_of_float64_for_all_strides(way: str, other: str) -> None:
+def test_product_matches_float64_for_all_strides(way: str, other: str) -> None:
     x = laid_out(M, K, way)
     y = laid_out(K, N, other)
     expected = x.double() @ y.double()
-    assert M * K * N >= products._WORTH_IT, "sizes are those of the fast way"
+    assert M * K * N >= products.WORTH_IT, "sizes are those of the fast way"
     assert float((product(x, y).double() - expected).abs().max() / expected.abs().max()) < 3e-6
 
 
 @pytest.mark.parametrize("num_tokens", [3, M])
-def test_gradient_is_that_of_autograd(num_tokens: int) -> None:
+def test_gradient_matches_autograd(num_tokens: int) -> None:
     one, other = (torch.randn(2, num_tokens, K).requires_grad_() for _ in range(2))
     other.data.copy_(one.data)
     y = torch.randn(K, N)
@@ -49,7 +49,7 @@ def test_gradient_is_that_of_autograd(num_tokens: int) -> None:
 
 @pytest.mark.parametrize("way", ["rows", "columns"])
 @pytest.mark.parametrize("num_tokens", [1, 3, M])
-def test_gradients_of_both_are_those_of_float64(num_tokens: int, way: str) -> None:
+def test_gradients_of_both_operands_match_float64(num_tokens: int, way: str) -> None:
     x = torch.randn(2, num_tokens, K).requires_grad_()
     y = laid_out(K, N, way).requires_grad_()
     wide = [leaf.detach().double().requires_grad_() for leaf in (x, y)]
@@ -72,8 +72,8 @@ def test_gradients_of_both_are_those_of_float64(num_tokens: int, way: str) -> No
 
 
 @pytest.mark.parametrize("num_rows", [1, 2, 5])
-def test_products_do_not_depend_on_where_a_matrix_starts(num_rows: int) -> None:
-    """A matrix that is mapped from a file starts anywhere; the allocator's start at multiples of 64
+def test_products_do_not_depend_on_memory_alignment(num_rows: int) -> None:
+    """A matrix mapped from a file may start anywhere; allocated ones start at multiples of 64
     bytes.
     """
     x = torch.randn(num_rows, 32)

@@ -1,4 +1,4 @@
-"""Training what is left of a feed-forward layer, against dense formulas in float64."""
+"""Training of the remaining channels of a feed-forward layer, against dense formulas in float64."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 def problem(
     gated: bool = True, biased: bool = True, activation: str = "silu"
 ) -> tuple[FeedForward, Tensor, Tensor]:
-    """Return a layer, its inputs, and what it is to give, for one token far from it."""
+    """Return a layer, its inputs, and its target outputs; one token's target is far off."""
     producers = tuple(draw(K, D + biased, seed=1 + i) for i in range(1 + gated))
     layer = FeedForward((*producers, draw(D, K + biased, seed=3)), ACTIVATIONS[activation])
     y = draw(N, D, seed=5)
@@ -65,8 +65,9 @@ def seeded(layer: FeedForward, *data: Any, **options: Any) -> Reconstructed:
 
 
 class Launches(TorchDispatchMode):
-    """Bytes of tensors with one of some numbers of entries that launches read and write, and how
-    often the host waits for a number.
+    """Counts the bytes that launches read and write, and how often the host waits for a number.
+
+    Only tensors of given numbers of entries are counted.
     """
 
     def __init__(self, sizes: set[int]) -> None:
@@ -108,10 +109,10 @@ def trained(layer: FeedForward, x: Tensor, y: Tensor, **options: float) -> Recon
 def by_adam(
     layer: FeedForward, x: Tensor, y: Tensor, learning_rate: float, size: int, num_epochs: float
 ) -> tuple[Tensor, ...]:
-    """Return the weights after all steps: Adam with 0.8 and 0.9, on Huber's loss from 4 times the
-    mean error.
+    """Return the weights after Adam (0.8, 0.9) on Huber's loss with a bend at 4 times the mean
+    error.
 
-    The rate rises over the first twentieth of the steps, and then falls linearly to zero.
+    The rate rises during the first twentieth of the steps, then falls linearly to zero.
     """
     generator = torch.Generator().manual_seed(0)
     bend = 4 * by_hand(layer.weights, layer, x, y).mean()
@@ -154,9 +155,11 @@ def assert_trained_alike(
         (False, False, "relu", 12, 0.01),
     ],
 )
-def test_adam(gated: bool, biased: bool, activation: str, size: int, num_epochs: float) -> None:
-    """In every epoch four of the tokens are left over, others each time; a part of a pass is that
-    many steps, at least one.
+def test_training_matches_adam(
+    gated: bool, biased: bool, activation: str, size: int, num_epochs: float
+) -> None:
+    """Every epoch leaves out four tokens, other ones each time. A fraction of an epoch makes that
+    fraction of its steps, at least one.
     """
     layer, x, y = problem(gated, biased, activation)
     errors = by_hand(layer.weights, layer, x, y)
@@ -175,7 +178,7 @@ def test_adam(gated: bool, biased: bool, activation: str, size: int, num_epochs:
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize(("gated", "biased"), [(True, True), (False, True), (True, False)])
-def test_gradients_are_those_of_the_loss(gated: bool, biased: bool, activation: str) -> None:
+def test_gradients_match_autograd_of_the_loss(gated: bool, biased: bool, activation: str) -> None:
     layer, x, y = problem(gated, biased, activation)
     leaves = tuple(weight.clone().requires_grad_() for weight in layer.weights)
     expected = torch.autograd.grad(by_hand(leaves, layer, x, y).mean(), leaves)
@@ -184,7 +187,7 @@ def test_gradients_are_those_of_the_loss(gated: bool, biased: bool, activation: 
         torch.testing.assert_close(gradient, wanted, rtol=1e-12, atol=1e-12)
 
 
-def test_a_layer_that_gets_slightly_worse_or_is_exact_stays() -> None:
+def test_layer_is_kept_if_training_makes_it_worse_or_it_is_exact() -> None:
     layer, x, _ = problem()
     y = outputs_of(layer, x) + 0.01 * draw(N, D, seed=6)
     other = replace(layer, weights=by_adam(layer, x, y, 4e-4, 8, 1))
@@ -199,8 +202,8 @@ def test_a_layer_that_gets_slightly_worse_or_is_exact_stays() -> None:
     assert exact.after == exact.before == 0
 
 
-def test_parts_of_outputs_and_errors(monkeypatch: pytest.MonkeyPatch) -> None:
-    """If only a part is measured, it is of tokens from everywhere: of those that have an error."""
+def test_outputs_and_errors_computed_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """If only a part of the tokens is measured, it is spread over all tokens that have an error."""
     layer, x, y = problem()
     whole = outputs_of(layer, x)
     error = error_of(layer, x, y)
@@ -213,8 +216,9 @@ def test_parts_of_outputs_and_errors(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def pairs_of_channels() -> tuple[FeedForward, FeedForward, Tensor, Tensor]:
-    """Return a layer whose channels are pairs that differ little, one of each pair with twice the
-    weight, inputs, and the outputs of the whole.
+    """Return a layer, its half, inputs, and the outputs of the whole layer.
+
+    The channels are pairs that differ little; the half has one of each pair with twice the weight.
     """
     generator = torch.Generator().manual_seed(0)
     first = torch.randn(8, D, generator=generator)
@@ -226,9 +230,9 @@ def pairs_of_channels() -> tuple[FeedForward, FeedForward, Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_narrow_products_add_up_small_steps(dtype: torch.dtype) -> None:
-    """A step is far below that of the dtype; all of them together change what those of float32 do,
-    and errors are summed in float64.
+def test_small_steps_accumulate_with_narrow_products(dtype: torch.dtype) -> None:
+    """A step is far below the resolution of the dtype. All steps together change what float32 steps
+    change, and errors are summed in float64.
     """
     _, left, x, y = pairs_of_channels()
     y[::100] = 110  # whose square is not finite in float16
@@ -242,8 +246,10 @@ def test_narrow_products_add_up_small_steps(dtype: torch.dtype) -> None:
     assert found.after == pytest.approx(float(huber(after, BEND * before.mean())), rel=1e-6)
 
 
-def test_tokens_with_huge_outputs_do_not_refuse_what_all_others_gain_from() -> None:
-    """A few tokens had no error, and have large ones now, beside their outputs small ones."""
+def test_tokens_with_huge_outputs_do_not_prevent_an_improvement() -> None:
+    """A few tokens had no error. After training their errors are large, but small beside their
+    outputs.
+    """
     whole, left, x, _ = pairs_of_channels()
     ordinary = torch.arange(len(x)) % 500 != 0
     x = torch.where(ordinary[:, None], x, 200 * x)
@@ -255,9 +261,10 @@ def test_tokens_with_huge_outputs_do_not_refuse_what_all_others_gain_from() -> N
     assert error_of(found.layer, x, y) > error_of(left, x, y)
 
 
-def test_bytes_of_a_step_and_no_waiting_in_it() -> None:
-    """In bfloat16: forward 2 for a weight, backward 2 for its gradient and 2 more of a third, 14 of
-    Adam and 6 of the sum of start and change. With float32 masters it was 44.7 in all.
+def test_step_moves_few_bytes_and_never_waits() -> None:
+    """In bfloat16: forward 2 bytes for a weight; backward 2 for its gradient and 2 more for a third
+    of the weights; 14 for Adam; 6 for the sum of start and change. With float32 masters it was 44.7
+    in all.
     """
     shapes = [(48, 32), (48, 32), (32, 48)]
     layer = FeedForward(tuple(draw(*shape).float() for shape in shapes), torch.relu)
@@ -272,8 +279,8 @@ def test_bytes_of_a_step_and_no_waiting_in_it() -> None:
     assert (many - few) / (20 * 3 * 48 * 32) == pytest.approx(2 + 2 + 2 / 3 + 14 + 6)
 
 
-def test_outputs_of_any_size_train_alike_in_float16() -> None:
-    """Of outputs up to half of what float16 can hold."""
+def test_float16_training_does_not_depend_on_the_size_of_outputs() -> None:
+    """Outputs are up to half of the largest float16 number."""
     _, left, x, y = pairs_of_channels()
     left = replace(left, weights=(*left.weights[:-1], 500 * left.weights[-1]))
     options = {"learning_rate": 0.01, "tokens_per_step": 2000, "num_epochs": 20}
@@ -282,9 +289,9 @@ def test_outputs_of_any_size_train_alike_in_float16() -> None:
     assert_trained_alike(found.layer, left, trained(left, x, 500 * y, **options).layer, 0.015)
 
 
-def test_a_layer_is_taken_by_tokens_held_aside_alone() -> None:
-    """Few tokens are learnt by heart. That shows on others, and the layer stays; with many it is
-    taken, by its error on the others.
+def test_layer_is_accepted_by_held_aside_tokens_only() -> None:
+    """Few tokens are overfitted. The other tokens show that, and the layer stays as it was. With
+    many tokens the error on the others is lower, and the layer is accepted.
     """
     _, left, x, y = pairs_of_channels()
     noise = y + 20 * torch.randn(y.shape, generator=torch.Generator().manual_seed(7))

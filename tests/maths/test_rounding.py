@@ -1,4 +1,4 @@
-"""Rounding by both sides against the dense solution and against enumeration, in float64."""
+"""Rounding with both factors, against the dense solution and enumeration in float64."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ def objective(E: Tensor, A: Tensor, G: Tensor) -> float:
 
 
 def on(grid: Grid, x: Tensor, scale: Tensor) -> Tensor:
-    """Return the numbers that can be stored nearest to `x`."""
+    """Return the nearest numbers to `x` that can be stored."""
     limit = 2 ** (grid.num_bits - 1)
     return (x / scale).round().clamp(-limit, limit - 1) * scale
 
 
 def one_by_one(W: Tensor, A: Tensor, G: Tensor, grid: Grid, height: int) -> Tensor:
-    """Round a column of a few rows at a time, and solve for all numbers that are left at once.
+    """Round a column of a few rows at a time, and solve for all remaining numbers at once.
 
-    The dense solution: what is left minimises vec(E)^T kron(G, A) vec(E), given what is rounded.
-    Rows of a tile do not know of each other's errors, so theirs are taken with a G in which these
-    rows are decoupled from each other, given all that come later.
+    The dense solution minimises vec(E)^T kron(G, A) vec(E) over the remaining numbers, given the
+    rounded ones. Rows of a tile do not see each other's errors, so a G is used in which these rows
+    are decoupled from each other, given all later rows.
     """
     rows = G.diagonal().argsort(descending=True)
     groups = A.diagonal().view(-1, SIZE).mean(dim=1).argsort(descending=True)
@@ -60,7 +60,7 @@ def one_by_one(W: Tensor, A: Tensor, G: Tensor, grid: Grid, height: int) -> Tens
 
 
 def best_left(W: Tensor, found: Tensor, done: Tensor, H: Tensor) -> Tensor:
-    """Return W where what is not done is what minimises the objective."""
+    """Return W with its unfinished part set to the minimiser of the objective."""
     errors = torch.where(done, found - W, 0).flatten()
     known = done.flatten()
     change = torch.zeros_like(errors)
@@ -69,7 +69,7 @@ def best_left(W: Tensor, found: Tensor, done: Tensor, H: Tensor) -> Tensor:
 
 
 def best_scales(target: Tensor, A: Tensor, grid: Grid) -> Tensor:
-    """Round rows on their own, column by column with a solution for all to the right."""
+    """Round rows independently, column by column, solving for all columns to the right."""
     scales = grid.scales(target[None])
     best = torch.empty_like(target)
     for row in range(len(target)):
@@ -93,7 +93,7 @@ def best_scales(target: Tensor, A: Tensor, grid: Grid) -> Tensor:
 
 
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
-def test_every_tile_is_rounded_after_the_best_answer(
+def test_tiles_are_rounded_after_the_optimal_update(
     grid: Grid, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "ROWS_TOGETHER", SIZE)
@@ -107,7 +107,7 @@ def test_every_tile_is_rounded_after_the_best_answer(
 
 
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
-def test_the_identity_as_G_is_the_rounding_of_each_row_on_its_own(grid: Grid) -> None:
+def test_identity_G_rounds_each_row_independently(grid: Grid) -> None:
     W = draw(R, C, seed=2)
     A = moment(C, 3)
     whole = round_linear(W, A, None, grid, (0.01, 0.1), "w")
@@ -117,8 +117,8 @@ def test_the_identity_as_G_is_the_rounding_of_each_row_on_its_own(grid: Grid) ->
     torch.testing.assert_close(whole.W, torch.cat(of_each), rtol=0, atol=1e-12)
 
 
-def test_without_an_order_it_is_gptq() -> None:
-    """Column by column from the left, where rows do not know of each other."""
+def test_rounding_without_ordering_equals_gptq() -> None:
+    """Columns are rounded from the left, rows independently of each other."""
     grid = GRIDS[0]
     W = draw(R, C, seed=2)
     A = moment(C, 3)
@@ -136,7 +136,7 @@ def test_without_an_order_it_is_gptq() -> None:
             )
 
 
-def test_both_sides_cost_less_than_one_and_one_less_than_the_nearest(
+def test_two_sided_rounding_beats_one_sided_and_nearest_rounding(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(module, "ROWS_TOGETHER", 4)
@@ -154,8 +154,8 @@ def test_both_sides_cost_less_than_one_and_one_less_than_the_nearest(
     assert both < 0.8 * one < 0.8 * nearest_
 
 
-def test_beside_the_best_point_of_the_grid(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of all points of tiny grids, which are enumerated; the scales are those that were chosen."""
+def test_rounding_comes_close_to_the_best_grid_point(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All points of tiny grids are enumerated, with the scales that rounding chose."""
     monkeypatch.setattr(module, "ROWS_TOGETHER", 1)
     grid = Grid(2, 3)
     ratios = []
@@ -188,8 +188,10 @@ def test_a_group_of_zeros_stays_zero() -> None:
 
 
 @pytest.mark.parametrize(("num_columns", "num_tokens", "damping"), [(32, 20, 0.0), (128, 64, 1e-7)])
-def test_few_tokens_and_little_damping(num_columns: int, num_tokens: int, damping: float) -> None:
-    """In float32 the inverse of what has a Cholesky factor may have none."""
+def test_inverse_exists_with_few_tokens_and_little_damping(
+    num_columns: int, num_tokens: int, damping: float
+) -> None:
+    """In float32 the inverse of a matrix with a Cholesky factor may have none."""
     generator = torch.Generator().manual_seed(0)
     for _ in range(10):
         scale = torch.logspace(0, -2, num_columns)[torch.randperm(num_columns, generator=generator)]
@@ -199,8 +201,8 @@ def test_few_tokens_and_little_damping(num_columns: int, num_tokens: int, dampin
         assert (U.diagonal() > 0).all()
 
 
-def test_inputs_that_are_always_zero_change_no_damping_of_the_others() -> None:
-    """Nor does the strength of all."""
+def test_dead_inputs_do_not_change_the_damping_of_others() -> None:
+    """Nor does the overall scale of the inputs."""
     A = moment(C, 3)
     live = torch.ones(C, dtype=torch.bool)
     live[[0, 3, 7, 20]] = False
@@ -216,7 +218,7 @@ def test_inputs_that_are_always_zero_change_no_damping_of_the_others() -> None:
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
 
 
-def test_the_first_scale_that_is_tried_just_fits() -> None:
+def test_first_tried_scale_just_fits_the_largest_weight() -> None:
     groups = draw(R, SIZE, seed=1)[None]
     assert FRACTIONS[0] == 1
     for grid in GRIDS:

@@ -1,4 +1,6 @@
-"""Rows and columns of one linear, with one Kronecker term or two, against the dense solution."""
+"""Pruning rows and columns of one linear, with one or two Kronecker terms, against the dense
+solution.
+"""
 
 from __future__ import annotations
 
@@ -29,9 +31,11 @@ def candidates(
 @pytest.mark.parametrize("num_terms", [1, 2])
 @pytest.mark.parametrize("costs", ["obs", "obd"])
 @pytest.mark.parametrize("structure", ["rows", "columns", "rows_columns"])
-def test_costs_and_updates_are_dense(structure: str, costs: str, num_terms: int) -> None:
-    """Row 2 and columns 0 and 5 went in an earlier shot. Rows and columns that go together are
-    updated independently, as published.
+def test_costs_and_updates_match_the_dense_solution(
+    structure: str, costs: str, num_terms: int
+) -> None:
+    """Row 2 and columns 0 and 5 were removed in an earlier shot. Rows and columns that are removed
+    together are updated independently, as published.
     """
     W, A, G = problem()
     mask = StructuredMask(~flags(6, [2]), ~flags(7, [0, 5]))
@@ -88,7 +92,7 @@ def test_costs_and_updates_are_dense(structure: str, costs: str, num_terms: int)
         assert no_mask.num_kept == 0
 
 
-def test_always_zero_rows_and_columns_cost_nothing_and_do_not_break_the_inverse() -> None:
+def test_zero_rows_and_columns_cost_nothing_and_keep_the_inverse_finite() -> None:
     W, A, G = problem()
     silence(G, 1)
     silence(A, 3)
@@ -102,7 +106,8 @@ def test_always_zero_rows_and_columns_cost_nothing_and_do_not_break_the_inverse(
     assert mask.num_kept == 5 * 5
 
 
-def test_a_bias_makes_up_for_columns_also_if_it_is_zero_and_goes_with_its_row_only() -> None:
+def test_bias_compensates_removed_columns_and_is_removed_with_its_row() -> None:
+    """Also a bias that is zero."""
     W, A, G = problem()
     W[:, -1] = 0
     of = linear(W, A, G, has_bias=True)
@@ -118,7 +123,7 @@ def test_a_bias_makes_up_for_columns_also_if_it_is_zero_and_goes_with_its_row_on
     assert not removal.W[~mask.rows].any()
 
 
-def test_cost_per_parameter_divides_by_what_the_structure_still_has() -> None:
+def test_cost_per_parameter_counts_only_remaining_parameters() -> None:
     W, A, G = problem()
     mask = StructuredMask(~flags(6, [0]), flags(7, [0, 1, 2, 3]))
     mask.apply_(W)
@@ -130,7 +135,7 @@ def test_cost_per_parameter_divides_by_what_the_structure_still_has() -> None:
     torch.testing.assert_close(per_parameter.columns * 5, by_cost.columns)
 
 
-def test_the_update_has_the_damping_that_the_costs_needed() -> None:
+def test_update_uses_the_raised_damping_of_the_costs() -> None:
     W, A, G = problem()
     of = linear(W, dense.too_indefinite(A), G)
     found = candidates(of, structure="columns")
@@ -143,7 +148,7 @@ def test_the_update_has_the_damping_that_the_costs_needed() -> None:
     assert removal.predicted == pytest.approx(cost, rel=1e-9)
 
 
-def test_a_linear_of_which_all_rows_are_pruned_has_no_candidates() -> None:
+def test_linear_without_rows_has_no_candidates() -> None:
     W, A, G = problem()
     mask = StructuredMask(flags(6, []), ~flags(7, []))
     of = linear(torch.zeros_like(W), A, G)

@@ -30,7 +30,7 @@ def linears(seed: int, ties: bool) -> list[StructureCosts]:
 @pytest.mark.parametrize("ties", [False, True])
 @pytest.mark.parametrize("target", [0.05, 0.5, 0.99])
 @pytest.mark.parametrize("seed", range(3))
-def test_threshold_is_the_smallest_by_brute_force(seed: int, target: float, ties: bool) -> None:
+def test_threshold_matches_brute_force(seed: int, target: float, ties: bool) -> None:
     costs = linears(seed, ties)
     total = sum(c.num_parameters for c in costs)
 
@@ -45,7 +45,7 @@ def test_threshold_is_the_smallest_by_brute_force(seed: int, target: float, ties
 
 
 @pytest.mark.parametrize("ties", [False, True])
-def test_kth_value_by_counting_bits_is_that_of_sorting(ties: bool) -> None:
+def test_kth_value_by_counting_bits_matches_sorting(ties: bool) -> None:
     parts = [torch.rand(1000, generator=torch.Generator().manual_seed(s)) ** 8 for s in range(3)]
     if ties:
         parts = [(p * 20).floor() / 20 for p in parts]
@@ -69,7 +69,7 @@ def test_kth_value_by_counting_bits_is_that_of_sorting(ties: bool) -> None:
         (0.3, 40, 1, 60, 0),
     ],
 )
-def test_units_that_are_missing(
+def test_number_of_units_to_remove(
     target: float, num_pruned: int, num_per_unit: int, num_candidates: int, expected: int
 ) -> None:
     assert units_to_remove(target, 100, num_pruned, num_per_unit, num_candidates) == expected
@@ -84,13 +84,15 @@ DEAD = StructureCosts(20, 4, 5, torch.tensor([0.0, 0.0, 1.0, 2.0]), torch.full((
     ("costs", "target", "expected"),
     [(ALIVE, 18 / 50, 0.0), (ALIVE, 19 / 50, 1.0), (DEAD, 0.01, 0.0)],
 )
-def test_what_is_gone_or_dead_counts(costs: StructureCosts, target: float, expected: float) -> None:
+def test_removed_and_dead_entries_count_towards_the_target(
+    costs: StructureCosts, target: float, expected: float
+) -> None:
     assert structured_threshold([costs], target) == expected
 
 
 def test_targets_out_of_reach() -> None:
-    """Of 4 x 5 entries, 3 rows and 3 columns that may go leave 1 x 2, so they count once. Biases
-    count and stay.
+    """Of 4 x 5 entries, removing the 3 rows and 3 columns that may be removed leaves 1 x 2, so
+    shared entries count once. Biases count and stay.
     """
     costs = [StructureCosts(20, 4, 5, torch.ones(3), torch.ones(3))]
     assert can_reach(costs, 18 / 20)
@@ -104,6 +106,6 @@ def test_targets_out_of_reach() -> None:
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -1.0])
-def test_a_bad_cost_is_an_error_that_names_the_linear(bad: float) -> None:
+def test_error_of_a_bad_cost_names_the_linear(bad: float) -> None:
     with pytest.raises(FloatingPointError, match=r"blocks\.7\.up rows: 1 of 2"):
         check_costs("blocks.7.up rows", torch.tensor([1.0, bad]))

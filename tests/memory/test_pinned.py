@@ -1,4 +1,4 @@
-"""Places of tensors in pieces of pinned memory. Nothing is pinned here."""
+"""Places of tensors in pieces of pinned memory; nothing is pinned in these tests."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ def test_places_do_not_overlap_and_pieces_are_full() -> None:
 
 
 @pytest.mark.parametrize(("size", "number"), [(134_234_112, 200), (8_392_704, 3000)])
-def test_little_is_reserved_for_nothing(size: int, number: int) -> None:
-    """Both are a little above powers of two, of which torch would reserve the next ones."""
+def test_little_reserved_memory_is_wasted(size: int, number: int) -> None:
+    """Both sizes are slightly above powers of two, where torch would reserve the next power."""
     assert reserved_bytes([size] * number) <= 1.25 * size * number
     assert reserved_bytes([100]) == 128, "a small model takes little"
 
 
-def test_tensors_lie_where_they_were_placed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tensors_are_stored_at_their_places(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Transfers, "pinned", torch.zeros)
     memory = HostMemory(torch.device("cuda"))
     shapes = [(3, 5), (7,), (), (0, 4)]

@@ -1,4 +1,4 @@
-"""What is copied beside what a device computes: what waits for what, on the pretend accelerator.
+"""Copies that overlap with computation: what waits for what, on the pretend accelerator.
 
 The functions before the tests run in processes that have it; see tests/pretend_accelerator.py.
 """
@@ -35,7 +35,7 @@ SIM = torch.device("sim", 0) if hasattr(torch, "sim") else torch.device("cpu")
 
 
 def copies() -> list[str]:
-    """Return which copies are not right."""
+    """Return the names of wrong copies."""
     from tests import pretend_streams
 
     own = transfers(SIM)
@@ -69,7 +69,7 @@ def copies() -> list[str]:
 
 
 def forgotten() -> dict[str, str]:
-    """Return what a GPU would not tell: the error of each way to forget something."""
+    """Return the error of each mistake that a GPU would not report."""
     from tests import pretend_streams
 
     own = transfers(SIM)
@@ -114,7 +114,7 @@ def forgotten() -> dict[str, str]:
 
 
 def stored(device: str, place: Place, seed: int) -> list[list[float]]:
-    """Return what comes of puts, changes, reads and fetches ahead by chance."""
+    """Return the results of random puts, changes, reads and prefetches."""
     chance = random.Random(seed)
     where = torch.device(device)
     seen = []
@@ -142,7 +142,7 @@ def stored(device: str, place: Place, seed: int) -> list[list[float]]:
 
 
 def streamed(device: str, place: Place) -> list[list[float]]:
-    """Return what blocks see whose weights come ahead, and change between two passes."""
+    """Return what blocks see whose weights are prefetched and change between two passes."""
     where = torch.device(device)
     blocks = [nn.Linear(4, 2, device="meta") for _ in range(5)]
     slots = [
@@ -166,7 +166,7 @@ def streamed(device: str, place: Place) -> list[list[float]]:
 
 
 def layer_inputs(num_tokens: int) -> dict[str, Any]:
-    """Return how often the host waits while inputs are kept, and whether they are right."""
+    """Return how often the host waits while inputs are kept, and whether they are correct."""
     from tests import pretend_streams
 
     linear = nn.Linear(8, 4, device=SIM)
@@ -183,7 +183,7 @@ def layer_inputs(num_tokens: int) -> dict[str, Any]:
 
 
 def statistics() -> dict[str, Any]:
-    """Return what is told of the device's memory and speed."""
+    """Return the reported memory and speed of the device."""
     worker: Any = Worker.__new__(Worker)
     worker.device = torch.device("sim")
     Worker.take_gpu(worker)
@@ -209,11 +209,11 @@ def on_sim(zygote: Zygote, function: Callable[..., object], **arguments: object)
     return zygote.run_module("tests.pretend_accelerator", asked)["returned"]
 
 
-def test_what_is_copied_arrives(zygote: Zygote) -> None:
+def test_copies_are_correct(zygote: Zygote) -> None:
     assert on_sim(zygote, copies) == []
 
 
-def test_what_was_forgotten_is_an_error(zygote: Zygote) -> None:
+def test_missing_synchronisation_is_an_error(zygote: Zygote) -> None:
     told = on_sim(zygote, forgotten)
     assert set(told) == {"pinned", "device", "record", "wait", "arrived"}, told
     assert "not pinned" in told["pinned"]
@@ -224,7 +224,7 @@ def test_what_was_forgotten_is_an_error(zygote: Zygote) -> None:
 
 
 @pytest.mark.parametrize("place", ["device", "host", "disk"])
-def test_a_store_returns_what_it_was_given(place: Place, zygote: Zygote) -> None:
+def test_store_returns_the_stored_tensors(place: Place, zygote: Zygote) -> None:
     for seed in range(4):
         expected = stored("cpu", place, seed)
         assert len(expected) > 5
@@ -232,7 +232,7 @@ def test_a_store_returns_what_it_was_given(place: Place, zygote: Zygote) -> None
 
 
 @pytest.mark.parametrize("place", ["device", "host", "disk"])
-def test_weights_that_come_ahead(place: Place, zygote: Zygote) -> None:
+def test_prefetched_weights_are_correct(place: Place, zygote: Zygote) -> None:
     expected = streamed("cpu", "device")
     assert expected[0] == [4.0, 4.0]
     assert expected[-1] == [24.5, 24.5]
@@ -240,11 +240,11 @@ def test_weights_that_come_ahead(place: Place, zygote: Zygote) -> None:
     assert on_sim(zygote, streamed, device="sim:0", place=place) == expected
 
 
-def test_layer_inputs_come_in_the_background(zygote: Zygote) -> None:
+def test_layer_inputs_are_copied_in_the_background(zygote: Zygote) -> None:
     assert on_sim(zygote, layer_inputs, num_tokens=6) == {"blocking": 0, "equal": True}
 
 
-def test_what_a_device_tells(zygote: Zygote) -> None:
+def test_reported_device_statistics(zygote: Zygote) -> None:
     told = on_sim(zygote, statistics)
     assert told == {
         "device": "sim:0",
@@ -257,7 +257,7 @@ def test_what_a_device_tells(zygote: Zygote) -> None:
 
 
 def expected_and_not_taken(device: str) -> list[list[str]]:
-    """Return what was begun after each of some calls."""
+    """Return which reads were started after each of some calls."""
     begun = list[str]()
 
     def begin(name: str) -> Any:
@@ -273,7 +273,7 @@ def expected_and_not_taken(device: str) -> list[list[str]]:
     return [seen, sorted(begun)]
 
 
-def test_what_was_expected_and_not_taken_is_let_go(zygote: Zygote) -> None:
+def test_unused_prefetches_are_dropped(zygote: Zygote) -> None:
     assert expected_and_not_taken("cpu") == [["B", "b"], ["a", "b"]], "nothing comes ahead"
     told = on_sim(zygote, expected_and_not_taken, device="sim:0")
     assert told == [["B", "a", "b"], ["a", "a", "b"]]

@@ -1,4 +1,4 @@
-"""Attention in matrix products, against torch's own in float64."""
+"""Attention by matrix products, against torch's own in float64."""
 
 from __future__ import annotations
 
@@ -21,15 +21,16 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
 
 
 class Layer(nn.Module):
-    """What an attention layer says of itself."""
+    """The attributes of an attention layer that the functions read."""
 
     is_causal = True
     num_key_value_groups = 3
 
 
 def drawn(T: int, S: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
-    """Return queries of six heads, and keys and values of two, which lie as projections do; all
-    keys have a large part in common.
+    """Return queries of six heads, and keys and values of two, laid out as by projections.
+
+    All keys have a large part in common.
     """
     generator = torch.Generator().manual_seed(T + S)
     query, key, value = (
@@ -50,7 +51,9 @@ def exact(
 
 
 @pytest.mark.parametrize(("T", "S", "causal"), [(9, 9, True), (1, 9, False), (5, 9, False)])
-def test_what_is_computed(T: int, S: int, causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_outputs_and_gradients_match_the_exact_formula(
+    T: int, S: int, causal: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(attention, "QUERIES_AT_A_TIME", 4)
     leaves = [part.requires_grad_() for part in drawn(T, S)]
     found = in_products(*leaves, causal=causal)
@@ -65,10 +68,10 @@ def test_what_is_computed(T: int, S: int, causal: bool, monkeypatch: pytest.Monk
 @pytest.mark.parametrize(
     ("T", "S", "dtype", "most"), [(300, 300, torch.bfloat16, 2**-7), (1, 9, torch.float32, 1e-5)]
 )
-def test_bfloat16_and_one_query_in_any_dtype_go_in_products_on_a_cpu(
+def test_cpu_uses_matrix_products_for_bfloat16_and_single_queries(
     T: int, S: int, dtype: torch.dtype, most: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And are as near as their numbers."""
+    """The error is that of the dtype."""
     parts = drawn(T, S, dtype)
     monkeypatch.setattr(attention, "sdpa_attention_forward", None)
     found, _ = attention.attention(Layer(), *parts, None)
@@ -77,8 +80,8 @@ def test_bfloat16_and_one_query_in_any_dtype_go_in_products_on_a_cpu(
 
 
 def test_float32_with_shared_keys_on_a_gpu_keeps_no_scores(monkeypatch: pytest.MonkeyPatch) -> None:
-    """None of torch's takes heads that share keys then; the pretend accelerator's runs compare the
-    numbers.
+    """None of torch's kernels accepts heads that share keys then. Runs on the pretend accelerator
+    compare the numbers.
     """
     monkeypatch.setattr(attention, "sdpa_attention_forward", None)
     of_torch = Mock(wraps=scaled_dot_product_attention)
@@ -91,14 +94,14 @@ def test_float32_with_shared_keys_on_a_gpu_keeps_no_scores(monkeypatch: pytest.M
     assert not of_torch.call_args.kwargs.get("enable_gqa")
 
 
-def test_keys_in_common_do_not_make_scores_coarse() -> None:
+def test_common_part_of_keys_does_not_reduce_precision() -> None:
     query, key, value = drawn(300, 300, torch.bfloat16)
     expected = exact(query, key + 64, value, scale=1.0)
     assert relative_error(in_products(query, key + 64, value, causal=True), expected) < 0.1
 
 
-def test_everything_else_goes_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Such as a mask, here a window of four keys, fewer queries than keys, and dropout."""
+def test_other_cases_use_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here a mask with a window of four keys, fewer queries than keys, and dropout."""
     monkeypatch.setattr(attention, "in_products", None)
     parts = drawn(9, 9, torch.bfloat16)
     mask = torch.ones(9, 9, dtype=torch.bool).tril_().triu_(-3)

@@ -16,7 +16,7 @@ from tests.integration.runs import config_like
 
 
 @pytest.mark.parametrize("family", sorted(CONFIGS))
-def test_what_a_group_needs_is_what_its_tensors_hold(family: str) -> None:
+def test_parameters_of_groups_match_their_tensors(family: str) -> None:
     """The oracle counts the entries of every group's rows and columns."""
     layout = LAYOUTS[family]
     left = {"attention": [1] + [layout.heads.num_kv] * 3, "ffn": [16, 40, 48, 48]}
@@ -39,7 +39,7 @@ def test_what_a_group_needs_is_what_its_tensors_hold(family: str) -> None:
 
 
 def counted_flops(family: str, length: int) -> Counter[object]:
-    """torch counts the attention of every token to every other one, and we to those before it."""
+    """Return what torch counts, which includes attention to later tokens; our budgets do not."""
     model = tiny_model(family)
     model.set_attn_implementation("eager")
     with FlopCounterMode(display=False) as counter, torch.no_grad():
@@ -48,7 +48,7 @@ def counted_flops(family: str, length: int) -> Counter[object]:
 
 
 @pytest.mark.parametrize("family", ["llama", "opt-projections", "gpt2", "phi3"])
-def test_flops_are_those_that_torch_counts(family: str) -> None:
+def test_flops_match_torch(family: str) -> None:
     layout = LAYOUTS[family]
     heads = layout.heads
     pairs = 24 * 23 / 2 * 4 * heads.head_dim * heads.num_query * layout.num_blocks
@@ -57,9 +57,9 @@ def test_flops_are_those_that_torch_counts(family: str) -> None:
     assert found == counted_flops(family, 24).total()
 
 
-def test_flops_of_latent_attention_are_those_that_torch_counts() -> None:
-    """What grows with the square of the length: queries and keys have another dimension than
-    values.
+def test_flops_of_latent_attention_match_torch() -> None:
+    """Only the part that grows with the square of the length: the dimension of queries and keys
+    differs from that of values.
     """
     layout = LAYOUTS["deepseek_v3"]
     short, long = (counted_flops("deepseek_v3", n)[torch.ops.aten.bmm] for n in (24, 48))
@@ -78,7 +78,9 @@ ONE_KV_HEAD = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8
         ("qwen3_moe", "expert_channels", 8, {"moe_intermediate_size": 8}),
     ],
 )
-def test_flops_of_fewer_groups(family: str, kind: str, left: int, smaller: dict[str, int]) -> None:
+def test_flops_of_a_pruned_model_match_a_smaller_model(
+    family: str, kind: str, left: int, smaller: dict[str, int]
+) -> None:
     budget = flops_budget(LAYOUTS[family], 24)
     found = budget.of([(kind, left)] * budget.num_consumers[kind])
     other = ModelLayout.of(config_like(family, **smaller))
@@ -86,15 +88,15 @@ def test_flops_of_fewer_groups(family: str, kind: str, left: int, smaller: dict[
     assert found < budget.dense
 
 
-def test_indices_of_channels_are_there_once_for_all_experts() -> None:
-    """A layout travels to every worker, and there may be tens of thousands of experts."""
+def test_experts_share_the_indices_of_channels() -> None:
+    """A layout is sent to every worker, and there may be tens of thousands of experts."""
     sets = [one for one in LAYOUTS["qwen3_moe"].group_sets if one.kind == "expert_channels"]
     assert len(sets) > 4
     indices = [(one.columns, *(rows for _, rows in one.producers)) for one in sets]
     assert len({id(tensor) for tensors in indices for tensor in tensors}) == 1
 
 
-def test_the_least_of_a_mixture_counts_whole_experts_and_the_channels_of_the_others() -> None:
+def test_least_budget_of_a_mixture_counts_experts_and_channels() -> None:
     """Two layers of four experts."""
     tables = {"expert_channels": (0.0, 2.0, 3.0), "attention": (0.0, 5.0)}
     consumers = {"expert_channels": 8, "attention": 2}
@@ -117,18 +119,18 @@ ONE_EXPERT_A_TOKEN = ModelLayout.of(config_like("deepseek_v3", num_experts_per_t
         (ONE_EXPERT_A_TOKEN, 1, {"experts": 2}),
     ],
 )
-def test_the_fewest_groups_left(layout: ModelLayout, heads: int, expected: dict[str, int]) -> None:
-    """As many as are asked for, but for those that there are, those that heads allow, and those
-    that a router asks.
-    """
+def test_fewest_groups_left(layout: ModelLayout, heads: int, expected: dict[str, int]) -> None:
+    """At least the requested number, limited by the number of groups, the heads, and the router."""
     least = {"attention": heads, "ffn": 100, "expert_channels": 8, "experts": 1}
     wanted = {kind: least[kind] for kind in expected}
     assert fewest_left(layout, wanted, uniform=True) == expected
 
 
 @pytest.mark.parametrize("family", sorted(LAYOUTS))
-def test_what_a_layer_saves_is_what_a_shallower_model_lacks(family: str) -> None:
-    """Its parts save what their linears hold, and less than the block with its norms."""
+def test_savings_of_a_layer_match_a_shallower_model(family: str) -> None:
+    """Its parts save the parameters of their linears, which is less than the block with
+    its norms.
+    """
     layout = LAYOUTS[family]
     last = layout.num_blocks - 1
     document = shallower(layout, layout.config.to_dict(), range(last))

@@ -1,4 +1,4 @@
-"""Checkpoints that keep all experts of a layer together, in bfloat16 or as MXFP4."""
+"""Checkpoints that store all experts of a layer in one tensor, in bfloat16 or as MXFP4."""
 
 from __future__ import annotations
 
@@ -20,8 +20,9 @@ LAYOUT = LAYOUTS["gpt_oss"]
 
 
 def as_mxfp4(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return a checkpoint with random numbers of four bits in place of the experts' weights; hidden
-    size and width are multiples of 32.
+    """Return a checkpoint whose experts' weights are replaced by random MXFP4 numbers.
+
+    Hidden size and width are multiples of 32.
     """
     packed = {}
     for name, tensor in state.items():
@@ -40,17 +41,17 @@ def state(model_folders: dict[str, Path]) -> dict[str, Tensor]:
     return load_file(model_folders["gpt_oss"] / "model.safetensors")
 
 
-def test_weights_that_are_no_numbers_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoint, "_ENTRIES_AT_A_TIME", 4)
-    value = torch.ones(3, 5, dtype=torch.bfloat16)
+def test_weights_that_are_not_finite_are_counted() -> None:
+    """Also in a tensor that is checked in two parts."""
+    value = torch.ones(3, 2**23, dtype=torch.bfloat16)
     checkpoint.check_finite("x", value)
     checkpoint.check_finite("x", torch.ones(()))
-    value[[0, 1, 2], [1, 2, 4]] = torch.tensor([torch.nan, torch.inf, -torch.inf]).bfloat16()
+    value[[0, 1, 2], [1, 2, -1]] = torch.tensor([torch.nan, torch.inf, -torch.inf]).bfloat16()
     with pytest.raises(checkpoint.BadWeightsError, match="x has 3 NaN or infinite weights"):
         checkpoint.check_finite("x", value)
 
 
-def test_numbers_of_four_bits_are_those_of_transformers() -> None:
+def test_mxfp4_numbers_match_transformers() -> None:
     blocks = torch.arange(256, dtype=torch.uint8).view(1, 4, 4, 16)
     exponents = [0, 1, 100, 127, 126, 128, 130, 200, 253, 254, 120, 119, 5, 60, 127, 127]
     scales = torch.tensor(exponents, dtype=torch.uint8).view(1, 4, 4)
@@ -58,7 +59,7 @@ def test_numbers_of_four_bits_are_those_of_transformers() -> None:
     assert torch.equal(checkpoint.from_mxfp4(blocks, scales), wanted.transpose(1, 2))
 
 
-def test_parts_are_put_together_as_they_were(state: dict[str, Tensor]) -> None:
+def test_tensors_of_experts_are_joined_as_in_the_checkpoint(state: dict[str, Tensor]) -> None:
     read = tensor_reader(LAYOUT, state, read_state(state), "here")
     stored = checkpoint.Stored(LAYOUT, BlockRange(0, 4, 4), {}, stored=True)
     assert all(read(name).shape == shape for name, shape in LAYOUT.parameters.items())
@@ -78,7 +79,9 @@ EXPERTS = "model.layers.1.mlp.experts"
         ((6, 40, 32), rf"{EXPERTS}.down_proj is 6 times \(32, 40\), expected 6 times \(32, 48\)"),
     ],
 )
-def test_misfits(shape: tuple[int, ...] | None, expected: str, state: dict[str, Tensor]) -> None:
+def test_checkpoint_that_does_not_fit_is_refused(
+    shape: tuple[int, ...] | None, expected: str, state: dict[str, Tensor]
+) -> None:
     shapes = {key: tuple(tensor.shape) for key, tensor in state.items()}
     check_checkpoint(LAYOUT, shapes, "here")
     del shapes[f"{EXPERTS}.down_proj"]
@@ -89,7 +92,7 @@ def test_misfits(shape: tuple[int, ...] | None, expected: str, state: dict[str, 
 
 
 @pytest.mark.parametrize(("family", "method"), [("gpt_oss", "fp8"), ("llama", "mxfp4")])
-def test_weights_that_are_quantised_otherwise_are_refused(family: str, method: str) -> None:
+def test_other_quantised_weights_are_refused(family: str, method: str) -> None:
     check_not_quantised({"model_type": family})
     check_not_quantised({"model_type": "gpt_oss", "quantization_config": {"quant_method": "mxfp4"}})
     document = {"model_type": family, "quantization_config": {"quant_method": method}}

@@ -1,4 +1,4 @@
-"""What dependency propagation prunes has no influence; everything else has."""
+"""Structures pruned by dependency propagation have no influence; all others have."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ TOKENS = torch.arange(24)[None] * 7 % 300 + 3
 
 
 def write(model: torch.nn.Module, masks: dict[str, StructuredMask]) -> torch.Tensor:
-    """Zero everything that a mask removes, rows with their biases, and columns; return logits."""
+    """Zero everything that a mask removes: rows with their biases, and columns. Return
+    the logits.
+    """
     with torch.no_grad():
         for name, mask in masks.items():
             module = as_linear(model.get_submodule(name))
@@ -40,7 +42,7 @@ def random_masks(family: str) -> dict[str, StructuredMask]:
 # not deepseek_v3, whose attention is no pair of plain halves
 @pytest.mark.parametrize("family", sorted(set(CONFIGS | SPARSE_CONFIGS) - {"deepseek_v3"}))
 def test_propagation_does_not_change_the_logits(family: str) -> None:
-    """In gpt-oss a channel whose gate is zero is zero, and one whose up is zero is not."""
+    """In gpt-oss a channel whose gate is zero is zero; one whose up projection is zero is not."""
     layout = LAYOUTS[family]
     model = shards(family, [0, 4])[0].model
     masks = random_masks(family)
@@ -60,7 +62,7 @@ def test_propagation_does_not_change_the_logits(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2"])
-def test_one_row_less_that_is_alive_changes_the_logits(family: str) -> None:
+def test_removing_another_live_row_changes_the_logits(family: str) -> None:
     layout = LAYOUTS[family]
     model = shards(family, [0, 4])[0].model
     masks = random_masks(family)

@@ -1,6 +1,4 @@
-"""Experts as linears: what the family's own layers compute, and what the removal of an expert
-changes.
-"""
+"""Experts as linears, against the family's own layers, and the effect of removing an expert."""
 
 from __future__ import annotations
 
@@ -52,7 +50,7 @@ def family(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="module")
 def state(family: str, model_folders: dict[str, Path]) -> State:
-    """A checkpoint as transformers writes it."""
+    """Return a checkpoint as transformers writes it."""
     found: State = load_file(model_folders[family] / "model.safetensors")
     return found
 
@@ -97,14 +95,14 @@ def own(family: str) -> Own:
     return Own(model, found.logits.detach(), inputs, gradients)
 
 
-def test_a_checkpoint_has_the_names_of_the_experts_linears(family: str, state: State) -> None:
+def test_names_of_expert_linears_match_the_checkpoint(family: str, state: State) -> None:
     layout = LAYOUTS[family]
     check_checkpoint(layout, {key: tuple(tensor.shape) for key, tensor in state.items()}, "here")
     names = (name for name in layout.parameters if name not in layout.tied)
     assert {key for name in names for key in find_stored(layout, name, state).keys} == set(state)
 
 
-def test_logits_are_the_familys_own(family: str, state: State, own: Own) -> None:
+def test_logits_match_the_family(family: str, state: State, own: Own) -> None:
     hidden = TOKENS
     for first, last in ((0, 1), (1, 4)):
         part = shard(family, state, first, last)
@@ -112,8 +110,8 @@ def test_logits_are_the_familys_own(family: str, state: State, own: Own) -> None
     torch.testing.assert_close(part.logits(hidden), own.logits, rtol=1e-5, atol=1e-5)
 
 
-def test_gradients_are_the_familys_own(family: str, gathered: Gathered, own: Own) -> None:
-    """The gradients of all weights; of an expert that no token reached there is none."""
+def test_gradients_match_the_family(family: str, gathered: Gathered, own: Own) -> None:
+    """Gradients of all weights; an expert that received no token has none."""
     model = gathered.part.model.requires_grad_()
     model(TOKENS, labels=TOKENS).loss.backward()
     model.requires_grad_(False)
@@ -130,7 +128,7 @@ def test_gradients_are_the_familys_own(family: str, gathered: Gathered, own: Own
 
 @torch.no_grad()
 def change_without(mixture: Mixture, x: Tensor, expert: int) -> Tensor:
-    """Return what the output of a layer changes if its router has no such expert."""
+    """Return how a layer's output changes if its router does not have an expert."""
     before = mixture.kept
     outputs = []
     for gone in ([], [expert]):
@@ -142,8 +140,8 @@ def change_without(mixture: Mixture, x: Tensor, expert: int) -> Tensor:
 
 
 @without_groups
-def test_removals_change_what_two_layers_differ_by(family: str, gathered: Gathered) -> None:
-    """Expert 0 is gone, as after an earlier shot."""
+def test_predicted_removals_match_two_layers(family: str, gathered: Gathered) -> None:
+    """Expert 0 is removed, as after an earlier shot."""
     mixture = gathered.part.mixtures[3]
     mixture.kept = mixture.kept.clone().index_fill_(0, torch.tensor([0]), False)
     x = torch.randn(30, 32, generator=torch.Generator().manual_seed(2))
@@ -174,8 +172,8 @@ def test_removals_change_what_two_layers_differ_by(family: str, gathered: Gather
 
 
 @without_groups
-def test_sums_of_a_pass_give_the_increases(family: str, gathered: Gathered, own: Own) -> None:
-    """Mean over all tokens of g^T dy + 1/2 (g^T dy)^2, with g by autograd on the family's own
+def test_sums_of_a_pass_give_the_loss_increases(family: str, gathered: Gathered, own: Own) -> None:
+    """The mean over all tokens of g^T dy + 1/2 (g^T dy)^2, with g by autograd on the family's own
     model.
     """
     for place, mixture in gathered.part.mixtures.items():
@@ -193,7 +191,7 @@ def test_sums_of_a_pass_give_the_increases(family: str, gathered: Gathered, own:
         assert int(sums.of("tokens").sum()) == TOKENS.numel() * mixture.num_chosen
 
 
-def test_factors_are_of_tokens_and_shrunk_to_the_layer(family: str, gathered: Gathered) -> None:
+def test_factors_of_experts_are_shrunk_towards_the_layer(family: str, gathered: Gathered) -> None:
     layout = LAYOUTS[family]
     part = gathered.part
     consumers = [linears[-1] for linears in layout.expert_sets[-1].linears]

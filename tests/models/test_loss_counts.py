@@ -1,6 +1,4 @@
-"""Losses of the tokens that count: against the dense formulas in float64, and factors against
-autograd on the whole model.
-"""
+"""Losses of counted tokens, against dense formulas in float64, and factors against autograd."""
 
 from __future__ import annotations
 
@@ -32,8 +30,9 @@ T = 70
 
 
 def a_text() -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return hidden states of a model and of the dense one [5, T, 8], a head [11, 8], tokens and
-    which count [5, T].
+    """Return hidden states of a model and of the dense one, a head, tokens and counts.
+
+    Hidden states are [5, T, 8], the head [11, 8], tokens and counts [5, T].
     """
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(5, T, 8, generator=generator)
@@ -47,27 +46,27 @@ def a_text() -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
 
 
 def sampled(which: Tensor | None) -> Any:
-    """Return the gradient with labels that are drawn from the model."""
+    """Return the gradient with labels drawn from the model."""
     hidden, _, head, tokens, _ = a_text()
     predicted = Predicted(tokens, which, torch.Generator().manual_seed(5))
     return next_token_loss(hidden, head, predicted, with_gradient=True)[1]
 
 
 def nll_of(logits: Tensor, tokens: Tensor, counts: Tensor) -> Tensor:
-    """Return the sums over each sequence's tokens that count."""
+    """Return the sums over the counted tokens of each sequence."""
     predicted = logits[:, :-1].transpose(1, 2)
     nll = torch.nn.functional.cross_entropy(predicted, tokens[:, 1:], reduction="none")
     return (nll * counts[:, 1:]).sum(dim=1)
 
 
 def assert_sums(found: Tensor | None, expected: Tensor) -> None:
-    """They are made in float32."""
+    """Compare sums that are made in float32."""
     assert found is not None
     torch.testing.assert_close(found, expected.detach().double(), rtol=1e-5, atol=1e-9)
 
 
-def test_losses_and_gradients_are_those_of_the_tokens_that_count() -> None:
-    """Of one sequence none, of another one all."""
+def test_losses_and_gradients_of_counted_tokens() -> None:
+    """One sequence has no counted tokens, another one only counted ones."""
     hidden, dense, head, tokens, counts = a_text()
     leaf = hidden.double().requires_grad_()
     logits = leaf @ head.double().T
@@ -99,8 +98,8 @@ def test_losses_and_gradients_are_those_of_the_tokens_that_count() -> None:
     torch.testing.assert_close(comparison.nll, nll, rtol=1e-6, atol=1e-9)
 
 
-def test_a_dense_model_may_have_a_head_of_its_own() -> None:
-    """Of another hidden size; the same head given twice changes no more than sums of floats do."""
+def test_dense_model_with_its_own_head() -> None:
+    """The hidden size differs. Giving the same head twice changes only the rounding of sums."""
     hidden, dense, head, tokens, counts = a_text()
     generator = torch.Generator().manual_seed(1)
     wide = torch.randn(5, T, 12, generator=generator)
@@ -119,8 +118,8 @@ def test_a_dense_model_may_have_a_head_of_its_own() -> None:
     torch.testing.assert_close(ways[0].divergence, ways[1].divergence, rtol=1e-5, atol=1e-9)
 
 
-def test_losses_of_a_large_vocabulary_have_all_digits() -> None:
-    """Its exponentials have errors in common, which a sum does not take out."""
+def test_losses_of_a_large_vocabulary_are_precise() -> None:
+    """Its exponentials share errors, which do not cancel in a sum."""
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(1, 40, 16, generator=generator)
     head = torch.randn(20_000, 16, generator=generator)
@@ -135,7 +134,7 @@ def test_losses_of_a_large_vocabulary_have_all_digits() -> None:
     assert float(beside.divergence) == 0
 
 
-def test_if_all_tokens_count_every_bit_is_as_without_counts_and_if_none_nothing_is_left() -> None:
+def test_counting_all_tokens_changes_no_bit_and_counting_none_gives_zero() -> None:
     hidden, dense, head, tokens, counts = a_text()
 
     def outcomes(which: Tensor | None) -> list[Any]:
@@ -150,7 +149,7 @@ def test_if_all_tokens_count_every_bit_is_as_without_counts_and_if_none_nothing_
     assert not any(outcome.any() for outcome in outcomes(torch.zeros_like(counts)))
 
 
-def test_labels_that_a_token_draws_do_not_depend_on_which_tokens_count() -> None:
+def test_sampled_labels_do_not_depend_on_counted_tokens() -> None:
     counts = a_text()[-1]
     expected = sampled(None)[:, :-1] * counts[:, 1:, None]
     torch.testing.assert_close(sampled(counts)[:, :-1], expected, rtol=1e-5, atol=1e-6)
@@ -166,15 +165,15 @@ def test_sampled_labels_are_drawn_from_the_model() -> None:
     assert found.mean(dim=1).norm() < 0.03 * found.norm(dim=2).mean()
 
 
-def test_a_token_is_drawn_where_the_cumulated_probabilities_pass_the_chance() -> None:
-    """Of probabilities 0, 1/4, 3/4 and 0, and of 0, 1/10, 9/10 and 0 at half of the temperature."""
+def test_token_is_drawn_by_inverse_transform_sampling() -> None:
+    """The probabilities are 0, 1/4, 3/4 and 0; at half the temperature 0, 1/10, 9/10 and 0."""
     head = torch.tensor([[-300.0], [0.0], [math.log(3)], [-300.0]])
     for temperature, bound in ((1.0, 0.25), (0.5, 0.1)):
         chances = torch.tensor([0.0, bound - 1e-4, bound + 1e-4, 1 - 2**-24])
         assert next_tokens(torch.ones(4, 1), head, chances, temperature).tolist() == [1, 1, 2, 2]
 
 
-def test_a_perplexity_is_a_number_infinite_or_an_error() -> None:
+def test_perplexity_is_finite_infinite_or_an_error() -> None:
     assert losses.perplexity_of(699.0) == math.exp(699)
     assert losses.perplexity_of(1e4) == losses.perplexity_of(math.inf) == math.inf
     with pytest.raises(FloatingPointError, match="not a number"):
@@ -207,8 +206,8 @@ def gathered(
     return loss, found
 
 
-def test_factors_are_of_what_counts(cluster: LocalCluster, model_folders: dict[str, Path]) -> None:
-    """A of all tokens and G of the loss of those that count, by autograd in float64."""
+def test_factors_of_counted_tokens(cluster: LocalCluster, model_folders: dict[str, Path]) -> None:
+    """A of all tokens, and G of the loss of counted tokens, by autograd in float64."""
     loss, found = gathered(cluster, COUNTS)
     model = AutoModelForCausalLM.from_pretrained(model_folders["llama"], dtype=torch.float64)
     inputs, gradients = watch({name: model.get_submodule(name) for name in found})
@@ -227,7 +226,7 @@ def test_factors_are_of_what_counts(cluster: LocalCluster, model_folders: dict[s
         torch.testing.assert_close(G.double(), of_a_token, rtol=1e-3, atol=atol)
 
 
-def test_gradients_of_some_sequences_are_brought_to_all_tokens(cluster: LocalCluster) -> None:
+def test_factor_G_of_some_sequences_is_scaled_to_all_tokens(cluster: LocalCluster) -> None:
     _, part = gathered(cluster, COUNTS, num_backward=3)
     only = np.zeros_like(COUNTS)
     numbers = np.random.default_rng(0).permutation(5)[:3]
@@ -236,14 +235,14 @@ def test_gradients_of_some_sequences_are_brought_to_all_tokens(cluster: LocalClu
         torch.testing.assert_close(part[name][1], G, rtol=1e-4, atol=1e-6 * float(G.abs().max()))
 
 
-def test_a_pass_in_which_no_token_counts_is_refused(cluster: LocalCluster) -> None:
+def test_pass_without_counted_tokens_is_refused(cluster: LocalCluster) -> None:
     with pytest.raises(ValueError, match="in none of the 5 sequences"):
         gathered(cluster, np.zeros_like(COUNTS))
 
 
-def test_costs_of_experts_are_per_token_that_counts(model_folders: dict[str, Path]) -> None:
-    """Twice the same sequences, of which once nothing counts, cost the same as once; likewise if
-    half of them pass backward.
+def test_costs_of_experts_are_means_over_counted_tokens(model_folders: dict[str, Path]) -> None:
+    """Sequences that are repeated without counted tokens do not change the costs, nor if half of
+    the sequences pass backward.
     """
     cluster = loaded(model_folders["qwen2_moe"])
 
@@ -267,9 +266,9 @@ def test_costs_of_experts_are_per_token_that_counts(model_folders: dict[str, Pat
             torch.testing.assert_close(other, 2 * one, rtol=1e-4, atol=1e-6)
 
 
-def test_means_are_over_the_tokens_that_count(model_folders: dict[str, Path]) -> None:
+def test_means_are_over_counted_tokens(model_folders: dict[str, Path]) -> None:
     """All linears are damaged a little between the dense model and its comparisons. Rows of the
-    counts are taken by number.
+    counts are selected by number.
     """
     cluster = loaded(model_folders["llama"], 2, 2)
     perplexity = passes.remember(cluster, "text", SEQUENCES, COUNTS)

@@ -29,7 +29,7 @@ def shard() -> ModelShard:
     return shards("llama", [0, 4])[0]
 
 
-def test_steps_are_as_long_as_the_rate_and_removed_rows_and_columns_stay(shard: ModelShard) -> None:
+def test_step_length_is_the_rate_and_removed_rows_and_columns_stay_zero(shard: ModelShard) -> None:
     name = next(iter(shard.linears))
     before = shard.weight(name)
     mask = StructuredMask.full(*before.shape)
@@ -60,7 +60,7 @@ def test_steps_are_as_long_as_the_rate_and_removed_rows_and_columns_stay(shard: 
 
 
 @pytest.mark.parametrize(("size", "least", "most"), [(1e-6, 0.0, 0.1), (1e-2, 0.9, 1.1)])
-def test_what_is_absorbed_in_bfloat16_is_said(size: float, least: float, most: float) -> None:
+def test_share_absorbed_in_bfloat16_is_reported(size: float, least: float, most: float) -> None:
     (shard,) = shards("llama", [0, 4], dtype=torch.bfloat16)
     corrections = corrected(shard)
     before = {name: shard.weight(name) for name in shard.linears}
@@ -75,7 +75,7 @@ def test_what_is_absorbed_in_bfloat16_is_said(size: float, least: float, most: f
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_elements_have_gradients_of_the_product_and_keep_none(dtype: torch.dtype) -> None:
+def test_element_masks_have_product_gradients_and_keep_no_copy(dtype: torch.dtype) -> None:
     R = 24
     C = 16
     mask = ElementMask(torch.rand(R, C) < 0.6)
@@ -105,8 +105,8 @@ def test_elements_have_gradients_of_the_product_and_keep_none(dtype: torch.dtype
 
 
 @pytest.mark.parametrize("num_tokens", [1, 7, 300])
-def test_outputs_and_gradients_are_those_of_the_dense_sum(num_tokens: int) -> None:
-    """Beside removed rows and columns; the products of the most tokens are large enough for the
+def test_outputs_and_gradients_match_the_dense_sum(num_tokens: int) -> None:
+    """With removed rows and columns. The products with the most tokens are large enough for the
     faster library.
     """
     R = 96
@@ -133,14 +133,14 @@ def test_outputs_and_gradients_are_those_of_the_dense_sum(num_tokens: int) -> No
     assert not gradients[2][~mask.rows].any()
 
 
-def test_corrections_start_uniform_and_add_nothing() -> None:
+def test_corrections_start_at_zero_with_uniform_A() -> None:
     part = LowRank(torch.nn.Linear(400, 3), StructuredMask.full(3, 401), 20, 0, torch.device("cpu"))
     start = part.A.detach()
     assert not part.B.any()
     assert 0.049 < -float(start.min()) <= 0.05 >= float(start.max()) > 0.049
 
 
-def test_gradients_are_of_the_mean_loss_and_forgotten_after_a_step(shard: ModelShard) -> None:
+def test_gradients_are_of_the_mean_loss_and_cleared_by_a_step(shard: ModelShard) -> None:
     owned, other = list(shard.linears)[:2]
     corrections = corrected(shard, owned={owned})
     for name in (owned, other):
@@ -152,9 +152,9 @@ def test_gradients_are_of_the_mean_loss_and_forgotten_after_a_step(shard: ModelS
         assert not corrections.gradients(name, 3)[0].any()
 
 
-def test_a_state_is_gone_back_to_whole(shard: ModelShard) -> None:
-    """Steps after a state was restored are those that were made after it was kept, moments and mean
-    norms included; a state is not changed by what comes after it.
+def test_restored_state_is_complete(shard: ModelShard) -> None:
+    """Steps after a restored state equal those that were made after it was saved, moments and mean
+    norms included. Later steps do not change a saved state.
     """
     corrections = corrected(shard)
     part = corrections.parts[next(iter(shard.linears))]
@@ -178,7 +178,7 @@ def test_a_state_is_gone_back_to_whole(shard: ModelShard) -> None:
         assert torch.equal(steps(4), expected)
 
 
-def test_a_gradient_far_above_the_mean_of_those_before_is_clipped(shard: ModelShard) -> None:
+def test_gradient_far_above_the_earlier_mean_is_clipped(shard: ModelShard) -> None:
     corrections = corrected(shard)
     part = corrections.parts[next(iter(shard.linears))]
     norms = []
@@ -193,7 +193,7 @@ def test_a_gradient_far_above_the_mean_of_those_before_is_clipped(shard: ModelSh
     assert norms == pytest.approx([1.0, 1.0, CLIP, 1.5])
 
 
-def test_outputs_can_be_those_of_absorbed_weights() -> None:
+def test_outputs_with_absorbed_weights() -> None:
     (shard,) = shards("llama", [0, 4], dtype=torch.bfloat16)
     corrections = corrected(shard)
     name, module = next(iter(shard.linears.items()))

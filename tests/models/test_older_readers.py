@@ -1,4 +1,4 @@
-"""What a config.json says twice, for programs that know one name or the other."""
+"""Settings that a config.json has under two names, for older and newer programs."""
 
 from __future__ import annotations
 
@@ -29,7 +29,9 @@ def read(document: dict[str, Any]) -> dict[str, Any]:
     ("family", "rope"),
     [("llama", LLAMA_3), ("qwen3", YARN), ("gemma3", None), ("phi3", None), ("gpt2", None)],
 )
-def test_transformers_reads_the_same(family: str, rope: dict[str, Any] | None) -> None:
+def test_transformers_reads_the_same_configuration(
+    family: str, rope: dict[str, Any] | None
+) -> None:
     document = CONFIGS[family].to_dict()
     if rope:
         document["rope_parameters"] = dict(rope)
@@ -53,13 +55,13 @@ def test_transformers_reads_the_same(family: str, rope: dict[str, Any] | None) -
         ({"rope_scaling": {"rope_type": "yarn"}}, "has rope_type yarn, and default in"),
     ],
 )
-def test_two_different_values_are_refused(change: dict[str, Any], expected: str) -> None:
+def test_contradicting_values_are_refused(change: dict[str, Any], expected: str) -> None:
     with pytest.raises(ValueError, match=expected):
         check_rope(for_older_readers(CONFIGS["llama"].to_dict()) | change)
 
 
-def test_a_llama_that_becomes_a_mistral_keeps_its_context() -> None:
-    """A config.json may leave out defaults of its class; a Mistral's are others."""
+def test_llama_exported_as_mistral_keeps_its_context_length() -> None:
+    """A config.json may leave out defaults of its class, and Mistral's defaults differ."""
     heads = {"num_attention_heads": 10, "num_key_value_heads": 5, "head_dim": 8}
     config = LlamaConfig(hidden_size=40, intermediate_size=64, num_hidden_layers=1, **heads)
     document = config.to_dict()

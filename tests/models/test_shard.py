@@ -54,7 +54,9 @@ def gather(parts: list[ModelShard], *, experts: bool = False) -> None:
 
 
 def watch(modules: dict[str, torch.nn.Module]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Return what will be the inputs of modules and the gradients of their outputs, by token."""
+    """Return lists that will receive the inputs of modules and their outputs'
+    gradients, by token.
+    """
     inputs: dict[str, Tensor] = {}
     gradients: dict[str, Tensor] = {}
 
@@ -72,9 +74,10 @@ def watch(modules: dict[str, torch.nn.Module]) -> tuple[dict[str, Tensor], dict[
 
 
 @pytest.mark.parametrize("family", sorted(CONFIGS))
-def test_shards_are_the_whole_model(family: str) -> None:
-    """Logits and losses; factors are those of autograd, in the same bits however the model is
-    cut; tied parameters count once. A weight that is written is read, its bias as the last column.
+def test_shards_match_the_whole_model(family: str) -> None:
+    """Logits, losses, and factors by autograd are bit-identical for every way to cut the model.
+    Tied parameters count once. A written weight can be read again, with its bias as the last
+    column.
     """
     layout = LAYOUTS[family]
     cut = shards(family, [0, 1, 3, 4])
@@ -115,7 +118,7 @@ def test_shards_are_the_whole_model(family: str) -> None:
     assert all(not p.requires_grad and p.grad is None for p in whole.model.parameters())
 
 
-def test_linears_that_read_one_input_share_one_A() -> None:
+def test_linears_with_the_same_input_share_A() -> None:
     (part,) = shards("llama", [0, 4])
     gather([part])
     prefix = "model.layers.2."
@@ -126,12 +129,12 @@ def test_linears_that_read_one_input_share_one_A() -> None:
     assert (q.G.n, k.G.n) == (32, 16)
 
 
-def test_unknown_family_is_refused_with_the_known_ones() -> None:
+def test_unknown_family_is_refused() -> None:
     with pytest.raises(ValueError, match=r"'bert'.*gpt2, gpt_oss, llama"):
         family_of(BertConfig())
 
 
-def test_a_shard_leaves_the_configuration_of_the_model_as_it_is() -> None:
+def test_shard_does_not_change_the_configuration_of_the_model() -> None:
     before = LAYOUTS["llama"].config.to_dict()
     shards("llama", [0, 4], dtype=torch.bfloat16)
     assert LAYOUTS["llama"].config.to_dict() == before

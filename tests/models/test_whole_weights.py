@@ -1,4 +1,4 @@
-"""All weights of blocks while they are trained, against Adam on the whole model in float64."""
+"""Training all weights of blocks, against Adam on the whole model in float64."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ STEPS = ((1, 0.01), (1, 0.02), (5, 0.01))
 
 @pytest.mark.parametrize("activations", ["keep", "recompute"])
 @pytest.mark.parametrize("family", ["llama", "gpt2", "llama-biases"])
-def test_steps_are_those_of_adam_on_the_whole_model(family: str, activations: Any) -> None:
+def test_steps_match_adam_on_the_whole_model(family: str, activations: Any) -> None:
     shard = shard_with(family, Stores(activations=activations))
     trained = training(shard)
     dense = tiny_model(family).double()
@@ -116,8 +116,8 @@ def test_steps_are_those_of_adam_on_the_whole_model(family: str, activations: An
 
 
 @pytest.mark.parametrize("family", ["qwen2_moe", "gpt_oss", "glm4_moe"])
-def test_gradients_of_a_mixture_are_those_of_the_whole_model(family: str) -> None:
-    """Of routers, sinks, norms and every expert."""
+def test_gradients_of_a_mixture_match_the_whole_model(family: str) -> None:
+    """For routers, sinks, norms and every expert."""
     shard = shard_with(family)
     trained = training(shard)
     dense = tiny_model(family).double()
@@ -139,7 +139,7 @@ def test_gradients_of_a_mixture_are_those_of_the_whole_model(family: str) -> Non
             assert error < 1e-3 * float(read(name).norm())
 
 
-def test_rows_of_a_router_for_removed_experts_stay() -> None:
+def test_router_rows_of_removed_experts_do_not_change() -> None:
     shard = shard_with("olmoe")
     kept = torch.ones(8, dtype=torch.bool)
     kept[[2, 5]] = False
@@ -153,7 +153,7 @@ def test_rows_of_a_router_for_removed_experts_stay() -> None:
 
 @pytest.mark.parametrize("kind", ["rows", "elements"])
 @pytest.mark.parametrize("family", ["llama-biases", "gpt2"])
-def test_pruned_weights_stay_zero_and_all_others_move(family: str, kind: str) -> None:
+def test_pruned_weights_stay_zero_and_all_others_change(family: str, kind: str) -> None:
     shard = shard_with(family)
     masks: dict[str, Any] = {}
     for name, shape in shard.layout.shapes.items():
@@ -183,7 +183,7 @@ def test_pruned_weights_stay_zero_and_all_others_move(family: str, kind: str) ->
     assert arrived.keys() == block_parameters(shard).keys()
 
 
-def test_masters_keep_what_rounding_would_lose() -> None:
+def test_masters_accumulate_steps_below_bfloat16_resolution() -> None:
     (shard,) = shards("llama", [0, 4], dtype=torch.bfloat16)
     trained = training(shard)
     name, parameter = next(
@@ -208,7 +208,7 @@ def test_masters_keep_what_rounding_would_lose() -> None:
     assert all(own.grad is None and not own.requires_grad for own in shard.model.parameters())
 
 
-def test_what_arrives_in_bfloat16_is_said() -> None:
+def test_share_absorbed_in_bfloat16_is_reported() -> None:
     (shard,) = shards("llama", [0, 4], dtype=torch.bfloat16)
     trained = training(shard)
     steps(trained, shard, 1, rate=1e-4)
@@ -225,7 +225,7 @@ def test_what_arrives_in_bfloat16_is_said() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("factors", ["device", "host"])
-def test_a_state_is_gone_back_to_whole(factors: Any, dtype: torch.dtype) -> None:
+def test_restored_state_is_complete(factors: Any, dtype: torch.dtype) -> None:
     """Bit for bit, moments and mean norms included; also by another object."""
     stores = Stores(factors=factors, activations="recompute")
     shard = shard_with("llama", stores, dtype)
@@ -247,7 +247,7 @@ def test_a_state_is_gone_back_to_whole(factors: Any, dtype: torch.dtype) -> None
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_best_weights_are_gone_back_to_and_moments_are_not(dtype: torch.dtype) -> None:
+def test_going_back_to_the_best_weights_resets_moments(dtype: torch.dtype) -> None:
     shard = shard_with("llama", dtype=dtype)
     trained = training(shard)
     start = flat(shard)
@@ -278,7 +278,7 @@ def test_the_best_weights_are_gone_back_to_and_moments_are_not(dtype: torch.dtyp
     assert all(own.grad is None and not own.requires_grad for own in shard.model.parameters())
 
 
-def test_absorbed_weights_are_all_saved() -> None:
+def test_all_absorbed_weights_are_saved() -> None:
     shard = shard_with("gpt_oss")
     plain = shard.saved(changed_only=True)
     trained = training(shard)
@@ -290,8 +290,10 @@ def test_absorbed_weights_are_all_saved() -> None:
     assert any(name.endswith("sinks") for name in saved)
 
 
-def test_zeros_learn() -> None:
-    """Biases as their weights do, norms around one as these, weights as if they kept sizes."""
+def test_zero_weights_are_trained() -> None:
+    """Biases learn at the rate of their weights, norms as if around one, and weights as if they had
+    the usual size.
+    """
     shard = shard_with("gpt2")
     prefix = "transformer.h.0."
     weight = shard.tensor(f"{prefix}attn.c_attn.weight")
@@ -310,7 +312,7 @@ def test_zeros_learn() -> None:
     assert found == pytest.approx(expected, rel=1e-4)
 
 
-def test_only_owned_weights_are_stepped_and_all_gradients_forgotten() -> None:
+def test_step_updates_only_owned_weights_and_clears_all_gradients() -> None:
     shard = shard_with("llama")
     own, other = list(block_parameters(shard))[:2]
     trained = WholeWeights(shard, {}, [own])

@@ -32,12 +32,12 @@ def test_workers_share_a_machine_but_not_its_gpus() -> None:
     assert shared([Resources("a", "cpu", "", CPU)] * 4) == on_cpu
 
 
-def test_the_smallest_machine_decides() -> None:
+def test_smallest_machine_limits_all_workers() -> None:
     small = Room(40.0, 100.0, 4000.0, device_is_host=False)
     assert shared([Resources(name, "0", "", r) for name, r in (("a", GPU), ("b", small))]) == small
 
 
-def test_what_is_here(tmp_path: Path) -> None:
+def test_resources_of_this_machine(tmp_path: Path) -> None:
     found = device_resources.resources_here(torch.device("cpu"), str(tmp_path / "not" / "yet"))
     assert found.room.device_is_host
     assert 2**28 < found.room.host <= available_bytes() * 2
@@ -45,7 +45,9 @@ def test_what_is_here(tmp_path: Path) -> None:
     assert device_of([found], 3).float32_flops == 3 * DEVICES["cpu"].float32_flops
 
 
-def test_a_pod_has_less_than_its_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_limits_of_a_pod_are_below_those_of_its_node(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("RAY_SURGEON_DISK", "1000")
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     (tmp_path / "downloaded").write_bytes(bytes(300))
@@ -62,10 +64,10 @@ def test_a_pod_has_less_than_its_node(tmp_path: Path, monkeypatch: pytest.Monkey
     ("limit", "used", "prefix"),
     [("memory.max", "memory.current", ""), ("limit", "usage", "total_")],
 )
-def test_files_that_a_container_has_read_leave_its_memory_when_it_is_wanted(
+def test_cached_files_of_a_container_count_as_available_memory(
     limit: str, used: str, prefix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(device_resources, "_CGROUPS", ((str(tmp_path), limit, used, prefix),))
+    monkeypatch.setattr(device_resources, "CGROUPS", ((str(tmp_path), limit, used, prefix),))
     here = available_bytes()
     statistics = f"anon 100\n{prefix}inactive_file 3000\n{prefix}active_file 400\n"
     (tmp_path / "memory.stat").write_text(statistics)
@@ -77,7 +79,7 @@ def test_files_that_a_container_has_read_leave_its_memory_when_it_is_wanted(
         assert available_bytes() == expected
 
 
-def test_a_device_is_known_by_its_longest_name() -> None:
+def test_device_is_identified_by_the_longest_matching_name() -> None:
     def found(name: str) -> str:
         return device_of([Resources("a", "0", name, GPU)], 1).name
 
@@ -108,7 +110,7 @@ def test_measured_figures_are_read_from_a_file(tmp_path: Path) -> None:
         ("[]", "figures"),
     ],
 )
-def test_a_file_without_figures_is_refused(text: str, reason: str, tmp_path: Path) -> None:
+def test_invalid_device_file_is_refused(text: str, reason: str, tmp_path: Path) -> None:
     path = tmp_path / "own.json"
     path.write_text(text)
     with pytest.raises(ValueError, match=rf"cluster\.device_speed: .*own\.json.*{reason}"):
@@ -117,10 +119,12 @@ def test_a_file_without_figures_is_refused(text: str, reason: str, tmp_path: Pat
         named_device("h900", 1)
 
 
-def test_files_that_vanish_while_a_folder_is_measured_count_nothing(
+def test_files_that_vanish_while_a_folder_is_measured_are_not_counted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("RAY_SURGEON_DISK", "1000")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     (tmp_path / "kept").write_bytes(b"12345")
     walked: list[tuple[str, list[str], list[str]]] = [(str(tmp_path), [], ["kept", "gone"])]
     monkeypatch.setattr(os, "walk", lambda _: walked)
-    assert device_resources._size_of(tmp_path) == 5
+    assert device_resources.resources_here(torch.device("cpu"), None).room.disk == 1000 - 5

@@ -1,5 +1,6 @@
-"""Plans from configurations alone: what fits how, what is refused and why. How right they are is
-measured in test_smollm2.py.
+"""Plans from configurations alone: which plan fits, and what is refused and why.
+
+test_smollm2.py measures how accurate they are.
 """
 
 from __future__ import annotations
@@ -41,14 +42,14 @@ NOTHING_HELD: dict[str, Any] = {"calibration": {"held_aside": 0.0}}
 
 @functools.cache
 def layout_of(name: str) -> ModelLayout:
-    """Return that of a tiny model, or of a shape, or of so many blocks ``of`` a shape."""
+    """Return the layout of a tiny model or of a shape; "9 of x" is shape x with nine blocks."""
     number, _, shape = name.rpartition(" of ")
     return LAYOUTS.get(name) or ModelLayout.of(shaped_config(shape, int(number or 0)))
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """A job, and what its plan depends on, from the model's configuration alone."""
+    """A job and the inputs of its plan, from the model's configuration alone."""
 
     name: str  # of the model
     spec: JobSpec
@@ -76,7 +77,7 @@ class Job:
         return planner.best(self.placement, room)
 
     def steps(self, stores: Stores = RESIDENT, blocks: int = 0) -> dict[str, StepPlan]:
-        """Return the steps of the first worker by name, which may have so many blocks instead."""
+        """Return the steps of the first worker by name; its number of blocks may be given."""
         layout = layout_of(self.name)
         own = BlockRange(0, blocks or self.placement.blocks[0].last, layout.num_blocks)
         placement = dataclasses.replace(self.placement, blocks=(own, *self.placement.blocks[1:]))
@@ -119,14 +120,14 @@ def hosts(steps: Mapping[str, StepPlan]) -> dict[str, float]:
     return {name: step.host for name, step in steps.items()}
 
 
-def test_resident_where_it_fits() -> None:
+def test_weights_and_factors_stay_on_the_device_if_they_fit() -> None:
     found = job(num_shards=8).plan()
     assert (found.stores.weights, found.stores.factors) == ("device", "device")
     assert all(seconds > 0 for name, seconds in found.seconds.items() if name != "load")
     assert found.excess()[0] <= 1
 
 
-def test_as_many_sequences_pass_together_as_memory_allows() -> None:
+def test_memory_limits_the_sequences_in_one_pass() -> None:
     together = {gb: job("llama-2-7b").plan(gb).stores.together for gb in (24, 40, 80)}
     assert 1 < together[24] < together[40] == TOGETHER
     wide = (
@@ -151,7 +152,9 @@ def test_as_many_sequences_pass_together_as_memory_allows() -> None:
         (("qwen3-32b",), (24, 64), "disk", "disk"),
     ],
 )
-def test_streamed(made: tuple[Any, ...], room: tuple[int, ...], weights: str, factors: str) -> None:
+def test_what_does_not_fit_on_the_device_is_streamed(
+    made: tuple[Any, ...], room: tuple[int, ...], weights: str, factors: str
+) -> None:
     found = job(*made).plan(*room)
     assert (found.stores.weights, found.stores.factors) == (weights, factors)
     assert found.stores.wave > 1
@@ -159,7 +162,7 @@ def test_streamed(made: tuple[Any, ...], room: tuple[int, ...], weights: str, fa
     assert {worker.view.disk_bytes > 0 for worker in found.workers} == {weights == "disk"}
 
 
-def test_fewer_sequences_with_gradients_take_less_of_the_curvature_pass() -> None:
+def test_fewer_backward_sequences_make_the_curvature_pass_cheaper() -> None:
     def flops(num_backward: int | None) -> float:
         curvature = {"kind": "kfac", "num_backward": num_backward}
         plan = job(num_shards=8, curvature=curvature).plan()
@@ -173,7 +176,7 @@ def test_fewer_sequences_with_gradients_take_less_of_the_curvature_pass() -> Non
 
 
 def test_pinned_memory_is_counted_as_it_is_reserved() -> None:
-    """In pieces, which torch keeps when what was in them is gone."""
+    """It is reserved in pieces, which torch keeps after their contents are freed."""
     weights = 10 * 2 * 8192 * sum((8192, 1024, 1024, 8192, 28672, 28672, 28672, 1, 1))
     # A and G of two consumers
     factors = 10 * 4 * sum(PackedSymmetric.size(n) for n in (8192, 8192, 28672, 8192))
@@ -189,7 +192,7 @@ def test_pinned_memory_is_counted_as_it_is_reserved() -> None:
     assert kept["evaluation"] == kept["curvature"] == kept["costs"]
 
 
-def test_factors_are_counted_as_they_are_laid_out_for_the_device() -> None:
+def test_factors_are_counted_in_the_layout_of_the_device() -> None:
     of_cpu, of_gpu = (
         Shapes(layout_of("llama-3-70b"), job().described, device).factor_bytes[0]
         for device in ("cpu", "cuda")
@@ -199,9 +202,9 @@ def test_factors_are_counted_as_they_are_laid_out_for_the_device() -> None:
     assert of_gpu == 4 * sum(n * (n + 1024) // 2 for n in rows)
 
 
-def test_layers_are_measured_in_passes_of_half_of_the_blocks() -> None:
-    """A fifth of 80 blocks in two shots: eight of them in each, of which the first is measured
-    whole, and each held aside twice; every fit is of half of the calibration's text.
+def test_layer_removal_is_planned_with_passes_of_half_the_blocks() -> None:
+    """A fifth of 80 blocks in two shots: eight of them in each. The first is measured as a whole,
+    and each one twice on the windows held aside; every fit uses half of the calibration's text.
     """
     pruning = {"groups": ["blocks"], "num_shots": 2}
     deep = job(num_shards=8, pruning=pruning, calibration={"held_aside": 6 / 128})
@@ -214,7 +217,7 @@ def test_layers_are_measured_in_passes_of_half_of_the_blocks() -> None:
     assert "curvature" not in record["flops"]
 
 
-def test_a_reconstruction_keeps_the_inputs_of_layers_and_trains_one_at_a_time() -> None:
+def test_reconstruction_keeps_layer_inputs_and_trains_one_layer_at_a_time() -> None:
     training = {"reconstruction": {"tokens_per_step": 1024, "num_epochs": 3}}
     without, trained = (
         job(num_shards=8, num_replicas=2, pruning=pruning, **NOTHING_HELD).steps(blocks=10)
@@ -234,8 +237,8 @@ def test_a_reconstruction_keeps_the_inputs_of_layers_and_trains_one_at_a_time() 
     assert trained["update"].device > weights + (2 + 2 + 2) * TOKENS * 8192, "inputs and outputs"
 
 
-def test_mixtures_of_experts_from_their_configurations() -> None:
-    """A quarter of Qwen3-30B-A3B on a quarter of a device with the memory of its host."""
+def test_mixture_of_experts_is_planned_from_its_configuration() -> None:
+    """A quarter of Qwen3-30B-A3B on a quarter of a device, with the memory of its host."""
     layout = layout_of("12 of qwen3-30b-a3b")
     assert layout.num_parameters == 30_532_122_624 - 36 * 623_120_640
     assert (layout.num_experts, layout.num_active_experts, len(layout.expert_sets)) == (128, 8, 12)
@@ -252,12 +255,12 @@ def test_mixtures_of_experts_from_their_configurations() -> None:
 
 
 @pytest.mark.slow
-def test_a_large_mixture_of_experts_on_eight_devices() -> None:
+def test_large_mixture_of_experts_fits_on_eight_devices() -> None:
     assert job("qwen3-235b-a22b", 8).plan(host_gb=2000).excess()[0] <= 1
 
 
-def test_what_a_checkpoint_keeps_together_is_written_together() -> None:
-    """gate_up_proj [6, 32, 96] of gpt-oss is in memory as a whole while it is written, embeddings
+def test_tensors_that_a_checkpoint_keeps_together_are_written_together() -> None:
+    """gate_up_proj [6, 32, 96] of gpt-oss is in memory as a whole while it is written; embeddings
     of 320 x 32 and files of 1 GiB aside.
     """
     described = dataclasses.replace(job("gpt_oss").described, dtype="float32")
@@ -266,7 +269,7 @@ def test_what_a_checkpoint_keeps_together_is_written_together() -> None:
     assert shapes.largest_stored == 4 * 6 * 32 * 96
 
 
-def test_what_does_not_fit_is_refused_with_the_step_and_a_remedy() -> None:
+def test_refusal_names_the_step_that_does_not_fit_and_a_remedy() -> None:
     expected = "update on shard 0 needs .* of device memory, there are .*; give workers with .* "
     with pytest.raises(DoesNotFitError, match=expected + "times that"):
         job("9 of llama-3-70b").plan(device_gb=8)
@@ -274,7 +277,7 @@ def test_what_does_not_fit_is_refused_with_the_step_and_a_remedy() -> None:
         job("9 of llama-3-70b", memory={"weights": "disk"}).plan(disk=GB)
 
 
-def test_the_smallest_number_of_shards_that_would_do() -> None:
+def test_refusal_names_the_smallest_sufficient_number_of_shards() -> None:
     def plan(num_shards: int) -> Plan:
         resident = {"weights": "device", "factors": "device"}
         return job(num_shards=num_shards, memory=resident).plan()
@@ -293,7 +296,7 @@ def test_sizes_on_the_command_line() -> None:
     assert {text: _bytes(text) for text in sizes} == sizes
 
 
-def test_text_that_the_model_writes_has_a_step_with_its_keys_and_values() -> None:
+def test_text_generation_is_planned_with_its_cache() -> None:
     layout = layout_of("llama-3-70b")
     written = {"source": "self", "num_sequences": 64}
     found = job(num_shards=8, calibration=written).plan()
@@ -325,7 +328,7 @@ def recovered(recovery: Mapping[str, Any], stores: Stores = RESIDENT, **sections
     return planner.plan(made.placement, Room(1e12, 1e12, 1e12, device_is_host=False), stores)
 
 
-def test_a_teacher_is_counted_where_it_is() -> None:
+def test_memory_of_a_teacher_is_counted_in_its_place() -> None:
     alone = recovered(LOW_RANK).steps["recovery"]
     plans = {
         place: recovered(LOW_RANK | TAUGHT, Stores(teacher=place)) for place in get_args(Place)
@@ -353,7 +356,8 @@ def test_a_teacher_is_counted_where_it_is() -> None:
     assert [worker.view.disk_bytes for worker in plans["disk"].workers] == [TWO_BLOCKS] * 2
 
 
-def test_a_teacher_leaves_the_device_where_that_is_needed_and_no_other_job_has_one() -> None:
+def test_teacher_is_moved_off_the_device_only_if_needed() -> None:
+    """Jobs without a teacher have no place for one."""
     taught = job("9 of llama-3-70b", recovery=LOW_RANK | TAUGHT, **NOTHING_HELD)
     assert [taught.plan(gb).stores.teacher for gb in (80, 44)] == ["device", "host"]
     assert "teacher" not in job("9 of llama-3-70b", recovery=LOW_RANK).plan(44).places
@@ -361,7 +365,7 @@ def test_a_teacher_leaves_the_device_where_that_is_needed_and_no_other_job_has_o
         job(recovery=LOW_RANK, memory={"teacher": "host"})
 
 
-def test_all_weights_are_counted_with_gradients_masters_and_moments() -> None:
+def test_training_all_weights_counts_gradients_masters_and_moments() -> None:
     on_host = Stores("device", "host", "recompute")
     parameters = TWO_BLOCKS / 2
     columns = 2 * (6 * 8192 + 28672)  # bytes that a token keeps of the inputs of a block's linears
@@ -385,7 +389,7 @@ def test_all_weights_are_counted_with_gradients_masters_and_moments() -> None:
     assert best - recovered(ALL).steps["recovery"][0].host == TWO_BLOCKS
 
 
-def test_all_weights_stay_on_the_device() -> None:
+def test_training_all_weights_keeps_them_on_the_device() -> None:
     made = job("9 of llama-3-70b", recovery=ALL, **NOTHING_HELD)
     stores = made.plan(device_gb=200).stores
     assert stores.weights == "device"
@@ -399,7 +403,7 @@ def test_all_weights_stay_on_the_device() -> None:
     )
 
 
-def test_trials_and_checks_of_a_recovery_and_the_hours_of_its_workers() -> None:
+def test_recovery_plan_counts_trials_checks_and_worker_hours() -> None:
     held: dict[str, Any] = {"calibration": {"held_aside": 0.05}}
     plan = recovered(LOW_RANK | {"learning_rate": None}, **held)
     step, check = (

@@ -1,9 +1,10 @@
-"""What a person sees of a running job."""
+"""The display of a running job."""
 
 from __future__ import annotations
 
 import io
 import json
+import time
 
 import pytest
 from rich.console import Console
@@ -16,27 +17,27 @@ EVENT = Event("curvature", 1, 3, 61.25, {"loss": 2.5, "tokens": 12, "unit": "nat
 MOMENT = Moment("curvature", 1, 3, 12, 64, "sequences", 512, 48.0)
 
 
-def test_lines() -> None:
+def test_lines_of_events_and_progress() -> None:
     assert EVENT.line == "shot 1/3   curvature     61.2 s  loss=2.5  tokens=12  unit=nats"
     assert MOMENT.line.endswith("  12 of 64 sequences, 128 tokens/s, 208 s left")
     start = Moment("load", 0, 3, 0, 0, "", 0, 1.0)
     assert start.line == "start      load       ..."
 
 
-def test_lines_may_be_json(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_log_lines_as_json(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_SURGEON_LOG", "json")
     assert json.loads(EVENT.line) == vars(EVENT)
 
 
-def test_metrics_of_a_check() -> None:
-    """They are its own, beside those of passes of the calibration text."""
+def test_metrics_of_a_check_have_their_own_names() -> None:
+    """They do not overwrite those of passes over the calibration text."""
     check = Event("check", 1, 3, 2.0, {"held_aside": 0.5, "tokens_per_s": 9.0, "rate": 1e-3})
     values = {name: value for name, value, _ in readings(check)}
     assert (values["training_held_aside"], values["training_tokens_per_s"]) == (0.5, 9.0)
     assert not {"tokens_per_s", "rate", "training_rate"} & values.keys()
 
 
-def test_a_terminal_gets_bars_that_move() -> None:
+def test_terminal_shows_progress_bars() -> None:
     out = io.StringIO()
     with Display(Console(file=out, force_terminal=True, width=160), "my-run") as display:
         display(Event("load", 1, 3, 1.0, {}))
@@ -48,18 +49,19 @@ def test_a_terminal_gets_bars_that_move() -> None:
     assert not [part for part in expected if part not in out.getvalue()]
 
 
-def test_a_log_gets_lines_now_and_then_and_no_cursor_codes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_log_gets_occasional_lines_without_cursor_codes(monkeypatch: pytest.MonkeyPatch) -> None:
     out = io.StringIO()
     with Display(Console(file=out, width=140), "my-run") as display:
         display(EVENT)
         display(MOMENT)
         assert "12 of 64" not in out.getvalue(), "the last line was written just now"
-        monkeypatch.setattr(display_module, "_LINE_EVERY_S", 0.0)
+        later = time.monotonic() + 60
+        monkeypatch.setattr(time, "monotonic", lambda: later)
         display(MOMENT)
     assert out.getvalue().splitlines() == [EVENT.line, MOMENT.line]
 
 
-def test_a_notebook_gets_bars_if_they_can_be_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_notebook_shows_bars_if_widgets_are_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     for widgets in (True, False):
         monkeypatch.setattr(display_module, "find_spec", lambda _, widgets=widgets: widgets)
         assert Display(Console(force_jupyter=True), "my-run").disable is not widgets

@@ -1,4 +1,4 @@
-"""The report as a page: whole and self-contained."""
+"""The HTML report is complete and self-contained."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.integration.runs import report_of, run
 def runs(
     tmp_path_factory: pytest.TempPathFactory, model_folders: dict[str, Path], zygote: Zygote
 ) -> dict[str, Path]:
-    """Return a run of groups with exports, timed, and one of rows and columns."""
+    """Return a run of groups with timed exports, and a run of rows and columns."""
     folder = tmp_path_factory.mktemp("page")
     groups: dict[str, Any] = {
         "pruning": {"structure": "groups", "target_sparsity": 0.3, "num_shots": 1},
@@ -42,7 +42,7 @@ def runs(
 
 
 def check_self_contained(html: str) -> str:
-    """Return the words of a page."""
+    """Check that a page needs no other files; return its text."""
     assert not re.findall("<(script|link|iframe|img)", html)
     opened, closed = (
         Counter(re.findall(tag, html)) for tag in (r"<(\w+)[^<>]*(?<!/)>", r"</(\w+)>")
@@ -59,7 +59,7 @@ def check_self_contained(html: str) -> str:
     return " ".join(unescape(re.sub("<[^>]*>", " ", html)).split())
 
 
-def test_page_of_a_run_says_everything(runs: dict[str, Path]) -> None:
+def test_page_of_a_run_is_complete(runs: dict[str, Path]) -> None:
     record = report_of(runs["groups"])
     html = (runs["groups"] / "report.html").read_text()
     text = check_self_contained(html)
@@ -74,8 +74,8 @@ def test_page_of_a_run_says_everything(runs: dict[str, Path]) -> None:
     assert plots == {f"{name}.{kind}" for name in figures for kind in ("svg", "png")}
 
 
-def test_page_tells_of_damping_losses_and_unfinished_runs(runs: dict[str, Path]) -> None:
-    """And of a model that is gone, and of a method without costs."""
+def test_page_shows_damping_losses_and_unfinished_runs(runs: dict[str, Path]) -> None:
+    """Also for a model that no longer exists, and a method without costs."""
     record = report_of(runs["rows"])
     event = {"linear": "decoder.layers.1.fc1", "factor": "G", "asked": 0.1, "used": 1.0}
     event["float64_retry"] = True
@@ -96,7 +96,7 @@ def test_page_tells_of_damping_losses_and_unfinished_runs(runs: dict[str, Path])
     assert "inf" in check_self_contained(html).split()
 
 
-def test_runs_on_one_page(
+def test_several_runs_on_one_page(
     runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     record = report_of(runs["rows"])
@@ -113,8 +113,8 @@ def test_runs_on_one_page(
     assert html.count("<svg") == 2 + 2 * 4
 
 
-def test_page_shows_trainings_also_one_that_has_not_ended(runs: dict[str, Path]) -> None:
-    """The first one diverged on the way, the second one knows no acceptance."""
+def test_page_shows_finished_and_unfinished_training(runs: dict[str, Path]) -> None:
+    """The first training diverged on the way; the second one has no acceptance."""
     record = report_of(runs["rows"])
     checks = [
         {"steps": 10 * i, "tokens": 1000 * i, "value": value, "acceptance": 0.8, "loss": 0.5}
@@ -134,7 +134,7 @@ def test_page_shows_trainings_also_one_that_has_not_ended(runs: dict[str, Path])
         assert text.count("Trainings after pruning, on windows held aside") == number
 
 
-def test_what_a_report_says_of_workers_and_depth(runs: dict[str, Path]) -> None:
+def test_report_has_seconds_of_workers_and_sparsity_by_block(runs: dict[str, Path]) -> None:
     record = report_of(runs["rows"])
     for shot in record["shots"]:
         assert all(len(busy) == 2 for busy in shot["worker_seconds"].values())
@@ -154,6 +154,8 @@ def test_experts_of_a_block_are_shown_together() -> None:
     assert kinds["mlp.down_proj"][0] == 1.0
 
 
-def test_a_run_named_like_markup(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_run_name_that_looks_like_markup(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main([str(tmp_path / "[/a]")]) == 2
     assert "[/a]" in capsys.readouterr().err

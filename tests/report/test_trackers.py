@@ -1,4 +1,4 @@
-"""Weights & Biases and MLflow, played by fakes."""
+"""Weights & Biases and MLflow, replaced by fakes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ FAKES = {
 
 
 class Fake:
-    """Notes what is called, with which arguments; `broken` is what raises."""
+    """Records calls and their arguments; the function named `broken` raises."""
 
     def __init__(self, package: str, broken: str = "") -> None:
         self.calls: list[tuple[Any, ...]] = []
@@ -63,7 +63,7 @@ def followed() -> list[str]:
     return said
 
 
-def test_checks_go_to_both(fakes: dict[str, Fake]) -> None:
+def test_checks_are_sent_to_both_trackers(fakes: dict[str, Fake]) -> None:
     assert followed() == []
     wandb, mlflow = fakes["wandb"], fakes["mlflow"]
     assert [call[1] for call in wandb.calls if call[0] == "log"] == [SENT] * 2
@@ -78,7 +78,7 @@ def test_checks_go_to_both(fakes: dict[str, Fake]) -> None:
     assert mlflow.calls[-1] == ("end_run", "FINISHED", {})
 
 
-def test_a_run_that_fails_is_told(fakes: dict[str, Fake]) -> None:
+def test_failed_run_is_reported(fakes: dict[str, Fake]) -> None:
     with pytest.raises(ZeroDivisionError), Trackers(SPEC, print):
         raise ZeroDivisionError
     assert fakes["wandb"].calls[-1] == ("finish", {"exit_code": 1})
@@ -86,7 +86,7 @@ def test_a_run_that_fails_is_told(fakes: dict[str, Fake]) -> None:
 
 
 @pytest.mark.parametrize("broken", ["start_run", "log_metrics", "end_run"])
-def test_one_that_fails_is_left_alone(broken: str, fakes: dict[str, Fake]) -> None:
+def test_failing_tracker_is_not_used_again(broken: str, fakes: dict[str, Fake]) -> None:
     fakes["mlflow"].broken = broken
     (warning,) = followed()
     assert "mlflow" in warning
@@ -96,14 +96,18 @@ def test_one_that_fails_is_left_alone(broken: str, fakes: dict[str, Fake]) -> No
     assert fakes["wandb"].names.count("log") == 2, "the other one goes on"
 
 
-def test_one_that_is_not_installed(fakes: dict[str, Fake], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_package_gives_a_warning(
+    fakes: dict[str, Fake], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
     (warning,) = followed()
     assert "pip install 'ray-surgeon[wandb]'" in warning
     assert fakes["mlflow"].names.count("log_metrics") == 2
 
 
-def test_none_is_used_unasked(fakes: dict[str, Fake], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_tracker_is_used_unless_requested(
+    fakes: dict[str, Fake], monkeypatch: pytest.MonkeyPatch
+) -> None:
     for variable in ("WANDB_MODE", "MLFLOW_TRACKING_URI"):
         monkeypatch.delenv(variable)
     assert followed() == []

@@ -1,5 +1,6 @@
-"""What `ray-surgeon submit` says and fetches, of a head that is pretended; a real one:
-tests/integration/test_jobs.py.
+"""Messages and downloads of `ray-surgeon submit`, with a fake head.
+
+tests/integration/test_jobs.py uses a real one.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ LOG = "running on head:6379 into s3://bucket/run\nfailed: no room\ncontinue with
 
 
 class Head:
-    """Takes jobs, of which one failed and left a report."""
+    """Accepts jobs; one has failed and left a report."""
 
     def __init__(self, _: str | None) -> None:
         self.asked: list[str] = []
@@ -45,7 +46,7 @@ class Head:
 
 
 @pytest.mark.parametrize("where", [" --address http://head:8265", ""])  # or in the environment
-def test_a_job_that_fails_leaves_a_report_and_goes_on_from_here(
+def test_failed_job_leaves_a_report_and_a_command_to_resume_it(
     where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(ray.job_submission, "JobSubmissionClient", Head)
@@ -60,7 +61,7 @@ def test_a_job_that_fails_leaves_a_report_and_goes_on_from_here(
     assert f"ray job stop{where} ray-surgeon-" in said
 
 
-def test_an_address_without_a_scheme_is_refused(
+def test_address_without_a_scheme_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     spec = tmp_path / "job.yaml"
@@ -69,10 +70,13 @@ def test_an_address_without_a_scheme_is_refused(
     assert "--address: got head:8265; give http://HOST:8265" in capsys.readouterr().err
 
 
-def test_why_a_head_takes_no_job_is_said_at_once(
+def test_reason_of_an_unavailable_head_is_printed_at_once(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(submit, "_POLL_S", 0.0)
+    clock = SimpleNamespace(now=0.0)
+    clock.monotonic = lambda: clock.now
+    clock.sleep = lambda s: setattr(clock, "now", clock.now + s)
+    monkeypatch.setattr(submit, "time", clock)
     problem = "status code 500: No available agent"
     answers: list[Any] = [RuntimeError(problem), RuntimeError(problem), OSError("gone"), "taken"]
 
@@ -82,10 +86,9 @@ def test_why_a_head_takes_no_job_is_said_at_once(
             raise answer
         return answer
 
-    assert submit._patiently(ask) == "taken"
+    assert submit.patiently(ask) == "taken"
     lines = capsys.readouterr().out.splitlines()
     assert lines == [f"waiting for the head: {problem}", "waiting for the head: gone"]
-    monkeypatch.setattr(submit, "_PATIENCE_S", -1.0)
-    answers.append(OSError("gone"))
-    with pytest.raises(RuntimeError, match="took no request for -1 s: gone"):
-        submit._patiently(ask)
+    answers += [OSError("gone")] * 200
+    with pytest.raises(RuntimeError, match="took no request for 300 s: gone"):
+        submit.patiently(ask)

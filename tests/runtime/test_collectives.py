@@ -1,4 +1,4 @@
-"""Replicas that wait for each other, and what is sent between them."""
+"""Replicas that wait for each other, and the messages between them."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def replica(rank: int, address: str, device: str = "cpu") -> ProcessReplica:
 
 
 def reduced(rank: int, address: str, what_happens: str, says: Any) -> None:
-    """Sum to the first of two replicas, after what happens to the second."""
+    """Sum tensors to the first of two replicas after something happens to the second."""
     own = replica(rank, address)
     tensor = torch.tensor([1.0, 2.0]) * (rank + 1)
     if rank and what_happens == "computes":
@@ -67,8 +67,8 @@ def reduced(rank: int, address: str, what_happens: str, says: Any) -> None:
 
 
 @pytest.mark.parametrize("what_happens", ["computes", "dies", "hangs"])
-def test_a_replica_that_is_waited_for(what_happens: str) -> None:
-    """While it computes nothing is lost, however long that takes."""
+def test_waiting_for_a_slow_stopped_or_lost_replica(what_happens: str) -> None:
+    """A replica that computes is never given up, however long it takes."""
     processes = multiprocessing.get_context("fork")
     hears, says = processes.Pipe(duplex=False)
     meeting = open_meeting("127.0.0.1")
@@ -93,8 +93,10 @@ def test_a_replica_that_is_waited_for(what_happens: str) -> None:
         assert seconds < 5 * TIMEOUT_S
 
 
-def test_on_a_gpu_nccl_copies_and_gloo_meets(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What NCCL raises is the loss of a replica, with its reason."""
+def test_gpu_replicas_synchronise_with_gloo_and_copy_with_nccl(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """An NCCL error becomes the loss of a replica, with its reason."""
     groups: list[str] = []
     done: list[str] = []
 
@@ -120,11 +122,11 @@ def test_on_a_gpu_nccl_copies_and_gloo_meets(monkeypatch: pytest.MonkeyPatch) ->
     assert done == ["gloo", "nccl"], "they meet before they copy"
 
 
-def test_a_failed_collective_is_a_loss_with_its_reason() -> None:
+def test_failed_collective_is_reported_as_a_lost_worker() -> None:
     cluster: Any = RayCluster.__new__(RayCluster)
     cluster._ping_timeout_s = 1.0
     cluster._check_that_all_answer = Mock()
-    failure = cluster._as_failure(RayTaskError("call", "...", CollectiveError("NCCL: timed out")))
+    failure = cluster.as_failure(RayTaskError("call", "...", CollectiveError("NCCL: timed out")))
     assert failure.cause == "communication"
     assert "NCCL: timed out" in str(failure)
 
@@ -138,7 +140,7 @@ def test_a_failed_collective_is_a_loss_with_its_reason() -> None:
     ],
     ids=str,
 )
-def test_the_environment_of_workers(
+def test_environment_variables_of_workers(
     users: dict[str, str], expected: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
@@ -146,14 +148,14 @@ def test_the_environment_of_workers(
     for name, value in users.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("TORCH_NCCL_BLOCKING_WAIT", "0")
-    variables = ray_cluster._environment(3)
+    variables = ray_cluster.worker_environment(3)
     assert variables.get("PYTORCH_ALLOC_CONF") == expected
     assert "TORCH_NCCL_BLOCKING_WAIT" not in variables, "the user's own stays"
     assert variables["OMP_NUM_THREADS"] == "3"
 
 
 @pytest.mark.parametrize(("device", "taken"), [("cpu", []), ("cuda", ["5"])])
-def test_a_worker_takes_the_gpu_that_ray_gave(
+def test_worker_uses_the_gpu_assigned_by_ray(
     device: str, taken: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     context = Mock()
@@ -162,15 +164,17 @@ def test_a_worker_takes_the_gpu_that_ray_gave(
     monkeypatch.setattr(ray, "get_runtime_context", lambda: context)
     names: list[str] = []
     worker: Any = SimpleNamespace(device=torch.device(device), take_gpu=names.append)
-    assert ray_cluster._settle(worker, torch.get_num_threads())[0] == "node"
+    assert ray_cluster.settle(worker, torch.get_num_threads())[0] == "node"
     assert names == taken
 
 
 @pytest.mark.parametrize(("limit", "num_messages"), [(2**20, 6), (100, 8)])
-def test_many_tensors_are_sent_in_one_message(
+def test_tensors_are_sent_together(
     limit: int, num_messages: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One of each owner and dtype, unless that is too much; each in its own dtype."""
+    """One message for each owner and dtype, unless it would be too large; every tensor keeps its
+    dtype.
+    """
     monkeypatch.setattr(collectives, "MESSAGE_BYTES", limit)
     dtypes = [torch.bfloat16, torch.float32, torch.bool]
     shapes = [(2, 3), (4,), (5, 5), (1, 7)]
@@ -218,7 +222,7 @@ def test_many_tensors_are_sent_in_one_message(
 
 @collective
 def double_and_share(worker: Worker, names: list[str]) -> None:
-    """Double the owned ones of some linears and let their first row go, and send them."""
+    """Double the owned linears among some, remove their first row, and send them."""
     for name in filter(worker.owns, names):
         worker.shard.set_weight(name, 2 * worker.shard.weight(name))
         mask = worker.mask(name, StructuredMask)
@@ -227,10 +231,10 @@ def double_and_share(worker: Worker, names: list[str]) -> None:
 
 
 @pytest.mark.parametrize(("family", "place"), [("llama-biases", "device"), ("gpt2", "disk")])
-def test_linears_of_a_shard_are_four_messages(
+def test_linears_of_a_shard_are_sent_in_four_messages(
     family: str, place: Place, model_folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The weights and the masks of two owners."""
+    """Weights and masks of two owners."""
     cluster = loaded(model_folders[family], 1, 2, Stores(weights=place))
     workers = list(cluster.workers.values())
     names = list(workers[0].shard.linears)

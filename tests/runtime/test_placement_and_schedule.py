@@ -15,7 +15,9 @@ from tests.conftest import LAYOUTS
 @pytest.mark.parametrize(
     ("num_blocks", "num_shards", "head"), [(8, 2, 3.0), (12, 4, 100.0), (7, 3, 0.0), (5, 5, 4.7)]
 )
-def test_the_slowest_shard_is_fast(num_blocks: int, num_shards: int, head: float) -> None:
+def test_partition_minimises_the_slowest_shard(
+    num_blocks: int, num_shards: int, head: float
+) -> None:
     def slowest(sizes: list[int]) -> float:
         return max(size + head * (i == num_shards - 1) for i, size in enumerate(sizes))
 
@@ -50,7 +52,7 @@ def order_of_shard(shard: int, num_shards: int, n: int) -> Iterator[Operation]:
 
 @pytest.mark.parametrize("num_shards", [1, 2, 5])
 @pytest.mark.parametrize("n", [1, 8])
-def test_order_is_that_of_every_shard_and_causal(num_shards: int, n: int) -> None:
+def test_schedule_keeps_the_order_of_each_shard_and_is_causal(num_shards: int, n: int) -> None:
     order = one_forward_one_backward(num_shards, n)
     place_of: dict[object, int] = {operation: i for i, operation in enumerate(order)}
     last = num_shards - 1
@@ -66,7 +68,7 @@ def test_order_is_that_of_every_shard_and_causal(num_shards: int, n: int) -> Non
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.int64])
-def test_transport_is_exact_and_gives_a_tensor_of_its_own(dtype: torch.dtype) -> None:
+def test_transport_is_exact_and_returns_an_independent_tensor(dtype: torch.dtype) -> None:
     tensor = (torch.randn(3, 4) * 100).to(dtype)
     payload = encode(tensor)
     payload.setflags(write=False)

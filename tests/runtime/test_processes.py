@@ -1,4 +1,4 @@
-"""Processes beside a worker, and what those of a run have used."""
+"""Processes beside a worker, and the memory that the processes of a run used."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ ROOT = Path(__file__).parent.parent.parent
     [("cpu", None, ""), ("cpu", "3", ""), ("cuda", "3", "3"), ("cuda", None, None)],
     ids=str,
 )
-def test_a_process_beside_a_worker_on_a_cpu_sees_no_gpu(
+def test_process_of_a_worker_sees_only_its_gpu(
     device: str, gpu: str | None, seen: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run_module = Mock(return_value={})
@@ -42,10 +42,10 @@ def test_a_process_beside_a_worker_on_a_cpu_sees_no_gpu(
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="others remove no folder that is in use")
-def test_a_process_starts_where_this_one_s_folder_is_gone(
+def test_process_starts_in_a_removed_working_directory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As after Ray has unpacked the folder of a job again; torch multiplies nothing there."""
+    """As after Ray has unpacked a job's folder again; torch could multiply nothing there."""
     product = "float(torch.ones(9, 9).mm(torch.ones(9, 9)).sum())"
     module = f"import torch\ndef answer(request): return {{'sum': {product}}}"
     (tmp_path / "asked.py").write_text(module)
@@ -57,7 +57,7 @@ def test_a_process_starts_where_this_one_s_folder_is_gone(
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="a request of the kernel of Linux")
-def test_a_process_ends_with_the_one_that_started_it(tmp_path: Path) -> None:
+def test_process_ends_with_its_parent(tmp_path: Path) -> None:
     where = tmp_path / "pid"
     request = {"path": str(where), "seconds": 100}
     code = "from ray_surgeon.runtime.fresh_process import run_module; "
@@ -73,7 +73,7 @@ def test_a_process_ends_with_the_one_that_started_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="a request of the kernel of Linux")
-def test_a_process_whose_parent_is_gone_before_it_asks_does_nothing(tmp_path: Path) -> None:
+def test_process_does_nothing_if_its_parent_ended_before_it_started(tmp_path: Path) -> None:
     module = "ray_surgeon.runtime.die_with_parent"
     command = [sys.executable, "-m", module, str(os.getppid()), "tests.runtime.sleeper"]
     request = json.dumps({"path": str(tmp_path / "pid"), "seconds": 0})
@@ -85,8 +85,8 @@ def test_a_process_whose_parent_is_gone_before_it_asks_does_nothing(tmp_path: Pa
     assert not (tmp_path / "pid").exists()
 
 
-def test_a_peak_is_that_of_the_process_whoever_asked_first() -> None:
-    """Asking begins anew, so the second of one process hears of what is there now."""
+def test_peak_of_a_process_is_its_largest_reading() -> None:
+    """Reading the peak resets it, so a second reading of the same process may be smaller."""
     sizes = [("a", 0, 900), ("a", 0, 100), ("b", 70, 200), ("b", 5, 200)]
     usages = [Usage(process, 1.0, 10, gpu, anonymous) for process, gpu, anonymous in sizes]
     assert largest_of_processes(usages, "peak_anonymous_bytes") == {"a": 900, "b": 200}

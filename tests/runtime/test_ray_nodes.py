@@ -1,10 +1,11 @@
-"""What a run says of machines, without any."""
+"""Messages of a run about machines, without any machines."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import pytest
+import ray
 from ray._private import state
 
 from ray_surgeon.runtime import ray_nodes
@@ -23,7 +24,7 @@ NODES: list[dict[str, Any]] = [
 @pytest.fixture(autouse=True)
 def there(monkeypatch: pytest.MonkeyPatch) -> None:
     free = {node["NodeID"]: node["Resources"] for node in NODES} | {"full": {"CPU": 8.0}}
-    monkeypatch.setattr(ray_nodes, "_nodes", lambda: NODES)
+    monkeypatch.setattr(ray, "nodes", lambda: NODES)
     monkeypatch.setattr(ray_nodes, "nodes_leaving", lambda: {"leaving"})
     monkeypatch.setattr(state, "available_resources_per_node", lambda: free)
 
@@ -42,7 +43,9 @@ def there(monkeypatch: pytest.MonkeyPatch) -> None:
         ({}, {"CPU": 1, "GPU": 1}, (3, "no more node has 1 CPU and 1 GPU free; ")),
     ],
 )
-def test_what_is_lacking(labels: Any, bundle: Any, expected: tuple[int, str]) -> None:
+def test_lacking_resources_are_described(
+    labels: Any, bundle: Any, expected: tuple[int, str]
+) -> None:
     missing, lack = ray_nodes.lacking(4, bundle, labels)
     assert (missing, lack[: len(expected[1])]) == expected
     assert lack.endswith("; the cluster has 3 nodes, " + lack.rpartition("nodes, ")[2])
@@ -50,7 +53,7 @@ def test_what_is_lacking(labels: Any, bundle: Any, expected: tuple[int, str]) ->
         assert "GPU 1 free of 3" in lack
 
 
-def test_versions_that_differ_are_told() -> None:
+def test_version_differences_are_reported() -> None:
     said: list[str] = []
     own = versions()
     ray_nodes.say_differences([own, own | {"torch": "1.0"}], said.append)

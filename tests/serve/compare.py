@@ -1,4 +1,4 @@
-"""What an engine computed, against transformers."""
+"""Comparison of an engine's results with transformers."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def compare(
 def differences(
     model: Any, tokens: list[int], places: list[int], result: dict[str, Any]
 ) -> torch.Tensor:
-    """Return how much log-probabilities of tokens of the prompt, and of new ones, differ."""
+    """Return the differences of log-probabilities of prompt tokens and of new tokens."""
     given = torch.tensor([tokens])
     chances = model(given).logits[0, :-1].log_softmax(dim=-1)
     logprobs = chances.gather(1, given[0, 1:, None])[:, 0]
@@ -68,9 +68,7 @@ def differences(
 
 
 def mean_difference(found: dict[str, Any], folder: Path, engine: str) -> float:
-    """Return the mean difference of the log-probabilities of all tokens that the engine read and
-    wrote.
-    """
+    """Return the mean difference of the log-probabilities of all tokens read and written."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     parts = [
         differences(model, prompt + result["tokens"], list(range(1, len(prompt))), result)

@@ -1,9 +1,8 @@
-"""Virtual environments of the serving engines, each of its own: ``python -m
-tests.serve.environments`` makes them.
+"""Virtual environments of the serving engines; ``python -m tests.serve.environments`` makes them.
 
-They are kept in the cache of ray_surgeon and made anew when a version below changes. vLLM takes 3.5
-GB. ``tools`` are programs of llama.cpp that no wheel has: they are built, which needs cmake, a
-compiler and some ten minutes.
+They are kept in the cache of ray_surgeon and made again when a version below changes. vLLM takes
+3.5 GB. ``tools`` are programs of llama.cpp that no wheel contains: they are built, which needs
+cmake, a compiler and some ten minutes.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ _NOT_NEEDED = ("torchaudio", "torchcodec")
 
 
 def python_of(engine: str) -> Path:
-    """Return the Python of an engine's environment, which may not be there."""
+    """Return the path of the Python of an engine's environment, which may not exist."""
     versions = "-".join(requirement.replace("==", "-") for requirement in ENGINES[engine])
     return cache_folder() / "serve" / versions / "bin" / "python"
 
@@ -41,7 +40,7 @@ def is_there(engine: str) -> bool:
 
 
 def make(engine: str) -> None:
-    """Make an engine's environment, unless it is there."""
+    """Make an engine's environment unless it exists."""
     if is_there(engine):
         return
     python = python_of(engine)
@@ -53,7 +52,7 @@ def make(engine: str) -> None:
 
 
 def tools_folder() -> Path:
-    """Return where llama.cpp's programs are, if they were built."""
+    """Return the folder of llama.cpp's programs, which may not exist."""
     return cache_folder() / "serve" / TOOLS.replace("==", "-")
 
 
@@ -63,7 +62,7 @@ def tools_are_there() -> bool:
 
 
 def make_tools() -> None:
-    """Build llama-quantize and llama-perplexity, unless they are there."""
+    """Build llama-quantize and llama-perplexity unless they exist."""
     if tools_are_there():
         return
     pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
@@ -85,7 +84,7 @@ def make_tools() -> None:
 
 
 def run(engine: str, request: Mapping[str, Any], timeout_s: float = 280) -> dict[str, Any]:
-    """Run an engine's script on a request and return what it prints last.
+    """Run an engine's script on a request and return the last thing it prints.
 
     Raises:
         RuntimeError: it fails; its last lines are shown.

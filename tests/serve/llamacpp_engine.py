@@ -1,5 +1,6 @@
-"""Runs in xllamacpp's environment: reads a request, generates greedily from token prompts in
-llama.cpp, prints what came.
+"""Generates greedily with llama.cpp in xllamacpp's environment.
+
+Reads a request with token prompts and prints the result.
 """
 
 import importlib.metadata

@@ -1,4 +1,4 @@
-"""Tiny models whose heads the engines' kernels know, and their exports."""
+"""Tiny models whose head sizes the engines' kernels support, and their exports."""
 
 from __future__ import annotations
 
@@ -82,8 +82,8 @@ def exported(family: str, *kinds: str, folder: Path, **options: Any) -> Path:
 
 
 def of_pieces() -> PreTrainedTokenizerFast:
-    """Return a tokenizer as Llama 2 has it: SentencePiece's BPE, bytes for what has no piece, a
-    space in front.
+    """Return a tokenizer like Llama 2's: SentencePiece's BPE with byte fallback and a space in
+    front.
     """
     trained = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
     space = "\u2581"
@@ -105,8 +105,9 @@ def of_pieces() -> PreTrainedTokenizerFast:
 
 
 def tokenizer(cuts_as: str = "") -> PreTrainedTokenizerFast:
-    """Return a tokenizer of ASCII alone: llama.cpp's server keeps back a token that ends within a
-    character of several bytes. It cuts text as GPT-2, or as llama.cpp's name says.
+    """Return a tokenizer of ASCII alone, which cuts text as GPT-2, or as llama.cpp's name says.
+
+    llama.cpp's server holds back a token that ends within a character of several bytes.
     """
     trained = Tokenizer(models.BPE())
     pieces = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not cuts_as)

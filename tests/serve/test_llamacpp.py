@@ -1,5 +1,6 @@
-"""What llama.cpp computes from a GGUF file, against transformers on the export with the same
-weights, in float32.
+"""GGUF files computed by llama.cpp, against transformers on the export with the same weights.
+
+All in float32.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ def in_llamacpp(folder: Path, tolerance: float = TOLERANCE) -> None:
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "gemma3", "phi3", "gpt2"])
-def test_uniform(family: str, tmp_path: Path) -> None:
+def test_uniform_export(family: str, tmp_path: Path) -> None:
     tolerance = ROUNDED_GELU if family in ("gemma3", "gpt2") else TOLERANCE
     options = {"output__gguf": ["f32"]}
     if family == "qwen2":
@@ -73,7 +74,7 @@ def test_uniform(family: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
-def test_uniform_with_fewer_heads(family: str, tmp_path: Path) -> None:
+def test_uniform_export_with_fewer_heads(family: str, tmp_path: Path) -> None:
     options = {"pruning__groups": ["attention"], "pruning__target_sparsity": 0.1}
     folder = exported(family, "uniform", "gguf", folder=tmp_path, output__gguf=["f32"], **options)
     assert json.loads((folder / "config.json").read_text())["num_key_value_heads"] == 1
@@ -81,8 +82,8 @@ def test_uniform_with_fewer_heads(family: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "gpt_oss"])
-def test_mixtures(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whole experts and channels of those that stay are gone."""
+def test_mixture_of_experts(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whole experts are removed, and channels of the others."""
     if family == "gpt_oss":  # llama.cpp rounds the borders of frequencies, as `truncate` does
         config = copy.deepcopy(MIXTURES[family])
         config.rope_parameters["truncate"] = True
@@ -95,22 +96,22 @@ def test_mixtures(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2"])
-def test_fewer_blocks(family: str, tmp_path: Path) -> None:
+def test_export_with_fewer_blocks(family: str, tmp_path: Path) -> None:
     tolerance = ROUNDED_GELU if family == "gpt2" else TOLERANCE
     options = BLOCKS | {"output__gguf": ["f32"]}
     in_llamacpp(exported(family, "uniform", "gguf", folder=tmp_path, **options), tolerance)
 
 
-def test_widths_that_differ(tmp_path: Path) -> None:
-    """Written as DeciLM; numbers of heads differ, too."""
+def test_export_with_widths_that_differ_by_block(tmp_path: Path) -> None:
+    """Written as DeciLM; the numbers of heads differ too."""
     in_llamacpp(exported("llama", "per_block", "gguf", folder=tmp_path, output__gguf=["f32"]))
 
 
 @pytest.mark.skipif(
     not environments.tools_are_there(), reason="python -m tests.serve.environments tools"
 )
-def test_the_importance_matrix(tmp_path: Path) -> None:
-    """Of a real model that is pruned: llama.cpp rounds it nearer to itself on every text."""
+def test_importance_matrix_improves_quantisation(tmp_path: Path) -> None:
+    """With it llama.cpp rounds a pruned real model more accurately on every text."""
     settings = "evaluation.generation=null; calibration.num_sequences=16; calibration.mix=[]"
     settings += "; cluster={backend: local}; pruning.reconstruction=null"
     export, texts = importance.exported(tmp_path, settings.split("; "), dense=False)
@@ -124,8 +125,10 @@ def test_the_importance_matrix(tmp_path: Path) -> None:
     assert len(found["tokens"]) == NUM_NEW_TOKENS
 
 
-def test_a_table_of_seconds(tmp_path: Path) -> None:
-    """Of a small model with many blocks, so that half of them take less; a job reads the table."""
+def test_measured_latency_table(tmp_path: Path) -> None:
+    """Measured on a small model with many blocks, so that half of them are faster; a
+    job reads it.
+    """
     model = tmp_path / "model"
     config = copy.deepcopy(FAMILIES["llama"])
     config.num_hidden_layers = 24
@@ -151,8 +154,8 @@ def test_a_table_of_seconds(tmp_path: Path) -> None:
     assert 0 < shot["budget"]["need"] <= 1 / 300 < shot["budget"]["dense"]
 
 
-def test_a_tokenizer_of_pieces(tmp_path: Path) -> None:
-    """SentencePiece's BPE as Llama 2 has it, with text that needs bytes."""
+def test_sentencepiece_tokenizer(tmp_path: Path) -> None:
+    """SentencePiece's BPE as in Llama 2, with text that needs the byte fallback."""
     cuts = of_pieces()
     config = copy.deepcopy(FAMILIES["llama"])
     config.vocab_size = 1000

@@ -1,8 +1,7 @@
-"""What vLLM computes from an export, against transformers: greedy continuations and
-log-probabilities, in float32.
+"""Exports computed by vLLM, against transformers: greedy continuations and log-probabilities.
 
-Three prompts of different lengths run as one batch with a cache; the longest is prefilled in
-chunks.
+All in float32. Three prompts of different lengths run as one batch with a cache; the longest one is
+prefilled in chunks.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ REQUEST: dict[str, Any] = {"prompts": PROMPTS, "num_new_tokens": NUM_NEW_TOKENS,
 
 
 def in_vllm(folder: Path, expected_class: str = "", implementation: str = "auto") -> None:
-    """Compare what vLLM computes, in the class that the export names if no other is expected."""
+    """Compare vLLM's results; the model class is the one that the export names, unless given."""
     request = REQUEST | {"folder": str(folder), "chunk": 32, "implementation": implementation}
     found = environments.run("vllm", request)
     assert found["class"] == (expected_class or config_of(folder)["architectures"][0])
@@ -46,12 +45,12 @@ def config_of(folder: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
-def test_uniform(family: str, tmp_path: Path) -> None:
+def test_uniform_export(family: str, tmp_path: Path) -> None:
     in_vllm(exported(family, "uniform", folder=tmp_path))
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3", "gpt2", "qwen3_moe", "gpt_oss"])
-def test_fewer_blocks(family: str, tmp_path: Path) -> None:
+def test_export_with_fewer_blocks(family: str, tmp_path: Path) -> None:
     folder = exported(family, "uniform", folder=tmp_path, **BLOCKS)
     dense = (FAMILIES | MIXTURES)[family].num_hidden_layers
     assert AutoConfig.from_pretrained(folder).num_hidden_layers < dense
@@ -59,7 +58,7 @@ def test_fewer_blocks(family: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "gemma3", "phi3", "gpt_oss"])
-def test_uniform_with_fewer_heads(family: str, tmp_path: Path) -> None:
+def test_uniform_export_with_fewer_heads(family: str, tmp_path: Path) -> None:
     sparsity = 0.02 if family in MIXTURES else 0.1  # of all linears, of which experts are many
     options = {"pruning__groups": ["attention"], "pruning__target_sparsity": sparsity}
     folder = exported(family, "uniform", folder=tmp_path, **options)
@@ -73,7 +72,7 @@ def test_uniform_with_fewer_heads(family: str, tmp_path: Path) -> None:
 def test_mixtures_with_heads_that_do_not_divide_the_hidden_size(
     family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of four KV heads three are left, with nine query heads for 128 numbers."""
+    """Three of four KV heads are left, with nine query heads for a hidden size of 128."""
     heads = {"num_attention_heads": 12, "num_key_value_heads": 4, "head_dim": 32}
     config = MIXTURES[family]
     monkeypatch.setitem(MIXTURES, family, type(config)(**config.to_dict() | heads))
@@ -84,8 +83,8 @@ def test_mixtures_with_heads_that_do_not_divide_the_hidden_size(
 
 
 @pytest.mark.parametrize("family", sorted(set(FAMILIES) - {"gpt2"}))
-def test_per_block(family: str, tmp_path: Path) -> None:
-    """KV heads differ from block to block, and so does the cache."""
+def test_per_block_export(family: str, tmp_path: Path) -> None:
+    """The number of KV heads differs from block to block, and so does the size of the cache."""
     in_vllm(exported(family, "per_block", folder=tmp_path), "TransformersForCausalLM")
 
 
@@ -98,11 +97,11 @@ def test_fewer_and_narrower_experts(family: str, kinds: list[str], tmp_path: Pat
 
 
 @pytest.mark.parametrize(("scheme", "size"), [("int8", None), ("fp8", None), ("w4a16", 64)])
-def test_quantised(scheme: str, size: int | None, tmp_path: Path) -> None:
-    """vLLM rounds activations too, or computes in bfloat16, and so differs; a wrong scale would
+def test_quantised_export(scheme: str, size: int | None, tmp_path: Path) -> None:
+    """vLLM also rounds activations or computes in bfloat16, so results differ; a wrong scale would
     make the log-probabilities random.
 
-    Its kernels for int8 on CPUs with AMX take bfloat16 alone.
+    Its int8 kernels on CPUs with AMX accept only bfloat16.
     """
     options: dict[str, Any] = {"pruning__groups": ["ffn"], "pruning__width_multiple": 128}
     options["output__quantize"] = {"scheme": scheme, "group_size": size}
@@ -118,9 +117,9 @@ def test_quantised(scheme: str, size: int | None, tmp_path: Path) -> None:
     not torch.cpu._is_amx_tile_supported(), reason="vLLM's kernel for such experts needs AMX"
 )
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
-def test_quantised_mixtures(family: str, tmp_path: Path) -> None:
-    """Against the same numbers in an ordinary checkpoint, and beside what was rounded: in bfloat16
-    some tokens go to other experts. vLLM's kernel for CPUs takes groups of 128 columns.
+def test_quantised_mixture_of_experts(family: str, tmp_path: Path) -> None:
+    """Against the same numbers in an ordinary checkpoint, and against the unrounded export: in
+    bfloat16 some tokens go to other experts. vLLM's CPU kernel takes groups of 128 columns.
     """
     options: dict[str, Any] = {"pruning__groups": ["experts"], "pruning__width_multiple": 128}
     options["output__quantize"] = {"scheme": "w4a16"}

@@ -1,5 +1,6 @@
-"""Runs in vLLM's environment: reads a request, generates greedily from token prompts, and prints
-what came, with log-probabilities.
+"""Generates greedily with vLLM in its own environment.
+
+Reads a request with token prompts and prints the result with log-probabilities.
 """
 
 import json

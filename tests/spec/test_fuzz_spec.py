@@ -1,4 +1,4 @@
-"""Whatever stands in a job spec, it is understood or refused with a message."""
+"""Any content of a job spec is parsed, or refused with a message."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ VALUES = st.recursive(
 
 
 def places(document: Any, path: tuple[str | int, ...] = ()) -> list[tuple[str | int, ...]]:
-    """Return the path of everything in a document."""
+    """Return the path of every value in a document."""
     inside = document if isinstance(document, dict) else {}
     if isinstance(document, list):
         inside = dict(enumerate(document))
@@ -43,7 +43,7 @@ def places(document: Any, path: tuple[str | int, ...] = ()) -> list[tuple[str | 
 
 @st.composite
 def changed(draw: st.DrawFn) -> dict[str, Any]:
-    """A sound spec in which one to three places are replaced, removed or joined by a stranger."""
+    """A valid spec in which one to three values are replaced, removed or added at random."""
     document: dict[str, Any] = copy.deepcopy(draw(st.sampled_from(DOCUMENTS)))
     for _ in range(draw(st.integers(1, 3))):
         *parents, last = draw(st.sampled_from(places(document)))
@@ -74,7 +74,7 @@ def as_yaml(value: object) -> str:
 
 @settings(FEW, max_examples=150)
 @given(st.text(max_size=200) | (changed() | VALUES).map(as_yaml))
-def test_any_text(text: str) -> None:
+def test_any_text_is_parsed_or_refused(text: str) -> None:
     try:
         spec = parse_spec(text)
     except ValidationError as error:
@@ -93,7 +93,7 @@ def test_any_text(text: str) -> None:
 
 @FEW
 @given(st.text(max_size=40), VALUES)
-def test_any_override(place: str, value: Any) -> None:
+def test_any_override_is_applied_or_refused(place: str, value: Any) -> None:
     try:
         parse_spec(PIPELINES[0].read_text(), [f"{place}={as_yaml(value)}"])
     except ValidationError as error:
@@ -104,10 +104,10 @@ def test_any_override(place: str, value: Any) -> None:
 
 @settings(FEW, max_examples=25)
 @given(document=changed())
-def test_the_command_line_never_shows_a_traceback(
+def test_command_line_never_prints_a_traceback(
     document: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A dry run of a changed spec with an absent model: refused in time, exit code 2."""
+    """A dry run of a changed spec with an absent model is refused with exit code 2."""
     path = tmp_path / "spec.yaml"
     path.write_text(as_yaml(document), encoding="utf-8")
     absent = "model={source: /absent/model}"

@@ -1,4 +1,4 @@
-"""Presets: what they set, what goes before them; no number belongs to one model."""
+"""Presets: what they set and what overrides them; no number in them belongs to one model."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def spec_of(preset: str = "balanced", *overrides: str) -> Any:
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_a_preset_is_all_that_a_job_of_groups_needs(preset: str) -> None:
-    """It has no number of one model: the run chooses them."""
+def test_preset_completes_a_job_that_prunes_groups(preset: str) -> None:
+    """It has no number that belongs to one model; the run chooses those."""
     spec = spec_of(preset)
     wanted = PRESETS[preset]
     assert (spec.calibration.source, spec.evaluation.generation) == ("auto", "auto")
@@ -42,7 +42,7 @@ def test_a_preset_is_all_that_a_job_of_groups_needs(preset: str) -> None:
     assert [text.name for text in spec.evaluation.texts] == ["python-docs", "python-docstrings"]
 
 
-def test_what_a_spec_says_goes_before_its_preset() -> None:
+def test_spec_overrides_its_preset() -> None:
     changes = "calibration.num_sequences=7 curvature.damping.a=0.5 evaluation.generation=null "
     changes += "pruning.reconstruction.num_epochs=5 recovery.num_tokens=9"
     spec = spec_of("quality", *changes.split())
@@ -76,7 +76,9 @@ SETTINGS = ("num_backward", "fisher", "damping", "reconstruction")
         ("structure: rows_columns", "identity", ()),
     ],
 )
-def test_presets_leave_out_the_rest(pruning: str, curvature: str, left: tuple[str, ...]) -> None:
+def test_presets_leave_out_settings_that_a_method_does_not_have(
+    pruning: str, curvature: str, left: tuple[str, ...]
+) -> None:
     chosen = f"pruning={{{pruning}, target_sparsity: 0.1}}"
     spec = spec_of("balanced", chosen, f"curvature={{kind: {curvature}}}")
     found = (
@@ -88,14 +90,14 @@ def test_presets_leave_out_the_rest(pruning: str, curvature: str, left: tuple[st
     assert dict(zip(SETTINGS, found, strict=True)) == {name: name in left for name in SETTINGS}
 
 
-def test_methods_without_curvature_take_a_preset_too() -> None:
+def test_methods_without_curvature_accept_a_preset() -> None:
     spec = spec_of("balanced", "pruning={structure: element, method: wanda, target_sparsity: 0.5}")
     assert spec.curvature is None
     assert spec.recovery is not None
     assert JobSpec.model_validate(spec.model_dump(mode="json")) == spec, "it is read as it is"
 
 
-def test_a_spec_without_a_preset_and_texts_has_defaults() -> None:
+def test_defaults_without_a_preset_and_texts() -> None:
     plain = parse_spec(GROUPS)
     assert plain.calibration.num_sequences == PRESETS["balanced"]["calibration"]["num_sequences"]
     sizes = "calibration={source: auto, num_sequences: 8, sequence_length: 128}"

