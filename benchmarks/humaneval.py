@@ -241,6 +241,7 @@ def outcome_of(program: str, limits: Limits, *, allow_network: bool = False) -> 
 
 
 def read_outcome(told: bytes, token: str) -> str:
+    """Return the outcome that a sandboxed process wrote, if its token is right."""
     try:
         found, outcome = json.loads(told)
     except ValueError:

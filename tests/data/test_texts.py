@@ -112,9 +112,9 @@ def test_docstrings_of_installed_packages(tmp_path: Path, monkeypatch: pytest.Mo
     installed = [Distribution.at(path) for path in tmp_path.glob("*.dist-info")]
     monkeypatch.setattr(documents, "distributions", lambda: iter(installed))
     found = documents.documents_of(source("package-docstrings"), "t")
-    found = [document.partition(".")[0] for document in found]
-    assert sorted(found) == ["Of alpha", "Of alpha, too", "Of beta"]
-    assert found.index("Of beta") < 2
+    beginnings = [document.partition(".")[0] for document in found]
+    assert sorted(beginnings) == ["Of alpha", "Of alpha, too", "Of beta"]
+    assert beginnings.index("Of beta") < 2
 
 
 @pytest.mark.parametrize("name", ["python-docs", "package-descriptions", "python-docstrings"])

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from ray_surgeon.recovery import training
 from ray_surgeon.recovery.rates import trial_steps
 from ray_surgeon.runtime.cluster import LocalCluster
+from ray_surgeon.runtime.pipelines import forward_and_backward
 from tests.integration import runs
 from tests.integration.runs import ONE, Done, Jobs, assert_same_shot
 
@@ -35,7 +35,6 @@ MEASURED = ("losses", "rate", "tried", "undone", "ended", "absorbed")
 def dies(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """Numbers of steps after which the process ends; each time the last one is removed."""
     left = list[int]()
-    plain = training.forward_and_backward
     num_made = 0
 
     def step(*args: Any) -> list[float]:
@@ -45,9 +44,9 @@ def dies(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
             left.pop()
             num_made = 0
             sys.exit("killed")
-        return plain(*args)
+        return forward_and_backward(*args)
 
-    monkeypatch.setattr(training, "forward_and_backward", step)
+    monkeypatch.setattr("ray_surgeon.recovery.training.forward_and_backward", step)
     yield left
     assert not left, "it was killed as often as it should"
 
