@@ -27,12 +27,12 @@ from transformers import PreTrainedModel
 
 import ray_surgeon
 from benchmarks.peers import load, measure, states
+from ray_surgeon.config.job import JobSpec
+from ray_surgeon.config.schedule import NO_PRUNING
 from ray_surgeon.data.texts import load_tokenizer
 from ray_surgeon.preparation.inputs import Inputs, check
 from ray_surgeon.recovery.recovery import stream_of
 from ray_surgeon.run.arguments import towards
-from ray_surgeon.spec.job import JobSpec
-from ray_surgeon.spec.schedule import NO_PRUNING
 
 TEXTS = [
     {"source": "python-docs", "weight": 0.1},

@@ -24,6 +24,7 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from benchmarks.experts import inputs_of
+from ray_surgeon.config.sections import ModelSection
 from ray_surgeon.maths.experts import rerouting_costs, share_of_tokens, shrunk_factors
 from ray_surgeon.models.build import BlockRange
 from ray_surgeon.models.checkpoint import tensor_reader
@@ -31,7 +32,6 @@ from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.models.loss import Comparison, Predicted, compare_with_dense
 from ray_surgeon.models.runner import BlockRunner, Call
 from ray_surgeon.models.shard import ModelShard
-from ray_surgeon.spec.sections import ModelSection
 from ray_surgeon.storage.sources import open_model
 
 NUM_THREADS = 2

@@ -27,14 +27,14 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from ray_surgeon.checkpointing.run_directory import RunDirectory
+from ray_surgeon.config.parsing import parse_spec
+from ray_surgeon.distributed.cluster import LocalCluster
+from ray_surgeon.distributed.worker import LinearSummary, Worker, collective
 from ray_surgeon.job import run_job
 from ray_surgeon.maths.masks import StructuredMask
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.preparation.inputs import Inputs, check
 from ray_surgeon.pruning.coupled_groups import Groups
-from ray_surgeon.runtime.cluster import LocalCluster
-from ray_surgeon.runtime.worker import LinearSummary, Worker, collective
-from ray_surgeon.spec.parsing import parse_spec
 
 FRACTIONS = (0.25, 0.5)
 NUM_AT_ONCE = 2

@@ -22,6 +22,10 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from ray_surgeon.config.parsing import parse_spec
+from ray_surgeon.distributed.cluster import LocalCluster
+from ray_surgeon.distributed.placement import place
+from ray_surgeon.distributed.weights import ModelRecipe, load
 from ray_surgeon.maths.extended.terms import power_iteration, quadratic_forms
 from ray_surgeon.maths.kronecker import Term
 from ray_surgeon.models.hooks import watch_pairs
@@ -29,10 +33,6 @@ from ray_surgeon.models.loss import Predicted
 from ray_surgeon.preparation.inputs import Inputs, check
 from ray_surgeon.report.display import new_console
 from ray_surgeon.report.plots import save
-from ray_surgeon.runtime.cluster import LocalCluster
-from ray_surgeon.runtime.placement import place
-from ray_surgeon.runtime.weights import ModelRecipe, load
-from ray_surgeon.spec.parsing import parse_spec
 from ray_surgeon.storage import files
 
 

@@ -24,8 +24,8 @@ from transformers import AutoTokenizer
 
 import ray_surgeon
 from benchmarks.peers import add_settings, quickstart
+from ray_surgeon.config.job import JobSpec
 from ray_surgeon.preparation.inputs import check
-from ray_surgeon.spec.job import JobSpec
 from ray_surgeon.storage.sources import open_model
 
 KINDS = ("Q4_K_M", "IQ4_XS", "Q3_K_M")

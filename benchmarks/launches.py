@@ -25,16 +25,16 @@ from benchmarks.counter import Counter as Counter
 from benchmarks.counter import attention_as_one_launch
 from benchmarks.shaped_model import write_tokenizer
 from ray_surgeon.checkpointing.run_directory import RunDirectory
+from ray_surgeon.config.job import JobSpec
+from ray_surgeon.distributed.cluster import LocalCluster
+from ray_surgeon.distributed.memory_plan.device_resources import DEVICES, Room
+from ray_surgeon.distributed.memory_plan.planner import Plan, Planner
+from ray_surgeon.distributed.memory_plan.shapes import Shapes
 from ray_surgeon.job import run_job
-from ray_surgeon.plan.device_resources import DEVICES, Room
-from ray_surgeon.plan.plan import Plan, Planner
-from ray_surgeon.plan.shapes import Shapes
 from ray_surgeon.preparation.inputs import check
 from ray_surgeon.preparation.planning import describe_job
 from ray_surgeon.report.events import Event, Moment
 from ray_surgeon.report.html_report import LivePage
-from ray_surgeon.runtime.cluster import LocalCluster
-from ray_surgeon.spec.job import JobSpec
 
 ROOM = Room(80e9, 1e12, 4e12, device_is_host=False)
 """Memory of a worker."""

@@ -46,6 +46,9 @@ from transformers import (
 
 import ray_surgeon
 from benchmarks.real_models import MODELS, fetch
+from ray_surgeon.config.job import JobSpec
+from ray_surgeon.config.parsing import parse_spec
+from ray_surgeon.config.sections import ModelSection
 from ray_surgeon.data.texts import order
 from ray_surgeon.export.folder import copy_small_files
 from ray_surgeon.maths.allocate import GroupCosts, allocate_globally, allocate_uniformly
@@ -54,9 +57,6 @@ from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.models.loss import Predicted, compare_with_dense, perplexity_of
 from ray_surgeon.preparation.inputs import Inputs, check
 from ray_surgeon.pruning.coupled_groups import Groups
-from ray_surgeon.spec.job import JobSpec
-from ray_surgeon.spec.parsing import parse_spec
-from ray_surgeon.spec.sections import ModelSection
 from ray_surgeon.storage import tensor_files
 from ray_surgeon.storage.sources import open_model
 

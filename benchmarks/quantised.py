@@ -31,15 +31,15 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import ray_surgeon
 from benchmarks.peers import add_settings, quickstart
+from ray_surgeon.config.job import JobSpec
+from ray_surgeon.config.sections import ModelSection, QuantizeSection
+from ray_surgeon.distributed.cluster import LocalCluster
+from ray_surgeon.distributed.placement import place
+from ray_surgeon.distributed.weights import ModelRecipe, load
 from ray_surgeon.export.folder import Pruned, run_reload
 from ray_surgeon.export.quantise import quantise
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.preparation.inputs import Inputs, check
-from ray_surgeon.runtime.cluster import LocalCluster
-from ray_surgeon.runtime.placement import place
-from ray_surgeon.runtime.weights import ModelRecipe, load
-from ray_surgeon.spec.job import JobSpec
-from ray_surgeon.spec.sections import ModelSection, QuantizeSection
 from ray_surgeon.storage.sources import open_model
 
 Rounding = Literal["nearest", "gptq", "both_sides"]

@@ -22,7 +22,7 @@ from typing import Any
 import yaml
 
 import ray_surgeon
-from ray_surgeon.spec.job import JobSpec
+from ray_surgeon.config.job import JobSpec
 
 QUICKSTART = Path(__file__).parents[1] / "pipelines/quickstart.yaml"
 WAYS: dict[str, dict[str, Any]] = {

@@ -28,11 +28,11 @@ from torch.utils.flop_counter import flop_registry
 from benchmarks.shaped_model import write
 from ray_surgeon import JobSpec
 from ray_surgeon.checkpointing.run_directory import RunDirectory
+from ray_surgeon.distributed.cluster import LocalCluster
 from ray_surgeon.job import run_job
 from ray_surgeon.maths import products
 from ray_surgeon.preparation.inputs import check
 from ray_surgeon.report.events import Event
-from ray_surgeon.runtime.cluster import LocalCluster
 
 _GEMM = 4096
 SMOLLM2 = {

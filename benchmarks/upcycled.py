@@ -43,13 +43,13 @@ from transformers import (
 )
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
+from ray_surgeon.config.parsing import parse_spec
+from ray_surgeon.config.texts import SourceSection
 from ray_surgeon.data.texts import read_windows
 from ray_surgeon.maths.masks import StructuredMask
 from ray_surgeon.models.families import FAMILIES
 from ray_surgeon.models.loss import Predicted, next_token_loss
 from ray_surgeon.models.low_rank import LowRank
-from ray_surgeon.spec.parsing import parse_spec
-from ray_surgeon.spec.texts import SourceSection
 from ray_surgeon.storage.sources import open_model
 
 TEXTS = ("python-docs", "python-docstrings", "package-descriptions")

@@ -28,6 +28,14 @@ from transformers import AutoConfig
 
 from benchmarks.humaneval import named_folders
 from benchmarks.peers import inputs_of_spec
+from ray_surgeon.config.sections import ModelSection
+from ray_surgeon.distributed.cluster import LocalCluster
+from ray_surgeon.distributed.dense_states import ANSWERS
+from ray_surgeon.distributed.passes import num_counted, sequence_losses
+from ray_surgeon.distributed.placement import place
+from ray_surgeon.distributed.weights import ModelRecipe, load
+from ray_surgeon.distributed.worker import Worker
+from ray_surgeon.distributed.worker_state import DenseStates
 from ray_surgeon.evaluation.answers import (
     Answers,
     measure_answers,
@@ -36,14 +44,6 @@ from ray_surgeon.evaluation.answers import (
 )
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.models.loss import perplexity_of
-from ray_surgeon.runtime.cluster import LocalCluster
-from ray_surgeon.runtime.dense_states import ANSWERS
-from ray_surgeon.runtime.passes import num_counted, sequence_losses
-from ray_surgeon.runtime.placement import place
-from ray_surgeon.runtime.weights import ModelRecipe, load
-from ray_surgeon.runtime.worker import Worker
-from ray_surgeon.runtime.worker_state import DenseStates
-from ray_surgeon.spec.sections import ModelSection
 
 Measures = dict[str, float]  # name -> value, of one model
 

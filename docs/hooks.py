@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from ray_surgeon.spec.job import JobSpec
+from ray_surgeon.config.job import JobSpec
 
 PLACE = "<!-- schema -->"
 

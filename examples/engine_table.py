@@ -31,11 +31,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from examples import serve_llamacpp, serve_vllm
 from examples.serving import serving
+from ray_surgeon.config.sections import ModelSection
 from ray_surgeon.export.folder import copy_small_files, dense_document
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.models.llama_cpp import architecture_of
 from ray_surgeon.models.pruned_config import BlockWidths, kv_heads_left, shallower, uniform_document
-from ray_surgeon.spec.sections import ModelSection
 
 if TYPE_CHECKING:
     from openai import OpenAI

@@ -17,8 +17,8 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM
 
+from ray_surgeon.config.targets import SpeedSection
 from ray_surgeon.export.speed import time_request
-from ray_surgeon.spec.targets import SpeedSection
 
 
 def main(argv: Sequence[str] | None = None) -> int:

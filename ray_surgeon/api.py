@@ -16,6 +16,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ray_surgeon.config.base import REASON, local_path, refusing
+from ray_surgeon.config.job import JobSpec
+from ray_surgeon.config.parsing import parse_spec
 from ray_surgeon.data.texts import first_token, tokens_of
 from ray_surgeon.maths.kronecker import KroneckerFactors
 from ray_surgeon.memory.stores import Stores
@@ -36,9 +39,6 @@ from ray_surgeon.run.arguments import (
     towards,
 )
 from ray_surgeon.run.result import PruneResult, ended_before, run
-from ray_surgeon.spec.base import REASON, local_path, refusing
-from ray_surgeon.spec.job import JobSpec
-from ray_surgeon.spec.parsing import parse_spec
 
 __all__ = [
     "JobSpec",

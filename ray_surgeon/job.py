@@ -13,12 +13,15 @@ import uuid
 from collections.abc import Callable, Mapping, Sequence
 
 from ray_surgeon.checkpointing.run_directory import RunDirectory, TakenOverError
+from ray_surgeon.distributed.cluster import Cluster, WorkerFailureError
+from ray_surgeon.distributed.memory_plan.device_resources import device_of, look_around, shared
+from ray_surgeon.distributed.memory_plan.planner import DoesNotFitError, Plan
+from ray_surgeon.distributed.usage import versions
+from ray_surgeon.distributed.worker import clean_up
 from ray_surgeon.evaluation.answers import Answers, measure_acceptance
 from ray_surgeon.evaluation.texts import measure_dense_model
 from ray_surgeon.export.exports import LoadSize
 from ray_surgeon.memory.stores import ScratchNames
-from ray_surgeon.plan.device_resources import device_of, look_around, shared
-from ray_surgeon.plan.plan import DoesNotFitError, Plan
 from ray_surgeon.preparation.inputs import Inputs
 from ray_surgeon.preparation.stages import ExportStep, Stages
 from ray_surgeon.pruning.coupled_groups import Groups
@@ -28,9 +31,6 @@ from ray_surgeon.report.events import Event, Moment, Steps
 from ray_surgeon.report.html_report import LivePage
 from ray_surgeon.report.record import RunReport
 from ray_surgeon.run_state import RunState, Text
-from ray_surgeon.runtime.cluster import Cluster, WorkerFailureError
-from ray_surgeon.runtime.usage import versions
-from ray_surgeon.runtime.worker import clean_up
 from ray_surgeon.shot_weights import load_model
 
 _PAUSE_S = 5.0

@@ -15,7 +15,7 @@ from typing import Any
 
 import ray_surgeon
 
-SCHEMA = Path(__file__).parent / "spec" / "schema.json"
+SCHEMA = Path(__file__).parent / "config" / "schema.json"
 """The JSON Schema of the job spec, for editors, too; a test says how it is written anew."""
 
 

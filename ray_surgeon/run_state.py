@@ -13,16 +13,16 @@ from numpy.typing import NDArray
 
 from ray_surgeon.checkpointing.committed import CommittedPart
 from ray_surgeon.checkpointing.run_directory import RunDirectory
+from ray_surgeon.config.sections import ModelSection
+from ray_surgeon.distributed.cluster import Cluster
+from ray_surgeon.distributed.microbatch import Counts, Tokens
+from ray_surgeon.distributed.passes import compared, num_counted, sequence_losses
+from ray_surgeon.distributed.worker import LinearSummary
 from ray_surgeon.memory.stores import ScratchNames
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.report.events import Fact, Steps
 from ray_surgeon.report.html_report import LivePage
 from ray_surgeon.report.record import RunReport
-from ray_surgeon.runtime.cluster import Cluster
-from ray_surgeon.runtime.passes import compared, num_counted, sequence_losses
-from ray_surgeon.runtime.wave import Counts, Tokens
-from ray_surgeon.runtime.worker import LinearSummary
-from ray_surgeon.spec.sections import ModelSection
 
 HELD = "(held aside)"
 """Name of the windows held aside among the texts with states of the dense model.

@@ -13,15 +13,15 @@ from typing import Any
 
 from ray_surgeon.checkpointing.committed import CommittedPart, Save
 from ray_surgeon.checkpointing.run_directory import Record
-from ray_surgeon.run_state import Facts, RunState
-from ray_surgeon.runtime.dense_states import read_states, write_states
-from ray_surgeon.runtime.weights import (
+from ray_surgeon.distributed.dense_states import read_states, write_states
+from ray_surgeon.distributed.weights import (
     ModelRecipe,
     SavedFile,
     continue_from_shot,
     load,
     save_shot,
 )
+from ray_surgeon.run_state import Facts, RunState
 from ray_surgeon.storage import files
 
 

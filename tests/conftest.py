@@ -25,8 +25,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from ray_surgeon.distributed import fresh_process
 from ray_surgeon.models.layout import ModelLayout
-from ray_surgeon.runtime import fresh_process
 from ray_surgeon.storage import files
 
 torch.set_num_threads(1)

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from ray_surgeon.config.job import JobSpec
 from ray_surgeon.run.result import PruneResult
-from ray_surgeon.spec.job import JobSpec
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "ray_surgeon"

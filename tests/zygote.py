@@ -25,7 +25,7 @@ from transformers import LlamaForCausalLM  # noqa: F401 - so that forks need not
 
 import ray_surgeon.pipeline
 import ray_surgeon.run.command
-from ray_surgeon.runtime.usage import process_usage
+from ray_surgeon.distributed.usage import process_usage
 
 MODULES = ("ray_surgeon.export.folder", "ray_surgeon.export.speed")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
-from ray_surgeon.runtime.weights import SavedFile
+from ray_surgeon.distributed.weights import SavedFile
 from ray_surgeon.storage import files as store
 
 Save = Callable[[str], Iterable[SavedFile]]

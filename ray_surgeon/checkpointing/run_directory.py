@@ -22,8 +22,8 @@ from ray_surgeon.checkpointing.committed import (
     entry,
     files_of,
 )
-from ray_surgeon.runtime.weights import SavedFile
-from ray_surgeon.spec.base import refusing
+from ray_surgeon.config.base import refusing
+from ray_surgeon.distributed.weights import SavedFile
 from ray_surgeon.storage import files as store
 
 _EVENTS_EVERY_S = 20.0

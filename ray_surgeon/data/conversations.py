@@ -15,11 +15,11 @@ from statistics import fmean
 import numpy as np
 from numpy.typing import NDArray
 
+from ray_surgeon.config.texts import ANSWER_TOKENS
 from ray_surgeon.data.prompts import Prompt
 from ray_surgeon.data.written_text import Conversations, Request
-from ray_surgeon.runtime.cluster import Cluster
-from ray_surgeon.runtime.writing import GenerationRequest, write_texts
-from ray_surgeon.spec.texts import ANSWER_TOKENS
+from ray_surgeon.distributed.cluster import Cluster
+from ray_surgeon.distributed.writing import GenerationRequest, write_texts
 
 COOLER = 0.7
 """Factor on the temperature for answers: turns should differ, answers should make sense."""

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
+from ray_surgeon.config.calibration import CalibrationSection
+from ray_surgeon.config.texts import START_TOKENS
 from ray_surgeon.data.prompts import has_chat_template
-from ray_surgeon.spec.calibration import CalibrationSection
-from ray_surgeon.spec.texts import START_TOKENS
 
 _CHAT_SHARE = 1 / 4
 """Share of the windows of a default mix that are conversations written by the model, where it has a

@@ -15,8 +15,8 @@ from itertools import zip_longest
 from pathlib import Path, PurePath
 from typing import Any, TypeVar
 
-from ray_surgeon.spec.base import REASON, refusing
-from ray_surgeon.spec.texts import TEXT_SUFFIXES, SourceSection
+from ray_surgeon.config.base import REASON, refusing
+from ray_surgeon.config.texts import TEXT_SUFFIXES, SourceSection
 from ray_surgeon.storage import copies, files
 from ray_surgeon.storage.sources import HTTP_ERROR
 

@@ -8,8 +8,8 @@ from typing import Any, Literal
 
 import pydantic
 
+from ray_surgeon.config.base import REASON, refusing
 from ray_surgeon.data.texts import first_token, tokens_of
-from ray_surgeon.spec.base import REASON, refusing
 from ray_surgeon.storage.copies import read_lines
 
 

@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ray_surgeon.config.calibration import CalibrationSection
 from ray_surgeon.data.conversations import write
 from ray_surgeon.data.texts import order
 from ray_surgeon.data.written_text import Language, Request
 from ray_surgeon.run_state import CalibrationText, Facts, RunState
-from ray_surgeon.spec.calibration import CalibrationSection
 from ray_surgeon.storage import files, tensor_files
 
 

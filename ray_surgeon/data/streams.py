@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ray_surgeon.config.texts import OWN_TEXTS, TEXT_SUFFIXES, StreamedSection
 from ray_surgeon.data import documents
 from ray_surgeon.data.texts import part_of_split, token_pieces, token_stream, window_beginning
-from ray_surgeon.spec.texts import OWN_TEXTS, TEXT_SUFFIXES, StreamedSection
 from ray_surgeon.storage import files
 
 _RUN = 32

@@ -17,9 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import AutoTokenizer
 
+from ray_surgeon.config.base import REASON, refusing
+from ray_surgeon.config.texts import SourceSection
 from ray_surgeon.data import documents
-from ray_surgeon.spec.base import REASON, refusing
-from ray_surgeon.spec.texts import SourceSection
 
 _FEWEST_TOKENS = 4
 DOCUMENTS_PER_CALL = 1000

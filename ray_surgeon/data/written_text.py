@@ -10,12 +10,12 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
+from ray_surgeon.config.base import REASON, refusing
+from ray_surgeon.config.calibration import CalibrationSection, MixedSection
+from ray_surgeon.config.texts import TURN_TOKENS
 from ray_surgeon.data.prompts import Prompt, has_chat_template, read_prompts
 from ray_surgeon.data.texts import first_token, read_windows, tokens_of
-from ray_surgeon.runtime.writing import GenerationRequest, texts_together
-from ray_surgeon.spec.base import REASON, refusing
-from ray_surgeon.spec.calibration import CalibrationSection, MixedSection
-from ray_surgeon.spec.texts import TURN_TOKENS
+from ray_surgeon.distributed.writing import GenerationRequest, texts_together
 
 _LEAST_ROOM = 24
 """Minimum tokens of a window for a turn and its answer, without the chat template."""

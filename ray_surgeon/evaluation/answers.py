@@ -18,13 +18,13 @@ from torch.nn.utils.rnn import pad_sequence
 
 from ray_surgeon.data.conversations import repeats
 from ray_surgeon.data.self_text import was_written
+from ray_surgeon.distributed import passes
+from ray_surgeon.distributed.cluster import Cluster
+from ray_surgeon.distributed.dense_states import ANSWERS
+from ray_surgeon.distributed.microbatch import Counts, Tokens
+from ray_surgeon.distributed.writing import GenerationRequest, write_texts
 from ray_surgeon.evaluation.prompts import Prompts, PromptSet
 from ray_surgeon.run_state import Facts, RunState
-from ray_surgeon.runtime import passes
-from ray_surgeon.runtime.cluster import Cluster
-from ray_surgeon.runtime.dense_states import ANSWERS
-from ray_surgeon.runtime.wave import Counts, Tokens
-from ray_surgeon.runtime.writing import GenerationRequest, write_texts
 from ray_surgeon.storage import files
 
 _EXAMPLE_CHARACTERS = 2000

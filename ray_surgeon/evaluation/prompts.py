@@ -12,14 +12,14 @@ from typing import Any
 
 import numpy as np
 
+from ray_surgeon.config.evaluation import GenerationSection
+from ray_surgeon.config.texts import START_TOKENS, TURN_TOKENS
 from ray_surgeon.data.conversations import Writer
 from ray_surgeon.data.prompts import read_prompts
 from ray_surgeon.data.self_text import SelfText
 from ray_surgeon.data.written_text import Conversations, Language, Texts
-from ray_surgeon.runtime.cluster import Cluster
-from ray_surgeon.runtime.wave import Tokens
-from ray_surgeon.spec.evaluation import GenerationSection
-from ray_surgeon.spec.texts import START_TOKENS, TURN_TOKENS
+from ray_surgeon.distributed.cluster import Cluster
+from ray_surgeon.distributed.microbatch import Tokens
 
 WHERE = "evaluation.generation"
 _SEED = 7_919

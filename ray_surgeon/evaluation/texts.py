@@ -9,11 +9,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ray_surgeon.config.evaluation import TasksSection
+from ray_surgeon.config.sections import ModelSection
+from ray_surgeon.distributed.passes import measure, remember
 from ray_surgeon.export.tasks import check_tasks, evaluate_tasks
 from ray_surgeon.run_state import HELD, Facts, RunState, Text
-from ray_surgeon.runtime.passes import measure, remember
-from ray_surgeon.spec.evaluation import TasksSection
-from ray_surgeon.spec.sections import ModelSection
 
 
 class CollapseError(RuntimeError):

@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from ray_surgeon.config.evaluation import TasksSection
+from ray_surgeon.config.sections import OutputSection
 from ray_surgeon.export.folder import Pruned
 from ray_surgeon.export.kinds import export
 from ray_surgeon.pruning.method import Method
 from ray_surgeon.report.html_report import rendered
 from ray_surgeon.run_state import Facts, RunState
 from ray_surgeon.shot_weights import load_weights
-from ray_surgeon.spec.evaluation import TasksSection
-from ray_surgeon.spec.sections import OutputSection
 from ray_surgeon.storage import files
 
 

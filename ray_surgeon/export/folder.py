@@ -19,19 +19,19 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
 
+from ray_surgeon.config.sections import ModelSection
+from ray_surgeon.distributed import fresh_process
+from ray_surgeon.distributed.cluster import Cluster
+from ray_surgeon.distributed.collectives import decode
+from ray_surgeon.distributed.fresh_process import Reply, Request
+from ray_surgeon.distributed.memory_plan.device_resources import available_bytes
+from ray_surgeon.distributed.passes import logits
+from ray_surgeon.distributed.weights import num_files, save_weights
+from ray_surgeon.distributed.worker import Worker
 from ray_surgeon.memory.transfers import backend
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.models.loss import perplexity_of
 from ray_surgeon.models.pruned_config import blocks_left
-from ray_surgeon.plan.device_resources import available_bytes
-from ray_surgeon.runtime import fresh_process
-from ray_surgeon.runtime.cluster import Cluster
-from ray_surgeon.runtime.collectives import decode
-from ray_surgeon.runtime.fresh_process import Reply, Request
-from ray_surgeon.runtime.passes import logits
-from ray_surgeon.runtime.weights import num_files, save_weights
-from ray_surgeon.runtime.worker import Worker
-from ray_surgeon.spec.sections import ModelSection
 from ray_surgeon.storage import files
 from ray_surgeon.storage.sources import goes_along, open_model
 

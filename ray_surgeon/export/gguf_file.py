@@ -24,6 +24,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from ray_surgeon.config.sections import ModelSection
 from ray_surgeon.data.texts import first_token
 from ray_surgeon.export.folder import local_folder
 from ray_surgeon.export.gguf_names import Names
@@ -33,7 +34,6 @@ from ray_surgeon.models.families import LlamaCpp
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.models.llama_cpp import architecture_of, tokenizer_names
 from ray_surgeon.models.pruned_config import BlockWidths, Widths, in_llama_cpp
-from ray_surgeon.spec.sections import ModelSection
 from ray_surgeon.storage import files
 from ray_surgeon.storage.sources import open_model
 

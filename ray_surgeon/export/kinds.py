@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from ray_surgeon.config.evaluation import TasksSection
+from ray_surgeon.config.sections import OutputSection, QuantizeSection
 from ray_surgeon.export import folder
 from ray_surgeon.export.for_engines import check_gguf, check_quantised, export_gguf
 from ray_surgeon.export.speed import measure
@@ -14,8 +16,6 @@ from ray_surgeon.models.attention import for_older_readers
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.models.pruned_config import BlockWidths
 from ray_surgeon.models.width_limits import WidthLimits
-from ray_surgeon.spec.evaluation import TasksSection
-from ray_surgeon.spec.sections import OutputSection, QuantizeSection
 from ray_surgeon.storage import files
 
 _RELOADED = "reloaded and compared"

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from ray_surgeon.config.sections import QuantizeSection
+from ray_surgeon.distributed.passes import num_counted, sequence_losses
 from ray_surgeon.export.exports import Size, pruned_of, tell_of
 from ray_surgeon.export.folder import Pruned, write_weights
 from ray_surgeon.export.for_engines import write_quantised
@@ -13,8 +15,6 @@ from ray_surgeon.export.rounding import round_linears, write_scales
 from ray_surgeon.maths.rounding import Grid
 from ray_surgeon.models.loss import perplexity_of
 from ray_surgeon.run_state import Facts, RunState
-from ray_surgeon.runtime.passes import num_counted, sequence_losses
-from ray_surgeon.spec.sections import QuantizeSection
 from ray_surgeon.storage import files
 
 

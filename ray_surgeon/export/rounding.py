@@ -8,16 +8,16 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from ray_surgeon.distributed.cluster import Cluster
+from ray_surgeon.distributed.microbatch import Tokens
+from ray_surgeon.distributed.passes import BlockPass
+from ray_surgeon.distributed.worker import Worker
+from ray_surgeon.distributed.write_linear_tensors import write_linear_tensors
 from ray_surgeon.factors.collector import WantedFactors, drawn, gather_curvature
 from ray_surgeon.maths.masks import StructuredMask
 from ray_surgeon.maths.packed import PackedSymmetric
 from ray_surgeon.maths.rounding import Grid, round_linear
 from ray_surgeon.models.build import num_inputs
-from ray_surgeon.runtime.cluster import Cluster
-from ray_surgeon.runtime.passes import BlockPass
-from ray_surgeon.runtime.wave import Tokens
-from ray_surgeon.runtime.worker import Worker
-from ray_surgeon.runtime.write_linear_tensors import write_linear_tensors
 
 NUM_BACKWARD = 64
 """Number of sequences, drawn from the calibration, over which G is summed."""

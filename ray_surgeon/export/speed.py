@@ -18,12 +18,12 @@ from accelerate import init_empty_weights
 from accelerate.utils import set_module_tensor_to_device
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from ray_surgeon.config.targets import SpeedSection
+from ray_surgeon.distributed.cluster import Cluster
+from ray_surgeon.distributed.usage import process_usage
 from ray_surgeon.export import folder as folders
 from ray_surgeon.memory.transfers import backend
 from ray_surgeon.models.build import cache_argument
-from ray_surgeon.runtime.cluster import Cluster
-from ray_surgeon.runtime.usage import process_usage
-from ray_surgeon.spec.targets import SpeedSection
 
 Record = dict[str, Any]
 """A document that is passed on as JSON."""

@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 
+from ray_surgeon.config.base import refusing
+from ray_surgeon.config.evaluation import TasksSection
+from ray_surgeon.config.sections import ModelSection
+from ray_surgeon.distributed.cluster import Cluster
+from ray_surgeon.distributed.fresh_process import run_module
 from ray_surgeon.export.folder import local_folder, run_beside
-from ray_surgeon.runtime.cluster import Cluster
-from ray_surgeon.runtime.fresh_process import run_module
-from ray_surgeon.spec.base import refusing
-from ray_surgeon.spec.evaluation import TasksSection
-from ray_surgeon.spec.sections import ModelSection
 from ray_surgeon.storage import files
 from ray_surgeon.storage.sources import open_model
 

@@ -18,18 +18,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ray_surgeon.config.curvature import ExtendedKfacSection
+from ray_surgeon.distributed import passes
+from ray_surgeon.distributed.cluster import Cluster
+from ray_surgeon.distributed.dense_states import CALIBRATION
+from ray_surgeon.distributed.microbatch import Counts, Labels, Tokens
+from ray_surgeon.distributed.pipelines import forward_and_backward
+from ray_surgeon.distributed.worker import Worker, collective
+from ray_surgeon.distributed.worker_state import PowerIteration
 from ray_surgeon.maths.extended.terms import power_iteration, quadratic_forms
 from ray_surgeon.maths.packed import PackedSymmetric
 from ray_surgeon.models.hooks import watch_pairs
 from ray_surgeon.models.layout import ModelLayout
-from ray_surgeon.runtime import passes
-from ray_surgeon.runtime.cluster import Cluster
-from ray_surgeon.runtime.dense_states import CALIBRATION
-from ray_surgeon.runtime.pipelines import forward_and_backward
-from ray_surgeon.runtime.wave import Counts, Labels, Tokens
-from ray_surgeon.runtime.worker import Worker, collective
-from ray_surgeon.runtime.worker_state import PowerIteration
-from ray_surgeon.spec.curvature import ExtendedKfacSection
 
 
 class SumsBeside:

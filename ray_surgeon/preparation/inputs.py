@@ -15,13 +15,17 @@ from numpy.typing import NDArray
 
 import ray_surgeon
 from ray_surgeon.checkpointing.run_directory import RunDirectory
+from ray_surgeon.config.groups import CHANNELS, CoupledSection
+from ray_surgeon.config.job import JobSpec
+from ray_surgeon.config.sections import KERNEL_COLUMNS, ModelSection, RaySection
 from ray_surgeon.data.default_text import default_mix
 from ray_surgeon.data.texts import load_tokenizer
+from ray_surgeon.distributed.memory_plan.device_resources import Device, Room
+from ray_surgeon.distributed.memory_plan.planner import Plan, Planner
+from ray_surgeon.distributed.memory_plan.shapes import Shapes
+from ray_surgeon.distributed.placement import Placement, place
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.models.llama_cpp import tokenizer_names
-from ray_surgeon.plan.device_resources import Device, Room
-from ray_surgeon.plan.plan import Plan, Planner
-from ray_surgeon.plan.shapes import Shapes
 from ray_surgeon.preparation import reading
 from ray_surgeon.preparation.planning import describe_job
 from ray_surgeon.preparation.reading import Texts
@@ -32,10 +36,6 @@ from ray_surgeon.pruning.methods import method_for
 from ray_surgeon.recovery.teacher import LoadTeacher
 from ray_surgeon.report.record import check_folder
 from ray_surgeon.run_state import CalibrationText
-from ray_surgeon.runtime.placement import Placement, place
-from ray_surgeon.spec.groups import CHANNELS, CoupledSection
-from ray_surgeon.spec.job import JobSpec
-from ray_surgeon.spec.sections import KERNEL_COLUMNS, ModelSection, RaySection
 
 
 @dataclass(frozen=True)

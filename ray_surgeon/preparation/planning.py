@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ray_surgeon.export.exports import Export
-from ray_surgeon.export.quantise import Quantise
-from ray_surgeon.export.rounding import NUM_BACKWARD
-from ray_surgeon.models.layout import ModelLayout
-from ray_surgeon.plan.planned_job import (
+from ray_surgeon.config.calibration import CalibrationSection
+from ray_surgeon.config.job import JobSpec
+from ray_surgeon.config.recovery import RecoverySection
+from ray_surgeon.config.sections import OutputSection
+from ray_surgeon.distributed.memory_plan.planned_job import (
     PlannedCurvature,
     PlannedDepth,
     PlannedExports,
@@ -18,6 +18,10 @@ from ray_surgeon.plan.planned_job import (
     PlannedRecovery,
     PlannedTeacher,
 )
+from ray_surgeon.export.exports import Export
+from ray_surgeon.export.quantise import Quantise
+from ray_surgeon.export.rounding import NUM_BACKWARD
+from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.preparation.stages import ExportStep, Stages
 from ray_surgeon.pruning.coupled_groups import Groups
 from ray_surgeon.pruning.depth import TOKENS_EACH, Depth
@@ -25,10 +29,6 @@ from ray_surgeon.pruning.method import Method
 from ray_surgeon.recovery.batches import steps_ahead
 from ray_surgeon.recovery.rates import steps_between_checks, trial_steps
 from ray_surgeon.recovery.reconstruction import RATES, TRIAL_PART
-from ray_surgeon.spec.calibration import CalibrationSection
-from ray_surgeon.spec.job import JobSpec
-from ray_surgeon.spec.recovery import RecoverySection
-from ray_surgeon.spec.sections import OutputSection
 
 _FARTHER = 1.25
 """Times as many groups as are removed are on the paths that are followed."""

@@ -11,18 +11,18 @@ import numpy as np
 import torch
 from transformers import AutoConfig, PretrainedConfig
 
+from ray_surgeon.config.base import refusing
+from ray_surgeon.config.job import JobSpec
+from ray_surgeon.config.sections import LocalSection, ModelSection
+from ray_surgeon.config.texts import SourceSection
 from ray_surgeon.data.documents import is_saved_whole
 from ray_surgeon.data.texts import Windows, interleaved, read_windows, windows_of
+from ray_surgeon.distributed.memory_plan.device_resources import named_device
 from ray_surgeon.models.attention import check_rope
 from ray_surgeon.models.checkpoint import check_checkpoint, check_tied
 from ray_surgeon.models.families import check_depth, check_family, check_not_quantised
 from ray_surgeon.models.layout import ModelLayout
-from ray_surgeon.plan.device_resources import named_device
 from ray_surgeon.recovery.teacher import LoadTeacher
-from ray_surgeon.spec.base import refusing
-from ray_surgeon.spec.job import JobSpec
-from ray_surgeon.spec.sections import LocalSection, ModelSection
-from ray_surgeon.spec.texts import SourceSection
 from ray_surgeon.storage import files
 from ray_surgeon.storage.sources import ModelFiles, open_model
 

@@ -5,6 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ray_surgeon.config.evaluation import TasksSection
+from ray_surgeon.config.groups import CoupledSection
+from ray_surgeon.config.job import JobSpec
+from ray_surgeon.config.sections import OutputSection
 from ray_surgeon.data.self_text import SelfText
 from ray_surgeon.data.written_text import Language
 from ray_surgeon.evaluation.answers import DenseAnswers, PrunedAnswers
@@ -24,10 +28,6 @@ from ray_surgeon.recovery.reconstruction import Reconstruction
 from ray_surgeon.recovery.recovery import Recovery, stream_of
 from ray_surgeon.recovery.teacher import LoadTeacher
 from ray_surgeon.shot_weights import Commit
-from ray_surgeon.spec.evaluation import TasksSection
-from ray_surgeon.spec.groups import CoupledSection
-from ray_surgeon.spec.job import JobSpec
-from ray_surgeon.spec.sections import OutputSection
 
 WritingStep = Export | Quantise
 ExportStep = LoadSize | WritingStep

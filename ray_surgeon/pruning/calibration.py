@@ -13,6 +13,9 @@ from typing import Any
 
 import numpy as np
 
+from ray_surgeon.config.curvature import DampingSection, ExtendedKfacSection
+from ray_surgeon.distributed.cluster import Cluster
+from ray_surgeon.distributed.worker import Worker
 from ray_surgeon.factors.collector import WantedFactors, gather_curvature, gather_terms
 from ray_surgeon.maths.kronecker import PackedFactors
 from ray_surgeon.maths.structured import (
@@ -23,9 +26,6 @@ from ray_surgeon.maths.structured import (
 )
 from ray_surgeon.pruning.method import Method
 from ray_surgeon.run_state import CalibrationText, Facts, RunState
-from ray_surgeon.runtime.cluster import Cluster
-from ray_surgeon.runtime.worker import Worker
-from ray_surgeon.spec.curvature import DampingSection, ExtendedKfacSection
 
 
 def _keep_held_factors(worker: Worker, method: Method) -> None:

@@ -20,6 +20,10 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ray_surgeon.config.groups import CoupledSection
+from ray_surgeon.distributed.cluster import Cluster
+from ray_surgeon.distributed.microbatch import Tokens
+from ray_surgeon.distributed.worker import LinearSummary, Worker, collective, sizes, summaries
 from ray_surgeon.factors.collector import NOTHING_BESIDE, SumsBeside
 from ray_surgeon.maths.allocate import (
     Allocation,
@@ -48,10 +52,6 @@ from ray_surgeon.pruning.layer_removal import layers_gone
 from ray_surgeon.pruning.method import Applied, Choice, Ranking, Scores
 from ray_surgeon.recovery.reconstruction import Reconstruction
 from ray_surgeon.run_state import CalibrationText
-from ray_surgeon.runtime.cluster import Cluster
-from ray_surgeon.runtime.wave import Tokens
-from ray_surgeon.runtime.worker import LinearSummary, Worker, collective, sizes, summaries
-from ray_surgeon.spec.groups import CoupledSection
 
 _PATH_MARGIN = 1.25
 """Multiple of the numbers of groups predicted by single costs that paths are followed for.

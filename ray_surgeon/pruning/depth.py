@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from ray_surgeon.config.depth import MEASURED, DepthSection
+from ray_surgeon.distributed.cluster import Cluster
 from ray_surgeon.models.layers import Layer, layers_of, linear_before
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.pruning import depth_passes as passes
@@ -20,8 +22,6 @@ from ray_surgeon.pruning import layer_removal as removal
 from ray_surgeon.pruning.coupled_groups import Groups
 from ray_surgeon.pruning.method import Method
 from ray_surgeon.run_state import Facts, RunState, held_measure
-from ray_surgeon.runtime.cluster import Cluster
-from ray_surgeon.spec.depth import MEASURED, DepthSection
 
 TOKENS_EACH = 20
 """Tokens for each input of a linear that is fitted; more change the fit by at most a twentieth."""

@@ -9,15 +9,15 @@ from typing import Any
 import numpy as np
 import torch
 
+from ray_surgeon.distributed import microbatch as wave
+from ray_surgeon.distributed.cluster import Cluster, Future, at_hand, value_of
+from ray_surgeon.distributed.microbatch import Tokens
+from ray_surgeon.distributed.passes import num_counted
+from ray_surgeon.distributed.placement import WorkerIndex
 from ray_surgeon.models.layers import Layer
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.pruning import layer_removal as removal
 from ray_surgeon.run_state import CalibrationText
-from ray_surgeon.runtime import wave
-from ray_surgeon.runtime.cluster import Cluster, Future, at_hand, value_of
-from ray_surgeon.runtime.passes import num_counted
-from ray_surgeon.runtime.placement import WorkerIndex
-from ray_surgeon.runtime.wave import Tokens
 
 Passing = Callable[[WorkerIndex, int, Any], Future[Any]]
 """(worker, number of a sequence, its inputs) -> its outputs."""

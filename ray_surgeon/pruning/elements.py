@@ -13,14 +13,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ray_surgeon.config.pruning import ElementsSection
+from ray_surgeon.distributed.cluster import Cluster
+from ray_surgeon.distributed.worker import Worker
 from ray_surgeon.maths import threshold as thresholds
 from ray_surgeon.maths.conjugate import ElementUpdate
 from ray_surgeon.maths.element_pruning import ElementCandidates, find_elements
 from ray_surgeon.maths.masks import ElementMask
 from ray_surgeon.pruning.method import ByThreshold, Choice, Scores
-from ray_surgeon.runtime.cluster import Cluster
-from ray_surgeon.runtime.worker import Worker
-from ray_surgeon.spec.pruning import ElementsSection
 
 
 @dataclass(frozen=True)

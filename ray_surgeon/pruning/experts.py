@@ -9,6 +9,8 @@ from typing import ClassVar
 
 import torch
 
+from ray_surgeon.config.groups import ExpertCosts
+from ray_surgeon.distributed.worker import Worker
 from ray_surgeon.factors.collector import SumsBeside
 from ray_surgeon.maths.experts import (
     frequency_costs,
@@ -19,8 +21,6 @@ from ray_surgeon.maths.experts import (
 from ray_surgeon.maths.masks import StructuredMask
 from ray_surgeon.maths.threshold import check_costs
 from ray_surgeon.models.layout import ModelLayout
-from ray_surgeon.runtime.worker import Worker
-from ray_surgeon.spec.groups import ExpertCosts
 
 
 class ExpertSumsBeside(SumsBeside):

@@ -8,14 +8,14 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from ray_surgeon.distributed.collectives import TensorPayload
+from ray_surgeon.distributed.microbatch import SequenceOfWave, Tokens, comparison
+from ray_surgeon.distributed.worker import Worker, collective
+from ray_surgeon.distributed.worker_state import LinearFit
 from ray_surgeon.maths.folding import folded
 from ray_surgeon.maths.masks import StructuredMask
 from ray_surgeon.models.layers import Layer, added_by, influences, layers_of, without_each
 from ray_surgeon.run_state import HELD
-from ray_surgeon.runtime.collectives import TensorPayload
-from ray_surgeon.runtime.wave import SequenceOfWave, Tokens, comparison
-from ray_surgeon.runtime.worker import Worker, collective
-from ray_surgeon.runtime.worker_state import LinearFit
 
 DAMPING = (1e-4, 1.0)
 """Damping of A relative to the mean of its diagonal: the first tried, and the largest."""

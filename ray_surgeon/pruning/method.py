@@ -14,15 +14,15 @@ from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import Any, ClassVar, Generic, TypeVar
 
+from ray_surgeon.config.curvature import AnyCurvature
+from ray_surgeon.config.schedule import ScheduleSection
+from ray_surgeon.distributed.cluster import Cluster
+from ray_surgeon.distributed.microbatch import Tokens
+from ray_surgeon.distributed.worker import LinearSummary, Worker, collective, sizes
 from ray_surgeon.factors.collector import NOTHING_BESIDE, SumsBeside
 from ray_surgeon.maths.curvature import Clipping, Linear
 from ray_surgeon.maths.factorised import RaisedDamping
 from ray_surgeon.run_state import CalibrationText
-from ray_surgeon.runtime.cluster import Cluster
-from ray_surgeon.runtime.wave import Tokens
-from ray_surgeon.runtime.worker import LinearSummary, Worker, collective, sizes
-from ray_surgeon.spec.curvature import AnyCurvature
-from ray_surgeon.spec.schedule import ScheduleSection
 
 C = TypeVar("C")
 

@@ -7,6 +7,22 @@ from typing import Any
 
 import torch
 
+from ray_surgeon.config.curvature import AnyCurvature
+from ray_surgeon.config.groups import (
+    CoupledSection,
+    GroupsSection,
+    UniformGroupsSection,
+    problems_of_mixture,
+)
+from ray_surgeon.config.pruning import (
+    ElementsSection,
+    PatternSection,
+    PruningSection,
+    RowsColumnsSection,
+    SparseGPTSection,
+    WandaSection,
+)
+from ray_surgeon.config.targets import BytesTarget, FlopsTarget, TimedTarget
 from ray_surgeon.models import budgets
 from ray_surgeon.models.budgets import Budget
 from ray_surgeon.models.layout import ModelLayout
@@ -18,22 +34,6 @@ from ray_surgeon.pruning.method import Choice, Method, Scores
 from ray_surgeon.pruning.rows_columns import RowsColumns
 from ray_surgeon.pruning.seconds_table import budget_in
 from ray_surgeon.run_state import Facts, RunState, held_measure
-from ray_surgeon.spec.curvature import AnyCurvature
-from ray_surgeon.spec.groups import (
-    CoupledSection,
-    GroupsSection,
-    UniformGroupsSection,
-    problems_of_mixture,
-)
-from ray_surgeon.spec.pruning import (
-    ElementsSection,
-    PatternSection,
-    PruningSection,
-    RowsColumnsSection,
-    SparseGPTSection,
-    WandaSection,
-)
-from ray_surgeon.spec.targets import BytesTarget, FlopsTarget, TimedTarget
 
 METHODS: dict[type, type[Method]] = {
     RowsColumnsSection: RowsColumns,

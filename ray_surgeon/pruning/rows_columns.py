@@ -12,6 +12,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ray_surgeon.config.curvature import ExtendedKfacSection
+from ray_surgeon.config.pruning import RowsColumnsSection
+from ray_surgeon.distributed.cluster import Cluster
+from ray_surgeon.distributed.microbatch import Tokens
+from ray_surgeon.distributed.worker import Worker, collective
 from ray_surgeon.maths import threshold as thresholds
 from ray_surgeon.maths.greedy import Limits
 from ray_surgeon.maths.masks import StructuredMask
@@ -19,11 +24,6 @@ from ray_surgeon.maths.structured import Candidates, find_candidates
 from ray_surgeon.maths.threshold import StructureCosts
 from ray_surgeon.models.groups import propagate, shrinkable
 from ray_surgeon.pruning.method import Applied, ByThreshold, Choice, Scores
-from ray_surgeon.runtime.cluster import Cluster
-from ray_surgeon.runtime.wave import Tokens
-from ray_surgeon.runtime.worker import Worker, collective
-from ray_surgeon.spec.curvature import ExtendedKfacSection
-from ray_surgeon.spec.pruning import RowsColumnsSection
 
 _SAMPLED_BLOCKS = 4
 """One in this many blocks is sampled to estimate how far greedy paths must go."""

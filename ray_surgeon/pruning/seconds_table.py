@@ -11,11 +11,11 @@ from typing import Annotated
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt
 
+from ray_surgeon.config.base import REASON, refusing
+from ray_surgeon.config.targets import SpeedSection, TimedTarget
 from ray_surgeon.models.budgets import Budget
 from ray_surgeon.models.layers import LAYER_KINDS, layers_of
 from ray_surgeon.models.layout import ModelLayout
-from ray_surgeon.spec.base import REASON, refusing
-from ray_surgeon.spec.targets import SpeedSection, TimedTarget
 from ray_surgeon.storage import files
 
 _Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]

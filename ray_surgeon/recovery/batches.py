@@ -10,13 +10,13 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from ray_surgeon.config.recovery import RecoverySection
 from ray_surgeon.data.streams import TextEndedError, TextStream
+from ray_surgeon.distributed.cluster import Cluster
+from ray_surgeon.distributed.dense_states import CALIBRATION, STREAM, forget_states
+from ray_surgeon.distributed.microbatch import Counts, Tokens
+from ray_surgeon.distributed.passes import pass_up_to_the_head
 from ray_surgeon.run_state import CalibrationText
-from ray_surgeon.runtime.cluster import Cluster
-from ray_surgeon.runtime.dense_states import CALIBRATION, STREAM, forget_states
-from ray_surgeon.runtime.passes import pass_up_to_the_head
-from ray_surgeon.runtime.wave import Counts, Tokens
-from ray_surgeon.spec.recovery import RecoverySection
 
 SEQUENCES_AHEAD = 32
 """Sequences that the teacher sees in one pass.

@@ -20,6 +20,11 @@ import torch
 from torch import Tensor
 from transformers.activations import ACT2FN
 
+from ray_surgeon.config.reconstruction import ReconstructionSection
+from ray_surgeon.distributed.cluster import Cluster
+from ray_surgeon.distributed.microbatch import Tokens
+from ray_surgeon.distributed.passes import pass_up_to_the_head
+from ray_surgeon.distributed.worker import Worker, collective
 from ray_surgeon.maths.masks import StructuredMask
 from ray_surgeon.maths.reconstruction import (
     FeedForward,
@@ -30,11 +35,6 @@ from ray_surgeon.maths.reconstruction import (
 from ray_surgeon.models.groups import GroupSet
 from ray_surgeon.models.hooks import LayerInputs
 from ray_surgeon.run_state import CalibrationText, Facts, RunState
-from ray_surgeon.runtime.cluster import Cluster
-from ray_surgeon.runtime.passes import pass_up_to_the_head
-from ray_surgeon.runtime.wave import Tokens
-from ray_surgeon.runtime.worker import Worker, collective
-from ray_surgeon.spec.reconstruction import ReconstructionSection
 
 RATES = (0.003, 0.006, 0.012)
 """Learning rates that are tried, relative to the root mean square of each weight.

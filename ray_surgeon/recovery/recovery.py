@@ -9,20 +9,20 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, ClassVar
 
+from ray_surgeon.config.recovery import RecoverySection
+from ray_surgeon.config.schedule import ScheduleSection
 from ray_surgeon.data.streams import TextStream
-from ray_surgeon.plan.device_resources import DEVICES
+from ray_surgeon.distributed.dense_states import CALIBRATION
+from ray_surgeon.distributed.memory_plan.device_resources import DEVICES
+from ray_surgeon.distributed.teacher import drop_teacher, load_teacher
+from ray_surgeon.distributed.weights import ModelRecipe
 from ray_surgeon.recovery.batches import Batches, CalibrationBatches, StreamBatches
 from ray_surgeon.recovery.rates import Check
 from ray_surgeon.recovery.teacher import LoadTeacher
 from ray_surgeon.recovery.training import Training
 from ray_surgeon.report.events import CHECK
 from ray_surgeon.run_state import CalibrationText, Facts, RunState, Text
-from ray_surgeon.runtime.dense_states import CALIBRATION
-from ray_surgeon.runtime.teacher import drop_teacher, load_teacher
-from ray_surgeon.runtime.weights import ModelRecipe
 from ray_surgeon.shot_weights import commit_part
-from ray_surgeon.spec.recovery import RecoverySection
-from ray_surgeon.spec.schedule import ScheduleSection
 
 
 @dataclass(frozen=True)

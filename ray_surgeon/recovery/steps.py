@@ -8,13 +8,13 @@ from typing import Any
 
 from torch import Tensor
 
+from ray_surgeon.config.recovery import RecoverySection
+from ray_surgeon.distributed.collectives import MESSAGE_BYTES, together
+from ray_surgeon.distributed.weights import SavedFile, save_tensors
+from ray_surgeon.distributed.worker import Worker, collective
+from ray_surgeon.distributed.worker_state import TrainingState
 from ray_surgeon.models.low_rank import LowRank, LowRankCorrections
 from ray_surgeon.models.whole_weights import WholeWeights, block_parameters
-from ray_surgeon.runtime.collectives import MESSAGE_BYTES, together
-from ray_surgeon.runtime.weights import SavedFile, save_tensors
-from ray_surgeon.runtime.worker import Worker, collective
-from ray_surgeon.runtime.worker_state import TrainingState
-from ray_surgeon.spec.recovery import RecoverySection
 from ray_surgeon.storage import tensor_files
 
 _PRESENT = "present "

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from ray_surgeon.config.sections import ModelSection
+from ray_surgeon.distributed.placement import Placement
+from ray_surgeon.distributed.weights import ModelRecipe, load
 from ray_surgeon.memory.stores import ScratchNames
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.run_state import RunState
-from ray_surgeon.runtime.placement import Placement
-from ray_surgeon.runtime.weights import ModelRecipe, load
-from ray_surgeon.spec.sections import ModelSection
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,18 +14,18 @@ from statistics import fmean
 from typing import Any
 
 from ray_surgeon.checkpointing.committed import CommittedPart
+from ray_surgeon.config.recovery import RecoverySection
 from ray_surgeon.data.streams import TextEndedError
+from ray_surgeon.distributed.cluster import Cluster
+from ray_surgeon.distributed.microbatch import Labels
+from ray_surgeon.distributed.passes import num_counted
+from ray_surgeon.distributed.pipelines import forward_and_backward
+from ray_surgeon.distributed.weights import SavedFile
 from ray_surgeon.maths.reconstruction import rate_factor
 from ray_surgeon.recovery import rates, steps
 from ray_surgeon.recovery.batches import Batches
 from ray_surgeon.recovery.rates import Check
 from ray_surgeon.run_state import CalibrationText, Facts, held_aside
-from ray_surgeon.runtime.cluster import Cluster
-from ray_surgeon.runtime.passes import num_counted
-from ray_surgeon.runtime.pipelines import forward_and_backward
-from ray_surgeon.runtime.wave import Labels
-from ray_surgeon.runtime.weights import SavedFile
-from ray_surgeon.spec.recovery import RecoverySection
 
 
 @dataclass

@@ -21,9 +21,9 @@ import torch
 import yaml
 
 from ray_surgeon.checkpointing.run_directory import Record, RunDirectory
-from ray_surgeon.runtime.cluster import Cluster
-from ray_surgeon.runtime.usage import Usage, process_usage
-from ray_surgeon.runtime.worker import Worker
+from ray_surgeon.distributed.cluster import Cluster
+from ray_surgeon.distributed.usage import Usage, process_usage
+from ray_surgeon.distributed.worker import Worker
 
 CHECK = "check"
 """Step of the events of a training's measurements before it ends."""

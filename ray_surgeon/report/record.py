@@ -13,10 +13,10 @@ import torch
 import yaml
 
 from ray_surgeon.checkpointing.run_directory import Record, RunDirectory
+from ray_surgeon.config.base import refusing
+from ray_surgeon.config.targets import UNITS
+from ray_surgeon.distributed.worker import LinearSummary
 from ray_surgeon.report.events import Steps
-from ray_surgeon.runtime.worker import LinearSummary
-from ray_surgeon.spec.base import refusing
-from ray_surgeon.spec.targets import UNITS
 from ray_surgeon.storage import files as store
 from ray_surgeon.storage import tensor_files
 

@@ -25,13 +25,13 @@ from transformers import (
 )
 
 from ray_surgeon.checkpointing.run_directory import RunDirectory
+from ray_surgeon.config.base import absolute, local_path, refusing
+from ray_surgeon.config.calibration import CalibrationSection
+from ray_surgeon.config.job import JobSpec
+from ray_surgeon.config.parsing import validation_message
+from ray_surgeon.config.texts import TextSection
 from ray_surgeon.models.families import family_of
 from ray_surgeon.preparation.reading import as_input_error
-from ray_surgeon.spec.base import absolute, local_path, refusing
-from ray_surgeon.spec.calibration import CalibrationSection
-from ray_surgeon.spec.job import JobSpec
-from ray_surgeon.spec.parsing import validation_message
-from ray_surgeon.spec.texts import TextSection
 from ray_surgeon.storage import files
 
 _NOT_SHARED = {

@@ -15,16 +15,19 @@ from pydantic import ValidationError
 from rich.console import Console
 
 from ray_surgeon.checkpointing.run_directory import RunDirectory, TakenOverError
-from ray_surgeon.maths.threshold import OutOfReachError
-from ray_surgeon.models.checkpoint import BadWeightsError
-from ray_surgeon.plan.device_resources import (
+from ray_surgeon.config.job import JobSpec
+from ray_surgeon.config.parsing import parse_spec, validation_message
+from ray_surgeon.config.sections import RaySection
+from ray_surgeon.distributed.memory_plan.device_resources import (
     DEVICES,
     Device,
     Room,
     named_device,
     resources_here,
 )
-from ray_surgeon.plan.plan import DoesNotFitError, plan_table
+from ray_surgeon.distributed.memory_plan.planner import DoesNotFitError, plan_table
+from ray_surgeon.maths.threshold import OutOfReachError
+from ray_surgeon.models.checkpoint import BadWeightsError
 from ray_surgeon.preparation.inputs import Inputs, check
 from ray_surgeon.preparation.reading import as_input_error
 from ray_surgeon.report.display import Display, new_console, shots_table, summary_lines
@@ -32,9 +35,6 @@ from ray_surgeon.report.html_report import LivePage
 from ray_surgeon.run.arguments import document_of, towards
 from ray_surgeon.run.kubernetes import ray_job
 from ray_surgeon.run.result import PruneResult, ended_before, run
-from ray_surgeon.spec.job import JobSpec
-from ray_surgeon.spec.parsing import parse_spec, validation_message
-from ray_surgeon.spec.sections import RaySection
 from ray_surgeon.storage import files
 
 _MAX_SPEC_BYTES = 2**20

@@ -16,17 +16,17 @@ from ray.util import metrics as ray_metrics
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ray_surgeon.checkpointing.run_directory import Attempt, RunDirectory, TakenOverError
+from ray_surgeon.config.base import refusing
+from ray_surgeon.config.sections import RaySection
+from ray_surgeon.distributed.cluster import NoRoomError, WorkerFailureError
+from ray_surgeon.distributed.memory_plan.device_resources import available_cpus
+from ray_surgeon.distributed.ray_cluster import RayCluster
+from ray_surgeon.distributed.ray_nodes import nodes_alive
 from ray_surgeon.evaluation.texts import CollapseError
 from ray_surgeon.job import run_job
-from ray_surgeon.plan.device_resources import available_cpus
 from ray_surgeon.preparation.inputs import Inputs
 from ray_surgeon.report.display import Display
 from ray_surgeon.report.events import CHECK, Event, Fact, Moment, Recorder
-from ray_surgeon.runtime.cluster import NoRoomError, WorkerFailureError
-from ray_surgeon.runtime.ray_cluster import RayCluster
-from ray_surgeon.runtime.ray_nodes import nodes_alive
-from ray_surgeon.spec.base import refusing
-from ray_surgeon.spec.sections import RaySection
 
 _Failure = WorkerFailureError | None
 _LOSSES: tuple[type[RayError], ...] = (

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-from ray_surgeon.plan.plan import Plan
+from ray_surgeon.config.sections import RaySection
+from ray_surgeon.distributed.memory_plan.planner import Plan
 from ray_surgeon.preparation.inputs import Inputs
 from ray_surgeon.report.html_report import rendered
-from ray_surgeon.spec.sections import RaySection
 
 _GIB = 2**30
 _SPARE = 1.25

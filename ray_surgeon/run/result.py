@@ -10,6 +10,8 @@ from typing import Any
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ray_surgeon.checkpointing.run_directory import RunDirectory
+from ray_surgeon.config.sections import RaySection
+from ray_surgeon.distributed.cluster import LocalCluster
 from ray_surgeon.export.folder import local_folder
 from ray_surgeon.job import run_job
 from ray_surgeon.preparation.inputs import Inputs
@@ -17,8 +19,6 @@ from ray_surgeon.report.display import Display
 from ray_surgeon.report.record import family_of, has_its_files, is_complete
 from ray_surgeon.report.trackers import Trackers
 from ray_surgeon.run.arguments import own_modes
-from ray_surgeon.runtime.cluster import LocalCluster
-from ray_surgeon.spec.sections import RaySection
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ from pathlib import Path, PurePosixPath
 
 from filelock import FileLock
 
-from ray_surgeon.spec.base import refusing
-from ray_surgeon.spec.sections import ModelSection
+from ray_surgeon.config.base import refusing
+from ray_surgeon.config.sections import ModelSection
 from ray_surgeon.storage import files
 
 

@@ -22,7 +22,7 @@ from typing import Any
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from ray_surgeon.spec.base import REASON, refusing
+from ray_surgeon.config.base import REASON, refusing
 from ray_surgeon.storage.retrying import naming, tries_again
 
 WRITING = ".writing-"

@@ -13,8 +13,8 @@ from huggingface_hub import HfApi, ModelInfo, hf_hub_download, try_to_load_from_
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from torch import Tensor
 
-from ray_surgeon.spec.base import refusing
-from ray_surgeon.spec.sections import ModelSection
+from ray_surgeon.config.base import refusing
+from ray_surgeon.config.sections import ModelSection
 from ray_surgeon.storage import copies, files, tensor_files
 
 HTTP_ERROR: type[Exception] = HfHubHTTPError.__bases__[0]

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ray_surgeon.spec.base import REASON, refusing
+from ray_surgeon.config.base import REASON, refusing
 from ray_surgeon.storage import files
 from ray_surgeon.storage.retrying import tries_again
 

@@ -12,9 +12,9 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks import experts
 from benchmarks.expert_costs import predictions, sequences_of_help
+from ray_surgeon.config.parsing import parse_spec
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.report.html_report import LivePage
-from ray_surgeon.spec.parsing import parse_spec
 from tests.integration.runs import config_like, new_model, report_of
 
 CONFIG = config_like("mixtral", max_position_embeddings=512)

@@ -14,8 +14,8 @@ from transformers import PreTrainedModel
 
 from benchmarks import peers
 from benchmarks.peers import PEERS
+from ray_surgeon.config.parsing import parse_spec
 from ray_surgeon.preparation.inputs import Inputs, check
-from ray_surgeon.spec.parsing import parse_spec
 from tests.integration.runs import tiny_spec
 
 

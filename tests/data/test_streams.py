@@ -16,9 +16,9 @@ import pyarrow.parquet
 import pytest
 from transformers import PreTrainedTokenizerFast as FastTokenizer
 
+from ray_surgeon.config.texts import SourceSection, StreamedSection
 from ray_surgeon.data import documents, texts
 from ray_surgeon.data.streams import TextEndedError, TextStream
-from ray_surgeon.spec.texts import SourceSection, StreamedSection
 from tests.integration.runs import beginning
 
 DOCUMENTS = [

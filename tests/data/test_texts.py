@@ -19,13 +19,13 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast as FastTokenizer
 
+from ray_surgeon.config.calibration import CalibrationSection
+from ray_surgeon.config.parsing import parse_spec
+from ray_surgeon.config.texts import SourceSection
 from ray_surgeon.data import documents, prompts, texts
 from ray_surgeon.data.default_text import default_mix
 from ray_surgeon.data.texts import Windows, first_token, interleaved
 from ray_surgeon.preparation.inputs import check
-from ray_surgeon.spec.calibration import CalibrationSection
-from ray_surgeon.spec.parsing import parse_spec
-from ray_surgeon.spec.texts import SourceSection
 from tests.integration.runs import beginning, tiny_spec
 
 DOCUMENTS = [f"Document {i}: " + "the quick brown fox. " * 5 for i in range(40)]

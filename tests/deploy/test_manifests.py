@@ -14,9 +14,9 @@ import jsonschema
 import pytest
 import yaml
 
+from ray_surgeon.config.parsing import parse_spec
 from ray_surgeon.report.events import GAUGES
 from ray_surgeon.run.kubernetes import ray_cluster
-from ray_surgeon.spec.parsing import parse_spec
 
 ROOT = Path(__file__).parent.parent.parent
 SCHEMAS = Path(__file__).parent / "kuberay-crds"

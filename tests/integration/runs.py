@@ -27,15 +27,15 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from ray_surgeon.config.parsing import parse_spec
+from ray_surgeon.config.sections import ModelSection
+from ray_surgeon.distributed.cluster import LocalCluster
+from ray_surgeon.distributed.placement import place
+from ray_surgeon.distributed.weights import ModelRecipe, load
 from ray_surgeon.memory.stores import Stores
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.pipeline import main
 from ray_surgeon.preparation.inputs import Inputs, check
-from ray_surgeon.runtime.cluster import LocalCluster
-from ray_surgeon.runtime.placement import place
-from ray_surgeon.runtime.weights import ModelRecipe, load
-from ray_surgeon.spec.parsing import parse_spec
-from ray_surgeon.spec.sections import ModelSection
 from ray_surgeon.storage import tensor_files
 from tests.conftest import CONFIGS, SPARSE_CONFIGS
 

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 
+from ray_surgeon.distributed.cluster import LocalCluster
 from ray_surgeon.models.whole_weights import block_parameters
 from ray_surgeon.recovery.recovery import Recovery
-from ray_surgeon.runtime.cluster import LocalCluster
 from ray_surgeon.storage import tensor_files
 from tests.integration.runs import GROUPS, LORA, Jobs, assert_same_shot
 from tests.integration.test_held_aside import pruned, trained

@@ -14,12 +14,12 @@ from transformers import AutoConfig, AutoTokenizer
 from transformers import PreTrainedTokenizerFast as Tokenizer
 
 from ray_surgeon.checkpointing.run_directory import RunDirectory
+from ray_surgeon.config.calibration import CalibrationSection
 from ray_surgeon.data import conversations
 from ray_surgeon.data.conversations import Conversation, pack, repeats, write
 from ray_surgeon.data.texts import token_stream
 from ray_surgeon.data.written_text import Conversations, Language
-from ray_surgeon.runtime.writing import GenerationRequest, write_texts
-from ray_surgeon.spec.calibration import CalibrationSection
+from ray_surgeon.distributed.writing import GenerationRequest, write_texts
 from ray_surgeon.storage import tensor_files
 from tests.integration.runs import DISK, Done, Jobs, assert_same_shot, beginning, loaded
 

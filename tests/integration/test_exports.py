@@ -17,12 +17,12 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from ray_surgeon.config.sections import ModelSection
 from ray_surgeon.export.folder import agree, dense_document, shipped_source, write_weights
 from ray_surgeon.models import pruned_config
 from ray_surgeon.models.build import cache_argument
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.models.pruned_config import BlockWidths, kv_heads_left, per_block_document
-from ray_surgeon.spec.sections import ModelSection
 from tests.conftest import LAYOUTS, Zygote
 from tests.integration import runs
 from tests.integration.runs import Jobs, config_like, copied_model, loaded, new_model

@@ -11,8 +11,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from benchmarks.real_models import fetch
+from ray_surgeon.config.parsing import parse_spec
 from ray_surgeon.preparation.inputs import check
-from ray_surgeon.spec.parsing import parse_spec
 from tests.integration.runs import Jobs
 
 pytestmark = pytest.mark.network

@@ -13,6 +13,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from ray_surgeon.distributed.cluster import LocalCluster
 from ray_surgeon.evaluation.answers import (
     Answers,
     Generation,
@@ -27,7 +28,6 @@ from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.report import display as tables
 from ray_surgeon.report.html_report import LivePage, excerpt, page, rendered
 from ray_surgeon.run.result import PruneResult
-from ray_surgeon.runtime.cluster import LocalCluster
 from tests.conftest import VOCABULARY
 from tests.integration.runs import Jobs, loaded
 

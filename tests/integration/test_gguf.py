@@ -15,13 +15,13 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from ray_surgeon.config.sections import GgufKind
 from ray_surgeon.export.gguf_file import KINDS, Tensors, tokens_of, write_gguf
 from ray_surgeon.export.imatrix_file import write_imatrix
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.models.llama_cpp import architecture_of, tokenizer_names
 from ray_surgeon.models.pruned_config import BlockWidths
 from ray_surgeon.report.html_report import page
-from ray_surgeon.spec.sections import GgufKind
 from ray_surgeon.storage import tensor_files
 from tests.conftest import LAYOUTS, VOCABULARY
 from tests.integration import runs

@@ -16,6 +16,12 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
+from ray_surgeon.config.parsing import parse_spec
+from ray_surgeon.config.recovery import RecoverySection
+from ray_surgeon.distributed.cluster import LocalCluster
+from ray_surgeon.distributed.dense_states import CALIBRATION
+from ray_surgeon.distributed.passes import remember
+from ray_surgeon.distributed.pipelines import forward_and_backward
 from ray_surgeon.maths.structured import A_CHOICES, G_CHOICES
 from ray_surgeon.preparation.inputs import Inputs, check
 from ray_surgeon.pruning.method import Method
@@ -24,12 +30,6 @@ from ray_surgeon.recovery.rates import HARMLESS, RATES
 from ray_surgeon.recovery.training import Training
 from ray_surgeon.report.html_report import LivePage
 from ray_surgeon.run_state import HELD, CalibrationText, held_measure, held_places
-from ray_surgeon.runtime.cluster import LocalCluster
-from ray_surgeon.runtime.dense_states import CALIBRATION
-from ray_surgeon.runtime.passes import remember
-from ray_surgeon.runtime.pipelines import forward_and_backward
-from ray_surgeon.spec.parsing import parse_spec
-from ray_surgeon.spec.recovery import RecoverySection
 from tests.integration import runs
 from tests.integration.runs import ONE, Jobs, assert_same_shot, changes_of, copied_model, loaded
 from tests.integration.test_conversations import TEMPLATE

@@ -14,6 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from ray_surgeon.checkpointing.run_directory import RunDirectory
+from ray_surgeon.distributed.passes import Measured, remember
 from ray_surgeon.evaluation import texts as evaluation
 from ray_surgeon.factors.collector import (
     NOTHING_BESIDE,
@@ -22,7 +23,6 @@ from ray_surgeon.factors.collector import (
     gather_curvature,
 )
 from ray_surgeon.report.display import main as compare
-from ray_surgeon.runtime.passes import Measured, remember
 from tests.conftest import CONFIGS
 from tests.integration import runs
 from tests.integration.runs import Jobs, assert_same_shot, loaded, overflowing_model, windows

@@ -26,15 +26,15 @@ from ray.core.generated import autoscaler_pb2
 from ray.exceptions import RayTaskError
 
 from ray_surgeon.checkpointing.run_directory import TakenOverError
+from ray_surgeon.config.sections import RaySection
+from ray_surgeon.distributed import ray_cluster
+from ray_surgeon.distributed.cluster import NoRoomError, WorkerFailureError
+from ray_surgeon.distributed.collectives import CollectiveError, ProcessReplica, open_meeting
+from ray_surgeon.distributed.placement import WorkerIndex, place
+from ray_surgeon.distributed.ray_cluster import RayCluster
+from ray_surgeon.distributed.worker import Worker
 from ray_surgeon.evaluation.texts import CollapseError
 from ray_surgeon.run.driver import connect, unwrapped
-from ray_surgeon.runtime import ray_cluster
-from ray_surgeon.runtime.cluster import NoRoomError, WorkerFailureError
-from ray_surgeon.runtime.collectives import CollectiveError, ProcessReplica, open_meeting
-from ray_surgeon.runtime.placement import WorkerIndex, place
-from ray_surgeon.runtime.ray_cluster import RayCluster
-from ray_surgeon.runtime.worker import Worker
-from ray_surgeon.spec.sections import RaySection
 from tests.conftest import LAYOUTS
 from tests.integration.runs import LORA, ONE, Done, Jobs, assert_same_shot, wait_for
 

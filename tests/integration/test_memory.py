@@ -23,19 +23,19 @@ import torch
 from torch.backends import mkldnn
 
 from ray_surgeon import job as job_page
+from ray_surgeon.distributed import fresh_process, usage
+from ray_surgeon.distributed.cluster import WorkerFailureError
+from ray_surgeon.distributed.memory_plan.device_resources import Resources, Room
+from ray_surgeon.distributed.memory_plan.planner import DoesNotFitError
+from ray_surgeon.distributed.placement import WorkerIndex
+from ray_surgeon.distributed.worker import Worker
 from ray_surgeon.evaluation import texts as evaluation
 from ray_surgeon.maths.products import product
 from ray_surgeon.memory import weights
 from ray_surgeon.memory.stores import NO_SCRATCH, Scratch
 from ray_surgeon.memory.weights import ReadAhead
-from ray_surgeon.plan.device_resources import Resources, Room
-from ray_surgeon.plan.plan import DoesNotFitError
 from ray_surgeon.pruning.rows_columns import RowsColumns
 from ray_surgeon.run_state import RunState
-from ray_surgeon.runtime import fresh_process, usage
-from ray_surgeon.runtime.cluster import WorkerFailureError
-from ray_surgeon.runtime.placement import WorkerIndex
-from ray_surgeon.runtime.worker import Worker
 from tests.conftest import Zygote
 from tests.integration import runs
 from tests.integration.runs import Done, Jobs, assert_same_shot

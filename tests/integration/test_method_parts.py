@@ -10,6 +10,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from ray_surgeon.config.curvature import KfacSection
+from ray_surgeon.config.pruning import RowsColumnsSection
+from ray_surgeon.config.recovery import RecoverySection
 from ray_surgeon.maths.threshold import StructureCosts
 from ray_surgeon.models.low_rank import LowRankCorrections
 from ray_surgeon.pruning.calibration import calibrate
@@ -18,9 +21,6 @@ from ray_surgeon.pruning.rows_columns import RowsColumns
 from ray_surgeon.recovery.batches import CalibrationBatches
 from ray_surgeon.recovery.training import Training
 from ray_surgeon.run_state import CalibrationText
-from ray_surgeon.spec.curvature import KfacSection
-from ray_surgeon.spec.pruning import RowsColumnsSection
-from ray_surgeon.spec.recovery import RecoverySection
 from tests.integration.runs import Jobs, loaded
 
 

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from ray_surgeon.config.curvature import ExtendedKfacSection
+from ray_surgeon.distributed.collectives import ThreadReplica
 from ray_surgeon.factors.collector import WantedFactors, drawn, gather_curvature, gather_terms
 from ray_surgeon.maths.columns import sparsegpt, upper_inverse, wanda
 from ray_surgeon.maths.experts import PRIOR_TOKENS
 from ray_surgeon.memory.stores import Stores
-from ray_surgeon.runtime.collectives import ThreadReplica
-from ray_surgeon.spec.curvature import ExtendedKfacSection
 from tests.conftest import LAYOUTS
 from tests.integration import runs
 from tests.integration.runs import Jobs, assert_same_shot, difference, kept_of, loaded, windows

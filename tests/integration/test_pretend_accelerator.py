@@ -22,15 +22,15 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from ray_surgeon.api import curvature
 from ray_surgeon.checkpointing.run_directory import RunDirectory
+from ray_surgeon.config.parsing import parse_spec
+from ray_surgeon.distributed import fresh_process
+from ray_surgeon.distributed.cluster import LocalCluster
+from ray_surgeon.distributed.collectives import TensorPayload, decode
+from ray_surgeon.distributed.worker import Worker
 from ray_surgeon.job import run_job
 from ray_surgeon.maths.reconstruction import FeedForward, reconstruct
 from ray_surgeon.preparation.inputs import check
 from ray_surgeon.report.html_report import LivePage
-from ray_surgeon.runtime import fresh_process
-from ray_surgeon.runtime.cluster import LocalCluster
-from ray_surgeon.runtime.collectives import TensorPayload, decode
-from ray_surgeon.runtime.worker import Worker
-from ray_surgeon.spec.parsing import parse_spec
 from ray_surgeon.storage import tensor_files
 from tests import zygote as forks
 from tests.conftest import CONFIGS, SPARSE_CONFIGS, Zygote, tiny_model

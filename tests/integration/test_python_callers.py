@@ -22,8 +22,8 @@ from torch import nn
 from transformers import BloomConfig, BloomForCausalLM, LlamaForSequenceClassification
 
 import ray_surgeon
+from ray_surgeon.distributed.memory_plan.planner import DoesNotFitError
 from ray_surgeon.job import run_job
-from ray_surgeon.plan.plan import DoesNotFitError
 from ray_surgeon.run.arguments import causal_lm
 from ray_surgeon.storage import files
 from tests.conftest import CONFIGS, SPARSE_CONFIGS, tiny_model

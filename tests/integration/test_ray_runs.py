@@ -16,16 +16,16 @@ from ray.cluster_utils import Cluster
 from ray.exceptions import OutOfDiskError, RayTaskError
 
 import ray_surgeon
+from ray_surgeon.config.parsing import parse_spec
+from ray_surgeon.config.sections import ModelSection, RaySection
+from ray_surgeon.distributed import ray_cluster
+from ray_surgeon.distributed.cluster import NoRoomError, WorkerFailureError
+from ray_surgeon.distributed.placement import WorkerIndex, place
+from ray_surgeon.distributed.ray_cluster import RayCluster
+from ray_surgeon.distributed.weights import ModelRecipe, load
+from ray_surgeon.distributed.worker import Worker
 from ray_surgeon.memory.stores import ScratchNames, Stores
 from ray_surgeon.run.driver import connect
-from ray_surgeon.runtime import ray_cluster
-from ray_surgeon.runtime.cluster import NoRoomError, WorkerFailureError
-from ray_surgeon.runtime.placement import WorkerIndex, place
-from ray_surgeon.runtime.ray_cluster import RayCluster
-from ray_surgeon.runtime.weights import ModelRecipe, load
-from ray_surgeon.runtime.worker import Worker
-from ray_surgeon.spec.parsing import parse_spec
-from ray_surgeon.spec.sections import ModelSection, RaySection
 from ray_surgeon.storage.files import list_names
 from tests.conftest import LAYOUTS
 from tests.integration import runs

@@ -11,20 +11,20 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
+from ray_surgeon.config.recovery import RecoverySection
+from ray_surgeon.config.schedule import NO_PRUNING
+from ray_surgeon.config.sections import ModelSection
+from ray_surgeon.config.texts import StreamedSection
+from ray_surgeon.distributed.cluster import LocalCluster
+from ray_surgeon.distributed.microbatch import Passage
+from ray_surgeon.distributed.passes import remember
+from ray_surgeon.distributed.teacher import drop_teacher, load_teacher
+from ray_surgeon.distributed.weights import ModelRecipe
 from ray_surgeon.memory.stores import NO_SCRATCH, Place, Stores
 from ray_surgeon.recovery.batches import StreamBatches
 from ray_surgeon.recovery.recovery import share_of_peak, stream_of
 from ray_surgeon.recovery.training import Training
 from ray_surgeon.run_state import HELD, CalibrationText, held_aside
-from ray_surgeon.runtime.cluster import LocalCluster
-from ray_surgeon.runtime.passes import remember
-from ray_surgeon.runtime.teacher import drop_teacher, load_teacher
-from ray_surgeon.runtime.wave import Passage
-from ray_surgeon.runtime.weights import ModelRecipe
-from ray_surgeon.spec.recovery import RecoverySection
-from ray_surgeon.spec.schedule import NO_PRUNING
-from ray_surgeon.spec.sections import ModelSection
-from ray_surgeon.spec.texts import StreamedSection
 from tests.integration import runs
 from tests.integration.runs import Jobs, loaded
 

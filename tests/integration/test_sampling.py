@@ -12,10 +12,10 @@ import torch
 from numpy.typing import NDArray
 from transformers import AutoModelForCausalLM
 
-from ray_surgeon.runtime import writing
-from ray_surgeon.runtime.collectives import TensorPayload
-from ray_surgeon.runtime.worker import Worker
-from ray_surgeon.runtime.writing import GenerationRequest, write_texts
+from ray_surgeon.distributed import writing
+from ray_surgeon.distributed.collectives import TensorPayload
+from ray_surgeon.distributed.worker import Worker
+from ray_surgeon.distributed.writing import GenerationRequest, write_texts
 from tests.conftest import CONFIGS
 from tests.integration.runs import loaded
 

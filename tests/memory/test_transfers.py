@@ -16,15 +16,15 @@ import pytest
 import torch
 from torch import nn
 
+from ray_surgeon.distributed.collectives import decode, encode
+from ray_surgeon.distributed.memory_plan.device_resources import resources_here
+from ray_surgeon.distributed.usage import process_usage
+from ray_surgeon.distributed.worker import Worker
 from ray_surgeon.export import speed
 from ray_surgeon.memory.stores import Place, Scratch, TensorStore
 from ray_surgeon.memory.transfers import Fetcher, Transfers, transfers
 from ray_surgeon.memory.weights import Slot, WeightStore
 from ray_surgeon.models.hooks import LayerInputs
-from ray_surgeon.plan.device_resources import resources_here
-from ray_surgeon.runtime.collectives import decode, encode
-from ray_surgeon.runtime.usage import process_usage
-from ray_surgeon.runtime.worker import Worker
 from tests.conftest import Zygote
 
 SIM = torch.device("sim", 0) if hasattr(torch, "sim") else torch.device("cpu")

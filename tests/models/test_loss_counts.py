@@ -12,16 +12,16 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from ray_surgeon.distributed import passes
+from ray_surgeon.distributed.cluster import LocalCluster
+from ray_surgeon.distributed.dense_states import CALIBRATION
+from ray_surgeon.distributed.microbatch import Labels
+from ray_surgeon.distributed.passes import compared, measure
+from ray_surgeon.distributed.pipelines import forward_and_backward
 from ray_surgeon.factors.collector import WantedFactors, gather_curvature
 from ray_surgeon.models import loss as losses
 from ray_surgeon.models.loss import Predicted, compare_with_dense, next_token_loss, next_tokens
 from ray_surgeon.pruning.experts import ExpertSumsBeside
-from ray_surgeon.runtime import passes
-from ray_surgeon.runtime.cluster import LocalCluster
-from ray_surgeon.runtime.dense_states import CALIBRATION
-from ray_surgeon.runtime.passes import compared, measure
-from ray_surgeon.runtime.pipelines import forward_and_backward
-from ray_surgeon.runtime.wave import Labels
 from tests.conftest import VOCABULARY
 from tests.integration.runs import loaded
 from tests.models.test_shard import watch

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from ray_surgeon.distributed import fresh_process
 from ray_surgeon.report.display import main
 from ray_surgeon.report.html_report import LivePage, page
 from ray_surgeon.report.plots import by_block, run_figures
-from ray_surgeon.runtime import fresh_process
 from tests.conftest import Zygote
 from tests.integration.runs import report_of, run
 

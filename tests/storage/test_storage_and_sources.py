@@ -20,8 +20,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from werkzeug.serving import make_server
 
+from ray_surgeon.config.sections import ModelSection
 from ray_surgeon.models.checkpoint import check_checkpoint
-from ray_surgeon.spec.sections import ModelSection
 from ray_surgeon.storage import copies, files, sources, tensor_files
 from ray_surgeon.storage.sources import ModelFiles, open_model
 from tests.conftest import LAYOUTS
@@ -212,7 +212,7 @@ def hub_with(folder: Path) -> Flask:
 
 HUB_CLIENT = """
 import sys
-from ray_surgeon.spec.sections import ModelSection
+from ray_surgeon.config.sections import ModelSection
 from ray_surgeon.storage.sources import open_model
 source = open_model(ModelSection(source="me/model"))
 fingerprint = source.shapes_and_fingerprint()[1]

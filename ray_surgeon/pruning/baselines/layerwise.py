@@ -13,16 +13,16 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from ray_surgeon.config.pruning import SparseGPTSection, WandaSection
+from ray_surgeon.config.schedule import NO_PRUNING, ScheduleSection
+from ray_surgeon.distributed.cluster import Cluster
+from ray_surgeon.distributed.microbatch import Tokens
+from ray_surgeon.distributed.passes import BlockPass
+from ray_surgeon.distributed.worker import LinearSummary, Worker, summaries
 from ray_surgeon.maths.columns import sparsegpt, upper_inverse, wanda
 from ray_surgeon.maths.factorised import RaisedDamping
 from ray_surgeon.maths.masks import ElementMask
 from ray_surgeon.pruning.method import Applied, Choice, Method
-from ray_surgeon.runtime.cluster import Cluster
-from ray_surgeon.runtime.passes import BlockPass
-from ray_surgeon.runtime.wave import Tokens
-from ray_surgeon.runtime.worker import LinearSummary, Worker, summaries
-from ray_surgeon.spec.pruning import SparseGPTSection, WandaSection
-from ray_surgeon.spec.schedule import NO_PRUNING, ScheduleSection
 
 
 @dataclass(frozen=True)

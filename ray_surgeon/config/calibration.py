@@ -1,0 +1,148 @@
+"""The section of a job spec on the text whose loss a method keeps low."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field
+
+from ray_surgeon.config.base import Address
+from ray_surgeon.config.texts import SourceSection, TextSection, WritingSection
+
+_READING = SourceSection.model_fields.keys() - {"source", "seed"}
+"""Fields of texts that are read."""
+_WRITING = WritingSection.model_fields.keys()
+"""Fields of texts that the model writes."""
+
+
+class MixedSection(SourceSection, WritingSection):
+    """A text of the calibration, or source self: text that the dense model writes, token by token.
+
+    The model writes it before the first shot. It needs no data, and covers what the model knows.
+    """
+
+    may_be: ClassVar[tuple[str, ...]] = ("self",)
+
+    weight: float = Field(1.0, gt=0)
+    """Its share of num_sequences is its weight over the sum of all weights"""
+
+    @property
+    def is_written(self) -> bool:
+        """Whether the model writes the text."""
+        return self.source == "self"
+
+    def problems(self) -> Iterator[str]:
+        """Yield fields that do not fit the source."""
+        if self.source == "auto":
+            misplaced = _READING | _WRITING | {"weight", "mix"}
+            problem = "cannot be given to auto; remove it"
+        elif self.source == "self":
+            misplaced = _READING
+            problem = "belongs to a text that is read, and the model writes this one"
+        else:
+            misplaced = set(_WRITING)
+            problem = "belongs to text that the model writes; set source to self"
+        names = []
+        for name in self.model_dump(exclude_defaults=True):
+            if name in misplaced:
+                names.append(name)
+        if names:
+            yield f"{', '.join(names)} {problem}"
+
+
+class CalibrationSection(MixedSection, TextSection):
+    """The text whose loss the method keeps low, or a mix of texts."""
+
+    may_be: ClassVar[tuple[str, ...]] = ("self", "auto")
+
+    source: Address
+    """As for other texts; or `self`, text that the dense model writes, see the fields from
+    temperature on; or `auto`, a mix that suits the model: its own conversations if it has a chat
+    template, what it writes after `def ` and beginnings of docstrings, and Python's code,
+    docstrings and help
+    """
+    mix: tuple[MixedSection, ...] = ()
+    """More texts; num_sequences counts the windows of all, which are taken in turns"""
+    weigh: Literal["all", "answers"] = "all"
+    """Tokens that give the gradients of G and of the divergence: all, or answers (those of the
+    model's answers, in texts that have them; other texts count whole). A takes all tokens in any
+    case
+    """
+    held_aside: float | None = Field(None, ge=0, le=0.5)
+    """Fraction of the calibration's windows that no stage is fitted on; stages are measured on them
+    before and after, and what does not help is undone. null: a tenth, at most six windows, if a
+    stage checks itself so (reconstruction, recovery, damping auto), otherwise none
+    """
+
+    @property
+    def shares(self) -> list[tuple[MixedSection, int]]:
+        """Pairs of a text and its number of windows; the numbers add up to num_sequences."""
+        texts = (self, *self.mix)
+        counts = _split(self.num_sequences, [text.weight for text in texts])
+        return list(zip(texts, counts, strict=True))
+
+    def check_border(self, measured: SourceSection, where: str) -> None:
+        """Refuse an evaluation text that the calibration cuts at another place.
+
+        Args:
+            measured: a text on which the model is evaluated.
+            where: place of that text in the spec, for the error.
+
+        Raises:
+            ValueError: the calibration reads more or less of the same text, so that the border
+                between train and test differs.
+        """
+        # train and test of python-code are different files, however much is read
+        if measured.source == "python-code":
+            return
+        for text in (self, *self.mix):
+            read: SourceSection | None = text
+            if text.is_written:
+                read = text.starts
+            if read is None or read.source != measured.source:
+                continue
+            if read.max_tokens != measured.max_tokens:
+                raise ValueError(
+                    f"{where}.max_tokens: must equal that of {measured.source} in calibration, or "
+                    "the border between train and test moves"
+                )
+
+    def problems(self) -> Iterator[str]:
+        """Yield conflicts between the texts."""
+        earlier: list[dict[str, Any]] = []
+        for number, (text, count) in enumerate(self.shares):
+            where = ""
+            if number > 0:
+                where = f"mix.{number - 1}: "
+            if count == 0:
+                yield (
+                    f"mix: the share of {text.source} in {self.num_sequences} sequences is none; "
+                    "raise weight"
+                )
+            if text.is_written:
+                yield from text.problems_of_lengths(self.sequence_length, where)
+            fields = text.model_dump(include=MixedSection.model_fields.keys() - {"weight"})
+            if fields in earlier:
+                yield f"{where}windows of {text.source} are in the calibration; raise their weight"
+            earlier.append(fields)
+        if not self.mix and self.weight != 1.0:
+            yield "weight has no effect without mix; remove it"
+        if self.weigh == "answers" and self.source != "auto" and not self._has_answers():
+            yield "weigh: no text of the calibration has any answers; add one with chat or prompts"
+
+    def _has_answers(self) -> bool:
+        return any(text.is_written and text.has_answers for text in (self, *self.mix))
+
+
+def _split(total: int, weights: Sequence[float]) -> list[int]:
+    """Return whole numbers in proportion to the weights, which add up to `total`.
+
+    Exact shares are rounded down; those with the largest remainders are then rounded up.
+    """
+    exact = [total * weight / (sum(weights) or 1.0) for weight in weights]
+    counts = [int(share) for share in exact]
+    by_remainder = sorted(range(len(exact)), key=lambda i: (counts[i] - exact[i], i))
+    for i in by_remainder[: total - sum(counts)]:
+        counts[i] += 1
+    return counts

@@ -1,0 +1,75 @@
+"""What a model is measured on: texts, answers to prompts, and tasks."""
+
+from __future__ import annotations
+
+from pydantic import Field, model_validator
+
+from ray_surgeon.config.base import Address, OrAuto, Place, Positive, Section
+from ray_surgeon.config.texts import TextSection
+
+
+class EvaluationText(TextSection):
+    """A named text on which perplexity is measured before the first and after every shot."""
+
+    name: str = Field(pattern="^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=63)
+    """Name of the text in the report: letters, digits, dots, dashes"""
+    split: str = "test"
+    """As in calibration, the test part by default"""
+
+
+class GenerationSection(Section):
+    """Answers to prompts, by the dense model and, after every shot, by the pruned one."""
+
+    prompts: Address | None = None
+    """File of prompts on any fsspec URI, each line a JSON object with `prompt` (a text that is
+    continued) or `messages` (a list of {role, content} for the chat template). Use prompts that are
+    no part of the calibration. null: the dense model writes them, as users' turns from the opening
+    of its chat template, or, without one, from the first words of the evaluation text
+    """
+    num_prompts: Positive = 16
+    """How many prompts are answered; of a longer file they are drawn with the seed"""
+    max_new_tokens: Positive = 96
+    """Tokens of an answer, at most"""
+    seed: int = Field(0, ge=0)
+    """Seed of the prompts that are written, or drawn from the file"""
+
+
+class TasksSection(Section):
+    """Downstream tasks by EleutherAI's harness; extra: eval.
+
+    They run on the dense model and its exports for transformers, except quantised ones.
+    """
+
+    names: tuple[str, ...] = Field(min_length=1)
+    """Tasks or groups of tasks that the harness knows, e.g. [piqa, arc_easy]"""
+    include: Place | None = None
+    """Folder or fsspec URI of more task definitions; code in them is run"""
+    num_fewshot: int | None = Field(None, ge=0)
+    """Examples before each question; without it, as each task defines"""
+    limit: Positive | None = None
+    """Only this many questions of each task, the first ones, to try it out"""
+    batch_size: Positive = 1
+    """Questions at once"""
+
+
+class EvaluationSection(Section):
+    """What the model is measured on. A list is short for `texts`."""
+
+    texts: tuple[EvaluationText, ...] = Field(min_length=1)
+    """Texts for perplexity, each reported after every shot"""
+    generation: OrAuto[GenerationSection] | None = "auto"
+    """Compare the pruned model's answers to prompts with the dense model's: the share of tokens
+    that speculative decoding would accept, and free answers. auto: if the model has a chat
+    template, or the calibration has prompts, of which a tenth is held aside then; null: do not
+    """
+    tasks: TasksSection | None = None
+    """Downstream tasks, before the first shot and on every export"""
+    stop_above: float | None = Field(None, gt=1)
+    """Stop the run, before the shot is committed, if perplexity on a text is more than this many
+    times the dense model's
+    """
+
+    @model_validator(mode="before")
+    @classmethod
+    def _list_of_texts(cls, value: object) -> object:
+        return {"texts": value} if isinstance(value, (list, tuple)) else value

@@ -1,0 +1,321 @@
+"""The section `pruning` of coupled groups."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field
+
+from ray_surgeon.config.base import Positive
+from ray_surgeon.config.curvature import AnyCurvature
+from ray_surgeon.config.depth import DepthSection
+from ray_surgeon.config.reconstruction import ReconstructionSection
+from ray_surgeon.config.schedule import FamilySection, ScheduleSection
+from ray_surgeon.config.targets import FlopsTarget, TargetSection, TimedTarget
+from ray_surgeon.maths.threshold import OutOfReachError
+from ray_surgeon.models.layers import LAYER_KINDS
+from ray_surgeon.models.layout import FEED_FORWARD_OF_ALL, ModelLayout
+from ray_surgeon.models.width_limits import WidthLimits
+
+GroupKind = Literal[
+    "ffn",
+    "attention",
+    "shared_experts",
+    "expert_channels",
+    "experts",
+    "blocks",
+    "attention_layers",
+    "ffn_layers",
+]
+
+CHANNELS = {"ffn", "shared_experts", "expert_channels"}
+"""Kinds of groups that are channels of feed-forward layers."""
+
+ExpertCosts = Literal["rerouting", "reap", "frequency", "random"]
+
+
+def _default_groups(section: Mapping[str, Any]) -> tuple[GroupKind, ...]:
+    # at equal speed of decoding, removing heads harms the model more than removing channels
+    if isinstance(section.get("target"), TimedTarget):
+        return ("ffn",)
+    return ("ffn", "attention")
+
+
+class CoupledSection(FamilySection):
+    """Fields of both ways to allocate coupled groups."""
+
+    uniform: ClassVar[bool] = False  # whether every block gets the same widths
+
+    groups: tuple[GroupKind, ...] = Field(default_factory=_default_groups, min_length=1)
+    """Kinds of groups; ffn and attention if not given, ffn alone where target is a speed: ffn,
+    channels of feed-forward layers; attention, KV groups with their query heads; in mixtures of
+    experts also shared_experts, their channels; expert_channels, those of every expert; experts,
+    whole ones. Whole layers: blocks; attention_layers and ffn_layers, their parts, which leave
+    blocks that differ. A kind that the model does not have is refused: attention of OLMoE and
+    DeepSeek-V3, ffn where every block has experts. With allocation uniform, attention takes nothing
+    from OPT, GPT-2, Qwen2-MoE and a Phi-3 with longrope, whose classes hold no fewer heads, and
+    from models of one KV head
+    """
+    depth: DepthSection | None = None
+    """How layers are removed, before the channels and heads of the same shot, where groups names
+    blocks, attention_layers or ffn_layers; null: by the defaults
+    """
+    reconstruction: ReconstructionSection | None = None
+    """In every shot, after the update: train every feed-forward layer that lost channels to
+    reproduce its earlier outputs. Workers keep its inputs until then. null: no reconstruction
+    """
+    structure: Literal["groups"]
+    """Coupled groups"""
+    method: Literal["llm_surgeon"] = "llm_surgeon"
+    """The LLM Surgeon: costs from the curvature, and updates"""
+    expert_costs: ExpertCosts = "rerouting"
+    """What a whole expert costs: rerouting, the loss increase that gradients predict if its tokens
+    go to the next ones; or a score of a baseline, which has no such unit: reap, weight times norm
+    of its output; frequency, its share of tokens; random
+    """
+    tensor_parallel: Positive = 1
+    """Number of devices over which an engine will split every layer; remaining heads and channels
+    can be split so
+    """
+    width_multiple: Positive | None = None
+    """At the end, the number of channels of every feed-forward layer and expert is a multiple of
+    this, or the original number. Without effect where groups names no channels. null: for every
+    device of tensor_parallel 64; 128 if output.quantize is set
+    """
+    target_sparsity: float | None = Field(None, gt=0, lt=1)
+    """Fraction of the parameters of the blocks' linears to remove, biases included"""
+
+    @property
+    def layer_kinds(self) -> tuple[str, ...]:
+        """Kinds of layers that may be removed whole."""
+        return tuple(kind for kind in LAYER_KINDS if kind in self.groups)
+
+    @property
+    def narrow_kinds(self) -> tuple[str, ...]:
+        """Kinds of groups that are parts of layers."""
+        return tuple(kind for kind in self.groups if kind not in LAYER_KINDS)
+
+    @property
+    def takes_curvature(self) -> bool:
+        """Whether parts of layers are pruned; the removal of whole layers takes no curvature."""
+        return bool(self.narrow_kinds)
+
+    @property
+    def checks_itself(self) -> bool:
+        """Whether windows held aside are needed, for a stage or for the choice of layers."""
+        return super().checks_itself or bool(self.layer_kinds)
+
+    @property
+    def fewest_groups(self) -> dict[str, int]:
+        """Kind of groups -> groups that stay in every block; see `budgets.fewest_left`."""
+        fewest = {}
+        for kind in self.narrow_kinds:
+            if kind in CHANNELS:
+                fewest[kind] = self.multiple
+            elif kind == "attention":
+                fewest[kind] = 1
+            else:
+                fewest[kind] = 0
+        return fewest
+
+    @property
+    def multiple(self) -> int:
+        """The number of which final widths are multiples."""
+        return self.width_multiple or 64 * self.tensor_parallel
+
+    def shrinking(self, fewest: Mapping[str, int]) -> WidthLimits:
+        """Return the limits of the widths.
+
+        Args:
+            fewest: kind of groups -> groups that stay in every block.
+        """
+        return WidthLimits(
+            fewest=fewest,
+            multiple=self.multiple,
+            tensor_parallel=self.tensor_parallel,
+            uniform=self.uniform,
+            layers=self.layer_kinds,
+        )
+
+    def goal(self, dense: float, shot: int) -> float:
+        """Return the budget of the model after a shot.
+
+        Args:
+            dense: need of the dense model, in the unit of the budget.
+            shot: number of the shot, from 1.
+        """
+        if self.target is None:
+            return dense * (1 - self.targets[shot - 1])
+        values = self.sizes or (self.target.value,)
+        ends = [1 - self.target.of(value).allowed(dense) / dense for value in values]
+        return dense * (1 - self.through(ends)[shot - 1])
+
+    def check_target(self, least: float, dense: float, unit: str) -> None:
+        """Refuse a target that cannot be reached, or that the dense model meets already.
+
+        Args:
+            least: need of the model after everything that may be removed is removed.
+            dense: need of the dense model.
+            unit: unit of both.
+
+        Raises:
+            OutOfReachError: the target is out of reach; the message says what is possible.
+        """
+        if self.target is None:
+            assert self.last_sparsity is not None
+            allowed = dense * (1 - self.last_sparsity)
+            field = "sizes" if self.sizes else "target_sparsity"
+            goal = f"{field}: {self.last_sparsity:g}"
+        else:
+            self._check_first_target(self.target, dense, unit)
+            allowed = self.target.allowed(dense)
+            goal = f"target: {self.target.unit} {self.target.value:.6g}"
+            if least:
+                unit += self.target.named(least, dense)
+        if allowed < least:
+            raise OutOfReachError(
+                f"pruning.{goal}, but with these groups and allocation, and a width_multiple "
+                f"which is {self.multiple}, the model needs at least {least:.6g} {unit}, so at "
+                f"most {1 - least / dense:.4f} of that can be removed; ask for less to go, or "
+                "change those"
+            )
+
+    def _check_first_target(self, target: TargetSection, dense: float, unit: str) -> None:
+        first = target.of(self.sizes[0]) if self.sizes else target
+        if first.allowed(dense) >= dense:
+            raise OutOfReachError(
+                f"pruning.target: {first.unit} {first.value:.6g}, but the dense model needs no "
+                f"more than {dense:.6g} {unit}{first.named(dense, dense)}; ask for a smaller or "
+                "faster model"
+            )
+
+    def problem_with(self, curvature: AnyCurvature) -> str | None:
+        """Return the conflict between this section and a curvature, if there is one."""
+        kind = curvature.kind
+        if kind == "extended_kfac":
+            return "curvature.kind: extended_kfac does not go with structure groups; use kfac"
+        if "experts" in self.groups and kind == "identity":
+            return (
+                "curvature.kind: identity looks at no text, which says what whole experts cost; "
+                "use kfac"
+            )
+        needs_gradients = "experts" in self.groups and self.expert_costs == "rerouting"
+        if needs_gradients and kind == "activations":
+            return (
+                "curvature.kind: activations has no gradients, which whole experts need; use kfac"
+            )
+        if set(self.groups) == {"experts"}:
+            changed = curvature.model_dump(exclude_defaults=True)
+            for field in ("damping", "max_damping"):
+                if field in changed:
+                    return (
+                        f"curvature.{field}: costs of whole experts invert no factor; leave it out"
+                    )
+        if self.reconstruction is not None and kind == "identity":
+            return "curvature.kind: identity keeps no inputs of layers; use kfac or activations"
+        return None
+
+    def problems(self) -> Iterator[str]:
+        """Yield conflicts between fields."""
+        yield from self._problems_of_depth()
+        if self.reconstruction is not None and FEED_FORWARD_OF_ALL.isdisjoint(self.groups):
+            kinds = " or ".join(sorted(FEED_FORWARD_OF_ALL))
+            yield f"reconstruction: is of channels; add {kinds} to groups, or leave it out"
+        yield from self._problems_of_groups()
+        if self.multiple % self.tensor_parallel:
+            yield (
+                f"width_multiple: {self.multiple} channels cannot be split over tensor_parallel "
+                f"{self.tensor_parallel}; give a multiple of it"
+            )
+        goals = {
+            "target_sparsity": self.target_sparsity,
+            "target": self.target,
+            "sizes": self.sizes,
+        }
+        given = [name for name, value in goals.items() if value]
+        if len(given) != 1 and given != ["target", "sizes"]:
+            got = " and ".join(given) or "none"
+            yield f"target_sparsity: give this, sizes or target, got {got}"
+
+    def _problems_of_depth(self) -> Iterator[str]:
+        if not self.layer_kinds:
+            if self.depth is not None:
+                kinds = ", ".join(LAYER_KINDS)
+                yield f"depth: is of whole layers; remove it, or name one of {kinds} in groups"
+            return
+        depth = self.depth or DepthSection()
+        if self.narrow_kinds and depth.num_removed is None:
+            kinds = ", ".join(self.narrow_kinds)
+            yield (
+                f"depth.num_removed: groups names {kinds} beside layers; say how many layers go "
+                "first"
+            )
+        if not self.narrow_kinds and depth.num_removed is not None:
+            kinds = ", ".join(self.layer_kinds)
+            yield f"depth.num_removed: the target says how many {kinds} go; remove it"
+        if depth.costs == "influence" and self.layer_kinds != ("blocks",):
+            yield "depth.costs: influence is of blocks; set groups to [blocks], or use divergence"
+
+    def _problems_of_groups(self) -> Iterator[str]:
+        kinds = set(self.groups)
+        if len(kinds) < len(self.groups):
+            yield f"groups: {', '.join(self.groups)} name a kind twice; remove one"
+        if self.expert_costs != "rerouting" and kinds != {"experts"}:
+            yield (
+                f"expert_costs: {self.expert_costs} is of whole experts alone and has another "
+                "unit; set groups to [experts]"
+            )
+        parts = kinds & {"attention_layers", "ffn_layers"}
+        if self.uniform and parts:
+            yield (
+                f"groups: {', '.join(sorted(parts))} leave blocks that differ; set allocation to "
+                "global, or name blocks"
+            )
+
+
+class GroupsSection(CoupledSection):
+    """Coupled groups, as many from each block as one threshold over the model says."""
+
+    allocation: Literal["global"] = "global"
+    """One threshold over the model; widths differ from block to block"""
+
+
+class UniformGroupsSection(CoupledSection):
+    """Coupled groups, the same number from each block.
+
+    Plain model classes can hold the result.
+    """
+
+    uniform: ClassVar[bool] = True
+
+    allocation: Literal["uniform"]
+    """The same widths in every block"""
+
+
+def problems_of_mixture(
+    layout: ModelLayout, pruning: ScheduleSection, curvature: AnyCurvature | None
+) -> Iterator[str]:
+    """Yield conflicts between a job and a mixture of experts; nothing for other models."""
+    if not layout.is_mixture:
+        return
+    if curvature is not None and curvature.sequences_backward is not None:
+        yield "curvature.num_backward: the experts of a mixture see too few tokens; remove it"
+    if not isinstance(pruning, CoupledSection):
+        return
+    if isinstance(pruning.target, TimedTarget):
+        unit = pruning.target.unit
+        yield f"pruning.target: {unit}, a latency, is not for mixtures; give parameters or bytes"
+    if "experts" not in pruning.groups:
+        return
+    field = layout.family.sparse.num_groups
+    num_groups = None
+    if field:
+        num_groups = getattr(layout.config, field)
+    if num_groups is not None and num_groups > 1:
+        yield (
+            f"pruning.groups: the router chooses among {num_groups} groups of experts of one size "
+            f"({field}), so no single one can go; use expert_channels"
+        )
+    if isinstance(pruning.target, FlopsTarget):
+        yield "pruning.target: whole experts save no flops; give parameters or bytes"

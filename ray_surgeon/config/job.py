@@ -1,0 +1,213 @@
+"""The job spec: what a user asks for, checked before anything starts."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from ray_surgeon.config import sections
+from ray_surgeon.config.base import Section
+from ray_surgeon.config.calibration import CalibrationSection
+from ray_surgeon.config.curvature import CurvatureSection, KfacSection
+from ray_surgeon.config.evaluation import EvaluationSection
+from ray_surgeon.config.groups import CoupledSection
+from ray_surgeon.config.presets import PresetName, with_preset
+from ray_surgeon.config.pruning import PruningSection
+from ray_surgeon.config.recovery import RecoverySection
+from ray_surgeon.config.schedule import NO_PRUNING, ScheduleSection
+
+HELD_SHARE = 0.1
+MOST_HELD = 6
+"""Share of the calibration's windows that are held aside for stages, and how many at most.
+
+A difference between two states of one model shows on few windows; the others are better used.
+"""
+
+
+def _default_curvature(fields: dict[str, Any]) -> KfacSection | None:
+    pruning = fields.get("pruning", ScheduleSection)
+    return KfacSection() if getattr(pruning, "takes_curvature", False) else None
+
+
+class JobSpec(Section):
+    """A job: one model, one method, one result."""
+
+    version: Literal[2]
+    """Version of this format"""
+    preset: PresetName | None = None
+    """Settings of text and method that fit together; what the spec itself says goes before them.
+    fast: few windows and no recovery; balanced: more windows, and a short recovery; quality: many
+    windows, and a longer recovery. None of them has a number of one model: learning rates and
+    damping are chosen in the run by windows held aside
+    """
+    name: str = Field(pattern="^[a-z0-9][a-z0-9.-]*$", max_length=63)
+    """Name of the run: lower case, digits, dots, dashes"""
+    model: sections.ModelSection
+    """The model to prune"""
+    calibration: CalibrationSection
+    """The text whose loss the method keeps low. If not given: source auto, a mix that suits the
+    model
+    """
+    evaluation: EvaluationSection
+    """What the model is measured on: a list of texts, or texts, generation and tasks. If not given:
+    the test parts of Python's help and docstrings
+    """
+    pruning: PruningSection | None
+    """What is removed and how much; null: nothing, and recovery has a teacher, or the model is
+    quantised or written as GGUF as it is
+    """
+    curvature: CurvatureSection | None = Field(default_factory=_default_curvature)
+    """Curvature of the loss; kfac if not given. sparsegpt, wanda and no pruning have none"""
+    recovery: RecoverySection | None = None
+    """Training after pruning; null: none"""
+    memory: sections.MemorySection = sections.MemorySection()
+    """Where workers keep what they do not use at the moment; may differ on --resume"""
+    cluster: sections.ClusterSection = sections.RaySection()
+    """Workers and where they run"""
+    output: sections.OutputSection
+    """Where results go"""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _filled(cls, document: Any) -> Any:
+        """Put the preset's settings under the spec's own.
+
+        Widths that it does not give are those that the engines of the exports take whole; a
+        teacher's dtype that it does not give is the model's.
+        """
+        if not isinstance(document, dict):
+            return document
+        match document.get("model"), document.get("recovery"):
+            case {"dtype": dtype}, {"teacher": {**teacher}, **recovery}:
+                recovery["teacher"] = {"dtype": dtype} | teacher
+                document = document | {"recovery": recovery}
+        match document.get("pruning"), document.get("output"):
+            case {"structure": "groups", **pruning}, {"quantize": section} if section:
+                devices = pruning.get("tensor_parallel", 1)
+                if isinstance(devices, int) and not pruning.get("width_multiple"):
+                    width = {"width_multiple": sections.KERNEL_COLUMNS * devices}
+                    document = document | {"pruning": document["pruning"] | width}
+        return with_preset(document)
+
+    def problems(self) -> Iterator[str]:
+        """Yield what sections have against each other."""
+        yield from self._problems_of_teacher()
+        yield from self._problems_of_curvature()
+        yield from self._problems_of_texts()
+        yield from self._problems_of_exports()
+        recovery = self.recovery
+        where = self.memory.weights
+        if self.memory.teacher != "auto" and not (recovery and recovery.has_teacher):
+            yield "memory.teacher: needs recovery.texts with loss: kl; remove it"
+        if recovery and recovery.rank == "all" and where not in ("auto", "device"):
+            yield f"memory.weights: {where} does not go with recovery.rank all; use device, or auto"
+
+    def _problems_of_teacher(self) -> Iterator[str]:
+        has_teacher = getattr(self.recovery, "teacher", None) is not None
+        if self.pruning is None and not has_teacher:
+            if self.recovery is not None:
+                yield "recovery: trains what was pruned; add recovery.teacher, or remove it"
+            elif not self.output.for_engines:
+                remedy = "say what to remove, or add recovery.teacher, output.quantize or gguf"
+                yield f"pruning: null leaves nothing to do; {remedy}"
+        if self.pruning is not None and has_teacher:
+            own = "a job that prunes trains towards its own dense model"
+            yield f"recovery.teacher: {own}; remove it, or set pruning to null"
+        if has_teacher and getattr(self.recovery, "loss", "kl") != "kl":
+            yield "recovery.teacher: loss cross_entropy needs none; set loss to kl, or remove it"
+
+    def _problems_of_curvature(self) -> Iterator[str]:
+        is_taken = self.schedule.takes_curvature
+        if is_taken != (self.curvature is not None):
+            why = "needs one; remove the null" if is_taken else "gathers its own; remove it"
+            yield f"curvature: pruning.method {getattr(self.pruning, 'method', 'null')} {why}"
+        elif self.curvature is not None and (problem := self.schedule.problem_with(self.curvature)):
+            yield problem
+        kind = "null" if self.curvature is None else self.curvature.kind
+        takes_gradients = kind == "kfac" or (kind != "extended_kfac" and self.recovery)
+        if self.calibration.weigh == "answers" and not takes_gradients:
+            yield f"calibration.weigh: answers does not go with curvature {kind}; use kfac or all"
+
+    def _problems_of_texts(self) -> Iterator[str]:
+        most = self.calibration.num_sequences
+        replicas = self.cluster.num_replicas
+        names = [text.name for text in self.evaluation.texts]
+        if len(set(names)) < len(names):
+            yield f"evaluation: names must differ, got {names}; rename one"
+        sequences = f"{most} calibration sequences"
+        if replicas > most:
+            yield f"cluster.num_replicas: {replicas} cannot be filled by {sequences}; lower it"
+        backward = None if self.curvature is None else self.curvature.sequences_backward
+        if backward is not None and not replicas <= backward <= most:
+            remedy = f"every replica needs one, so give {replicas} to {most}"
+            yield f"curvature.num_backward: {backward} of {sequences}; {remedy}"
+        self.check_borders()
+
+    def _problems_of_exports(self) -> Iterator[str]:
+        pruning = self.pruning
+        exports = self.output.exports
+        if self.evaluation.tasks is not None and not set(exports) - {"gguf"}:
+            yield "evaluation.tasks: run on exports for transformers; output.exports has none"
+        if not isinstance(pruning, CoupledSection):
+            taken = {"masked"} if pruning else {"masked", "uniform", "gguf"}
+            for kind in sorted(set(exports) - taken):
+                yield f"output.exports: {kind} needs pruning.structure groups"
+            if self.output.sizes is not None:
+                yield "output.sizes: needs pruning.sizes; remove it"
+            return
+        if unknown := set(self.output.sizes or ()) - set(pruning.sizes or ()):
+            known = list(pruning.sizes or ())
+            yield f"output.sizes: {sorted(unknown)} are none of pruning.sizes, {known}; name these"
+        if "uniform" in exports and not pruning.uniform:
+            yield "output.exports: uniform needs pruning.allocation uniform; or export per_block"
+
+    def check_borders(self) -> None:
+        """Refuse evaluation texts that the calibration cuts at another place.
+
+        See `CalibrationSection.check_border`.
+        """
+        for i, text in enumerate(self.evaluation.texts):
+            if text.has_own_split:
+                self.calibration.check_border(text, f"evaluation.{i}")
+                for number, streamed in enumerate(self.recovery.texts if self.recovery else ()):
+                    streamed.check_border(text, f"recovery.texts.{number}")
+
+    @property
+    def schedule(self) -> ScheduleSection:
+        """Shots, and what they remove."""
+        return NO_PRUNING if self.pruning is None else self.pruning
+
+    @property
+    def num_held(self) -> int:
+        """Windows of the calibration that are held aside.
+
+        A tenth, at most six, where stages measure themselves on them.
+        """
+        share = self.calibration.held_aside
+        num_sequences = self.calibration.num_sequences
+        num_replicas = self.cluster.num_replicas  # each of which takes part in a pass over them
+        most = num_sequences
+        if share is None:
+            chooses = self.curvature is not None and self.curvature.chooses_damping
+            share = HELD_SHARE if chooses or self.schedule.checks_itself or self.recovery else 0.0
+            most = MOST_HELD
+        wanted = max(num_replicas, min(most, round(share * num_sequences))) if share else 0
+        return min(wanted, num_sequences - num_replicas)
+
+    def method_fingerprint(self) -> str:
+        """Return a SHA-256 over everything that determines the result.
+
+        Left out are the name, the texts evaluated, the output, and what runs where.
+
+        Where the model lies does not count either; its content has a fingerprint of its own. Nor
+        does how often a recovery commits.
+        """
+        free = dict.fromkeys(("name", "preset", "cluster", "memory", "evaluation", "output"), True)
+        of_recovery = {"commit_minutes": True, "teacher": {"source"}}
+        inside: Any = {"model": {"source"}, "recovery": of_recovery}
+        method = self.model_dump(mode="json", exclude=free | inside)
+        return hashlib.sha256(json.dumps(method, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,194 @@
+"""The section `pruning` of a job spec: a union of the sections of all methods."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Field, Tag
+
+from ray_surgeon.config.base import Positive, Section, by_tag, tag
+from ray_surgeon.config.curvature import AnyCurvature, ExtendedKfacSection
+from ray_surgeon.config.groups import GroupsSection, UniformGroupsSection
+from ray_surgeon.config.schedule import SparsitySection
+from ray_surgeon.maths import threshold as thresholds
+from ray_surgeon.maths.element_pruning import ElementUnits
+from ray_surgeon.models.layout import ModelLayout
+
+
+class RowsColumnsSection(SparsitySection):
+    """Rows and columns of every linear.
+
+    What they leave are zeros: the tensors keep their shapes.
+    """
+
+    structure: Literal["rows_columns", "rows", "columns"] = "rows_columns"
+    """What may be pruned"""
+    method: Literal["llm_surgeon"] = "llm_surgeon"
+    """One global threshold on costs, and updates"""
+    costs: Literal["greedy", "obs", "obd"] | None = None
+    """Predicted loss increase of a removal. greedy: after all cheaper removals of its linear, with
+    the optimal update of the others; obs: on its own, with that update; obd: without an update. If
+    not given: greedy, or obs with extended_kfac
+    """
+    rank_by: Literal["cost", "cost_per_parameter"] = "cost_per_parameter"
+    """What the global threshold compares: a cost, or a cost per parameter removed"""
+    update: Literal["full", "single", "none"] = "full"
+    """Updates of the kept weights. full: one for all removals together; single: one for each as if
+    it were alone; none
+    """
+
+    def problem_with(self, curvature: AnyCurvature) -> str | None:
+        """Return why this section and a curvature do not go together; see `ScheduleSection`."""
+        if self.costs == "greedy" and isinstance(curvature, ExtendedKfacSection):
+            return "pruning.costs: greedy needs one Kronecker term; choose obs, or kind kfac"
+        return None
+
+
+class UpdateSection(Section):
+    """How the kept elements make up for the pruned ones; see `maths.conjugate.ElementUpdate`."""
+
+    solver: Literal["conjugate_gradients", "single", "none"] = "conjugate_gradients"
+    """conjugate_gradients: for all removals at once, by preconditioned conjugate gradients, which
+    the other fields are of; single: for each as if it were alone; none: no update (OBD)
+    """
+    precision: Literal["bfloat16", "float32"] = "bfloat16"
+    """dtype of the products; bfloat16 is faster where the hardware has it"""
+    num_iterations: Positive = 16
+    """Iterations, at most"""
+    tolerance: float = Field(1e-3, ge=0, lt=1)
+    """Relative residual at which they stop"""
+
+
+class PatternSection(SparsitySection):
+    """What all methods have that prune single elements or N:M groups."""
+
+    method: str
+    structure: Literal["element", "n_m"]
+    """Single elements, or N:M groups: of every M consecutive inputs of a row, N stay"""
+    n_m: tuple[Positive, Positive] | None = None
+    """[N, M] of structure n_m: N of M consecutive inputs of a row stay; [2, 4] if not given"""
+    tolerated: ClassVar[float] = 0.0  # by how much a target may be above what a pattern removes
+
+    @property
+    def units(self) -> ElementUnits:
+        """What is pruned as one."""
+        return ElementUnits(*(self.n_m or (2, 4))) if self.structure == "n_m" else ElementUnits()
+
+    @property
+    def largest_sparsity(self) -> float:
+        """The largest sparsity of a pattern."""
+        return 1 - self.units.n / self.units.m
+
+    def reach(self, layout: ModelLayout) -> float:
+        """Return the largest target that a model's shapes allow; biases count and stay."""
+        weights = sum(s.num_rows * (s.num_columns - s.has_bias) for s in layout.linears)
+        share = self.units.num_removed / self.units.m
+        return weights * share / layout.linear_size + thresholds.SHORT
+
+    def problems(self) -> Iterator[str]:
+        """Yield why a pattern is impossible, or cannot reach the target."""
+        n = self.units.n
+        m = self.units.m
+        if self.structure == "element" and self.n_m is not None:
+            yield "n_m: structure element has no pattern; remove it, or set structure n_m"
+        if not n < m <= 16:
+            yield f"n_m: [{n}, {m}] needs N < M <= 16; give for example [2, 4] or [4, 8]"
+        if self.target_sparsity > self.largest_sparsity + self.tolerated:
+            most = f"{n}:{m} can remove, {self.largest_sparsity:g}"
+            yield f"target_sparsity: {self.target_sparsity:g} is more than {most}; lower it"
+
+
+class ElementsSection(PatternSection):
+    """The LLM Surgeon on single elements or N:M groups."""
+
+    method: Literal["llm_surgeon"] = "llm_surgeon"
+    """One global threshold on costs, and updates"""
+    costs: Literal["obs", "obs_sum", "obd"] = "obs"
+    """Predicted loss increase of a removal. obs: with the optimal update of the others, of an N:M
+    group the exact joint cost of its best pattern; obs_sum: of an N:M group the sum of its smallest
+    single costs, as in the paper; obd: without updates, of an N:M group likewise a sum
+    """
+    update: UpdateSection = UpdateSection()
+    """How the kept weights make up for the pruned ones"""
+
+    def problems(self) -> Iterator[str]:
+        """Yield what fields have against each other."""
+        if self.structure == "element" and self.costs == "obs_sum":
+            yield "costs: obs_sum is of N:M groups; use obs or obd, or set structure n_m"
+        solver = self.update.solver
+        if solver != "conjugate_gradients" and self.update != UpdateSection(solver=solver):
+            yield f"update: solver {solver} has no iterations; leave its other fields out"
+
+
+class _Layerwise(PatternSection):
+    tolerated: ClassVar[float] = thresholds.SHORT
+
+    @property
+    def takes_curvature(self) -> bool:
+        """A is gathered block after block."""
+        return False
+
+    def reach(self, layout: ModelLayout) -> float:
+        """Return what the narrowest linear allows; a pattern is a target of its own."""
+        widths = [(s.num_columns - s.has_bias) / s.num_columns for s in layout.linears]
+        return min(widths) if self.structure == "element" else 1.0
+
+    def problems(self) -> Iterator[str]:
+        """Yield what fields have against each other."""
+        is_short = self.target_sparsity < self.largest_sparsity - thresholds.SHORT
+        if self.structure == "n_m" and (self.shots > 1 or is_short):
+            pattern = f"{self.units.n}:{self.units.m}"
+            changes = f"set target_sparsity to {self.largest_sparsity:g} and num_shots to 1"
+            yield f"n_m: takes every linear to {pattern} at once; {changes}"
+
+
+class SparseGPTSection(_Layerwise):
+    """SparseGPT (Frantar & Alistarh 2023)."""
+
+    method: Literal["sparsegpt"]
+    """SparseGPT"""
+    damping: float = Field(0.01, ge=0, le=10)
+    """Damping of A, relative to the mean of its diagonal"""
+    max_damping: float = Field(1.0, gt=0, le=10)
+    """A factor that is not positive definite gets ten times the damping, up to this; then the run
+    fails
+    """
+
+    def problems(self) -> Iterator[str]:
+        """Yield what fields have against each other."""
+        if self.max_damping < self.damping:
+            yield f"max_damping {self.max_damping:g} is below damping {self.damping:g}; raise it"
+
+
+class WandaSection(_Layerwise):
+    """Wanda (Sun et al. 2023)."""
+
+    method: Literal["wanda"]
+    """Wanda"""
+
+
+def _tag_of(get: Any) -> str:
+    method = get("method", "llm_surgeon")
+    structure = str(get("structure", "rows_columns"))
+    if method != "llm_surgeon":
+        return str(method)
+    if structure == "groups" and get("allocation", "global") == "uniform":
+        return "groups, allocation uniform"
+    same = {"rows": "rows_columns", "columns": "rows_columns", "n_m": "element"}
+    return same.get(structure, structure)
+
+
+PruningSection = Annotated[
+    Annotated[RowsColumnsSection, Tag(tag("rows_columns"))]
+    | Annotated[ElementsSection, Tag(tag("element"))]
+    | Annotated[GroupsSection, Tag(tag("groups"))]
+    | Annotated[UniformGroupsSection, Tag(tag("groups, allocation uniform"))]
+    | Annotated[SparseGPTSection, Tag(tag("sparsegpt"))]
+    | Annotated[WandaSection, Tag(tag("wanda"))],
+    by_tag(
+        _tag_of,
+        "structure rows_columns, rows, columns, element, n_m or groups with method llm_surgeon, or "
+        "element or n_m with sparsegpt or wanda",
+    ),
+]

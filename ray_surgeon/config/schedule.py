@@ -1,0 +1,180 @@
+"""Schedules: the amount that a run removes, and its shots."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator
+from typing import Annotated
+
+from pydantic import Field
+
+from ray_surgeon.config.base import Section
+from ray_surgeon.config.curvature import AnyCurvature
+from ray_surgeon.config.targets import TargetSection
+
+
+class ScheduleSection(Section):
+    """Shots and how the removal is spread over them."""
+
+    num_shots: int = Field(5, ge=1, le=1000)
+    """Shots, each with a curvature of its own, which remove (or save) the same amount"""
+    sparsities: tuple[float, ...] | None = None
+    """Sparsity at the end of every shot, in place of num_shots; the last one is target_sparsity"""
+
+    @property
+    def takes_curvature(self) -> bool:
+        """Whether a job with this section has a section `curvature`."""
+        return True
+
+    @property
+    def shots(self) -> int:
+        """Number of shots."""
+        return self.num_shots if self.sparsities is None else len(self.sparsities)
+
+    @property
+    def size_shots(self) -> tuple[int, ...]:
+        """Numbers of the shots after which the model has a requested size."""
+        return (self.shots,)
+
+    @property
+    def last_sparsity(self) -> float | None:
+        """The target, if it is a sparsity."""
+        return getattr(self, "target_sparsity", None)
+
+    @property
+    def checks_itself(self) -> bool:
+        """Whether the section of a stage says that it measures itself on windows held aside."""
+        sections = [part for part in vars(self).values() if isinstance(part, Section)]
+        return any(section.is_checked for section in sections)
+
+    def problem_with(self, curvature: AnyCurvature) -> str | None:
+        """Return the conflict between this section and a curvature, if there is one."""
+        return None
+
+    @property
+    def targets(self) -> tuple[float, ...]:
+        """Sparsity at the end of every shot; empty if the target is no sparsity."""
+        if self.last_sparsity is None:
+            return ()
+        return self.fractions(self.last_sparsity)
+
+    def removed_in(self, shot: int) -> float:
+        """Return an estimate of the fraction of the remaining parameters that a shot removes.
+
+        It assumes a final sparsity of 0.2 if the target is no sparsity.
+        """
+        last = 0.2 if self.last_sparsity is None else self.last_sparsity
+        fractions = (0.0, *self.fractions(last))
+        before = fractions[shot - 1]
+        after = fractions[shot]
+        return (after - before) / (1 - before)
+
+    def fractions(self, last: float) -> tuple[float, ...]:
+        """Return the fraction removed at the end of every shot; `last` is the last one."""
+        return self.sparsities or self._spread(0.0, last)
+
+    def _spread(self, first: float, last: float) -> tuple[float, ...]:
+        """Return the fraction removed after each of num_shots shots that begin at `first`."""
+        fractions = []
+        for shot in range(1, self.num_shots + 1):
+            part = shot / self.num_shots
+            fractions.append(first + (last - first) * part)
+        return tuple(fractions)
+
+    def problems(self) -> Iterator[str]:
+        """Yield conflicts of `sparsities` with other fields."""
+        if self.sparsities is None:
+            return
+        last = self.last_sparsity
+        steps = [0.0, *self.sparsities]
+        if last is None:
+            yield "sparsities: do not go with target; remove them, or use num_shots"
+        elif steps != sorted(set(steps)) or steps[-1] != last:
+            yield f"sparsities: must rise to target_sparsity {last}, or use num_shots"
+        if self.num_shots != 5:
+            yield "sparsities: takes the place of num_shots; remove that"
+
+
+class _NoPruning(ScheduleSection):
+    @property
+    def takes_curvature(self) -> bool:
+        """Nothing is ranked."""
+        return False
+
+
+NO_PRUNING = _NoPruning(num_shots=1)
+"""Used if `pruning` is null: one shot, which removes nothing."""
+
+
+class SparsitySection(ScheduleSection):
+    """Shots of a method that removes a fraction of the linears' parameters."""
+
+    target_sparsity: float = Field(gt=0, lt=1)
+    """Fraction of the parameters of the blocks' linears to remove, biases included"""
+
+
+class FamilySection(ScheduleSection):
+    """Shots that pass through several sizes of a model."""
+
+    sizes: tuple[Annotated[float, Field(gt=0)], ...] | None = None
+    """A family of sizes from one run: sparsities that rise, in place of target_sparsity, or values
+    of the target's unit, of which the target is the last. Each takes num_shots shots from the one
+    before and the recovery of a last shot, and has exports of its own
+    """
+    target: TargetSection | None = None
+    """In place of target_sparsity: what the whole model may need in the end"""
+
+    @property
+    def shots(self) -> int:
+        """Number of shots."""
+        return super().shots * max(1, len(self.sizes or ()))
+
+    @property
+    def size_shots(self) -> tuple[int, ...]:
+        """Numbers of the shots that end at a size."""
+        first = super().shots
+        return tuple(range(first, self.shots + 1, first))
+
+    @property
+    def last_sparsity(self) -> float | None:
+        """The last size, or the target, if it is a sparsity."""
+        if self.target is not None:
+            return None
+        if self.sizes:
+            return self.sizes[-1]
+        return super().last_sparsity
+
+    def fractions(self, last: float) -> tuple[float, ...]:
+        """Return the fraction removed at the end of every shot; `last` is the last one."""
+        if self.sparsities or not self.sizes:
+            return super().fractions(last)
+        if self.target is None:
+            return self.through(self.sizes)
+        number = len(self.sizes)
+        return self.through([last * (place + 1) / number for place in range(number)])
+
+    def through(self, ends: Iterable[float]) -> tuple[float, ...]:
+        """Return the fraction removed at the end of every shot, given that at every size."""
+        fractions: list[float] = []
+        for first, last in itertools.pairwise((0.0, *ends)):
+            fractions.extend(self._spread(first, last))
+        return tuple(fractions)
+
+    def problems(self) -> Iterator[str]:
+        """Yield conflicts of `sizes` with other fields."""
+        if self.sizes is None:
+            return
+        sizes = list(self.sizes)
+        if self.target is not None:
+            needs = [self.target.of(size).allowed(1.0) for size in sizes]
+            ends_at_target = needs[-1:] == [self.target.allowed(1.0)]
+            falls = needs == sorted(set(needs), reverse=True)
+            if not ends_at_target or not falls:
+                yield (
+                    f"sizes: got {sizes}; with target, give smaller and smaller models that end "
+                    "at it"
+                )
+        elif sizes != sorted(set(sizes)) or not 0 < max(sizes, default=0) < 1:
+            yield f"sizes: got {sizes}; give sparsities that rise, such as [0.1, 0.2]"
+        if self.sparsities is not None:
+            yield "sizes: takes the place of sparsities; remove one of them"

@@ -1,4 +1,0 @@
-"""Sections of a job spec.
-
-Each is passed whole to the code that uses it; `ray_surgeon.spec.job` puts them together.
-"""
