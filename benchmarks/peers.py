@@ -52,8 +52,7 @@ from ray_surgeon.config.sections import ModelSection
 from ray_surgeon.data.texts import order
 from ray_surgeon.export.folder import copy_small_files
 from ray_surgeon.maths.allocate import GroupCosts, allocate_globally, allocate_uniformly
-from ray_surgeon.models.groups import GroupSet
-from ray_surgeon.models.layout import ModelLayout
+from ray_surgeon.models.layout import GroupSet, ModelLayout
 from ray_surgeon.models.loss import Predicted, compare_with_dense, perplexity_of
 from ray_surgeon.preparation.inputs import Inputs, check
 from ray_surgeon.pruning.coupled_groups import Groups

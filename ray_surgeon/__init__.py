@@ -8,9 +8,17 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.2.0"
-__all__ = ["JobSpec", "KroneckerFactors", "PruneResult"]
-__all__ += ["curvature", "parse_spec", "prune", "recover"]
+from ray_surgeon.version import __version__ as __version__
+
+__all__ = [
+    "JobSpec",
+    "KroneckerFactors",
+    "PruneResult",
+    "curvature",
+    "parse_spec",
+    "prune",
+    "recover",
+]
 
 if TYPE_CHECKING:
     from ray_surgeon.api import (

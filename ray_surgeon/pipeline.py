@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import ray_surgeon
+from ray_surgeon.version import __version__
 
 SCHEMA = Path(__file__).parent / "config" / "schema.json"
 """The JSON Schema of the job spec, for editors, too; a test says how it is written anew."""
@@ -104,7 +105,7 @@ _COMMANDS = {
 def cli(argv: Sequence[str] | None = None) -> int:
     """Run ``ray-surgeon COMMAND ...`` and return the exit code."""
     parser = argparse.ArgumentParser("ray-surgeon", description=ray_surgeon.__doc__)
-    version = f"ray-surgeon {ray_surgeon.__version__}"
+    version = f"ray-surgeon {__version__}"
     parser.add_argument("--version", action="version", version=version)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (text, _) in _COMMANDS.items():

@@ -18,8 +18,8 @@ from pathlib import Path
 
 import torch
 
-import ray_surgeon
 from ray_surgeon.memory.transfers import backend
+from ray_surgeon.version import __version__
 
 _STATUS = Path("/proc/self/status")
 _SHAPES = {
@@ -161,7 +161,7 @@ def _status_bytes(field: str) -> int:
 def versions() -> dict[str, str]:
     """Return the machine's kind and the versions that results of this process depend on."""
     found = {
-        "ray_surgeon": ray_surgeon.__version__,
+        "ray_surgeon": __version__,
         "python": platform.python_version(),
         "machine": platform.machine(),
     }

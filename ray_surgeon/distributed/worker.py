@@ -29,8 +29,7 @@ from ray_surgeon.distributed.worker_state import WorkerState
 from ray_surgeon.maths.masks import Mask, StructuredMask
 from ray_surgeon.memory.stores import Scratch
 from ray_surgeon.memory.transfers import backend, compute_on
-from ray_surgeon.models.groups import GroupSet
-from ray_surgeon.models.layout import ModelLayout
+from ray_surgeon.models.layout import GroupSet, ModelLayout
 from ray_surgeon.models.runner import BlockRunner
 from ray_surgeon.models.shard import ModelShard
 from ray_surgeon.storage import tensor_files

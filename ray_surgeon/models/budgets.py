@@ -12,9 +12,8 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
-from ray_surgeon.models.groups import GroupSet
 from ray_surgeon.models.layers import LAYER_KINDS, Layer, LayerKey, layers_of
-from ray_surgeon.models.layout import LinearShape, ModelLayout, Wholes
+from ray_surgeon.models.layout import GroupSet, LinearShape, ModelLayout, Wholes
 from ray_surgeon.models.pruned_config import kv_heads_left
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,10 +15,7 @@ from ray_surgeon.maths.packed import PackedSymmetric, with_ones
 from ray_surgeon.memory.transfers import transfers
 from ray_surgeon.models.build import LinearModule, as_linear, num_inputs
 from ray_surgeon.models.experts import Mixture, Routed
-
-if TYPE_CHECKING:
-    from ray_surgeon.models.layout import LinearShape
-    from ray_surgeon.models.shard import ModelShard
+from ray_surgeon.models.layout import LinearShape
 
 
 def inputs_of(module: LinearModule, inputs: Tensor) -> Tensor:
@@ -71,22 +68,26 @@ class SharedInput:
         num_tokens: tokens in the sums.
     """
 
-    def __init__(self, shard: ModelShard, shapes: Sequence[LinearShape]) -> None:
-        """Collect the linears of a shard's block that have these shapes."""
-        first = shapes[0]
-        self.place = first.block - shard.blocks.first
+    def __init__(self, place: int, linears: Sequence[tuple[LinearShape, nn.Module]]) -> None:
+        """Collect the linears.
+
+        Args:
+            place: position of their block in the shard.
+            linears: shape and module of each.
+        """
+        first, _ = linears[0]
+        self.place = place
         self.key_of_A = f"{first.name}.A"
         self.sizes = {self.key_of_A: first.num_columns}
         self.keys_of_G = dict[str, str]()
         self.linears = dict[str, LinearModule]()
-        for shape in shapes:
-            slot = shard.weights.slot_of[f"{shape.name}.weight"]
+        for shape, module in linears:
             key_of_G = f"{shape.name}.G"
-            self.linears[shape.name] = as_linear(slot.module)
+            self.linears[shape.name] = as_linear(module)
             self.keys_of_G[shape.name] = key_of_G
             self.sizes[key_of_G] = shape.num_rows
         self.names = tuple(self.linears)
-        self.roles = {shape.role for shape in shapes}
+        self.roles = {shape.role for shape, _ in linears}
         self.num_tokens = 0
 
     def add_to(

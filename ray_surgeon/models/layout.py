@@ -19,8 +19,8 @@ from transformers import PretrainedConfig
 
 from ray_surgeon.maths.masks import Mask, StructuredMask
 from ray_surgeon.models import build
+from ray_surgeon.models.experts import Coupling
 from ray_surgeon.models.families import Family, family_of
-from ray_surgeon.models.groups import GroupSet, groups_of
 
 GROUP_KINDS = ("attention", "ffn", "shared_experts", "expert_channels", "experts")
 """Kinds of coupled groups.
@@ -95,6 +95,19 @@ class ExpertSet:
             assert isinstance(mask, StructuredMask)
             removed.append(not mask.rows.any())
         return torch.tensor(removed)
+
+
+@dataclass(frozen=True)
+class GroupSet:
+    """All coupled groups of one kind in one block (docs/method.md, section 8)."""
+
+    kind: str  # one of `GROUP_KINDS`
+    block: int  # its number
+    consumer: str  # global name of the linear whose columns decide
+    columns: Tensor  # [num_groups, width] columns of the consumer
+    # (global name of a linear, [num_groups, rows] its rows that are pruned with each group)
+    producers: tuple[tuple[str, Tensor], ...]
+    num_parameters: int  # of one group, biases included
 
 
 Linears = tuple[LinearShape, ...]
@@ -324,3 +337,80 @@ def _linears(family: Family, model: nn.Module) -> Iterator[LinearShape]:
                     shared_input=shared_input,
                     role=re.sub(r"\.\d+\.", ".*.", name),
                 )
+
+
+def groups_of(layout: ModelLayout, block: int) -> Iterator[GroupSet]:
+    """Yield the coupled groups of a block."""
+    prefix = layout.family.block_prefix(block)
+    modules = dict[str, None]()  # an ordered set
+    for shape in layout.linears:
+        if shape.block == block:
+            module, _, _ = shape.name.removeprefix(prefix).rpartition(".")
+            modules[module] = None
+
+    for kind, inside, coupling in layout.family.couplings_in(modules):
+        consumer = layout.shapes.get(prefix + inside + coupling.consumer)
+        if consumer is None:
+            continue
+        if kind == "attention" and not layout.family.prunes_heads:
+            continue
+        if kind == "attention":
+            columns, *rows = _rows_of_heads(layout.heads, is_fused=coupling.num_parts > 1)
+        else:
+            columns, *rows = _rows_of_channels(consumer, coupling)
+
+        producers = list[tuple[str, Tensor]]()
+        num_parameters = columns.shape[1] * consumer.num_rows
+        for (part_name, _), own_rows in zip(coupling.parts, rows, strict=True):
+            name = prefix + inside + part_name
+            producers.append((name, own_rows))
+            num_parameters += own_rows.shape[1] * layout.shapes[name].num_columns
+        yield GroupSet(
+            kind=kind,
+            block=block,
+            consumer=consumer.name,
+            columns=columns,
+            producers=tuple(producers),
+            num_parameters=num_parameters,
+        )
+
+
+def _rows_of_heads(
+    heads: Heads,
+    *,
+    is_fused: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the rows and columns of each KV group.
+
+    Args:
+        heads: of the model.
+        is_fused: whether one linear has the rows of queries, keys and values, in this order.
+
+    Returns:
+        Columns of the consumer, and rows of queries, keys and values, [num_kv, rows] each.
+    """
+    queries = torch.arange(heads.num_query * heads.head_dim).view(heads.num_kv, -1)
+    keys = torch.arange(heads.num_kv * heads.head_dim).view(heads.num_kv, -1)
+    if not is_fused:
+        return queries, queries, keys, keys
+    first_key = queries.numel()
+    first_value = first_key + keys.numel()
+    return queries, queries, keys + first_key, keys + first_value
+
+
+def _rows_of_channels(consumer: LinearShape, coupling: Coupling) -> list[Tensor]:
+    """Return columns of the consumer and rows of each producer's parts, [num_channels, 1] each."""
+    num_channels = consumer.num_columns - consumer.has_bias
+    rows = [_places(0, num_channels)]
+    for _, part in coupling.parts:
+        rows.append(_places(part * num_channels, num_channels))
+    return rows
+
+
+@functools.cache
+def _places(first: int, count: int) -> Tensor:
+    """Return the numbers of channels, [count, 1].
+
+    All layers of one width share one tensor, which also saves bytes when a layout is sent.
+    """
+    return torch.arange(first, first + count, device="cpu")[:, None]

@@ -13,9 +13,8 @@ from typing import Any
 import transformers
 from transformers import PretrainedConfig
 
-from ray_surgeon.models.groups import GroupSet
 from ray_surgeon.models.layers import layers_of
-from ray_surgeon.models.layout import ModelLayout
+from ray_surgeon.models.layout import GroupSet, ModelLayout
 
 _FIELDS_PER_BLOCK = ("layer_types", "mlp_layer_types", "no_rope_layers")
 """Fields of configurations that list the kind of every block."""

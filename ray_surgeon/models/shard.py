@@ -67,9 +67,7 @@ class ModelShard:
         self.wanted = [*self._ends.slot_of, *self.weights.slot_of]
         # packed sums; those of a block are on the device while it runs
         self.factor_store = TensorStore(self.stores.factors, device, scratch, ".factor")
-        own = (shape for shape in layout.linears if shape.block in blocks)
-        groups = itertools.groupby(own, key=lambda shape: shape.shared_input)
-        self.shared_inputs = [SharedInput(self, list(shapes)) for _, shapes in groups]
+        self.shared_inputs = self._find_shared_inputs()
         self.linears = _linears_of(self.shared_inputs)
         self._group_of: dict[str, SharedInput] = {}
         for group in self.shared_inputs:
@@ -88,6 +86,18 @@ class ModelShard:
         self.terms: dict[str, list[Term]] = {}
         self._kind: str | None = None
         self._layer_means: dict[tuple[int, str], of_experts.LayerMean] = {}
+
+    def _find_shared_inputs(self) -> list[SharedInput]:
+        own = [shape for shape in self.layout.linears if shape.block in self.blocks]
+        shared_inputs = []
+        for _, shapes in itertools.groupby(own, key=lambda shape: shape.shared_input):
+            linears = []
+            for shape in shapes:
+                slot = self.weights.slot_of[f"{shape.name}.weight"]
+                linears.append((shape, slot.module))
+            first, _ = linears[0]
+            shared_inputs.append(SharedInput(first.block - self.blocks.first, linears))
+        return shared_inputs
 
     def _find_mixtures(self) -> dict[int, Mixture]:
         """Return the place of a block in this shard -> its mixture of experts, if it has one."""

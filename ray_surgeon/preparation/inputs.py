@@ -13,7 +13,6 @@ import numpy as np
 import yaml
 from numpy.typing import NDArray
 
-import ray_surgeon
 from ray_surgeon.checkpointing.run_directory import RunDirectory
 from ray_surgeon.config.groups import CHANNELS, CoupledSection
 from ray_surgeon.config.job import JobSpec
@@ -36,6 +35,7 @@ from ray_surgeon.pruning.methods import method_for
 from ray_surgeon.recovery.teacher import LoadTeacher
 from ray_surgeon.report.record import check_folder
 from ray_surgeon.run_state import CalibrationText
+from ray_surgeon.version import __version__
 
 
 @dataclass(frozen=True)
@@ -263,7 +263,7 @@ def _fingerprints(
     vocabulary = repr(sorted(texts.tokenizer.get_vocab().items()))
     measured = {name: windows.fingerprint for name, windows in texts.measured.items()}
     fingerprints: dict[str, Any] = {
-        "code": ray_surgeon.__version__,
+        "code": __version__,
         "method": spec.method_fingerprint(),
         "model": model,
         "tokenizer": hashlib.sha256(vocabulary.encode()).hexdigest(),

@@ -38,9 +38,8 @@ from ray_surgeon.maths.masks import StructuredMask
 from ray_surgeon.maths.structured import Pruned, lowest, prune_groups
 from ray_surgeon.maths.threshold import OutOfReachError
 from ray_surgeon.models.budgets import Budget
-from ray_surgeon.models.groups import GroupSet
 from ray_surgeon.models.layers import LayerKey
-from ray_surgeon.models.layout import FEED_FORWARD_OF_ALL
+from ray_surgeon.models.layout import FEED_FORWARD_OF_ALL, GroupSet
 from ray_surgeon.models.pruned_config import kv_heads_left
 from ray_surgeon.pruning.experts import (
     ExpertSumsBeside,

@@ -22,7 +22,7 @@ from ray_surgeon.maths.greedy import Limits
 from ray_surgeon.maths.masks import StructuredMask
 from ray_surgeon.maths.structured import Candidates, find_candidates
 from ray_surgeon.maths.threshold import StructureCosts
-from ray_surgeon.models.groups import propagate, shrinkable
+from ray_surgeon.models.dependencies import propagate, shrinkable
 from ray_surgeon.pruning.method import Applied, ByThreshold, Choice, Scores
 
 _SAMPLED_BLOCKS = 4

@@ -32,8 +32,8 @@ from ray_surgeon.maths.reconstruction import (
     outputs_of,
     reconstruct,
 )
-from ray_surgeon.models.groups import GroupSet
 from ray_surgeon.models.hooks import LayerInputs
+from ray_surgeon.models.layout import GroupSet
 from ray_surgeon.run_state import CalibrationText, Facts, RunState
 
 RATES = (0.003, 0.006, 0.012)

@@ -23,12 +23,10 @@ from typing import TYPE_CHECKING, Any
 
 import fsspec
 
-import ray_surgeon
-
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
 
-_PACKAGE = Path(ray_surgeon.__file__).parent
+_PACKAGE = Path(__file__).resolve().parents[1]
 _POLL_S = 2.0
 _PATIENCE_S = 300.0
 """How long a head may not answer, for example while it restarts."""

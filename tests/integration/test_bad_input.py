@@ -16,7 +16,6 @@ import torch
 from s3fs import S3FileSystem
 from safetensors.torch import load_file, save_file
 
-import ray_surgeon
 from ray_surgeon.pipeline import main
 from ray_surgeon.report import html_report
 from ray_surgeon.run import command, driver
@@ -219,7 +218,7 @@ def test_resuming_names_changes(job: Jobs, model: Path, monkeypatch: pytest.Monk
     )
     assert "different model (model.source" in refused(model="opt")
     with monkeypatch.context() as patch:
-        patch.setattr(ray_surgeon, "__version__", "9.9.9")
+        patch.setattr("ray_surgeon.preparation.inputs.__version__", "9.9.9")
         assert "different code (version 0.2.0 there, 9.9.9 here)" in refused()
     job(options, "--resume", name="renamed")
     weights = done.uri / "shots/0001/shard-0001.safetensors"

@@ -7,7 +7,7 @@ import torch
 
 from ray_surgeon.maths.masks import StructuredMask
 from ray_surgeon.models.build import as_linear, matrix
-from ray_surgeon.models.groups import propagate, shrinkable
+from ray_surgeon.models.dependencies import propagate, shrinkable
 from tests.conftest import CONFIGS, LAYOUTS, SPARSE_CONFIGS
 from tests.models.test_shard import shards
 
