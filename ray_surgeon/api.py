@@ -20,6 +20,7 @@ from ray_surgeon.config.base import REASON, local_path, refusing
 from ray_surgeon.config.job import JobSpec
 from ray_surgeon.config.parsing import parse_spec
 from ray_surgeon.data.texts import first_token, tokens_of
+from ray_surgeon.errors import ConfigError
 from ray_surgeon.maths.kronecker import KroneckerFactors
 from ray_surgeon.memory.stores import Stores
 from ray_surgeon.models.build import BlockRange
@@ -124,12 +125,17 @@ def prune(  # noqa: PLR0913  the sections of a job spec, by name
     if spec is None:
         spec = spec_of(source, tokenizer, sections)
     elif not isinstance(spec, JobSpec):
-        raise ValueError(
-            f"spec: got a {type(spec).__name__}; give "
-            "ray_surgeon.parse_spec(Path('spec.yaml').read_text())"
+        raise ConfigError(
+            field="spec",
+            found=f"got a {type(spec).__name__}",
+            remedy="give ray_surgeon.parse_spec(Path('spec.yaml').read_text())",
         )
     elif model is not None or tokenizer is not None or sections:
-        raise ValueError("spec: it says everything already; leave all other arguments out")
+        raise ConfigError(
+            field="spec",
+            found="it says everything already",
+            remedy="leave all other arguments out",
+        )
     if isinstance(source, PreTrainedModel):
         save(source, a_tokenizer(tokenizer), spec.model.source, spec.output.uri)
     inputs = check(spec, resume=resume)

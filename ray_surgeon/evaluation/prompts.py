@@ -20,6 +20,7 @@ from ray_surgeon.data.self_text import SelfText
 from ray_surgeon.data.written_text import Conversations, Language, Texts
 from ray_surgeon.distributed.cluster import Cluster
 from ray_surgeon.distributed.microbatch import Tokens
+from ray_surgeon.errors import ConfigError
 
 WHERE = "evaluation.generation"
 _SEED = 7_919
@@ -126,10 +127,14 @@ def check_prompts(
     """
     for number, prompt in enumerate(prompts):
         if not 0 < len(prompt) <= longest - new:
-            raise ValueError(
-                f"{where}: prompt {number} has {len(prompt)} tokens and its answer up to "
-                f"{new}, but the model takes at most {longest}, one of a prompt at least; "
-                "change those"
+            raise ConfigError(
+                field=f"{where}",
+                found=(
+                    f"prompt {number} has {len(prompt)} tokens and its answer up to "
+                    f"{new}, but the model takes at most {longest}, one of a prompt "
+                    "at least"
+                ),
+                remedy="change those",
             )
 
 

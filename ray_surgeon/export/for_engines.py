@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from ray_surgeon.config.sections import GgufKind, QuantizeSection
+from ray_surgeon.errors import ConfigError
 from ray_surgeon.export import folder
 from ray_surgeon.export.importance import write_mean_squares
 from ray_surgeon.models.layout import ModelLayout
@@ -34,9 +35,13 @@ def check_gguf(layout: ModelLayout, shrinking: WidthLimits) -> None:
         raise ValueError("output.exports: gguf needs `pip install 'ray-surgeon[gguf]'`")
     known = layout.family.llama_cpp
     if "blocks" in shrinking.layers and known is not None and known.attention_kinds:
-        raise ValueError(
-            f"output.exports: gguf: llama.cpp's {known.name} has kinds of attention in "
-            "turns, so no block can go; export uniform"
+        raise ConfigError(
+            field="output.exports",
+            found=(
+                f"gguf: llama.cpp's {known.name} has kinds of attention in turns, so "
+                "no block can go"
+            ),
+            remedy="export uniform",
         )
     heads = shrinking.kv_heads(layout)[0]
     channels = shrinking.channels(layout)[0]
@@ -58,13 +63,16 @@ def check_quantised(layout: ModelLayout, shrinking: WidthLimits, section: Quanti
         ValueError: gives the reason and a remedy.
     """
     if importlib.util.find_spec("compressed_tensors") is None:
-        raise ValueError(
-            "output.quantize: needs compressed-tensors; run `pip install 'ray-surgeon[quantize]'`"
+        raise ConfigError(
+            field="output.quantize",
+            found="needs compressed-tensors",
+            remedy="run `pip install 'ray-surgeon[quantize]'`",
         )
     if layout.family.transposed:
-        raise ValueError(
-            f"output.quantize: the linears of {layout.config.model_type} are Conv1D; "
-            "remove quantize"
+        raise ConfigError(
+            field="output.quantize",
+            found=f"the linears of {layout.config.model_type} are Conv1D",
+            remedy="remove quantize",
         )
     group_size = section.columns_together
     if group_size is not None:
@@ -83,11 +91,16 @@ def _check_groups(layout: ModelLayout, shrinking: WidthLimits, group_size: int) 
             if num_devices > 1:
                 on_each_device = f" on each of {num_devices} devices"
         if columns % group_size:
-            raise ValueError(
-                f"output.quantize: group_size {group_size} does not divide the columns "
-                f"of {name}, of which a multiple of {columns}{on_each_device} will stay; "
-                "raise width_multiple, or give a divisor such as "
-                f"{math.gcd(columns, group_size)}"
+            raise ConfigError(
+                field="output.quantize",
+                found=(
+                    f"group_size {group_size} does not divide the columns of {name}, "
+                    f"of which a multiple of {columns}{on_each_device} will stay"
+                ),
+                remedy=(
+                    "raise width_multiple, or give a divisor such as "
+                    f"{math.gcd(columns, group_size)}"
+                ),
             )
 
 

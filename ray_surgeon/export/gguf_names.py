@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import gguf
 
+from ray_surgeon.errors import ConfigError
 from ray_surgeon.models.checkpoint import Shape, parameters_in
 from ray_surgeon.models.families import LlamaCpp
 from ray_surgeon.models.layout import ModelLayout
@@ -77,9 +78,10 @@ class Names:
     def _place(self, name: str) -> str:
         found = self._names.get_name(name, try_suffixes=(".weight", ".bias"))
         if found is None:
-            raise ValueError(
-                f"output.exports: gguf: llama.cpp's {self._architecture} has no place "
-                f"for {name}; export uniform or per_block"
+            raise ConfigError(
+                field="output.exports",
+                found=f"gguf: llama.cpp's {self._architecture} has no place for {name}",
+                remedy="export uniform or per_block",
             )
         if found.endswith((".weight", ".bias")):
             return found

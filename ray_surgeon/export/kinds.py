@@ -7,6 +7,7 @@ from typing import Any
 
 from ray_surgeon.config.evaluation import TasksSection
 from ray_surgeon.config.sections import OutputSection, QuantizeSection
+from ray_surgeon.errors import ConfigError
 from ray_surgeon.export import folder
 from ray_surgeon.export.for_engines import check_gguf, check_quantised, export_gguf
 from ray_surgeon.export.speed import measure
@@ -35,9 +36,10 @@ def check_exports(output: OutputSection, layout: ModelLayout, shrinking: WidthLi
     if "uniform" in output.exports:
         pruned_config.check_uniform(layout, tuple(shrinking.fewest))
     if "masked" in output.exports and "experts" in shrinking.fewest:
-        raise ValueError(
-            "output.exports: masked keeps all shapes, and routers would go on to choose "
-            "zeroed experts; export uniform"
+        raise ConfigError(
+            field="output.exports",
+            found=("masked keeps all shapes, and routers would go on to choose zeroed experts"),
+            remedy="export uniform",
         )
     if "gguf" in output.exports:
         check_gguf(layout, shrinking)
@@ -50,15 +52,18 @@ def _check_quantised_experts(layout: ModelLayout, section: QuantizeSection) -> N
     if not layout.is_mixture:
         return
     if layout.family.sparse.stacked:
-        raise ValueError(
-            f"output.quantize: {layout.config.model_type}'s checkpoints keep experts "
-            "together, without scales; remove quantize, or export gguf"
+        raise ConfigError(
+            field="output.quantize",
+            found=(
+                f"{layout.config.model_type}'s checkpoints keep experts together, without scales"
+            ),
+            remedy="remove quantize, or export gguf",
         )
     if not section.is_by_text:
-        raise ValueError(
-            "output.quantize: transformers loads no quantised mixture, and workers "
-            "measure what they round; give scheme w4a16 or w8a16, and rounding "
-            "both_sides or gptq"
+        raise ConfigError(
+            field="output.quantize",
+            found=("transformers loads no quantised mixture, and workers measure what they round"),
+            remedy="give scheme w4a16 or w8a16, and rounding both_sides or gptq",
         )
 
 

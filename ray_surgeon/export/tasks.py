@@ -16,6 +16,7 @@ from ray_surgeon.config.evaluation import TasksSection
 from ray_surgeon.config.sections import ModelSection
 from ray_surgeon.distributed.cluster import Cluster
 from ray_surgeon.distributed.fresh_process import run_module
+from ray_surgeon.errors import ConfigError
 from ray_surgeon.export.folder import local_folder, run_beside
 from ray_surgeon.storage import files
 from ray_surgeon.storage.sources import open_model
@@ -35,9 +36,10 @@ def check_tasks(options: TasksSection) -> None:
         reply = run_module(__name__, {"options": options.model_dump(), "model": None})
     if reply["unknown"]:
         unknown = ", ".join(reply["unknown"])
-        raise ValueError(
-            f"evaluation.tasks.names: the harness has no {unknown}; "
-            "see `lm_eval ls tasks`, or name a folder in evaluation.tasks.include"
+        raise ConfigError(
+            field="evaluation.tasks.names",
+            found=f"the harness has no {unknown}",
+            remedy="see `lm_eval ls tasks`, or name a folder in evaluation.tasks.include",
         )
 
 

@@ -21,6 +21,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, PretrainedC
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from ray_surgeon.errors import ConfigError
+
 IN_PRODUCTS = "sdpa_in_products"
 """Name of this implementation, as models ask for it."""
 QUERIES_AT_A_TIME = 128
@@ -272,7 +274,8 @@ def check_rope(document: Mapping[str, Any]) -> None:
     older.update(document.get("rope_scaling") or {})
     for name, value in older.items():
         if value is not None and value != expected.get(name, value):
-            raise ValueError(
-                f"model.source: config.json has {name} {value}, and {expected[name]} in "
-                "rope_parameters; remove the wrong one"
+            raise ConfigError(
+                field="model.source",
+                found=(f"config.json has {name} {value}, and {expected[name]} in rope_parameters"),
+                remedy="remove the wrong one",
             )

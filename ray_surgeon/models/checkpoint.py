@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ray_surgeon.errors import ConfigError
 from ray_surgeon.maths.masks import Mask
 from ray_surgeon.models.build import BlockRange
 from ray_surgeon.models.experts import ExpertTensor
@@ -286,10 +287,13 @@ def check_tied(
             head_row = read(head_key, row).float().nan_to_num()
             embedding_row = read(embedding_key, row).float().nan_to_num()
             if not torch.equal(head_row, embedding_row):
-                raise ValueError(
-                    f"model.source: config.json of {where} ties the head to the embedding, "
-                    f"but {head_key} is not {embedding_key}; "
-                    f"set tie_word_embeddings to false, or remove {head_key}"
+                raise ConfigError(
+                    field="model.source",
+                    found=(
+                        f"config.json of {where} ties the head to the embedding, but "
+                        f"{head_key} is not {embedding_key}"
+                    ),
+                    remedy=f"set tie_word_embeddings to false, or remove {head_key}",
                 )
 
 

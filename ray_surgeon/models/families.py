@@ -17,6 +17,7 @@ import yaml
 from pydantic import ConfigDict, TypeAdapter
 from transformers import PretrainedConfig
 
+from ray_surgeon.errors import ConfigError
 from ray_surgeon.models.attention import IN_PRODUCTS
 from ray_surgeon.models.experts import Coupling, ExpertTensor, SparseLayer
 
@@ -169,9 +170,12 @@ def check_depth(document: Mapping[str, Any], where: str) -> None:
     for name in {"num_hidden_layers", "n_layer"} & document.keys():
         value = document[name]
         if isinstance(value, int) and value > _MOST_BLOCKS:
-            raise ValueError(
-                f"model.source: {name} in config.json of {where} is {value}, "
-                f"expected 1 to {_MOST_BLOCKS}; fetch it again"
+            raise ConfigError(
+                field="model.source",
+                found=(
+                    f"{name} in config.json of {where} is {value}, expected 1 to {_MOST_BLOCKS}"
+                ),
+                remedy="fetch it again",
             )
 
 
@@ -192,9 +196,10 @@ def check_not_quantised(document: Mapping[str, Any]) -> None:
     is_stacked = family is not None and family.sparse.stacked
     if method == "mxfp4" and is_stacked:
         return
-    raise ValueError(
-        f"model.source: the weights are quantised ({str(method)[:40]}); "
-        f"give them in bfloat16 or float32, and quantise the pruned model: output.quantize"
+    raise ConfigError(
+        field="model.source",
+        found=f"the weights are quantised ({str(method)[:40]})",
+        remedy=("give them in bfloat16 or float32, and quantise the pruned model: output.quantize"),
     )
 
 
@@ -215,14 +220,18 @@ def check_family(family: str, of_text: Any = None) -> None:
     if isinstance(of_text, Mapping):
         text_family = of_text.get("model_type")
     if text_family in FAMILIES:
-        raise ValueError(
-            f"model.source: the model type is {family!r}, which is not supported; "
-            f"known families: {known}. "
-            f"Save its text part, a {text_family}, as a model of its own"
+        raise ConfigError(
+            field="model.source",
+            found=f"the model type is {family!r}, which is not supported",
+            remedy=(
+                f"known families: {known}. Save its text part, a {text_family}, as a "
+                "model of its own"
+            ),
         )
-    raise ValueError(
-        f"model.source: the model type is {family!r}, which is not supported; "
-        f"known families: {known}. Choose a model of one of these"
+    raise ConfigError(
+        field="model.source",
+        found=f"the model type is {family!r}, which is not supported",
+        remedy=f"known families: {known}. Choose a model of one of these",
     )
 
 
@@ -234,13 +243,15 @@ def family_of(config: PretrainedConfig) -> Family:
     """
     check_family(config.model_type)
     if getattr(config, "final_logit_softcapping", None):
-        raise ValueError(
-            "model.source: it caps its logits (final_logit_softcapping), which the loss here "
-            "does not; choose another"
+        raise ConfigError(
+            field="model.source",
+            found=("it caps its logits (final_logit_softcapping), which the loss here does not"),
+            remedy="choose another",
         )
     if getattr(config, "use_bidirectional_attention", None):
-        raise ValueError(
-            "model.source: its tokens see later ones (use_bidirectional_attention), unlike "
-            "the loss; choose another"
+        raise ConfigError(
+            field="model.source",
+            found=("its tokens see later ones (use_bidirectional_attention), unlike the loss"),
+            remedy="choose another",
         )
     return FAMILIES[config.model_type]

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
+from ray_surgeon.errors import ConfigError
 from ray_surgeon.maths.masks import Mask, StructuredMask
 from ray_surgeon.models import build
 from ray_surgeon.models.experts import Coupling
@@ -199,9 +200,10 @@ class ModelLayout:
             model = build.build_blocks(config, blocks, torch.float32)
         except Exception as error:  # a family's code may raise anything
             reason = " ".join(str(error).split())[:500] or type(error).__name__
-            raise ValueError(
-                f"model.source: config.json of {where} describes no model that can be "
-                f"built: {reason}; fetch it again"
+            raise ConfigError(
+                field="model.source",
+                found=(f"config.json of {where} describes no model that can be built: {reason}"),
+                remedy="fetch it again",
             ) from error
         state = model.state_dict()
         return ModelLayout(

@@ -9,6 +9,7 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
+from ray_surgeon.errors import ConfigError
 from ray_surgeon.models.attention import rope_kind, rope_of
 from ray_surgeon.models.families import LlamaCpp
 from ray_surgeon.models.layout import ModelLayout
@@ -35,17 +36,21 @@ def architecture_of(layout: ModelLayout, widths: Sequence[BlockWidths]) -> Llama
     """
     known = layout.family.llama_cpp
     if known is None:
-        raise ValueError(
-            "output.exports: gguf: llama.cpp does not know the family "
-            f"{layout.config.model_type}; export uniform or per_block instead"
+        raise ConfigError(
+            field="output.exports",
+            found=f"gguf: llama.cpp does not know the family {layout.config.model_type}",
+            remedy="export uniform or per_block instead",
         )
     config = layout.config
     _check_feed_forward(layout, known)
     _check_attention(config, known)
     if not _knows_rope(config, known):
-        raise ValueError(
-            f"output.exports: gguf: rotary embeddings {dict(rope_of(config))} are not "
-            f"written for {known.name}; export uniform or per_block instead"
+        raise ConfigError(
+            field="output.exports",
+            found=(
+                f"gguf: rotary embeddings {dict(rope_of(config))} are not written for {known.name}"
+            ),
+            remedy="export uniform or per_block instead",
         )
     _check_widths(layout, known, widths)
     if len(set(widths)) == 1:
@@ -57,22 +62,31 @@ def _check_feed_forward(layout: ModelLayout, known: LlamaCpp) -> None:
     """Refuse an activation, biases or attention scales that llama.cpp does not have."""
     config = layout.config
     if layout.activation != known.activation:
-        raise ValueError(
-            f"output.exports: gguf: llama.cpp's {known.name} has the activation "
-            f"{known.activation}, the model {layout.activation}; "
-            "export uniform or per_block instead"
+        raise ConfigError(
+            field="output.exports",
+            found=(
+                f"gguf: llama.cpp's {known.name} has the activation "
+                f"{known.activation}, the model {layout.activation}"
+            ),
+            remedy="export uniform or per_block instead",
         )
     for name in ("attention_bias", "mlp_bias", "scale_attn_by_inverse_layer_idx"):
         if getattr(config, name, False) and name not in known.biases:
-            raise ValueError(
-                f"output.exports: gguf: llama.cpp's {known.name} has no {name}, "
-                "the model's config.json has it; export uniform or per_block instead"
+            raise ConfigError(
+                field="output.exports",
+                found=(
+                    f"gguf: llama.cpp's {known.name} has no {name}, the model's config.json has it"
+                ),
+                remedy="export uniform or per_block instead",
             )
     if not getattr(config, "scale_attn_weights", True):
-        raise ValueError(
-            f"output.exports: gguf: llama.cpp's {known.name} scales attention, "
-            "the model's config.json has scale_attn_weights false; "
-            "export uniform or per_block instead"
+        raise ConfigError(
+            field="output.exports",
+            found=(
+                f"gguf: llama.cpp's {known.name} scales attention, the model's "
+                "config.json has scale_attn_weights false"
+            ),
+            remedy="export uniform or per_block instead",
         )
 
 
@@ -83,17 +97,21 @@ def _check_attention(config: PretrainedConfig, known: LlamaCpp) -> None:
         kinds = list(config.layer_types)
         usual = itertools.islice(itertools.cycle(known.attention_kinds), len(kinds))
         if kinds != list(usual):
-            raise ValueError(
-                f"output.exports: gguf: llama.cpp's {known.name} has "
-                f"{', '.join(known.attention_kinds)} in turns, the model {kinds}; "
-                "export uniform or per_block instead"
+            raise ConfigError(
+                field="output.exports",
+                found=(
+                    f"gguf: llama.cpp's {known.name} has "
+                    f"{', '.join(known.attention_kinds)} in turns, the model {kinds}"
+                ),
+                remedy="export uniform or per_block instead",
             )
         if known.name in _CHECKS_OF_FAMILIES:
             _CHECKS_OF_FAMILIES[known.name](config)
     elif window is not None and getattr(config, "use_sliding_window", True):
-        raise ValueError(
-            f"output.exports: gguf: llama.cpp would ignore sliding_window {window}; "
-            "export uniform, or set it to null in config.json if no text is longer"
+        raise ConfigError(
+            field="output.exports",
+            found=f"gguf: llama.cpp would ignore sliding_window {window}",
+            remedy=("export uniform, or set it to null in config.json if no text is longer"),
         )
 
 
@@ -102,60 +120,74 @@ def _check_widths(layout: ModelLayout, known: LlamaCpp, widths: Sequence[BlockWi
     heads = layout.heads
     sizes = {width.num_kv_heads * heads.n_rep * heads.head_dim for width in widths}
     if not known.has_free_heads and sizes != {layout.config.hidden_size}:
-        raise ValueError(
-            f"output.exports: gguf: llama.cpp's {known.name} wants heads that fill the "
-            "hidden size; set pruning.groups: [ffn]"
+        raise ConfigError(
+            field="output.exports",
+            found=f"gguf: llama.cpp's {known.name} wants heads that fill the hidden size",
+            remedy="set pruning.groups: [ffn]",
         )
     differ = len(set(widths)) > 1
     if layout.is_mixture:
         _check_experts(layout, known, widths)
     elif differ and known.name != "llama":
-        raise ValueError(
-            f"output.exports: gguf: llama.cpp's {known.name} has blocks of one width "
-            "only; set pruning.allocation: uniform"
+        raise ConfigError(
+            field="output.exports",
+            found=f"gguf: llama.cpp's {known.name} has blocks of one width only",
+            remedy="set pruning.allocation: uniform",
         )
     if not differ:
         return
     for width in widths:
         if width.num_kv_heads == 0 or width.num_channels == 0:
-            raise ValueError(
-                "output.exports: gguf: it misreads blocks without heads or channels; "
-                "set pruning.groups: [blocks]"
+            raise ConfigError(
+                field="output.exports",
+                found="gguf: it misreads blocks without heads or channels",
+                remedy="set pruning.groups: [blocks]",
             )
 
 
 def _check_experts(layout: ModelLayout, known: LlamaCpp, widths: Sequence[BlockWidths]) -> None:
     """Refuse a mixture of experts that the architecture cannot hold."""
     if len(set(widths)) > 1 or any(len(set(width.experts)) > 1 for width in widths):
-        raise ValueError(
-            f"output.exports: gguf: llama.cpp's {known.name} has experts of one width; "
-            "set pruning.allocation: uniform"
+        raise ConfigError(
+            field="output.exports",
+            found=f"gguf: llama.cpp's {known.name} has experts of one width",
+            remedy="set pruning.allocation: uniform",
         )
     if len(layout.expert_sets) < layout.num_blocks:
-        raise ValueError(
-            f"output.exports: gguf: llama.cpp's {known.name} has experts in every block, "
-            "the model has not; export uniform or per_block instead"
+        raise ConfigError(
+            field="output.exports",
+            found=(f"gguf: llama.cpp's {known.name} has experts in every block, the model has not"),
+            remedy="export uniform or per_block instead",
         )
     if not getattr(layout.config, "norm_topk_prob", True):
-        raise ValueError(
-            f"output.exports: gguf: llama.cpp's {known.name} makes the weights of a "
-            "token's experts sum to 1, the model does not; "
-            "export uniform or per_block instead"
+        raise ConfigError(
+            field="output.exports",
+            found=(
+                f"gguf: llama.cpp's {known.name} makes the weights of a token's "
+                "experts sum to 1, the model does not"
+            ),
+            remedy="export uniform or per_block instead",
         )
 
 
 def _check_gemma(config: PretrainedConfig) -> None:
     if config.query_pre_attn_scalar != config.head_dim:
-        raise ValueError(
-            "output.exports: gguf: llama.cpp scales the queries of a Gemma 3 by "
-            f"head_dim, here query_pre_attn_scalar is {config.query_pre_attn_scalar}; "
-            "export uniform or per_block instead"
+        raise ConfigError(
+            field="output.exports",
+            found=(
+                "gguf: llama.cpp scales the queries of a Gemma 3 by head_dim, here "
+                f"query_pre_attn_scalar is {config.query_pre_attn_scalar}"
+            ),
+            remedy="export uniform or per_block instead",
         )
     sliding = config.rope_parameters["sliding_attention"]
     if sliding.get("rope_type", "default") != "default":
-        raise ValueError(
-            f"output.exports: gguf: rotary embeddings {sliding} of sliding blocks have no "
-            "place in llama.cpp; export uniform or per_block instead"
+        raise ConfigError(
+            field="output.exports",
+            found=(
+                f"gguf: rotary embeddings {sliding} of sliding blocks have no place in llama.cpp"
+            ),
+            remedy="export uniform or per_block instead",
         )
 
 
@@ -163,10 +195,13 @@ def _check_gpt_oss(config: PretrainedConfig) -> None:
     alpha = getattr(config, "swiglu_alpha", 1.702)
     limit = getattr(config, "swiglu_limit", 7.0)
     if (alpha, limit) != (1.702, 7.0):
-        raise ValueError(
-            "output.exports: gguf: llama.cpp's gpt-oss has swiglu_alpha 1.702 and "
-            f"swiglu_limit 7, the model {(alpha, limit)}; "
-            "export uniform or per_block instead"
+        raise ConfigError(
+            field="output.exports",
+            found=(
+                "gguf: llama.cpp's gpt-oss has swiglu_alpha 1.702 and swiglu_limit "
+                f"7, the model {(alpha, limit)}"
+            ),
+            remedy="export uniform or per_block instead",
         )
 
 
@@ -218,17 +253,21 @@ def tokenizer_names(document: Mapping[str, Any]) -> tuple[str, str]:
     if model["type"] == "BPE" and decoder.get("type") == "ByteLevel":
         unknown = _unknown_normalizers(document.get("normalizer"))
         if unknown:
-            raise ValueError(
-                "output.exports: gguf: llama.cpp would not apply the normalizer "
-                f"{', '.join(unknown)}; export uniform or per_block instead"
+            raise ConfigError(
+                field="output.exports",
+                found=(f"gguf: llama.cpp would not apply the normalizer {', '.join(unknown)}"),
+                remedy="export uniform or per_block instead",
             )
         return "gpt2", _pre_tokenizer(document.get("pre_tokenizer"))
     if model["type"] == "BPE" and model.get("byte_fallback"):
         return "llama", "default"
-    raise ValueError(
-        f"output.exports: gguf: the tokenizer is of type {model['type']}, known are BPE "
-        "of bytes, and SentencePiece's BPE with bytes for what has no piece; "
-        "export uniform or per_block instead"
+    raise ConfigError(
+        field="output.exports",
+        found=(
+            f"gguf: the tokenizer is of type {model['type']}, known are BPE of bytes, "
+            "and SentencePiece's BPE with bytes for what has no piece"
+        ),
+        remedy="export uniform or per_block instead",
     )
 
 
@@ -246,10 +285,14 @@ def _pre_tokenizer(document: Mapping[str, Any] | None) -> str:
         steps = document.get("pretokenizers", [document])
     name = _name_of_steps(steps)
     if name is None:
-        raise ValueError(
-            "output.exports: gguf: how the tokenizer cuts text has no known name in "
-            "llama.cpp, as those of GPT-2, GPT-4o, Llama 3, Qwen 2 and SmolLM have: "
-            f"{json.dumps(document)[:300]}; export uniform or per_block instead"
+        raise ConfigError(
+            field="output.exports",
+            found=(
+                "gguf: how the tokenizer cuts text has no known name in llama.cpp, "
+                "as those of GPT-2, GPT-4o, Llama 3, Qwen 2 and SmolLM have: "
+                f"{json.dumps(document)[:300]}"
+            ),
+            remedy="export uniform or per_block instead",
         )
     return name
 

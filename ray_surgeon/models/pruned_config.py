@@ -13,6 +13,7 @@ from typing import Any
 import transformers
 from transformers import PretrainedConfig
 
+from ray_surgeon.errors import ConfigError
 from ray_surgeon.models.layers import layers_of
 from ray_surgeon.models.layout import GroupSet, ModelLayout
 
@@ -287,10 +288,13 @@ def check_uniform(layout: ModelLayout, kinds: Sequence[str]) -> None:
     sparse = layout.family.sparse
     changes_width = not {"expert_channels", "shared_experts"}.isdisjoint(kinds)
     if sparse.shared and sparse.shared_width is None and changes_width:
-        raise ValueError(
-            f"output.exports: in {layout.config.model_type} shared experts are "
-            "n_shared_experts others wide, so neither narrows alone; "
-            "export per_block, or prune experts"
+        raise ConfigError(
+            field="output.exports",
+            found=(
+                f"in {layout.config.model_type} shared experts are n_shared_experts "
+                "others wide, so neither narrows alone"
+            ),
+            remedy="export per_block, or prune experts",
         )
 
 

@@ -18,6 +18,7 @@ from ray_surgeon.config.texts import SourceSection
 from ray_surgeon.data.documents import is_saved_whole
 from ray_surgeon.data.texts import Windows, interleaved, read_windows, windows_of
 from ray_surgeon.distributed.memory_plan.device_resources import named_device
+from ray_surgeon.errors import ConfigError
 from ray_surgeon.models.attention import check_rope
 from ray_surgeon.models.checkpoint import check_checkpoint, check_tied
 from ray_surgeon.models.families import check_depth, check_family, check_not_quantised
@@ -51,9 +52,12 @@ def read_texts(spec: JobSpec, tokenizer: Any, config: PretrainedConfig) -> Texts
         windows = read_windows(text, count, length, tokenizer, where)
         largest = int(windows.tokens.max())
         if largest >= config.vocab_size:
-            raise ValueError(
-                f"model.source: the tokenizer gives token {largest}, the vocabulary is "
-                f"{config.vocab_size}; it belongs to another model"
+            raise ConfigError(
+                field="model.source",
+                found=(
+                    f"the tokenizer gives token {largest}, the vocabulary is {config.vocab_size}"
+                ),
+                remedy="it belongs to another model",
             )
         return windows
 
@@ -89,7 +93,11 @@ def check_length(length: int, config: PretrainedConfig, where: str) -> None:
     """
     longest = getattr(config, "max_position_embeddings", length)
     if length > longest:
-        raise ValueError(f"{where}: {length}, but the model takes at most {longest}; shorten it")
+        raise ConfigError(
+            field=f"{where}",
+            found=f"{length}, but the model takes at most {longest}",
+            remedy="shorten it",
+        )
 
 
 def as_input_error(what: str) -> AbstractContextManager[None]:
@@ -150,9 +158,10 @@ def load_config(folder: Path, origin: str) -> PretrainedConfig:
     """
     document = files.read_json(str(folder / "config.json"))
     if not isinstance(document, dict):
-        raise ValueError(
-            f"model.source: config.json of {origin} is a {type(document).__name__}, "
-            "expected an object; fetch it again"
+        raise ConfigError(
+            field="model.source",
+            found=(f"config.json of {origin} is a {type(document).__name__}, expected an object"),
+            remedy="fetch it again",
         )
     check_family(str(document.get("model_type", "")), document.get("text_config"))
     check_depth(document, origin)
@@ -179,14 +188,18 @@ def check_machine(spec: JobSpec, *, dry_run: bool) -> None:
         named_device(section.device_speed, section.cpus_per_worker)
     wants_gpu = isinstance(section, LocalSection) and section.device == "cuda"
     if not dry_run and wants_gpu and not torch.cuda.is_available():
-        raise ValueError(
-            "cluster.gpus_per_worker: 1, but torch sees no GPU here; set it to 0, or "
-            "install torch with CUDA and a driver"
+        raise ConfigError(
+            field="cluster.gpus_per_worker",
+            found="1, but torch sees no GPU here",
+            remedy="set it to 0, or install torch with CUDA and a driver",
         )
     if any(part.startswith("_ray_pkg_") for part in Path(spec.output.uri).parts):
-        raise ValueError(
-            f"output.uri: {spec.output.uri} is in Ray's copy of the working directory, "
-            "and goes with it; give a whole path or a URI"
+        raise ConfigError(
+            field="output.uri",
+            found=(
+                f"{spec.output.uri} is in Ray's copy of the working directory, and goes with it"
+            ),
+            remedy="give a whole path or a URI",
         )
 
 
@@ -217,8 +230,12 @@ def check_requests(spec: JobSpec, layout: ModelLayout) -> None:
         return
     longest = layout.config.max_position_embeddings
     if request.prompt_length + request.num_new_tokens > longest:
-        raise ValueError(
-            f"output.speed: a prompt of {request.prompt_length} tokens and "
-            f"{request.num_new_tokens} new ones, but the model takes at most {longest}; "
-            "give fewer"
+        raise ConfigError(
+            field="output.speed",
+            found=(
+                f"a prompt of {request.prompt_length} tokens and "
+                f"{request.num_new_tokens} new ones, but the model takes at most "
+                f"{longest}"
+            ),
+            remedy="give fewer",
         )

@@ -15,6 +15,7 @@ from typing import Any
 
 from ray_surgeon.config.depth import MEASURED, DepthSection
 from ray_surgeon.distributed.cluster import Cluster
+from ray_surgeon.errors import ConfigError
 from ray_surgeon.models.layers import Layer, layers_of, linear_before
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.pruning import depth_passes as passes
@@ -222,8 +223,9 @@ def depth_of(method: Method, layout: ModelLayout, num_held: int) -> Depth | None
     if not isinstance(method, Groups) or not method.section.layer_kinds:
         return None
     if not num_held:
-        raise ValueError(
-            "calibration.held_aside: it leaves no windows on which layers are chosen and "
-            "measured; raise it, or num_sequences"
+        raise ConfigError(
+            field="calibration.held_aside",
+            found="it leaves no windows on which layers are chosen and measured",
+            remedy="raise it, or num_sequences",
         )
     return Depth(method, layers_of(layout, method.section.layer_kinds))

@@ -23,6 +23,7 @@ from ray_surgeon.config.pruning import (
     WandaSection,
 )
 from ray_surgeon.config.targets import BytesTarget, FlopsTarget, TimedTarget
+from ray_surgeon.errors import ConfigError
 from ray_surgeon.models import budgets
 from ray_surgeon.models.budgets import Budget
 from ray_surgeon.models.layout import ModelLayout
@@ -80,16 +81,21 @@ def _check_pattern(pruning: PatternSection, layout: ModelLayout) -> None:
     for shape in layout.linears:
         num_inputs = shape.num_columns - shape.has_bias
         if num_inputs % m:
-            raise ValueError(
-                f"pruning.n_m: {shape.name} has {num_inputs} inputs, "
-                f"not a multiple of {m}; choose another M"
+            raise ConfigError(
+                field="pruning.n_m",
+                found=f"{shape.name} has {num_inputs} inputs, not a multiple of {m}",
+                remedy="choose another M",
             )
     most = pruning.reach(layout)
     if pruning.target_sparsity > most:
-        raise ValueError(
-            f"pruning.target_sparsity: {pruning.target_sparsity:g}, but {most:.4g} is "
-            f"all that {pruning.method} can take from this model, because biases count "
-            "and stay; lower it"
+        raise ConfigError(
+            field="pruning.target_sparsity",
+            found=(
+                f"{pruning.target_sparsity:g}, but {most:.4g} is all that "
+                f"{pruning.method} can take from this model, because biases count and "
+                "stay"
+            ),
+            remedy="lower it",
         )
 
 
@@ -125,31 +131,43 @@ def _check_devices(pruning: CoupledSection, layout: ModelLayout) -> None:
     heads = layout.heads
     devices = pruning.tensor_parallel
     if heads.num_kv not in kv_heads_left(layout, devices, uniform=pruning.uniform):
-        raise ValueError(
-            f"pruning.tensor_parallel: {devices}; give a divisor of the dense model's "
-            f"{heads.num_query} query heads and {heads.num_kv} KV heads"
+        raise ConfigError(
+            field="pruning.tensor_parallel",
+            found=f"{devices}",
+            remedy=(
+                f"give a divisor of the dense model's {heads.num_query} query heads "
+                f"and {heads.num_kv} KV heads"
+            ),
         )
     for groups in layout.group_sets:
         num_groups = len(groups.columns)
         if groups.kind != "attention" and num_groups % devices:
-            raise ValueError(
-                f"pruning.tensor_parallel: {devices}, but {groups.consumer} has "
-                f"{num_groups} channels; give a divisor"
+            raise ConfigError(
+                field="pruning.tensor_parallel",
+                found=f"{devices}, but {groups.consumer} has {num_groups} channels",
+                remedy="give a divisor",
             )
 
 
 def _check_kinds(pruning: CoupledSection, layout: ModelLayout) -> None:
     missing = [kind for kind in pruning.narrow_kinds if kind not in layout.kinds]
     if missing:
-        raise ValueError(
-            f"pruning.groups: {', '.join(missing)}, but {layout.config.model_type} has "
-            f"{', '.join(layout.kinds)} that can be pruned here; name some of these"
+        raise ConfigError(
+            field="pruning.groups",
+            found=(
+                f"{', '.join(missing)}, but {layout.config.model_type} has "
+                f"{', '.join(layout.kinds)} that can be pruned here"
+            ),
+            remedy="name some of these",
         )
     norms_come_before = getattr(layout.config, "do_layer_norm_before", True)
     if pruning.layer_kinds and not norms_come_before:
-        raise ValueError(
-            "pruning.groups: norms come after what layers add (do_layer_norm_before "
-            "false), so no layer can go; name ffn or attention"
+        raise ConfigError(
+            field="pruning.groups",
+            found=(
+                "norms come after what layers add (do_layer_norm_before false), so no layer can go"
+            ),
+            remedy="name ffn or attention",
         )
 
 
@@ -160,9 +178,10 @@ def _budget(layout: ModelLayout, pruning: CoupledSection, dtype: str) -> Budget:
         budget = budget_in(target.table, layout, target)
         for kind in pruning.narrow_kinds:
             if not budget.size(kind):
-                raise ValueError(
-                    f"pruning.groups: by the seconds in {target.table}, no {kind} save "
-                    f"anything; leave {kind} out, or measure again"
+                raise ConfigError(
+                    field="pruning.groups",
+                    found=f"by the seconds in {target.table}, no {kind} save anything",
+                    remedy=f"leave {kind} out, or measure again",
                 )
         return budget
     if isinstance(target, FlopsTarget):

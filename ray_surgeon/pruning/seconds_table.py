@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt
 
 from ray_surgeon.config.base import REASON, refusing
 from ray_surgeon.config.targets import SpeedSection, TimedTarget
+from ray_surgeon.errors import ConfigError
 from ray_surgeon.models.budgets import Budget
 from ray_surgeon.models.layers import LAYER_KINDS, layers_of
 from ray_surgeon.models.layout import ModelLayout
@@ -47,10 +48,13 @@ def budget_in(uri: str, layout: ModelLayout, target: TimedTarget) -> Budget:
     own = (layout.num_blocks, layout.num_channels, layout.heads.num_kv)
     found = (table.num_blocks, max(table.channels), max(table.kv_heads))
     if own != found:
-        raise ValueError(
-            f"pruning.target: the table {uri} is of a model with {found} blocks, "
-            f"feed-forward channels and KV heads, but this one has {own}; give one that "
-            "examples/engine_table.py wrote for this model"
+        raise ConfigError(
+            field="pruning.target",
+            found=(
+                f"the table {uri} is of a model with {found} blocks, feed-forward "
+                f"channels and KV heads, but this one has {own}"
+            ),
+            remedy="give one that examples/engine_table.py wrote for this model",
         )
     request = table.request
     num_tokens = 1

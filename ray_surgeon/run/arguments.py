@@ -30,6 +30,7 @@ from ray_surgeon.config.calibration import CalibrationSection
 from ray_surgeon.config.job import JobSpec
 from ray_surgeon.config.parsing import validation_message
 from ray_surgeon.config.texts import TextSection
+from ray_surgeon.errors import ConfigError
 from ray_surgeon.models.families import family_of
 from ray_surgeon.preparation.reading import as_input_error
 from ray_surgeon.storage import files
@@ -81,9 +82,10 @@ def document_of(
     elif model and "source" in model:
         name = sections.get("name", _name_of(str(model["source"])))
     else:
-        raise ValueError(
-            "model: give a Hub id, a folder, a URI, a model, or a section that gives its "
-            "source; or give a whole spec"
+        raise ConfigError(
+            field="model",
+            found=("give a Hub id, a folder, a URI, a model, or a section that gives its source"),
+            remedy="or give a whole spec",
         )
     document: dict[str, Any] = {
         "version": 2,
@@ -129,7 +131,11 @@ def _check_given(
             "a folder, URI or Hub id is read from there"
         )
     if "model" in sections:  # from `recover`, whose first argument has another name
-        raise ValueError("model: is the first argument; give the section there")
+        raise ConfigError(
+            field="model",
+            found="is the first argument",
+            remedy="give the section there",
+        )
 
 
 def _name_of(source: str) -> str:
@@ -187,9 +193,10 @@ def _test_part(calibration: Mapping[str, Any]) -> dict[str, Any]:
         ValueError: the calibration reads that part.
     """
     if calibration.get("split", "train") == "test":
-        raise ValueError(
-            "evaluation: the calibration reads the test part of its text; name another "
-            "text to measure on"
+        raise ConfigError(
+            field="evaluation",
+            found="the calibration reads the test part of its text",
+            remedy="name another text to measure on",
         )
     text = {name: value for name, value in calibration.items() if name not in _NOT_SHARED}
     text["name"] = "test"
@@ -227,7 +234,11 @@ def causal_lm(model: Any) -> PreTrainedModel:
         family_of(model.config)
         if isinstance(model, MODEL_FOR_CAUSAL_LM_MAPPING[type(model.config)]):
             return model
-    raise ValueError(f"model: got a {type(model).__name__}; give a causal LM of transformers")
+    raise ConfigError(
+        field="model",
+        found=f"got a {type(model).__name__}",
+        remedy="give a causal LM of transformers",
+    )
 
 
 def a_tokenizer(tokenizer: Any) -> PreTrainedTokenizerBase:
@@ -280,9 +291,10 @@ def _put(written: Mapping[str, Path], source: str, *, has_begun: bool) -> None:
     names = set(files.list_files(source))
     is_ours = _MARKER in names and (not has_begun or files.read_text(marker) == digest)
     if names and not is_ours:
-        raise ValueError(
-            f"output.uri: {source} holds something else, or another model or tokenizer; "
-            "give output another folder"
+        raise ConfigError(
+            field="output.uri",
+            found=f"{source} holds something else, or another model or tokenizer",
+            remedy="give output another folder",
         )
     if has_begun and names == {_MARKER, *written}:
         return

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from ray_surgeon.config.sections import RaySection
 from ray_surgeon.distributed.memory_plan.planner import Plan
+from ray_surgeon.errors import ConfigError
 from ray_surgeon.preparation.inputs import Inputs
 from ray_surgeon.report.html_report import rendered
 
@@ -61,7 +62,11 @@ def ray_job(inputs: Inputs, plan: Plan) -> str:
     """
     section = inputs.spec.cluster
     if not isinstance(section, RaySection):
-        raise ValueError("cluster.backend: local has no pods for workers; remove it for Kubernetes")
+        raise ConfigError(
+            field="cluster.backend",
+            found="local has no pods for workers",
+            remedy="remove it for Kubernetes",
+        )
     dense_bytes = inputs.layout.num_parameters * plan.shapes.width
     waits_s = math.ceil(section.start_timeout_s)
     expected_s = sum(plan.seconds.values()) * inputs.spec.schedule.shots
