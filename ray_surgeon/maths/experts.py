@@ -181,6 +181,10 @@ class ExpertSums:
         """Return one of the sums, [num_experts] float64."""
         return self.total[SUMS.index(name)]
 
+    def num_tokens(self, num_chosen: int) -> Tensor:
+        """Return the number of tokens, at least 1, if each goes to `num_chosen` experts."""
+        return (self.of("tokens").sum() / num_chosen).clamp(min=1)
+
 
 def add_changes(
     sums: ExpertSums,
@@ -243,27 +247,4 @@ def rerouting_costs(
     increase = 0.5 * sums.of("squares")
     if first_order:
         increase = sums.of("gains") + increase
-    return increase / _num_tokens(sums, num_chosen)
-
-
-def reap_costs(sums: ExpertSums) -> Tensor:
-    """Return REAP's saliency of each expert, [num_experts] float64 (Lasby et al. 2025).
-
-    It is the mean, over the expert's tokens, of router weight times norm of the expert's output.
-    """
-    return sums.of("weighted_norms") / sums.of("tokens").clamp(min=1)
-
-
-def frequency_costs(sums: ExpertSums, num_chosen: int) -> Tensor:
-    """Return the share of tokens that are routed to each expert, [num_experts] float64."""
-    return sums.of("tokens") / _num_tokens(sums, num_chosen)
-
-
-def _num_tokens(sums: ExpertSums, num_chosen: int) -> Tensor:
-    return (sums.of("tokens").sum() / num_chosen).clamp(min=1)
-
-
-def random_costs(num_experts: int, seed: int) -> Tensor:
-    """Return costs in (0, 1], [num_experts] float64, that depend only on a seed."""
-    generator = torch.Generator().manual_seed(seed)
-    return 1 - torch.rand(num_experts, generator=generator, dtype=torch.float64)
+    return increase / sums.num_tokens(num_chosen)

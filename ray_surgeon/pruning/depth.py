@@ -7,7 +7,6 @@ docs/method.md, section 12.
 from __future__ import annotations
 
 import math
-import random
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -20,6 +19,7 @@ from ray_surgeon.models.layers import Layer, layers_of, linear_before
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.pruning import depth_passes as passes
 from ray_surgeon.pruning import layer_removal as removal
+from ray_surgeon.pruning.baselines.layers import score_layers
 from ray_surgeon.pruning.coupled_groups import Groups
 from ray_surgeon.pruning.method import Method
 from ray_surgeon.run_state import Facts, RunState, held_measure
@@ -145,22 +145,14 @@ class Depth:
 
     def _costs(self, run: RunState, layers: Sequence[Layer]) -> dict[Layer, float]:
         """Return the cost of the removal of each layer, in the unit of the section's `costs`."""
-        kind = self.section.costs
-        if kind == "last":
-            return {layer: -float(layer.block) for layer in layers}
-        if kind == "random":
-            drawing = random.Random(run.shot)
-            return {layer: drawing.random() for layer in layers}
-        if kind == "influence":
-            of_blocks = passes.influences_of(run.cluster, run.text.held)
-            return {layer: of_blocks[layer.block] for layer in layers}
+        if self.section.costs != "divergence":
+            return score_layers(self.section.costs, run, layers)
         sums = passes.sums_without_each(run.cluster, run.text, layers)
-        divergences, losses = sums.unbind(dim=1)
-        values = losses if kind == "loss" else divergences
-        with_all, *without = values.tolist()
+        divergences, _ = sums.unbind(dim=1)
+        with_all, *without = divergences.tolist()
         costs = dict[Layer, float]()
-        for layer, value in zip(layers, without, strict=True):
-            costs[layer] = value - with_all
+        for layer, divergence in zip(layers, without, strict=True):
+            costs[layer] = divergence - with_all
         return costs
 
     # The update that makes up for a layer

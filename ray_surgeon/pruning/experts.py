@@ -12,15 +12,11 @@ import torch
 from ray_surgeon.config.groups import ExpertCosts
 from ray_surgeon.distributed.worker import Worker
 from ray_surgeon.factors.collector import SumsBeside
-from ray_surgeon.maths.experts import (
-    frequency_costs,
-    random_costs,
-    reap_costs,
-    rerouting_costs,
-)
+from ray_surgeon.maths.experts import rerouting_costs
 from ray_surgeon.maths.masks import StructuredMask
 from ray_surgeon.maths.threshold import check_costs
 from ray_surgeon.models.layout import ModelLayout
+from ray_surgeon.pruning.baselines.experts import score_experts
 
 
 class ExpertSumsBeside(SumsBeside):
@@ -70,12 +66,9 @@ def whole_expert_costs(
             continue
         if kind == "rerouting":
             costs = rerouting_costs(sums, mixture.num_chosen, first_order=first_order)
-        elif kind == "reap":
-            costs = reap_costs(sums)
-        elif kind == "frequency":
-            costs = frequency_costs(sums, mixture.num_chosen)
         else:
-            costs = random_costs(len(consumers), 1_000 * experts.block + shot)
+            seed = 1_000 * experts.block + shot
+            costs = score_experts(kind, sums, mixture.num_chosen, seed)
         may_be_negative = kind == "rerouting" and first_order
         check_costs(experts.name, costs, may_be_negative=may_be_negative)
         if not mixture.can_spare_one:

@@ -1,1 +1,5 @@
-"""Published methods to compare with."""
+"""Published methods to compare with.
+
+`layerwise` has SparseGPT and Wanda, `layers` SLEB, ShortGPT, random and last layers, `experts`
+REAP, frequency and random experts. Magnitude is `curvature.kind: identity` of any structure.
+"""
