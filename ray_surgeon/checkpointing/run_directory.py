@@ -24,6 +24,7 @@ from ray_surgeon.checkpointing.committed import (
 )
 from ray_surgeon.config.base import refusing
 from ray_surgeon.distributed.weights import SavedFile
+from ray_surgeon.errors import ConfigError
 from ray_surgeon.storage import files as store
 
 _EVENTS_EVERY_S = 20.0
@@ -86,9 +87,10 @@ class RunDirectory:
         if all(name in _BEFORE_A_RUN for name in store.list_names(self.uri)):
             return True
         if not store.exists(self.path("run.json")):
-            raise ValueError(
-                f"output.uri: {self.uri} is not empty and holds no run of this program; "
-                "choose another folder"
+            raise ConfigError(
+                field="output.uri",
+                found=f"{self.uri} is not empty and holds no run of this program",
+                remedy="choose another folder",
             )
         return False
 

@@ -8,6 +8,7 @@ from typing import ClassVar
 from pydantic import Field
 
 from ray_surgeon.config.base import Address, Positive, Section
+from ray_surgeon.errors import ConfigError
 
 TEXT_SUFFIXES = (".txt", ".jsonl", ".parquet")
 """Of files with text."""
@@ -150,7 +151,11 @@ class StreamedSection(SourceSection):
         if self.source != measured.source:
             return
         if self.split == "all":
-            raise ValueError(f"{where}: {self.source} is measured on; set split to train")
+            raise ConfigError(
+                field=where,
+                found=f"{self.source} is measured on",
+                remedy="set split to train",
+            )
         if self.source != "python-code" and self.max_tokens != measured.max_tokens:
             border = "or the border between train and test moves"
             raise ValueError(f"{where}.max_tokens: must equal that of {self.source}, {border}")

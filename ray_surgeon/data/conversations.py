@@ -20,6 +20,7 @@ from ray_surgeon.data.prompts import Prompt
 from ray_surgeon.data.written_text import Conversations, Request
 from ray_surgeon.distributed.cluster import Cluster
 from ray_surgeon.distributed.writing import GenerationRequest, write_texts
+from ray_surgeon.errors import ConfigError
 
 COOLER = 0.7
 """Factor on the temperature for answers: turns should differ, answers should make sense."""
@@ -194,9 +195,10 @@ class Writer:
         self._unanswered.extend(itertools.islice(self._of_file, max(0, num_prompts)))
         if not self._unanswered:
             count = len(request.prompts or ())
-            raise ValueError(
-                f"{request.where}.prompts: {count} leave {missing} windows that are not full; "
-                "give more prompts or fewer num_sequences"
+            raise ConfigError(
+                field=f"{request.where}.prompts",
+                found=f"{count} leave {missing} windows that are not full",
+                remedy="give more prompts or fewer num_sequences",
             )
 
     def _num_needed(self, missing: int) -> int:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from ray_surgeon.config.calibration import CalibrationSection
 from ray_surgeon.config.texts import START_TOKENS
 from ray_surgeon.data.prompts import has_chat_template
+from ray_surgeon.errors import ConfigError
 
 _CHAT_SHARE = 1 / 4
 """Share of the windows of a default mix that are conversations written by the model, where it has a
@@ -63,8 +64,10 @@ def default_mix(section: CalibrationSection, tokenizer: Any) -> tuple[Calibratio
     """
     is_chat = has_chat_template(tokenizer)
     if section.weigh == "answers" and not is_chat:
-        raise ValueError(
-            "calibration.weigh: answers, but the model has no chat template; give source self"
+        raise ConfigError(
+            field="calibration.weigh",
+            found="answers, but the model has no chat template",
+            remedy="give source self",
         )
     count = section.num_sequences
     length = section.sequence_length

@@ -10,6 +10,7 @@ import pydantic
 
 from ray_surgeon.config.base import REASON, refusing
 from ray_surgeon.data.texts import first_token, tokens_of
+from ray_surgeon.errors import ConfigError
 from ray_surgeon.storage.copies import read_lines
 
 
@@ -74,7 +75,11 @@ def read_prompts(uri: str, tokenizer: Any, where: str, longest: float = math.inf
             room = f"but only {longest} leave room for an answer"
             raise ValueError(f"{at} is a prompt of {size} tokens, {room}")
     if not prompts:
-        raise ValueError(f"{where}: {uri} has no lines; {_LINES}")
+        raise ConfigError(
+            field=where,
+            found=f"{uri} has no lines",
+            remedy=_LINES,
+        )
     return prompts
 
 

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from ray_surgeon.config.texts import OWN_TEXTS, TEXT_SUFFIXES, StreamedSection
 from ray_surgeon.data import documents
 from ray_surgeon.data.texts import part_of_split, token_pieces, token_stream, window_beginning
+from ray_surgeon.errors import ConfigError
 from ray_surgeon.storage import files
 
 _RUN = 32
@@ -64,9 +65,10 @@ class TextStream:
             self._beginning(number)
             is_limited = "max_tokens" in text.model_dump(exclude_defaults=True)
             if is_limited and not documents.is_split_here(text):
-                raise ValueError(
-                    f"{where}.max_tokens: {text.source} with split {text.split} is read as far as "
-                    "it is needed; remove it"
+                raise ConfigError(
+                    field=f"{where}.max_tokens",
+                    found=f"{text.source} with split {text.split} is read as far as it is needed",
+                    remedy="remove it",
                 )
 
     def windows(self, start: int = 0) -> Iterator[NDArray[np.int64]]:

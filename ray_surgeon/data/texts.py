@@ -20,6 +20,7 @@ from transformers import AutoTokenizer
 from ray_surgeon.config.base import REASON, refusing
 from ray_surgeon.config.texts import SourceSection
 from ray_surgeon.data import documents
+from ray_surgeon.errors import ConfigError
 
 _FEWEST_TOKENS = 4
 DOCUMENTS_PER_CALL = 1000
@@ -66,13 +67,21 @@ def read_windows(
         needed = num_sequences * own
         at_stride = ""
     if len(stream) < needed:
-        raise ValueError(
-            f"{where}: the text has {len(stream)} tokens, but {num_sequences} sequences of "
-            f"{sequence_length}{at_stride} need {needed}; give more text, or fewer or shorter ones"
+        raise ConfigError(
+            field=where,
+            found=(
+                f"the text has {len(stream)} tokens, but {num_sequences} sequences of "
+                f"{sequence_length}{at_stride} need {needed}"
+            ),
+            remedy="give more text, or fewer or shorter ones",
         )
     different = len(np.unique(stream))
     if different < min(_FEWEST_TOKENS, len(stream)):
-        raise ValueError(f"{where}: the text has only {different} different tokens; give real text")
+        raise ConfigError(
+            field=where,
+            found=f"the text has only {different} different tokens",
+            remedy="give real text",
+        )
     if stride:
         starts = np.arange(num_sequences) * stride
     else:
@@ -122,7 +131,11 @@ def window_beginning(section: SourceSection, tokenizer: Any, where: str) -> int 
         return None
     first: int | None = tokenizer.bos_token_id
     if first is None:
-        raise ValueError(f"{where}.bos: true, but the tokenizer has no BOS token; remove it")
+        raise ConfigError(
+            field=f"{where}.bos",
+            found="true, but the tokenizer has no BOS token",
+            remedy="remove it",
+        )
     return first
 
 

@@ -16,6 +16,7 @@ from ray_surgeon.config.texts import TURN_TOKENS
 from ray_surgeon.data.prompts import Prompt, has_chat_template, read_prompts
 from ray_surgeon.data.texts import first_token, read_windows, tokens_of
 from ray_surgeon.distributed.writing import GenerationRequest, texts_together
+from ray_surgeon.errors import ConfigError
 
 _LEAST_ROOM = 24
 """Minimum tokens of a window for a turn and its answer, without the chat template."""
@@ -119,9 +120,10 @@ class Language:
             question = render(messages[:1], tokenize=False, add_generation_prompt=True)
             whole = render(messages, tokenize=False)
         if _SAID not in question or _ANSWERED not in whole:
-            raise ValueError(
-                f"{where}: the chat template changes what is said; give a tokenizer with "
-                "another one, or a text without chat"
+            raise ConfigError(
+                field=where,
+                found="the chat template changes what is said",
+                remedy="give a tokenizer with another one, or a text without chat",
             )
         before, _, between = question.partition(_SAID)
         after = whole.rpartition(_ANSWERED)[2]
@@ -195,9 +197,10 @@ class Language:
             prompts = (prompt,) * num_texts
         most = self.longest - length
         if not prompts[0] or len(prompt) > most:
-            raise ValueError(
-                f"{where}: the prompt has {len(prompt)} tokens, and 1 to {most} may "
-                "stand there; change the prompt or the lengths"
+            raise ConfigError(
+                field=where,
+                found=f"the prompt has {len(prompt)} tokens, and 1 to {most} may stand there",
+                remedy="change the prompt or the lengths",
             )
         self.check(prompts)
         wanted = GenerationRequest(
@@ -248,15 +251,18 @@ class Language:
             prompts = read_prompts(text.prompts, self.tokenizer, at, length - 1)
             said = [prompt.tokens + (prompt.answer or ()) for prompt in prompts]
         elif not marks.opening:
-            raise ValueError(
-                f"{where}.chat: true, but the model's chat template is absent, or puts "
-                "nothing before a turn; give starts, such as {source: "
-                "python-docstrings}, or prompts"
+            raise ConfigError(
+                field=f"{where}.chat",
+                found=(
+                    "true, but the model's chat template is absent, or puts nothing before a turn"
+                ),
+                remedy="give starts, such as {source: python-docstrings}, or prompts",
             )
         elif length - marks.num_tokens < _LEAST_ROOM:
-            raise ValueError(
-                f"calibration.sequence_length: {length}, but the chat template alone "
-                f"takes {marks.num_tokens}; raise it"
+            raise ConfigError(
+                field="calibration.sequence_length",
+                found=f"{length}, but the chat template alone takes {marks.num_tokens}",
+                remedy="raise it",
             )
         self.check([marks.opening, marks.closing, marks.end, *said])
         return Conversations(

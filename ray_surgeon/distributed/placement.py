@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ray_surgeon.errors import ConfigError
 from ray_surgeon.models.build import BlockRange
 from ray_surgeon.models.layout import LinearShape, ModelLayout
 
@@ -79,10 +80,10 @@ def partition_blocks(
         ValueError: there are more shards than blocks.
     """
     if not 1 <= num_shards <= num_blocks:
-        raise ValueError(
-            f"cluster.num_shards: {num_shards} shards cannot be filled, the model has "
-            f"{num_blocks} blocks; give 1 to {num_blocks}, and use cluster.num_replicas for more "
-            "workers"
+        raise ConfigError(
+            field="cluster.num_shards",
+            found=f"{num_shards} shards cannot be filled, the model has {num_blocks} blocks",
+            remedy=f"give 1 to {num_blocks}, and use cluster.num_replicas for more workers",
         )
     if num_shards == 1:
         return (BlockRange(0, num_blocks, num_blocks),)

@@ -128,7 +128,7 @@ def check_prompts(
     for number, prompt in enumerate(prompts):
         if not 0 < len(prompt) <= longest - new:
             raise ConfigError(
-                field=f"{where}",
+                field=where,
                 found=(
                     f"prompt {number} has {len(prompt)} tokens and its answer up to "
                     f"{new}, but the model takes at most {longest}, one of a prompt "

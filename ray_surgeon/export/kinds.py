@@ -38,7 +38,7 @@ def check_exports(output: OutputSection, layout: ModelLayout, shrinking: WidthLi
     if "masked" in output.exports and "experts" in shrinking.fewest:
         raise ConfigError(
             field="output.exports",
-            found=("masked keeps all shapes, and routers would go on to choose zeroed experts"),
+            found="masked keeps all shapes, and routers would go on to choose zeroed experts",
             remedy="export uniform",
         )
     if "gguf" in output.exports:
@@ -62,7 +62,7 @@ def _check_quantised_experts(layout: ModelLayout, section: QuantizeSection) -> N
     if not section.is_by_text:
         raise ConfigError(
             field="output.quantize",
-            found=("transformers loads no quantised mixture, and workers measure what they round"),
+            found="transformers loads no quantised mixture, and workers measure what they round",
             remedy="give scheme w4a16 or w8a16, and rounding both_sides or gptq",
         )
 

@@ -26,6 +26,7 @@ from ray_surgeon.distributed.microbatch import Counts, Labels, Tokens
 from ray_surgeon.distributed.pipelines import forward_and_backward
 from ray_surgeon.distributed.worker import Worker, collective
 from ray_surgeon.distributed.worker_state import PowerIteration
+from ray_surgeon.errors import ConfigError
 from ray_surgeon.maths.extended.terms import power_iteration, quadratic_forms
 from ray_surgeon.maths.packed import PackedSymmetric
 from ray_surgeon.models.hooks import watch_pairs
@@ -177,9 +178,10 @@ def gather_curvature(
     measured = both or range(len(sequences))
     num_tokens = passes.num_counted(sequences, counts, measured)
     if not num_tokens:
-        raise ValueError(
-            f"calibration: in none of the {len(measured)} sequences whose loss is taken a "
-            "token counts; use longer ones, or more, or raise curvature.num_backward"
+        raise ConfigError(
+            field="calibration",
+            found=f"in none of the {len(measured)} sequences whose loss is taken a token counts",
+            remedy="use longer ones, or more, or raise curvature.num_backward",
         )
     cluster.run_all(start_pass, wanted.kind, wanted.only, beside)
     remembered = CALIBRATION if remembers else None

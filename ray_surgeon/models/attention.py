@@ -276,6 +276,6 @@ def check_rope(document: Mapping[str, Any]) -> None:
         if value is not None and value != expected.get(name, value):
             raise ConfigError(
                 field="model.source",
-                found=(f"config.json has {name} {value}, and {expected[name]} in rope_parameters"),
+                found=f"config.json has {name} {value}, and {expected[name]} in rope_parameters",
                 remedy="remove the wrong one",
             )

@@ -199,7 +199,7 @@ def check_not_quantised(document: Mapping[str, Any]) -> None:
     raise ConfigError(
         field="model.source",
         found=f"the weights are quantised ({str(method)[:40]})",
-        remedy=("give them in bfloat16 or float32, and quantise the pruned model: output.quantize"),
+        remedy="give them in bfloat16 or float32, and quantise the pruned model: output.quantize",
     )
 
 
@@ -245,13 +245,13 @@ def family_of(config: PretrainedConfig) -> Family:
     if getattr(config, "final_logit_softcapping", None):
         raise ConfigError(
             field="model.source",
-            found=("it caps its logits (final_logit_softcapping), which the loss here does not"),
+            found="it caps its logits (final_logit_softcapping), which the loss here does not",
             remedy="choose another",
         )
     if getattr(config, "use_bidirectional_attention", None):
         raise ConfigError(
             field="model.source",
-            found=("its tokens see later ones (use_bidirectional_attention), unlike the loss"),
+            found="its tokens see later ones (use_bidirectional_attention), unlike the loss",
             remedy="choose another",
         )
     return FAMILIES[config.model_type]

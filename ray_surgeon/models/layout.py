@@ -202,7 +202,7 @@ class ModelLayout:
             reason = " ".join(str(error).split())[:500] or type(error).__name__
             raise ConfigError(
                 field="model.source",
-                found=(f"config.json of {where} describes no model that can be built: {reason}"),
+                found=f"config.json of {where} describes no model that can be built: {reason}",
                 remedy="fetch it again",
             ) from error
         state = model.state_dict()

@@ -111,7 +111,7 @@ def _check_attention(config: PretrainedConfig, known: LlamaCpp) -> None:
         raise ConfigError(
             field="output.exports",
             found=f"gguf: llama.cpp would ignore sliding_window {window}",
-            remedy=("export uniform, or set it to null in config.json if no text is longer"),
+            remedy="export uniform, or set it to null in config.json if no text is longer",
         )
 
 
@@ -156,7 +156,7 @@ def _check_experts(layout: ModelLayout, known: LlamaCpp, widths: Sequence[BlockW
     if len(layout.expert_sets) < layout.num_blocks:
         raise ConfigError(
             field="output.exports",
-            found=(f"gguf: llama.cpp's {known.name} has experts in every block, the model has not"),
+            found=f"gguf: llama.cpp's {known.name} has experts in every block, the model has not",
             remedy="export uniform or per_block instead",
         )
     if not getattr(layout.config, "norm_topk_prob", True):
@@ -255,7 +255,7 @@ def tokenizer_names(document: Mapping[str, Any]) -> tuple[str, str]:
         if unknown:
             raise ConfigError(
                 field="output.exports",
-                found=(f"gguf: llama.cpp would not apply the normalizer {', '.join(unknown)}"),
+                found=f"gguf: llama.cpp would not apply the normalizer {', '.join(unknown)}",
                 remedy="export uniform or per_block instead",
             )
         return "gpt2", _pre_tokenizer(document.get("pre_tokenizer"))

