@@ -11,6 +11,8 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 import pydantic
 from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag
 
+from ray_surgeon.errors import ConfigError
+
 Errors = type[Exception] | tuple[type[Exception], ...]
 
 REASON = "{reason}"
@@ -106,11 +108,11 @@ class Section(pydantic.BaseModel):
     # whether the stage that the section configures is measured on windows held aside
     is_checked: ClassVar[bool] = False
 
-    def problems(self) -> Iterable[str]:
+    def problems(self) -> Iterable[ConfigError]:
         """Yield conflicts between fields that are valid by themselves.
 
-        Each conflict is a sentence with the remedy. The first one becomes the section's error.
-        Conflicts of base classes are found first, so a subclass need not yield them again.
+        The first one becomes the section's error. Conflicts of base classes are found first, so a
+        subclass need not yield them again.
         """
         return ()
 
@@ -118,7 +120,7 @@ class Section(pydantic.BaseModel):
     def _has_no_problems(self) -> Section:
         for section in reversed(type(self).__mro__):
             for problem in vars(section).get("problems", Section.problems)(self):
-                raise ValueError(problem)
+                raise problem
         return self
 
 

@@ -9,6 +9,7 @@ from pydantic import Field
 
 from ray_surgeon.config.base import Address
 from ray_surgeon.config.texts import SourceSection, TextSection, WritingSection
+from ray_surgeon.errors import ConfigError
 
 _READING = SourceSection.model_fields.keys() - {"source", "seed"}
 """Fields of texts that are read."""
@@ -32,23 +33,26 @@ class MixedSection(SourceSection, WritingSection):
         """Whether the model writes the text."""
         return self.source == "self"
 
-    def problems(self) -> Iterator[str]:
+    def problems(self) -> Iterator[ConfigError]:
         """Yield fields that do not fit the source."""
         if self.source == "auto":
             misplaced = _READING | _WRITING | {"weight", "mix"}
-            problem = "cannot be given to auto; remove it"
+            found = "cannot be given to auto"
+            remedy = "remove it"
         elif self.source == "self":
             misplaced = _READING
-            problem = "belongs to a text that is read, and the model writes this one"
+            found = "belongs to a text that is read, and the model writes this one"
+            remedy = "remove it"
         else:
             misplaced = set(_WRITING)
-            problem = "belongs to text that the model writes; set source to self"
+            found = "belongs to text that the model writes"
+            remedy = "set source to self"
         names = []
         for name in self.model_dump(exclude_defaults=True):
             if name in misplaced:
                 names.append(name)
         if names:
-            yield f"{', '.join(names)} {problem}"
+            yield ConfigError(", ".join(names), found, remedy)
 
 
 class CalibrationSection(MixedSection, TextSection):
@@ -108,28 +112,41 @@ class CalibrationSection(MixedSection, TextSection):
                     "the border between train and test moves"
                 )
 
-    def problems(self) -> Iterator[str]:
+    def problems(self) -> Iterator[ConfigError]:
         """Yield conflicts between the texts."""
         earlier: list[dict[str, Any]] = []
         for number, (text, count) in enumerate(self.shares):
             where = ""
             if number > 0:
-                where = f"mix.{number - 1}: "
+                where = f"mix.{number - 1}."
             if count == 0:
-                yield (
-                    f"mix: the share of {text.source} in {self.num_sequences} sequences is none; "
-                    "raise weight"
+                yield ConfigError(
+                    field="mix",
+                    found=(f"the share of {text.source} in {self.num_sequences} sequences is none"),
+                    remedy="raise weight",
                 )
             if text.is_written:
                 yield from text.problems_of_lengths(self.sequence_length, where)
             fields = text.model_dump(include=MixedSection.model_fields.keys() - {"weight"})
             if fields in earlier:
-                yield f"{where}windows of {text.source} are in the calibration; raise their weight"
+                yield ConfigError(
+                    field=f"{where}source",
+                    found=f"windows of {text.source} are in the calibration",
+                    remedy="raise their weight",
+                )
             earlier.append(fields)
         if not self.mix and self.weight != 1.0:
-            yield "weight has no effect without mix; remove it"
+            yield ConfigError(
+                field="weight",
+                found="has no effect without mix",
+                remedy="remove it",
+            )
         if self.weigh == "answers" and self.source != "auto" and not self._has_answers():
-            yield "weigh: no text of the calibration has any answers; add one with chat or prompts"
+            yield ConfigError(
+                field="weigh",
+                found="no text of the calibration has any answers",
+                remedy="add one with chat or prompts",
+            )
 
     def _has_answers(self) -> bool:
         return any(text.is_written and text.has_answers for text in (self, *self.mix))

@@ -8,6 +8,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field, Tag
 
 from ray_surgeon.config.base import OrAuto, Positive, Section, by_tag, tag
+from ray_surgeon.errors import ConfigError
 from ray_surgeon.maths.kronecker import Damping
 
 
@@ -73,12 +74,15 @@ class _Damped(_Curvature):
             damping_g = 0.0
         return Damping(damping.a, damping_g, self.max_damping)
 
-    def problems(self) -> Iterator[str]:
+    def problems(self) -> Iterator[ConfigError]:
         """Yield conflicts between fields."""
         if self.damping != "auto" and self.max_damping < max(self.damping.a, self.damping.g):
-            yield (
-                f"max_damping {self.max_damping:g} is below damping "
-                f"{self.damping.a:g}/{self.damping.g:g}; raise it"
+            yield ConfigError(
+                field="max_damping",
+                found=(
+                    f"{self.max_damping:g} is below damping {self.damping.a:g}/{self.damping.g:g}"
+                ),
+                remedy="raise it",
             )
 
 
@@ -104,10 +108,14 @@ class _Fisher(_Damped):
             return None
         return self.seed + shot * num_sequences
 
-    def problems(self) -> Iterator[str]:
+    def problems(self) -> Iterator[ConfigError]:
         """Yield conflicts between fields."""
         if self.seed and self.fisher == "empirical":
-            yield "seed draws labels of the sampled Fisher, and this is the empirical; remove it"
+            yield ConfigError(
+                field="seed",
+                found="draws labels of the sampled Fisher, and this is the empirical",
+                remedy="remove it",
+            )
 
 
 class KfacSection(_Fisher):
@@ -148,10 +156,14 @@ class ActivationsSection(_Damped):
     kind: Literal["activations"]
     """A of every linear, and G = I"""
 
-    def problems(self) -> Iterator[str]:
+    def problems(self) -> Iterator[ConfigError]:
         """Yield conflicts between fields."""
         if self.damping != "auto" and self.damping.g != DampingSection().g:
-            yield "damping.g has no effect, because G is the identity; remove it"
+            yield ConfigError(
+                field="damping.g",
+                found="has no effect, because G is the identity",
+                remedy="remove it",
+            )
 
 
 class IdentitySection(_Curvature):

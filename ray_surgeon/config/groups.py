@@ -13,6 +13,7 @@ from ray_surgeon.config.depth import DepthSection
 from ray_surgeon.config.reconstruction import ReconstructionSection
 from ray_surgeon.config.schedule import FamilySection, ScheduleSection
 from ray_surgeon.config.targets import FlopsTarget, TargetSection, TimedTarget
+from ray_surgeon.errors import ConfigError
 from ray_surgeon.maths.threshold import OutOfReachError
 from ray_surgeon.models.layers import LAYER_KINDS
 from ray_surgeon.models.layout import FEED_FORWARD_OF_ALL, ModelLayout
@@ -190,43 +191,64 @@ class CoupledSection(FamilySection):
                 "faster model"
             )
 
-    def problem_with(self, curvature: AnyCurvature) -> str | None:
+    def problem_with(self, curvature: AnyCurvature) -> ConfigError | None:
         """Return the conflict between this section and a curvature, if there is one."""
         kind = curvature.kind
         if kind == "extended_kfac":
-            return "curvature.kind: extended_kfac does not go with structure groups; use kfac"
+            return ConfigError(
+                field="curvature.kind",
+                found="extended_kfac does not go with structure groups",
+                remedy="use kfac",
+            )
         if "experts" in self.groups and kind == "identity":
-            return (
-                "curvature.kind: identity looks at no text, which says what whole experts cost; "
-                "use kfac"
+            return ConfigError(
+                field="curvature.kind",
+                found="identity looks at no text, which says what whole experts cost",
+                remedy="use kfac",
             )
         needs_gradients = "experts" in self.groups and self.expert_costs == "rerouting"
         if needs_gradients and kind == "activations":
-            return (
-                "curvature.kind: activations has no gradients, which whole experts need; use kfac"
+            return ConfigError(
+                field="curvature.kind",
+                found="activations has no gradients, which whole experts need",
+                remedy="use kfac",
             )
         if set(self.groups) == {"experts"}:
             changed = curvature.model_dump(exclude_defaults=True)
             for field in ("damping", "max_damping"):
                 if field in changed:
-                    return (
-                        f"curvature.{field}: costs of whole experts invert no factor; leave it out"
+                    return ConfigError(
+                        field=f"curvature.{field}",
+                        found="costs of whole experts invert no factor",
+                        remedy="leave it out",
                     )
         if self.reconstruction is not None and kind == "identity":
-            return "curvature.kind: identity keeps no inputs of layers; use kfac or activations"
+            return ConfigError(
+                field="curvature.kind",
+                found="identity keeps no inputs of layers",
+                remedy="use kfac or activations",
+            )
         return None
 
-    def problems(self) -> Iterator[str]:
+    def problems(self) -> Iterator[ConfigError]:
         """Yield conflicts between fields."""
         yield from self._problems_of_depth()
         if self.reconstruction is not None and FEED_FORWARD_OF_ALL.isdisjoint(self.groups):
             kinds = " or ".join(sorted(FEED_FORWARD_OF_ALL))
-            yield f"reconstruction: is of channels; add {kinds} to groups, or leave it out"
+            yield ConfigError(
+                field="reconstruction",
+                found="is of channels",
+                remedy=f"add {kinds} to groups, or leave it out",
+            )
         yield from self._problems_of_groups()
         if self.multiple % self.tensor_parallel:
-            yield (
-                f"width_multiple: {self.multiple} channels cannot be split over tensor_parallel "
-                f"{self.tensor_parallel}; give a multiple of it"
+            yield ConfigError(
+                field="width_multiple",
+                found=(
+                    f"{self.multiple} channels cannot be split over tensor_parallel "
+                    f"{self.tensor_parallel}"
+                ),
+                remedy="give a multiple of it",
             )
         goals = {
             "target_sparsity": self.target_sparsity,
@@ -236,41 +258,64 @@ class CoupledSection(FamilySection):
         given = [name for name, value in goals.items() if value]
         if len(given) != 1 and given != ["target", "sizes"]:
             got = " and ".join(given) or "none"
-            yield f"target_sparsity: give this, sizes or target, got {got}"
+            yield ConfigError(
+                field="target_sparsity",
+                found=f"got {got} of target_sparsity, sizes and target",
+                remedy="give one of them",
+            )
 
-    def _problems_of_depth(self) -> Iterator[str]:
+    def _problems_of_depth(self) -> Iterator[ConfigError]:
         if not self.layer_kinds:
             if self.depth is not None:
                 kinds = ", ".join(LAYER_KINDS)
-                yield f"depth: is of whole layers; remove it, or name one of {kinds} in groups"
+                yield ConfigError(
+                    field="depth",
+                    found="is of whole layers",
+                    remedy=f"remove it, or name one of {kinds} in groups",
+                )
             return
         depth = self.depth or DepthSection()
         if self.narrow_kinds and depth.num_removed is None:
             kinds = ", ".join(self.narrow_kinds)
-            yield (
-                f"depth.num_removed: groups names {kinds} beside layers; say how many layers go "
-                "first"
+            yield ConfigError(
+                field="depth.num_removed",
+                found=f"groups names {kinds} beside layers",
+                remedy="say how many layers go first",
             )
         if not self.narrow_kinds and depth.num_removed is not None:
             kinds = ", ".join(self.layer_kinds)
-            yield f"depth.num_removed: the target says how many {kinds} go; remove it"
+            yield ConfigError(
+                field="depth.num_removed",
+                found=f"the target says how many {kinds} go",
+                remedy="remove it",
+            )
         if depth.costs == "influence" and self.layer_kinds != ("blocks",):
-            yield "depth.costs: influence is of blocks; set groups to [blocks], or use divergence"
+            yield ConfigError(
+                field="depth.costs",
+                found="influence is of blocks",
+                remedy="set groups to [blocks], or use divergence",
+            )
 
-    def _problems_of_groups(self) -> Iterator[str]:
+    def _problems_of_groups(self) -> Iterator[ConfigError]:
         kinds = set(self.groups)
         if len(kinds) < len(self.groups):
-            yield f"groups: {', '.join(self.groups)} name a kind twice; remove one"
+            yield ConfigError(
+                field="groups",
+                found=f"{', '.join(self.groups)} name a kind twice",
+                remedy="remove one",
+            )
         if self.expert_costs != "rerouting" and kinds != {"experts"}:
-            yield (
-                f"expert_costs: {self.expert_costs} is of whole experts alone and has another "
-                "unit; set groups to [experts]"
+            yield ConfigError(
+                field="expert_costs",
+                found=(f"{self.expert_costs} is of whole experts alone and has another unit"),
+                remedy="set groups to [experts]",
             )
         parts = kinds & {"attention_layers", "ffn_layers"}
         if self.uniform and parts:
-            yield (
-                f"groups: {', '.join(sorted(parts))} leave blocks that differ; set allocation to "
-                "global, or name blocks"
+            yield ConfigError(
+                field="groups",
+                found=f"{', '.join(sorted(parts))} leave blocks that differ",
+                remedy="set allocation to global, or name blocks",
             )
 
 
@@ -295,17 +340,25 @@ class UniformGroupsSection(CoupledSection):
 
 def problems_of_mixture(
     layout: ModelLayout, pruning: ScheduleSection, curvature: AnyCurvature | None
-) -> Iterator[str]:
+) -> Iterator[ConfigError]:
     """Yield conflicts between a job and a mixture of experts; nothing for other models."""
     if not layout.is_mixture:
         return
     if curvature is not None and curvature.sequences_backward is not None:
-        yield "curvature.num_backward: the experts of a mixture see too few tokens; remove it"
+        yield ConfigError(
+            field="curvature.num_backward",
+            found="the experts of a mixture see too few tokens",
+            remedy="remove it",
+        )
     if not isinstance(pruning, CoupledSection):
         return
     if isinstance(pruning.target, TimedTarget):
         unit = pruning.target.unit
-        yield f"pruning.target: {unit}, a latency, is not for mixtures; give parameters or bytes"
+        yield ConfigError(
+            field="pruning.target",
+            found=f"{unit}, a latency, is not for mixtures",
+            remedy="give parameters or bytes",
+        )
     if "experts" not in pruning.groups:
         return
     field = layout.family.sparse.num_groups
@@ -313,9 +366,17 @@ def problems_of_mixture(
     if field:
         num_groups = getattr(layout.config, field)
     if num_groups is not None and num_groups > 1:
-        yield (
-            f"pruning.groups: the router chooses among {num_groups} groups of experts of one size "
-            f"({field}), so no single one can go; use expert_channels"
+        yield ConfigError(
+            field="pruning.groups",
+            found=(
+                f"the router chooses among {num_groups} groups of experts of one size "
+                f"({field}), so no single one can go"
+            ),
+            remedy="use expert_channels",
         )
     if isinstance(pruning.target, FlopsTarget):
-        yield "pruning.target: whole experts save no flops; give parameters or bytes"
+        yield ConfigError(
+            field="pruning.target",
+            found="whole experts save no flops",
+            remedy="give parameters or bytes",
+        )

@@ -19,6 +19,7 @@ from ray_surgeon.config.presets import PresetName, with_preset
 from ray_surgeon.config.pruning import PruningSection
 from ray_surgeon.config.recovery import RecoverySection
 from ray_surgeon.config.schedule import NO_PRUNING, ScheduleSection
+from ray_surgeon.errors import ConfigError
 
 HELD_SHARE = 0.1
 MOST_HELD = 6
@@ -93,7 +94,7 @@ class JobSpec(Section):
                     document = document | {"pruning": document["pruning"] | width}
         return with_preset(document)
 
-    def problems(self) -> Iterator[str]:
+    def problems(self) -> Iterator[ConfigError]:
         """Yield what sections have against each other."""
         yield from self._problems_of_teacher()
         yield from self._problems_of_curvature()
@@ -102,68 +103,134 @@ class JobSpec(Section):
         recovery = self.recovery
         where = self.memory.weights
         if self.memory.teacher != "auto" and not (recovery and recovery.has_teacher):
-            yield "memory.teacher: needs recovery.texts with loss: kl; remove it"
+            yield ConfigError(
+                field="memory.teacher",
+                found="needs recovery.texts with loss: kl",
+                remedy="remove it",
+            )
         if recovery and recovery.rank == "all" and where not in ("auto", "device"):
-            yield f"memory.weights: {where} does not go with recovery.rank all; use device, or auto"
+            yield ConfigError(
+                field="memory.weights",
+                found=f"{where} does not go with recovery.rank all",
+                remedy="use device, or auto",
+            )
 
-    def _problems_of_teacher(self) -> Iterator[str]:
+    def _problems_of_teacher(self) -> Iterator[ConfigError]:
         has_teacher = getattr(self.recovery, "teacher", None) is not None
         if self.pruning is None and not has_teacher:
             if self.recovery is not None:
-                yield "recovery: trains what was pruned; add recovery.teacher, or remove it"
+                yield ConfigError(
+                    field="recovery",
+                    found="trains what was pruned",
+                    remedy="add recovery.teacher, or remove it",
+                )
             elif not self.output.for_engines:
                 remedy = "say what to remove, or add recovery.teacher, output.quantize or gguf"
-                yield f"pruning: null leaves nothing to do; {remedy}"
+                yield ConfigError(
+                    field="pruning",
+                    found="null leaves nothing to do",
+                    remedy=f"{remedy}",
+                )
         if self.pruning is not None and has_teacher:
             own = "a job that prunes trains towards its own dense model"
-            yield f"recovery.teacher: {own}; remove it, or set pruning to null"
+            yield ConfigError(
+                field="recovery.teacher",
+                found=f"{own}",
+                remedy="remove it, or set pruning to null",
+            )
         if has_teacher and getattr(self.recovery, "loss", "kl") != "kl":
-            yield "recovery.teacher: loss cross_entropy needs none; set loss to kl, or remove it"
+            yield ConfigError(
+                field="recovery.teacher",
+                found="loss cross_entropy needs none",
+                remedy="set loss to kl, or remove it",
+            )
 
-    def _problems_of_curvature(self) -> Iterator[str]:
+    def _problems_of_curvature(self) -> Iterator[ConfigError]:
         is_taken = self.schedule.takes_curvature
         if is_taken != (self.curvature is not None):
-            why = "needs one; remove the null" if is_taken else "gathers its own; remove it"
-            yield f"curvature: pruning.method {getattr(self.pruning, 'method', 'null')} {why}"
+            method = getattr(self.pruning, "method", "null")
+            if is_taken:
+                found = f"pruning.method {method} needs one"
+                remedy = "remove the null"
+            else:
+                found = f"pruning.method {method} gathers its own"
+                remedy = "remove it"
+            yield ConfigError("curvature", found, remedy)
         elif self.curvature is not None and (problem := self.schedule.problem_with(self.curvature)):
             yield problem
         kind = "null" if self.curvature is None else self.curvature.kind
         takes_gradients = kind == "kfac" or (kind != "extended_kfac" and self.recovery)
         if self.calibration.weigh == "answers" and not takes_gradients:
-            yield f"calibration.weigh: answers does not go with curvature {kind}; use kfac or all"
+            yield ConfigError(
+                field="calibration.weigh",
+                found=f"answers does not go with curvature {kind}",
+                remedy="use kfac or all",
+            )
 
-    def _problems_of_texts(self) -> Iterator[str]:
+    def _problems_of_texts(self) -> Iterator[ConfigError]:
         most = self.calibration.num_sequences
         replicas = self.cluster.num_replicas
         names = [text.name for text in self.evaluation.texts]
         if len(set(names)) < len(names):
-            yield f"evaluation: names must differ, got {names}; rename one"
+            yield ConfigError(
+                field="evaluation",
+                found=f"names must differ, got {names}",
+                remedy="rename one",
+            )
         sequences = f"{most} calibration sequences"
         if replicas > most:
-            yield f"cluster.num_replicas: {replicas} cannot be filled by {sequences}; lower it"
+            yield ConfigError(
+                field="cluster.num_replicas",
+                found=f"{replicas} cannot be filled by {sequences}",
+                remedy="lower it",
+            )
         backward = None if self.curvature is None else self.curvature.sequences_backward
         if backward is not None and not replicas <= backward <= most:
             remedy = f"every replica needs one, so give {replicas} to {most}"
-            yield f"curvature.num_backward: {backward} of {sequences}; {remedy}"
+            yield ConfigError(
+                field="curvature.num_backward",
+                found=f"{backward} of {sequences}",
+                remedy=f"{remedy}",
+            )
         self.check_borders()
 
-    def _problems_of_exports(self) -> Iterator[str]:
+    def _problems_of_exports(self) -> Iterator[ConfigError]:
         pruning = self.pruning
         exports = self.output.exports
         if self.evaluation.tasks is not None and not set(exports) - {"gguf"}:
-            yield "evaluation.tasks: run on exports for transformers; output.exports has none"
+            yield ConfigError(
+                field="evaluation.tasks",
+                found="run on exports for transformers",
+                remedy="output.exports has none",
+            )
         if not isinstance(pruning, CoupledSection):
             taken = {"masked"} if pruning else {"masked", "uniform", "gguf"}
             for kind in sorted(set(exports) - taken):
-                yield f"output.exports: {kind} needs pruning.structure groups"
+                yield ConfigError(
+                    field="output.exports",
+                    found=f"{kind} needs pruning.structure groups",
+                    remedy="remove it, or set the structure",
+                )
             if self.output.sizes is not None:
-                yield "output.sizes: needs pruning.sizes; remove it"
+                yield ConfigError(
+                    field="output.sizes",
+                    found="needs pruning.sizes",
+                    remedy="remove it",
+                )
             return
         if unknown := set(self.output.sizes or ()) - set(pruning.sizes or ()):
             known = list(pruning.sizes or ())
-            yield f"output.sizes: {sorted(unknown)} are none of pruning.sizes, {known}; name these"
+            yield ConfigError(
+                field="output.sizes",
+                found=f"{sorted(unknown)} are none of pruning.sizes, {known}",
+                remedy="name these",
+            )
         if "uniform" in exports and not pruning.uniform:
-            yield "output.exports: uniform needs pruning.allocation uniform; or export per_block"
+            yield ConfigError(
+                field="output.exports",
+                found="uniform needs pruning.allocation uniform",
+                remedy="or export per_block",
+            )
 
     def check_borders(self) -> None:
         """Refuse evaluation texts that the calibration cuts at another place.

@@ -12,6 +12,7 @@ from pydantic_core import ErrorDetails
 
 from ray_surgeon.config.base import REASON, refusing
 from ray_surgeon.config.job import JobSpec
+from ray_surgeon.errors import ConfigError
 
 _YAML_ERRORS = (yaml.YAMLError, RecursionError, ValueError, LookupError, AttributeError)
 """Errors of PyYAML, and those of its constructors on values that do not fit their tags."""
@@ -142,6 +143,10 @@ def _line(problem: ErrorDetails) -> str:
             tags.append(part[1:-1])
         else:
             names.append(part)
+    error = problem.get("ctx", {}).get("error")
+    if isinstance(error, ConfigError):
+        names.append(error.field)
+        return f"  {'.'.join(names)}: {error.found}; {error.remedy}"
     message = _SENTENCES.get(kind, problem["msg"].removeprefix("Value error, "))
     if kind not in ("missing", "value_error"):
         got = f" (got {reprlib.repr(problem['input'])[:80]})"

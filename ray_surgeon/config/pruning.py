@@ -11,6 +11,7 @@ from ray_surgeon.config.base import Positive, Section, by_tag, tag
 from ray_surgeon.config.curvature import AnyCurvature, ExtendedKfacSection
 from ray_surgeon.config.groups import GroupsSection, UniformGroupsSection
 from ray_surgeon.config.schedule import SparsitySection
+from ray_surgeon.errors import ConfigError
 from ray_surgeon.maths import threshold as thresholds
 from ray_surgeon.maths.element_pruning import ElementUnits
 from ray_surgeon.models.layout import ModelLayout
@@ -38,10 +39,14 @@ class RowsColumnsSection(SparsitySection):
     it were alone; none
     """
 
-    def problem_with(self, curvature: AnyCurvature) -> str | None:
+    def problem_with(self, curvature: AnyCurvature) -> ConfigError | None:
         """Return why this section and a curvature do not go together; see `ScheduleSection`."""
         if self.costs == "greedy" and isinstance(curvature, ExtendedKfacSection):
-            return "pruning.costs: greedy needs one Kronecker term; choose obs, or kind kfac"
+            return ConfigError(
+                field="pruning.costs",
+                found="greedy needs one Kronecker term",
+                remedy="choose obs, or kind kfac",
+            )
         return None
 
 
@@ -86,17 +91,29 @@ class PatternSection(SparsitySection):
         share = self.units.num_removed / self.units.m
         return weights * share / layout.linear_size + thresholds.SHORT
 
-    def problems(self) -> Iterator[str]:
+    def problems(self) -> Iterator[ConfigError]:
         """Yield why a pattern is impossible, or cannot reach the target."""
         n = self.units.n
         m = self.units.m
         if self.structure == "element" and self.n_m is not None:
-            yield "n_m: structure element has no pattern; remove it, or set structure n_m"
+            yield ConfigError(
+                field="n_m",
+                found="structure element has no pattern",
+                remedy="remove it, or set structure n_m",
+            )
         if not n < m <= 16:
-            yield f"n_m: [{n}, {m}] needs N < M <= 16; give for example [2, 4] or [4, 8]"
+            yield ConfigError(
+                field="n_m",
+                found=f"[{n}, {m}] needs N < M <= 16",
+                remedy="give for example [2, 4] or [4, 8]",
+            )
         if self.target_sparsity > self.largest_sparsity + self.tolerated:
             most = f"{n}:{m} can remove, {self.largest_sparsity:g}"
-            yield f"target_sparsity: {self.target_sparsity:g} is more than {most}; lower it"
+            yield ConfigError(
+                field="target_sparsity",
+                found=f"{self.target_sparsity:g} is more than {most}",
+                remedy="lower it",
+            )
 
 
 class ElementsSection(PatternSection):
@@ -112,13 +129,21 @@ class ElementsSection(PatternSection):
     update: UpdateSection = UpdateSection()
     """How the kept weights make up for the pruned ones"""
 
-    def problems(self) -> Iterator[str]:
+    def problems(self) -> Iterator[ConfigError]:
         """Yield what fields have against each other."""
         if self.structure == "element" and self.costs == "obs_sum":
-            yield "costs: obs_sum is of N:M groups; use obs or obd, or set structure n_m"
+            yield ConfigError(
+                field="costs",
+                found="obs_sum is of N:M groups",
+                remedy="use obs or obd, or set structure n_m",
+            )
         solver = self.update.solver
         if solver != "conjugate_gradients" and self.update != UpdateSection(solver=solver):
-            yield f"update: solver {solver} has no iterations; leave its other fields out"
+            yield ConfigError(
+                field="update",
+                found=f"solver {solver} has no iterations",
+                remedy="leave its other fields out",
+            )
 
 
 class _Layerwise(PatternSection):
@@ -134,13 +159,17 @@ class _Layerwise(PatternSection):
         widths = [(s.num_columns - s.has_bias) / s.num_columns for s in layout.linears]
         return min(widths) if self.structure == "element" else 1.0
 
-    def problems(self) -> Iterator[str]:
+    def problems(self) -> Iterator[ConfigError]:
         """Yield what fields have against each other."""
         is_short = self.target_sparsity < self.largest_sparsity - thresholds.SHORT
         if self.structure == "n_m" and (self.shots > 1 or is_short):
             pattern = f"{self.units.n}:{self.units.m}"
             changes = f"set target_sparsity to {self.largest_sparsity:g} and num_shots to 1"
-            yield f"n_m: takes every linear to {pattern} at once; {changes}"
+            yield ConfigError(
+                field="n_m",
+                found=f"takes every linear to {pattern} at once",
+                remedy=f"{changes}",
+            )
 
 
 class SparseGPTSection(_Layerwise):
@@ -155,10 +184,14 @@ class SparseGPTSection(_Layerwise):
     fails
     """
 
-    def problems(self) -> Iterator[str]:
+    def problems(self) -> Iterator[ConfigError]:
         """Yield what fields have against each other."""
         if self.max_damping < self.damping:
-            yield f"max_damping {self.max_damping:g} is below damping {self.damping:g}; raise it"
+            yield ConfigError(
+                field="max_damping",
+                found=f"{self.max_damping:g} is below damping {self.damping:g}",
+                remedy="raise it",
+            )
 
 
 class WandaSection(_Layerwise):

@@ -11,6 +11,7 @@ from pydantic import Field
 from ray_surgeon.config.base import Section
 from ray_surgeon.config.curvature import AnyCurvature
 from ray_surgeon.config.targets import TargetSection
+from ray_surgeon.errors import ConfigError
 
 
 class ScheduleSection(Section):
@@ -47,7 +48,7 @@ class ScheduleSection(Section):
         sections = [part for part in vars(self).values() if isinstance(part, Section)]
         return any(section.is_checked for section in sections)
 
-    def problem_with(self, curvature: AnyCurvature) -> str | None:
+    def problem_with(self, curvature: AnyCurvature) -> ConfigError | None:
         """Return the conflict between this section and a curvature, if there is one."""
         return None
 
@@ -81,18 +82,30 @@ class ScheduleSection(Section):
             fractions.append(first + (last - first) * part)
         return tuple(fractions)
 
-    def problems(self) -> Iterator[str]:
+    def problems(self) -> Iterator[ConfigError]:
         """Yield conflicts of `sparsities` with other fields."""
         if self.sparsities is None:
             return
         last = self.last_sparsity
         steps = [0.0, *self.sparsities]
         if last is None:
-            yield "sparsities: do not go with target; remove them, or use num_shots"
+            yield ConfigError(
+                field="sparsities",
+                found="do not go with target",
+                remedy="remove them, or use num_shots",
+            )
         elif steps != sorted(set(steps)) or steps[-1] != last:
-            yield f"sparsities: must rise to target_sparsity {last}, or use num_shots"
+            yield ConfigError(
+                field="sparsities",
+                found=f"must rise to target_sparsity {last}",
+                remedy="correct them, or use num_shots",
+            )
         if self.num_shots != 5:
-            yield "sparsities: takes the place of num_shots; remove that"
+            yield ConfigError(
+                field="sparsities",
+                found="takes the place of num_shots",
+                remedy="remove that",
+            )
 
 
 class _NoPruning(ScheduleSection):
@@ -160,7 +173,7 @@ class FamilySection(ScheduleSection):
             fractions.extend(self._spread(first, last))
         return tuple(fractions)
 
-    def problems(self) -> Iterator[str]:
+    def problems(self) -> Iterator[ConfigError]:
         """Yield conflicts of `sizes` with other fields."""
         if self.sizes is None:
             return
@@ -170,11 +183,20 @@ class FamilySection(ScheduleSection):
             ends_at_target = needs[-1:] == [self.target.allowed(1.0)]
             falls = needs == sorted(set(needs), reverse=True)
             if not ends_at_target or not falls:
-                yield (
-                    f"sizes: got {sizes}; with target, give smaller and smaller models that end "
-                    "at it"
+                yield ConfigError(
+                    field="sizes",
+                    found=f"got {sizes}",
+                    remedy="with target, give smaller and smaller models that end at it",
                 )
         elif sizes != sorted(set(sizes)) or not 0 < max(sizes, default=0) < 1:
-            yield f"sizes: got {sizes}; give sparsities that rise, such as [0.1, 0.2]"
+            yield ConfigError(
+                field="sizes",
+                found=f"got {sizes}",
+                remedy="give sparsities that rise, such as [0.1, 0.2]",
+            )
         if self.sparsities is not None:
-            yield "sizes: takes the place of sparsities; remove one of them"
+            yield ConfigError(
+                field="sizes",
+                found="takes the place of sparsities",
+                remedy="remove one of them",
+            )

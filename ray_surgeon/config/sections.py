@@ -10,6 +10,7 @@ from pydantic import AfterValidator, Field, Tag, field_validator
 
 from ray_surgeon.config.base import Address, Place, Positive, Section, absolute, by_tag, tag
 from ray_surgeon.config.targets import SpeedSection
+from ray_surgeon.errors import ConfigError
 
 _LabelKey = Annotated[str, Field(pattern=r"^[\w.-]+(/[\w.-]+)?$")]
 _LabelValue = Annotated[str, Field(pattern=r"^!?([\w.-]+|in\([\w.-]+(, ?[\w.-]+)*\))$")]
@@ -125,17 +126,29 @@ class ModelSection(Section):
     always
     """
 
-    def problems(self) -> Iterator[str]:
+    def problems(self) -> Iterator[ConfigError]:
         """Yield what does not fit the kind of source."""
         page, _, identity = self.source.partition("://huggingface.co/")
         if identity and page in ("http", "https"):
             hub_id = "/".join(identity.split("/")[:2])
-            yield f"source is a page of the Hub; give the Hub id, {hub_id}"
+            yield ConfigError(
+                field="source",
+                found="is a page of the Hub",
+                remedy=f"give the Hub id, {hub_id}",
+            )
         if self.revision is not None and "://" in self.source:
-            yield "revision belongs to a Hub id; remove it, or give a Hub id as source"
+            yield ConfigError(
+                field="revision",
+                found="belongs to a Hub id",
+                remedy="remove it, or give a Hub id as source",
+            )
         wheel = (self.wheel, self.wheel_sha256)
         if any(wheel) and not (all(wheel) and self.source.startswith("pkg://")):
-            yield "wheel and wheel_sha256 belong together, and to a source pkg://PACKAGE/FILE.gguf"
+            yield ConfigError(
+                field="wheel",
+                found="belongs together with wheel_sha256, and to a source pkg://PACKAGE/FILE.gguf",
+                remedy="give all three, or remove both",
+            )
 
 
 def _local(folder: str) -> str:
@@ -177,11 +190,15 @@ class MemorySection(Section):
     scratch: Annotated[str, AfterValidator(_local)] | None = None
     """Local folder for what is on disk; the folder for temporary files if not given"""
 
-    def problems(self) -> Iterator[str]:
+    def problems(self) -> Iterator[ConfigError]:
         """Yield what cannot be kept where it is to be."""
         for name in ("weights", "factors") if self.activations == "keep" else ():
             if getattr(self, name) in ("host", "disk"):
-                yield f"activations: keep needs {name}: device; set it, or recompute activations"
+                yield ConfigError(
+                    field="activations",
+                    found=f"keep needs {name}: device",
+                    remedy="set it, or recompute activations",
+                )
 
 
 KERNEL_COLUMNS = 128
@@ -227,12 +244,16 @@ class QuantizeSection(Section):
         """Columns that share a scale, where a scheme has groups."""
         return (self.group_size or 128) if self.has_groups else None
 
-    def problems(self) -> Iterator[str]:
+    def problems(self) -> Iterator[ConfigError]:
         """Yield what the scheme does not have."""
         if not self.has_groups:
             for name in self.model_fields_set & {"group_size", "rounding"}:
                 if getattr(self, name) is not None:
-                    yield f"{name}: is not an option of {self.scheme}; remove it"
+                    yield ConfigError(
+                        field=f"{name}",
+                        found=f"is not an option of {self.scheme}",
+                        remedy="remove it",
+                    )
 
 
 class OutputSection(Section):
@@ -266,12 +287,16 @@ class OutputSection(Section):
         """Whether something is written in another format than the model's own."""
         return self.quantize is not None or "gguf" in self.exports
 
-    def problems(self) -> Iterator[str]:
+    def problems(self) -> Iterator[ConfigError]:
         """Yield what exports do not go with."""
-        for named in (self.exports, self.gguf or ()):
+        for field, named in (("exports", self.exports), ("gguf", self.gguf or ())):
             if len(set(named)) < len(named):
-                yield f"{list(named)} names one twice; remove it"
+                yield ConfigError(field, f"{list(named)} names one twice", "remove it")
         needs = {"gguf": ["gguf"], "quantize": ["uniform"], "speed": ["uniform", "per_block"]}
         for name, kinds in needs.items():
             if getattr(self, name) is not None and set(kinds).isdisjoint(self.exports):
-                yield f"{name}: needs one of the exports {', '.join(kinds)}; add it, or drop {name}"
+                yield ConfigError(
+                    field=f"{name}",
+                    found=f"needs one of the exports {', '.join(kinds)}",
+                    remedy=f"add it, or drop {name}",
+                )

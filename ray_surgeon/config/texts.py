@@ -88,19 +88,39 @@ class SourceSection(Section):
         """Whether train and test are cut here, because the source has no splits."""
         return self.source in OWN_TEXTS or self.source.endswith(TEXT_SUFFIXES)
 
-    def problems(self) -> Iterator[str]:
+    def problems(self) -> Iterator[ConfigError]:
         """Yield what does not fit the kind of source."""
         if self.source in _PLACES.keys() - self.may_be:
-            yield f"source {self.source} has a place in {_PLACES[self.source]} only; name a text"
+            yield ConfigError(
+                field="source",
+                found=f"{self.source} has a place in {_PLACES[self.source]} only",
+                remedy="name a text",
+            )
         if self.has_own_split and self.split not in self.own_splits:
             splits = " and ".join(self.own_splits)
-            yield f"split is {self.split!r}, but {self.source} has {splits} only"
+            yield ConfigError(
+                field="split",
+                found=f"is {self.split!r}, but {self.source} has {splits} only",
+                remedy="give one of these",
+            )
         if self.has_own_split and (self.config or self.revision):
-            yield f"config and revision belong to a Hub data set, not to {self.source}; remove them"
+            yield ConfigError(
+                field="config, revision",
+                found=f"belong to a Hub data set, not to {self.source}",
+                remedy="remove them",
+            )
         if self.column != "text" and (self.source in OWN_TEXTS or self.source.endswith(".txt")):
-            yield f"column is {self.column!r}, but {self.source} has none; remove it"
+            yield ConfigError(
+                field="column",
+                found=f"is {self.column!r}, but {self.source} has none",
+                remedy="remove it",
+            )
         if self.stride is not None and self.seed:
-            yield "seed draws windows, and stride places them; remove one of the two"
+            yield ConfigError(
+                field="seed",
+                found="draws windows, and stride places them",
+                remedy="remove one of the two",
+            )
 
 
 class TextSection(SourceSection):
@@ -133,13 +153,21 @@ class StreamedSection(SourceSection):
     """Where train and test are cut from the text: read no more than this many tokens of it, at once
     """
 
-    def problems(self) -> Iterator[str]:
+    def problems(self) -> Iterator[ConfigError]:
         """Yield fields that choose windows, which are there already or are all taken."""
         further = self.model_dump(exclude_defaults=True).keys() - {"source", "weight"}
         if self.source == "calibration" and further:
-            yield "the calibration's windows are there already; give source and weight alone"
+            yield ConfigError(
+                field=", ".join(sorted(further)),
+                found="the calibration's windows are there already",
+                remedy="give source and weight alone",
+            )
         if self.stride is not None or self.seed:
-            yield "stride and seed choose windows, and this text gives all in turn; remove them"
+            yield ConfigError(
+                field="stride, seed",
+                found="choose windows, and this text gives all in turn",
+                remedy="remove them",
+            )
 
     def check_border(self, measured: SourceSection, where: str) -> None:
         """Refuse this text if it has tokens of a measured one.
@@ -201,17 +229,33 @@ class WritingSection(Section):
         """Whether it is known which tokens are the model's answers."""
         return self.chat or self.prompts is not None
 
-    def problems(self) -> Iterator[str]:
+    def problems(self) -> Iterator[ConfigError]:
         """Yield what says different things about the writing."""
         ways = [name for name in ("prompt", "chat", "prompts", "starts") if getattr(self, name)]
         if len(ways) > 1:
-            yield f"{' and '.join(ways)} say different things about what is written; keep one"
+            yield ConfigError(
+                field=", ".join(ways),
+                found="say different things about the text that is written",
+                remedy="keep one",
+            )
         if self.has_answers and self.texts_per_sequence != 1:
-            yield f"texts_per_sequence: texts of {ways[0]} are packed as they fit; remove it"
+            yield ConfigError(
+                field="texts_per_sequence",
+                found=f"texts of {ways[0]} are packed as they fit",
+                remedy="remove it",
+            )
         if self.temperature == 0 and self.prompts is None and self.starts is None:
-            yield "temperature 0 writes the same text every time; raise it, or give prompts"
+            yield ConfigError(
+                field="temperature",
+                found="0 writes the same text every time",
+                remedy="raise it, or give prompts",
+            )
         if self.starts is None and self.start_tokens != START_TOKENS:
-            yield "start_tokens belongs to starts; remove it, or give starts"
+            yield ConfigError(
+                field="start_tokens",
+                found="belongs to starts",
+                remedy="remove it, or give starts",
+            )
 
     def sizes(self, num_sequences: int, sequence_length: int) -> tuple[int, int]:
         """Return how many texts fill so many sequences, and of how many tokens each is.
@@ -223,17 +267,24 @@ class WritingSection(Section):
             return num_texts, min(sequence_length, _MARK_TOKENS + TURN_TOKENS + ANSWER_TOKENS)
         return num_sequences * self.texts_per_sequence, sequence_length // self.texts_per_sequence
 
-    def problems_of_lengths(self, sequence_length: int, where: str) -> Iterator[str]:
+    def problems_of_lengths(self, sequence_length: int, where: str) -> Iterator[ConfigError]:
         """Yield why texts cannot fill sequences.
 
         Args:
             sequence_length: tokens of a sequence.
-            where: this section's place in the calibration, which the sentences begin with.
+            where: path of this section in the calibration, with a point at its end, or nothing.
         """
         texts = self.texts_per_sequence
         if sequence_length % texts or sequence_length < 2 * texts:
-            remedy = "set texts_per_sequence to a divisor of sequence_length"
-            yield f"{where}{texts} texts of two tokens or more do not fill one; {remedy}"
+            yield ConfigError(
+                field=f"{where}texts_per_sequence",
+                found=f"{texts} texts of two tokens or more do not fill a sequence",
+                remedy="give a divisor of sequence_length",
+            )
         length = sequence_length // texts
         if self.starts is not None and self.start_tokens >= length:
-            yield f"{where}start_tokens: {self.start_tokens} of {length} in a text; lower it"
+            yield ConfigError(
+                field=f"{where}start_tokens",
+                found=f"{self.start_tokens} of {length} in a text",
+                remedy="lower it",
+            )

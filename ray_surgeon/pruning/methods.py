@@ -68,7 +68,7 @@ def method_for(
         return NoPruning()
     problem = next(problems_of_mixture(layout, pruning, curvature), None)
     if problem is not None:
-        raise ValueError(problem)
+        raise problem
     if isinstance(pruning, CoupledSection):
         return _groups(pruning, curvature, layout, dtype)
     if isinstance(pruning, PatternSection):

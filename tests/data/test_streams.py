@@ -311,11 +311,11 @@ def test_stream_of_code_has_every_file(
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
-        ({"stride": 4}, "stride and seed choose windows.*; remove them"),
-        ({"seed": 4}, "stride and seed choose windows.*; remove them"),
+        ({"stride": 4}, "stride, seed: choose windows.*; remove them"),
+        ({"seed": 4}, "stride, seed: choose windows.*; remove them"),
         ({"weight": 0}, "greater than 0"),
-        ({"split": "dev"}, "split is 'dev', but python-docs has train and test and all only"),
-        ({"source": "self"}, "source self has a place in the calibration only"),
+        ({"split": "dev"}, "split: is 'dev', but python-docs has train and test and all only"),
+        ({"source": "self"}, "source: self has a place in the calibration only"),
     ],
 )
 def test_invalid_fields_are_refused(fields: dict[str, object], said: str) -> None:
