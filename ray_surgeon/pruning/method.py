@@ -15,10 +15,10 @@ from itertools import chain
 from typing import Any, ClassVar, Generic, TypeVar
 
 from ray_surgeon.config.curvature import AnyCurvature
-from ray_surgeon.config.schedule import ScheduleSection
+from ray_surgeon.config.schedule import NO_PRUNING, ScheduleSection
 from ray_surgeon.distributed.cluster import Cluster
 from ray_surgeon.distributed.microbatch import Tokens
-from ray_surgeon.distributed.worker import LinearSummary, Worker, collective, sizes
+from ray_surgeon.distributed.worker import LinearSummary, Worker, collective, sizes, summaries
 from ray_surgeon.factors.collector import NOTHING_BESIDE, SumsBeside
 from ray_surgeon.maths.curvature import Clipping, Linear
 from ray_surgeon.maths.factorised import RaisedDamping
@@ -260,3 +260,22 @@ class ByThreshold(Ranking):
         cluster.progress.begin(unit="linears")
         pruned = cluster.run_all(self.prune, choice.threshold)
         return list(chain.from_iterable(pruned)), {}
+
+
+@dataclass(frozen=True)
+class NoPruning(Method):
+    """The method of a job that leaves its model to recovery and exports."""
+
+    section: ScheduleSection = NO_PRUNING
+    curvature: None = None
+
+    def apply(
+        self,
+        cluster: Cluster,
+        tokens: Tokens,
+        choice: Choice,
+        shot: int,
+    ) -> Applied:
+        """Return the summaries of all linears, unchanged."""
+        linears = cluster.run_all(summaries)
+        return list(chain.from_iterable(linears)), {}

@@ -28,10 +28,10 @@ from ray_surgeon.models import budgets
 from ray_surgeon.models.budgets import Budget
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.models.pruned_config import kv_heads_left
-from ray_surgeon.pruning.baselines.layerwise import Layerwise, NoPruning
+from ray_surgeon.pruning.baselines.layerwise import Layerwise
 from ray_surgeon.pruning.coupled_groups import Groups
 from ray_surgeon.pruning.elements import Elements
-from ray_surgeon.pruning.method import Choice, Method, Scores
+from ray_surgeon.pruning.method import Choice, Method, NoPruning, Scores
 from ray_surgeon.pruning.rows_columns import RowsColumns
 from ray_surgeon.pruning.seconds_table import budget_in
 from ray_surgeon.run_state import Facts, RunState, held_measure

@@ -7,14 +7,12 @@ nothing is here, too.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
-from itertools import chain
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from ray_surgeon.config.pruning import SparseGPTSection, WandaSection
-from ray_surgeon.config.schedule import NO_PRUNING, ScheduleSection
 from ray_surgeon.distributed.cluster import Cluster
 from ray_surgeon.distributed.microbatch import Tokens
 from ray_surgeon.distributed.passes import BlockPass
@@ -93,25 +91,6 @@ class Layerwise(Method, BlockPass):
         whole[:, :num_inputs] = kept
         worker.masks[name] = ElementMask(whole.cpu())
         worker.shard.set_weight(name, W)
-
-
-@dataclass(frozen=True)
-class NoPruning(Method):
-    """The method of a job that leaves its model to recovery and exports."""
-
-    section: ScheduleSection = NO_PRUNING
-    curvature: None = None
-
-    def apply(
-        self,
-        cluster: Cluster,
-        tokens: Tokens,
-        choice: Choice,
-        shot: int,
-    ) -> Applied:
-        """Return the summaries of all linears, unchanged."""
-        linears = cluster.run_all(summaries)
-        return list(chain.from_iterable(linears)), {}
 
 
 def _done(worker: Worker) -> tuple[list[LinearSummary], list[RaisedDamping]]:
