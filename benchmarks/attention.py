@@ -34,7 +34,13 @@ def milliseconds(work: Callable[[], object], repeats: int) -> float:
 
 
 def both(
-    query: Tensor, key: Tensor, value: Tensor, *, causal: bool, gradients: bool, repeats: int
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    causal: bool,
+    gradients: bool,
+    repeats: int,
 ) -> tuple[float, float]:
     """Return the milliseconds of products and of torch's kernel."""
     leaves = [part.detach().requires_grad_(gradients) for part in (query, key, value)]
@@ -45,14 +51,17 @@ def both(
             torch.autograd.grad(outputs, leaves, torch.ones_like(outputs))
 
     own, torchs = (
-        milliseconds(partial(passing, attend), repeats) for attend in (in_products, by_torch)
+        milliseconds(partial(passing, attend), repeats)
+        for attend in (in_products, by_torch)
     )
     return own, torchs
 
 
 def main(arguments: Sequence[str]) -> int:
     """Run the command line."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.attention", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.attention", description=__doc__
+    )
     parser.add_argument(
         "--tokens",
         type=int,
@@ -61,11 +70,16 @@ def main(arguments: Sequence[str]) -> int:
         help="lengths of a sequence",
     )
     parser.add_argument(
-        "--heads", type=int, default=9, help="query heads; 9 and 3 are those of SmolLM2-135M"
+        "--heads",
+        type=int,
+        default=9,
+        help="query heads; 9 and 3 are those of SmolLM2-135M",
     )
     parser.add_argument("--key-heads", type=int, default=3)
     parser.add_argument("--head-dim", type=int, default=64)
-    parser.add_argument("--texts", type=int, default=64, help="written together, a token at a time")
+    parser.add_argument(
+        "--texts", type=int, default=64, help="written together, a token at a time"
+    )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=20)
     parsed = parser.parse_args(arguments)
@@ -92,7 +106,9 @@ def main(arguments: Sequence[str]) -> int:
             heads(1, length, parsed.key_heads),
         )
         for gradients in (False, True):
-            own, torchs = both(*parts, causal=True, gradients=gradients, repeats=parsed.repeats)
+            own, torchs = both(
+                *parts, causal=True, gradients=gradients, repeats=parsed.repeats
+            )
             name = f"{length} tokens{' and gradients' if gradients else ''}"
             table.add_row(name, f"{own:.2f}", f"{torchs:.2f}", f"{torchs / own:.1f}")
     cached = heads(parsed.texts, 128, parsed.key_heads)

@@ -36,14 +36,23 @@ def consumer(num_rows: int, num_columns: int, device: str = "cpu") -> Linear:
     generator = torch.Generator().manual_seed(0)
 
     def second_moments(n: int) -> PackedSymmetric:
-        x = torch.randn(_TOKENS, n, generator=generator) * torch.randn(n, generator=generator).exp()
+        x = (
+            torch.randn(_TOKENS, n, generator=generator)
+            * torch.randn(n, generator=generator).exp()
+        )
         total = PackedSymmetric.zeros(n)
         total.add(x)
         return PackedSymmetric(n, total.flat.to(device))
 
-    W = (torch.randn(num_rows, num_columns, generator=generator) * num_columns**-0.5).to(device)
-    factors = PackedFactors(second_moments(num_columns), second_moments(num_rows), _TOKENS)
-    return Linear("consumer", W, factors, has_bias=False, damping=Damping(a=0.01, g=0.01, max=1.0))
+    W = (torch.randn(num_rows, num_columns, generator=generator) * num_columns**-0.5).to(
+        device
+    )
+    factors = PackedFactors(
+        second_moments(num_columns), second_moments(num_rows), _TOKENS
+    )
+    return Linear(
+        "consumer", W, factors, has_bias=False, damping=Damping(a=0.01, g=0.01, max=1.0)
+    )
 
 
 def seconds(run: Callable[[], object]) -> float:
@@ -56,7 +65,8 @@ def seconds(run: Callable[[], object]) -> float:
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure and print the table."""
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.consumer_costs", description="Time the costs of one consumer."
+        prog="python -m benchmarks.consumer_costs",
+        description="Time the costs of one consumer.",
     )
     parser.add_argument("--rows", type=int, default=4096, help="of the consumer")
     parser.add_argument("--columns", type=int, default=11008, help="of the consumer")
@@ -67,9 +77,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         default=[0.2, 0.5, 0.99],
         help="of the columns that a path prunes",
     )
-    parser.add_argument("--number", type=int, default=1, help="of consumers of this shape")
+    parser.add_argument(
+        "--number", type=int, default=1, help="of consumers of this shape"
+    )
     parser.add_argument("--device", default="cpu", help="on which torch computes")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch")
+    parser.add_argument(
+        "--threads", type=int, default=torch.get_num_threads(), help="of torch"
+    )
     arguments = parser.parse_args(argv)
     torch.set_num_threads(arguments.threads)
     n = arguments.columns
@@ -96,7 +110,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     line("factors, single costs", lambda: costs(None, 0))
     for fraction in arguments.fractions:
-        line(f"factors, greedy path of {fraction:.0%}", partial(costs, -1.0, int(n * fraction)))
+        line(
+            f"factors, greedy path of {fraction:.0%}",
+            partial(costs, -1.0, int(n * fraction)),
+        )
     sys.stdout.write("\n".join(lines) + "\n")
     return 0
 

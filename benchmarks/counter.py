@@ -42,10 +42,14 @@ _SYNCS = frozenset(
 _GATHERS = frozenset(re.findall(r"\S+", "index index_select gather embedding"))
 """Operators that read as much of their first argument as they return."""
 _SCATTERS = frozenset(
-    re.findall(r"\S+", "index_add_ index_put_ index_copy_ scatter_ scatter_add_ index_fill_")
+    re.findall(
+        r"\S+", "index_add_ index_put_ index_copy_ scatter_ scatter_add_ index_fill_"
+    )
 )
 """Operators that read and write as much of their first argument as their last one has."""
-_OVERWRITES = frozenset(re.findall(r"\S+", "copy_ zero_ fill_ normal_ uniform_ bernoulli_"))
+_OVERWRITES = frozenset(
+    re.findall(r"\S+", "copy_ zero_ fill_ normal_ uniform_ bernoulli_")
+)
 """Operators that only write to their first argument."""
 
 
@@ -139,7 +143,9 @@ class Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if waits:
             self.syncs += 1
             self.waits[name] += 1
-        if not _starts_a_kernel(name, func) or not any(t.numel() for t in outputs or inputs):
+        if not _starts_a_kernel(name, func) or not any(
+            t.numel() for t in outputs or inputs
+        ):
             return results
         self.launches += 1
         self.operators[name] += 1
@@ -151,9 +157,15 @@ class Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.flops[matrices[-1].dtype] += flops
         return results
 
-    def _waits(self, name: str, func: OpOverload, args: Any, kwargs: dict[str, Any]) -> bool:
+    def _waits(
+        self, name: str, func: OpOverload, args: Any, kwargs: dict[str, Any]
+    ) -> bool:
         if name in {"index", "index_put_", "index_put", "_index_put_impl_"}:
-            masks = [t for t in args[1] if t is not None and t.dtype in {torch.bool, torch.uint8}]
+            masks = [
+                t
+                for t in args[1]
+                if t is not None and t.dtype in {torch.bool, torch.uint8}
+            ]
             # a mask and a number is a masked_fill_
             return bool(masks) and not (name != "index" and args[2].numel() == 1)
         if name == "repeat_interleave":
@@ -163,7 +175,9 @@ class Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
             other = torch.device(device).type != args[0].device.type
             return other and not kwargs.get("non_blocking", False)
         if name == "copy_":
-            is_blocking = not (kwargs.get("non_blocking", False) or (len(args) > 2 and args[2]))
+            is_blocking = not (
+                kwargs.get("non_blocking", False) or (len(args) > 2 and args[2])
+            )
             return bool(args[0].device.type != args[1].device.type and is_blocking)
         return name in _SYNCS
 
@@ -193,8 +207,14 @@ def _size(tensor: Tensor) -> int:
     return math.prod(sizes) * tensor.element_size() if tensor.numel() else 0
 
 
-def _read(name: str, func: OpOverload, args: tuple[Any, ...], kwargs: Any) -> Iterator[Tensor]:
-    out = {a.name for a in func._schema.arguments if a.kwarg_only and a.alias_info is not None}
+def _read(
+    name: str, func: OpOverload, args: tuple[Any, ...], kwargs: Any
+) -> Iterator[Tensor]:
+    out = {
+        a.name
+        for a in func._schema.arguments
+        if a.kwarg_only and a.alias_info is not None
+    }
     skips_first = name in _OVERWRITES | _GATHERS | _SCATTERS
     yield from _tensors(args[1:] if skips_first else args)
     yield from _tensors([value for key, value in kwargs.items() if key not in out])
@@ -207,13 +227,17 @@ def _written(name: str, args: tuple[Any, ...], outputs: list[Tensor]) -> int:
     return sum(map(_size, outputs)) * (2 if name in _GATHERS else 1)
 
 
-def _flops(func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], results: Any) -> int:
+def _flops(
+    func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], results: Any
+) -> int:
     """Return the operations of a product, a factorisation or a triangular solution; else 0."""
     name = func._schema.name.removeprefix("aten::").rstrip("_")
     if name in {"mv", "addmv", "dot", "vdot"}:
         return int(2 * args[1 if name == "addmv" else 0].numel())
     if name in {"linalg_cholesky_ex", "cholesky", "cholesky_inverse"}:
-        return int(args[0].numel() * args[0].shape[-1] // (3 if "inverse" not in name else 1.5))
+        return int(
+            args[0].numel() * args[0].shape[-1] // (3 if "inverse" not in name else 1.5)
+        )
     if name in {"linalg_solve_triangular", "triangular_solve", "cholesky_solve"}:
         both = args[1].numel() if name == "linalg_solve_triangular" else args[0].numel()
         return int(both * args[1 if name != "linalg_solve_triangular" else 0].shape[-1])
@@ -224,7 +248,12 @@ def _flops(func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], resu
 
 @torch.library.custom_op("ray_surgeon_benchmarks::attention", mutates_args=())
 def _attention(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool, scale: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    is_causal: bool,
+    scale: float,
 ) -> Tensor:
     with sdpa_kernel(SDPBackend.MATH):
         how: dict[str, Any] = {"is_causal": is_causal, "scale": scale, "enable_gqa": True}
@@ -252,7 +281,9 @@ def _attention_backward(
         scores = scores.masked_fill(~mask, -math.inf) if is_bool else scores + mask
     chances = scores.softmax(dim=-1)
     of_chances = gradient @ values.mT
-    of_scores = scale * chances * (of_chances - (of_chances * chances).sum(dim=-1, keepdim=True))
+    of_scores = (
+        scale * chances * (of_chances - (of_chances * chances).sum(dim=-1, keepdim=True))
+    )
     of_pairs = (of_scores.mT @ query, chances.mT @ gradient)
     of_key, of_value = (x.unflatten(1, (-1, num_repeats)).sum(dim=2) for x in of_pairs)  # type: ignore[no-untyped-call]
     return [of_scores @ keys, of_key, of_value]
@@ -276,14 +307,21 @@ def attention_as_one_launch() -> Iterator[None]:
     """Let attention be one operator forward and one backward, as a GPU's is."""
 
     def attention(
-        query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **kwargs: Any
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        **kwargs: Any,
     ) -> Tensor:
         scale = kwargs.get("scale") or query.shape[-1] ** -0.5
         is_causal = bool(kwargs.get("is_causal"))
         result: Tensor = _attention(query, key, value, attn_mask, is_causal, scale)
         return result
 
-    modules: tuple[Any, ...] = torch.nn.functional, own_attention  # both have it by its name
+    modules: tuple[Any, ...] = (
+        torch.nn.functional,
+        own_attention,
+    )  # both have it by its name
     for module in modules:
         module.scaled_dot_product_attention = attention
     try:

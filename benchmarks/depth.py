@@ -64,7 +64,9 @@ def spec_of(
     return parse_spec(yaml.safe_dump(document), settings)
 
 
-def run_of(name: str, depth: Mapping[str, Any], folder: Path, recovery: Any) -> dict[str, Any]:
+def run_of(
+    name: str, depth: Mapping[str, Any], folder: Path, recovery: Any
+) -> dict[str, Any]:
     """Return the report of a run, which is made unless it is there.
 
     Args:
@@ -88,7 +90,9 @@ def rows_of(way: str, report: Mapping[str, Any]) -> list[list[str]]:
     rows = []
     removed = list[str]()
     for shot in report["shots"]:
-        removed += [step["layer"].removeprefix("block ") for step in shot["layers_removed"]]
+        removed += [
+            step["layer"].removeprefix("block ") for step in shot["layers_removed"]
+        ]
         texts = [f"{value:.3f}" for value in shot["divergence"].values()]
         perplexities = [f"{value:.2f}" for value in shot["perplexity"].values()]
         cells = [" / ".join(pair) for pair in zip(texts, perplexities, strict=True)]
@@ -100,16 +104,22 @@ def rows_of(way: str, report: Mapping[str, Any]) -> list[list[str]]:
 def table(texts: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Return a Markdown table."""
     header = ("way", "blocks gone", *texts, "which", "s")
-    lines = ["| " + " | ".join(line) + " |" for line in (header, ["---"] * len(header), *rows)]
+    lines = [
+        "| " + " | ".join(line) + " |" for line in (header, ["---"] * len(header), *rows)
+    ]
     return "\n".join(lines)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Make the runs, and print the table after each."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.depth", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.depth", description=__doc__
+    )
     parser.add_argument("folder", type=Path, help="for the runs")
     parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=list(WAYS))
-    parser.add_argument("--corrected", action="store_true", help="with corrections after each size")
+    parser.add_argument(
+        "--corrected", action="store_true", help="with corrections after each size"
+    )
     arguments = parser.parse_args(argv)
     rows = list[list[str]]()
     for way in arguments.ways:

@@ -141,7 +141,9 @@ def windows_of(spec: JobSpec, inputs: Inputs, folder: Path) -> NDArray[np.int64]
     return np.stack(list(itertools.islice(windows, count)))
 
 
-def by_trl(arguments: argparse.Namespace, windows: Path, rate: float) -> tuple[Path, float]:
+def by_trl(
+    arguments: argparse.Namespace, windows: Path, rate: float
+) -> tuple[Path, float]:
     """Return the folder that TRL trained, and its seconds; it is made unless it is there."""
     target = arguments.folder / f"trl-{rate:g}"
     written = target / "trained.json"
@@ -166,9 +168,15 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     header = ["", *texts, "s"]
     lines = [header, ["---"] * len(header)]
     for row in rows:
-        measured = zip(row["divergence"].values(), row["perplexity"].values(), strict=True)
-        values = [f"{divergence:.3f} / {perplexity:.2f}" for divergence, perplexity in measured]
-        lines.append([row["name"], *values, "" if row["s"] is None else f"{row['s']:.0f}"])
+        measured = zip(
+            row["divergence"].values(), row["perplexity"].values(), strict=True
+        )
+        values = [
+            f"{divergence:.3f} / {perplexity:.2f}" for divergence, perplexity in measured
+        ]
+        lines.append(
+            [row["name"], *values, "" if row["s"] is None else f"{row['s']:.0f}"]
+        )
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
@@ -179,7 +187,9 @@ def loaded(folder: Path) -> PreTrainedModel:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Train both ways, and print the table."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.distilled", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.distilled", description=__doc__
+    )
     add = parser.add_argument
     add("export", type=Path, help="the pruned model")
     add("teacher", type=Path, help="the dense one")
@@ -205,7 +215,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name, folder, seconds in models:
         perplexity, divergence = measure(loaded(folder), inputs, dense)
         rows.append(
-            {"name": name, "perplexity": perplexity, "divergence": divergence, "s": seconds}
+            {
+                "name": name,
+                "perplexity": perplexity,
+                "divergence": divergence,
+                "s": seconds,
+            }
         )
     sys.stdout.write(table(rows) + "\n")
     return 0

@@ -60,7 +60,9 @@ Speeds = Mapping[str, Sequence[float]]
 """Of the sizes of each way, in speeds of the dense model."""
 
 
-def run_of(way: str, folder: Path, table: Path, settings: Sequence[str]) -> ray_surgeon.PruneResult:
+def run_of(
+    way: str, folder: Path, table: Path, settings: Sequence[str]
+) -> ray_surgeon.PruneResult:
     """Return a run with a family of sizes, which is made unless it is there; without recovery.
 
     Args:
@@ -83,7 +85,9 @@ def run_of(way: str, folder: Path, table: Path, settings: Sequence[str]) -> ray_
     return ray_surgeon.prune(spec=spec, resume=uri.exists())
 
 
-def command_of(model: Path, *, engine: str, folder: Path, python: str, port: int) -> list[str]:
+def command_of(
+    model: Path, *, engine: str, folder: Path, python: str, port: int
+) -> list[str]:
     """Return how an engine serves a checkpoint; llama.cpp has a file of it in `folder`."""
     if engine == "vllm":
         return serve_vllm.command_of(model, port, "", python)
@@ -106,7 +110,9 @@ def served_speeds(results: Results, dense: Path, command: Command, port: int) ->
         for entry in result.report["exports"]:
             served[f"{way}, {entry['size']:g}"] = command(Path(entry["uri"]))
     rates = fastest(served, port, [1], rounds=ROUNDS)
-    speeds = {name: decode / rates["dense", 1][1] for (name, _), (_, decode) in rates.items()}
+    speeds = {
+        name: decode / rates["dense", 1][1] for (name, _), (_, decode) in rates.items()
+    }
     return {
         way: [speeds[f"{way}, {size:g}"] for size in result.sizes]
         for way, result in results.items()
@@ -120,7 +126,9 @@ def at_speed(points: Sequence[Point], speed: float, text: str) -> float | None:
     return float(np.interp(speed, speeds, losses)) if speed <= speeds[-1] else None
 
 
-def row_of(way: str, result: ray_surgeon.PruneResult, speeds: Sequence[float]) -> list[str]:
+def row_of(
+    way: str, result: ray_surgeon.PruneResult, speeds: Sequence[float]
+) -> list[str]:
     """Return a line of the table, from the speeds of a run's sizes."""
     losses = [dict(size["divergence"]) for size in result.sizes.values()]
     points: list[Point] = list(zip(speeds, losses, strict=True))
@@ -138,7 +146,9 @@ def row_of(way: str, result: ray_surgeon.PruneResult, speeds: Sequence[float]) -
 def table(rows: Sequence[Sequence[str]]) -> str:
     """Return a Markdown table."""
     header = ("way", *(f"{speed:g} times as fast" for speed in SPEEDS), "speeds of sizes")
-    lines = ["| " + " | ".join(line) + " |" for line in (header, ["---"] * len(header), *rows)]
+    lines = [
+        "| " + " | ".join(line) + " |" for line in (header, ["---"] * len(header), *rows)
+    ]
     return "\n".join(lines)
 
 
@@ -149,7 +159,9 @@ def table_for(arguments: argparse.Namespace) -> tuple[Path, Path]:
     seconds: Path = arguments.folder / f"{arguments.engine}.json"
     if not seconds.exists():
         arguments.folder.mkdir(parents=True, exist_ok=True)
-        request = [f"--{name.replace('_', '-')}={value}" for name, value in REQUEST.items()]
+        request = [
+            f"--{name.replace('_', '-')}={value}" for name, value in REQUEST.items()
+        ]
         options = ["--engine", arguments.engine, "--python", arguments.python, *request]
         if arguments.engine == "transformers":
             options.append(f"--threads={NUM_THREADS}")
@@ -160,7 +172,10 @@ def table_for(arguments: argparse.Namespace) -> tuple[Path, Path]:
 def in_transformers(arguments: argparse.Namespace) -> tuple[Results, Speeds]:
     """Return runs to speeds by a table of transformers, and the speeds that they measure."""
     _, seconds = table_for(arguments)
-    results = {way: run_of(way, arguments.folder, seconds, arguments.set) for way in arguments.ways}
+    results = {
+        way: run_of(way, arguments.folder, seconds, arguments.set)
+        for way in arguments.ways
+    }
 
     def of_sizes(result: ray_surgeon.PruneResult) -> list[float]:
         exports = result.report["exports"]
@@ -177,13 +192,17 @@ def in_engine(arguments: argparse.Namespace) -> tuple[Results, Speeds]:
     results = {way: run_of(way, folder, seconds, arguments.set) for way in arguments.ways}
 
     port = arguments.port
-    command = functools.partial(command_of, engine=engine, folder=folder, python=python, port=port)
+    command = functools.partial(
+        command_of, engine=engine, folder=folder, python=python, port=port
+    )
     return results, served_speeds(results, dense, command, port)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Make the runs, serve them, and print the table."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.equal_speed", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.equal_speed", description=__doc__
+    )
     parser.add_argument("folder", type=Path, help="for the runs")
     parser.add_argument(
         "--engine", choices=["llamacpp", "vllm", "transformers"], default="llamacpp"

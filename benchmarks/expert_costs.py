@@ -52,9 +52,13 @@ class SingleRemovals:
     runner: BlockRunner
     tokens: Tensor  # [num_sequences, T]
     calls: list[Call]  # one a block
-    dense: list[Tensor]  # of each sequence, the hidden states before the dense model's head
+    dense: list[
+        Tensor
+    ]  # of each sequence, the hidden states before the dense model's head
 
-    def without(self, place: int, expert: int, states: list[Tensor]) -> tuple[float, float]:
+    def without(
+        self, place: int, expert: int, states: list[Tensor]
+    ) -> tuple[float, float]:
         """Return what `compare` says of the model without an expert of a block.
 
         States before the block are given.
@@ -74,18 +78,24 @@ class SingleRemovals:
         with ThreadPoolExecutor(
             NUM_THREADS, initializer=torch.set_num_threads, initargs=(1,)
         ) as pool:
-            found = list(pool.map(partial(self._compare, place), states, self.dense, self.tokens))
+            found = list(
+                pool.map(partial(self._compare, place), states, self.dense, self.tokens)
+            )
         count = len(self.tokens) * (self.tokens.shape[1] - 1)
         return sum(float(c.nll) for c in found) / count, sum(
             float(c.divergence) for c in found
         ) / count
 
     @torch.no_grad()
-    def _compare(self, first: int, hidden: Tensor, dense: Tensor, tokens: Tensor) -> Comparison:
+    def _compare(
+        self, first: int, hidden: Tensor, dense: Tensor, tokens: Tensor
+    ) -> Comparison:
         for place in range(first, len(self.calls)):
             hidden = self.runner.through(place, hidden, self.calls)
         states = self.runner.leave(hidden)
-        return compare_with_dense(states, dense, Predicted(tokens[None]), self.shard.head_weight)
+        return compare_with_dense(
+            states, dense, Predicted(tokens[None]), self.shard.head_weight
+        )
 
 
 def loaded(model: Path, layout: ModelLayout) -> ModelShard:
@@ -162,7 +172,9 @@ def predictions(
         "experts": found,
         "rank_correlation": rank_correlation(predicted, measured),
         "of the second order": rank_correlation(second_order, measured),
-        "of the second order with the divergence": rank_correlation(second_order, diverged),
+        "of the second order with the divergence": rank_correlation(
+            second_order, diverged
+        ),
     }
 
 
@@ -184,12 +196,18 @@ def priors(
     runner = BlockRunner(shard)
     experts = layout.family.sparse.experts
     linears = layout.family.sparse.linears
-    roles = {f"{experts}.*.{linear}" for linear in (linears.producers[0], linears.consumer)}
-    wanted = [s for s in layout.linears if s.role in roles and s.block % every == every // 2]
+    roles = {
+        f"{experts}.*.{linear}" for linear in (linears.producers[0], linears.consumer)
+    }
+    wanted = [
+        s for s in layout.linears if s.role in roles and s.block % every == every // 2
+    ]
 
     def gather_factors(part: Tensor) -> None:
         shard.start_curvature(only=frozenset(roles))
-        shard.gathering = [group for group in shard.gathering if group.place % every == every // 2]
+        shard.gathering = [
+            group for group in shard.gathering if group.place % every == every // 2
+        ]
         gather(runner, part)
         shard.stop_curvature()
 
@@ -197,7 +215,10 @@ def priors(
     count = len(tokens) // 4
     gather_factors(tokens[:count])
     estimates = {
-        shape.name: (shard.own_factors(shape.name), shard.layer_mean(shape.block, shape.role))
+        shape.name: (
+            shard.own_factors(shape.name),
+            shard.layer_mean(shape.block, shape.role),
+        )
         for shape in wanted
     }
     gather_factors(tokens[count:])
@@ -212,13 +233,19 @@ def priors(
             losses = []
             for prior in PRIORS:
                 estimate = shrunk_factors(few, mean, prior).dense()
-                matrix = estimate.A.double() if side == "A" else estimate.G.double() / share
+                matrix = (
+                    estimate.A.double() if side == "A" else estimate.G.double() / share
+                )
                 level = 1e-4 * matrix.diagonal().mean()
                 factor = torch.linalg.cholesky(
                     matrix + level * torch.eye(len(matrix), dtype=torch.float64)
                 )
-                fit = torch.cholesky_solve(other.double() / own.num_tokens, factor).trace()
-                losses.append(float(factor.diagonal().log().sum() + fit / 2) / len(matrix))
+                fit = torch.cholesky_solve(
+                    other.double() / own.num_tokens, factor
+                ).trace()
+                losses.append(
+                    float(factor.diagonal().log().sum() + fit / 2) / len(matrix)
+                )
             found.setdefault(f"{side} of {shape.role}", []).append(losses)
     means = {name: np.array(losses).mean(axis=0) for name, losses in found.items()}
     return {
@@ -242,9 +269,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("model", type=Path, help="a mixture of experts")
     parser.add_argument("folder", type=Path, help="where all figures go")
     parser.add_argument(
-        "--every", type=int, default=10, help="experts of every so many blocks are measured"
+        "--every",
+        type=int,
+        default=10,
+        help="experts of every so many blocks are measured",
     )
-    parser.add_argument("--sequences", type=int, default=64, help="of 512 tokens of Python's help")
+    parser.add_argument(
+        "--sequences", type=int, default=64, help="of 512 tokens of Python's help"
+    )
     parser.add_argument(
         "--which",
         nargs="+",
@@ -259,7 +291,9 @@ def main(argv: list[str] | None = None) -> int:
     sequences = sequences_of_help(arguments.model, arguments.sequences)
     if "predictions" in arguments.which:
         found = predictions(arguments.model, layout, sequences, arguments.every)
-        (arguments.folder / "predictions.json").write_text(json.dumps(found, indent=2) + "\n")
+        (arguments.folder / "predictions.json").write_text(
+            json.dumps(found, indent=2) + "\n"
+        )
         said = ", ".join(
             f"{name} {value:.3f}" for name, value in found.items() if name != "experts"
         )

@@ -60,7 +60,10 @@ class Peer(Groups):
             for experts in worker.shard.expert_sets:
                 for linears in experts.linears:
                     found[linears[-1]] = (
-                        sum(float(worker.shard.weight(name).square().sum()) for name in linears)
+                        sum(
+                            float(worker.shard.weight(name).square().sum())
+                            for name in linears
+                        )
                         ** 0.5
                     )
         return found
@@ -73,14 +76,17 @@ class Peer(Groups):
         return replace(
             found,
             costs=tuple(
-                replace(c, costs=self._scores(worker, c.consumer, c.costs)) for c in found.costs
+                replace(c, costs=self._scores(worker, c.consumer, c.costs))
+                for c in found.costs
             ),
         )
 
     def _scores(self, worker: Worker, name: str, costs: Tensor) -> Tensor:
         norms = worker.shard.weight(name).norm(dim=0)
         if self.peer == "reap":
-            norms = norms * worker.shard.own_factors(name).A.diagonal().clamp(min=0).sqrt()
+            norms = (
+                norms * worker.shard.own_factors(name).A.diagonal().clamp(min=0).sqrt()
+            )
         most = int(torch.isfinite(costs).sum())
         scores = torch.full_like(costs, torch.inf)
         cheapest = norms.argsort(stable=True)[:most]
@@ -89,18 +95,26 @@ class Peer(Groups):
 
     @collective
     def prune(
-        self, worker: Worker, counts: Mapping[str, int], experts: Mapping[str, float], rate: float
+        self,
+        worker: Worker,
+        counts: Mapping[str, int],
+        experts: Mapping[str, float],
+        rate: float,
     ) -> tuple[LinearSummary, ...]:
         """Remove the channels with the lowest scores, or whole experts as ours does."""
         if self.ranks_experts:
             return super().prune(worker, counts, experts, rate)
         for groups in self.sets(worker):
-            scores = self._scores(worker, groups.consumer, torch.zeros(len(groups.columns)))
+            scores = self._scores(
+                worker, groups.consumer, torch.zeros(len(groups.columns))
+            )
             gone = scores.argsort(stable=True)[: counts[groups.consumer]]
             mask = worker.mask(groups.consumer, StructuredMask)
             removed = torch.zeros_like(mask.columns)
             removed[groups.columns[gone].flatten()] = True
-            worker.masks[groups.consumer] = mask.without(torch.zeros_like(mask.rows), removed)
+            worker.masks[groups.consumer] = mask.without(
+                torch.zeros_like(mask.rows), removed
+            )
             W = worker.shard.weight(groups.consumer)
             W[:, removed] = 0
             worker.shard.set_weight(groups.consumer, W)
@@ -169,12 +183,15 @@ class Point:
         one shot.
         """
         of_experts = (
-            sum(s.size for s in layout.linears if not s.sees_all_tokens) / layout.linear_size
+            sum(s.size for s in layout.linears if not s.sees_all_tokens)
+            / layout.linear_size
         )
         is_ours = self.method.partition(",")[0] in ("rerouting", "ours")
         num_shots = 1
         if self.method in ("rerouting", "ours"):
-            num_shots = round(self.fraction * layout.num_experts) if self.kind == "experts" else 2
+            num_shots = (
+                round(self.fraction * layout.num_experts) if self.kind == "experts" else 2
+            )
         score: dict[str, Any] = (
             {"expert_costs": self.method}
             if self.method in ("frequency", "reap") and self.kind == "experts"
@@ -205,11 +222,16 @@ class Point:
 def record_of(point: Point, model: Path, folder: Path) -> dict[str, Any]:
     """Run the job of a point and return the dense and the last perplexities, and divergences."""
     torch.set_num_threads(1)
-    inputs = point.inputs(model, folder, ModelLayout.of(AutoConfig.from_pretrained(model)))
+    inputs = point.inputs(
+        model, folder, ModelLayout.of(AutoConfig.from_pretrained(model))
+    )
     cluster = LocalCluster(inputs.layout, inputs.placement, 1)
     run_job(inputs, cluster, RunDirectory(inputs.spec.output.uri), lambda news: None)
     report = json.loads((Path(inputs.spec.output.uri) / "report.json").read_text())
-    last = {name: report["shots"][-1][name] for name in ("perplexity", "divergence", "sparsity")}
+    last = {
+        name: report["shots"][-1][name]
+        for name in ("perplexity", "divergence", "sparsity")
+    }
     return vars(point) | {"dense": report["dense"]["perplexity"]} | last
 
 
@@ -241,12 +263,18 @@ def main(argv: list[str] | None = None) -> int:
         help="what goes in the table",
     )
     parser.add_argument(
-        "--fractions", nargs="+", type=float, default=list(FRACTIONS), help="of it that go"
+        "--fractions",
+        nargs="+",
+        type=float,
+        default=list(FRACTIONS),
+        help="of it that go",
     )
     arguments = parser.parse_args(argv)
     arguments.folder.mkdir(parents=True, exist_ok=True)
     rows = []
-    for row in table(arguments.model, arguments.folder, arguments.kinds, arguments.fractions):
+    for row in table(
+        arguments.model, arguments.folder, arguments.kinds, arguments.fractions
+    ):
         rows.append(row)
         sys.stderr.write(json.dumps(row) + "\n")
         (arguments.folder / "experts.json").write_text(json.dumps(rows, indent=2) + "\n")
@@ -261,7 +289,9 @@ def main(argv: list[str] | None = None) -> int:
         values = " | ".join(
             f"{row['perplexity'][t]:.3f} ({row['divergence'][t]:.3f})" for t in texts
         )
-        lines.append(f"| {row['fraction']:.0%} of {row['kind']} | {row['method']} | {values} |")
+        lines.append(
+            f"| {row['fraction']:.0%} of {row['kind']} | {row['method']} | {values} |"
+        )
     sys.stdout.write("\n".join(lines) + "\n")
     return 0
 

@@ -36,13 +36,17 @@ from ray_surgeon.report.plots import save
 from ray_surgeon.storage import files
 
 
-def token_pairs(inputs: Inputs, linears: Sequence[str]) -> dict[str, tuple[Tensor, Tensor]]:
+def token_pairs(
+    inputs: Inputs, linears: Sequence[str]
+) -> dict[str, tuple[Tensor, Tensor]]:
     """Return inputs a [N, C] and output gradients g [N, R] of linears for all tokens.
 
     Raises:
         ValueError: the model has no such linear.
     """
-    cluster = LocalCluster(inputs.layout, place(inputs.layout, 1, 1), torch.get_num_threads())
+    cluster = LocalCluster(
+        inputs.layout, place(inputs.layout, 1, 1), torch.get_num_threads()
+    )
     cluster.run_all(load, ModelRecipe(inputs.model), False, cluster.stores)
     ((_, worker),) = cluster.workers.items()
     shard = worker.shard
@@ -59,7 +63,9 @@ def token_pairs(inputs: Inputs, linears: Sequence[str]) -> dict[str, tuple[Tenso
     for number, tokens in enumerate(torch.from_numpy(inputs.calibration)):
         (hidden,) = worker.runner.forward(number, tokens[None])
         generator = None if seed is None else torch.Generator().manual_seed(seed + number)
-        _, gradient, _ = worker.runner.loss(hidden, Predicted(tokens[None], generator=generator))
+        _, gradient, _ = worker.runner.loss(
+            hidden, Predicted(tokens[None], generator=generator)
+        )
         worker.runner.backward(number, [gradient])
     return {
         name: (torch.cat([a for a, _ in store]), torch.cat([g for _, g in store]))
@@ -112,7 +118,12 @@ def terms_of_samples(
 
 
 def block_errors(
-    a: Tensor, g: Tensor, rows: Tensor, columns: Tensor, max_terms: int, num_iterations: int
+    a: Tensor,
+    g: Tensor,
+    rows: Tensor,
+    columns: Tensor,
+    max_terms: int,
+    num_iterations: int,
 ) -> dict[str, list[float]]:
     """Return relative Frobenius errors on a block of the Fisher, in float64.
 
@@ -138,7 +149,9 @@ def block_errors(
     def inside(terms: Sequence[Term]) -> Tensor:
         return torch.stack(
             [
-                torch.kron(G[rows][:, rows].contiguous(), A[columns][:, columns].contiguous())
+                torch.kron(
+                    G[rows][:, rows].contiguous(), A[columns][:, columns].contiguous()
+                )
                 for G, A in terms
             ]
         ).sum(dim=0)
@@ -149,7 +162,9 @@ def block_errors(
     def fitted(approximation: Tensor) -> list[float]:
         return [
             error(
-                approximation * torch.sum(approximation * dense) / torch.sum(approximation.square())
+                approximation
+                * torch.sum(approximation * dense)
+                / torch.sum(approximation.square())
             )
         ]
 
@@ -183,7 +198,9 @@ def errors_table(errors: dict[str, dict[str, list[float]]]) -> Table:
     return table
 
 
-def error_figure(errors: Mapping[str, Mapping[str, Sequence[float]]]) -> matplotlib.figure.Figure:
+def error_figure(
+    errors: Mapping[str, Mapping[str, Sequence[float]]],
+) -> matplotlib.figure.Figure:
     """Plot the errors against the number of Kronecker terms.
 
     They are given as linear -> way to find terms -> error with 1, 2, ... terms.
@@ -220,12 +237,18 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         required=True,
         help="name of a linear, e.g. model.layers.0.mlp.down_proj; repeatable",
     )
-    parser.add_argument("--rows", type=int, default=24, help="rows of the block, evenly spaced")
+    parser.add_argument(
+        "--rows", type=int, default=24, help="rows of the block, evenly spaced"
+    )
     parser.add_argument(
         "--columns", type=int, default=24, help="columns of the block, evenly spaced"
     )
-    parser.add_argument("--max-terms", type=int, default=6, help="Kronecker terms, at most")
-    parser.add_argument("--iterations", type=int, default=10, help="power iterations for each term")
+    parser.add_argument(
+        "--max-terms", type=int, default=6, help="Kronecker terms, at most"
+    )
+    parser.add_argument(
+        "--iterations", type=int, default=10, help="power iterations for each term"
+    )
     parser.add_argument(
         "--plot",
         default="fisher-error.png",
@@ -249,14 +272,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with tempfile.TemporaryDirectory() as scratch:
             spec = parse_spec(
-                files.read_text(arguments.spec), [*arguments.set, f"output.uri={scratch}/run"]
+                files.read_text(arguments.spec),
+                [*arguments.set, f"output.uri={scratch}/run"],
             )
             inputs = check(spec, dry_run=True)
         pairs = token_pairs(inputs, arguments.linear)
         errors = {}
         for name, (a, g) in pairs.items():
-            rows = torch.linspace(0, g.shape[1] - 1, min(arguments.rows, g.shape[1])).long()
-            columns = torch.linspace(0, a.shape[1] - 1, min(arguments.columns, a.shape[1])).long()
+            rows = torch.linspace(
+                0, g.shape[1] - 1, min(arguments.rows, g.shape[1])
+            ).long()
+            columns = torch.linspace(
+                0, a.shape[1] - 1, min(arguments.columns, a.shape[1])
+            ).long()
             errors[name] = block_errors(
                 a, g, rows, columns, arguments.max_terms, arguments.iterations
             )
@@ -265,7 +293,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             for name, ways in errors.items()
         }
         save(error_figure(curves), arguments.plot)
-        files.write_text(arguments.plot.rpartition(".")[0] + ".json", json.dumps(errors, indent=2))
+        files.write_text(
+            arguments.plot.rpartition(".")[0] + ".json", json.dumps(errors, indent=2)
+        )
     except (OSError, ValueError, ValidationError) as error:
         errors_console.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
         return 2

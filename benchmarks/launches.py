@@ -105,12 +105,16 @@ def counted_steps(
         if isinstance(event, Event) and event.worker_seconds:  # of a whole step
             counts = total.taken()
             steps = of_shots[event.shot]
-            steps[event.step] = steps[event.step].plus(counts) if event.step in steps else counts
+            steps[event.step] = (
+                steps[event.step].plus(counts) if event.step in steps else counts
+            )
 
     with total, attention_as_one_launch(), patch.object(LivePage, "draw"):
         run_job(inputs, cluster, RunDirectory(inputs.spec.output.uri), listen)
     job = describe_job(inputs.spec, inputs.layout, inputs.method, inputs.stages)
-    planner = Planner(Shapes(inputs.layout, job, "cuda"), inputs.spec.memory, DEVICES["h100"])
+    planner = Planner(
+        Shapes(inputs.layout, job, "cuda"), inputs.spec.memory, DEVICES["h100"]
+    )
     return of_shots[0] | of_shots[1], planner.plan(inputs.placement, ROOM, cluster.stores)
 
 
@@ -129,10 +133,15 @@ def of_a_block(name: str, device: str) -> tuple[float, float]:
         device: see `counted_steps`.
     """
     groups = {"dense": ["ffn"], "mixture": ["expert_channels"]}
-    pruning = {"groups": groups.get(name, ["expert_channels", "experts"]), "width_multiple": 8}
+    pruning = {
+        "groups": groups.get(name, ["expert_channels", "experts"]),
+        "width_multiple": 8,
+    }
     found = []
     for num_blocks in (1, 2):
-        config = tiny_llama(num_blocks) if name == "dense" else tiny_mixture(num_blocks, 128)
+        config = (
+            tiny_llama(num_blocks) if name == "dense" else tiny_mixture(num_blocks, 128)
+        )
         with tempfile.TemporaryDirectory() as folder:
             calibration = {"sequence_length": 256}
             sections = {"pruning": pruning, "calibration": calibration}
@@ -145,13 +154,15 @@ def of_a_block(name: str, device: str) -> tuple[float, float]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Count, and print the table."""
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.launches", description="Count launches where there is no GPU."
+        prog="python -m benchmarks.launches",
+        description="Count launches where there is no GPU.",
     )
     parser.parse_args(argv)
     # the device is there before the first backward pass, and as long as the process
     from tests import pretend_accelerator
 
-    print("| block, sequence of 256 tokens, curvature | launches | syncs |\n|---|---|---|")  # noqa: T201
+    heading = "| block, sequence of 256 tokens, curvature | launches | syncs |"
+    print(f"{heading}\n|---|---|---|")  # noqa: T201
     for name in ("mixture", "whole", "dense"):
         launches, syncs = of_a_block(name, pretend_accelerator.SIM)
         print(f"| {name} | {launches:.0f} | {syncs:.2f} |")  # noqa: T201

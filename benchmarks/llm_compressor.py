@@ -21,12 +21,18 @@ def main() -> None:
     windows = np.load(request["tokens"])
     model = AutoModelForCausalLM.from_pretrained(request["folder"], dtype="float32")
     weights = QuantizationArgs(
-        num_bits=4, type="int", symmetric=True, strategy="group", group_size=request["group_size"]
+        num_bits=4,
+        type="int",
+        symmetric=True,
+        strategy="group",
+        group_size=request["group_size"],
     )
     scheme = QuantizationScheme(targets=["Linear"], weights=weights)
     oneshot(
         model=model,
-        dataset=Dataset.from_dict({"input_ids": windows, "attention_mask": np.ones_like(windows)}),
+        dataset=Dataset.from_dict(
+            {"input_ids": windows, "attention_mask": np.ones_like(windows)}
+        ),
         recipe=GPTQModifier(config_groups={"group_0": scheme}, ignore=["lm_head"]),
         num_calibration_samples=len(windows),
         max_seq_length=windows.shape[1],

@@ -60,7 +60,10 @@ from ray_surgeon.storage import tensor_files
 from ray_surgeon.storage.sources import open_model
 
 POINTS: dict[str, dict[str, Any]] = {
-    "uniform FFN width, a quarter of the channels": {"groups": ["ffn"], "allocation": "uniform"},
+    "uniform FFN width, a quarter of the channels": {
+        "groups": ["ffn"],
+        "allocation": "uniform",
+    },
     "groups, 20 %": {"target_sparsity": 0.2},
     "groups, 30 %": {"target_sparsity": 0.3},
     "groups, 40 %": {"target_sparsity": 0.4},
@@ -106,7 +109,9 @@ def gather(model: nn.Module, inputs: Inputs, consumers: Sequence[str]) -> Statis
 
         return hook
 
-    hooks = [linear(model, name).register_forward_pre_hook(watch(name)) for name in consumers]
+    hooks = [
+        linear(model, name).register_forward_pre_hook(watch(name)) for name in consumers
+    ]
     start = time.process_time()
     base = model.get_submodule(inputs.layout.family.base)
     with torch.no_grad():
@@ -127,7 +132,10 @@ def gather(model: nn.Module, inputs: Inputs, consumers: Sequence[str]) -> Statis
             model(input_ids=sequence, labels=sequence, use_cache=False).loss
             / len(inputs.calibration)
         ).backward()
-        for name, weight in weights.items():  # summed in float32, whatever the model computes in
+        for (
+            name,
+            weight,
+        ) in weights.items():  # summed in float32, whatever the model computes in
             assert weight.grad is not None
             gradients[name] += weight.grad
             weight.grad = None
@@ -152,9 +160,9 @@ def scores(peer: str, model: nn.Module, groups: GroupSet, found: Statistics) -> 
     columns = groups.columns
     W = linear(model, name).weight.double()
     if peer == "FLAP":
-        fluctuation = ((found.square[name] - found.mean[name].square()) * W.square().sum(dim=0))[
-            columns
-        ]
+        fluctuation = (
+            (found.square[name] - found.mean[name].square()) * W.square().sum(dim=0)
+        )[columns]
         return fluctuation.square() if groups.kind == "attention" else fluctuation
     if peer == "Wanda-sp":
         return (W.abs().sum(dim=0) * found.square[name].sqrt())[columns]
@@ -188,12 +196,16 @@ def prune(peer: str, model: nn.Module, inputs: Inputs, found: Statistics) -> Non
     shot = method.section.shots
     for name, groups in sets.items():
         of_columns = scores(peer, model, groups, found)
-        score = ((of_columns - of_columns.mean()) / of_columns.std().clamp(min=1e-12)).mean(dim=1)
+        score = (
+            (of_columns - of_columns.mean()) / of_columns.std().clamp(min=1e-12)
+        ).mean(dim=1)
         score = score + 1e3  # costs are positive; the order is what counts
         score[score.argsort(descending=True)[: method.fewest[groups.kind]]] = torch.inf
         allowed = frozenset(range(0, len(score) + 1, method.multiple(groups.kind, shot)))
         costs.append(
-            GroupCosts(name, groups.kind, score, len(score), allowed, budget.by_left[groups.kind])
+            GroupCosts(
+                name, groups.kind, score, len(score), allowed, budget.by_left[groups.kind]
+            )
         )
     missing = budget.dense - method.goal(shot)
     counts = (
@@ -207,11 +219,12 @@ def prune(peer: str, model: nn.Module, inputs: Inputs, found: Statistics) -> Non
         gone = cost.costs.argsort(stable=True)[: counts[cost.consumer]]
         columns = groups.columns[gone].flatten()
         if peer == "FLAP" and len(columns):
-            made_up = (module.weight[:, columns].double() @ found.mean[cost.consumer][columns]).to(
-                module.weight.dtype
-            )
+            made_up = (
+                module.weight[:, columns].double() @ found.mean[cost.consumer][columns]
+            ).to(module.weight.dtype)
             module.bias = nn.Parameter(
-                made_up if module.bias is None else module.bias + made_up, requires_grad=False
+                made_up if module.bias is None else module.bias + made_up,
+                requires_grad=False,
             )
         module.weight[:, columns] = 0
         for producer, rows in groups.producers:
@@ -228,7 +241,9 @@ def states(
     base = model.get_submodule(inputs.layout.family.base)
 
     def last(window: NDArray[np.int64]) -> Tensor:
-        hidden = base(input_ids=torch.from_numpy(window)[None], use_cache=False).last_hidden_state
+        hidden = base(
+            input_ids=torch.from_numpy(window)[None], use_cache=False
+        ).last_hidden_state
         assert isinstance(hidden, Tensor)
         return hidden
 
@@ -262,7 +277,9 @@ def specs(
     which: Sequence[str],
 ) -> dict[str, JobSpec]:
     """Return the job of each of our ways at a point, from the quickstart's; see ``--which``."""
-    pruning = {"structure": "groups", "num_shots": 1, "target_sparsity": share} | dict(point)
+    pruning = {"structure": "groups", "num_shots": 1, "target_sparsity": share} | dict(
+        point
+    )
     ways: dict[str, dict[str, Any]] = {}
     if "ours" in which:
         ways |= {
@@ -271,7 +288,8 @@ def specs(
         }
     if "reconstruction" in which:
         trained = {
-            "pruning": pruning | {"reconstruction": document["pruning"].get("reconstruction") or {}}
+            "pruning": pruning
+            | {"reconstruction": document["pruning"].get("reconstruction") or {}}
         }
         ways["The LLM Surgeon, reconstruction"] = trained | {"recovery": None}
         ways["The LLM Surgeon, reconstruction, corrections on divergence"] = trained
@@ -281,7 +299,9 @@ def specs(
     }
     return {
         way: JobSpec.model_validate(
-            changed | options | {"output": {"uri": str(folder / file_name(way)), "exports": []}}
+            changed
+            | options
+            | {"output": {"uri": str(folder / file_name(way)), "exports": []}}
         )
         for way, options in ways.items()
     }
@@ -293,7 +313,9 @@ def without_own_text(spec: JobSpec) -> dict[str, Any]:
     Each other text has as many sequences.
     """
     document: dict[str, Any] = spec.model_dump(mode="json")
-    given = [(text, count) for text, count in spec.calibration.shares if not text.is_written]
+    given = [
+        (text, count) for text, count in spec.calibration.shares if not text.is_written
+    ]
     mix = [{**text.model_dump(mode="json"), "weight": count} for text, count in given[1:]]
     counts = {
         "weight": given[0][1] if mix else 1.0,
@@ -336,7 +358,11 @@ def rows_of_ours(name: str, jobs: Mapping[str, JobSpec]) -> list[Row]:
         )
         if not rows:
             rows.append(
-                {"point": name, "method": "dense", "perplexity": report["dense"]["perplexity"]}
+                {
+                    "point": name,
+                    "method": "dense",
+                    "perplexity": report["dense"]["perplexity"],
+                }
             )
         rows.append(
             {
@@ -376,7 +402,9 @@ def rows_of_peers(
         start = time.process_time()
         prune(peer, pruned, inputs, found)
         spent = (
-            time.process_time() - start + (found.both_s if peer == "Taylor" else found.forward_s)
+            time.process_time()
+            - start
+            + (found.both_s if peer == "Taylor" else found.forward_s)
         )
         if saved is not None:
             save(pruned, inputs.model, saved / f"{peer}-{suffix}")
@@ -402,7 +430,12 @@ def load(folder: Path, dtype: str) -> PreTrainedModel:
 
 _SAME_IN_LLAMA = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "head_dim"),
-    *("num_attention_heads", "num_key_value_heads", "hidden_act", "max_position_embeddings"),
+    *(
+        "num_attention_heads",
+        "num_key_value_heads",
+        "hidden_act",
+        "max_position_embeddings",
+    ),
     *("rms_norm_eps", "rope_parameters", "tie_word_embeddings", "initializer_range"),
     *("bos_token_id", "eos_token_id", "pad_token_id"),
 )
@@ -430,8 +463,12 @@ def with_biases(model: PreTrainedModel) -> PreTrainedModel:
     given = {name: getattr(config, name, None) for name in _SAME_IN_LLAMA}
     same = {name: value for name, value in given.items() if value is not None}
     llama = LlamaForCausalLM(LlamaConfig(**same, attention_bias=True, mlp_bias=True))
-    biases = {name: bias for name, bias in llama.state_dict().items() if name.endswith(".bias")}
-    state = {name: torch.zeros_like(bias, dtype=model.dtype) for name, bias in biases.items()}
+    biases = {
+        name: bias for name, bias in llama.state_dict().items() if name.endswith(".bias")
+    }
+    state = {
+        name: torch.zeros_like(bias, dtype=model.dtype) for name, bias in biases.items()
+    }
     llama.to(model.dtype).load_state_dict(state | dict(model.state_dict()))
     llama.generation_config = model.generation_config
     return llama.eval().requires_grad_(False)
@@ -471,7 +508,9 @@ def inputs_of_spec(path: Path, settings: Sequence[str], folder: Path) -> Inputs:
     """
     path = path / "spec.yaml" if path.is_dir() else path
     output = f"output.uri={json.dumps(str(folder))}"
-    inputs = check(parse_spec(path.read_text(), [*settings, output]), resume=True, dry_run=True)
+    inputs = check(
+        parse_spec(path.read_text(), [*settings, output]), resume=True, dry_run=True
+    )
     if not isinstance(inputs.method, Groups) or inputs.method.budget is None:
         raise ValueError(
             "--spec: the peers prune groups to a sparsity or a number of parameters or operations, "
@@ -496,7 +535,9 @@ def written_texts(path: Path) -> dict[int, NDArray[np.int64]]:
     """
     if not path.exists():
         remedy = "give the directory of a run that has it"
-        raise ValueError(f"--spec: the model writes a text, and {path} is not there; {remedy}")
+        raise ValueError(
+            f"--spec: the model writes a text, and {path} is not there; {remedy}"
+        )
     texts: dict[int, NDArray[np.int64]] = {}
     for name, tensor in tensor_files.read(str(path)).items():
         if match := re.fullmatch(r"(?:tokens\W)?(\d+)(?:\Wtokens)?", name):
@@ -537,7 +578,9 @@ def rows_of_spec(arguments: argparse.Namespace) -> list[Row]:
     folder = open_model(inputs.spec.model).small_files_folder()
     dense = load(folder, inputs.spec.model.dtype)
     hidden = states(dense, inputs, inputs.texts)
-    found = gather(dense, inputs, [groups.consumer for groups in inputs.layout.group_sets])
+    found = gather(
+        dense, inputs, [groups.consumer for groups in inputs.layout.group_sets]
+    )
     perplexity, _ = measure(dense, inputs, hidden)
     del dense
     saved = arguments.folder / "peers" if arguments.save else None
@@ -556,10 +599,16 @@ def rows_of_points(arguments: argparse.Namespace) -> list[Row]:
     if arguments.model:
         source = source_of(arguments.model, arguments.folder)
         document["model"] = {"source": source, "dtype": document["model"]["dtype"]}
-    folder = open_model(ModelSection.model_validate(document["model"])).small_files_folder()
+    folder = open_model(
+        ModelSection.model_validate(document["model"])
+    ).small_files_folder()
     layout = ModelLayout.of(AutoConfig.from_pretrained(folder))
-    channels = sum(len(g.columns) * g.num_parameters for g in layout.group_sets if g.kind == "ffn")
-    of_dense: tuple[dict[str, list[Tensor]], Statistics] | None = None  # the same at all points
+    channels = sum(
+        len(g.columns) * g.num_parameters for g in layout.group_sets if g.kind == "ffn"
+    )
+    of_dense: tuple[dict[str, list[Tensor]], Statistics] | None = (
+        None  # the same at all points
+    )
     saved = arguments.folder / "peers" if arguments.save else None
     rows: list[Row] = []
     for number in arguments.points:
@@ -593,7 +642,9 @@ def table(rows: Sequence[Row]) -> str:
     """Return the lines as a table in Markdown."""
     texts = list(rows[0]["perplexity"])
     lines = [
-        "| point | method | " + " | ".join(f"{t} (divergence)" for t in texts) + " | CPU-s |",
+        "| point | method | "
+        + " | ".join(f"{t} (divergence)" for t in texts)
+        + " | CPU-s |",
         "|---|---|" + "---:|" * (len(texts) + 1),
     ]
     for row in rows:
@@ -612,16 +663,28 @@ def table(rows: Sequence[Row]) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure and write FOLDER/peers.json and the table."""
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.peers", description="Compare ways to choose coupled groups."
+        prog="python -m benchmarks.peers",
+        description="Compare ways to choose coupled groups.",
     )
     add = parser.add_argument
     points = list(range(len(POINTS)))
     which = ["ours", "reconstruction", "peers"]
     add("folder", type=Path, help="where everything is written")
-    add("--model", help=f"folder of another checkpoint, or one to fetch: {', '.join(MODELS)}")
+    add(
+        "--model",
+        help=f"folder of another checkpoint, or one to fetch: {', '.join(MODELS)}",
+    )
     add_settings(parser)
-    add("--spec", type=Path, help="a job spec or a run directory, as the one point of the peers")
-    add("--save", action="store_true", help="write the peers' models as FOLDER/peers/PEER-POINT")
+    add(
+        "--spec",
+        type=Path,
+        help="a job spec or a run directory, as the one point of the peers",
+    )
+    add(
+        "--save",
+        action="store_true",
+        help="write the peers' models as FOLDER/peers/PEER-POINT",
+    )
     add("--points", type=int, nargs="+", default=points, help="numbers of points, from 0")
     add("--which", nargs="+", default=which, choices=CHOICES, help="whose lines")
     arguments = parser.parse_args(argv)

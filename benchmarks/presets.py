@@ -26,7 +26,12 @@ GENERATION = {"num_prompts": 16, "max_new_tokens": 64}
 
 
 def run_of(
-    name: str, model: Path, folder: Path, preset: str, share: float, settings: Mapping[str, Any]
+    name: str,
+    model: Path,
+    folder: Path,
+    preset: str,
+    share: float,
+    settings: Mapping[str, Any],
 ) -> Mapping[str, Any]:
     """Return the report of a model's run, which is made unless it is there.
 
@@ -98,20 +103,31 @@ def row_of(name: str, report: Mapping[str, Any]) -> list[str]:
 
 
 HEADER = (
-    *("model", "removed", "damping A / G", "rate of reconstruction", "divergence", "accepted"),
+    *(
+        "model",
+        "removed",
+        "damping A / G",
+        "rate of reconstruction",
+        "divergence",
+        "accepted",
+    ),
     *("rate of corrections", "divergence", "accepted", "s"),
 )
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
     """Return a Markdown table; the first divergence and acceptance are those before corrections."""
-    lines = ["| " + " | ".join(line) + " |" for line in (HEADER, ["---"] * len(HEADER), *rows)]
+    lines = [
+        "| " + " | ".join(line) + " |" for line in (HEADER, ["---"] * len(HEADER), *rows)
+    ]
     return "\n".join(lines)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Prune every model, and print the table."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.presets", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.presets", description=__doc__
+    )
     parser.add_argument("folder", type=Path, help="for models and runs")
     parser.add_argument(
         "models",
@@ -119,7 +135,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         metavar="NAME[=FOLDER]",
         help=f"{', '.join(MODELS)}, or another by its folder; all of these",
     )
-    parser.add_argument("--preset", default="balanced", choices=("fast", "balanced", "quality"))
+    parser.add_argument(
+        "--preset", default="balanced", choices=("fast", "balanced", "quality")
+    )
     parser.add_argument(
         "--share",
         type=float,

@@ -72,7 +72,9 @@ def divergences(folder: str, reference: States, texts: Texts) -> dict[str, float
         for own, other in zip(states[name], before[name], strict=True):
             own_log = (own[:-1] @ head.T).log_softmax(dim=-1)
             other_log = (other[:-1] @ head_before.T).log_softmax(dim=-1)
-            values.append(float((other_log.exp() * (other_log - own_log)).sum(dim=-1).mean()))
+            values.append(
+                float((other_log.exp() * (other_log - own_log)).sum(dim=-1).mean())
+            )
         means[name] = sum(values) / len(values)
     return means
 
@@ -90,7 +92,9 @@ def row(
     cluster = LocalCluster(layout, place(layout, 1, 1), 2)
     model = ModelSection(source=folder)
     cluster.run_all(load, ModelRecipe(model), False, cluster.stores)
-    pruned = Pruned(cluster, layout, model, facts_of(layout), inputs.calibration, inputs.texts)
+    pruned = Pruned(
+        cluster, layout, model, facts_of(layout), inputs.calibration, inputs.texts
+    )
     begun_s = time.monotonic()
     found = quantise(pruned, {"uri": folder, "widths": []}, str(target), section)
     wall_s = time.monotonic() - begun_s
@@ -118,13 +122,27 @@ def row_of_peer(
     """Return the line of llm-compressor's GPTQ; see `row`."""
     tokens = target.with_suffix(".npy")
     np.save(tokens, inputs.calibration)
-    request = {"folder": folder, "tokens": str(tokens), "target": str(target), "group_size": size}
+    request = {
+        "folder": folder,
+        "tokens": str(tokens),
+        "target": str(target),
+        "group_size": size,
+    }
     begun_s = time.monotonic()
     script = str(Path(__file__).with_name("llm_compressor.py"))
-    subprocess.run([str(python), script], input=json.dumps(request), text=True, check=True)
-    about = {"model": name, "scheme": "w4a16", "rounding": "llm-compressor", "group_size": size}
+    subprocess.run(
+        [str(python), script], input=json.dumps(request), text=True, check=True
+    )
+    about = {
+        "model": name,
+        "scheme": "w4a16",
+        "rounding": "llm-compressor",
+        "group_size": size,
+    }
     about["wall_s"] = time.monotonic() - begun_s
-    about["size_bytes"] = sum(path.stat().st_size for path in target.glob("*.safetensors"))
+    about["size_bytes"] = sum(
+        path.stat().st_size for path in target.glob("*.safetensors")
+    )
     texts = {text: tokens.tolist() for text, tokens in inputs.texts.items()}
     about["perplexity"] = run_reload(
         str(target), {"texts": texts, "num_threads": torch.get_num_threads()}
@@ -152,9 +170,15 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
         if "rounding" in line:
             weights += f", groups of {line['group_size']}, {line['rounding']}"
         values = [
-            f"{line['perplexity'][text]:.3f} ({_all(line['divergence'][text])})" for text in texts
+            f"{line['perplexity'][text]:.3f} ({_all(line['divergence'][text])})"
+            for text in texts
         ]
-        cells = [line["model"], weights, f"{line['size_bytes'] / 1e6:.1f}", f"{line['wall_s']:.0f}"]
+        cells = [
+            line["model"],
+            weights,
+            f"{line['size_bytes'] / 1e6:.1f}",
+            f"{line['wall_s']:.0f}",
+        ]
         lines.append("| " + " | ".join(cells + values) + " |")
     return "\n".join(lines) + "\n"
 
@@ -162,23 +186,34 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure and write FOLDER/quantised.json and the table."""
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.quantised", description="Compare ways to round weights."
+        prog="python -m benchmarks.quantised",
+        description="Compare ways to round weights.",
     )
     parser.add_argument("folder", type=Path, help="where everything is written")
-    parser.add_argument("--sizes", type=int, nargs="+", default=[32, 64], help="of groups")
-    parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS, help="of rounding")
+    parser.add_argument(
+        "--sizes", type=int, nargs="+", default=[32, 64], help="of groups"
+    )
+    parser.add_argument(
+        "--ways", nargs="+", choices=WAYS, default=WAYS, help="of rounding"
+    )
     parser.add_argument("--peer", type=Path, metavar="PYTHON", help="of llm-compressor")
     parser.add_argument("--eight", action="store_true", help="also int8, fp8 and w8a16")
     left_out = parser.add_mutually_exclusive_group()
-    left_out.add_argument("--dense", action="store_true", help="leave the pruned model out")
-    left_out.add_argument("--pruned", action="store_true", help="leave the dense model's rows out")
+    left_out.add_argument(
+        "--dense", action="store_true", help="leave the pruned model out"
+    )
+    left_out.add_argument(
+        "--pruned", action="store_true", help="leave the dense model's rows out"
+    )
     add_settings(parser)
     arguments = parser.parse_args(argv)
     overrides = ["model.dtype=float32", "calibration.num_sequences=72", *arguments.set]
     document = quickstart(overrides)
     run = str(arguments.folder / "pruned")
     document |= {"recovery": None, "output": {"uri": run, "exports": ["uniform"]}}
-    document["pruning"] = document["pruning"] | {"width_multiple": max(64, *arguments.sizes)}
+    document["pruning"] = document["pruning"] | {
+        "width_multiple": max(64, *arguments.sizes)
+    }
     spec = JobSpec.model_validate(document)
     inputs = check(spec, resume=False, dry_run=True)
     models = {"dense": str(open_model(spec.model).small_files_folder())}
@@ -199,14 +234,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         references = [states_of(folder, inputs.texts), *references]
         if name == "dense" and arguments.pruned:
             continue
-        places = (arguments.folder / f"{name.partition(' ')[0]}-{n}" for n in itertools.count())
+        places = (
+            arguments.folder / f"{name.partition(' ')[0]}-{n}" for n in itertools.count()
+        )
         lines = [partial(row, name, folder, section) for section in sections]
         if arguments.peer:
             peer = partial(row_of_peer, name, folder, python=arguments.peer)
             lines += [partial(peer, size=size) for size in arguments.sizes]
         for line, target in zip(lines, places, strict=False):
             rows.append(line(inputs=inputs, target=target, references=references))
-            (arguments.folder / "quantised.json").write_text(json.dumps(rows, indent=2) + "\n")
+            (arguments.folder / "quantised.json").write_text(
+                json.dumps(rows, indent=2) + "\n"
+            )
             sys.stderr.write(table(rows[-1:]))
     sys.stdout.write(table(rows))
     return 0

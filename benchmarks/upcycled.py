@@ -110,7 +110,9 @@ def upcycled(dense: PreTrainedModel, num_experts: int) -> PreTrainedModel:
         for block in model.model.layers:
             for expert in block.mlp.experts:
                 down = expert.get_parameter("down_proj.weight")
-                down *= (torch.rand(down.shape[1], generator=generator) >= DROPPED) / (1 - DROPPED)
+                down *= (torch.rand(down.shape[1], generator=generator) >= DROPPED) / (
+                    1 - DROPPED
+                )
     return model
 
 
@@ -118,24 +120,31 @@ def save(model: PreTrainedModel, folder: Path) -> None:
     """Write the checkpoint by the names that Mixtrals have."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {
-        FAMILIES["mixtral"].stored_name(name): p.detach() for name, p in model.named_parameters()
+        FAMILIES["mixtral"].stored_name(name): p.detach()
+        for name, p in model.named_parameters()
     }
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     model.config.architectures = ["MixtralForCausalLM"]
     model.config.save_pretrained(folder)
 
 
-def adding(part: LowRank) -> Callable[[torch.nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
+def adding(
+    part: LowRank,
+) -> Callable[[torch.nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
     """Return the forward hook that adds B A x to the outputs of a linear."""
 
-    def hook(module: torch.nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    def hook(
+        module: torch.nn.Module, inputs: tuple[Tensor, ...], output: Tensor
+    ) -> Tensor:
         (x,) = inputs
         return output + x @ part.A.T.to(x.dtype) @ part.B.T.to(x.dtype)
 
     return hook
 
 
-def windows(tokenizer: Any, source: str, split: str, count: int, length: int) -> NDArray[np.int64]:
+def windows(
+    tokenizer: Any, source: str, split: str, count: int, length: int
+) -> NDArray[np.int64]:
     """Return [count, length] tokens of a text."""
     section = SourceSection(source=source, split=split, bos=False)
     return read_windows(section, count, length, tokenizer, source).tokens
@@ -143,7 +152,10 @@ def windows(tokenizer: Any, source: str, split: str, count: int, length: int) ->
 
 @torch.no_grad()
 def start_routers(
-    model: PreTrainedModel, dense: PreTrainedModel, tokens: NDArray[np.int64], rounds: int = 10
+    model: PreTrainedModel,
+    dense: PreTrainedModel,
+    tokens: NDArray[np.int64],
+    rounds: int = 10,
 ) -> None:
     """Let each router's rows be centres of clusters of what its layer sees.
 
@@ -166,7 +178,9 @@ def start_routers(
         directions = torch.nn.functional.normalize(x - mean, dim=1)
         rows: Tensor = block.mlp.gate.weight
         centres = directions[
-            torch.randperm(len(x), generator=torch.Generator().manual_seed(0))[: len(rows)]
+            torch.randperm(len(x), generator=torch.Generator().manual_seed(0))[
+                : len(rows)
+            ]
         ]
         for _ in range(rounds):
             nearest = (directions @ centres.T).argmax(dim=1)
@@ -221,7 +235,9 @@ def train(model: PreTrainedModel, tokens: NDArray[np.int64], say: float = 30.0) 
     def backward(part: Tensor) -> float:
         """Add the gradients of a part of a batch, and return its part of the loss."""
         with torch.autocast("cpu", torch.bfloat16):
-            found = model.model(input_ids=part, use_cache=False, output_router_logits=True)
+            found = model.model(
+                input_ids=part, use_cache=False, output_router_logits=True
+            )
             balance = load_balancing_loss_func(found.router_logits, *sizes)
         hidden = found.last_hidden_state
         num_predicted = BATCH * (part.shape[1] - 1)
@@ -235,12 +251,16 @@ def train(model: PreTrainedModel, tokens: NDArray[np.int64], say: float = 30.0) 
         return float(nll.sum()) / num_predicted
 
     # what is small runs on one
-    pool = ThreadPoolExecutor(NUM_THREADS, initializer=torch.set_num_threads, initargs=(1,))
+    pool = ThreadPoolExecutor(
+        NUM_THREADS, initializer=torch.set_num_threads, initargs=(1,)
+    )
     optimizer = torch.optim.Adam(trained, lr=RATE, betas=(0.9, 0.95), fused=True)
     num_steps = len(tokens) // BATCH
     said = time.monotonic()
     for step in range(num_steps):
-        rate = min(1.0, (step + 1) / 10) * (0.5 + 0.5 * math.cos(math.pi * step / num_steps))
+        rate = min(1.0, (step + 1) / 10) * (
+            0.5 + 0.5 * math.cos(math.pi * step / num_steps)
+        )
         optimizer.param_groups[0]["lr"] = RATE * rate
         batch = torch.from_numpy(tokens[step * BATCH : (step + 1) * BATCH])
         losses = list(pool.map(backward, torch.split(batch, BATCH // NUM_THREADS)))
@@ -258,7 +278,9 @@ def train(model: PreTrainedModel, tokens: NDArray[np.int64], say: float = 30.0) 
 
 
 @torch.no_grad()
-def absorb(model: PreTrainedModel, wide: dict[str, Tensor], parts: dict[str, LowRank]) -> None:
+def absorb(
+    model: PreTrainedModel, wide: dict[str, Tensor], parts: dict[str, LowRank]
+) -> None:
     """Give linears their float32 weights back, with the low-rank changes that were trained."""
     for name, weight in wide.items():
         module = model.model.layers.get_submodule(name)
@@ -268,7 +290,9 @@ def absorb(model: PreTrainedModel, wide: dict[str, Tensor], parts: dict[str, Low
 
 
 @torch.no_grad()
-def measured(model: PreTrainedModel, tokens: NDArray[np.int64]) -> tuple[float, list[float]]:
+def measured(
+    model: PreTrainedModel, tokens: NDArray[np.int64]
+) -> tuple[float, list[float]]:
     """Return the perplexity on windows [n, T], and entropies of the experts' shares.
 
     There is one for every block, in bits.
@@ -278,10 +302,15 @@ def measured(model: PreTrainedModel, tokens: NDArray[np.int64]) -> tuple[float, 
     shares = list[Tensor]()
     for window in torch.from_numpy(tokens):
         found = model(
-            input_ids=window[None], labels=window[None], use_cache=False, output_router_logits=True
+            input_ids=window[None],
+            labels=window[None],
+            use_cache=False,
+            output_router_logits=True,
         )
         logits = found.logits[0, :-1]
-        nll += float(torch.nn.functional.cross_entropy(logits.float(), window[1:], reduction="sum"))
+        nll += float(
+            torch.nn.functional.cross_entropy(logits.float(), window[1:], reduction="sum")
+        )
         chosen = [
             torch.bincount(r.topk(2, dim=-1).indices.flatten(), minlength=r.shape[-1])
             for r in found.router_logits
@@ -316,7 +345,10 @@ def main(argv: list[str] | None = None) -> int:
     start_routers(model, dense, mixed[:32])
     train(model, mixed)
     model.eval()
-    record: dict[str, Any] = {"seconds_of_training": time.monotonic() - start, "texts": {}}
+    record: dict[str, Any] = {
+        "seconds_of_training": time.monotonic() - start,
+        "texts": {},
+    }
     for text in TEXTS:
         tokens = windows(tokenizer, text, "test", NUM_WINDOWS, 512)
         perplexity, entropy = measured(model, tokens)

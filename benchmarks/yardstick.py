@@ -81,7 +81,10 @@ def states_of(worker: Worker) -> DenseStates:
 
 
 def measures_of(
-    cluster: LocalCluster, answers: Answers, max_tokens: int, texts: Mapping[str, NDArray[np.int64]]
+    cluster: LocalCluster,
+    answers: Answers,
+    max_tokens: int,
+    texts: Mapping[str, NDArray[np.int64]],
 ) -> Measures:
     """Return what a run would measure of a model.
 
@@ -106,7 +109,9 @@ def measures_of(
     return measures
 
 
-def family_of(humaneval: Path, run: Path, dtype: str, num_threads: int) -> list[dict[str, Any]]:
+def family_of(
+    humaneval: Path, run: Path, dtype: str, num_threads: int
+) -> list[dict[str, Any]]:
     """Return name, tasks passed and measures of all models of a file; perplexities are relative.
 
     Args:
@@ -119,9 +124,13 @@ def family_of(humaneval: Path, run: Path, dtype: str, num_threads: int) -> list[
         ValueError: a checkpoint is missing, or the run has no answers.
     """
     records = json.loads(humaneval.read_text())["models"]
-    folders = named_folders([f"{record['name']}={record['folder']}" for record in records])
+    folders = named_folders(
+        [f"{record['name']}={record['folder']}" for record in records]
+    )
     if not (run / "answers.json").exists():
-        raise ValueError(f"{run} has no answers.json; give a run with evaluation.generation")
+        raise ValueError(
+            f"{run} has no answers.json; give a run with evaluation.generation"
+        )
     inputs = inputs_of_spec(run, [], run)
     answers = read_answers(str(run / "answers.json"))
     section = inputs.spec.evaluation.generation
@@ -139,7 +148,12 @@ def family_of(humaneval: Path, run: Path, dtype: str, num_threads: int) -> list[
         measures = measures_of(cluster, answers, max_tokens, inputs.texts)
         cluster.close()
         passed = sum(outcome == "passed" for outcome in record["outcomes"].values())
-        entry = {"family": humaneval.stem, "name": record["name"], "passed": passed, **measures}
+        entry = {
+            "family": humaneval.stem,
+            "name": record["name"],
+            "passed": passed,
+            **measures,
+        }
         found.append(relative(entry, found[0] if found else entry))
         sys.stdout.write(json.dumps(found[-1]) + "\n")
         sys.stdout.flush()
@@ -171,9 +185,13 @@ def correlations(entries: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 def table(families: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     """Return the correlations in each family and over all pruned models, the best measure first."""
     of_family = {name: correlations(entries[1:]) for name, entries in families.items()}
-    over_all = correlations([entry for entries in families.values() for entry in entries[1:]])
+    over_all = correlations(
+        [entry for entries in families.values() for entry in entries[1:]]
+    )
     names = [
-        name for name in over_all if not name.startswith("perplexity") or name.endswith("relative")
+        name
+        for name in over_all
+        if not name.startswith("perplexity") or name.endswith("relative")
     ]
     columns = [*of_family, "all"]
     lines = [f"| measure | {' | '.join(columns)} |", "|---|" + "---:|" * len(columns)]
@@ -185,7 +203,9 @@ def table(families: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure all models, and write the file and the tables."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.yardstick", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.yardstick", description=__doc__
+    )
     add = parser.add_argument
     add("families", nargs="+", metavar="HUMANEVAL.json=RUN")
     add("--out", type=Path, default=Path("runs/yardstick.json"))

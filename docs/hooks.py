@@ -12,7 +12,9 @@ PLACE = "<!-- schema -->"
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
     """Replace the placeholder on a page by the reference; called by MkDocs for every page."""
-    return markdown.replace(PLACE, "\n".join(reference())) if PLACE in markdown else markdown
+    return (
+        markdown.replace(PLACE, "\n".join(reference())) if PLACE in markdown else markdown
+    )
 
 
 def reference() -> Iterator[str]:

@@ -44,7 +44,9 @@ def main() -> None:
                 **options,
             )
         before, after = result.perplexity["test"]
-        print(f"{name:<16} sparsity {result.sparsity:.1%}  perplexity {before:.2f} -> {after:.2f}")
+        print(
+            f"{name:<16} sparsity {result.sparsity:.1%}  perplexity {before:.2f} -> {after:.2f}"
+        )
 
 
 if __name__ == "__main__":

@@ -35,7 +35,12 @@ from ray_surgeon.config.sections import ModelSection
 from ray_surgeon.export.folder import copy_small_files, dense_document
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.models.llama_cpp import architecture_of
-from ray_surgeon.models.pruned_config import BlockWidths, kv_heads_left, shallower, uniform_document
+from ray_surgeon.models.pruned_config import (
+    BlockWidths,
+    kv_heads_left,
+    shallower,
+    uniform_document,
+)
 
 if TYPE_CHECKING:
     from openai import OpenAI
@@ -66,10 +71,16 @@ def sizes_of(layout: ModelLayout, engine: str, multiple: int) -> dict[str, list[
         ValueError: there is nothing to compare.
     """
     blocks, channels, heads = layout.num_blocks, layout.num_channels, layout.heads.num_kv
-    parts = {channels * quarter // 4 // multiple * multiple for quarter in (1, 2, 3)} - {0}
+    parts = {channels * quarter // 4 // multiple * multiple for quarter in (1, 2, 3)} - {
+        0
+    }
     if layout.is_mixture or blocks < 2 or not parts:
         has = f"{blocks} blocks of {channels} channels"
-        kind = f"{layout.config.model_type}, which is a mixture" if layout.is_mixture else has
+        kind = (
+            f"{layout.config.model_type}, which is a mixture"
+            if layout.is_mixture
+            else has
+        )
         needed = "a model without experts, of two blocks or more that are wider than --multiple"
         raise ValueError(f"model: {kind}; give {needed}")
     fewer = [k for k in kv_heads_left(layout, 1, uniform=True) if k < heads]
@@ -95,7 +106,9 @@ def _is_served(layout: ModelLayout, engine: str, num_kv_heads: int) -> bool:
     return True
 
 
-def write_model(source: ModelSection, layout: ModelLayout, size: Size, folder: Path) -> None:
+def write_model(
+    source: ModelSection, layout: ModelLayout, size: Size, folder: Path
+) -> None:
     """Write a checkpoint of a size, with random weights and the model's tokenizer."""
     blocks, channels, heads = size
     widths = [BlockWidths(channels, heads)] * layout.num_blocks
@@ -132,7 +145,9 @@ def measure(client: OpenAI, request: Mapping[str, int], vocab_size: int) -> Seco
             took = []
             for num_new in (1, 1 + new):
                 start = time.perf_counter()
-                places = range(number * (2 * turn + (num_new > 1)), number * (2 * turn + 2))
+                places = range(
+                    number * (2 * turn + (num_new > 1)), number * (2 * turn + 2)
+                )
                 list(pool.map(ask, places[:number], [num_new] * number))
                 took.append(time.perf_counter() - start)
             turns.append((took[0], took[1] - took[0]))
@@ -157,9 +172,14 @@ def table_of(
     pairs = list(zip(seconds[dense], seconds[shallow], strict=True))
     block = [(whole - half) / (blocks - shallow[0]) for whole, half in pairs]
     if min(block) <= 0:
-        took = f"{blocks} blocks take {seconds[dense]} s, {shallow[0]} {seconds[shallow]} s"
+        took = (
+            f"{blocks} blocks take {seconds[dense]} s, {shallow[0]} {seconds[shallow]} s"
+        )
         raise ValueError(f"{took}; measure again on a quiet machine, or a longer request")
-    rest = [max(0.0, whole - blocks * each) for (whole, _), each in zip(pairs, block, strict=True)]
+    rest = [
+        max(0.0, whole - blocks * each)
+        for (whole, _), each in zip(pairs, block, strict=True)
+    ]
 
     def each(some: Iterable[Size], place: int) -> dict[int, list[float]]:
         by_number = {
@@ -171,18 +191,27 @@ def table_of(
         return dict(sorted(by_number.items()))
 
     own = {"num_blocks": blocks, "rest": rest}
-    return own | {"channels": each(sizes["channels"], 1), "kv_heads": each(sizes["kv_heads"], 2)}
+    return own | {
+        "channels": each(sizes["channels"], 1),
+        "kv_heads": each(sizes["kv_heads"], 2),
+    }
 
 
 _REQUEST = ("batch_size", "prompt_length", "num_new_tokens")
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m examples.engine_table", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m examples.engine_table", description=__doc__
+    )
     parser.add_argument("model", help="as model.source in a job spec")
     parser.add_argument("table", type=Path, help="JSON file to write")
-    parser.add_argument("--engine", choices=["transformers", "vllm", "llamacpp"], required=True)
-    parser.add_argument("--python", default=sys.executable, help="one that has the engine")
+    parser.add_argument(
+        "--engine", choices=["transformers", "vllm", "llamacpp"], required=True
+    )
+    parser.add_argument(
+        "--python", default=sys.executable, help="one that has the engine"
+    )
     parser.add_argument("--device", default="cpu", help="of transformers: cpu or cuda")
     parser.add_argument("--threads", type=int, help="of transformers on a CPU")
     parser.add_argument(
@@ -190,10 +219,16 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--port", type=int, default=8014, help="of the server")
     parser.add_argument("--batch-size", type=int, default=1, help="requests at a time")
-    parser.add_argument("--prompt-length", type=int, default=256, help="tokens of a prompt")
+    parser.add_argument(
+        "--prompt-length", type=int, default=256, help="tokens of a prompt"
+    )
     parser.add_argument("--num-new-tokens", type=int, default=64, help="tokens after it")
-    parser.add_argument("--multiple", type=int, default=64, help="of which widths are multiples")
-    parser.add_argument("--rounds", type=int, default=2, help="how often each model has its turn")
+    parser.add_argument(
+        "--multiple", type=int, default=64, help="of which widths are multiples"
+    )
+    parser.add_argument(
+        "--rounds", type=int, default=2, help="how often each model has its turn"
+    )
     return parser.parse_args(argv)
 
 
@@ -204,7 +239,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     layout = ModelLayout.of(AutoConfig.for_model(**dense_document(source)))
     sizes = sizes_of(layout, arguments.engine, arguments.multiple)
     request = {name: getattr(arguments, name) for name in _REQUEST}
-    turns: dict[Size, list[Seconds]] = {size: [] for some in sizes.values() for size in some}
+    turns: dict[Size, list[Seconds]] = {
+        size: [] for some in sizes.values() for size in some
+    }
     with tempfile.TemporaryDirectory() as scratch:
         commands = dict[Size, list[str]]()
         for size in turns:
@@ -219,7 +256,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                 with serving(commands[size], arguments.port) as client:
                     prompt, new = measure(client, request, layout.config.vocab_size)
             turns[size].append((prompt, new))
-            sys.stdout.write(f"{size}: {prompt:.4g} s for prompts, {new:.4g} s for new tokens\n")
+            sys.stdout.write(
+                f"{size}: {prompt:.4g} s for prompts, {new:.4g} s for new tokens\n"
+            )
             sys.stdout.flush()
     # other work on the machine makes a round slower, never faster: the fastest one counts
     seconds = {
@@ -227,13 +266,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         for size, of in turns.items()
     }
     about = {"model": arguments.model, "engine": arguments.engine, "request": request}
-    arguments.table.write_text(json.dumps(about | table_of(sizes, seconds), indent=1) + "\n")
+    arguments.table.write_text(
+        json.dumps(about | table_of(sizes, seconds), indent=1) + "\n"
+    )
     return 0
 
 
 def time_here(command: Sequence[str]) -> Seconds:
     """Return the seconds that `examples.time_transformers` prints."""
-    printed = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    printed = subprocess.run(
+        command, check=True, stdout=subprocess.PIPE, text=True
+    ).stdout
     prompt, new = json.loads(printed.splitlines()[-1])
     return prompt, new
 

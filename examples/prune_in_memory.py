@@ -21,7 +21,11 @@ def main() -> None:
         result = ray_surgeon.prune(
             model,
             tokenizer,
-            calibration={"source": "python-docs", "num_sequences": 8, "sequence_length": 64},
+            calibration={
+                "source": "python-docs",
+                "num_sequences": 8,
+                "sequence_length": 64,
+            },
             pruning={
                 "structure": "groups",
                 "groups": ["ffn"],
@@ -30,7 +34,9 @@ def main() -> None:
                 "target_sparsity": 0.15,
                 "num_shots": 1,
             },
-            cluster={"backend": "ray", "num_shards": 2} if on_ray else {"backend": "local"},
+            cluster={"backend": "ray", "num_shards": 2}
+            if on_ray
+            else {"backend": "local"},
             output=folder,
         )
         pruned = result.load()

@@ -34,14 +34,27 @@ while True:
 
 
 def command_of(
-    file: Path, port: int, server: str, python: str | None, requests: int = 8, length: int = 1024
+    file: Path,
+    port: int,
+    server: str,
+    python: str | None,
+    requests: int = 8,
+    length: int = 1024,
 ) -> list[str]:
     """Return how to serve a file: by the program `server`, or by a Python with xllamacpp.
 
     So many `requests` of such a `length` can be answered at a time.
     """
     if python:
-        return [python, "-c", _BY_PYTHON, str(file), str(port), str(requests), str(length)]
+        return [
+            python,
+            "-c",
+            _BY_PYTHON,
+            str(file),
+            str(port),
+            str(requests),
+            str(length),
+        ]
     options = ["--port", str(port), "--ctx-size", str(requests * length)]
     options += ["--parallel", str(requests), "--no-cache-prompt"]
     return [server, "--model", str(file), *options]
@@ -55,7 +68,9 @@ def write_uniform(folder: Path, file: Path) -> None:
     write_gguf(str(folder), config, widths, "bf16", folder.name, file)
 
 
-def _command(name: str, folders: Mapping[str, Path], arguments: argparse.Namespace) -> list[str]:
+def _command(
+    name: str, folders: Mapping[str, Path], arguments: argparse.Namespace
+) -> list[str]:
     """Return how to serve the dense model, of which a file is written, or the pruned one."""
     if name == "dense":
         file = folders["scratch"] / "dense.gguf"

@@ -28,7 +28,13 @@ def command_of(
 
     Requests have at most such a `length`. Without `options`, vLLM compiles the model first.
     """
-    fixed = ["--port", str(port), "--max-model-len", str(length), "--no-enable-prefix-caching"]
+    fixed = [
+        "--port",
+        str(port),
+        "--max-model-len",
+        str(length),
+        "--no-enable-prefix-caching",
+    ]
     options = [*fixed, *options]
     if python:
         module = "vllm.entrypoints.openai.api_server"
@@ -36,7 +42,9 @@ def command_of(
     return [vllm, "serve", str(folder), *options]
 
 
-def _command(name: str, folders: Mapping[str, Path], arguments: argparse.Namespace) -> list[str]:
+def _command(
+    name: str, folders: Mapping[str, Path], arguments: argparse.Namespace
+) -> list[str]:
     """Return how to serve the dense model or the pruned one."""
     folder = folders["pruned"] / "uniform" if name == "pruned" else folders["dense"]
     return command_of(folder, arguments.port, arguments.vllm, arguments.python)

@@ -40,11 +40,19 @@ def new_parser(name: str, description: str, *, port: int) -> argparse.ArgumentPa
 
     `port` is the server's unless another is given.
     """
-    parser = argparse.ArgumentParser(prog=f"python -m examples.{name}", description=description)
-    parser.add_argument("--run", type=Path, default=Path("runs/serving"), help="run directory")
+    parser = argparse.ArgumentParser(
+        prog=f"python -m examples.{name}", description=description
+    )
+    parser.add_argument(
+        "--run", type=Path, default=Path("runs/serving"), help="run directory"
+    )
     parser.add_argument("--port", type=int, default=port, help="of the server")
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8], help="requests at a time")
-    parser.add_argument("--rounds", type=int, default=2, help="how often each model has its turn")
+    parser.add_argument(
+        "--batches", type=int, nargs="+", default=[1, 8], help="requests at a time"
+    )
+    parser.add_argument(
+        "--rounds", type=int, default=2, help="how often each model has its turn"
+    )
     return parser
 
 
@@ -57,7 +65,8 @@ def dense_and_pruned(run: Path) -> tuple[Path, Path]:
         Path("pipelines/quickstart.yaml").read_text(), ["model.dtype=float32"]
     ).model_dump(mode="json")
     spec = JobSpec.model_validate(
-        document | {"recovery": None, "output": {"uri": str(run), "exports": ["uniform", "gguf"]}}
+        document
+        | {"recovery": None, "output": {"uri": str(run), "exports": ["uniform", "gguf"]}}
     )
     if not list((run / "export" / "gguf").glob("*-BF16.gguf")):
         ray_surgeon.prune(spec=spec, resume=(run / "spec.yaml").exists())
@@ -75,7 +84,9 @@ def serving(command: Sequence[str], port: int) -> Iterator[OpenAI]:
 
     # how our own threads wait and how many there are is no matter of the engine's: llama.cpp takes
     # three times as long for a token where OMP_WAIT_POLICY is passive
-    environment = {name: value for name, value in os.environ.items() if name[:4] != "OMP_"}
+    environment = {
+        name: value for name, value in os.environ.items() if name[:4] != "OMP_"
+    }
     with tempfile.TemporaryFile("w+") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
         try:
@@ -83,7 +94,9 @@ def serving(command: Sequence[str], port: int) -> Iterator[OpenAI]:
             while True:
                 if process.poll() is not None or time.monotonic() > deadline:
                     log.seek(0)
-                    raise RuntimeError(f"{command[0]} does not serve: {log.read()[-2000:]}")
+                    raise RuntimeError(
+                        f"{command[0]} does not serve: {log.read()[-2000:]}"
+                    )
                 if _answers(port):
                     break
                 time.sleep(0.5)
@@ -99,7 +112,9 @@ def serving(command: Sequence[str], port: int) -> Iterator[OpenAI]:
 
 def _answers(port: int) -> bool:
     try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/v1/models", timeout=2) as answer:
+        with urllib.request.urlopen(
+            f"http://127.0.0.1:{port}/v1/models", timeout=2
+        ) as answer:
             return bool(answer.status == 200)
     except (urllib.error.URLError, OSError):
         return False
@@ -124,7 +139,11 @@ def tokens_per_second(client: OpenAI, batch_size: int) -> tuple[float, float]:
             extra_body={"ignore_eos": True},
         )
         assert answer.usage is not None
-        return answer.usage.prompt_tokens if num_tokens == 1 else answer.usage.completion_tokens
+        return (
+            answer.usage.prompt_tokens
+            if num_tokens == 1
+            else answer.usage.completion_tokens
+        )
 
     with ThreadPoolExecutor(batch_size) as pool:
         for turn in range(TURNS + 1):  # the first one warms up
@@ -160,7 +179,9 @@ def compare(
     batches = arguments.batches
     with tempfile.TemporaryDirectory() as scratch:
         folders = {"dense": dense, "pruned": exports, "scratch": Path(scratch)}
-        commands = {name: command_of(name, folders, arguments) for name in ("dense", "pruned")}
+        commands = {
+            name: command_of(name, folders, arguments) for name in ("dense", "pruned")
+        }
         rates = fastest(commands, arguments.port, batches, arguments.rounds)
     sys.stdout.write(
         "\n"
@@ -169,7 +190,9 @@ def compare(
     )
     for step, name in enumerate(("prefill", "decode")):
         for batch_size in batches:
-            before, after = (rates[which, batch_size][step] for which in ("dense", "pruned"))
+            before, after = (
+                rates[which, batch_size][step] for which in ("dense", "pruned")
+            )
             sys.stdout.write(
                 f"| {name} | {batch_size} | {before:.0f} | {after:.0f} | {after / before:.2f} |\n"
             )
@@ -190,9 +213,18 @@ def fastest(
                 if turn == 0:
                     model = client.models.list().data[0].id
                     answer = client.completions.create(
-                        model=model, prompt="The with statement", max_tokens=24, temperature=0.0
+                        model=model,
+                        prompt="The with statement",
+                        max_tokens=24,
+                        temperature=0.0,
                     )
-                    sys.stdout.write(f"{name}: The with statement{answer.choices[0].text}\n")
+                    sys.stdout.write(
+                        f"{name}: The with statement{answer.choices[0].text}\n"
+                    )
                 for size in batches:
-                    rates.setdefault((name, size), []).append(tokens_per_second(client, size))
-    return {key: (max(r[0] for r in of), max(r[1] for r in of)) for key, of in rates.items()}
+                    rates.setdefault((name, size), []).append(
+                        tokens_per_second(client, size)
+                    )
+    return {
+        key: (max(r[0] for r in of), max(r[1] for r in of)) for key, of in rates.items()
+    }

@@ -28,9 +28,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("model", type=Path, help="folder of a checkpoint")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch")
+    parser.add_argument(
+        "--threads", type=int, default=torch.get_num_threads(), help="of torch"
+    )
     parser.add_argument("--batch-size", type=int, default=1, help="prompts at a time")
-    parser.add_argument("--prompt-length", type=int, default=256, help="tokens of a prompt")
+    parser.add_argument(
+        "--prompt-length", type=int, default=256, help="tokens of a prompt"
+    )
     parser.add_argument("--num-new-tokens", type=int, default=64, help="tokens after it")
     parser.add_argument("--turns", type=int, default=3, help="measurements")
     arguments = parser.parse_args(argv)

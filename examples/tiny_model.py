@@ -19,7 +19,10 @@ def tiny_llama() -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
     """
     trained = ByteLevelBPETokenizer()
     trained.train_from_iterator(
-        list(topics.values())[:20], vocab_size=320, special_tokens=["<end>"], show_progress=False
+        list(topics.values())[:20],
+        vocab_size=320,
+        special_tokens=["<end>"],
+        show_progress=False,
     )
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=trained._tokenizer, eos_token="<end>", bos_token="<end>"

@@ -265,12 +265,16 @@ def _token_ids(
     for number, sequence in enumerate(sequences):
         windows.append(_ids_of(number, sequence, tokenizer))
     if not windows:
-        raise ValueError("sequences: there is none; give at least one of two tokens or more")
+        raise ValueError(
+            "sequences: there is none; give at least one of two tokens or more"
+        )
     for number, ids in enumerate(windows):
         # one token alone predicts nothing
         smallest = min(ids, default=-1)
         largest = max(ids, default=-1)
-        if not (2 <= len(ids) <= longest and smallest >= 0 and largest < config.vocab_size):
+        if not (
+            2 <= len(ids) <= longest and smallest >= 0 and largest < config.vocab_size
+        ):
             raise ValueError(
                 f"sequences[{number}]: {len(ids)} tokens from {min(ids, default=None)} "
                 f"to {max(ids, default=None)}; the model takes 2 to {longest} tokens, "

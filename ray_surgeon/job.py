@@ -14,7 +14,11 @@ from collections.abc import Callable, Mapping, Sequence
 
 from ray_surgeon.checkpointing.run_directory import RunDirectory, TakenOverError
 from ray_surgeon.distributed.cluster import Cluster, WorkerFailureError
-from ray_surgeon.distributed.memory_plan.device_resources import device_of, look_around, shared
+from ray_surgeon.distributed.memory_plan.device_resources import (
+    device_of,
+    look_around,
+    shared,
+)
 from ray_surgeon.distributed.memory_plan.planner import DoesNotFitError, Plan
 from ray_surgeon.distributed.usage import versions
 from ray_surgeon.distributed.worker import clean_up
@@ -42,7 +46,9 @@ Listener = Callable[[Event | Moment], None]
 """Is called with the event of every step, and with moments inside of long ones."""
 
 
-def run_job(inputs: Inputs, workers: Cluster, directory: RunDirectory, listen: Listener) -> None:
+def run_job(
+    inputs: Inputs, workers: Cluster, directory: RunDirectory, listen: Listener
+) -> None:
     """Prune a model shot by shot; every shot is committed.
 
     A run continues after the last commit. What workers have on their disks is removed at
@@ -66,7 +72,9 @@ def run_job(inputs: Inputs, workers: Cluster, directory: RunDirectory, listen: L
         run_steps(run, inputs.stages, inputs.method)
     except BaseException as error:
         reported = _last_words(directory, error)
-        if isinstance(reported, Exception) and not isinstance(reported, WorkerFailureError):
+        if isinstance(reported, Exception) and not isinstance(
+            reported, WorkerFailureError
+        ):
             with contextlib.suppress(Exception):
                 workers.clean_up()
         if reported is error:
@@ -94,7 +102,9 @@ def run_steps(run: RunState, stages: Stages, method: Method) -> None:
 
     for shot in range(run.num_done + 1, run.num_shots + 1):
         run.begin_shot(shot)
-        if run.part is None:  # else an earlier try has come as far as the recovery of this shot
+        if (
+            run.part is None
+        ):  # else an earlier try has come as far as the recovery of this shot
             method = prune_once(run, stages, method)
             if answers is not None and stages.recovery is not None:
                 with run.steps("answers", shot) as facts:
@@ -102,7 +112,9 @@ def run_steps(run: RunState, stages: Stages, method: Method) -> None:
         finish_shot(run, stages, answers)
         run.cluster.leave_if_told()
 
-    run.directory.write_report(run.report.as_record())  # without exports of an earlier try
+    run.directory.write_report(
+        run.report.as_record()
+    )  # without exports of an earlier try
     write_exports(run, stages.exports)
     run.page.draw(run.report.as_record(), final=True)
     # last: a run whose report is whole has ended
@@ -204,10 +216,14 @@ def write_exports(run: RunState, exports: Sequence[ExportStep]) -> None:
                 step.write(run, facts)
 
 
-def _begin(inputs: Inputs, workers: Cluster, directory: RunDirectory, listen: Listener) -> RunState:
+def _begin(
+    inputs: Inputs, workers: Cluster, directory: RunDirectory, listen: Listener
+) -> RunState:
     """Plan, take the run directory, and return a run that knows what earlier tries have done."""
     spec = inputs.spec
-    name = hashlib.sha256(directory.uri.encode()).hexdigest()[:16]  # the same for every try
+    name = hashlib.sha256(directory.uri.encode()).hexdigest()[
+        :16
+    ]  # the same for every try
     scratch = ScratchNames(spec.memory.scratch, name, uuid.uuid4().hex)
     plan = _plan(inputs, workers, scratch, _PATIENCE_S if directory.retries() else 0.0)
     workers.stores = plan.stores
@@ -261,12 +277,16 @@ def _last_words(directory: RunDirectory, error: BaseException) -> BaseException:
             directory.check_attempt()
             directory.write_events()
         except TakenOverError as taken:
-            if isinstance(error, Exception):  # what failed may be what the other try has taken away
+            if isinstance(
+                error, Exception
+            ):  # what failed may be what the other try has taken away
                 return taken
     return error
 
 
-def _plan(inputs: Inputs, workers: Cluster, scratch: ScratchNames, patience_s: float) -> Plan:
+def _plan(
+    inputs: Inputs, workers: Cluster, scratch: ScratchNames, patience_s: float
+) -> Plan:
     """Return how the job runs in the memory that there is.
 
     If it does not fit, more is waited for so long.

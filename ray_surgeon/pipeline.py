@@ -28,8 +28,14 @@ def _bytes(text: str) -> float:
 
 
 _OPTIONS: dict[str, dict[str, Any]] = {
-    "--dry-run": {"action": "store_true", "help": "check everything, print the plan, and stop"},
-    "--resume": {"action": "store_true", "help": "go on after the run's last committed shot"},
+    "--dry-run": {
+        "action": "store_true",
+        "help": "check everything, print the plan, and stop",
+    },
+    "--resume": {
+        "action": "store_true",
+        "help": "go on after the run's last committed shot",
+    },
     "--set": {"action": "append", "default": [], "metavar": "section.field=value"},
     "--schema": {"action": "store_true", "help": "print the JSON Schema of the job spec"},
 }
@@ -39,10 +45,18 @@ _OF_RECOVERY = {
 }
 _DEVICE = "whose times are expected; if not given, h100 where workers have GPUs, else cpu"
 _SIZES: dict[str, tuple[Any, str, str]] = {
-    "--device-memory": (_bytes, "80GB", "of each worker's device; the device's own if not given"),
+    "--device-memory": (
+        _bytes,
+        "80GB",
+        "of each worker's device; the device's own if not given",
+    ),
     "--host-memory": (_bytes, "1TB", "of each machine; this one's if not given"),
     "--disk": (_bytes, "4TB", "free on each machine; this one's if not given"),
-    "--workers-per-machine": (int, "8", "that share its memory and disk, at most; 8 if not given"),
+    "--workers-per-machine": (
+        int,
+        "8",
+        "that share its memory and disk, at most; 8 if not given",
+    ),
 }
 """Option -> type, example and help: what other machines have that a plan is made for."""
 
@@ -50,14 +64,18 @@ _SIZES: dict[str, tuple[Any, str, str]] = {
 def _arguments(argv: Sequence[str] | None, prog: str) -> argparse.Namespace:
     """Return the arguments of the command line; it ends with exit code 2 if they do not fit."""
     recovers = prog.endswith(" recover")
-    parser = argparse.ArgumentParser(prog, description="Prune a language model as a job spec says.")
+    parser = argparse.ArgumentParser(
+        prog, description="Prune a language model as a job spec says."
+    )
     what = "the model to train" if recovers else "job spec: YAML or JSON"
     parser.add_argument("spec", nargs="?", help=f"{what}, on any fsspec URI")
     for option, text in _OF_RECOVERY.items() if recovers else ():
         parser.add_argument(option, required=option == "--teacher", help=text)
     for option, settings in _OPTIONS.items():
         parser.add_argument(option, **settings)
-    plans = parser.add_argument_group("a plan for other machines", "ray-surgeon plan, or --dry-run")
+    plans = parser.add_argument_group(
+        "a plan for other machines", "ray-surgeon plan, or --dry-run"
+    )
     plans.add_argument("--device", help=_DEVICE)
     text = "print a RayJob of KubeRay for exactly this job; one worker a pod"
     plans.add_argument("--kubernetes", action="store_true", default=None, help=text)
@@ -67,7 +85,9 @@ def _arguments(argv: Sequence[str] | None, prog: str) -> argparse.Namespace:
     if not arguments.schema and arguments.spec is None:
         parser.error("a job spec is needed, for instance pipelines/quickstart.yaml")
     options = ("--device", "--kubernetes", *_SIZES)
-    named = [o for o in options if getattr(arguments, o[2:].replace("-", "_")) is not None]
+    named = [
+        o for o in options if getattr(arguments, o[2:].replace("-", "_")) is not None
+    ]
     if named and not arguments.dry_run:
         problem = f"{', '.join(named)}: only for a plan (ray-surgeon plan, or --dry-run)"
         parser.error(f"{problem}; a run asks its workers what they have")
@@ -78,7 +98,9 @@ def _arguments(argv: Sequence[str] | None, prog: str) -> argparse.Namespace:
     return arguments
 
 
-def main(argv: Sequence[str] | None = None, prog: str = "python -m ray_surgeon.pipeline") -> int:
+def main(
+    argv: Sequence[str] | None = None, prog: str = "python -m ray_surgeon.pipeline"
+) -> int:
     """Run a job spec and return the exit code; `prog` is how the help calls the command."""
     arguments = _arguments(argv, prog)
     if arguments.schema:

@@ -44,14 +44,20 @@ BASE: dict[str, Any] = ROTARY | COMMON
 OPT: dict[str, Any] = SIZES | TEXT | {"ffn_dim": 48, "init_std": 0.2, "pad_token_id": 0}
 GPT2 = {"n_embd": 32, "n_inner": 48, "n_layer": 4, "n_head": 4, "n_positions": 128}
 HALF_SLIDING = {"head_dim": 8, "layer_types": ["sliding_attention", "full_attention"] * 2}
-GEMMA = HALF_SLIDING | {"sliding_window": 8, "query_pre_attn_scalar": 8, "pad_token_id": 0}
+GEMMA = HALF_SLIDING | {
+    "sliding_window": 8,
+    "query_pre_attn_scalar": 8,
+    "pad_token_id": 0,
+}
 
 config_of = AutoConfig.for_model
 CONFIGS: dict[str, PretrainedConfig] = {
     "llama": config_of("llama", **BASE, tie_word_embeddings=True),
     "llama-biases": config_of("llama", **BASE, attention_bias=True, mlp_bias=True),
     "opt": config_of("opt", **OPT, word_embed_proj_dim=32),
-    "opt-projections": config_of("opt", **OPT, word_embed_proj_dim=16, do_layer_norm_before=False),
+    "opt-projections": config_of(
+        "opt", **OPT, word_embed_proj_dim=16, do_layer_norm_before=False
+    ),
     "mistral": config_of("mistral", **BASE, sliding_window=8, tie_word_embeddings=False),
     "qwen2": config_of("qwen2", **BASE, tie_word_embeddings=True),
     "qwen3": config_of("qwen3", **BASE, head_dim=8, tie_word_embeddings=True),
@@ -65,7 +71,11 @@ MLA = {"q_lora_rank": 16, "kv_lora_rank": 16, "v_head_dim": 8, "num_key_value_he
 MLA |= {"qk_rope_head_dim": 4, "qk_nope_head_dim": 4}
 SIGMOID = {"n_shared_experts": 1, "topk_group": 1, "routed_scaling_factor": 1.5}
 SIGMOID |= {"first_k_dense_replace": 1}
-QWEN2_MOE = {"num_experts": 4, "shared_expert_intermediate_size": 40, "decoder_sparse_step": 2}
+QWEN2_MOE = {
+    "num_experts": 4,
+    "shared_expert_intermediate_size": 40,
+    "decoder_sparse_step": 2,
+}
 GPT_OSS = HALF_SLIDING | {"sliding_window": 16, "num_experts_per_tok": 2}
 GLM4 = {"head_dim": 8, "n_routed_experts": 4, "n_group": 1, "use_qk_norm": True}
 SPARSE_CONFIGS: dict[str, PretrainedConfig] = {
@@ -74,7 +84,9 @@ SPARSE_CONFIGS: dict[str, PretrainedConfig] = {
     ),
     "olmoe": config_of("olmoe", **BASE, num_experts=8, num_experts_per_tok=3),
     "qwen2_moe": config_of("qwen2_moe", **MIXTURE, **QWEN2_MOE, norm_topk_prob=False),
-    "qwen3_moe": config_of("qwen3_moe", **MIXTURE, num_experts=6, head_dim=8, norm_topk_prob=True),
+    "qwen3_moe": config_of(
+        "qwen3_moe", **MIXTURE, num_experts=6, head_dim=8, norm_topk_prob=True
+    ),
     "gpt_oss": config_of("gpt_oss", **BASE, **GPT_OSS, num_local_experts=6),
     "glm4_moe": config_of("glm4_moe", **MIXTURE, **SIGMOID, **GLM4),
     "deepseek_v3": config_of(
@@ -84,7 +96,10 @@ SPARSE_CONFIGS: dict[str, PretrainedConfig] = {
 """Mixtures of experts."""
 
 
-LAYOUTS = {family: ModelLayout.of(config) for family, config in (CONFIGS | SPARSE_CONFIGS).items()}
+LAYOUTS = {
+    family: ModelLayout.of(config)
+    for family, config in (CONFIGS | SPARSE_CONFIGS).items()
+}
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -134,7 +149,11 @@ def tokenizer() -> PreTrainedTokenizerFast:
     from pydoc_data.topics import topics
 
     trained = ByteLevelBPETokenizer()
-    settings = {"vocab_size": VOCABULARY, "special_tokens": ["<end>"], "show_progress": False}
+    settings = {
+        "vocab_size": VOCABULARY,
+        "special_tokens": ["<end>"],
+        "show_progress": False,
+    }
     trained.train_from_iterator(list(topics.values())[:20], **settings)
     ends = {"eos_token": "<end>", "bos_token": "<end>"}
     return PreTrainedTokenizerFast(tokenizer_object=trained._tokenizer, **ends)
@@ -152,7 +171,9 @@ class ModelFolders(Mapping[str, Path]):
             raise KeyError(family)
         folder = self.root / family
         if not folder.exists():
-            with torch.random.fork_rng():  # a test's numbers do not depend on who comes first
+            with (
+                torch.random.fork_rng()
+            ):  # a test's numbers do not depend on who comes first
                 tiny_model(family).save_pretrained(folder)
             self.tokenizer.save_pretrained(folder)
         return folder
@@ -178,8 +199,14 @@ class Zygote:
         command = [sys.executable, "-m", "tests.zygote"]
         root = Path(__file__).parent.parent
         environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-        self.process = subprocess.Popen(command, cwd=root, env=environment, text=True, **pipes)  # type: ignore[call-overload]
+        pipes = {
+            "stdin": subprocess.PIPE,
+            "stdout": subprocess.PIPE,
+            "stderr": subprocess.DEVNULL,
+        }
+        self.process = subprocess.Popen(
+            command, cwd=root, env=environment, text=True, **pipes
+        )  # type: ignore[call-overload]
         assert self.process.stdout.readline() == "ready\n"
 
     def ask(self, **asked: object) -> dict[str, Any]:
@@ -190,7 +217,11 @@ class Zygote:
         return answer
 
     def run_module(
-        self, module: str, request: Mapping[str, Any], offline: bool = True, gpu: str | None = None
+        self,
+        module: str,
+        request: Mapping[str, Any],
+        offline: bool = True,
+        gpu: str | None = None,
     ) -> dict[str, Any]:
         """Do as `fresh_process.run_module`, in a fork."""
         with tempfile.TemporaryDirectory() as modules:

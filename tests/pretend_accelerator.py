@@ -76,13 +76,19 @@ class _Signature:
     def of(op: OpOverload) -> _Signature:
         arguments = op._schema.arguments
         returns = [r.alias_info for r in op._schema.returns if r.alias_info is not None]
-        changed = {a.name for a in arguments if a.alias_info is not None and a.alias_info.is_write}
+        changed = {
+            a.name
+            for a in arguments
+            if a.alias_info is not None and a.alias_info.is_write
+        }
         takes_numbers = _takes_numbers(op._schema.name.split("::")[1])
         return _Signature(
             names=tuple(a.name for a in arguments),
             out={a.name for a in arguments if a.kwarg_only and a.name in changed},
             changed=changed,
-            plain={a.name for a in arguments if str(a.type) == "Tensor" and not takes_numbers},
+            plain={
+                a.name for a in arguments if str(a.type) == "Tensor" and not takes_numbers
+            },
             anywhere={"indices"} if "index" in op._schema.name else set(),
             is_view=any(not alias.is_write for alias in returns),
             returns_first=any(alias.is_write for alias in returns),
@@ -99,12 +105,15 @@ def _run(op: OpOverload, *args: Any, **kwargs: Any) -> Any:
     if signature.is_view:  # those kernels only make sizes and strides
         return op.redispatch(_CPU_KERNELS, *args, **kwargs)
     pretend_streams.count()
-    given = {name: _on_cpu(value) for name, value in bound.items() if name not in signature.out}
+    given = {
+        name: _on_cpu(value) for name, value in bound.items() if name not in signature.out
+    }
     given |= {name: torch.empty(0, dtype=bound[name].dtype) for name in signature.out}
     for name in signature.plain:
         if isinstance(given[name], bool | int | float):
             given[name] = torch.tensor(
-                given[name], dtype=torch.float64 if isinstance(given[name], float) else None
+                given[name],
+                dtype=torch.float64 if isinstance(given[name], float) else None,
             )
     results = _WIDE_PRODUCTS.get(op, op)(**given)
     for name in signature.out:
@@ -160,7 +169,9 @@ def _check_devices(op: OpOverload, signature: _Signature, bound: dict[str, Any])
             else:
                 counts = isinstance(item, torch.Generator)
             if counts and item.device.type != SIM:
-                raise RuntimeError(f"{op}: {name} is on {item.device}, and others are on {SIM}")
+                raise RuntimeError(
+                    f"{op}: {name} is on {item.device}, and others are on {SIM}"
+                )
 
 
 def _on_cpu(value: Any) -> Any:
@@ -174,7 +185,11 @@ def _on_cpu(value: Any) -> Any:
 def _on_sim(value: Any) -> Any:
     if isinstance(value, Tensor):
         return _seen_as(value, SIM)
-    return tuple(_on_sim(item) for item in value) if isinstance(value, list | tuple) else value
+    return (
+        tuple(_on_sim(item) for item in value)
+        if isinstance(value, list | tuple)
+        else value
+    )
 
 
 def _copy_from(source: Tensor, target: Tensor, non_blocking: bool = False) -> Tensor:
@@ -191,7 +206,10 @@ def _copy_from(source: Tensor, target: Tensor, non_blocking: bool = False) -> Te
 
 
 def _resize(
-    tensor: Tensor, size: Sequence[int], *, memory_format: torch.memory_format | None = None
+    tensor: Tensor,
+    size: Sequence[int],
+    *,
+    memory_format: torch.memory_format | None = None,
 ) -> Tensor:
     """Give a tensor another size, as an output may have; its memory is new, because that of the CPU
     tensor behind it cannot grow.
@@ -227,4 +245,6 @@ def answer(asked: dict[str, Any]) -> dict[str, Any]:
     "arguments": {...}}``.
     """
     module, name = asked["function"].split(":")
-    return {"returned": getattr(importlib.import_module(module), name)(**asked["arguments"])}
+    return {
+        "returned": getattr(importlib.import_module(module), name)(**asked["arguments"])
+    }

@@ -42,8 +42,12 @@ class Stream:
         self.num_issued = 0
         self.num_done = 0
         self.seen = dict[int, int]()  # thread -> its operators that were waited for
-        self.arriving = dict[int, int]()  # thread -> address of what it last copied to the device
-        self.recorded = set[int]()  # addresses of memory that is not given away before it is done
+        self.arriving = dict[
+            int, int
+        ]()  # thread -> address of what it last copied to the device
+        self.recorded = set[
+            int
+        ]()  # addresses of memory that is not given away before it is done
 
     def add(self, work: Callable[[], object]) -> None:
         """Do something after all before; at once if this is the stream that computes."""
@@ -141,7 +145,11 @@ def address(tensor: Tensor) -> int:
 
 
 def copy(
-    source: Tensor, target: Tensor, device: Tensor, do: Callable[[Tensor], object], waits: bool
+    source: Tensor,
+    target: Tensor,
+    device: Tensor,
+    do: Callable[[Tensor], object],
+    waits: bool,
 ) -> None:
     """Copy in the present stream.
 
@@ -164,7 +172,9 @@ def copy(
         assert seen == num_computed(), "a copy has not waited for what is computed"
 
         def leave() -> None:
-            assert address(source) in own.recorded, "memory may be given away while it is copied"
+            assert address(source) in own.recorded, (
+                "memory may be given away while it is copied"
+            )
             do(source)
 
         own.add(leave)
@@ -206,7 +216,9 @@ class Backend(_DummyBackendModule):
         return "pretend H100"
 
     def get_device_properties(self, device: torch.device) -> Any:
-        return type("Properties", (), {"uuid": "GPU-0", "name": self.get_device_name(device)})
+        return type(
+            "Properties", (), {"uuid": "GPU-0", "name": self.get_device_name(device)}
+        )
 
 
 def _number() -> int:

@@ -13,7 +13,11 @@ from ray_surgeon.run.result import PruneResult
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "ray_surgeon"
-PAGES = [*sorted((ROOT / "docs").glob("*.md")), ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
+PAGES = [
+    *sorted((ROOT / "docs").glob("*.md")),
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+]
 OLD = {"negative-results.md", "results.md"}
 """Pages with figures of what is gone."""
 MODULES = {
@@ -48,7 +52,9 @@ def resolves(name: str) -> bool:
 def is_of_the_spec(name: str) -> bool:
     """Whether a dotted name is a field of the job spec."""
     first, *rest = name.split(".")
-    return first in JobSpec.model_fields and all(part in FIELDS or part.isdigit() for part in rest)
+    return first in JobSpec.model_fields and all(
+        part in FIELDS or part.isdigit() for part in rest
+    )
 
 
 def candidates(name: str) -> list[str]:
@@ -59,7 +65,9 @@ def candidates(name: str) -> list[str]:
     return [f"{module}.{rest}" if rest else module for module in ends]
 
 
-@pytest.mark.parametrize("page", [p for p in PAGES if p.name not in OLD], ids=lambda p: p.name)
+@pytest.mark.parametrize(
+    "page", [p for p in PAGES if p.name not in OLD], ids=lambda p: p.name
+)
 def test_files_and_names_in_pages_exist(page: Path) -> None:
     """Files, and dotted names that begin with one of our modules."""
     for name in set(re.findall(r"`([\w./*]+)`", page.read_text(encoding="utf-8"))):
@@ -68,7 +76,9 @@ def test_files_and_names_in_pages_exist(page: Path) -> None:
             places = [ROOT / name, PACKAGE / inside, ROOT / "tests" / name]
             assert any(place.exists() for place in places), f"{page.name} names {name}"
         elif name.startswith("result."):
-            assert hasattr(PruneResult, name.removeprefix("result.")), f"{page.name} names {name}"
+            assert hasattr(PruneResult, name.removeprefix("result.")), (
+                f"{page.name} names {name}"
+            )
         elif re.fullmatch(r"[a-z_]+(\.\w+)+", name) and Path(name).suffix not in FILES:
             known = candidates(name)
             if name.startswith("ray_surgeon"):
@@ -81,5 +91,9 @@ def test_files_and_names_in_pages_exist(page: Path) -> None:
 def test_tests_named_in_pages_exist(page: Path) -> None:
     named = re.findall(r"(test_\w+\.py)::(test_\w+)", page.read_text(encoding="utf-8"))
     for file, test in named:
-        texts = [path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob(file)]
-        assert any(f"def {test}(" in text for text in texts), f"{page.name} names {file}::{test}"
+        texts = [
+            path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob(file)
+        ]
+        assert any(f"def {test}(" in text for text in texts), (
+            f"{page.name} names {file}::{test}"
+        )

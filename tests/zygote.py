@@ -44,13 +44,22 @@ def run_command_line(arguments: list[str]) -> int:
 
 def run_module(asked: dict[str, Any]) -> int:
     os.environ.update(asked["environment"])
-    transformers.dynamic_module_utils.HF_MODULES_CACHE = asked["environment"]["HF_MODULES_CACHE"]
-    print("\n" + json.dumps(importlib.import_module(asked["module"]).answer(asked["request"])))
+    transformers.dynamic_module_utils.HF_MODULES_CACHE = asked["environment"][
+        "HF_MODULES_CACHE"
+    ]
+    print(
+        "\n"
+        + json.dumps(importlib.import_module(asked["module"]).answer(asked["request"]))
+    )
     return 0
 
 
 def child(asked: dict[str, Any], path: str) -> None:
-    with open(path, "w", encoding="utf-8") as file, redirect_stdout(file), redirect_stderr(file):
+    with (
+        open(path, "w", encoding="utf-8") as file,
+        redirect_stdout(file),
+        redirect_stderr(file),
+    ):
         try:
             code = run_module(asked) if "module" in asked else run_command_line(**asked)
         except BaseException:

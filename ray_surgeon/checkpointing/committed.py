@@ -54,4 +54,6 @@ def check_files(files: Iterable[SavedFile], remedy: str) -> None:
         if size is None:
             raise ValueError(f"{file.uri} is missing; {remedy}")
         if size != file.size_bytes:
-            raise ValueError(f"{file.uri} has {size} bytes, not {file.size_bytes}; {remedy}")
+            raise ValueError(
+                f"{file.uri} has {size} bytes, not {file.size_bytes}; {remedy}"
+            )

@@ -54,7 +54,9 @@ _SECRETS = re.compile(
 
 def _without_secrets(uri: str) -> str:
     if _SECRETS.search(uri):
-        raise ValueError("holds credentials; give them to the file system, see docs/clusters.md")
+        raise ValueError(
+            "holds credentials; give them to the file system, see docs/clusters.md"
+        )
     return uri
 
 
@@ -81,7 +83,9 @@ def absolute(uri: str) -> str:
         return uri
     path = os.path.expanduser(uri)
     if path.startswith("~"):
-        raise ValueError(f"{uri} names no home directory of this machine; write the path out")
+        raise ValueError(
+            f"{uri} names no home directory of this machine; write the path out"
+        )
     return os.path.realpath(path)
 
 
@@ -152,6 +156,8 @@ def by_tag(tag_of: Callable[[Any], str | None], expected: str) -> Discriminator:
 _S = TypeVar("_S")
 OrAuto = Annotated[
     Annotated[_S, Tag(tag("section"))] | Annotated[Literal["auto"], Tag(tag("auto"))],
-    Discriminator(lambda value: tag("auto") if isinstance(value, str) else tag("section")),
+    Discriminator(
+        lambda value: tag("auto") if isinstance(value, str) else tag("section")
+    ),
 ]
 """A section or the word auto; errors mention only the alternative that was given."""

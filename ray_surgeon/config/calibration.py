@@ -122,12 +122,16 @@ class CalibrationSection(MixedSection, TextSection):
             if count == 0:
                 yield ConfigError(
                     field="mix",
-                    found=(f"the share of {text.source} in {self.num_sequences} sequences is none"),
+                    found=(
+                        f"the share of {text.source} in {self.num_sequences} sequences is none"
+                    ),
                     remedy="raise weight",
                 )
             if text.is_written:
                 yield from text.problems_of_lengths(self.sequence_length, where)
-            fields = text.model_dump(include=MixedSection.model_fields.keys() - {"weight"})
+            fields = text.model_dump(
+                include=MixedSection.model_fields.keys() - {"weight"}
+            )
             if fields in earlier:
                 yield ConfigError(
                     field=f"{where}source",

@@ -22,8 +22,12 @@ class DampingSection(Section):
 
 
 class _Curvature(Section):
-    gathers: ClassVar[Literal["both", "A"]] = "both"  # factors that a pass over the text gathers
-    is_of_loss: ClassVar[bool] = False  # whether G is of the loss's gradients, so costs are in nats
+    gathers: ClassVar[Literal["both", "A"]] = (
+        "both"  # factors that a pass over the text gathers
+    )
+    is_of_loss: ClassVar[bool] = (
+        False  # whether G is of the loss's gradients, so costs are in nats
+    )
 
     @property
     def as_damping(self) -> Damping:
@@ -76,7 +80,9 @@ class _Damped(_Curvature):
 
     def problems(self) -> Iterator[ConfigError]:
         """Yield conflicts between fields."""
-        if self.damping != "auto" and self.max_damping < max(self.damping.a, self.damping.g):
+        if self.damping != "auto" and self.max_damping < max(
+            self.damping.a, self.damping.g
+        ):
             yield ConfigError(
                 field="max_damping",
                 found=(
@@ -181,5 +187,7 @@ CurvatureSection = Annotated[
     | Annotated[ExtendedKfacSection, Tag(tag("extended_kfac"))]
     | Annotated[ActivationsSection, Tag(tag("activations"))]
     | Annotated[IdentitySection, Tag(tag("identity"))],
-    by_tag(lambda get: get("kind", "kfac"), "kind kfac, extended_kfac, activations, identity"),
+    by_tag(
+        lambda get: get("kind", "kfac"), "kind kfac, extended_kfac, activations, identity"
+    ),
 ]

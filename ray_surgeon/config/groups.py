@@ -233,7 +233,9 @@ class CoupledSection(FamilySection):
     def problems(self) -> Iterator[ConfigError]:
         """Yield conflicts between fields."""
         yield from self._problems_of_depth()
-        if self.reconstruction is not None and FEED_FORWARD_OF_ALL.isdisjoint(self.groups):
+        if self.reconstruction is not None and FEED_FORWARD_OF_ALL.isdisjoint(
+            self.groups
+        ):
             kinds = " or ".join(sorted(FEED_FORWARD_OF_ALL))
             yield ConfigError(
                 field="reconstruction",
@@ -307,7 +309,9 @@ class CoupledSection(FamilySection):
         if self.expert_costs != "rerouting" and kinds != {"experts"}:
             yield ConfigError(
                 field="expert_costs",
-                found=(f"{self.expert_costs} is of whole experts alone and has another unit"),
+                found=(
+                    f"{self.expert_costs} is of whole experts alone and has another unit"
+                ),
                 remedy="set groups to [experts]",
             )
         parts = kinds & {"attention_layers", "ffn_layers"}

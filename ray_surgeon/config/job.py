@@ -125,7 +125,9 @@ class JobSpec(Section):
                     remedy="add recovery.teacher, or remove it",
                 )
             elif not self.output.for_engines:
-                remedy = "say what to remove, or add recovery.teacher, output.quantize or gguf"
+                remedy = (
+                    "say what to remove, or add recovery.teacher, output.quantize or gguf"
+                )
                 yield ConfigError(
                     field="pruning",
                     found="null leaves nothing to do",
@@ -156,7 +158,9 @@ class JobSpec(Section):
                 found = f"pruning.method {method} gathers its own"
                 remedy = "remove it"
             yield ConfigError("curvature", found, remedy)
-        elif self.curvature is not None and (problem := self.schedule.problem_with(self.curvature)):
+        elif self.curvature is not None and (
+            problem := self.schedule.problem_with(self.curvature)
+        ):
             yield problem
         kind = "null" if self.curvature is None else self.curvature.kind
         takes_gradients = kind == "kfac" or (kind != "extended_kfac" and self.recovery)
@@ -240,7 +244,9 @@ class JobSpec(Section):
         for i, text in enumerate(self.evaluation.texts):
             if text.has_own_split:
                 self.calibration.check_border(text, f"evaluation.{i}")
-                for number, streamed in enumerate(self.recovery.texts if self.recovery else ()):
+                for number, streamed in enumerate(
+                    self.recovery.texts if self.recovery else ()
+                ):
                     streamed.check_border(text, f"recovery.texts.{number}")
 
     @property
@@ -256,13 +262,21 @@ class JobSpec(Section):
         """
         share = self.calibration.held_aside
         num_sequences = self.calibration.num_sequences
-        num_replicas = self.cluster.num_replicas  # each of which takes part in a pass over them
+        num_replicas = (
+            self.cluster.num_replicas
+        )  # each of which takes part in a pass over them
         most = num_sequences
         if share is None:
             chooses = self.curvature is not None and self.curvature.chooses_damping
-            share = HELD_SHARE if chooses or self.schedule.checks_itself or self.recovery else 0.0
+            share = (
+                HELD_SHARE
+                if chooses or self.schedule.checks_itself or self.recovery
+                else 0.0
+            )
             most = MOST_HELD
-        wanted = max(num_replicas, min(most, round(share * num_sequences))) if share else 0
+        wanted = (
+            max(num_replicas, min(most, round(share * num_sequences))) if share else 0
+        )
         return min(wanted, num_sequences - num_replicas)
 
     def method_fingerprint(self) -> str:
@@ -273,7 +287,9 @@ class JobSpec(Section):
         Where the model lies does not count either; its content has a fingerprint of its own. Nor
         does how often a recovery commits.
         """
-        free = dict.fromkeys(("name", "preset", "cluster", "memory", "evaluation", "output"), True)
+        free = dict.fromkeys(
+            ("name", "preset", "cluster", "memory", "evaluation", "output"), True
+        )
         of_recovery = {"commit_minutes": True, "teacher": {"source"}}
         inside: Any = {"model": {"source"}, "recovery": of_recovery}
         method = self.model_dump(mode="json", exclude=free | inside)

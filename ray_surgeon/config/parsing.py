@@ -27,7 +27,9 @@ class _Loader(yaml.SafeLoader):
         for key, _ in node.value:
             if key.value in earlier and key.value != "<<":
                 problem = f"{key.value} is given twice; remove one"
-                raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
+                raise yaml.constructor.ConstructorError(
+                    None, None, problem, key.start_mark
+                )
             earlier.append(key.value)
         return super().construct_mapping(node, deep)
 
@@ -44,10 +46,14 @@ def parse_spec(text: str, overrides: Sequence[str] = ()) -> JobSpec:
         ValueError: it is not YAML, or an override is malformed.
         pydantic.ValidationError: a field is wrong.
     """
-    with refusing("the job spec is not valid YAML", "see the files in pipelines/", _YAML_ERRORS):
+    with refusing(
+        "the job spec is not valid YAML", "see the files in pipelines/", _YAML_ERRORS
+    ):
         document = yaml.load(text, _Loader)
     if not isinstance(document, dict):
-        raise ValueError("the job spec must be a mapping of sections; see the files in pipelines/")
+        raise ValueError(
+            "the job spec must be a mapping of sections; see the files in pipelines/"
+        )
     for override in overrides:
         _apply_override(document, override)
     return JobSpec.model_validate(document)
@@ -57,9 +63,13 @@ def _apply_override(document: dict[str, Any], override: str) -> None:
     path, equals, value = override.partition("=")
     keys = path.split(".")
     if not equals or not all(keys):
-        raise ValueError(f"--set {override}: expected section.field=value, e.g. name=test")
+        raise ValueError(
+            f"--set {override}: expected section.field=value, e.g. name=test"
+        )
     remedy = f"put it into quotes, as in '{path}=\"{value}\"'"
-    with refusing(f"--set {override}: the value is no YAML ({REASON})", remedy, _YAML_ERRORS):
+    with refusing(
+        f"--set {override}: the value is no YAML ({REASON})", remedy, _YAML_ERRORS
+    ):
         content = yaml.safe_load(value)
     texts = document.get("evaluation")
     is_item = len(keys) > 1 and keys[1].isdecimal()
@@ -67,10 +77,14 @@ def _apply_override(document: dict[str, Any], override: str) -> None:
         document["evaluation"] = {"texts": texts}  # the long form of a list
     place: Any = document
     for number, key in enumerate(keys):
-        at = _place_in(place, key, where=f"--set {override}: {'.'.join(keys[:number])} is")
+        at = _place_in(
+            place, key, where=f"--set {override}: {'.'.join(keys[:number])} is"
+        )
         if number == len(keys) - 1:
             place[at] = content
-        elif isinstance(place, dict) and place.get(at) is None:  # absent, or switched off by null
+        elif (
+            isinstance(place, dict) and place.get(at) is None
+        ):  # absent, or switched off by null
             place[at] = {}
         place = place[at]
 
@@ -83,7 +97,9 @@ def _place_in(container: Any, key: str, where: str) -> str | int:
         raise ValueError(f"{where} {container!r}, which has no fields; set it itself")
     if not key.isdecimal() or int(key) not in range(len(container)):
         last = len(container) - 1
-        raise ValueError(f"{where} a list with items 0 to {last}, and {key!r} is none of them")
+        raise ValueError(
+            f"{where} a list with items 0 to {last}, and {key!r} is none of them"
+        )
     return int(key)
 
 
@@ -102,7 +118,9 @@ _SENTENCES = {
 """Type of a pydantic error -> its message for people who write YAML."""
 
 
-def validation_message(error: ValidationError, origin: str, derived: Sequence[str] = ()) -> str:
+def validation_message(
+    error: ValidationError, origin: str, derived: Sequence[str] = ()
+) -> str:
     """Return a message about an invalid job spec: one line per field, with the remedy.
 
     Args:

@@ -57,13 +57,17 @@ def _fill(document: dict[str, Any], preset: Mapping[str, Any]) -> None:
 
     def is_taken(name: str) -> bool:
         jobs = _TAKEN[name]
-        has_kinds = kinds.isdisjoint(jobs["without"]) and not kinds.isdisjoint(jobs["one_of"])
+        has_kinds = kinds.isdisjoint(jobs["without"]) and not kinds.isdisjoint(
+            jobs["one_of"]
+        )
         return has_kinds and kind in jobs["curvature"]
 
     _under(document, "calibration", {"source": "auto", **preset["calibration"]})
     prunes = document.get("pruning", pruning) is not None
     if prunes and pruning.get("method", "llm_surgeon") == "llm_surgeon":
-        settings = {name: value for name, value in preset["curvature"].items() if is_taken(name)}
+        settings = {
+            name: value for name, value in preset["curvature"].items() if is_taken(name)
+        }
         count = _mapping(document["calibration"]).get("num_sequences")
         if isinstance(count, int) and "num_backward" in settings:
             settings["num_backward"] = min(settings["num_backward"], max(1, count))

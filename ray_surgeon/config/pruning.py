@@ -73,12 +73,18 @@ class PatternSection(SparsitySection):
     """Single elements, or N:M groups: of every M consecutive inputs of a row, N stay"""
     n_m: tuple[Positive, Positive] | None = None
     """[N, M] of structure n_m: N of M consecutive inputs of a row stay; [2, 4] if not given"""
-    tolerated: ClassVar[float] = 0.0  # by how much a target may be above what a pattern removes
+    tolerated: ClassVar[float] = (
+        0.0  # by how much a target may be above what a pattern removes
+    )
 
     @property
     def units(self) -> ElementUnits:
         """What is pruned as one."""
-        return ElementUnits(*(self.n_m or (2, 4))) if self.structure == "n_m" else ElementUnits()
+        return (
+            ElementUnits(*(self.n_m or (2, 4)))
+            if self.structure == "n_m"
+            else ElementUnits()
+        )
 
     @property
     def largest_sparsity(self) -> float:
@@ -138,7 +144,9 @@ class ElementsSection(PatternSection):
                 remedy="use obs or obd, or set structure n_m",
             )
         solver = self.update.solver
-        if solver != "conjugate_gradients" and self.update != UpdateSection(solver=solver):
+        if solver != "conjugate_gradients" and self.update != UpdateSection(
+            solver=solver
+        ):
             yield ConfigError(
                 field="update",
                 found=f"solver {solver} has no iterations",
@@ -164,7 +172,9 @@ class _Layerwise(PatternSection):
         is_short = self.target_sparsity < self.largest_sparsity - thresholds.SHORT
         if self.structure == "n_m" and (self.shots > 1 or is_short):
             pattern = f"{self.units.n}:{self.units.m}"
-            changes = f"set target_sparsity to {self.largest_sparsity:g} and num_shots to 1"
+            changes = (
+                f"set target_sparsity to {self.largest_sparsity:g} and num_shots to 1"
+            )
             yield ConfigError(
                 field="n_m",
                 found=f"takes every linear to {pattern} at once",

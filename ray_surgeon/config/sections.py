@@ -8,7 +8,15 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, Tag, field_validator
 
-from ray_surgeon.config.base import Address, Place, Positive, Section, absolute, by_tag, tag
+from ray_surgeon.config.base import (
+    Address,
+    Place,
+    Positive,
+    Section,
+    absolute,
+    by_tag,
+    tag,
+)
 from ray_surgeon.config.targets import SpeedSection
 from ray_surgeon.errors import ConfigError
 
@@ -53,7 +61,11 @@ class _Workers(Section):
     @field_validator("device_speed")
     @classmethod
     def _whole(cls, device: str | None) -> str | None:
-        return absolute(device) if device is not None and device.endswith(".json") else device
+        return (
+            absolute(device)
+            if device is not None and device.endswith(".json")
+            else device
+        )
 
     @property
     def num_workers(self) -> int:
@@ -292,7 +304,11 @@ class OutputSection(Section):
         for field, named in (("exports", self.exports), ("gguf", self.gguf or ())):
             if len(set(named)) < len(named):
                 yield ConfigError(field, f"{list(named)} names one twice", "remove it")
-        needs = {"gguf": ["gguf"], "quantize": ["uniform"], "speed": ["uniform", "per_block"]}
+        needs = {
+            "gguf": ["gguf"],
+            "quantize": ["uniform"],
+            "speed": ["uniform", "per_block"],
+        }
         for name, kinds in needs.items():
             if getattr(self, name) is not None and set(kinds).isdisjoint(self.exports):
                 yield ConfigError(

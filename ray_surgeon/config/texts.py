@@ -19,7 +19,9 @@ OWN_TEXTS = (*_OF_PYTHON, "package-docstrings", "package-descriptions")
 """Texts that are there where Python is."""
 
 
-_PLACES = dict.fromkeys(("self", "auto"), "the calibration") | {"calibration": "a recovery"}
+_PLACES = dict.fromkeys(("self", "auto"), "the calibration") | {
+    "calibration": "a recovery"
+}
 """Sources that are no texts of their own -> where they have a place."""
 
 
@@ -46,7 +48,9 @@ _CONVERSATION_TOKENS = 200
 class SourceSection(Section):
     """A text, and where its windows start."""
 
-    may_be: ClassVar[tuple[str, ...]] = ()  # self, which the model writes, auto, or calibration
+    may_be: ClassVar[
+        tuple[str, ...]
+    ] = ()  # self, which the model writes, auto, or calibration
     own_splits: ClassVar[tuple[str, ...]] = ("train", "test")  # of sources without splits
 
     source: Address
@@ -109,7 +113,9 @@ class SourceSection(Section):
                 found=f"belong to a Hub data set, not to {self.source}",
                 remedy="remove them",
             )
-        if self.column != "text" and (self.source in OWN_TEXTS or self.source.endswith(".txt")):
+        if self.column != "text" and (
+            self.source in OWN_TEXTS or self.source.endswith(".txt")
+        ):
             yield ConfigError(
                 field="column",
                 found=f"is {self.column!r}, but {self.source} has none",
@@ -186,7 +192,9 @@ class StreamedSection(SourceSection):
             )
         if self.source != "python-code" and self.max_tokens != measured.max_tokens:
             border = "or the border between train and test moves"
-            raise ValueError(f"{where}.max_tokens: must equal that of {self.source}, {border}")
+            raise ValueError(
+                f"{where}.max_tokens: must equal that of {self.source}, {border}"
+            )
 
 
 class WritingSection(Section):
@@ -231,7 +239,11 @@ class WritingSection(Section):
 
     def problems(self) -> Iterator[ConfigError]:
         """Yield what says different things about the writing."""
-        ways = [name for name in ("prompt", "chat", "prompts", "starts") if getattr(self, name)]
+        ways = [
+            name
+            for name in ("prompt", "chat", "prompts", "starts")
+            if getattr(self, name)
+        ]
         if len(ways) > 1:
             yield ConfigError(
                 field=", ".join(ways),
@@ -264,10 +276,17 @@ class WritingSection(Section):
         """
         if self.has_answers:
             num_texts = -(-num_sequences * sequence_length // _CONVERSATION_TOKENS)
-            return num_texts, min(sequence_length, _MARK_TOKENS + TURN_TOKENS + ANSWER_TOKENS)
-        return num_sequences * self.texts_per_sequence, sequence_length // self.texts_per_sequence
+            return num_texts, min(
+                sequence_length, _MARK_TOKENS + TURN_TOKENS + ANSWER_TOKENS
+            )
+        return (
+            num_sequences * self.texts_per_sequence,
+            sequence_length // self.texts_per_sequence,
+        )
 
-    def problems_of_lengths(self, sequence_length: int, where: str) -> Iterator[ConfigError]:
+    def problems_of_lengths(
+        self, sequence_length: int, where: str
+    ) -> Iterator[ConfigError]:
         """Yield why texts cannot fill sequences.
 
         Args:

@@ -49,7 +49,9 @@ _SHORTEST_TEXT = 64
 """Minimum number of tokens of a written text where several texts fill a window."""
 
 
-def default_mix(section: CalibrationSection, tokenizer: Any) -> tuple[CalibrationSection, str]:
+def default_mix(
+    section: CalibrationSection, tokenizer: Any
+) -> tuple[CalibrationSection, str]:
     """Return the texts that a calibration of source auto stands for.
 
     Args:
@@ -80,7 +82,12 @@ def default_mix(section: CalibrationSection, tokenizer: Any) -> tuple[Calibratio
     if mix:
         weight = main.num_windows
     kept = {"seed", "num_sequences", "sequence_length", "weigh", "held_aside"}
-    fields = {**main.fields, "weight": weight, "mix": mix, **section.model_dump(include=kept)}
+    fields = {
+        **main.fields,
+        "weight": weight,
+        "mix": mix,
+        **section.model_dump(include=kept),
+    }
     parts = ", ".join(f"{text.num_windows} of {text.description}" for text in texts)
     line = (
         f"calibration.source auto: {count} windows of {length} tokens, {parts}; "
@@ -137,7 +144,9 @@ def _texts(num_windows: int, length: int, *, is_chat: bool) -> list[_Text]:
     return [
         _Text(num_chat, chat, "conversations that the model writes"),
         _Text(num_functions, functions, "what it writes after `def `"),
-        _Text(num_docstrings, docstrings, "what it writes after beginnings of docstrings"),
+        _Text(
+            num_docstrings, docstrings, "what it writes after beginnings of docstrings"
+        ),
         _Text(num_code, code, "python-code"),
         *small_texts,
     ]

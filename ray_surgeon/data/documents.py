@@ -36,7 +36,9 @@ _DATA_SET_ERRORS = (OSError, ValueError, KeyError, RuntimeError, HTTP_ERROR)
 PIECE_BYTES = 64 * 2**20
 
 
-_NOT_CODE = frozenset({"site-packages", "dist-packages", "pydoc_data", "lib2to3", "__pycache__"})
+_NOT_CODE = frozenset(
+    {"site-packages", "dist-packages", "pydoc_data", "lib2to3", "__pycache__"}
+)
 """Folders of the standard library with other things than its own code, or with copies of it."""
 
 
@@ -137,7 +139,9 @@ def _package_docstrings() -> Iterator[str]:
         for _, file in filter(None, turn):
             # a package may bring templates, or files that were removed
             with contextlib.suppress(OSError, SyntaxError, UnicodeError):
-                for docstring in _docstrings_in(Path(str(file.locate())), of_modules=False):
+                for docstring in _docstrings_in(
+                    Path(str(file.locate())), of_modules=False
+                ):
                     if docstring not in seen:
                         seen.add(docstring)
                         yield docstring
@@ -146,12 +150,16 @@ def _package_docstrings() -> Iterator[str]:
 def _drawn(paths: Iterable[P]) -> list[tuple[bytes, P]]:
     """Return those of files that are no tests in an order that mixes them, which digests give."""
     kept = (path for path in paths if not any("test" in part for part in path.parts))
-    return sorted((hashlib.sha256(path.as_posix().encode()).digest(), path) for path in kept)
+    return sorted(
+        (hashlib.sha256(path.as_posix().encode()).digest(), path) for path in kept
+    )
 
 
 def _packages() -> list[Distribution]:
     """Return the installed packages in order of their names; of equal names the last one counts."""
-    by_name = {str(package.metadata["Name"]).lower(): package for package in distributions()}
+    by_name = {
+        str(package.metadata["Name"]).lower(): package for package in distributions()
+    }
     return [by_name[name] for name in sorted(by_name)]
 
 
@@ -177,12 +185,16 @@ def _file_documents(text: SourceSection) -> Iterator[str]:
     with refusing(f"cannot read {text.source}", remedy):
         uris = files.glob(text.source)
         if not uris:
-            raise ValueError(f"there is no file {text.source}; give .txt, .jsonl or .parquet")
+            raise ValueError(
+                f"there is no file {text.source}; give .txt, .jsonl or .parquet"
+            )
         for uri in uris:
             if uri.endswith(".txt"):
                 yield from _pieces(uri)
                 continue
-            records = _json_lines(uri) if uri.endswith(".jsonl") else _parquet_rows(uri, column)
+            records = (
+                _json_lines(uri) if uri.endswith(".jsonl") else _parquet_rows(uri, column)
+            )
             yield from _texts_of(records, column, f"of {uri} has no text in {column!r}")
 
 
@@ -206,11 +218,15 @@ def _pieces(uri: str) -> Iterator[str]:
     if size is not None and size <= PIECE_BYTES:
         yield files.read_text(uri)
         return
-    for lines in batches((line + "\n" for line in copies.read_lines(uri)), PIECE_BYTES + 1):
+    for lines in batches(
+        (line + "\n" for line in copies.read_lines(uri)), PIECE_BYTES + 1
+    ):
         yield "".join(lines).removesuffix("\n")
 
 
-def batches(texts: Iterable[str], max_length: int, count: int | None = None) -> Iterator[list[str]]:
+def batches(
+    texts: Iterable[str], max_length: int, count: int | None = None
+) -> Iterator[list[str]]:
     """Yield texts in lists, which end with `max_length` characters or `count` texts."""
     batch: list[str] = []
     length = 0
@@ -238,11 +254,16 @@ def _parquet_rows(uri: str, column: str) -> Iterator[Any]:
 
     path = copies.local_copy(uri)
     damaged = f"{uri} is not a parquet file ({REASON})"
-    with refusing(damaged, "check the file", pyarrow.ArrowInvalid), open(path, "rb") as file:
+    with (
+        refusing(damaged, "check the file", pyarrow.ArrowInvalid),
+        open(path, "rb") as file,
+    ):
         table = pyarrow.parquet.ParquetFile(file)
         names = table.schema_arrow.names
         if column not in names:
-            raise ValueError(f"{uri} has no column {column!r}; it has {names}; set the column")
+            raise ValueError(
+                f"{uri} has no column {column!r}; it has {names}; set the column"
+            )
         for batch in table.iter_batches(columns=[column]):
             yield from batch.to_pylist()
 
@@ -262,13 +283,19 @@ def _dataset_documents(text: SourceSection) -> Iterator[str]:
     remedy = f"check name, config, split and network, or give files ending in {kinds}"
     named = f"{text.source!r} (config {text.config}, split {text.split})"
     with refusing(f"cannot read the data set {named}", remedy, _DATA_SET_ERRORS):
-        if is_saved_whole(text) or os.path.exists(Path(text.source) / "dataset_dict.json"):
+        if is_saved_whole(text) or os.path.exists(
+            Path(text.source) / "dataset_dict.json"
+        ):
             dataset = datasets.load_from_disk(text.source)
             if isinstance(dataset, datasets.DatasetDict):
                 dataset = dataset[text.split]
             elif text.split not in text.own_splits:
-                raise ValueError(f"it has no splits, only {' and '.join(text.own_splits)} are cut")
+                raise ValueError(
+                    f"it has no splits, only {' and '.join(text.own_splits)} are cut"
+                )
         else:
             options = {"split": text.split, "revision": text.revision, "streaming": True}
             dataset = datasets.load_dataset(text.source, text.config, **options)
-        yield from _texts_of(dataset, text.column, f"has no text in column {text.column!r}")
+        yield from _texts_of(
+            dataset, text.column, f"has no text in column {text.column!r}"
+        )

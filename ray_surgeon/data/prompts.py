@@ -19,7 +19,9 @@ class Prompt:
     """A prompt of a file, and its answer if the file gives one."""
 
     tokens: tuple[int, ...]  # of the prompt, with those of the chat template
-    answer: tuple[int, ...] | None = None  # with the token that ends it; None: it is to be written
+    answer: tuple[int, ...] | None = (
+        None  # with the token that ends it; None: it is to be written
+    )
 
 
 class _Message(pydantic.BaseModel):
@@ -38,9 +40,13 @@ class _Line(pydantic.BaseModel):
         messages = self.messages or []
         roles = [message.role for message in messages]
         if self.messages is not None and ("user" not in roles or roles[-1] == "system"):
-            raise ValueError("one of a user must be there, and the last one is no system's")
+            raise ValueError(
+                "one of a user must be there, and the last one is no system's"
+            )
         if roles[-1:] == ["assistant"] and not messages[-1].content.strip():
-            raise ValueError("has an empty answer; remove that message to let the model answer")
+            raise ValueError(
+                "has an empty answer; remove that message to let the model answer"
+            )
         return self
 
 
@@ -49,7 +55,9 @@ def has_chat_template(tokenizer: Any) -> bool:
     return bool(getattr(tokenizer, "chat_template", None))
 
 
-def read_prompts(uri: str, tokenizer: Any, where: str, longest: float = math.inf) -> list[Prompt]:
+def read_prompts(
+    uri: str, tokenizer: Any, where: str, longest: float = math.inf
+) -> list[Prompt]:
     """Read a file of prompts.
 
     Args:
@@ -99,14 +107,18 @@ def _prompt(text: str, tokenizer: Any, at: str) -> Prompt:
         tokens = tokens_of(tokenizer, line.prompt or "")
         return Prompt(tokens if first is None else (first, *tokens))
     if not has_chat_template(tokenizer):
-        raise ValueError(f"{at} has messages, but the model has no chat template; give prompt")
+        raise ValueError(
+            f"{at} has messages, but the model has no chat template; give prompt"
+        )
     messages = [message.model_dump() for message in line.messages]
     is_answered = messages[-1]["role"] == "assistant"
     question = messages[:-1] if is_answered else messages
     refused = f"{at}: the model's chat template refuses these messages ({REASON})"
     # templates are code of the model's, which may raise anything
     with refusing(refused, "change their roles", Exception):
-        start = tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True)
+        start = tokenizer.apply_chat_template(
+            question, tokenize=False, add_generation_prompt=True
+        )
         whole = tokenizer.apply_chat_template(messages, tokenize=False)
     answer = None
     if is_answered:

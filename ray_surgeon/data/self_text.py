@@ -91,5 +91,7 @@ def was_written(run: RunState, uri: str) -> bool:
     """
     is_there = files.exists(uri)
     if run.resumes and not is_there:
-        raise ValueError(f"{uri} is gone, and the dense model; put it back, or start a new run")
+        raise ValueError(
+            f"{uri} is gone, and the dense model; put it back, or start a new run"
+        )
     return is_there

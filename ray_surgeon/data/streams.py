@@ -19,7 +19,12 @@ from numpy.typing import NDArray
 
 from ray_surgeon.config.texts import OWN_TEXTS, TEXT_SUFFIXES, StreamedSection
 from ray_surgeon.data import documents
-from ray_surgeon.data.texts import part_of_split, token_pieces, token_stream, window_beginning
+from ray_surgeon.data.texts import (
+    part_of_split,
+    token_pieces,
+    token_stream,
+    window_beginning,
+)
 from ray_surgeon.errors import ConfigError
 from ray_surgeon.storage import files
 
@@ -84,7 +89,9 @@ class TextStream:
             ValueError: a text cannot be read.
         """
         sources = [self._shuffled(number) for number in range(len(self.texts))]
-        return itertools.islice((next(sources[number]) for number in self.turns()), start, None)
+        return itertools.islice(
+            (next(sources[number]) for number in self.turns()), start, None
+        )
 
     def check_length(self, num_windows: int) -> None:
         """Refuse texts on this machine that end before so many windows of all texts.
@@ -108,7 +115,9 @@ class TextStream:
 
     def _beginning(self, number: int) -> list[int]:
         """Return what each window of a text begins with: nothing or the BOS token."""
-        first = window_beginning(self.texts[number][0], self.tokenizer, self.texts[number][1])
+        first = window_beginning(
+            self.texts[number][0], self.tokenizer, self.texts[number][1]
+        )
         if first is None:
             return []
         return [first]

@@ -38,7 +38,11 @@ class Windows:
 
 
 def read_windows(
-    section: SourceSection, num_sequences: int, sequence_length: int, tokenizer: Any, where: str
+    section: SourceSection,
+    num_sequences: int,
+    sequence_length: int,
+    tokenizer: Any,
+    where: str,
 ) -> Windows:
     """Read a text and cut windows from it, each with the first token that its `bos` says.
 
@@ -105,10 +109,14 @@ def load_tokenizer(folder: Path, origin: str) -> Any:
     """
     about = folder / "tokenizer_config.json"
     remedy = "copy its files beside config.json"
-    if about.exists() and '"auto_map"' in about.read_text(encoding="utf-8", errors="replace"):
+    if about.exists() and '"auto_map"' in about.read_text(
+        encoding="utf-8", errors="replace"
+    ):
         remedy = "it is code, which is never run, so make a tokenizer.json of it"
     refused = f"model.source: {origin} has no tokenizer that loads ({REASON})"
-    with refusing(refused, remedy, Exception):  # the code of any tokenizer may raise anything
+    with refusing(
+        refused, remedy, Exception
+    ):  # the code of any tokenizer may raise anything
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     # some versions take the class for the file's
     if "ab" in tokenizer.decode(list(tokens_of(tokenizer, "a b"))):
@@ -149,7 +157,11 @@ def first_token(tokenizer: Any) -> int | None:
 
 def tokens_of(tokenizer: Any, text: str) -> tuple[int, ...]:
     """Return the tokens of a text alone."""
-    options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
+    options = {
+        "add_special_tokens": False,
+        "return_attention_mask": False,
+        "verbose": False,
+    }
     return tuple(tokenizer(text, **options)["input_ids"])
 
 
@@ -200,7 +212,9 @@ def token_stream(text: SourceSection, tokenizer: Any, where: str) -> NDArray[np.
     return stream[part.start : part.stop]
 
 
-def token_pieces(text: SourceSection, tokenizer: Any, where: str) -> Iterator[NDArray[np.int64]]:
+def token_pieces(
+    text: SourceSection, tokenizer: Any, where: str
+) -> Iterator[NDArray[np.int64]]:
     """Yield all tokens of a text [num_tokens], in pieces that are read one by one.
 
     See `token_stream`; neither `max_tokens` nor the border between train and test counts here.
@@ -211,7 +225,9 @@ def token_pieces(text: SourceSection, tokenizer: Any, where: str) -> Iterator[ND
         per_call = _CODE_FILES_PER_CALL
     for batch in documents.batches(of_text, documents.PIECE_BYTES, per_call):
         chunk = "\n\n".join(batch)
-        may_go_on = len(batch) == per_call or sum(map(len, batch)) >= documents.PIECE_BYTES
+        may_go_on = (
+            len(batch) == per_call or sum(map(len, batch)) >= documents.PIECE_BYTES
+        )
         if may_go_on:
             chunk += "\n\n"
         yield np.array(tokens_of(tokenizer, chunk), dtype=np.int64)

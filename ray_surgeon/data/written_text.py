@@ -280,4 +280,6 @@ class Language:
         size = self.config.vocab_size
         largest = max(itertools.chain.from_iterable(texts), default=0)
         if largest >= size:
-            raise ValueError(f"model.source: the tokenizer's token {largest} is none of the {size}")
+            raise ValueError(
+                f"model.source: the tokenizer's token {largest} is none of the {size}"
+            )

@@ -163,7 +163,9 @@ class Cluster(ABC):
         return first, second
 
     @abstractmethod
-    def _start(self, index: WorkerIndex, num_futures: int, *step: Any, **kwargs: Any) -> Any:
+    def _start(
+        self, index: WorkerIndex, num_futures: int, *step: Any, **kwargs: Any
+    ) -> Any:
         """Start a step with its arguments, and return one future or a pair of futures."""
 
     @abstractmethod
@@ -232,7 +234,9 @@ class LocalCluster(Cluster):
         """
         super().__init__(placement)
         torch.set_num_threads(num_threads)
-        self.workers = {i: Worker(layout, placement, i, device) for i in placement.workers}
+        self.workers = {
+            i: Worker(layout, placement, i, device) for i in placement.workers
+        }
         for worker in self.workers.values():
             worker.on_progress = self._update_progress
             if device != "cpu":
@@ -249,7 +253,9 @@ class LocalCluster(Cluster):
                 worker = self.workers[WorkerIndex(shard, replica)]
                 worker.replicas = ThreadReplica(replica, barrier, brought)
 
-    def _start(self, index: WorkerIndex, num_futures: int, *step: Any, **kwargs: Any) -> Any:
+    def _start(
+        self, index: WorkerIndex, num_futures: int, *step: Any, **kwargs: Any
+    ) -> Any:
         return self.workers[index].call(*step, **kwargs)
 
     def get(self, futures: Sequence[Future[T]]) -> list[T]:

@@ -47,7 +47,9 @@ class ReplicaGroup:
 class ThreadReplica(ReplicaGroup):
     """A replica that is a thread of this process."""
 
-    def __init__(self, rank: int, barrier: threading.Barrier, brought: list[Tensor]) -> None:
+    def __init__(
+        self, rank: int, barrier: threading.Barrier, brought: list[Tensor]
+    ) -> None:
         """Join the replicas of a shard.
 
         Args:
@@ -206,7 +208,9 @@ class ProcessReplica(ReplicaGroup):
             meetings = [dist.new_group(ranks, _NO_LIMIT, "gloo") for ranks in shards]
         # another worker is lost before all have joined
         except RuntimeError as error:
-            raise CollectiveError(f"workers could not connect to each other: {error}") from error
+            raise CollectiveError(
+                f"workers could not connect to each other: {error}"
+            ) from error
         self._group = groups[index.shard]
         self._meeting = meetings[index.shard]
 

@@ -31,7 +31,9 @@ _HEAD = "head"
 """Name of the teacher's head in the file of all states."""
 
 
-def keep_states(worker: Worker, text: str, numbers: list[int], states: Sequence[Tensor]) -> None:
+def keep_states(
+    worker: Worker, text: str, numbers: list[int], states: Sequence[Tensor]
+) -> None:
     """Keep the states [1, T, d] of some sequences of a text.
 
     States are rounded to bfloat16, except those of answers, because rounding would lower the

@@ -57,5 +57,7 @@ def run_module(
         )
     if done.returncode:
         last_lines = "\n".join(done.stderr.strip().splitlines()[-5:])
-        raise RuntimeError(last_lines or f"{module} ended with exit code {done.returncode}")
+        raise RuntimeError(
+            last_lines or f"{module} ended with exit code {done.returncode}"
+        )
     return dict(json.loads(done.stdout.strip().splitlines()[-1]))

@@ -237,7 +237,9 @@ class BlockPass(ABC):
             self._change_block(worker, place)
             with worker.shard.weights.block(place):
                 for micro_batch, hidden in waiting.items():
-                    waiting[micro_batch] = worker.runner.through(place, hidden, worker.state.calls)
+                    waiting[micro_batch] = worker.runner.through(
+                        place, hidden, worker.state.calls
+                    )
 
     def _change_block(self, worker: Worker, place: int) -> None:
         """Sum A of every shared input of a block over all micro-batches, and change its linears.
@@ -297,7 +299,9 @@ class BlockPass(ABC):
         moving = [at_hand(tokens[None]) for tokens in sequences]
         cluster.progress.begin(num_shards, "shards")
         for shard in range(num_shards):
-            workers = [WorkerIndex(shard, i % num_replicas) for i in range(len(sequences))]
+            workers = [
+                WorkerIndex(shard, i % num_replicas) for i in range(len(sequences))
+            ]
             cluster.get(
                 [
                     cluster.submit(worker, self.enter, i, value_of(moving[i]))

@@ -116,7 +116,9 @@ def assign_owners(
     # block -> its first group that sees part of the tokens, which stands for all such groups
     first_of_mixture: dict[int, int] = {}
     stands_for: dict[int, int] = {}
-    work = Counter[tuple[int, int]]()  # (block, group) -> work of the linears it stands for
+    work = Counter[
+        tuple[int, int]
+    ]()  # (block, group) -> work of the linears it stands for
     for linear in shapes:
         group = linear.shared_input
         if not linear.sees_all_tokens:

@@ -15,7 +15,11 @@ from ray.util.placement_group import remove_placement_group
 
 from ray_surgeon.config.sections import RaySection
 from ray_surgeon.distributed.cluster import Cluster, Future, WorkerFailureError
-from ray_surgeon.distributed.collectives import CollectiveError, ProcessReplica, open_meeting
+from ray_surgeon.distributed.collectives import (
+    CollectiveError,
+    ProcessReplica,
+    open_meeting,
+)
 from ray_surgeon.distributed.placement import Placement, WorkerIndex
 from ray_surgeon.distributed.ray_nodes import (
     Say,
@@ -86,17 +90,25 @@ class RayCluster(Cluster):
                 num_cpus=section.cpus_per_worker,
                 num_gpus=section.gpus_per_worker,
                 runtime_env={"env_vars": worker_environment(section.cpus_per_worker)},
-                scheduling_strategy=strategies.PlacementGroupSchedulingStrategy(self._group, i),
+                scheduling_strategy=strategies.PlacementGroupSchedulingStrategy(
+                    self._group, i
+                ),
             ).remote(layout_reference, placement, index, section.device)
             # Ray fills one machine after the other; replicas of a shard send most to each other
             for i, index in enumerate(sorted(placement.workers))
         }
         self._nodes: dict[WorkerIndex, str] = {}  # once all have started
-        self._told = set[str]()  # machines that Ray has called leaving, which it forgets once gone
+        self._told = set[
+            str
+        ]()  # machines that Ray has called leaving, which it forgets once gone
         self._nodes_at_start = nodes_alive()
         try:
-            started = [self.submit(i, settle, section.cpus_per_worker) for i in placement.workers]
-            nodes, of_workers = zip(*self._wait(started, section.start_timeout_s), strict=True)
+            started = [
+                self.submit(i, settle, section.cpus_per_worker) for i in placement.workers
+            ]
+            nodes, of_workers = zip(
+                *self._wait(started, section.start_timeout_s), strict=True
+            )
             self._nodes = dict(zip(placement.workers, nodes, strict=True))
             say_differences(of_workers, say)
             if placement.num_replicas > 1:
@@ -106,8 +118,14 @@ class RayCluster(Cluster):
             self.close()
             raise
 
-    def _start(self, index: WorkerIndex, num_futures: int, *step: Any, **kwargs: Any) -> Any:
-        return self._actors[index].call.options(num_returns=num_futures).remote(*step, **kwargs)
+    def _start(
+        self, index: WorkerIndex, num_futures: int, *step: Any, **kwargs: Any
+    ) -> Any:
+        return (
+            self._actors[index]
+            .call.options(num_returns=num_futures)
+            .remote(*step, **kwargs)
+        )
 
     def get(self, futures: Sequence[Future[T]]) -> list[T]:
         """Wait for futures and return their values.
@@ -132,7 +150,9 @@ class RayCluster(Cluster):
                     heard = time.monotonic()
                     continue
                 self._told |= nodes_leaving()
-                if self.progress.unit == "linears":  # those that do not answer at once left out
+                if (
+                    self.progress.unit == "linears"
+                ):  # those that do not answer at once left out
                     self.progress.reach_together(self._ping(1.0)[0])
                 if time.monotonic() - heard >= patience_s:
                     self._check_that_all_answer(self._ping_timeout_s / 2)
@@ -153,7 +173,9 @@ class RayCluster(Cluster):
         group = {"concurrency_group": "ping"}
         pings = {actor.ping.options(**group).remote(): index for index, actor in actors}
         count = len(pings)
-        done, silent = ray.wait([*pings], num_returns=count, timeout=timeout_s, fetch_local=False)
+        done, silent = ray.wait(
+            [*pings], num_returns=count, timeout=timeout_s, fetch_local=False
+        )
         return ray.get(done), [pings[ping] for ping in silent]
 
     def _check_that_all_answer(self, timeout_s: float) -> None:
@@ -182,7 +204,9 @@ class RayCluster(Cluster):
             return True
         beside = strategies.NodeAffinitySchedulingStrategy(self._nodes[index], soft=False)
         try:
-            ray.get(_answer.options(scheduling_strategy=beside).remote(), timeout=ANSWER_S)
+            ray.get(
+                _answer.options(scheduling_strategy=beside).remote(), timeout=ANSWER_S
+            )
         except RayError:
             return False
         return True
@@ -206,8 +230,12 @@ class RayCluster(Cluster):
             return WorkerFailureError("preemption", error)
         num_gone = sum(node not in alive for node in self._nodes.values())
         if num_gone or (not self._nodes and not self._nodes_at_start <= alive):
-            return WorkerFailureError("node", f"{num_gone or 'some'} workers were on lost machines")
-        return WorkerFailureError("node" if isinstance(error, _OF_NODES) else "worker", error)
+            return WorkerFailureError(
+                "node", f"{num_gone or 'some'} workers were on lost machines"
+            )
+        return WorkerFailureError(
+            "node" if isinstance(error, _OF_NODES) else "worker", error
+        )
 
     def _failure_of_step(self, error: RayTaskError) -> Exception:
         """Return the failure behind what a step raised, or the error itself if it is the work's."""
@@ -253,8 +281,15 @@ class RayCluster(Cluster):
 
         Workers that wait for one that has failed are not waited for.
         """
-        futures: list[Any] = [self.submit(index, clean_up) for index in self.placement.workers]
-        ray.wait(futures, num_returns=len(futures), timeout=self._ping_timeout_s, fetch_local=False)
+        futures: list[Any] = [
+            self.submit(index, clean_up) for index in self.placement.workers
+        ]
+        ray.wait(
+            futures,
+            num_returns=len(futures),
+            timeout=self._ping_timeout_s,
+            fetch_local=False,
+        )
 
     def close(self) -> None:
         """Kill the workers and give the resources back."""
@@ -265,7 +300,9 @@ class RayCluster(Cluster):
 
 def worker_environment(num_threads: int) -> dict[str, str]:
     """Return the variables of a worker's process; some of them are the user's if they are set."""
-    users = {name.replace("PYTORCH_CUDA_", "PYTORCH_") for name in os.environ}  # an older name
+    users = {
+        name.replace("PYTORCH_CUDA_", "PYTORCH_") for name in os.environ
+    }  # an older name
     ours = {name: value for name, value in _UNLESS_SET.items() if name not in users}
     threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(num_threads))
     return _ENVIRONMENT | ours | threads

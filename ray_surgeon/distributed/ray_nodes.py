@@ -10,7 +10,11 @@ from typing import Any
 import ray
 import ray._private.state as private
 from ray.core.generated.common_pb2 import NodeDeathInfo  # type: ignore[attr-defined]
-from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.placement_group import (
+    PlacementGroup,
+    placement_group,
+    remove_placement_group,
+)
 
 from ray_surgeon.config.sections import RaySection
 from ray_surgeon.distributed.cluster import NoRoomError
@@ -66,7 +70,9 @@ def reserve(num_workers: int, section: RaySection, say: Say) -> PlacementGroup:
     options: dict[str, Any] = {}
     if labels:
         options["bundle_label_selector"] = [labels] * num_workers
-    group: PlacementGroup = placement_group([bundle] * num_workers, strategy="PACK", **options)
+    group: PlacementGroup = placement_group(
+        [bundle] * num_workers, strategy="PACK", **options
+    )
     deadline = time.monotonic() + section.start_timeout_s
     patience_s = _FIRST_S
     while not group.wait(_whole_seconds(patience_s, deadline)):

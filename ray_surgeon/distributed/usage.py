@@ -65,7 +65,9 @@ class AnonymousPeak:
         self._peak = 0
         self._lock = threading.Lock()
         if _STATUS.exists():
-            thread = threading.Thread(target=self._sample, daemon=True, name="anonymous-memory")
+            thread = threading.Thread(
+                target=self._sample, daemon=True, name="anonymous-memory"
+            )
             thread.start()
 
     def _sample(self) -> None:

@@ -119,7 +119,9 @@ def _load_masks(
     """Read the given parts of all masks; without parts, masks keep everything."""
     for name in worker.shard.linears:
         if parts:
-            tensors = {part: read(f"{name}.{part}").to(torch.bool, copy=True) for part in parts}
+            tensors = {
+                part: read(f"{name}.{part}").to(torch.bool, copy=True) for part in parts
+            }
             worker.masks[name] = mask_type(**tensors)
         else:
             shape = worker.layout.shapes[name]
@@ -300,7 +302,9 @@ class _Exported:
             if groups.kind != "attention":
                 continue
             columns = worker.mask(groups.consumer, StructuredMask).columns
-            columns_of_heads = columns[groups.columns.flatten()].view(-1, layout.heads.head_dim)
+            columns_of_heads = columns[groups.columns.flatten()].view(
+                -1, layout.heads.head_dim
+            )
             remaining = columns_of_heads.any(dim=1)
             prefix = layout.family.block_prefix(groups.block)
             for name in layout.family.per_head:

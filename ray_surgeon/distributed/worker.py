@@ -199,7 +199,11 @@ class Worker:
     @cached_property
     def group_sets(self) -> list[GroupSet]:
         """Coupled groups in the blocks of this shard."""
-        return [groups for groups in self.layout.group_sets if groups.block in self.shard.blocks]
+        return [
+            groups
+            for groups in self.layout.group_sets
+            if groups.block in self.shard.blocks
+        ]
 
     def share_linears(self, names: Iterable[str]) -> None:
         """Send linears and their masks from their owners to the other replicas.
@@ -251,7 +255,9 @@ class Worker:
             send(self.replicas, sent, self.device, torch.device("cpu"))
         return {name: type(masks[name])(**parts) for name, parts in parts_of.items()}
 
-    def summary(self, name: str, predicted: float | None, residual: float) -> LinearSummary:
+    def summary(
+        self, name: str, predicted: float | None, residual: float
+    ) -> LinearSummary:
         """Return the sizes of a linear after a shot."""
         mask = self.masks[name]
         if isinstance(mask, StructuredMask):

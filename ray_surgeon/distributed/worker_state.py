@@ -59,7 +59,9 @@ class TextBatch:
         # after shorter ones; [m] int64; and [m, num_tokens]
         tokens = [torch.tensor(prompt) for prompt in prompts]
         self._prompts = pad_sequence(tokens, batch_first=True).to(shard.device)
-        self._lengths = torch.tensor([len(prompt) for prompt in tokens], device=shard.device)
+        self._lengths = torch.tensor(
+            [len(prompt) for prompt in tokens], device=shard.device
+        )
         self._chances = torch.stack(list(chances)).to(shard.device)
         self._temperature = temperature
 
@@ -122,7 +124,9 @@ class LinearFit:
         """Begin with zeros."""
         self.A = torch.zeros(num_columns, num_columns, device=device)
         self.D = torch.zeros(num_rows, num_columns, device=device)
-        self.inputs = dict[int, Tensor]()  # number of a sequence -> [T, C], until it is summed
+        self.inputs = dict[
+            int, Tensor
+        ]()  # number of a sequence -> [T, C], until it is summed
         self.before: Tensor | None = None  # the linear [R, C] before it learned
 
 

@@ -87,7 +87,9 @@ class GenerationRequest:
 # On a worker
 
 
-def begin(worker: Worker, batch: int, numbers: Sequence[int], wanted: GenerationRequest) -> None:
+def begin(
+    worker: Worker, batch: int, numbers: Sequence[int], wanted: GenerationRequest
+) -> None:
     """Prepare a batch of the texts with these numbers, whose prompts are all that `wanted` has."""
     chances = []
     for number in numbers:
@@ -197,7 +199,9 @@ class _Writer:
         num_shards = cluster.placement.num_shards
         workers = [WorkerIndex(shard, replica) for shard in range(num_shards)]
         own = replace(self.wanted, prompts=tuple(self.wanted.prompts[i] for i in numbers))
-        cluster.get([cluster.submit(worker, begin, batch, numbers, own) for worker in workers])
+        cluster.get(
+            [cluster.submit(worker, begin, batch, numbers, own) for worker in workers]
+        )
         shortest = min(map(len, own.prompts))
         inputs = self._prefill(workers, batch, own.prompts)
         in_flight = deque[_Step]()
@@ -233,7 +237,9 @@ class _Writer:
         shortest = min(map(len, prompts))
         tokens = np.array([prompt[:shortest] for prompt in prompts], dtype=np.int64)
         size = max(1, PREFILL_TOKENS // len(prompts))
-        *pieces, last = [at_hand(tokens[:, i : i + size]) for i in range(0, shortest, size)]
+        *pieces, last = [
+            at_hand(tokens[:, i : i + size]) for i in range(0, shortest, size)
+        ]
         for piece in pieces:
             self._pass(workers, batch, piece)
         return last

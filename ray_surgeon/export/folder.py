@@ -17,7 +17,12 @@ import torch
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
 from ray_surgeon.config.sections import ModelSection
 from ray_surgeon.distributed import fresh_process
@@ -177,7 +182,9 @@ def dense_document(model: ModelSection) -> dict[str, Any]:
     return document
 
 
-def copy_small_files(model: ModelSection, uri: str, *, another_type: bool = False) -> None:
+def copy_small_files(
+    model: ModelSection, uri: str, *, another_type: bool = False
+) -> None:
     """Copy the tokenizer and the generation configuration of the dense model.
 
     transformers chooses a tokenizer's class by the type of the model, and some classes build a
@@ -251,7 +258,9 @@ def run_on_worker(
     return fresh_process.run_module(module, request, offline, worker.gpu)
 
 
-def run_beside(cluster: Cluster, module: str, request: Request, offline: bool = True) -> Reply:
+def run_beside(
+    cluster: Cluster, module: str, request: Request, offline: bool = True
+) -> Reply:
     """Run a module in a process beside the first worker; see `run_on_worker`."""
     first = cluster.placement.workers[0]
     future = cluster.submit(first, run_on_worker, module, request, offline)
@@ -272,7 +281,9 @@ def run_for(uri: str, name: str, request: Mapping[str, Any]) -> dict[str, Any]:
     try:
         return fresh_process.run_module(f"{__package__}.{name}", request)
     except RuntimeError as error:
-        raise RuntimeError(f"the export {uri} cannot be written or loaded:\n{error}") from error
+        raise RuntimeError(
+            f"the export {uri} cannot be written or loaded:\n{error}"
+        ) from error
 
 
 def run_reload(uri: str, request: Mapping[str, Any]) -> dict[str, Any]:
@@ -386,7 +397,9 @@ def answer(request: Mapping[str, Any]) -> dict[str, Any]:
     cached = torch.stack(generated.logits, dim=1).float()
     if not agree(cached, again, request["dtype"], half=request["half"]):
         largest = float((cached - again).abs().max())
-        raise RuntimeError(f"with a cache the logits differ by {largest:g} from those without")
+        raise RuntimeError(
+            f"with a cache the logits differ by {largest:g} from those without"
+        )
     save_file({"logits": logits.contiguous()}, request["logits"])
     return {}
 

@@ -51,7 +51,9 @@ def check_gguf(layout: ModelLayout, shrinking: WidthLimits) -> None:
     architecture_of(layout, widths)
 
 
-def check_quantised(layout: ModelLayout, shrinking: WidthLimits, section: QuantizeSection) -> None:
+def check_quantised(
+    layout: ModelLayout, shrinking: WidthLimits, section: QuantizeSection
+) -> None:
     """Refuse a model that cannot be quantised as requested, before anything starts.
 
     Args:

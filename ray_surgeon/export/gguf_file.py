@@ -307,7 +307,9 @@ def _largest_error(file: Path, tensors: Tensors, kind: str) -> float:
     stored = {tensor.name: tensor for tensor in GGUFReader(file).tensors}
     different = sorted(stored.keys() ^ tensors.shapes.keys())
     if different:
-        raise ValueError(f"{file.name}: holds other tensors than were written: {different}")
+        raise ValueError(
+            f"{file.name}: holds other tensors than were written: {different}"
+        )
     largest = 0.0
     for name in tensors.shapes:
         expected = tensors.read(name)
@@ -317,7 +319,9 @@ def _largest_error(file: Path, tensors: Tensors, kind: str) -> float:
         error = float(max(difference.max(), -difference.min()) / largest_value)
         # an error that is not a number is refused, too
         if not error <= KINDS[kind]:
-            raise ValueError(f"{file.name}: {name} read again differs by {error:g}; do not use it")
+            raise ValueError(
+                f"{file.name}: {name} read again differs by {error:g}; do not use it"
+            )
         largest = max(largest, error)
     return largest
 

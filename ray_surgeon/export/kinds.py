@@ -22,7 +22,9 @@ from ray_surgeon.storage import files
 _RELOADED = "reloaded and compared"
 
 
-def check_exports(output: OutputSection, layout: ModelLayout, shrinking: WidthLimits) -> None:
+def check_exports(
+    output: OutputSection, layout: ModelLayout, shrinking: WidthLimits
+) -> None:
     """Refuse exports that a model cannot have, before anything starts.
 
     Args:
@@ -160,7 +162,9 @@ def _write_folder(
     return size_bytes
 
 
-def _loaders(kind: str, layout: ModelLayout, widths: Sequence[BlockWidths]) -> dict[str, str]:
+def _loaders(
+    kind: str, layout: ModelLayout, widths: Sequence[BlockWidths]
+) -> dict[str, str]:
     """Return program -> how it loads an export."""
     if kind == "masked":
         return {

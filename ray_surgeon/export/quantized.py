@@ -47,7 +47,9 @@ def scheme_of(name: str, group_size: int | None = None) -> Scheme:
     return scheme
 
 
-def quantised(weight: Tensor, scheme: Scheme, scale: Tensor | None = None) -> dict[str, Tensor]:
+def quantised(
+    weight: Tensor, scheme: Scheme, scale: Tensor | None = None
+) -> dict[str, Tensor]:
     """Return the tensors that store a weight [R, C], by compressed-tensors' names.
 
     Args:

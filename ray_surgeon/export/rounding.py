@@ -86,7 +86,9 @@ def _forget_G(worker: Worker) -> None:
     worker.shard.drop_curvature()
 
 
-def round_linears(cluster: Cluster, tokens: Tokens, grid: Grid, *, both_sides: bool) -> None:
+def round_linears(
+    cluster: Cluster, tokens: Tokens, grid: Grid, *, both_sides: bool
+) -> None:
     """Round all linears of the current model on the workers, permanently.
 
     Args:

@@ -43,7 +43,9 @@ def check_tasks(options: TasksSection) -> None:
         )
 
 
-def evaluate_tasks(cluster: Cluster, model: ModelSection | str, options: TasksSection) -> Scores:
+def evaluate_tasks(
+    cluster: Cluster, model: ModelSection | str, options: TasksSection
+) -> Scores:
     """Evaluate a model in a fresh process beside the first worker, on its GPU if it has one.
 
     Args:

@@ -36,7 +36,9 @@ from ray_surgeon.models.layout import ModelLayout
 class SumsBeside:
     """The sums of a pass beside A and G; this base class sums nothing. See `Method`."""
 
-    options: ClassVar[Mapping[str, bool]] = {}  # keyword arguments of `ModelShard.start_curvature`
+    options: ClassVar[
+        Mapping[str, bool]
+    ] = {}  # keyword arguments of `ModelShard.start_curvature`
 
     def num_changes(self, layout: ModelLayout) -> int:
         """Return the number of changes of a block's output that are computed for a token."""
@@ -188,7 +190,9 @@ def gather_curvature(
     try:
         if both:
             labels = Labels(wanted.label_seed, remembers=remembers)
-            losses = forward_and_backward(cluster, sequences, labels, only=both, counts=counts)
+            losses = forward_and_backward(
+                cluster, sequences, labels, only=both, counts=counts
+            )
             rest = sorted(set(range(len(sequences))) - set(both))
             if rest:
                 whose = "the calibration sequences"
@@ -203,7 +207,9 @@ def gather_curvature(
         reason = getattr(error, "cause", error)  # unwrapped from Ray's task error
         names = list(chain.from_iterable(cluster.run_all(not_finite)))
         first = names[0] if names else "the head"
-        raise FloatingPointError(f"{reason}; inputs are not finite from {first} on") from error
+        raise FloatingPointError(
+            f"{reason}; inputs are not finite from {first} on"
+        ) from error
     cluster.run_all(finish_curvature, beside)
     return total / num_tokens
 

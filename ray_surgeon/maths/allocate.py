@@ -14,7 +14,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ray_surgeon.maths.threshold import OutOfReachError, Point, lower_hull, slope, worthwhile
+from ray_surgeon.maths.threshold import (
+    OutOfReachError,
+    Point,
+    lower_hull,
+    slope,
+    worthwhile,
+)
 
 
 @dataclass(frozen=True)
@@ -232,7 +238,9 @@ def allocate_uniformly(
     costs_by_kind = dict[str, list[GroupCosts]]()
     for c in costs:
         costs_by_kind.setdefault(c.kind, []).append(c)
-    kinds = [_UniformOptions(of_kind, fewest_experts) for of_kind in costs_by_kind.values()]
+    kinds = [
+        _UniformOptions(of_kind, fewest_experts) for of_kind in costs_by_kind.values()
+    ]
     wanted = missing - _tolerance(costs, missing)
     saved, chosen = _best_combinations(kinds, wanted)
     enough = (saved >= wanted).nonzero()[:, 0]

@@ -160,7 +160,9 @@ class DampedFactor:
         return X
 
 
-def factorise(matrix: Tensor, damping: float, max_damping: float, name: str) -> DampedFactor:
+def factorise(
+    matrix: Tensor, damping: float, max_damping: float, name: str
+) -> DampedFactor:
     """Damp and factorise one factor by the policy of docs/method.md, section 2.
 
     A failed Cholesky is retried in float64; then the damping is raised tenfold up to `max_damping`.
@@ -177,10 +179,14 @@ def factorise(matrix: Tensor, damping: float, max_damping: float, name: str) -> 
     """
     # aminmax is NaN if an entry is; unlike isfinite, it needs no second matrix of the same size
     if matrix.numel() and not all(map(torch.isfinite, torch.aminmax(matrix))):
-        raise FloatingPointError(f"{name}: the curvature factor has NaN or infinite entries")
+        raise FloatingPointError(
+            f"{name}: the curvature factor has NaN or infinite entries"
+        )
     diagonal = matrix.diagonal().clone()
     if len(diagonal) and not diagonal.any():
-        raise FloatingPointError(f"{name}: the curvature factor is zero; check the weights")
+        raise FloatingPointError(
+            f"{name}: the curvature factor is zero; check the weights"
+        )
     current = damping
     while True:
         for is_retry in (False, True):
@@ -203,7 +209,9 @@ def factorise(matrix: Tensor, damping: float, max_damping: float, name: str) -> 
         current = raised
 
 
-def _damped_cholesky(matrix: Tensor, damping: float, *, in_float64: bool) -> Tensor | None:
+def _damped_cholesky(
+    matrix: Tensor, damping: float, *, in_float64: bool
+) -> Tensor | None:
     """Damp a matrix in place and return its Cholesky factor, None if there is none."""
     wide = None
     if in_float64:

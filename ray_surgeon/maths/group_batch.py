@@ -111,7 +111,9 @@ class _Layout(NamedTuple):
 
     numbers: Tensor  # groups that have costs
     free: Tensor  # groups that cost nothing
-    columns: Tensor  # [C] columns of the groups with costs, other alive columns, and the rest
+    columns: (
+        Tensor  # [C] columns of the groups with costs, other alive columns, and the rest
+    )
     num_alive: int  # alive columns
 
 
@@ -133,7 +135,9 @@ def _layout(groups: Tensor, alive: Tensor, diagonal: Tensor, least: int) -> _Lay
     first = groups[numbers].flatten()
     rank = torch.where(alive, 1, 2).index_fill_(0, first, 0)
     columns = torch.cat([first, rank.argsort(stable=True)[len(first) :]])
-    return _Layout(numbers=numbers, free=free, columns=columns, num_alive=int(alive.sum()))
+    return _Layout(
+        numbers=numbers, free=free, columns=columns, num_alive=int(alive.sum())
+    )
 
 
 def _means(packed: Sequence[PackedSymmetric], linears: Sequence[Linear]) -> Tensor:

@@ -138,7 +138,9 @@ class PackedSymmetric:
         for start, panel in self.panels():
             add_product_(panel, left[start : start + len(panel)], x[:, start:])
 
-    def _add_on_cpu(self, x: Tensor, weights: Tensor | None, *, is_bfloat16: bool) -> None:
+    def _add_on_cpu(
+        self, x: Tensor, weights: Tensor | None, *, is_bfloat16: bool
+    ) -> None:
         dtype = self.flat.dtype
         rows = x.T
         if rows.dtype != dtype or not rows.is_contiguous():  # its parts must have no gaps

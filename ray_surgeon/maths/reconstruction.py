@@ -104,7 +104,9 @@ class _Adam:
         weights: weights after the last step, in the dtype of the products.
     """
 
-    def __init__(self, weights: Sequence[Tensor], dtype: torch.dtype, learning_rate: float) -> None:
+    def __init__(
+        self, weights: Sequence[Tensor], dtype: torch.dtype, learning_rate: float
+    ) -> None:
         """Start from float32 weights.
 
         Args:
@@ -232,7 +234,11 @@ def reconstruct(
 
 
 def _steps(
-    num_tokens: int, size: int, count: int, generator: torch.Generator, device: torch.device
+    num_tokens: int,
+    size: int,
+    count: int,
+    generator: torch.Generator,
+    device: torch.device,
 ) -> Iterator[Tensor]:
     """Yield the indices [size] of the tokens of each step; each pass draws a new order.
 
@@ -283,7 +289,9 @@ def rate_factor(number: int, num_steps: int, rise: int) -> float:
 
 
 @torch.no_grad()
-def error_of(layer: FeedForward, inputs: Tensor, outputs: Tensor, limit: float = math.inf) -> float:
+def error_of(
+    layer: FeedForward, inputs: Tensor, outputs: Tensor, limit: float = math.inf
+) -> float:
     """Return the mean over tokens of 1/2 |e|^2, or of Huber's loss, for the layer's errors e.
 
     Args:

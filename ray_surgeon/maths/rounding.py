@@ -139,7 +139,9 @@ def _in_order(W: Tensor, U: Tensor, V: Tensor | None, grid: Grid) -> Rounded:
     inner = torch.stack(
         [U[start : start + size, start : start + size] for start in range(0, C, size)]
     )
-    targets = pad(W, (0, 0, 0, num_down * height - R))  # W with corrections from the rows above
+    targets = pad(
+        W, (0, 0, 0, num_down * height - R)
+    )  # W with corrections from the rows above
     carried = torch.zeros_like(targets)  # corrections from the columns to the left: P U
     rounded = torch.empty_like(targets)
     scales = targets.new_empty(len(targets), num_across)
@@ -151,7 +153,9 @@ def _in_order(W: Tensor, U: Tensor, V: Tensor | None, grid: Grid) -> Rounded:
         down = list(range(max(0, wave - num_across + 1), min(num_down, wave + 1)))
         across = [wave - i for i in down]
         own = carried_tiles[down, :, across]
-        new, P, new_scales = _round_tiles(tiles[down, :, across] + own, inner[across], grid)
+        new, P, new_scales = _round_tiles(
+            tiles[down, :, across] + own, inner[across], grid
+        )
         rounded_tiles[down, :, across] = new
         scale_tiles[down, :, across] = new_scales
         own.baddbmm_(P, inner[across])

@@ -68,7 +68,9 @@ def can_reach(costs: Sequence[StructureCosts], target_sparsity: float) -> bool:
     return num_parameters - num_kept >= wanted
 
 
-def structured_threshold(costs: Sequence[StructureCosts], target_sparsity: float) -> float:
+def structured_threshold(
+    costs: Sequence[StructureCosts], target_sparsity: float
+) -> float:
     """Find the smallest threshold that removes at least the target fraction of all parameters.
 
     Every structure that costs at most the threshold is removed.
@@ -112,7 +114,9 @@ def structured_threshold(costs: Sequence[StructureCosts], target_sparsity: float
     return smallest_enough(ascending, num_removed, wanted)
 
 
-def smallest_enough(values: Tensor, num_removed: Callable[[float], int], wanted: int) -> float:
+def smallest_enough(
+    values: Tensor, num_removed: Callable[[float], int], wanted: int
+) -> float:
     """Return the smallest of ascending values at which enough is removed.
 
     The last value is assumed to be enough.

@@ -39,7 +39,9 @@ class Stores:
     activations: Activations = "keep"
     wave: int = 1  # sequences that pass a block before the next block runs
     together: int = 1  # those of them that pass it in one call
-    teacher: Place = "device"  # blocks of the dense model, where it is beside the pruned one
+    teacher: Place = (
+        "device"  # blocks of the dense model, where it is beside the pruned one
+    )
 
     @property
     def of_teacher(self) -> Stores:
@@ -141,7 +143,9 @@ class Scratch:
     def close(self) -> None:
         """Remove the folder, and those above it that are empty then."""
         shutil.rmtree(self.folder, ignore_errors=True)
-        with contextlib.suppress(OSError):  # other workers' folders are there, or it is gone
+        with contextlib.suppress(
+            OSError
+        ):  # other workers' folders are there, or it is gone
             self.folder.parent.rmdir()
             self._run.rmdir()
 
@@ -175,7 +179,9 @@ class Pieces:
         number = next(fitting, len(self.sizes))
         if number == len(self.sizes):
             least = min(_LARGEST_PIECE, sum(self.sizes) // 8)
-            self.sizes.append(1 << max(6, (room - 1).bit_length(), least.bit_length() - 1))
+            self.sizes.append(
+                1 << max(6, (room - 1).bit_length(), least.bit_length() - 1)
+            )
             self._used.append(0)
         first = self._used[number]
         self._used[number] += room
@@ -205,7 +211,9 @@ class HostMemory:
         size = math.prod(shape) * dtype.itemsize
         number, first = self._pieces.place(size)
         if number == len(self._memory):
-            self._memory.append(Transfers.pinned([self._pieces.sizes[number]], dtype=torch.uint8))
+            self._memory.append(
+                Transfers.pinned([self._pieces.sizes[number]], dtype=torch.uint8)
+            )
         return self._memory[number][first : first + size].view(dtype).view(shape)
 
     def clear(self) -> None:
@@ -217,7 +225,9 @@ class HostMemory:
 class TensorStore:
     """Tensors by name: on the device, in the host's memory, or in files of scratch."""
 
-    def __init__(self, place: Place, device: torch.device, scratch: Scratch, ending: str) -> None:
+    def __init__(
+        self, place: Place, device: torch.device, scratch: Scratch, ending: str
+    ) -> None:
         """Start empty; names of files have an ending."""
         self.place = place
         self._device = device
@@ -246,7 +256,9 @@ class TensorStore:
         """Begin to copy a tensor to the device; on the CPU, return it where it lies."""
         if self.place != "host" or self._device.type == "cpu":
             return transfers(self._device).to_device(self.get(name))
-        arrival = transfers(self._device).to_device(self._kept[name], self._moved.get(name))
+        arrival = transfers(self._device).to_device(
+            self._kept[name], self._moved.get(name)
+        )
         self._moved[name] = arrival.event
         return arrival
 

@@ -107,7 +107,9 @@ class Transfers:
         """
         if self._is_cpu:
             return source
-        return self.to_device(self.pinned(source.shape, source.dtype).copy_(source)).on_device()
+        return self.to_device(
+            self.pinned(source.shape, source.dtype).copy_(source)
+        ).on_device()
 
     def to_host(self, source: Tensor, target: Tensor, after: Any = None) -> Arrival:
         """Begin to copy a tensor of the device into pinned memory.
@@ -140,7 +142,9 @@ class Transfers:
             if len(self._landing) >= LANDING:
                 self._landing.popleft().result()
             arrival = self.to_host(source, self.pinned(source.shape, target.dtype))
-            self._landing.append(self._thread.submit(lambda: target.copy_(arrival.on_host())))
+            self._landing.append(
+                self._thread.submit(lambda: target.copy_(arrival.on_host()))
+            )
 
     def settle(self) -> None:
         """Wait until everything has landed."""

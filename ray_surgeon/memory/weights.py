@@ -26,7 +26,9 @@ Read = Callable[[str], Tensor]
 class ReadAhead:
     """Reads tensors from afar, several at a time, in the order in which they will be asked for."""
 
-    def __init__(self, read: Read, names: list[str], shapes: Mapping[str, Sequence[int]]) -> None:
+    def __init__(
+        self, read: Read, names: list[str], shapes: Mapping[str, Sequence[int]]
+    ) -> None:
         """Start to read.
 
         Args:
@@ -90,7 +92,9 @@ class WeightStore:
     that is there, too.
     """
 
-    def __init__(self, place: Place, slots: Slots, device: torch.device, scratch: Scratch) -> None:
+    def __init__(
+        self, place: Place, slots: Slots, device: torch.device, scratch: Scratch
+    ) -> None:
         """Start without weights.
 
         Args:
@@ -101,10 +105,14 @@ class WeightStore:
         """
         self._slots = slots
         self._device = device
-        self.slot_of = {name: slot for of_block in slots for name, slot in of_block.items()}
+        self.slot_of = {
+            name: slot for of_block in slots for name, slot in of_block.items()
+        }
         self.kept = TensorStore(place, device, scratch, ".weight")
         self._reads: dict[str, Read] = {}  # of the names that are read from elsewhere
-        self.then = -1  # the block that will be wanted after the present one; -1 if there is none
+        self.then = (
+            -1
+        )  # the block that will be wanted after the present one; -1 if there is none
         self._fetcher = Fetcher(device, self._begin)
 
     @contextlib.contextmanager
@@ -136,7 +144,9 @@ class WeightStore:
             return transfers(self._device).to_device(self.get(name))
         return self.kept.begin(name)
 
-    def fill(self, read: Read, checked: Callable[[str, Tensor], None], *, stays: bool) -> None:
+    def fill(
+        self, read: Read, checked: Callable[[str, Tensor], None], *, stays: bool
+    ) -> None:
         """Look at every tensor once, and keep it if it would not stay.
 
         Args:

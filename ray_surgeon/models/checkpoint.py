@@ -25,7 +25,24 @@ ReadStored = Callable[[str, int | None], Tensor]
 
 Shape = tuple[int, ...]
 
-_FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
+_FP4 = (
+    0.0,
+    0.5,
+    1.0,
+    1.5,
+    2.0,
+    3.0,
+    4.0,
+    6.0,
+    -0.0,
+    -0.5,
+    -1.0,
+    -1.5,
+    -2.0,
+    -3.0,
+    -4.0,
+    -6.0,
+)
 """Values of the 16 four-bit codes (OCP Microscaling Formats 1.0, E2M1)."""
 
 
@@ -88,7 +105,9 @@ def from_mxfp4(blocks: Tensor, scales: Tensor) -> Tensor:
     """
     numbers = torch.stack([blocks & 15, blocks >> 4], dim=-1).flatten(-2)
     values = torch.tensor(_FP4, dtype=torch.bfloat16, device=blocks.device)[numbers.int()]
-    return torch.ldexp(values, scales.int()[..., None] - 127).to(torch.bfloat16).flatten(-2)
+    return (
+        torch.ldexp(values, scales.int()[..., None] - 127).to(torch.bfloat16).flatten(-2)
+    )
 
 
 def find_stored(
@@ -304,7 +323,12 @@ class Stored:
     """
 
     def __init__(
-        self, layout: ModelLayout, blocks: BlockRange, masks: Mapping[str, Mask], *, stored: bool
+        self,
+        layout: ModelLayout,
+        blocks: BlockRange,
+        masks: Mapping[str, Mask],
+        *,
+        stored: bool,
     ) -> None:
         """Find the remaining experts.
 

@@ -48,7 +48,9 @@ def propagate(
 
 
 def _are_same(mask: StructuredMask, before: StructuredMask) -> bool:
-    return torch.equal(mask.rows, before.rows) and torch.equal(mask.columns, before.columns)
+    return torch.equal(mask.rows, before.rows) and torch.equal(
+        mask.columns, before.columns
+    )
 
 
 def shrinkable(masks: Mapping[str, StructuredMask], sets: Sequence[GroupSet]) -> int:

@@ -34,7 +34,9 @@ def see_gradient(output: Tensor, see: Callable[[Tensor], None]) -> None:
 
 def watch_gradients(module: nn.Module, see: Callable[[Tensor], None]) -> RemovableHandle:
     """Call ``see(g)`` with the gradients g [N, d] at the outputs of a module."""
-    return module.register_forward_hook(lambda _, inputs, output: see_gradient(output, see))
+    return module.register_forward_hook(
+        lambda _, inputs, output: see_gradient(output, see)
+    )
 
 
 def watch_pairs(
@@ -49,7 +51,9 @@ def watch_pairs(
     """
 
     def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        see_gradient(output, lambda g: see(inputs_of(module, inputs[0]).float(), g.float()))
+        see_gradient(
+            output, lambda g: see(inputs_of(module, inputs[0]).float(), g.float())
+        )
 
     return module.register_forward_hook(hook)
 
@@ -68,7 +72,9 @@ class SharedInput:
         num_tokens: tokens in the sums.
     """
 
-    def __init__(self, place: int, linears: Sequence[tuple[LinearShape, nn.Module]]) -> None:
+    def __init__(
+        self, place: int, linears: Sequence[tuple[LinearShape, nn.Module]]
+    ) -> None:
         """Collect the linears.
 
         Args:
@@ -144,7 +150,9 @@ class LayerInputs:
         self._layers = layers
         self._kept = dict[str, Tensor]()
         for name, (_, module) in layers.items():
-            self._kept[name] = torch.empty(num_tokens, num_inputs(module), dtype=torch.bfloat16)
+            self._kept[name] = torch.empty(
+                num_tokens, num_inputs(module), dtype=torch.bfloat16
+            )
         self._num_kept = dict.fromkeys(layers, 0)
         self._device = device
 
@@ -241,7 +249,9 @@ def removals(
             weights=new_weights,
         )
         changes = new_output - output.index_select(0, pairs.tokens)
-    norms = outputs[row[pairs.places, pairs.tokens]].norm(dim=1) * pairs.of(weights).float()
+    norms = (
+        outputs[row[pairs.places, pairs.tokens]].norm(dim=1) * pairs.of(weights).float()
+    )
     return Removals(
         experts=pairs.places,
         tokens=pairs.tokens,

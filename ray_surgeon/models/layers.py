@@ -50,7 +50,10 @@ class Layer:
 
     def __str__(self) -> str:
         """Return e.g. ``block 7`` or ``attention of block 7``."""
-        part = {"attention_layers": "attention of ", "ffn_layers": "feed-forward layer of "}
+        part = {
+            "attention_layers": "attention of ",
+            "ffn_layers": "feed-forward layer of ",
+        }
         return f"{part.get(self.kind, '')}block {self.block}"
 
 
@@ -74,7 +77,11 @@ def _layers_of_block(
 ) -> tuple[Layer, ...]:
     """Return the layers of one block, in the order of `LAYER_KINDS`; `names` are its linears."""
     prefix = family.block_prefix(block)
-    in_attention = {family.attention.consumer, *family.attention.producers, *family.in_attention}
+    in_attention = {
+        family.attention.consumer,
+        *family.attention.producers,
+        *family.in_attention,
+    }
     attention = list[str]()
     ffn = list[str]()
     for name in names:

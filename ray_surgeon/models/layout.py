@@ -308,7 +308,9 @@ def _expert_sets(linears: Linears) -> Iterator[ExpertSet]:
     for block, shapes in itertools.groupby(of_experts, key=lambda shape: shape.block):
         experts: list[tuple[str, ...]] = []
         names = [shape.name for shape in shapes]
-        for _, expert in itertools.groupby(names, key=lambda name: name.rpartition(".")[0]):
+        for _, expert in itertools.groupby(
+            names, key=lambda name: name.rpartition(".")[0]
+        ):
             experts.append(tuple(expert))
         parent = names[0].rsplit(".", 2)[0]
         yield ExpertSet(block, parent, tuple(experts))

@@ -115,7 +115,9 @@ def _check_attention(config: PretrainedConfig, known: LlamaCpp) -> None:
         )
 
 
-def _check_widths(layout: ModelLayout, known: LlamaCpp, widths: Sequence[BlockWidths]) -> None:
+def _check_widths(
+    layout: ModelLayout, known: LlamaCpp, widths: Sequence[BlockWidths]
+) -> None:
     """Refuse widths of blocks that the architecture cannot hold."""
     heads = layout.heads
     sizes = {width.num_kv_heads * heads.n_rep * heads.head_dim for width in widths}
@@ -145,7 +147,9 @@ def _check_widths(layout: ModelLayout, known: LlamaCpp, widths: Sequence[BlockWi
             )
 
 
-def _check_experts(layout: ModelLayout, known: LlamaCpp, widths: Sequence[BlockWidths]) -> None:
+def _check_experts(
+    layout: ModelLayout, known: LlamaCpp, widths: Sequence[BlockWidths]
+) -> None:
     """Refuse a mixture of experts that the architecture cannot hold."""
     if len(set(widths)) > 1 or any(len(set(width.experts)) > 1 for width in widths):
         raise ConfigError(

@@ -156,7 +156,11 @@ def _logits(states: list[Tensor], heads: list[Tensor]) -> Sequence[Tensor]:
 
 @torch.no_grad()
 def next_token_loss(
-    hidden: Tensor, head_weight: Tensor, predicted: Predicted, *, with_gradient: bool = False
+    hidden: Tensor,
+    head_weight: Tensor,
+    predicted: Predicted,
+    *,
+    with_gradient: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """Return the negative log-likelihood of the next tokens, and its gradient.
 
@@ -275,7 +279,9 @@ def compare_with_dense(
 
 
 @torch.no_grad()
-def next_tokens(hidden: Tensor, head_weight: Tensor, chances: Tensor, temperature: float) -> Tensor:
+def next_tokens(
+    hidden: Tensor, head_weight: Tensor, chances: Tensor, temperature: float
+) -> Tensor:
     """Draw a next token for every sequence.
 
     Args:

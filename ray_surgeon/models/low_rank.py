@@ -104,7 +104,9 @@ class _Corrected(torch.autograd.Function):
         return product(x, W.T).addmm_(inner, B.T.to(x.dtype))
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None, Tensor, Tensor]:
+    def backward(
+        ctx: Any, *gradients: Tensor
+    ) -> tuple[Tensor | None, None, Tensor, Tensor]:
         x, W, A, B, inner = ctx.saved_tensors
         (g,) = gradients
         of_inner = product(g, B.to(g.dtype))
@@ -128,7 +130,9 @@ class _ByElement(torch.autograd.Function):
         return x @ (B @ A).mul_(kept).T.to(x.dtype)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor, Tensor, None]:
+    def backward(
+        ctx: Any, *gradients: Tensor
+    ) -> tuple[Tensor | None, Tensor, Tensor, None]:
         x, A, B, kept = ctx.saved_tensors
         (g,) = gradients
         of_x = None
@@ -272,7 +276,9 @@ class LowRankCorrections:
             W = self._shard.weight(name)
             added = part.product()
             inputs = W[:, : part.A.shape[1]]
-            before = inputs.to(self._shard.dtype, copy=True)  # exact: it is the weights' dtype
+            before = inputs.to(
+                self._shard.dtype, copy=True
+            )  # exact: it is the weights' dtype
             inputs += added
             self._shard.set_weight(name, W)
             del W, inputs

@@ -29,7 +29,9 @@ class BlockWidths:
 
     num_channels: int  # of the feed-forward layer, or of the shared experts
     num_kv_heads: int  # each with its query heads
-    experts: tuple[int, ...] = ()  # channels of every remaining expert, if the block has experts
+    experts: tuple[
+        int, ...
+    ] = ()  # channels of every remaining expert, if the block has experts
 
     @classmethod
     def of(cls, document: Mapping[str, Any]) -> BlockWidths:
@@ -166,7 +168,9 @@ def _num_left(groups: GroupSet, rows_kept: Mapping[str, int]) -> int:
     return rows_kept[name] // rows_per_group
 
 
-def kv_heads_left(layout: ModelLayout, tensor_parallel: int, *, uniform: bool) -> tuple[int, ...]:
+def kv_heads_left(
+    layout: ModelLayout, tensor_parallel: int, *, uniform: bool
+) -> tuple[int, ...]:
     """Return the numbers of KV heads that a block may keep, ascending.
 
     Args:
@@ -298,7 +302,9 @@ def check_uniform(layout: ModelLayout, kinds: Sequence[str]) -> None:
         )
 
 
-def per_block_document(layout: ModelLayout, document: Document, widths: Widths) -> Document:
+def per_block_document(
+    layout: ModelLayout, document: Document, widths: Widths
+) -> Document:
     """Return the config.json of a model whose widths differ, for the shipped classes.
 
     Args:

@@ -54,7 +54,9 @@ class BlockRunner:
         self._has_cache = False
 
     @torch.no_grad()
-    def enter(self, inputs: Tensor, cache: DynamicCache | None = None) -> tuple[Tensor, list[Call]]:
+    def enter(
+        self, inputs: Tensor, cache: DynamicCache | None = None
+    ) -> tuple[Tensor, list[Call]]:
         """Return the hidden states that the first block reads, and the arguments of every block.
 
         The family's forward runs with blocks that do nothing.
@@ -242,7 +244,9 @@ class BlockRunner:
         torch.autograd.backward(output, gradient)
         return loss, _gradient(leaf), states
 
-    def _enter(self, inputs: Tensor, cache: DynamicCache | None) -> tuple[list[Tensor], _Calls]:
+    def _enter(
+        self, inputs: Tensor, cache: DynamicCache | None
+    ) -> tuple[list[Tensor], _Calls]:
         parts = [inputs]
         if cache is None:
             parts = list(torch.split(inputs, self._shard.stores.together))
@@ -292,7 +296,9 @@ class ShardCache(DynamicCache):  # type: ignore[misc]
         """Add keys and values [m, heads, n, d] of a block and return all; see `DynamicCache`."""
         number = layer_idx - self._first
         if type(self.layers[number]) is not DynamicLayer:
-            keys, values = super().update(key_states, value_states, number, *args, **kwargs)
+            keys, values = super().update(
+                key_states, value_states, number, *args, **kwargs
+            )
             return keys, values
         layer = self.layers[number]
         if not layer.is_initialized:

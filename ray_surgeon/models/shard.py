@@ -153,7 +153,9 @@ class ModelShard:
         if isinstance(module, Conv1D):
             matrix = matrix.T
         if module.bias is None:
-            return matrix.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
+            return matrix.to(
+                torch.float32, memory_format=torch.contiguous_format, copy=True
+            )
         bias = self.weights.on_device(f"{name}.bias")
         return torch.cat([matrix.float(), bias.float()[:, None]], dim=1)
 

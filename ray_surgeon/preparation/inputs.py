@@ -107,7 +107,9 @@ class Inputs:
                 "float32, twice as large; model.dtype: bfloat16 halves it"
             )
         pruning = self.spec.pruning
-        if isinstance(pruning, CoupledSection) and not CHANNELS.isdisjoint(pruning.groups):
+        if isinstance(pruning, CoupledSection) and not CHANNELS.isdisjoint(
+            pruning.groups
+        ):
             lines.append(self._note_on_widths(pruning))
         return lines
 

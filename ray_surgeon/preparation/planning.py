@@ -34,7 +34,9 @@ _FARTHER = 1.25
 """Times as many groups as are removed are on the paths that are followed."""
 
 
-def describe_job(spec: JobSpec, layout: ModelLayout, method: Method, stages: Stages) -> PlannedJob:
+def describe_job(
+    spec: JobSpec, layout: ModelLayout, method: Method, stages: Stages
+) -> PlannedJob:
     """Return the inputs of a plan beside model, placement and memory.
 
     Args:
@@ -127,7 +129,9 @@ def _reconstruction(stages: Stages) -> PlannedReconstruction | None:
     )
 
 
-def _recovery(section: RecoverySection | None, sequence_length: int) -> PlannedRecovery | None:
+def _recovery(
+    section: RecoverySection | None, sequence_length: int
+) -> PlannedRecovery | None:
     if section is None:
         return None
     num_steps = section.num_steps(sequence_length)

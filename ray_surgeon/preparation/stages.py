@@ -118,7 +118,9 @@ def _recovery(spec: JobSpec, method: Method, texts: Texts) -> Recovery | None:
     if section is None:
         return None
     schedule = spec.schedule
-    stream = stream_of(section, schedule, spec.calibration.sequence_length, texts.tokenizer)
+    stream = stream_of(
+        section, schedule, spec.calibration.sequence_length, texts.tokenizer
+    )
     return Recovery(
         section=section,
         size_shots=schedule.size_shots,

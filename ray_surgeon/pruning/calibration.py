@@ -89,7 +89,9 @@ def _choose_damping(
     cluster.run_all(_drop_held_factors)
     costs = list[dict[str, float | None]]()
     for tried_a, tried_g, cost in tried:
-        costs.append({"a": tried_a, "g": tried_g, "cost": cost if isfinite(cost) else None})
+        costs.append(
+            {"a": tried_a, "g": tried_g, "cost": cost if isfinite(cost) else None}
+        )
     return damped(a, g), {"a": a, "g": g, "tried": costs}
 
 

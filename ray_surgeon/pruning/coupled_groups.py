@@ -23,7 +23,13 @@ import torch
 from ray_surgeon.config.groups import CoupledSection
 from ray_surgeon.distributed.cluster import Cluster
 from ray_surgeon.distributed.microbatch import Tokens
-from ray_surgeon.distributed.worker import LinearSummary, Worker, collective, sizes, summaries
+from ray_surgeon.distributed.worker import (
+    LinearSummary,
+    Worker,
+    collective,
+    sizes,
+    summaries,
+)
 from ray_surgeon.factors.collector import NOTHING_BESIDE, SumsBeside
 from ray_surgeon.maths.allocate import (
     Allocation,
@@ -107,7 +113,9 @@ class Groups(Ranking):
 
     section: CoupledSection
     budget: Budget  # need of the model, which removed groups reduce
-    fewest: Mapping[str, int]  # kind -> smallest number of groups (or experts) left in each block
+    fewest: Mapping[
+        str, int
+    ]  # kind -> smallest number of groups (or experts) left in each block
     consumers: frozenset[str]  # roles of the last linears of the groups
     removed: frozenset[LayerKey] = frozenset()  # layers that are removed whole
 
@@ -601,7 +609,9 @@ class Paths:
             following = [c for c in scores.costs if self._is_short(c, threshold)]
             if is_uniform or not following:
                 return scores
-            limit = threshold  # once all paths reach it, the threshold is this one or lower
+            limit = (
+                threshold  # once all paths reach it, the threshold is this one or lower
+            )
 
     def _followed(self, scores: GroupScores, limit: float, needed: Counts) -> GroupScores:
         """Return scores with those of the consumers in `needed` computed anew, up to a cost."""

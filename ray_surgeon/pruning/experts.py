@@ -92,7 +92,9 @@ def go_around_removed(worker: Worker) -> None:
 
 def remove_experts(worker: Worker, consumers: Collection[str]) -> None:
     """Remove the experts with these consumers whole; routers skip them."""
-    all_linears = chain.from_iterable(experts.linears for experts in worker.shard.expert_sets)
+    all_linears = chain.from_iterable(
+        experts.linears for experts in worker.shard.expert_sets
+    )
     for linears in all_linears:
         if linears[-1] not in consumers:
             continue

@@ -151,7 +151,9 @@ def _noting(worker: Worker, number: int, linear: str) -> Iterator[None]:
     _fit(worker).inputs[number] = x
 
 
-def pass_and_note(worker: Worker, number: int, inputs: TensorPayload, linear: str) -> TensorPayload:
+def pass_and_note(
+    worker: Worker, number: int, inputs: TensorPayload, linear: str
+) -> TensorPayload:
     """Run a sequence through a shard, and keep the inputs of a linear in it."""
     with _noting(worker, number, linear):
         hidden = worker.runner.infer(worker.unpack(inputs))

@@ -18,7 +18,13 @@ from ray_surgeon.config.curvature import AnyCurvature
 from ray_surgeon.config.schedule import NO_PRUNING, ScheduleSection
 from ray_surgeon.distributed.cluster import Cluster
 from ray_surgeon.distributed.microbatch import Tokens
-from ray_surgeon.distributed.worker import LinearSummary, Worker, collective, sizes, summaries
+from ray_surgeon.distributed.worker import (
+    LinearSummary,
+    Worker,
+    collective,
+    sizes,
+    summaries,
+)
 from ray_surgeon.factors.collector import NOTHING_BESIDE, SumsBeside
 from ray_surgeon.maths.curvature import Clipping, Linear
 from ray_surgeon.maths.factorised import RaisedDamping
@@ -64,10 +70,14 @@ class Scores(Generic[C]):
 class Choice:
     """What to prune in a shot."""
 
-    threshold: float | None  # largest cost that is pruned; None if the method has no threshold
+    threshold: (
+        float | None
+    )  # largest cost that is pruned; None if the method has no threshold
     facts: Mapping[str, float | int | str]  # for the event of the step
     removed: Any = None  # further choices, in the form that the method's `apply` takes
-    record: Mapping[str, Any] = field(default_factory=dict)  # further entries for the report
+    record: Mapping[str, Any] = field(
+        default_factory=dict
+    )  # further entries for the report
 
 
 @dataclass(frozen=True)

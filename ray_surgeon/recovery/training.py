@@ -152,7 +152,9 @@ class Training:
         start = self._measured(0)
         self.before = start.value
         if not math.isfinite(self.before):
-            raise FloatingPointError("the pruned model's outputs are not finite; check the weights")
+            raise FloatingPointError(
+                "the pruned model's outputs are not finite; check the weights"
+            )
         self._note_if_best(start)
         if self.section.learning_rate is None:
             self._try_rates(rates.trial_steps(self.batches.num_steps))

@@ -194,7 +194,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         _compare(_arguments(argv), new_console())
     except (OSError, ValueError) as error:
-        Console(stderr=True).print(f"error: {error}", style="red", markup=False, soft_wrap=True)
+        Console(stderr=True).print(
+            f"error: {error}", style="red", markup=False, soft_wrap=True
+        )
         return 2
     return 0
 
@@ -217,10 +219,14 @@ def _compare(arguments: argparse.Namespace, console: Console) -> None:
     texts = reports.texts_of(records)
     text = arguments.text or texts[0]
     if text not in texts:
-        raise ValueError(f"--text: no run has a text {text!r}; they have {', '.join(texts)}")
+        raise ValueError(
+            f"--text: no run has a text {text!r}; they have {', '.join(texts)}"
+        )
     save(quality_figure(records, text), arguments.plot)
     files.write_text(arguments.html, page(records))
-    console.print(f"plot: {arguments.plot}\npage: {arguments.html}", markup=False, soft_wrap=True)
+    console.print(
+        f"plot: {arguments.plot}\npage: {arguments.html}", markup=False, soft_wrap=True
+    )
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -228,7 +234,9 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "ray-surgeon report",
         description="Compare runs in one table, one plot and one page.",
     )
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="run directory, on any fsspec URI")
+    parser.add_argument(
+        "runs", nargs="+", metavar="RUN", help="run directory, on any fsspec URI"
+    )
     parser.add_argument(
         "--plot",
         default="perplexity.png",
@@ -241,5 +249,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="FILE",
         help="page to write, with every run whole, on any URI; %(default)s",
     )
-    parser.add_argument("--text", help="evaluation text of the plot; if not given, the first one")
+    parser.add_argument(
+        "--text", help="evaluation text of the plot; if not given, the first one"
+    )
     return parser.parse_args(argv)

@@ -113,7 +113,11 @@ class Steps:
     """
 
     def __init__(
-        self, cluster: Cluster, run: RunDirectory, num_shots: int, listen: Callable[[Event], None]
+        self,
+        cluster: Cluster,
+        run: RunDirectory,
+        num_shots: int,
+        listen: Callable[[Event], None],
     ) -> None:
         """Start with no steps.
 
@@ -181,7 +185,9 @@ class Steps:
         )
         self._emit(event)
 
-    def _add_usage(self, name: str, before: list[Usage], after: list[Usage]) -> list[float]:
+    def _add_usage(
+        self, name: str, before: list[Usage], after: list[Usage]
+    ) -> list[float]:
         """Record the usage of a step and return the busy time of each worker."""
         busy = []
         packing = []
@@ -292,7 +298,9 @@ class Recorder:
     The process that holds them must belong to Ray.
     """
 
-    def __init__(self, run: str, gauge: Callable[..., Any], counter: Callable[..., Any]) -> None:
+    def __init__(
+        self, run: str, gauge: Callable[..., Any], counter: Callable[..., Any]
+    ) -> None:
         """Register the metrics; the name of the run is a tag of all of them.
 
         Args:

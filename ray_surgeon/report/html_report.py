@@ -40,7 +40,9 @@ def page(records: Sequence[Mapping[str, Any]]) -> str:
     Args:
         records: contents of report.json; the runs need not have ended.
     """
-    return rendered("html_report.html.jinja", records=records, reports=reports, plots=plots)
+    return rendered(
+        "html_report.html.jinja", records=records, reports=reports, plots=plots
+    )
 
 
 def rendered(template: str, **context: Any) -> str:

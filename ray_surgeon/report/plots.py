@@ -139,7 +139,9 @@ def _style(number: int, record: Mapping[str, Any]) -> dict[str, Any]:
 @_styled
 def sizes_figure(record: Mapping[str, Any]) -> Figure:
     """Plot the divergence on every text against the decoding speed of the sizes of a family."""
-    figure, axes = _axes("new tokens, times as fast as the dense model", "divergence, nats a token")
+    figure, axes = _axes(
+        "new tokens, times as fast as the dense model", "divergence, nats a token"
+    )
     points = _timed_sizes(record)
     for number, text in enumerate(record["dense"]["perplexity"]):
         speeds = [1.0]
@@ -162,7 +164,9 @@ def sizes_figure(record: Mapping[str, Any]) -> Figure:
     return figure
 
 
-def _timed_sizes(record: Mapping[str, Any]) -> list[tuple[float, float, Mapping[str, Any]]]:
+def _timed_sizes(
+    record: Mapping[str, Any],
+) -> list[tuple[float, float, Mapping[str, Any]]]:
     """Return the timed sizes of a family: size, speed, and the shot."""
     timed = []
     for size, shot in family_of(record).items():

@@ -30,7 +30,9 @@ class RunReport:
     fingerprints: Mapping[str, Any]  # of model, tokenizer, texts and method
     environment: Mapping[str, str]  # versions and machine
     num_parameters: int  # of the whole dense model
-    dense: dict[str, Any] = field(default_factory=dict)  # measurements before the first shot
+    dense: dict[str, Any] = field(
+        default_factory=dict
+    )  # measurements before the first shot
     shots: list[dict[str, Any]] = field(default_factory=list)  # one record per shot
     exports: list[dict[str, Any]] = field(default_factory=list)  # one record per export
     # where workers keep tensors, and the expected peaks and times
@@ -38,7 +40,9 @@ class RunReport:
     # losses after which the run went on, each with cause and message
     retries: list[dict[str, Any]] = field(default_factory=list)
 
-    def add_shot(self, about: Record, linears: Sequence[LinearSummary], steps: Steps) -> Record:
+    def add_shot(
+        self, about: Record, linears: Sequence[LinearSummary], steps: Steps
+    ) -> Record:
         """Add the record of a shot and return it.
 
         Args:
@@ -226,7 +230,11 @@ _MOST_CHANGES = 8
 
 
 def check_folder(
-    directory: RunDirectory, fingerprints: Mapping[str, Any], spec_yaml: str, *, resume: bool
+    directory: RunDirectory,
+    fingerprints: Mapping[str, Any],
+    spec_yaml: str,
+    *,
+    resume: bool,
 ) -> None:
     """Refuse a folder that holds anything else, before expensive work starts.
 
@@ -249,7 +257,9 @@ def check_folder(
     if different:
         changes = _changes(directory, spec_yaml)
         if held.get("code") != fingerprints["code"]:
-            changes.append(f"version {held.get('code')} there, {fingerprints['code']} here")
+            changes.append(
+                f"version {held.get('code')} there, {fingerprints['code']} here"
+            )
         raise ConfigError(
             field="output.uri",
             found=(

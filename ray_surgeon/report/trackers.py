@@ -22,7 +22,9 @@ def _wandb(wandb: Any, spec: Mapping[str, Any]) -> _Run:
     """Begin a run beside other runs of this process."""
     # do not capture the terminal's output, and do not wait long for a login
     settings = wandb.Settings(console="off", login_timeout=30)
-    run = wandb.init(name=spec["name"], config=spec, settings=settings, reinit="create_new")
+    run = wandb.init(
+        name=spec["name"], config=spec, settings=settings, reinit="create_new"
+    )
     run.define_metric("*", step_metric="steps")
 
     def end(status: str) -> None:

@@ -271,7 +271,9 @@ def save(
         remedy = "fix that first, free space there or set TMPDIR, or prune a folder"
         kinds = (ValueError, OSError, SafetensorError)
         try:
-            with refusing(f"model: transformers cannot save it to {scratch}", remedy, kinds):
+            with refusing(
+                f"model: transformers cannot save it to {scratch}", remedy, kinds
+            ):
                 model.save_pretrained(scratch)
                 tokenizer.save_pretrained(scratch)
         finally:

@@ -106,7 +106,9 @@ def perform(arguments: argparse.Namespace, words: Sequence[str], prog: str) -> i
             console.print(line, soft_wrap=True, highlight=False)
         if arguments.dry_run:
             if not inputs.fingerprints:
-                console.print("planned from config.json alone: there are no weights to check")
+                console.print(
+                    "planned from config.json alone: there are no weights to check"
+                )
             console.print(plan_table(inputs.plan(*_planned_for(arguments, inputs))))
             return DONE
         result = ended_before(inputs, console.print)
@@ -206,7 +208,9 @@ def export_more(argv: Sequence[str], run_job: Callable[[Sequence[str], str], int
     parser = argparse.ArgumentParser(prog, description=description)
     parser.add_argument("run", help="run directory, on any fsspec URI")
     parser.add_argument("--exports", required=True, help="kinds, as uniform,gguf")
-    parser.add_argument("--size", type=float, help="of pruning.sizes; all of them if not given")
+    parser.add_argument(
+        "--size", type=float, help="of pruning.sizes; all of them if not given"
+    )
     arguments, rest = parser.parse_known_args(argv)
     directory = RunDirectory(arguments.run)
     try:

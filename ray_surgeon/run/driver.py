@@ -162,7 +162,9 @@ def _run_with_retries(inputs: Inputs, display: Display) -> None:
         else:
             num_in_vain = 0
         progress_before = progress
-        if cause == "preemption" and num_in_vain < _IN_VAIN:  # not a defect, so not counted
+        if (
+            cause == "preemption" and num_in_vain < _IN_VAIN
+        ):  # not a defect, so not counted
             display.note(f"{failure}; continuing from the last commit")
             continue
         if cause == "preemption":

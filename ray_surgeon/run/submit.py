@@ -69,8 +69,12 @@ def _parser() -> argparse.ArgumentParser:
         help="of the head, as http://head:8265; RAY_API_SERVER_ADDRESS if not given",
     )
     parser.add_argument("--id", help="of the job; made if not given")
-    parser.add_argument("--set", action="append", default=[], metavar="section.field=value")
-    parser.add_argument("--report", help="folder for the report; named like the job if not given")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="section.field=value"
+    )
+    parser.add_argument(
+        "--report", help="folder for the report; named like the job if not given"
+    )
     parser.add_argument(
         "--runtime-env",
         type=json.loads,
@@ -103,7 +107,9 @@ def _run(
         try:
             log = _follow(client, job, _say)
         except KeyboardInterrupt:
-            _say(f"\nno longer followed; the job goes on: ray job logs{at} --follow {job}")
+            _say(
+                f"\nno longer followed; the job goes on: ray job logs{at} --follow {job}"
+            )
             return 130
         uri = _report_uri(log)
         if uri is not None:

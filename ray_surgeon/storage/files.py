@@ -48,7 +48,9 @@ def open_filesystem(uri: str) -> tuple[Any, str]:
     if uri.startswith(("s3://", "s3a://")):
         os.environ.setdefault("AWS_METADATA_SERVICE_NUM_ATTEMPTS", "5")
     known = "a local path, or a URI that fsspec knows, such as s3://bucket/folder"
-    packages = "the protocol may need a package (of S3: pip install 's3fs' or ray-surgeon[s3])"
+    packages = (
+        "the protocol may need a package (of S3: pip install 's3fs' or ray-surgeon[s3])"
+    )
     with refusing(uri, f"give {known}; {packages}", (ImportError, ValueError)):
         filesystem, path = fsspec.core.url_to_fs(uri)
     if "hf" not in filesystem.protocol:  # whose content is pinned to a commit
@@ -135,14 +137,18 @@ def list_files(uri: str) -> list[str]:
     root = path.rstrip("/") + "/"
     entries = (entry for entry in filesystem.find(path) if not entry.endswith("/"))
     names = (entry.removeprefix(root) for entry in entries if entry.startswith(root))
-    return sorted(n for n in names if not any(p.startswith(WRITING) for p in n.split("/")))
+    return sorted(
+        n for n in names if not any(p.startswith(WRITING) for p in n.split("/"))
+    )
 
 
 @tries_again
 def glob(uri: str) -> list[str]:
     """Return the sorted URIs that a pattern with * matches, or the one file it names."""
     filesystem, path = open_filesystem(uri)
-    paths = filesystem.glob(path) if "*" in path else [path] * bool(filesystem.exists(path))
+    paths = (
+        filesystem.glob(path) if "*" in path else [path] * bool(filesystem.exists(path))
+    )
     return sorted(str(filesystem.unstrip_protocol(match)) for match in paths)
 
 
@@ -173,7 +179,9 @@ def check_size(uri: str, max_bytes: int, what: str) -> None:
     """
     size = size_bytes(uri)
     if size is not None and size > max_bytes:
-        raise ValueError(f"{uri}: has {size} bytes, more than the limit of {max_bytes}; {what}")
+        raise ValueError(
+            f"{uri}: has {size} bytes, more than the limit of {max_bytes}; {what}"
+        )
 
 
 def read_text(uri: str) -> str:

@@ -44,7 +44,9 @@ TEMPLATES = "additional_chat_templates"
 
 def goes_along(name: str) -> bool:
     """Whether a file of a checkpoint, by its name, is copied beside an export's weights."""
-    return name in SMALL_FILES or (name.startswith(f"{TEMPLATES}/") and name.endswith(".jinja"))
+    return name in SMALL_FILES or (
+        name.startswith(f"{TEMPLATES}/") and name.endswith(".jinja")
+    )
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,9 @@ class ModelFiles:
         def link(folder: Path) -> None:
             folder.mkdir(exist_ok=True)
             for path in paths:
-                (folder / path.name).unlink(missing_ok=True)  # of a try that was interrupted
+                (folder / path.name).unlink(
+                    missing_ok=True
+                )  # of a try that was interrupted
                 (folder / path.name).symlink_to(path.resolve())
 
         return copies.made_once("small", digest, link)
@@ -102,7 +106,9 @@ class ModelFiles:
         Raises:
             ValueError: there are none, or the index names files that are not there.
         """
-        if "model.safetensors" in self.names:  # transformers reads it, too, whatever else is there
+        if (
+            "model.safetensors" in self.names
+        ):  # transformers reads it, too, whatever else is there
             return ["model.safetensors"]
         if _INDEX in self.names:
             return self._files_in_index()
@@ -121,12 +127,16 @@ class ModelFiles:
     def _files_in_index(self) -> list[str]:
         index = f"model.source: the index of {self.origin}"
         kinds = (AttributeError, KeyError, TypeError)
-        with refusing(f"{index} has no weight_map of names to files", "fetch it again", kinds):
+        with refusing(
+            f"{index} has no weight_map of names to files", "fetch it again", kinds
+        ):
             named = set(files.read_json(str(self.fetch(_INDEX)))["weight_map"].values())
         missing = [name for name in named if name not in self.names or "/" in name]
         if missing or not named:
             first_missing = sorted(missing, key=str)[:3]
-            raise ValueError(f"{index} names missing files: {first_missing}; fetch it again")
+            raise ValueError(
+                f"{index} names missing files: {first_missing}; fetch it again"
+            )
         return sorted(named)
 
     def shapes_and_fingerprint(self) -> tuple[dict[str, tuple[int, ...]], str]:
@@ -263,9 +273,13 @@ def _hub(source: ModelSection) -> ModelFiles:
     named = f"{source.source!r} (revision {revision or 'main'})"
     refused = f"model.source: cannot read {named} from the Hub, and it is no local folder"
     remedy = "check the id, HF_TOKEN and the network, or give a folder"
-    with refusing(refused, remedy, (HTTP_ERROR, HFValidationError, OSError, RuntimeError)):
+    with refusing(
+        refused, remedy, (HTTP_ERROR, HFValidationError, OSError, RuntimeError)
+    ):
         info = api.model_info(source.source, revision=revision)
-        if revision is None and not any(name.endswith(".safetensors") for name in _names(info)):
+        if revision is None and not any(
+            name.endswith(".safetensors") for name in _names(info)
+        ):
             # the Hub's own bot proposes them beside pickles
             for proposal in api.get_repo_discussions(info.id, author="SFconvertbot"):
                 if proposal.title == "Adding `safetensors` variant of this model":

@@ -175,7 +175,9 @@ def read_header(uri: str) -> Header:
     with refusing(damaged, "fetch the file again", _BAD_HEADER):
         entries, end = _entries(json.loads(raw), start)
     if end != size:
-        raise ValueError(f"{uri}: cut short or padded ({size} bytes for {end}); fetch it again")
+        raise ValueError(
+            f"{uri}: cut short or padded ({size} bytes for {end}); fetch it again"
+        )
     tail = files.read_range(uri, max(start, size - _FINGERPRINT_BYTES), size)
     fingerprint = hashlib.sha256(raw + str(size).encode() + tail).hexdigest()
     return Header(entries, fingerprint)
@@ -202,7 +204,9 @@ def _entries(document: dict[str, Any], start: int) -> tuple[dict[str, Entry], in
             raise ValueError(f"{name} has the unknown dtype {dtype}")
         size = math.prod(shape) * _DTYPES[dtype].itemsize
         if min(shape, default=0) < 0 or (first, last - first) != (end, size):
-            raise ValueError(f"{name} of shape {shape} cannot lie at bytes {first} to {last}")
+            raise ValueError(
+                f"{name} of shape {shape} cannot lie at bytes {first} to {last}"
+            )
         entries[name] = Entry(shape, dtype, first, last)
         end = last
     return {name: entries[name] for name in document}, end

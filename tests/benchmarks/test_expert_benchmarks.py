@@ -24,12 +24,16 @@ LITTLE = (f"evaluation=[{TEXT}]", "calibration.max_tokens=40000", "model.dtype=f
 
 def shorten(monkeypatch: pytest.MonkeyPatch, *changes: str) -> None:
     """Let jobs of the benchmark read a part of one text, and draw no plots."""
-    monkeypatch.setattr(experts, "parse_spec", lambda text: parse_spec(text, [*LITTLE, *changes]))
+    monkeypatch.setattr(
+        experts, "parse_spec", lambda text: parse_spec(text, [*LITTLE, *changes])
+    )
     monkeypatch.setattr(LivePage, "draw", lambda self, record, *, final: None)
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory, model_folders: dict[str, Path]) -> Path:
+def folder(
+    tmp_path_factory: pytest.TempPathFactory, model_folders: dict[str, Path]
+) -> Path:
     return new_model(CONFIG, tmp_path_factory.mktemp("mixture"), model_folders["mixtral"])
 
 
@@ -37,14 +41,20 @@ def test_magnitude_removes_the_experts_of_lowest_norm(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shorten(monkeypatch, "calibration.num_sequences=4", "calibration.sequence_length=64")
-    record = experts.record_of(experts.Point("experts", 0.5, "magnitude"), folder, tmp_path)
+    record = experts.record_of(
+        experts.Point("experts", 0.5, "magnitude"), folder, tmp_path
+    )
     assert record["divergence"]["docs"] > 0
     (shot,) = report_of(tmp_path / "experts-0.5-magnitude")["shots"]
     expected = set()
-    for number, block in enumerate(AutoModelForCausalLM.from_pretrained(folder).model.layers):
+    for number, block in enumerate(
+        AutoModelForCausalLM.from_pretrained(folder).model.layers
+    ):
         weights = (block.mlp.experts.gate_up_proj, block.mlp.experts.down_proj)
         sizes = sum(weight.square().sum(dim=(1, 2)) for weight in weights)
-        expected |= {(str(number), str(expert)) for expert in sizes.argsort()[:2].tolist()}
+        expected |= {
+            (str(number), str(expert)) for expert in sizes.argsort()[:2].tolist()
+        }
     assert len(shot["experts_removed"]) == len(expected) == 8
     assert {tuple(name.split(".")[2::3]) for name in shot["experts_removed"]} == expected
 
@@ -68,7 +78,9 @@ def log_chances(model: torch.nn.Module, sequences: Tensor) -> Tensor:
     return found
 
 
-def test_measured_removals_of_experts(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_measured_removals_of_experts(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     shorten(monkeypatch)
     few = sequences_of_help(folder, 2)[:, :64]
     found = predictions(folder, ModelLayout.of(CONFIG), few, every=2)["experts"]

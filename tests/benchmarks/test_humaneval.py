@@ -49,12 +49,20 @@ def ran(program: str, limits: Limits = LIMITS) -> str:
     ("completion", "kept"),
     [
         ("    return 1\n# a comment\n    x\n", "    return 1\n"),
-        ("    x\n\n    # inside\n\treturn x\n\ndef g():", "    x\n\n    # inside\n\treturn x\n\n"),
+        (
+            "    x\n\n    # inside\n\treturn x\n\ndef g():",
+            "    x\n\n    # inside\n\treturn x\n\n",
+        ),
         ("    half a li", "    half a li"),
-        ("    s = 'a\u2028b'\n    t = 'a\x0cb'\n", "    s = 'a\u2028b'\n    t = 'a\x0cb'\n"),
+        (
+            "    s = 'a\u2028b'\n    t = 'a\x0cb'\n",
+            "    s = 'a\u2028b'\n    t = 'a\x0cb'\n",
+        ),
     ],
 )
-def test_completion_ends_before_the_first_unindented_line(completion: str, kept: str) -> None:
+def test_completion_ends_before_the_first_unindented_line(
+    completion: str, kept: str
+) -> None:
     assert cut(completion) == kept
 
 
@@ -75,14 +83,24 @@ as_root = pytest.mark.skipif(os.geteuid() != 0, reason="is not root")
         (program_of(TASK, RIGHT + "raise SystemExit\n"), "passed"),  # is cut
         ("import os\nos._exit(0)", "failed: "),
         ("x = bytearray(1 << 29)", "failed: MemoryError: "),
-        ("open('x', 'wb').write(bytes(1 << 21))", "failed: OSError: [Errno 27] File too large"),
+        (
+            "open('x', 'wb').write(bytes(1 << 21))",
+            "failed: OSError: [Errno 27] File too large",
+        ),
         ("x = bytearray(1 << 27)\nopen('x', 'wb').write(bytes(1 << 19))", "passed"),
-        ("import os\nassert not {*os.environ} - {'LC_CTYPE'} and not os.listdir()", "passed"),
-        pytest.param("open('/root/written', 'w')", "failed: PermissionError", marks=as_root),
+        (
+            "import os\nassert not {*os.environ} - {'LC_CTYPE'} and not os.listdir()",
+            "passed",
+        ),
+        pytest.param(
+            "open('/root/written', 'w')", "failed: PermissionError", marks=as_root
+        ),
     ],
 )
 def test_outcomes_of_candidate_programs(program: str, outcome: str) -> None:
-    assert ran(program, Limits(cpu_s=2, wall_s=20.0, memory_bytes=1 << 28)).startswith(outcome)
+    assert ran(program, Limits(cpu_s=2, wall_s=20.0, memory_bytes=1 << 28)).startswith(
+        outcome
+    )
 
 
 def test_time_is_limited() -> None:
@@ -125,7 +143,9 @@ raise OSError(os.strerror(ctypes.get_errno()))
 
 def test_a_process_that_keeps_the_network_is_refused() -> None:
     with pytest.raises(RuntimeError, match=r"Operation not permitted.*--allow-network"):
-        humaneval.read_outcome(json.dumps(["t", "refused: Operation not permitted"]).encode(), "t")
+        humaneval.read_outcome(
+            json.dumps(["t", "refused: Operation not permitted"]).encode(), "t"
+        )
     assert humaneval.read_outcome(b'["other", "passed"]', "t").startswith("failed: ")
 
 
@@ -134,7 +154,9 @@ def test_paired_statistics_match_hand_computation() -> None:
     found = comparison(dense, dense | dict.fromkeys("012", "failed: y") | {"9": "passed"})
     assert (found.passed, found.lost, found.won, found.difference) == (4, 3, 1, -2)
     differences = [-1, -1, -1, 1] + [0] * 6  # one a task
-    variance = sum((x + 0.2) ** 2 for x in differences)  # around their mean, summed over 10 tasks
+    variance = sum(
+        (x + 0.2) ** 2 for x in differences
+    )  # around their mean, summed over 10 tasks
     assert found.standard_error == pytest.approx(math.sqrt(variance))
     with pytest.raises(ValueError, match="cannot be paired"):
         comparison(dense, {"0": "passed"})
@@ -145,7 +167,9 @@ def test_earlier_completions_are_run_only_with_the_flag(
 ) -> None:
     monkeypatch.setattr(humaneval, "fetch_tasks", lambda: [TASK])
     completions = {"dense": RIGHT, "pruned": WRONG}
-    models = [{"name": n, "completions": {"T/0": text}} for n, text in completions.items()]
+    models = [
+        {"name": n, "completions": {"T/0": text}} for n, text in completions.items()
+    ]
     given = tmp_path / "given.json"
     given.write_text(json.dumps({"models": models}))
     out = tmp_path / "new" / "out.json"
@@ -156,7 +180,9 @@ def test_earlier_completions_are_run_only_with_the_flag(
         assert main(arguments) == 0
     assert "Nothing was run" in capsys.readouterr().out
     assert "outcomes" not in out.read_text()
-    assert main([*arguments, "--run-code", *(() if CUT_OFF else ("--allow-network",))]) == 0
+    assert (
+        main([*arguments, "--run-code", *(() if CUT_OFF else ("--allow-network",))]) == 0
+    )
     said = capsys.readouterr().out
     assert "| dense | 1 of 1 | 100.0 | | | |" in said
     assert "| pruned | 0 of 1 | 0.0 | 1 | 0 | -1 ± 0.0 |" in said
@@ -176,7 +202,9 @@ def test_completions_by_transformers(
     prompts = ["def add(a, b):\n", "f"]
     settings: dict[str, Any] = {"dtype": "float32", "trust_remote_code": False}
     one, two = (
-        humaneval.completions_of_transformers(folder, prompts, batch_size=size, **settings)
+        humaneval.completions_of_transformers(
+            folder, prompts, batch_size=size, **settings
+        )
         for size in (1, 2)
     )
     assert one == two
@@ -192,7 +220,9 @@ def test_completions_by_transformers(
         assert text == tokenizer.decode([token for token in new if token not in ends])
 
 
-def test_another_model_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_model_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def downloaded(requirement: str, folder: Path) -> Path:
         name = requirement.partition("==")[0]
         wheel = folder / f"{name}.whl"

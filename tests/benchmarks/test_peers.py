@@ -22,7 +22,12 @@ from tests.integration.runs import tiny_spec
 @pytest.fixture
 def spec(model_folders: dict[str, Path], tmp_path: Path) -> Path:
     """Return a job on a Qwen2, which has no place for most biases."""
-    pruning = {"structure": "groups", "target_sparsity": 0.2, "width_multiple": 4, "num_shots": 2}
+    pruning = {
+        "structure": "groups",
+        "target_sparsity": 0.2,
+        "width_multiple": 4,
+        "num_shots": 2,
+    }
     return tiny_spec(tmp_path, model_folders["qwen2"], pruning=pruning)
 
 
@@ -36,10 +41,14 @@ def dense(inputs: Inputs) -> PreTrainedModel:
 
 
 def gathered(model: PreTrainedModel, inputs: Inputs) -> Any:
-    return peers.gather(model, inputs, [groups.consumer for groups in inputs.layout.group_sets])
+    return peers.gather(
+        model, inputs, [groups.consumer for groups in inputs.layout.group_sets]
+    )
 
 
-def outputs_of(model: torch.nn.Module, name: str, inputs: Inputs) -> tuple[Tensor, Tensor]:
+def outputs_of(
+    model: torch.nn.Module, name: str, inputs: Inputs
+) -> tuple[Tensor, Tensor]:
     """Return the inputs and outputs of a linear for all calibration tokens, in float64."""
     seen: list[tuple[Tensor, Tensor]] = []
     hook = peers.linear(model, name).register_forward_hook(
@@ -63,7 +72,9 @@ def test_scores_match_their_definitions(inputs: Inputs) -> None:
     }
     tokens = torch.from_numpy(inputs.calibration)
     model(input_ids=tokens, labels=tokens).loss.backward()
-    taken = {name: (weight * weight.grad).abs().double() for name, weight in weights.items()}
+    taken = {
+        name: (weight * weight.grad).abs().double() for name, weight in weights.items()
+    }
     for number, columns in enumerate(groups.columns):
         own = x[:, columns]
         norms = W[:, columns].square().sum(dim=0)
@@ -126,6 +137,10 @@ def test_peers_prune_to_the_target_of_a_spec(
     assert all(value > 0 for row in rows[1:] for value in row["divergence"].values())
     for peer in PEERS:
         state = peers.load(folder / "peers" / f"{peer}-spec", "float32").state_dict()
-        linears = [weight for name, weight in state.items() if name.endswith("_proj.weight")]
-        share = sum(int((w == 0).sum()) for w in linears) / sum(w.numel() for w in linears)
+        linears = [
+            weight for name, weight in state.items() if name.endswith("_proj.weight")
+        ]
+        share = sum(int((w == 0).sum()) for w in linears) / sum(
+            w.numel() for w in linears
+        )
         assert 0.2 <= share < 0.35, "the last shot's share"

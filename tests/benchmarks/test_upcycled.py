@@ -40,7 +40,9 @@ def dense() -> PreTrainedModel:
     return tiny_model("llama")
 
 
-def test_every_expert_starts_with_its_own_channels_dropped(dense: PreTrainedModel) -> None:
+def test_every_expert_starts_with_its_own_channels_dropped(
+    dense: PreTrainedModel,
+) -> None:
     model = upcycled.upcycled(dense, NUM_EXPERTS)
     for block, original in zip(model.model.layers, dense.model.layers, strict=True):
         expected = original.mlp.down_proj.weight / (1 - upcycled.DROPPED)
@@ -70,11 +72,15 @@ def test_initialised_routers(
     torch.testing.assert_close(logits(read), logits(started))
     scores = inputs_of_layer(dense, 0) @ started.model.layers[0].mlp.gate.weight.T
     torch.testing.assert_close(scores.std(dim=0), torch.ones(NUM_EXPERTS))
-    torch.testing.assert_close(scores.mean(dim=0), torch.zeros(NUM_EXPERTS), atol=1e-4, rtol=0)
+    torch.testing.assert_close(
+        scores.mean(dim=0), torch.zeros(NUM_EXPERTS), atol=1e-4, rtol=0
+    )
 
 
 def test_training_lowers_the_loss_and_is_absorbed(started: PreTrainedModel) -> None:
-    before = {name: parameter.detach().clone() for name, parameter in started.named_parameters()}
+    before = {
+        name: parameter.detach().clone() for name, parameter in started.named_parameters()
+    }
     perplexity, _ = upcycled.measured(started, TOKENS)
     labels = torch.from_numpy(TOKENS)[:, 1:].flatten()
     predicted = logits(started)[:, :-1].flatten(0, 1)
@@ -84,5 +90,7 @@ def test_training_lowers_the_loss_and_is_absorbed(started: PreTrainedModel) -> N
     assert upcycled.measured(started.eval(), TOKENS)[0] < 0.95 * perplexity
     after = dict(started.named_parameters())
     changed = {name for name in after if not torch.equal(after[name], before[name])}
-    trained = {name for name in before if ".experts." in name or name.endswith("gate.weight")}
+    trained = {
+        name for name in before if ".experts." in name or name.endswith("gate.weight")
+    }
     assert changed == trained

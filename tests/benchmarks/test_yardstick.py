@@ -29,7 +29,11 @@ def test_signs_of_measures_agree_with_quality() -> None:
         | {name: sign * n for name, sign in measures.items()}
         for n in range(3)
     ]
-    assert correlations(entries) == {"acceptance": 1, "divergence": 1, "perplexity a, relative": -1}
+    assert correlations(entries) == {
+        "acceptance": 1,
+        "divergence": 1,
+        "perplexity a, relative": -1,
+    }
 
 
 @pytest.mark.usefixtures("forked")
@@ -42,7 +46,11 @@ def test_measures_match_the_run(
     monkeypatch.setattr(LivePage, "draw", lambda self, record, *, final: None)
     evaluation: dict[str, Any] = {"texts": [windows("python-docs", 2, name="help")]}
     evaluation["generation"] = {"num_prompts": 3, "max_new_tokens": 8}
-    pruning: dict[str, Any] = {"structure": "groups", "groups": ["ffn"], "allocation": "uniform"}
+    pruning: dict[str, Any] = {
+        "structure": "groups",
+        "groups": ["ffn"],
+        "allocation": "uniform",
+    }
     pruning |= {"target_sparsity": 0.1, "num_shots": 1, "width_multiple": 4}
     dense = model_folders["llama"]
     sections = {"pruning": pruning, "evaluation": evaluation}
@@ -68,5 +76,7 @@ def test_measures_match_the_run(
         assert second[name] == pytest.approx(answers[name], rel=1e-4)
     departure = answers["tokens_until_departure"]["mean"]
     assert second["tokens until departure"] == pytest.approx(departure)
-    assert second["perplexity help"] == pytest.approx(shot["perplexity"]["help"], rel=1e-5)
+    assert second["perplexity help"] == pytest.approx(
+        shot["perplexity"]["help"], rel=1e-5
+    )
     assert "| acceptance |" in capsys.readouterr().out

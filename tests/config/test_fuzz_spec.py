@@ -23,7 +23,17 @@ DOCUMENTS = [
     for path in PIPELINES
 ]
 
-STRANGE = ("", "1e400", "~", "../..", "s3://", "pkg://", "pkg://a/../b.gguf", "\x00", "\ufb00")
+STRANGE = (
+    "",
+    "1e400",
+    "~",
+    "../..",
+    "s3://",
+    "pkg://",
+    "pkg://a/../b.gguf",
+    "\x00",
+    "\ufb00",
+)
 TEXTS = st.text(max_size=30) | st.sampled_from([*STRANGE, "1" * 400, "groups", "uniform"])
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | TEXTS,
@@ -32,12 +42,16 @@ VALUES = st.recursive(
 )
 
 
-def places(document: Any, path: tuple[str | int, ...] = ()) -> list[tuple[str | int, ...]]:
+def places(
+    document: Any, path: tuple[str | int, ...] = ()
+) -> list[tuple[str | int, ...]]:
     """Return the path of every value in a document."""
     inside = document if isinstance(document, dict) else {}
     if isinstance(document, list):
         inside = dict(enumerate(document))
-    inner = [place for key, value in inside.items() for place in places(value, (*path, key))]
+    inner = [
+        place for key, value in inside.items() for place in places(value, (*path, key))
+    ]
     return [path, *inner] if path else inner
 
 

@@ -34,16 +34,23 @@ def test_preset_completes_a_job_that_prunes_groups(preset: str) -> None:
     assert spec.curvature.chooses_damping
     assert spec.curvature.sequences_backward == wanted["curvature"]["num_backward"]
     assert spec.pruning.shots == 1
-    assert spec.pruning.reconstruction.num_epochs == wanted["reconstruction"]["num_epochs"]
+    assert (
+        spec.pruning.reconstruction.num_epochs == wanted["reconstruction"]["num_epochs"]
+    )
     assert spec.pruning.reconstruction.learning_rate is None
     assert (spec.recovery is None) == (wanted["recovery"] is None)
     assert getattr(spec.recovery, "learning_rate", None) is None
     assert spec.num_held == min(MOST_HELD, round(0.1 * spec.calibration.num_sequences))
-    assert [text.name for text in spec.evaluation.texts] == ["python-docs", "python-docstrings"]
+    assert [text.name for text in spec.evaluation.texts] == [
+        "python-docs",
+        "python-docstrings",
+    ]
 
 
 def test_spec_overrides_its_preset() -> None:
-    changes = "calibration.num_sequences=7 curvature.damping.a=0.5 evaluation.generation=null "
+    changes = (
+        "calibration.num_sequences=7 curvature.damping.a=0.5 evaluation.generation=null "
+    )
     changes += "pruning.reconstruction.num_epochs=5 recovery.num_tokens=9"
     spec = spec_of("quality", *changes.split())
     calibration = spec.calibration
@@ -57,7 +64,9 @@ def test_spec_overrides_its_preset() -> None:
     assert spec.evaluation.generation is None
     off = spec_of("quality", "recovery=null", "pruning.reconstruction=null")
     assert off.recovery is off.pruning.reconstruction is None
-    assert JobSpec.model_validate(off.model_dump(mode="json")) == off, "it is read as it is"
+    assert JobSpec.model_validate(off.model_dump(mode="json")) == off, (
+        "it is read as it is"
+    )
 
 
 SETTINGS = ("num_backward", "fisher", "damping", "reconstruction")
@@ -87,19 +96,28 @@ def test_presets_leave_out_settings_that_a_method_does_not_have(
         spec.curvature.chooses_damping,
         getattr(spec.pruning, "reconstruction", None) is not None,
     )
-    assert dict(zip(SETTINGS, found, strict=True)) == {name: name in left for name in SETTINGS}
+    assert dict(zip(SETTINGS, found, strict=True)) == {
+        name: name in left for name in SETTINGS
+    }
 
 
 def test_methods_without_curvature_accept_a_preset() -> None:
-    spec = spec_of("balanced", "pruning={structure: element, method: wanda, target_sparsity: 0.5}")
+    spec = spec_of(
+        "balanced", "pruning={structure: element, method: wanda, target_sparsity: 0.5}"
+    )
     assert spec.curvature is None
     assert spec.recovery is not None
-    assert JobSpec.model_validate(spec.model_dump(mode="json")) == spec, "it is read as it is"
+    assert JobSpec.model_validate(spec.model_dump(mode="json")) == spec, (
+        "it is read as it is"
+    )
 
 
 def test_defaults_without_a_preset_and_texts() -> None:
     plain = parse_spec(GROUPS)
-    assert plain.calibration.num_sequences == PRESETS["balanced"]["calibration"]["num_sequences"]
+    assert (
+        plain.calibration.num_sequences
+        == PRESETS["balanced"]["calibration"]["num_sequences"]
+    )
     sizes = "calibration={source: auto, num_sequences: 8, sequence_length: 128}"
     spec = parse_spec(GROUPS, [sizes])
     assert spec.preset is None

@@ -55,9 +55,15 @@ def test_every_field_is_described(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_structure_and_method_select_the_pruning_section() -> None:
     kinds = ["rows_columns", "rows", "columns", "element", "n_m", "groups"]
-    kinds += [f"{s}, method: {m}" for s in ("element", "n_m") for m in ("sparsegpt", "wanda")]
+    kinds += [
+        f"{s}, method: {m}" for s in ("element", "n_m") for m in ("sparsegpt", "wanda")
+    ]
     found = {
-        type(spec_of(f"pruning={{structure: {kind}, target_sparsity: 0.5, num_shots: 1}}").pruning)
+        type(
+            spec_of(
+                f"pruning={{structure: {kind}, target_sparsity: 0.5, num_shots: 1}}"
+            ).pruning
+        )
         for kind in [*kinds, "groups, allocation: uniform"]
     }
     assert found == set(METHODS)
@@ -88,14 +94,18 @@ def test_absent_and_null_sections() -> None:
 
 def test_shares_of_a_mix_sum_to_the_number_of_sequences() -> None:
     seven = "calibration.num_sequences=7"
-    spec = spec_of(f"{seven}; calibration.mix=[{{source: a.txt, weight: 0.5}}, {{source: b.txt}}]")
+    spec = spec_of(
+        f"{seven}; calibration.mix=[{{source: a.txt, weight: 0.5}}, {{source: b.txt}}]"
+    )
     shares = [(text.source, count) for text, count in spec.calibration.shares]
     assert shares == [("python-docs", 3), ("a.txt", 1), ("b.txt", 3)]
     assert spec.method_fingerprint() != spec_of(seven).method_fingerprint()
 
 
 def test_overrides() -> None:
-    changes = "pruning.target_sparsity=0.3; evaluation.0.num_sequences=5; cluster.num_shards=2"
+    changes = (
+        "pruning.target_sparsity=0.3; evaluation.0.num_sequences=5; cluster.num_shards=2"
+    )
     spec = spec_of(f"{changes}; curvature.damping.a=1e-1; evaluation.stop_above=3")
     assert spec.pruning.target_sparsity == 0.3
     assert spec.evaluation.texts[0].num_sequences == 5
@@ -110,7 +120,10 @@ def test_overrides() -> None:
         ("pruning", "expected section.field=value"),
         ("calibration.source=*.txt", "the value is no YAML .* put it into quotes"),
         ("name.first=x", "name is '.*', which has no fields"),
-        ("evaluation.7.name=x", "evaluation is a list with items 0 to 0, and '7' is none of them"),
+        (
+            "evaluation.7.name=x",
+            "evaluation is a list with items 0 to 0, and '7' is none of them",
+        ),
     ],
 )
 def test_misplaced_overrides_are_refused(override: str, message: str) -> None:
@@ -126,7 +139,8 @@ A_TEXT = "{name: t, source: a.txt, num_sequences: 2, sequence_length: 8}"
 N_M = "pruning.structure=n_m"
 GROUPS = "pruning.structure=groups"
 WEIGHED = (
-    "calibration={source: self, num_sequences: 2, sequence_length: 8, chat: true, weigh: answers}"
+    "calibration={source: self, num_sequences: 2, sequence_length: 8, chat: true, "
+    "weigh: answers}"
 )
 NO_OPTION = "is not an option"
 MISTAKES = [
@@ -134,10 +148,16 @@ MISTAKES = [
     ("version=1", "version: Input should be 2"),
     ("name=Not A Name", "name: String should match"),
     ("model={}", "model.source: is missing; add it"),
-    ("model.source=https://huggingface.co/org/name/tree/main", "page of the Hub; .*, org/name"),
+    (
+        "model.source=https://huggingface.co/org/name/tree/main",
+        "page of the Hub; .*, org/name",
+    ),
     ("model.revision=main; model.source=s3://b/m", "revision: belongs to a Hub id"),
     ("model.wheel=x==1", "belongs together"),
-    ("calibration=python-docs", r"expected fields, such as {name: value} \(got 'python-docs'\)"),
+    (
+        "calibration=python-docs",
+        r"expected fields, such as {name: value} \(got 'python-docs'\)",
+    ),
     ("calibration.split=validation", "train and test only"),
     ("calibration.revision=main", "belong to a Hub data set"),
     ("calibration.stride=8; calibration.seed=3", "stride places them"),
@@ -145,12 +165,21 @@ MISTAKES = [
     ("calibration.source=auto; calibration.stride=4", "stride: cannot be given"),
     ("calibration.chat=true", "set source to self"),
     (f"{SELF}; calibration.split=test", "split: belongs to a text that is read"),
-    (f"{SELF}; calibration.chat=true; calibration.prompts=a.txt", "chat, prompts: say different"),
+    (
+        f"{SELF}; calibration.chat=true; calibration.prompts=a.txt",
+        "chat, prompts: say different",
+    ),
     (f"{SELF}; calibration.start_tokens=4", "start_tokens: belongs to starts"),
     (f"{SELF}; calibration.temperature=0", "the same text every time"),
     (f"{SELF}; calibration.weigh=answers", "no text of the calibration has any"),
-    ("calibration.mix=[{source: python-docstrings, weight: 0.1}]", "in 2 sequences is none"),
-    ("calibration.mix=[{source: python-docs, max_tokens: 5}]", "must equal that of python-docs"),
+    (
+        "calibration.mix=[{source: python-docstrings, weight: 0.1}]",
+        "in 2 sequences is none",
+    ),
+    (
+        "calibration.mix=[{source: python-docs, max_tokens: 5}]",
+        "must equal that of python-docs",
+    ),
     (
         "calibration.mix=[{source: python-docs, weight: 0.8}]",
         r"mix\.0\.source: .* are in",
@@ -161,33 +190,61 @@ MISTAKES = [
     ),
     (f"{WEIGHED}; curvature.kind=extended_kfac", "weigh: answers does not go with"),
     (f"evaluation=[{A_TEXT}, {A_TEXT}]", "names must differ"),
-    ("memory.weights=gpu", r"Input should be 'auto', 'device', 'host' or 'disk' \(got 'gpu'\)"),
-    ("memory.scratch=s3://bucket/x", "memory.scratch: s3://bucket/x is not on a local disk"),
+    (
+        "memory.weights=gpu",
+        r"Input should be 'auto', 'device', 'host' or 'disk' \(got 'gpu'\)",
+    ),
+    (
+        "memory.scratch=s3://bucket/x",
+        "memory.scratch: s3://bucket/x is not on a local disk",
+    ),
     ("cluster.num_replicas=3", "cannot be filled by 2"),
-    ("cluster={backend: local, ping_timeout_s: 3}", f"ping_timeout_s: {NO_OPTION} of local"),
+    (
+        "cluster={backend: local, ping_timeout_s: 3}",
+        f"ping_timeout_s: {NO_OPTION} of local",
+    ),
     ("output.exports=uniform", r"expected a list, such as \[a, b\] \(got 'uniform'\)"),
     ("curvature=null", "needs one"),
     ("curvature.seed=3", "seed: draws labels"),
     ("curvature={kind: activations, damping: {g: 0.2}}", "damping.g: has no effect"),
-    ("curvature.kind=extended_kfac; pruning.costs=greedy", "greedy needs one Kronecker term"),
-    (f"curvature.kind=extended_kfac; {GROUPS}", "extended_kfac does not go with structure groups"),
+    (
+        "curvature.kind=extended_kfac; pruning.costs=greedy",
+        "greedy needs one Kronecker term",
+    ),
+    (
+        f"curvature.kind=extended_kfac; {GROUPS}",
+        "extended_kfac does not go with structure groups",
+    ),
     ("recovery.rank=some", "recovery.rank"),
     ("pruning.sparsities=[0.2, 0.1, 0.2]", "must rise"),
     ("pruning.sparsities=[0.1, 0.2]; pruning.num_shots=2", "takes the place"),
     ("pruning.width_multiple=8", f"pruning.width_multiple: {NO_OPTION} of rows_columns"),
     (f"{N_M}; pruning.n_m=[4, 2]", "needs N < M"),
     (f"{N_M}; pruning.target_sparsity=0.6", "more than 2:4 can remove"),
-    (f"{WANDA}; {N_M}; pruning.target_sparsity=0.5", "to 2:4 at once; set target_sparsity to 0.5"),
+    (
+        f"{WANDA}; {N_M}; pruning.target_sparsity=0.5",
+        "to 2:4 at once; set target_sparsity to 0.5",
+    ),
     (f"{WANDA}; curvature.damping.a=0.1", "gathers its own"),
     (f"{ELEMENT}; pruning.costs=obs_sum", "is of N:M groups"),
-    (f"{ELEMENT}; pruning.update={{solver: single, num_iterations: 4}}", "has no iterations"),
+    (
+        f"{ELEMENT}; pruning.update={{solver: single, num_iterations: 4}}",
+        "has no iterations",
+    ),
     (f"{GROUPS}; pruning.groups=[ffn, ffn]", "name a kind twice"),
-    (f"{GROUPS}; pruning.groups=[experts]; curvature.damping={{a: 0.1}}", "invert no factor"),
+    (
+        f"{GROUPS}; pruning.groups=[experts]; curvature.damping={{a: 0.1}}",
+        "invert no factor",
+    ),
 ]
 
 
-@pytest.mark.parametrize(("changes", "message"), MISTAKES, ids=[row[0] for row in MISTAKES])
-def test_mistake_is_reported_once_and_in_terms_of_the_spec(changes: str, message: str) -> None:
+@pytest.mark.parametrize(
+    ("changes", "message"), MISTAKES, ids=[row[0] for row in MISTAKES]
+)
+def test_mistake_is_reported_once_and_in_terms_of_the_spec(
+    changes: str, message: str
+) -> None:
     with pytest.raises(ValidationError) as caught:
         spec_of(changes)
     first, *lines = validation_message(caught.value, "spec.yaml").split("\n")
@@ -206,7 +263,10 @@ def test_overrides_in_the_readme_are_valid() -> None:
     found = re.findall(pattern, (ROOT / "README.md").read_text())
     assert found
     for file, overrides in found:
-        parse_spec((ROOT / "pipelines" / file).read_text(), overrides.replace("--set ", "").split())
+        parse_spec(
+            (ROOT / "pipelines" / file).read_text(),
+            overrides.replace("--set ", "").split(),
+        )
 
 
 @pytest.mark.parametrize(
@@ -218,14 +278,21 @@ def test_overrides_in_the_readme_are_valid() -> None:
         ("curvature.damping.g=0.5", False),
     ],
 )
-def test_method_fingerprint_depends_on_the_method_only(changes: str, is_same: bool) -> None:
-    assert (spec_of(changes).method_fingerprint() == spec_of().method_fingerprint()) == is_same
+def test_method_fingerprint_depends_on_the_method_only(
+    changes: str, is_same: bool
+) -> None:
+    assert (
+        spec_of(changes).method_fingerprint() == spec_of().method_fingerprint()
+    ) == is_same
 
 
 def test_schedules_of_targets() -> None:
     linear = spec_of("pruning.num_shots=4").pruning.targets
     assert linear == pytest.approx([0.05, 0.1, 0.15, 0.2])
-    assert spec_of("pruning.num_shots=3; pruning.target_sparsity=0.23").pruning.targets[-1] == 0.23
+    assert (
+        spec_of("pruning.num_shots=3; pruning.target_sparsity=0.23").pruning.targets[-1]
+        == 0.23
+    )
     assert spec_of("pruning.sparsities=[0.15, 0.2]").pruning.targets == (0.15, 0.2)
 
 
@@ -235,7 +302,10 @@ def test_schedules_of_targets() -> None:
         ("name=x", 64),
         ("pruning.tensor_parallel=4", 256),
         ("pruning.width_multiple=8", 8),
-        ("pruning.allocation=uniform; output.exports=[uniform]; output.quantize.scheme=int8", 128),
+        (
+            "pruning.allocation=uniform; output.exports=[uniform]; output.quantize.scheme=int8",
+            128,
+        ),
     ],
 )
 def test_default_width_multiple(changes: str, multiple: int) -> None:

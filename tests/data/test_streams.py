@@ -47,7 +47,9 @@ def streamed(*sources: object, **fields: object) -> list[tuple[StreamedSection, 
     """Return sections with the same fields, one per source."""
     return [
         (
-            StreamedSection.model_validate({"source": str(source), "split": "all", **fields}),
+            StreamedSection.model_validate(
+                {"source": str(source), "split": "all", **fields}
+            ),
             f"t.{i}",
         )
         for i, source in enumerate(sources)
@@ -133,23 +135,32 @@ def test_windows_begin_with_the_bos_token_if_texts_do(
     chatty = beginning(tokenizer, "<end> $A")
     expected = [[0, *window] for window in cut(whole(tokenizer), LENGTH - 1)]
     for used, bos in ((chatty, None), (tokenizer, True)):
-        assert drained(TextStream(streamed(lines, bos=bos), LENGTH, used, 0, 1)) == expected
+        assert (
+            drained(TextStream(streamed(lines, bos=bos), LENGTH, used, 0, 1)) == expected
+        )
     tokenizer = FastTokenizer(tokenizer_object=tokenizer.backend_tokenizer)
-    with pytest.raises(ValueError, match=r"^t\.0\.bos: true, but the tokenizer has no BOS token"):
+    with pytest.raises(
+        ValueError, match=r"^t\.0\.bos: true, but the tokenizer has no BOS token"
+    ):
         TextStream(streamed(lines, bos=True), LENGTH, tokenizer, 0)
 
 
 @pytest.mark.parametrize("buffer", [8, 1024])
-def test_buffer_shuffles_windows(buffer: int, lines: Path, tokenizer: FastTokenizer) -> None:
+def test_buffer_shuffles_windows(
+    buffer: int, lines: Path, tokenizer: FastTokenizer
+) -> None:
     """No window is early by the size of the buffer or more, and none is lost."""
     ordered = cut(whole(tokenizer))
     first, again, other = (
-        drained(TextStream(streamed(lines), LENGTH, tokenizer, seed, buffer)) for seed in (0, 0, 1)
+        drained(TextStream(streamed(lines), LENGTH, tokenizer, seed, buffer))
+        for seed in (0, 0, 1)
     )
     assert first == again != other
     assert sorted(first) == sorted(other) == sorted(ordered)
     places = np.array([ordered.index(window) for window in first])
-    assert len(set(places)) == len(ordered) > 100, "windows differ, so that places are known"
+    assert len(set(places)) == len(ordered) > 100, (
+        "windows differ, so that places are known"
+    )
     assert (places - np.arange(len(places)) < buffer).all()
     moved = np.abs(places - np.arange(len(places))).mean()
     assert moved > (len(ordered) / 5 if buffer > len(ordered) else 2)
@@ -177,9 +188,12 @@ MANY = [float(weight) for weight in "32331311133113331313332312133"]
 
 
 @pytest.mark.parametrize(
-    "weights", [[1.0], [1, 1], [3, 1], [0.9, 0.07, 0.03], [5, 1, 1, 1, 1, 1, 1, 7, 0.001], MANY]
+    "weights",
+    [[1.0], [1, 1], [3, 1], [0.9, 0.07, 0.03], [5, 1, 1, 1, 1, 1, 1, 7, 0.001], MANY],
 )
-def test_texts_take_turns_by_their_weights(weights: list[float], tokenizer: FastTokenizer) -> None:
+def test_texts_take_turns_by_their_weights(
+    weights: list[float], tokenizer: FastTokenizer
+) -> None:
     """After any number of windows, up to less than one window.
 
     Choosing the text that is furthest behind would put the last ones off by more.
@@ -242,16 +256,21 @@ def test_end_of_a_text_is_an_error(lines: Path, tokenizer: FastTokenizer) -> Non
     windows = stream.windows()
     assert len(list(islice(windows, total))) == total
     said = (
-        rf"^recovery\.texts\.1 \({lines}\): it ended after {count * LENGTH} tokens, {count} windows"
+        rf"^recovery\.texts\.1 \({lines}\): it ended after {count * LENGTH} tokens, "
+        f"{count} windows"
     )
-    with pytest.raises(TextEndedError, match=said + "; train on fewer tokens, give another text"):
+    with pytest.raises(
+        TextEndedError, match=said + "; train on fewer tokens, give another text"
+    ):
         next(windows)
     with pytest.raises(TextEndedError, match=said):
         next(stream.windows(total + 1))
 
     stream.check_length(total)
     needed = rf"has {len(whole(tokenizer))} tokens, but its {count + 1} of {total + 1} windows of"
-    with pytest.raises(TextEndedError, match=rf"{needed} {LENGTH} need {(count + 1) * LENGTH};"):
+    with pytest.raises(
+        TextEndedError, match=rf"{needed} {LENGTH} need {(count + 1) * LENGTH};"
+    ):
         stream.check_length(total + 1)
 
 
@@ -270,7 +289,10 @@ def test_check_length_reads_no_more_than_needed(
     stream = TextStream(streamed(lines, split=split, **limit), LENGTH, tokenizer, 0)
     assert len(drained(stream)) == most
     stream.check_length(most)
-    remedy = "raise the weight of others" + ", or max_tokens if the text is longer" * bool(limit)
+    remedy = (
+        "raise the weight of others"
+        + ", or max_tokens if the text is longer" * bool(limit)
+    )
     with pytest.raises(TextEndedError, match=f"need {(most + 1) * LENGTH}; .*{remedy}$"):
         stream.check_length(most + 1)
 
@@ -301,7 +323,9 @@ def test_stream_of_code_has_every_file(
         (tmp_path / name).write_text(name)
     monkeypatch.setattr("sysconfig.get_path", lambda name: tmp_path)
     parts = {
-        split: set(documents.documents_of(streamed("python-code", split=split)[0][0], "t"))
+        split: set(
+            documents.documents_of(streamed("python-code", split=split)[0][0], "t")
+        )
         for split in ("train", "test", "all")
     }
     assert parts["train"] | parts["test"] == parts["all"] == names
@@ -314,7 +338,10 @@ def test_stream_of_code_has_every_file(
         ({"stride": 4}, "stride, seed: choose windows.*; remove them"),
         ({"seed": 4}, "stride, seed: choose windows.*; remove them"),
         ({"weight": 0}, "greater than 0"),
-        ({"split": "dev"}, "split: is 'dev', but python-docs has train and test and all only"),
+        (
+            {"split": "dev"},
+            "split: is 'dev', but python-docs has train and test and all only",
+        ),
         ({"source": "self"}, "source: self has a place in the calibration only"),
     ],
 )
@@ -323,10 +350,18 @@ def test_invalid_fields_are_refused(fields: dict[str, object], said: str) -> Non
         StreamedSection.model_validate({"source": "python-docs", **fields})
 
 
-def test_limit_without_effect_is_refused(tmp_path: Path, tokenizer: FastTokenizer) -> None:
-    for source, split in (("python-docs", "all"), ("python-code", "train"), ("hub/set", "train")):
+def test_limit_without_effect_is_refused(
+    tmp_path: Path, tokenizer: FastTokenizer
+) -> None:
+    for source, split in (
+        ("python-docs", "all"),
+        ("python-code", "train"),
+        ("hub/set", "train"),
+    ):
         sections = streamed(source, split=split, max_tokens=100)
-        with pytest.raises(ValueError, match=rf"^t\.0\.max_tokens: {source} with split {split} is"):
+        with pytest.raises(
+            ValueError, match=rf"^t\.0\.max_tokens: {source} with split {split} is"
+        ):
             TextStream(sections, LENGTH, tokenizer, 0)
 
 

@@ -56,17 +56,23 @@ def test_tokenizer_that_loses_spaces_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("begin", [[], [7777]])
-def test_strided_and_drawn_windows(begin: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_strided_and_drawn_windows(
+    begin: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Strided windows are at their places; drawn ones do not overlap and depend on the seed. All
     begin with the first token if there is one.
     """
     own = 10 - len(begin)
     text = np.arange(100 * own)
-    monkeypatch.setattr(texts, "token_stream", lambda section, *_: text[: section.max_tokens])
+    monkeypatch.setattr(
+        texts, "token_stream", lambda section, *_: text[: section.max_tokens]
+    )
 
     def cut(count: int, **fields: int) -> Windows:
         section = source("text", bos=bool(begin), **fields)
-        return texts.read_windows(section, count, 10, Mock(bos_token_id=7777), "calibration")
+        return texts.read_windows(
+            section, count, 10, Mock(bos_token_id=7777), "calibration"
+        )
 
     placed = cut(3, stride=200)
     assert placed.tokens.tolist() == [[*begin, *range(s, s + own)] for s in (0, 200, 400)]
@@ -81,21 +87,26 @@ def test_strided_and_drawn_windows(begin: list[int], monkeypatch: pytest.MonkeyP
 
 
 def test_mixed_windows_are_spread_evenly() -> None:
-    parts = [Windows(np.full((count, 4), number), "") for number, count in enumerate((4, 2, 1))]
+    parts = [
+        Windows(np.full((count, 4), number), "") for number, count in enumerate((4, 2, 1))
+    ]
     found = interleaved(parts)
     assert found.tokens[:, 0].tolist() == [0, 1, 0, 2, 0, 1, 0]
     assert interleaved(parts[:1]) is parts[0]
     assert found.fingerprint != interleaved(parts[:2]).fingerprint
 
 
-def test_docstrings_of_installed_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_docstrings_of_installed_packages(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def function(says: str) -> str:
         return f"def f():\n    {says * 40!r}\n"
 
     members = {
         "library/text.py": function("Of the standard library. "),
         "alpha/one.py": function("Of alpha. "),
-        "alpha/two.py": function("Of alpha, too. ") + "    def m(self):\n        'A label.'\n",
+        "alpha/two.py": function("Of alpha, too. ")
+        + "    def m(self):\n        'A label.'\n",
         "alpha/copied.py": function("Of the standard library. "),
         "alpha/tests/one.py": function("Of its tests. "),
         "beta/__init__.py": f"{'Of the module. ' * 40!r}\n" + function("Of beta. "),
@@ -103,8 +114,12 @@ def test_docstrings_of_installed_packages(tmp_path: Path, monkeypatch: pytest.Mo
     for name in ("alpha", "beta"):
         about = f"{name}-1.dist-info"
         files = [path for path in members if path.startswith(name)]
-        members[f"{about}/METADATA"] = f"Metadata-Version: 2.1\nName: {name}\nVersion: 1\n"
-        members[f"{about}/RECORD"] = "".join(f"{path},,\n" for path in [*files, "gone.py"])
+        members[f"{about}/METADATA"] = (
+            f"Metadata-Version: 2.1\nName: {name}\nVersion: 1\n"
+        )
+        members[f"{about}/RECORD"] = "".join(
+            f"{path},,\n" for path in [*files, "gone.py"]
+        )
     for path, text in members.items():
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / path).write_text(text)
@@ -117,14 +132,17 @@ def test_docstrings_of_installed_packages(tmp_path: Path, monkeypatch: pytest.Mo
     assert beginnings.index("Of beta") < 2
 
 
-@pytest.mark.parametrize("name", ["python-docs", "package-descriptions", "python-docstrings"])
+@pytest.mark.parametrize(
+    "name", ["python-docs", "package-descriptions", "python-docstrings"]
+)
 def test_texts_of_the_installation(
     name: str, tokenizer: FastTokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Eighty percent are for training."""
     monkeypatch.setattr(texts, "DOCUMENTS_PER_CALL", 9)  # the first ones are enough
     train, test = (
-        stream(tokenizer, name, max_tokens=3000, split=split) for split in ("train", "test")
+        stream(tokenizer, name, max_tokens=3000, split=split)
+        for split in ("train", "test")
     )
     assert (len(train), len(test)) == (2400, 600)
     docs = tokens_of(tokenizer, *list(topics.values())[:9])[:3000]
@@ -132,7 +150,9 @@ def test_texts_of_the_installation(
 
 
 @pytest.mark.parametrize("kind", ["txt", "jsonl", "parquet"])
-def test_text_files_of_every_kind(kind: str, tmp_path: Path, tokenizer: FastTokenizer) -> None:
+def test_text_files_of_every_kind(
+    kind: str, tmp_path: Path, tokenizer: FastTokenizer
+) -> None:
     path = tmp_path / f"text.{kind}"
     if kind == "parquet":
         pyarrow.parquet.write_table(pyarrow.table({"text": DOCUMENTS}), path)
@@ -140,7 +160,9 @@ def test_text_files_of_every_kind(kind: str, tmp_path: Path, tokenizer: FastToke
         lines = [json.dumps({"text": d, "id": i}) for i, d in enumerate(DOCUMENTS)]
         path.write_text("\n\n".join(DOCUMENTS) if kind == "txt" else "\n".join(lines))
     train = stream(tokenizer, path)
-    assert train + stream(tokenizer, path, split="test") == tokens_of(tokenizer, *DOCUMENTS)
+    assert train + stream(tokenizer, path, split="test") == tokens_of(
+        tokenizer, *DOCUMENTS
+    )
     with fsspec.open(f"memory://texts/{path.name}", "wb") as file:
         file.write(path.read_bytes())
     assert stream(tokenizer, f"memory://texts/{path.name}") == train
@@ -148,10 +170,14 @@ def test_text_files_of_every_kind(kind: str, tmp_path: Path, tokenizer: FastToke
     assert stream(tokenizer, tmp_path / f"*.{kind}", max_tokens=100) == train[:80]
 
 
-def test_datasets_with_and_without_splits(tmp_path: Path, tokenizer: FastTokenizer) -> None:
+def test_datasets_with_and_without_splits(
+    tmp_path: Path, tokenizer: FastTokenizer
+) -> None:
     """A dataset with its own splits, and a folder for load_dataset."""
     parts = {"train": DOCUMENTS[:30], "test": DOCUMENTS[30:]}
-    sets = {name: datasets.Dataset.from_dict({"body": part}) for name, part in parts.items()}
+    sets = {
+        name: datasets.Dataset.from_dict({"body": part}) for name, part in parts.items()
+    }
     datasets.DatasetDict(sets).save_to_disk(tmp_path / "set")
     found = stream(tokenizer, tmp_path / "set", split="test", column="body")
     assert found == tokens_of(tokenizer, *DOCUMENTS[30:])
@@ -172,7 +198,9 @@ def test_windows_of_a_job_begin_like_the_tokenizer(
     assert first_token(beginning(tokenizer, "$A <end>")) is None
 
     def begun(source: Path, **changes: object) -> list[bool]:
-        inputs = check(parse_spec(tiny_spec(tmp_path, source, **changes).read_text()), dry_run=True)
+        inputs = check(
+            parse_spec(tiny_spec(tmp_path, source, **changes).read_text()), dry_run=True
+        )
         windows = [inputs.calibration, *inputs.texts.values()]
         assert [w.shape for w in windows] == [(6, 40), (4, 40), (3, 32)]
         return [bool((w[:, 0] == tokenizer.bos_token_id).all()) for w in windows]
@@ -180,7 +208,9 @@ def test_windows_of_a_job_begin_like_the_tokenizer(
     assert begun(model) == [True, True, True]
     assert begun(model, calibration__bos=False) == [False, True, True]
     assert begun(model_folders["llama"], calibration__bos=True) == [True, False, False]
-    (model / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    (model / "tokenizer_config.json").write_text(
+        '{"tokenizer_class": "PreTrainedTokenizerFast"}'
+    )
     message = r"calibration\.bos: true, but the tokenizer has no BOS token"
     with pytest.raises(ValueError, match=message):
         begun(model, calibration__bos=True)
@@ -191,7 +221,9 @@ def test_text_is_read_only_as_far_as_needed(
 ) -> None:
     monkeypatch.setattr(documents, "PIECE_BYTES", 1000)
     (tmp_path / "long.txt").write_text("one two three four five six seven\n" * 3000)
-    tokenizer = Mock(side_effect=lambda chunk, **_: {"input_ids": [7] * len(chunk.split())})
+    tokenizer = Mock(
+        side_effect=lambda chunk, **_: {"input_ids": [7] * len(chunk.split())}
+    )
     text = source(tmp_path / "long.txt", max_tokens=300)
     assert len(texts.token_stream(text, tokenizer, "calibration")) == 240, "of train"
     assert len(tokenizer.call_args_list) == 2
@@ -228,7 +260,9 @@ CHAT = (
 
 def chat(*messages: tuple[str, str]) -> str:
     """Return a line of a prompts file with messages, given as roles and texts."""
-    return json.dumps({"messages": [{"role": role, "content": text} for role, text in messages]})
+    return json.dumps(
+        {"messages": [{"role": role, "content": text} for role, text in messages]}
+    )
 
 
 @pytest.fixture
@@ -247,7 +281,8 @@ def test_prompts_are_read(tmp_path: Path, chatty: FastTokenizer) -> None:
     found = prompts.read_prompts(str(path), chatty, "calibration.prompts")
 
     question, begin, answer = (
-        tuple(tokens_of(chatty, text)) for text in ("<u>Why?<end><a>", "def f(", "So.<end>")
+        tuple(tokens_of(chatty, text))
+        for text in ("<u>Why?<end><a>", "def f(", "So.<end>")
     )
     assert found[0].tokens == (chatty.bos_token_id, *begin)
     assert found[1].tokens == found[2].tokens == question
@@ -281,7 +316,9 @@ def test_invalid_prompts_are_refused(
 
 
 @pytest.mark.parametrize("is_chat", [False, True])
-def test_default_mix_depends_on_the_chat_template(is_chat: bool, chatty: FastTokenizer) -> None:
+def test_default_mix_depends_on_the_chat_template(
+    is_chat: bool, chatty: FastTokenizer
+) -> None:
     chatty.chat_template = CHAT if is_chat else None
     for count, length in ((1, 32), (2, 64), (64, 512), (256, 2048)):
         sizes = {"num_sequences": count, "sequence_length": length, "held_aside": 0.2}
@@ -294,17 +331,25 @@ def test_default_mix_depends_on_the_chat_template(is_chat: bool, chatty: FastTok
         assert (found.held_aside, found.sequence_length) == (0.2, length)
         assert CalibrationSection.model_validate(found.model_dump(mode="json")) == found
         small = ("python-docs", "python-docstrings")
-        assert all(n * length <= 48_000 for text, n in found.shares if text.source in small)
+        assert all(
+            n * length <= 48_000 for text, n in found.shares if text.source in small
+        )
         assert ("conversations" in line) == is_chat
 
 
-def test_conversations_need_a_chat_template(tmp_path: Path, tokenizer: FastTokenizer) -> None:
+def test_conversations_need_a_chat_template(
+    tmp_path: Path, tokenizer: FastTokenizer
+) -> None:
     (tmp_path / "chat.jsonl").write_text(chat(("user", "a")))
     with pytest.raises(ValueError, match=r"line 1 .*has no chat template; give prompt"):
         prompts.read_prompts(str(tmp_path / "chat.jsonl"), tokenizer, "here")
-    with pytest.raises(ValueError, match="weigh: answers, but the model has no chat template"):
+    with pytest.raises(
+        ValueError, match="weigh: answers, but the model has no chat template"
+    ):
         default_mix(calibration(source="auto", weigh="answers"), tokenizer)
 
 
 def calibration(**fields: object) -> CalibrationSection:
-    return CalibrationSection.model_validate({"num_sequences": 8, "sequence_length": 64, **fields})
+    return CalibrationSection.model_validate(
+        {"num_sequences": 8, "sequence_length": 64, **fields}
+    )

@@ -22,10 +22,14 @@ ROOT = Path(__file__).parent.parent.parent
 SCHEMAS = Path(__file__).parent / "kuberay-crds"
 KUSTOMIZATIONS = (ROOT / "deploy").glob("**/kustomization.yaml")
 FOLDERS = sorted(p.parent.relative_to(ROOT / "deploy").as_posix() for p in KUSTOMIZATIONS)
-RENDERED = [f for f in FOLDERS if not f.startswith("components") and f != "serviceaccount"]
+RENDERED = [
+    f for f in FOLDERS if not f.startswith("components") and f != "serviceaccount"
+]
 OVERLAYS = [f for f in FOLDERS if f.startswith("overlays")]
 
-needs_kubectl = pytest.mark.skipif(shutil.which("kubectl") is None, reason="no kubectl here")
+needs_kubectl = pytest.mark.skipif(
+    shutil.which("kubectl") is None, reason="no kubectl here"
+)
 
 
 @functools.cache
@@ -52,7 +56,9 @@ def strict(schema: Any) -> Any:
     properties = schema.get("properties")
     open_ended = {"x-kubernetes-preserve-unknown-fields", "additionalProperties"}
     if isinstance(properties, dict):
-        if not open_ended & {name for name, value in schema.items() if value is not False}:
+        if not open_ended & {
+            name for name, value in schema.items() if value is not False
+        }:
             new["additionalProperties"] = False
         required = schema.get("required", [])
         new["required"] = [n for n in required if "default" not in properties.get(n, {})]
@@ -89,7 +95,9 @@ def groups_of(document: dict[str, Any]) -> list[dict[str, Any]]:
 
 @needs_kubectl
 @pytest.mark.parametrize("folder", RENDERED)
-def test_manifests_follow_the_rules_of_the_operator_and_of_this_project(folder: str) -> None:
+def test_manifests_follow_the_rules_of_the_operator_and_of_this_project(
+    folder: str,
+) -> None:
     found = objects(folder)
     document = found.get("RayJob") or found["RayCluster"]
     check(document)
@@ -112,19 +120,29 @@ def test_manifests_follow_the_rules_of_the_operator_and_of_this_project(folder: 
     for pod, group in zip(pods, groups_of(document), strict=True):
         container = pod["containers"][0]
         assert {"livenessProbe", "readinessProbe"} <= set(container)
-        values = {variable["name"]: variable.get("value") for variable in container["env"]}
+        values = {
+            variable["name"]: variable.get("value") for variable in container["env"]
+        }
         if "client" in {port["name"] for port in container.get("ports", ())}:
-            assert values["GRPC_ENABLE_FORK_SUPPORT"] == "0", "else clients are not served at times"
-        mounts = {mount["mountPath"]: mount["name"] for mount in container["volumeMounts"]}
+            assert values["GRPC_ENABLE_FORK_SUPPORT"] == "0", (
+                "else clients are not served at times"
+            )
+        mounts = {
+            mount["mountPath"]: mount["name"] for mount in container["volumeMounts"]
+        }
         assert mounts["/dev/shm"] == "shm"
         assert values["TMPDIR"] in mounts, "exports are fetched to there"
         assert values["RAY_TMPDIR"] == "/tmp", "where the operator's containers look"
         assert "/tmp" in mounts, "the root cannot be written to"
         assert values["HOME"].startswith("/cache/")
-        assert pod["terminationGracePeriodSeconds"] > 30, "Ray drains a node that ends for so long"
+        assert pod["terminationGracePeriodSeconds"] > 30, (
+            "Ray drains a node that ends for so long"
+        )
         volumes = {volume["name"]: volume for volume in pod["volumes"]}
         assert {*mounts.values()} == volumes.keys()
-        sizes = {name: volumes[name]["emptyDir"]["sizeLimit"] for name in ("cache", "tmp")}
+        sizes = {
+            name: volumes[name]["emptyDir"]["sizeLimit"] for name in ("cache", "tmp")
+        }
         on_disk = sum(map(gibibytes, sizes.values()))
         assert int(values["RAY_SURGEON_DISK"]) == gibibytes(sizes["cache"]) * 2**30
         assert len(values) == len(container["env"]), "no variable twice"
@@ -145,9 +163,13 @@ def check_rules_of_jobs(spec: dict[str, Any]) -> None:
     shuts_down = spec.get("shutdownAfterJobFinishes", False)
     assert shuts_down != ("deletionStrategy" in spec), "one of them"
     assert shuts_down or not {"suspend", "ttlSecondsAfterFinished"} & spec.keys()
-    assert not spec["rayClusterSpec"].get("enableInTreeAutoscaling"), "it excludes DeleteWorkers"
+    assert not spec["rayClusterSpec"].get("enableInTreeAutoscaling"), (
+        "it excludes DeleteWorkers"
+    )
     rules = spec.get("deletionStrategy", {}).get("deletionRules", [])
-    seconds = {(str(r["condition"]).split(",")[0], r["policy"]): r["condition"] for r in rules}
+    seconds = {
+        (str(r["condition"]).split(",")[0], r["policy"]): r["condition"] for r in rules
+    }
     assert len(seconds) == len(rules), "no rule twice"
     for (condition, policy), given in seconds.items():
         assert len(given.keys() & {"jobStatus", "jobDeploymentStatus"}) == 1
@@ -175,13 +197,20 @@ def test_cluster_fits_the_job_spec(folder: str) -> None:
     (group,) = found["RayJob"]["spec"]["rayClusterSpec"]["workerGroupSpecs"]
     container = group["template"]["spec"]["containers"][0]
     num_workers = job.cluster.num_shards * job.cluster.num_replicas
-    gpus = group["replicas"] * int(container["resources"]["limits"].get("nvidia.com/gpu", 0))
+    gpus = group["replicas"] * int(
+        container["resources"]["limits"].get("nvidia.com/gpu", 0)
+    )
     assert gpus == num_workers * job.cluster.gpus_per_worker
-    per_pod = int(container["resources"]["requests"]["cpu"]) // job.cluster.cpus_per_worker
+    per_pod = (
+        int(container["resources"]["requests"]["cpu"]) // job.cluster.cpus_per_worker
+    )
     assert group["replicas"] * per_pod >= num_workers
     mounts = {m["mountPath"]: m["name"] for m in container["volumeMounts"]}
     if job.output.uri.startswith("s3://"):
-        assert "eks.amazonaws.com/role-arn" in found["ServiceAccount"]["metadata"]["annotations"]
+        assert (
+            "eks.amazonaws.com/role-arn"
+            in found["ServiceAccount"]["metadata"]["annotations"]
+        )
     else:
         volumes = {v["name"]: v for v in group["template"]["spec"]["volumes"]}
         claim = volumes[mounts["/data"]]["persistentVolumeClaim"]["claimName"]
@@ -193,7 +222,8 @@ def test_cluster_fits_the_job_spec(folder: str) -> None:
 @needs_kubectl
 def test_spot_and_kueue_components() -> None:
     plain, spot, kueue = (
-        objects(f"overlays/{name}")["RayJob"] for name in ("gpu-s3", "gpu-spot-s3", "gpu-kueue-s3")
+        objects(f"overlays/{name}")["RayJob"]
+        for name in ("gpu-s3", "gpu-spot-s3", "gpu-kueue-s3")
     )
     assert spot["spec"]["backoffLimit"] > plain["spec"]["backoffLimit"]
     head, worker = (group["template"]["spec"] for group in groups_of(spot))
@@ -210,12 +240,18 @@ def test_spot_and_kueue_components() -> None:
         name = watched["PodMonitor"]["spec"]["selector"]["matchLabels"]
         assert name.items() <= pod["metadata"]["labels"].items()
     ports = {port["name"] for port in head["spec"]["containers"][0]["ports"]}
-    assert {end["port"] for end in watched["PodMonitor"]["spec"]["podMetricsEndpoints"]} <= ports
+    assert {
+        end["port"] for end in watched["PodMonitor"]["spec"]["podMetricsEndpoints"]
+    } <= ports
     policy = watched["NetworkPolicy"]["spec"]
     assert policy["podSelector"]["matchLabels"] == name
-    admitted = [rule["from"][0]["podSelector"]["matchLabels"] for rule in policy["ingress"]]
+    admitted = [
+        rule["from"][0]["podSelector"]["matchLabels"] for rule in policy["ingress"]
+    ]
     assert name in admitted
-    assert {"app.kubernetes.io/name": "kuberay-operator"} in admitted, "it asks the dashboard"
+    assert {"app.kubernetes.io/name": "kuberay-operator"} in admitted, (
+        "it asks the dashboard"
+    )
     cluster = objects("raycluster")["RayCluster"]["spec"]
     assert cluster["enableInTreeAutoscaling"] is True
     assert cluster["autoscalerOptions"]["version"] == "v2"
@@ -253,9 +289,13 @@ def test_image_is_pinned_and_does_not_run_as_root() -> None:
 
 def test_dashboard_shows_exactly_the_metrics_of_the_package() -> None:
     """Ray prefixes names with `ray_`, and Prometheus appends `_total` to counters."""
-    dashboard = json.loads((ROOT / "deploy/components/monitoring/ray-surgeon.json").read_text())
+    dashboard = json.loads(
+        (ROOT / "deploy/components/monitoring/ray-surgeon.json").read_text()
+    )
     panels = dashboard["panels"]
-    expressions = " ".join(target["expr"] for panel in panels for target in panel["targets"])
+    expressions = " ".join(
+        target["expr"] for panel in panels for target in panel["targets"]
+    )
     gauges = {f"surgeon_{name}" for name in GAUGES}
     used = set(re.findall(r"\bray_(surgeon_\w+)", expressions))
     assert used == gauges | {"surgeon_steps_total", "surgeon_retries_total"}

@@ -75,7 +75,8 @@ def test_waiting_for_a_slow_stopped_or_lost_replica(what_happens: str) -> None:
     address = f"127.0.0.1:{meeting.port}"
     both = [
         processes.Process(
-            target=reduced, args=(rank, address, what_happens, says if not rank else Mock())
+            target=reduced,
+            args=(rank, address, what_happens, says if not rank else Mock()),
         )
         for rank in range(2)
     ]
@@ -104,7 +105,9 @@ def test_gpu_replicas_synchronise_with_gloo_and_copy_with_nccl(
         groups.append(backend)
         return backend
 
-    def broadcast(tensor: torch.Tensor, group: str, group_src: int, async_op: bool) -> Mock:
+    def broadcast(
+        tensor: torch.Tensor, group: str, group_src: int, async_op: bool
+    ) -> Mock:
         done.append(group)
         assert async_op, "NCCL tells only who waits for a collective of its own"
         error = dist.DistBackendError("NCCL error: remote process exited")
@@ -126,7 +129,9 @@ def test_failed_collective_is_reported_as_a_lost_worker() -> None:
     cluster: Any = RayCluster.__new__(RayCluster)
     cluster._ping_timeout_s = 1.0
     cluster._check_that_all_answer = Mock()
-    failure = cluster.as_failure(RayTaskError("call", "...", CollectiveError("NCCL: timed out")))
+    failure = cluster.as_failure(
+        RayTaskError("call", "...", CollectiveError("NCCL: timed out"))
+    )
     assert failure.cause == "communication"
     assert "NCCL: timed out" in str(failure)
 
@@ -212,7 +217,9 @@ def test_tensors_are_sent_together(
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(run, range(2)))
     for rank in range(2):
-        assert set(came[rank]) == {i for i, (owner, _) in enumerate(kept) if owner != rank}
+        assert set(came[rank]) == {
+            i for i, (owner, _) in enumerate(kept) if owner != rank
+        }
         for i, tensor in came[rank].items():
             assert torch.equal(tensor, kept[i][1]), i
             assert tensor.dtype == kept[i][1].dtype
@@ -226,13 +233,20 @@ def double_and_share(worker: Worker, names: list[str]) -> None:
     for name in filter(worker.owns, names):
         worker.shard.set_weight(name, 2 * worker.shard.weight(name))
         mask = worker.mask(name, StructuredMask)
-        worker.masks[name] = mask.without(torch.arange(len(mask.rows)) == 0, ~mask.columns)
+        worker.masks[name] = mask.without(
+            torch.arange(len(mask.rows)) == 0, ~mask.columns
+        )
     worker.share_linears(names)
 
 
-@pytest.mark.parametrize(("family", "place"), [("llama-biases", "device"), ("gpt2", "disk")])
+@pytest.mark.parametrize(
+    ("family", "place"), [("llama-biases", "device"), ("gpt2", "disk")]
+)
 def test_linears_of_a_shard_are_sent_in_four_messages(
-    family: str, place: Place, model_folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+    family: str,
+    place: Place,
+    model_folders: dict[str, Path],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Weights and masks of two owners."""
     cluster = loaded(model_folders[family], 1, 2, Stores(weights=place))

@@ -114,7 +114,10 @@ def counts_of(kind: str, sections: dict[str, Any]) -> dict[str, list[float]]:
 
 
 def on_sim(zygote: Zygote, function: Callable[..., object], **arguments: object) -> Any:
-    request = {"function": f"{function.__module__}:{function.__name__}", "arguments": arguments}
+    request = {
+        "function": f"{function.__module__}:{function.__name__}",
+        "arguments": arguments,
+    }
     return zygote.run_module("tests.pretend_accelerator", request)["returned"]
 
 
@@ -131,7 +134,10 @@ OF_DENSE = {
 OF_MIXTURE = {"load": (119, 119), "evaluation": (337, 7), "commit": (104, 104)}
 RUNS: dict[str, tuple[dict[str, Any], dict[str, tuple[int, int]]]] = {
     "dense": (DENSE, OF_DENSE),
-    "trained": (RECONSTRUCTED, OF_DENSE | {"update": (1942, 182), "recovery": (5095, 108)}),
+    "trained": (
+        RECONSTRUCTED,
+        OF_DENSE | {"update": (1942, 182), "recovery": (5095, 108)},
+    ),
     "taught": (TAUGHT, OF_DENSE | {"recovery": (5255, 140)}),
     "all weights": (ALL_WEIGHTS, OF_DENSE | {"recovery": (3742, 160)}),
     "mixture": (MIXTURE, OF_MIXTURE | {"curvature": (1026, 4), "update": (3486, 728)}),

@@ -13,7 +13,8 @@ from tests.conftest import LAYOUTS
 
 
 @pytest.mark.parametrize(
-    ("num_blocks", "num_shards", "head"), [(8, 2, 3.0), (12, 4, 100.0), (7, 3, 0.0), (5, 5, 4.7)]
+    ("num_blocks", "num_shards", "head"),
+    [(8, 2, 3.0), (12, 4, 100.0), (7, 3, 0.0), (5, 5, 4.7)],
 )
 def test_partition_minimises_the_slowest_shard(
     num_blocks: int, num_shards: int, head: float
@@ -34,7 +35,11 @@ def test_owners_share_the_work_of_their_shard() -> None:
     shapes = LAYOUTS["llama"].linears
     owners = assign_owners(shapes, 3, partition_blocks(4, 2, 1.0))
     load = [
-        sum(s.num_rows**3 + s.num_columns**3 for s in shapes if owners[s.shared_input] == r)
+        sum(
+            s.num_rows**3 + s.num_columns**3
+            for s in shapes
+            if owners[s.shared_input] == r
+        )
         for r in range(3)
     ]
     assert min(load) > 0
@@ -52,7 +57,9 @@ def order_of_shard(shard: int, num_shards: int, n: int) -> Iterator[Operation]:
 
 @pytest.mark.parametrize("num_shards", [1, 2, 5])
 @pytest.mark.parametrize("n", [1, 8])
-def test_schedule_keeps_the_order_of_each_shard_and_is_causal(num_shards: int, n: int) -> None:
+def test_schedule_keeps_the_order_of_each_shard_and_is_causal(
+    num_shards: int, n: int
+) -> None:
     order = one_forward_one_backward(num_shards, n)
     place_of: dict[object, int] = {operation: i for i, operation in enumerate(order)}
     last = num_shards - 1
@@ -63,11 +70,17 @@ def test_schedule_keeps_the_order_of_each_shard_and_is_causal(num_shards: int, n
         for shard in range(last):
             forward = place_of[(shard, "forward", micro_batch)]
             assert forward < place_of[(shard + 1, "forward", micro_batch)]
-            after = (shard + 1, "forward" if shard + 1 == last else "backward", micro_batch)
+            after = (
+                shard + 1,
+                "forward" if shard + 1 == last else "backward",
+                micro_batch,
+            )
             assert place_of[after] < place_of[(shard, "backward", micro_batch)]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.int64])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.float16, torch.int64]
+)
 def test_transport_is_exact_and_returns_an_independent_tensor(dtype: torch.dtype) -> None:
     tensor = (torch.randn(3, 4) * 100).to(dtype)
     payload = encode(tensor)

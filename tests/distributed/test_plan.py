@@ -17,7 +17,12 @@ from ray_surgeon.config.job import JobSpec
 from ray_surgeon.distributed.collectives import MESSAGE_BYTES
 from ray_surgeon.distributed.memory_plan.device_resources import DEVICES, Room
 from ray_surgeon.distributed.memory_plan.planned_job import PlannedJob
-from ray_surgeon.distributed.memory_plan.planner import DoesNotFitError, Plan, Planner, plan_table
+from ray_surgeon.distributed.memory_plan.planner import (
+    DoesNotFitError,
+    Plan,
+    Planner,
+    plan_table,
+)
 from ray_surgeon.distributed.memory_plan.shapes import Shapes
 from ray_surgeon.distributed.memory_plan.step_plan import StepPlan
 from ray_surgeon.distributed.memory_plan.steps import plan_worker
@@ -66,9 +71,13 @@ class Job:
 
     @functools.cached_property
     def placement(self) -> Any:
-        return place(layout_of(self.name), self.spec.cluster.num_shards, self.num_replicas)
+        return place(
+            layout_of(self.name), self.spec.cluster.num_shards, self.num_replicas
+        )
 
-    def plan(self, device_gb: float = 80, host_gb: float = 1000, disk: float = 4000 * GB) -> Plan:
+    def plan(
+        self, device_gb: float = 80, host_gb: float = 1000, disk: float = 4000 * GB
+    ) -> Plan:
         """Return the plan of workers, of which eight share a host."""
         host = host_gb * GB / min(8, self.spec.cluster.num_shards)
         room = Room(device_gb * GB, host, disk, device_is_host=False)
@@ -80,7 +89,9 @@ class Job:
         """Return the steps of the first worker by name; its number of blocks may be given."""
         layout = layout_of(self.name)
         own = BlockRange(0, blocks or self.placement.blocks[0].last, layout.num_blocks)
-        placement = dataclasses.replace(self.placement, blocks=(own, *self.placement.blocks[1:]))
+        placement = dataclasses.replace(
+            self.placement, blocks=(own, *self.placement.blocks[1:])
+        )
         worker = plan_worker(Shapes(layout, self.described), placement, stores, False, 0)
         return {step.name: step for step in worker.steps}
 
@@ -135,11 +146,17 @@ def test_memory_limits_the_sequences_in_one_pass() -> None:
         .steps(Stores(activations="recompute", wave=8, together=8))["curvature"]
         .device
     )
-    narrow = job("llama-2-7b").steps(Stores(activations="recompute", wave=8))["curvature"].device
+    narrow = (
+        job("llama-2-7b")
+        .steps(Stores(activations="recompute", wave=8))["curvature"]
+        .device
+    )
     assert wide > narrow + GB
     on_cpu = Room(80 * GB, 80 * GB, 4000 * GB, device_is_host=True)
     one = job("llama-2-7b")
-    planner = Planner(Shapes(layout_of(one.name), one.described), one.spec.memory, DEVICES["cpu"])
+    planner = Planner(
+        Shapes(layout_of(one.name), one.described), one.spec.memory, DEVICES["cpu"]
+    )
     assert planner.best(one.placement, on_cpu).stores.together == 1
 
 
@@ -220,7 +237,9 @@ def test_layer_removal_is_planned_with_passes_of_half_the_blocks() -> None:
 def test_reconstruction_keeps_layer_inputs_and_trains_one_layer_at_a_time() -> None:
     training = {"reconstruction": {"tokens_per_step": 1024, "num_epochs": 3}}
     without, trained = (
-        job(num_shards=8, num_replicas=2, pruning=pruning, **NOTHING_HELD).steps(blocks=10)
+        job(num_shards=8, num_replicas=2, pruning=pruning, **NOTHING_HELD).steps(
+            blocks=10
+        )
         for pruning in ({}, training)
     )
     layer = 3 * 8192 * 28672
@@ -234,14 +253,20 @@ def test_reconstruction_keeps_layer_inputs_and_trains_one_layer_at_a_time() -> N
     expected = TOKENS * layer * (10 / 2 * of_layer + of_trials)
     assert trained["update"].flops == pytest.approx(expected)
     weights = 24 * layer + 4 * layer / 3
-    assert trained["update"].device > weights + (2 + 2 + 2) * TOKENS * 8192, "inputs and outputs"
+    assert trained["update"].device > weights + (2 + 2 + 2) * TOKENS * 8192, (
+        "inputs and outputs"
+    )
 
 
 def test_mixture_of_experts_is_planned_from_its_configuration() -> None:
     """A quarter of Qwen3-30B-A3B on a quarter of a device, with the memory of its host."""
     layout = layout_of("12 of qwen3-30b-a3b")
     assert layout.num_parameters == 30_532_122_624 - 36 * 623_120_640
-    assert (layout.num_experts, layout.num_active_experts, len(layout.expert_sets)) == (128, 8, 12)
+    assert (layout.num_experts, layout.num_active_experts, len(layout.expert_sets)) == (
+        128,
+        8,
+        12,
+    )
     found = job("12 of qwen3-30b-a3b").plan(device_gb=20)
     assert (found.stores.weights, found.stores.factors) == ("host", "host")
     factors = 12 * 128 * 4 * (768**2 / 2 + 2048**2 / 2)
@@ -270,7 +295,9 @@ def test_tensors_that_a_checkpoint_keeps_together_are_written_together() -> None
 
 
 def test_refusal_names_the_step_that_does_not_fit_and_a_remedy() -> None:
-    expected = "update on shard 0 needs .* of device memory, there are .*; give workers with .* "
+    expected = (
+        "update on shard 0 needs .* of device memory, there are .*; give workers with .* "
+    )
     with pytest.raises(DoesNotFitError, match=expected + "times that"):
         job("9 of llama-3-70b").plan(device_gb=8)
     with pytest.raises(DoesNotFitError, match="of disk"):
@@ -282,7 +309,9 @@ def test_refusal_names_the_smallest_sufficient_number_of_shards() -> None:
         resident = {"weights": "device", "factors": "device"}
         return job(num_shards=num_shards, memory=resident).plan()
 
-    with pytest.raises(DoesNotFitError, match=r"set cluster\.num_shards: (\d+)") as refused:
+    with pytest.raises(
+        DoesNotFitError, match=r"set cluster\.num_shards: (\d+)"
+    ) as refused:
         plan(2)
     number = int(str(refused.value).partition("num_shards: ")[2].partition(",")[0])
     assert plan(number).stores.weights == "device"
@@ -301,7 +330,9 @@ def test_text_generation_is_planned_with_its_cache() -> None:
     written = {"source": "self", "num_sequences": 64}
     found = job(num_shards=8, calibration=written).plan()
     assert found.seconds["sampling"] > 0
-    of_token = layout.num_blocks // 8 * 2 * layout.heads.num_kv * layout.heads.head_dim * 2
+    of_token = (
+        layout.num_blocks // 8 * 2 * layout.heads.num_kv * layout.heads.head_dim * 2
+    )
     caches = 64 * 2048 * of_token
     devices = {step.name: step.device for step in found.workers[0].steps}
     assert caches < devices["sampling"] - devices["load"] < 1.2 * caches
@@ -315,23 +346,32 @@ TWO_BLOCKS = 2 * 2 * (ENTRIES + 2 * 8192)
 HEAD = 2 * 128256 * 8192
 EMBEDDING = HEAD
 LAST = HEAD + 2 * 8192  # with the norm
-SIDES = 2 * (4 * 8192 + 2 * (8192 + 1024) + 3 * (8192 + 28672))  # rows and columns of linears
+SIDES = 2 * (
+    4 * 8192 + 2 * (8192 + 1024) + 3 * (8192 + 28672)
+)  # rows and columns of linears
 LOW_RANK: dict[str, Any] = {"rank": 8, "num_tokens": 16 * 2 * 2048, "learning_rate": 1e-4}
 ALL = LOW_RANK | {"rank": "all"}
 TAUGHT = {"texts": [{"source": "python-code"}]}
 
 
-def recovered(recovery: Mapping[str, Any], stores: Stores = RESIDENT, **sections: Any) -> Plan:
+def recovered(
+    recovery: Mapping[str, Any], stores: Stores = RESIDENT, **sections: Any
+) -> Plan:
     sections = {**NOTHING_HELD, **sections, "recovery": recovery}
     made = job("4 of llama-3-70b", 2, num_replicas=2, **sections)
-    planner = Planner(Shapes(layout_of(made.name), made.described, "cuda"), made.spec.memory, H100)
-    return planner.plan(made.placement, Room(1e12, 1e12, 1e12, device_is_host=False), stores)
+    planner = Planner(
+        Shapes(layout_of(made.name), made.described, "cuda"), made.spec.memory, H100
+    )
+    return planner.plan(
+        made.placement, Room(1e12, 1e12, 1e12, device_is_host=False), stores
+    )
 
 
 def test_memory_of_a_teacher_is_counted_in_its_place() -> None:
     alone = recovered(LOW_RANK).steps["recovery"]
     plans = {
-        place: recovered(LOW_RANK | TAUGHT, Stores(teacher=place)) for place in get_args(Place)
+        place: recovered(LOW_RANK | TAUGHT, Stores(teacher=place))
+        for place in get_args(Place)
     }
     on_device, on_host, on_disk = (plan.steps["recovery"] for plan in plans.values())
     outside = (EMBEDDING, LAST)
@@ -353,7 +393,9 @@ def test_memory_of_a_teacher_is_counted_in_its_place() -> None:
     # states of 32 sequences, or those of the calibration
     assert on_device[1].host - alone[1].host == 2 * 8192 * (32 * 2048 - TOKENS)
     assert on_device[0].host == alone[0].host
-    assert [worker.view.disk_bytes for worker in plans["disk"].workers] == [TWO_BLOCKS] * 2
+    assert [worker.view.disk_bytes for worker in plans["disk"].workers] == [
+        TWO_BLOCKS
+    ] * 2
 
 
 def test_teacher_is_moved_off_the_device_only_if_needed() -> None:
@@ -368,15 +410,22 @@ def test_teacher_is_moved_off_the_device_only_if_needed() -> None:
 def test_training_all_weights_counts_gradients_masters_and_moments() -> None:
     on_host = Stores("device", "host", "recompute")
     parameters = TWO_BLOCKS / 2
-    columns = 2 * (6 * 8192 + 28672)  # bytes that a token keeps of the inputs of a block's linears
+    columns = 2 * (
+        6 * 8192 + 28672
+    )  # bytes that a token keeps of the inputs of a block's linears
     stepping = 4 * parameters / 2  # gradients of one of two blocks
     owned = 12 * parameters / 2 + stepping  # of one of two replicas
     messages = 2 * MESSAGE_BYTES
-    for stores, device, host, products in ((RESIDENT, owned, 0, 6), (on_host, 0, owned, 8)):
+    for stores, device, host, products in (
+        (RESIDENT, owned, 0, 6),
+        (on_host, 0, owned, 8),
+    ):
         whole = recovered(ALL, stores)
         corrected = recovered(LOW_RANK, stores).steps["recovery"]
         views = [worker.view for worker in whole.workers]
-        for own, other, view in zip(whole.steps["recovery"], corrected, views, strict=True):
+        for own, other, view in zip(
+            whole.steps["recovery"], corrected, views, strict=True
+        ):
             passing = view.idle + view.passing(more_kept=columns, num_sequences=1)
             assert own.device - passing == pytest.approx(TWO_BLOCKS + device + messages)
             # and the weights as they were
@@ -394,13 +443,14 @@ def test_training_all_weights_keeps_them_on_the_device() -> None:
     stores = made.plan(device_gb=200).stores
     assert stores.weights == "device"
     remedy = (
-        r"recovery on shard 0 needs .* \(with weights: device, .* or give recovery.rank a number"
+        r"recovery on shard 0 needs .* \(with weights: device, .* or give "
+        r"recovery.rank a number"
     )
     with pytest.raises(DoesNotFitError, match=remedy):
         made.plan(device_gb=24)
-    assert job("9 of llama-3-70b", recovery=LOW_RANK, **NOTHING_HELD).plan(24).stores.weights != (
-        "device"
-    )
+    assert job("9 of llama-3-70b", recovery=LOW_RANK, **NOTHING_HELD).plan(
+        24
+    ).stores.weights != ("device")
 
 
 def test_recovery_plan_counts_trials_checks_and_worker_hours() -> None:

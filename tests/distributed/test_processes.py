@@ -41,7 +41,9 @@ def test_process_of_a_worker_sees_only_its_gpu(
     assert emptied.called == (device != "cpu")
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="others remove no folder that is in use")
+@pytest.mark.skipif(
+    sys.platform != "linux", reason="others remove no folder that is in use"
+)
 def test_process_starts_in_a_removed_working_directory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -68,14 +70,25 @@ def test_process_ends_with_its_parent(tmp_path: Path) -> None:
     sleeper = Path("/proc", where.read_text(), "stat")
     # it has ended, seen or not
     wait_for(
-        lambda: not sleeper.exists() or sleeper.read_text().rpartition(")")[2].split()[0] == "Z"
+        lambda: (
+            not sleeper.exists()
+            or sleeper.read_text().rpartition(")")[2].split()[0] == "Z"
+        )
     )
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="a request of the kernel of Linux")
-def test_process_does_nothing_if_its_parent_ended_before_it_started(tmp_path: Path) -> None:
+def test_process_does_nothing_if_its_parent_ended_before_it_started(
+    tmp_path: Path,
+) -> None:
     module = "ray_surgeon.distributed.die_with_parent"
-    command = [sys.executable, "-m", module, str(os.getppid()), "tests.distributed.sleeper"]
+    command = [
+        sys.executable,
+        "-m",
+        module,
+        str(os.getppid()),
+        "tests.distributed.sleeper",
+    ]
     request = json.dumps({"path": str(tmp_path / "pid"), "seconds": 0})
     done = subprocess.run(
         command, input=request, text=True, capture_output=True, cwd=ROOT, check=False
@@ -88,6 +101,8 @@ def test_process_does_nothing_if_its_parent_ended_before_it_started(tmp_path: Pa
 def test_peak_of_a_process_is_its_largest_reading() -> None:
     """Reading the peak resets it, so a second reading of the same process may be smaller."""
     sizes = [("a", 0, 900), ("a", 0, 100), ("b", 70, 200), ("b", 5, 200)]
-    usages = [Usage(process, 1.0, 10, gpu, anonymous) for process, gpu, anonymous in sizes]
+    usages = [
+        Usage(process, 1.0, 10, gpu, anonymous) for process, gpu, anonymous in sizes
+    ]
     assert largest_of_processes(usages, "peak_anonymous_bytes") == {"a": 900, "b": 200}
     assert largest_of_processes(usages, "peak_gpu_bytes") == {"a": 0, "b": 70}

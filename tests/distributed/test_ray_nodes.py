@@ -14,9 +14,24 @@ from ray_surgeon.distributed.usage import versions
 H100 = {"ray.io/accelerator-type": "H100", "ray.io/market-type": "spot"}
 NODES: list[dict[str, Any]] = [
     {"NodeID": "head", "Alive": True, "Labels": {}, "Resources": {"CPU": 8.0}},
-    {"NodeID": "full", "Alive": True, "Labels": H100, "Resources": {"CPU": 8.0, "GPU": 2.0}},
-    {"NodeID": "free", "Alive": True, "Labels": H100, "Resources": {"CPU": 8.0, "GPU": 1.0}},
-    {"NodeID": "leaving", "Alive": True, "Labels": H100, "Resources": {"CPU": 8.0, "GPU": 8.0}},
+    {
+        "NodeID": "full",
+        "Alive": True,
+        "Labels": H100,
+        "Resources": {"CPU": 8.0, "GPU": 2.0},
+    },
+    {
+        "NodeID": "free",
+        "Alive": True,
+        "Labels": H100,
+        "Resources": {"CPU": 8.0, "GPU": 1.0},
+    },
+    {
+        "NodeID": "leaving",
+        "Alive": True,
+        "Labels": H100,
+        "Resources": {"CPU": 8.0, "GPU": 8.0},
+    },
     {"NodeID": "dead", "Alive": False, "Labels": H100, "Resources": {}},
 ]
 
@@ -33,13 +48,21 @@ def there(monkeypatch: pytest.MonkeyPatch) -> None:
     ("labels", "bundle", "expected"),
     [
         ({"zone": "b"}, {"CPU": 1}, (4, "no node has zone=b; ")),
-        ({"ray.io/market-type": "!spot"}, {"CPU": 3}, (2, "no more node with ray.io/market-type=")),
+        (
+            {"ray.io/market-type": "!spot"},
+            {"CPU": 3},
+            (2, "no more node with ray.io/market-type="),
+        ),
         (
             {"ray.io/accelerator-type": "in(A100, H100)"},
             {"GPU": 1},
             (3, "no more node with ray.io"),
         ),
-        ({"ray.io/accelerator-type": "!in(A100,H100)"}, {"GPU": 1}, (4, "no node with ray.io/acc")),
+        (
+            {"ray.io/accelerator-type": "!in(A100,H100)"},
+            {"GPU": 1},
+            (4, "no node with ray.io/acc"),
+        ),
         ({}, {"CPU": 1, "GPU": 1}, (3, "no more node has 1 CPU and 1 GPU free; ")),
     ],
 )

@@ -29,7 +29,10 @@ from tests.integration.test_pretend_accelerator import (
 )
 from tests.memory.test_transfers import stored, streamed
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"),
+]
 
 OTHER_KERNELS = 50.0
 """How much more than the pretend accelerator's, which has the CPU's kernels, a GPU's results may
@@ -45,15 +48,23 @@ def full_precision() -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_methods_match_the_cpu(method: str, small_models: dict[str, Path], tmp_path: Path) -> None:  # noqa: F811
+def test_methods_match_the_cpu(
+    method: str,
+    small_models: dict[str, Path],  # noqa: F811 - the fixture
+    tmp_path: Path,
+) -> None:
     options, (of_weights, of_perplexity) = METHODS[method]
     for device in ("cpu", "cuda"):
         run_on(device, spec_in(tmp_path / device, small_models["llama"], **options))
-    on_cpu, on_gpu = (report_of(tmp_path / device / "run")["shots"] for device in ("cpu", "cuda"))
+    on_cpu, on_gpu = (
+        report_of(tmp_path / device / "run")["shots"] for device in ("cpu", "cuda")
+    )
     found, expected = (shots[-1]["perplexity"]["docs"] for shots in (on_gpu, on_cpu))
     assert found == pytest.approx(expected, rel=max(OTHER_KERNELS * of_perplexity, 1e-5))
     if (of_weights, of_perplexity) != BY_ITERATIONS:
-        one, other = (tensors_of_shot(tmp_path / d / "run", len(on_cpu)) for d in ("cpu", "cuda"))
+        one, other = (
+            tensors_of_shot(tmp_path / d / "run", len(on_cpu)) for d in ("cpu", "cuda")
+        )
         assert_same(one, other, max(OTHER_KERNELS * of_weights, 1e-5))
 
 
@@ -110,7 +121,9 @@ def test_peak_memory_is_as_planned(kept: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("no_ray_after")
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="NCCL wants a GPU for each rank")
+@pytest.mark.skipif(
+    torch.cuda.device_count() < 2, reason="NCCL wants a GPU for each rank"
+)
 def test_replicas_with_nccl(small_models: dict[str, Path], tmp_path: Path) -> None:  # noqa: F811
     cluster = {"backend": "ray", "gpus_per_worker": 1, "num_replicas": 2}
     options: dict[str, Any] = {"cluster": cluster, "pruning__costs": "obs"}
@@ -129,7 +142,9 @@ def _rate(work: Any, flops: float) -> float:
     return 5 * flops / (time.perf_counter() - start)
 
 
-def test_second_moments_in_bfloat16(record_property: Callable[[str, object], None]) -> None:
+def test_second_moments_in_bfloat16(
+    record_property: Callable[[str, object], None],
+) -> None:
     """They equal the float32 ones. The report of the test has their operations per second, relative
     to those of a plain product.
     """
@@ -137,7 +152,9 @@ def test_second_moments_in_bfloat16(record_property: Callable[[str, object], Non
     num_tokens = 4096
     x = torch.randn(num_tokens, n, device="cuda").bfloat16()
     weight = torch.randn(n, n, device="cuda").bfloat16()
-    total, exact, again = (PackedSymmetric.zeros(n, torch.device("cuda")) for _ in range(3))
+    total, exact, again = (
+        PackedSymmetric.zeros(n, torch.device("cuda")) for _ in range(3)
+    )
     plain = _rate(lambda: x @ weight, 2 * num_tokens * n * n)
     packed = _rate(lambda: total.add(x), 2 * num_tokens * len(total.flat))
     exact.add(x.float())

@@ -37,7 +37,9 @@ def job(model_folders: dict[str, Path], tmp_path: Path) -> Jobs:
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[Cluster]:
     """One Ray for all tests of a process that do not need one of their own."""
-    head = Cluster(initialize_head=True, head_node_args={"num_cpus": 4, "include_dashboard": False})
+    head = Cluster(
+        initialize_head=True, head_node_args={"num_cpus": 4, "include_dashboard": False}
+    )
     yield head
     head.shutdown()
 

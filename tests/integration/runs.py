@@ -130,7 +130,9 @@ Given = tuple[Any, Any]
 
 
 def in_memory(folder: Path) -> Given:
-    return AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    return AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(
+        folder
+    )
 
 
 @dataclass(frozen=True)
@@ -164,7 +166,10 @@ class Done:
 
     @property
     def events(self) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in (self.uri / "events.jsonl").read_text().splitlines()]
+        return [
+            json.loads(line)
+            for line in (self.uri / "events.jsonl").read_text().splitlines()
+        ]
 
     def tensors(self, shot: int) -> dict[str, Tensor]:
         return tensors_of_shot(self.uri, shot)
@@ -211,7 +216,9 @@ class Jobs:
             options.setdefault("pruning__costs", "obs")
         return tiny_spec(self.folder / folder, self.models.get(model, model), **options)
 
-    def inputs(self, changes: Changes = NO_CHANGES, folder: str = "", **more: Any) -> Inputs:
+    def inputs(
+        self, changes: Changes = NO_CHANGES, folder: str = "", **more: Any
+    ) -> Inputs:
         return check(parse_spec(self.spec(changes, folder, **more).read_text()))
 
 
@@ -222,7 +229,9 @@ def loaded(
     layout = ModelLayout.of(AutoConfig.from_pretrained(model))
     cluster = LocalCluster(layout, place(layout, num_shards, num_replicas), 1)
     cluster.stores = stores or cluster.stores
-    cluster.run_all(load, ModelRecipe(ModelSection(source=str(model))), False, cluster.stores)
+    cluster.run_all(
+        load, ModelRecipe(ModelSection(source=str(model))), False, cluster.stores
+    )
     return cluster
 
 
@@ -244,7 +253,9 @@ def overflowing_model(model: Path, folder: Path) -> Path:
     return folder
 
 
-def beginning(tokenizer: PreTrainedTokenizerFast, template: str) -> PreTrainedTokenizerFast:
+def beginning(
+    tokenizer: PreTrainedTokenizerFast, template: str
+) -> PreTrainedTokenizerFast:
     """Return a copy that puts special tokens around a text."""
     changed = copy.deepcopy(tokenizer)
     special = [("<end>", changed.bos_token_id)]
@@ -290,7 +301,9 @@ def assert_same_shot(one: Path, other: Path, shot: int) -> None:
 def kept_of(tensors: dict[str, Tensor], family: str) -> dict[str, Tensor]:
     """Return what stays of every linear, after a check that the rest of its weights is zero."""
     found = {}
-    for name in (name.removesuffix(".weight") for name in tensors if name.endswith(".weight")):
+    for name in (
+        name.removesuffix(".weight") for name in tensors if name.endswith(".weight")
+    ):
         W = tensors[f"{name}.weight"].T if family == "gpt2" else tensors[f"{name}.weight"]
         if f"{name}.kept" in tensors:
             kept = tensors[f"{name}.kept"]
@@ -313,10 +326,14 @@ def difference(one: Path, other: Path, shot: int) -> float:
     b = tensors_of_shot(other, shot)
     assert a.keys() == b.keys()
     masks = [
-        float((a[name] != b[name]).double().mean()) for name in a if a[name].dtype == torch.bool
+        float((a[name] != b[name]).double().mean())
+        for name in a
+        if a[name].dtype == torch.bool
     ]
     weights = sorted(
-        float((a[name] - b[name]).norm() / a[name].norm()) for name in a if name.endswith("weight")
+        float((a[name] - b[name]).norm() / a[name].norm())
+        for name in a
+        if name.endswith("weight")
     )
     return max(sum(masks) / len(masks), weights[len(weights) // 2])
 

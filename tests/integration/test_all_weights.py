@@ -31,7 +31,11 @@ def parameters(cluster: LocalCluster, replica: int) -> dict[str, torch.Tensor]:
 
 
 def test_shards_and_replicas_train_as_one_process_does(llama: Path) -> None:
-    options: dict[str, Any] = {"rank": "all", "num_tokens": 3 * 2 * 24, "learning_rate": 1e-3}
+    options: dict[str, Any] = {
+        "rank": "all",
+        "num_tokens": 3 * 2 * 24,
+        "learning_rate": 1e-3,
+    }
     start = parameters(pruned(llama)[0], 0)
     results = []
     for sizes in ((1, 1), (2, 2)):
@@ -57,19 +61,27 @@ def test_what_does_not_help_leaves_no_trace(llama: Path) -> None:
     found = trained(cluster, text, rank="all", num_tokens=4 * 2 * 24, learning_rate=1.0)
     assert found.undone is not None
     for replica in (0, 1):
-        assert all(torch.equal(p, before[n]) for n, p in parameters(cluster, replica).items())
+        assert all(
+            torch.equal(p, before[n]) for n, p in parameters(cluster, replica).items()
+        )
 
 
 def test_all_weights_are_committed_resumed_and_exported(
     job: Jobs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    exports = {"pruning__allocation": "uniform", "output__exports": ["uniform", "per_block"]}
+    exports = {
+        "pruning__allocation": "uniform",
+        "output__exports": ["uniform", "per_block"],
+    }
     changes = GROUPS | ALL | exports
     done = job(changes, folder="whole")
     for shot in done.shots:
         assert shot["recovery_undone"] is None
         assert shot["recovery_absorbed"] == pytest.approx(1)
-        assert shot["recovery_held_aside"][-1]["value"] < shot["recovery_held_aside"][0]["value"]
+        assert (
+            shot["recovery_held_aside"][-1]["value"]
+            < shot["recovery_held_aside"][0]["value"]
+        )
     assert done.report["plan"]["stores"]["weights"] == "device"
     norm = "model.layers.1.input_layernorm.weight"
     dense = tensor_files.read(str(job.models["llama"] / "model.safetensors"))
@@ -78,9 +90,13 @@ def test_all_weights_are_committed_resumed_and_exported(
     assert not torch.equal(second, first)
     for export in done.exports:
         assert export["reload_max_logit_difference"] < 1e-4
-        written = tensor_files.read(str(done.export(export["kind"]) / "model.safetensors"))
+        written = tensor_files.read(
+            str(done.export(export["kind"]) / "model.safetensors")
+        )
         assert torch.equal(written[norm], second)
-        assert torch.equal(written["model.embed_tokens.weight"], dense["model.embed_tokens.weight"])
+        assert torch.equal(
+            written["model.embed_tokens.weight"], dense["model.embed_tokens.weight"]
+        )
     run = Recovery.train
     ends: list[Callable[[], None]] = [lambda: sys.exit("killed"), lambda: None]
 
@@ -95,7 +111,9 @@ def test_all_weights_are_committed_resumed_and_exported(
             job(changes, folder="resumed")
         shutil.copytree(job.folder / "resumed/run", job.folder / "aside")
         untrained = job(changes, "--resume", folder="resumed", output__exports=[])
-        assert torch.equal(untrained.tensors(2)[norm], first), "what an earlier try trained"
+        assert torch.equal(untrained.tensors(2)[norm], first), (
+            "what an earlier try trained"
+        )
     shutil.rmtree(untrained.uri)
     (job.folder / "aside").rename(untrained.uri)
     again = job(changes, "--resume", folder="resumed")

@@ -31,7 +31,12 @@ from tests.integration import runs
 from tests.integration.runs import LORA, ONE, Given, Jobs, assert_same_shot, loaded
 
 ROOT = Path(__file__).parent.parent.parent
-TEXT = {"source": "python-docs", "num_sequences": 4, "sequence_length": 32, "max_tokens": 4000}
+TEXT = {
+    "source": "python-docs",
+    "num_sequences": 4,
+    "sequence_length": 32,
+    "max_tokens": 4000,
+}
 GROUPS: dict[str, Any] = {"structure": "groups", "groups": ["ffn"], "width_multiple": 8}
 GROUPS |= {"target_sparsity": 0.2, "num_shots": 1}
 
@@ -80,9 +85,9 @@ def test_a_model_in_memory_becomes_really_smaller(
     assert 0.2 - 1e-9 <= result.sparsity < 0.3
     assert set(result.perplexity) == {"test"}
     assert result.report["spec"]["name"] == "model"
-    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items()), (
-        "the model in memory stays"
-    )
+    assert all(
+        torch.equal(before[name], tensor) for name, tensor in model.state_dict().items()
+    ), "the model in memory stays"
     assert "shot 1/1   commit" in capsys.readouterr().out
     again = prune(*given, **sections, output=output, resume=True)
     assert again.perplexity == result.perplexity
@@ -116,7 +121,9 @@ def test_an_export_elsewhere_has_all_chat_templates(given: Given, tmp_path: Path
         if "token" in name or "template" in name:
             (tmp_path / name).parent.mkdir(exist_ok=True)
             files.download(files.join(result.path, name), tmp_path / name)
-    assert AutoTokenizer.from_pretrained(tmp_path).chat_template == tokenizer.chat_template
+    assert (
+        AutoTokenizer.from_pretrained(tmp_path).chat_template == tokenizer.chat_template
+    )
 
 
 def test_a_path_and_a_spec(job: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -137,9 +144,13 @@ def test_a_path_and_a_spec(job: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
     assert result.uri == str(job.folder / "runs/llama")
     assert result.report["plan"]["stores"]["weights"] == "host"
     assert type(result.load()).__name__ == "PrunedForCausalLM"
-    with pytest.raises(ValueError, match="has no export masked; it has \\['per_block'\\]"):
+    with pytest.raises(
+        ValueError, match="has no export masked; it has \\['per_block'\\]"
+    ):
         result.load("masked")
-    with pytest.raises(ValueError, match=r"resume=True in Python.*--set output.uri=.*/llama-2"):
+    with pytest.raises(
+        ValueError, match=r"resume=True in Python.*--set output.uri=.*/llama-2"
+    ):
         prune(source, memory={"weights": "host"})
     spec = job.spec(ONE, "spec").read_text()
     found = ray_surgeon.prune(spec=ray_surgeon.parse_spec(spec), progress=False)
@@ -150,7 +161,10 @@ def test_a_path_and_a_spec(job: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_what_is_wrong_is_said_once_in_words(llama: Path) -> None:
     """As on the command line: no inner names, and nothing of sections that nobody gave."""
-    wrong = {"calibration": TEXT | {"strid": 3}, "pruning": GROUPS | {"target_sparsity": 30}}
+    wrong = {
+        "calibration": TEXT | {"strid": 3},
+        "pruning": GROUPS | {"target_sparsity": 30},
+    }
     with pytest.raises(ValueError, match="is not a valid job spec") as caught:
         prune(str(llama), **wrong)
     first, *lines = str(caught.value).split("\n")
@@ -176,8 +190,16 @@ def test_bad_arguments_are_said_before_a_start(given: Given, job: Jobs) -> None:
         ((*folder, tokenizer), {}, "belongs to a model in memory"),
         (given, {"spec": spec}, "it says everything already"),
         ((str(job.folder / "absent"),), {}, "no folder"),
-        (folder, {"calibration": ["one text", "another"]}, "calibration: expected fields, such as"),
-        (folder, {"calibration": TEXT | {"split": "test"}}, "calibration reads the test part"),
+        (
+            folder,
+            {"calibration": ["one text", "another"]},
+            "calibration: expected fields, such as",
+        ),
+        (
+            folder,
+            {"calibration": TEXT | {"split": "test"}},
+            "calibration reads the test part",
+        ),
         (folder, {"output": 3}, r"output.uri: .*\(got 3\)"),
     ]
     for arguments, sections, message in cases:
@@ -187,7 +209,9 @@ def test_bad_arguments_are_said_before_a_start(given: Given, job: Jobs) -> None:
 
 
 @pytest.mark.parametrize("family", ["llama", "opt"])
-def test_curvature_as_in_a_run(family: str, job: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_curvature_as_in_a_run(
+    family: str, job: Jobs, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, _ = runs.in_memory(job.models[family])
     tokens = job.inputs(model=family).calibration
     found = ray_surgeon.curvature(model, tokens)
@@ -211,7 +235,9 @@ def test_curvature_as_in_a_run(family: str, job: Jobs, monkeypatch: pytest.Monke
     name = list(found)[-1]
     alone = ray_surgeon.curvature(model, tokens, linears=[name])
     kind = name.rpartition(".")[2]
-    assert {name.rpartition(".")[2] for name in gathered} == {kind}, "others would take memory"
+    assert {name.rpartition(".")[2] for name in gathered} == {kind}, (
+        "others would take memory"
+    )
     assert list(alone) == [name]
     assert torch.equal(alone[name].G, found[name].G)
     assert not ray_surgeon.curvature(model, tokens, linears=[])
@@ -222,7 +248,10 @@ def test_curvature_as_in_a_run(family: str, job: Jobs, monkeypatch: pytest.Monke
 
 def test_curvature_of_texts_is_of_their_tokens(model_folders: dict[str, Path]) -> None:
     model, tokenizer = runs.in_memory(model_folders["opt"])
-    texts = ["The quick brown fox jumps over it.", "Another text of another, greater length."]
+    texts = [
+        "The quick brown fox jumps over it.",
+        "Another text of another, greater length.",
+    ]
     tokens = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
     name = next(iter(ModelLayout.of(model.config).shapes))
 
@@ -231,7 +260,9 @@ def test_curvature_of_texts_is_of_their_tokens(model_folders: dict[str, Path]) -
 
     assert torch.equal(inputs(texts, tokenizer), inputs(tokens))
     with_bos = [[tokenizer.bos_token_id, *sequence] for sequence in tokens]
-    assert torch.equal(inputs(texts, runs.beginning(tokenizer, "<end> $A")), inputs(with_bos))
+    assert torch.equal(
+        inputs(texts, runs.beginning(tokenizer, "<end> $A")), inputs(with_bos)
+    )
     for sequences, options, message in [
         (texts, {}, "texts need one"),
         ([[3]], {}, r"sequences\[0\]: 1 tokens.*takes 2"),
@@ -248,9 +279,12 @@ def test_curvature_of_texts_is_of_their_tokens(model_folders: dict[str, Path]) -
 def test_linears_with_and_without_a_bias_share_no_inputs() -> None:
     """DeepSeek-V3's query projection without low rank never has one; what is beside it may."""
     config = runs.config_like("deepseek_v3", q_lora_rank=None, attention_bias=True)
-    found = ray_surgeon.curvature(AutoModelForCausalLM.from_config(config), [[1, 2, 3, 4]])
+    found = ray_surgeon.curvature(
+        AutoModelForCausalLM.from_config(config), [[1, 2, 3, 4]]
+    )
     without, has_bias = (
-        found[f"model.layers.0.self_attn.{name}"].A for name in ("q_proj", "kv_a_proj_with_mqa")
+        found[f"model.layers.0.self_attn.{name}"].A
+        for name in ("q_proj", "kv_a_proj_with_mqa")
     )
     assert (without.shape, has_bias.shape) == ((32, 32), (33, 33))
     torch.testing.assert_close(has_bias[:32, :32], without)
@@ -262,7 +296,9 @@ def test_models_that_see_later_tokens_are_refused() -> None:
         ModelLayout.of(config)
 
 
-def test_a_signal_while_ray_starts_interrupts(job: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_signal_while_ray_starts_interrupts(
+    job: Jobs, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Ray's own handler ends the process by the number of the signal."""
     monkeypatch.setattr(driver, "connect", lambda _: sys.exit(signal.SIGTERM))
     job(cluster__backend="ray", code=130)
@@ -303,7 +339,12 @@ def test_what_is_imported_before_a_job_is_run() -> None:
     for module, packages in (("pipeline", set()), ("run.submit", {"fsspec"})):
         command = [sys.executable, "-c", script.format(f"ray_surgeon.{module}")]
         loaded = ast.literal_eval(subprocess.check_output(command, text=True))
-        other = {"__main__", "_distutils_hack", "sitecustomize", "__editable___ray_surgeon_finder"}
+        other = {
+            "__main__",
+            "_distutils_hack",
+            "sitecustomize",
+            "__editable___ray_surgeon_finder",
+        }
         ours = {name for name in loaded - other if not name.startswith("__editable__")}
         assert ours - sys.stdlib_module_names == {"ray_surgeon", *packages}
 
@@ -331,9 +372,15 @@ def test_the_command_line(job: Jobs, capsys: pytest.CaptureFixture[str]) -> None
     for arguments, said in (
         (["prun"], "usage: ray-surgeon"),
         (["prune", spec, "--kubernetes"], "--kubernetes: only for a plan"),
-        (["plan", spec, "--kubernetes", "--set", "name=x"], "write that into the job spec"),
+        (
+            ["plan", spec, "--kubernetes", "--set", "name=x"],
+            "write that into the job spec",
+        ),
         (["prune", spec, "--host-memory", "1TB"], "--host-memory: only for a plan"),
-        (["plan", spec, "--device", "cpu", "--device-memory", "1GB"], "a CPU has the machine's"),
+        (
+            ["plan", spec, "--device", "cpu", "--device-memory", "1GB"],
+            "a CPU has the machine's",
+        ),
     ):
         with pytest.raises(SystemExit):
             pipeline.cli(arguments)
@@ -361,7 +408,10 @@ def test_the_command_line(job: Jobs, capsys: pytest.CaptureFixture[str]) -> None
     ],
 )
 def test_examples_run(
-    name: str, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    name: str,
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(sys, "argv", [name])
     monkeypatch.syspath_prepend(str(ROOT))

@@ -57,18 +57,42 @@ IDENTITY = "curvature.kind=identity; pruning.reconstruction={}"
         ("cluster.num_shards=5", ["cluster.num_shards: 5", "4 blocks", "give 1 to 4"]),
         ("cluster.num_replicas=7", ["num_replicas: 7", "6 calibration sequences"]),
         ("curvature.num_backward=7", ["num_backward: 7", "6 calibration", "give 1 to 6"]),
-        ("curvature.num_backward=1; cluster.num_replicas=2", ["every replica", "give 2 to 6"]),
-        (f"{GROUPS}=[ffn]; pruning.width_multiple=1000", ["at most 0.0000", "which is 1000"]),
-        (f"{GROUPS}=[attention]; pruning.reconstruction={{}}", ["is of channels", "to groups"]),
-        (f"{GROUPS}=[ffn]; {IDENTITY}", ["identity keeps no inputs", "use kfac or activations"]),
+        (
+            "curvature.num_backward=1; cluster.num_replicas=2",
+            ["every replica", "give 2 to 6"],
+        ),
+        (
+            f"{GROUPS}=[ffn]; pruning.width_multiple=1000",
+            ["at most 0.0000", "which is 1000"],
+        ),
+        (
+            f"{GROUPS}=[attention]; pruning.reconstruction={{}}",
+            ["is of channels", "to groups"],
+        ),
+        (
+            f"{GROUPS}=[ffn]; {IDENTITY}",
+            ["identity keeps no inputs", "use kfac or activations"],
+        ),
         (f"{ELEMENT}; pruning.target_sparsity=0.995", ["biases count and stay"]),
-        (f"{ELEMENT}; pruning.method=wanda; pruning.target_sparsity=0.975", ["0.9697 is all"]),
+        (
+            f"{ELEMENT}; pruning.method=wanda; pruning.target_sparsity=0.975",
+            ["0.9697 is all"],
+        ),
         ("model.source=/absent/model", ["model.source", "no folder '/absent/model'"]),
         (f"model.source={'/' + 'long' * 80}", ["model.source: cannot read"]),
-        ("calibration.source=/absent/text.txt", ["calibration", "no file /absent/text.txt"]),
-        ("calibration.sequence_length=200", ["calibration.sequence_length: 200", "at most 128"]),
+        (
+            "calibration.source=/absent/text.txt",
+            ["calibration", "no file /absent/text.txt"],
+        ),
+        (
+            "calibration.sequence_length=200",
+            ["calibration.sequence_length: 200", "at most 128"],
+        ),
         ("calibration.max_tokens=3000", ["evaluation.0.max_tokens: must equal"]),
-        ("output.uri=/tmp/ray/session/_ray_pkg_12/x", ["output.uri", "Ray's copy of the working"]),
+        (
+            "output.uri=/tmp/ray/session/_ray_pkg_12/x",
+            ["output.uri", "Ray's copy of the working"],
+        ),
         ("output.uri=nosuch://somewhere", ["nosuch://somewhere", "Protocol not known"]),
     ],
 )
@@ -111,18 +135,26 @@ def test_a_limit_that_is_too_low_is_raised(job: Jobs) -> None:
     job({"memory__limit_gib": float(found[1])}, "--dry-run")
 
 
-def test_a_head_in_a_tied_model(job: Jobs, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_head_in_a_tied_model(
+    job: Jobs, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A second copy of the embedding is right, and so is an index that is left over."""
     left_over = {"weight_map": {"x": "model-00001-of-00002.safetensors"}}
     (model / "model.safetensors.index.json").write_text(json.dumps(left_over))
     tensors = load_file(model / "model.safetensors")
     embedding = tensors["model.embed_tokens.weight"]
-    save_file(tensors | {"lm_head.weight": embedding.clone()}, model / "model.safetensors")
+    save_file(
+        tensors | {"lm_head.weight": embedding.clone()}, model / "model.safetensors"
+    )
     job({}, "--dry-run", model=model)
-    save_file(tensors | {"lm_head.weight": embedding[:-8].clone()}, model / "model.safetensors")
+    save_file(
+        tensors | {"lm_head.weight": embedding[:-8].clone()}, model / "model.safetensors"
+    )
     assert "lm_head.weight is (312" in job.refused(model=model)
     save_file(tensors | {"lm_head.weight": 2 * embedding}, model / "model.safetensors")
-    assert "set tie_word_embeddings to false, or remove lm_head.weight" in job.refused(model=model)
+    assert "set tie_word_embeddings to false, or remove lm_head.weight" in job.refused(
+        model=model
+    )
 
     def reset(source: ModelFiles, key: str, entry: int | None = None) -> None:
         raise ConnectionResetError("Connection reset by peer")
@@ -140,7 +172,10 @@ def test_run_directory_that_holds_something_else(job: Jobs) -> None:
     (folder / "run.json").write_text(json.dumps({"fingerprints": {"method": "another"}}))
     (folder / "spec.yaml").write_text("{}")
     message = job.refused()
-    assert "another run: different calibration, code, evaluation, method, model, tok" in message
+    assert (
+        "another run: different calibration, code, evaluation, method, model, tok"
+        in message
+    )
     assert job.refused("", "--resume") == message
     assert sorted(path.name for path in folder.iterdir()) == ["run.json", "spec.yaml"]
 
@@ -150,7 +185,9 @@ def test_channels_that_cannot_be_split(job: Jobs) -> None:
     model = copied_model(job.models["llama"], job.folder / "odd", intermediate_size=50)
     (model / "model.safetensors").unlink()
     split = f"{GROUPS}=[attention]; pruning.tensor_parallel=4"
-    assert "has 50 channels; give a divisor" in job.refused(split, "--dry-run", model=model)
+    assert "has 50 channels; give a divisor" in job.refused(
+        split, "--dry-run", model=model
+    )
 
 
 def test_requests_beyond_the_table_of_positions(job: Jobs) -> None:
@@ -158,7 +195,10 @@ def test_requests_beyond_the_table_of_positions(job: Jobs) -> None:
     groups = f"{GROUPS}=[ffn]; pruning.width_multiple=8; output.exports=[per_block]"
     speed = f"{groups}; output.speed={{prompt_length: 100, num_new_tokens: 29}}"
     message = job.refused(speed, model="gpt2")
-    assert "a prompt of 100 tokens and 29 new ones, but the model takes at most 128" in message
+    assert (
+        "a prompt of 100 tokens and 29 new ones, but the model takes at most 128"
+        in message
+    )
     job(changes_of(speed), "--dry-run")
 
 
@@ -186,7 +226,9 @@ def test_unreachable_s3(job: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("workers_may_start")
-def test_resuming_names_changes(job: Jobs, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resuming_names_changes(
+    job: Jobs, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What does not matter may change; and a folder of a run that was killed at once can be used,
     the weights may be links, and a drawing that fails ends no run.
     """
@@ -229,9 +271,13 @@ def test_resuming_names_changes(job: Jobs, model: Path, monkeypatch: pytest.Monk
 
 
 @pytest.mark.usefixtures("workers_may_start")
-def test_a_ray_that_cannot_start_is_said(job: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_ray_that_cannot_start_is_said(
+    job: Jobs, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def no_home(section: object) -> str:
-        raise RuntimeError("cannot start a local Ray: read-only; it needs a writable home")
+        raise RuntimeError(
+            "cannot start a local Ray: read-only; it needs a writable home"
+        )
 
     monkeypatch.setattr(driver, "connect", no_home)
     error = job(cluster__backend="ray", code=1).error

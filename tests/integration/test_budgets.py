@@ -40,7 +40,9 @@ REQUEST = {"prompt_length": 16, "num_new_tokens": 2, "num_repeats": 1}
         ("flops", "global", "per_block"),
     ],
 )
-def test_the_target_is_not_exceeded(unit: str, allocation: str, kind: str, job: Jobs) -> None:
+def test_the_target_is_not_exceeded(
+    unit: str, allocation: str, kind: str, job: Jobs
+) -> None:
     budget = BUDGETS[unit]
     allowed = int(0.8 * budget.dense)
     target = {unit: allowed} | ({"prompt_length": 100} if unit == "flops" else {})
@@ -52,7 +54,11 @@ def test_the_target_is_not_exceeded(unit: str, allocation: str, kind: str, job: 
     assert first["goal"] == pytest.approx((budget.dense + allowed) / 2)
     assert last["need"] <= allowed < budget.dense == last["dense"]
     widths = done.exports[0]["widths"]
-    flat = [(kind, width[i]) for width in widths for i, kind in enumerate(("ffn", "attention"))]
+    flat = [
+        (kind, width[i])
+        for width in widths
+        for i, kind in enumerate(("ffn", "attention"))
+    ]
     assert last["need"] == pytest.approx(budget.of(flat))
     model = AutoModelForCausalLM.from_pretrained(
         done.export(kind), trust_remote_code=kind == "per_block", dtype="auto"
@@ -64,7 +70,11 @@ def test_the_target_is_not_exceeded(unit: str, allocation: str, kind: str, job: 
 
 def seconds(channels: int, heads: int) -> float:
     """Channels are free between 16 and 32."""
-    return 0.01 + 0.001 * (channels if channels < 16 else max(16, channels - 16)) + 0.004 * heads
+    return (
+        0.01
+        + 0.001 * (channels if channels < 16 else max(16, channels - 16))
+        + 0.004 * heads
+    )
 
 
 def a_table(folder: Path) -> Path:
@@ -93,7 +103,11 @@ def a_table(folder: Path) -> Path:
     [
         ({"speedup": 1.25}, 3, "latency_s"),
         ({"latency_s": 3 * 0.8 * (0.1 + 4 * seconds(48, 2))}, 3, "latency_s"),
-        ({"decode_tokens_per_s": 12.5 / (0.1 + 4 * seconds(48, 2))}, 0.1, "seconds a new token"),
+        (
+            {"decode_tokens_per_s": 12.5 / (0.1 + 4 * seconds(48, 2))},
+            0.1,
+            "seconds a new token",
+        ),
     ],
 )
 def test_an_engine_says_what_blocks_take(
@@ -139,13 +153,18 @@ def test_a_family_of_speeds(job: Jobs) -> None:
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"num_blocks": 5}, "a model with (5, 48, 2) blocks, feed-forward channels and KV heads"),
+        (
+            {"num_blocks": 5},
+            "a model with (5, 48, 2) blocks, feed-forward channels and KV heads",
+        ),
         ({"rest": None}, "cannot be used: 1 validation error for _Table rest"),
         ({"channels": {"x": [1, 1]}}, "channels.x"),
         ({"kv_heads": {"2": [1, 1]}}, "no attention save anything; leave attention out"),
     ],
 )
-def test_tables_that_are_of_no_use(changed: dict[str, Any], message: str, job: Jobs) -> None:
+def test_tables_that_are_of_no_use(
+    changed: dict[str, Any], message: str, job: Jobs
+) -> None:
     table = json.loads(a_table(job.folder).read_text()) | changed
     file = job.folder / "other.json"
     file.write_text(json.dumps(table))
@@ -175,12 +194,23 @@ def test_a_table_of_transformers(job: Jobs, monkeypatch: pytest.MonkeyPatch) -> 
         if size == "4x48x2":
             measured[size] = time_here(command)
         blocks, channels, heads = map(int, size.split("x"))
-        return 0.1 + blocks * seconds(channels, heads), 0.2 + blocks * seconds(channels, heads)
+        return 0.1 + blocks * seconds(channels, heads), 0.2 + blocks * seconds(
+            channels, heads
+        )
 
     time_here = engine_table.time_here
     monkeypatch.setattr(engine_table, "time_here", timed)
     file = job.folder / "table.json"
-    request = ["--prompt-length", "16", "--num-new-tokens", "4", "--rounds", "1", "--threads", "1"]
+    request = [
+        "--prompt-length",
+        "16",
+        "--num-new-tokens",
+        "4",
+        "--rounds",
+        "1",
+        "--threads",
+        "1",
+    ]
     options = ["--engine", "transformers", "--multiple", "8", *request]
     assert engine_table.main([str(job.models["llama"]), str(file), *options]) == 0
     table = json.loads(file.read_text())
@@ -201,22 +231,40 @@ OVER_THREE = "pruning.target_sparsity=0.3; pruning.tensor_parallel=3"
     [
         ("pruning.target={parameters: 10}", "the model needs at least"),
         ("pruning.target={parameters: 1000000000}", "the dense model needs no more than"),
-        ("pruning.target={parameters: 10, bytes: 10}", "bytes: is not an option of parameters"),
+        (
+            "pruning.target={parameters: 10, bytes: 10}",
+            "bytes: is not an option of parameters",
+        ),
         ("pruning.target={}", "bytes, flops, latency_s, speedup and decode_tokens_per_s"),
-        ("pruning.target={latency_s: 1}", "table is missing: a target of speed needs the seconds"),
+        (
+            "pruning.target={latency_s: 1}",
+            "table is missing: a target of speed needs the seconds",
+        ),
         ("pruning.target={speedup: 2, table: none.json}", "none.json cannot be used"),
         (f"{BYTES}; pruning.target_sparsity=0.5", "got target_sparsity and target"),
-        ("pruning.target={parameters: 100}; pruning.sizes=[1000000000, 100]", "needs no more than"),
+        (
+            "pruning.target={parameters: 100}; pruning.sizes=[1000000000, 100]",
+            "needs no more than",
+        ),
         (
             "pruning.target={speedup: 2, table: t}; pruning.sizes=[0.5, 2]",
             "should be greater than 1",
         ),
-        (f"{BYTES}; pruning.sizes=[20, 15]", "give smaller and smaller models that end at it"),
-        (f"{BYTES}; pruning.sizes=[20, 30, 10]", "give smaller and smaller models that end at it"),
+        (
+            f"{BYTES}; pruning.sizes=[20, 15]",
+            "give smaller and smaller models that end at it",
+        ),
+        (
+            f"{BYTES}; pruning.sizes=[20, 30, 10]",
+            "give smaller and smaller models that end at it",
+        ),
         ("", "got none"),
         (f"{BYTES}; pruning.structure=rows", "is not an option of rows_columns"),
         (f"{BYTES}; pruning.sparsities=[0.1, 0.2]", "or use num_shots"),
-        (f"{OVER_THREE}; pruning.width_multiple=null", "dense model's 4 query heads and 2 KV"),
+        (
+            f"{OVER_THREE}; pruning.width_multiple=null",
+            "dense model's 4 query heads and 2 KV",
+        ),
         (OVER_THREE, "8 channels cannot be split over tensor_parallel 3"),
     ],
 )
@@ -230,7 +278,9 @@ def test_the_plan_says_what_the_dense_model_needs(job: Jobs) -> None:
     options = GROUPS | {"pruning__num_shots": 2, "pruning__target": target}
     said = " ".join(job(options, "--dry-run").out.split())
     assert f"2 shots to {dense - 5000} of {dense} parameters" in said
-    widths = "feed-forward widths, 48 channels, stay multiples of 8; to quantise later, set"
+    widths = (
+        "feed-forward widths, 48 channels, stay multiples of 8; to quantise later, set"
+    )
     assert f"{widths} pruning.width_multiple to 128" in said
 
 
@@ -238,7 +288,9 @@ def test_heads_and_widths_that_engines_can_split(job: Jobs) -> None:
     """Over two devices: KV heads come in pairs or are one that is copied, query heads and channels
     in pairs.
     """
-    config = config_like("llama", num_attention_heads=8, num_key_value_heads=8, head_dim=4)
+    config = config_like(
+        "llama", num_attention_heads=8, num_key_value_heads=8, head_dim=4
+    )
     folder = new_model(config, job.folder / "model", job.models["llama"])
     assert kv_heads_left(ModelLayout.of(config), 2, uniform=False) == (0, 2, 4, 6, 8)
     assert kv_heads_left(LAYOUTS["llama"], 2, uniform=True) == (1, 2)

@@ -60,10 +60,18 @@ def assert_same(again: Done, whole: Done) -> None:
     """Compare the last shots: bits, measures, and that nothing is left of a part."""
     last = len(whole.shots)
     assert_same_shot(again.uri, whole.uri, last)
-    for name in (*(f"recovery_{part}" for part in MEASURED), "perplexity", "divergence", "linears"):
+    for name in (
+        *(f"recovery_{part}" for part in MEASURED),
+        "perplexity",
+        "divergence",
+        "linears",
+    ):
         assert again.shot.get(name) == whole.shot.get(name), name
     checks = [
-        [(c["steps"], c["value"], c["tokens"], c["loss"]) for c in done.shot["recovery_held_aside"]]
+        [
+            (c["steps"], c["value"], c["tokens"], c["loss"])
+            for c in done.shot["recovery_held_aside"]
+        ]
         for done in (again, whole)
     ]
     assert checks[0] == checks[1]
@@ -102,7 +110,9 @@ def test_a_notice_is_time_to_commit(job: Jobs, monkeypatch: pytest.MonkeyPatch) 
         pytest.param(GIVEN | WHOLE, id="all_weights"),
     ],
 )
-def test_a_run_that_was_killed_three_times(settings: Any, job: Jobs, dies: list[int]) -> None:
+def test_a_run_that_was_killed_three_times(
+    settings: Any, job: Jobs, dies: list[int]
+) -> None:
     options = TRAINED | settings
     whole = job(options, folder="whole")
     tried = not {*settings} & {*GIVEN, *NOTHING_HELD}
@@ -147,7 +157,9 @@ def test_the_last_of_two_shots(job: Jobs, dies: list[int]) -> None:
     dies += [3 + 4]
     killed(job, options)
     again = job(options, "--resume")
-    assert "resumed_after_shot=1 resumed_in_shot=2, after 4 steps" in " ".join(again.out.split())
+    assert "resumed_after_shot=1 resumed_in_shot=2, after 4 steps" in " ".join(
+        again.out.split()
+    )
     assert_same(again, whole)
 
 

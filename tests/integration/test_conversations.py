@@ -96,7 +96,10 @@ def test_conversations_are_packed_whole_but_for_the_last_of_a_window() -> None:
         for i, size in enumerate((4, 5, 3, 8, 4))
     ]
     found = pack(made, 3, 7)
-    assert found.tokens.tolist() == [[0, 1, 2, 3, 10, 11, 12], [20, 21, 22, 30, 31, 32, 33]]
+    assert found.tokens.tolist() == [
+        [0, 1, 2, 3, 10, 11, 12],
+        [20, 21, 22, 30, 31, 32, 33],
+    ]
     assert found.answers.tolist() == [
         [False, False, True, False, False, False, True],
         [False, False, False, False, False, True, True],
@@ -111,8 +114,12 @@ def test_marks_of_a_template(chatty: Tokenizer, asked: Ask) -> None:
     assert marks.closing == tuple(ids(chatty, "<end>\n<a>"))
     assert marks.end == tuple(ids(chatty, "<end>\n"))
     end = chatty.eos_token_id
-    assert marks.last == marks.special == marks.ends_of_turn == marks.ends_of_answer == {end}
-    chatty.chat_template = "{% for m in messages %}{{ m.role }}:{{ m.content }};{% endfor %}"
+    assert (
+        marks.last == marks.special == marks.ends_of_turn == marks.ends_of_answer == {end}
+    )
+    chatty.chat_template = (
+        "{% for m in messages %}{{ m.role }}:{{ m.content }};{% endfor %}"
+    )
     marks = asked(chatty, chat=True).marks
     assert marks.ends_of_turn == {end, ids(chatty, ";")[0]}
 
@@ -138,13 +145,17 @@ def test_answers_are_marked_in_the_template(
         ended = answer[-1] == chatty.eos_token_id
         assert tokens[made.answer.stop :] == (marks.end[1:] if ended else ())
     assert len(turns) == len(set(turns))
-    assert all(len(t) >= 3 and chatty.eos_token_id not in t and not repeats(t) for t in turns)
+    assert all(
+        len(t) >= 3 and chatty.eos_token_id not in t and not repeats(t) for t in turns
+    )
     packed = pack(written, 5, 96)
     for other in (packed, write(loaded(llama, 3, 2), request)):
         assert np.array_equal(other.tokens, found.tokens)
         assert np.array_equal(other.answers, found.answers)
     assert found.tokens.shape == found.answers.shape == (5, 96)
-    assert not np.array_equal(write(cluster, replace(request, seed=5)).tokens, found.tokens)
+    assert not np.array_equal(
+        write(cluster, replace(request, seed=5)).tokens, found.tokens
+    )
 
 
 def test_long_answers_are_cut_and_a_model_that_never_ends_a_turn_is_refused(
@@ -162,7 +173,9 @@ def test_long_answers_are_cut_and_a_model_that_never_ends_a_turn_is_refused(
     sizes = {c.answer.stop - c.answer.start for c in written}
     assert max(sizes) == 9
     never = replace(request.marks, last=frozenset(), closing=(1, 2), end=())
-    with pytest.raises(RuntimeError, match=r"calibration: after 3 rounds, \d+ of \d+ users' turns"):
+    with pytest.raises(
+        RuntimeError, match=r"calibration: after 3 rounds, \d+ of \d+ users' turns"
+    ):
         write(cluster, replace(request, marks=never, temperature=0.01))
 
 
@@ -172,7 +185,11 @@ def lines(path: Path, *records: object) -> str:
 
 
 def test_prompts_are_answered(
-    chatty: Tokenizer, asked: Ask, llama: Path, tmp_path: Path, written: list[Conversation]
+    chatty: Tokenizer,
+    asked: Ask,
+    llama: Path,
+    tmp_path: Path,
+    written: list[Conversation],
 ) -> None:
     said = {"role": "user", "content": "Why?"}
     answer = {"role": "assistant", "content": "Because it is so."}
@@ -186,8 +203,13 @@ def test_prompts_are_answered(
     cluster = loaded(llama)
     found = write(cluster, request)
     assert found.tokens.shape == (3, 96)
-    heads = {tuple(ids(chatty, head)) for head in ("the name of", "<s>Be kind.\n<u>Why?<end>\n<a>")}
-    given = tuple(ids(chatty, "<s>Be brief.<end>\n<u>Why?<end>\n<a>Because it is so.<end>\n"))
+    heads = {
+        tuple(ids(chatty, head))
+        for head in ("the name of", "<s>Be kind.\n<u>Why?<end>\n<a>")
+    }
+    given = tuple(
+        ids(chatty, "<s>Be brief.<end>\n<u>Why?<end>\n<a>Because it is so.<end>\n")
+    )
     (whole,) = [c for c in written if c.tokens == given]
     assert chatty.decode(whole.tokens[whole.answer]) == "Because it is so.<end>"
     assert heads == {c.tokens[: c.answer.start] for c in written if c is not whole}
@@ -198,9 +220,14 @@ def test_prompts_are_answered(
         write(cluster, greedy)
     plain = AutoTokenizer.from_pretrained(llama)
     uri = lines(tmp_path / "plain.jsonl", {"prompt": "the name of"})
-    request = soon_ended(asked(beginning(plain, "<end> $A"), prompts=uri, num_sequences=1))
+    request = soon_ended(
+        asked(beginning(plain, "<end> $A"), prompts=uri, num_sequences=1)
+    )
     found = write(cluster, request)
-    assert found.tokens[0, :4].tolist() == [plain.bos_token_id, *ids(plain, "the name of")][:4]
+    assert (
+        found.tokens[0, :4].tolist()
+        == [plain.bos_token_id, *ids(plain, "the name of")][:4]
+    )
     assert found.answers[0].any()
 
 
@@ -219,14 +246,18 @@ def test_a_text_goes_on_from_the_start_of_another(llama: Path, asked: Ask) -> No
     places = {tuple(stream[i : i + 6]) for i in range(0, len(stream) - 5, 6)}
     prompts = tuple(map(tuple, texts[:, :6].tolist()))
     assert len({*prompts} & places) == 10
-    assert np.array_equal(texts[:, 6:], write_texts(cluster, GenerationRequest(prompts, 42)))
+    assert np.array_equal(
+        texts[:, 6:], write_texts(cluster, GenerationRequest(prompts, 42))
+    )
     again = write(loaded(llama, 2, 2), request)
     assert np.array_equal(again.tokens, found.tokens)
     begun = asked(beginning(tokenizer, "<end> $A"), **options)
     assert {start[0] for start in begun.starts} == {tokenizer.bos_token_id}
 
 
-def test_a_run_calibrates_on_it_and_goes_on(job: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_calibrates_on_it_and_goes_on(
+    job: Jobs, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Several texts fill a sequence; each begins with the last token of the prompt. The run that
     goes on streams.
     """
@@ -237,7 +268,9 @@ def test_a_run_calibrates_on_it_and_goes_on(job: Jobs, monkeypatch: pytest.Monke
     written = tensor_files.read(str(whole.uri / "written.safetensors"))["1"]
     assert written.shape == (2, 40)
     texts = written.view(8, 10)
-    prompt = AutoTokenizer.from_pretrained(model)("<end>", add_special_tokens=False)["input_ids"]
+    prompt = AutoTokenizer.from_pretrained(model)("<end>", add_special_tokens=False)[
+        "input_ids"
+    ]
     assert texts[:, 0].tolist() == [prompt[-1]] * 8
     alone = write_texts(loaded(model), GenerationRequest((tuple(prompt),) * 8, 9))
     assert np.array_equal(texts[:, 1:], alone), "each begins after the prompt"
@@ -261,7 +294,9 @@ def test_a_run_calibrates_on_it_and_goes_on(job: Jobs, monkeypatch: pytest.Monke
     kept.rename(text)
     states = cut / "dense.safetensors"
     states.rename(kept)
-    assert "dense.safetensors is gone" in resumed(2).error, "found before anything is loaded"
+    assert "dense.safetensors is gone" in resumed(2).error, (
+        "found before anything is loaded"
+    )
     states.write_bytes(kept.read_bytes()[:100])
     said = resumed(2).error
     assert "cut short" in said
@@ -280,7 +315,10 @@ SELF = "calibration.mix=[{{source: self, {}}}]".format
     [
         ("calibration.source=self; calibration.stride=64", "the model writes this one"),
         (SELF("texts_per_sequence: 3"), "a divisor of sequence_length"),
-        (SELF(f"prompt: {'with a long prompt ' * 400}"), "change the prompt or the lengths"),
+        (
+            SELF(f"prompt: {'with a long prompt ' * 400}"),
+            "change the prompt or the lengths",
+        ),
         (SELF("texts_per_sequence: 40"), "two tokens or more"),
         (SELF("chat: true"), "give starts"),
         (SELF("prompts: absent.jsonl"), "cannot read"),
@@ -292,12 +330,16 @@ def test_what_cannot_be_written_is_refused(settings: str, said: str, job: Jobs) 
 
 
 def test_what_a_template_cannot_do(chatty: Tokenizer, asked: Ask, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"sequence_length: 40, but the chat template alone takes"):
+    with pytest.raises(
+        ValueError, match=r"sequence_length: 40, but the chat template alone takes"
+    ):
         asked(chatty, chat=True, sequence_length=40)
     with pytest.raises(ValueError, match=r"the model takes at most 128"):
         asked(chatty, chat=True, sequence_length=160)
     long = lines(tmp_path / "long.jsonl", {"prompt": "a"}, {"prompt": "a b c d e f" * 40})
-    with pytest.raises(ValueError, match=r"line 2 of .*long\.jsonl is a prompt of \d+ tokens"):
+    with pytest.raises(
+        ValueError, match=r"line 2 of .*long\.jsonl is a prompt of \d+ tokens"
+    ):
         asked(chatty, prompts=long)
     for template, said in {
         "{{ raise_exception('no') }}": "chat template fails",

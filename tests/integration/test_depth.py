@@ -59,7 +59,8 @@ def test_blocks_of_every_family(family: str, job: Jobs) -> None:
 
 
 @pytest.mark.parametrize(
-    "family", [pytest.param(f, marks=[] if f in OFTEN else pytest.mark.slow) for f in FAMILIES]
+    "family",
+    [pytest.param(f, marks=[] if f in OFTEN else pytest.mark.slow) for f in FAMILIES],
 )
 def test_parts_of_blocks_of_every_family(family: str, job: Jobs) -> None:
     done = job(PARTS, model=family, output__exports=["per_block"], cluster__num_shards=2)
@@ -69,7 +70,9 @@ def test_parts_of_blocks_of_every_family(family: str, job: Jobs) -> None:
     assert export["reload_max_logit_difference"] < 1e-4
 
 
-def test_a_cost_is_what_the_removal_changes(job: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cost_is_what_the_removal_changes(
+    job: Jobs, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What makes up for it is kept where it makes it less."""
     monkeypatch.setattr(passes, "EVERY", 1)
     done = job(BLOCKS, pruning__target_sparsity=0.5, calibration__num_sequences=20)
@@ -84,7 +87,10 @@ def test_a_cost_is_what_the_removal_changes(job: Jobs, monkeypatch: pytest.Monke
 
 
 def test_shards_and_replicas(job: Jobs) -> None:
-    options = BLOCKS | {"pruning__groups": ["blocks", "ffn"], "pruning__width_multiple": 8}
+    options = BLOCKS | {
+        "pruning__groups": ["blocks", "ffn"],
+        "pruning__width_multiple": 8,
+    }
     options |= {"pruning__depth": {"num_removed": 2}, "pruning__num_shots": 2}
     options |= {"pruning__target_sparsity": 0.6, "model": "llama-biases"}
     one = job(options, folder="one", output__exports=["uniform"])
@@ -98,7 +104,9 @@ def test_shards_and_replicas(job: Jobs) -> None:
     assert difference(one.uri, replicas.uri, 2) < MOST_BY_ORDER_OF_SUMS
 
 
-def test_a_run_goes_on_without_what_is_gone(job: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_goes_on_without_what_is_gone(
+    job: Jobs, monkeypatch: pytest.MonkeyPatch
+) -> None:
     options = BLOCKS | {"pruning__num_shots": 2, "pruning__target_sparsity": 0.5} | LORA
     whole = job(options, folder="whole")
     ended = Depth.remove_layers
@@ -138,13 +146,17 @@ def test_influence_is_by_the_cosine(llama: Path) -> None:
         assert of_blocks[block] == pytest.approx(float((1 - cosines).mean()), rel=1e-4)
 
 
-@pytest.mark.parametrize(("family", "linear"), [("llama", "mlp.down_proj"), ("gpt2", "mlp.c_proj")])
+@pytest.mark.parametrize(
+    ("family", "linear"), [("llama", "mlp.down_proj"), ("gpt2", "mlp.c_proj")]
+)
 def test_a_layer_is_folded_into_the_linear_before(
     family: str, linear: str, model_folders: dict[str, Path]
 ) -> None:
     """By exact least squares, its bias included; and back."""
     model = AutoModelForCausalLM.from_pretrained(model_folders[family])
-    tokens = torch.randint(VOCABULARY, (6, 30), generator=torch.Generator().manual_seed(1))
+    tokens = torch.randint(
+        VOCABULARY, (6, 30), generator=torch.Generator().manual_seed(1)
+    )
     layout = LAYOUTS[family]
     name = f"{layout.family.block_prefix(1)}{linear}"
     read = list[torch.Tensor]()
@@ -162,7 +174,9 @@ def test_a_layer_is_folded_into_the_linear_before(
     A = x.T @ x
     damped = A + removal.DAMPING[0] * A.diagonal().mean() * torch.eye(len(A))
     wanted = before + torch.linalg.solve(damped, x.T @ d).T
-    torch.testing.assert_close(weights_of(cluster)[name].double(), wanted, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(
+        weights_of(cluster)[name].double(), wanted, rtol=1e-3, atol=1e-3
+    )
     cluster.run_all(removal.unfold, name)
     assert torch.equal(weights_of(cluster)[name].double(), before)
 
@@ -171,15 +185,30 @@ def test_a_layer_is_folded_into_the_linear_before(
     ("settings", "message"),
     [
         ("pruning.target_sparsity=0.8", "at most 0.75"),
-        ("pruning.depth={num_removed: 1}", "the target says how many blocks go; remove it"),
+        (
+            "pruning.depth={num_removed: 1}",
+            "the target says how many blocks go; remove it",
+        ),
         ("pruning.groups=[blocks, ffn]", "groups names ffn beside layers; say how many"),
-        ("pruning.groups=[ffn]; pruning.depth={}", "is of whole layers; remove it, or name one"),
-        ("pruning.groups=[ffn_layers]", "leave blocks that differ; set allocation to global"),
+        (
+            "pruning.groups=[ffn]; pruning.depth={}",
+            "is of whole layers; remove it, or name one",
+        ),
+        (
+            "pruning.groups=[ffn_layers]",
+            "leave blocks that differ; set allocation to global",
+        ),
         ("model=opt-projections", "norms come after what layers add"),
         ("model=gemma3; output.exports=[gguf]", "so no block can go; export uniform"),
         ("curvature={kind: kfac}", "gathers its own; remove it"),
-        ("pruning.sizes=[0.2, 0.1]; pruning.target_sparsity=null", "give sparsities that rise"),
-        ("pruning.sizes=[0.1, 0.2]", "give this, sizes or target, got target_sparsity and sizes"),
+        (
+            "pruning.sizes=[0.2, 0.1]; pruning.target_sparsity=null",
+            "give sparsities that rise",
+        ),
+        (
+            "pruning.sizes=[0.1, 0.2]",
+            "give this, sizes or target, got target_sparsity and sizes",
+        ),
         ("calibration.held_aside=0", "leaves no windows on which layers are chosen"),
         ("output.sizes=[0.1]", "[0.1] are none of pruning.sizes, []; name these"),
     ],
@@ -192,7 +221,11 @@ def test_a_shallow_model_in_other_formats(job: Jobs) -> None:
     options = BLOCKS | {"output__exports": ["uniform", "gguf"], "output__gguf": ["f32"]}
     options |= {"output__quantize": {"scheme": "w4a16", "group_size": 16}}
     done = job(options, cluster__num_shards=2)
-    assert [export["kind"] for export in done.exports] == ["uniform", "gguf", "uniform-w4a16"]
+    assert [export["kind"] for export in done.exports] == [
+        "uniform",
+        "gguf",
+        "uniform-w4a16",
+    ]
     (path,) = done.export("gguf").glob("*-F32.gguf")
     reader = gguf.GGUFReader(path)
     assert reader.fields["llama.block_count"].contents() == 3
@@ -214,7 +247,9 @@ def test_a_family_of_sizes(job: Jobs) -> None:
     assert "times as fast as the dense model" in shown
     perplexity = done.shots[0]["perplexity"]["docs"]
     assert f"{perplexity:.3f}" in done.out.partition("uniform-0.25")[2]
-    assert [shot["sparsity"] for shot in done.shots] == pytest.approx([0.25, 0.5], abs=1e-3)
+    assert [shot["sparsity"] for shot in done.shots] == pytest.approx(
+        [0.25, 0.5], abs=1e-3
+    )
     assert all(len(shot["recovery_losses"]) == 3 for shot in done.shots)
     large, small = done.exports
     assert (large["size"], small["size"]) == (0.5, 0.25)
@@ -238,15 +273,22 @@ def test_exports_that_were_not_asked_for_at_first(
     kinds = [(export["kind"], export["size"]) for export in done.exports]
     assert kinds == [("masked", 0.5), ("masked", 0.25), ("uniform", 0.25)]
     assert done.report["spec"] == before["spec"]
-    assert "nothing is done again" in job(SIZES, "--resume", output__exports=["masked"]).out
+    assert (
+        "nothing is done again" in job(SIZES, "--resume", output__exports=["masked"]).out
+    )
     result = PruneResult(str(done.uri), done.report)
     assert list(result.sizes) == [0.25, 0.5]
-    assert [export["kind"] for export in result.sizes[0.25]["exports"]] == ["masked", "uniform"]
+    assert [export["kind"] for export in result.sizes[0.25]["exports"]] == [
+        "masked",
+        "uniform",
+    ]
     assert result.load("uniform", size=0.25).config.num_hidden_layers == 3
     with pytest.raises(ValueError, match=r"has no export uniform of size 0\.5"):
         result.load("uniform", size=0.5)
     assert cli(["export", str(done.uri), "--exports", "uniform", "--size", "0.3"]) == 2
-    assert "are none of pruning.sizes, [0.25, 0.5]" in " ".join(capsys.readouterr().err.split())
+    assert "are none of pruning.sizes, [0.25, 0.5]" in " ".join(
+        capsys.readouterr().err.split()
+    )
     assert cli(["export", str(done.uri / "no"), "--exports", "uniform"]) == 2
     assert "holds no finished run" in " ".join(capsys.readouterr().err.split())
     assert len(done.exports) == 3

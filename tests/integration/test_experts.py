@@ -40,7 +40,9 @@ def older(model: Path, folder: Path) -> Path:
     """Return a copy that calls the number of experts by one name only, as older checkpoints do."""
     copied_model(model, folder)
     document = json.loads((folder / "config.json").read_text())
-    document["num_experts"] = document.pop("num_local_experts", document.get("num_experts"))
+    document["num_experts"] = document.pop(
+        "num_local_experts", document.get("num_experts")
+    )
     (folder / "config.json").write_text(json.dumps(document))
     return folder
 
@@ -92,7 +94,9 @@ def test_everything_under_one_threshold(family: str, job: Jobs) -> None:
     has_groups = family == "deepseek_v3"
     if has_groups:
         assert "2 groups of experts" in job.refused(WHOLE, **GROUPS, model=family)
-    kinds = [kind for kind in LAYOUTS[family].kinds if kind != "experts" or not has_groups]
+    kinds = [
+        kind for kind in LAYOUTS[family].kinds if kind != "experts" or not has_groups
+    ]
     options = PER_BLOCK | {"pruning__groups": kinds, "pruning__target_sparsity": 0.3}
     done = job(options, model=family)
     export = exported(done)
@@ -110,7 +114,8 @@ def test_shards_and_replicas_and_stores(job: Jobs) -> None:
         "one": {},
         "shards": host | {"memory__activations": "recompute", "cluster__num_shards": 3},
         "replicas": {"cluster__num_replicas": 2},
-        "disk": runs.DISK | {"memory__wave": 4, "memory__scratch": str(job.folder / "scratch")},
+        "disk": runs.DISK
+        | {"memory__wave": 4, "memory__scratch": str(job.folder / "scratch")},
     }
     kinds = ["attention", "ffn", "shared_experts", "expert_channels", "experts"]
     options = GROUPS | {"pruning__groups": kinds, "pruning__target_sparsity": 0.25}
@@ -132,11 +137,16 @@ ELEMENT = "pruning.structure=element; pruning.method"
     ("family", "settings"),
     [
         ("olmoe", "pruning.costs=obs"),
-        ("glm4_moe", "pruning.structure=element; recovery.rank=2; recovery.num_tokens=120"),
+        (
+            "glm4_moe",
+            "pruning.structure=element; recovery.rank=2; recovery.num_tokens=120",
+        ),
         ("gpt_oss", "curvature.kind=extended_kfac"),
     ],
 )
-def test_other_methods_take_experts_as_linears(family: str, settings: str, job: Jobs) -> None:
+def test_other_methods_take_experts_as_linears(
+    family: str, settings: str, job: Jobs
+) -> None:
     done = job(runs.MASKED | runs.ONE | changes_of(settings), model=family)
     assert done.shot["sparsity"] == pytest.approx(0.3, abs=0.03)
     exported(done)
@@ -144,13 +154,18 @@ def test_other_methods_take_experts_as_linears(family: str, settings: str, job: 
 
 def test_heads_with_sinks(job: Jobs) -> None:
     """Half of the heads go, in a plain class, with their sinks."""
-    options = UNIFORM | {"pruning__groups": ["attention"], "pruning__target_sparsity": 0.03}
+    options = UNIFORM | {
+        "pruning__groups": ["attention"],
+        "pruning__target_sparsity": 0.03,
+    }
     export = exported(job(options, model="gpt_oss", cluster__num_shards=2))
     assert {num_kv_heads for _, num_kv_heads in export["widths"]} == {1}
 
 
 @pytest.mark.parametrize("method", ["sparsegpt", "wanda; curvature=null"])
-def test_an_expert_that_was_not_called_keeps_its_largest_weights(method: str, job: Jobs) -> None:
+def test_an_expert_that_was_not_called_keeps_its_largest_weights(
+    method: str, job: Jobs
+) -> None:
     """It may be called yet."""
     folder = copied_model(job.models["glm4_moe"], job.folder / "model")
     model = AutoModelForCausalLM.from_pretrained(folder)
@@ -187,9 +202,13 @@ def test_scores_of_baselines(score: str, job: Jobs) -> None:
         both = job(options).shot["expert_costs"]
         assert shot["expert_costs"] == pytest.approx(both, rel=1e-4)
     if score == "random":
-        assert len(set(shot["expert_costs"].values())) == len(shot["expert_costs"]), "no two layers"
+        assert len(set(shot["expert_costs"].values())) == len(shot["expert_costs"]), (
+            "no two layers"
+        )
     for experts in LAYOUTS["olmoe"].expert_sets:
-        costs = {linears[-1]: shot["expert_costs"][linears[-1]] for linears in experts.linears}
+        costs = {
+            linears[-1]: shot["expert_costs"][linears[-1]] for linears in experts.linears
+        }
         gone = [costs.pop(name) for name in shot["experts_removed"] if name in costs]
         assert gone
         assert max(gone) <= min(costs.values())
@@ -197,7 +216,9 @@ def test_scores_of_baselines(score: str, job: Jobs) -> None:
 
 def test_the_first_order_counts_with_labels_of_the_text_only(job: Jobs) -> None:
     empirical, sampled = (
-        job(EXPERTS, folder=fisher, model="olmoe", curvature__fisher=fisher).shot["expert_costs"]
+        job(EXPERTS, folder=fisher, model="olmoe", curvature__fisher=fisher).shot[
+            "expert_costs"
+        ]
         for fisher in ("empirical", "sampled")
     )
     assert min(empirical.values()) < 0 < max(empirical.values())
@@ -207,13 +228,22 @@ def test_the_first_order_counts_with_labels_of_the_text_only(job: Jobs) -> None:
 @pytest.mark.parametrize(
     ("settings", "complaint"),
     [
-        ("pruning.groups=[ffn]", "has attention, expert_channels, experts that can be pruned here"),
+        (
+            "pruning.groups=[ffn]",
+            "has attention, expert_channels, experts that can be pruned here",
+        ),
         (f"{NO_SPARSITY}; {WHOLE}; pruning.target={{flops: 1}}", "save no flops"),
-        (f"{NO_SPARSITY}; {WHOLE}; pruning.target={{latency_s: 1, table: t}}", "a latency"),
+        (
+            f"{NO_SPARSITY}; {WHOLE}; pruning.target={{latency_s: 1, table: t}}",
+            "a latency",
+        ),
         (f"{WHOLE}; output.exports=[masked]", "masked keeps all shapes"),
         (f"{WHOLE}; curvature.kind=identity", "looks at no text"),
         (f"{WHOLE}; curvature.kind=activations", "has no gradients"),
-        ("pruning.groups=[experts, attention]; pruning.expert_costs=reap", "another unit"),
+        (
+            "pruning.groups=[experts, attention]; pruning.expert_costs=reap",
+            "another unit",
+        ),
         ("pruning.expert_costs=reap", "is of whole experts"),
         ("curvature.num_backward=3", "the experts of a mixture see too few tokens"),
         (f"{WHOLE}; pruning.target_sparsity=0.9", "ask for less"),
@@ -223,9 +253,13 @@ def test_what_cannot_be_is_refused(settings: str, complaint: str, job: Jobs) -> 
     assert complaint in job.refused(settings, "--dry-run", model="mixtral", **GROUPS)
 
 
-def test_a_target_of_a_mixture_counts_only_the_experts_that_a_token_goes_to(job: Jobs) -> None:
+def test_a_target_of_a_mixture_counts_only_the_experts_that_a_token_goes_to(
+    job: Jobs,
+) -> None:
     layout = LAYOUTS["qwen3_moe"]
-    active = sum(shape.size * (1 if shape.sees_all_tokens else 2 / 6) for shape in layout.linears)
+    active = sum(
+        shape.size * (1 if shape.sees_all_tokens else 2 / 6) for shape in layout.linears
+    )
     # blocks, a multiply-add for q.k and one for the sum, dimensions of a head, heads, tokens before
     scores = 4 * 4 * 8 * 4 * 17 / 2
     flops = 2 * (active + layout.config.vocab_size * layout.config.hidden_size) + scores

@@ -22,7 +22,11 @@ from ray_surgeon.export.folder import agree, dense_document, shipped_source, wri
 from ray_surgeon.models import pruned_config
 from ray_surgeon.models.build import cache_argument
 from ray_surgeon.models.layout import ModelLayout
-from ray_surgeon.models.pruned_config import BlockWidths, kv_heads_left, per_block_document
+from ray_surgeon.models.pruned_config import (
+    BlockWidths,
+    kv_heads_left,
+    per_block_document,
+)
 from tests.conftest import LAYOUTS, Zygote
 from tests.integration import runs
 from tests.integration.runs import Jobs, config_like, copied_model, loaded, new_model
@@ -52,7 +56,8 @@ def assert_as_masked(exports: Path, logits: torch.Tensor) -> None:
 
 
 @pytest.mark.parametrize(
-    ("family", "dense", "left"), [("llama", (10, 5), (6, 3)), ("glm4_moe", (9, 3), (6, 2))]
+    ("family", "dense", "left"),
+    [("llama", (10, 5), (6, 3)), ("glm4_moe", (9, 3), (6, 2))],
 )
 def test_heads_need_not_divide_the_hidden_size(
     family: str, dense: tuple[int, int], left: tuple[int, int], job: Jobs
@@ -66,7 +71,9 @@ def test_heads_need_not_divide_the_hidden_size(
     folder = new_model(config, job.folder / "model", job.models["llama"])
     options = UNIFORM | {"pruning__groups": ["attention"]}
     options["pruning__target_sparsity"] = 0.2 if family == "llama" else 0.02
-    exports = job(options, model=folder, output__exports=["masked", "uniform"]).uri / "export"
+    exports = (
+        job(options, model=folder, output__exports=["masked", "uniform"]).uri / "export"
+    )
     document = json.loads((exports / "uniform/config.json").read_text())
     assert tuple(document[name] for name in names) == left
     model = AutoModelForCausalLM.from_pretrained(exports / "uniform")
@@ -74,7 +81,9 @@ def test_heads_need_not_divide_the_hidden_size(
     if family == "llama":
         assert kv_heads_left(ModelLayout.of(config), 1, uniform=True) == (1, 2, 3, 4, 5)
         assert document["model_type"] == "mistral"
-        assert document["architectures"] == [type(model).__name__] == ["MistralForCausalLM"]
+        assert (
+            document["architectures"] == [type(model).__name__] == ["MistralForCausalLM"]
+        )
         assert document["sliding_window"] is None
     else:
         assert document["model_type"] == config.model_type
@@ -92,11 +101,18 @@ def test_phi3_holds_heads_that_its_rotary_factors_allow() -> None:
 @pytest.mark.parametrize(
     ("family", "kinds"), [("llama", ["uniform", "per_block"]), ("mistral", ["per_block"])]
 )
-def test_exports_of_another_type_have_its_tokens(family: str, kinds: list[str], job: Jobs) -> None:
+def test_exports_of_another_type_have_its_tokens(
+    family: str, kinds: list[str], job: Jobs
+) -> None:
     """transformers builds Llama's tokenizer anew from its pieces, and takes Mistral's as the file
     has it.
     """
-    heads = {"num_attention_heads": 5, "num_key_value_heads": 5, "head_dim": 8, "hidden_size": 40}
+    heads = {
+        "num_attention_heads": 5,
+        "num_key_value_heads": 5,
+        "head_dim": 8,
+        "hidden_size": 40,
+    }
     sizes = heads | {"vocab_size": 900, "sliding_window": None, "intermediate_size": 512}
     config = config_like(family, **sizes)
     folder = job.folder / "model"
@@ -105,18 +121,25 @@ def test_exports_of_another_type_have_its_tokens(family: str, kinds: list[str], 
     document = json.loads((folder / "tokenizer_config.json").read_text())
     document |= {"tokenizer_class": "LlamaTokenizer", "chat_template": "hello"}
     (folder / "tokenizer_config.json").write_text(json.dumps(document))
-    options = UNIFORM | {"pruning__groups": ["attention"], "pruning__target_sparsity": 0.02}
+    options = UNIFORM | {
+        "pruning__groups": ["attention"],
+        "pruning__target_sparsity": 0.02,
+    }
     done = job(options, model=folder, output__exports=kinds)
     before = AutoTokenizer.from_pretrained(folder)
     for kind in kinds:
         changed = json.loads((done.export(kind) / "config.json").read_text())
         assert changed["model_type"] != config.model_type
-        assert not (kind == "uniform" and changed["transformers_version"].startswith("4")), (
-            "it would doubt the tokenizer of such a Mistral"
-        )
+        assert not (
+            kind == "uniform" and changed["transformers_version"].startswith("4")
+        ), "it would doubt the tokenizer of such a Mistral"
         after = AutoTokenizer.from_pretrained(done.export(kind))
         assert after.chat_template == before.chat_template == "hello"
-        for text in (" lead", "</s>hello", "<s>[INST] the value[/INST] x</s><s>[INST]  a  b\n  c"):
+        for text in (
+            " lead",
+            "</s>hello",
+            "<s>[INST] the value[/INST] x</s><s>[INST]  a  b\n  c",
+        ):
             tokens = before(text)["input_ids"]
             assert after(text)["input_ids"] == tokens, text
             assert after.decode(tokens) == before.decode(tokens)
@@ -152,10 +175,17 @@ def test_memory_of_a_narrow_model_is_less(zygote: Zygote, tmp_path: Path) -> Non
     document = per_block_document(layout, dense, widths)
     (tmp_path / "config.json").write_text(json.dumps(document))
     (tmp_path / "modeling_pruned.py").write_text(shipped_source(config))
-    options = {"prompt_length": 8, "num_new_tokens": 2, "num_repeats": 1, "num_threads": 1}
+    options = {
+        "prompt_length": 8,
+        "num_new_tokens": 2,
+        "num_repeats": 1,
+        "num_threads": 1,
+    }
     request = {"uri": str(tmp_path), "dense": dense, "request": options}
     of_dense, of_pruned = (
-        zygote.run_module("ray_surgeon.export.speed", request | {"only": only})["peak_rss_bytes"]
+        zygote.run_module("ray_surgeon.export.speed", request | {"only": only})[
+            "peak_rss_bytes"
+        ]
         for only in ("dense", "pruned")
     )
     assert of_dense - of_pruned > 0.8 * 4 * 3 * 256 * (8192 - 512) * layout.num_blocks
@@ -193,7 +223,9 @@ def test_exports_stand_alone(job: Jobs) -> None:
     assert said.splitlines() == ["LlamaForCausalLM 35", "PrunedForCausalLM 35"]
 
 
-AS_GROUPS = "pruning.structure=groups; pruning.width_multiple=8; pruning.target_sparsity=0.4"
+AS_GROUPS = (
+    "pruning.structure=groups; pruning.width_multiple=8; pruning.target_sparsity=0.4"
+)
 AS_UNIFORM = f"{AS_GROUPS}; pruning.allocation=uniform"
 
 
@@ -201,14 +233,20 @@ AS_UNIFORM = f"{AS_GROUPS}; pruning.allocation=uniform"
     ("family", "settings", "message"),
     [
         ("llama", "output.exports=[uniform]", "needs pruning.structure groups"),
-        ("llama", f"{AS_GROUPS}; output.exports=[uniform]", "needs pruning.allocation uniform"),
+        (
+            "llama",
+            f"{AS_GROUPS}; output.exports=[uniform]",
+            "needs pruning.allocation uniform",
+        ),
         ("llama", "output.exports=[masked, masked]", "names one twice"),
         ("llama", f"{AS_GROUPS}; output.speed={{}}", "speed: needs one of the exports"),
         ("gpt2", AS_UNIFORM, "at most 0.3525"),
         ("llama", f"{AS_GROUPS}; pruning.groups=[attention]", "at most"),
     ],
 )
-def test_exports_that_cannot_be(family: str, settings: str, message: str, job: Jobs) -> None:
+def test_exports_that_cannot_be(
+    family: str, settings: str, message: str, job: Jobs
+) -> None:
     assert message in job.refused(settings, model=family)
 
 
@@ -226,7 +264,9 @@ def test_speed_is_measured_beside_the_dense_model(job: Jobs) -> None:
             assert 0 < spread["lowest"] <= spread["median"] <= spread["highest"]
     said = done.out
     size = 4 * AutoModelForCausalLM.from_pretrained(job.models["llama"]).num_parameters()
-    assert re.search(rf"weights, MB +{size / 1e6:.3f} -> +{entry['size_bytes'] / 1e6:.3f} ", said)
+    assert re.search(
+        rf"weights, MB +{size / 1e6:.3f} -> +{entry['size_bytes'] / 1e6:.3f} ", said
+    )
     assert "prefill, tokens per second" in said
     assert "memory of a process, MB" in said
     folder = done.export("uniform")
@@ -247,13 +287,18 @@ def test_no_wrong_export_is_said(job: Jobs, monkeypatch: pytest.MonkeyPatch) -> 
     assert not (done.export("per_block") / "README.md").exists()
 
 
-def test_an_export_has_no_files_of_a_try_with_other_shards(llama: Path, tmp_path: Path) -> None:
+def test_an_export_has_no_files_of_a_try_with_other_shards(
+    llama: Path, tmp_path: Path
+) -> None:
     export = tmp_path / "export"
     (export / ".writing-abc").mkdir(parents=True)
     (export / "my.gguf").touch()
     for num_shards in (2, 1):
         write_weights(loaded(llama, num_shards), str(export), range(4))
-    assert sorted(path.name for path in export.iterdir()) == ["model.safetensors", "my.gguf"]
+    assert sorted(path.name for path in export.iterdir()) == [
+        "model.safetensors",
+        "my.gguf",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -262,7 +307,13 @@ def test_an_export_has_no_files_of_a_try_with_other_shards(llama: Path, tmp_path
         ("bfloat16", False, 0.05, 0.4, True),  # as SmolLM2 has it
         ("bfloat16", False, 0.25, 0.25, False),
         ("bfloat16", False, 0.05, 0.8, False),
-        ("bfloat16", True, 0.05, 0.8, True),  # of a mixture, where a token went to other experts
+        (
+            "bfloat16",
+            True,
+            0.05,
+            0.8,
+            True,
+        ),  # of a mixture, where a token went to other experts
         ("float32", False, 1e-4, 3e-3, True),
         ("float32", False, 1e-4, 1e-2, False),
     ],
@@ -273,4 +324,7 @@ def test_logits_differ_by_rounding(
     generator = torch.Generator().manual_seed(0)
     logits, noise = (torch.randn(1, 16, 500, generator=generator) for _ in range(2))
     noise[0, 3] *= of_one / of_all
-    assert agree(10 + 3 * (logits + of_all * noise), 10 + 3 * logits, dtype, half=half) is passes
+    assert (
+        agree(10 + 3 * (logits + of_all * noise), 10 + 3 * logits, dtype, half=half)
+        is passes
+    )

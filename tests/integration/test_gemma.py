@@ -23,8 +23,12 @@ def gemma(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return fetch("gemma3-270m", tmp_path_factory.mktemp("gemma") / "model")
 
 
-@pytest.mark.parametrize(("structure", "sparsity"), [("rows_columns", 0.05), ("element", 0.3)])
-def test_gemma_is_as_reported(structure: str, sparsity: float, gemma: Path, job: Jobs) -> None:
+@pytest.mark.parametrize(
+    ("structure", "sparsity"), [("rows_columns", 0.05), ("element", 0.3)]
+)
+def test_gemma_is_as_reported(
+    structure: str, sparsity: float, gemma: Path, job: Jobs
+) -> None:
     text = {"source": "python-docs", "sequence_length": 256}
     options = {
         "calibration": text | {"num_sequences": 8, "stride": 2048},

@@ -96,8 +96,12 @@ def assert_as_by_itself(cluster: LocalCluster, answers: Answers) -> None:
 
 
 @pytest.mark.parametrize("family", ["gpt2", "gemma3", "mixtral"])
-def test_answers_are_those_of_transformers(family: str, model_folders: dict[str, Path]) -> None:
-    factor = 1.0 if family == "mixtral" else 0.95  # transformers has its experts in one tensor
+def test_answers_are_those_of_transformers(
+    family: str, model_folders: dict[str, Path]
+) -> None:
+    factor = (
+        1.0 if family == "mixtral" else 0.95
+    )  # transformers has its experts in one tensor
     expected, means, own = by_transformers(model_folders[family], factor)
     assert 0 < sum(expected.ended) < len(PROMPTS), "some end"
     found = []
@@ -113,7 +117,9 @@ def test_answers_are_those_of_transformers(family: str, model_folders: dict[str,
         assert getattr(found[0], name) == pytest.approx(value, rel=1e-4, abs=1e-5), name
     assert list(map(list, found[0].answers)) == own
     assert found[0].departures == tuple(map(departure, expected.answers, own))
-    ended = [answer[-1] in ENDS for answer, was in zip(own, expected.ended, strict=True) if was]
+    ended = [
+        answer[-1] in ENDS for answer, was in zip(own, expected.ended, strict=True) if was
+    ]
     assert found[0].not_ended == 1 - sum(ended) / len(ended)
 
 
@@ -121,9 +127,13 @@ def test_measures_are_finite(llama: Path) -> None:
     cluster = loaded(llama)
     answers = answers_of(cluster, PROMPTS, MAX_TOKENS, ENDS)
     damage(cluster, float("nan"))
-    with pytest.raises(FloatingPointError, match="divergence from the dense model on its answers"):
+    with pytest.raises(
+        FloatingPointError, match="divergence from the dense model on its answers"
+    ):
         measure_answers(cluster, answers, MAX_TOKENS)
-    with pytest.raises(FloatingPointError, match="hidden state of the dense model's answers"):
+    with pytest.raises(
+        FloatingPointError, match="hidden state of the dense model's answers"
+    ):
         answers_of(cluster, PROMPTS, MAX_TOKENS, ENDS)
 
 
@@ -164,18 +174,26 @@ def decode(tokens: Any) -> str:
 
 def test_records_are_what_a_report_may_hold() -> None:
     dense = dense_record(ANSWERS_OF_TWO, lambda tokens: f"{tokens}" + "x" * 10_000)
-    assert (dense["num_tokens"], dense["share_ended"], dense["share_repeating"]) == (3, 0.5, 0)
+    assert (dense["num_tokens"], dense["share_ended"], dense["share_repeating"]) == (
+        3,
+        0.5,
+        0,
+    )
     assert len(dense["example"]["dense"]) == 2000
     shot = shot_record(ANSWERS_OF_TWO, FOUND, decode)
     assert shot["tokens_until_departure"] == {"mean": 0.5, "median": 0.5}
 
 
 @pytest.fixture(scope="module")
-def without(tmp_path_factory: pytest.TempPathFactory, model_folders: dict[str, Path]) -> Record:
+def without(
+    tmp_path_factory: pytest.TempPathFactory, model_folders: dict[str, Path]
+) -> Record:
     """Return the report of a run that compares no answers."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(LivePage, "draw", lambda self, record, *, final: None)
-        return Jobs(model_folders, tmp_path_factory.mktemp("generation"))(name="old").report
+        return Jobs(model_folders, tmp_path_factory.mktemp("generation"))(
+            name="old"
+        ).report
 
 
 @pytest.fixture
@@ -191,12 +209,18 @@ def compared(without: Record) -> Record:
 
 def test_the_terminal_shows_acceptance(without: Record, compared: Record) -> None:
     shots = tables.shots_table(compared)
-    assert [column.header for column in shots.columns][:3] == ["shot", "accepted", "sparsity"]
+    assert [column.header for column in shots.columns][:3] == [
+        "shot",
+        "accepted",
+        "sparsity",
+    ]
     assert list(shots.columns[1].cells)[-2:] == ["87.5%", "87.5%"]
     both = tables.shots_table(without, compared).columns[3]
     assert both.header == "accepted"
     assert list(both.cells) == ["", "", "", "100.0%", "87.5%", "87.5%"]
-    assert "accepted" not in [column.header for column in tables.shots_table(without).columns]
+    assert "accepted" not in [
+        column.header for column in tables.shots_table(without).columns
+    ]
     assert not tables.summary_lines("answers", without)
     lines = tables.summary_lines("answers", compared)
     assert lines[0] == "answers of the dense model of 2 prompts, 3 tokens"
@@ -226,15 +250,23 @@ def test_the_page_shows_answers_as_text(without: Record, compared: Record) -> No
     assert "run-1-answers" in page([compared])
 
 
-def test_a_result_and_a_card_have_answers_or_none(without: Record, compared: Record) -> None:
+def test_a_result_and_a_card_have_answers_or_none(
+    without: Record, compared: Record
+) -> None:
     cards = []
     entry: Record = {"kind": "uniform", "uri": "x", "size_bytes": 1e6, "loaders": {}}
     entry["load"] = "from_pretrained(x)"
     for record in (without, compared):
-        facts = {part: record[part] for part in ("spec", "dense")} | {"last": record["shots"][-1]}
-        cards.append(rendered("card.md.jinja", entry=entry, source="some/model", facts=facts))
+        facts = {part: record[part] for part in ("spec", "dense")} | {
+            "last": record["shots"][-1]
+        }
+        cards.append(
+            rendered("card.md.jinja", entry=entry, source="some/model", facts=facts)
+        )
     assert PruneResult("somewhere", without).generation is None
-    assert dict(PruneResult("somewhere", compared).generation or {})["acceptance"] == 0.875
+    assert (
+        dict(PruneResult("somewhere", compared).generation or {})["acceptance"] == 0.875
+    )
     old, new = cards
     assert "acceptance" not in old
     assert "| acceptance rate | 87.5% |" in new

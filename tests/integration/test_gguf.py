@@ -32,18 +32,26 @@ GROUPS = runs.GROUPS | runs.ONE | {"pruning__width_multiple": 16}
 
 
 def tensors_of(file: Path) -> dict[str, np.ndarray[Any, Any]]:
-    return {t.name: gguf.dequantize(t.data, t.tensor_type) for t in gguf.GGUFReader(file).tensors}
+    return {
+        t.name: gguf.dequantize(t.data, t.tensor_type)
+        for t in gguf.GGUFReader(file).tensors
+    }
 
 
 def fields_of(file: Path) -> dict[str, Any]:
-    return {name: field.contents() for name, field in gguf.GGUFReader(file).fields.items()}
+    return {
+        name: field.contents() for name, field in gguf.GGUFReader(file).fields.items()
+    }
 
 
 def test_uniform_widths(job: Jobs) -> None:
     """The same tensors as the uniform export, heads rotated in pairs; the eight-bit file is close
     to them.
     """
-    options = GROUPS | {"pruning__allocation": "uniform", "output__exports": ["uniform", "gguf"]}
+    options = GROUPS | {
+        "pruning__allocation": "uniform",
+        "output__exports": ["uniform", "gguf"],
+    }
     done = job(options, output__gguf=["f32", "q8_0"], cluster__num_shards=2)
     folder = done.export("gguf")
     files = ["llama-pruned-F32.gguf", "llama-pruned-Q8_0.gguf"]
@@ -56,12 +64,19 @@ def test_uniform_widths(job: Jobs) -> None:
     assert np.array_equal(whole["blk.1.ffn_gate.weight"], gate)
     assert np.array_equal(whole["blk.1.attn_q.weight"][[0, 1, 2, 3]], query[[0, 4, 1, 5]])
     assert "output.weight" not in whole
-    assert 0 < np.abs(small["blk.1.ffn_gate.weight"] - gate).max() < 0.005 * np.abs(gate).max()
+    assert (
+        0
+        < np.abs(small["blk.1.ffn_gate.weight"] - gate).max()
+        < 0.005 * np.abs(gate).max()
+    )
     fields = fields_of(folder / files[0])
     assert fields["general.architecture"] == "llama"
     assert fields["llama.feed_forward_length"] == gate.shape[0] < 48
     assert fields["llama.rope.freq_base"] == 10000.0
-    assert (fields["tokenizer.ggml.model"], fields["tokenizer.ggml.pre"]) == ("gpt2", "gpt-2")
+    assert (fields["tokenizer.ggml.model"], fields["tokenizer.ggml.pre"]) == (
+        "gpt2",
+        "gpt-2",
+    )
     assert len(fields["tokenizer.ggml.tokens"]) == VOCABULARY
     assert fields["tokenizer.ggml.eos_token_id"] == 0
     entry = done.exports[1]
@@ -81,14 +96,20 @@ DEEP = {"pruning__groups": ["blocks", "ffn"], "pruning__depth__num_removed": 1}
 @pytest.mark.parametrize("options", [runs.FOUR, DEEP])
 def test_the_importance_matrix(options: dict[str, Any], job: Jobs) -> None:
     """The sums of squares of what the linears of the uniform export see on the calibration."""
-    options = options | {"pruning__allocation": "uniform", "output__exports": ["uniform", "gguf"]}
+    options = options | {
+        "pruning__allocation": "uniform",
+        "output__exports": ["uniform", "gguf"],
+    }
     done = job(GROUPS | options)
     file = done.export("gguf") / "llama-pruned-imatrix.gguf"
     fields = fields_of(file)
     calibration = job.inputs(GROUPS | options, "again").calibration
     assert fields["general.type"] == "imatrix"
     assert fields["imatrix.datasets"] == [done.report["spec"]["calibration"]["source"]]
-    assert (fields["imatrix.chunk_count"], fields["imatrix.chunk_size"]) == calibration.shape
+    assert (
+        fields["imatrix.chunk_count"],
+        fields["imatrix.chunk_size"],
+    ) == calibration.shape
     found = tensors_of(file)
     model = AutoModelForCausalLM.from_pretrained(done.export("uniform"))
     seen = dict[str, torch.Tensor]()
@@ -112,7 +133,10 @@ def test_the_importance_matrix(options: dict[str, Any], job: Jobs) -> None:
 def test_mixtures_have_their_experts_together(family: str, job: Jobs) -> None:
     """The tensors are those of the uniform export, however a checkpoint has them."""
     options = {"pruning__allocation": "uniform", "output__exports": ["uniform", "gguf"]}
-    options |= {"pruning__groups": ["experts", "expert_channels"], "output__gguf": ["f32"]}
+    options |= {
+        "pruning__groups": ["experts", "expert_channels"],
+        "output__gguf": ["f32"],
+    }
     done = job(GROUPS | options, model=family)
     model = AutoModelForCausalLM.from_pretrained(done.export("uniform"))
     state = model.state_dict()
@@ -128,11 +152,16 @@ def test_mixtures_have_their_experts_together(family: str, job: Jobs) -> None:
         assert np.array_equal(found[f"blk.1.ffn_{name}_exps.weight"], expected.numpy())
     fields = fields_of(file)
     architecture = fields["general.architecture"]
-    assert fields[f"{architecture}.expert_count"] == len(down) < LAYOUTS[family].num_experts
+    assert (
+        fields[f"{architecture}.expert_count"] == len(down) < LAYOUTS[family].num_experts
+    )
     assert fields[f"{architecture}.expert_feed_forward_length"] == down.shape[2]
     (file,) = done.export("gguf").glob("*-imatrix.gguf")
     matrix = tensors_of(file)
-    assert matrix["blk.1.ffn_down_exps.weight.in_sum2"].shape == (len(down), down.shape[2])
+    assert matrix["blk.1.ffn_down_exps.weight.in_sum2"].shape == (
+        len(down),
+        down.shape[2],
+    )
     routed: list[Any] = []
     experts = model.model.layers[1].mlp.experts
     experts.register_forward_pre_hook(lambda _, given: routed.extend(given))
@@ -150,10 +179,15 @@ def test_mixtures_have_their_experts_together(family: str, job: Jobs) -> None:
 def test_experts_without_tokens_weigh_alike(tmp_path: Path) -> None:
     """llama.cpp puts ones where it finds no count, and divides by the others."""
     squares = torch.tensor([[1.0, 4.0], [0.0, 0.0]])
-    write_imatrix({"blk.0.ffn_up_exps.weight": squares}, ["text"], (2, 8), tmp_path / "m.gguf")
+    write_imatrix(
+        {"blk.0.ffn_up_exps.weight": squares}, ["text"], (2, 8), tmp_path / "m.gguf"
+    )
     found = tensors_of(tmp_path / "m.gguf")
     assert found["blk.0.ffn_up_exps.weight.counts"].tolist() == [[16.0], [0.0]]
-    assert found["blk.0.ffn_up_exps.weight.in_sum2"].tolist() == [[16.0, 64.0], [0.0, 0.0]]
+    assert found["blk.0.ffn_up_exps.weight.in_sum2"].tolist() == [
+        [16.0, 64.0],
+        [0.0, 0.0],
+    ]
 
 
 def test_widths_that_differ_are_a_deci(job: Jobs) -> None:
@@ -200,7 +234,12 @@ ONE_HEAD = [(8, 1)]
         ("qwen2", {}, [(8, 2), (16, 2)], "set pruning.allocation: uniform"),
         ("llama", {}, [(8, 1), (0, 1)], r"set pruning\.groups: \[blocks\]"),
         ("qwen2", {}, ONE_HEAD, r"set pruning\.groups: \[ffn\]"),
-        ("llama", {"hidden_act": "gelu"}, ONE_HEAD, "has the activation silu, the model gelu"),
+        (
+            "llama",
+            {"hidden_act": "gelu"},
+            ONE_HEAD,
+            "has the activation silu, the model gelu",
+        ),
         ("llama-biases", {}, ONE_HEAD, "has no attention_bias"),
         ("qwen3", {"rope_parameters": PARTIAL}, ONE_HEAD, "'partial_rotary_factor': 0.5"),
         ("gpt2", {"scale_attn_weights": False}, ONE_HEAD, "scale_attn_weights false"),
@@ -258,7 +297,9 @@ DIGITS = {"type": "Digits", "individual_digits": True}
         (BYTES | {"add_prefix_space": True}, None, ValueError("has no known name")),
     ],
 )
-def test_ways_to_cut_text(pre_tokenizer: Any, normalizer: Any, expected: str | ValueError) -> None:
+def test_ways_to_cut_text(
+    pre_tokenizer: Any, normalizer: Any, expected: str | ValueError
+) -> None:
     """A normaliser that llama.cpp would leave out is refused."""
     document = {"model": {"type": "BPE"}, "decoder": {"type": "ByteLevel"}}
     document |= {"pre_tokenizer": pre_tokenizer, "normalizer": normalizer}
@@ -280,15 +321,22 @@ def test_added_runs_of_spaces_are_spaces() -> None:
         [token for token, _ in tokens_of(document, 3, has_pieces=has_pieces)]
         for has_pieces in (True, False)
     ]
-    assert names == [["\u2581a", "  ", "<\u2581>"], ["\u2581a", "\u2581\u2581", "<\u2581>"]]
+    assert names == [
+        ["\u2581a", "  ", "<\u2581>"],
+        ["\u2581a", "\u2581\u2581", "<\u2581>"],
+    ]
 
 
 def write_whole(model: Path, num_heads: int, file: Path) -> float:
     config = AutoConfig.from_pretrained(model)
-    return write_gguf(str(model), config, [BlockWidths(48, num_heads)] * 4, "f32", "x", file)
+    return write_gguf(
+        str(model), config, [BlockWidths(48, num_heads)] * 4, "f32", "x", file
+    )
 
 
-def test_damage_is_noticed(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_damage_is_noticed(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What is read again is compared with what it was made from."""
     read = Tensors.read
     written = list[str]()
@@ -303,7 +351,9 @@ def test_damage_is_noticed(llama: Path, tmp_path: Path, monkeypatch: pytest.Monk
         write_whole(llama, 2, tmp_path / "x.gguf")
 
 
-def test_gpt2_linears_are_transposed(model_folders: dict[str, Path], tmp_path: Path) -> None:
+def test_gpt2_linears_are_transposed(
+    model_folders: dict[str, Path], tmp_path: Path
+) -> None:
     file = tmp_path / "x.gguf"
     assert write_whole(model_folders["gpt2"], 4, file) == 0.0
     up = tensor_files.read(str(model_folders["gpt2"] / "model.safetensors"))[

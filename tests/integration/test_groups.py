@@ -13,7 +13,13 @@ from transformers import AutoModelForCausalLM
 from ray_surgeon.models.budgets import parameters_budget
 from tests.conftest import CONFIGS, LAYOUTS
 from tests.integration import runs
-from tests.integration.runs import MOST_BY_ORDER_OF_SUMS, ONE, Jobs, assert_same_shot, difference
+from tests.integration.runs import (
+    MOST_BY_ORDER_OF_SUMS,
+    ONE,
+    Jobs,
+    assert_same_shot,
+    difference,
+)
 
 GROUPS = runs.GROUPS | ONE
 WAYS: dict[str, dict[str, Any]] = {
@@ -22,7 +28,9 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 OFTEN = {"gemma3", "gpt2", "llama"}
 CASES = [
-    pytest.param(family, way, marks=[] if family in OFTEN or way == "uniform" else pytest.mark.slow)
+    pytest.param(
+        family, way, marks=[] if family in OFTEN or way == "uniform" else pytest.mark.slow
+    )
     for family in sorted(CONFIGS)
     for way in WAYS
     if family == "gpt2" or way != "per_block"
@@ -43,7 +51,9 @@ def test_groups_of_every_family(family: str, way: str, job: Jobs) -> None:
     left = set()
     for groups in LAYOUTS[family].group_sets:
         columns = tensors[f"{groups.consumer}.columns"][groups.columns]
-        assert (columns.all(dim=1) | ~columns.any(dim=1)).all(), "a group goes whole or not at all"
+        assert (columns.all(dim=1) | ~columns.any(dim=1)).all(), (
+            "a group goes whole or not at all"
+        )
         removed = ~columns.all(dim=1)
         for name, rows in groups.producers:
             assert torch.equal(~tensors[f"{name}.rows"][rows].all(dim=1), removed)
@@ -74,7 +84,9 @@ def test_groups_of_every_family(family: str, way: str, job: Jobs) -> None:
         assert config["num_key_value_heads"] == max(heads)
     model = AutoModelForCausalLM.from_pretrained(export)
     assert type(model).__module__.startswith("transformers.models.")
-    assert done.exports[1]["size_bytes"] == pytest.approx(4 * model.num_parameters(), rel=0.2)
+    assert done.exports[1]["size_bytes"] == pytest.approx(
+        4 * model.num_parameters(), rel=0.2
+    )
     if CONFIGS[family].tie_word_embeddings:
         with safe_open(export / "model-00002-of-00002.safetensors", "pt") as file:
             assert not any("lm_head" in key for key in set(file.keys()))

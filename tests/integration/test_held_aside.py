@@ -31,7 +31,14 @@ from ray_surgeon.recovery.training import Training
 from ray_surgeon.report.html_report import LivePage
 from ray_surgeon.run_state import HELD, CalibrationText, held_measure, held_places
 from tests.integration import runs
-from tests.integration.runs import ONE, Jobs, assert_same_shot, changes_of, copied_model, loaded
+from tests.integration.runs import (
+    ONE,
+    Jobs,
+    assert_same_shot,
+    changes_of,
+    copied_model,
+    loaded,
+)
 from tests.integration.test_conversations import TEMPLATE
 
 LORA = "recovery.rank=2; recovery.num_tokens=120; recovery.sequences_per_step=1"
@@ -112,7 +119,9 @@ def measured(monkeypatch: pytest.MonkeyPatch, *measures: float) -> None:
 
 
 @pytest.mark.parametrize("loss", ["kl", "cross_entropy"])
-def test_corrections_choose_a_rate_and_end_better_than_they_began(loss: str, llama: Path) -> None:
+def test_corrections_choose_a_rate_and_end_better_than_they_began(
+    loss: str, llama: Path
+) -> None:
     cluster, text = pruned(llama)
     before = held_measure(cluster, text, loss)
     found = trained(cluster, text, loss=loss)
@@ -120,7 +129,9 @@ def test_corrections_choose_a_rate_and_end_better_than_they_began(loss: str, lla
     *harmful, first = found.tried
     assert (*harmful, first) == RATES[: len(found.tried)]
     assert all(found.tried[rate] > HARMLESS * before for rate in harmful)
-    assert first / found.rate == 2 ** round(math.log2(first / found.rate)), "halved, or as it was"
+    assert first / found.rate == 2 ** round(math.log2(first / found.rate)), (
+        "halved, or as it was"
+    )
     assert (found.held[0].steps, found.held[0].value) == (0, before)
     after = held_measure(cluster, text, loss)
     assert after < before
@@ -130,7 +141,9 @@ def test_corrections_choose_a_rate_and_end_better_than_they_began(loss: str, lla
 
 
 @pytest.mark.parametrize(
-    ("measures", "taken"), [([1.04], 0), ([1.06, 0.9], 1), ([math.inf, 1.06, 1.06], 2)], ids=str
+    ("measures", "taken"),
+    [([1.04], 0), ([1.06, 0.9], 1), ([math.inf, 1.06, 1.06], 2)],
+    ids=str,
 )
 def test_the_highest_rate_that_does_no_harm_goes_on(
     measures: list[float], taken: int, llama: Path, monkeypatch: pytest.MonkeyPatch
@@ -149,7 +162,9 @@ def test_the_highest_rate_that_does_no_harm_goes_on(
     found = trained(cluster, text)
     assert found.tried == dict(zip(RATES, measures, strict=False))
     assert found.rate == RATES[taken]
-    assert len(found.losses) == 32, "the steps of the trial that was taken are of the training"
+    assert len(found.losses) == 32, (
+        "the steps of the trial that was taken are of the training"
+    )
     num_steps = (len(losses) - 32) // max(1, len(measures) - 1)
     assert len({losses[number * num_steps] for number in range(len(measures))}) == 1
 
@@ -161,14 +176,18 @@ def test_a_loss_that_is_no_number(llama: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(f"{TRAINING}.forward_and_backward", lambda *_, **__: nothing)
     found = trained(cluster, text)
     assert found.undone is not None
-    assert all(torch.equal(W, before[name]) for name, W in runs.weights_of(cluster).items())
+    assert all(
+        torch.equal(W, before[name]) for name, W in runs.weights_of(cluster).items()
+    )
     assert held_measure(cluster, text) == pytest.approx(found.held[0].value, rel=1e-6)
     record = found.as_record()
     assert record["recovery_losses"] == []
     assert {entry["held_aside"] for entry in record["recovery_tried"]} == {None}
 
 
-def test_a_rate_is_halved_where_measures_rise(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rate_is_halved_where_measures_rise(
+    llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """From the best state on, which is the one that is absorbed."""
     cluster, text = pruned(llama)
     # before, two trials, then three checks, of which 0.7 is the best and the others are above it by
@@ -195,32 +214,49 @@ def test_corrections_are_equal_for_every_cluster(llama: Path) -> None:
 @pytest.mark.parametrize(
     ("rate", "dtype", "why"), [(1e-7, "bfloat16", ""), (1.0, "float32", "diverged")]
 )
-def test_diverging_corrections_are_undone(rate: float, dtype: str, why: str, job: Jobs) -> None:
+def test_diverging_corrections_are_undone(
+    rate: float, dtype: str, why: str, job: Jobs
+) -> None:
     """Those that rounding takes away likewise: in bfloat16 a tiny one changes no weight."""
     options = ONE | {"model__dtype": dtype}
     done = job(
         options,
-        recovery={"rank": 2, "num_tokens": 1280, "sequences_per_step": 1, "learning_rate": rate},
+        recovery={
+            "rank": 2,
+            "num_tokens": 1280,
+            "sequences_per_step": 1,
+            "learning_rate": rate,
+        },
     )
     (shot,) = done.shots
     assert "no state was better on the windows held aside" in shot["recovery_undone"]
     assert why in shot["recovery_undone"]
     assert shot["recovery_absorbed"] == 0
     assert (len(shot["recovery_losses"]) < 32) == (why == "diverged"), "it was given up"
-    assert shot["divergence_held_aside"] == pytest.approx(shot["recovery_held_aside"][0]["value"])
+    assert shot["divergence_held_aside"] == pytest.approx(
+        shot["recovery_held_aside"][0]["value"]
+    )
     (event,) = [event for event in done.events if event["step"] == "recovery"]
     assert why in json.dumps(event)
     plain = job(options, folder="plain", calibration__held_aside=0.1)
     assert_same_shot(done.uri, plain.uri, 1)
 
 
-def test_every_check_is_told_and_drawn(job: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_check_is_told_and_drawn(
+    job: Jobs, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """While the training goes on, and afterwards."""
     pages = list[Mapping[str, Any]]()
-    monkeypatch.setattr(LivePage, "draw", lambda self, record, *, final: pages.append(record))
-    done = job(ONE, calibration__held_aside=0.3, **runs.LORA, recovery__learning_rate=1e-3)
+    monkeypatch.setattr(
+        LivePage, "draw", lambda self, record, *, final: pages.append(record)
+    )
+    done = job(
+        ONE, calibration__held_aside=0.3, **runs.LORA, recovery__learning_rate=1e-3
+    )
     held = done.shot["recovery_held_aside"]
-    *before, last = (event for event in done.events if event["step"] in ("check", "recovery"))
+    *before, last = (
+        event for event in done.events if event["step"] in ("check", "recovery")
+    )
     assert last["step"] == "recovery"
     for told, event in zip(held, before, strict=True):
         facts = {name: value for name, value in told.items() if value is not None}
@@ -229,7 +265,9 @@ def test_every_check_is_told_and_drawn(job: Jobs, monkeypatch: pytest.MonkeyPatc
         assert f"steps={told['steps']}" in done.out
     assert [told["steps"] for told in held[:4]] == [0, 1, 2, 3]
     assert held[3]["tokens"] == 120
-    drawn = [page["present"]["recovery_held_aside"] for page in pages if "present" in page]
+    drawn = [
+        page["present"]["recovery_held_aside"] for page in pages if "present" in page
+    ]
     assert drawn == [held[: number + 1] for number in range(len(held))]
     assert "present" not in done.report
 
@@ -246,7 +284,9 @@ CHOOSES = {"curvature__damping": "auto", "calibration__held_aside": 0.3}
         "curvature.kind=extended_kfac",
     ],
 )
-def test_damping_is_chosen(settings: str, job: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_damping_is_chosen(
+    settings: str, job: Jobs, monkeypatch: pytest.MonkeyPatch
+) -> None:
     used = list[tuple[float, float]]()
     plain = Method.of_loss
 
@@ -286,7 +326,12 @@ def test_damping_with_fewer_windows_than_replicas(job: Jobs) -> None:
     assert_same_shot(auto.uri, given.uri, 1)
 
 
-PYTHON_DOCS = {"name": "docs", "source": "python-docs", "num_sequences": 3, "sequence_length": 40}
+PYTHON_DOCS = {
+    "name": "docs",
+    "source": "python-docs",
+    "num_sequences": 3,
+    "sequence_length": 40,
+}
 
 
 def prompts_file(folder: Path, *records: Any) -> str:
@@ -302,7 +347,9 @@ def test_answers_alone_count_where_they_are_weighed(job: Jobs) -> None:
     tokenizer = AutoTokenizer.from_pretrained(model)
     tokenizer.chat_template = TEMPLATE
     tokenizer.save_pretrained(model)
-    asked = [{"role": "user", "content": f"Say {i} and what comes after it"} for i in range(12)]
+    asked = [
+        {"role": "user", "content": f"Say {i} and what comes after it"} for i in range(12)
+    ]
     prompts = prompts_file(job.folder, *({"messages": [one]} for one in asked))
     generation = {"num_prompts": 2, "max_new_tokens": 6, "prompts": prompts}
     calibration = {"source": "self", "prompts": prompts, "weigh": "answers"}
@@ -327,8 +374,15 @@ def test_answers_alone_count_where_they_are_weighed(job: Jobs) -> None:
 
 
 def test_a_calibration_holds_prompts_aside_for_comparisons(job: Jobs) -> None:
-    prompts = prompts_file(job.folder, *({"prompt": f"text number {i} of many"} for i in range(20)))
-    calibration = {"source": "self", "prompts": prompts, "num_sequences": 2, "sequence_length": 100}
+    prompts = prompts_file(
+        job.folder, *({"prompt": f"text number {i} of many"} for i in range(20))
+    )
+    calibration = {
+        "source": "self",
+        "prompts": prompts,
+        "num_sequences": 2,
+        "sequence_length": 100,
+    }
 
     def checked(evaluation: Any) -> Inputs:
         spec = job.spec(calibration=calibration, evaluation=evaluation)

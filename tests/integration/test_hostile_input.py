@@ -57,7 +57,9 @@ def fill(path: Path, content: bytes | int) -> Path:
 
 def of_model(name: str, content: bytes | int | None) -> Change:
     """Change or remove a file of the model."""
-    return lambda c: (c.model / name).unlink() if content is None else fill(c.model / name, content)
+    return lambda c: (
+        (c.model / name).unlink() if content is None else fill(c.model / name, content)
+    )
 
 
 def of_text(name: str, content: bytes | int) -> Change:
@@ -163,14 +165,23 @@ CASES: list[tuple[Change, list[str]]] = [
     (of_model(WEIGHTS, 5000), [WEIGHTS, "cut short"]),
     (of_model(WEIGHTS, bytes(5000)), [WEIGHTS, "not a safetensors file"]),
     (pickled, ["no .safetensors weights", "pickled weights are not read"]),
-    (of_model(WEIGHTS, struct.pack("<Q", 10**6) + b"[" * 10**6), [WEIGHTS, "header is damaged"]),
+    (
+        of_model(WEIGHTS, struct.pack("<Q", 10**6) + b"[" * 10**6),
+        [WEIGHTS, "header is damaged"],
+    ),
     (header("data_offsets"), [WEIGHTS, "header is damaged"]),
     (header(shape=[48, 64]), [WEIGHTS, f"{UP} of shape (48, 64)", "cannot lie at bytes"]),
     (header(dtype="PICKLE"), [UP, "unknown dtype PICKLE"]),
     (tensors(lambda t: t.pop(UP)), [f"1 missing ({UP})", "complete checkpoint"]),
-    (tensors(lambda t: t.update({UP: t[UP].repeat(2, 1)})), [UP, "(96, 32), expected (48, 32)"]),
+    (
+        tensors(lambda t: t.update({UP: t[UP].repeat(2, 1)})),
+        [UP, "(96, 32), expected (48, 32)"],
+    ),
     (tensors(lambda t: t[UP][0].fill_(torch.nan)), [UP, "32 NaN or infinite weights"]),
-    (index({"weight_map": {UP: "../../etc/passwd"}}), ["index", "missing files", "passwd"]),
+    (
+        index({"weight_map": {UP: "../../etc/passwd"}}),
+        ["index", "missing files", "passwd"],
+    ),
     (of_model("config.json", b"[]"), ["config.json", "is a list, expected an"]),
     (of_model("config.json", b"\xff\xfe{}"), ["config.json", "not UTF-8"]),
     (of_model("config.json", LARGE), ["config.json", "10737418240 bytes"]),
@@ -178,10 +189,19 @@ CASES: list[tuple[Change, list[str]]] = [
     (config(num_hidden_layers=10**9), ["num_hidden_layers", "expected 1 to 2000"]),
     (config(hidden_size=-32), ["config.json", "fetch it again"]),
     (config(rms_norm_eps="small"), ["transformers cannot read config.json"]),
-    (stranger, ["known families: deepseek_v3, gemma3_text, glm4_moe, gpt2, gpt_oss, llama"]),
-    (config(model_type="gemma3", text_config=GEMMA), ["Save its text part, a gemma3_text"]),
+    (
+        stranger,
+        ["known families: deepseek_v3, gemma3_text, glm4_moe, gpt2, gpt_oss, llama"],
+    ),
+    (
+        config(model_type="gemma3", text_config=GEMMA),
+        ["Save its text part, a gemma3_text"],
+    ),
     (of_model("tokenizer.json", None), ["no tokenizer that loads"]),
-    (strange_tokenizer, ["it is code, which is never run, so make a tokenizer.json of it"]),
+    (
+        strange_tokenizer,
+        ["it is code, which is never run, so make a tokenizer.json of it"],
+    ),
     (small_vocabulary, ["vocabulary is 64", "belongs to another model"]),
     (link_to_a_secret, ["_config.json", "outside of the model"]),
     (of_text(".txt", b""), ["broken.txt", "0 tokens"]),
@@ -208,7 +228,9 @@ def test_ends_in_a_clear_error(
     change(case)
     spec = case.spec or tiny_spec(tmp_path, case.model, **case.changes)
     numbers = "NaN or infinite" in "".join(words)
-    answer = zygote.ask(arguments=[str(spec), *(["--workers-may-start"] if numbers else [])])
+    answer = zygote.ask(
+        arguments=[str(spec), *(["--workers-may-start"] if numbers else [])]
+    )
     assert answer["code"] == 2, answer["text"]
     message = answer["text"][answer["text"].index("error: ") :]
     assert [word for word in words if word not in message] == [], message

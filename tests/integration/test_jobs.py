@@ -24,7 +24,14 @@ import pytest
 from ray.job_submission import JobSubmissionClient
 from ray.util import get_node_ip_address
 
-from tests.integration.runs import ONE, Done, Jobs, assert_same_shot, overflowing_model, wait_for
+from tests.integration.runs import (
+    ONE,
+    Done,
+    Jobs,
+    assert_same_shot,
+    overflowing_model,
+    wait_for,
+)
 
 pytestmark = pytest.mark.ray
 
@@ -56,22 +63,38 @@ class Head:
         """Submit as `ray job submit` of the README does."""
         self.jobs.submit_job(
             submission_id=name,
-            entrypoint=" ".join(["python -m ray_surgeon.pipeline", str(spec), *arguments]),
+            entrypoint=" ".join(
+                ["python -m ray_surgeon.pipeline", str(spec), *arguments]
+            ),
             runtime_env={"working_dir": str(ROOT)},
         )
 
     def followed(self, *arguments: str) -> tuple[int, str]:
         """Return the exit code and output of `ray-surgeon submit`."""
         program = "import sys; from ray_surgeon.pipeline import cli; sys.exit(cli())"
-        command = [sys.executable, "-c", program, "submit", "--address", self.address, *arguments]
-        options: dict[str, Any] = {"env": self.environment, "text": True, "capture_output": True}
+        command = [
+            sys.executable,
+            "-c",
+            program,
+            "submit",
+            "--address",
+            self.address,
+            *arguments,
+        ]
+        options: dict[str, Any] = {
+            "env": self.environment,
+            "text": True,
+            "capture_output": True,
+        }
         done = subprocess.run(command, check=False, **options)
         return done.returncode, done.stdout + done.stderr
 
     def ended(self, name: str) -> tuple[str, str]:
         """Wait for the end of a job and return its status and message, and its logs."""
         wait_for(lambda: self.jobs.get_job_status(name).is_terminal(), seconds=300)
-        message = f"{self.jobs.get_job_status(name)} {self.jobs.get_job_info(name).message}"
+        message = (
+            f"{self.jobs.get_job_status(name)} {self.jobs.get_job_info(name).message}"
+        )
         return message, self.jobs.get_job_logs(name)
 
 
@@ -83,7 +106,9 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
     # as Ray itself does on a user's machine
     token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(16)}
     environment |= token | {"RAY_metrics_report_interval_ms": "500"}
-    environment["GRPC_ENABLE_FORK_SUPPORT"] = "0"  # as docs/clusters.md says for Ray clients
+    environment["GRPC_ENABLE_FORK_SUPPORT"] = (
+        "0"  # as docs/clusters.md says for Ray clients
+    )
     options = {
         "port": gcs,
         "dashboard-port": dashboard,
@@ -100,7 +125,9 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
     command += [f"--{name}={value}" for name, value in options.items()]
     log = tmp_path_factory.mktemp("head") / "log"
     with open(log, "w") as file:
-        process = subprocess.Popen(command, env=environment, stdout=file, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(
+            command, env=environment, stdout=file, stderr=subprocess.STDOUT
+        )
     host = get_node_ip_address()
     address = f"http://127.0.0.1:{dashboard}"
     try:
@@ -158,12 +185,16 @@ def test_jobs_at_once_do_not_disturb_each_other(head: Head, job: Jobs) -> None:
 def metrics_of(head: Head, run: str) -> dict[str, float]:
     """Return what Prometheus would read of a run: name and own tags -> value."""
     with urllib.request.urlopen(head.metrics, timeout=10) as reply:
-        lines = [line for line in reply.read().decode().splitlines() if f'run="{run}"' in line]
+        lines = [
+            line for line in reply.read().decode().splitlines() if f'run="{run}"' in line
+        ]
     values = {}
     for line in lines:
         name, _, rest = line.removeprefix("ray_surgeon_").partition("{")
         own = re.findall(r'\b(text|step|worker)="([^"]+)"', rest)
-        values[" ".join([name, *(value for _, value in own)])] = float(rest.rpartition(" ")[2])
+        values[" ".join([name, *(value for _, value in own)])] = float(
+            rest.rpartition(" ")[2]
+        )
     return values
 
 
@@ -193,8 +224,14 @@ def test_a_job_that_is_watched_and_stopped_and_goes_on(head: Head, job: Jobs) ->
     assert not cursor_codes, "colours alone, which are Ray's"
 
     events = Done(job.folder / "run", "", "").events
-    told = [event["facts"]["perplexity docs"] for event in events if event["step"] == "evaluation"]
-    assert any(values["perplexity docs"] == pytest.approx(perplexity) for perplexity in told)
+    told = [
+        event["facts"]["perplexity docs"]
+        for event in events
+        if event["step"] == "evaluation"
+    ]
+    assert any(
+        values["perplexity docs"] == pytest.approx(perplexity) for perplexity in told
+    )
     assert values["num_shots"] == 20
     assert {
         "sparsity",
@@ -211,12 +248,22 @@ def test_a_job_that_is_watched_and_stopped_and_goes_on(head: Head, job: Jobs) ->
     spec = str(job.spec(changes | {"cluster__backend": "local"}))
     fetched = job.folder / "fetched"
     variables = {"env_vars": {"RAY_SURGEON_DISK": "1e12"}}
-    options = ["--id", "goes-on", "--report", str(fetched), "--runtime-env", json.dumps(variables)]
+    options = [
+        "--id",
+        "goes-on",
+        "--report",
+        str(fetched),
+        "--runtime-env",
+        json.dumps(variables),
+    ]
     code, out = head.followed(spec, *options, "--resume")
     assert code == 0, out
     again, said = head.followed(spec, "--id", "goes-on")
     assert again == 1
-    assert "failed: --id goes-on: the cluster has a job of this name; give another one" in said
+    assert (
+        "failed: --id goes-on: the cluster has a job of this name; give another one"
+        in said
+    )
     assert re.search(r"resumed_after_shot=[1-9]", out)
     assert len(re.findall("shot 20/20 +commit", out)) == 1
     runtime = head.jobs.get_job_info("goes-on").runtime_env

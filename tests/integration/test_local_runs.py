@@ -25,12 +25,19 @@ from ray_surgeon.factors.collector import (
 from ray_surgeon.report.display import main as compare
 from tests.conftest import CONFIGS
 from tests.integration import runs
-from tests.integration.runs import Jobs, assert_same_shot, loaded, overflowing_model, windows
+from tests.integration.runs import (
+    Jobs,
+    assert_same_shot,
+    loaded,
+    overflowing_model,
+    windows,
+)
 
 GREEDY_FAMILIES = ("gpt2", "llama", "opt")
 FAMILIES = [
     pytest.param(
-        family, marks=[] if family in {*GREEDY_FAMILIES, "gemma3", "phi3"} else pytest.mark.slow
+        family,
+        marks=[] if family in {*GREEDY_FAMILIES, "gemma3", "phi3"} else pytest.mark.slow,
     )
     for family in sorted(CONFIGS)
 ]
@@ -49,7 +56,9 @@ def test_every_family_runs_the_whole_pipeline(family: str, job: Jobs) -> None:
     done = job(runs.MASKED | LORA | costs, model=family, cluster__num_shards=2)
     report = done.report
     assert [shot["index"] for shot in report["shots"]] == [1, 2]
-    assert [shot["target_sparsity"] for shot in report["shots"]] == pytest.approx([0.15, 0.3])
+    assert [shot["target_sparsity"] for shot in report["shots"]] == pytest.approx(
+        [0.15, 0.3]
+    )
     for shot in report["shots"]:
         assert 0 <= shot["sparsity"] - shot["target_sparsity"] < 0.02
         assert set(shot["perplexity"]) == {"docs", "again"}
@@ -61,9 +70,13 @@ def test_every_family_runs_the_whole_pipeline(family: str, job: Jobs) -> None:
     assert (done.uri / "spec.yaml").exists()
 
     first, second = (runs.kept_of(done.tensors(shot), family) for shot in (1, 2))
-    assert all((second[name] <= first[name]).all() for name in first), "something came back"
+    assert all((second[name] <= first[name]).all() for name in first), (
+        "something came back"
+    )
     linears = report["linears"]
-    removed = sum(s["rows"] * s["columns"] - s["rows_kept"] * s["columns_kept"] for s in linears)
+    removed = sum(
+        s["rows"] * s["columns"] - s["rows_kept"] * s["columns_kept"] for s in linears
+    )
     assert removed / sum(s["rows"] * s["columns"] for s in linears) == pytest.approx(
         report["shots"][-1]["sparsity"]
     )
@@ -82,7 +95,9 @@ def test_every_family_runs_the_whole_pipeline(family: str, job: Jobs) -> None:
     assert {"fingerprints", "environment", "spec", "dense"} <= set(report)
 
 
-def each(base: dict[str, Any], section: str, **values: Sequence[Any]) -> list[dict[str, Any]]:
+def each(
+    base: dict[str, Any], section: str, **values: Sequence[Any]
+) -> list[dict[str, Any]]:
     """Return settings with one value more than a base."""
     return [
         base | {f"{section}__{option}": value}
@@ -94,7 +109,11 @@ def each(base: dict[str, Any], section: str, **values: Sequence[Any]) -> list[di
 SOLVERS: list[dict[str, Any]] = [{"solver": "single"}, {"solver": "none"}]
 SOLVERS += [
     {"solver": "conjugate_gradients", option: value}
-    for option, value in (("num_iterations", 3), ("precision", "float32"), ("tolerance", 0.5))
+    for option, value in (
+        ("num_iterations", 3),
+        ("precision", "float32"),
+        ("tolerance", 0.5),
+    )
 ]
 DAMPING = [{"a": 0.5}, {"g": 0.5}, "auto"]
 UNPLACED: dict[str, Any] = {"calibration__stride": None}
@@ -103,7 +122,13 @@ OPTIONS: list[dict[str, Any]] = [
     {"pruning": {"target_sparsity": 0.3, "sparsities": [0.25, 0.3]}},
     *each({}, "pruning", structure=["rows", "columns"], rank_by=["cost"], num_shots=[2]),
     *each({}, "pruning", costs=["obd", "greedy"], update=["single", "none"]),
-    *each({}, "curvature", kind=["activations", "identity"], damping=DAMPING, fisher=["sampled"]),
+    *each(
+        {},
+        "curvature",
+        kind=["activations", "identity"],
+        damping=DAMPING,
+        fisher=["sampled"],
+    ),
     *each({"curvature__fisher": "sampled"}, "curvature", seed=[7]),
     *each({}, "calibration", held_aside=[0.3], num_sequences=[5], stride=[None]),
     *each(UNPLACED, "calibration", seed=[3], max_tokens=[3000]),
@@ -146,15 +171,20 @@ def test_overflow_names_the_linear(kind: str, num_shards: int, job: Jobs) -> Non
     broken = overflowing_model(job.models["llama"], job.folder / "model")
     options = {"model": broken, "cluster__num_shards": num_shards}
     with pytest.raises(
-        FloatingPointError, match=r"inputs are not finite from model\.layers\.1\.mlp\.down_proj on"
+        FloatingPointError,
+        match=r"inputs are not finite from model\.layers\.1\.mlp\.down_proj on",
     ):
         gather_curvature(
-            loaded(broken, num_shards), job.inputs(options).calibration, WantedFactors(kind)
+            loaded(broken, num_shards),
+            job.inputs(options).calibration,
+            WantedFactors(kind),
         )
     assert "not a number" in job(options, code=1).error
 
 
-def test_a_collapse_keeps_the_shots_before(job: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_collapse_keeps_the_shots_before(
+    job: Jobs, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """It stops the run. A tiny model of random weights does not become worse, so its perplexity is
     made up.
     """
@@ -164,7 +194,10 @@ def test_a_collapse_keeps_the_shots_before(job: Jobs, monkeypatch: pytest.Monkey
     text = windows(job.folder / "text.txt", name="docs")
     options = {"pruning__num_shots": 3, "evaluation": {"texts": [text], "stop_above": 2}}
     done = job(options, code=1)
-    assert "failed: after shot 2 the perplexity on docs is 21, 2.1 times the dense" in done.error
+    assert (
+        "failed: after shot 2 the perplexity on docs is 21, 2.1 times the dense"
+        in done.error
+    )
     assert "evaluation.stop_above allows 2" in done.error
     assert [shot["index"] for shot in done.shots] == [1]
     assert not (done.uri / "shots/0002/manifest.json").exists()
@@ -177,7 +210,9 @@ def test_a_dry_run_says_what_would_be_done(job: Jobs) -> None:
     assert not done.uri.exists()
 
 
-def test_leftovers_of_a_killed_process_go(job: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_leftovers_of_a_killed_process_go(
+    job: Jobs, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Tensors of a shot from before it was killed, and a file that it was writing; only the last
     shots keep theirs.
     """
@@ -202,7 +237,9 @@ def test_leftovers_of_a_killed_process_go(job: Jobs, monkeypatch: pytest.MonkeyP
     assert not half.exists()
 
 
-def test_a_resumed_run_keeps_its_tasks(job: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_resumed_run_keeps_its_tasks(
+    job: Jobs, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Those it began with: the dense model's scores are from then."""
     monkeypatch.setattr("ray_surgeon.evaluation.texts.check_tasks", lambda options: None)
     text = windows(job.folder / "text.txt", name="docs")
@@ -232,7 +269,9 @@ def test_a_gap_in_the_shots_is_repeated(job: Jobs) -> None:
     assert [shot["index"] for shot in again.shots] == [1, 2, 3]
 
 
-def test_replica_that_fails_is_named_and_not_waited_for(model_folders: dict[str, Path]) -> None:
+def test_replica_that_fails_is_named_and_not_waited_for(
+    model_folders: dict[str, Path],
+) -> None:
     cluster = loaded(model_folders["llama"], 1, 2)
     with pytest.raises(AssertionError):
         cluster.run_all(finish_curvature, NOTHING_BESIDE)
@@ -262,7 +301,9 @@ def test_runs_are_compared_in_one_table(
     both = [str(folder / name / "run") for name in ("one", "two")]
     assert compare([*both, "--plot", "plot.png", "--text", "again"]) == 0
     assert (folder / "plot.png").read_bytes().startswith(b"\x89PNG")
-    lines = [line for line in capsys.readouterr().out.splitlines() if "rows_columns" in line]
+    lines = [
+        line for line in capsys.readouterr().out.splitlines() if "rows_columns" in line
+    ]
     assert len(lines) == 4
     assert sum("dense" in line for line in lines) == 2
     (folder / "report.json").write_text('{"dense": 3}')

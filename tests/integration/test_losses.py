@@ -29,7 +29,11 @@ from ray_surgeon.checkpointing.run_directory import TakenOverError
 from ray_surgeon.config.sections import RaySection
 from ray_surgeon.distributed import ray_cluster
 from ray_surgeon.distributed.cluster import NoRoomError, WorkerFailureError
-from ray_surgeon.distributed.collectives import CollectiveError, ProcessReplica, open_meeting
+from ray_surgeon.distributed.collectives import (
+    CollectiveError,
+    ProcessReplica,
+    open_meeting,
+)
 from ray_surgeon.distributed.placement import WorkerIndex, place
 from ray_surgeon.distributed.ray_cluster import RayCluster
 from ray_surgeon.distributed.worker import Worker
@@ -73,7 +77,9 @@ def events_of(uri: Path) -> list[dict[str, Any]]:
 
 def retries(uri: Path) -> list[str]:
     """Return the causes of the retries of a run."""
-    return [event["facts"]["cause"] for event in events_of(uri) if event["step"] == "retry"]
+    return [
+        event["facts"]["cause"] for event in events_of(uri) if event["step"] == "retry"
+    ]
 
 
 def num_commits(uri: Path) -> int:
@@ -89,7 +95,9 @@ def disturbed(
 
     def disturb() -> psutil.Process:
         wait_for(lambda: len(events_of(uri)) >= num_events)
-        hit = [process for process in processes_of_the_run(kind) if process not in earlier][-1]
+        hit = [
+            process for process in processes_of_the_run(kind) if process not in earlier
+        ][-1]
         hit.send_signal(sent)
         return hit
 
@@ -98,7 +106,9 @@ def disturbed(
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory, model_folders: dict[str, Path]) -> Path:
+def undisturbed(
+    tmp_path_factory: pytest.TempPathFactory, model_folders: dict[str, Path]
+) -> Path:
     return Jobs(model_folders, tmp_path_factory.mktemp("undisturbed"))(OPTIONS).uri
 
 
@@ -149,7 +159,9 @@ def test_a_worker_is_lost_in_a_recovery(on_ray: dict[str, Any], job: Jobs) -> No
     assert_same_shot(expected.uri, done.uri, 1)
     assert retries(uri) == ["worker"]
     loads = [event["facts"] for event in done.events if event["step"] == "load"]
-    resumed = re.fullmatch(r"1, after (\d+) steps of recovery", loads[-1]["resumed_in_shot"])
+    resumed = re.fullmatch(
+        r"1, after (\d+) steps of recovery", loads[-1]["resumed_in_shot"]
+    )
     assert resumed is not None
     assert int(resumed[1]) >= 19
     assert done.shots[0]["recovery_losses"] == expected.shots[0]["recovery_losses"]
@@ -159,8 +171,12 @@ class Machines:
     """A Ray whose head takes no workers, and machines of one worker each that come and go."""
 
     def __init__(self) -> None:
-        soon = {"_system_config": {"health_check_period_ms": 500}}  # a loss is noticed after five
-        self.ray = Cluster(True, head_node_args={"num_cpus": 0, "include_dashboard": False, **soon})
+        soon = {
+            "_system_config": {"health_check_period_ms": 500}
+        }  # a loss is noticed after five
+        self.ray = Cluster(
+            True, head_node_args={"num_cpus": 0, "include_dashboard": False, **soon}
+        )
         self._number = 1
 
     def come(self, **labels: str) -> Any:
@@ -223,7 +239,10 @@ def test_machines_come_and_go(machines: Machines, undisturbed: Path, job: Jobs) 
         machines.come()
     text = log.read_text()
     assert "a machine was lost: 1 workers were on lost machines; continuing" in text
-    assert "a machine is taken away: Ray drains the machines of 1 workers; continuing" in text
+    assert (
+        "a machine is taken away: Ray drains the machines of 1 workers; continuing"
+        in text
+    )
     assert retries(uri) == ["node", "preemption"]
     for shot in range(1, NUM_SHOTS + 1):
         assert_same_shot(undisturbed, uri, shot)
@@ -279,7 +298,11 @@ def started(command: list[str], log: Path, **settings: str) -> subprocess.Popen[
     """Return ``ray start --block`` of a head or a machine, once it is up."""
     with open(log, "w") as file:
         process = subprocess.Popen(
-            command, env=os.environ | settings, stdout=file, stderr=file, start_new_session=True
+            command,
+            env=os.environ | settings,
+            stdout=file,
+            stderr=file,
+            start_new_session=True,
         )
     try:
         wait_for(lambda: "block forever" in log.read_text())
@@ -310,7 +333,9 @@ def scaling(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     Ray's own autoscaler (version 2) makes and removes them, as below KubeRay.
     """
     address = f"{ray.util.get_node_ip_address()}:{PORT}"
-    groups = {"ray.head.default": {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0}}
+    groups = {
+        "ray.head.default": {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0}
+    }
     for zone in ("a", "b"):
         group = {"resources": {"CPU": 1}, "labels": {"zone": zone}, "node_config": {}}
         groups[zone] = group | {"min_workers": 0, "max_workers": 2}
@@ -329,7 +354,14 @@ def scaling(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     own = {"RAY_FAKE_CLUSTER": "1", "RAY_enable_autoscaler_v2": "1"}
     own |= {"RAY_CLOUD_INSTANCE_ID": HEAD_ID, "RAY_OVERRIDE_NODE_ID_FOR_TESTING": HEAD_ID}
-    command = ["ray", "start", "--head", "--block", "--num-cpus=0", "--include-dashboard=false"]
+    command = [
+        "ray",
+        "start",
+        "--head",
+        "--block",
+        "--num-cpus=0",
+        "--include-dashboard=false",
+    ]
     command += [f"--port={PORT}", f"--autoscaling-config={tmp_path / 'groups.yaml'}"]
     head = started(command, tmp_path / "head.log", **own)
     yield address
@@ -339,7 +371,11 @@ def scaling(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_group_grows_from_none_and_two_jobs_take_turns(
-    scaling: str, undisturbed: Path, job: Jobs, model_folders: dict[str, Path], tmp_path: Path
+    scaling: str,
+    undisturbed: Path,
+    job: Jobs,
+    model_folders: dict[str, Path],
+    tmp_path: Path,
 ) -> None:
     """Each has all of its workers or none; the second waits for the first, and says for what."""
     second = Jobs(model_folders, tmp_path / "second")
@@ -370,7 +406,9 @@ class Networks:
         ip(f"addr add {NETWORK}.1/24 dev rs-bridge")
         ip("link set rs-bridge up")
         self.ray = f"{NETWORK}.1:{PORT}"
-        self._start("head", f"--head --port={PORT} --num-cpus=0 --include-dashboard=false", 1)
+        self._start(
+            "head", f"--head --port={PORT} --num-cpus=0 --include-dashboard=false", 1
+        )
 
     def _start(self, name: str, options: str, number: int, *inside: str) -> None:
         command = [*inside, "ray", "start", "--block", *options.split()]
@@ -409,7 +447,9 @@ class Networks:
 
 
 def ip(what: str) -> str:
-    return subprocess.run(["ip", *what.split()], check=True, capture_output=True, text=True).stdout
+    return subprocess.run(
+        ["ip", *what.split()], check=True, capture_output=True, text=True
+    ).stdout
 
 
 @pytest.mark.slow
@@ -456,7 +496,9 @@ def test_chaos_of_machines(
             time.sleep(chance.uniform(0, 4))
         machines.go(hit)
         machines.come()
-    assert retries(uri) in ([], ["preemption" if is_told else "node"]), "it may have ended before"
+    assert retries(uri) in ([], ["preemption" if is_told else "node"]), (
+        "it may have ended before"
+    )
     for shot in (1, 2):
         assert_same_shot(expected.uri, uri, shot)
 
@@ -472,7 +514,9 @@ def test_what_does_not_answer_is_a_worker_or_its_machine(
 ) -> None:
     """Stopped, not killed: no connection breaks."""
     cloudpickle.register_pickle_by_value(sys.modules[__name__])
-    request.addfinalizer(lambda: cloudpickle.unregister_pickle_by_value(sys.modules[__name__]))
+    request.addfinalizer(
+        lambda: cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
+    )
     layout = LAYOUTS["llama"]
     section = RaySection(ping_timeout_s=6.0, start_timeout_s=60.0)
     two = Cluster(True, head_node_args={"num_cpus": 0, "include_dashboard": False})
@@ -486,7 +530,9 @@ def test_what_does_not_answer_is_a_worker_or_its_machine(
         assert raylet == node.all_processes["raylet"][0].process.pid
         machine = psutil.Process(raylet)
         (worker,) = [
-            p for p in machine.children(recursive=True) if p.cmdline()[0].startswith("ray::Worker")
+            p
+            for p in machine.children(recursive=True)
+            if p.cmdline()[0].startswith("ray::Worker")
         ]
         whole = [machine, *machine.children(recursive=True)]
         for lost, cause, answer_s in (([worker], "worker", 30.0), (whole, "node", 2.0)):
@@ -512,7 +558,9 @@ def test_replicas_that_do_not_meet(opened: bool) -> None:
     meeting = open_meeting("127.0.0.1")
     address = f"127.0.0.1:{meeting.port if opened else 1}"
     with pytest.raises(CollectiveError, match="could not connect to each other"):
-        ProcessReplica(placement, WorkerIndex(0, 1), "cpu", address=address, timeout_s=0.5)
+        ProcessReplica(
+            placement, WorkerIndex(0, 1), "cpu", address=address, timeout_s=0.5
+        )
 
 
 @pytest.mark.chaos
@@ -522,7 +570,9 @@ def test_chaos(number: int, on_ray: dict[str, Any], undisturbed: Path, job: Jobs
     kind = chance.choice(["Worker", "Worker", "Coordinator"])
     sent = chance.choice([KILLED, STOPPED])
     options = on_ray | TWO_SHARDS
-    assert_survived(job, options, undisturbed, kind, sent, chance.randint(1, 6 * NUM_SHOTS - 8))
+    assert_survived(
+        job, options, undisturbed, kind, sent, chance.randint(1, 6 * NUM_SHOTS - 8)
+    )
 
 
 def test_a_run_gives_up_and_says_what_to_do(on_ray: dict[str, Any], job: Jobs) -> None:
@@ -535,7 +585,11 @@ def test_a_run_gives_up_and_says_what_to_do(on_ray: dict[str, Any], job: Jobs) -
 
 @pytest.mark.parametrize(
     "error",
-    [TakenOverError("another try has begun"), NoRoomError("no room"), CollapseError("worse")],
+    [
+        TakenOverError("another try has begun"),
+        NoRoomError("no room"),
+        CollapseError("worse"),
+    ],
 )
 def test_what_needs_no_traceback_is_told_in_one_line(error: Exception) -> None:
     assert unwrapped(RayTaskError("run", "Traceback ...", error)) is error

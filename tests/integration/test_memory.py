@@ -91,10 +91,16 @@ def test_every_store_and_wave_gives_the_same_bits(
     method: str, way: int, job: Jobs, resident: Callable[[str], Done]
 ) -> None:
     """One way of each method by default, all of them with `slow`."""
-    scratch = {"memory__scratch": str(job.folder / "scratch"), "cluster__num_shards": 1 + way % 3}
+    scratch = {
+        "memory__scratch": str(job.folder / "scratch"),
+        "cluster__num_shards": 1 + way % 3,
+    }
     other = job(METHODS[method] | WAYS[way] | scratch, model=FAMILY)
     stores = other.report["plan"]["stores"]
-    assert all(stores[name.removeprefix("memory__")] == value for name, value in WAYS[way].items())
+    assert all(
+        stores[name.removeprefix("memory__")] == value
+        for name, value in WAYS[way].items()
+    )
     for shot in (1, 2):
         assert_same_shot(resident(method).uri, other.uri, shot)
     assert resident(method).shots[1]["perplexity"] == other.shots[1]["perplexity"]
@@ -145,12 +151,16 @@ def test_a_full_scratch_disk(job: Jobs, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(Path, "replace", full)
     scratch = job.folder / "scratch"
     said = job({"memory__weights": "disk", "memory__scratch": str(scratch)}, code=1).error
-    assert "No space left on device; free space on that disk, or name another one in" in said
+    assert (
+        "No space left on device; free space on that disk, or name another one in" in said
+    )
     assert "--resume" in said
     assert not list(scratch.rglob("*"))
 
 
-def test_an_interrupted_run_leaves_nothing(job: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_run_leaves_nothing(
+    job: Jobs, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """On the scratch disk."""
     scratch = job.folder / "scratch"
     there: list[Path] = []
@@ -181,12 +191,21 @@ def test_scratch_of_other_runs_is_left_alone(tmp_path: Path) -> None:
     for run_name, attempt in names:
         Scratch(str(tmp_path), run_name, attempt, "0").path("x").touch()
     Scratch(str(tmp_path), "one", "third", "0").remove_earlier()
-    assert sorted(path.parent.name for path in tmp_path.glob("*/*/0")) == ["first", "second"]
-    assert {path.parent.parent.name for path in tmp_path.glob("*/*/0")} == {"ray_surgeon-two"}
+    assert sorted(path.parent.name for path in tmp_path.glob("*/*/0")) == [
+        "first",
+        "second",
+    ]
+    assert {path.parent.parent.name for path in tmp_path.glob("*/*/0")} == {
+        "ray_surgeon-two"
+    }
 
 
 def test_memory_of_ended_workers_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    answers: list[Any] = [DoesNotFitError("it is full"), DoesNotFitError("it is full"), "a plan"]
+    answers: list[Any] = [
+        DoesNotFitError("it is full"),
+        DoesNotFitError("it is full"),
+        "a plan",
+    ]
     clock = SimpleNamespace(now=100.0)
     clock.monotonic = lambda: clock.now
     clock.sleep = lambda s: setattr(clock, "now", clock.now + s)
@@ -213,14 +232,18 @@ def test_tensors_are_read_ahead_up_to_a_size(monkeypatch: pytest.MonkeyPatch) ->
         return torch.zeros(shapes.get(name, (5,)))
 
     ahead = ReadAhead(read, names, shapes)
-    for name, expected in zip(names, (["b", "c"], ["c"], ["d", "mask"], ["mask"], []), strict=True):
+    for name, expected in zip(
+        names, (["b", "c"], ["c"], ["d", "mask"], ["mask"], []), strict=True
+    ):
         tensor = ahead(name)
         assert tensor.shape == shapes.get(name, (5,))
         assert set(begun) <= {*names[: names.index(name) + 1], *expected}
     assert sorted(begun) == sorted(names), "once each"
 
 
-def test_scratch_of_an_earlier_try_is_free(job: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scratch_of_an_earlier_try_is_free(
+    job: Jobs, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """It counts as that, and goes."""
     root = job.folder / "scratch"
     key = hashlib.sha256(str(job.folder / "run").encode()).hexdigest()[:16]
@@ -236,7 +259,9 @@ def test_scratch_of_an_earlier_try_is_free(job: Jobs, monkeypatch: pytest.Monkey
     job(options, folder="full", code=2)
 
 
-def test_files_of_earlier_shots_are_closed(job: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_of_earlier_shots_are_closed(
+    job: Jobs, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """When none reads them: one that is removed and still mapped takes its space. Attention is
     never changed, and is in the shot that a run goes on from.
     """
@@ -276,7 +301,9 @@ def answer(asked: dict[str, Any]) -> dict[str, Any]:
     return {"bytes": sizes, "inherited": dict(os.environ)}
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells of anonymous memory")
+@pytest.mark.skipif(
+    sys.platform != "linux", reason="only Linux tells of anonymous memory"
+)
 @pytest.mark.skipif(not mkldnn.is_available(), reason="no oneDNN")
 def test_shapes_that_do_not_come_again_are_forgotten(zygote: Zygote) -> None:
     """Every shot leaves other rows and columns. Kept for good, 300 shapes take 180 MB."""
@@ -284,10 +311,14 @@ def test_shapes_that_do_not_come_again_are_forgotten(zygote: Zygote) -> None:
     of_worker = zygote.run_module("tests.integration.test_memory", request)
     few, many = of_worker["bytes"]
     assert many - few < 0.02 * few
-    assert not usage._SHAPES.keys() & of_worker["inherited"], "exports have shapes of their own"
+    assert not usage._SHAPES.keys() & of_worker["inherited"], (
+        "exports have shapes of their own"
+    )
 
 
-def test_a_large_export_reloads_from_disk(job: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_large_export_reloads_from_disk(
+    job: Jobs, monkeypatch: pytest.MonkeyPatch
+) -> None:
     asked: list[Any] = []
     run_module = fresh_process.run_module
 

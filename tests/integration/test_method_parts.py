@@ -59,7 +59,9 @@ def test_windows_of_a_recovery(size: int, steps: int) -> None:
     assert len({tuple(order) for order in orders}) == len(orders)
 
 
-def test_corrections_are_means_over_tokens(job: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_corrections_are_means_over_tokens(
+    job: Jobs, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Losses and gradients, over those of each step, of a dense model that hardly changes; the
     second step has two sequences.
     """
@@ -87,7 +89,9 @@ def test_corrections_are_means_over_tokens(job: Jobs, monkeypatch: pytest.Monkey
     model = AutoModelForCausalLM.from_pretrained(job.models["llama"])
     for number, loss in enumerate(found.losses):
         tokens = torch.from_numpy(sequences[found.batches.batch(number).numbers])
-        assert loss == pytest.approx(float(model(tokens, labels=tokens).loss.detach()), rel=1e-5)
+        assert loss == pytest.approx(
+            float(model(tokens, labels=tokens).loss.detach()), rel=1e-5
+        )
     assert found.absorbed < 0.5, "steps are too short for float32"
 
 
@@ -112,14 +116,20 @@ class Propagating:
 
 
 @pytest.mark.parametrize(("extra", "target"), [(0, 0.05), (3, 0.31), (40, 25.5 / 52)])
-def test_rows_and_columns_go_up_to_the_lowest_threshold_of_all(extra: int, target: float) -> None:
-    method = RowsColumns(RowsColumnsSection(target_sparsity=target, num_shots=1), KfacSection())
+def test_rows_and_columns_go_up_to_the_lowest_threshold_of_all(
+    extra: int, target: float
+) -> None:
+    method = RowsColumns(
+        RowsColumnsSection(target_sparsity=target, num_shots=1), KfacSection()
+    )
     cluster: Any = Propagating(extra)
 
     def removed(value: float) -> int:
         return 52 - sum(cluster.run_all(None, value))
 
-    values = sorted({0.0, *(float(x) for c in COSTS for side in (c.rows, c.columns) for x in side)})
+    values = sorted(
+        {0.0, *(float(x) for c in COSTS for side in (c.rows, c.columns) for x in side)}
+    )
     expected = next(value for value in values if removed(value) >= target * 52 - 1e-6)
     choice = method.choose(cluster, Scores(COSTS, 52, 52), 1)
     assert choice.threshold == expected == choice.facts["threshold"]

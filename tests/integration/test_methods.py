@@ -18,13 +18,25 @@ from transformers import AutoModelForCausalLM
 
 from ray_surgeon.config.curvature import ExtendedKfacSection
 from ray_surgeon.distributed.collectives import ThreadReplica
-from ray_surgeon.factors.collector import WantedFactors, drawn, gather_curvature, gather_terms
+from ray_surgeon.factors.collector import (
+    WantedFactors,
+    drawn,
+    gather_curvature,
+    gather_terms,
+)
 from ray_surgeon.maths.columns import sparsegpt, upper_inverse, wanda
 from ray_surgeon.maths.experts import PRIOR_TOKENS
 from ray_surgeon.memory.stores import Stores
 from tests.conftest import LAYOUTS
 from tests.integration import runs
-from tests.integration.runs import Jobs, assert_same_shot, difference, kept_of, loaded, windows
+from tests.integration.runs import (
+    Jobs,
+    assert_same_shot,
+    difference,
+    kept_of,
+    loaded,
+    windows,
+)
 
 TERMS = ExtendedKfacSection(kind="extended_kfac", num_power_iterations=6)
 EXTENDED = {"curvature__kind": "extended_kfac"}
@@ -89,11 +101,15 @@ def test_blocks_that_are_asked_are_ahead(target: float, job: Jobs) -> None:
 @pytest.mark.parametrize(
     "method",
     [
-        pytest.param(name, marks=[] if name in {"greedy", "element", "lora"} else pytest.mark.slow)
+        pytest.param(
+            name, marks=[] if name in {"greedy", "element", "lora"} else pytest.mark.slow
+        )
         for name in METHODS
     ],
 )
-def test_workers_and_resuming(method: str, job: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_workers_and_resuming(
+    method: str, job: Jobs, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A run that goes on, on any number of shards, gives the same bits, and replicas the same up to
     the order of sums. What is removed stays removed. The check of replicas can fail: where the
     owner leaves the other one out.
@@ -115,7 +131,9 @@ def test_workers_and_resuming(method: str, job: Jobs, monkeypatch: pytest.Monkey
     for name, kept in second.items():
         assert not (kept & ~first[name]).any(), "something came back"
         if method == "n_m":
-            groups = kept[:, : kept.shape[1] // 4 * 4].reshape(len(kept), -1, 4).sum(dim=2)
+            groups = (
+                kept[:, : kept.shape[1] // 4 * 4].reshape(len(kept), -1, 4).sum(dim=2)
+            )
             assert set(groups.unique().tolist()) == {2, 4}
     tolerance = 1e-3 if "pruning__structure" in options else 0.02
     for shot in one.shots:
@@ -143,7 +161,10 @@ def test_divergence_is_that_of_the_export_from_the_dense_model(job: Jobs) -> Non
     sequences = torch.from_numpy(inputs.texts["seen"])
     dense, pruned = (
         torch.log_softmax(
-            AutoModelForCausalLM.from_pretrained(folder)(sequences).logits[:, :-1].double(), dim=-1
+            AutoModelForCausalLM.from_pretrained(folder)(sequences)
+            .logits[:, :-1]
+            .double(),
+            dim=-1,
         )
         for folder in (job.models["llama"], done.uri / "export/uniform")
     )
@@ -151,7 +172,9 @@ def test_divergence_is_that_of_the_export_from_the_dense_model(job: Jobs) -> Non
     assert shot["divergence"]["seen"] == pytest.approx(float(expected.detach()), rel=0.02)
     lora = runs.LORA | {"recovery__sequences_per_step": 6}
     (corrected,) = job(options | lora, folder="kl", calibration__held_aside=0).shots
-    assert corrected["recovery_losses"][0] == pytest.approx(shot["divergence"]["seen"], rel=1e-4)
+    assert corrected["recovery_losses"][0] == pytest.approx(
+        shot["divergence"]["seen"], rel=1e-4
+    )
     assert corrected["divergence"]["seen"] < shot["divergence"]["seen"]
 
 
@@ -165,7 +188,9 @@ def noted(model: Any, names: Sequence[str]) -> Iterator[Pairs]:
     found: Pairs = {name: ([], []) for name in names}
 
     def keep(store: list[Tensor]) -> Any:
-        return lambda m, one, other, *_: store.append(one[0].detach().flatten(0, -2).double())
+        return lambda m, one, other, *_: store.append(
+            one[0].detach().flatten(0, -2).double()
+        )
 
     hooks = []
     for name, (inputs, gradients) in found.items():
@@ -181,7 +206,9 @@ def noted(model: Any, names: Sequence[str]) -> Iterator[Pairs]:
         hook.remove()
 
 
-def of_whole_model(job: Jobs, sequences: Any, chosen: Sequence[int]) -> tuple[Pairs, float]:
+def of_whole_model(
+    job: Jobs, sequences: Any, chosen: Sequence[int]
+) -> tuple[Pairs, float]:
     """Return what the linears of the tiny Llama see of sequences, gradients of the chosen ones
     alone, and the sum of the losses of those.
     """
@@ -191,7 +218,9 @@ def of_whole_model(job: Jobs, sequences: Any, chosen: Sequence[int]) -> tuple[Pa
         for number, tokens in enumerate(torch.from_numpy(sequences)):
             logits = model(tokens[None]).logits[0, :-1]
             if number in chosen:
-                loss = torch.nn.functional.cross_entropy(logits, tokens[1:], reduction="sum")
+                loss = torch.nn.functional.cross_entropy(
+                    logits, tokens[1:], reduction="sum"
+                )
                 total += float(loss.detach())
                 loss.backward()
     return pairs, total
@@ -254,7 +283,9 @@ def test_further_terms_of_shards_and_replicas_are_those_of_samples(job: Jobs) ->
         for name, (second, first) in expected.items():
             found = torch.kron(*[x.double() for x in owned[name].terms[0]])
             assert_near(found, second, 1e-2, name)
-            assert sizes[name] == pytest.approx(float(second.norm() / first.norm()), rel=1e-3)
+            assert sizes[name] == pytest.approx(
+                float(second.norm() / first.norm()), rel=1e-3
+            )
 
 
 def test_further_terms_of_experts_weigh_what_their_own_tokens_do(job: Jobs) -> None:
@@ -277,7 +308,9 @@ def test_further_terms_of_experts_weigh_what_their_own_tokens_do(job: Jobs) -> N
         share = n / (n + PRIOR_TOKENS) * (n + 1) / (N + 2)
         expected = second_term(a, torch.cat(gradients)) * share
         factors = worker.shard.factors(name)
-        assert_near(torch.kron(*[x.double() for x in factors.terms[0]]), expected, 1e-2, name)
+        assert_near(
+            torch.kron(*[x.double() for x in factors.terms[0]]), expected, 1e-2, name
+        )
         first = float(factors.dense().A.norm() * factors.dense().G.norm())
         assert sizes[name] == pytest.approx(float(expected.norm()) / first, rel=1e-2)
 
@@ -305,7 +338,9 @@ def test_gradients_of_some_sequences_and_inputs_of_all(
     mean = total / len(both) / (sequences.shape[1] - 1)
     for shards, replicas in ((1, 1), (2, 2 if num_backward else 3)):
         cluster = loaded(job.models["llama"], shards, replicas, stores)
-        found = gather_curvature(cluster, sequences, WantedFactors(num_backward=num_backward))
+        found = gather_curvature(
+            cluster, sequences, WantedFactors(num_backward=num_backward)
+        )
         assert found == pytest.approx(mean, rel=1e-6)
         owned = owned_factors(cluster)
         assert owned.keys() == pairs.keys()
@@ -322,7 +357,9 @@ def test_sampled_fisher_is_the_exact_one_in_the_mean(job: Jobs) -> None:
     """G of one linear over many draws of labels against the exact Fisher's, the sum over all labels
     with their probabilities.
     """
-    tokens = job.inputs(calibration__num_sequences=1, calibration__sequence_length=6).calibration
+    tokens = job.inputs(
+        calibration__num_sequences=1, calibration__sequence_length=6
+    ).calibration
     # after it the tokens do not mix, so that each predicted token has its own gradient
     name = "model.layers.3.mlp.down_proj"
     model = AutoModelForCausalLM.from_pretrained(job.models["llama"])
@@ -339,8 +376,12 @@ def test_sampled_fisher_is_the_exact_one_in_the_mean(job: Jobs) -> None:
     cluster = loaded(job.models["llama"], 2)
     last = cluster.workers[cluster.placement.workers[1]]
     total = torch.zeros(32, 32)
-    for seed in range(0, 4000, 1000):  # a hundred draws each; those of seeds side by side overlap
-        gather_curvature(cluster, np.repeat(tokens, 100, axis=0), WantedFactors(label_seed=seed))
+    for seed in range(
+        0, 4000, 1000
+    ):  # a hundred draws each; those of seeds side by side overlap
+        gather_curvature(
+            cluster, np.repeat(tokens, 100, axis=0), WantedFactors(label_seed=seed)
+        )
         total += last.shard.factors(name).G.dense()
     assert float((total / 400 - exact).norm() / exact.norm()) < 0.15
     gather_curvature(cluster, tokens)
@@ -357,7 +398,9 @@ def test_sampled_fisher_is_the_exact_one_in_the_mean(job: Jobs) -> None:
         ("gpt2", "wanda", "n_m"),
     ],
 )
-def test_blocks_after_pruned_blocks(family: str, method: str, structure: str, job: Jobs) -> None:
+def test_blocks_after_pruned_blocks(
+    family: str, method: str, structure: str, job: Jobs
+) -> None:
     """Blocks are pruned from the inputs that the pruned ones before give: against a plain loop over
     the blocks of the whole model.
     """

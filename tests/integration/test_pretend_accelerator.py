@@ -76,7 +76,11 @@ CORRECTED = runs.GROUPS | runs.LORA | {"recovery__learning_rate": 1e-2}
 ALL = CORRECTED | {"recovery__rank": "all", "recovery__learning_rate": 1e-3}
 FITTED = runs.GROUPS | {
     "pruning__groups": ["ffn"],
-    "pruning__reconstruction": {"tokens_per_step": 16, "num_epochs": 4, "learning_rate": 0.02},
+    "pruning__reconstruction": {
+        "tokens_per_step": 16,
+        "num_epochs": 4,
+        "learning_rate": 0.02,
+    },
     "calibration__held_aside": 0,
 }
 EXPORTED = {"output__exports": ["masked", "per_block"]}
@@ -84,18 +88,27 @@ RECONSTRUCTED = runs.GROUPS | {"pruning__reconstruction": {"tokens_per_step": 16
 UNIFORM = {"pruning__allocation": "uniform", "output__exports": ["masked", "uniform"]}
 METHODS: dict[str, tuple[dict[str, Any], tuple[float, float]]] = {
     "greedy": (SHOTS | runs.MASKED, BY_ORDER_OF_SUMS),
-    "once-host": (ONCE | SHOTS | HOST | {"curvature__fisher": "sampled"}, BY_ORDER_OF_SUMS),
+    "once-host": (
+        ONCE | SHOTS | HOST | {"curvature__fisher": "sampled"},
+        BY_ORDER_OF_SUMS,
+    ),
     "obd-disk": ({"pruning__costs": "obd"} | SHOTS | WAVES, BY_ORDER_OF_SUMS),
     "single-identity": (
         ONCE | {"pruning__update": "single", "curvature__kind": "identity"},
         BY_ORDER_OF_SUMS,
     ),
     "none": (ONCE | {"pruning__update": "none"}, EQUAL),
-    "activations": (ONCE | runs.FOUR | {"curvature__kind": "activations"}, BY_ORDER_OF_SUMS),
+    "activations": (
+        ONCE | runs.FOUR | {"curvature__kind": "activations"},
+        BY_ORDER_OF_SUMS,
+    ),
     "three-terms": (EXTENDED | {"curvature__num_kronecker_terms": 3}, BY_CANCELLATION),
     "bfloat16": (ONCE | {"model__dtype": "bfloat16"}, BY_BFLOAT16),
     "element-solved": (runs.ELEMENT | {"pruning__update": SOLVED}, BY_ORDER_OF_SUMS),
-    "element-two-terms": (runs.ELEMENT | EXTENDED | {"pruning__costs": "obd"}, BY_ITERATIONS),
+    "element-two-terms": (
+        runs.ELEMENT | EXTENDED | {"pruning__costs": "obd"},
+        BY_ITERATIONS,
+    ),
     "n_m": (runs.N_M, BY_ITERATIONS),
     "sparsegpt-n_m": (runs.SPARSEGPT | HALF_N_M, BY_ORDER_OF_SUMS),
     "wanda-host": (WANDA | runs.ELEMENT | HOST, EQUAL),
@@ -106,7 +119,15 @@ METHODS: dict[str, tuple[dict[str, Any], tuple[float, float]]] = {
     "groups-uniform": (CORRECTED | UNIFORM, BY_ORDER_OF_SUMS),
     "fitted-replicas": (FITTED | runs.FOUR | HOST, BY_ITERATIONS),
 }
-OFTEN = {"greedy", "three-terms", "bfloat16", "n_m", "groups-disk", "reconstructed", "all-device"}
+OFTEN = {
+    "greedy",
+    "three-terms",
+    "bfloat16",
+    "n_m",
+    "groups-disk",
+    "reconstructed",
+    "all-device",
+}
 EXPERTS = CORRECTED | {
     "pruning__groups": ["ffn", "shared_experts", "expert_channels", "experts"],
     "output__exports": ["per_block"],
@@ -133,14 +154,20 @@ def run_on_sim(spec: str) -> None:
     run_on("sim", spec)
 
 
-def reload_here(module: str, request: Mapping[str, Any], offline: bool = True) -> dict[str, Any]:
+def reload_here(
+    module: str, request: Mapping[str, Any], offline: bool = True
+) -> dict[str, Any]:
     """Run a module, for which this is fresh enough: it computes on the CPU."""
     with (
         contextlib.redirect_stdout(io.StringIO()) as printed,
         tempfile.TemporaryDirectory() as modules,
     ):
         forks.run_module(
-            {"module": module, "request": request, "environment": {"HF_MODULES_CACHE": modules}}
+            {
+                "module": module,
+                "request": request,
+                "environment": {"HF_MODULES_CACHE": modules},
+            }
         )
     found: dict[str, Any] = json.loads(printed.getvalue().splitlines()[-1])
     return found
@@ -160,7 +187,11 @@ def curvature_on(device: str, model: str, path: str) -> None:
     with sdpa_kernel(SDPBackend.MATH):
         found = curvature(loaded, torch.arange(60).view(2, 30), label_seed=0)
     assert {factors.A.device.type for factors in found.values()} == {device}
-    parts = {f"{name}.{part}": getattr(f, part).cpu() for name, f in found.items() for part in "AG"}
+    parts = {
+        f"{name}.{part}": getattr(f, part).cpu()
+        for name, f in found.items()
+        for part in "AG"
+    }
     torch.save(parts, path)
 
 
@@ -171,9 +202,13 @@ def reconstructed_on(device: str, path: str) -> None:
     *weights, x, y = (torch.randn(*shape, generator=drawn).to(device) for shape in shapes)
     layer = FeedForward(tuple(weights), torch.nn.functional.silu)
     options: Any = {"learning_rate": 0.01, "tokens_per_step": 20, "num_epochs": 4}
-    trained = reconstruct(layer, x.bfloat16(), 100 * y.bfloat16(), generator=drawn, **options)
+    trained = reconstruct(
+        layer, x.bfloat16(), 100 * y.bfloat16(), generator=drawn, **options
+    )
     assert trained.after < 0.8 * trained.before
-    torch.save({str(i): weight.cpu() for i, weight in enumerate(trained.layer.weights)}, path)
+    torch.save(
+        {str(i): weight.cpu() for i, weight in enumerate(trained.layer.weights)}, path
+    )
 
 
 def mixtures() -> dict[str, str]:
@@ -224,7 +259,9 @@ def small_models(
     return folders
 
 
-def elsewhere(zygote: Zygote, function: Callable[..., object], **arguments: object) -> Any:
+def elsewhere(
+    zygote: Zygote, function: Callable[..., object], **arguments: object
+) -> Any:
     """Call a function in a process that has the device."""
     return zygote.run_module(
         "tests.pretend_accelerator",
@@ -247,7 +284,9 @@ def assert_same(
         assert (found.dtype, found.shape) == (expected.dtype, expected.shape), name
         if expected.dtype.is_floating_point:
             distance = float((found.double() - expected.double()).norm())
-            assert distance <= tolerance * float(expected.double().norm()), f"{name}: {distance}"
+            assert distance <= tolerance * float(expected.double().norm()), (
+                f"{name}: {distance}"
+            )
         else:
             assert torch.equal(found, expected), name
 
@@ -257,7 +296,10 @@ Tolerances = tuple[float, float]
 
 @pytest.fixture
 def assert_same_run(
-    zygote: Zygote, small_models: dict[str, Path], model_folders: dict[str, Path], tmp_path: Path
+    zygote: Zygote,
+    small_models: dict[str, Path],
+    model_folders: dict[str, Path],
+    tmp_path: Path,
 ) -> Callable[[str, Mapping[str, Any], Tolerances], None]:
     def on_both(family: str, options: Mapping[str, Any], tolerances: Tolerances) -> None:
         """Run a job on both devices: the same masks, and weights, perplexities and exports within
@@ -266,15 +308,21 @@ def assert_same_run(
         model = small_models.get(family) or model_folders[family]
         run_on("cpu", spec_in(tmp_path / "cpu", model, **options))
         elsewhere(zygote, run_on_sim, spec=spec_in(tmp_path / "sim", model, **options))
-        on_cpu, on_sim = (report_of(tmp_path / device / "run") for device in ("cpu", "sim"))
+        on_cpu, on_sim = (
+            report_of(tmp_path / device / "run") for device in ("cpu", "sim")
+        )
         for one, other in zip(
-            [on_cpu["dense"], *on_cpu["shots"]], [on_sim["dense"], *on_sim["shots"]], strict=True
+            [on_cpu["dense"], *on_cpu["shots"]],
+            [on_sim["dense"], *on_sim["shots"]],
+            strict=True,
         ):
             assert other["perplexity"]["docs"] == pytest.approx(
                 one["perplexity"]["docs"], rel=max(tolerances[1], 1e-7)
             )
         last = len(on_cpu["shots"])
-        one, other = (tensors_of_shot(tmp_path / device / "run", last) for device in ("cpu", "sim"))
+        one, other = (
+            tensors_of_shot(tmp_path / device / "run", last) for device in ("cpu", "sim")
+        )
         assert_same(one, other, tolerances[0])
         kinds = [export["kind"] for export in on_sim["exports"]]
         assert kinds == options.get("output__exports", [])
@@ -288,7 +336,10 @@ def assert_same_run(
 
 @pytest.mark.parametrize(
     "method",
-    [pytest.param(name, marks=[] if name in OFTEN else pytest.mark.slow) for name in METHODS],
+    [
+        pytest.param(name, marks=[] if name in OFTEN else pytest.mark.slow)
+        for name in METHODS
+    ],
 )
 def test_every_method(method: str, assert_same_run: Callable[..., None]) -> None:
     assert_same_run("llama", *METHODS[method])
@@ -349,6 +400,8 @@ def test_a_tensor_that_was_left_on_the_cpu_is_an_error(
         RuntimeError, match=r"weight.* is on sim.*|is on cpu, and others are on sim"
     ):
         elsewhere(
-            zygote, run_on_sim_and_forget_to_move, spec=spec_in(tmp_path, small_models["llama"])
+            zygote,
+            run_on_sim_and_forget_to_move,
+            spec=spec_in(tmp_path, small_models["llama"]),
         )
     assert not hasattr(torch, "sim"), "this process does not have the device"

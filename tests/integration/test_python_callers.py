@@ -42,7 +42,9 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> None:
     TEXT["source"] = shutil.copy(__file__, tmp_path_factory.mktemp("text") / "text.txt")
 
 
-def prune(given: Sequence[Any], uri: str | Path, **changes: Any) -> ray_surgeon.PruneResult:
+def prune(
+    given: Sequence[Any], uri: str | Path, **changes: Any
+) -> ray_surgeon.PruneResult:
     sections: dict[str, Any] = {
         "calibration": TEXT,
         "pruning": ELEMENTS,
@@ -61,7 +63,9 @@ def expected(
     return prune(in_memory(model_folders["llama"]), output).perplexity
 
 
-def test_runs_in_threads_do_not_meet(expected: Perplexity, given: Given, tmp_path: Path) -> None:
+def test_runs_in_threads_do_not_meet(
+    expected: Perplexity, given: Given, tmp_path: Path
+) -> None:
     """Models are built without weights meanwhile, which no other thread may see."""
     num_threads = torch.get_num_threads()
     is_over = threading.Event()
@@ -125,7 +129,11 @@ MODES: dict[str, Sequence[Callable[[], Any]]] = {
 
 @pytest.mark.parametrize("name", MODES)
 def test_modes_of_the_caller_stay_outside(
-    name: str, expected: Perplexity, given: Given, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str,
+    expected: Perplexity,
+    given: Given,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     model, tokenizer = given
     texts = ["one text of some words", "and another one"]
@@ -147,7 +155,9 @@ def test_modes_of_the_caller_stay_outside(
     assert result.perplexity == expected
 
 
-def test_a_run_goes_on_with_the_very_same_model_only(given: Given, tmp_path: Path) -> None:
+def test_a_run_goes_on_with_the_very_same_model_only(
+    given: Given, tmp_path: Path
+) -> None:
     """Weights in the middle of a file count as well."""
     model, tokenizer = given
     weight = model.model.layers[0].mlp.up_proj.weight
@@ -184,7 +194,9 @@ def test_a_model_is_written_whole_or_not_at_all(
     shutil.rmtree(run / "source")
     (run / "report.json").unlink()
     prune(given, run, resume=True)
-    assert (run / "source/model.safetensors").exists(), "the run has begun again, and reads it"
+    assert (run / "source/model.safetensors").exists(), (
+        "the run has begun again, and reads it"
+    )
     (run / "source/tokenizer.json").unlink()
     prune(given, run, resume=True)
 
@@ -192,7 +204,9 @@ def test_a_model_is_written_whole_or_not_at_all(
 def test_what_is_refused_leaves_a_folder_that_another_model_may_take(
     given: Given, tmp_path: Path
 ) -> None:
-    bloom = BloomForCausalLM(BloomConfig(vocab_size=64, hidden_size=16, n_layer=1, n_head=2))
+    bloom = BloomForCausalLM(
+        BloomConfig(vocab_size=64, hidden_size=16, n_layer=1, n_head=2)
+    )
     with pytest.raises(ValueError, match="'bloom', which is not supported"):
         prune((bloom, given[1]), tmp_path / "run")
     with pytest.raises(ValueError, match="need"):
@@ -231,7 +245,10 @@ def test_arguments_of_other_kinds_are_named(given: Given, tmp_path: Path) -> Non
     for sequences, message in (
         (tokenizer(["a text", "another"]), "got a BatchEncoding; .* such as input_ids"),
         ([{"text": "a"}], r"sequences\[0\]: got {'text': 'a'}"),
-        ([[1, 2], [1.7, 2.9]], r"sequences\[1\]: got \[1.7, 2.9\] .*; give a list of integers"),
+        (
+            [[1, 2], [1.7, 2.9]],
+            r"sequences\[1\]: got \[1.7, 2.9\] .*; give a list of integers",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             ray_surgeon.curvature(model, sequences, tokenizer)
@@ -246,9 +263,13 @@ def test_paths_wrappers_numbers_and_iterators_are_taken(
     result = prune([model_folders["llama"]], "", calibration=text, output=output)
     assert result.uri == str(tmp_path / "run")
     before = model.config.to_dict()
-    again = prune((torch.compile(model), tokenizer), tmp_path / "compiled", calibration=text)
+    again = prune(
+        (torch.compile(model), tokenizer), tmp_path / "compiled", calibration=text
+    )
     assert again.perplexity == result.perplexity
     assert model.config.to_dict() == before
     name = "model.layers.0.mlp.down_proj"
     linears: Any = (one for one in [name])
-    assert set(ray_surgeon.curvature(torch.compile(model), [[1, 2, 3]], linears=linears)) == {name}
+    assert set(
+        ray_surgeon.curvature(torch.compile(model), [[1, 2, 3]], linears=linears)
+    ) == {name}

@@ -72,7 +72,9 @@ INT8 = {"output__quantize": {"scheme": "int8"}}
 ON_TWO_DEVICES = {"pruning__width_multiple": 64, "pruning__tensor_parallel": 2}
 REFUSED: dict[str, dict[str, Any]] = {
     "or give a divisor such as 16": four_bits("ffn", 32),
-    "group_size 128 does not divide the columns of model.layers.0": four_bits("ffn", None),
+    "group_size 128 does not divide the columns of model.layers.0": four_bits(
+        "ffn", None
+    ),
     # it has 32 columns, of which an engine gives each device half
     "o_proj, of which a multiple of 16 on each of 2 devices will stay": four_bits(
         "ffn", 32, **ON_TWO_DEVICES
@@ -91,7 +93,9 @@ REFUSED: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize(("said", "changes"), REFUSED.items(), ids=REFUSED)
-def test_what_cannot_be_quantised_is_refused(said: str, changes: dict[str, Any], job: Jobs) -> None:
+def test_what_cannot_be_quantised_is_refused(
+    said: str, changes: dict[str, Any], job: Jobs
+) -> None:
     assert said in job(UNIFORM | changes, "--dry-run", code=2).error
 
 
@@ -129,7 +133,9 @@ def test_streams_and_shards_round_alike(rounding: str, job: Jobs) -> None:
     one = job(options, folder="one")
     replicas = job(options, folder="replicas", cluster__num_replicas=2)
     streamed = job(options | DISK, folder="streamed", cluster__num_shards=2)
-    stored, other = (tensors_in(done.uri / "export/uniform-w4a16") for done in (one, streamed))
+    stored, other = (
+        tensors_in(done.uri / "export/uniform-w4a16") for done in (one, streamed)
+    )
     assert stored.keys() == other.keys()
     assert all(torch.equal(stored[key], other[key]) for key in stored)
     # replicas sum in another order, which tips single numbers
@@ -200,7 +206,9 @@ def test_a_mixture_is_measured_by_the_workers(family: str, job: Jobs) -> None:
     kinds = ["experts", "expert_channels"]
     size = {"scheme": "w4a16", "group_size": 8}
     options = UNIFORM | {"pruning__groups": kinds, "output__quantize": size}
-    done = job(options | {"pruning__width_multiple": 8}, model=family, cluster__num_shards=2)
+    done = job(
+        options | {"pruning__width_multiple": 8}, model=family, cluster__num_shards=2
+    )
     uniform, copy = done.exports
     folder = done.uri / "export/uniform-w4a16"
     stored = tensors_in(folder)
@@ -210,7 +218,9 @@ def test_a_mixture_is_measured_by_the_workers(family: str, job: Jobs) -> None:
     for name, weight in tensors_in(done.uri / "export/uniform").items():
         linear = name.removesuffix(".weight")
         if f"{linear}.weight_packed" in stored:
-            found = restored({leaf: stored[f"{linear}.{leaf}"] for leaf in leaves}, scheme).float()
+            found = restored(
+                {leaf: stored[f"{linear}.{leaf}"] for leaf in leaves}, scheme
+            ).float()
             assert float((found - weight).norm() / weight.norm()) < 0.3
             nearest = quantised(weight, scheme)["weight_packed"]
             assert not torch.equal(stored[f"{linear}.weight_packed"], nearest)

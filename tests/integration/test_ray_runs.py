@@ -57,7 +57,9 @@ def test_ray_equals_local(cluster: Cluster, job: Jobs) -> None:
     there = job(options | others | on_ray(cluster), folder="ray")
     for shot in (1, 2):
         assert_same_shot(local.uri, there.uri, shot)
-    assert [s["perplexity"] for s in there.shots] == [s["perplexity"] for s in local.shots]
+    assert [s["perplexity"] for s in there.shots] == [
+        s["perplexity"] for s in local.shots
+    ]
     assert there.report["exports"][0]["reload_max_logit_difference"] < 1e-4
     assert "model.safetensors.index.json" in list_names(str(there.uri / "export/masked"))
     assert not ray.is_initialized()
@@ -104,7 +106,9 @@ def test_features_in_a_process_that_is_connected(
         ("ray client connection timeout", 1),
     ],
 )
-def test_connecting_again(message: str, times: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_connecting_again(
+    message: str, times: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Where a cluster cannot start what serves a client."""
     asked = list[str]()
 
@@ -148,13 +152,17 @@ class Link:
         return given
 
 
-def test_what_two_workers_say(connected: None, job: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_two_workers_say(
+    connected: None, job: Jobs, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """No room, an error of theirs, how far a step is, and what is lost."""
     with pytest.raises(NoRoomError, match=r"^no room for 2 workers.*CPU \d+ free of \d+"):
         of_llama(2, cpus_per_worker=1000, start_timeout_s=0.5)
     workers = of_llama(2, cpus_per_worker=2, ping_timeout_s=5)
     with pytest.raises(ValueError, match="absent"):
-        workers.run_all(load, ModelRecipe(ModelSection(source="/absent/folder")), False, Stores())
+        workers.run_all(
+            load, ModelRecipe(ModelSection(source="/absent/folder")), False, Stores()
+        )
     usage = workers.run_all(Worker.usage)
     assert len({u.process for u in usage}) == 2
     assert all(u.peak_rss_bytes > 50 * 2**20 for u in usage)

@@ -25,20 +25,28 @@ from tests.integration.runs import Jobs, difference, loaded, windows
 
 FFN = runs.GROUPS | {"pruning__width_multiple": 1, "pruning__groups": ["ffn"]}
 FIT: dict[str, Any] = FFN | {
-    "pruning__reconstruction": {"tokens_per_step": 16, "num_epochs": 4, "learning_rate": 0.02},
+    "pruning__reconstruction": {
+        "tokens_per_step": 16,
+        "num_epochs": 4,
+        "learning_rate": 0.02,
+    },
     "calibration__held_aside": 0,
 }
 
 
 @pytest.mark.parametrize("family", CONFIGS | SPARSE_CONFIGS)
-def test_a_layer_is_what_the_family_computes(family: str, model_folders: dict[str, Path]) -> None:
+def test_a_layer_is_what_the_family_computes(
+    family: str, model_folders: dict[str, Path]
+) -> None:
     """Inputs of the producers in, outputs of the consumer out, for every family that has such
     layers.
     """
     cluster = loaded(model_folders[family])
     model = tiny_model(family)
     (worker,) = cluster.workers.values()
-    layers = [groups for groups in worker.group_sets if groups.kind in FEED_FORWARD_OF_ALL]
+    layers = [
+        groups for groups in worker.group_sets if groups.kind in FEED_FORWARD_OF_ALL
+    ]
     seen: dict[str, tuple[Tensor, Tensor]] = {}
 
     def noting(name: str) -> Any:
@@ -47,7 +55,9 @@ def test_a_layer_is_what_the_family_computes(family: str, model_folders: dict[st
 
         return hook
 
-    names = {name for groups in layers for name in (groups.producers[0][0], groups.consumer)}
+    names = {
+        name for groups in layers for name in (groups.producers[0][0], groups.consumer)
+    }
     for name in names:
         model.get_submodule(name).register_forward_hook(noting(name))
     with torch.no_grad():
@@ -62,7 +72,9 @@ def test_a_layer_is_what_the_family_computes(family: str, model_folders: dict[st
 
 @pytest.mark.parametrize("stores", [Stores(), Stores("disk", "device", "recompute", 2)])
 def test_owners_get_the_inputs_of_every_token_once(stores: Stores, job: Jobs) -> None:
-    options = FIT | runs.ONE | {"curvature__num_backward": 3, "calibration__held_aside": 0.3}
+    options = (
+        FIT | runs.ONE | {"curvature__num_backward": 3, "calibration__held_aside": 0.3}
+    )
     inputs = job.inputs(options)
     cluster = loaded(job.models["llama"], 2, 2, stores)
     calibrate(inputs.method, cluster, inputs.text, 1, remembers=False)
@@ -83,9 +95,13 @@ def test_owners_get_the_inputs_of_every_token_once(stores: Stores, job: Jobs) ->
         assert worker.shard.layer_inputs is None
         for part, numbers in zip(worker.state.layer_inputs, (order, [4, 5]), strict=True):
             for name in filter(worker.owns, list(part.kept)):
-                expected = torch.cat([seen[name][number] for number in numbers]).bfloat16()
+                expected = torch.cat(
+                    [seen[name][number] for number in numbers]
+                ).bfloat16()
                 found = part.kept.pop(name)
-                torch.testing.assert_close(found.float(), expected.float(), rtol=1e-2, atol=1e-3)
+                torch.testing.assert_close(
+                    found.float(), expected.float(), rtol=1e-2, atol=1e-3
+                )
                 owned += 1
     assert owned == 2 * len(seen)
 
@@ -97,18 +113,24 @@ def assert_all_better(shot: dict[str, Any]) -> None:
     assert all(after < before for before, after in shot["reconstruction"].values())
 
 
-def test_only_the_weights_left_are_fitted(job: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_the_weights_left_are_fitted(
+    job: Jobs, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The channels are the same, and the divergence is lower. Layers are trained as the section
     says, in an order of tokens of its own each.
     """
     asked: list[dict[str, Any]] = []
 
-    def noting(layer: Any, *given: Any, generator: torch.Generator, **options: Any) -> Any:
+    def noting(
+        layer: Any, *given: Any, generator: torch.Generator, **options: Any
+    ) -> Any:
         asked.append(options | {"seed": generator.initial_seed()})
         return reconstruct(layer, *given, generator=generator, **options)
 
     monkeypatch.setattr("ray_surgeon.recovery.reconstruction.reconstruct", noting)
-    seen = windows(job.folder / "plain/text.txt", 6, stride=64, name="seen", split="train")
+    seen = windows(
+        job.folder / "plain/text.txt", 6, stride=64, name="seen", split="train"
+    )
     options = runs.ONE | {"evaluation": [seen]}
     section = FIT["pruning__reconstruction"]
     changes = {"pruning__reconstruction": section | {"seed": 1000}}
@@ -129,21 +151,30 @@ def test_only_the_weights_left_are_fitted(job: Jobs, monkeypatch: pytest.MonkeyP
     }
     for name in after:
         if name.endswith("weight"):
-            assert torch.equal(before[name] == 0, after[name] == 0), "what is pruned stays zero"
+            assert torch.equal(before[name] == 0, after[name] == 0), (
+                "what is pruned stays zero"
+            )
     numbers = LAYOUTS["llama"].linear_numbers
     assert {given.pop("seed") for given in asked} == {
         1000 + numbers[name] for name in fit["reconstruction"]
     }
-    assert all(given[option] == value for given in asked for option, value in section.items())
+    assert all(
+        given[option] == value for given in asked for option, value in section.items()
+    )
 
 
 def test_a_layer_that_is_gone_is_not_trained(job: Jobs) -> None:
-    layers = {"pruning__groups": ["ffn", "ffn_layers"], "pruning__depth": {"num_removed": 1}}
+    layers = {
+        "pruning__groups": ["ffn", "ffn_layers"],
+        "pruning__depth": {"num_removed": 1},
+    }
     options = FIT | runs.ONE | layers | {"calibration__held_aside": 0.3}
     (shot,) = job(options, pruning__target_sparsity=0.5).shots
     (gone,) = (step["layer"] for step in shot["layers_removed"])
     assert len(shot["reconstruction"]) == 3
-    assert not [name for name in shot["reconstruction"] if f".{gone.split()[-1]}." in name]
+    assert not [
+        name for name in shot["reconstruction"] if f".{gone.split()[-1]}." in name
+    ]
 
 
 def test_a_mixture_keeps_inputs_of_the_kinds_that_lose_groups(job: Jobs) -> None:
@@ -152,7 +183,10 @@ def test_a_mixture_keeps_inputs_of_the_kinds_that_lose_groups(job: Jobs) -> None
     cluster = loaded(job.models["glm4_moe"], 2)
     calibrate(inputs.method, cluster, inputs.text, 1, remembers=False)
     kept = [worker.state.layer_inputs[0] for worker in cluster.workers.values()]
-    assert [tuple(inputs.kept) for inputs in kept] == [("model.layers.0.mlp.down_proj",), ()]
+    assert [tuple(inputs.kept) for inputs in kept] == [
+        ("model.layers.0.mlp.down_proj",),
+        (),
+    ]
     for kind in ("ffn", "shared_experts"):
         changes = {"pruning__groups": [kind], "cluster__num_shards": 2}
         (shot,) = job(options | changes, folder=kind).shots
@@ -183,7 +217,8 @@ def test_all_replicas_have_what_the_owner_trained(job: Jobs) -> None:
         for worker in cluster.workers.values():
             assert worker.shard.layer_inputs is None
             masks = {
-                f"{name}.rows": worker.mask(name, StructuredMask).rows for name in worker.masks
+                f"{name}.rows": worker.mask(name, StructuredMask).rows
+                for name in worker.masks
             }
             weights = {name: worker.shard.weight(name) for name in worker.shard.linears}
             results.append(weights | masks)
@@ -198,7 +233,9 @@ def test_all_replicas_have_what_the_owner_trained(job: Jobs) -> None:
         assert float((others[0][name] - one[name]).norm()) < 1e-3 * float(change.norm())
 
 
-def test_the_best_learning_rate_is_taken(job: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_best_learning_rate_is_taken(
+    job: Jobs, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Of those tried on two layers, the same whoever owns these; trying changes nothing."""
     seen = list[tuple[str, float, float]]()
     plain = Reconstruction.tried
@@ -208,7 +245,9 @@ def test_the_best_learning_rate_is_taken(job: Jobs, monkeypatch: pytest.MonkeyPa
     ) -> list[tuple[float, float]]:
         weights = {name: worker.shard.weight(name) for name in worker.shard.linears}
         tried = plain(self, worker, groups, W, kept)
-        assert all(torch.equal(worker.shard.weight(name), W) for name, W in weights.items())
+        assert all(
+            torch.equal(worker.shard.weight(name), W) for name, W in weights.items()
+        )
         seen.extend((groups.consumer, rate, error) for rate, error in tried)
         return tried
 
@@ -221,10 +260,16 @@ def test_the_best_learning_rate_is_taken(job: Jobs, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(Reconstruction, "tried", noting)
     monkeypatch.setattr("ray_surgeon.recovery.reconstruction.outputs_of", counting)
     section = {"tokens_per_step": 16, "num_epochs": 4}
-    options = FIT | runs.ONE | {"pruning__reconstruction": section, "calibration__held_aside": 0.3}
+    options = (
+        FIT
+        | runs.ONE
+        | {"pruning__reconstruction": section, "calibration__held_aside": 0.3}
+    )
     one = job(options, folder="one")
     trials_and_layers = 2 + len(one.shots[0]["reconstruction"])
-    assert len(computed) == 2 * trials_and_layers, "of tokens to train on and held aside, once each"
+    assert len(computed) == 2 * trials_and_layers, (
+        "of tokens to train on and held aside, once each"
+    )
     four = job(options | runs.FOUR, folder="four")
     assert {rate for _, rate, _ in seen} == set(RATES)
     assert len({layer for layer, _, _ in seen}) == 2
@@ -234,4 +279,6 @@ def test_the_best_learning_rate_is_taken(job: Jobs, monkeypatch: pytest.MonkeyPa
         assert shot["reconstruction_rate"] == min(RATES, key=lambda rate: means[rate])
         assert shot["divergence_held_aside"] > 0
     assert difference(one.uri, four.uri, 1) < runs.MOST_BY_ORDER_OF_SUMS
-    assert Reconstruction.best_rate([(RATES[0], float("nan")), (RATES[1], 0.9)]) == RATES[1]
+    assert (
+        Reconstruction.best_rate([(RATES[0], float("nan")), (RATES[1], 0.9)]) == RATES[1]
+    )

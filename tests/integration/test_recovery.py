@@ -36,11 +36,15 @@ ON_TEXT = runs.ONE | runs.LORA | TEXT | {"recovery__num_tokens": 400}
 @pytest.fixture
 def text(tmp_path: Path) -> StreamedSection:
     path = tmp_path / "text.txt"
-    path.write_text(" ".join(f"word {i} is {i * i % 97}" for i in range(2000)), encoding="utf-8")
+    path.write_text(
+        " ".join(f"word {i} is {i * i % 97}" for i in range(2000)), encoding="utf-8"
+    )
     return StreamedSection(source=str(path), split="all")
 
 
-def weakened(model: Path, factor: float, **shape: Any) -> tuple[LocalCluster, CalibrationText]:
+def weakened(
+    model: Path, factor: float, **shape: Any
+) -> tuple[LocalCluster, CalibrationText]:
     """Return a model whose feed-forward layers give less, and windows held aside."""
     cluster = loaded(model, **shape)
     tokens = np.random.default_rng(0).integers(1, 300, (6, LENGTH))
@@ -54,10 +58,19 @@ def weakened(model: Path, factor: float, **shape: Any) -> tuple[LocalCluster, Ca
 
 
 def trained(
-    model: Path, text: StreamedSection, factor: float, place: Place = "device", **shape: Any
+    model: Path,
+    text: StreamedSection,
+    factor: float,
+    place: Place = "device",
+    **shape: Any,
 ) -> tuple[Training, LocalCluster, CalibrationText]:
     cluster, held = weakened(model, factor, **shape)
-    options = {"rank": 4, "num_tokens": 40 * 3 * LENGTH, "sequences_per_step": 3, "texts": [text]}
+    options = {
+        "rank": 4,
+        "num_tokens": 40 * 3 * LENGTH,
+        "sequences_per_step": 3,
+        "texts": [text],
+    }
     section = RecoverySection.model_validate(options | {"learning_rate": 2e-3})
     tokenizer = AutoTokenizer.from_pretrained(model)
     stream = stream_of(section, NO_PRUNING, LENGTH, tokenizer)
@@ -72,14 +85,18 @@ def trained(
     return training, cluster, held
 
 
-def test_a_model_that_lacks_nothing_has_no_loss(llama: Path, text: StreamedSection) -> None:
+def test_a_model_that_lacks_nothing_has_no_loss(
+    llama: Path, text: StreamedSection
+) -> None:
     training, _, _ = trained(llama, text, 1.0)
     assert training.undone is not None
     assert training.losses[0] < 1e-5, "the states of the teacher are kept as bfloat16"
 
 
 @pytest.mark.parametrize("shape", [{}, {"num_shards": 2, "num_replicas": 2}], ids=str)
-def test_what_was_taken_comes_back(llama: Path, text: StreamedSection, shape: Any) -> None:
+def test_what_was_taken_comes_back(
+    llama: Path, text: StreamedSection, shape: Any
+) -> None:
     training, cluster, held = trained(llama, text, 0.8, **shape)
     assert training.undone is None
     assert held_aside(cluster, held)[0] < 0.75 * training.before
@@ -90,14 +107,18 @@ def test_what_was_taken_comes_back(llama: Path, text: StreamedSection, shape: An
     assert last.acceptance > 0.9
 
 
-def test_shards_replicas_and_places_change_nothing(llama: Path, text: StreamedSection) -> None:
+def test_shards_replicas_and_places_change_nothing(
+    llama: Path, text: StreamedSection
+) -> None:
     on_disk = Stores(weights="disk", factors="disk", activations="recompute")
     ways: list[tuple[Place, dict[str, Any]]] = [
         ("device", {}),
         ("disk", {"stores": on_disk}),
         ("host", {"num_shards": 2, "num_replicas": 2}),
     ]
-    losses = [trained(llama, text, 0.8, place, **shape)[0].losses for place, shape in ways]
+    losses = [
+        trained(llama, text, 0.8, place, **shape)[0].losses for place, shape in ways
+    ]
     assert losses[1] == losses[0]
     assert losses[2] == pytest.approx(losses[0], rel=1e-3)
     assert len(set(losses[0])) == 40
@@ -149,7 +170,11 @@ def test_a_run_on_a_text(job: Jobs) -> None:
 @pytest.mark.parametrize(("device", "share"), [("h100", 0.25), ("cpu", 0.0)])
 def test_share_of_peak(device: str, share: float) -> None:
     """Two shards; the training takes four seconds at all that they have."""
-    plan = {"device": device, "flops": {"recovery": 2 * 4 * 9.89e14}, "disk_bytes": [0, 0]}
+    plan = {
+        "device": device,
+        "flops": {"recovery": 2 * 4 * 9.89e14},
+        "disk_bytes": [0, 0],
+    }
     assert share_of_peak(plan, "bfloat16", 1 / 16) == pytest.approx(share)
 
 
@@ -157,9 +182,15 @@ def test_share_of_peak(device: str, share: float) -> None:
     ("settings", "message"),
     [
         ("recovery.texts=[{source: python-docs, split: all}]", "set split to train"),
-        ("recovery.texts=[{source: python-docs, max_tokens: 7000}]", "max_tokens: must equal"),
+        (
+            "recovery.texts=[{source: python-docs, max_tokens: 7000}]",
+            "max_tokens: must equal",
+        ),
         ("recovery.texts=[{source: python-code, stride: 3}]", "remove them"),
-        ("recovery.texts=[{source: calibration, max_tokens: 9}]", "source and weight alone"),
+        (
+            "recovery.texts=[{source: calibration, max_tokens: 9}]",
+            "source and weight alone",
+        ),
         ("calibration.source=calibration", "has a place in a recovery only; name a text"),
         ("recovery.num_tokens=9000000", "recovery.texts.0"),
     ],

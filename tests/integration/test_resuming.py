@@ -17,7 +17,9 @@ from tests.integration.runs import MASKED, ONE, Jobs
 EXPORTED = MASKED | ONE
 
 
-def test_a_run_that_has_ended_is_not_done_again_unless_its_end_is_damaged(job: Jobs) -> None:
+def test_a_run_that_has_ended_is_not_done_again_unless_its_end_is_damaged(
+    job: Jobs,
+) -> None:
     done = job(EXPORTED)
     before = done.report
     export = done.uri / "export/masked"
@@ -41,17 +43,23 @@ def test_a_run_that_has_ended_is_not_done_again_unless_its_end_is_damaged(job: J
         assert len(again.report["exports"]) == 1
 
 
-def test_no_exports_in_the_report_meanwhile(job: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_exports_in_the_report_meanwhile(
+    job: Jobs, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """While they are written again."""
     done = job(EXPORTED)
-    monkeypatch.setattr("ray_surgeon.export.exports.export", lambda *_, **__: sys.exit("killed"))
+    monkeypatch.setattr(
+        "ray_surgeon.export.exports.export", lambda *_, **__: sys.exit("killed")
+    )
     with pytest.raises(SystemExit):
         job(EXPORTED, "--resume", cluster__num_shards=2)
     assert done.report["exports"] == []
 
 
 @pytest.mark.parametrize("what", ["goes on", "fails"])
-def test_another_try_ends_this(what: str, job: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_try_ends_this(
+    what: str, job: Jobs, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The last one that begins has the folder, and the events are its own from then on."""
     choose = RowsColumns.choose
     directory = RunDirectory(str(job.folder / "run"))

@@ -31,7 +31,14 @@ from tests.integration.runs import MASKED, Done, Jobs, assert_same_shot, tensors
 
 SECRET = "wJalr-a-secret-that-must-not-appear"
 FAULTS = ("500", "503", "reset", "short") * 5 + ("silence",)  # which takes long
-OF_ONE_HOP = ("connection", "transfer-encoding", "content-length", "expect", "date", "server")
+OF_ONE_HOP = (
+    "connection",
+    "transfer-encoding",
+    "content-length",
+    "expect",
+    "date",
+    "server",
+)
 NUM_FAULTS = 200
 
 
@@ -63,7 +70,9 @@ class FaultyProxy(BaseHTTPRequestHandler):
         if fault in ("500", "503"):
             self.refuse(int(fault))
         elif fault == "reset":
-            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            self.connection.setsockopt(
+                socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0)
+            )
             self.connection.close()
         elif fault == "silence":
             time.sleep(0.3)  # longer than the client waits
@@ -107,7 +116,11 @@ class FaultyProxy(BaseHTTPRequestHandler):
         for name, value in reply.getheaders():
             if name.lower() not in OF_ONE_HOP:
                 self.send_header(name, value)
-        length = reply.getheader("Content-Length") if self.command == "HEAD" else str(len(content))
+        length = (
+            reply.getheader("Content-Length")
+            if self.command == "HEAD"
+            else str(len(content))
+        )
         self.send_header("Content-Length", length or "0")
         self.end_headers()
         self.wfile.write(content[: len(content) // 2] if short else content)
@@ -118,7 +131,9 @@ class FaultyProxy(BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def faulty(s3: None, monkeypatch: pytest.MonkeyPatch, cache: Path) -> Iterator[type[FaultyProxy]]:
+def faulty(
+    s3: None, monkeypatch: pytest.MonkeyPatch, cache: Path
+) -> Iterator[type[FaultyProxy]]:
     """Put the proxy in front of the S3 server; without faults until `probability` is set."""
     host, _, port = os.environ["AWS_ENDPOINT_URL"].removeprefix("http://").partition(":")
     FaultyProxy.upstream = (host, int(port))
@@ -137,7 +152,9 @@ def faulty(s3: None, monkeypatch: pytest.MonkeyPatch, cache: Path) -> Iterator[t
     )
     monkeypatch.setattr(retrying, "FIRST_PAUSE_S", 0.005)
     monkeypatch.setattr(retrying, "LONGEST_PAUSE_S", 0.1)
-    monkeypatch.setattr(S3FileSystem, "retries", 2)  # the pauses of the clients cannot be set
+    monkeypatch.setattr(
+        S3FileSystem, "retries", 2
+    )  # the pauses of the clients cannot be set
     S3FileSystem.clear_instance_cache()
     yield FaultyProxy
     FaultyProxy.probability = 0.0
@@ -146,7 +163,10 @@ def faulty(s3: None, monkeypatch: pytest.MonkeyPatch, cache: Path) -> Iterator[t
 
 
 THREE_SHOTS = MASKED | {"pruning__num_shots": 3}
-THERE = {"model__source": "s3://bucket/model", "calibration__source": "s3://bucket/text.txt"}
+THERE = {
+    "model__source": "s3://bucket/model",
+    "calibration__source": "s3://bucket/text.txt",
+}
 
 
 @pytest.fixture
@@ -167,7 +187,11 @@ def assert_came(uri: str, folder: Path, sound: Done) -> None:
     for shot in (1, 2, 3):
         assert_same_shot(sound.uri, came.uri, shot)
     assert len(came.shots) == 3
-    assert [event["shot"] for event in came.events if event["step"] == "commit"] == [1, 2, 3]
+    assert [event["shot"] for event in came.events if event["step"] == "commit"] == [
+        1,
+        2,
+        3,
+    ]
     mine, expected = (tensors_in(done.export("masked")) for done in (came, sound))
     assert expected
     torch.testing.assert_close(mine, expected, rtol=0, atol=0)
@@ -189,7 +213,9 @@ def test_two_hundred_faults_and_no_shot_lost(
         said += ended.out + ended.error
     assert set(faulty.injected) == set(FAULTS)
     written = [path for path in job.folder.glob("came-*/**/*") if path.is_file()]
-    assert SECRET not in said + "".join(path.read_text(errors="ignore") for path in written)
+    assert SECRET not in said + "".join(
+        path.read_text(errors="ignore") for path in written
+    )
 
 
 def test_everything_on_a_store_that_goes_away_and_comes_back(
@@ -216,7 +242,9 @@ def test_everything_on_a_store_that_goes_away_and_comes_back(
     names = files.list_names(f"{uri}/shots/0002")
     assert names == ["shard-0001.safetensors"], "the second shot is half written"
     assert "resumed_after_shot=1" in job(options, "--resume").out
-    assert {"spec.yaml", "run.json", "events.jsonl", "report.json"} <= set(files.list_names(uri))
+    assert {"spec.yaml", "run.json", "events.jsonl", "report.json"} <= set(
+        files.list_names(uri)
+    )
     assert_came(uri, job.folder / "came", sound)
 
 
@@ -283,7 +311,9 @@ def test_patience_counts_from_the_first_failure(monkeypatch: pytest.MonkeyPatch)
     clock = [0.0]
     calls: list[float] = []
     monkeypatch.setattr(retrying, "monotonic", lambda: clock[0])
-    monkeypatch.setattr(retrying, "sleep", lambda seconds: clock.__setitem__(0, clock[0] + seconds))
+    monkeypatch.setattr(
+        retrying, "sleep", lambda seconds: clock.__setitem__(0, clock[0] + seconds)
+    )
 
     def transfer(uri: str, failures: int) -> str:
         calls.append(clock[0])

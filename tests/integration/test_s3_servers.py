@@ -27,7 +27,14 @@ def bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     names = ("master.port", "volume.port", "filer.port", "s3.port")
     ports = dict(zip(names, free_ports(len(names)), strict=True))
     (tmp_path / "data").mkdir()
-    command = [str(SERVER), "server", f"-dir={tmp_path / 'data'}", "-ip=127.0.0.1", "-filer", "-s3"]
+    command = [
+        str(SERVER),
+        "server",
+        f"-dir={tmp_path / 'data'}",
+        "-ip=127.0.0.1",
+        "-filer",
+        "-s3",
+    ]
     command += [f"-{name}={port}" for name, port in ports.items()]
     command += ["-master.volumeSizeLimitMB=100", "-volume.max=20"]
     with open(tmp_path / "log", "w") as log:
@@ -49,7 +56,9 @@ def bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
         S3FileSystem.clear_instance_cache()
 
 
-def test_model_run_and_export_on_a_real_server(bucket: str, llama: Path, job: Jobs) -> None:
+def test_model_run_and_export_on_a_real_server(
+    bucket: str, llama: Path, job: Jobs
+) -> None:
     options = LORA | {"recovery__commit_minutes": 1e-9, "output__exports": ["masked"]}
     here = job(options, folder="here")
     store = fsspec.filesystem("s3")

@@ -22,7 +22,9 @@ from tests.integration.runs import loaded
 CLUSTERS = ((1, 1), (3, 1), (2, 2))
 WANTED = GenerationRequest(prompts=((0, 5),) * 18, num_tokens=12, temperature=0.7, seed=3)
 OF_MANY_LENGTHS = GenerationRequest(
-    prompts=tuple(tuple(range(7 * i, 7 * i + n)) for i, n in enumerate((3, 1, 9, 1, 14, 2, 5, 30))),
+    prompts=tuple(
+        tuple(range(7 * i, 7 * i + n)) for i, n in enumerate((3, 1, 9, 1, 14, 2, 5, 30))
+    ),
     num_tokens=20,
     temperature=0.9,
     seed=5,
@@ -34,17 +36,23 @@ def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(writing, "TOKENS_TOGETHER", 1)
 
 
-def by_whole_passes(model: torch.nn.Module, wanted: GenerationRequest, number: int) -> list[int]:
+def by_whole_passes(
+    model: torch.nn.Module, wanted: GenerationRequest, number: int
+) -> list[int]:
     """Return a text drawn without a cache, each token from the whole text before it."""
     generator = torch.Generator().manual_seed(wanted.seed + 1_000_003 * number)
     prompt = list(wanted.prompts[number])
     found = list[int]()
-    for chance in torch.rand(wanted.num_tokens, generator=generator)[: wanted.room(number)]:
+    for chance in torch.rand(wanted.num_tokens, generator=generator)[
+        : wanted.room(number)
+    ]:
         with torch.no_grad():
             logits = model(torch.tensor([prompt + found])).logits[0, -1]
         if wanted.temperature:
             cumulated = torch.softmax(logits / wanted.temperature, dim=-1).cumsum(0)
-            found.append(int(torch.searchsorted(cumulated, chance * cumulated[-1], right=True)))
+            found.append(
+                int(torch.searchsorted(cumulated, chance * cumulated[-1], right=True))
+            )
         else:
             found.append(int(logits.argmax()))
         if found[-1] in wanted.ends:
@@ -57,7 +65,9 @@ def lists(texts: list[NDArray[np.int64]]) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("family", CONFIGS)
-def test_tokens_are_drawn_from_the_model(family: str, model_folders: dict[str, Path]) -> None:
+def test_tokens_are_drawn_from_the_model(
+    family: str, model_folders: dict[str, Path]
+) -> None:
     model = AutoModelForCausalLM.from_pretrained(model_folders[family])
     numbers = (0, 8, 9, 17)  # of two batches
     expected = [by_whole_passes(model, WANTED, number) for number in numbers]
@@ -77,7 +87,12 @@ def test_prompts_may_differ_in_length_and_texts_end(
     clusters = [loaded(model_folders[family], *workers) for workers in ((1, 1), (2, 2))]
     texts = [by_whole_passes(model, OF_MANY_LENGTHS, i) for i in range(8)]
     ends = frozenset({texts[0][3], texts[4][0], texts[6][-1]})
-    for changes in ({}, {"ends": ends}, {"ends": ends, "temperature": 0}, {"max_length": 30}):
+    for changes in (
+        {},
+        {"ends": ends},
+        {"ends": ends, "temperature": 0},
+        {"max_length": 30},
+    ):
         wanted = replace(OF_MANY_LENGTHS, **changes)
         expected = [by_whole_passes(model, wanted, i) for i in range(8)]
         for cluster in clusters:
@@ -93,7 +108,9 @@ def test_a_batch_stops_when_its_texts_have_ended(
     calls: list[int] = []
     write_on = writing.write_on
 
-    def counted(worker: Worker, batch: int, inputs: TensorPayload, *rest: Any) -> TensorPayload:
+    def counted(
+        worker: Worker, batch: int, inputs: TensorPayload, *rest: Any
+    ) -> TensorPayload:
         calls.append(len(inputs))
         return write_on(worker, batch, inputs, *rest)
 
@@ -116,7 +133,17 @@ def test_a_batch_stops_when_its_texts_have_ended(
 
 def test_texts_of_similar_length_are_written_together() -> None:
     prompts = tuple((1,) * n for n in (9, 1, 8, 2, 7, 3))
-    assert GenerationRequest(prompts, 4, num_together=2).batches() == [[1, 3], [5, 4], [2, 0]]
-    assert GenerationRequest(prompts[:1] * 5, 4, num_together=4).batches() == [[0, 1, 2], [3, 4]]
-    assert GenerationRequest(prompts, 4, max_length=8, num_together=3).batches() == [[1, 3], [5, 4]]
+    assert GenerationRequest(prompts, 4, num_together=2).batches() == [
+        [1, 3],
+        [5, 4],
+        [2, 0],
+    ]
+    assert GenerationRequest(prompts[:1] * 5, 4, num_together=4).batches() == [
+        [0, 1, 2],
+        [3, 4],
+    ]
+    assert GenerationRequest(prompts, 4, max_length=8, num_together=3).batches() == [
+        [1, 3],
+        [5, 4],
+    ]
     assert GenerationRequest((), 4).batches() == []

@@ -10,7 +10,10 @@ from tests.conftest import LAYOUTS
 from tests.integration.runs import GROUPS, ONE, SPARSEGPT, Jobs
 
 CHANNELS = GROUPS | {"pruning__groups": ["ffn"]}
-FEW: dict[str, Any] = {"calibration__num_sequences": 1, "calibration__sequence_length": 20}
+FEW: dict[str, Any] = {
+    "calibration__num_sequences": 1,
+    "calibration__sequence_length": 20,
+}
 
 
 def test_what_rows_and_columns_would_shrink(job: Jobs) -> None:
@@ -62,11 +65,15 @@ def test_channels_that_go(job: Jobs) -> None:
     done = job(CHANNELS)
     for shot, is_rounded in ((1, False), (2, True)):
         masks = done.tensors(shot)
-        widths = [int(masks[name].sum()) for name in masks if name.endswith("down_proj.columns")]
+        widths = [
+            int(masks[name].sum()) for name in masks if name.endswith("down_proj.columns")
+        ]
         assert all(width % 8 == 0 for width in widths) == is_rounded, widths
     report = job(CHANNELS | ONE, folder="one", pruning__target_sparsity=0.2).report
     (shot,) = report["shots"]
-    predicted = {linear["name"]: linear["predicted_loss_increase"] for linear in report["linears"]}
+    predicted = {
+        linear["name"]: linear["predicted_loss_increase"] for linear in report["linears"]
+    }
     lost = {name for name, count in shot["groups_removed"].items() if count}
     assert {name for name, cost in predicted.items() if cost} == lost
     assert shot["predicted_loss_increase"] == pytest.approx(sum(predicted.values()))
@@ -76,4 +83,6 @@ def test_predictions_for_whole_experts_are_their_costs(job: Jobs) -> None:
     experts = GROUPS | {"pruning__groups": ["experts"], "pruning__target_sparsity": 0.15}
     (shot,) = job(experts | ONE, model="mixtral", cluster__num_shards=2).shots
     assert shot["experts_removed"]
-    assert shot["predicted_loss_increase"] == pytest.approx(sum(shot["experts_removed"].values()))
+    assert shot["predicted_loss_increase"] == pytest.approx(
+        sum(shot["experts_removed"].values())
+    )

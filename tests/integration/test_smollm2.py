@@ -58,7 +58,9 @@ def test_quickstart_makes_an_ordinary_model_that_is_smaller(
         "recovery.learning_rate": 1e-4,  # Adam's first step has full length, however flat
         "output.uri": tmp_path / "run",
     }
-    arguments = [p for path, value in overrides.items() for p in ("--set", f"{path}={value}")]
+    arguments = [
+        p for path, value in overrides.items() for p in ("--set", f"{path}={value}")
+    ]
     assert pipeline.main(["pipelines/quickstart.yaml", *arguments]) == 0
     report = report_of(tmp_path / "run")
     measured = report["shots"][0]["peak_bytes"]
@@ -68,7 +70,9 @@ def test_quickstart_makes_an_ordinary_model_that_is_smaller(
         for step in measured.keys() & planned.keys()
     }
     assert {"curvature", "costs", "update", "recovery", "evaluation"} <= ratios.keys()
-    assert all(0.85 < ratio < 1.15 for of_step in ratios.values() for ratio in of_step), ratios
+    assert all(0.85 < ratio < 1.15 for of_step in ratios.values() for ratio in of_step), (
+        ratios
+    )
     (export,) = report["exports"]
     assert export["widths"] == [[1152, 3]] * 30
     assert export["size_bytes"] < 0.86 * 2 * 134_515_008
@@ -76,11 +80,16 @@ def test_quickstart_makes_an_ordinary_model_that_is_smaller(
     model = AutoModelForCausalLM.from_pretrained(
         tmp_path / "run/export/uniform", dtype=torch.float32
     )
-    assert (type(model).__name__, model.config.intermediate_size) == ("LlamaForCausalLM", 1152)
+    assert (type(model).__name__, model.config.intermediate_size) == (
+        "LlamaForCausalLM",
+        1152,
+    )
     assert "load it: AutoModelForCausalLM.from_pretrained(" in capsys.readouterr().out
     text, windows = next(iter(checked[0].texts.items()))
     tokens = torch.from_numpy(windows)
     with torch.no_grad():
         loss = float(model(tokens, labels=tokens).loss)
     measured_loss = math.log(report["shots"][0]["perplexity"][text])
-    assert measured_loss == pytest.approx(loss, abs=0.05), "that of transformers in float32"
+    assert measured_loss == pytest.approx(loss, abs=0.05), (
+        "that of transformers in float32"
+    )

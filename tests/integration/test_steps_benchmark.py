@@ -56,7 +56,9 @@ def test_every_step_has_seconds_and_operations(
     assert not none
     assert "recovery" not in without
     changes["pruning__reconstruction"] = None
-    bare = yaml.safe_load(tiny_spec(tmp_path, model_folders["llama"], **changes).read_text())
+    bare = yaml.safe_load(
+        tiny_spec(tmp_path, model_folders["llama"], **changes).read_text()
+    )
     _, fewer = run_steps(bare, tmp_path / "bare", Operations())
     assert fewer["update"]["float32"] < flops["update"]["float32"]
     # corrections are held against windows on which the dense model is measured, too

@@ -35,7 +35,9 @@ def asked(tmp_path: Path) -> dict[str, Any]:
     ]
     (tmp_path / "questions.jsonl").write_text("\n".join(map(json.dumps, questions)))
     (tmp_path / "tasks").mkdir()
-    (tmp_path / "tasks/colours.yaml").write_text(TASK.format(file=tmp_path / "questions.jsonl"))
+    (tmp_path / "tasks/colours.yaml").write_text(
+        TASK.format(file=tmp_path / "questions.jsonl")
+    )
     return {"names": ["colours"], "include": str(tmp_path / "tasks"), "limit": 6}
 
 
@@ -61,7 +63,9 @@ def test_tasks_that_cannot_be(
     asked: dict[str, Any], job: Jobs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = evaluated(job, asked | {"names": ["colours", "no_such_task"]})
-    assert "output.exports has none" in job(options | {"output__exports": []}, code=2).error
+    assert (
+        "output.exports has none" in job(options | {"output__exports": []}, code=2).error
+    )
     assert "has no no_such_task" in job(options, code=2).error
     (job.folder / "without").mkdir()
     (job.folder / "without/lm_eval.py").write_text(

@@ -20,10 +20,20 @@ from ray_surgeon.storage import tensor_files
 from tests.integration import runs
 from tests.integration.runs import Done, Jobs
 
-UNIFORM = {"structure": "groups", "groups": ["ffn"], "allocation": "uniform", "num_shots": 1}
+UNIFORM = {
+    "structure": "groups",
+    "groups": ["ffn"],
+    "allocation": "uniform",
+    "num_shots": 1,
+}
 UNIFORM |= {"target_sparsity": 0.3, "width_multiple": 8}
 STREAM = {"source": "python-docs", "max_tokens": 9000}
-TRAINING: dict[str, Any] = {"rank": 4, "num_tokens": 5000, "learning_rate": 1e-3, "texts": [STREAM]}
+TRAINING: dict[str, Any] = {
+    "rank": 4,
+    "num_tokens": 5000,
+    "learning_rate": 1e-3,
+    "texts": [STREAM],
+}
 TRAINING |= {"sequences_per_step": 4}
 
 Recover = Callable[..., Done]
@@ -33,7 +43,9 @@ Recover = Callable[..., Done]
 def recover(job: Jobs) -> Recover:
     """Return what runs a job that trains a model towards a teacher."""
 
-    def recovered(model: Path, teacher: Path, folder: str = "recovered", **more: Any) -> Done:
+    def recovered(
+        model: Path, teacher: Path, folder: str = "recovered", **more: Any
+    ) -> Done:
         changes: dict[str, Any] = {"model": str(model), "pruning": None}
         changes["output__exports"] = ["uniform"]
         changes |= {"recovery": TRAINING | {"teacher": {"source": str(teacher)}}}
@@ -55,7 +67,12 @@ def weaker(model: Path, folder: Path, factor: float = 0.7) -> Path:
 
 
 def larger(model: Path, folder: Path, **changes: Any) -> Path:
-    sizes = {"hidden_size": 48, "num_hidden_layers": 5, "num_attention_heads": 6, "head_dim": 8}
+    sizes = {
+        "hidden_size": 48,
+        "num_hidden_layers": 5,
+        "num_attention_heads": 6,
+        "head_dim": 8,
+    }
     config = runs.config_like("llama", **sizes, num_key_value_heads=3, **changes)
     return runs.new_model(config, folder, model)
 
@@ -98,11 +115,15 @@ def test_a_teacher_may_have_other_widths_and_another_depth(
         assert measures[-1] < 0.97 * measures[0]
     spec = ray_surgeon.parse_spec((done.uri / "spec.yaml").read_text())
     tokens = torch.from_numpy(check(spec, resume=True).texts["docs"])
-    of_teacher, of_model = (log_probabilities(f, tokens) for f in (teacher, done.export("uniform")))
+    of_teacher, of_model = (
+        log_probabilities(f, tokens) for f in (teacher, done.export("uniform"))
+    )
     expected = (of_teacher.exp() * (of_teacher - of_model)).sum(dim=-1).mean()
     assert done.shot["divergence"]["docs"] == pytest.approx(float(expected), rel=0.02)
     nll = -of_teacher.gather(2, tokens[:, 1:, None]).mean()
-    assert done.report["dense"]["perplexity"]["docs"] == pytest.approx(float(nll.exp()), rel=1e-4)
+    assert done.report["dense"]["perplexity"]["docs"] == pytest.approx(
+        float(nll.exp()), rel=1e-4
+    )
 
 
 def log_probabilities(folder: Path, tokens: Tensor) -> Tensor:
@@ -112,7 +133,9 @@ def log_probabilities(folder: Path, tokens: Tensor) -> Tensor:
     return logits[:, :-1].double().log_softmax(dim=-1)
 
 
-def test_shards_and_replicas_change_nothing(llama: Path, recover: Recover, tmp_path: Path) -> None:
+def test_shards_and_replicas_change_nothing(
+    llama: Path, recover: Recover, tmp_path: Path
+) -> None:
     model = weaker(llama, tmp_path / "weak")
     teacher = larger(llama, tmp_path / "teacher")
     options: dict[str, Any] = {"output__exports": [], "recovery__num_tokens": 1000}
@@ -138,7 +161,9 @@ def test_a_run_goes_on_with_the_teacher_s_head(
     teacher = larger(llama, tmp_path / "teacher")
     options = {"recovery__num_tokens": 400}
     first = recover(llama, teacher, **options)
-    assert "head" in tensor_files.Reader().names(RunDirectory(str(first.uri)).dense_states)
+    assert "head" in tensor_files.Reader().names(
+        RunDirectory(str(first.uri)).dense_states
+    )
     shutil.rmtree(first.export("uniform"))
     spec = tmp_path / "recovered" / "spec.yaml"
     assert main([str(spec), "--resume"]) == 0
@@ -167,12 +192,18 @@ def test_a_run_goes_on_with_the_teacher_s_head(
         ),
         ("pruning=null; recovery.teacher.source=nowhere/at/all", "recovery.teacher"),
         ("pruning=null; recovery.teacher.source=OTHER", "is not supported"),
-        ("pruning=null; recovery.teacher.source=SMALLER", "vocab_size is 300, and that of"),
+        (
+            "pruning=null; recovery.teacher.source=SMALLER",
+            "vocab_size is 300, and that of",
+        ),
         (
             "pruning=null; recovery.teacher.source=RENAMED",
             "1 entries of the tokenizers differ, such as",
         ),
-        ("pruning=null; recovery.teacher.source=SHORT", "sequence_length: 40, but the model takes"),
+        (
+            "pruning=null; recovery.teacher.source=SHORT",
+            "sequence_length: 40, but the model takes",
+        ),
         (
             "pruning=null; recovery.teacher.source=TEACHER; cluster.num_shards=6",
             "cluster.num_shards",
@@ -216,9 +247,18 @@ def test_the_command_and_the_function(
     )
     assert done.report["spec"]["pruning"] is None
     assert done.report["spec"]["recovery"]["teacher"]["source"] == str(llama)
-    command = ["recover", str(llama), f"--teacher={llama}", f"--output={tmp_path / 'other'}"]
+    command = [
+        "recover",
+        str(llama),
+        f"--teacher={llama}",
+        f"--output={tmp_path / 'other'}",
+    ]
     command += [f"--set=calibration={text}", "--set=model.dtype=bfloat16"]
-    command += [f"--set=evaluation={measured}", "--set=recovery.num_tokens=400", "--dry-run"]
+    command += [
+        f"--set=evaluation={measured}",
+        "--set=recovery.num_tokens=400",
+        "--dry-run",
+    ]
     assert cli(command) == 0
     assert "teacher" in capsys.readouterr().out
     with pytest.raises(SystemExit):

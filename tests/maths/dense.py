@@ -20,7 +20,9 @@ DAMPING = Damping(0.01, 0.1, 1.0)
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return torch.randn(
+        *shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    )
 
 
 def spd(n: int, seed: int) -> Tensor:
@@ -42,7 +44,12 @@ def packed(matrix: Tensor) -> PackedSymmetric:
 
 
 def linear(
-    W: Tensor, A: Tensor, G: Tensor, further: Sequence[Term] = (), *, has_bias: bool = False
+    W: Tensor,
+    A: Tensor,
+    G: Tensor,
+    further: Sequence[Term] = (),
+    *,
+    has_bias: bool = False,
 ) -> Linear:
     """Return a linear whose factors are means A and G over some tokens."""
     num_tokens = 11
@@ -59,7 +66,9 @@ def indefinite(n: int, seed: int) -> Tensor:
 def further_terms(A: Tensor, G: Tensor, number: int) -> list[Term]:
     """Return terms that are clipped so that their sum with kron(G, A) is positive definite."""
     roots = torch.linalg.cholesky(G), torch.linalg.cholesky(A)
-    wild = [(indefinite(len(G), 11 + i), indefinite(len(A), 21 + i)) for i in range(number)]
+    wild = [
+        (indefinite(len(G), 11 + i), indefinite(len(A), 21 + i)) for i in range(number)
+    ]
     return [clip_term(term, *roots, 1 / number)[0] for term in wild]
 
 

@@ -12,7 +12,12 @@ from typing import Any
 import pytest
 import torch
 
-from ray_surgeon.maths.allocate import Allocation, GroupCosts, allocate_globally, allocate_uniformly
+from ray_surgeon.maths.allocate import (
+    Allocation,
+    GroupCosts,
+    allocate_globally,
+    allocate_uniformly,
+)
 from ray_surgeon.maths.threshold import OutOfReachError
 
 Allocate = Callable[..., Allocation]
@@ -40,11 +45,15 @@ def groups(
 
 
 def experts(
-    whole: Sequence[float], channels: Sequence[Sequence[float]] | None = None, layer: int = 0
+    whole: Sequence[float],
+    channels: Sequence[Sequence[float]] | None = None,
+    layer: int = 0,
 ) -> list[GroupCosts]:
     """Return the experts of one layer, each with three channels of ten parameters."""
     found = []
-    for i, (cost, own) in enumerate(zip(whole, channels or [STAYS] * len(whole), strict=True)):
+    for i, (cost, own) in enumerate(
+        zip(whole, channels or [STAYS] * len(whole), strict=True)
+    ):
         one = groups(f"{layer}.{i}", own, [0.0, 10.0, 20.0, 30.0], "expert_channels")
         found.append(replace(one, whole=cost, layer=layer))
     return found
@@ -55,12 +64,17 @@ def narrowed(costs: Sequence[GroupCosts], num_left: int) -> list[GroupCosts]:
     return [replace(c, num_left=num_left) for c in costs]
 
 
-def random_groups(seed: int, widths: frozenset[int] = ANY, num_left: int = 8) -> list[GroupCosts]:
+def random_groups(
+    seed: int, widths: frozenset[int] = ANY, num_left: int = 8
+) -> list[GroupCosts]:
     """Return heads and channels of three blocks; the most expensive ones cannot be removed."""
     generator = torch.Generator().manual_seed(seed)
     found = []
     for block in range(3):
-        for kind, number, scale, allowed in (("attention", 3, 50, ANY), ("ffn", 8, 4, widths)):
+        for kind, number, scale, allowed in (
+            ("attention", 3, 50, ANY),
+            ("ffn", 8, 4, widths),
+        ):
             costs = torch.rand(number, generator=generator) * scale
             costs[int(costs.argmax())] = torch.inf
             needs = [SIZES[kind] * n for n in range(number + 1)]
@@ -80,7 +94,9 @@ def with_plateaus(costs: Sequence[GroupCosts], seed: int) -> list[GroupCosts]:
     return found
 
 
-def random_experts(seed: int, number: int, most: float, num_layers: int = 1) -> list[GroupCosts]:
+def random_experts(
+    seed: int, number: int, most: float, num_layers: int = 1
+) -> list[GroupCosts]:
     generator = torch.Generator().manual_seed(seed)
     found = []
     for layer in range(num_layers):
@@ -115,7 +131,10 @@ def saved_by(costs: Sequence[GroupCosts], found: Allocation) -> float:
     ids=["units", "groups", "even", "odd", "plateaus", "experts", "narrowed", "gains"],
 )
 def test_lowest_sufficient_threshold_gives_an_optimal_allocation(
-    allocate: Allocate, costs_of: Callable[[int], list[GroupCosts]], share: float, seed: int
+    allocate: Allocate,
+    costs_of: Callable[[int], list[GroupCosts]],
+    share: float,
+    seed: int,
 ) -> None:
     """The oracle minimises cost - threshold * saved over all numbers that a consumer may lose."""
     costs = costs_of(seed)
@@ -127,12 +146,18 @@ def test_lowest_sufficient_threshold_gives_an_optimal_allocation(
     for c in costs:
         options = {(n, False): float(c.curve[n]) for n in c.possible_counts}
         options[c.num_left, True] = c.whole
-        unit = {n: n if allocate is per_group else c.saved(n) for n in range(c.num_left + 1)}
-        at_price = {key: cost - found.threshold * unit[key[0]] for key, cost in options.items()}
+        unit = {
+            n: n if allocate is per_group else c.saved(n) for n in range(c.num_left + 1)
+        }
+        at_price = {
+            key: cost - found.threshold * unit[key[0]] for key, cost in options.items()
+        }
         best = min(at_price.values())
         chosen = found.counts[c.consumer], c.consumer in found.experts
         assert at_price[chosen] == pytest.approx(best, abs=1e-9)
-        saved_below += min(c.saved(n) for (n, _), cost in at_price.items() if cost <= best + 1e-9)
+        saved_below += min(
+            c.saved(n) for (n, _), cost in at_price.items() if cost <= best + 1e-9
+        )
     assert saved_below < missing
 
 
@@ -154,7 +179,9 @@ def test_channels_are_removed_where_every_expert_is_needed(seed: int) -> None:
             choice: sum(float(c.curve[n]) for c, n in zip(stay, choice, strict=True))
             for choice in itertools.product(range(4), repeat=len(stay))
         }
-        enough = [price for choice, price in prices.items() if sum(choice) >= sum(numbers)]
+        enough = [
+            price for choice, price in prices.items() if sum(choice) >= sum(numbers)
+        ]
         assert prices[tuple(numbers)] <= min(enough) + 1e-6
 
 
@@ -171,7 +198,9 @@ def test_uniform_widths_match_brute_force(seed: int) -> None:
         {found.counts[c.consumer] for c in costs if c.kind == kind} for kind in SIZES
     )
     assert len(heads) == len(channels) == 1
-    assert prices[heads.pop(), channels.pop()] == pytest.approx(min(prices.values()), rel=1e-6)
+    assert prices[heads.pop(), channels.pop()] == pytest.approx(
+        min(prices.values()), rel=1e-6
+    )
 
 
 def test_uniform_experts_and_channels_match_brute_force() -> None:
@@ -185,12 +214,19 @@ def test_uniform_experts_and_channels_match_brute_force() -> None:
 
     options = list(itertools.product(range(4), repeat=2))
     cost = {option: cost_of(*option) for option in options}
-    rising = {(m, n): max(cost[i, j] for i, j in options if i <= m and j <= n) for m, n in options}
+    rising = {
+        (m, n): max(cost[i, j] for i, j in options if i <= m and j <= n)
+        for m, n in options
+    }
     for missing in range(20, 221, 20):
         found = allocate_uniformly(costs, missing, fewest_experts=1)
-        enough = {(m, n) for m, n in options if 2 * (30 * m + 10 * n * (4 - m)) >= missing}
+        enough = {
+            (m, n) for m, n in options if 2 * (30 * m + 10 * n * (4 - m)) >= missing
+        }
         gone = {sum(c.consumer in found.experts for c in own) for own in layers}
-        widths = {found.counts[c.consumer] for c in costs if c.consumer not in found.experts}
+        widths = {
+            found.counts[c.consumer] for c in costs if c.consumer not in found.experts
+        }
         assert len(gone) == len(widths) == 1
         m = gone.pop()
         n = widths.pop()
@@ -285,6 +321,9 @@ def test_groups_of_equal_cost_are_removed_one_at_a_time() -> None:
 )
 def test_target_is_met_up_to_rounding(size: float, missing: float) -> None:
     needs = [size * n for n in range(5)]
-    costs = [groups(f"{block}", [block + n for n in (1.0, 2, 3, 4)], needs) for block in range(3)]
+    costs = [
+        groups(f"{block}", [block + n for n in (1.0, 2, 3, 4)], needs)
+        for block in range(3)
+    ]
     for allocate in BOTH:
         assert sum(allocate(costs, missing).counts.values()) == 6

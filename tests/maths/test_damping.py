@@ -32,7 +32,9 @@ def test_held_aside_cost_uses_the_factors_of_other_tokens(
     gradient are always zero, and an earlier shot pruned a column.
     """
     W = draw(R, C)
-    a, g, a_held, g_held = (draw(N, n, seed=seed) for seed, n in ((1, C), (2, R), (3, C), (4, R)))
+    a, g, a_held, g_held = (
+        draw(N, n, seed=seed) for seed, n in ((1, C), (2, R), (3, C), (4, R))
+    )
     a[:, 1] = 0
     g[:, 2] = 0
     W[:, 0] = 0
@@ -66,7 +68,10 @@ def test_damping_of_A_is_chosen_before_that_of_G() -> None:
     """The result lists what was tried. A NaN cost is never chosen."""
 
     def cost_of(a: float, g: float) -> list[float]:
-        return [math.log(a / 0.1) ** 2 + (g - 0.3) ** 2 + 1, math.nan if a < 0.001 else 2.0]
+        return [
+            math.log(a / 0.1) ** 2 + (g - 0.3) ** 2 + 1,
+            math.nan if a < 0.001 else 2.0,
+        ]
 
     a, g, tried = choose_damping(cost_of, (0.01, 0.1, 0.5), (0.03, 0.1, 0.3))
     assert (a, g) == (0.1, 0.3)

@@ -33,7 +33,9 @@ def updated(W: Tensor, terms: list[Term], kept: Tensor, *options: Any) -> Remova
 @pytest.mark.parametrize("num_terms", [1, 2])
 @pytest.mark.parametrize("costs", ["obs", "obs_sum", "obd"])
 @pytest.mark.parametrize(
-    "units", [ElementUnits(), ElementUnits(2, 4), ElementUnits(1, 4)], ids=["single", "2:4", "1:4"]
+    "units",
+    [ElementUnits(), ElementUnits(2, 4), ElementUnits(1, 4)],
+    ids=["single", "2:4", "1:4"],
 )
 def test_costs_and_updates_match_the_dense_solution(
     units: ElementUnits, costs: str, num_terms: int
@@ -86,19 +88,27 @@ def test_costs_and_updates_match_the_dense_solution(
                 is_gone = by_unit[r, i] <= threshold or by_unit[r, i] == torch.inf
                 assert len(own) == (units.num_removed if is_gone else 0)
                 if by_unit[r, i] <= threshold:
-                    assert unit_price(r, tuple(own)) == pytest.approx(float(by_unit[r, i]), 1e-5)
+                    assert unit_price(r, tuple(own)) == pytest.approx(
+                        float(by_unit[r, i]), 1e-5
+                    )
         removed = found.basis.part.of(~mask.kept)
         if update.solver == "single":
             alone = torch.eye(removed.numel(), dtype=torch.bool)[removed.flatten()]
-            changes = [dense_minimum(alive, F, one.view_as(alive))[0] - alive for one in alone]
+            changes = [
+                dense_minimum(alive, F, one.view_as(alive))[0] - alive for one in alone
+            ]
             new = (alive + torch.stack(changes).sum(dim=0)) * ~removed
         elif update.solver == "none":
             new = alive * ~removed
         else:
             new = dense_minimum(alive, F, removed)[0]
-        torch.testing.assert_close(found.basis.part.of(removal.W), new, rtol=1e-6, atol=1e-8)
+        torch.testing.assert_close(
+            found.basis.part.of(removal.W), new, rtol=1e-6, atol=1e-8
+        )
         change = (new - alive).flatten()
-        assert removal.predicted == pytest.approx(float(0.5 * change @ F @ change), rel=1e-7)
+        assert removal.predicted == pytest.approx(
+            float(0.5 * change @ F @ change), rel=1e-7
+        )
         assert removal.residual < 1e-11
 
 

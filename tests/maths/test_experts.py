@@ -42,7 +42,9 @@ def test_factors_are_shrunk_by_the_number_of_tokens(num_tokens: int) -> None:
 
 @pytest.mark.parametrize("has_bias", [False, True])
 @pytest.mark.parametrize("numbers", [(3, 0, 10), (0, 1), (0, 0)])
-def test_layer_mean_ignores_removed_channels(numbers: tuple[int, ...], has_bias: bool) -> None:
+def test_layer_mean_ignores_removed_channels(
+    numbers: tuple[int, ...], has_bias: bool
+) -> None:
     """Without a common basis the mean is a multiple of the identity: the mean square over the
     channels that are left. Experts that lost channels do not lower it.
     """
@@ -63,7 +65,9 @@ def test_layer_mean_ignores_removed_channels(numbers: tuple[int, ...], has_bias:
     torch.testing.assert_close(mean_factor(sums, has_basis=True).dense(), expected)
 
 
-@pytest.mark.parametrize("numbers", [[[0, 1], [1, 0], [0, 1], [1, 2], [0, 1]], [[0, 1]], []])
+@pytest.mark.parametrize(
+    "numbers", [[[0, 1], [1, 0], [0, 1], [1, 2], [0, 1]], [[0, 1]], []]
+)
 def test_expert_costs_match_their_definitions(numbers: list[list[int]]) -> None:
     """Each token goes to two of four experts, in two parts; the last expert gets no token."""
     experts = torch.tensor(numbers, dtype=torch.int64).flatten()
@@ -87,7 +91,9 @@ def test_expert_costs_match_their_definitions(numbers: list[list[int]]) -> None:
     frequency = [int(mine.sum()) / of_all for mine in of_expert]
     found = costs.rerouting_costs(sums, 2, first_order=False)
     assert found.tolist() == pytest.approx(second, rel=1e-5)
-    assert costs.rerouting_costs(sums, 2).tolist() == pytest.approx(whole, rel=1e-5, abs=1e-6)
+    assert costs.rerouting_costs(sums, 2).tolist() == pytest.approx(
+        whole, rel=1e-5, abs=1e-6
+    )
     assert baselines.reap_costs(sums).tolist() == pytest.approx(reap, rel=1e-5)
     assert baselines.frequency_costs(sums, 2).tolist() == pytest.approx(frequency)
     assert torch.equal(baselines.random_costs(4, 7), baselines.random_costs(4, 7))
@@ -96,8 +102,12 @@ def test_expert_costs_match_their_definitions(numbers: list[list[int]]) -> None:
 
 def test_only_costs_with_a_first_order_term_may_be_negative() -> None:
     check_costs("layer", torch.tensor([-1.0, 0.0, 2.0]), may_be_negative=True)
-    with pytest.raises(FloatingPointError, match="layer: 1 of 3 costs are NaN, infinite or negati"):
+    with pytest.raises(
+        FloatingPointError, match="layer: 1 of 3 costs are NaN, infinite or negati"
+    ):
         check_costs("layer", torch.tensor([-1.0, 0.0, 2.0]))
     for wrong in (torch.nan, torch.inf, -torch.inf):
-        with pytest.raises(FloatingPointError, match="layer: 1 of 2 costs are NaN or infinite"):
+        with pytest.raises(
+            FloatingPointError, match="layer: 1 of 2 costs are NaN or infinite"
+        ):
             check_costs("layer", torch.tensor([wrong, -1.0]), may_be_negative=True)

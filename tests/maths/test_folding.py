@@ -31,7 +31,9 @@ def test_folding_does_not_depend_on_the_curvature_of_the_stream() -> None:
     x = torch.randn(40, 5, dtype=torch.float64, generator=generator)
     d = torch.randn(40, 4, dtype=torch.float64, generator=generator)
     root = torch.randn(4, 4, dtype=torch.float64, generator=generator)
-    X, _ = folded(torch.zeros(4, 5, dtype=torch.float64), x.T @ x, d.T @ x, 0.0, 1.0, "linear")
+    X, _ = folded(
+        torch.zeros(4, 5, dtype=torch.float64), x.T @ x, d.T @ x, 0.0, 1.0, "linear"
+    )
     X.requires_grad_()
     rest = d - x @ X.T
     ((rest @ root) ** 2).sum().backward()

@@ -15,7 +15,16 @@ from ray_surgeon.maths.greedy import GreedyPath, Limits, greedy_costs
 from ray_surgeon.maths.kronecker import Damping
 from ray_surgeon.maths.masks import StructuredMask
 from ray_surgeon.maths.structured import find_candidates
-from tests.maths.dense import crossing, damped, dense_minimum, flags, linear, problem, silence, spd
+from tests.maths.dense import (
+    crossing,
+    damped,
+    dense_minimum,
+    flags,
+    linear,
+    problem,
+    silence,
+    spd,
+)
 
 R = 6
 C = 7
@@ -77,16 +86,28 @@ def test_weights_and_costs_after_downdating_match_the_dense_solution() -> None:
     columns = [0, 2, 5]
     expected, before = dense_minimum(W, F, crossing(R, C, rows, columns))
     torch.testing.assert_close(found.W, expected, rtol=1e-9, atol=1e-11)
-    by_row = [dense_minimum(W, F, crossing(R, C, [*rows, r], columns))[1] for r in range(R)]
-    by_column = [dense_minimum(W, F, crossing(R, C, rows, [*columns, c]))[1] for c in range(C)]
-    for costs, after in ((found.row_costs(), by_row), (found.column_set_costs(), by_column)):
+    by_row = [
+        dense_minimum(W, F, crossing(R, C, [*rows, r], columns))[1] for r in range(R)
+    ]
+    by_column = [
+        dense_minimum(W, F, crossing(R, C, rows, [*columns, c]))[1] for c in range(C)
+    ]
+    for costs, after in (
+        (found.row_costs(), by_row),
+        (found.column_set_costs(), by_column),
+    ):
         assert costs.tolist() == pytest.approx(
             [cost - before for cost in after], rel=1e-8, abs=1e-12
         )
 
 
 def marginals_by_brute_force(
-    W: Tensor, F: Tensor, rows: Sequence[int], columns: Sequence[int], *, per_parameter: bool
+    W: Tensor,
+    F: Tensor,
+    rows: Sequence[int],
+    columns: Sequence[int],
+    *,
+    per_parameter: bool,
 ) -> tuple[Tensor, list[int]]:
     """Return the running maximum of the dense marginal costs and the order of removal.
 
@@ -104,7 +125,10 @@ def marginals_by_brute_force(
     highest = 0.0
     while len(order) < len(rows) + len(columns):
         options = []
-        for side, other, indices in (("rows", "columns", rows), ("columns", "rows", columns)):
+        for side, other, indices in (
+            ("rows", "columns", rows),
+            ("columns", "rows", columns),
+        ):
             entries = max(1, sizes[other] - len(gone[other])) if per_parameter else 1
             for i in set(indices) - set(gone[side]):
                 options.append(((cost(**{side: [i]}) - cost()) / entries, side, i))
@@ -122,7 +146,9 @@ def test_greedy_path_matches_brute_force(per_parameter: bool) -> None:
     ends the same path earlier.
     """
     found, W, F = path(R - 1, C - 1)
-    marginal = torch.cat(greedy_costs(found, Limits(per_parameter=per_parameter), "linear"))
+    marginal = torch.cat(
+        greedy_costs(found, Limits(per_parameter=per_parameter), "linear")
+    )
     sides = range(R - 1), range(C - 1)
     expected, _ = marginals_by_brute_force(W, F, *sides, per_parameter=per_parameter)
     torch.testing.assert_close(marginal, expected, rtol=1e-7, atol=0)
@@ -130,7 +156,9 @@ def test_greedy_path_matches_brute_force(per_parameter: bool) -> None:
     limit = float(marginal.sort().values[5])
     shorter, _, _ = path(R - 1, C - 1)
     cut = greedy_costs(shorter, Limits(limit, per_parameter=per_parameter), "linear")
-    assert torch.equal(torch.cat(cut), torch.where(marginal <= limit, marginal, torch.inf))
+    assert torch.equal(
+        torch.cat(cut), torch.where(marginal <= limit, marginal, torch.inf)
+    )
 
 
 def test_greedy_candidates_are_limited_to_live_rows_and_columns() -> None:

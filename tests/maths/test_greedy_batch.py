@@ -38,16 +38,27 @@ MODULE = "tests.maths.test_greedy_batch"
 def batch_of(
     problems: Sequence[tuple[Tensor, Tensor, Tensor]], *, rows: bool, columns: bool
 ) -> Downdated:
-    parts = [Downdated.of_linear(curvature_of(*p), rows=rows, columns=columns) for p in problems]
+    parts = [
+        Downdated.of_linear(curvature_of(*p), rows=rows, columns=columns)
+        for p in problems
+    ]
     tall = torch.cat([part.tall for part in parts])
-    wide = torch.cat([part.wide for part in parts if part.wide is not None]) if rows else None
+    wide = (
+        torch.cat([part.wide for part in parts if part.wide is not None])
+        if rows
+        else None
+    )
     num_rows, num_columns = problems[0][0].shape
     return Downdated(tall, wide, num_rows, num_columns if columns else 0, 1)
 
 
 @pytest.mark.parametrize("per_parameter", [False, True])
-@pytest.mark.parametrize(("rows", "columns"), [(R, 0), (0, C), (R - 1, C - 1), (R, C)], ids=str)
-def test_batched_paths_match_brute_force(rows: int, columns: int, per_parameter: bool) -> None:
+@pytest.mark.parametrize(
+    ("rows", "columns"), [(R, 0), (0, C), (R - 1, C - 1), (R, C)], ids=str
+)
+def test_batched_paths_match_brute_force(
+    rows: int, columns: int, per_parameter: bool
+) -> None:
     """Each linear's path ends at its own limits; the last linear removes nothing."""
     problems = [(draw(R, C, seed=i), spd(C, 2 * i), spd(R, 2 * i + 1)) for i in range(5)]
     sides = range(rows), range(columns)
@@ -73,7 +84,9 @@ def test_batched_paths_match_brute_force(rows: int, columns: int, per_parameter:
     limits = [limit._replace(per_parameter=per_parameter) for limit in limits]
     marginal = GreedyBatch(state, may_prune.expand(5, -1), limits, list("abcde")).follow()
     used = torch.cat([torch.full_like(side, bool(side.any())) for side in allowed])
-    torch.testing.assert_close(marginal, torch.stack(expected)[:, used], rtol=1e-7, atol=0)
+    torch.testing.assert_close(
+        marginal, torch.stack(expected)[:, used], rtol=1e-7, atol=0
+    )
 
 
 def consumers(num_rows: int, num_columns: int, width: int, number: int) -> list[Any]:
@@ -140,7 +153,9 @@ def test_block_made_indefinite_by_rounding_is_repaired() -> None:
         W[:, :2] = 1e-3
         state = Downdated(torch.cat([W, W / 2, A])[None], None, 3, 512 // width, width)
         may_prune = torch.ones(1, 512 // width, dtype=torch.bool)
-        marginal = GreedyBatch(state, may_prune, [Limits(-1.0, needed=4)], ["x"]).follow()[0]
+        marginal = GreedyBatch(
+            state, may_prune, [Limits(-1.0, needed=4)], ["x"]
+        ).follow()[0]
         assert marginal[: 2 // width].isfinite().all()
         assert int(marginal.isfinite().sum()) == 4
 
@@ -170,7 +185,14 @@ def nothing_in_A(of: Linear) -> PackedFactors:
 # On a device that is not the CPU
 
 VIEWS = {"unsafe_view", "detach", "alias", "lift_fresh", "reshape_alias"}
-ALLOCATIONS = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "resize"}
+ALLOCATIONS = {
+    "empty",
+    "empty_like",
+    "empty_strided",
+    "new_empty",
+    "new_empty_strided",
+    "resize",
+}
 WAITS = {"local_scalar_dense", "nonzero", "equal", "masked_select", "bincount"}
 
 
@@ -189,7 +211,9 @@ class Counts(TorchDispatchMode):
         name = func._schema.name.removeprefix("aten::").strip("_")
         everything = [*torch.utils._pytree.tree_leaves((args, kwargs)), result]
         tensors = [x for x in everything if isinstance(x, Tensor)]
-        is_view = any(r.alias_info and not r.alias_info.is_write for r in func._schema.returns)
+        is_view = any(
+            r.alias_info and not r.alias_info.is_write for r in func._schema.returns
+        )
         if "sim" not in {tensor.device.type for tensor in tensors}:
             return result
         if not is_view and name not in VIEWS | ALLOCATIONS:
@@ -206,7 +230,9 @@ def to_sim(of: Linear) -> Linear:
     """Return a linear on the device, in float32."""
     sums = (getattr(of.factors, side) for side in "AG")
     A, G = (PackedSymmetric(own.n, own.flat.float().to("sim")) for own in sums)
-    return replace(of, W=of.W.float().to("sim"), factors=PackedFactors(A, G, of.factors.num_tokens))
+    return replace(
+        of, W=of.W.float().to("sim"), factors=PackedFactors(A, G, of.factors.num_tokens)
+    )
 
 
 def steps_and_counts(follow: Callable[[], object]) -> tuple[int, int, int]:
@@ -221,13 +247,19 @@ def counts_of_paths() -> dict[str, list[int]]:
     counts = {}
     for name, sides in (("columns", (0, 96)), ("rows and columns", (256, 96))):
         for number in (1, 128) if name == "columns" else (1,):
-            problems = [(draw(256, 96, seed=i), spd(96, i), spd(256, 1)) for i in range(number)]
+            problems = [
+                (draw(256, 96, seed=i), spd(96, i), spd(256, 1)) for i in range(number)
+            ]
             state = batch_of(problems, rows=bool(sides[0]), columns=True)
             wide = None if state.wide is None else state.wide.float().to("sim")
             tall = state.tall.float().to("sim")
             state = Downdated(tall, wide, 256, 96, 1)
             size = sum(sides)
-            needed = [size // 5 + i % 7 - 3 for i in range(number)] if number > 1 else [size // 5]
+            needed = (
+                [size // 5 + i % 7 - 3 for i in range(number)]
+                if number > 1
+                else [size // 5]
+            )
             limits = [Limits(-1.0, n, per_parameter=bool(sides[0])) for n in needed]
             may_prune = torch.ones(number, size, dtype=torch.bool)
             paths = GreedyBatch(state, may_prune, limits, ["x"] * number)
@@ -242,7 +274,9 @@ def counts_of_paths() -> dict[str, list[int]]:
     return counts
 
 
-def elsewhere(zygote: Zygote, function: Callable[..., object], **arguments: object) -> Any:
+def elsewhere(
+    zygote: Zygote, function: Callable[..., object], **arguments: object
+) -> Any:
     """Call a function of this module in a process that has the device."""
     asked = {"function": f"{MODULE}:{function.__name__}", "arguments": arguments}
     return zygote.run_module("tests.pretend_accelerator", asked)["returned"]
@@ -270,7 +304,8 @@ def differences() -> dict[str, float]:
             wide = find_candidates(of, mask, *options)
             narrow = find_candidates(to_sim(of), mask, *options)
             of_sides = (
-                _difference(getattr(wide, x), getattr(narrow, x)) for x in ("rows", "columns")
+                _difference(getattr(wide, x), getattr(narrow, x))
+                for x in ("rows", "columns")
             )
             found[f"{structure} {len(found)}"] = max(of_sides)
     for width in (1, 2):

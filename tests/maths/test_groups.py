@@ -31,7 +31,11 @@ C = 9
 
 
 def found_costs(
-    curvature: LinearCurvature, columns: Tensor, least: int, limit: float | None, needed: int
+    curvature: LinearCurvature,
+    columns: Tensor,
+    least: int,
+    limit: float | None,
+    needed: int,
 ) -> Tensor:
     return group_costs(curvature, columns, Limits(limit, needed, least=least))
 
@@ -85,7 +89,9 @@ def test_marginal_costs_match_brute_force_and_update_matches_dense_solution(
         candidates.remove(cheapest)
     assert int(torch.isinf(marginal).sum()) == 1 + least
     middle = float(marginal[gone[len(gone) // 2]])
-    torch.testing.assert_close(found(middle), torch.where(marginal <= middle, marginal, torch.inf))
+    torch.testing.assert_close(
+        found(middle), torch.where(marginal <= middle, marginal, torch.inf)
+    )
     cheapest_two = torch.full_like(marginal, torch.inf)
     cheapest_two[gone[:2]] = marginal[gone[:2]]
     torch.testing.assert_close(found(-1.0, 2), cheapest_two)
@@ -95,7 +101,9 @@ def test_marginal_costs_match_brute_force_and_update_matches_dense_solution(
     removed = flags(C, columns[chosen].flatten().tolist())
     removal, new_mask = prune_groups(curvature, mask, removed)
     expected, dense_cost = dense(chosen)
-    torch.testing.assert_close(removal.W[:, mask.columns], expected, rtol=1e-8, atol=1e-10)
+    torch.testing.assert_close(
+        removal.W[:, mask.columns], expected, rtol=1e-8, atol=1e-10
+    )
     assert removal.predicted == pytest.approx(dense_cost, rel=1e-8)
     assert torch.equal(new_mask.columns, mask.columns & ~removed)
     assert not removal.W[:, ~new_mask.columns].any()

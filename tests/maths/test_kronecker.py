@@ -58,7 +58,9 @@ def test_inverse_and_its_parts(n: int) -> None:
     expected = torch.linalg.inv(damped(matrix, 0.1))
     found = factorise(matrix, 0.1, 1.0, "x")
     torch.testing.assert_close(found.inverse(), expected, rtol=1e-9, atol=1e-10)
-    torch.testing.assert_close(found.inverse_diagonal(), expected.diagonal(), rtol=1e-9, atol=0)
+    torch.testing.assert_close(
+        found.inverse_diagonal(), expected.diagonal(), rtol=1e-9, atol=0
+    )
     some = torch.randperm(n)[: n // 2 + 1]
     columns = found.inverse_columns(some)
     torch.testing.assert_close(columns, expected[:, some], rtol=1e-9, atol=1e-10)
@@ -75,7 +77,9 @@ def test_failed_cholesky_is_retried_in_float64(monkeypatch: pytest.MonkeyPatch) 
 
     def fails_in_float32(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         factor, failed = original(matrix)
-        return factor, failed if matrix.dtype == torch.float64 else torch.ones_like(failed)
+        return factor, failed if matrix.dtype == torch.float64 else torch.ones_like(
+            failed
+        )
 
     monkeypatch.setattr(torch.linalg, "cholesky_ex", fails_in_float32)
     matrix = spd(8, 3).float()

@@ -16,7 +16,12 @@ def by_sparsegpt(
 ) -> tuple[Tensor, Tensor, tuple[RaisedDamping, ...]]:
     U, raised = upper_inverse(A, damping, 1.0, "x")
     live = W.masked_fill(A.diagonal() == 0, 0.0)
-    settings: dict[str, Any] = {"n": 0, "m": 1, "before": W != 0, "block_size": 128} | options
+    settings: dict[str, Any] = {
+        "n": 0,
+        "m": 1,
+        "before": W != 0,
+        "block_size": 128,
+    } | options
     return (*sparsegpt(live, U, sparsity, **settings), raised)
 
 
@@ -36,7 +41,9 @@ def by_definition(
         width = m if m > 1 else block
         if c % width == 0:
             part = range(c, min(c + width, C))
-            scores = torch.stack([W[:, j] ** 2 / inverse_at[j][0, 0] for j in part], dim=1)
+            scores = torch.stack(
+                [W[:, j] ** 2 / inverse_at[j][0, 0] for j in part], dim=1
+            )
             rows = scores if m > 1 else scores.flatten()[None]
             number = m - n if m > 1 else round(sparsity * scores.numel())
             gone = torch.zeros_like(rows, dtype=torch.bool)
@@ -95,7 +102,9 @@ def test_wanda_keeps_earlier_pruned_weights_at_zero_if_inputs_are_zero() -> None
     ("sparsity", "n", "m", "number"),
     [(0.25, 0, 1, 3), (0.2, 0, 1, 3), (0.0, 2, 4, 2), (0.0, 1, 4, 3)],
 )
-def test_wanda_keeps_the_largest_scores(sparsity: float, n: int, m: int, number: int) -> None:
+def test_wanda_keeps_the_largest_scores(
+    sparsity: float, n: int, m: int, number: int
+) -> None:
     """At least a fifth of 12 is removed, as by other methods."""
     W, A, _ = problem(5, 12)
     scores = (W.abs() * A.diagonal().sqrt()).view(-1, 12 if m == 1 else m)

@@ -21,7 +21,14 @@ from ray_surgeon.maths.packed import PackedSymmetric, with_ones
 from tests.conftest import Zygote
 
 SYNCS = {"_local_scalar_dense", "nonzero", "equal", "masked_select"}
-NO_LAUNCHES = {"empty", "new_empty", "empty_strided", "empty_like", "_unsafe_view", "detach"}
+NO_LAUNCHES = {
+    "empty",
+    "new_empty",
+    "empty_strided",
+    "empty_like",
+    "_unsafe_view",
+    "detach",
+}
 
 
 class Counts(TorchDispatchMode):
@@ -32,11 +39,21 @@ class Counts(TorchDispatchMode):
         self.launches = Counter[str]()
         self.syncs = Counter[str]()
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         name = func._schema.name.removeprefix("aten::")
-        is_view = any(r.alias_info and not r.alias_info.is_write for r in func._schema.returns)
-        masks = [x for x in args[1] if x is not None] if name in {"index", "index_put_"} else []
-        moves = name == "_to_copy" and "device" in kwargs and not kwargs.get("non_blocking")
+        is_view = any(
+            r.alias_info and not r.alias_info.is_write for r in func._schema.returns
+        )
+        masks = (
+            [x for x in args[1] if x is not None]
+            if name in {"index", "index_put_"}
+            else []
+        )
+        moves = (
+            name == "_to_copy" and "device" in kwargs and not kwargs.get("non_blocking")
+        )
         moves |= name == "copy_" and args[0].device != args[1].device
         if name in SYNCS or moves or any(mask.dtype == torch.bool for mask in masks):
             self.syncs[name] += 1
@@ -68,13 +85,20 @@ def summed(x: Tensor) -> PackedSymmetric:
     return total
 
 
-def second_moments(device: str, sizes: list[int], dtype: str, adds_wide: bool) -> list[Any]:
+def second_moments(
+    device: str, sizes: list[int], dtype: str, adds_wide: bool
+) -> list[Any]:
     """Return the errors against float64 and the launches of sums in both layouts.
 
     The sums are with and without a bias, and with and without weights.
     """
     products.adds_wide = adds_wide
-    cases = [(n, bias, weighs) for n in sizes for bias in (False, True) for weighs in (False, True)]
+    cases = [
+        (n, bias, weighs)
+        for n in sizes
+        for bias in (False, True)
+        for weighs in (False, True)
+    ]
     found = []
     for n, has_bias, has_weights in cases:
         x = torch.randn(24, n - has_bias).to(getattr(torch, dtype))
@@ -98,7 +122,9 @@ def second_moments(device: str, sizes: list[int], dtype: str, adds_wide: bool) -
         whole = total.dense().cpu()
         assert torch.equal(whole, whole.T)
         assert torch.equal(total.diagonal().cpu(), whole.diagonal())
-        in_memory = PackedSymmetric(n, total.flat.cpu())  # of the host: in the layout of the device
+        in_memory = PackedSymmetric(
+            n, total.flat.cpu()
+        )  # of the host: in the layout of the device
         assert torch.equal(in_memory.dense(torch.device(device)).cpu(), whole)
         found.append((distance(whole, expected), counts.launches))
         found.append((distance(in_memory.dense(), expected), counts.launches))
@@ -115,7 +141,9 @@ def test_second_moments_take_one_launch_per_panel(elsewhere: Any, dtype: str) ->
     expected = []
     for num_panels in (1, 1, 2):
         plain = {"addmm" if is_narrow else "addmm_": num_panels}
-        weighted = {"mul": 1, "addmm_": num_panels} | ({"_to_copy": 1} if is_narrow else {})
+        weighted = {"mul": 1, "addmm_": num_panels} | (
+            {"_to_copy": 1} if is_narrow else {}
+        )
         expected += 2 * [plain, plain, weighted, weighted]
     assert [launches for _, launches in found] == expected
 
@@ -133,13 +161,17 @@ def test_number_of_entries_identifies_the_layout() -> None:
     """
     for n in [*range(3200), 4096, 4097, 11008, 14337, 28672]:
         low, tall = (packed.panel_layout(n, is_tall=is_tall) for is_tall in (False, True))
-        low_size, tall_size = (PackedSymmetric.size(n, device) for device in ("cpu", "cuda"))
+        low_size, tall_size = (
+            PackedSymmetric.size(n, device) for device in ("cpu", "cuda")
+        )
         assert low_size <= tall_size
         assert (low_size == tall_size) == (low == tall)
         if n > 1024:
             assert min(stop - start for start, stop, *_ in tall) >= 768
             assert tall_size <= n * (n + 2064) / 2
-        assert all(place % 8 == stride % 8 == start % 8 == 0 for start, _, place, stride in tall)
+        assert all(
+            place % 8 == stride % 8 == start % 8 == 0 for start, _, place, stride in tall
+        )
 
 
 def parts(device: str) -> dict[str, Any]:
@@ -167,7 +199,12 @@ def parts(device: str) -> dict[str, Any]:
     zero = torch.zeros(2, 2, device=where)
     kept = torch.eye(3, device=where) * 5
     balance_(zero, kept)
-    return {"errors": errors, "syncs": syncs, "zero": zero.tolist(), "kept": kept[0].tolist()}
+    return {
+        "errors": errors,
+        "syncs": syncs,
+        "zero": zero.tolist(),
+        "kept": kept[0].tolist(),
+    }
 
 
 def test_restricting_factors_syncs_once_and_balancing_never(elsewhere: Any) -> None:
@@ -195,7 +232,9 @@ def layer(device: str, sizes: list[int], num_experts: int) -> dict[str, Any]:
         ]
 
     def mean(factors: list[PackedFactors], has_bias: bool) -> LayerMean:
-        of_A, of_G = ([(getattr(f, side), f.num_tokens) for f in factors] for side in "AG")
+        of_A, of_G = (
+            [(getattr(f, side), f.num_tokens) for f in factors] for side in "AG"
+        )
         by_channel = mean_factor(of_A, has_basis=False, has_bias=has_bias)
         return LayerMean(by_channel, mean_factor(of_G, has_basis=True), sum(numbers) / 2)
 

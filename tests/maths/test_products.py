@@ -29,7 +29,10 @@ def test_product_matches_float64_for_all_strides(way: str, other: str) -> None:
     y = laid_out(K, N, other)
     expected = x.double() @ y.double()
     assert M * K * N >= products.WORTH_IT, "sizes are those of the fast way"
-    assert float((product(x, y).double() - expected).abs().max() / expected.abs().max()) < 3e-6
+    assert (
+        float((product(x, y).double() - expected).abs().max() / expected.abs().max())
+        < 3e-6
+    )
 
 
 @pytest.mark.parametrize("num_tokens", [3, M])
@@ -80,6 +83,10 @@ def test_products_do_not_depend_on_memory_alignment(num_rows: int) -> None:
     y = torch.randn(48, 32).T
     wanted = times(x, y)
     for offset in range(1, 16):
-        elsewhere = torch.empty(y.numel() + 16)[offset : offset + y.numel()].view(48, 32).T.copy_(y)
+        elsewhere = (
+            torch.empty(y.numel() + 16)[offset : offset + y.numel()]
+            .view(48, 32)
+            .T.copy_(y)
+        )
         assert torch.equal(times(x, elsewhere), wanted)
     torch.testing.assert_close(wanted, x @ y)

@@ -35,13 +35,17 @@ def problem(
 ) -> tuple[FeedForward, Tensor, Tensor]:
     """Return a layer, its inputs, and its target outputs; one token's target is far off."""
     producers = tuple(draw(K, D + biased, seed=1 + i) for i in range(1 + gated))
-    layer = FeedForward((*producers, draw(D, K + biased, seed=3)), ACTIVATIONS[activation])
+    layer = FeedForward(
+        (*producers, draw(D, K + biased, seed=3)), ACTIVATIONS[activation]
+    )
     y = draw(N, D, seed=5)
     y[0] *= 50
     return layer, draw(N, D, seed=4), y
 
 
-def by_hand(weights: tuple[Tensor, ...], layer: FeedForward, x: Tensor, y: Tensor) -> Tensor:
+def by_hand(
+    weights: tuple[Tensor, ...], layer: FeedForward, x: Tensor, y: Tensor
+) -> Tensor:
     """Return 1/2 |e|^2 of every token, channel by channel."""
     found = []
     *producers, W = weights
@@ -61,7 +65,9 @@ def huber(errors: Tensor, bend: Tensor) -> Tensor:
 
 
 def seeded(layer: FeedForward, *data: Any, **options: Any) -> Reconstructed:
-    return reconstruct(layer, *data, generator=torch.Generator().manual_seed(0), **options)
+    return reconstruct(
+        layer, *data, generator=torch.Generator().manual_seed(0), **options
+    )
 
 
 class Launches(TorchDispatchMode):
@@ -107,7 +113,12 @@ def trained(layer: FeedForward, x: Tensor, y: Tensor, **options: float) -> Recon
 
 
 def by_adam(
-    layer: FeedForward, x: Tensor, y: Tensor, learning_rate: float, size: int, num_epochs: float
+    layer: FeedForward,
+    x: Tensor,
+    y: Tensor,
+    learning_rate: float,
+    size: int,
+    num_epochs: float,
 ) -> tuple[Tensor, ...]:
     """Return the weights after Adam (0.8, 0.9) on Huber's loss with a bend at 4 times the mean
     error.
@@ -141,7 +152,9 @@ def by_adam(
 def assert_trained_alike(
     found: FeedForward, start: FeedForward, expected: FeedForward, most: float
 ) -> None:
-    for after, before, wide in zip(*(x.weights for x in (found, start, expected)), strict=True):
+    for after, before, wide in zip(
+        *(x.weights for x in (found, start, expected)), strict=True
+    ):
         assert after.dtype == torch.float32
         assert float((after - wide).norm() / (wide - before).norm()) < most
 
@@ -172,13 +185,21 @@ def test_training_matches_adam(
     assert found.before == pytest.approx(before, rel=1e-5)
     assert found.after < found.before
     expected = by_adam(layer, x, y, 0.01, size, num_epochs)
-    for after, start, wanted in zip(found.layer.weights, layer.weights, expected, strict=True):
-        torch.testing.assert_close(after.double() - start, wanted - start, rtol=1e-3, atol=1e-5)
+    for after, start, wanted in zip(
+        found.layer.weights, layer.weights, expected, strict=True
+    ):
+        torch.testing.assert_close(
+            after.double() - start, wanted - start, rtol=1e-3, atol=1e-5
+        )
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize(("gated", "biased"), [(True, True), (False, True), (True, False)])
-def test_gradients_match_autograd_of_the_loss(gated: bool, biased: bool, activation: str) -> None:
+@pytest.mark.parametrize(
+    ("gated", "biased"), [(True, True), (False, True), (True, False)]
+)
+def test_gradients_match_autograd_of_the_loss(
+    gated: bool, biased: bool, activation: str
+) -> None:
     layer, x, y = problem(gated, biased, activation)
     leaves = tuple(weight.clone().requires_grad_() for weight in layer.weights)
     expected = torch.autograd.grad(by_hand(leaves, layer, x, y).mean(), leaves)
@@ -243,7 +264,9 @@ def test_small_steps_accumulate_with_narrow_products(dtype: torch.dtype) -> None
         (layer.to(dtype)(x.to(dtype)) - y.to(dtype)).double().square().sum(1) / 2
         for layer in (left, found.layer)
     )
-    assert found.after == pytest.approx(float(huber(after, BEND * before.mean())), rel=1e-6)
+    assert found.after == pytest.approx(
+        float(huber(after, BEND * before.mean())), rel=1e-6
+    )
 
 
 def test_tokens_with_huge_outputs_do_not_prevent_an_improvement() -> None:
@@ -255,7 +278,9 @@ def test_tokens_with_huge_outputs_do_not_prevent_an_improvement() -> None:
     x = torch.where(ordinary[:, None], x, 200 * x)
     y = torch.where(ordinary[:, None], outputs_of(whole, x), outputs_of(left, x))
     found = trained(left, x, y, tokens_per_step=50)
-    before, after = (error_of(each, x[ordinary], y[ordinary]) for each in (left, found.layer))
+    before, after = (
+        error_of(each, x[ordinary], y[ordinary]) for each in (left, found.layer)
+    )
     assert after < 0.2 * before
     assert found.after < found.before
     assert error_of(found.layer, x, y) > error_of(left, x, y)
@@ -272,7 +297,9 @@ def test_step_moves_few_bytes_and_never_waits() -> None:
     counts = []
     for num_epochs in (1, 3):
         with Launches({48 * 32}) as launches:
-            seeded(layer, x, y, learning_rate=0.01, tokens_per_step=8, num_epochs=num_epochs)
+            seeded(
+                layer, x, y, learning_rate=0.01, tokens_per_step=8, num_epochs=num_epochs
+            )
         counts.append((launches.num_bytes, launches.num_syncs))
     (few, once), (many, later) = counts
     assert once == later
@@ -286,7 +313,9 @@ def test_float16_training_does_not_depend_on_the_size_of_outputs() -> None:
     options = {"learning_rate": 0.01, "tokens_per_step": 2000, "num_epochs": 20}
     found = seeded(left, x.half(), (500 * y).half(), **options)
     # what bfloat16 rounds of the change makes 0.007
-    assert_trained_alike(found.layer, left, trained(left, x, 500 * y, **options).layer, 0.015)
+    assert_trained_alike(
+        found.layer, left, trained(left, x, 500 * y, **options).layer, 0.015
+    )
 
 
 def test_layer_is_accepted_by_held_aside_tokens_only() -> None:

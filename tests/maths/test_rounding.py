@@ -64,7 +64,9 @@ def best_left(W: Tensor, found: Tensor, done: Tensor, H: Tensor) -> Tensor:
     errors = torch.where(done, found - W, 0).flatten()
     known = done.flatten()
     change = torch.zeros_like(errors)
-    change[~known] = -torch.linalg.solve(H[~known][:, ~known], H[~known][:, known] @ errors[known])
+    change[~known] = -torch.linalg.solve(
+        H[~known][:, ~known], H[~known][:, known] @ errors[known]
+    )
     return W + change.view_as(W)
 
 
@@ -81,11 +83,15 @@ def best_scales(target: Tensor, A: Tensor, grid: Grid) -> Tensor:
                 current[c] = on(grid, current[c], scale)
                 error = (current - target[row])[: c + 1]
                 later = slice(c + 1, SIZE)
-                answer = torch.linalg.solve(A[c + 1 :, c + 1 :], A[c + 1 :, : c + 1] @ error)
+                answer = torch.linalg.solve(
+                    A[c + 1 :, c + 1 :], A[c + 1 :, : c + 1] @ error
+                )
                 current[later] = target[row, later] - answer[: SIZE - c - 1]
             error = current - target[row]
             rest = A[SIZE:, :SIZE]
-            of_group = A[:SIZE, :SIZE] - rest.T @ torch.linalg.solve(A[SIZE:, SIZE:], rest)
+            of_group = A[:SIZE, :SIZE] - rest.T @ torch.linalg.solve(
+                A[SIZE:, SIZE:], rest
+            )
             costs.append(float(error @ of_group @ error))
             tried.append(current)
         best[row] = tried[costs.index(min(costs))]
@@ -101,7 +107,9 @@ def test_tiles_are_rounded_after_the_optimal_update(
     A = moment(C, 3)
     G = moment(R, 5)
     found = round_linear(W, A, G, grid, (0.0, 0.0), "w")
-    torch.testing.assert_close(found.W, one_by_one(W, A, G, grid, SIZE), rtol=0, atol=1e-9)
+    torch.testing.assert_close(
+        found.W, one_by_one(W, A, G, grid, SIZE), rtol=0, atol=1e-9
+    )
     scales = found.scales.repeat_interleave(SIZE, dim=1)
     torch.testing.assert_close(on(grid, found.W, scales), found.W, rtol=0, atol=1e-12)
 
@@ -127,8 +135,12 @@ def test_rounding_without_ordering_equals_gptq() -> None:
         current = row.clone()
         for left in range(0, C, SIZE):
             done = slice(0, left + SIZE)
-            group = best_scales(current[None, left : left + SIZE], A[left:, left:], grid)[0]
-            torch.testing.assert_close(of_row[left : left + SIZE], group, rtol=0, atol=1e-9)
+            group = best_scales(current[None, left : left + SIZE], A[left:, left:], grid)[
+                0
+            ]
+            torch.testing.assert_close(
+                of_row[left : left + SIZE], group, rtol=0, atol=1e-9
+            )
             later = slice(left + SIZE, C)
             error = of_row[done] - row[done]
             current[later] = row[later] - torch.linalg.solve(
@@ -146,15 +158,21 @@ def test_two_sided_rounding_beats_one_sided_and_nearest_rounding(
         W = draw(R, C, seed=seed)
         A = moment(C, seed + 10)
         G = moment(R, seed + 20)
-        roundings = [round_linear(W, A, factor, grid, (0.0, 0.0), "w") for factor in (G, None)]
+        roundings = [
+            round_linear(W, A, factor, grid, (0.0, 0.0), "w") for factor in (G, None)
+        ]
         scale = W.view(R, -1, SIZE).abs().amax(dim=2, keepdim=True) / 7.5
         nearest = on(grid, W.view(R, -1, SIZE), scale).view(R, C)
-        costs.append([objective(x - W, A, G) for x in (*(r.W for r in roundings), nearest)])
+        costs.append(
+            [objective(x - W, A, G) for x in (*(r.W for r in roundings), nearest)]
+        )
     both, one, nearest_ = torch.tensor(costs).mean(dim=0).tolist()
     assert both < 0.8 * one < 0.8 * nearest_
 
 
-def test_rounding_comes_close_to_the_best_grid_point(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rounding_comes_close_to_the_best_grid_point(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """All points of tiny grids are enumerated, with the scales that rounding chose."""
     monkeypatch.setattr(module, "ROWS_TOGETHER", 1)
     grid = Grid(2, 3)
@@ -165,7 +183,9 @@ def test_rounding_comes_close_to_the_best_grid_point(monkeypatch: pytest.MonkeyP
         G = moment(2, seed + 80)
         found = round_linear(W, A, G, grid, (0.0, 0.0), "w")
         points = (
-            torch.tensor(list(itertools.product(range(-2, 2), repeat=6))).double().view(-1, 2, 3)
+            torch.tensor(list(itertools.product(range(-2, 2), repeat=6)))
+            .double()
+            .view(-1, 2, 3)
         )
         E = points * found.scales[:, :, None].view(1, 2, 1) - W
         best = float(((G @ E) * (E @ A)).sum(dim=(1, 2)).min())
@@ -187,14 +207,18 @@ def test_a_group_of_zeros_stays_zero() -> None:
         assert torch.isfinite(found.scales).all()
 
 
-@pytest.mark.parametrize(("num_columns", "num_tokens", "damping"), [(32, 20, 0.0), (128, 64, 1e-7)])
+@pytest.mark.parametrize(
+    ("num_columns", "num_tokens", "damping"), [(32, 20, 0.0), (128, 64, 1e-7)]
+)
 def test_inverse_exists_with_few_tokens_and_little_damping(
     num_columns: int, num_tokens: int, damping: float
 ) -> None:
     """In float32 the inverse of a matrix with a Cholesky factor may have none."""
     generator = torch.Generator().manual_seed(0)
     for _ in range(10):
-        scale = torch.logspace(0, -2, num_columns)[torch.randperm(num_columns, generator=generator)]
+        scale = torch.logspace(0, -2, num_columns)[
+            torch.randperm(num_columns, generator=generator)
+        ]
         x = torch.randn(num_tokens, num_columns, generator=generator) * scale
         U, _ = upper_inverse(x.T @ x / num_tokens, damping, 1.0, "w")
         assert torch.isfinite(U).all()

@@ -13,7 +13,15 @@ from ray_surgeon.maths.greedy import Limits
 from ray_surgeon.maths.masks import StructuredMask
 from ray_surgeon.maths.structured import Candidates, find_candidates
 from tests.maths import dense
-from tests.maths.dense import crossing, dense_minimum, fisher, flags, linear, problem, silence
+from tests.maths.dense import (
+    crossing,
+    dense_minimum,
+    fisher,
+    flags,
+    linear,
+    problem,
+    silence,
+)
 
 FULL = StructuredMask.full(6, 7)
 
@@ -23,7 +31,10 @@ def possible(costs: Tensor) -> list[int]:
 
 
 def candidates(
-    of: Linear, mask: StructuredMask = FULL, structure: str = "rows_columns", costs: str = "obs"
+    of: Linear,
+    mask: StructuredMask = FULL,
+    structure: str = "rows_columns",
+    costs: str = "obs",
 ) -> Candidates:
     return find_candidates(of, mask, structure, costs, Limits(None))
 
@@ -65,10 +76,14 @@ def test_costs_and_updates_match_the_dense_solution(
         return dense_minimum(alive, F, removed)[0] - alive
 
     for side, found_costs in by_side.items():
-        expected = [cost_of(removed) for removed in alone[side]] if len(found_costs) else []
+        expected = (
+            [cost_of(removed) for removed in alone[side]] if len(found_costs) else []
+        )
         assert found_costs.tolist() == pytest.approx(expected, rel=1e-8)
     threshold = max(float(c.sort().values[1]) for c in by_side.values() if len(c))
-    gone = [torch.stack(alone[side])[c <= threshold] for side, c in by_side.items() if len(c)]
+    gone = [
+        torch.stack(alone[side])[c <= threshold] for side, c in by_side.items() if len(c)
+    ]
     together = [removed.any(dim=0) for removed in gone]
     corrections = {
         "full": [correction(removed) for removed in together],
@@ -82,7 +97,9 @@ def test_costs_and_updates_match_the_dense_solution(
         new = removal.W[mask.rows][:, mask.columns]
         torch.testing.assert_close(new, expected_W, rtol=1e-8, atol=1e-10)
         change = (expected_W - alive).flatten()
-        assert removal.predicted == pytest.approx(float(0.5 * change @ F @ change), rel=1e-8)
+        assert removal.predicted == pytest.approx(
+            float(0.5 * change @ F @ change), rel=1e-8
+        )
         assert removal.residual == 0.0
         assert new_mask.num_kept == int(kept.sum())
         assert not removal.W[~torch.outer(new_mask.rows, new_mask.columns)].any()
@@ -140,7 +157,9 @@ def test_update_uses_the_raised_damping_of_the_costs() -> None:
     of = linear(W, dense.too_indefinite(A), G)
     found = candidates(of, structure="columns")
     assert found.basis.damping.a == pytest.approx(0.1)
-    assert [(raised.factor, raised.asked) for raised in found.basis.raised_damping] == [("A", 0.01)]
+    assert [(raised.factor, raised.asked) for raised in found.basis.raised_damping] == [
+        ("A", 0.01)
+    ]
     removal, mask = found.prune(of, FULL, float(found.columns.sort().values[1]), "full")
     F = fisher(of, of.live, found.basis.damping)
     expected, cost = dense_minimum(W, F, (~mask.columns).expand(6, 7))
@@ -152,6 +171,8 @@ def test_linear_without_rows_has_no_candidates() -> None:
     W, A, G = problem()
     mask = StructuredMask(flags(6, []), ~flags(7, []))
     of = linear(torch.zeros_like(W), A, G)
-    found = find_candidates(of, mask, "rows_columns", "obs", Limits(1.0, per_parameter=True))
+    found = find_candidates(
+        of, mask, "rows_columns", "obs", Limits(1.0, per_parameter=True)
+    )
     assert not possible(found.rows)
     assert found.prune(of, mask, 1.0, "full")[1].num_kept == 0

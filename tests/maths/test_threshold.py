@@ -38,7 +38,9 @@ def test_threshold_matches_brute_force(seed: int, target: float, ties: bool) -> 
         entries = ((c.rows <= value)[:, None] | (c.columns <= value) for c in costs)
         return sum(int(removed.sum()) for removed in entries)
 
-    values = sorted({0.0, *torch.cat([s for c in costs for s in (c.rows, c.columns)]).tolist()})
+    values = sorted(
+        {0.0, *torch.cat([s for c in costs for s in (c.rows, c.columns)]).tolist()}
+    )
     expected = next(v for v in values if num_removed(v) >= target * total - 1e-6)
     found = structured_threshold(costs, target)
     assert found == expected
@@ -46,7 +48,10 @@ def test_threshold_matches_brute_force(seed: int, target: float, ties: bool) -> 
 
 @pytest.mark.parametrize("ties", [False, True])
 def test_kth_value_by_counting_bits_matches_sorting(ties: bool) -> None:
-    parts = [torch.rand(1000, generator=torch.Generator().manual_seed(s)) ** 8 for s in range(3)]
+    parts = [
+        torch.rand(1000, generator=torch.Generator().manual_seed(s)) ** 8
+        for s in range(3)
+    ]
     if ties:
         parts = [(p * 20).floor() / 20 for p in parts]
     infinite = [torch.cat([p, torch.full((7,), torch.inf)]) for p in parts]
@@ -72,7 +77,9 @@ def test_kth_value_by_counting_bits_matches_sorting(ties: bool) -> None:
 def test_number_of_units_to_remove(
     target: float, num_pruned: int, num_per_unit: int, num_candidates: int, expected: int
 ) -> None:
-    assert units_to_remove(target, 100, num_pruned, num_per_unit, num_candidates) == expected
+    assert (
+        units_to_remove(target, 100, num_pruned, num_per_unit, num_candidates) == expected
+    )
 
 
 ALIVE = StructureCosts(50, 8, 4, torch.arange(1.0, 9.0), torch.full((4,), 100.0))

@@ -48,5 +48,8 @@ def test_tensors_are_stored_at_their_places(monkeypatch: pytest.MonkeyPatch) -> 
     assert all((tensor == number).all() for number, tensor in enumerate(tensors))
     first = tensors[0].untyped_storage().data_ptr()
     memory.clear()
-    assert memory.empty(torch.Size((3, 5)), torch.bfloat16).untyped_storage().data_ptr() != first
+    assert (
+        memory.empty(torch.Size((3, 5)), torch.bfloat16).untyped_storage().data_ptr()
+        != first
+    )
     assert (tensors[0] == 0).all(), "who has a tensor keeps it"

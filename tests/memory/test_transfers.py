@@ -122,7 +122,9 @@ def stored(device: str, place: Place, seed: int) -> list[list[float]]:
         store = TensorStore(place, where, Scratch(folder, "run", "try", "worker"), ".x")
         for step in range(60):
             name = chance.choice("abc")
-            do = chance.choice(["put", "put from host", "change", "get", "expect", "drop"])
+            do = chance.choice(
+                ["put", "put from host", "change", "get", "expect", "drop"]
+            )
             if do == "expect":
                 store.expect(chance.sample("abc", 2))
             elif do.startswith("put") or name not in store:
@@ -155,7 +157,11 @@ def streamed(device: str, place: Place) -> list[list[float]]:
         scratch = Scratch(folder, "run", "try", "worker")
         store = WeightStore(place, slots, where, scratch)
         leaves = {"weight": torch.ones(2, 4), "bias": torch.zeros(2)}
-        store.fill(lambda name: leaves[name[2:]] * (1 + int(name[0])), lambda *_: None, stays=True)
+        store.fill(
+            lambda name: leaves[name[2:]] * (1 + int(name[0])),
+            lambda *_: None,
+            stays=True,
+        )
         for way in (range(5), reversed(range(5)), (2, 0, 4)):
             numbers = list(way)
             for at, then in zip(numbers, [*numbers[1:], -1], strict=True):
@@ -193,7 +199,12 @@ def statistics() -> dict[str, Any]:
         "device": str(worker.device),
         "gpu": worker.gpu,
         "peaks": peaks,
-        "room": [found.room.device, found.room.device_is_host, found.device, found.device_name],
+        "room": [
+            found.room.device,
+            found.room.device_is_host,
+            found.device,
+            found.device_name,
+        ],
         "name": speed._device_name(SIM, 1),
         "now": speed._now(SIM) > 0,
     }
@@ -274,6 +285,8 @@ def expected_and_not_taken(device: str) -> list[list[str]]:
 
 
 def test_unused_prefetches_are_dropped(zygote: Zygote) -> None:
-    assert expected_and_not_taken("cpu") == [["B", "b"], ["a", "b"]], "nothing comes ahead"
+    assert expected_and_not_taken("cpu") == [["B", "b"], ["a", "b"]], (
+        "nothing comes ahead"
+    )
     told = on_sim(zygote, expected_and_not_taken, device="sim:0")
     assert told == [["B", "a", "b"], ["a", "a", "b"]]

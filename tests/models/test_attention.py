@@ -27,7 +27,9 @@ class Layer(nn.Module):
     num_key_value_groups = 3
 
 
-def drawn(T: int, S: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
+def drawn(
+    T: int, S: int, dtype: torch.dtype = torch.float64
+) -> tuple[Tensor, Tensor, Tensor]:
     """Return queries of six heads, and keys and values of two, laid out as by projections.
 
     All keys have a large part in common.
@@ -47,10 +49,14 @@ def exact(
     query: Tensor, key: Tensor, value: Tensor, *, causal: bool = True, **options: Any
 ) -> Tensor:
     options |= {"is_causal": causal, "enable_gqa": True}
-    return scaled_dot_product_attention(query.double(), key.double(), value.double(), **options)
+    return scaled_dot_product_attention(
+        query.double(), key.double(), value.double(), **options
+    )
 
 
-@pytest.mark.parametrize(("T", "S", "causal"), [(9, 9, True), (1, 9, False), (5, 9, False)])
+@pytest.mark.parametrize(
+    ("T", "S", "causal"), [(9, 9, True), (1, 9, False), (5, 9, False)]
+)
 def test_outputs_and_gradients_match_the_exact_formula(
     T: int, S: int, causal: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -60,13 +66,16 @@ def test_outputs_and_gradients_match_the_exact_formula(
     expected = exact(*leaves, causal=causal, scale=1.0)
     assert relative_error(found, expected) < 1e-12
     gradient = torch.randn_like(expected)
-    gradients = (torch.autograd.grad(outputs, leaves, gradient) for outputs in (found, expected))
+    gradients = (
+        torch.autograd.grad(outputs, leaves, gradient) for outputs in (found, expected)
+    )
     for one, other in zip(*gradients, strict=True):
         assert relative_error(one, other) < 1e-12
 
 
 @pytest.mark.parametrize(
-    ("T", "S", "dtype", "most"), [(300, 300, torch.bfloat16, 2**-7), (1, 9, torch.float32, 1e-5)]
+    ("T", "S", "dtype", "most"),
+    [(300, 300, torch.bfloat16, 2**-7), (1, 9, torch.float32, 1e-5)],
 )
 def test_cpu_uses_matrix_products_for_bfloat16_and_single_queries(
     T: int, S: int, dtype: torch.dtype, most: float, monkeypatch: pytest.MonkeyPatch
@@ -79,7 +88,9 @@ def test_cpu_uses_matrix_products_for_bfloat16_and_single_queries(
     assert relative_error(found, exact(*parts, causal=T > 1).transpose(1, 2)) < most
 
 
-def test_float32_with_shared_keys_on_a_gpu_keeps_no_scores(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_float32_with_shared_keys_on_a_gpu_keeps_no_scores(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """None of torch's kernels accepts heads that share keys then. Runs on the pretend accelerator
     compare the numbers.
     """
@@ -97,7 +108,9 @@ def test_float32_with_shared_keys_on_a_gpu_keeps_no_scores(monkeypatch: pytest.M
 def test_common_part_of_keys_does_not_reduce_precision() -> None:
     query, key, value = drawn(300, 300, torch.bfloat16)
     expected = exact(query, key + 64, value, scale=1.0)
-    assert relative_error(in_products(query, key + 64, value, causal=True), expected) < 0.1
+    assert (
+        relative_error(in_products(query, key + 64, value, causal=True), expected) < 0.1
+    )
 
 
 def test_other_cases_use_torch(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig
 
 from ray_surgeon.models import budgets
-from ray_surgeon.models.budgets import Budget, fewest_left, flops_budget, parameters_budget
+from ray_surgeon.models.budgets import (
+    Budget,
+    fewest_left,
+    flops_budget,
+    parameters_budget,
+)
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.models.pruned_config import shallower
 from tests.conftest import CONFIGS, LAYOUTS, tiny_model
@@ -90,7 +95,9 @@ def test_flops_of_a_pruned_model_match_a_smaller_model(
 
 def test_experts_share_the_indices_of_channels() -> None:
     """A layout is sent to every worker, and there may be tens of thousands of experts."""
-    sets = [one for one in LAYOUTS["qwen3_moe"].group_sets if one.kind == "expert_channels"]
+    sets = [
+        one for one in LAYOUTS["qwen3_moe"].group_sets if one.kind == "expert_channels"
+    ]
     assert len(sets) > 4
     indices = [(one.columns, *(rows for _, rows in one.producers)) for one in sets]
     assert len({id(tensor) for tensors in indices for tensor in tensors}) == 1
@@ -100,9 +107,14 @@ def test_least_budget_of_a_mixture_counts_experts_and_channels() -> None:
     """Two layers of four experts."""
     tables = {"expert_channels": (0.0, 2.0, 3.0), "attention": (0.0, 5.0)}
     consumers = {"expert_channels": 8, "attention": 2}
-    budget = Budget("parameters", 1.0, tables, consumers, {"experts": ("expert_channels", 4, 1)})
+    budget = Budget(
+        "parameters", 1.0, tables, consumers, {"experts": ("expert_channels", 4, 1)}
+    )
     assert budget.least({"experts": 3}) == 1 + 2 * 3 * 3 + 2 * 5
-    assert budget.least({"experts": 3, "expert_channels": 1, "attention": 0}) == 1 + 2 * 3 * 2
+    assert (
+        budget.least({"experts": 3, "expert_channels": 1, "attention": 0})
+        == 1 + 2 * 3 * 2
+    )
     assert budget.least({"expert_channels": 1}) == 1 + 2 * 4 * 2 + 2 * 5
 
 
@@ -119,7 +131,9 @@ ONE_EXPERT_A_TOKEN = ModelLayout.of(config_like("deepseek_v3", num_experts_per_t
         (ONE_EXPERT_A_TOKEN, 1, {"experts": 2}),
     ],
 )
-def test_fewest_groups_left(layout: ModelLayout, heads: int, expected: dict[str, int]) -> None:
+def test_fewest_groups_left(
+    layout: ModelLayout, heads: int, expected: dict[str, int]
+) -> None:
     """At least the requested number, limited by the number of groups, the heads, and the router."""
     least = {"attention": heads, "ffn": 100, "expert_channels": 8, "experts": 1}
     wanted = {kind: least[kind] for kind in expected}

@@ -29,7 +29,9 @@ def as_mxfp4(state: dict[str, Tensor]) -> dict[str, Tensor]:
         if name.endswith(("experts.gate_up_proj", "experts.down_proj")):
             num_experts, num_inputs, num_outputs = tensor.shape
             sizes = num_experts, num_outputs, num_inputs // 32
-            packed[f"{name}_blocks"] = torch.randint(0, 256, (*sizes, 16), dtype=torch.uint8)
+            packed[f"{name}_blocks"] = torch.randint(
+                0, 256, (*sizes, 16), dtype=torch.uint8
+            )
             packed[f"{name}_scales"] = torch.randint(120, 126, sizes, dtype=torch.uint8)
         else:
             packed[name] = tensor
@@ -46,8 +48,12 @@ def test_weights_that_are_not_finite_are_counted() -> None:
     value = torch.ones(3, 2**23, dtype=torch.bfloat16)
     checkpoint.check_finite("x", value)
     checkpoint.check_finite("x", torch.ones(()))
-    value[[0, 1, 2], [1, 2, -1]] = torch.tensor([torch.nan, torch.inf, -torch.inf]).bfloat16()
-    with pytest.raises(checkpoint.BadWeightsError, match="x has 3 NaN or infinite weights"):
+    value[[0, 1, 2], [1, 2, -1]] = torch.tensor(
+        [torch.nan, torch.inf, -torch.inf]
+    ).bfloat16()
+    with pytest.raises(
+        checkpoint.BadWeightsError, match="x has 3 NaN or infinite weights"
+    ):
         checkpoint.check_finite("x", value)
 
 
@@ -59,7 +65,9 @@ def test_mxfp4_numbers_match_transformers() -> None:
     assert torch.equal(checkpoint.from_mxfp4(blocks, scales), wanted.transpose(1, 2))
 
 
-def test_tensors_of_experts_are_joined_as_in_the_checkpoint(state: dict[str, Tensor]) -> None:
+def test_tensors_of_experts_are_joined_as_in_the_checkpoint(
+    state: dict[str, Tensor],
+) -> None:
     read = tensor_reader(LAYOUT, state, read_state(state), "here")
     stored = checkpoint.Stored(LAYOUT, BlockRange(0, 4, 4), {}, stored=True)
     assert all(read(name).shape == shape for name, shape in LAYOUT.parameters.items())
@@ -76,7 +84,10 @@ EXPERTS = "model.layers.1.mlp.experts"
     ("shape", "expected"),
     [
         (None, rf"6 missing \({EXPERTS}.0.down_proj.weight"),
-        ((6, 40, 32), rf"{EXPERTS}.down_proj is 6 times \(32, 40\), expected 6 times \(32, 48\)"),
+        (
+            (6, 40, 32),
+            rf"{EXPERTS}.down_proj is 6 times \(32, 40\), expected 6 times \(32, 48\)",
+        ),
     ],
 )
 def test_checkpoint_that_does_not_fit_is_refused(
@@ -94,7 +105,9 @@ def test_checkpoint_that_does_not_fit_is_refused(
 @pytest.mark.parametrize(("family", "method"), [("gpt_oss", "fp8"), ("llama", "mxfp4")])
 def test_other_quantised_weights_are_refused(family: str, method: str) -> None:
     check_not_quantised({"model_type": family})
-    check_not_quantised({"model_type": "gpt_oss", "quantization_config": {"quant_method": "mxfp4"}})
+    check_not_quantised(
+        {"model_type": "gpt_oss", "quantization_config": {"quant_method": "mxfp4"}}
+    )
     document = {"model_type": family, "quantization_config": {"quant_method": method}}
     with pytest.raises(ValueError, match=rf"quantised \({method}\).*in bfloat16"):
         check_not_quantised(document)

@@ -33,14 +33,18 @@ def write(model: torch.nn.Module, masks: dict[str, StructuredMask]) -> torch.Ten
 def random_masks(family: str) -> dict[str, StructuredMask]:
     masks = {}
     for shape in LAYOUTS[family].linears:
-        mask = StructuredMask(torch.rand(shape.num_rows) > 0.3, torch.rand(shape.num_columns) > 0.3)
+        mask = StructuredMask(
+            torch.rand(shape.num_rows) > 0.3, torch.rand(shape.num_columns) > 0.3
+        )
         mask.columns[-1] |= shape.has_bias
         masks[shape.name] = mask
     return masks
 
 
 # not deepseek_v3, whose attention is no pair of plain halves
-@pytest.mark.parametrize("family", sorted(set(CONFIGS | SPARSE_CONFIGS) - {"deepseek_v3"}))
+@pytest.mark.parametrize(
+    "family", sorted(set(CONFIGS | SPARSE_CONFIGS) - {"deepseek_v3"})
+)
 def test_propagation_does_not_change_the_logits(family: str) -> None:
     """In gpt-oss a channel whose gate is zero is zero; one whose up projection is zero is not."""
     layout = LAYOUTS[family]
@@ -58,7 +62,11 @@ def test_propagation_does_not_change_the_logits(family: str) -> None:
     torch.testing.assert_close(write(model, after), before, atol=1e-5, rtol=1e-5)
     again = propagate(layout, after, sets)
     assert not [name for name in again if "mlp" in name or "fc" in name]
-    assert 0 < shrinkable(after, sets) < sum(len(m.rows) * len(m.columns) for m in masks.values())
+    assert (
+        0
+        < shrinkable(after, sets)
+        < sum(len(m.rows) * len(m.columns) for m in masks.values())
+    )
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2"])
@@ -69,6 +77,8 @@ def test_removing_another_live_row_changes_the_logits(family: str) -> None:
     for _ in range(3):
         masks |= propagate(layout, masks, layout.group_sets)
     before = write(model, masks)
-    consumer = next(groups for groups in layout.group_sets if groups.kind == "ffn").consumer
+    consumer = next(
+        groups for groups in layout.group_sets if groups.kind == "ffn"
+    ).consumer
     masks[consumer].columns[int(masks[consumer].columns.nonzero()[0])] = False
     assert (write(model, masks) - before).abs().max() > 1e-4

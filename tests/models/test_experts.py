@@ -37,7 +37,9 @@ without_groups = pytest.mark.parametrize("family", WITHOUT_GROUPS, indirect=True
 
 def shard(family: str, state: State, first: int = 0, last: int = 4) -> ModelShard:
     layout = LAYOUTS[family]
-    found = ModelShard(layout, BlockRange(first, last, 4), torch.float32, torch.device("cpu"))
+    found = ModelShard(
+        layout, BlockRange(first, last, 4), torch.float32, torch.device("cpu")
+    )
     found.load(tensor_reader(layout, state, read_state(state), "here"))
     return found
 
@@ -97,9 +99,13 @@ def own(family: str) -> Own:
 
 def test_names_of_expert_linears_match_the_checkpoint(family: str, state: State) -> None:
     layout = LAYOUTS[family]
-    check_checkpoint(layout, {key: tuple(tensor.shape) for key, tensor in state.items()}, "here")
+    check_checkpoint(
+        layout, {key: tuple(tensor.shape) for key, tensor in state.items()}, "here"
+    )
     names = (name for name in layout.parameters if name not in layout.tied)
-    assert {key for name in names for key in find_stored(layout, name, state).keys} == set(state)
+    assert {
+        key for name in names for key in find_stored(layout, name, state).keys
+    } == set(state)
 
 
 def test_logits_match_the_family(family: str, state: State, own: Own) -> None:
@@ -132,7 +138,9 @@ def change_without(mixture: Mixture, x: Tensor, expert: int) -> Tensor:
     before = mixture.kept
     outputs = []
     for gone in ([], [expert]):
-        mixture.kept = before.clone().index_fill_(0, torch.tensor(gone, dtype=torch.long), False)
+        mixture.kept = before.clone().index_fill_(
+            0, torch.tensor(gone, dtype=torch.long), False
+        )
         output = mixture.layer(x[None])
         outputs.append(output[0] if isinstance(output, tuple) else output)
     mixture.kept = before
@@ -157,14 +165,18 @@ def test_predicted_removals_match_two_layers(family: str, gathered: Gathered) ->
         is_mine = (numbers == expert).any(dim=1)
         assert sorted(tokens.tolist()) == is_mine.nonzero()[:, 0].tolist()
         change = change_without(mixture, x, expert)
-        torch.testing.assert_close(found.changes[mine], change[tokens], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            found.changes[mine], change[tokens], rtol=1e-4, atol=1e-5
+        )
         rises = torch.zeros_like(x)
         if found.rises is not None:
             rises = found.rises[:, expert, None] * found.output
         torch.testing.assert_close(change[~is_mine], rises[~is_mine], rtol=0, atol=1e-5)
         with torch.no_grad():
             linears = mixture.experts[expert]
-            hidden = linears.combine(linears.gate_proj(x[tokens]), linears.up_proj(x[tokens]))
+            hidden = linears.combine(
+                linears.gate_proj(x[tokens]), linears.up_proj(x[tokens])
+            )
             norm = linears.down_proj(hidden).norm(dim=1)
         weight = (weights * (numbers == expert)).sum(dim=1)[tokens]
         torch.testing.assert_close(found.norms[mine], norm * weight, rtol=1e-4, atol=1e-5)
@@ -172,7 +184,9 @@ def test_predicted_removals_match_two_layers(family: str, gathered: Gathered) ->
 
 
 @without_groups
-def test_sums_of_a_pass_give_the_loss_increases(family: str, gathered: Gathered, own: Own) -> None:
+def test_sums_of_a_pass_give_the_loss_increases(
+    family: str, gathered: Gathered, own: Own
+) -> None:
     """The mean over all tokens of g^T dy + 1/2 (g^T dy)^2, with g by autograd on the family's own
     model.
     """
@@ -191,7 +205,9 @@ def test_sums_of_a_pass_give_the_loss_increases(family: str, gathered: Gathered,
         assert int(sums.of("tokens").sum()) == TOKENS.numel() * mixture.num_chosen
 
 
-def test_factors_of_experts_are_shrunk_towards_the_layer(family: str, gathered: Gathered) -> None:
+def test_factors_of_experts_are_shrunk_towards_the_layer(
+    family: str, gathered: Gathered
+) -> None:
     layout = LAYOUTS[family]
     part = gathered.part
     consumers = [linears[-1] for linears in layout.expert_sets[-1].linears]
@@ -214,7 +230,9 @@ def test_factors_of_experts_are_shrunk_towards_the_layer(family: str, gathered: 
 
 
 @pytest.mark.parametrize("name", ["gpt_oss", "qwen2_moe"])
-def test_curvature_of_a_model_in_memory(name: str, model_folders: dict[str, Path]) -> None:
+def test_curvature_of_a_model_in_memory(
+    name: str, model_folders: dict[str, Path]
+) -> None:
     part = shard(name, load_file(model_folders[name] / "model.safetensors"))
     gather([part])
     for linear, sums in curvature(tiny_model(name), TOKENS).items():

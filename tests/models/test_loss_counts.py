@@ -20,7 +20,12 @@ from ray_surgeon.distributed.passes import compared, measure
 from ray_surgeon.distributed.pipelines import forward_and_backward
 from ray_surgeon.factors.collector import WantedFactors, gather_curvature
 from ray_surgeon.models import loss as losses
-from ray_surgeon.models.loss import Predicted, compare_with_dense, next_token_loss, next_tokens
+from ray_surgeon.models.loss import (
+    Predicted,
+    compare_with_dense,
+    next_token_loss,
+    next_tokens,
+)
 from ray_surgeon.pruning.experts import ExpertSumsBeside
 from tests.conftest import VOCABULARY
 from tests.integration.runs import loaded
@@ -90,8 +95,12 @@ def test_losses_and_gradients_of_counted_tokens() -> None:
     (gradient,) = torch.autograd.grad(divergence.sum(), leaf)
     assert_sums(comparison.divergence, divergence)
     assert comparison.gradient is not None
-    torch.testing.assert_close(comparison.gradient.double(), gradient, rtol=1e-4, atol=1e-5)
-    assert_sums(comparison.acceptance, (torch.minimum(p, q).sum(dim=-1) * weights).sum(dim=1))
+    torch.testing.assert_close(
+        comparison.gradient.double(), gradient, rtol=1e-4, atol=1e-5
+    )
+    assert_sums(
+        comparison.acceptance, (torch.minimum(p, q).sum(dim=-1) * weights).sum(dim=1)
+    )
     agreement = ((p.argmax(dim=-1) == q.argmax(dim=-1)) * weights).sum(dim=1)
     assert_sums(comparison.agreement, agreement)
     assert 0 < int(agreement.sum()) < int(weights.sum()), "some agree"
@@ -114,8 +123,12 @@ def test_dense_model_with_its_own_head() -> None:
     assert_sums(found.divergence, divergence)
     assert found.gradient is not None
     torch.testing.assert_close(found.gradient.double(), gradient, rtol=1e-4, atol=1e-5)
-    ways = [compare_with_dense(hidden, dense, predicted, head, own) for own in (None, head)]
-    torch.testing.assert_close(ways[0].divergence, ways[1].divergence, rtol=1e-5, atol=1e-9)
+    ways = [
+        compare_with_dense(hidden, dense, predicted, head, own) for own in (None, head)
+    ]
+    torch.testing.assert_close(
+        ways[0].divergence, ways[1].divergence, rtol=1e-5, atol=1e-9
+    )
 
 
 def test_losses_of_a_large_vocabulary_are_precise() -> None:
@@ -170,7 +183,12 @@ def test_token_is_drawn_by_inverse_transform_sampling() -> None:
     head = torch.tensor([[-300.0], [0.0], [math.log(3)], [-300.0]])
     for temperature, bound in ((1.0, 0.25), (0.5, 0.1)):
         chances = torch.tensor([0.0, bound - 1e-4, bound + 1e-4, 1 - 2**-24])
-        assert next_tokens(torch.ones(4, 1), head, chances, temperature).tolist() == [1, 1, 2, 2]
+        assert next_tokens(torch.ones(4, 1), head, chances, temperature).tolist() == [
+            1,
+            1,
+            2,
+            2,
+        ]
 
 
 def test_perplexity_is_finite_infinite_or_an_error() -> None:
@@ -206,10 +224,14 @@ def gathered(
     return loss, found
 
 
-def test_factors_of_counted_tokens(cluster: LocalCluster, model_folders: dict[str, Path]) -> None:
+def test_factors_of_counted_tokens(
+    cluster: LocalCluster, model_folders: dict[str, Path]
+) -> None:
     """A of all tokens, and G of the loss of counted tokens, by autograd in float64."""
     loss, found = gathered(cluster, COUNTS)
-    model = AutoModelForCausalLM.from_pretrained(model_folders["llama"], dtype=torch.float64)
+    model = AutoModelForCausalLM.from_pretrained(
+        model_folders["llama"], dtype=torch.float64
+    )
     inputs, gradients = watch({name: model.get_submodule(name) for name in found})
     tokens = torch.from_numpy(SEQUENCES)
     counts = torch.from_numpy(COUNTS)
@@ -226,13 +248,17 @@ def test_factors_of_counted_tokens(cluster: LocalCluster, model_folders: dict[st
         torch.testing.assert_close(G.double(), of_a_token, rtol=1e-3, atol=atol)
 
 
-def test_factor_G_of_some_sequences_is_scaled_to_all_tokens(cluster: LocalCluster) -> None:
+def test_factor_G_of_some_sequences_is_scaled_to_all_tokens(
+    cluster: LocalCluster,
+) -> None:
     _, part = gathered(cluster, COUNTS, num_backward=3)
     only = np.zeros_like(COUNTS)
     numbers = np.random.default_rng(0).permutation(5)[:3]
     only[numbers] = COUNTS[numbers]
     for name, (_, G, _) in gathered(cluster, only)[1].items():
-        torch.testing.assert_close(part[name][1], G, rtol=1e-4, atol=1e-6 * float(G.abs().max()))
+        torch.testing.assert_close(
+            part[name][1], G, rtol=1e-4, atol=1e-6 * float(G.abs().max())
+        )
 
 
 def test_pass_without_counted_tokens_is_refused(cluster: LocalCluster) -> None:
@@ -240,17 +266,23 @@ def test_pass_without_counted_tokens_is_refused(cluster: LocalCluster) -> None:
         gathered(cluster, np.zeros_like(COUNTS))
 
 
-def test_costs_of_experts_are_means_over_counted_tokens(model_folders: dict[str, Path]) -> None:
+def test_costs_of_experts_are_means_over_counted_tokens(
+    model_folders: dict[str, Path],
+) -> None:
     """Sequences that are repeated without counted tokens do not change the costs, nor if half of
     the sequences pass backward.
     """
     cluster = loaded(model_folders["qwen2_moe"])
 
     def sums(
-        sequences: np.ndarray, counts: np.ndarray | None = None, num_backward: int | None = None
+        sequences: np.ndarray,
+        counts: np.ndarray | None = None,
+        num_backward: int | None = None,
     ) -> list[Tensor]:
         wanted = WantedFactors(num_backward=num_backward)
-        gather_curvature(cluster, sequences, wanted, counts=counts, beside=ExpertSumsBeside())
+        gather_curvature(
+            cluster, sequences, wanted, counts=counts, beside=ExpertSumsBeside()
+        )
         (worker,) = cluster.workers.values()
         return [one.total.clone() for one in worker.shard.expert_sums.values()]
 
@@ -275,7 +307,9 @@ def test_means_are_over_counted_tokens(model_folders: dict[str, Path]) -> None:
     passes.remember(cluster, "(calibration)", SEQUENCES)
     tokens, counts = map(torch.from_numpy, (SEQUENCES, COUNTS))
     with torch.no_grad():
-        logits = AutoModelForCausalLM.from_pretrained(model_folders["llama"])(tokens).logits
+        logits = AutoModelForCausalLM.from_pretrained(model_folders["llama"])(
+            tokens
+        ).logits
     nll = nll_of(logits, tokens, counts)
     assert perplexity == pytest.approx(math.exp(float(nll.sum()) / NUM_TOKENS), rel=1e-4)
     for worker in cluster.workers.values():
@@ -289,7 +323,9 @@ def test_means_are_over_counted_tokens(model_folders: dict[str, Path]) -> None:
     assert each == [one / num_tokens for one in found]
     for labels in (Labels(), Labels(seed=3), Labels(dense=CALIBRATION)):
         losses = forward_and_backward(cluster, SEQUENCES, labels, counts=COUNTS)
-        some = forward_and_backward(cluster, SEQUENCES, labels, only=[3, 1], counts=COUNTS)
+        some = forward_and_backward(
+            cluster, SEQUENCES, labels, only=[3, 1], counts=COUNTS
+        )
         assert some == [losses[3], losses[1]]
         if labels.dense is None:
             of_text = passes.sequence_losses(cluster, SEQUENCES, COUNTS)

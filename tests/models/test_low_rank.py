@@ -19,7 +19,9 @@ def drawn(*shape: int, seed: int = 1) -> Tensor:
 
 def corrected(shard: ModelShard, owned: Any = None, **masks: Any) -> LowRankCorrections:
     shapes = shard.layout.shapes.items()
-    full = {name: StructuredMask.full(s.num_rows, s.num_columns) for name, s in shapes} | masks
+    full = {
+        name: StructuredMask.full(s.num_rows, s.num_columns) for name, s in shapes
+    } | masks
     parts = {n: LowRank(m, full[n], 2, 0, shard.device) for n, m in shard.linears.items()}
     return LowRankCorrections(shard, parts, owned or set(parts))
 
@@ -29,7 +31,9 @@ def shard() -> ModelShard:
     return shards("llama", [0, 4])[0]
 
 
-def test_step_length_is_the_rate_and_removed_rows_and_columns_stay_zero(shard: ModelShard) -> None:
+def test_step_length_is_the_rate_and_removed_rows_and_columns_stay_zero(
+    shard: ModelShard,
+) -> None:
     name = next(iter(shard.linears))
     before = shard.weight(name)
     mask = StructuredMask.full(*before.shape)
@@ -60,7 +64,9 @@ def test_step_length_is_the_rate_and_removed_rows_and_columns_stay_zero(shard: M
 
 
 @pytest.mark.parametrize(("size", "least", "most"), [(1e-6, 0.0, 0.1), (1e-2, 0.9, 1.1)])
-def test_share_absorbed_in_bfloat16_is_reported(size: float, least: float, most: float) -> None:
+def test_share_absorbed_in_bfloat16_is_reported(
+    size: float, least: float, most: float
+) -> None:
     (shard,) = shards("llama", [0, 4], dtype=torch.bfloat16)
     corrections = corrected(shard)
     before = {name: shard.weight(name) for name in shard.linears}
@@ -70,12 +76,16 @@ def test_share_absorbed_in_bfloat16_is_reported(size: float, least: float, most:
         added[name] = part.product().detach()
     for name, (arrived, wanted) in corrections.absorb().items():
         change = (shard.weight(name) - before[name])[:, : added[name].shape[1]]
-        assert arrived == pytest.approx(float((change * added[name]).sum()), rel=1e-4, abs=1e-12)
+        assert arrived == pytest.approx(
+            float((change * added[name]).sum()), rel=1e-4, abs=1e-12
+        )
         assert least <= arrived / wanted <= most
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_element_masks_have_product_gradients_and_keep_no_copy(dtype: torch.dtype) -> None:
+def test_element_masks_have_product_gradients_and_keep_no_copy(
+    dtype: torch.dtype,
+) -> None:
     R = 24
     C = 16
     mask = ElementMask(torch.rand(R, C) < 0.6)
@@ -99,7 +109,9 @@ def test_element_masks_have_product_gradients_and_keep_no_copy(dtype: torch.dtyp
     plain = x @ torch.mul(part.B @ part.A, mask.kept).T.to(dtype)
     assert torch.equal(added, plain)
     rtol = 2e-2 if dtype == torch.bfloat16 else 1e-12
-    for one, other in zip(found, torch.autograd.grad(plain, leaves, direction), strict=True):
+    for one, other in zip(
+        found, torch.autograd.grad(plain, leaves, direction), strict=True
+    ):
         torch.testing.assert_close(one, other, rtol=rtol, atol=1e-12)
     assert max(t.numel() for t in kept if t.is_floating_point()) <= x.numel() < R * C
 
@@ -134,7 +146,9 @@ def test_outputs_and_gradients_match_the_dense_sum(num_tokens: int) -> None:
 
 
 def test_corrections_start_at_zero_with_uniform_A() -> None:
-    part = LowRank(torch.nn.Linear(400, 3), StructuredMask.full(3, 401), 20, 0, torch.device("cpu"))
+    part = LowRank(
+        torch.nn.Linear(400, 3), StructuredMask.full(3, 401), 20, 0, torch.device("cpu")
+    )
     start = part.A.detach()
     assert not part.B.any()
     assert 0.049 < -float(start.min()) <= 0.05 >= float(start.max()) > 0.049
@@ -146,7 +160,10 @@ def test_gradients_are_of_the_mean_loss_and_cleared_by_a_step(shard: ModelShard)
     for name in (owned, other):
         part = corrections.parts[name]
         part.A.grad = torch.full_like(part.A, 6.0)
-        assert [float(g.abs().max()) for g in corrections.gradients(name, 3)] == [2.0, 0.0]
+        assert [float(g.abs().max()) for g in corrections.gradients(name, 3)] == [
+            2.0,
+            0.0,
+        ]
     corrections.step(0.1)
     for name in (owned, other):
         assert not corrections.gradients(name, 3)[0].any()
@@ -185,7 +202,9 @@ def test_gradient_far_above_the_earlier_mean_is_clipped(shard: ModelShard) -> No
     for size in (1.0, 1.0, 100.0, 1.5):
         for each in corrections.parts.values():
             for parameter in (each.A, each.B):
-                parameter.grad = torch.full_like(parameter, size / parameter.numel() ** 0.5)
+                parameter.grad = torch.full_like(
+                    parameter, size / parameter.numel() ** 0.5
+                )
         gradient = part.A.grad
         assert gradient is not None
         corrections.step(0.01)
@@ -206,7 +225,9 @@ def test_outputs_with_absorbed_weights() -> None:
     corrections.absorb()
     absorbed = module(x).detach()
     torch.testing.assert_close(rounded, absorbed, rtol=2e-2, atol=2e-2)
-    assert float((rounded - absorbed).abs().mean()) < float((plain - absorbed).abs().mean())
+    assert float((rounded - absorbed).abs().mean()) < float(
+        (plain - absorbed).abs().mean()
+    )
     corrections = corrected(shard)
     corrections.parts[name].B.data += 1
     corrections.remove()

@@ -17,7 +17,11 @@ LLAMA_3: dict[str, Any] = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8
 LLAMA_3 |= {"low_freq_factor": 1.0}
 LLAMA_3 |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 64}
 THETA = {"rope_theta": 10000.0}
-YARN = THETA | {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+YARN = THETA | {
+    "rope_type": "yarn",
+    "factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
 
 
 def read(document: dict[str, Any]) -> dict[str, Any]:
@@ -27,7 +31,13 @@ def read(document: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.mark.parametrize(
     ("family", "rope"),
-    [("llama", LLAMA_3), ("qwen3", YARN), ("gemma3", None), ("phi3", None), ("gpt2", None)],
+    [
+        ("llama", LLAMA_3),
+        ("qwen3", YARN),
+        ("gemma3", None),
+        ("phi3", None),
+        ("gpt2", None),
+    ],
 )
 def test_transformers_reads_the_same_configuration(
     family: str, rope: dict[str, Any] | None
@@ -38,11 +48,15 @@ def test_transformers_reads_the_same_configuration(
     both = for_older_readers(document)
     check_rope(both)
     expected = read(document)
-    assert {name: value for name, value in read(both).items() if name in expected} == expected
+    assert {
+        name: value for name, value in read(both).items() if name in expected
+    } == expected
     if family == "gpt2":
         assert both == document
         return
-    of_all = document["rope_parameters"].get("full_attention", document["rope_parameters"])
+    of_all = document["rope_parameters"].get(
+        "full_attention", document["rope_parameters"]
+    )
     assert both["rope_theta"] == of_all["rope_theta"]
     assert ("rope_scaling" in both) == (rope is not None)
     assert ("rope_local_base_freq" in both) == (family == "gemma3")
@@ -51,7 +65,10 @@ def test_transformers_reads_the_same_configuration(
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        ({"rope_theta": 5.0}, r"config\.json has rope_theta 5\.0, and 10000\.0 in rope_parameters"),
+        (
+            {"rope_theta": 5.0},
+            r"config\.json has rope_theta 5\.0, and 10000\.0 in rope_parameters",
+        ),
         ({"rope_scaling": {"rope_type": "yarn"}}, "has rope_type yarn, and default in"),
     ],
 )
@@ -63,7 +80,9 @@ def test_contradicting_values_are_refused(change: dict[str, Any], expected: str)
 def test_llama_exported_as_mistral_keeps_its_context_length() -> None:
     """A config.json may leave out defaults of its class, and Mistral's defaults differ."""
     heads = {"num_attention_heads": 10, "num_key_value_heads": 5, "head_dim": 8}
-    config = LlamaConfig(hidden_size=40, intermediate_size=64, num_hidden_layers=1, **heads)
+    config = LlamaConfig(
+        hidden_size=40, intermediate_size=64, num_hidden_layers=1, **heads
+    )
     document = config.to_dict()
     del document["max_position_embeddings"]
     found = uniform_document(ModelLayout.of(config), document, [BlockWidths(64, 3)])

@@ -29,10 +29,14 @@ def reader(family: str) -> Callable[[str], Tensor]:
     return reader_of(LAYOUTS[family], tiny_model(family))
 
 
-def shards(family: str, cuts: list[int], dtype: torch.dtype = torch.float32) -> list[ModelShard]:
+def shards(
+    family: str, cuts: list[int], dtype: torch.dtype = torch.float32
+) -> list[ModelShard]:
     found = []
     for first, last in itertools.pairwise(cuts):
-        shard = ModelShard(LAYOUTS[family], BlockRange(first, last, 4), dtype, torch.device("cpu"))
+        shard = ModelShard(
+            LAYOUTS[family], BlockRange(first, last, 4), dtype, torch.device("cpu")
+        )
         shard.load(reader(family))
         found.append(shard)
     return found
@@ -53,7 +57,9 @@ def gather(parts: list[ModelShard], *, experts: bool = False) -> None:
         part.stop_curvature()
 
 
-def watch(modules: dict[str, torch.nn.Module]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def watch(
+    modules: dict[str, torch.nn.Module],
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Return lists that will receive the inputs of modules and their outputs'
     gradients, by token.
     """
@@ -95,7 +101,9 @@ def test_shards_match_the_whole_model(family: str) -> None:
     logits = part.logits(hidden)
     torch.testing.assert_close(logits, found.logits.detach(), rtol=1e-5, atol=1e-5)
     nll, _ = next_token_loss(hidden, part.head_weight, Predicted(TOKENS))
-    assert float(nll.sum()) / NUM_PREDICTED == pytest.approx(float(found.loss.detach()), rel=1e-5)
+    assert float(nll.sum()) / NUM_PREDICTED == pytest.approx(
+        float(found.loss.detach()), rel=1e-5
+    )
     gather(cut)
     gather([whole])
     for shape in layout.linears:
@@ -107,7 +115,9 @@ def test_shards_match_the_whole_model(family: str) -> None:
         assert factors.num_tokens == TOKENS.numel()
         torch.testing.assert_close(factors.A.dense(), a.T @ a, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(factors.G.dense(), g.T @ g, rtol=1e-3, atol=5e-5)
-        (other,) = (part.factors(shape.name) for part in cut if shape.name in part.linears)
+        (other,) = (
+            part.factors(shape.name) for part in cut if shape.name in part.linears
+        )
         assert torch.equal(factors.A.flat, other.A.flat)
         assert torch.equal(factors.G.flat, other.G.flat)
         W = whole.weight(shape.name)

@@ -44,7 +44,9 @@ def backward(shard: ModelShard) -> None:
         runner.backward(i, [gradient])
 
 
-def steps(trained: WholeWeights, shard: ModelShard, count: int, rate: float = 0.01) -> Tensor:
+def steps(
+    trained: WholeWeights, shard: ModelShard, count: int, rate: float = 0.01
+) -> Tensor:
     for _ in range(count):
         backward(shard)
         for name in block_parameters(shard):
@@ -75,7 +77,11 @@ def test_steps_match_adam_on_the_whole_model(family: str, activations: Any) -> N
     shard = shard_with(family, Stores(activations=activations))
     trained = training(shard)
     dense = tiny_model(family).double()
-    blocks = {n: p for n, p in dense.named_parameters() if LAYOUTS[family].block_of(n) is not None}
+    blocks = {
+        n: p
+        for n, p in dense.named_parameters()
+        if LAYOUTS[family].block_of(n) is not None
+    }
     assert blocks.keys() == block_parameters(shard).keys()
     before = {name: parameter.detach().clone() for name, parameter in blocks.items()}
     sizes = {}
@@ -94,7 +100,9 @@ def test_steps_match_adam_on_the_whole_model(family: str, activations: Any) -> N
         trained.step(rate)
         optimizer.zero_grad()
         (times * dense(TOKENS, labels=TOKENS).loss).backward()
-        for group, (name, parameter) in zip(optimizer.param_groups, blocks.items(), strict=True):
+        for group, (name, parameter) in zip(
+            optimizer.param_groups, blocks.items(), strict=True
+        ):
             group["lr"] = rate * sizes[name]
             assert parameter.grad is not None
             norm = float(parameter.grad.norm())
@@ -125,10 +133,16 @@ def test_gradients_of_a_mixture_match_the_whole_model(family: str) -> None:
     dense(TOKENS, labels=TOKENS).loss.backward()
     gradients = copy.deepcopy(dense)
     for own, parameter in zip(gradients.parameters(), dense.parameters(), strict=True):
-        own.data = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        own.data = (
+            torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        )
     read = reader_of(LAYOUTS[family], gradients)
     backward(shard)
-    routers = [name for name in block_parameters(shard) if "router" in name or "mlp.gate." in name]
+    routers = [
+        name
+        for name in block_parameters(shard)
+        if "router" in name or "mlp.gate." in name
+    ]
     assert routers
     largest = max(float(parameter.data.norm()) for parameter in gradients.parameters())
     for name in block_parameters(shard):
@@ -187,7 +201,9 @@ def test_masters_accumulate_steps_below_bfloat16_resolution() -> None:
     (shard,) = shards("llama", [0, 4], dtype=torch.bfloat16)
     trained = training(shard)
     name, parameter = next(
-        item for item in block_parameters(shard).items() if item[0].endswith("up_proj.weight")
+        item
+        for item in block_parameters(shard).items()
+        if item[0].endswith("up_proj.weight")
     )
     start = parameter.detach().clone()
     size = root_mean_square(start.float())
@@ -198,21 +214,28 @@ def test_masters_accumulate_steps_below_bfloat16_resolution() -> None:
         trained.step(1e-4)
 
     step()
-    assert float((parameter != start).float().mean()) < 0.2, "most entries are as they were"
+    assert float((parameter != start).float().mean()) < 0.2, (
+        "most entries are as they were"
+    )
     for _ in range(59):
         step()
     moved = (start.float() - parameter.detach().float()).mean()
     assert float(moved) == pytest.approx(60 * 1e-4 * size, rel=0.05)
     arrived, wanted = trained.absorb()[name]
     assert arrived / wanted == pytest.approx(1, abs=0.1)
-    assert all(own.grad is None and not own.requires_grad for own in shard.model.parameters())
+    assert all(
+        own.grad is None and not own.requires_grad for own in shard.model.parameters()
+    )
 
 
 def test_share_absorbed_in_bfloat16_is_reported() -> None:
     (shard,) = shards("llama", [0, 4], dtype=torch.bfloat16)
     trained = training(shard)
     steps(trained, shard, 1, rate=1e-4)
-    before = {name: reader("llama")(name).bfloat16().double() for name in block_parameters(shard)}
+    before = {
+        name: reader("llama")(name).bfloat16().double()
+        for name in block_parameters(shard)
+    }
     masters = {name: trained.state()[name].double() for name in before}
     arrived = trained.absorb()
     for name, start in before.items():
@@ -243,7 +266,12 @@ def test_restored_state_is_complete(factors: Any, dtype: torch.dtype) -> None:
     again.load_state(state)
     assert torch.equal(steps(again, other, 2), expected)
     assert all(torch.equal(tensor, end[name]) for name, tensor in again.state().items())
-    assert {name.rpartition(" ")[2] for name in end} >= {"norms", "exp_avg", "exp_avg_sq", "step"}
+    assert {name.rpartition(" ")[2] for name in end} >= {
+        "norms",
+        "exp_avg",
+        "exp_avg_sq",
+        "step",
+    }
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -275,7 +303,9 @@ def test_going_back_to_the_best_weights_resets_moments(dtype: torch.dtype) -> No
     trained.remove()
     assert torch.equal(flat(shard), start)
     assert not any("layernorm" in name for name in shard.saved(changed_only=True))
-    assert all(own.grad is None and not own.requires_grad for own in shard.model.parameters())
+    assert all(
+        own.grad is None and not own.requires_grad for own in shard.model.parameters()
+    )
 
 
 def test_all_absorbed_weights_are_saved() -> None:
@@ -298,7 +328,13 @@ def test_zero_weights_are_trained() -> None:
     prefix = "transformer.h.0."
     weight = shard.tensor(f"{prefix}attn.c_attn.weight")
     size = root_mean_square(weight)
-    names = ("attn.c_attn.bias", "mlp.c_fc.weight", "mlp.c_fc.bias", "ln_1.weight", "ln_1.bias")
+    names = (
+        "attn.c_attn.bias",
+        "mlp.c_fc.weight",
+        "mlp.c_fc.bias",
+        "ln_1.weight",
+        "ln_1.bias",
+    )
     parameters = [block_parameters(shard)[prefix + name] for name in names]
     for parameter in parameters:
         parameter.data.zero_()

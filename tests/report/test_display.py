@@ -13,7 +13,9 @@ from ray_surgeon.report import display as display_module
 from ray_surgeon.report.display import Display
 from ray_surgeon.report.events import Event, Moment, readings
 
-EVENT = Event("curvature", 1, 3, 61.25, {"loss": 2.5, "tokens": 12, "unit": "nats"}, [1.0])
+EVENT = Event(
+    "curvature", 1, 3, 61.25, {"loss": 2.5, "tokens": 12, "unit": "nats"}, [1.0]
+)
 MOMENT = Moment("curvature", 1, 3, 12, 64, "sequences", 512, 48.0)
 
 
@@ -31,7 +33,9 @@ def test_log_lines_as_json(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_metrics_of_a_check_have_their_own_names() -> None:
     """They do not overwrite those of passes over the calibration text."""
-    check = Event("check", 1, 3, 2.0, {"held_aside": 0.5, "tokens_per_s": 9.0, "rate": 1e-3})
+    check = Event(
+        "check", 1, 3, 2.0, {"held_aside": 0.5, "tokens_per_s": 9.0, "rate": 1e-3}
+    )
     values = {name: value for name, value, _ in readings(check)}
     assert (values["training_held_aside"], values["training_tokens_per_s"]) == (0.5, 9.0)
     assert not {"tokens_per_s", "rate", "training_rate"} & values.keys()
@@ -49,7 +53,9 @@ def test_terminal_shows_progress_bars() -> None:
     assert not [part for part in expected if part not in out.getvalue()]
 
 
-def test_log_gets_occasional_lines_without_cursor_codes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_log_gets_occasional_lines_without_cursor_codes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     out = io.StringIO()
     with Display(Console(file=out, width=140), "my-run") as display:
         display(EVENT)
@@ -61,7 +67,11 @@ def test_log_gets_occasional_lines_without_cursor_codes(monkeypatch: pytest.Monk
     assert out.getvalue().splitlines() == [EVENT.line, MOMENT.line]
 
 
-def test_notebook_shows_bars_if_widgets_are_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_notebook_shows_bars_if_widgets_are_installed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     for widgets in (True, False):
-        monkeypatch.setattr(display_module, "find_spec", lambda _, widgets=widgets: widgets)
+        monkeypatch.setattr(
+            display_module, "find_spec", lambda _, widgets=widgets: widgets
+        )
         assert Display(Console(force_jupyter=True), "my-run").disable is not widgets

@@ -22,7 +22,9 @@ from tests.integration.runs import report_of, run
 
 @pytest.fixture(scope="module")
 def runs(
-    tmp_path_factory: pytest.TempPathFactory, model_folders: dict[str, Path], zygote: Zygote
+    tmp_path_factory: pytest.TempPathFactory,
+    model_folders: dict[str, Path],
+    zygote: Zygote,
 ) -> dict[str, Path]:
     """Return a run of groups with timed exports, and a run of rows and columns."""
     folder = tmp_path_factory.mktemp("page")
@@ -34,7 +36,10 @@ def runs(
     }
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fresh_process, "run_module", zygote.run_module)
-        assert run(folder / "groups", model_folders["llama"], name="some-groups", **groups) == 0
+        assert (
+            run(folder / "groups", model_folders["llama"], name="some-groups", **groups)
+            == 0
+        )
         patch.setattr(LivePage, "draw", lambda *_, **__: None)
         rows = {"name": "some-rows", "cluster__num_shards": 2, "pruning__costs": "obs"}
         assert run(folder / "rows", model_folders["opt"], **rows) == 0
@@ -117,11 +122,19 @@ def test_page_shows_finished_and_unfinished_training(runs: dict[str, Path]) -> N
     """The first training diverged on the way; the second one has no acceptance."""
     record = report_of(runs["rows"])
     checks = [
-        {"steps": 10 * i, "tokens": 1000 * i, "value": value, "acceptance": 0.8, "loss": 0.5}
+        {
+            "steps": 10 * i,
+            "tokens": 1000 * i,
+            "value": value,
+            "acceptance": 0.8,
+            "loss": 0.5,
+        }
         for i, value in enumerate((0.5, None, 0.25))
     ]
     trained = {"recovery_held_aside": checks, "recovery_losses": [0.5] * 10}
-    present = trained | {"recovery_held_aside": [check | {"acceptance": None} for check in checks]}
+    present = trained | {
+        "recovery_held_aside": [check | {"acceptance": None} for check in checks]
+    }
     first = record | {"shots": [record["shots"][0] | trained], "present": present}
     begun = record | {"shots": [], "linears": [], "present": present}
     figures = [run_figures(each)["training"] for each in (first, begun)]
@@ -134,14 +147,22 @@ def test_page_shows_finished_and_unfinished_training(runs: dict[str, Path]) -> N
         assert text.count("Trainings after pruning, on windows held aside") == number
 
 
-def test_report_has_seconds_of_workers_and_sparsity_by_block(runs: dict[str, Path]) -> None:
+def test_report_has_seconds_of_workers_and_sparsity_by_block(
+    runs: dict[str, Path],
+) -> None:
     record = report_of(runs["rows"])
     for shot in record["shots"]:
         assert all(len(busy) == 2 for busy in shot["worker_seconds"].values())
-        assert 0 < sum(shot["worker_seconds"]["curvature"]) <= shot["seconds"]["curvature"] + 0.01
+        assert (
+            0
+            < sum(shot["worker_seconds"]["curvature"])
+            <= shot["seconds"]["curvature"] + 0.01
+        )
     kinds = by_block(record["linears"])
     assert (len(kinds), {len(row) for row in kinds.values()}) == (6, {4})
-    (sparsity,) = (x["sparsity"] for x in record["linears"] if x["name"].endswith("layers.3.fc2"))
+    (sparsity,) = (
+        x["sparsity"] for x in record["linears"] if x["name"].endswith("layers.3.fc2")
+    )
     assert kinds["fc2"][3] == sparsity
 
 

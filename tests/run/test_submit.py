@@ -45,9 +45,14 @@ class Head:
         return SimpleNamespace(driver_exit_code=1)
 
 
-@pytest.mark.parametrize("where", [" --address http://head:8265", ""])  # or in the environment
+@pytest.mark.parametrize(
+    "where", [" --address http://head:8265", ""]
+)  # or in the environment
 def test_failed_job_leaves_a_report_and_a_command_to_resume_it(
-    where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    where: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(ray.job_submission, "JobSubmissionClient", Head)
     spec = tmp_path / "job.yaml"
@@ -78,7 +83,12 @@ def test_reason_of_an_unavailable_head_is_printed_at_once(
     clock.sleep = lambda s: setattr(clock, "now", clock.now + s)
     monkeypatch.setattr(submit, "time", clock)
     problem = "status code 500: No available agent"
-    answers: list[Any] = [RuntimeError(problem), RuntimeError(problem), OSError("gone"), "taken"]
+    answers: list[Any] = [
+        RuntimeError(problem),
+        RuntimeError(problem),
+        OSError("gone"),
+        "taken",
+    ]
 
     def ask() -> Any:
         answer = answers.pop(0)

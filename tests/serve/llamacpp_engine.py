@@ -23,7 +23,9 @@ def main() -> None:
     params.warmup = False
     params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
     # which computes in float16
-    params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    params.flash_attn_type = (
+        xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    )
     server = xllamacpp.Server(params)
 
     def post(path: str, content: dict[str, Any]) -> Any:
@@ -33,8 +35,16 @@ def main() -> None:
             return json.load(answer)
 
     def ask(prompt: list[int], num_tokens: int) -> list[dict[str, Any]]:
-        settings: dict[str, Any] = {"temperature": 0.0, "ignore_eos": True, "cache_prompt": True}
-        settings |= {"prompt": prompt, "n_predict": num_tokens, "n_probs": request["vocabulary"]}
+        settings: dict[str, Any] = {
+            "temperature": 0.0,
+            "ignore_eos": True,
+            "cache_prompt": True,
+        }
+        settings |= {
+            "prompt": prompt,
+            "n_predict": num_tokens,
+            "n_probs": request["vocabulary"],
+        }
         found = post("/completion", settings)
         if "completion_probabilities" not in found:
             raise RuntimeError(json.dumps(found)[:3000])
@@ -54,7 +64,9 @@ def main() -> None:
         new = {"tokens": [entry["id"] for entry in found]}
         new["logprobs"] = [entry["logprob"] for entry in found]
         results.append(new | {"prompt_logprobs": of_prompt})
-    tokenized = [post("/tokenize", {"content": text})["tokens"] for text in request["texts"]]
+    tokenized = [
+        post("/tokenize", {"content": text})["tokens"] for text in request["texts"]
+    ]
     answer = {"results": results, "tokenized": tokenized}
     print(json.dumps({"version": importlib.metadata.version("xllamacpp")} | answer))
 

@@ -8,7 +8,15 @@ from pydoc_data.topics import topics
 from typing import Any
 
 import torch
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import (
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    trainers,
+)
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from ray_surgeon.models.llama_cpp import PRE_TOKENIZERS
@@ -21,7 +29,9 @@ PROMPTS = [list(range(1, 6)), list(range(40, 59)), list(range(100, 170))]
 _SIZES = {"hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4}
 _TEXT = {"vocab_size": VOCABULARY, "max_position_embeddings": 512}
 _TEXT |= {"bos_token_id": 0, "eos_token_id": 0}
-_BASE: dict[str, Any] = _SIZES | _TEXT | {"intermediate_size": 256, "num_key_value_heads": 2}
+_BASE: dict[str, Any] = (
+    _SIZES | _TEXT | {"intermediate_size": 256, "num_key_value_heads": 2}
+)
 _BASE |= {"initializer_range": 0.15}
 _GEMMA = {"head_dim": 32, "sliding_window": 16, "num_hidden_layers": 7}
 _GEMMA |= {"query_pre_attn_scalar": 32, "pad_token_id": 0}
@@ -44,7 +54,9 @@ FAMILIES = {
 }
 MIXTURES = {
     "mixtral": _of("mixtral", **_BASE, **_EIGHT, sliding_window=None),
-    "qwen2_moe": _of("qwen2_moe", **_BASE, **_SPARSE, shared_expert_intermediate_size=128),
+    "qwen2_moe": _of(
+        "qwen2_moe", **_BASE, **_SPARSE, shared_expert_intermediate_size=128
+    ),
     "gpt_oss": _of("gpt_oss", **_BASE, **_EIGHT, head_dim=32, sliding_window=16),
     "qwen3_moe": _of("qwen3_moe", **_BASE, **_SPARSE, head_dim=32),
 }
@@ -98,7 +110,9 @@ def of_pieces() -> PreTrainedTokenizerFast:
     texts = [text.replace("\n", " ") for text in topics.values() if text.isascii()][:40]
     trained.train_from_iterator(texts, trainer)
     document = json.loads(trained.to_str())
-    document["added_tokens"] = [token for token in document["added_tokens"] if token["id"] < 3]
+    document["added_tokens"] = [
+        token for token in document["added_tokens"] if token["id"] < 3
+    ]
     trained = Tokenizer.from_str(json.dumps(document))
     special_tokens = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
     return PreTrainedTokenizerFast(tokenizer_object=trained, **special_tokens)
@@ -119,6 +133,10 @@ def tokenizer(cuts_as: str = "") -> PreTrainedTokenizerFast:
     trained.decoder = decoders.ByteLevel()
     settings: dict[str, Any] = {"special_tokens": ["<end>"], "show_progress": False}
     trainer = trainers.BpeTrainer(vocab_size=VOCABULARY, **settings)
-    trained.train_from_iterator([text for text in topics.values() if text.isascii()][:40], trainer)
+    trained.train_from_iterator(
+        [text for text in topics.values() if text.isascii()][:40], trainer
+    )
     assert trained.get_vocab_size() == VOCABULARY
-    return PreTrainedTokenizerFast(tokenizer_object=trained, eos_token="<end>", bos_token="<end>")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=trained, eos_token="<end>", bos_token="<end>"
+    )

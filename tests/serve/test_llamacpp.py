@@ -34,7 +34,8 @@ from tests.serve.models import (
 pytestmark = [
     pytest.mark.serve,
     pytest.mark.skipif(
-        not environments.is_there("llamacpp"), reason="python -m tests.serve.environments llamacpp"
+        not environments.is_there("llamacpp"),
+        reason="python -m tests.serve.environments llamacpp",
     ),
 ]
 SCORED = [1, 4, 18, 33, 69]
@@ -50,7 +51,11 @@ ROUNDED_GELU = 5e-3
 """llama.cpp looks GELU up in a table of float16 numbers."""
 
 
-REQUEST: dict[str, Any] = {"num_new_tokens": NUM_NEW_TOKENS, "chunk": 32, "max_length": 200}
+REQUEST: dict[str, Any] = {
+    "num_new_tokens": NUM_NEW_TOKENS,
+    "chunk": 32,
+    "max_length": 200,
+}
 REQUEST |= {"vocabulary": VOCABULARY, "scored": SCORED}
 
 
@@ -64,27 +69,37 @@ def in_llamacpp(folder: Path, tolerance: float = TOLERANCE) -> None:
     compare(found, folder, "llama.cpp", SCORED, without_end=True, tolerance=tolerance)
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "gemma3", "phi3", "gpt2"])
+@pytest.mark.parametrize(
+    "family", ["llama", "mistral", "qwen2", "qwen3", "gemma3", "phi3", "gpt2"]
+)
 def test_uniform_export(family: str, tmp_path: Path) -> None:
     tolerance = ROUNDED_GELU if family in ("gemma3", "gpt2") else TOLERANCE
     options = {"output__gguf": ["f32"]}
     if family == "qwen2":
         options["pruning__groups"] = ["ffn"]
-    in_llamacpp(exported(family, "uniform", "gguf", folder=tmp_path, **options), tolerance)
+    in_llamacpp(
+        exported(family, "uniform", "gguf", folder=tmp_path, **options), tolerance
+    )
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 def test_uniform_export_with_fewer_heads(family: str, tmp_path: Path) -> None:
     options = {"pruning__groups": ["attention"], "pruning__target_sparsity": 0.1}
-    folder = exported(family, "uniform", "gguf", folder=tmp_path, output__gguf=["f32"], **options)
+    folder = exported(
+        family, "uniform", "gguf", folder=tmp_path, output__gguf=["f32"], **options
+    )
     assert json.loads((folder / "config.json").read_text())["num_key_value_heads"] == 1
     in_llamacpp(folder)
 
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "gpt_oss"])
-def test_mixture_of_experts(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mixture_of_experts(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Whole experts are removed, and channels of the others."""
-    if family == "gpt_oss":  # llama.cpp rounds the borders of frequencies, as `truncate` does
+    if (
+        family == "gpt_oss"
+    ):  # llama.cpp rounds the borders of frequencies, as `truncate` does
         config = copy.deepcopy(MIXTURES[family])
         config.rope_parameters["truncate"] = True
         monkeypatch.setitem(MIXTURES, family, config)
@@ -99,12 +114,16 @@ def test_mixture_of_experts(family: str, tmp_path: Path, monkeypatch: pytest.Mon
 def test_export_with_fewer_blocks(family: str, tmp_path: Path) -> None:
     tolerance = ROUNDED_GELU if family == "gpt2" else TOLERANCE
     options = BLOCKS | {"output__gguf": ["f32"]}
-    in_llamacpp(exported(family, "uniform", "gguf", folder=tmp_path, **options), tolerance)
+    in_llamacpp(
+        exported(family, "uniform", "gguf", folder=tmp_path, **options), tolerance
+    )
 
 
 def test_export_with_widths_that_differ_by_block(tmp_path: Path) -> None:
     """Written as DeciLM; the numbers of heads differ too."""
-    in_llamacpp(exported("llama", "per_block", "gguf", folder=tmp_path, output__gguf=["f32"]))
+    in_llamacpp(
+        exported("llama", "per_block", "gguf", folder=tmp_path, output__gguf=["f32"])
+    )
 
 
 @pytest.mark.skipif(
@@ -112,7 +131,9 @@ def test_export_with_widths_that_differ_by_block(tmp_path: Path) -> None:
 )
 def test_importance_matrix_improves_quantisation(tmp_path: Path) -> None:
     """With it llama.cpp rounds a pruned real model more accurately on every text."""
-    settings = "evaluation.generation=null; calibration.num_sequences=16; calibration.mix=[]"
+    settings = (
+        "evaluation.generation=null; calibration.num_sequences=16; calibration.mix=[]"
+    )
     settings += "; cluster={backend: local}; pruning.reconstruction=null"
     export, texts = importance.exported(tmp_path, settings.split("; "), dense=False)
     tools = importance.Tools(environments.tools_folder())

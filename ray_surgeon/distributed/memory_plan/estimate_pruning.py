@@ -29,7 +29,9 @@ def estimate_curvature(
     num_passes = _num_passes(curvature)
     loads = (worker.num_waves + -(-backward // worker.wave)) * worker.all_blocks
     weights = worker.moved(worker.stores.weights, loads)
-    factors = worker.moved(worker.stores.factors, 2 * worker.num_waves * worker.all_factors)
+    factors = worker.moved(
+        worker.stores.factors, 2 * worker.num_waves * worker.all_factors
+    )
     host_bytes = num_passes * (weights[0] + factors[0])
     disk_bytes = num_passes * (weights[1] + factors[1])
 
@@ -104,7 +106,9 @@ def _curvature_flops(
     return worker.sequences * forward + head + backward * further
 
 
-def _curvature_traffic(worker: WorkerView, job: PlannedJob, backward: int) -> tuple[float, float]:
+def _curvature_traffic(
+    worker: WorkerView, job: PlannedJob, backward: int
+) -> tuple[float, float]:
     """Return the bytes of one pass in the device's memory, and those between workers."""
     T = worker.sequence_length
     runs = worker.num_runs_forward
@@ -196,7 +200,9 @@ def _beside_curvature(step: StepPlan, worker: WorkerView, job: PlannedJob) -> St
     """Return a step with what the curvature pass leaves until the end of the update."""
     device = step.device
     host = step.host
-    if job.curvature is not None and isinstance(job.curvature.section, ExtendedKfacSection):
+    if job.curvature is not None and isinstance(
+        job.curvature.section, ExtendedKfacSection
+    ):
         device += _further_terms(worker, job.curvature.section)
     if job.reconstruction is not None:
         host += kept_inputs(worker, job.reconstruction).until_update
@@ -275,6 +281,8 @@ def block_by_block(
         float32_flops=sum(flops for _, flops in of_linears) / worker.num_replicas,
         host_bytes=host_bytes,
         disk_bytes=disk_bytes,
-        memory_bytes=worker.pass_bytes(worker.sequences, T, forward=2.0, heads=0.0, together=1),
+        memory_bytes=worker.pass_bytes(
+            worker.sequences, T, forward=2.0, heads=0.0, together=1
+        ),
         sent_bytes=worker.sent_bytes(worker.sequences * T, num_passes=2),
     )

@@ -50,7 +50,9 @@ def estimate_reconstruction(
     for linear, size in sizes.items():
         owner = worker.owners[linear.name]
         # whole, and in every epoch what is left, its weights' gradients and those of hidden entries
-        flops_of_token[owner] += 2 * size + section.num_epochs * (4 * size + 2 * linear.size)
+        flops_of_token[owner] += 2 * size + section.num_epochs * (
+            4 * size + 2 * linear.size
+        )
         traffic = _traffic(worker, reconstruction, linear, size, section.num_epochs)
         memory_bytes[owner] += traffic.memory_bytes
         sent_bytes[owner] += traffic.sent_bytes
@@ -61,7 +63,9 @@ def estimate_reconstruction(
         num_trials = reconstruction.num_rates * num_layers
         of_trial = reconstruction.trial_epochs * (4 * size + 2 * linear.size)
         flops_of_token[slowest] += num_layers * 2 * size + num_trials * of_trial
-        traffic = _traffic(worker, reconstruction, linear, size, reconstruction.trial_epochs)
+        traffic = _traffic(
+            worker, reconstruction, linear, size, reconstruction.trial_epochs
+        )
         memory_bytes[slowest] += num_trials * traffic.memory_bytes
         sent_bytes[slowest] += num_trials * traffic.sent_bytes
     return StepPlan(
@@ -99,11 +103,15 @@ def _trained_layers(
         if groups.kind in reconstruction.kinds:
             names = {groups.consumer, *(name for name, _ in groups.producers)}
             sizes[groups.consumer] = sum(layout.shapes[name].size for name in names)
-    return {linear: sizes[linear.name] for linear in worker.linears if linear.name in sizes}
+    return {
+        linear: sizes[linear.name] for linear in worker.linears if linear.name in sizes
+    }
 
 
 def _device_bytes(
-    worker: WorkerView, reconstruction: PlannedReconstruction, sizes: dict[LinearShape, int]
+    worker: WorkerView,
+    reconstruction: PlannedReconstruction,
+    sizes: dict[LinearShape, int],
 ) -> float:
     width = worker.shapes.width
     hidden = worker.hidden_size

@@ -54,7 +54,9 @@ def estimate_recovery(
     kept = _kept(worker, job, recovery)
     whole = []
     for part in parts:
-        whole.append(replace(part, device=part.device + kept.device, host=part.host + kept.host))
+        whole.append(
+            replace(part, device=part.device + kept.device, host=part.host + kept.host)
+        )
     return whole
 
 
@@ -62,7 +64,9 @@ def _teacher_ahead(worker: WorkerView, recovery: PlannedRecovery) -> StepPlan:
     """Return a pass of the dense model over the sequences of several steps."""
     num_ahead = _sequences_ahead(recovery)
     of_replica = -(-num_ahead // worker.num_replicas)
-    step = worker.measuring("recovery", [(num_ahead, worker.sequence_length)], of_teacher=True)
+    step = worker.measuring(
+        "recovery", [(num_ahead, worker.sequence_length)], of_teacher=True
+    )
     return replace(step, bubble=worker.bubble(of_replica, worker.stores.of_teacher))
 
 
@@ -101,7 +105,9 @@ def _kept(worker: WorkerView, job: PlannedJob, recovery: PlannedRecovery) -> _Ke
     return _Kept(device, host)
 
 
-def _kept_of_corrections(worker: WorkerView, job: PlannedJob, recovery: PlannedRecovery) -> _Kept:
+def _kept_of_corrections(
+    worker: WorkerView, job: PlannedJob, recovery: PlannedRecovery
+) -> _Kept:
     """Return the bytes of low-rank corrections.
 
     These are A, B and gradients (between replicas one copy more), Adam's moments at a linear's
@@ -114,7 +120,9 @@ def _kept_of_corrections(worker: WorkerView, job: PlannedJob, recovery: PlannedR
     return _Kept(of_entry * _num_entries(worker, recovery), 0.0)
 
 
-def _kept_of_weights(worker: WorkerView, job: PlannedJob, recovery: PlannedRecovery) -> _Kept:
+def _kept_of_weights(
+    worker: WorkerView, job: PlannedJob, recovery: PlannedRecovery
+) -> _Kept:
     """Return the bytes of a training of all weights.
 
     These are gradients; masters and moments at the owner, and the gradients in float32 of one
@@ -163,7 +171,9 @@ def _start(worker: WorkerView, recovery: PlannedRecovery) -> StepPlan:
     )
 
 
-def _training_step(worker: WorkerView, job: PlannedJob, recovery: PlannedRecovery) -> StepPlan:
+def _training_step(
+    worker: WorkerView, job: PlannedJob, recovery: PlannedRecovery
+) -> StepPlan:
     """Return one step of the training."""
     T = worker.sequence_length
     N = worker.num_replicas

@@ -35,7 +35,9 @@ class LinearNeeds:
     costs_flops: float = 0.0
     update_bytes: float = 0.0
     update_flops: float = 0.0
-    kept_bytes: float = 0.0  # from its costs to its update, of all linears at the same time
+    kept_bytes: float = (
+        0.0  # from its costs to its update, of all linears at the same time
+    )
     batch_bytes: float = 0.0  # of one linear in a batch, see `together`
     reused_bytes: float = 0.0  # on a CPU, kept while costs are computed, up to a limit
     together: int = 1  # the largest number of linears of one shape in a batch of costs
@@ -44,7 +46,9 @@ class LinearNeeds:
     update_memory_bytes: float = 0.0
 
 
-def needs_of_linears(worker: WorkerView, job: PlannedJob) -> list[tuple[ShapeKey, LinearNeeds]]:
+def needs_of_linears(
+    worker: WorkerView, job: PlannedJob
+) -> list[tuple[ShapeKey, LinearNeeds]]:
     """Return the needs of a worker's linears that are ranked, or updated by their factors.
 
     They are computed once for all linears of a shape; a mixture has thousands of these.
@@ -138,7 +142,8 @@ def _for_consumers(groups: PlannedGroups, shape: LinearShape) -> LinearNeeds:
     if together > 0:
         batch_bytes = bytes_needed(R, C)
     return LinearNeeds(
-        costs_bytes=shrinking + 4 * ((2.6 + groups.reach) * C**2 + 2 * R**2 + 4.2 * R * C),
+        costs_bytes=shrinking
+        + 4 * ((2.6 + groups.reach) * C**2 + 2 * R**2 + 4.2 * R * C),
         costs_flops=5.0 * C**3 + R**3 + 4 * R**2 * C,
         update_bytes=shrinking + 4 * (measured + R**2),
         update_flops=2.0 * C**3,

@@ -21,7 +21,9 @@ class PlannedCurvature:
     """The passes over the calibration text that gather curvature."""
 
     section: AnyCurvature
-    num_changes: int  # changes of a block's output that are computed for a token; 0 mostly
+    num_changes: (
+        int  # changes of a block's output that are computed for a token; 0 mostly
+    )
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,9 @@ class PlannedReconstruction:
 
     section: ReconstructionSection
     kinds: frozenset[str]  # of the groups whose layers are trained
-    num_backward: int | None  # sequences that pass backward in the curvature pass; None for all
+    num_backward: (
+        int | None
+    )  # sequences that pass backward in the curvature pass; None for all
     num_rates: int  # learning rates that are tried if the section has none
     trial_epochs: float  # passes over the calibration tokens with each of them
 
@@ -104,8 +108,12 @@ class PlannedJob:
     num_sequences: int  # of the calibration
     sequence_length: int
     num_held: int = 0  # windows held aside
-    factors: Literal["both", "A", "none"] = "none"  # gathered by a pass over the calibration text
-    gathered: frozenset[str] = frozenset()  # linears that are ranked, or updated by their factors
+    factors: Literal["both", "A", "none"] = (
+        "none"  # gathered by a pass over the calibration text
+    )
+    gathered: frozenset[str] = (
+        frozenset()
+    )  # linears that are ranked, or updated by their factors
     by_element: bool = False  # whether masks are of elements, or of rows and columns
     pruning: PruningSection | None = None
     groups: PlannedGroups | None = None

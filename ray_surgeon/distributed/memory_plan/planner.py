@@ -135,11 +135,15 @@ class Plan:
             "stores": self.places,
             "device": self.device.name,
             "worker_hours": self.worker_hours,
-            "seconds": {name: round(seconds, 3) for name, seconds in self.seconds.items()},
+            "seconds": {
+                name: round(seconds, 3) for name, seconds in self.seconds.items()
+            },
             "flops": flops,
             "moved_bytes": moved_bytes,
             "memory_bytes": memory_bytes,
-            "peak_bytes": {name: list(map(int, peaks)) for name, peaks in self.peaks().items()},
+            "peak_bytes": {
+                name: list(map(int, peaks)) for name, peaks in self.peaks().items()
+            },
             "disk_bytes": [int(worker.view.disk_bytes) for worker in self.workers],
         }
 
@@ -158,7 +162,9 @@ class Plan:
                 where = f"{step.name} on {shard}"
                 needs.append(_Need(where, device_memory, device, room.device))
                 needs.append(_Need(where, "host memory", host, room.host))
-            needs.append(_Need(shard, "disk", worker.view.disk_bytes, max(1.0, room.disk)))
+            needs.append(
+                _Need(shard, "disk", worker.view.disk_bytes, max(1.0, room.disk))
+            )
         largest = max(needs, key=lambda need: need.fraction)
         sentence = (
             f"{largest.where} needs {largest.needed / 2**30:.1f} GiB of {largest.memory}, "
@@ -244,7 +250,9 @@ class Planner:
             is_resident = weights == factors == "device"
             if activations == "keep" and not is_resident:
                 continue
-            for wave, together in self._waves(per_replica, is_resident, room.device_is_host):
+            for wave, together in self._waves(
+                per_replica, is_resident, room.device_is_host
+            ):
                 stores = Stores(
                     weights=weights,
                     factors=factors,
@@ -259,7 +267,9 @@ class Planner:
                     plan = self.plan(placement, room, stores)
                 yield plan
 
-    def _ways(self, device_is_host: bool) -> Iterator[tuple[Place, Place, Activations, Place]]:
+    def _ways(
+        self, device_is_host: bool
+    ) -> Iterator[tuple[Place, Place, Activations, Place]]:
         """Return places of weights and factors, ways of activations, and places of the teacher."""
         wanted = self.wanted
         job = self.shapes.job
@@ -307,13 +317,19 @@ class Planner:
         remedies = []
         num_shards = self._enough_shards(placement, best.room)
         if num_shards is not None:
-            remedies.append(f"set cluster.num_shards: {num_shards}, on as many such devices")
+            remedies.append(
+                f"set cluster.num_shards: {num_shards}, on as many such devices"
+            )
         free = MemorySection(limit_gib=wanted.limit_gib, scratch=wanted.scratch)
         freed = replace(self, wanted=free)
-        if free != wanted and any(plan.fits for plan in freed.plans(placement, best.room)):
+        if free != wanted and any(
+            plan.fits for plan in freed.plans(placement, best.room)
+        ):
             remedies.append("leave memory to the plan, which finds a way")
         if self.shapes.job.trains_all:
-            remedies.append("or give recovery.rank a number, with which weights may be elsewhere")
+            remedies.append(
+                "or give recovery.rank a number, with which weights may be elsewhere"
+            )
         times = best.excess()[0]
         if wanted.limit_gib is not None and self.plan(placement, safe, best.stores).fits:
             limit = math.ceil(100 * wanted.limit_gib * times) / 100
@@ -369,10 +385,14 @@ def plan_table(plan: Plan) -> Table:
             on_host.append(host)
         sizes = [*on_device, max(on_host), worker.view.disk_bytes]
         blocks = f"{worker.view.blocks.first}-{worker.view.blocks.last - 1}"
-        table.add_row(str(worker.view.shard), blocks, *(f"{size / 2**30:.2f}" for size in sizes))
+        table.add_row(
+            str(worker.view.shard), blocks, *(f"{size / 2**30:.2f}" for size in sizes)
+        )
     table.add_section()
     for name in ("flops", "moved_bytes", "memory_bytes"):
-        table.add_row("all", name, *(f"{value:.3g}" for value in record[name].values()), "", "")
+        table.add_row(
+            "all", name, *(f"{value:.3g}" for value in record[name].values()), "", ""
+        )
     table.add_row("slowest", plan.device.name, *map(_time, plan.seconds.values()), "", "")
     return table
 

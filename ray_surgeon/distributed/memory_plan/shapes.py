@@ -74,7 +74,9 @@ class Shapes:
             and those that a host reserves for the blocks' weights, and for their factors.
     """
 
-    def __init__(self, layout: ModelLayout, job: PlannedJob, device_type: str = "cpu") -> None:
+    def __init__(
+        self, layout: ModelLayout, job: PlannedJob, device_type: str = "cpu"
+    ) -> None:
         """Compute the sizes.
 
         Args:
@@ -95,9 +97,13 @@ class Shapes:
             self.linears[linear.block].append(linear)
         self._in_blocks = self._sizes_in_blocks()
         self.block_bytes = [sum(sizes) for sizes in self._in_blocks]
-        self._factors = [_factor_sizes(linears, job, device_type) for linears in self.linears]
+        self._factors = [
+            _factor_sizes(linears, job, device_type) for linears in self.linears
+        ]
         self.factor_bytes = [sum(sizes) for sizes in self._factors]
-        self.active_parameters = [self._active_parameters(linears) for linears in self.linears]
+        self.active_parameters = [
+            self._active_parameters(linears) for linears in self.linears
+        ]
         self.activations = [self._activation_bytes(linears) for linears in self.linears]
         self._traffic = self._traffic_of_blocks()
         self.traffic = functools.cache(self._sum_of_traffic)
@@ -128,7 +134,9 @@ class Shapes:
         """
         layout = self.layout
         hidden = int(layout.config.hidden_size)
-        outputs = sum(linear.num_rows * layout.part_of_tokens(linear) for linear in linears)
+        outputs = sum(
+            linear.num_rows * layout.part_of_tokens(linear) for linear in linears
+        )
         widest = max(linear.num_columns for linear in linears)
         norms = 8 * hidden if self.width < 4 else 0
         has_scores = layout.family.runs_attention == "eager"
@@ -184,7 +192,9 @@ class Shapes:
         return outside, weights, factors
 
 
-def _factor_sizes(linears: list[LinearShape], job: PlannedJob, device_type: str) -> list[int]:
+def _factor_sizes(
+    linears: list[LinearShape], job: PlannedJob, device_type: str
+) -> list[int]:
     """Return the bytes of A and G of a block's linears, packed in float32."""
     if job.factors == "none":
         return []

@@ -37,7 +37,9 @@ class StepPlan:
             device: on which the step runs.
             dtype: of the weights.
         """
-        computing = self.flops / device.flops[dtype] + self.float32_flops / device.float32_flops
+        computing = (
+            self.flops / device.flops[dtype] + self.float32_flops / device.float32_flops
+        )
         computing += self.memory_bytes / device.memory_bytes_per_s
         moving = self.host_bytes / device.host_bytes_per_s
         moving += self.disk_bytes / device.disk_bytes_per_s

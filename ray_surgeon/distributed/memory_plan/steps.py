@@ -249,7 +249,9 @@ def estimate_dense_answers(worker: WorkerView, section: GenerationSection) -> St
     return worker.writing("answers", texts, PROMPT_TOKENS)
 
 
-def estimate_pruned_answers(worker: WorkerView, section: GenerationSection) -> list[StepPlan]:
+def estimate_pruned_answers(
+    worker: WorkerView, section: GenerationSection
+) -> list[StepPlan]:
     """Return the writing of a pruned model's answers, and their comparison with the dense ones."""
     length = PROMPT_TOKENS + section.max_new_tokens
     return [
@@ -311,7 +313,9 @@ def estimate_exports(worker: WorkerView, exports: PlannedExports) -> list[StepPl
             parts.append(_mean_squares(worker))
         parts.append(_export(worker, exports.num_processes))
     if exports.quantize is not None:
-        parts.extend(_quantised(worker, exports.quantize, exports) * exports.num_quantized)
+        parts.extend(
+            _quantised(worker, exports.quantize, exports) * exports.num_quantized
+        )
     return parts
 
 
@@ -345,7 +349,9 @@ def _quantised(
     if section.rounding != "both_sides":
         return [block_by_block(worker, "quantise", _rounding_by_A(worker))]
     device_type = "cpu" if worker.device_is_host else "cuda"
-    of_G = sum(4.0 * PackedSymmetric.size(s.num_rows, device_type) for s in worker.linears)
+    of_G = sum(
+        4.0 * PackedSymmetric.size(s.num_rows, device_type) for s in worker.linears
+    )
     step = block_by_block(worker, "quantise", _rounding_by_both(worker))
     return [
         _pass_for_G(worker, of_G, exports.num_backward),
@@ -399,6 +405,8 @@ def _pass_for_G(worker: WorkerView, of_G: float, num_backward: int) -> StepPlan:
         flops=tokens * flops,
         host_bytes=host_bytes,
         disk_bytes=disk_bytes,
-        memory_bytes=worker.pass_bytes(own, worker.sequence_length, forward=1.0, backward=1.0),
+        memory_bytes=worker.pass_bytes(
+            own, worker.sequence_length, forward=1.0, backward=1.0
+        ),
         sent_bytes=worker.sent_bytes(tokens, num_passes=2),
     )

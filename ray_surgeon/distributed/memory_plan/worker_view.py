@@ -49,7 +49,12 @@ class WorkerView:
     """
 
     def __init__(
-        self, shapes: Shapes, placement: Placement, stores: Stores, device_is_host: bool, shard: int
+        self,
+        shapes: Shapes,
+        placement: Placement,
+        stores: Stores,
+        device_is_host: bool,
+        shard: int,
     ) -> None:
         """Describe the worker of a shard that has most to do.
 
@@ -150,7 +155,9 @@ class WorkerView:
         waves = -(-num_sequences // stores.wave_of(num_sequences, self.num_shards))
         return (waves + self.num_shards - 1) / waves
 
-    def measuring(self, name: str, texts: TextSizes, *, of_teacher: bool = False) -> StepPlan:
+    def measuring(
+        self, name: str, texts: TextSizes, *, of_teacher: bool = False
+    ) -> StepPlan:
         """Return a step of passes forward over texts.
 
         Args:
@@ -161,7 +168,9 @@ class WorkerView:
         """
         stores = self.stores.of_teacher if of_teacher else self.stores
         num_heads = 0 if of_teacher else 1
-        num_states = 3 if self.num_shards == 1 else 6  # with those packed and unpacked to travel
+        num_states = (
+            3 if self.num_shards == 1 else 6
+        )  # with those packed and unpacked to travel
         peak = host = 0.0
         tokens = 0
         loads = 0
@@ -171,7 +180,9 @@ class WorkerView:
             own = -(-count // self.num_replicas)
             wave = min(stores.wave_of(own, self.num_shards), own)
             together = min(stores.together, wave)
-            memory_bytes += self.pass_bytes(own, length, heads=num_heads, together=together)
+            memory_bytes += self.pass_bytes(
+                own, length, heads=num_heads, together=together
+            )
             sent_bytes += self.sent_bytes(own * length, num_passes=1)
             moment = together * self.forward_bytes(length)
             if not of_teacher:
@@ -217,7 +228,9 @@ class WorkerView:
         own = self.shapes.traffic(self.blocks)
         passed_bytes = num_calls * forward * own.weight_bytes
         passed_bytes += num_calls * backward * own.weight_bytes
-        passed_bytes += tokens * (forward * own.forward_token + backward * own.backward_token)
+        passed_bytes += tokens * (
+            forward * own.forward_token + backward * own.backward_token
+        )
         if self.head_flops:
             vocabulary = self.head_flops / (2 * self.hidden_size)
             passed_bytes += num_sequences * heads * (_LOGIT_BYTES * length * vocabulary)
@@ -234,7 +247,9 @@ class WorkerView:
         own = self._activations
         return length * (own.forward_only + 4 * length * own.scores)
 
-    def writing(self, name: str, texts: TextSizes, num_prompt_tokens: int = 0) -> StepPlan:
+    def writing(
+        self, name: str, texts: TextSizes, num_prompt_tokens: int = 0
+    ) -> StepPlan:
         """Return a step that writes texts, token by token, and keeps their keys and values.
 
         Args:
@@ -266,7 +281,9 @@ class WorkerView:
         memory_bytes += num_passes * self.shapes.traffic(self.blocks).weight_bytes
         if self.head_flops:
             memory_bytes += num_passes * self.outside
-        host_bytes, disk_bytes = self.moved(self.stores.weights, num_passes * self.all_blocks)
+        host_bytes, disk_bytes = self.moved(
+            self.stores.weights, num_passes * self.all_blocks
+        )
         return StepPlan(
             name=name,
             device=self.weights + most,
@@ -280,11 +297,17 @@ class WorkerView:
     def _cached_bytes_per_token(self) -> float:
         """Return the bytes of the keys and values of a token in one block."""
         heads = self.shapes.layout.heads
-        size: float = 1.0 * heads.num_kv * (heads.query_dim + heads.value_dim) * self.shapes.width
+        size: float = (
+            1.0 * heads.num_kv * (heads.query_dim + heads.value_dim) * self.shapes.width
+        )
         return size
 
     def passing(
-        self, *, more_kept: float = 0.0, more_in_a_moment: float = 0.0, num_sequences: int = 0
+        self,
+        *,
+        more_kept: float = 0.0,
+        more_in_a_moment: float = 0.0,
+        num_sequences: int = 0,
     ) -> float:
         """Return the peak bytes on the device of a pass forward and backward, without weights.
 
@@ -302,7 +325,9 @@ class WorkerView:
         kept = own.kept + more_kept + 2 * T * own.scores
         moment = own.moment + more_in_a_moment + 4 * T * own.scores
         gathered = self.shapes.job.gathered
-        widest = max((s.num_columns for s in self.linears if s.name in gathered), default=0)
+        widest = max(
+            (s.num_columns for s in self.linears if s.name in gathered), default=0
+        )
         tokens = min(self.stores.together, wave) * T
         conversion = 4 * (tokens + 256) * widest
         waiting: float = 2 * of_wave

@@ -102,7 +102,9 @@ class NoAttention(nn.Module):
         return output(hidden_states), None
 
 
-def new_linear(num_inputs: int, num_outputs: int, bias: bool, is_conv: bool = False) -> nn.Module:
+def new_linear(
+    num_inputs: int, num_outputs: int, bias: bool, is_conv: bool = False
+) -> nn.Module:
     """Return a linear, or a `NoInputs` if it has no inputs or no outputs.
 
     Args:
@@ -151,7 +153,9 @@ class Experts(nn.Module):
         interleaved = torch.stack([gate, up], dim=-1).flatten(-2)
         return whole._apply_gate(interleaved)  # type: ignore[no-any-return]
 
-    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    def forward(
+        self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+    ) -> Tensor:
         """Return the weighted sum of every token's experts.
 
         Args:
@@ -210,7 +214,9 @@ def narrow_experts(layer: Any, widths: list[int]) -> None:
         setattr(router, name, buffer[:num_experts].clone())
 
 
-def outputs_of_linears(sizes: dict[str, Any], width: int, head_dim: int) -> dict[str, int]:
+def outputs_of_linears(
+    sizes: dict[str, Any], width: int, head_dim: int
+) -> dict[str, int]:
     """Return the number of outputs of each linear that produces channels or heads.
 
     Args:
@@ -276,7 +282,9 @@ def narrow_block(block: nn.Module, config: Any, sizes: dict[str, Any]) -> None:
         narrow_attention(block, attention_name, copy.copy(config), sizes)
 
 
-def narrow_attention(block: nn.Module, name: str, config: Any, sizes: dict[str, Any]) -> None:
+def narrow_attention(
+    block: nn.Module, name: str, config: Any, sizes: dict[str, Any]
+) -> None:
     """Set the number of heads of an attention whose linears are narrow already.
 
     An attention without heads is replaced by a `NoAttention`.
