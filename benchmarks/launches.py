@@ -33,7 +33,7 @@ from ray_surgeon.distributed.memory_plan.shapes import Shapes
 from ray_surgeon.job import run_job
 from ray_surgeon.preparation.inputs import check
 from ray_surgeon.preparation.planning import describe_job
-from ray_surgeon.report.events import Event, Moment
+from ray_surgeon.report.events import Event, ProgressReport
 from ray_surgeon.report.html_report import LivePage
 
 ROOM = Room(80e9, 1e12, 4e12, device_is_host=False)
@@ -101,7 +101,7 @@ def counted_steps(
     total = Counter(device)
     of_shots: dict[int, dict[str, Counter]] = {0: {}, 1: {}}
 
-    def listen(event: Event | Moment) -> None:
+    def listen(event: Event | ProgressReport) -> None:
         if isinstance(event, Event) and event.worker_seconds:  # of a whole step
             counts = total.taken()
             steps = of_shots[event.shot]

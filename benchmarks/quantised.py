@@ -36,7 +36,7 @@ from ray_surgeon.config.sections import ModelSection, QuantizeSection
 from ray_surgeon.distributed.cluster import LocalCluster
 from ray_surgeon.distributed.placement import place
 from ray_surgeon.distributed.weights import ModelRecipe, load
-from ray_surgeon.export.folder import Pruned, run_reload
+from ray_surgeon.export.folder import PrunedModel, run_reload
 from ray_surgeon.export.quantise import quantise
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.preparation.inputs import Inputs, check
@@ -92,7 +92,7 @@ def row(
     cluster = LocalCluster(layout, place(layout, 1, 1), 2)
     model = ModelSection(source=folder)
     cluster.run_all(load, ModelRecipe(model), False, cluster.stores)
-    pruned = Pruned(
+    pruned = PrunedModel(
         cluster, layout, model, facts_of(layout), inputs.calibration, inputs.texts
     )
     begun_s = time.monotonic()
@@ -151,7 +151,7 @@ def row_of_peer(
 
 
 def facts_of(layout: ModelLayout) -> dict[str, Any]:
-    """Return what `Pruned` has to know of a folder that is pruned already: all rows are there."""
+    """Return the facts of `PrunedModel` for a folder that is pruned already: all rows are there."""
     linears = [{"name": s.name, "rows_kept": s.num_rows} for s in layout.linears]
     return {"last": {"linears": linears}}
 

@@ -31,7 +31,7 @@ from ray_surgeon.preparation.stages import ExportStep, Stages
 from ray_surgeon.pruning.coupled_groups import Groups
 from ray_surgeon.pruning.method import Choice, Method, Ranking
 from ray_surgeon.pruning.methods import prune
-from ray_surgeon.report.events import Event, Moment, Steps
+from ray_surgeon.report.events import Event, ProgressReport, Steps
 from ray_surgeon.report.html_report import LivePage
 from ray_surgeon.report.record import RunReport
 from ray_surgeon.run_state import RunState, Text
@@ -42,7 +42,7 @@ _PAUSE_S = 5.0
 _PATIENCE_S = 60.0
 """How long memory is waited for after a loss: workers that are about to end still hold it."""
 
-Listener = Callable[[Event | Moment], None]
+Listener = Callable[[Event | ProgressReport], None]
 """Is called with the event of every step, and with moments inside of long ones."""
 
 

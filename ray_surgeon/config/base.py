@@ -92,7 +92,7 @@ def absolute(uri: str) -> str:
 _Text = Annotated[str, Field(min_length=1)]
 Address = Annotated[_Text, BeforeValidator(local_path), AfterValidator(_without_secrets)]
 """A path, URI or Hub id; it is shown in the run's records, so it must not hold credentials."""
-Place = Annotated[Address, AfterValidator(absolute)]
+Location = Annotated[Address, AfterValidator(absolute)]
 """A path or URI; a local path becomes absolute."""
 
 

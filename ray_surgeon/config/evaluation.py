@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field, model_validator
 
-from ray_surgeon.config.base import Address, OrAuto, Place, Positive, Section
+from ray_surgeon.config.base import Address, Location, OrAuto, Positive, Section
 from ray_surgeon.config.texts import TextSection
 
 
@@ -42,7 +42,7 @@ class TasksSection(Section):
 
     names: tuple[str, ...] = Field(min_length=1)
     """Tasks or groups of tasks that the harness knows, e.g. [piqa, arc_easy]"""
-    include: Place | None = None
+    include: Location | None = None
     """Folder or fsspec URI of more task definitions; code in them is run"""
     num_fewshot: int | None = Field(None, ge=0)
     """Examples before each question; without it, as each task defines"""

@@ -10,7 +10,7 @@ from pydantic import AfterValidator, Field, Tag, field_validator
 
 from ray_surgeon.config.base import (
     Address,
-    Place,
+    Location,
     Positive,
     Section,
     absolute,
@@ -271,7 +271,7 @@ class QuantizeSection(Section):
 class OutputSection(Section):
     """Where results go."""
 
-    uri: Place
+    uri: Location
     """Run directory: a local path or an fsspec URI such as s3://bucket/runs/name"""
     keep_shots: int = Field(2, ge=0)
     """Keep the tensors of the last N shots, each of the size of the dense blocks, and one more

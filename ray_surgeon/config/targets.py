@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, Tag, model_validator
 
-from ray_surgeon.config.base import Place, Positive, Section, by_tag, tag
+from ray_surgeon.config.base import Location, Positive, Section, by_tag, tag
 
 
 class SpeedSection(Section):
@@ -85,7 +85,7 @@ class FlopsTarget(_Target):
 class TimedTarget(_Target):
     """Seconds of a request: the sum of the times of all blocks and of what is outside."""
 
-    table: Place
+    table: Location
     """A file of the seconds that blocks take in the engine that will serve (transformers, vLLM or
     llama.cpp), for a request of its own: `python -m examples.engine_table MODEL TABLE --engine
     transformers` in the repository measures one; a path or an fsspec URI

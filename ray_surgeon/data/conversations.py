@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from ray_surgeon.config.texts import ANSWER_TOKENS
 from ray_surgeon.data.prompts import Prompt
-from ray_surgeon.data.written_text import Conversations, Request
+from ray_surgeon.data.written_text import Conversations, WritingRequest
 from ray_surgeon.distributed.cluster import Cluster
 from ray_surgeon.distributed.writing import GenerationRequest, write_texts
 from ray_surgeon.errors import ConfigError
@@ -58,7 +58,7 @@ class WrittenText:
     answers: NDArray[np.bool_]  # [n, T], whether a token belongs to an answer
 
 
-def write(cluster: Cluster, request: Request) -> WrittenText:
+def write(cluster: Cluster, request: WritingRequest) -> WrittenText:
     """Let the model write windows.
 
     Args:

@@ -12,7 +12,7 @@ from torch import Tensor
 from ray_surgeon.config.calibration import CalibrationSection
 from ray_surgeon.data.conversations import write
 from ray_surgeon.data.texts import order
-from ray_surgeon.data.written_text import Language, Request
+from ray_surgeon.data.written_text import Language, WritingRequest
 from ray_surgeon.run_state import CalibrationText, Facts, RunState
 from ray_surgeon.storage import files, tensor_files
 
@@ -23,7 +23,7 @@ class SelfText:
 
     section: CalibrationSection
     # index of a calibration text -> what the model writes for it; empty without a tokenizer
-    requests: Mapping[int, Request] = field(repr=False)
+    requests: Mapping[int, WritingRequest] = field(repr=False)
 
     @staticmethod
     def of(section: CalibrationSection, language: Language | None) -> SelfText | None:

@@ -25,8 +25,8 @@ _ANSWERED = "What was answered 9462"
 
 
 @dataclass(frozen=True)
-class Texts:
-    """Request for plain texts; several of them may fill a window together."""
+class Continuations:
+    """WritingRequest for plain texts; several of them may fill a window together."""
 
     wanted: GenerationRequest
     starts: tuple[tuple[int, ...], ...]  # tokens of each text before the written ones
@@ -61,7 +61,7 @@ class ChatMarks:
 
 @dataclass(frozen=True)
 class Conversations:
-    """Request for conversations of a user's turn and an answer, packed into windows."""
+    """WritingRequest for conversations of a user's turn and an answer, packed into windows."""
 
     marks: ChatMarks
     prompts: Sequence[Prompt] | None  # of a file; None if the model writes the turns, too
@@ -78,7 +78,7 @@ class Conversations:
         return min(TURN_TOKENS, room // 3)
 
 
-Request = Texts | Conversations
+WritingRequest = Continuations | Conversations
 
 
 @dataclass(frozen=True)
@@ -152,20 +152,22 @@ class Language:
         special.update(range(len(tokenizer), self.config.vocab_size))
         return frozenset(special)
 
-    def requests(self, section: CalibrationSection) -> dict[int, Request]:
+    def requests(self, section: CalibrationSection) -> dict[int, WritingRequest]:
         """Return the requests for the dense model, by the index of the calibration text.
 
         Raises:
             ValueError: the model cannot write a text, or a file for it cannot be read; names the
                 field.
         """
-        requests: dict[int, Request] = {}
+        requests: dict[int, WritingRequest] = {}
         for number, (text, count) in enumerate(section.shares):
             if not text.is_written:
                 continue
             where = f"calibration.mix.{number - 1}" if number else "calibration"
             if text.has_answers:
-                request: Request = self.chats(text, count, section.sequence_length, where)
+                request: WritingRequest = self.chats(
+                    text, count, section.sequence_length, where
+                )
             else:
                 request = self.texts(text, count, section.sequence_length, where)
             requests[number] = request
@@ -177,7 +179,7 @@ class Language:
         count: int,
         sequence_length: int,
         where: str,
-    ) -> Texts:
+    ) -> Continuations:
         """Return the request for plain texts; see `requests`."""
         num_texts, length = text.sizes(count, sequence_length)
         prompt: tuple[int, ...] = ()  # before every text, but not a part of it
@@ -210,7 +212,9 @@ class Language:
             seed=text.seed,
             num_together=texts_together(length),
         )
-        return Texts(wanted=wanted, starts=starts, sequence_length=sequence_length)
+        return Continuations(
+            wanted=wanted, starts=starts, sequence_length=sequence_length
+        )
 
     def _prompt_of(self, text: MixedSection) -> tuple[int, ...]:
         """Return the given prompt, or else the token that separates texts, if there is one."""

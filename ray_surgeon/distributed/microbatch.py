@@ -1,4 +1,4 @@
-"""Steps of a worker that run a wave of sequences through its shard."""
+"""Steps of a worker that run a microbatch of sequences through its shard."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ Only: TypeAlias = Sequence[int] | None
 
 
 class SequenceOfWave(NamedTuple):
-    """A sequence of a wave, on the device."""
+    """A sequence of a microbatch, on the device."""
 
     number: int
     tokens: Tensor  # [1, T]
@@ -60,7 +60,7 @@ OfEach = Callable[[Worker, Tensor, SequenceOfWave], T]
 
 
 @dataclass(frozen=True)
-class Wave:
+class Microbatch:
     """Sequences that pass the shards together."""
 
     numbers: list[int]  # of the sequences
@@ -80,7 +80,7 @@ class Wave:
 
 
 @dataclass(frozen=True)
-class Passage:
+class Pass:
     """Sequences of a text that pass the shards."""
 
     tokens: Tokens
@@ -99,22 +99,26 @@ class Passage:
             return list(range(len(self.tokens)))
         return list(self.only)
 
-    def waves(self, placement: Placement, stores: Stores) -> list[list[Wave]]:
-        """Return the waves of every replica; replicas take sequences in turn."""
+    def microbatches(
+        self, placement: Placement, stores: Stores
+    ) -> list[list[Microbatch]]:
+        """Return the microbatches of every replica; replicas take sequences in turn."""
         num_replicas = placement.num_replicas
         if self.of_teacher:
             stores = stores.of_teacher
         num_sequences = -(-len(self.numbers) // num_replicas)
         size = stores.wave_of(num_sequences, placement.num_shards)
-        waves: list[list[Wave]] = []
+        microbatches: list[list[Microbatch]] = []
         for replica in range(num_replicas):
             numbers = self.numbers[replica::num_replicas]
             starts = range(0, len(numbers), size)
-            waves.append([self._wave(numbers[start : start + size]) for start in starts])
-        return waves
+            microbatches.append(
+                [self._microbatch(numbers[start : start + size]) for start in starts]
+            )
+        return microbatches
 
-    def _wave(self, numbers: list[int]) -> Wave:
-        return Wave(
+    def _microbatch(self, numbers: list[int]) -> Microbatch:
+        return Microbatch(
             numbers=numbers,
             tokens=self.tokens[numbers],
             counts=None if self.counts is None else self.counts[numbers],
@@ -124,21 +128,29 @@ class Passage:
 
 
 def forward(worker: Worker, number: int, inputs: TensorPayload) -> TensorPayload:
-    """Run a wave forward, given tokens [m, T] or hidden states [m, T, d]; return hidden states."""
+    """Run a microbatch forward, given tokens [m, T] or hidden states [m, T, d].
+
+    Returns:
+        Hidden states of the next shard's inputs.
+    """
     hidden = torch.cat(worker.runner.forward(number, worker.unpack(inputs)))
     return worker.pack(hidden)
 
 
 def forward_backward(
-    worker: Worker, number: int, inputs: TensorPayload, wave: Wave, labels: Labels
+    worker: Worker,
+    number: int,
+    inputs: TensorPayload,
+    microbatch: Microbatch,
+    labels: Labels,
 ) -> tuple[TensorPayload, list[float]]:
-    """Run a wave through the last shard and back.
+    """Run a microbatch through the last shard and back.
 
     Args:
         worker: holds the last shard.
-        number: number of the wave.
+        number: number of the microbatch.
         inputs: tokens, if this is the only shard, or hidden states.
-        wave: the sequences.
+        microbatch: the sequences.
         labels: targets of the predictions.
 
     Returns:
@@ -151,7 +163,7 @@ def forward_backward(
     # hidden states at first; each is replaced by its gradient
     gradients = worker.runner.forward(number, worker.unpack(inputs))
     losses_of_each: list[Tensor] = []
-    for i, sequence in enumerate(wave.sequences(worker)):
+    for i, sequence in enumerate(microbatch.sequences(worker)):
         generator = None
         if labels.seed is not None:
             generator = torch.Generator().manual_seed(labels.seed + sequence.number)
@@ -160,12 +172,12 @@ def forward_backward(
             dense = dense_state(worker, labels.dense, sequence.number)
         predicted = Predicted(sequence.tokens, sequence.counts, generator)
         loss, gradients[i], states = worker.runner.loss(gradients[i], predicted, dense)
-        if wave.text is not None:
-            keep_states(worker, wave.text, [sequence.number], [states])
+        if microbatch.text is not None:
+            keep_states(worker, microbatch.text, [sequence.number], [states])
         losses_of_each.append(loss)
     gradient = _gradient_below(worker, worker.runner.backward(number, gradients))
     losses = torch.cat(losses_of_each).tolist()  # waits for the device, so it comes last
-    for sequence_number, value in zip(wave.numbers, losses, strict=True):
+    for sequence_number, value in zip(microbatch.numbers, losses, strict=True):
         if not labels.is_step and not math.isfinite(value):
             raise FloatingPointError(
                 f"the loss of calibration sequence {sequence_number} is {value}; check the "
@@ -175,7 +187,7 @@ def forward_backward(
 
 
 def backward(worker: Worker, number: int, gradient: TensorPayload) -> TensorPayload:
-    """Run a wave backward, given the gradient at the outputs; return that at the inputs.
+    """Run a microbatch backward, given the gradient at the outputs; return that at the inputs.
 
     The first shard returns an empty tensor.
     """
@@ -198,7 +210,7 @@ def infer(
     inputs: TensorPayload,
     of_teacher: bool,
 ) -> TensorPayload:
-    """Run a wave without gradients, given tokens or hidden states; return hidden states."""
+    """Run a microbatch without gradients, given tokens or hidden states; return hidden states."""
     hidden = torch.cat(_runner(worker, of_teacher).infer(worker.unpack(inputs)))
     return worker.pack(hidden)
 
@@ -211,25 +223,29 @@ def _runner(worker: Worker, of_teacher: bool) -> BlockRunner:
 
 
 def infer_each(
-    worker: Worker, number: int, inputs: TensorPayload, wave: Wave, of_each: OfEach[T]
+    worker: Worker,
+    number: int,
+    inputs: TensorPayload,
+    microbatch: Microbatch,
+    of_each: OfEach[T],
 ) -> tuple[TensorPayload, list[T]]:
-    """Run a wave up to the head, and compute a result for each sequence.
+    """Run a microbatch up to the head, and compute a result for each sequence.
 
     Args:
         worker: holds the last shard.
-        number: number of the wave.
+        number: number of the microbatch.
         inputs: tokens [m, T] or hidden states [m, T, d].
-        wave: the sequences.
+        microbatch: the sequences.
         of_each: computes the result of a sequence, e.g. `nll`.
 
     Returns:
         An empty tensor, in place of the gradient that `forward_backward` returns, and the results.
     """
-    hidden = _runner(worker, wave.of_teacher).infer(worker.unpack(inputs))
-    if wave.text is not None:
-        keep_states(worker, wave.text, wave.numbers, hidden)
+    hidden = _runner(worker, microbatch.of_teacher).infer(worker.unpack(inputs))
+    if microbatch.text is not None:
+        keep_states(worker, microbatch.text, microbatch.numbers, hidden)
     results: list[T] = []
-    for states, sequence in zip(hidden, wave.sequences(worker), strict=True):
+    for states, sequence in zip(hidden, microbatch.sequences(worker), strict=True):
         results.append(of_each(worker, states, sequence))
     return worker.pack(torch.empty(0)), results
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from ray_surgeon.distributed import microbatch as on_worker
 from ray_surgeon.distributed.cluster import Cluster, at_hand, value_of
 from ray_surgeon.distributed.collectives import TensorPayload
-from ray_surgeon.distributed.microbatch import Counts, Only, Passage, Tokens
+from ray_surgeon.distributed.microbatch import Counts, Only, Pass, Tokens
 from ray_surgeon.distributed.pipelines import run_pass
 from ray_surgeon.distributed.placement import WorkerIndex
 from ray_surgeon.distributed.worker import Worker, collective
@@ -37,7 +37,7 @@ def num_counted(sequences: Tokens, counts: Counts = None, only: Only = None) -> 
         counts: [num_sequences, sequence_length], whether a token counts; None if all do.
         only: numbers of the sequences to include; None for all.
     """
-    numbers = Passage(sequences, only=only).numbers
+    numbers = Pass(sequences, only=only).numbers
     if counts is None:
         return len(numbers) * (int(sequences.shape[1]) - 1)
     return int(counts[numbers, 1:].sum())
@@ -55,8 +55,8 @@ def sequence_losses(
         text: name under which the last shards of all replicas keep the hidden states before the
             head; None if they do not.
     """
-    passage = Passage(tokens=sequences, counts=counts, text=text)
-    return run_pass(cluster, passage, on_worker.nll)
+    one_pass = Pass(tokens=sequences, counts=counts, text=text)
+    return run_pass(cluster, one_pass, on_worker.nll)
 
 
 def pass_up_to_the_head(
@@ -81,8 +81,8 @@ def pass_up_to_the_head(
     Raises:
         FloatingPointError: a hidden state before the head is not finite.
     """
-    passage = Passage(tokens=sequences, only=only, text=text, of_teacher=of_teacher)
-    if not all(run_pass(cluster, passage, on_worker.is_finite)):
+    one_pass = Pass(tokens=sequences, only=only, text=text, of_teacher=of_teacher)
+    if not all(run_pass(cluster, one_pass, on_worker.is_finite)):
         finite(f"a hidden state of {whose}", math.nan)
 
 
@@ -171,7 +171,7 @@ def compared(
         The result of `on_worker.comparison` for every window.
     """
     comparison = partial(on_worker.comparison, text=text, with_acceptance=acceptance)
-    return run_pass(cluster, Passage(windows, counts), comparison)
+    return run_pass(cluster, Pass(windows, counts), comparison)
 
 
 def finite(what: str, value: float) -> float:
@@ -191,8 +191,8 @@ def finite(what: str, value: float) -> float:
 
 def logits(cluster: Cluster, tokens: Sequence[int]) -> TensorPayload:
     """Return the logits [1, T, vocabulary] of one sequence."""
-    passage = Passage(np.array([tokens], dtype=np.int64))
-    (of_sequence,) = run_pass(cluster, passage, on_worker.logits)
+    one_pass = Pass(np.array([tokens], dtype=np.int64))
+    (of_sequence,) = run_pass(cluster, one_pass, on_worker.logits)
     cluster.progress.begin()  # the rest of the step is not counted
     return of_sequence
 

@@ -17,7 +17,7 @@ from ray_surgeon.config.texts import START_TOKENS, TURN_TOKENS
 from ray_surgeon.data.conversations import Writer
 from ray_surgeon.data.prompts import read_prompts
 from ray_surgeon.data.self_text import SelfText
-from ray_surgeon.data.written_text import Conversations, Language, Texts
+from ray_surgeon.data.written_text import Continuations, Conversations, Language
 from ray_surgeon.distributed.cluster import Cluster
 from ray_surgeon.distributed.microbatch import Tokens
 from ray_surgeon.errors import ConfigError
@@ -198,7 +198,7 @@ def _held_prompts(
     """
     section = GenerationSection()
     for number, request in self_text.requests.items():
-        if isinstance(request, Texts) or request.prompts is None:
+        if isinstance(request, Continuations) or request.prompts is None:
             continue
         prompts = request.prompts
         if len(prompts) < 2:

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from ray_surgeon.config.evaluation import TasksSection
 from ray_surgeon.config.sections import OutputSection
-from ray_surgeon.export.folder import Pruned
+from ray_surgeon.export.folder import PrunedModel
 from ray_surgeon.export.kinds import export
 from ray_surgeon.pruning.method import Method
 from ray_surgeon.report.html_report import rendered
@@ -32,9 +32,9 @@ class Size:
         return f"-{self.value:.12g}"
 
 
-def pruned_of(run: RunState, shot: int) -> Pruned:
+def pruned_of(run: RunState, shot: int) -> PrunedModel:
     """Return the model of a run after a shot, as exports take it."""
-    return Pruned(
+    return PrunedModel(
         cluster=run.cluster,
         layout=run.layout,
         model=run.model,

@@ -57,7 +57,7 @@ _WRITTEN = ("*.index.json", "model*.safetensors", "masks*.safetensors")
 
 
 @dataclass(frozen=True)
-class Pruned:
+class PrunedModel:
     """A model that the workers hold, pruned or to be pruned."""
 
     cluster: Cluster
@@ -302,7 +302,7 @@ def run_reload(uri: str, request: Mapping[str, Any]) -> dict[str, Any]:
         return run_for(uri, "folder", {**places, **request})
 
 
-def reload_difference(pruned: Pruned, uri: str) -> float:
+def reload_difference(pruned: PrunedModel, uri: str) -> float:
     """Return the largest difference between the workers' logits and the export's.
 
     The export runs in a fresh process, which also generates.

@@ -107,7 +107,7 @@ def _check_groups(layout: ModelLayout, shrinking: WidthLimits, group_size: int) 
 
 
 def export_gguf(
-    pruned: folder.Pruned,
+    pruned: folder.PrunedModel,
     uri: str,
     widths: Sequence[BlockWidths],
     kinds: Sequence[GgufKind],
@@ -165,7 +165,7 @@ def export_gguf(
     }
 
 
-def _gguf_name(pruned: folder.Pruned) -> str:
+def _gguf_name(pruned: folder.PrunedModel) -> str:
     """Return the name of the model in its GGUF files."""
     name = pruned.model.source.rstrip("/").rpartition("/")[2].removesuffix(".gguf")
     spec = pruned.facts["spec"]
@@ -175,7 +175,7 @@ def _gguf_name(pruned: folder.Pruned) -> str:
 
 
 def _write_importance_matrix(
-    pruned: folder.Pruned, uri: str, request: Mapping[str, Any]
+    pruned: folder.PrunedModel, uri: str, request: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Write the importance matrix of a GGUF export.
 
@@ -203,7 +203,7 @@ def _write_importance_matrix(
 
 
 def write_quantised(
-    pruned: folder.Pruned,
+    pruned: folder.PrunedModel,
     uniform: Mapping[str, Any],
     target: str,
     section: QuantizeSection,

@@ -15,7 +15,7 @@ from ray_surgeon.models.layout import ModelLayout
 
 
 @dataclass(frozen=True)
-class Place:
+class GGUFTensor:
     """The parameters that one tensor of llama.cpp is made of."""
 
     names: list[str]  # of parameters, as in memory here
@@ -38,7 +38,7 @@ class Names:
         number = gguf.MODEL_ARCH[architecture.name.upper().replace("-", "_")]
         self._names = gguf.get_tensor_name_map(number, layout.num_blocks)
 
-    def places(self, names: Iterable[str]) -> dict[str, Place]:
+    def places(self, names: Iterable[str]) -> dict[str, GGUFTensor]:
         """Return llama.cpp's name of each tensor -> the parameters it is made of.
 
         Args:
@@ -55,10 +55,10 @@ class Names:
         for place, numbered in parts.items():
             first_number, _ = numbered[0]
             in_order = [name for _, name in sorted(numbered)]
-            places[place] = Place(in_order, is_stack=first_number is not None)
+            places[place] = GGUFTensor(in_order, is_stack=first_number is not None)
         return places
 
-    def stored(self, shapes: Mapping[str, Shape]) -> dict[str, tuple[Place, Shape]]:
+    def stored(self, shapes: Mapping[str, Shape]) -> dict[str, tuple[GGUFTensor, Shape]]:
         """Return llama.cpp's name of each tensor -> its parameters in a checkpoint, and its shape.
 
         Args:

@@ -71,7 +71,7 @@ def _check_quantised_experts(layout: ModelLayout, section: QuantizeSection) -> N
 
 def export(
     kind: str,
-    pruned: folder.Pruned,
+    pruned: folder.PrunedModel,
     uri: str,
     output: OutputSection,
     tasks: TasksSection | None,
@@ -125,7 +125,7 @@ def export(
 
 def _write_folder(
     kind: str,
-    pruned: folder.Pruned,
+    pruned: folder.PrunedModel,
     uri: str,
     dense: dict[str, Any],
     blocks: Sequence[int],

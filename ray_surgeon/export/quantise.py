@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from ray_surgeon.config.sections import QuantizeSection
 from ray_surgeon.distributed.passes import num_counted, sequence_losses
 from ray_surgeon.export.exports import Size, pruned_of, tell_of
-from ray_surgeon.export.folder import Pruned, write_weights
+from ray_surgeon.export.folder import PrunedModel, write_weights
 from ray_surgeon.export.for_engines import write_quantised
 from ray_surgeon.export.rounding import round_linears, write_scales
 from ray_surgeon.maths.rounding import Grid
@@ -19,7 +19,7 @@ from ray_surgeon.storage import files
 
 
 def quantise(
-    pruned: Pruned, uniform: Mapping[str, Any], target: str, section: QuantizeSection
+    pruned: PrunedModel, uniform: Mapping[str, Any], target: str, section: QuantizeSection
 ) -> dict[str, Any]:
     """Write the quantised copy of the export uniform, and evaluate it in a fresh process.
 
@@ -59,7 +59,7 @@ def quantise(
         files.remove_folder(rounded)
 
 
-def _perplexities(pruned: Pruned) -> dict[str, float]:
+def _perplexities(pruned: PrunedModel) -> dict[str, float]:
     """Return text -> perplexity of the workers' current weights."""
     perplexities = {}
     for text, windows in pruned.texts.items():

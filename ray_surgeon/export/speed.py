@@ -25,11 +25,11 @@ from ray_surgeon.export import folder as folders
 from ray_surgeon.memory.transfers import backend
 from ray_surgeon.models.build import cache_argument
 
-Record = dict[str, Any]
+Speeds = dict[str, Any]
 """A document that is passed on as JSON."""
 
 
-def measure(cluster: Cluster, uri: str, dense: Record, options: SpeedSection) -> Record:
+def measure(cluster: Cluster, uri: str, dense: Speeds, options: SpeedSection) -> Speeds:
     """Measure an export and the dense model in fresh processes beside the first worker.
 
     Args:
@@ -85,7 +85,7 @@ def time_request(model: PreTrainedModel, options: SpeedSection) -> tuple[float, 
     return middle - start, _now(model.device) - middle
 
 
-def _compare(models: Mapping[str, PreTrainedModel], options: SpeedSection) -> Record:
+def _compare(models: Mapping[str, PreTrainedModel], options: SpeedSection) -> Speeds:
     """Time the models in alternation, after one untimed run of each.
 
     Returns:
@@ -99,7 +99,7 @@ def _compare(models: Mapping[str, PreTrainedModel], options: SpeedSection) -> Re
             if turn > 0:
                 prefills[name].append(prefill_s)
                 decodes[name].append(decode_s)
-    record: Record = {name: {} for name in models}
+    record: Speeds = {name: {} for name in models}
     steps = (
         ("prefill", options.prompt_length, prefills),
         ("decode", options.num_new_tokens, decodes),
@@ -119,7 +119,7 @@ def _compare(models: Mapping[str, PreTrainedModel], options: SpeedSection) -> Re
     return record
 
 
-def _random_model(document: Record, folder: Path) -> PreTrainedModel:
+def _random_model(document: Speeds, folder: Path) -> PreTrainedModel:
     """Return a model with random weights.
 
     Args:
@@ -141,7 +141,7 @@ def _random_model(document: Record, folder: Path) -> PreTrainedModel:
     return model.eval()
 
 
-def answer(request: Record) -> Record:
+def answer(request: Speeds) -> Speeds:
     """Compare two models, or measure the memory that one of them takes alone.
 
     See `fresh_process.run_module`.

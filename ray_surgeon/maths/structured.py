@@ -23,7 +23,7 @@ from ray_surgeon.maths.kronecker import PackedFactors, column_removal_cost, quad
 from ray_surgeon.maths.masks import StructuredMask
 from ray_surgeon.maths.threshold import check_costs
 
-Pruned = tuple[Removal, StructuredMask]
+RemovalAndMask = tuple[Removal, StructuredMask]
 """New weights with their predicted cost, and the new mask."""
 
 
@@ -51,7 +51,7 @@ class Candidates:
         mask: StructuredMask,
         threshold: float,
         update: str,
-    ) -> Pruned:
+    ) -> RemovalAndMask:
         """Prune every candidate whose cost is at most the threshold and update what stays.
 
         Args:
@@ -215,7 +215,7 @@ def prune_groups(
     curvature: LinearCurvature,
     mask: StructuredMask,
     to_prune: Tensor,
-) -> Pruned:
+) -> RemovalAndMask:
     """Remove columns of a consumer and update the others exactly.
 
     Args:

@@ -30,7 +30,7 @@ from ray_surgeon.recovery.batches import steps_ahead
 from ray_surgeon.recovery.rates import steps_between_checks, trial_steps
 from ray_surgeon.recovery.reconstruction import RATES, TRIAL_PART
 
-_FARTHER = 1.25
+_GLOBAL_MARGIN = 1.25
 """Times as many groups as are removed are on the paths that are followed."""
 
 
@@ -93,7 +93,7 @@ def _groups(method: Method) -> PlannedGroups | None:
     # in the first shot, where all consumers lose the same fraction
     share = min(1.0, (budget.dense - method.goal(1)) / most)
     if not section.uniform:
-        share *= _FARTHER
+        share *= _GLOBAL_MARGIN
     reach = min(1.0, 2 * (section.last_sparsity or 0.5))
     return PlannedGroups(reach=reach, share=share)
 

@@ -41,7 +41,7 @@ from ray_surgeon.maths.factorised import RaisedDamping
 from ray_surgeon.maths.greedy import Limits
 from ray_surgeon.maths.group_batch import KeptFactors, costs_of_groups, most_at_once
 from ray_surgeon.maths.masks import StructuredMask
-from ray_surgeon.maths.structured import Pruned, lowest, prune_groups
+from ray_surgeon.maths.structured import RemovalAndMask, lowest, prune_groups
 from ray_surgeon.maths.threshold import OutOfReachError
 from ray_surgeon.models.budgets import Budget
 from ray_surgeon.models.layers import LayerKey
@@ -505,7 +505,7 @@ class Groups(Ranking):
                 sets[groups.consumer] = groups
         return sets
 
-    def removal(self, worker: Worker, groups: GroupSet, count: int) -> Pruned:
+    def removal(self, worker: Worker, groups: GroupSet, count: int) -> RemovalAndMask:
         """Return an owned consumer without its cheapest groups; see `prune_groups`.
 
         Args:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ray_surgeon.distributed import microbatch as wave
+from ray_surgeon.distributed import microbatch
 from ray_surgeon.distributed.cluster import Cluster, Future, at_hand, value_of
 from ray_surgeon.distributed.microbatch import Tokens
 from ray_surgeon.distributed.passes import num_counted
@@ -109,7 +109,7 @@ def sum_additions(
     def passing(at: WorkerIndex, number: int, inputs: Any) -> Future[Any]:
         if at.shard == at_linear:
             return cluster.submit(at, removal.pass_and_note, number, inputs, linear)
-        return cluster.submit(at, wave.infer, number, inputs, False)
+        return cluster.submit(at, microbatch.infer, number, inputs, False)
 
     def at_end(replica: int, number: int, inputs: Any) -> Future[Any]:
         summing = WorkerIndex(at_linear, replica)

@@ -18,7 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedCo
 from rich.table import Table
 
 from ray_surgeon.report import record as reports
-from ray_surgeon.report.events import Event, Moment
+from ray_surgeon.report.events import Event, ProgressReport
 from ray_surgeon.report.html_report import page, rendered
 from ray_surgeon.report.plots import quality_figure, save
 from ray_surgeon.storage import files
@@ -64,7 +64,7 @@ class Display(Progress):
         self._last_line_s = time.monotonic()
         self.console.print(text, soft_wrap=True, highlight=False, markup=False)
 
-    def __call__(self, news: Event | Moment) -> None:
+    def __call__(self, news: Event | ProgressReport) -> None:
         """Show the end of a step, or its progress."""
         if isinstance(news, Event):
             self.note(news.line)

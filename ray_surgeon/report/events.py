@@ -58,7 +58,7 @@ class Event:
 
 
 @dataclass(frozen=True)
-class Moment:
+class ProgressReport:
     """Progress of the present step."""
 
     step: str  # its name
@@ -92,7 +92,7 @@ class Moment:
         return f"{_place(self)} {self.done} of {self.total} {self.pace}"
 
 
-def _place(news: Event | Moment) -> str:
+def _place(news: Event | ProgressReport) -> str:
     """Return the beginning of the line of an event or a moment."""
     shot = f"shot {news.shot}/{news.num_shots}" if news.shot else "start"
     return f"{shot:<10} {news.step:<10}"
@@ -229,11 +229,11 @@ class Steps:
         self._run.add_event(asdict(event))
         self._listen(event)
 
-    def moment(self) -> Moment:
+    def moment(self) -> ProgressReport:
         """Return the progress of the present step."""
         progress = self._cluster.progress
         step, shot = self._present
-        return Moment(
+        return ProgressReport(
             step=step,
             shot=shot,
             num_shots=self._num_shots,

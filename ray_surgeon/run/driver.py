@@ -26,7 +26,7 @@ from ray_surgeon.evaluation.texts import CollapseError
 from ray_surgeon.job import run_job
 from ray_surgeon.preparation.inputs import Inputs
 from ray_surgeon.report.display import Display
-from ray_surgeon.report.events import CHECK, Event, Fact, Moment, Recorder
+from ray_surgeon.report.events import CHECK, Event, Fact, ProgressReport, Recorder
 
 _Failure = WorkerFailureError | None
 _LOSSES: tuple[type[RayError], ...] = (
@@ -66,7 +66,7 @@ class Coordinator:
     def __init__(self) -> None:
         """Initialize without events."""
         self._events: list[Event | str] = []
-        self._moment: Moment | None = None
+        self._moment: ProgressReport | None = None
 
     def run(self, inputs: Inputs, before: _Failure, attempt: Attempt) -> _Failure:
         """Run all shots that are not committed yet.
@@ -83,8 +83,8 @@ class Coordinator:
         run = RunDirectory(spec.output.uri, attempt)
         metrics = Recorder(spec.name, ray_metrics.Gauge, ray_metrics.Counter)
 
-        def listen(news: Event | Moment) -> None:
-            if isinstance(news, Moment):
+        def listen(news: Event | ProgressReport) -> None:
+            if isinstance(news, ProgressReport):
                 self._moment = news
                 return
             self._events.append(news)
@@ -109,7 +109,7 @@ class Coordinator:
             return error
         return None
 
-    def news(self, seen: int) -> tuple[list[Event | str], Moment | None]:
+    def news(self, seen: int) -> tuple[list[Event | str], ProgressReport | None]:
         """Return events and lines after the first `seen` ones, and the current step's progress."""
         return self._events[seen:], self._moment
 

@@ -24,7 +24,7 @@ from ray_surgeon.factors.collector import gather_curvature
 from ray_surgeon.job import run_job
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.models.shard import ModelShard
-from ray_surgeon.report.events import Moment
+from ray_surgeon.report.events import ProgressReport
 from ray_surgeon.run import driver
 from ray_surgeon.storage import files
 from tests.integration import runs
@@ -316,7 +316,7 @@ def test_long_steps_show_that_they_move(job: Jobs) -> None:
     news: list[object] = []
     directory = RunDirectory(inputs.spec.output.uri)
     run_job(inputs, loaded(job.models["llama"], 2), directory, news.append)
-    moments = [one for one in news if isinstance(one, Moment)]
+    moments = [one for one in news if isinstance(one, ProgressReport)]
     for step, unit, total in (
         ("curvature", "sequences", 6),
         ("costs", "linears", 28),

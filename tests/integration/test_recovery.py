@@ -16,7 +16,7 @@ from ray_surgeon.config.schedule import NO_PRUNING
 from ray_surgeon.config.sections import ModelSection
 from ray_surgeon.config.texts import StreamedSection
 from ray_surgeon.distributed.cluster import LocalCluster
-from ray_surgeon.distributed.microbatch import Passage
+from ray_surgeon.distributed.microbatch import Pass
 from ray_surgeon.distributed.passes import remember
 from ray_surgeon.distributed.teacher import drop_teacher, load_teacher
 from ray_surgeon.distributed.weights import ModelRecipe
@@ -126,10 +126,10 @@ def test_shards_replicas_and_places_change_nothing(
 
 def test_weights_of_a_teacher_move_once_for_all_sequences_of_a_pass(llama: Path) -> None:
     placement = loaded(llama, num_replicas=2).placement
-    passage = Passage(np.zeros((8, LENGTH), dtype=np.int64), of_teacher=True)
+    one_pass = Pass(np.zeros((8, LENGTH), dtype=np.int64), of_teacher=True)
     ways: list[tuple[Place, int]] = [("device", 4), ("host", 1)]
     for place, number in ways:
-        waves = passage.waves(placement, Stores(teacher=place))
+        waves = one_pass.microbatches(placement, Stores(teacher=place))
         assert [len(of_replica) for of_replica in waves] == [number] * 2
 
 

@@ -11,18 +11,18 @@ from rich.console import Console
 
 from ray_surgeon.report import display as display_module
 from ray_surgeon.report.display import Display
-from ray_surgeon.report.events import Event, Moment, readings
+from ray_surgeon.report.events import Event, ProgressReport, readings
 
 EVENT = Event(
     "curvature", 1, 3, 61.25, {"loss": 2.5, "tokens": 12, "unit": "nats"}, [1.0]
 )
-MOMENT = Moment("curvature", 1, 3, 12, 64, "sequences", 512, 48.0)
+MOMENT = ProgressReport("curvature", 1, 3, 12, 64, "sequences", 512, 48.0)
 
 
 def test_lines_of_events_and_progress() -> None:
     assert EVENT.line == "shot 1/3   curvature     61.2 s  loss=2.5  tokens=12  unit=nats"
     assert MOMENT.line.endswith("  12 of 64 sequences, 128 tokens/s, 208 s left")
-    start = Moment("load", 0, 3, 0, 0, "", 0, 1.0)
+    start = ProgressReport("load", 0, 3, 0, 0, "", 0, 1.0)
     assert start.line == "start      load       ..."
 
 
