@@ -1,4 +1,4 @@
-"""The real model, through the real entry, on fewer tokens than the full protocol."""
+"""The quickstart through the real entry, on a tiny model and, more slowly, on the real one."""
 
 from __future__ import annotations
 
@@ -29,6 +29,44 @@ def test_the_manifest_is_the_plan_of_its_job(capsys: pytest.CaptureFixture[str])
     assert capsys.readouterr().out == Path("deploy/base/rayjob.yaml").read_text()
 
 
+def test_quickstart_on_a_tiny_model_gives_a_smaller_one(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The quickstart's spec on short sequences, with two Ray workers."""
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    overrides = {
+        "model.source": llama,
+        "model.wheel": "null",
+        "model.wheel_sha256": "null",
+        "calibration.num_sequences": 8,
+        "calibration.sequence_length": 32,
+        "calibration.mix": "[{source: python-docstrings}]",
+        "evaluation.generation": "null",
+        "output.speed": "null",
+        "pruning.width_multiple": 8,
+        "pruning.target_sparsity": 0.3,
+        "recovery.num_tokens": 3 * 2 * 32,
+        "output.uri": tmp_path / "run",
+    }
+    for number in range(3):
+        overrides[f"evaluation.texts.{number}.num_sequences"] = 2
+        overrides[f"evaluation.texts.{number}.sequence_length"] = 32
+        overrides[f"evaluation.texts.{number}.stride"] = 32
+    arguments = [
+        p for path, value in overrides.items() for p in ("--set", f"{path}={value}")
+    ]
+    assert pipeline.main(["pipelines/quickstart.yaml", *arguments]) == 0
+    report = report_of(tmp_path / "run")
+    (export,) = report["exports"]
+    (width,) = {width for width, _ in export["widths"]}
+    dense = AutoModelForCausalLM.from_pretrained(llama)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "run/export/uniform")
+    assert model.config.intermediate_size == width < dense.config.intermediate_size
+    assert model.num_parameters() < dense.num_parameters()
+    assert export["reload_max_logit_difference"] < MOST_BY_BFLOAT16
+
+
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_quickstart_makes_an_ordinary_model_that_is_smaller(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
