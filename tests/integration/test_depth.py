@@ -207,7 +207,7 @@ def test_a_layer_is_folded_into_the_linear_before(
         ),
         (
             "pruning.sizes=[0.1, 0.2]",
-            "give this, sizes or target, got target_sparsity and sizes",
+            "got target_sparsity and sizes",
         ),
         ("calibration.held_aside=0", "leaves no windows on which layers are chosen"),
         ("output.sizes=[0.1]", "[0.1] are none of pruning.sizes, []; name these"),
