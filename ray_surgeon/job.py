@@ -43,7 +43,7 @@ _PATIENCE_S = 60.0
 """How long memory is waited for after a loss: workers that are about to end still hold it."""
 
 Listener = Callable[[Event | ProgressReport], None]
-"""Is called with the event of every step, and with moments inside of long ones."""
+"""Is called with the event of every step, and with progress reports inside of long ones."""
 
 
 def run_job(
@@ -243,7 +243,7 @@ def _begin(
         report.dense = part.record["dense"]
     num_shots = spec.schedule.shots
     steps = Steps(workers, directory, num_shots, listen)
-    workers.progress.listener = lambda: listen(steps.moment())
+    workers.progress.listener = lambda: listen(steps.progress_report())
     with steps("plan") as facts:
         peaks = plan.peaks().values()
         facts.update(plan.places)

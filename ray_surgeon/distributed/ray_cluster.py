@@ -37,14 +37,20 @@ T = TypeVar("T")
 
 _COMES_AGAIN = ("out of memory", "device-side assert")
 """What errors of CUDA say that a new process would have, too."""
-_ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false"}
-# with a list of one device a worker, NCCL hung (Ray issue 61073)
-_ENVIRONMENT |= {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}
-# memory of GPUs grows in place, so that tensors of other sizes than before find room
-_UNLESS_SET = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
-# a collective that fails raises where it is waited for; else a thread of torch's ends the process,
-# and nobody says why
-_UNLESS_SET |= {"TORCH_NCCL_BLOCKING_WAIT": "1", "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0"}
+_ENVIRONMENT = {
+    "OMP_WAIT_POLICY": "PASSIVE",
+    "TOKENIZERS_PARALLELISM": "false",
+    # with a list of one device a worker, NCCL hung (Ray issue 61073)
+    "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1",
+}
+_UNLESS_SET = {
+    # memory of GPUs grows in place, so that tensors of other sizes than before find room
+    "PYTORCH_ALLOC_CONF": "expandable_segments:True",
+    # a collective that fails raises where it is waited for; else a thread of torch's ends the
+    # process without a message
+    "TORCH_NCCL_BLOCKING_WAIT": "1",
+    "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0",
+}
 _OF_NODES = (ray.exceptions.NodeDiedError, ray.exceptions.ObjectLostError)
 """Errors that a lost machine has, if Ray does not say more of it."""
 LOOK_S = 2.0
@@ -149,7 +155,7 @@ class RayCluster(Cluster):
                 if done:
                     heard = time.monotonic()
                     continue
-                self._told |= nodes_leaving()
+                self._told.update(nodes_leaving())
                 if (
                     self.progress.unit == "linears"
                 ):  # those that do not answer at once left out
@@ -272,7 +278,7 @@ class RayCluster(Cluster):
     def notice(self) -> str:
         """Return of how many workers the machines are drained, in words."""
         leaving = nodes_leaving()
-        self._told |= leaving
+        self._told.update(leaving)
         count = sum(node in leaving for node in self._nodes.values())
         return f"Ray drains the machines of {count} workers" if count else ""
 

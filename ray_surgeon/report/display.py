@@ -37,7 +37,7 @@ def new_console() -> Console:
 
 
 class Display(Progress):
-    """``with Display(console, name) as display:`` shows events and moments.
+    """``with Display(console, name) as display:`` shows events and progress.
 
     Without a console it shows nothing.
     """

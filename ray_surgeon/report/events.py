@@ -93,7 +93,7 @@ class ProgressReport:
 
 
 def _place(news: Event | ProgressReport) -> str:
-    """Return the beginning of the line of an event or a moment."""
+    """Return the beginning of the line of an event or a progress report."""
     shot = f"shot {news.shot}/{news.num_shots}" if news.shot else "start"
     return f"{shot:<10} {news.step:<10}"
 
@@ -215,12 +215,12 @@ class Steps:
         for fact, value in facts.items():
             if value is not None and value < math.inf:
                 told[fact] = value
-        moment = self.moment()
+        now = self.progress_report()
         event = Event(
             step=name,
-            shot=moment.shot,
-            num_shots=moment.num_shots,
-            seconds=round(moment.elapsed_s, 3),
+            shot=now.shot,
+            num_shots=now.num_shots,
+            seconds=round(now.elapsed_s, 3),
             facts=told,
         )
         self._emit(event)
@@ -229,7 +229,7 @@ class Steps:
         self._run.add_event(asdict(event))
         self._listen(event)
 
-    def moment(self) -> ProgressReport:
+    def progress_report(self) -> ProgressReport:
         """Return the progress of the present step."""
         progress = self._cluster.progress
         step, shot = self._present

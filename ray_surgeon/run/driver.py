@@ -66,7 +66,7 @@ class Coordinator:
     def __init__(self) -> None:
         """Initialize without events."""
         self._events: list[Event | str] = []
-        self._moment: ProgressReport | None = None
+        self._progress: ProgressReport | None = None
 
     def run(self, inputs: Inputs, before: _Failure, attempt: Attempt) -> _Failure:
         """Run all shots that are not committed yet.
@@ -85,7 +85,7 @@ class Coordinator:
 
         def listen(news: Event | ProgressReport) -> None:
             if isinstance(news, ProgressReport):
-                self._moment = news
+                self._progress = news
                 return
             self._events.append(news)
             metrics.record(news)
@@ -111,7 +111,7 @@ class Coordinator:
 
     def news(self, seen: int) -> tuple[list[Event | str], ProgressReport | None]:
         """Return events and lines after the first `seen` ones, and the current step's progress."""
-        return self._events[seen:], self._moment
+        return self._events[seen:], self._progress
 
 
 def run_on_ray(inputs: Inputs, display: Display, *, disconnects: bool) -> None:
@@ -284,11 +284,11 @@ def _try(
         while running:
             done, _ = ray.wait([run], timeout=_POLL_S)
             running = not done
-            events, moment = ray.get(coordinator.news.remote(seen), timeout=timeout_s)
+            events, progress = ray.get(coordinator.news.remote(seen), timeout=timeout_s)
             seen += len(events)
             _show(events, attempt, display, counts)
-            if moment is not None and running:
-                display(moment)
+            if progress is not None and running:
+                display(progress)
         failure: _Failure = ray.get(run)
     except ray.exceptions.GetTimeoutError:
         return WorkerFailureError("coordinator", f"the coordinator has {silence}")

@@ -169,7 +169,7 @@ def test_memory_limits_the_sequences_in_one_pass() -> None:
         (("qwen3-32b",), (24, 64), "disk", "disk"),
     ],
 )
-def test_what_does_not_fit_on_the_device_is_streamed(
+def test_weights_that_do_not_fit_on_the_device_are_streamed(
     made: tuple[Any, ...], room: tuple[int, ...], weights: str, factors: str
 ) -> None:
     found = job(*made).plan(*room)

@@ -55,7 +55,7 @@ def test_shards_and_replicas_train_as_one_process_does(llama: Path) -> None:
         assert error < 5e-3 * float(change.norm()), name
 
 
-def test_what_does_not_help_leaves_no_trace(llama: Path) -> None:
+def test_a_training_that_does_not_help_leaves_no_trace(llama: Path) -> None:
     cluster, text = pruned(llama, 1, 2)
     before = {name: p.clone() for name, p in parameters(cluster, 1).items()}
     found = trained(cluster, text, rank="all", num_tokens=4 * 2 * 24, learning_rate=1.0)

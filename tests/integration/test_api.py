@@ -159,7 +159,7 @@ def test_a_path_and_a_spec(job: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
         _ = found.path
 
 
-def test_what_is_wrong_is_said_once_in_words(llama: Path) -> None:
+def test_wrong_arguments_are_refused_once_in_words(llama: Path) -> None:
     """As on the command line: no inner names, and nothing of sections that nobody gave."""
     wrong = {
         "calibration": TEXT | {"strid": 3},
@@ -316,24 +316,24 @@ def test_long_steps_show_that_they_move(job: Jobs) -> None:
     news: list[object] = []
     directory = RunDirectory(inputs.spec.output.uri)
     run_job(inputs, loaded(job.models["llama"], 2), directory, news.append)
-    moments = [one for one in news if isinstance(one, ProgressReport)]
+    reports = [one for one in news if isinstance(one, ProgressReport)]
     for step, unit, total in (
         ("curvature", "sequences", 6),
         ("costs", "linears", 28),
         ("update", "linears", 28),
         ("recovery", "steps", 3),
     ):
-        own = [m for m in moments if m.step == step and m.unit == unit]
+        own = [m for m in reports if m.step == step and m.unit == unit]
         assert (own[-1].done, own[-1].total) == (total, total), step
         assert len({m.done for m in own}) >= total // 2, step
         assert all(m.shot == 1 for m in own)
-    half = next(m for m in moments if m.step == "curvature" and m.done == 3)
+    half = next(m for m in reports if m.step == "curvature" and m.done == 3)
     assert half.tokens_each == 40
     assert "tokens/s" in half.pace
     assert "s left" in half.pace
 
 
-def test_what_is_imported_before_a_job_is_run() -> None:
+def test_importing_the_package_loads_little_before_a_job() -> None:
     """Help, schema and submitting need no torch, and half a second."""
     script = "import sys, {}; print({{m.partition('.')[0] for m in sys.modules}})"
     for module, packages in (("pipeline", set()), ("run.submit", {"fsspec"})):

@@ -268,7 +268,7 @@ OVER_THREE = "pruning.target_sparsity=0.3; pruning.tensor_parallel=3"
         (OVER_THREE, "8 channels cannot be split over tensor_parallel 3"),
     ],
 )
-def test_targets_that_cannot_be(settings: str, message: str, job: Jobs) -> None:
+def test_impossible_targets_are_refused(settings: str, message: str, job: Jobs) -> None:
     assert message in job.refused(settings, **GROUPS)
 
 

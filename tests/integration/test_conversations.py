@@ -325,11 +325,15 @@ SELF = "calibration.mix=[{{source: self, {}}}]".format
         (SELF("chat: true, prompt: a"), "keep one"),
     ],
 )
-def test_what_cannot_be_written_is_refused(settings: str, said: str, job: Jobs) -> None:
+def test_conversations_that_cannot_be_written_are_refused(
+    settings: str, said: str, job: Jobs
+) -> None:
     assert said in job.refused(settings)
 
 
-def test_what_a_template_cannot_do(chatty: Tokenizer, asked: Ask, tmp_path: Path) -> None:
+def test_templates_that_change_the_text_are_refused(
+    chatty: Tokenizer, asked: Ask, tmp_path: Path
+) -> None:
     with pytest.raises(
         ValueError, match=r"sequence_length: 40, but the chat template alone takes"
     ):

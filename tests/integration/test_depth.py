@@ -213,7 +213,7 @@ def test_a_layer_is_folded_into_the_linear_before(
         ("output.sizes=[0.1]", "[0.1] are none of pruning.sizes, []; name these"),
     ],
 )
-def test_what_cannot_be_is_refused(settings: str, message: str, job: Jobs) -> None:
+def test_impossible_depths_are_refused(settings: str, message: str, job: Jobs) -> None:
     assert message in job.refused(settings, **BLOCKS)
 
 

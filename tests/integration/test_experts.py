@@ -249,7 +249,9 @@ def test_the_first_order_counts_with_labels_of_the_text_only(job: Jobs) -> None:
         (f"{WHOLE}; pruning.target_sparsity=0.9", "ask for less"),
     ],
 )
-def test_what_cannot_be_is_refused(settings: str, complaint: str, job: Jobs) -> None:
+def test_impossible_jobs_on_experts_are_refused(
+    settings: str, complaint: str, job: Jobs
+) -> None:
     assert complaint in job.refused(settings, "--dry-run", model="mixtral", **GROUPS)
 
 

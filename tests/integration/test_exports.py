@@ -244,7 +244,7 @@ AS_UNIFORM = f"{AS_GROUPS}; pruning.allocation=uniform"
         ("llama", f"{AS_GROUPS}; pruning.groups=[attention]", "at most"),
     ],
 )
-def test_exports_that_cannot_be(
+def test_impossible_exports_are_refused(
     family: str, settings: str, message: str, job: Jobs
 ) -> None:
     assert message in job.refused(settings, model=family)

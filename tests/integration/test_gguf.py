@@ -252,7 +252,7 @@ ONE_HEAD = [(8, 1)]
         ("gpt_oss", {"swiglu_limit": 5.0}, ONE_HEAD, "swiglu_limit 7"),
     ],
 )
-def test_what_llama_cpp_would_misread_is_refused(
+def test_models_that_llama_cpp_would_misread_are_refused(
     family: str, change: dict[str, Any], widths: list[tuple[Any, ...]], expected: str
 ) -> None:
     layout = ModelLayout.of(config_like(family, **change))

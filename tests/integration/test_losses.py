@@ -509,7 +509,7 @@ def _hold(worker: Worker, seconds: float) -> int:
 
 
 @pytest.mark.slow
-def test_what_does_not_answer_is_a_worker_or_its_machine(
+def test_the_error_names_the_worker_or_machine_that_does_not_answer(
     monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
     """Stopped, not killed: no connection breaks."""
@@ -591,7 +591,7 @@ def test_a_run_gives_up_and_says_what_to_do(on_ray: dict[str, Any], job: Jobs) -
         CollapseError("worse"),
     ],
 )
-def test_what_needs_no_traceback_is_told_in_one_line(error: Exception) -> None:
+def test_errors_without_need_of_a_traceback_are_one_line(error: Exception) -> None:
     assert unwrapped(RayTaskError("run", "Traceback ...", error)) is error
     defect = unwrapped(RayTaskError("run", "Traceback ...", AttributeError("a defect")))
     assert type(defect) is RuntimeError

@@ -201,7 +201,7 @@ def test_a_model_is_written_whole_or_not_at_all(
     prune(given, run, resume=True)
 
 
-def test_what_is_refused_leaves_a_folder_that_another_model_may_take(
+def test_a_refused_run_leaves_its_folder_to_another_model(
     given: Given, tmp_path: Path
 ) -> None:
     bloom = BloomForCausalLM(

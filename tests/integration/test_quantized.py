@@ -93,7 +93,7 @@ REFUSED: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize(("said", "changes"), REFUSED.items(), ids=REFUSED)
-def test_what_cannot_be_quantised_is_refused(
+def test_models_that_cannot_be_quantised_are_refused(
     said: str, changes: dict[str, Any], job: Jobs
 ) -> None:
     assert said in job(UNIFORM | changes, "--dry-run", code=2).error

@@ -152,7 +152,7 @@ class Link:
         return given
 
 
-def test_what_two_workers_say(
+def test_two_workers_report_their_steps_and_metrics(
     connected: None, job: Jobs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No room, an error of theirs, how far a step is, and what is lost."""

@@ -94,7 +94,7 @@ def test_a_model_that_lacks_nothing_has_no_loss(
 
 
 @pytest.mark.parametrize("shape", [{}, {"num_shards": 2, "num_replicas": 2}], ids=str)
-def test_what_was_taken_comes_back(
+def test_recovery_wins_back_most_of_the_divergence(
     llama: Path, text: StreamedSection, shape: Any
 ) -> None:
     training, cluster, held = trained(llama, text, 0.8, **shape)

@@ -16,7 +16,7 @@ FEW: dict[str, Any] = {
 }
 
 
-def test_what_rows_and_columns_would_shrink(job: Jobs) -> None:
+def test_the_record_says_how_far_rows_and_columns_would_shrink(job: Jobs) -> None:
     done = job(ONE, cluster__num_replicas=2)
     (shot,) = done.shots
     columns = done.tensors(1)

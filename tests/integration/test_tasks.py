@@ -59,7 +59,7 @@ def test_tasks_before_and_after(asked: dict[str, Any], job: Jobs) -> None:
     assert f"| colours | acc | {before:.4f} | {after:.4f} |" in card
 
 
-def test_tasks_that_cannot_be(
+def test_tasks_that_cannot_run_are_refused(
     asked: dict[str, Any], job: Jobs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = evaluated(job, asked | {"names": ["colours", "no_such_task"]})

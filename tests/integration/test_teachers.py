@@ -210,7 +210,7 @@ def test_a_run_goes_on_with_the_teacher_s_head(
         ),
     ],
 )
-def test_teachers_that_cannot_be(
+def test_impossible_teachers_are_refused(
     settings: str, message: str, job: Jobs, llama: Path, tmp_path: Path
 ) -> None:
     made = {

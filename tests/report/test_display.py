@@ -16,12 +16,12 @@ from ray_surgeon.report.events import Event, ProgressReport, readings
 EVENT = Event(
     "curvature", 1, 3, 61.25, {"loss": 2.5, "tokens": 12, "unit": "nats"}, [1.0]
 )
-MOMENT = ProgressReport("curvature", 1, 3, 12, 64, "sequences", 512, 48.0)
+REPORT = ProgressReport("curvature", 1, 3, 12, 64, "sequences", 512, 48.0)
 
 
 def test_lines_of_events_and_progress() -> None:
     assert EVENT.line == "shot 1/3   curvature     61.2 s  loss=2.5  tokens=12  unit=nats"
-    assert MOMENT.line.endswith("  12 of 64 sequences, 128 tokens/s, 208 s left")
+    assert REPORT.line.endswith("  12 of 64 sequences, 128 tokens/s, 208 s left")
     start = ProgressReport("load", 0, 3, 0, 0, "", 0, 1.0)
     assert start.line == "start      load       ..."
 
@@ -45,7 +45,7 @@ def test_terminal_shows_progress_bars() -> None:
     out = io.StringIO()
     with Display(Console(file=out, force_terminal=True, width=160), "my-run") as display:
         display(Event("load", 1, 3, 1.0, {}))
-        display(MOMENT)
+        display(REPORT)
         display.refresh()
         display(Event("commit", 2, 3, 1.0, {}))
         display.refresh()
@@ -59,12 +59,12 @@ def test_log_gets_occasional_lines_without_cursor_codes(
     out = io.StringIO()
     with Display(Console(file=out, width=140), "my-run") as display:
         display(EVENT)
-        display(MOMENT)
+        display(REPORT)
         assert "12 of 64" not in out.getvalue(), "the last line was written just now"
         later = time.monotonic() + 60
         monkeypatch.setattr(time, "monotonic", lambda: later)
-        display(MOMENT)
-    assert out.getvalue().splitlines() == [EVENT.line, MOMENT.line]
+        display(REPORT)
+    assert out.getvalue().splitlines() == [EVENT.line, REPORT.line]
 
 
 def test_notebook_shows_bars_if_widgets_are_installed(
