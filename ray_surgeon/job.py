@@ -1,4 +1,4 @@
-"""What a job does, from top to bottom.
+"""A job, from top to bottom.
 
 `run_job` plans and takes the run directory; `run_steps` measures the dense model, prunes it shot by
 shot, and writes the exports. Each step is measured and emits an event when it ends.

@@ -1,4 +1,4 @@
-"""What a model is measured on: texts, answers to prompts, and tasks."""
+"""Sections of the evaluation: texts, answers to prompts, and tasks."""
 
 from __future__ import annotations
 

@@ -95,7 +95,7 @@ class JobSpec(Section):
         return with_preset(document)
 
     def problems(self) -> Iterator[ConfigError]:
-        """Yield what sections have against each other."""
+        """Yield conflicts between sections."""
         yield from self._problems_of_teacher()
         yield from self._problems_of_curvature()
         yield from self._problems_of_texts()

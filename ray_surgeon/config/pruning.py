@@ -66,7 +66,7 @@ class UpdateSection(Section):
 
 
 class PatternSection(SparsitySection):
-    """What all methods have that prune single elements or N:M groups."""
+    """Fields of all methods that prune single elements or N:M groups."""
 
     method: str
     structure: Literal["element", "n_m"]
@@ -79,7 +79,7 @@ class PatternSection(SparsitySection):
 
     @property
     def units(self) -> ElementUnits:
-        """What is pruned as one."""
+        """The unit of removal."""
         return (
             ElementUnits(*(self.n_m or (2, 4)))
             if self.structure == "n_m"
@@ -136,7 +136,7 @@ class ElementsSection(PatternSection):
     """How the kept weights make up for the pruned ones"""
 
     def problems(self) -> Iterator[ConfigError]:
-        """Yield what fields have against each other."""
+        """Yield conflicts between fields."""
         if self.structure == "element" and self.costs == "obs_sum":
             yield ConfigError(
                 field="costs",
@@ -163,12 +163,12 @@ class _Layerwise(PatternSection):
         return False
 
     def reach(self, layout: ModelLayout) -> float:
-        """Return what the narrowest linear allows; a pattern is a target of its own."""
+        """Return the sparsity that the narrowest linear allows; a pattern sets its own target."""
         widths = [(s.num_columns - s.has_bias) / s.num_columns for s in layout.linears]
         return min(widths) if self.structure == "element" else 1.0
 
     def problems(self) -> Iterator[ConfigError]:
-        """Yield what fields have against each other."""
+        """Yield conflicts between fields."""
         is_short = self.target_sparsity < self.largest_sparsity - thresholds.SHORT
         if self.structure == "n_m" and (self.shots > 1 or is_short):
             pattern = f"{self.units.n}:{self.units.m}"
@@ -195,7 +195,7 @@ class SparseGPTSection(_Layerwise):
     """
 
     def problems(self) -> Iterator[ConfigError]:
-        """Yield what fields have against each other."""
+        """Yield conflicts between fields."""
         if self.max_damping < self.damping:
             yield ConfigError(
                 field="max_damping",

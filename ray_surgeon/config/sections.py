@@ -139,7 +139,7 @@ class ModelSection(Section):
     """
 
     def problems(self) -> Iterator[ConfigError]:
-        """Yield what does not fit the kind of source."""
+        """Yield fields that do not fit the kind of source."""
         page, _, identity = self.source.partition("://huggingface.co/")
         if identity and page in ("http", "https"):
             hub_id = "/".join(identity.split("/")[:2])
@@ -203,7 +203,7 @@ class MemorySection(Section):
     """Local folder for what is on disk; the folder for temporary files if not given"""
 
     def problems(self) -> Iterator[ConfigError]:
-        """Yield what cannot be kept where it is to be."""
+        """Yield tensors that cannot be kept at the requested place."""
         for name in ("weights", "factors") if self.activations == "keep" else ():
             if getattr(self, name) in ("host", "disk"):
                 yield ConfigError(
@@ -257,7 +257,7 @@ class QuantizeSection(Section):
         return (self.group_size or 128) if self.has_groups else None
 
     def problems(self) -> Iterator[ConfigError]:
-        """Yield what the scheme does not have."""
+        """Yield options that the scheme does not have."""
         if not self.has_groups:
             for name in self.model_fields_set & {"group_size", "rounding"}:
                 if getattr(self, name) is not None:
@@ -300,7 +300,7 @@ class OutputSection(Section):
         return self.quantize is not None or "gguf" in self.exports
 
     def problems(self) -> Iterator[ConfigError]:
-        """Yield what exports do not go with."""
+        """Yield conflicts of the exports."""
         for field, named in (("exports", self.exports), ("gguf", self.gguf or ())):
             if len(set(named)) < len(named):
                 yield ConfigError(field, f"{list(named)} names one twice", "remove it")

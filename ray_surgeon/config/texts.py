@@ -93,7 +93,7 @@ class SourceSection(Section):
         return self.source in OWN_TEXTS or self.source.endswith(TEXT_SUFFIXES)
 
     def problems(self) -> Iterator[ConfigError]:
-        """Yield what does not fit the kind of source."""
+        """Yield fields that do not fit the kind of source."""
         if self.source in _PLACES.keys() - self.may_be:
             yield ConfigError(
                 field="source",
@@ -238,7 +238,7 @@ class WritingSection(Section):
         return self.chat or self.prompts is not None
 
     def problems(self) -> Iterator[ConfigError]:
-        """Yield what says different things about the writing."""
+        """Yield conflicts between fields of the writing."""
         ways = [
             name
             for name in ("prompt", "chat", "prompts", "starts")

@@ -27,7 +27,7 @@ TRAIN_SHARE = 0.8
 
 
 _DATA_SET_ERRORS = (OSError, ValueError, KeyError, RuntimeError, HTTP_ERROR)
-"""What reading a data set raises when it, or the network, is not there.
+"""Errors of reading a data set when it, or the network, is not there.
 
 `datasets` has its own subclasses of these.
 """

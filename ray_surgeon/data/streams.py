@@ -114,7 +114,7 @@ class TextStream:
                     raise self._ended(number, said)
 
     def _beginning(self, number: int) -> list[int]:
-        """Return what each window of a text begins with: nothing or the BOS token."""
+        """Return the token that each window of a text begins with: none or the BOS token."""
         first = window_beginning(
             self.texts[number][0], self.tokenizer, self.texts[number][1]
         )

@@ -36,7 +36,7 @@ from ray_surgeon.models.layout import ModelLayout
 T = TypeVar("T")
 
 _COMES_AGAIN = ("out of memory", "device-side assert")
-"""What errors of CUDA say that a new process would have, too."""
+"""Texts of CUDA errors that a new process would have, too."""
 _ENVIRONMENT = {
     "OMP_WAIT_POLICY": "PASSIVE",
     "TOKENIZERS_PARALLELISM": "false",

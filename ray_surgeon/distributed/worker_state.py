@@ -1,4 +1,4 @@
-"""What the steps of a worker leave for its later steps, in fields with types."""
+"""The state that the steps of a worker leave for its later steps, in typed fields."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ class LinearFit:
 
 
 class Trainee(Protocol):
-    """What is trained on a worker: parts by name, each of which has an owner among the replicas."""
+    """The trained parts on a worker by name, each of which has an owner among the replicas."""
 
     rounds: bool  # whether outputs are those of the weights after the training, in their dtype
 
@@ -184,7 +184,7 @@ class TrainingState:
 
 @dataclass
 class WorkerState:
-    """What the steps of a worker leave for its later steps.
+    """The state that the steps of a worker leave for its later steps.
 
     Steps free what nobody reads any more.
     """
@@ -192,7 +192,7 @@ class WorkerState:
     meeting: TCPStore | None = None
     """Where all workers meet, on the one that has opened it"""
     dense_states: DenseStates = field(default_factory=DenseStates)
-    """What later weights are compared with, on workers with the last shard"""
+    """States that later weights are compared with, on workers with the last shard"""
     teacher: Teacher | None = None
     """The model to train towards, where it is beside the worker's own"""
     writing: dict[int, TextBatch] = field(default_factory=dict)

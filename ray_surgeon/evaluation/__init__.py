@@ -1,1 +1,1 @@
-"""What models are measured on: texts, and answers to prompts."""
+"""Evaluation of models on texts and on answers to prompts."""

@@ -1,4 +1,4 @@
-"""What a worker keeps where: stores of tensors, and the folder on its disk."""
+"""Stores of tensors of a worker, and the folder on its disk."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class Stores:
 
 
 class ScratchNames(NamedTuple):
-    """What names the folders of scratch of a run."""
+    """Names of the scratch folders of a run."""
 
     root: str | None  # folder for all runs; None for the machine's own
     run: str  # the same for every try

@@ -67,7 +67,7 @@ class Slot:
 
     @property
     def content(self) -> Tensor:
-        """What is there, on meta where the weights are elsewhere."""
+        """The tensors, on meta where the weights are elsewhere."""
         content: Tensor = getattr(self.module, self.leaf)
         return content
 

@@ -1,4 +1,4 @@
-"""What the project knows of Hugging Face models: families, shards of blocks, weight files.
+"""Hugging Face models: families, shards of blocks, weight files.
 
 No Ray, no job spec.
 """

@@ -1,1 +1,1 @@
-"""What is read and checked before a worker starts."""
+"""Reading and checks before a worker starts."""

@@ -149,7 +149,7 @@ class Groups(Ranking):
 
     @property
     def beside(self) -> SumsBeside:
-        """What whole experts cost is summed beside A and G."""
+        """Sums beside A and G, for the costs of whole experts."""
         return ExpertSumsBeside() if self.ranks_experts else NOTHING_BESIDE
 
     def goal(self, shot: int) -> float:

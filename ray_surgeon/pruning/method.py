@@ -68,7 +68,7 @@ class Scores(Generic[C]):
 
 @dataclass(frozen=True)
 class Choice:
-    """What to prune in a shot."""
+    """The selection of a shot."""
 
     threshold: (
         float | None
@@ -105,7 +105,7 @@ class Method(ABC):
 
     @property
     def beside(self) -> SumsBeside:
-        """What the curvature pass sums beside A and G."""
+        """Sums of the curvature pass beside A and G."""
         return NOTHING_BESIDE
 
     @property

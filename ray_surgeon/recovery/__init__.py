@@ -1,1 +1,1 @@
-"""What brings quality back after pruning: reconstruction of layers, and training."""
+"""Recovery of quality after pruning: reconstruction of layers, and training."""

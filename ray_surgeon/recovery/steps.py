@@ -1,4 +1,4 @@
-"""What workers do in a recovery."""
+"""Steps of workers in a recovery."""
 
 from __future__ import annotations
 

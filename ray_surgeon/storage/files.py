@@ -28,7 +28,7 @@ from ray_surgeon.storage.retrying import naming, tries_again
 WRITING = ".writing-"
 """How the names of folders begin in which files are written until they are whole."""
 JSON_ERRORS = (json.JSONDecodeError, RecursionError)
-"""What reading JSON raises."""
+"""Errors of reading JSON."""
 MAX_JSON_BYTES = 64 * 2**20
 """Tokenizers have tens of megabytes; more is no description of anything."""
 
@@ -67,7 +67,7 @@ def exists(uri: str) -> bool:
 
 @tries_again
 def facts(uri: str) -> dict[str, Any]:
-    """Return what the file system knows of a file: its size, and what changes with its content."""
+    """Return a file's size, and a value of the file system that changes with its content."""
     filesystem, path = open_filesystem(uri)
     return dict(filesystem.info(path))
 

@@ -1,4 +1,4 @@
-"""What a job needs on every worker, and where workers keep tensors so that the job fits.
+"""Needs of a job on every worker, and where workers keep tensors so that the job fits.
 
 All of it is arithmetic on shapes: the plan is a function of the model's configuration, the job and
 the available memory. It is the fastest way that fits; if there is none, the error names the step

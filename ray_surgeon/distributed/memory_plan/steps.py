@@ -188,7 +188,7 @@ def estimate_load(worker: WorkerView) -> StepPlan:
 
 
 def estimate_teacher(teacher: WorkerView, job: PlannedJob) -> list[StepPlan]:
-    """Return what is done with the teacher, before the model is loaded, as parts of one step.
+    """Return the work with the teacher, before the model is loaded, as parts of one step.
 
     Args:
         teacher: the worker with the teacher in place of the model.
