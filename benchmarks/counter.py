@@ -318,10 +318,8 @@ def attention_as_one_launch() -> Iterator[None]:
         result: Tensor = _attention(query, key, value, attn_mask, is_causal, scale)
         return result
 
-    modules: tuple[Any, ...] = (
-        torch.nn.functional,
-        own_attention,
-    )  # both have it by its name
+    # both have it by its name
+    modules: tuple[Any, ...] = (torch.nn.functional, own_attention)
     for module in modules:
         module.scaled_dot_product_attention = attention
     try:

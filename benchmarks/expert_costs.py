@@ -52,9 +52,8 @@ class SingleRemovals:
     runner: BlockRunner
     tokens: Tensor  # [num_sequences, T]
     calls: list[Call]  # one a block
-    dense: list[
-        Tensor
-    ]  # of each sequence, the hidden states before the dense model's head
+    # of each sequence, the hidden states before the dense model's head
+    dense: list[Tensor]
 
     def without(
         self, place: int, expert: int, states: list[Tensor]

@@ -135,9 +135,8 @@ def run_steps(
     flops: defaultdict[str, dict[str, int]] = defaultdict(dict)
 
     def listen(event: Any) -> None:
-        if (
-            not isinstance(event, Event) or not event.worker_seconds
-        ):  # of something inside a step
+        # of something inside a step
+        if not isinstance(event, Event) or not event.worker_seconds:
             return
         seconds[event.step] += event.seconds
         if operations is None:

@@ -102,9 +102,8 @@ def run_steps(run: RunState, stages: Stages, method: Method) -> None:
 
     for shot in range(run.num_done + 1, run.num_shots + 1):
         run.begin_shot(shot)
-        if (
-            run.part is None
-        ):  # else an earlier try has come as far as the recovery of this shot
+        # else an earlier try has come as far as the recovery of this shot
+        if run.part is None:
             method = prune_once(run, stages, method)
             if answers is not None and stages.recovery is not None:
                 with run.steps("answers", shot) as facts:
@@ -112,9 +111,8 @@ def run_steps(run: RunState, stages: Stages, method: Method) -> None:
         finish_shot(run, stages, answers)
         run.cluster.leave_if_told()
 
-    run.directory.write_report(
-        run.report.as_record()
-    )  # without exports of an earlier try
+    # without exports of an earlier try
+    run.directory.write_report(run.report.as_record())
     write_exports(run, stages.exports)
     run.page.draw(run.report.as_record(), final=True)
     # last: a run whose report is whole has ended
@@ -221,9 +219,8 @@ def _begin(
 ) -> RunState:
     """Plan, take the run directory, and return a run that knows what earlier tries have done."""
     spec = inputs.spec
-    name = hashlib.sha256(directory.uri.encode()).hexdigest()[
-        :16
-    ]  # the same for every try
+    # the same for every try
+    name = hashlib.sha256(directory.uri.encode()).hexdigest()[:16]
     scratch = ScratchNames(spec.memory.scratch, name, uuid.uuid4().hex)
     plan = _plan(inputs, workers, scratch, _PATIENCE_S if directory.retries() else 0.0)
     workers.stores = plan.stores
@@ -277,9 +274,8 @@ def _last_words(directory: RunDirectory, error: BaseException) -> BaseException:
             directory.check_attempt()
             directory.write_events()
         except TakenOverError as taken:
-            if isinstance(
-                error, Exception
-            ):  # what failed may be what the other try has taken away
+            # what failed may be what the other try has taken away
+            if isinstance(error, Exception):
                 return taken
     return error
 

@@ -171,9 +171,8 @@ class ModelFolders(Mapping[str, Path]):
             raise KeyError(family)
         folder = self.root / family
         if not folder.exists():
-            with (
-                torch.random.fork_rng()
-            ):  # a test's numbers do not depend on who comes first
+            # a test's numbers do not depend on who comes first
+            with torch.random.fork_rng():
                 tiny_model(family).save_pretrained(folder)
             self.tokenizer.save_pretrained(folder)
         return folder

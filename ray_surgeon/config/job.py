@@ -262,9 +262,8 @@ class JobSpec(Section):
         """
         share = self.calibration.held_aside
         num_sequences = self.calibration.num_sequences
-        num_replicas = (
-            self.cluster.num_replicas
-        )  # each of which takes part in a pass over them
+        # each of which takes part in a pass over them
+        num_replicas = self.cluster.num_replicas
         most = num_sequences
         if share is None:
             chooses = self.curvature is not None and self.curvature.chooses_damping

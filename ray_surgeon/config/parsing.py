@@ -82,9 +82,8 @@ def _apply_override(document: dict[str, Any], override: str) -> None:
         )
         if number == len(keys) - 1:
             place[at] = content
-        elif (
-            isinstance(place, dict) and place.get(at) is None
-        ):  # absent, or switched off by null
+        elif isinstance(place, dict) and place.get(at) is None:
+            # absent, or switched off by null
             place[at] = {}
         place = place[at]
 

@@ -114,9 +114,8 @@ def load_tokenizer(folder: Path, origin: str) -> Any:
     ):
         remedy = "it is code, which is never run, so make a tokenizer.json of it"
     refused = f"model.source: {origin} has no tokenizer that loads ({REASON})"
-    with refusing(
-        refused, remedy, Exception
-    ):  # the code of any tokenizer may raise anything
+    # the code of any tokenizer may raise anything
+    with refusing(refused, remedy, Exception):
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     # some versions take the class for the file's
     if "ab" in tokenizer.decode(list(tokens_of(tokenizer, "a b"))):

@@ -156,9 +156,8 @@ class RayCluster(Cluster):
                     heard = time.monotonic()
                     continue
                 self._told.update(nodes_leaving())
-                if (
-                    self.progress.unit == "linears"
-                ):  # those that do not answer at once left out
+                # those that do not answer at once left out
+                if self.progress.unit == "linears":
                     self.progress.reach_together(self._ping(1.0)[0])
                 if time.monotonic() - heard >= patience_s:
                     self._check_that_all_answer(self._ping_timeout_s / 2)
@@ -306,9 +305,8 @@ class RayCluster(Cluster):
 
 def worker_environment(num_threads: int) -> dict[str, str]:
     """Return the variables of a worker's process; some of them are the user's if they are set."""
-    users = {
-        name.replace("PYTORCH_CUDA_", "PYTORCH_") for name in os.environ
-    }  # an older name
+    # an older name
+    users = {name.replace("PYTORCH_CUDA_", "PYTORCH_") for name in os.environ}
     ours = {name: value for name, value in _UNLESS_SET.items() if name not in users}
     threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(num_threads))
     return _ENVIRONMENT | ours | threads

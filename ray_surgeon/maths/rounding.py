@@ -139,9 +139,8 @@ def _in_order(W: Tensor, U: Tensor, V: Tensor | None, grid: Grid) -> Rounded:
     inner = torch.stack(
         [U[start : start + size, start : start + size] for start in range(0, C, size)]
     )
-    targets = pad(
-        W, (0, 0, 0, num_down * height - R)
-    )  # W with corrections from the rows above
+    # W with corrections from the rows above
+    targets = pad(W, (0, 0, 0, num_down * height - R))
     carried = torch.zeros_like(targets)  # corrections from the columns to the left: P U
     rounded = torch.empty_like(targets)
     scales = targets.new_empty(len(targets), num_across)

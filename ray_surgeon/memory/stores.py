@@ -143,9 +143,8 @@ class Scratch:
     def close(self) -> None:
         """Remove the folder, and those above it that are empty then."""
         shutil.rmtree(self.folder, ignore_errors=True)
-        with contextlib.suppress(
-            OSError
-        ):  # other workers' folders are there, or it is gone
+        # other workers' folders are there, or it is gone
+        with contextlib.suppress(OSError):
             self.folder.parent.rmdir()
             self._run.rmdir()
 

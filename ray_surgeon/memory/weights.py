@@ -110,9 +110,8 @@ class WeightStore:
         }
         self.kept = TensorStore(place, device, scratch, ".weight")
         self._reads: dict[str, Read] = {}  # of the names that are read from elsewhere
-        self.then = (
-            -1
-        )  # the block that will be wanted after the present one; -1 if there is none
+        # the block that will be wanted after the present one; -1 if there is none
+        self.then = -1
         self._fetcher = Fetcher(device, self._begin)
 
     @contextlib.contextmanager

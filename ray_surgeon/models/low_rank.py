@@ -276,9 +276,8 @@ class LowRankCorrections:
             W = self._shard.weight(name)
             added = part.product()
             inputs = W[:, : part.A.shape[1]]
-            before = inputs.to(
-                self._shard.dtype, copy=True
-            )  # exact: it is the weights' dtype
+            # exact: it is the weights' dtype
+            before = inputs.to(self._shard.dtype, copy=True)
             inputs += added
             self._shard.set_weight(name, W)
             del W, inputs

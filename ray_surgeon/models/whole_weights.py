@@ -248,8 +248,7 @@ def _kept(mask: Mask, module: LinearModule, part: str) -> list[Tensor]:
         factors = [mask.rows]
     else:
         factors = [mask.rows[:, None], mask.columns[None, :C]]
-    if part == "weight" and not isinstance(
-        module, nn.Linear
-    ):  # GPT-2's weights are transposed
+    # GPT-2's weights are transposed
+    if part == "weight" and not isinstance(module, nn.Linear):
         factors = [factor.T for factor in factors]
     return [factor for factor in factors if not factor.all()]

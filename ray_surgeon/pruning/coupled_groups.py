@@ -113,9 +113,8 @@ class Groups(Ranking):
 
     section: CoupledSection
     budget: Budget  # need of the model, which removed groups reduce
-    fewest: Mapping[
-        str, int
-    ]  # kind -> smallest number of groups (or experts) left in each block
+    # kind -> smallest number of groups (or experts) left in each block
+    fewest: Mapping[str, int]
     consumers: frozenset[str]  # roles of the last linears of the groups
     removed: frozenset[LayerKey] = frozenset()  # layers that are removed whole
 

@@ -70,14 +70,12 @@ class Scores(Generic[C]):
 class Choice:
     """The selection of a shot."""
 
-    threshold: (
-        float | None
-    )  # largest cost that is pruned; None if the method has no threshold
+    # largest cost that is pruned; None if the method has no threshold
+    threshold: float | None
     facts: Mapping[str, float | int | str]  # for the event of the step
     removed: Any = None  # further choices, in the form that the method's `apply` takes
-    record: Mapping[str, Any] = field(
-        default_factory=dict
-    )  # further entries for the report
+    # further entries for the report
+    record: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -30,9 +30,8 @@ class RunReport:
     fingerprints: Mapping[str, Any]  # of model, tokenizer, texts and method
     environment: Mapping[str, str]  # versions and machine
     num_parameters: int  # of the whole dense model
-    dense: dict[str, Any] = field(
-        default_factory=dict
-    )  # measurements before the first shot
+    # measurements before the first shot
+    dense: dict[str, Any] = field(default_factory=dict)
     shots: list[dict[str, Any]] = field(default_factory=list)  # one record per shot
     exports: list[dict[str, Any]] = field(default_factory=list)  # one record per export
     # where workers keep tensors, and the expected peaks and times

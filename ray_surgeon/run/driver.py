@@ -162,9 +162,8 @@ def _run_with_retries(inputs: Inputs, display: Display) -> None:
         else:
             num_in_vain = 0
         progress_before = progress
-        if (
-            cause == "preemption" and num_in_vain < _IN_VAIN
-        ):  # not a defect, so not counted
+        # not a defect, so not counted
+        if cause == "preemption" and num_in_vain < _IN_VAIN:
             display.note(f"{failure}; continuing from the last commit")
             continue
         if cause == "preemption":
@@ -293,10 +292,8 @@ def _try(
     except ray.exceptions.GetTimeoutError:
         return WorkerFailureError("coordinator", f"the coordinator has {silence}")
     except _LOSSES as error:
-        if isinstance(
-            error,
-            RayTaskError,
-        ):  # the coordinator lives and reports another error
+        # the coordinator lives and reports another error
+        if isinstance(error, RayTaskError):
             raise
         cause = "memory" if isinstance(error, OutOfMemoryError) else "coordinator"
         return WorkerFailureError(cause, error)

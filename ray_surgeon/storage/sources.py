@@ -87,9 +87,8 @@ class ModelFiles:
         def link(folder: Path) -> None:
             folder.mkdir(exist_ok=True)
             for path in paths:
-                (folder / path.name).unlink(
-                    missing_ok=True
-                )  # of a try that was interrupted
+                # of a try that was interrupted
+                (folder / path.name).unlink(missing_ok=True)
                 (folder / path.name).symlink_to(path.resolve())
 
         return copies.made_once("small", digest, link)
@@ -106,9 +105,8 @@ class ModelFiles:
         Raises:
             ValueError: there are none, or the index names files that are not there.
         """
-        if (
-            "model.safetensors" in self.names
-        ):  # transformers reads it, too, whatever else is there
+        # transformers reads it, too, whatever else is there
+        if "model.safetensors" in self.names:
             return ["model.safetensors"]
         if _INDEX in self.names:
             return self._files_in_index()

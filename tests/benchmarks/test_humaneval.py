@@ -154,9 +154,8 @@ def test_paired_statistics_match_hand_computation() -> None:
     found = comparison(dense, dense | dict.fromkeys("012", "failed: y") | {"9": "passed"})
     assert (found.passed, found.lost, found.won, found.difference) == (4, 3, 1, -2)
     differences = [-1, -1, -1, 1] + [0] * 6  # one a task
-    variance = sum(
-        (x + 0.2) ** 2 for x in differences
-    )  # around their mean, summed over 10 tasks
+    # around their mean, summed over 10 tasks
+    variance = sum((x + 0.2) ** 2 for x in differences)
     assert found.standard_error == pytest.approx(math.sqrt(variance))
     with pytest.raises(ValueError, match="cannot be paired"):
         comparison(dense, {"0": "passed"})

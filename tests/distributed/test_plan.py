@@ -346,9 +346,8 @@ TWO_BLOCKS = 2 * 2 * (ENTRIES + 2 * 8192)
 HEAD = 2 * 128256 * 8192
 EMBEDDING = HEAD
 LAST = HEAD + 2 * 8192  # with the norm
-SIDES = 2 * (
-    4 * 8192 + 2 * (8192 + 1024) + 3 * (8192 + 28672)
-)  # rows and columns of linears
+# rows and columns of linears
+SIDES = 2 * (4 * 8192 + 2 * (8192 + 1024) + 3 * (8192 + 28672))
 LOW_RANK: dict[str, Any] = {"rank": 8, "num_tokens": 16 * 2 * 2048, "learning_rate": 1e-4}
 ALL = LOW_RANK | {"rank": "all"}
 TAUGHT = {"texts": [{"source": "python-code"}]}
@@ -410,9 +409,8 @@ def test_teacher_is_moved_off_the_device_only_if_needed() -> None:
 def test_training_all_weights_counts_gradients_masters_and_moments() -> None:
     on_host = Stores("device", "host", "recompute")
     parameters = TWO_BLOCKS / 2
-    columns = 2 * (
-        6 * 8192 + 28672
-    )  # bytes that a token keeps of the inputs of a block's linears
+    # bytes that a token keeps of the inputs of a block's linears
+    columns = 2 * (6 * 8192 + 28672)
     stepping = 4 * parameters / 2  # gradients of one of two blocks
     owned = 12 * parameters / 2 + stepping  # of one of two replicas
     messages = 2 * MESSAGE_BYTES

@@ -307,13 +307,8 @@ def test_an_export_has_no_files_of_a_try_with_other_shards(
         ("bfloat16", False, 0.05, 0.4, True),  # as SmolLM2 has it
         ("bfloat16", False, 0.25, 0.25, False),
         ("bfloat16", False, 0.05, 0.8, False),
-        (
-            "bfloat16",
-            True,
-            0.05,
-            0.8,
-            True,
-        ),  # of a mixture, where a token went to other experts
+        # of a mixture, where a token went to other experts
+        ("bfloat16", True, 0.05, 0.8, True),
         ("float32", False, 1e-4, 3e-3, True),
         ("float32", False, 1e-4, 1e-2, False),
     ],

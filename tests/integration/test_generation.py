@@ -99,9 +99,8 @@ def assert_as_by_itself(cluster: LocalCluster, answers: Answers) -> None:
 def test_answers_are_those_of_transformers(
     family: str, model_folders: dict[str, Path]
 ) -> None:
-    factor = (
-        1.0 if family == "mixtral" else 0.95
-    )  # transformers has its experts in one tensor
+    # transformers has its experts in one tensor
+    factor = 1.0 if family == "mixtral" else 0.95
     expected, means, own = by_transformers(model_folders[family], factor)
     assert 0 < sum(expected.ended) < len(PROMPTS), "some end"
     found = []

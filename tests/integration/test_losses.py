@@ -171,9 +171,8 @@ class Machines:
     """A Ray whose head takes no workers, and machines of one worker each that come and go."""
 
     def __init__(self) -> None:
-        soon = {
-            "_system_config": {"health_check_period_ms": 500}
-        }  # a loss is noticed after five
+        # a loss is noticed after five
+        soon = {"_system_config": {"health_check_period_ms": 500}}
         self.ray = Cluster(
             True, head_node_args={"num_cpus": 0, "include_dashboard": False, **soon}
         )

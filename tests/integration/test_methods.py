@@ -376,9 +376,8 @@ def test_sampled_fisher_is_the_exact_one_in_the_mean(job: Jobs) -> None:
     cluster = loaded(job.models["llama"], 2)
     last = cluster.workers[cluster.placement.workers[1]]
     total = torch.zeros(32, 32)
-    for seed in range(
-        0, 4000, 1000
-    ):  # a hundred draws each; those of seeds side by side overlap
+    # a hundred draws each; those of seeds side by side overlap
+    for seed in range(0, 4000, 1000):
         gather_curvature(
             cluster, np.repeat(tokens, 100, axis=0), WantedFactors(label_seed=seed)
         )

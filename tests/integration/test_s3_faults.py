@@ -152,9 +152,8 @@ def faulty(
     )
     monkeypatch.setattr(retrying, "FIRST_PAUSE_S", 0.005)
     monkeypatch.setattr(retrying, "LONGEST_PAUSE_S", 0.1)
-    monkeypatch.setattr(
-        S3FileSystem, "retries", 2
-    )  # the pauses of the clients cannot be set
+    # the pauses of the clients cannot be set
+    monkeypatch.setattr(S3FileSystem, "retries", 2)
     S3FileSystem.clear_instance_cache()
     yield FaultyProxy
     FaultyProxy.probability = 0.0

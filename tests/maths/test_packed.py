@@ -122,9 +122,8 @@ def second_moments(
         whole = total.dense().cpu()
         assert torch.equal(whole, whole.T)
         assert torch.equal(total.diagonal().cpu(), whole.diagonal())
-        in_memory = PackedSymmetric(
-            n, total.flat.cpu()
-        )  # of the host: in the layout of the device
+        # of the host: in the layout of the device
+        in_memory = PackedSymmetric(n, total.flat.cpu())
         assert torch.equal(in_memory.dense(torch.device(device)).cpu(), whole)
         found.append((distance(whole, expected), counts.launches))
         found.append((distance(in_memory.dense(), expected), counts.launches))

@@ -45,9 +45,8 @@ class Head:
         return SimpleNamespace(driver_exit_code=1)
 
 
-@pytest.mark.parametrize(
-    "where", [" --address http://head:8265", ""]
-)  # or in the environment
+# or in the environment
+@pytest.mark.parametrize("where", [" --address http://head:8265", ""])
 def test_failed_job_leaves_a_report_and_a_command_to_resume_it(
     where: str,
     tmp_path: Path,

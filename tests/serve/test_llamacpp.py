@@ -97,9 +97,8 @@ def test_mixture_of_experts(
     family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whole experts are removed, and channels of the others."""
-    if (
-        family == "gpt_oss"
-    ):  # llama.cpp rounds the borders of frequencies, as `truncate` does
+    # llama.cpp rounds the borders of frequencies, as `truncate` does
+    if family == "gpt_oss":
         config = copy.deepcopy(MIXTURES[family])
         config.rope_parameters["truncate"] = True
         monkeypatch.setitem(MIXTURES, family, config)

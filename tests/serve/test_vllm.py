@@ -72,9 +72,8 @@ def test_export_with_fewer_blocks(family: str, tmp_path: Path) -> None:
     "family", ["llama", "qwen2", "qwen3", "gemma3", "phi3", "gpt_oss"]
 )
 def test_uniform_export_with_fewer_heads(family: str, tmp_path: Path) -> None:
-    sparsity = (
-        0.02 if family in MIXTURES else 0.1
-    )  # of all linears, of which experts are many
+    # of all linears, of which experts are many
+    sparsity = 0.02 if family in MIXTURES else 0.1
     options = {"pruning__groups": ["attention"], "pruning__target_sparsity": sparsity}
     folder = exported(family, "uniform", folder=tmp_path, **options)
     assert config_of(folder)["num_key_value_heads"] == 1

@@ -50,9 +50,8 @@ class PlannedReconstruction:
 
     section: ReconstructionSection
     kinds: frozenset[str]  # of the groups whose layers are trained
-    num_backward: (
-        int | None
-    )  # sequences that pass backward in the curvature pass; None for all
+    # sequences that pass backward in the curvature pass; None for all
+    num_backward: int | None
     num_rates: int  # learning rates that are tried if the section has none
     trial_epochs: float  # passes over the calibration tokens with each of them
 
@@ -111,9 +110,8 @@ class PlannedJob:
     factors: Literal["both", "A", "none"] = (
         "none"  # gathered by a pass over the calibration text
     )
-    gathered: frozenset[str] = (
-        frozenset()
-    )  # linears that are ranked, or updated by their factors
+    # linears that are ranked, or updated by their factors
+    gathered: frozenset[str] = frozenset()
     by_element: bool = False  # whether masks are of elements, or of rows and columns
     pruning: PruningSection | None = None
     groups: PlannedGroups | None = None

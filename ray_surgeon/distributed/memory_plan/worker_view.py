@@ -168,9 +168,8 @@ class WorkerView:
         """
         stores = self.stores.of_teacher if of_teacher else self.stores
         num_heads = 0 if of_teacher else 1
-        num_states = (
-            3 if self.num_shards == 1 else 6
-        )  # with those packed and unpacked to travel
+        # with those packed and unpacked to travel
+        num_states = 3 if self.num_shards == 1 else 6
         peak = host = 0.0
         tokens = 0
         loads = 0
