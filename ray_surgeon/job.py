@@ -86,19 +86,13 @@ def run_job(
 def run_steps(run: RunState, stages: Stages, method: Method) -> None:
     """Measure the dense model, prune it in all shots that are left, and write the exports."""
     if stages.teacher is None:
-        with run.steps("load", run.num_done) as facts:
-            load_model(run, facts, by_element=method.by_element)
-            if run.resumes:
-                method.after_resuming(run.cluster)
+        _load(run, method)
     elif not run.resumes:
         with run.steps("teacher"):
             stages.teacher.load(run)
     answers = measure_dense(run, stages)
     if stages.teacher is not None:
-        with run.steps("load", run.num_done) as facts:
-            load_model(run, facts, by_element=method.by_element)
-            if run.resumes:
-                method.after_resuming(run.cluster)
+        _load(run, method)
 
     for shot in range(run.num_done + 1, run.num_shots + 1):
         run.begin_shot(shot)
@@ -117,6 +111,14 @@ def run_steps(run: RunState, stages: Stages, method: Method) -> None:
     run.page.draw(run.report.as_record(), final=True)
     # last: a run whose report is whole has ended
     run.directory.write_report(run.report.as_record())
+
+
+def _load(run: RunState, method: Method) -> None:
+    """Load the dense model, or the last commit of a run that resumes."""
+    with run.steps("load", run.num_done) as facts:
+        load_model(run, facts, by_element=method.by_element)
+        if run.resumes:
+            method.after_resuming(run.cluster)
 
 
 def measure_dense(run: RunState, stages: Stages) -> Answers | None:

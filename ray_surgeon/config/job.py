@@ -108,7 +108,7 @@ class JobSpec(Section):
                 found="needs recovery.texts with loss: kl",
                 remedy="remove it",
             )
-        if recovery and recovery.rank == "all" and where not in ("auto", "device"):
+        if recovery and recovery.trains_all and where not in ("auto", "device"):
             yield ConfigError(
                 field="memory.weights",
                 found=f"{where} does not go with recovery.rank all",

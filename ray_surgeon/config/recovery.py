@@ -63,6 +63,16 @@ class RecoverySection(Section):
         """Whether the dense model is beside the pruned one while it is trained."""
         return bool(self.texts) and self.loss == "kl"
 
+    @property
+    def sees_calibration(self) -> bool:
+        """Whether the training needs the dense model's states of the calibration text."""
+        return self.loss == "kl" and not self.texts
+
+    @property
+    def trains_all(self) -> bool:
+        """Whether all weights are trained, not low-rank corrections."""
+        return self.rank == "all"
+
     def num_steps(self, sequence_length: int, *, ends: bool = True) -> int:
         """Return how many steps are made after a shot, which ends at a size asked for or not."""
         num_tokens = self.num_tokens if ends else self.num_tokens_between_shots

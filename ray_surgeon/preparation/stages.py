@@ -86,7 +86,7 @@ def stages_of(
     recovery = _recovery(spec, method, texts)
     curvature = None
     if method.has_costs:
-        sees_calibration = recovery is not None and recovery.sees_calibration
+        sees_calibration = recovery is not None and recovery.section.sees_calibration
         curvature = Curvature(method, sees_calibration)
     return Stages(
         teacher=texts.teacher,

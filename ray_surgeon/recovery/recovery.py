@@ -54,7 +54,7 @@ class Recovery:
         training.on_step = partial(self._commit, run, training)
         if training.batches.num_steps and run.part is None:
             # all weights change from the first step on
-            self._commit(run, training, at_once=self.section.rank == "all")
+            self._commit(run, training, at_once=self.section.trains_all)
         has_teacher = self.section.has_teacher and training.batches.num_steps > 0
         if has_teacher:
             if self.teacher is not None:
@@ -128,14 +128,9 @@ class Recovery:
 
     def texts_to_remember(self, text: CalibrationText) -> Mapping[str, Text]:
         """Return the calibration text if it is needed and no curvature pass sees it."""
-        if self.has_pass or not self.sees_calibration:
+        if self.has_pass or not self.section.sees_calibration:
             return {}
         return {CALIBRATION: (text.tokens, text.counts)}
-
-    @property
-    def sees_calibration(self) -> bool:
-        """Whether the training needs the dense model's states of the calibration text."""
-        return self.section.loss == "kl" and not self.section.texts
 
 
 def share_of_peak(plan: Mapping[str, Any], dtype: str, per_s: float) -> float:

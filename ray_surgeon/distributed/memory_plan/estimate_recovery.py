@@ -87,7 +87,7 @@ def _num_entries(worker: WorkerView, recovery: PlannedRecovery) -> float:
 
 def _kept(worker: WorkerView, job: PlannedJob, recovery: PlannedRecovery) -> _Kept:
     """Return the bytes that stay while the training goes on."""
-    if recovery.trains_all:
+    if recovery.section.trains_all:
         device, host = _kept_of_weights(worker, job, recovery)
     else:
         device, host = _kept_of_corrections(worker, job, recovery)
@@ -153,7 +153,7 @@ def _kept_of_weights(
 def _start(worker: WorkerView, recovery: PlannedRecovery) -> StepPlan:
     """Return the work at the start and the end; the dense model is loaded."""
     device: float = worker.weights
-    if not recovery.trains_all:  # products B A are absorbed
+    if not recovery.section.trains_all:  # products B A are absorbed
         device += _PASS_BYTES * max(linear.size for linear in worker.linears)
     size = 0
     moved = 0
@@ -183,11 +183,11 @@ def _training_step(
     columns = sum(linear.num_columns for linear in worker.linears)
     inputs = worker.shapes.width * columns / worker.num_blocks
     device = worker.weights + worker.passing(more_kept=inputs, num_sequences=per_step)
-    if job.by_element and not recovery.trains_all:
+    if job.by_element and not recovery.section.trains_all:
         device += _PASS_BYTES * max(linear.size for linear in worker.linears)
     loads = 2 * -(-per_step // stores.wave_of(per_step, worker.num_shards))
     host_bytes, disk_bytes = worker.moved(stores.weights, loads * worker.all_blocks)
-    if recovery.trains_all and stores.factors != "device":
+    if recovery.section.trains_all and stores.factors != "device":
         # gradients and weights; masters and moments pass the host's memory
         host_bytes += (2 * worker.shapes.width + _ADAM_BYTES) * entries / N
 
@@ -195,7 +195,7 @@ def _training_step(
     memory_bytes = worker.pass_bytes(per_step, T, forward=runs, backward=1.0)
     sent_bytes = worker.sent_bytes(per_step * T, num_passes=runs + 1)
     # parameters and two moments, read and written; gradients and the result are sent
-    if recovery.trains_all:
+    if recovery.section.trains_all:
         memory_bytes += _ADAM_BYTES * entries / N
         of_entry = 2.0 * worker.shapes.width
     else:
@@ -224,7 +224,7 @@ def _sequences_of_replica(worker: WorkerView, recovery: PlannedRecovery) -> int:
 def _flops_of_token(worker: WorkerView, recovery: PlannedRecovery) -> float:
     """Return the operations of a step for a token: forward, and backward to what is trained."""
     runs = worker.num_runs_forward
-    if recovery.trains_all:
+    if recovery.section.trains_all:
         flops = 2 * worker.active * (2 + runs)
     else:
         flops = 2 * worker.active * (1 + runs)

@@ -66,16 +66,6 @@ class PlannedRecovery:
     steps_between_checks: int  # on the windows held aside
     steps_ahead: int  # whose sequences the dense model sees in one pass
 
-    @property
-    def trains_all(self) -> bool:
-        """Whether all weights are trained, not low-rank corrections."""
-        return self.section.rank == "all"
-
-    @property
-    def sees_calibration(self) -> bool:
-        """Whether it compares with the dense model's states of the calibration text."""
-        return self.section.loss == "kl" and not self.section.texts
-
 
 @dataclass(frozen=True)
 class PlannedExports:
@@ -136,4 +126,4 @@ class PlannedJob:
     @property
     def trains_all(self) -> bool:
         """Whether the recovery needs all weights of the blocks on the device."""
-        return self.recovery is not None and self.recovery.trains_all
+        return self.recovery is not None and self.recovery.section.trains_all

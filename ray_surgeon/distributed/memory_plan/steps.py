@@ -159,7 +159,7 @@ def _kept_on_host(worker: WorkerView, job: PlannedJob) -> float:
     if job.answers is not None:
         of_answer = PROMPT_TOKENS + job.answers.max_new_tokens
         size += worker.remembered(job.answers.num_prompts * of_answer)
-    if job.recovery is not None and job.recovery.sees_calibration:
+    if job.recovery is not None and job.recovery.section.sees_calibration:
         size += worker.remembered(worker.num_sequences * worker.sequence_length)
     size += worker.remembered(sum(count * length for count, length in job.measured_texts))
     return size
