@@ -606,9 +606,8 @@ def rows_of_points(arguments: argparse.Namespace) -> list[Row]:
     channels = sum(
         len(g.columns) * g.num_parameters for g in layout.group_sets if g.kind == "ffn"
     )
-    of_dense: tuple[dict[str, list[Tensor]], Statistics] | None = (
-        None  # the same at all points
-    )
+    # the same at all points
+    of_dense: tuple[dict[str, list[Tensor]], Statistics] | None = None
     saved = arguments.folder / "peers" if arguments.save else None
     rows: list[Row] = []
     for number in arguments.points:

@@ -22,12 +22,10 @@ class DampingSection(Section):
 
 
 class _Curvature(Section):
-    gathers: ClassVar[Literal["both", "A"]] = (
-        "both"  # factors that a pass over the text gathers
-    )
-    is_of_loss: ClassVar[bool] = (
-        False  # whether G is of the loss's gradients, so costs are in nats
-    )
+    # factors that a pass over the text gathers
+    gathers: ClassVar[Literal["both", "A"]] = "both"
+    # whether G is of the loss's gradients, so costs are in nats
+    is_of_loss: ClassVar[bool] = False
 
     @property
     def as_damping(self) -> Damping:

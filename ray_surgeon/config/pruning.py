@@ -73,9 +73,8 @@ class PatternSection(SparsitySection):
     """Single elements, or N:M groups: of every M consecutive inputs of a row, N stay"""
     n_m: tuple[Positive, Positive] | None = None
     """[N, M] of structure n_m: N of M consecutive inputs of a row stay; [2, 4] if not given"""
-    tolerated: ClassVar[float] = (
-        0.0  # by how much a target may be above what a pattern removes
-    )
+    # by how much a target may be above what a pattern removes
+    tolerated: ClassVar[float] = 0.0
 
     @property
     def units(self) -> ElementUnits:

@@ -19,9 +19,8 @@ class Prompt:
     """A prompt of a file, and its answer if the file gives one."""
 
     tokens: tuple[int, ...]  # of the prompt, with those of the chat template
-    answer: tuple[int, ...] | None = (
-        None  # with the token that ends it; None: it is to be written
-    )
+    # with the token that ends it; None: it is to be written
+    answer: tuple[int, ...] | None = None
 
 
 class _Message(pydantic.BaseModel):

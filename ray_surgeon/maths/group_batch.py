@@ -111,9 +111,8 @@ class _Layout(NamedTuple):
 
     numbers: Tensor  # groups that have costs
     free: Tensor  # groups that cost nothing
-    columns: (
-        Tensor  # [C] columns of the groups with costs, other alive columns, and the rest
-    )
+    # [C] columns of the groups with costs, other alive columns, and the rest
+    columns: Tensor
     num_alive: int  # alive columns
 
 

@@ -39,9 +39,8 @@ class Stores:
     activations: Activations = "keep"
     wave: int = 1  # sequences that pass a block before the next block runs
     together: int = 1  # those of them that pass it in one call
-    teacher: Place = (
-        "device"  # blocks of the dense model, where it is beside the pruned one
-    )
+    # blocks of the dense model, where it is beside the pruned one
+    teacher: Place = "device"
 
     @property
     def of_teacher(self) -> Stores:

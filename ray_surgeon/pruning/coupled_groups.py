@@ -608,9 +608,8 @@ class Paths:
             following = [c for c in scores.costs if self._is_short(c, threshold)]
             if is_uniform or not following:
                 return scores
-            limit = (
-                threshold  # once all paths reach it, the threshold is this one or lower
-            )
+            # once all paths reach it, the threshold is this one or lower
+            limit = threshold
 
     def _followed(self, scores: GroupScores, limit: float, needed: Counts) -> GroupScores:
         """Return scores with those of the consumers in `needed` computed anew, up to a cost."""

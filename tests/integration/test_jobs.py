@@ -106,9 +106,8 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
     # as Ray itself does on a user's machine
     token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(16)}
     environment |= token | {"RAY_metrics_report_interval_ms": "500"}
-    environment["GRPC_ENABLE_FORK_SUPPORT"] = (
-        "0"  # as docs/clusters.md says for Ray clients
-    )
+    # as docs/clusters.md says for Ray clients
+    environment["GRPC_ENABLE_FORK_SUPPORT"] = "0"
     options = {
         "port": gcs,
         "dashboard-port": dashboard,

@@ -35,9 +35,8 @@ class LinearNeeds:
     costs_flops: float = 0.0
     update_bytes: float = 0.0
     update_flops: float = 0.0
-    kept_bytes: float = (
-        0.0  # from its costs to its update, of all linears at the same time
-    )
+    # from its costs to its update, of all linears at the same time
+    kept_bytes: float = 0.0
     batch_bytes: float = 0.0  # of one linear in a batch, see `together`
     reused_bytes: float = 0.0  # on a CPU, kept while costs are computed, up to a limit
     together: int = 1  # the largest number of linears of one shape in a batch of costs

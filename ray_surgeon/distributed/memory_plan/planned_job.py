@@ -21,9 +21,8 @@ class PlannedCurvature:
     """The passes over the calibration text that gather curvature."""
 
     section: AnyCurvature
-    num_changes: (
-        int  # changes of a block's output that are computed for a token; 0 mostly
-    )
+    # changes of a block's output that are computed for a token; 0 mostly
+    num_changes: int
 
 
 @dataclass(frozen=True)
@@ -97,9 +96,8 @@ class PlannedJob:
     num_sequences: int  # of the calibration
     sequence_length: int
     num_held: int = 0  # windows held aside
-    factors: Literal["both", "A", "none"] = (
-        "none"  # gathered by a pass over the calibration text
-    )
+    # gathered by a pass over the calibration text
+    factors: Literal["both", "A", "none"] = "none"
     # linears that are ranked, or updated by their factors
     gathered: frozenset[str] = frozenset()
     by_element: bool = False  # whether masks are of elements, or of rows and columns
