@@ -34,8 +34,6 @@ _QWEN3_MOE = {
     "head_dim": 128,
     "num_key_value_heads": 4,
     "num_experts": 128,
-}
-_QWEN3_MOE |= {
     "num_experts_per_tok": 8,
     "norm_topk_prob": True,
     "tie_word_embeddings": False,

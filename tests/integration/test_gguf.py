@@ -132,8 +132,9 @@ def test_the_importance_matrix(options: dict[str, Any], job: Jobs) -> None:
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "gpt_oss"])
 def test_mixtures_have_their_experts_together(family: str, job: Jobs) -> None:
     """The tensors are those of the uniform export, however a checkpoint has them."""
-    options = {"pruning__allocation": "uniform", "output__exports": ["uniform", "gguf"]}
-    options |= {
+    options = {
+        "pruning__allocation": "uniform",
+        "output__exports": ["uniform", "gguf"],
         "pruning__groups": ["experts", "expert_channels"],
         "output__gguf": ["f32"],
     }

@@ -76,9 +76,9 @@ def test_costs_and_updates_match_the_dense_solution(
         return dense_minimum(alive, F, removed)[0] - alive
 
     for side, found_costs in by_side.items():
-        expected = (
-            [cost_of(removed) for removed in alone[side]] if len(found_costs) else []
-        )
+        expected = []
+        if len(found_costs):
+            expected = [cost_of(removed) for removed in alone[side]]
         assert found_costs.tolist() == pytest.approx(expected, rel=1e-8)
     threshold = max(float(c.sort().values[1]) for c in by_side.values() if len(c))
     gone = [

@@ -39,8 +39,6 @@ def main() -> None:
             "temperature": 0.0,
             "ignore_eos": True,
             "cache_prompt": True,
-        }
-        settings |= {
             "prompt": prompt,
             "n_predict": num_tokens,
             "n_probs": request["vocabulary"],

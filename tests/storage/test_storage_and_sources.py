@@ -213,14 +213,15 @@ def hub_with(folder: Path) -> Flask:
 
     @hub.get(f"{api}/discussions")
     def discussions() -> dict[str, Any]:
-        found = {"num": 3, "title": "Adding `safetensors` variant of this model"}
-        found |= {
+        found = {
+            "num": 3,
+            "title": "Adding `safetensors` variant of this model",
             "isPullRequest": True,
             "status": "open",
             "author": {"name": "SFconvertbot"},
+            "createdAt": "2023-01-01T00:00:00.000Z",
+            "repo": {"name": "me/model", "type": "model"},
         }
-        found |= {"createdAt": "2023-01-01T00:00:00.000Z"}
-        found |= {"repo": {"name": "me/model", "type": "model"}}
         return {"discussions": [found], "count": 1, "start": 0}
 
     @hub.get(api, defaults={"revision": "main"})
