@@ -23,7 +23,7 @@ from ray_surgeon.maths.greedy import Limits
 from ray_surgeon.maths.group_batch import costs_of_groups
 from ray_surgeon.maths.kronecker import Damping, PackedFactors
 from ray_surgeon.maths.masks import StructuredMask
-from ray_surgeon.maths.packed import PackedSymmetric
+from ray_surgeon.maths.products import PackedSymmetric
 
 _TOKENS = 4096
 

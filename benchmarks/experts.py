@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig
 
-from ray_surgeon.checkpointing.run_directory import RunDirectory
+from ray_surgeon.checkpointing import RunDirectory
 from ray_surgeon.config.parsing import parse_spec
 from ray_surgeon.distributed.cluster import LocalCluster
 from ray_surgeon.distributed.worker import LinearSummary, Worker, collective

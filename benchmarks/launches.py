@@ -24,15 +24,14 @@ from transformers import (
 from benchmarks.counter import Counter as Counter
 from benchmarks.counter import attention_as_one_launch
 from benchmarks.shaped_model import write_tokenizer
-from ray_surgeon.checkpointing.run_directory import RunDirectory
+from ray_surgeon.checkpointing import RunDirectory
 from ray_surgeon.config.job import JobSpec
 from ray_surgeon.distributed.cluster import LocalCluster
 from ray_surgeon.distributed.memory_plan.device_resources import DEVICES, Room
 from ray_surgeon.distributed.memory_plan.planner import Plan, Planner
 from ray_surgeon.distributed.memory_plan.shapes import Shapes
 from ray_surgeon.job import run_job
-from ray_surgeon.preparation.inputs import check
-from ray_surgeon.preparation.planning import describe_job
+from ray_surgeon.preparation.inputs import check, describe_job
 from ray_surgeon.report.events import Event, ProgressReport
 from ray_surgeon.report.html_report import LivePage
 

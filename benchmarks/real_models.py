@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from ray_surgeon.storage.copies import convert_gguf
+from ray_surgeon.storage.sources import convert_gguf
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from torch.utils.flop_counter import flop_registry
 
 from benchmarks.shaped_model import write
 from ray_surgeon import JobSpec
-from ray_surgeon.checkpointing.run_directory import RunDirectory
+from ray_surgeon.checkpointing import RunDirectory
 from ray_surgeon.distributed.cluster import LocalCluster
 from ray_surgeon.job import run_job
 from ray_surgeon.maths import products

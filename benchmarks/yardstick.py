@@ -34,8 +34,7 @@ from ray_surgeon.distributed.dense_states import ANSWERS
 from ray_surgeon.distributed.passes import num_counted, sequence_losses
 from ray_surgeon.distributed.placement import place
 from ray_surgeon.distributed.weights import ModelRecipe, load
-from ray_surgeon.distributed.worker import Worker
-from ray_surgeon.distributed.worker_state import DenseStates
+from ray_surgeon.distributed.worker import DenseStates, Worker
 from ray_surgeon.evaluation.answers import (
     Answers,
     measure_answers,

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM
 
-from ray_surgeon.config.targets import SpeedSection
+from ray_surgeon.config.schedule import SpeedSection
 from ray_surgeon.export.speed import time_request
 
 

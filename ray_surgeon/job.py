@@ -12,7 +12,7 @@ import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 
-from ray_surgeon.checkpointing.run_directory import RunDirectory, TakenOverError
+from ray_surgeon.checkpointing import RunDirectory, TakenOverError
 from ray_surgeon.distributed.cluster import Cluster, WorkerFailureError
 from ray_surgeon.distributed.memory_plan.device_resources import (
     device_of,

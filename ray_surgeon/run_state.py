@@ -11,8 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ray_surgeon.checkpointing.committed import CommittedPart
-from ray_surgeon.checkpointing.run_directory import RunDirectory
+from ray_surgeon.checkpointing import CommittedPart, RunDirectory
 from ray_surgeon.config.sections import ModelSection
 from ray_surgeon.distributed.cluster import Cluster
 from ray_surgeon.distributed.microbatch import Counts, Tokens

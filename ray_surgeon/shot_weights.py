@@ -11,8 +11,7 @@ from dataclasses import asdict, dataclass
 from itertools import chain
 from typing import Any
 
-from ray_surgeon.checkpointing.committed import CommittedPart, Save
-from ray_surgeon.checkpointing.run_directory import Record
+from ray_surgeon.checkpointing import CommittedPart, Record, Save
 from ray_surgeon.distributed.dense_states import read_states, write_states
 from ray_surgeon.distributed.weights import (
     ModelRecipe,

@@ -7,17 +7,64 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
-from ray_surgeon.config.base import Positive
+from ray_surgeon.config.base import Positive, Section
 from ray_surgeon.config.curvature import AnyCurvature
-from ray_surgeon.config.depth import DepthSection
-from ray_surgeon.config.reconstruction import ReconstructionSection
-from ray_surgeon.config.schedule import FamilySection, ScheduleSection
-from ray_surgeon.config.targets import FlopsTarget, TargetSection, TimedTarget
+from ray_surgeon.config.schedule import (
+    FamilySection,
+    FlopsTarget,
+    ScheduleSection,
+    TargetSection,
+    TimedTarget,
+)
 from ray_surgeon.errors import ConfigError
 from ray_surgeon.maths.threshold import OutOfReachError
 from ray_surgeon.models.layers import LAYER_KINDS
 from ray_surgeon.models.layout import FEED_FORWARD_OF_ALL, ModelLayout
-from ray_surgeon.models.width_limits import WidthLimits
+from ray_surgeon.models.pruned_config import WidthLimits
+
+LayerCosts = Literal["divergence", "loss", "influence", "last", "random"]
+MEASURED = {"divergence", "loss"}
+"""Costs that are measured again after every removal."""
+
+
+class DepthSection(Section):
+    """How layers are chosen, and what makes up for them."""
+
+    is_checked: ClassVar[bool] = True
+
+    costs: LayerCosts = "divergence"
+    """What the removal of a layer costs on windows held aside: divergence, from the dense model
+    with the layer off, measured again after every removal; or a score of a baseline: loss, the same
+    of the loss (SLEB); influence, by which angle a block turns its hidden states (ShortGPT); last,
+    the last layers go first; random
+    """
+    num_removed: Positive | None = None
+    """How many layers go over all shots, where groups names narrower kinds, too, of which then as
+    many go as the target needs. null: where it names none, as many layers as the target needs
+    """
+    update: bool = True
+    """Whether the linear before a removed layer learns to add what the layer added, as far as it is
+    linear in what this linear reads; undone where the windows held aside get worse by it
+    """
+
+
+class ReconstructionSection(Section):
+    """Reconstruction of feed-forward layers, see `ray_surgeon.recovery.reconstruction`."""
+
+    is_checked: ClassVar[bool] = True
+
+    learning_rate: float | None = Field(None, gt=0, le=1)
+    """Adam's largest rate, in units of the root mean square of each weight; it rises shortly, then
+    falls linearly to zero. null: three rates are tried on two layers, and the best one on the
+    windows held aside is taken
+    """
+    tokens_per_step: Positive = 512
+    """Calibration tokens of one step, at most all"""
+    num_epochs: Positive = 2
+    """Passes over the calibration tokens"""
+    seed: int = Field(0, ge=0)
+    """Seed of the order of the tokens"""
+
 
 GroupKind = Literal[
     "ffn",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, Tag
 
@@ -13,8 +13,10 @@ from ray_surgeon.config.groups import GroupsSection, UniformGroupsSection
 from ray_surgeon.config.schedule import SparsitySection
 from ray_surgeon.errors import ConfigError
 from ray_surgeon.maths import threshold as thresholds
-from ray_surgeon.maths.element_pruning import ElementUnits
 from ray_surgeon.models.layout import ModelLayout
+
+if TYPE_CHECKING:
+    from ray_surgeon.maths.element_pruning import ElementUnits
 
 
 class RowsColumnsSection(SparsitySection):
@@ -79,11 +81,11 @@ class PatternSection(SparsitySection):
     @property
     def units(self) -> ElementUnits:
         """The unit of removal."""
-        return (
-            ElementUnits(*(self.n_m or (2, 4)))
-            if self.structure == "n_m"
-            else ElementUnits()
-        )
+        from ray_surgeon.maths.element_pruning import ElementUnits
+
+        if self.structure == "n_m":
+            return ElementUnits(*(self.n_m or (2, 4)))
+        return ElementUnits()
 
     @property
     def largest_sparsity(self) -> float:

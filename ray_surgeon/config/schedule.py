@@ -3,15 +3,165 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator
-from typing import Annotated
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import Field, Tag, model_validator
 
-from ray_surgeon.config.base import Section
+from ray_surgeon.config.base import Location, Positive, Section, by_tag, tag
 from ray_surgeon.config.curvature import AnyCurvature
-from ray_surgeon.config.targets import TargetSection
 from ray_surgeon.errors import ConfigError
+
+
+class SpeedSection(Section):
+    """A request that is timed: a batch of prompts (prefill), then new tokens (decode)."""
+
+    batch_size: Positive = 1
+    """Prompts at once"""
+    prompt_length: int = Field(512, gt=1)
+    """Tokens of each prompt"""
+    num_new_tokens: int = Field(32, gt=1)
+    """Tokens to generate after it"""
+    num_repeats: Positive = 5
+    """Measurements of each model, taken in turns"""
+    num_threads: Positive = 1
+    """torch threads, on the CPU"""
+
+
+class _Target(Section):
+    @property
+    def unit(self) -> str:
+        """The limited quantity, which is the name of a field."""
+        return next(unit for unit in UNITS if hasattr(self, unit))
+
+    @property
+    def value(self) -> float:
+        """The value of that field."""
+        return float(getattr(self, self.unit))
+
+    def of(self, value: float) -> _Target:
+        """Return the target with another value.
+
+        Raises:
+            ValueError: the value is not valid for the target.
+        """
+        fields = self.model_dump()
+        fields[self.unit] = value
+        return type(self).model_validate(fields)
+
+    def allowed(self, dense: float) -> float:
+        """Return the most that the whole model may need in the end.
+
+        Args:
+            dense: need of the dense model, in the unit of the budget, e.g. seconds.
+        """
+        return self.value
+
+    def named(self, need: float, dense: float) -> str:
+        """Return a model's need in the target's unit as text, empty if the unit is the same."""
+        return ""
+
+
+class ParametersTarget(_Target):
+    """Parameters of the whole model."""
+
+    parameters: Positive
+    """Parameters of the whole model, embeddings included, tied ones once"""
+
+
+class BytesTarget(_Target):
+    """Bytes of the weights."""
+
+    bytes: Positive
+    """Bytes of the weights of the whole model, in the dtype of the job"""
+
+
+class FlopsTarget(_Target):
+    """Floating-point operations of a token."""
+
+    flops: Positive
+    """Floating-point operations per token of a prompt, on average over the prompt"""
+    prompt_length: int = Field(512, gt=1)
+    """Tokens of that prompt"""
+
+
+class TimedTarget(_Target):
+    """Seconds of a request: the sum of the times of all blocks and of what is outside."""
+
+    table: Location
+    """A file of the seconds that blocks take in the engine that will serve (transformers, vLLM or
+    llama.cpp), for a request of its own: `python -m examples.engine_table MODEL TABLE --engine
+    transformers` in the repository measures one; a path or an fsspec URI
+    """
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_table(cls, given: Any) -> Any:
+        if isinstance(given, Mapping) and given.get("table") is None:
+            raise ValueError(
+                "table is missing: a target of speed needs the seconds that blocks take in the "
+                "engine that will serve; measure them by `python -m examples.engine_table MODEL "
+                "TABLE --engine transformers` (or vllm, llamacpp) and give the file"
+            )
+        return given
+
+    @property
+    def of_decode(self) -> bool:
+        """Whether only the new tokens of the request count, not its prompt."""
+        return isinstance(self, DecodeTarget)
+
+
+class LatencyTarget(TimedTarget):
+    """Seconds of a request."""
+
+    latency_s: float = Field(gt=0)
+    """Seconds to answer a request"""
+
+
+class SpeedupTarget(TimedTarget):
+    """Speed of a request."""
+
+    speedup: float = Field(gt=1)
+    """How many times as fast as the dense model the model answers a request"""
+
+    def allowed(self, dense: float) -> float:
+        """Return the seconds of a request."""
+        return dense / self.speedup
+
+    def named(self, need: float, dense: float) -> str:
+        """Return the speedup."""
+        return f" (speedup {dense / need:.4g})"
+
+
+class DecodeTarget(TimedTarget):
+    """Speed of new tokens."""
+
+    decode_tokens_per_s: float = Field(gt=0)
+    """New tokens a second, after the prompt, of all prompts of a batch together"""
+
+    def allowed(self, dense: float) -> float:
+        """Return the seconds of a new token."""
+        return 1 / self.decode_tokens_per_s
+
+    def named(self, need: float, dense: float) -> str:
+        """Return the rate."""
+        return f" (decode_tokens_per_s {1 / need:.4g})"
+
+
+UNITS = ("parameters", "bytes", "flops", "latency_s", "speedup", "decode_tokens_per_s")
+
+TargetSection = Annotated[
+    Annotated[ParametersTarget, Tag(tag("parameters"))]
+    | Annotated[BytesTarget, Tag(tag("bytes"))]
+    | Annotated[FlopsTarget, Tag(tag("flops"))]
+    | Annotated[LatencyTarget, Tag(tag("latency_s"))]
+    | Annotated[SpeedupTarget, Tag(tag("speedup"))]
+    | Annotated[DecodeTarget, Tag(tag("decode_tokens_per_s"))],
+    by_tag(
+        lambda get: next((unit for unit in UNITS if get(unit, None) is not None), None),
+        f"one of {', '.join(UNITS[:-1])} and {UNITS[-1]}",
+    ),
+]
 
 
 class ScheduleSection(Section):

@@ -17,7 +17,7 @@ from ray_surgeon.config.base import (
     by_tag,
     tag,
 )
-from ray_surgeon.config.targets import SpeedSection
+from ray_surgeon.config.schedule import SpeedSection
 from ray_surgeon.errors import ConfigError
 
 _LabelKey = Annotated[str, Field(pattern=r"^[\w.-]+(/[\w.-]+)?$")]

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from ray_surgeon.config.calibration import CalibrationSection
 from ray_surgeon.config.texts import START_TOKENS
-from ray_surgeon.data.prompts import has_chat_template
+from ray_surgeon.data.written_text import has_chat_template
 from ray_surgeon.errors import ConfigError
 
 _CHAT_SHARE = 1 / 4

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 from ray_surgeon.config.base import REASON, refusing
 from ray_surgeon.config.texts import TEXT_SUFFIXES, SourceSection
-from ray_surgeon.storage import copies, files
+from ray_surgeon.storage import files, sources
 from ray_surgeon.storage.sources import HTTP_ERROR
 
 P = TypeVar("P", bound=PurePath)
@@ -133,9 +133,9 @@ def _package_docstrings() -> Iterator[str]:
     descriptions, and copies of the standard library's are left out, because these texts are
     measured on.
     """
-    sources = [[f for f in each.files or () if f.suffix == ".py"] for each in _packages()]
+    modules = [[f for f in each.files or () if f.suffix == ".py"] for each in _packages()]
     seen = set(_docstrings())
-    for turn in zip_longest(*map(_drawn, sources)):
+    for turn in zip_longest(*map(_drawn, modules)):
         for _, file in filter(None, turn):
             # a package may bring templates, or files that were removed
             with contextlib.suppress(OSError, SyntaxError, UnicodeError):
@@ -219,7 +219,7 @@ def _pieces(uri: str) -> Iterator[str]:
         yield files.read_text(uri)
         return
     for lines in batches(
-        (line + "\n" for line in copies.read_lines(uri)), PIECE_BYTES + 1
+        (line + "\n" for line in sources.read_lines(uri)), PIECE_BYTES + 1
     ):
         yield "".join(lines).removesuffix("\n")
 
@@ -242,7 +242,7 @@ def batches(
 
 
 def _json_lines(uri: str) -> Iterator[Any]:
-    for number, line in enumerate(copies.read_lines(uri), start=1):
+    for number, line in enumerate(sources.read_lines(uri), start=1):
         said = f"line {number} of {uri} is not JSON ({REASON})"
         with refusing(said, "one JSON object a line is expected", files.JSON_ERRORS):
             if line.strip():
@@ -252,7 +252,7 @@ def _json_lines(uri: str) -> Iterator[Any]:
 def _parquet_rows(uri: str, column: str) -> Iterator[Any]:
     import pyarrow.parquet
 
-    path = copies.local_copy(uri)
+    path = sources.local_copy(uri)
     damaged = f"{uri} is not a parquet file ({REASON})"
     with (
         refusing(damaged, "check the file", pyarrow.ArrowInvalid),

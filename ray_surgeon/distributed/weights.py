@@ -18,8 +18,14 @@ from torch import Tensor
 from ray_surgeon.config.sections import ModelSection
 from ray_surgeon.distributed.worker import Worker
 from ray_surgeon.maths.masks import ElementMask, StructuredMask
-from ray_surgeon.memory.stores import NO_SCRATCH, Scratch, ScratchNames, Stores
-from ray_surgeon.memory.weights import Read, ReadAhead
+from ray_surgeon.memory.stores import (
+    NO_SCRATCH,
+    Read,
+    ReadAhead,
+    Scratch,
+    ScratchNames,
+    Stores,
+)
 from ray_surgeon.models.build import BlockRange, cut, num_inputs
 from ray_surgeon.models.checkpoint import Stored, tensor_reader
 from ray_surgeon.models.layout import ModelLayout

@@ -24,8 +24,7 @@ from numpy.typing import NDArray
 from ray_surgeon.distributed.cluster import Cluster, Future, at_hand, value_of
 from ray_surgeon.distributed.collectives import TensorPayload
 from ray_surgeon.distributed.placement import WorkerIndex
-from ray_surgeon.distributed.worker import Worker
-from ray_surgeon.distributed.worker_state import TextBatch
+from ray_surgeon.distributed.worker import TextBatch, Worker
 
 TEXTS_TOGETHER = 16
 """Largest number of long texts in a batch; weights are read once for all of them."""

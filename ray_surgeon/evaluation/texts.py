@@ -1,18 +1,11 @@
-"""Measures on texts after every shot, and on tasks for the dense model.
-
-Exports are measured on tasks when they are written.
-"""
+"""Measures on texts: of the dense model once, and of the pruned model after every shot."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
-from ray_surgeon.config.evaluation import TasksSection
-from ray_surgeon.config.sections import ModelSection
 from ray_surgeon.distributed.passes import measure, remember
-from ray_surgeon.export.tasks import check_tasks, evaluate_tasks
 from ray_surgeon.run_state import HELD, Facts, RunState, Text
 
 
@@ -81,29 +74,3 @@ class Evaluation:
                     f"{value / dense:.3g} times the dense model's; evaluation.stop_above allows "
                     f"{limit:g}. The shots before are committed; prune less, or raise the limit"
                 )
-
-
-@dataclass(frozen=True)
-class Tasks:
-    """Runs the tasks once, before the first shot."""
-
-    section: TasksSection
-    model: ModelSection | None = None  # a teacher; None for the model of the job
-
-    def __post_init__(self) -> None:
-        """Check that the tasks can run.
-
-        Raises:
-            ValueError: the harness is not installed, or does not know a task.
-        """
-        check_tasks(self.section)
-
-    def measure_dense_model(self, run: RunState) -> None:
-        """Run the tasks on the dense model."""
-        model = self.model or run.model
-        run.report.dense["tasks"] = evaluate_tasks(run.cluster, model, self.section)
-
-    @property
-    def fingerprint(self) -> dict[str, Any]:
-        """The tasks, which must be the same for scores before and after."""
-        return self.section.model_dump(mode="json", exclude={"batch_size"})

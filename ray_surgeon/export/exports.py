@@ -2,18 +2,205 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from ray_surgeon.config.evaluation import TasksSection
-from ray_surgeon.config.sections import OutputSection
+from ray_surgeon.config.sections import OutputSection, QuantizeSection
+from ray_surgeon.errors import ConfigError
+from ray_surgeon.export import folder
 from ray_surgeon.export.folder import PrunedModel
-from ray_surgeon.export.kinds import export
+from ray_surgeon.export.speed import measure
+from ray_surgeon.models import pruned_config
+from ray_surgeon.models.attention import for_older_readers
+from ray_surgeon.models.layout import ModelLayout
+from ray_surgeon.models.pruned_config import BlockWidths, WidthLimits
 from ray_surgeon.pruning.method import Method
 from ray_surgeon.report.html_report import rendered
 from ray_surgeon.run_state import Facts, RunState
 from ray_surgeon.shot_weights import load_weights
 from ray_surgeon.storage import files
+
+_RELOADED = "reloaded and compared"
+
+
+def check_exports(
+    output: OutputSection, layout: ModelLayout, shrinking: WidthLimits
+) -> None:
+    """Refuse exports that a model cannot have, before anything starts.
+
+    Args:
+        output: `output` of the job spec.
+        layout: of the dense model.
+        shrinking: the widths that pruning may leave.
+
+    Raises:
+        ValueError: gives the reason, and another export.
+    """
+    if "uniform" in output.exports:
+        pruned_config.check_uniform(layout, tuple(shrinking.fewest))
+    if "masked" in output.exports and "experts" in shrinking.fewest:
+        raise ConfigError(
+            field="output.exports",
+            found="masked keeps all shapes, and routers would go on to choose zeroed experts",
+            remedy="export uniform",
+        )
+    if "gguf" in output.exports:
+        from ray_surgeon.export.for_engines import check_gguf
+
+        check_gguf(layout, shrinking)
+    if output.quantize is not None:
+        from ray_surgeon.export.for_engines import check_quantised
+
+        _check_quantised_experts(layout, output.quantize)
+        check_quantised(layout, shrinking, output.quantize)
+
+
+def _check_quantised_experts(layout: ModelLayout, section: QuantizeSection) -> None:
+    if not layout.is_mixture:
+        return
+    if layout.family.sparse.stacked:
+        raise ConfigError(
+            field="output.quantize",
+            found=(
+                f"{layout.config.model_type}'s checkpoints keep experts together, without scales"
+            ),
+            remedy="remove quantize, or export gguf",
+        )
+    if not section.is_by_text:
+        raise ConfigError(
+            field="output.quantize",
+            found="transformers loads no quantised mixture, and workers measure what they round",
+            remedy="give scheme w4a16 or w8a16, and rounding both_sides or gptq",
+        )
+
+
+def export(
+    kind: str,
+    pruned: folder.PrunedModel,
+    uri: str,
+    output: OutputSection,
+    tasks: TasksSection | None,
+) -> dict[str, Any]:
+    """Write an export, reload it in a fresh process, compare and measure it.
+
+    Args:
+        kind: one of `output.exports`.
+        pruned: the model.
+        uri: folder to write.
+        output: `output` of the job spec.
+        tasks: downstream tasks; None for none.
+
+    Returns:
+        The export's entry in the report.
+
+    Raises:
+        RuntimeError: the fresh process cannot load it, or computes something else.
+    """
+    layout = pruned.layout
+    blocks = list(range(layout.num_blocks))
+    widths: list[BlockWidths] = []
+    if kind != "masked":
+        blocks = pruned.blocks
+        widths = pruned_config.block_widths(layout, pruned.rows_kept)
+    if kind == "gguf":
+        from ray_surgeon.export.for_engines import export_gguf
+
+        return export_gguf(pruned, uri, widths, output.gguf or ("bf16",))
+    dense = folder.dense_document(pruned.model)
+    size_bytes = _write_folder(kind, pruned, uri, dense, blocks, widths)
+    trusts = ", trust_remote_code=True" if kind == "per_block" else ""
+    entry: dict[str, Any] = {
+        "kind": kind,
+        "uri": uri,
+        "size_bytes": size_bytes,
+        "loaders": _loaders(kind, layout, widths),
+        "load": f'AutoModelForCausalLM.from_pretrained("{uri}"{trusts})',
+        "reload_max_logit_difference": folder.reload_difference(pruned, uri),
+    }
+    if widths:
+        entry["widths"] = [[width.num_channels, width.num_kv_heads] for width in widths]
+    if len(blocks) < layout.num_blocks:
+        entry["blocks"] = blocks
+    if layout.num_experts and widths:
+        entry["experts"] = [list(width.experts) for width in widths]
+    if output.speed is not None and widths:
+        entry["speed"] = measure(pruned.cluster, uri, dense, output.speed)
+    if tasks is not None:
+        from ray_surgeon.export.tasks import evaluate_tasks
+
+        entry["tasks"] = evaluate_tasks(pruned.cluster, uri, tasks)
+    return entry
+
+
+def _write_folder(
+    kind: str,
+    pruned: folder.PrunedModel,
+    uri: str,
+    dense: dict[str, Any],
+    blocks: Sequence[int],
+    widths: Sequence[BlockWidths],
+) -> int:
+    """Write a Hugging Face folder; return the size of its weights in bytes.
+
+    Args:
+        kind: one of `output.exports`.
+        pruned: the model.
+        uri: folder to write.
+        dense: config.json of the dense model.
+        blocks: numbers of the blocks to write.
+        widths: of these blocks; none if the export keeps the dense model's shapes.
+    """
+    layout = pruned.layout
+    document = dense
+    width_of_block: dict[int, BlockWidths] = {}
+    if widths:
+        document = pruned_config.shallower(layout, dense, blocks)
+        width_of_block = dict(zip(blocks, widths, strict=True))
+        if kind == "per_block":
+            document = pruned_config.per_block_document(layout, document, widths)
+        else:
+            document = pruned_config.uniform_document(layout, document, widths)
+    left_out = pruned_config.left_out(layout, width_of_block)
+    size_bytes = folder.write_weights(pruned.cluster, uri, blocks, kind, left_out)
+    another_type = document["model_type"] != dense["model_type"]
+    folder.copy_small_files(pruned.model, uri, another_type=another_type)
+    files.write_json(files.join(uri, "config.json"), for_older_readers(document))
+    if kind == "per_block":
+        source = folder.shipped_source(layout.config)
+        files.write_text(files.join(uri, folder.SHIPPED), source)
+    return size_bytes
+
+
+def _loaders(
+    kind: str, layout: ModelLayout, widths: Sequence[BlockWidths]
+) -> dict[str, str]:
+    """Return program -> how it loads an export."""
+    if kind == "masked":
+        return {
+            "transformers": _RELOADED,
+            "others": "whatever loads the dense model; not run",
+        }
+    if kind == "uniform":
+        has_all_heads = widths[0].num_kv_heads == layout.heads.num_kv
+        if has_all_heads or layout.family.has_free_heads_in_vllm:
+            vllm = "an ordinary configuration of the family"
+        else:
+            vllm = (
+                "with --model-impl transformers; its own class wants heads that fill the "
+                "hidden size"
+            )
+        return {"transformers": _RELOADED, "vLLM": vllm}
+    in_transformers = f"{_RELOADED}, generates with a cache"
+    if layout.num_experts:
+        return {"transformers with trust_remote_code": in_transformers, "vLLM": "not run"}
+    return {
+        "transformers with trust_remote_code": in_transformers,
+        "vLLM with --trust-remote-code": (
+            "by its transformers backend, if every block has an attention; not GPT-2"
+        ),
+    }
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,7 @@ from ray_surgeon.export import folder
 from ray_surgeon.export.importance import write_mean_squares
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.models.llama_cpp import architecture_of
-from ray_surgeon.models.pruned_config import BlockWidths, shallower
-from ray_surgeon.models.width_limits import WidthLimits
+from ray_surgeon.models.pruned_config import BlockWidths, WidthLimits, shallower
 from ray_surgeon.storage import files
 
 

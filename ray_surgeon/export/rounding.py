@@ -15,7 +15,7 @@ from ray_surgeon.distributed.worker import Worker
 from ray_surgeon.distributed.write_linear_tensors import write_linear_tensors
 from ray_surgeon.factors.collector import WantedFactors, drawn, gather_curvature
 from ray_surgeon.maths.masks import StructuredMask
-from ray_surgeon.maths.packed import PackedSymmetric
+from ray_surgeon.maths.products import PackedSymmetric
 from ray_surgeon.maths.rounding import Grid, round_linear
 from ray_surgeon.models.build import num_inputs
 

@@ -18,7 +18,7 @@ from accelerate import init_empty_weights
 from accelerate.utils import set_module_tensor_to_device
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from ray_surgeon.config.targets import SpeedSection
+from ray_surgeon.config.schedule import SpeedSection
 from ray_surgeon.distributed.cluster import Cluster
 from ray_surgeon.distributed.usage import process_usage
 from ray_surgeon.export import folder as folders

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from ray_surgeon.distributed.cluster import Cluster
 from ray_surgeon.distributed.fresh_process import run_module
 from ray_surgeon.errors import ConfigError
 from ray_surgeon.export.folder import local_folder, run_beside
+from ray_surgeon.run_state import RunState
 from ray_surgeon.storage import files
 from ray_surgeon.storage.sources import open_model
 
@@ -112,3 +114,29 @@ def answer(request: Mapping[str, Any]) -> dict[str, Any]:
             log_samples=False,
         )
     return {task: _numbers(metrics) for task, metrics in results["results"].items()}
+
+
+@dataclass(frozen=True)
+class Tasks:
+    """Runs the tasks once, before the first shot."""
+
+    section: TasksSection
+    model: ModelSection | None = None  # a teacher; None for the model of the job
+
+    def __post_init__(self) -> None:
+        """Check that the tasks can run.
+
+        Raises:
+            ValueError: the harness is not installed, or does not know a task.
+        """
+        check_tasks(self.section)
+
+    def measure_dense_model(self, run: RunState) -> None:
+        """Run the tasks on the dense model."""
+        model = self.model or run.model
+        run.report.dense["tasks"] = evaluate_tasks(run.cluster, model, self.section)
+
+    @property
+    def fingerprint(self) -> dict[str, Any]:
+        """The tasks, which must be the same for scores before and after."""
+        return self.section.model_dump(mode="json", exclude={"batch_size"})

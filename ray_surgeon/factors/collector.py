@@ -23,12 +23,11 @@ from ray_surgeon.distributed import passes
 from ray_surgeon.distributed.cluster import Cluster
 from ray_surgeon.distributed.dense_states import CALIBRATION
 from ray_surgeon.distributed.microbatch import Counts, Labels, Tokens
-from ray_surgeon.distributed.pipelines import forward_and_backward
-from ray_surgeon.distributed.worker import Worker, collective
-from ray_surgeon.distributed.worker_state import PowerIteration
+from ray_surgeon.distributed.passes import forward_and_backward
+from ray_surgeon.distributed.worker import PowerIteration, Worker, collective
 from ray_surgeon.errors import ConfigError
 from ray_surgeon.maths.extended.terms import power_iteration, quadratic_forms
-from ray_surgeon.maths.packed import PackedSymmetric
+from ray_surgeon.maths.products import PackedSymmetric
 from ray_surgeon.models.hooks import watch_pairs
 from ray_surgeon.models.layout import ModelLayout
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ray_surgeon.maths.kronecker import PackedFactors
-from ray_surgeon.maths.packed import PackedSymmetric, diagonals
+from ray_surgeon.maths.products import PackedSymmetric, diagonals
 
 PRIOR_TOKENS = 256.0
 """Number of tokens at which the mean of an expert counts as much as the mean of its layer.

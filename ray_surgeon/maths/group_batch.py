@@ -21,7 +21,7 @@ from ray_surgeon.maths.greedy import Limits
 from ray_surgeon.maths.greedy_batch import GreedyBatch
 from ray_surgeon.maths.kronecker import balance_
 from ray_surgeon.maths.masks import StructuredMask
-from ray_surgeon.maths.packed import PackedSymmetric
+from ray_surgeon.maths.products import PackedSymmetric
 from ray_surgeon.maths.structured import alive_part, group_costs
 
 BATCH_BYTES = 2**32

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from ray_surgeon.maths.masks import places
-from ray_surgeon.maths.packed import PackedSymmetric
-from ray_surgeon.maths.products import product
+from ray_surgeon.maths.products import PackedSymmetric, product
 
 Term = tuple[Tensor, Tensor]
 """G_r [R, R] and A_r [C, C] of a Kronecker product."""

@@ -15,13 +15,19 @@ from transformers.pytorch_utils import Conv1D
 
 import ray_surgeon.maths.experts as of_experts
 from ray_surgeon.maths.kronecker import PackedFactors, Term
-from ray_surgeon.maths.packed import PackedSymmetric
-from ray_surgeon.memory.stores import Scratch, Stores, TensorStore
-from ray_surgeon.memory.weights import Read, Slot, WeightStore
+from ray_surgeon.maths.products import PackedSymmetric
+from ray_surgeon.memory.stores import (
+    Read,
+    Scratch,
+    Slot,
+    Stores,
+    TensorStore,
+    WeightStore,
+)
 from ray_surgeon.models import build
 from ray_surgeon.models.checkpoint import check_finite
 from ray_surgeon.models.experts import Mixture
-from ray_surgeon.models.hooks import LayerInputs, SharedInput, sum_removals
+from ray_surgeon.models.hooks import LayerInputs, SharedInput
 from ray_surgeon.models.layout import ModelLayout, Roles
 
 
@@ -270,6 +276,8 @@ class ModelShard:
         """
         hooks: list[RemovableHandle] = []
         if place in self.expert_sums:
+            from ray_surgeon.models.expert_removals import sum_removals
+
             hooks.extend(sum_removals(self.expert_sums[place], self.mixtures[place]))
         sums_G = self._kind != "activations" and torch.is_grad_enabled()
         next_keys: list[str] = []

@@ -23,7 +23,7 @@ from ray_surgeon.models.attention import check_rope
 from ray_surgeon.models.checkpoint import check_checkpoint, check_tied
 from ray_surgeon.models.families import check_depth, check_family, check_not_quantised
 from ray_surgeon.models.layout import ModelLayout
-from ray_surgeon.recovery.teacher import LoadTeacher
+from ray_surgeon.recovery.recovery import LoadTeacher
 from ray_surgeon.storage import files
 from ray_surgeon.storage.sources import ModelFiles, open_model
 

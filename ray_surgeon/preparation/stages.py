@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeAlias
 
 from ray_surgeon.config.evaluation import TasksSection
 from ray_surgeon.config.groups import CoupledSection
@@ -11,26 +12,26 @@ from ray_surgeon.config.job import JobSpec
 from ray_surgeon.config.sections import OutputSection
 from ray_surgeon.data.self_text import SelfText
 from ray_surgeon.data.written_text import Language
-from ray_surgeon.evaluation.answers import DenseAnswers, PrunedAnswers
-from ray_surgeon.evaluation.prompts import prompt_set_for
-from ray_surgeon.evaluation.texts import Evaluation, Tasks
-from ray_surgeon.export.exports import Export, LoadSize, Size
-from ray_surgeon.export.kinds import check_exports
-from ray_surgeon.export.quantise import Quantise
+from ray_surgeon.evaluation.answers import DenseAnswers, PrunedAnswers, prompt_set_for
+from ray_surgeon.evaluation.texts import Evaluation
+from ray_surgeon.export.exports import Export, LoadSize, Size, check_exports
 from ray_surgeon.models.layout import ModelLayout
-from ray_surgeon.models.width_limits import WidthLimits
+from ray_surgeon.models.pruned_config import WidthLimits
 from ray_surgeon.preparation.reading import Texts
 from ray_surgeon.pruning.calibration import Curvature
 from ray_surgeon.pruning.coupled_groups import Groups
-from ray_surgeon.pruning.depth import Depth, depth_of
 from ray_surgeon.pruning.method import Method
 from ray_surgeon.recovery.reconstruction import Reconstruction
-from ray_surgeon.recovery.recovery import Recovery, stream_of
-from ray_surgeon.recovery.teacher import LoadTeacher
+from ray_surgeon.recovery.recovery import LoadTeacher, Recovery, stream_of
 from ray_surgeon.shot_weights import Commit
 
-WritingStep = Export | Quantise
-ExportStep = LoadSize | WritingStep
+if TYPE_CHECKING:
+    from ray_surgeon.export.quantise import Quantise
+    from ray_surgeon.export.tasks import Tasks
+    from ray_surgeon.pruning.depth import Depth
+
+WritingStep: TypeAlias = "Export | Quantise"
+ExportStep: TypeAlias = "LoadSize | WritingStep"
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ def stages_of(
         self_text=self_text,
         dense_answers=dense_answers,
         tasks=_tasks(spec, texts),
-        depth=depth_of(method, layout, spec.num_held),
+        depth=_depth(spec, layout, method),
         curvature=curvature,
         reconstruction=method.reconstruction if isinstance(method, Groups) else None,
         recovery=recovery,
@@ -104,10 +105,20 @@ def stages_of(
     )
 
 
+def _depth(spec: JobSpec, layout: ModelLayout, method: Method) -> Depth | None:
+    if not isinstance(method, Groups) or not method.section.layer_kinds:
+        return None
+    from ray_surgeon.pruning.depth import depth_of
+
+    return depth_of(method, layout, spec.num_held)
+
+
 def _tasks(spec: JobSpec, texts: Texts) -> Tasks | None:
     section = spec.evaluation.tasks
     if section is None or not texts.tokenizer:
         return None
+    from ray_surgeon.export.tasks import Tasks
+
     if texts.teacher is None:
         return Tasks(section)
     return Tasks(section, texts.teacher.model)
@@ -164,6 +175,8 @@ def _exports_of(
         for kind in output.exports:
             stages.append(Export(size, kind, output, tasks))
         if output.quantize is not None:
+            from ray_surgeon.export.quantise import Quantise
+
             stages.append(Quantise(size, output.quantize))
     return tuple(stages)
 

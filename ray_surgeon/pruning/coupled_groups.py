@@ -47,13 +47,6 @@ from ray_surgeon.models.budgets import Budget
 from ray_surgeon.models.layers import LayerKey
 from ray_surgeon.models.layout import FEED_FORWARD_OF_ALL, GroupSet
 from ray_surgeon.models.pruned_config import kv_heads_left
-from ray_surgeon.pruning.experts import (
-    ExpertSumsBeside,
-    go_around_removed,
-    remove_experts,
-    whole_expert_costs,
-)
-from ray_surgeon.pruning.layer_removal import layers_gone
 from ray_surgeon.pruning.method import Applied, Choice, Ranking, Scores
 from ray_surgeon.recovery.reconstruction import Reconstruction
 from ray_surgeon.run_state import CalibrationText
@@ -149,7 +142,11 @@ class Groups(Ranking):
     @property
     def beside(self) -> SumsBeside:
         """Sums beside A and G, for the costs of whole experts."""
-        return ExpertSumsBeside() if self.ranks_experts else NOTHING_BESIDE
+        if not self.ranks_experts:
+            return NOTHING_BESIDE
+        from ray_surgeon.pruning.experts import ExpertSumsBeside
+
+        return ExpertSumsBeside()
 
     def goal(self, shot: int) -> float:
         """Return the largest need that the model may have after a shot."""
@@ -392,6 +389,8 @@ class Groups(Ranking):
     def _expert_costs(self, worker: Worker, shot: int) -> dict[str, float]:
         if not self.ranks_experts:
             return {}
+        from ray_surgeon.pruning.experts import whole_expert_costs
+
         return whole_expert_costs(
             worker,
             kind=self.section.expert_costs,
@@ -486,7 +485,10 @@ class Groups(Ranking):
             reconstruction.end(worker, reconstructed.values())
         for groups in sets.values():
             _remove_producers(worker, groups)
-        remove_experts(worker, experts)
+        if self.ranks_experts:
+            from ray_surgeon.pruning.experts import remove_experts
+
+            remove_experts(worker, experts)
         results = list[LinearSummary]()
         for name in worker.owned():
             results.append(worker.summary(name, predicted.get(name, 0.0), residual=0.0))
@@ -523,8 +525,14 @@ class Groups(Ranking):
 
     def after_resuming(self, cluster: Cluster) -> None:
         """Let passes skip the experts and blocks that earlier shots removed."""
-        cluster.run_all(go_around_removed)
-        cluster.run_all(layers_gone, None)
+        if self.ranks_experts:
+            from ray_surgeon.pruning.experts import go_around_removed
+
+            cluster.run_all(go_around_removed)
+        if self.section.layer_kinds:
+            from ray_surgeon.pruning.layer_removal import layers_gone
+
+            cluster.run_all(layers_gone, None)
 
     def around_pass(
         self,

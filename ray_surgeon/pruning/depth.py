@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ray_surgeon.config.depth import MEASURED, DepthSection
+from ray_surgeon.config.groups import MEASURED, DepthSection
 from ray_surgeon.distributed.cluster import Cluster
 from ray_surgeon.errors import ConfigError
 from ray_surgeon.models.layers import Layer, layers_of, linear_before

@@ -10,8 +10,7 @@ from torch import Tensor
 
 from ray_surgeon.distributed.collectives import TensorPayload
 from ray_surgeon.distributed.microbatch import SequenceOfWave, Tokens, comparison
-from ray_surgeon.distributed.worker import Worker, collective
-from ray_surgeon.distributed.worker_state import LinearFit
+from ray_surgeon.distributed.worker import LinearFit, Worker, collective
 from ray_surgeon.maths.folding import folded
 from ray_surgeon.maths.masks import StructuredMask
 from ray_surgeon.models.layers import Layer, added_by, influences, layers_of, without_each

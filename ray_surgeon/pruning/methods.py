@@ -10,8 +10,6 @@ import torch
 from ray_surgeon.config.curvature import AnyCurvature
 from ray_surgeon.config.groups import (
     CoupledSection,
-    GroupsSection,
-    UniformGroupsSection,
     problems_of_mixture,
 )
 from ray_surgeon.config.pruning import (
@@ -19,32 +17,16 @@ from ray_surgeon.config.pruning import (
     PatternSection,
     PruningSection,
     RowsColumnsSection,
-    SparseGPTSection,
-    WandaSection,
 )
-from ray_surgeon.config.targets import BytesTarget, FlopsTarget, TimedTarget
+from ray_surgeon.config.schedule import BytesTarget, FlopsTarget, TimedTarget
 from ray_surgeon.errors import ConfigError
 from ray_surgeon.models import budgets
 from ray_surgeon.models.budgets import Budget
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.models.pruned_config import kv_heads_left
-from ray_surgeon.pruning.baselines.layerwise import Layerwise
 from ray_surgeon.pruning.coupled_groups import Groups
-from ray_surgeon.pruning.elements import Elements
 from ray_surgeon.pruning.method import Choice, Method, NoPruning, Scores
-from ray_surgeon.pruning.rows_columns import RowsColumns
-from ray_surgeon.pruning.seconds_table import budget_in
 from ray_surgeon.run_state import Facts, RunState, held_measure
-
-METHODS: dict[type, type[Method]] = {
-    RowsColumnsSection: RowsColumns,
-    ElementsSection: Elements,
-    GroupsSection: Groups,
-    UniformGroupsSection: Groups,
-    SparseGPTSection: Layerwise,
-    WandaSection: Layerwise,
-}
-"""Class of a section -> class of the method that it configures."""
 
 
 def method_for(
@@ -73,7 +55,17 @@ def method_for(
         return _groups(pruning, curvature, layout, dtype)
     if isinstance(pruning, PatternSection):
         _check_pattern(pruning, layout)
-    return METHODS[type(pruning)](pruning, curvature)
+    if isinstance(pruning, RowsColumnsSection):
+        from ray_surgeon.pruning.rows_columns import RowsColumns
+
+        return RowsColumns(pruning, curvature)
+    if isinstance(pruning, ElementsSection):
+        from ray_surgeon.pruning.elements import Elements
+
+        return Elements(pruning, curvature)
+    from ray_surgeon.pruning.baselines.layerwise import Layerwise
+
+    return Layerwise(pruning, curvature)
 
 
 def _check_pattern(pruning: PatternSection, layout: ModelLayout) -> None:
@@ -175,6 +167,8 @@ def _budget(layout: ModelLayout, pruning: CoupledSection, dtype: str) -> Budget:
     """Return the budget that the target of the section is measured in."""
     target = pruning.target
     if isinstance(target, TimedTarget):
+        from ray_surgeon.pruning.seconds_table import budget_in
+
         budget = budget_in(target.table, layout, target)
         for kind in pruning.narrow_kinds:
             if not budget.size(kind):

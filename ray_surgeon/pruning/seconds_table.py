@@ -12,7 +12,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt
 
 from ray_surgeon.config.base import REASON, refusing
-from ray_surgeon.config.targets import SpeedSection, TimedTarget
+from ray_surgeon.config.schedule import SpeedSection, TimedTarget
 from ray_surgeon.errors import ConfigError
 from ray_surgeon.models.budgets import Budget
 from ray_surgeon.models.layers import LAYER_KINDS, layers_of

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from transformers.activations import ACT2FN
 
-from ray_surgeon.config.reconstruction import ReconstructionSection
+from ray_surgeon.config.groups import ReconstructionSection
 from ray_surgeon.distributed.cluster import Cluster
 from ray_surgeon.distributed.microbatch import Tokens
 from ray_surgeon.distributed.passes import pass_up_to_the_head

@@ -11,18 +11,41 @@ from typing import Any, ClassVar
 
 from ray_surgeon.config.recovery import RecoverySection
 from ray_surgeon.config.schedule import ScheduleSection
+from ray_surgeon.config.sections import ModelSection
 from ray_surgeon.data.streams import TextStream
-from ray_surgeon.distributed.dense_states import CALIBRATION
+from ray_surgeon.distributed.dense_states import CALIBRATION, drop_teacher, load_teacher
 from ray_surgeon.distributed.memory_plan.device_resources import DEVICES
-from ray_surgeon.distributed.teacher import drop_teacher, load_teacher
-from ray_surgeon.distributed.weights import ModelRecipe
+from ray_surgeon.distributed.placement import Placement
+from ray_surgeon.distributed.weights import ModelRecipe, load
+from ray_surgeon.memory.stores import ScratchNames
+from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.recovery.batches import Batches, CalibrationBatches, StreamBatches
-from ray_surgeon.recovery.rates import Check
-from ray_surgeon.recovery.teacher import LoadTeacher
-from ray_surgeon.recovery.training import Training
+from ray_surgeon.recovery.training import Check, Training
 from ray_surgeon.report.events import CHECK
 from ray_surgeon.run_state import CalibrationText, Facts, RunState, Text
 from ray_surgeon.shot_weights import commit_part
+
+
+@dataclass(frozen=True, eq=False)
+class LoadTeacher:
+    """Loads the teacher in place of the model, which is loaded later.
+
+    Later weights are compared with the teacher's texts, answers and states.
+    """
+
+    model: ModelSection  # pinned to the files that were checked
+    layout: ModelLayout = field(repr=False)
+    placement: Placement  # of its blocks, on as many workers as the model has
+    fingerprint: Any  # of its weights; None if there are no weights to check
+
+    def recipe(self, scratch: ScratchNames) -> ModelRecipe:
+        """Return the recipe by which workers load the teacher."""
+        return ModelRecipe(self.model, (), scratch, (self.layout, self.placement.blocks))
+
+    def load(self, run: RunState) -> None:
+        """Load the teacher in place of the model."""
+        recipe = self.recipe(run.scratch)
+        run.cluster.run_all(load, recipe, False, run.cluster.stores)
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,7 @@ from torch import Tensor
 from ray_surgeon.config.recovery import RecoverySection
 from ray_surgeon.distributed.collectives import MESSAGE_BYTES, together
 from ray_surgeon.distributed.weights import SavedFile, save_tensors
-from ray_surgeon.distributed.worker import Worker, collective
-from ray_surgeon.distributed.worker_state import TrainingState
-from ray_surgeon.models.low_rank import LowRank, LowRankCorrections
-from ray_surgeon.models.whole_weights import WholeWeights, block_parameters
+from ray_surgeon.distributed.worker import TrainingState, Worker, collective
 from ray_surgeon.storage import tensor_files
 
 _PRESENT = "present "
@@ -81,6 +78,8 @@ def start(worker: Worker, section: RecoverySection, shot: int) -> None:
     """Start training; see `LowRankCorrections` and `WholeWeights`."""
     shard = worker.shard
     if section.rank == "all":
+        from ray_surgeon.models.whole_weights import WholeWeights
+
         owners = _owners_of_parameters(worker)
         own = [name for name, owner in owners.items() if owner == worker.replicas.rank]
         worker.state.training = TrainingState(
@@ -88,6 +87,8 @@ def start(worker: Worker, section: RecoverySection, shot: int) -> None:
             owners,
         )
         return
+    from ray_surgeon.models.low_rank import LowRank, LowRankCorrections
+
     first = section.seed + 1_000_003 * shot
     parts = {}
     for name, module in shard.linears.items():
@@ -110,6 +111,8 @@ def _owners_of_parameters(worker: Worker) -> dict[str, int]:
     A linear's parameters belong to the linear's owner, all others to the owner of the first linear
     of their block.
     """
+    from ray_surgeon.models.whole_weights import block_parameters
+
     layout = worker.layout
     owner_of_linear = {}
     owner_of_block = dict[int | None, int]()

@@ -13,19 +13,71 @@ from itertools import chain
 from statistics import fmean
 from typing import Any
 
-from ray_surgeon.checkpointing.committed import CommittedPart
+from ray_surgeon.checkpointing import CommittedPart
 from ray_surgeon.config.recovery import RecoverySection
 from ray_surgeon.data.streams import TextEndedError
 from ray_surgeon.distributed.cluster import Cluster
 from ray_surgeon.distributed.microbatch import Labels
-from ray_surgeon.distributed.passes import num_counted
-from ray_surgeon.distributed.pipelines import forward_and_backward
+from ray_surgeon.distributed.passes import forward_and_backward, num_counted
 from ray_surgeon.distributed.weights import SavedFile
 from ray_surgeon.maths.reconstruction import rate_factor
-from ray_surgeon.recovery import rates, steps
+from ray_surgeon.recovery import steps
 from ray_surgeon.recovery.batches import Batches
-from ray_surgeon.recovery.rates import Check
 from ray_surgeon.run_state import CalibrationText, Facts, held_aside
+
+RATES = (1e-3, 5e-4, 2.5e-4)
+"""Learning rates that are tried in turn, relative to the root mean square of each weight.
+
+The first one that does no harm is kept. The best rate for few steps does not predict the best rate
+for many: on SmolLM2 the lowest of 6e-4, 1.2e-3 and 2.4e-3 is best for four steps and the second for
+sixty; on Qwen2.5-Coder-0.5B the last is best for four and diverges later.
+"""
+HARMLESS = 1.05
+"""Factor on the measure at the start, up to which first steps with a rate are harmless.
+
+This holds for corrections. For a training of all weights, the measure must not rise: a model that
+is already close to the dense one loses more by a high rate than few steps can recover.
+"""
+_WARM_UP = 0.1
+"""Fraction of the steps in which the rate rises."""
+_MOST_WARM_UP = 20
+"""Limit on the number of steps in which the rate rises, so that a trial reaches the full rate."""
+_STEPS_OF_A_CHECK = 100
+"""Steps between measures on the windows held aside; a third of all steps if that is less."""
+PATIENCE = 4
+"""Consecutive checks without an improvement, after which a training ends."""
+TOLERATED = 1.02
+"""Factor on the best measure so far, up to which a training goes on unchanged."""
+GIVEN_UP = 1.5
+"""Factor on the measure at the start, above which a training with a given rate is abandoned."""
+
+
+def trial_steps(num_steps: int) -> int:
+    """Return the number of steps made with each learning rate that is tried."""
+    return min(num_steps, max(3, min(_MOST_WARM_UP, num_steps // 15)))
+
+
+def steps_between_checks(num_steps: int) -> int:
+    """Return the number of steps between measures on the windows held aside."""
+    return max(1, min(_STEPS_OF_A_CHECK, round(num_steps / 3)))
+
+
+def rising_steps(num_steps: int) -> int:
+    """Return the number of steps in which the rate rises; see `rate_factor`."""
+    return max(1, min(_MOST_WARM_UP, round(_WARM_UP * num_steps)))
+
+
+@dataclass(frozen=True)
+class Check:
+    """A measure of a training on the windows held aside."""
+
+    steps: int  # number of steps made
+    value: float  # divergence from the dense model, or loss, in nats per token
+    # accepted share of the dense model's tokens; None if the loss is measured
+    acceptance: float | None = None
+    tokens: int = 0  # number of tokens trained on
+    loss: float | None = None  # mean of the steps since the last check, nats per token
+    tokens_per_s: float | None = None  # since the last check
 
 
 @dataclass
@@ -81,7 +133,7 @@ class Training:
         if not self.batches.num_steps:
             return
         self.cluster.run_all(steps.start, self.section, shot)
-        self.rate = self.section.learning_rate or rates.RATES[1]
+        self.rate = self.section.learning_rate or RATES[1]
         self._begin_steps()
         if part is not None and part.record["state"]:
             self._go_on(part)
@@ -157,15 +209,15 @@ class Training:
             )
         self._note_if_best(start)
         if self.section.learning_rate is None:
-            self._try_rates(rates.trial_steps(self.batches.num_steps))
+            self._try_rates(trial_steps(self.batches.num_steps))
 
     def _try_rates(self, count: int) -> None:
         """Make the first steps with the highest harmless rate, or else with the lowest."""
         tolerated = self.before
         if self.section.rank != "all":
-            tolerated = self.before * rates.HARMLESS
+            tolerated = self.before * HARMLESS
         check = Check(0, math.inf)
-        for rate in rates.RATES:
+        for rate in RATES:
             self.rate = rate
             self.cluster.run_all(steps.take_best)
             self.losses = []
@@ -193,7 +245,7 @@ class Training:
         done = self.done
         num_steps = self.batches.num_steps
         is_last = done == num_steps
-        if is_finite and not is_last and done % rates.steps_between_checks(num_steps):
+        if is_finite and not is_last and done % steps_between_checks(num_steps):
             return
         check = self._measured(done, is_finite, rounded=is_last)
         is_better = self._note_if_best(check)
@@ -207,18 +259,18 @@ class Training:
     def _react_to(self, check: Check) -> None:
         """End the training or halve its rate after a check that is no improvement, if needed."""
         best = self._best.value
-        if self.num_in_vain == rates.PATIENCE:
+        if self.num_in_vain == PATIENCE:
             self.ended = (
-                f"it ended after {self.done} steps, because {rates.PATIENCE} checks "
+                f"it ended after {self.done} steps, because {PATIENCE} checks "
                 f"in a row were no better than {best:.4g}"
             )
             return
-        if check.value <= rates.TOLERATED * best:
+        if check.value <= TOLERATED * best:
             return
         if self.section.learning_rate is None:
             self.rate /= 2
             self.cluster.run_all(steps.take_best)
-        elif check.value > rates.GIVEN_UP * self.before:
+        elif check.value > GIVEN_UP * self.before:
             self.ended = (
                 f"it was given up after {self.done} steps, because it diverged: "
                 f"{self.before:.4g} became {check.value:.4g}"
@@ -251,7 +303,7 @@ class Training:
         if not math.isfinite(self.losses[-1]):
             return False
         num_steps = self.batches.num_steps
-        factor = rate_factor(number, num_steps, rates.rising_steps(num_steps))
+        factor = rate_factor(number, num_steps, rising_steps(num_steps))
         self.cluster.run_all(steps.step, num_tokens, self.rate * factor)
         self.num_tokens += len(numbers) * tokens.shape[1]
         self.cluster.progress.reach(number + 1)

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 import yaml
 
-from ray_surgeon.checkpointing.run_directory import Record, RunDirectory
+from ray_surgeon.checkpointing import Record, RunDirectory
 from ray_surgeon.distributed.cluster import Cluster
 from ray_surgeon.distributed.usage import Usage, process_usage
 from ray_surgeon.distributed.worker import Worker

@@ -12,7 +12,7 @@ from typing import Any
 import jinja2
 import yaml
 
-from ray_surgeon.checkpointing.run_directory import RunDirectory
+from ray_surgeon.checkpointing import RunDirectory
 from ray_surgeon.report import plots
 from ray_surgeon.report import record as reports
 from ray_surgeon.storage import files

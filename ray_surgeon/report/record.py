@@ -12,9 +12,9 @@ from typing import Any
 import torch
 import yaml
 
-from ray_surgeon.checkpointing.run_directory import Record, RunDirectory
+from ray_surgeon.checkpointing import Record, RunDirectory
 from ray_surgeon.config.base import refusing
-from ray_surgeon.config.targets import UNITS
+from ray_surgeon.config.schedule import UNITS
 from ray_surgeon.distributed.worker import LinearSummary
 from ray_surgeon.errors import ConfigError
 from ray_surgeon.report.events import Steps

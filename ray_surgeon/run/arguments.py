@@ -24,7 +24,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from ray_surgeon.checkpointing.run_directory import RunDirectory
+from ray_surgeon.checkpointing import RunDirectory
 from ray_surgeon.config.base import absolute, local_path, refusing
 from ray_surgeon.config.calibration import CalibrationSection
 from ray_surgeon.config.job import JobSpec

@@ -14,7 +14,7 @@ import torch
 from pydantic import ValidationError
 from rich.console import Console
 
-from ray_surgeon.checkpointing.run_directory import RunDirectory, TakenOverError
+from ray_surgeon.checkpointing import RunDirectory, TakenOverError
 from ray_surgeon.config.job import JobSpec
 from ray_surgeon.config.parsing import parse_spec, validation_message
 from ray_surgeon.config.sections import RaySection
@@ -33,7 +33,6 @@ from ray_surgeon.preparation.reading import as_input_error
 from ray_surgeon.report.display import Display, new_console, shots_table, summary_lines
 from ray_surgeon.report.html_report import LivePage
 from ray_surgeon.run.arguments import document_of, towards
-from ray_surgeon.run.kubernetes import ray_job
 from ray_surgeon.run.result import PruneResult, ended_before, run
 from ray_surgeon.storage import files
 
@@ -99,6 +98,8 @@ def perform(arguments: argparse.Namespace, words: Sequence[str], prog: str) -> i
         spec = _read_spec(arguments)
         inputs = check(spec, resume=arguments.resume, dry_run=arguments.dry_run)
         if arguments.kubernetes:
+            from ray_surgeon.run.kubernetes import ray_job
+
             plan = inputs.plan(*_planned_for(arguments, inputs))
             sys.stdout.write(ray_job(inputs, plan))
             return DONE

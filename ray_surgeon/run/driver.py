@@ -15,7 +15,7 @@ from ray.exceptions import ObjectLostError, OutOfMemoryError, RayError, RayTaskE
 from ray.util import metrics as ray_metrics
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from ray_surgeon.checkpointing.run_directory import Attempt, RunDirectory, TakenOverError
+from ray_surgeon.checkpointing import Attempt, RunDirectory, TakenOverError
 from ray_surgeon.config.base import refusing
 from ray_surgeon.config.sections import RaySection
 from ray_surgeon.distributed.cluster import NoRoomError, WorkerFailureError

@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from ray_surgeon.checkpointing.run_directory import RunDirectory
+from ray_surgeon.checkpointing import RunDirectory
 from ray_surgeon.config.sections import RaySection
 from ray_surgeon.distributed.cluster import LocalCluster
 from ray_surgeon.export.folder import local_folder

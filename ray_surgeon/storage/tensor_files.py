@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ray_surgeon.config.base import REASON, refusing
 from ray_surgeon.storage import files
-from ray_surgeon.storage.retrying import tries_again
+from ray_surgeon.storage.files import tries_again
 
 _MAX_HEADER_BYTES = 25_000_000
 """Most bytes of a safetensors file's header.

@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerFast as FastTokenizer
 from ray_surgeon.config.calibration import CalibrationSection
 from ray_surgeon.config.parsing import parse_spec
 from ray_surgeon.config.texts import SourceSection
-from ray_surgeon.data import documents, prompts, texts
+from ray_surgeon.data import documents, texts, written_text
 from ray_surgeon.data.default_text import default_mix
 from ray_surgeon.data.texts import Windows, first_token, interleaved
 from ray_surgeon.preparation.inputs import check
@@ -278,7 +278,7 @@ def test_prompts_are_read(tmp_path: Path, chatty: FastTokenizer) -> None:
     asked = ("user", "Why?")
     lines = ['{"prompt": "def f("}', chat(asked), chat(asked, ("assistant", "So."))]
     path.write_text("\n\n".join(lines))
-    found = prompts.read_prompts(str(path), chatty, "calibration.prompts")
+    found = written_text.read_prompts(str(path), chatty, "calibration.prompts")
 
     question, begin, answer = (
         tuple(tokens_of(chatty, text))
@@ -312,7 +312,7 @@ def test_invalid_prompts_are_refused(
     if text is not None:
         path.write_text(text, errors="surrogateescape")
     with pytest.raises(ValueError, match=r"^here: .*" + said):
-        prompts.read_prompts(str(path), chatty, "here", 5)
+        written_text.read_prompts(str(path), chatty, "here", 5)
 
 
 @pytest.mark.parametrize("is_chat", [False, True])
@@ -342,7 +342,7 @@ def test_conversations_need_a_chat_template(
 ) -> None:
     (tmp_path / "chat.jsonl").write_text(chat(("user", "a")))
     with pytest.raises(ValueError, match=r"line 1 .*has no chat template; give prompt"):
-        prompts.read_prompts(str(tmp_path / "chat.jsonl"), tokenizer, "here")
+        written_text.read_prompts(str(tmp_path / "chat.jsonl"), tokenizer, "here")
     with pytest.raises(
         ValueError, match="weigh: answers, but the model has no chat template"
     ):

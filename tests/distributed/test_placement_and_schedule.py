@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from ray_surgeon.distributed.collectives import decode, encode
-from ray_surgeon.distributed.pipelines import Operation, one_forward_one_backward
+from ray_surgeon.distributed.passes import Operation, one_forward_one_backward
 from ray_surgeon.distributed.placement import assign_owners, partition_blocks
 from tests.conftest import LAYOUTS
 

@@ -27,12 +27,12 @@ from ray_surgeon.distributed.memory_plan.shapes import Shapes
 from ray_surgeon.distributed.memory_plan.step_plan import StepPlan
 from ray_surgeon.distributed.memory_plan.steps import plan_worker
 from ray_surgeon.distributed.placement import place
-from ray_surgeon.maths.packed import PackedSymmetric
+from ray_surgeon.maths.products import PackedSymmetric
 from ray_surgeon.memory.stores import TOGETHER, Place, Stores
 from ray_surgeon.models.build import BlockRange
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.pipeline import _bytes
-from ray_surgeon.preparation.planning import describe_job
+from ray_surgeon.preparation.inputs import describe_job
 from ray_surgeon.preparation.reading import unread_texts
 from ray_surgeon.preparation.stages import stages_after_shots, stages_of
 from ray_surgeon.pruning.methods import method_for

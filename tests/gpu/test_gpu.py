@@ -15,7 +15,7 @@ import ray
 import torch
 
 from benchmarks.shaped_model import write
-from ray_surgeon.maths.packed import PackedSymmetric
+from ray_surgeon.maths.products import PackedSymmetric
 from ray_surgeon.memory.stores import Place
 from tests.integration.runs import report_of, run, tensors_of_shot
 from tests.integration.test_pretend_accelerator import (

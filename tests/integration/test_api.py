@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 import ray_surgeon
 from ray_surgeon import JobSpec, pipeline
-from ray_surgeon.checkpointing.run_directory import RunDirectory
+from ray_surgeon.checkpointing import RunDirectory
 from ray_surgeon.factors.collector import gather_curvature
 from ray_surgeon.job import run_job
 from ray_surgeon.models.layout import ModelLayout

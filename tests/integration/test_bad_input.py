@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from ray_surgeon.pipeline import main
 from ray_surgeon.report import html_report
 from ray_surgeon.run import command, driver
-from ray_surgeon.storage import retrying
+from ray_surgeon.storage import files
 from ray_surgeon.storage.sources import ModelFiles
 from tests.integration.runs import ONE, Jobs, changes_of, copied_model
 
@@ -209,7 +209,7 @@ def test_absent_spec(spec: str, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_unreachable_s3(job: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(retrying, "PATIENCE_S", 0.1)
+    monkeypatch.setattr(files, "PATIENCE_S", 0.1)
     impatient = {"connect_timeout": 0.5, "retries": {"max_attempts": 0}}
     monkeypatch.setitem(fsspec.config.conf, "s3", {"config_kwargs": impatient})
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from ray_surgeon.distributed.cluster import LocalCluster
-from ray_surgeon.distributed.pipelines import forward_and_backward
-from ray_surgeon.recovery.rates import trial_steps
+from ray_surgeon.distributed.passes import forward_and_backward
+from ray_surgeon.recovery.training import trial_steps
 from tests.integration import runs
 from tests.integration.runs import ONE, Done, Jobs, assert_same_shot
 

@@ -13,10 +13,10 @@ import pytest
 from transformers import AutoConfig, AutoTokenizer
 from transformers import PreTrainedTokenizerFast as Tokenizer
 
-from ray_surgeon.checkpointing.run_directory import RunDirectory
+from ray_surgeon.checkpointing import RunDirectory
 from ray_surgeon.config.calibration import CalibrationSection
-from ray_surgeon.data import conversations
-from ray_surgeon.data.conversations import Conversation, pack, repeats, write
+from ray_surgeon.data import self_text
+from ray_surgeon.data.self_text import Conversation, pack, repeats, write
 from ray_surgeon.data.texts import token_stream
 from ray_surgeon.data.written_text import Conversations, Language
 from ray_surgeon.distributed.writing import GenerationRequest, write_texts
@@ -72,7 +72,7 @@ def written(monkeypatch: pytest.MonkeyPatch) -> list[Conversation]:
         found[:] = given
         return pack(given, num_windows, length)
 
-    monkeypatch.setattr(conversations, "pack", recorded)
+    monkeypatch.setattr(self_text, "pack", recorded)
     return found
 
 
@@ -165,8 +165,8 @@ def test_long_answers_are_cut_and_a_model_that_never_ends_a_turn_is_refused(
     written: list[Conversation],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(conversations, "ANSWER_TOKENS", 9)
-    monkeypatch.setattr(conversations, "MAX_ROUNDS", 3)
+    monkeypatch.setattr(self_text, "ANSWER_TOKENS", 9)
+    monkeypatch.setattr(self_text, "MAX_ROUNDS", 3)
     request = asked(chatty, chat=True)
     cluster = loaded(llama)
     write(cluster, soon_ended(request))

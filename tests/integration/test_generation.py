@@ -18,12 +18,12 @@ from ray_surgeon.evaluation.answers import (
     Answers,
     Generation,
     answers_of,
+    check_prompts,
     dense_record,
     departure,
     measure_answers,
     shot_record,
 )
-from ray_surgeon.evaluation.prompts import check_prompts
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.report import display as tables
 from ray_surgeon.report.html_report import LivePage, excerpt, page, rendered

@@ -20,14 +20,12 @@ from ray_surgeon.config.parsing import parse_spec
 from ray_surgeon.config.recovery import RecoverySection
 from ray_surgeon.distributed.cluster import LocalCluster
 from ray_surgeon.distributed.dense_states import CALIBRATION
-from ray_surgeon.distributed.passes import remember
-from ray_surgeon.distributed.pipelines import forward_and_backward
+from ray_surgeon.distributed.passes import forward_and_backward, remember
 from ray_surgeon.maths.structured import A_CHOICES, G_CHOICES
 from ray_surgeon.preparation.inputs import Inputs, check
 from ray_surgeon.pruning.method import Method
 from ray_surgeon.recovery.batches import CalibrationBatches
-from ray_surgeon.recovery.rates import HARMLESS, RATES
-from ray_surgeon.recovery.training import Training
+from ray_surgeon.recovery.training import HARMLESS, RATES, Training
 from ray_surgeon.report.html_report import LivePage
 from ray_surgeon.run_state import HELD, CalibrationText, held_measure, held_places
 from tests.integration import runs

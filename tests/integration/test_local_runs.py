@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from ray_surgeon.checkpointing.run_directory import RunDirectory
+from ray_surgeon.checkpointing import RunDirectory
 from ray_surgeon.distributed.passes import Measured, remember
 from ray_surgeon.evaluation import texts as evaluation
 from ray_surgeon.factors.collector import (
@@ -241,7 +241,7 @@ def test_a_resumed_run_keeps_its_tasks(
     job: Jobs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Those it began with: the dense model's scores are from then."""
-    monkeypatch.setattr("ray_surgeon.evaluation.texts.check_tasks", lambda options: None)
+    monkeypatch.setattr("ray_surgeon.export.tasks.check_tasks", lambda options: None)
     text = windows(job.folder / "text.txt", name="docs")
     options = runs.MASKED | runs.ONE | {"evaluation": {"texts": [text]}}
     done = job(options)

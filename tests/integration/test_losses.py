@@ -25,7 +25,7 @@ from ray.cluster_utils import Cluster
 from ray.core.generated import autoscaler_pb2
 from ray.exceptions import RayTaskError
 
-from ray_surgeon.checkpointing.run_directory import TakenOverError
+from ray_surgeon.checkpointing import TakenOverError
 from ray_surgeon.config.sections import RaySection
 from ray_surgeon.distributed import ray_cluster
 from ray_surgeon.distributed.cluster import NoRoomError, WorkerFailureError

@@ -31,9 +31,8 @@ from ray_surgeon.distributed.placement import WorkerIndex
 from ray_surgeon.distributed.worker import Worker
 from ray_surgeon.evaluation import texts as evaluation
 from ray_surgeon.maths.products import product
-from ray_surgeon.memory import weights
-from ray_surgeon.memory.stores import NO_SCRATCH, Scratch
-from ray_surgeon.memory.weights import ReadAhead
+from ray_surgeon.memory import stores
+from ray_surgeon.memory.stores import NO_SCRATCH, ReadAhead, Scratch
 from ray_surgeon.pruning.rows_columns import RowsColumns
 from ray_surgeon.run_state import RunState
 from tests.conftest import Zygote
@@ -96,9 +95,9 @@ def test_every_store_and_wave_gives_the_same_bits(
         "cluster__num_shards": 1 + way % 3,
     }
     other = job(METHODS[method] | WAYS[way] | scratch, model=FAMILY)
-    stores = other.report["plan"]["stores"]
+    planned_stores = other.report["plan"]["stores"]
     assert all(
-        stores[name.removeprefix("memory__")] == value
+        planned_stores[name.removeprefix("memory__")] == value
         for name, value in WAYS[way].items()
     )
     for shot in (1, 2):
@@ -222,7 +221,7 @@ def test_memory_of_ended_workers_is_waited_for(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_tensors_are_read_ahead_up_to_a_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(weights, "ENTRIES_AHEAD", 10)
+    monkeypatch.setattr(stores, "ENTRIES_AHEAD", 10)
     names = ["a", "b", "c", "d", "mask"]
     begun = list[str]()
     shapes = {"a": (2, 3), "b": (2, 3), "c": (30,), "d": (1,)}

@@ -16,9 +16,9 @@ from ray_surgeon.config.schedule import NO_PRUNING
 from ray_surgeon.config.sections import ModelSection
 from ray_surgeon.config.texts import StreamedSection
 from ray_surgeon.distributed.cluster import LocalCluster
+from ray_surgeon.distributed.dense_states import drop_teacher, load_teacher
 from ray_surgeon.distributed.microbatch import Pass
 from ray_surgeon.distributed.passes import remember
-from ray_surgeon.distributed.teacher import drop_teacher, load_teacher
 from ray_surgeon.distributed.weights import ModelRecipe
 from ray_surgeon.memory.stores import NO_SCRATCH, Place, Stores
 from ray_surgeon.recovery.batches import StreamBatches

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from ray_surgeon.checkpointing.run_directory import RunDirectory
+from ray_surgeon.checkpointing import RunDirectory
 from ray_surgeon.pruning.rows_columns import RowsColumns
 from tests.integration.runs import MASKED, ONE, Jobs
 

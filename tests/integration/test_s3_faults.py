@@ -25,8 +25,8 @@ import torch
 from botocore.exceptions import ClientError
 from s3fs import S3FileSystem
 
-from ray_surgeon.checkpointing.run_directory import RunDirectory, TakenOverError
-from ray_surgeon.storage import files, retrying, tensor_files
+from ray_surgeon.checkpointing import RunDirectory, TakenOverError
+from ray_surgeon.storage import files, tensor_files
 from tests.integration.runs import MASKED, Done, Jobs, assert_same_shot, tensors_in
 
 SECRET = "wJalr-a-secret-that-must-not-appear"
@@ -150,8 +150,8 @@ def faulty(
         "s3",
         {"config_kwargs": {"read_timeout": 0.25, "retries": {"max_attempts": 0}}},
     )
-    monkeypatch.setattr(retrying, "FIRST_PAUSE_S", 0.005)
-    monkeypatch.setattr(retrying, "LONGEST_PAUSE_S", 0.1)
+    monkeypatch.setattr(files, "FIRST_PAUSE_S", 0.005)
+    monkeypatch.setattr(files, "LONGEST_PAUSE_S", 0.1)
     # the pauses of the clients cannot be set
     monkeypatch.setattr(S3FileSystem, "retries", 2)
     S3FileSystem.clear_instance_cache()
@@ -225,7 +225,7 @@ def test_everything_on_a_store_that_goes_away_and_comes_back(
 
     def put_and_fail(uri: str, tensors: Any) -> int:
         if "shots/0002/masks" in uri:
-            patch.setattr(retrying, "PATIENCE_S", 1.0)
+            patch.setattr(files, "PATIENCE_S", 1.0)
             faulty.probability = 1.0
             faulty.kinds = ("503", "reset")
         return put(uri, tensors)
@@ -253,7 +253,7 @@ def test_records_of_steps_wait_for_a_store_that_is_away(
     """Hours of work are not lost for them. A try that has begun meanwhile is noticed once the store
     is back.
     """
-    monkeypatch.setattr(retrying, "PATIENCE_S", 0.3)
+    monkeypatch.setattr(files, "PATIENCE_S", 0.3)
     run = RunDirectory("s3://bucket/away")
     other = RunDirectory("s3://bucket/away")
     run.start("a: spec", {})
@@ -276,7 +276,7 @@ def test_refusals_are_not_tried_again(
     faulty: type[FaultyProxy], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pauses: list[float] = []
-    monkeypatch.setattr(retrying, "sleep", pauses.append)
+    monkeypatch.setattr(files, "sleep", pauses.append)
     with pytest.raises(FileNotFoundError):
         files.read_bytes("s3://bucket/absent")
     with pytest.raises(FileNotFoundError):
@@ -289,7 +289,7 @@ def test_uploads_that_were_damaged_on_the_way_are_tried_again(
     code: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """s3fs tells them as it tells requests that make no sense."""
-    monkeypatch.setattr(retrying, "sleep", lambda seconds: None)
+    monkeypatch.setattr(files, "sleep", lambda seconds: None)
     calls: list[str] = []
 
     def upload(uri: str) -> str:
@@ -300,7 +300,7 @@ def test_uploads_that_were_damaged_on_the_way_are_tried_again(
             )
         return "done"
 
-    assert retrying.tries_again(upload)("s3://bucket/key") == "done"
+    assert files.tries_again(upload)("s3://bucket/key") == "done"
 
 
 def test_patience_counts_from_the_first_failure(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -309,9 +309,9 @@ def test_patience_counts_from_the_first_failure(monkeypatch: pytest.MonkeyPatch)
     """
     clock = [0.0]
     calls: list[float] = []
-    monkeypatch.setattr(retrying, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(files, "monotonic", lambda: clock[0])
     monkeypatch.setattr(
-        retrying, "sleep", lambda seconds: clock.__setitem__(0, clock[0] + seconds)
+        files, "sleep", lambda seconds: clock.__setitem__(0, clock[0] + seconds)
     )
 
     def transfer(uri: str, failures: int) -> str:
@@ -321,15 +321,15 @@ def test_patience_counts_from_the_first_failure(monkeypatch: pytest.MonkeyPatch)
             raise ConnectionResetError("reset")
         return "done"
 
-    assert retrying.tries_again(transfer)("s3://bucket/large", 1) == "done"
+    assert files.tries_again(transfer)("s3://bucket/large", 1) == "done"
     assert len(calls) == 2
     calls.clear()
     with pytest.raises(ConnectionResetError):
-        retrying.tries_again(lambda uri: transfer(uri, 10**6))("s3://bucket/large")
+        files.tries_again(lambda uri: transfer(uri, 10**6))("s3://bucket/large")
     assert len(calls) == 2, "the second failure came an hour after the first"
     calls.clear()
     with pytest.raises(ConnectionResetError):
-        retrying.tries_again(lambda uri: transfer(uri, 10**6))("/a/local/file")
+        files.tries_again(lambda uri: transfer(uri, 10**6))("/a/local/file")
     assert len(calls) == 1
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import ray_surgeon
-from ray_surgeon.checkpointing.run_directory import RunDirectory
+from ray_surgeon.checkpointing import RunDirectory
 from ray_surgeon.pipeline import cli, main
 from ray_surgeon.preparation.inputs import check
 from ray_surgeon.storage import tensor_files

@@ -14,7 +14,7 @@ from ray_surgeon.maths.extended.terms import clip_term
 from ray_surgeon.maths.factorised import damp_
 from ray_surgeon.maths.kronecker import Damping, PackedFactors, Term
 from ray_surgeon.maths.masks import StructuredMask
-from ray_surgeon.maths.packed import PackedSymmetric
+from ray_surgeon.maths.products import PackedSymmetric
 
 DAMPING = Damping(0.01, 0.1, 1.0)
 

@@ -13,7 +13,7 @@ from ray_surgeon.maths.experts import (
     shrunk_factors,
 )
 from ray_surgeon.maths.kronecker import PackedFactors
-from ray_surgeon.maths.packed import PackedSymmetric, with_ones
+from ray_surgeon.maths.products import PackedSymmetric, with_ones
 from ray_surgeon.maths.threshold import check_costs
 from ray_surgeon.pruning.baselines import experts as baselines
 from tests.maths.dense import draw, packed

@@ -9,7 +9,7 @@ from torch import Tensor
 from benchmarks.fisher_error import terms_of_samples
 from ray_surgeon.maths.extended.terms import clip_term, minimise_kept
 from ray_surgeon.maths.kronecker import Term
-from ray_surgeon.maths.packed import PackedSymmetric
+from ray_surgeon.maths.products import PackedSymmetric
 from tests.maths import dense
 from tests.maths.dense import crossing, dense_minimum, draw, flags, problem
 

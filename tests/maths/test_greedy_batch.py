@@ -24,7 +24,7 @@ from ray_surgeon.maths.greedy_batch import GreedyBatch
 from ray_surgeon.maths.group_batch import batched_group_costs, costs_of_groups
 from ray_surgeon.maths.kronecker import PackedFactors
 from ray_surgeon.maths.masks import StructuredMask
-from ray_surgeon.maths.packed import PackedSymmetric
+from ray_surgeon.maths.products import PackedSymmetric
 from ray_surgeon.maths.structured import find_candidates
 from tests.conftest import Zygote
 from tests.maths.dense import draw, flags, linear, silence, spd, too_indefinite

@@ -21,9 +21,8 @@ from ray_surgeon.distributed.memory_plan.device_resources import resources_here
 from ray_surgeon.distributed.usage import process_usage
 from ray_surgeon.distributed.worker import Worker
 from ray_surgeon.export import speed
-from ray_surgeon.memory.stores import Place, Scratch, TensorStore
+from ray_surgeon.memory.stores import Place, Scratch, Slot, TensorStore, WeightStore
 from ray_surgeon.memory.transfers import Fetcher, Transfers, transfers
-from ray_surgeon.memory.weights import Slot, WeightStore
 from ray_surgeon.models.hooks import LayerInputs
 from tests.conftest import Zygote
 

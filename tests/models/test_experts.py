@@ -22,8 +22,8 @@ from ray_surgeon.models.checkpoint import (
     reader_of,
     tensor_reader,
 )
+from ray_surgeon.models.expert_removals import removals
 from ray_surgeon.models.experts import Mixture
-from ray_surgeon.models.hooks import removals
 from ray_surgeon.models.runner import BlockRunner
 from ray_surgeon.models.shard import ModelShard
 from tests.conftest import LAYOUTS, SPARSE_CONFIGS, tiny_model

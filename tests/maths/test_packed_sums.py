@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ray_surgeon.maths import packed, products
+from ray_surgeon.maths import products
 from ray_surgeon.maths.experts import LayerMean, mean_factor
 from ray_surgeon.maths.kronecker import PackedFactors, balance_
-from ray_surgeon.maths.packed import PackedSymmetric, with_ones
+from ray_surgeon.maths.products import PackedSymmetric, with_ones
 from tests.conftest import Zygote
 
 SYNCS = {"_local_scalar_dense", "nonzero", "equal", "masked_select"}
@@ -111,7 +111,7 @@ def second_moments(
         if has_bias:
             with Counts() as of_ones:
                 there = with_ones(there)
-            assert there.stride(0) % packed.ALIGNMENT == 0
+            assert there.stride(0) % products.ALIGNMENT == 0
             assert of_ones.launches.total() == 2
             assert not of_ones.syncs
         for part in (slice(0, 10), slice(10, 24)):
@@ -159,7 +159,9 @@ def test_number_of_entries_identifies_the_layout() -> None:
     but the last have 1,024 rows.
     """
     for n in [*range(3200), 4096, 4097, 11008, 14337, 28672]:
-        low, tall = (packed.panel_layout(n, is_tall=is_tall) for is_tall in (False, True))
+        low, tall = (
+            products.panel_layout(n, is_tall=is_tall) for is_tall in (False, True)
+        )
         low_size, tall_size = (
             PackedSymmetric.size(n, device) for device in ("cpu", "cuda")
         )
