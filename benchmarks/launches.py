@@ -28,8 +28,8 @@ from ray_surgeon.checkpointing import RunDirectory
 from ray_surgeon.config.job import JobSpec
 from ray_surgeon.distributed.cluster import LocalCluster
 from ray_surgeon.distributed.memory_plan.device_resources import DEVICES, Room
+from ray_surgeon.distributed.memory_plan.planned_job import Shapes
 from ray_surgeon.distributed.memory_plan.planner import Plan, Planner
-from ray_surgeon.distributed.memory_plan.shapes import Shapes
 from ray_surgeon.job import run_job
 from ray_surgeon.preparation.inputs import check, describe_job
 from ray_surgeon.report.events import Event, ProgressReport

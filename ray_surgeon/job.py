@@ -34,8 +34,7 @@ from ray_surgeon.pruning.methods import prune
 from ray_surgeon.report.events import Event, ProgressReport, Steps
 from ray_surgeon.report.html_report import LivePage
 from ray_surgeon.report.record import RunReport
-from ray_surgeon.run_state import RunState, Text
-from ray_surgeon.shot_weights import load_model
+from ray_surgeon.run_state import RunState, Text, load_model
 
 _PAUSE_S = 5.0
 """Between two looks at memory that is to become free."""

@@ -1,4 +1,4 @@
-"""The section `pruning` of coupled groups."""
+"""The section `pruning` of coupled groups, with its parts `depth` and `reconstruction`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Schedules: the amount that a run removes, and its shots."""
+"""Targets for the size or speed of the whole model, and the shots in which it gets there."""
 
 from __future__ import annotations
 

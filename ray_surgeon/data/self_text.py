@@ -1,4 +1,8 @@
-"""The dense model writes its part of the calibration text, before the first shot."""
+"""Calibration text that the dense model writes: plain texts, and conversations packed into windows.
+
+Conversations from the opening of a chat template: Xu et al. 2024 (Magpie, arXiv 2406.08464). Plain
+text: Williams et al. 2024 (arXiv 2410.17170), self-calibration.
+"""
 
 from __future__ import annotations
 

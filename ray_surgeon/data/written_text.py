@@ -1,4 +1,4 @@
-"""Requests for texts that the dense model writes, from the sections of a calibration."""
+"""Requests for texts that the dense model writes, and files of prompts for them."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Passes of text through the shards: losses, comparisons with the dense model, and block passes.
 
-Activations go from worker to worker. The coordinator sees references, losses and, to compare
-exports, logits.
+The coordinator schedules microbatches. Activations go from worker to worker; the coordinator sees
+references, losses and, to compare exports, logits.
 """
 
 from __future__ import annotations

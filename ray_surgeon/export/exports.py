@@ -1,4 +1,7 @@
-"""The stages that export a run's checkpoints, of every size that the run passes through."""
+"""Exports of a run: which are possible, how each is written, and the stages that write them.
+
+Each is reloaded in a fresh process. Runs that pass through several sizes export all of them.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +21,7 @@ from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.models.pruned_config import BlockWidths, WidthLimits
 from ray_surgeon.pruning.method import Method
 from ray_surgeon.report.html_report import rendered
-from ray_surgeon.run_state import Facts, RunState
-from ray_surgeon.shot_weights import load_weights
+from ray_surgeon.run_state import Facts, RunState, load_weights
 from ray_surgeon.storage import files
 
 _RELOADED = "reloaded and compared"

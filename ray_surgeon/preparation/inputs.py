@@ -1,4 +1,7 @@
-"""Reads and checks all inputs before a worker starts, so that an impossible job fails early."""
+"""Reads and checks all inputs before a worker starts, so that an impossible job fails early.
+
+It also describes the job for its plan.
+"""
 
 from __future__ import annotations
 
@@ -35,9 +38,9 @@ from ray_surgeon.distributed.memory_plan.planned_job import (
     PlannedReconstruction,
     PlannedRecovery,
     PlannedTeacher,
+    Shapes,
 )
 from ray_surgeon.distributed.memory_plan.planner import Plan, Planner
-from ray_surgeon.distributed.memory_plan.shapes import Shapes
 from ray_surgeon.distributed.placement import Placement, place
 from ray_surgeon.export.exports import Export
 from ray_surgeon.models.layout import ModelLayout
@@ -52,10 +55,9 @@ from ray_surgeon.preparation.stages import (
 from ray_surgeon.pruning.coupled_groups import Groups
 from ray_surgeon.pruning.method import Method
 from ray_surgeon.pruning.methods import method_for
-from ray_surgeon.recovery.batches import steps_ahead
 from ray_surgeon.recovery.reconstruction import RATES, TRIAL_PART
 from ray_surgeon.recovery.recovery import LoadTeacher
-from ray_surgeon.recovery.training import steps_between_checks, trial_steps
+from ray_surgeon.recovery.training import steps_ahead, steps_between_checks, trial_steps
 from ray_surgeon.report.record import check_folder
 from ray_surgeon.run_state import CalibrationText
 from ray_surgeon.version import __version__

@@ -23,7 +23,7 @@ from ray_surgeon.pruning.coupled_groups import Groups
 from ray_surgeon.pruning.method import Method
 from ray_surgeon.recovery.reconstruction import Reconstruction
 from ray_surgeon.recovery.recovery import LoadTeacher, Recovery, stream_of
-from ray_surgeon.shot_weights import Commit
+from ray_surgeon.run_state import Commit
 
 if TYPE_CHECKING:
     from ray_surgeon.export.quantise import Quantise

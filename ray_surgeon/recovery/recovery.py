@@ -1,4 +1,4 @@
-"""The stage of recovery: training after the update of a shot."""
+"""The stage of recovery: training after the update, towards the dense model or a teacher."""
 
 from __future__ import annotations
 
@@ -12,18 +12,22 @@ from typing import Any, ClassVar
 from ray_surgeon.config.recovery import RecoverySection
 from ray_surgeon.config.schedule import ScheduleSection
 from ray_surgeon.config.sections import ModelSection
-from ray_surgeon.data.streams import TextStream
+from ray_surgeon.data.texts import TextStream
 from ray_surgeon.distributed.dense_states import CALIBRATION, drop_teacher, load_teacher
 from ray_surgeon.distributed.memory_plan.device_resources import DEVICES
 from ray_surgeon.distributed.placement import Placement
 from ray_surgeon.distributed.weights import ModelRecipe, load
 from ray_surgeon.memory.stores import ScratchNames
 from ray_surgeon.models.layout import ModelLayout
-from ray_surgeon.recovery.batches import Batches, CalibrationBatches, StreamBatches
-from ray_surgeon.recovery.training import Check, Training
+from ray_surgeon.recovery.training import (
+    Batches,
+    CalibrationBatches,
+    Check,
+    StreamBatches,
+    Training,
+)
 from ray_surgeon.report.events import CHECK
-from ray_surgeon.run_state import CalibrationText, Facts, RunState, Text
-from ray_surgeon.shot_weights import commit_part
+from ray_surgeon.run_state import CalibrationText, Facts, RunState, Text, commit_part
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,4 +1,7 @@
-"""Sources of models: a folder, an fsspec URI, the Hub, or a GGUF file in a package."""
+"""Sources of models: a folder, an fsspec URI, the Hub, or a GGUF file in a package.
+
+Includes local copies of remote files, and folders that are converted from GGUF files, once.
+"""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerFast as FastTokenizer
 
 from ray_surgeon.config.texts import SourceSection, StreamedSection
 from ray_surgeon.data import documents, texts
-from ray_surgeon.data.streams import TextEndedError, TextStream
+from ray_surgeon.data.texts import TextEndedError, TextStream
 from tests.integration.runs import beginning
 
 DOCUMENTS = [

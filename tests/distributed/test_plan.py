@@ -16,15 +16,13 @@ from benchmarks.shaped_model import shaped_config
 from ray_surgeon.config.job import JobSpec
 from ray_surgeon.distributed.collectives import MESSAGE_BYTES
 from ray_surgeon.distributed.memory_plan.device_resources import DEVICES, Room
-from ray_surgeon.distributed.memory_plan.planned_job import PlannedJob
+from ray_surgeon.distributed.memory_plan.planned_job import PlannedJob, Shapes, StepPlan
 from ray_surgeon.distributed.memory_plan.planner import (
     DoesNotFitError,
     Plan,
     Planner,
     plan_table,
 )
-from ray_surgeon.distributed.memory_plan.shapes import Shapes
-from ray_surgeon.distributed.memory_plan.step_plan import StepPlan
 from ray_surgeon.distributed.memory_plan.steps import plan_worker
 from ray_surgeon.distributed.placement import place
 from ray_surgeon.maths.products import PackedSymmetric

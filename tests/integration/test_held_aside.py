@@ -24,8 +24,7 @@ from ray_surgeon.distributed.passes import forward_and_backward, remember
 from ray_surgeon.maths.structured import A_CHOICES, G_CHOICES
 from ray_surgeon.preparation.inputs import Inputs, check
 from ray_surgeon.pruning.method import Method
-from ray_surgeon.recovery.batches import CalibrationBatches
-from ray_surgeon.recovery.training import HARMLESS, RATES, Training
+from ray_surgeon.recovery.training import HARMLESS, RATES, CalibrationBatches, Training
 from ray_surgeon.report.html_report import LivePage
 from ray_surgeon.run_state import HELD, CalibrationText, held_measure, held_places
 from tests.integration import runs

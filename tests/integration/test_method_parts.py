@@ -18,8 +18,7 @@ from ray_surgeon.models.low_rank import LowRankCorrections
 from ray_surgeon.pruning.calibration import calibrate
 from ray_surgeon.pruning.method import Scores
 from ray_surgeon.pruning.rows_columns import RowsColumns
-from ray_surgeon.recovery.batches import CalibrationBatches
-from ray_surgeon.recovery.training import Training
+from ray_surgeon.recovery.training import CalibrationBatches, Training
 from ray_surgeon.run_state import CalibrationText
 from tests.integration.runs import Jobs, loaded
 

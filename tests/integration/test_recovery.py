@@ -21,9 +21,8 @@ from ray_surgeon.distributed.microbatch import Pass
 from ray_surgeon.distributed.passes import remember
 from ray_surgeon.distributed.weights import ModelRecipe
 from ray_surgeon.memory.stores import NO_SCRATCH, Place, Stores
-from ray_surgeon.recovery.batches import StreamBatches
 from ray_surgeon.recovery.recovery import share_of_peak, stream_of
-from ray_surgeon.recovery.training import Training
+from ray_surgeon.recovery.training import StreamBatches, Training
 from ray_surgeon.run_state import HELD, CalibrationText, held_aside
 from tests.integration import runs
 from tests.integration.runs import Jobs, loaded

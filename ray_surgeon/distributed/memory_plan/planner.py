@@ -18,8 +18,7 @@ from rich.table import Table
 
 from ray_surgeon.config.sections import MemorySection
 from ray_surgeon.distributed.memory_plan.device_resources import Device, Room
-from ray_surgeon.distributed.memory_plan.shapes import Shapes
-from ray_surgeon.distributed.memory_plan.step_plan import StepPlan
+from ray_surgeon.distributed.memory_plan.planned_job import Shapes, StepPlan
 from ray_surgeon.distributed.memory_plan.steps import WorkerPlan, plan_worker
 from ray_surgeon.distributed.placement import Placement, place
 from ray_surgeon.memory.stores import TOGETHER, Activations, Place, Stores

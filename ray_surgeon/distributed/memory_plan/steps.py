@@ -20,15 +20,15 @@ from ray_surgeon.distributed.memory_plan.estimate_pruning import (
     estimate_curvature,
     estimate_update,
 )
-from ray_surgeon.distributed.memory_plan.estimate_recovery import estimate_recovery
+from ray_surgeon.distributed.memory_plan.estimate_training import estimate_recovery
 from ray_surgeon.distributed.memory_plan.planned_job import (
     PlannedDepth,
     PlannedExports,
     PlannedJob,
     PlannedTeacher,
+    Shapes,
+    StepPlan,
 )
-from ray_surgeon.distributed.memory_plan.shapes import Shapes
-from ray_surgeon.distributed.memory_plan.step_plan import StepPlan
 from ray_surgeon.distributed.memory_plan.worker_view import WorkerView
 from ray_surgeon.distributed.placement import Placement
 from ray_surgeon.distributed.weights import FILE_BYTES

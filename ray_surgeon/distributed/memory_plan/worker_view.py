@@ -7,8 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ray_surgeon.distributed.memory_plan.shapes import ActivationBytes, Shapes
-from ray_surgeon.distributed.memory_plan.step_plan import StepPlan
+from ray_surgeon.distributed.memory_plan.planned_job import (
+    ActivationBytes,
+    Shapes,
+    StepPlan,
+)
 from ray_surgeon.distributed.placement import Placement
 from ray_surgeon.distributed.writing import texts_together
 from ray_surgeon.memory.stores import Place, Stores
