@@ -21,6 +21,7 @@ from ray_surgeon.distributed.memory_plan.planned_job import (
 from ray_surgeon.export.exports import Export
 from ray_surgeon.export.quantise import Quantise
 from ray_surgeon.export.rounding import NUM_BACKWARD
+from ray_surgeon.factors.kinds import kind_of
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.preparation.stages import ExportStep, Stages
 from ray_surgeon.pruning.coupled_groups import Groups
@@ -112,8 +113,14 @@ def _depth(depth: Depth) -> PlannedDepth:
 
 
 def _curvature(layout: ModelLayout, method: Method) -> PlannedCurvature:
-    num_changes = method.beside.num_changes(layout)
-    return PlannedCurvature(section=method.used_curvature, num_changes=num_changes)
+    section = method.used_curvature
+    kind = kind_of(section)
+    return PlannedCurvature(
+        section=section,
+        num_changes=method.beside.num_changes(layout),
+        num_passes=kind.num_passes,
+        num_copies=kind.num_copies,
+    )
 
 
 def _reconstruction(stages: Stages) -> PlannedReconstruction | None:
