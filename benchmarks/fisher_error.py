@@ -26,8 +26,11 @@ from ray_surgeon.config.parsing import parse_spec
 from ray_surgeon.distributed.cluster import LocalCluster
 from ray_surgeon.distributed.placement import place
 from ray_surgeon.distributed.weights import ModelRecipe, load
-from ray_surgeon.maths.extended.terms import power_iteration, quadratic_forms
-from ray_surgeon.maths.kronecker import Term
+from ray_surgeon.experimental.extended_kfac.terms import (
+    Term,
+    power_iteration,
+    quadratic_forms,
+)
 from ray_surgeon.models.hooks import watch_pairs
 from ray_surgeon.models.loss import Predicted
 from ray_surgeon.preparation.inputs import Inputs, check

@@ -26,6 +26,8 @@ class _Curvature(Section):
     gathers: ClassVar[Literal["both", "A"]] = "both"
     # whether G is of the loss's gradients, so costs are in nats
     is_of_loss: ClassVar[bool] = False
+    # whether F is one Kronecker product, whose inverse greedy paths update
+    has_greedy_paths: ClassVar[bool] = True
 
     @property
     def as_damping(self) -> Damping:
@@ -139,6 +141,8 @@ class ExtendedKfacSection(_Fisher):
 
     Source: The LLM Surgeon, section 3.1.
     """
+
+    has_greedy_paths: ClassVar[bool] = False
 
     kind: Literal["extended_kfac"]
     """A sum of Kronecker products"""

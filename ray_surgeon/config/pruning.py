@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import Field, Tag
 
 from ray_surgeon.config.base import Positive, Section, by_tag, tag
-from ray_surgeon.config.curvature import AnyCurvature, ExtendedKfacSection
+from ray_surgeon.config.curvature import AnyCurvature
 from ray_surgeon.config.groups import GroupsSection, UniformGroupsSection
 from ray_surgeon.config.schedule import SparsitySection
 from ray_surgeon.errors import ConfigError
@@ -43,7 +43,7 @@ class RowsColumnsSection(SparsitySection):
 
     def problem_with(self, curvature: AnyCurvature) -> ConfigError | None:
         """Return why this section and a curvature do not go together; see `ScheduleSection`."""
-        if self.costs == "greedy" and isinstance(curvature, ExtendedKfacSection):
+        if self.costs == "greedy" and not curvature.has_greedy_paths:
             return ConfigError(
                 field="pruning.costs",
                 found="greedy needs one Kronecker term",

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.hooks import RemovableHandle
 
 from ray_surgeon.distributed.collectives import (
     ReplicaGroup,
@@ -32,7 +31,6 @@ from ray_surgeon.maths.factorised import RaisedDamping
 from ray_surgeon.maths.group_batch import GroupResult, KeptFactors
 from ray_surgeon.maths.kronecker import PackedFactors
 from ray_surgeon.maths.masks import Mask, StructuredMask
-from ray_surgeon.maths.products import PackedSymmetric
 from ray_surgeon.memory.stores import Scratch
 from ray_surgeon.memory.transfers import backend, compute_on
 from ray_surgeon.models.hooks import LayerInputs
@@ -115,23 +113,6 @@ class DenseStates(dict[str, dict[int, Tensor]]):
 
     head: Tensor | None = None
     """Weight [vocabulary, d] of its head, on the device, if it is not that of the pruned one."""
-
-
-class PowerIteration:
-    """The Kronecker term that is being found, for every linear of a shard.
-
-    The sides of a term have the numbers 0 for G and 1 for A.
-    """
-
-    def __init__(self) -> None:
-        """Start with nothing."""
-        # for G and for A: name -> the present factor, [R, R] or [C, C], of norm 1
-        self.units = dict[str, Tensor](), dict[str, Tensor]()
-        # name -> the sum of the pass, of the side that is wanted
-        self.moments = dict[str, PackedSymmetric]()
-        # name -> the norm that the last factor had, at its owner
-        self.sigma = dict[str, float]()
-        self.hooks = list[RemovableHandle]()
 
 
 class LinearFit:
@@ -225,8 +206,10 @@ class WorkerState:
     # Of a shot
     held_factors: dict[str, PackedFactors] = field(default_factory=dict)
     """Linear -> its factors of the windows held aside"""
-    power_iteration: PowerIteration | None = None
-    """The Kronecker term that is being found"""
+    further_terms: Any = None
+    """State of further curvature passes that an experimental `CurvatureKind` makes, until the
+    update
+    """
     candidates: dict[str, Any] = field(default_factory=dict)
     """Owned linear -> `Candidates` of rows and columns or `ElementCandidates`, until the update"""
     group_costs: dict[str, GroupResult] = field(default_factory=dict)

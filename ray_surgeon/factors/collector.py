@@ -1,34 +1,26 @@
-"""The curvature pass: A and G of every linear, and further Kronecker terms of extended KFAC.
+"""The curvature pass: A and G of every linear.
 
-Hooks in the shards gather A and G, which are summed over replicas to their owners. Further terms
-are found by power iterations after that. Each iteration is a forward and backward pass: one for A
-with G fixed, the next for G with A fixed. Source: docs/method.md, section 1.
+Hooks in the shards gather A and G, which are summed over replicas to their owners. Source:
+docs/method.md, section 1.
 """
 
 from __future__ import annotations
 
-from collections import ChainMap
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from itertools import chain
 from typing import ClassVar
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from ray_surgeon.config.curvature import ExtendedKfacSection
 from ray_surgeon.distributed import passes
 from ray_surgeon.distributed.cluster import Cluster
 from ray_surgeon.distributed.dense_states import CALIBRATION
 from ray_surgeon.distributed.microbatch import Counts, Labels, Tokens
 from ray_surgeon.distributed.passes import forward_and_backward
-from ray_surgeon.distributed.worker import PowerIteration, Worker, collective
+from ray_surgeon.distributed.worker import Worker, collective
 from ray_surgeon.errors import ConfigError
-from ray_surgeon.maths.extended.terms import power_iteration, quadratic_forms
-from ray_surgeon.maths.products import PackedSymmetric
-from ray_surgeon.models.hooks import watch_pairs
 from ray_surgeon.models.layout import ModelLayout
 
 
@@ -221,113 +213,3 @@ def drawn(num_sequences: int, count: int) -> list[int]:
     """
     drawing = np.random.default_rng(0)
     return sorted(drawing.permutation(num_sequences)[:count].tolist())
-
-
-# Further Kronecker terms
-
-
-def _add_moments(
-    power: PowerIteration, side: int, name: str, inputs: Tensor, gradients: Tensor
-) -> None:
-    """Add one pass to the moments of a side.
-
-    That is (a^T A a) g g^T for side G, A being the opposite factor, and (g^T G g) a a^T for A.
-    """
-    pair = (gradients, inputs)
-    weights = quadratic_forms(pair[1 - side], power.units[1 - side][name])
-    power.moments[name].add(pair[side], weights)
-
-
-def _power_iteration(worker: Worker) -> PowerIteration:
-    assert worker.state.power_iteration is not None
-    return worker.state.power_iteration
-
-
-def start_iteration(worker: Worker, side: int) -> None:
-    """Install the hooks of a pass that sums the moments of a side: 0 for G, 1 for A.
-
-    A term begins with the identity as G: a known direction would find nothing new.
-    """
-    if worker.state.power_iteration is None:
-        worker.state.power_iteration = PowerIteration()
-    power = worker.state.power_iteration
-    opposites = power.units[1 - side]
-    for name, module in worker.shard.gathered.items():
-        shape = worker.layout.shapes[name]
-        R = shape.num_rows
-        if name not in opposites:
-            opposites[name] = torch.eye(R, device=worker.device) / R**0.5
-        size = R if side == 0 else shape.num_columns
-        power.moments[name] = PackedSymmetric.zeros(size, worker.device)
-        power.hooks.append(watch_pairs(module, partial(_add_moments, power, side, name)))
-
-
-@collective
-def finish_iteration(worker: Worker, side: int) -> None:
-    """Sum the moments to the owners, which subtract known terms and broadcast the factor."""
-    power = _power_iteration(worker)
-    for hook in power.hooks:
-        hook.remove()
-    power.hooks.clear()
-    units = power.units[1 - side]
-    for name, packed in power.moments.items():
-        owner = worker.owner(name)
-        worker.replicas.reduce(packed.flat, owner)
-        unit = packed.dense()
-        if worker.owns(name):
-            factors = worker.shard.own_factors(name).dense(worker.device)
-            n = max(1, factors.num_tokens)
-            divisor = worker.shard.own_divisor(name, n)
-            known = [(factors.G / divisor, factors.A / n), *factors.terms]
-            pairs = [(term[side], term[1 - side]) for term in known]
-            unit, power.sigma[name] = power_iteration(unit / divisor, pairs, units[name])
-        worker.replicas.broadcast(unit, owner)
-        power.units[side][name] = unit
-
-
-def finish_term(worker: Worker) -> dict[str, float]:
-    """Keep the term at the owners; return linear -> its size relative to the first term."""
-    power = _power_iteration(worker)
-    worker.state.power_iteration = None
-    sizes = dict[str, float]()
-    for name in worker.shard.gathered:
-        if not worker.owns(name):
-            continue
-        sigma = power.sigma[name]
-        factors = worker.shard.factors(name).dense(worker.device)
-        norms = float(torch.linalg.norm(factors.A) * torch.linalg.norm(factors.G))
-        size = norms / factors.num_tokens**2
-        sizes[name] = sigma / size if size else 0.0
-        units_of_G, units_of_A = power.units
-        G = units_of_G[name] * sigma**0.5
-        A = units_of_A[name] * sigma**0.5
-        worker.shard.terms.setdefault(name, []).append((G, A))
-    return sizes
-
-
-def gather_terms(
-    cluster: Cluster,
-    sequences: Tokens,
-    section: ExtendedKfacSection,
-    label_seed: int | None,
-) -> list[dict[str, float]]:
-    """Find the Kronecker terms beyond that of KFAC.
-
-    Args:
-        cluster: with the factors of KFAC.
-        sequences: the sequences that KFAC was gathered from.
-        section: number of terms, and number of passes for each, alternately for A and G.
-        label_seed: as for KFAC, so that the labels are the same.
-
-    Returns:
-        For every further term, linear -> its size relative to the first term.
-    """
-    sizes = []
-    for _ in range(1, section.num_kronecker_terms):
-        for number in range(section.num_power_iterations):
-            side = (number + 1) % 2  # A first
-            cluster.run_all(start_iteration, side)
-            forward_and_backward(cluster, sequences, Labels(label_seed))
-            cluster.run_all(finish_iteration, side)
-        sizes.append(dict(ChainMap(*cluster.run_all(finish_term))))
-    return sizes

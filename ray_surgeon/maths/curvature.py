@@ -1,12 +1,11 @@
 """The damped curvature of one linear, or of a part of it, and the costs and updates it gives.
 
-Source: docs/method.md, sections 1 to 4. The curvature is one Kronecker product (KFAC) or a sum of
-several (extended KFAC). Everything is a mean over tokens, so costs are in nats per token.
+Source: docs/method.md, sections 1 to 4. The curvature is one Kronecker product (KFAC). Everything
+is a mean over tokens, so costs are in nats per token.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -15,10 +14,10 @@ from torch import Tensor
 
 from ray_surgeon.maths import factorised
 from ray_surgeon.maths import kronecker as kron
-from ray_surgeon.maths.extended.terms import TwoTermInverse, clip_term, minimise_kept
 from ray_surgeon.maths.factorised import DampedFactor, RaisedDamping, damp_, factorise
-from ray_surgeon.maths.kronecker import Damping, PackedFactors, Term, balance_
+from ray_surgeon.maths.kronecker import Damping, PackedFactors, balance_
 from ray_surgeon.maths.masks import StructuredMask
+from ray_surgeon.maths.split_matrix import FisherProducts
 
 Pair = tuple[Tensor, Tensor]
 """Two tensors that belong together, for example one for rows and one for columns."""
@@ -51,6 +50,10 @@ class Linear:
         """Live rows and columns with a weight that is not zero; pruned ones have none."""
         nonzero = self.W != 0
         return self.live.without(~nonzero.any(dim=1), ~nonzero.any(dim=0))
+
+    def curvature(self, part: StructuredMask) -> LinearCurvature:
+        """Return the damped curvature of a part."""
+        return LinearCurvature(self, part)
 
 
 @dataclass(frozen=True)
@@ -86,20 +89,20 @@ class Basis:
 
     def curvature(self, linear: Linear) -> LinearCurvature:
         """Return the curvature of the linear, computed again."""
-        return LinearCurvature(replace(linear, damping=self.damping), self.part)
+        return replace(linear, damping=self.damping).curvature(self.part)
 
 
 class LinearCurvature:
-    """A part of one linear with its damped curvature.
+    """A part of one linear with its damped curvature, F = kron(G, A).
 
-    Factors are factorised when they are first needed.
+    Factors are factorised when they are first needed. A subclass with another F overrides costs and
+    updates.
 
     Attributes:
         linear: the whole linear.
         part: the rows and columns of the part.
         W: [R, C] weights of the part.
-        first: damped G [R, R] and A [C, C] of the first term.
-        is_extended: whether there are further terms.
+        first: damped G [R, R] and A [C, C].
     """
 
     def __init__(self, linear: Linear, part: StructuredMask) -> None:
@@ -114,14 +117,12 @@ class LinearCurvature:
         dtype = linear.W.dtype
         A = A.to(dtype)
         G = G.to(dtype)
-        self._further = [(G_r.to(dtype), A_r.to(dtype)) for G_r, A_r in factors.terms]
-        self.is_extended = bool(self._further)
         self._diagonals = (G.diagonal().clone(), A.diagonal().clone())
         self.first = (damp_(G, linear.damping.g), damp_(A, linear.damping.a))
 
     @cached_property
     def A(self) -> DampedFactor:
-        """Damped and factorised A of the first term."""
+        """Damped and factorised A."""
         matrix = self.first[1]
         matrix.diagonal().copy_(self._diagonals[1])
         damping = self.linear.damping
@@ -129,25 +130,11 @@ class LinearCurvature:
 
     @cached_property
     def G(self) -> DampedFactor:
-        """Damped and factorised G of the first term."""
+        """Damped and factorised G."""
         matrix = self.first[0]
         matrix.diagonal().copy_(self._diagonals[0])
         damping = self.linear.damping
         return factorise(matrix, damping.g, damping.max, f"{self.linear.name} G")
-
-    @cached_property
-    def _clipped(self) -> list[tuple[Term, float]]:
-        """Further terms after clipping, and by how much clipping changed each."""
-        share = 1 / max(1, len(self._further))
-        clipped = list[tuple[Term, float]]()
-        for term in self._further:
-            clipped.append(clip_term(term, self.G.cholesky, self.A.cholesky, share))
-        return clipped
-
-    @property
-    def terms(self) -> tuple[Term, ...]:
-        """G [R, R] and A [C, C] of all terms, the first damped, the others clipped."""
-        return (self.first, *(term for term, _ in self._clipped))
 
     @property
     def basis_of_columns(self) -> Basis:
@@ -163,10 +150,6 @@ class LinearCurvature:
     def basis(self) -> Basis:
         """Basis for any update."""
         name = self.linear.name
-        clipping = list[Clipping]()
-        for number, (_, change) in enumerate(self._clipped, 1):
-            if change:
-                clipping.append(Clipping(linear=name, term=number, change=change))
         return Basis(
             part=self.part,
             damping=Damping(
@@ -175,20 +158,10 @@ class LinearCurvature:
                 max=self.linear.damping.max,
             ),
             raised_damping=self.A.raised(name, "A") + self.G.raised(name, "G"),
-            clipping=tuple(clipping),
+            clipping=(),
         )
 
-    @cached_property
-    def inverse(self) -> TwoTermInverse:
-        """Inverse of the first two terms, which also gives the costs with more terms."""
-        second, _ = self._clipped[0]
-        return TwoTermInverse(self.G.cholesky, self.A.cholesky, second)
-
     # Costs
-
-    def _over_terms(self, cost: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-        """Return the sum over all terms of a cost of G and A."""
-        return torch.stack([cost(G, A) for G, A in self.terms]).sum(dim=0)
 
     def row_costs(self, kind: str) -> Tensor:
         """Return the cost of each row, [R].
@@ -197,48 +170,31 @@ class LinearCurvature:
             kind: ``obs``, with the optimal update of the other rows, or ``obd``, without an update.
         """
         if kind == "obd":
-            return self._over_terms(
-                lambda G, A: kron.row_costs(self.W, A) * G.diagonal(),
-            )
-        if self.is_extended:
-            Y, Z = self.inverse.row_parts(self.W)
-            return 0.5 * (Y.square() / Z).sum(dim=1)
+            G, A = self.first
+            return kron.row_costs(self.W, A) * G.diagonal()
         return kron.row_costs(self.W, self.A.matrix) / self.G.inverse_diagonal()
 
     def column_costs(self, kind: str) -> Tensor:
         """Return the cost of each column, [C]; see `row_costs`."""
         if kind == "obd":
-            return self._over_terms(
-                lambda G, A: kron.column_costs(self.W, G) * A.diagonal(),
-            )
-        if self.is_extended:
-            Y, Z = self.inverse.column_parts(self.W)
-            return 0.5 * (Y.square() / Z).sum(dim=0)
+            G, A = self.first
+            return kron.column_costs(self.W, G) * A.diagonal()
         return kron.column_costs(self.W, self.first[0]) / self.A.inverse_diagonal()
 
     def element_scales(self, kind: str) -> Pair:
         """Return two factors whose product [R, C] times 1/2 W^2 is the cost of each element.
 
         They belong to the whole linear and are zero outside of the part. Their shapes are [R, 1]
-        and [1, C] for one Kronecker term, [R, C] and [1, 1] for several.
+        and [1, C]; those of a subclass may be [R, C] and [1, 1].
 
         Args:
             kind: ``obs`` or ``obd``, see `row_costs`.
         """
-        if not self.is_extended:
-            by_row = _element_scale(self.G, kind)
-            by_column = _element_scale(self.A, kind)
-            by_row = _spread(by_row, self.part.rows)
-            by_column = _spread(by_column, self.part.columns)
-            return by_row[:, None], by_column[None]
-        if kind == "obd":
-            by_element = self._over_terms(
-                lambda G, A: torch.outer(G.diagonal(), A.diagonal()),
-            )
-        else:
-            by_element = 1 / self.inverse.diagonal()
-        by_element = self.part.put(by_element, torch.zeros_like(self.linear.W))
-        return by_element, by_element.new_ones(1, 1)
+        by_row = _element_scale(self.G, kind)
+        by_column = _element_scale(self.A, kind)
+        by_row = _spread(by_row, self.part.rows)
+        by_column = _spread(by_column, self.part.columns)
+        return by_row[:, None], by_column[None]
 
     def inverse_blocks(self, places: Tensor) -> Pair:
         """Return the blocks of F^-1 for groups of columns of one row, as two factors.
@@ -252,19 +208,14 @@ class LinearCurvature:
             the product of the block at (r, i) and the row factor at r.
         """
         absent = places < 0
-        inside = places.clamp(min=0)
-        if self.is_extended:
-            m = places.shape[1]
-            left = inside.repeat_interleave(m)
-            right = inside.repeat(1, m).flatten()
-            blocks = self.inverse.row_blocks(left, right).view(-1, *inside.shape, m)
-            row_factor = blocks.new_ones(len(blocks))
-        else:
-            blocks = self.A.inverse_blocks(inside)[None]
-            row_factor = self.G.inverse_diagonal()
+        blocks, row_factor = self.alive_inverse_blocks(places.clamp(min=0))
         is_absent = absent[:, :, None] | absent[:, None, :]
         identity = torch.diag_embed(absent.to(blocks.dtype))
         return blocks.masked_fill(is_absent, 0.0) + identity, row_factor
+
+    def alive_inverse_blocks(self, places: Tensor) -> Pair:
+        """Return what `inverse_blocks` returns if all columns are alive."""
+        return self.A.inverse_blocks(places)[None], self.G.inverse_diagonal()
 
     # Updates
 
@@ -286,38 +237,53 @@ class LinearCurvature:
         after = self.W
         residual = 0.0
         if update == "single":
-            after = self._corrected_singly(rows, columns)
+            after = self.corrected_singly(rows, columns)
         elif update == "full":
-            after, residual = self._corrected_fully(rows, columns)
+            after, residual = self.corrected_fully(rows, columns)
         return after * torch.outer(~rows, ~columns), residual
 
-    def _corrected_singly(self, rows: Tensor, columns: Tensor) -> Tensor:
+    def corrected_singly(self, rows: Tensor, columns: Tensor) -> Tensor:
+        """Return the weights [R, C] with the ``single`` update of `prune`, not yet masked."""
         W = self.W
-        if self.is_extended:
-            return W + self.inverse.single_corrections(W, rows, columns)
         A = self.A.inverse()
         G = self.G.inverse()
         by_rows = G[:, rows] / G.diagonal()[rows] @ W[rows]
         by_columns = W[:, columns] / A.diagonal()[columns] @ A[columns]
         return W - by_rows - by_columns
 
-    def _corrected_fully(self, rows: Tensor, columns: Tensor) -> tuple[Tensor, float]:
+    def corrected_fully(self, rows: Tensor, columns: Tensor) -> tuple[Tensor, float]:
+        """Return the weights [R, C] with the ``full`` update of `prune`, and the residual."""
         W = self.W
-        if self.is_extended:
-            no_row = torch.zeros_like(rows)
-            no_column = torch.zeros_like(columns)
-            by_rows, row_residual = minimise_kept(W, self.terms, rows, no_column)
-            by_columns, column_residual = minimise_kept(W, self.terms, no_row, columns)
-            return by_rows + by_columns - W, max(row_residual, column_residual)
         G, A = self.first
         name = self.linear.name
         by_rows = factorised.prune_rows(W, G, rows, f"{name} G")
         by_columns = factorised.prune_columns(W, A, columns, f"{name} A")
         return by_rows + by_columns - W, 0.0
 
+    def elements_corrected_singly(self, kept: Tensor) -> Tensor:
+        """Return the weights after each removed element is corrected as if it were the only one.
+
+        Args:
+            kept: [R, C] bool.
+
+        Returns:
+            [R, C] weights, not yet masked.
+        """
+        A_inverse = self.A.inverse()
+        G_inverse = self.G.inverse()
+        inverse_diagonal = torch.outer(G_inverse.diagonal(), A_inverse.diagonal())
+        multipliers = self.W * ~kept / inverse_diagonal
+        return self.W - G_inverse @ multipliers @ A_inverse
+
+    def products(self, narrow: torch.dtype) -> FisherProducts:
+        """Return products of changes with F; see `FisherProducts`."""
+        G, A = self.first
+        return FisherProducts(G, A, narrow)
+
     def quadratic_cost(self, change: Tensor) -> float:
         """Return the predicted loss increase of a change [R, C] of the weights."""
-        return sum(float(kron.quadratic_cost(change, A, G)) for G, A in self.terms)
+        G, A = self.first
+        return float(kron.quadratic_cost(change, A, G))
 
 
 def _element_scale(factor: DampedFactor, kind: str) -> Tensor:

@@ -34,7 +34,7 @@ class ElementUnits:
 class ElementCandidates:
     """The data from which the costs of a linear's units are computed.
 
-    For single elements with one Kronecker term, nothing as large as the weights is stored.
+    For single elements, nothing as large as the weights is stored if F is one Kronecker product.
     """
 
     scales: Pair  # see `element_costs`; zero where an input or a gradient is always zero
@@ -109,7 +109,7 @@ def find_elements(linear: Linear, units: ElementUnits, costs: str) -> ElementCan
     Raises:
         FloatingPointError: a factor cannot be factorised.
     """
-    curvature = LinearCurvature(linear, linear.live)
+    curvature = linear.curvature(linear.live)
     scales = curvature.element_scales(costs)
     groups = None
     if units.m > 1 and costs == "obs":
@@ -127,19 +127,12 @@ def find_elements(linear: Linear, units: ElementUnits, costs: str) -> ElementCan
 def _updated(curvature: LinearCurvature, kept: Tensor, update: ElementUpdate) -> Removal:
     W = curvature.W
     if update.solver == "conjugate_gradients":
-        return update_elements(W, curvature.terms, kept, update)
+        narrow: torch.dtype = getattr(torch, update.precision)
+        return update_elements(W, curvature.products(narrow), kept, update)
     if update.solver == "none":
         after = W * kept
-    elif curvature.is_extended:
-        inverse = curvature.inverse
-        multipliers = W * ~kept / inverse.diagonal()
-        after = (W - inverse.solve(multipliers)) * kept
     else:
-        A_inverse = curvature.A.inverse()
-        G_inverse = curvature.G.inverse()
-        inverse_diagonal = torch.outer(G_inverse.diagonal(), A_inverse.diagonal())
-        multipliers = W * ~kept / inverse_diagonal
-        after = (W - G_inverse @ multipliers @ A_inverse) * kept
+        after = curvature.elements_corrected_singly(kept) * kept
     predicted = curvature.quadratic_cost(after - W)
     return Removal(W=after, predicted=predicted, residual=0.0)
 

@@ -143,7 +143,6 @@ def shrunk_factors(
         A=PackedSymmetric(own.A.n, A),
         G=PackedSymmetric(own.G.n, G),
         num_tokens=1,
-        terms=own.terms,
     )
 
 

@@ -5,7 +5,6 @@ Source: docs/method.md, section 1 (KFAC, Martens & Grosse 2015; The LLM Surgeon,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,11 +12,6 @@ from torch import Tensor
 
 from ray_surgeon.maths.masks import places
 from ray_surgeon.maths.products import PackedSymmetric, product
-
-Term = tuple[Tensor, Tensor]
-"""G_r [R, R] and A_r [C, C] of a Kronecker product."""
-Terms = Sequence[Term]
-"""A sum of Kronecker products."""
 
 
 @dataclass(frozen=True)
@@ -30,14 +24,11 @@ class KroneckerFactors:
         A: [C, C] sum of a a^T.
         G: [R, R] sum of g g^T.
         num_tokens: tokens in both sums.
-        terms: further Kronecker products (G_r, A_r) of extended KFAC, as means over tokens; these
-            cannot be added up.
     """
 
     A: Tensor
     G: Tensor
     num_tokens: int
-    terms: tuple[Term, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -50,7 +41,6 @@ class PackedFactors:
     A: PackedSymmetric  # [C, C]
     G: PackedSymmetric  # [R, R]
     num_tokens: int  # in both sums
-    terms: tuple[Term, ...] = ()  # see `KroneckerFactors`
 
     def dense(self, device: torch.device | None = None) -> KroneckerFactors:
         """Return the factors as whole matrices, which are copies."""
@@ -58,7 +48,6 @@ class PackedFactors:
             A=self.A.dense(device),
             G=self.G.dense(device),
             num_tokens=self.num_tokens,
-            terms=self.terms,
         )
 
     def restricted(self, rows: Tensor, columns: Tensor) -> KroneckerFactors:
@@ -67,14 +56,10 @@ class PackedFactors:
         A and G are copies on the device of the masks.
         """
         alive_rows, alive_columns = places(rows, columns)
-        terms = []
-        for G, A in self.terms:
-            terms.append((_part(G, alive_rows), _part(A, alive_columns)))
         return KroneckerFactors(
             A=_part(self.A.dense(columns.device), alive_columns),
             G=_part(self.G.dense(rows.device), alive_rows),
             num_tokens=self.num_tokens,
-            terms=tuple(terms),
         )
 
 

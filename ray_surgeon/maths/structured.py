@@ -98,7 +98,7 @@ def find_candidates(
     if linear.has_bias:
         live.columns[-1] = mask.columns[-1]
         columns[-1] = False
-    curvature = LinearCurvature(linear, live)
+    curvature = linear.curvature(live)
     by_row = W.new_zeros(len(W))
     by_column = W.new_zeros(W.shape[1])
     if limits.limit is not None:
@@ -272,7 +272,7 @@ def cost_held_aside(
         FloatingPointError: a factor is not usable.
     """
     part = linear.nonzero
-    curvature = LinearCurvature(linear, part)
+    curvature = linear.curvature(part)
     W = curvature.W
     # costs of rows come first, because they may raise the damping of G
     if prunes_rows:

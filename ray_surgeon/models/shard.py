@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers.pytorch_utils import Conv1D
 
 import ray_surgeon.maths.experts as of_experts
-from ray_surgeon.maths.kronecker import PackedFactors, Term
+from ray_surgeon.maths.kronecker import PackedFactors
 from ray_surgeon.maths.products import PackedSymmetric
 from ray_surgeon.memory.stores import (
     Read,
@@ -89,7 +89,6 @@ class ModelShard:
         # places of blocks that are removed whole
         self.blocks_gone: frozenset[int] = frozenset()
         self.gathering: list[SharedInput] = []
-        self.terms: dict[str, list[Term]] = {}
         self._kind: str | None = None
         self._layer_means: dict[tuple[int, str], of_experts.LayerMean] = {}
 
@@ -323,7 +322,6 @@ class ModelShard:
     def drop_curvature(self) -> None:
         """Free the sums."""
         self.factor_store.clear()
-        self.terms.clear()
         self.expert_sums.clear()
         self._layer_means.clear()
 
@@ -342,7 +340,6 @@ class ModelShard:
             self._stored_sum(group, group.key_of_A),
             self._stored_sum(group, group.keys_of_G[name]),
             group.num_tokens,
-            tuple(self.terms.get(name, ())),
         )
 
     def _stored_sum(self, group: SharedInput, key: str) -> PackedSymmetric:

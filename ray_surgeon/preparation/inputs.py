@@ -43,6 +43,7 @@ from ray_surgeon.distributed.memory_plan.planned_job import (
 from ray_surgeon.distributed.memory_plan.planner import Plan, Planner
 from ray_surgeon.distributed.placement import Placement, place
 from ray_surgeon.export.exports import Export
+from ray_surgeon.factors.kinds import kind_of
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.preparation import reading
 from ray_surgeon.preparation.reading import Texts
@@ -150,8 +151,14 @@ def _depth(depth: Depth) -> PlannedDepth:
 
 
 def _curvature(layout: ModelLayout, method: Method) -> PlannedCurvature:
-    num_changes = method.beside.num_changes(layout)
-    return PlannedCurvature(section=method.used_curvature, num_changes=num_changes)
+    section = method.used_curvature
+    kind = kind_of(section)
+    return PlannedCurvature(
+        section=section,
+        num_changes=method.beside.num_changes(layout),
+        num_passes=kind.num_passes,
+        num_copies=kind.num_copies,
+    )
 
 
 def _reconstruction(stages: Stages) -> PlannedReconstruction | None:

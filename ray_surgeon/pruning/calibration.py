@@ -11,12 +11,11 @@ from itertools import chain
 from math import isfinite
 from typing import Any
 
-import numpy as np
-
-from ray_surgeon.config.curvature import DampingSection, ExtendedKfacSection
+from ray_surgeon.config.curvature import DampingSection
 from ray_surgeon.distributed.cluster import Cluster
 from ray_surgeon.distributed.worker import Worker
-from ray_surgeon.factors.collector import WantedFactors, gather_curvature, gather_terms
+from ray_surgeon.factors.collector import WantedFactors, gather_curvature
+from ray_surgeon.factors.kinds import kind_of
 from ray_surgeon.maths.kronecker import PackedFactors
 from ray_surgeon.maths.structured import (
     A_CHOICES,
@@ -137,10 +136,7 @@ def calibrate(
         )
         if has_held:
             method, record["damping_chosen"] = _choose_damping(cluster, method, shot)
-        if isinstance(curvature, ExtendedKfacSection):
-            sizes = gather_terms(cluster, text.tokens, curvature, seed)
-            medians = [float(np.median(list(term.values()))) for term in sizes]
-            record["median_size_of_terms"] = medians
+        record.update(kind_of(curvature).gather_further(cluster, text.tokens, seed))
     record["calibration_loss"] = loss
     return method, record
 

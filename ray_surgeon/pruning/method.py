@@ -26,6 +26,7 @@ from ray_surgeon.distributed.worker import (
     summaries,
 )
 from ray_surgeon.factors.collector import NOTHING_BESIDE, SumsBeside
+from ray_surgeon.factors.kinds import kind_of
 from ray_surgeon.maths.curvature import Clipping, Linear
 from ray_surgeon.maths.factorised import RaisedDamping
 from ray_surgeon.run_state import CalibrationText
@@ -158,13 +159,15 @@ class Method(ABC):
 
     def linear(self, worker: Worker, name: str) -> Linear:
         """Return a linear of a worker in the form that `ray_surgeon.maths` takes."""
-        return Linear(
+        section = self.used_curvature
+        linear = Linear(
             name=name,
             W=worker.shard.weight(name),
             factors=worker.shard.factors(name),
             has_bias=worker.layout.shapes[name].has_bias,
-            damping=self.used_curvature.as_damping,
+            damping=section.as_damping,
         )
+        return kind_of(section).linear(worker, linear)
 
 
 class Ranking(Method):
@@ -248,6 +251,7 @@ class ByThreshold(Ranking):
             worker.shard.set_weight(name, removal.W)
             removals[name] = removal.predicted, removal.residual
         worker.shard.drop_curvature()
+        worker.state.further_terms = None
         self.share(worker)
         return tuple(
             worker.summary(name, predicted, residual)

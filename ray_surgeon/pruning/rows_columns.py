@@ -12,7 +12,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ray_surgeon.config.curvature import ExtendedKfacSection
 from ray_surgeon.config.pruning import RowsColumnsSection
 from ray_surgeon.distributed.cluster import Cluster
 from ray_surgeon.distributed.microbatch import Tokens
@@ -132,8 +131,8 @@ class RowsColumns(ByThreshold):
         Their limit is at first twice the threshold of single costs on a sample of the blocks. It
         decides how much is computed, but not what is chosen, which lies below the limit.
         """
-        has_paths = self.section.costs not in ("obs", "obd")
-        if not has_paths or isinstance(self.curvature, ExtendedKfacSection):
+        wants_paths = self.section.costs not in ("obs", "obd")
+        if not (wants_paths and self.used_curvature.has_greedy_paths):
             return self.taken(cluster, None)
         target = self.section.targets[shot - 1]
         scores = self.taken(cluster, None, _SAMPLED_BLOCKS)

@@ -16,14 +16,9 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from ray_surgeon.config.curvature import ExtendedKfacSection
 from ray_surgeon.distributed.collectives import ThreadReplica
-from ray_surgeon.factors.collector import (
-    WantedFactors,
-    drawn,
-    gather_curvature,
-    gather_terms,
-)
+from ray_surgeon.experimental.extended_kfac.collector import further_terms, gather_terms
+from ray_surgeon.factors.collector import WantedFactors, drawn, gather_curvature
 from ray_surgeon.maths.columns import sparsegpt, upper_inverse, wanda
 from ray_surgeon.maths.experts import PRIOR_TOKENS
 from ray_surgeon.memory.stores import Stores
@@ -38,7 +33,6 @@ from tests.integration.runs import (
     windows,
 )
 
-TERMS = ExtendedKfacSection(kind="extended_kfac", num_power_iterations=6)
 EXTENDED = {"curvature__kind": "extended_kfac"}
 LORA = {"calibration__held_aside": 1 / 3, **runs.LORA, "recovery__learning_rate": 1e-3}
 THREE_TERMS = {"curvature__num_kronecker_terms": 3, "curvature__num_power_iterations": 3}
@@ -277,11 +271,17 @@ def test_further_terms_of_shards_and_replicas_are_those_of_samples(job: Jobs) ->
     for shards, replicas in ((1, 1), (2, 2)):
         cluster = loaded(job.models["llama"], shards, replicas)
         gather_curvature(cluster, sequences)
-        (sizes,) = gather_terms(cluster, sequences, TERMS, None)
-        owned = owned_factors(cluster)
+        (sizes,) = gather_terms(
+            cluster, sequences, num_terms=1, num_iterations=6, label_seed=None
+        )
+        owned = {
+            name: further_terms(worker, name)
+            for worker in cluster.workers.values()
+            for name in worker.owned()
+        }
         assert sizes.keys() == owned.keys() == pairs.keys()
         for name, (second, first) in expected.items():
-            found = torch.kron(*[x.double() for x in owned[name].terms[0]])
+            found = torch.kron(*[x.double() for x in owned[name][0]])
             assert_near(found, second, 1e-2, name)
             assert sizes[name] == pytest.approx(
                 float(second.norm() / first.norm()), rel=1e-3
@@ -299,7 +299,9 @@ def test_further_terms_of_experts_weigh_what_their_own_tokens_do(job: Jobs) -> N
     names += ["model.layers.2.mlp.experts.0.gate_proj"]
     with noted(worker.shard.model, names) as pairs:
         gather_curvature(cluster, sequences)
-    (sizes,) = gather_terms(cluster, sequences, TERMS, None)
+    (sizes,) = gather_terms(
+        cluster, sequences, num_terms=1, num_iterations=6, label_seed=None
+    )
     for name, (inputs, gradients) in pairs.items():
         a = torch.cat(inputs)
         n = len(a)
@@ -307,10 +309,9 @@ def test_further_terms_of_experts_weigh_what_their_own_tokens_do(job: Jobs) -> N
         assert 0 < n < N
         share = n / (n + PRIOR_TOKENS) * (n + 1) / (N + 2)
         expected = second_term(a, torch.cat(gradients)) * share
+        (term,) = further_terms(worker, name)
+        assert_near(torch.kron(*[x.double() for x in term]), expected, 1e-2, name)
         factors = worker.shard.factors(name)
-        assert_near(
-            torch.kron(*[x.double() for x in factors.terms[0]]), expected, 1e-2, name
-        )
         first = float(factors.dense().A.norm() * factors.dense().G.norm())
         assert sizes[name] == pytest.approx(float(expected.norm()) / first, rel=1e-2)
 

@@ -4,15 +4,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 from ray_surgeon.maths.curvature import Linear
-from ray_surgeon.maths.extended.terms import clip_term
 from ray_surgeon.maths.factorised import damp_
-from ray_surgeon.maths.kronecker import Damping, PackedFactors, Term
+from ray_surgeon.maths.kronecker import Damping, PackedFactors
 from ray_surgeon.maths.masks import StructuredMask
 from ray_surgeon.maths.products import PackedSymmetric
 
@@ -43,45 +40,20 @@ def packed(matrix: Tensor) -> PackedSymmetric:
     return result
 
 
-def linear(
-    W: Tensor,
-    A: Tensor,
-    G: Tensor,
-    further: Sequence[Term] = (),
-    *,
-    has_bias: bool = False,
-) -> Linear:
+def linear(W: Tensor, A: Tensor, G: Tensor, *, has_bias: bool = False) -> Linear:
     """Return a linear whose factors are means A and G over some tokens."""
     num_tokens = 11
     sums = packed(A * num_tokens), packed(G * num_tokens)
-    factors = PackedFactors(*sums, num_tokens, tuple(further))
+    factors = PackedFactors(*sums, num_tokens)
     return Linear("x", W, factors, has_bias, DAMPING)
 
 
-def indefinite(n: int, seed: int) -> Tensor:
-    x = draw(n, n, seed=seed)
-    return (x + x.T) / 2
-
-
-def further_terms(A: Tensor, G: Tensor, number: int) -> list[Term]:
-    """Return terms that are clipped so that their sum with kron(G, A) is positive definite."""
-    roots = torch.linalg.cholesky(G), torch.linalg.cholesky(A)
-    wild = [
-        (indefinite(len(G), 11 + i), indefinite(len(A), 21 + i)) for i in range(number)
-    ]
-    return [clip_term(term, *roots, 1 / number)[0] for term in wild]
-
-
 def fisher(of: Linear, live: StructuredMask, damping: Damping = DAMPING) -> Tensor:
-    """Return F of a part of a linear: the sum of its terms, the first of them damped."""
+    """Return F of a part of a linear: kron(G, A), both damped."""
     factors = of.factors.dense()
-    first = factors.G / factors.num_tokens, factors.A / factors.num_tokens
-    (G, A), *further = [
-        (G[live.rows][:, live.rows], A[live.columns][:, live.columns])
-        for G, A in (first, *factors.terms)
-    ]
-    terms = [(damped(G, damping.g), damped(A, damping.a)), *further]
-    return torch.stack([torch.kron(*term) for term in terms]).sum(dim=0)
+    G = factors.G[live.rows][:, live.rows] / factors.num_tokens
+    A = factors.A[live.columns][:, live.columns] / factors.num_tokens
+    return torch.kron(damped(G, damping.g), damped(A, damping.a))
 
 
 def dense_minimum(W: Tensor, F: Tensor, removed: Tensor) -> tuple[Tensor, float]:

@@ -27,6 +27,15 @@ def test_packed_second_moment_equals_the_full_product(n: int) -> None:
     assert torch.equal(half.dense(), total.fill_diagonal_(3.0))
 
 
+def test_weighted_second_moment_matches_the_direct_sum() -> None:
+    x = draw(7, 300)
+    weights = draw(7, seed=1)
+    total = PackedSymmetric.zeros(300, dtype=torch.float64)
+    total.add(x, weights)
+    expected = torch.einsum("n,ni,nj->ij", weights, x, x)
+    torch.testing.assert_close(total.dense(), expected, rtol=1e-12, atol=1e-12)
+
+
 def test_balancing_a_batch_equals_balancing_each_pair() -> None:
     As = torch.stack([spd(5, 0) * 1e6, spd(5, 2), torch.zeros(5, 5, dtype=torch.float64)])
     Gs = torch.stack([spd(4, 1), spd(4, 3), spd(4, 4)])

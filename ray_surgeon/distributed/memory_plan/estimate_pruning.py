@@ -8,7 +8,6 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from ray_surgeon.config.curvature import ExtendedKfacSection
 from ray_surgeon.config.pruning import (
     ElementsSection,
     RowsColumnsSection,
@@ -181,10 +180,9 @@ def estimate_curvature(
     worker: WorkerView, job: PlannedJob, curvature: PlannedCurvature
 ) -> StepPlan:
     """Return the passes over the calibration text that gather A and G."""
-    section = curvature.section
     T = worker.sequence_length
     backward = _num_backward(worker, curvature)
-    num_passes = _num_passes(curvature)
+    num_passes = curvature.num_passes
     loads = (worker.num_waves + -(-backward // worker.wave)) * worker.all_blocks
     weights = worker.moved(worker.stores.weights, loads)
     factors = worker.moved(
@@ -205,8 +203,7 @@ def estimate_curvature(
     if worker.stores.factors == "host" and worker.device_is_host:
         host += worker.all_factors
     host += worker.travelling(T)
-    if isinstance(section, ExtendedKfacSection):
-        device += _further_terms(worker, section)
+    device += _whole_copies(worker, curvature)
     if job.reconstruction is not None:
         host += kept_inputs(worker, job.reconstruction).in_curvature
 
@@ -231,13 +228,6 @@ def _num_backward(worker: WorkerView, curvature: PlannedCurvature) -> int:
         return 0
     of_all = section.sequences_backward or worker.num_sequences
     return -(-of_all // worker.num_replicas)
-
-
-def _num_passes(curvature: PlannedCurvature) -> int:
-    section = curvature.section
-    if not isinstance(section, ExtendedKfacSection):
-        return 1
-    return 1 + (section.num_kronecker_terms - 1) * section.num_power_iterations
 
 
 def _gathered(worker: WorkerView, job: PlannedJob) -> list[LinearShape]:
@@ -289,10 +279,10 @@ def _curvature_traffic(
     return memory_bytes, sent_bytes
 
 
-def _further_terms(worker: WorkerView, section: ExtendedKfacSection) -> float:
-    """Return the bytes of further Kronecker terms, which are not packed."""
+def _whole_copies(worker: WorkerView, curvature: PlannedCurvature) -> float:
+    """Return the bytes of copies of A and G as whole matrices."""
     squares = sum(linear.num_rows**2 + linear.num_columns**2 for linear in worker.linears)
-    return (section.num_kronecker_terms - 1 + 1.5) * 4.0 * squares
+    return curvature.num_copies * 4.0 * squares
 
 
 def estimate_costs(worker: WorkerView, job: PlannedJob) -> StepPlan:
@@ -358,10 +348,8 @@ def _beside_curvature(step: StepPlan, worker: WorkerView, job: PlannedJob) -> St
     """Return a step with what the curvature pass leaves until the end of the update."""
     device = step.device
     host = step.host
-    if job.curvature is not None and isinstance(
-        job.curvature.section, ExtendedKfacSection
-    ):
-        device += _further_terms(worker, job.curvature.section)
+    if job.curvature is not None:
+        device += _whole_copies(worker, job.curvature)
     if job.reconstruction is not None:
         host += kept_inputs(worker, job.reconstruction).until_update
     return replace(step, device=device, host=host)

@@ -107,6 +107,9 @@ class PlannedCurvature:
     section: AnyCurvature
     # changes of a block's output that are computed for a token; 0 mostly
     num_changes: int
+    num_passes: int  # over the calibration text
+    # copies of A and G as whole float32 matrices, beside the packed sums; 0 mostly
+    num_copies: float
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,11 @@ import torch
 from torch import Tensor
 
 from ray_surgeon.maths.factorised import solve_lower
-from ray_surgeon.maths.kronecker import Term, Terms
+
+Term = tuple[Tensor, Tensor]
+"""G_r [R, R] and A_r [C, C] of a Kronecker product."""
+Terms = Sequence[Term]
+"""A sum of Kronecker products."""
 
 _LEAST = 0.1
 """Fraction of the first term that the sum of all terms keeps at least, in every direction.
