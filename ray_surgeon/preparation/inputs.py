@@ -43,7 +43,7 @@ from ray_surgeon.distributed.memory_plan.planned_job import (
 from ray_surgeon.distributed.memory_plan.planner import Plan, Planner
 from ray_surgeon.distributed.placement import Placement, place
 from ray_surgeon.export.exports import Export
-from ray_surgeon.factors.kinds import kind_of
+from ray_surgeon.factors.collector import kind_of
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.preparation import reading
 from ray_surgeon.preparation.reading import Texts

@@ -14,8 +14,7 @@ from typing import Any
 from ray_surgeon.config.curvature import DampingSection
 from ray_surgeon.distributed.cluster import Cluster
 from ray_surgeon.distributed.worker import Worker
-from ray_surgeon.factors.collector import WantedFactors, gather_curvature
-from ray_surgeon.factors.kinds import kind_of
+from ray_surgeon.factors.collector import WantedFactors, gather_curvature, kind_of
 from ray_surgeon.maths.kronecker import PackedFactors
 from ray_surgeon.maths.structured import (
     A_CHOICES,

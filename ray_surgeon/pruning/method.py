@@ -25,8 +25,7 @@ from ray_surgeon.distributed.worker import (
     sizes,
     summaries,
 )
-from ray_surgeon.factors.collector import NOTHING_BESIDE, SumsBeside
-from ray_surgeon.factors.kinds import kind_of
+from ray_surgeon.factors.collector import NOTHING_BESIDE, SumsBeside, kind_of
 from ray_surgeon.maths.curvature import Clipping, Linear
 from ray_surgeon.maths.factorised import RaisedDamping
 from ray_surgeon.run_state import CalibrationText

@@ -12,7 +12,7 @@ from ray_surgeon.distributed.microbatch import Tokens
 from ray_surgeon.distributed.worker import Worker
 from ray_surgeon.experimental.extended_kfac.collector import further_terms, gather_terms
 from ray_surgeon.experimental.extended_kfac.curvature import ExtendedLinear
-from ray_surgeon.factors.kinds import CurvatureKind
+from ray_surgeon.factors.collector import CurvatureKind
 from ray_surgeon.maths.curvature import Linear
 
 

@@ -12,7 +12,7 @@ from ray_surgeon.config.curvature import (
     KfacSection,
 )
 from ray_surgeon.experimental.extended_kfac.kind import Kind
-from ray_surgeon.factors.kinds import CurvatureKind, kind_of
+from ray_surgeon.factors.collector import CurvatureKind, kind_of
 
 
 @pytest.mark.parametrize(
