@@ -2,11 +2,12 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
+from filelock import FileLock
 from tokenizers import ByteLevelBPETokenizer
 from transformers import (
     AutoConfig,
@@ -159,9 +161,38 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=trained._tokenizer, **ends)
 
 
+@pytest.fixture(scope="session")
+def shared_folder(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
+    """Return a folder that all workers of pytest-xdist share."""
+    own_folder = tmp_path_factory.getbasetemp()
+    root = own_folder if worker_id == "master" else own_folder.parent
+    folder = root / "shared"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+def make_once(folder: Path, make: Callable[[Path], object]) -> Path:
+    """Make a folder unless another test or worker has made it.
+
+    A lock lets one process make it at a time, and a complete folder is renamed to its final name.
+    The random numbers of the test do not depend on which test comes first.
+    """
+    if folder.exists():
+        return folder
+    folder.parent.mkdir(exist_ok=True)
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            unfinished = Path(f"{folder}.unfinished")
+            shutil.rmtree(unfinished, ignore_errors=True)  # of a test that failed
+            with torch.random.fork_rng():
+                make(unfinished)
+            unfinished.rename(folder)
+    return folder
+
+
 @dataclass(frozen=True)
 class ModelFolders(Mapping[str, Path]):
-    """Families and folders of their tiny models, each of which is made when it is first wanted."""
+    """The folders of the tiny models by family; each is made on demand, once per test session."""
 
     tokenizer: PreTrainedTokenizerFast
     root: Path
@@ -169,13 +200,12 @@ class ModelFolders(Mapping[str, Path]):
     def __getitem__(self, family: str) -> Path:
         if family not in LAYOUTS:
             raise KeyError(family)
-        folder = self.root / family
-        if not folder.exists():
-            # a test's numbers do not depend on who comes first
-            with torch.random.fork_rng():
-                tiny_model(family).save_pretrained(folder)
+
+        def save(folder: Path) -> None:
+            tiny_model(family).save_pretrained(folder)
             self.tokenizer.save_pretrained(folder)
-        return folder
+
+        return make_once(self.root / family, save)
 
     def __iter__(self) -> Iterator[str]:
         return iter(LAYOUTS)
@@ -186,9 +216,9 @@ class ModelFolders(Mapping[str, Path]):
 
 @pytest.fixture(scope="session")
 def model_folders(
-    tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast
+    shared_folder: Path, tokenizer: PreTrainedTokenizerFast
 ) -> ModelFolders:
-    return ModelFolders(tokenizer, tmp_path_factory.mktemp("models"))
+    return ModelFolders(tokenizer, shared_folder / "models")
 
 
 class Zygote:
