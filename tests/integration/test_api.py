@@ -46,7 +46,7 @@ def prune(*given: Any, **sections: Any) -> ray_surgeon.PruneResult:
     return ray_surgeon.prune(*given, **defaults | sections)
 
 
-def test_the_dtype_of_a_checkpoint_is_kept_if_asked_for(given: Given, job: Jobs) -> None:
+def test_dtype_of_a_checkpoint_is_kept_on_request(given: Given, job: Jobs) -> None:
     """Everything is computed and exported in float32 otherwise, which a line says. A tokenizer's
     binary file stays, and a section `cluster` stays in this process.
     """
@@ -69,7 +69,7 @@ def test_the_dtype_of_a_checkpoint_is_kept_if_asked_for(given: Given, job: Jobs)
         assert ("model.dtype: bfloat16 halves it" in said) == is_said
 
 
-def test_a_model_in_memory_becomes_really_smaller(
+def test_model_in_memory_is_pruned_to_a_smaller_model(
     given: Given, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """And that of another run is not overwritten."""
@@ -110,7 +110,9 @@ def test_a_model_in_memory_becomes_really_smaller(
     assert not (tmp_path / "project/source").exists()
 
 
-def test_an_export_elsewhere_has_all_chat_templates(given: Given, tmp_path: Path) -> None:
+def test_export_to_remote_storage_has_all_chat_templates(
+    given: Given, tmp_path: Path
+) -> None:
     model, tokenizer = given
     tokenizer.chat_template = {"default": "{{ messages }}", "tool_use": "{{ tools }}"}
     result = prune(*given, output="memory://api/run")
@@ -126,7 +128,9 @@ def test_an_export_elsewhere_has_all_chat_templates(given: Given, tmp_path: Path
     )
 
 
-def test_a_path_and_a_spec(job: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prune_accepts_a_path_or_a_spec(
+    job: Jobs, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Every section is an argument, threads of the caller's process are its own, and remedies are
     Python.
     """
@@ -159,7 +163,7 @@ def test_a_path_and_a_spec(job: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
         _ = found.path
 
 
-def test_wrong_arguments_are_refused_once_in_words(llama: Path) -> None:
+def test_invalid_arguments_are_reported_once_in_terms_of_the_spec(llama: Path) -> None:
     """As on the command line: no inner names, and nothing of sections that nobody gave."""
     wrong = {
         "calibration": TEXT | {"strid": 3},
@@ -178,7 +182,9 @@ def test_wrong_arguments_are_refused_once_in_words(llama: Path) -> None:
         _ = ray_surgeon.prun
 
 
-def test_bad_arguments_are_said_before_a_start(given: Given, job: Jobs) -> None:
+def test_invalid_arguments_are_reported_before_a_run_starts(
+    given: Given, job: Jobs
+) -> None:
     model, tokenizer = given
     folder = (str(job.models["llama"]),)
     spec = ray_surgeon.parse_spec(job.spec().read_text())
@@ -209,7 +215,7 @@ def test_bad_arguments_are_said_before_a_start(given: Given, job: Jobs) -> None:
 
 
 @pytest.mark.parametrize("family", ["llama", "opt"])
-def test_curvature_as_in_a_run(
+def test_curvature_matches_that_of_a_run(
     family: str, job: Jobs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, _ = runs.in_memory(job.models[family])
@@ -246,7 +252,9 @@ def test_curvature_as_in_a_run(
     assert torch.equal(sampled.A, found[name].A)
 
 
-def test_curvature_of_texts_is_of_their_tokens(model_folders: dict[str, Path]) -> None:
+def test_curvature_of_texts_equals_that_of_their_tokens(
+    model_folders: dict[str, Path],
+) -> None:
     model, tokenizer = runs.in_memory(model_folders["opt"])
     texts = [
         "The quick brown fox jumps over it.",
@@ -276,7 +284,7 @@ def test_curvature_of_texts_is_of_their_tokens(model_folders: dict[str, Path]) -
             ray_surgeon.curvature(model, sequences, **options)  # type: ignore[arg-type]
 
 
-def test_linears_with_and_without_a_bias_share_no_inputs() -> None:
+def test_linears_with_and_without_a_bias_have_separate_A() -> None:
     """DeepSeek-V3's query projection without low rank never has one; what is beside it may."""
     config = runs.config_like("deepseek_v3", q_lora_rank=None, attention_bias=True)
     found = ray_surgeon.curvature(
@@ -290,13 +298,13 @@ def test_linears_with_and_without_a_bias_share_no_inputs() -> None:
     torch.testing.assert_close(has_bias[:32, :32], without)
 
 
-def test_models_that_see_later_tokens_are_refused() -> None:
+def test_bidirectional_attention_is_refused() -> None:
     config = runs.config_like("gemma3", use_bidirectional_attention=True)
     with pytest.raises(ValueError, match="use_bidirectional_attention"):
         ModelLayout.of(config)
 
 
-def test_a_signal_while_ray_starts_interrupts(
+def test_signal_while_ray_starts_interrupts_the_run(
     job: Jobs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Ray's own handler ends the process by the number of the signal."""
@@ -307,7 +315,7 @@ def test_a_signal_while_ray_starts_interrupts(
         job(cluster__backend="ray")
 
 
-def test_long_steps_show_that_they_move(job: Jobs) -> None:
+def test_long_steps_report_progress(job: Jobs) -> None:
     """Sequences in the passes, linears in costs and updates, steps in corrections: all of them, in
     order, to the end.
     """
@@ -333,7 +341,7 @@ def test_long_steps_show_that_they_move(job: Jobs) -> None:
     assert "s left" in half.pace
 
 
-def test_importing_the_package_loads_little_before_a_job() -> None:
+def test_import_of_the_package_loads_no_heavy_dependency() -> None:
     """Help, schema and submitting need no torch, and half a second."""
     script = "import sys, {}; print({{m.partition('.')[0] for m in sys.modules}})"
     for module, packages in (("pipeline", set()), ("run.submit", {"fsspec"})):
@@ -349,7 +357,9 @@ def test_importing_the_package_loads_little_before_a_job() -> None:
         assert ours - sys.stdlib_module_names == {"ray_surgeon", *packages}
 
 
-def test_the_command_line(job: Jobs, capsys: pytest.CaptureFixture[str]) -> None:
+def test_subcommands_of_the_command_line(
+    job: Jobs, capsys: pytest.CaptureFixture[str]
+) -> None:
     spec = str(job.spec())
     assert pipeline.cli(["schema"]) == 0
     assert '"JobSpec"' in capsys.readouterr().out

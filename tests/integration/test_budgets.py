@@ -40,9 +40,7 @@ REQUEST = {"prompt_length": 16, "num_new_tokens": 2, "num_repeats": 1}
         ("flops", "global", "per_block"),
     ],
 )
-def test_the_target_is_not_exceeded(
-    unit: str, allocation: str, kind: str, job: Jobs
-) -> None:
+def test_target_is_not_exceeded(unit: str, allocation: str, kind: str, job: Jobs) -> None:
     budget = BUDGETS[unit]
     allowed = int(0.8 * budget.dense)
     target = {unit: allowed} | ({"prompt_length": 100} if unit == "flops" else {})
@@ -110,7 +108,7 @@ def a_table(folder: Path) -> Path:
         ),
     ],
 )
-def test_an_engine_says_what_blocks_take(
+def test_speed_targets_use_the_table_of_an_engine(
     target: dict[str, Any], share: float, unit: str, job: Jobs
 ) -> None:
     dense = share * (0.1 + 4 * seconds(48, 2))
@@ -130,7 +128,7 @@ def test_an_engine_says_what_blocks_take(
     assert budget["need"] <= 0.8 * dense
 
 
-def test_a_family_of_speeds(job: Jobs) -> None:
+def test_several_speeds_in_one_run(job: Jobs) -> None:
     dense = 3 * (0.1 + 4 * seconds(48, 2))
     target = {"speedup": 1.5, "table": str(a_table(job.folder))}
     options = GROUPS | {"pruning__target": target, "pruning__sizes": [1.25, 1.5]}
@@ -162,7 +160,7 @@ def test_a_family_of_speeds(job: Jobs) -> None:
         ({"kv_heads": {"2": [1, 1]}}, "no attention save anything; leave attention out"),
     ],
 )
-def test_tables_that_are_of_no_use(
+def test_unsuitable_latency_tables_are_refused(
     changed: dict[str, Any], message: str, job: Jobs
 ) -> None:
     table = json.loads(a_table(job.folder).read_text()) | changed
@@ -172,7 +170,7 @@ def test_tables_that_are_of_no_use(
     assert message in job.refused("", **GROUPS, pruning__target=target)
 
 
-def test_widths_may_differ_by_block(job: Jobs) -> None:
+def test_latency_target_with_widths_that_differ_by_block(job: Jobs) -> None:
     """By one threshold; a target that is out of reach says what is possible."""
     dense = 3 * (0.1 + 4 * seconds(48, 2))
     table = str(a_table(job.folder))
@@ -185,7 +183,9 @@ def test_widths_may_differ_by_block(job: Jobs) -> None:
     assert "--resume" not in error, "it would be the same again"
 
 
-def test_a_table_of_transformers(job: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_latency_table_of_transformers(
+    job: Jobs, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The whole model is timed in a process of its own; for others the seconds are given."""
     measured = dict[str, tuple[float, float]]()
 
@@ -268,11 +268,11 @@ OVER_THREE = "pruning.target_sparsity=0.3; pruning.tensor_parallel=3"
         (OVER_THREE, "8 channels cannot be split over tensor_parallel 3"),
     ],
 )
-def test_impossible_targets_are_refused(settings: str, message: str, job: Jobs) -> None:
+def test_invalid_targets_are_refused(settings: str, message: str, job: Jobs) -> None:
     assert message in job.refused(settings, **GROUPS)
 
 
-def test_the_plan_says_what_the_dense_model_needs(job: Jobs) -> None:
+def test_plan_prints_the_needs_of_the_dense_model(job: Jobs) -> None:
     dense = int(BUDGETS["parameters"].dense)
     target = {"parameters": dense - 5000}
     options = GROUPS | {"pruning__num_shots": 2, "pruning__target": target}
@@ -284,7 +284,7 @@ def test_the_plan_says_what_the_dense_model_needs(job: Jobs) -> None:
     assert f"{widths} pruning.width_multiple to 128" in said
 
 
-def test_heads_and_widths_that_engines_can_split(job: Jobs) -> None:
+def test_tensor_parallel_keeps_heads_and_widths_divisible(job: Jobs) -> None:
     """Over two devices: KV heads come in pairs or are one that is copied, query heads and channels
     in pairs.
     """

@@ -85,7 +85,9 @@ def slow(settings: dict[str, Any], name: str) -> Any:
     return pytest.param(settings, id=name, marks=pytest.mark.slow)
 
 
-def test_a_notice_is_time_to_commit(job: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_preemption_notice_commits_the_training(
+    job: Jobs, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A machine is about to be taken away: what was trained is committed, and goes on elsewhere."""
     whole = job(TRAINED | GIVEN, folder="whole")
     asked = iter(range(100))
@@ -110,7 +112,7 @@ def test_a_notice_is_time_to_commit(job: Jobs, monkeypatch: pytest.MonkeyPatch) 
         pytest.param(GIVEN | WHOLE, id="all_weights"),
     ],
 )
-def test_a_run_that_was_killed_three_times(
+def test_run_killed_three_times_resumes_to_the_same_bits(
     settings: Any, job: Jobs, dies: list[int]
 ) -> None:
     options = TRAINED | settings
@@ -131,7 +133,7 @@ def test_a_run_that_was_killed_three_times(
         assert again.shot[name] == whole.shot[name]
 
 
-def test_a_trial_is_repeated(job: Jobs, dies: list[int]) -> None:
+def test_interrupted_trial_of_a_rate_is_repeated(job: Jobs, dies: list[int]) -> None:
     whole = job(TRAINED, folder="whole")
     dies += [2]
     killed(job, TRAINED)
@@ -143,7 +145,9 @@ def test_a_trial_is_repeated(job: Jobs, dies: list[int]) -> None:
 
 
 @pytest.mark.parametrize("num_shards", [pytest.param(1, marks=pytest.mark.slow), 2])
-def test_other_shards_go_on(num_shards: int, job: Jobs, dies: list[int]) -> None:
+def test_training_resumes_on_another_number_of_shards(
+    num_shards: int, job: Jobs, dies: list[int]
+) -> None:
     whole = job(TRAINED | GIVEN | runs.FOUR, folder="whole")
     dies += [6]
     killed(job, TRAINED | GIVEN | runs.FOUR)
@@ -151,7 +155,7 @@ def test_other_shards_go_on(num_shards: int, job: Jobs, dies: list[int]) -> None
     assert_same(again, whole)
 
 
-def test_the_last_of_two_shots(job: Jobs, dies: list[int]) -> None:
+def test_training_after_the_second_shot_resumes(job: Jobs, dies: list[int]) -> None:
     options = TRAINED | GIVEN | {"pruning__num_shots": 2}
     whole = job(options, folder="whole")
     dies += [3 + 4]
@@ -163,7 +167,7 @@ def test_the_last_of_two_shots(job: Jobs, dies: list[int]) -> None:
     assert_same(again, whole)
 
 
-def test_a_damaged_part_is_refused(job: Jobs, dies: list[int]) -> None:
+def test_damaged_partial_training_is_refused(job: Jobs, dies: list[int]) -> None:
     """And the shot is repeated without it, as where it was not written to its end."""
     options = TRAINED | GIVEN
     whole = job(options, folder="whole")

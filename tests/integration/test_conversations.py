@@ -90,7 +90,7 @@ def test_repetitions_are_found() -> None:
     assert not repeats(text[:65].tolist() * 3), "no longer pieces are looked for"
 
 
-def test_conversations_are_packed_whole_but_for_the_last_of_a_window() -> None:
+def test_only_the_last_conversation_of_a_window_is_cut() -> None:
     made = [
         Conversation(tuple(range(10 * i, 10 * i + size)), slice(2, size - 1))
         for i, size in enumerate((4, 5, 3, 8, 4))
@@ -108,7 +108,7 @@ def test_conversations_are_packed_whole_but_for_the_last_of_a_window() -> None:
     assert pack([], 2, 7).tokens.shape == (0, 7)
 
 
-def test_marks_of_a_template(chatty: Tokenizer, asked: Ask) -> None:
+def test_template_marks_are_found(chatty: Tokenizer, asked: Ask) -> None:
     marks = asked(chatty, chat=True).marks
     assert marks.opening == tuple(ids(chatty, "<s>Be kind.\n<u>"))
     assert marks.closing == tuple(ids(chatty, "<end>\n<a>"))
@@ -124,7 +124,7 @@ def test_marks_of_a_template(chatty: Tokenizer, asked: Ask) -> None:
     assert marks.ends_of_turn == {end, ids(chatty, ";")[0]}
 
 
-def test_answers_are_marked_in_the_template(
+def test_answers_of_generated_conversations_are_marked(
     chatty: Tokenizer, asked: Ask, llama: Path, written: list[Conversation]
 ) -> None:
     """The text does not depend on the number of shards and replicas."""
@@ -158,7 +158,7 @@ def test_answers_are_marked_in_the_template(
     )
 
 
-def test_long_answers_are_cut_and_a_model_that_never_ends_a_turn_is_refused(
+def test_long_answers_are_cut_and_endless_turns_are_refused(
     chatty: Tokenizer,
     asked: Ask,
     llama: Path,
@@ -231,7 +231,7 @@ def test_prompts_are_answered(
     assert found.answers[0].any()
 
 
-def test_a_text_goes_on_from_the_start_of_another(llama: Path, asked: Ask) -> None:
+def test_generated_texts_continue_starts_of_another_text(llama: Path, asked: Ask) -> None:
     tokenizer = AutoTokenizer.from_pretrained(llama)
     given = {"source": "python-docs", "max_tokens": 4000}
     options = {"starts": given, "start_tokens": 6, "texts_per_sequence": 2}
@@ -255,7 +255,7 @@ def test_a_text_goes_on_from_the_start_of_another(llama: Path, asked: Ask) -> No
     assert {start[0] for start in begun.starts} == {tokenizer.bos_token_id}
 
 
-def test_a_run_calibrates_on_it_and_goes_on(
+def test_run_calibrates_on_generated_text_and_resumes(
     job: Jobs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Several texts fill a sequence; each begins with the last token of the prompt. The run that
@@ -325,13 +325,13 @@ SELF = "calibration.mix=[{{source: self, {}}}]".format
         (SELF("chat: true, prompt: a"), "keep one"),
     ],
 )
-def test_conversations_that_cannot_be_written_are_refused(
+def test_invalid_generation_settings_are_refused(
     settings: str, said: str, job: Jobs
 ) -> None:
     assert said in job.refused(settings)
 
 
-def test_templates_that_change_the_text_are_refused(
+def test_unsuitable_templates_and_prompts_are_refused(
     chatty: Tokenizer, asked: Ask, tmp_path: Path
 ) -> None:
     with pytest.raises(

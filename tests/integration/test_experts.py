@@ -48,7 +48,7 @@ def older(model: Path, folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("family", WITHOUT_GROUPS)
-def test_a_plain_model_has_fewer_and_narrower_experts(family: str, job: Jobs) -> None:
+def test_uniform_export_has_fewer_and_narrower_experts(family: str, job: Jobs) -> None:
     """Where shared experts are as wide as others by definition, all keep their widths."""
     kinds = ["experts"] if family == "glm4_moe" else ["experts", "expert_channels"]
     kinds += ["shared_experts"] if family == "qwen2_moe" else []
@@ -89,7 +89,7 @@ def test_a_plain_model_has_fewer_and_narrower_experts(family: str, job: Jobs) ->
         for family in sorted(SPARSE_CONFIGS)
     ],
 )
-def test_everything_under_one_threshold(family: str, job: Jobs) -> None:
+def test_all_kinds_of_groups_share_one_threshold(family: str, job: Jobs) -> None:
     """But no groups of experts of which a router chooses some, as those of DeepSeek-V3."""
     has_groups = family == "deepseek_v3"
     if has_groups:
@@ -107,7 +107,7 @@ def test_everything_under_one_threshold(family: str, job: Jobs) -> None:
     assert all(width % 8 == 0 for width in widths)
 
 
-def test_shards_and_replicas_and_stores(job: Jobs) -> None:
+def test_expert_pruning_does_not_depend_on_shards_replicas_and_stores(job: Jobs) -> None:
     """And a run that goes on after experts went."""
     host = {"memory__weights": "host", "memory__factors": "host"}
     ways: dict[str, dict[str, Any]] = {
@@ -144,7 +144,7 @@ ELEMENT = "pruning.structure=element; pruning.method"
         ("gpt_oss", "curvature.kind=extended_kfac"),
     ],
 )
-def test_other_methods_take_experts_as_linears(
+def test_other_methods_prune_experts_as_linears(
     family: str, settings: str, job: Jobs
 ) -> None:
     done = job(runs.MASKED | runs.ONE | changes_of(settings), model=family)
@@ -152,7 +152,7 @@ def test_other_methods_take_experts_as_linears(
     exported(done)
 
 
-def test_heads_with_sinks(job: Jobs) -> None:
+def test_attention_sinks_are_removed_with_their_heads(job: Jobs) -> None:
     """Half of the heads go, in a plain class, with their sinks."""
     options = UNIFORM | {
         "pruning__groups": ["attention"],
@@ -163,9 +163,7 @@ def test_heads_with_sinks(job: Jobs) -> None:
 
 
 @pytest.mark.parametrize("method", ["sparsegpt", "wanda; curvature=null"])
-def test_an_expert_that_was_not_called_keeps_its_largest_weights(
-    method: str, job: Jobs
-) -> None:
+def test_expert_without_tokens_keeps_its_largest_weights(method: str, job: Jobs) -> None:
     """It may be called yet."""
     folder = copied_model(job.models["glm4_moe"], job.folder / "model")
     model = AutoModelForCausalLM.from_pretrained(folder)
@@ -182,7 +180,7 @@ def test_an_expert_that_was_not_called_keeps_its_largest_weights(
     assert float(dense[pruned != 0].abs().mean()) > float(dense[pruned == 0].abs().mean())
 
 
-def test_a_layer_without_an_expert_to_spare_passes_another_shot(job: Jobs) -> None:
+def test_layer_at_its_minimum_of_experts_passes_later_shots(job: Jobs) -> None:
     """Its router, which takes the best two of a group, cannot be asked without one of its two."""
     options = EXPERTS | {"pruning__num_shots": 4, "pruning__target_sparsity": 0.24}
     done = job(options, model="glm4_moe", output__exports=["uniform"])
@@ -194,7 +192,9 @@ def test_a_layer_without_an_expert_to_spare_passes_another_shot(job: Jobs) -> No
 
 
 @pytest.mark.parametrize("score", ["reap", "frequency", "random"])
-def test_scores_of_baselines(score: str, job: Jobs) -> None:
+def test_experts_with_the_lowest_baseline_scores_are_removed(
+    score: str, job: Jobs
+) -> None:
     """The experts of the lowest scores go, equally many a block; no gradients are needed."""
     options = EXPERTS | {"pruning__expert_costs": score, "model": "olmoe"}
     shot = job(options, folder="forward", curvature__kind="activations").shot
@@ -214,7 +214,7 @@ def test_scores_of_baselines(score: str, job: Jobs) -> None:
         assert max(gone) <= min(costs.values())
 
 
-def test_the_first_order_counts_with_labels_of_the_text_only(job: Jobs) -> None:
+def test_first_order_term_needs_labels_of_the_text(job: Jobs) -> None:
     empirical, sampled = (
         job(EXPERTS, folder=fisher, model="olmoe", curvature__fisher=fisher).shot[
             "expert_costs"
@@ -249,13 +249,13 @@ def test_the_first_order_counts_with_labels_of_the_text_only(job: Jobs) -> None:
         (f"{WHOLE}; pruning.target_sparsity=0.9", "ask for less"),
     ],
 )
-def test_impossible_jobs_on_experts_are_refused(
+def test_invalid_expert_settings_are_refused(
     settings: str, complaint: str, job: Jobs
 ) -> None:
     assert complaint in job.refused(settings, "--dry-run", model="mixtral", **GROUPS)
 
 
-def test_a_target_of_a_mixture_counts_only_the_experts_that_a_token_goes_to(
+def test_flops_target_counts_only_the_experts_of_a_token(
     job: Jobs,
 ) -> None:
     layout = LAYOUTS["qwen3_moe"]
@@ -272,7 +272,7 @@ def test_a_target_of_a_mixture_counts_only_the_experts_that_a_token_goes_to(
     assert budget["need"] <= target["flops"] < budget["dense"] == pytest.approx(flops)
 
 
-def test_a_packed_checkpoint_is_unpacked(job: Jobs) -> None:
+def test_mxfp4_checkpoint_is_unpacked(job: Jobs) -> None:
     """As gpt-oss is published: MXFP4, with weights on disk, and an export in the job's dtype that
     says nothing of it.
     """
@@ -295,7 +295,9 @@ def test_a_packed_checkpoint_is_unpacked(job: Jobs) -> None:
     assert "quantization_config" not in written
 
 
-def test_magnitudes_of_experts_and_attention_are_compared_as_they_are(job: Jobs) -> None:
+def test_magnitude_pruning_uses_one_threshold_for_experts_and_attention(
+    job: Jobs,
+) -> None:
     """The identity is no sum over tokens, of which an expert would have few: one threshold on |w|
     over the whole model.
     """

@@ -89,7 +89,7 @@ def test_heads_need_not_divide_the_hidden_size(
         assert document["model_type"] == config.model_type
 
 
-def test_phi3_holds_heads_that_its_rotary_factors_allow() -> None:
+def test_number_of_heads_of_phi3_is_limited_by_its_rotary_factors() -> None:
     """It counts factors by the hidden size over the heads, and refuses to load with others."""
     factors = [1.0] * 4
     scaling = {"type": "longrope", "long_factor": factors, "short_factor": factors}
@@ -101,7 +101,7 @@ def test_phi3_holds_heads_that_its_rotary_factors_allow() -> None:
 @pytest.mark.parametrize(
     ("family", "kinds"), [("llama", ["uniform", "per_block"]), ("mistral", ["per_block"])]
 )
-def test_exports_of_another_type_have_its_tokens(
+def test_exports_with_another_model_type_keep_the_tokenizer(
     family: str, kinds: list[str], job: Jobs
 ) -> None:
     """transformers builds Llama's tokenizer anew from its pieces, and takes Mistral's as the file
@@ -152,7 +152,7 @@ def test_exports_of_another_type_have_its_tokens(
         ("glm4_moe", {"num_nextn_predict_layers": 1}, {"num_nextn_predict_layers": 0}),
     ],
 )
-def test_a_configuration_promises_nothing_that_is_not_there(
+def test_exported_configuration_names_only_existing_parts(
     family: str, extra: dict[str, Any], expected: dict[str, Any], job: Jobs
 ) -> None:
     """No code, which models of the Hub may name beside a class of transformers, and no blocks that
@@ -166,7 +166,7 @@ def test_a_configuration_promises_nothing_that_is_not_there(
     assert found == config | {"dtype": "float32"} | expected
 
 
-def test_memory_of_a_narrow_model_is_less(zygote: Zygote, tmp_path: Path) -> None:
+def test_narrow_model_takes_less_memory(zygote: Zygote, tmp_path: Path) -> None:
     """Classes whose blocks differ build the dense model first."""
     config = config_like("llama", hidden_size=256, intermediate_size=8192, head_dim=32)
     dense = config.to_dict() | {"dtype": "float32"}
@@ -192,7 +192,7 @@ def test_memory_of_a_narrow_model_is_less(zygote: Zygote, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3"])
-def test_a_first_block_without_attention_counts_the_tokens_of_the_cache(
+def test_cache_length_is_right_if_the_first_block_has_no_attention(
     family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where new tokens stand is asked of the cache's first layer."""
@@ -213,7 +213,7 @@ def test_a_first_block_without_attention_counts_the_tokens_of_the_cache(
     assert first[cache].get_seq_length() == TOKENS.shape[1]
 
 
-def test_exports_stand_alone(job: Jobs) -> None:
+def test_exports_load_without_this_package(job: Jobs) -> None:
     """In a process that cannot import this project."""
     exports = ["masked", "uniform", "per_block"]
     folder = job(UNIFORM, output__exports=exports).uri / "export"
@@ -244,13 +244,13 @@ AS_UNIFORM = f"{AS_GROUPS}; pruning.allocation=uniform"
         ("llama", f"{AS_GROUPS}; pruning.groups=[attention]", "at most"),
     ],
 )
-def test_impossible_exports_are_refused(
+def test_invalid_export_settings_are_refused(
     family: str, settings: str, message: str, job: Jobs
 ) -> None:
     assert message in job.refused(settings, model=family)
 
 
-def test_speed_is_measured_beside_the_dense_model(job: Jobs) -> None:
+def test_speed_is_compared_with_the_dense_model(job: Jobs) -> None:
     speed = {"prompt_length": 16, "num_new_tokens": 3, "num_repeats": 2}
     options = UNIFORM | {"output__exports": ["uniform"], "output__speed": speed}
     done = job(options)
@@ -279,7 +279,7 @@ def test_speed_is_measured_beside_the_dense_model(job: Jobs) -> None:
     assert yaml.safe_load(front)["library_name"] == "transformers"
 
 
-def test_no_wrong_export_is_said(job: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_export_fails_the_run(job: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the widths of two blocks exchanged, the fresh process says that tensors do not fit."""
     own = pruned_config.block_widths
     monkeypatch.setattr(pruned_config, "block_widths", lambda *given: own(*given)[::-1])
@@ -287,7 +287,7 @@ def test_no_wrong_export_is_said(job: Jobs, monkeypatch: pytest.MonkeyPatch) -> 
     assert not (done.export("per_block") / "README.md").exists()
 
 
-def test_an_export_has_no_files_of_a_try_with_other_shards(
+def test_export_removes_files_of_an_attempt_with_other_shards(
     llama: Path, tmp_path: Path
 ) -> None:
     export = tmp_path / "export"
@@ -313,7 +313,7 @@ def test_an_export_has_no_files_of_a_try_with_other_shards(
         ("float32", False, 1e-4, 1e-2, False),
     ],
 )
-def test_logits_differ_by_rounding(
+def test_logits_may_differ_by_rounding_only(
     dtype: str, half: bool, of_all: float, of_one: float, passes: bool
 ) -> None:
     generator = torch.Generator().manual_seed(0)

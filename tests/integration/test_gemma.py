@@ -26,7 +26,7 @@ def gemma(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("structure", "sparsity"), [("rows_columns", 0.05), ("element", 0.3)]
 )
-def test_gemma_is_as_reported(
+def test_gemma_perplexity_matches_transformers(
     structure: str, sparsity: float, gemma: Path, job: Jobs
 ) -> None:
     text = {"source": "python-docs", "sequence_length": 256}

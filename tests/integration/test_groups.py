@@ -38,7 +38,9 @@ CASES = [
 
 
 @pytest.mark.parametrize(("family", "way"), CASES)
-def test_groups_of_every_family(family: str, way: str, job: Jobs) -> None:
+def test_groups_of_every_family_are_removed_whole(
+    family: str, way: str, job: Jobs
+) -> None:
     """Consumers lose exactly the columns whose producers lose their rows; the masked model and
     the smaller one say so.
     """
@@ -92,7 +94,7 @@ def test_groups_of_every_family(family: str, way: str, job: Jobs) -> None:
             assert not any("lm_head" in key for key in set(file.keys()))
 
 
-def test_shards_and_replicas(job: Jobs) -> None:
+def test_uniform_groups_on_shards_and_replicas_match_one_worker(job: Jobs) -> None:
     """To one width; test_experts.py has those that differ."""
     target = {"parameters": int(0.8 * parameters_budget(LAYOUTS["llama"]).dense)}
     options = GROUPS | {"pruning__allocation": "uniform", "pruning__num_shots": 2}
@@ -104,7 +106,7 @@ def test_shards_and_replicas(job: Jobs) -> None:
     assert difference(one, replicas, 2) < MOST_BY_ORDER_OF_SUMS
 
 
-def test_only_ffn_channels_go_and_may_be_anything_upstream(job: Jobs) -> None:
+def test_removed_ffn_channels_do_not_reach_the_logits(job: Jobs) -> None:
     """What the masks call pruned does not reach the logits: noise in the rows that were removed,
     with the consumer's columns zero.
     """

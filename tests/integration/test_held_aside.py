@@ -76,7 +76,9 @@ def test_windows_held_aside_are_spread_over_all_texts() -> None:
         (f"{LORA}; calibration.num_sequences=400; calibration.held_aside=0.1", 40),
     ],
 )
-def test_a_tenth_is_held_aside(settings: str, expected: int, job: Jobs) -> None:
+def test_default_number_of_windows_held_aside(
+    settings: str, expected: int, job: Jobs
+) -> None:
     spec = job.spec(changes_of(settings))
     assert parse_spec(spec.read_text()).num_held == expected
 
@@ -119,9 +121,7 @@ def measured(monkeypatch: pytest.MonkeyPatch, *measures: float) -> None:
 
 
 @pytest.mark.parametrize("loss", ["kl", "cross_entropy"])
-def test_corrections_choose_a_rate_and_end_better_than_they_began(
-    loss: str, llama: Path
-) -> None:
+def test_corrections_choose_a_rate_and_lower_the_measure(loss: str, llama: Path) -> None:
     cluster, text = pruned(llama)
     before = held_measure(cluster, text, loss)
     found = trained(cluster, text, loss=loss)
@@ -145,7 +145,7 @@ def test_corrections_choose_a_rate_and_end_better_than_they_began(
     [([1.04], 0), ([1.06, 0.9], 1), ([math.inf, 1.06, 1.06], 2)],
     ids=str,
 )
-def test_the_highest_rate_that_does_no_harm_goes_on(
+def test_highest_harmless_rate_is_chosen(
     measures: list[float], taken: int, llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of all that are harmful the lowest one; every trial begins where the first one did."""
@@ -169,7 +169,9 @@ def test_the_highest_rate_that_does_no_harm_goes_on(
     assert len({losses[number * num_steps] for number in range(len(measures))}) == 1
 
 
-def test_a_loss_that_is_no_number(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nan_loss_undoes_the_training(
+    llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     cluster, text = pruned(llama)
     before = runs.weights_of(cluster)
     nothing = [math.nan, math.nan]
@@ -185,7 +187,7 @@ def test_a_loss_that_is_no_number(llama: Path, monkeypatch: pytest.MonkeyPatch) 
     assert {entry["held_aside"] for entry in record["recovery_tried"]} == {None}
 
 
-def test_a_rate_is_halved_where_measures_rise(
+def test_rate_is_halved_if_the_measure_rises(
     llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """From the best state on, which is the one that is absorbed."""
@@ -201,7 +203,7 @@ def test_a_rate_is_halved_where_measures_rise(
     assert found.undone is None
 
 
-def test_corrections_are_equal_for_every_cluster(llama: Path) -> None:
+def test_corrections_do_not_depend_on_shards_and_replicas(llama: Path) -> None:
     clusters = [pruned(llama, *workers) for workers in ((1, 1), (2, 2))]
     one, other = (trained(cluster, text, num_tokens=480) for cluster, text in clusters)
     assert one.rate == other.rate
@@ -242,7 +244,7 @@ def test_diverging_corrections_are_undone(
     assert_same_shot(done.uri, plain.uri, 1)
 
 
-def test_every_check_is_told_and_drawn(
+def test_every_check_is_reported_and_drawn(
     job: Jobs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """While the training goes on, and afterwards."""
@@ -284,7 +286,7 @@ CHOOSES = {"curvature__damping": "auto", "calibration__held_aside": 0.3}
         "curvature.kind=extended_kfac",
     ],
 )
-def test_damping_is_chosen(
+def test_lowest_cost_held_aside_chooses_the_damping(
     settings: str, job: Jobs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     used = list[tuple[float, float]]()
@@ -308,7 +310,7 @@ def test_damping_is_chosen(
             assert {g for _, g in costs} == set(G_CHOICES)
 
 
-def test_damping_is_chosen_alike_on_every_cluster(job: Jobs) -> None:
+def test_chosen_damping_does_not_depend_on_shards_and_replicas(job: Jobs) -> None:
     options = runs.GROUPS | ONE | CHOOSES | {"pruning__width_multiple": 1}
     chosen = job(options).shot["damping_chosen"]
     other = job(options | runs.FOUR, folder="four").shot["damping_chosen"]
@@ -317,7 +319,7 @@ def test_damping_is_chosen_alike_on_every_cluster(job: Jobs) -> None:
     assert costs == pytest.approx(expected, rel=1e-3)
 
 
-def test_damping_with_fewer_windows_than_replicas(job: Jobs) -> None:
+def test_default_damping_with_fewer_windows_than_replicas(job: Jobs) -> None:
     """It is that of the defaults."""
     options = ONE | CHOOSES | {"cluster__num_replicas": 4}
     auto = job(options)
@@ -339,7 +341,7 @@ def prompts_file(folder: Path, *records: Any) -> str:
     return str(folder / "prompts.jsonl")
 
 
-def test_answers_alone_count_where_they_are_weighed(job: Jobs) -> None:
+def test_run_weighs_only_answers_of_conversations(job: Jobs) -> None:
     """In a whole run with a chat template: written conversations, corrections, the comparison of
     answers, and going on later.
     """
@@ -373,7 +375,7 @@ def test_answers_alone_count_where_they_are_weighed(job: Jobs) -> None:
     assert again.shot["generation"] == report["shots"][1]["generation"]
 
 
-def test_a_calibration_holds_prompts_aside_for_comparisons(job: Jobs) -> None:
+def test_calibration_holds_prompts_aside_for_evaluation(job: Jobs) -> None:
     prompts = prompts_file(
         job.folder, *({"prompt": f"text number {i} of many"} for i in range(20))
     )

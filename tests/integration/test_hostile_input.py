@@ -221,7 +221,7 @@ CASES: list[tuple[Change, list[str]]] = [
 
 
 @pytest.mark.parametrize(("change", "words"), CASES, ids=[", ".join(w) for _, w in CASES])
-def test_ends_in_a_clear_error(
+def test_hostile_input_ends_in_a_clear_error(
     change: Change, words: list[str], zygote: Zygote, llama: Path, tmp_path: Path
 ) -> None:
     case = Case(tmp_path, llama)
@@ -241,7 +241,9 @@ def test_ends_in_a_clear_error(
     assert not Path("/tmp/evil-ran").exists()
 
 
-def test_the_case_itself_is_sound(zygote: Zygote, llama: Path, tmp_path: Path) -> None:
+def test_unchanged_case_passes_a_dry_run(
+    zygote: Zygote, llama: Path, tmp_path: Path
+) -> None:
     """Without a change it passes, starts nothing and writes nothing."""
     case = Case(tmp_path, llama)
     answer = zygote.ask(arguments=[str(tiny_spec(tmp_path, case.model)), "--dry-run"])

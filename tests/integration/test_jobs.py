@@ -156,7 +156,7 @@ def answers(url: str) -> bool:
 
 
 @pytest.mark.slow
-def test_jobs_at_once_do_not_disturb_each_other(head: Head, job: Jobs) -> None:
+def test_concurrent_jobs_are_independent(head: Head, job: Jobs) -> None:
     """Two fail, the other one succeeds, and its shots are those of a run in this process."""
     broken = overflowing_model(job.models["llama"], job.folder / "model")
     head.submit("bad-spec", job.spec(ON_RAY, "bad-spec", pruning__target_sparsity=3))
@@ -199,7 +199,7 @@ def metrics_of(head: Head, run: str) -> dict[str, float]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_a_job_that_is_watched_and_stopped_and_goes_on(head: Head, job: Jobs) -> None:
+def test_stopped_job_reports_metrics_and_resumes(head: Head, job: Jobs) -> None:
     """It goes on by `ray-surgeon submit`, which follows it and fetches the report."""
     changes = ON_RAY | {"name": "watched", "pruning__num_shots": 20}
     head.submit("stops", job.spec(changes))
@@ -275,7 +275,7 @@ def test_a_job_that_is_watched_and_stopped_and_goes_on(head: Head, job: Jobs) ->
 
 
 @pytest.mark.slow
-def test_a_driver_outside_of_the_cluster(head: Head, job: Jobs) -> None:
+def test_driver_outside_of_the_cluster_uses_a_ray_client(head: Head, job: Jobs) -> None:
     """By a Ray client. Jobs find the cluster by RAY_ADDRESS, and the tests of losses by the address
     of the GCS.
     """

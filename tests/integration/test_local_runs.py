@@ -148,7 +148,7 @@ OPTIONS: list[dict[str, Any]] = [
 ]
 
 
-def test_options_do_something(job: Jobs) -> None:
+def test_every_option_changes_the_weights(job: Jobs) -> None:
     """Each option changes the weights of the result, here of two blocks."""
     config = runs.config_like("llama", num_hidden_layers=2)
     model = runs.new_model(config, job.folder / "model", job.models["llama"])
@@ -182,7 +182,7 @@ def test_overflow_names_the_linear(kind: str, num_shards: int, job: Jobs) -> Non
     assert "not a number" in job(options, code=1).error
 
 
-def test_a_collapse_keeps_the_shots_before(
+def test_collapse_stops_the_run_and_keeps_earlier_shots(
     job: Jobs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It stops the run. A tiny model of random weights does not become worse, so its perplexity is
@@ -203,14 +203,14 @@ def test_a_collapse_keeps_the_shots_before(
     assert not (done.uri / "shots/0002/manifest.json").exists()
 
 
-def test_a_dry_run_says_what_would_be_done(job: Jobs) -> None:
+def test_dry_run_prints_the_plan(job: Jobs) -> None:
     done = job({"cluster__num_shards": 2}, "--dry-run", "--set", "pruning.num_shots=7")
     assert "7 shots to 30.0%, 240 calibration tokens each" in done.out
     assert "0-" in done.out
     assert not done.uri.exists()
 
 
-def test_leftovers_of_a_killed_process_go(
+def test_files_of_a_killed_process_are_removed(
     job: Jobs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Tensors of a shot from before it was killed, and a file that it was writing; only the last
@@ -237,9 +237,7 @@ def test_leftovers_of_a_killed_process_go(
     assert not half.exists()
 
 
-def test_a_resumed_run_keeps_its_tasks(
-    job: Jobs, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_resumed_run_keeps_its_tasks(job: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
     """Those it began with: the dense model's scores are from then."""
     monkeypatch.setattr("ray_surgeon.evaluation.texts.check_tasks", lambda options: None)
     text = windows(job.folder / "text.txt", name="docs")
@@ -254,7 +252,7 @@ def test_a_resumed_run_keeps_its_tasks(
     job(options, "--resume")  # without tasks that failed
 
 
-def test_a_gap_in_the_shots_is_repeated(job: Jobs) -> None:
+def test_missing_shot_is_repeated(job: Jobs) -> None:
     """In an empty folder, whatever a process that was killed left there."""
     options = {"pruning__num_shots": 3}
     done = job(options)
@@ -269,7 +267,7 @@ def test_a_gap_in_the_shots_is_repeated(job: Jobs) -> None:
     assert [shot["index"] for shot in again.shots] == [1, 2, 3]
 
 
-def test_replica_that_fails_is_named_and_not_waited_for(
+def test_failing_replica_raises_instead_of_blocking(
     model_folders: dict[str, Path],
 ) -> None:
     cluster = loaded(model_folders["llama"], 1, 2)
@@ -277,7 +275,7 @@ def test_replica_that_fails_is_named_and_not_waited_for(
         cluster.run_all(finish_curvature, NOTHING_BESIDE)
 
 
-def test_magnitude_is_identity_curvature_without_updates(job: Jobs) -> None:
+def test_identity_curvature_without_updates_is_magnitude_pruning(job: Jobs) -> None:
     options = {"curvature__kind": "identity", "pruning__costs": "obd"}
     half = runs.ELEMENT | runs.ONE | {"pruning__target_sparsity": 0.5}
     pruned = job(half | options, pruning__update={"solver": "none"}).tensors(1)

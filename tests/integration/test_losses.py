@@ -139,13 +139,15 @@ def on_ray(cluster: Cluster) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-def test_a_lost_coordinator(on_ray: dict[str, Any], undisturbed: Path, job: Jobs) -> None:
+def test_run_survives_a_stopped_coordinator(
+    on_ray: dict[str, Any], undisturbed: Path, job: Jobs
+) -> None:
     """Stopped, not killed; a lost worker is in the test after this one, all of them in chaos."""
     assert_survived(job, on_ray, undisturbed, "Coordinator", STOPPED, 3)
 
 
 @pytest.mark.slow
-def test_a_worker_is_lost_in_a_recovery(on_ray: dict[str, Any], job: Jobs) -> None:
+def test_recovery_resumes_after_a_lost_worker(on_ray: dict[str, Any], job: Jobs) -> None:
     """The run goes on after the steps that were committed, with the same bits."""
     trained = ONE | LORA | {"recovery__num_tokens": 2400, "recovery__learning_rate": 1e-3}
     expected = job(trained, folder="undisturbed")
@@ -222,7 +224,9 @@ def machines() -> Iterator[Machines]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_machines_come_and_go(machines: Machines, undisturbed: Path, job: Jobs) -> None:
+def test_run_continues_as_machines_join_and_leave(
+    machines: Machines, undisturbed: Path, job: Jobs
+) -> None:
     """One comes late, one is lost, one is taken away with notice; the bits stay the same."""
     uri = job.folder / "run"
     elsewhere = machines.come(zone="a")
@@ -273,7 +277,9 @@ def store_of_ray(
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("store_of_ray")
-def test_the_head_restarts(undisturbed: Path, job: Jobs) -> None:
+def test_run_continues_while_the_control_service_restarts(
+    undisturbed: Path, job: Jobs
+) -> None:
     """Ray's control service goes and comes; the job does not."""
     there = Machines()
     uri = job.folder / "run"
@@ -369,7 +375,7 @@ def scaling(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_a_group_grows_from_none_and_two_jobs_take_turns(
+def test_autoscaled_group_grows_from_zero_and_jobs_wait_their_turn(
     scaling: str,
     undisturbed: Path,
     job: Jobs,
@@ -453,7 +459,7 @@ def ip(what: str) -> str:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_a_machine_s_network_is_gone(
+def test_run_survives_a_machine_without_network(
     undisturbed: Path, job: Jobs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As when a switch fails. Each machine has an address and ports of its own."""
@@ -476,7 +482,7 @@ def test_a_machine_s_network_is_gone(
 
 @pytest.mark.chaos
 @pytest.mark.parametrize("number", range(40))
-def test_chaos_of_machines(
+def test_run_survives_random_losses_of_machines(
     number: int, machines: Machines, tmp_path_factory: pytest.TempPathFactory, job: Jobs
 ) -> None:
     """At every step of two shots one is drained, and lost a little later, or lost at once."""
@@ -508,7 +514,7 @@ def _hold(worker: Worker, seconds: float) -> int:
 
 
 @pytest.mark.slow
-def test_the_error_names_the_worker_or_machine_that_does_not_answer(
+def test_stopped_worker_or_machine_is_identified(
     monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
     """Stopped, not killed: no connection breaks."""
@@ -551,7 +557,7 @@ def test_the_error_names_the_worker_or_machine_that_does_not_answer(
 
 
 @pytest.mark.parametrize("opened", [True, False])
-def test_replicas_that_do_not_meet(opened: bool) -> None:
+def test_replicas_that_cannot_connect_are_reported(opened: bool) -> None:
     """Because another one is lost before it comes, or before it has opened the meeting."""
     placement = place(LAYOUTS["llama"], 1, 2)
     meeting = open_meeting("127.0.0.1")
@@ -564,7 +570,9 @@ def test_replicas_that_do_not_meet(opened: bool) -> None:
 
 @pytest.mark.chaos
 @pytest.mark.parametrize("number", range(50))
-def test_chaos(number: int, on_ray: dict[str, Any], undisturbed: Path, job: Jobs) -> None:
+def test_run_survives_random_losses_of_processes(
+    number: int, on_ray: dict[str, Any], undisturbed: Path, job: Jobs
+) -> None:
     chance = random.Random(number)
     kind = chance.choice(["Worker", "Worker", "Coordinator"])
     sent = chance.choice([KILLED, STOPPED])
@@ -574,7 +582,9 @@ def test_chaos(number: int, on_ray: dict[str, Any], undisturbed: Path, job: Jobs
     )
 
 
-def test_a_run_gives_up_and_says_what_to_do(on_ray: dict[str, Any], job: Jobs) -> None:
+def test_run_without_retries_left_fails_and_explains_how_to_resume(
+    on_ray: dict[str, Any], job: Jobs
+) -> None:
     options = {"cluster__retries": {"worker": 0}, "pruning__num_shots": 100}
     with disturbed("Worker", KILLED, job.folder / "run", 4):
         error = job(on_ray | options, code=1).error
@@ -590,7 +600,7 @@ def test_a_run_gives_up_and_says_what_to_do(on_ray: dict[str, Any], job: Jobs) -
         CollapseError("worse"),
     ],
 )
-def test_errors_without_need_of_a_traceback_are_one_line(error: Exception) -> None:
+def test_errors_of_ray_tasks_are_unwrapped(error: Exception) -> None:
     assert unwrapped(RayTaskError("run", "Traceback ...", error)) is error
     defect = unwrapped(RayTaskError("run", "Traceback ...", AttributeError("a defect")))
     assert type(defect) is RuntimeError

@@ -108,7 +108,7 @@ def test_every_store_and_wave_gives_the_same_bits(
 
 
 @pytest.mark.parametrize("family", ["gpt2", "phi3"])
-def test_other_families_from_disk_with_replicas(family: str, job: Jobs) -> None:
+def test_other_families_with_weights_on_disk_and_replicas(family: str, job: Jobs) -> None:
     options = runs.ONE | {"model": family, "cluster__num_replicas": 2}
     one = job(options, folder="one")
     scratch = {"memory__wave": 3, "memory__scratch": str(job.folder / "scratch")}
@@ -116,7 +116,7 @@ def test_other_families_from_disk_with_replicas(family: str, job: Jobs) -> None:
     assert_same_shot(one.uri, other.uri, 1)
 
 
-def test_a_killed_run_from_disk_goes_on(
+def test_killed_run_with_weights_on_disk_resumes(
     job: Jobs, resident: Callable[[str], Done], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With the same bits, with other memory than it began with, and takes over the scratch of the
@@ -139,7 +139,9 @@ def test_a_killed_run_from_disk_goes_on(
     assert_same_shot(resident("greedy").uri, done.uri, 2)
 
 
-def test_a_full_scratch_disk(job: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_scratch_disk_is_reported_and_cleaned(
+    job: Jobs, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """It is named, and what is on it removed."""
     replace = Path.replace
 
@@ -158,7 +160,7 @@ def test_a_full_scratch_disk(job: Jobs, monkeypatch: pytest.MonkeyPatch) -> None
     assert not list(scratch.rglob("*"))
 
 
-def test_an_interrupted_run_leaves_nothing(
+def test_interrupted_run_leaves_no_scratch_files(
     job: Jobs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On the scratch disk."""
@@ -175,7 +177,7 @@ def test_an_interrupted_run_leaves_nothing(
     assert not list(scratch.rglob("*"))
 
 
-def test_a_job_that_cannot_fit_is_refused_before_anything_starts(job: Jobs) -> None:
+def test_job_that_does_not_fit_is_refused_before_it_starts(job: Jobs) -> None:
     """As is a contradiction in the spec."""
     options = {"cluster__gpus_per_worker": 1}
     job(options, "--dry-run", "--device-memory", "80GB")
@@ -186,7 +188,7 @@ def test_a_job_that_cannot_fit_is_refused_before_anything_starts(job: Jobs) -> N
     job({"memory__activations": "keep", "memory__weights": "disk"}, "--dry-run", code=2)
 
 
-def test_scratch_of_other_runs_is_left_alone(tmp_path: Path) -> None:
+def test_scratch_files_of_other_runs_are_kept(tmp_path: Path) -> None:
     names = list(itertools.product(("one", "two"), ("first", "second")))
     for run_name, attempt in names:
         Scratch(str(tmp_path), run_name, attempt, "0").path("x").touch()
@@ -200,7 +202,7 @@ def test_scratch_of_other_runs_is_left_alone(tmp_path: Path) -> None:
     }
 
 
-def test_memory_of_ended_workers_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_plan_waits_for_memory_of_ended_workers(monkeypatch: pytest.MonkeyPatch) -> None:
     answers: list[Any] = [
         DoesNotFitError("it is full"),
         DoesNotFitError("it is full"),
@@ -221,7 +223,7 @@ def test_memory_of_ended_workers_is_waited_for(monkeypatch: pytest.MonkeyPatch) 
     assert clock.now == 105.0
 
 
-def test_tensors_are_read_ahead_up_to_a_size(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tensors_are_prefetched_up_to_a_size(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(weights, "ENTRIES_AHEAD", 10)
     names = ["a", "b", "c", "d", "mask"]
     begun = list[str]()
@@ -241,7 +243,7 @@ def test_tensors_are_read_ahead_up_to_a_size(monkeypatch: pytest.MonkeyPatch) ->
     assert sorted(begun) == sorted(names), "once each"
 
 
-def test_scratch_of_an_earlier_try_is_free(
+def test_scratch_files_of_an_earlier_attempt_count_as_free_space(
     job: Jobs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It counts as that, and goes."""
@@ -305,7 +307,7 @@ def answer(asked: dict[str, Any]) -> dict[str, Any]:
     sys.platform != "linux", reason="only Linux tells of anonymous memory"
 )
 @pytest.mark.skipif(not mkldnn.is_available(), reason="no oneDNN")
-def test_shapes_that_do_not_come_again_are_forgotten(zygote: Zygote) -> None:
+def test_memory_of_past_product_shapes_is_released(zygote: Zygote) -> None:
     """Every shot leaves other rows and columns. Kept for good, 300 shapes take 180 MB."""
     request = {"after": [100, 400]}
     of_worker = zygote.run_module("tests.integration.test_memory", request)
@@ -316,7 +318,7 @@ def test_shapes_that_do_not_come_again_are_forgotten(zygote: Zygote) -> None:
     )
 
 
-def test_a_large_export_reloads_from_disk(
+def test_large_export_is_reloaded_from_disk(
     job: Jobs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[Any] = []

@@ -24,7 +24,7 @@ from ray_surgeon.run_state import CalibrationText
 from tests.integration.runs import Jobs, loaded
 
 
-def test_labels_are_drawn_anew_in_every_shot(job: Jobs) -> None:
+def test_every_shot_samples_new_labels(job: Jobs) -> None:
     inputs = job.inputs(curvature__fisher="sampled")
     cluster = loaded(job.models["llama"])
     (worker,) = cluster.workers.values()
@@ -37,7 +37,7 @@ def test_labels_are_drawn_anew_in_every_shot(job: Jobs) -> None:
 
 
 @pytest.mark.parametrize(("size", "steps"), [(1, 13), (4, 9)])
-def test_windows_of_a_recovery(size: int, steps: int) -> None:
+def test_recovery_shuffles_windows_in_every_pass(size: int, steps: int) -> None:
     """Passes over all of six sequences, in an order of every pass; the last step of a pass has what
     is left. Between shots there are fewer.
     """
@@ -59,7 +59,7 @@ def test_windows_of_a_recovery(size: int, steps: int) -> None:
     assert len({tuple(order) for order in orders}) == len(orders)
 
 
-def test_corrections_are_means_over_tokens(
+def test_losses_and_gradients_of_corrections_are_means_over_tokens(
     job: Jobs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Losses and gradients, over those of each step, of a dense model that hardly changes; the
@@ -116,7 +116,7 @@ class Propagating:
 
 
 @pytest.mark.parametrize(("extra", "target"), [(0, 0.05), (3, 0.31), (40, 25.5 / 52)])
-def test_rows_and_columns_go_up_to_the_lowest_threshold_of_all(
+def test_lowest_sufficient_threshold_counts_propagated_removals(
     extra: int, target: float
 ) -> None:
     method = RowsColumns(

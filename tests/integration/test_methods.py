@@ -69,7 +69,9 @@ def changed(job: Jobs, change: Callable[[Any], object]) -> Path:
 
 
 @pytest.mark.parametrize("options", [runs.N_M | EXTENDED, runs.ELEMENT], ids=str)
-def test_linears_whose_inputs_are_always_zero(options: dict[str, Any], job: Jobs) -> None:
+def test_linears_with_zero_inputs_are_pruned_first(
+    options: dict[str, Any], job: Jobs
+) -> None:
     """As after attention or a feed-forward layer was pruned away; their weights cost nothing, and
     all of them go first.
     """
@@ -83,7 +85,7 @@ def test_linears_whose_inputs_are_always_zero(options: dict[str, Any], job: Jobs
 
 
 @pytest.mark.parametrize("target", [0.3, 0.97])
-def test_blocks_that_are_asked_are_ahead(target: float, job: Jobs) -> None:
+def test_target_is_met_if_the_sampled_blocks_exceed_it(target: float, job: Jobs) -> None:
     """Of every four blocks the first says how far greedy paths go; here it alone is far above the
     target of the second shot.
     """
@@ -107,7 +109,7 @@ def test_blocks_that_are_asked_are_ahead(target: float, job: Jobs) -> None:
         for name in METHODS
     ],
 )
-def test_workers_and_resuming(
+def test_results_do_not_depend_on_workers_or_resuming(
     method: str, job: Jobs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A run that goes on, on any number of shards, gives the same bits, and replicas the same up to
@@ -148,7 +150,7 @@ def test_workers_and_resuming(
         assert difference(one.uri, wrong.uri, 2) > 2 * runs.MOST_BY_ORDER_OF_SUMS
 
 
-def test_divergence_is_that_of_the_export_from_the_dense_model(job: Jobs) -> None:
+def test_reported_divergence_matches_the_export(job: Jobs) -> None:
     """The dense model's states are bfloat16, hence the tolerance; the divergence of corrections
     starts where that of the text ends.
     """
@@ -263,7 +265,7 @@ def owned_factors(cluster: Any) -> dict[str, Any]:
     }
 
 
-def test_further_terms_of_shards_and_replicas_are_those_of_samples(job: Jobs) -> None:
+def test_further_terms_match_the_power_method_on_samples(job: Jobs) -> None:
     """The second term of every linear against the power method on its inputs and gradients from
     autograd on the whole model.
     """
@@ -288,7 +290,7 @@ def test_further_terms_of_shards_and_replicas_are_those_of_samples(job: Jobs) ->
             )
 
 
-def test_further_terms_of_experts_weigh_what_their_own_tokens_do(job: Jobs) -> None:
+def test_further_terms_of_experts_are_weighted_by_their_tokens(job: Jobs) -> None:
     """The best second term of an expert's own Fisher, times n_e / (n_e + k) and its share of all
     tokens.
     """
@@ -353,7 +355,7 @@ def test_gradients_of_some_sequences_and_inputs_of_all(
             assert_near(factors.G, g.T @ g * len(sequences) / len(both), 1e-4, name)
 
 
-def test_sampled_fisher_is_the_exact_one_in_the_mean(job: Jobs) -> None:
+def test_sampled_fisher_matches_the_exact_fisher_in_the_mean(job: Jobs) -> None:
     """G of one linear over many draws of labels against the exact Fisher's, the sum over all labels
     with their probabilities.
     """
@@ -397,7 +399,7 @@ def test_sampled_fisher_is_the_exact_one_in_the_mean(job: Jobs) -> None:
         ("gpt2", "wanda", "n_m"),
     ],
 )
-def test_blocks_after_pruned_blocks(
+def test_blocks_are_pruned_with_inputs_from_pruned_blocks(
     family: str, method: str, structure: str, job: Jobs
 ) -> None:
     """Blocks are pruned from the inputs that the pruned ones before give: against a plain loop over

@@ -341,26 +341,32 @@ def assert_same_run(
         for name in METHODS
     ],
 )
-def test_every_method(method: str, assert_same_run: Callable[..., None]) -> None:
+def test_methods_match_the_cpu(method: str, assert_same_run: Callable[..., None]) -> None:
     assert_same_run("llama", *METHODS[method])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", sorted(set(CONFIGS) - set(ALWAYS)))
-def test_remaining_families(family: str, assert_same_run: Callable[..., None]) -> None:
+def test_remaining_families_match_the_cpu(
+    family: str, assert_same_run: Callable[..., None]
+) -> None:
     assert_same_run(family, runs.GROUPS, BY_DEPTH)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", sorted(set(SPARSE_CONFIGS) - set(ALWAYS)))
-def test_remaining_mixtures(family: str, assert_same_run: Callable[..., None]) -> None:
+def test_remaining_mixtures_match_the_cpu(
+    family: str, assert_same_run: Callable[..., None]
+) -> None:
     more = ["shared_experts"] if family == "deepseek_v3" else ["experts"]
     options = {"pruning__groups": ["expert_channels", *more]}
     assert_same_run(family, runs.GROUPS | options, BY_DEPTH)
 
 
 @pytest.mark.parametrize("family", ["opt", "gpt2", "gemma3", "phi3"])
-def test_other_families(family: str, assert_same_run: Callable[..., None]) -> None:
+def test_other_families_match_the_cpu(
+    family: str, assert_same_run: Callable[..., None]
+) -> None:
     assert_same_run(family, CORRECTED | EXPORTED, BY_CANCELLATION)
 
 
@@ -369,13 +375,13 @@ def test_other_families(family: str, assert_same_run: Callable[..., None]) -> No
     [("qwen2_moe", EXPERTS), ("glm4_moe", EXPERTS | WAVES), ("qwen2_moe", runs.MASKED)],
     ids=["groups", "groups-disk", "rows_columns"],
 )
-def test_experts(
+def test_experts_match_the_cpu(
     family: str, options: dict[str, Any], assert_same_run: Callable[..., None]
 ) -> None:
     assert_same_run(family, options, BY_CANCELLATION)
 
 
-def test_curvature_of_a_model_in_memory(
+def test_curvature_of_a_model_in_memory_matches_the_cpu(
     zygote: Zygote, small_models: dict[str, Path], tmp_path: Path
 ) -> None:
     model = str(small_models["llama"])
@@ -385,14 +391,16 @@ def test_curvature_of_a_model_in_memory(
     assert_same(on_cpu, on_sim, BY_ORDER_OF_SUMS[0])
 
 
-def test_a_bfloat16_layer_is_reconstructed(zygote: Zygote, tmp_path: Path) -> None:
+def test_reconstruction_in_bfloat16_matches_the_cpu(
+    zygote: Zygote, tmp_path: Path
+) -> None:
     reconstructed_on("cpu", str(tmp_path / "cpu"))
     elsewhere(zygote, reconstructed_on, device="sim", path=str(tmp_path / "sim"))
     on_cpu, on_sim = (torch.load(tmp_path / device) for device in ("cpu", "sim"))
     assert_same(on_cpu, on_sim, BY_BFLOAT16[0])
 
 
-def test_a_tensor_that_was_left_on_the_cpu_is_an_error(
+def test_tensor_left_on_the_cpu_is_an_error(
     zygote: Zygote, small_models: dict[str, Path], tmp_path: Path
 ) -> None:
     assert elsewhere(zygote, mixtures) == {}

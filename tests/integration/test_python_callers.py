@@ -63,7 +63,7 @@ def expected(
     return prune(in_memory(model_folders["llama"]), output).perplexity
 
 
-def test_runs_in_threads_do_not_meet(
+def test_runs_in_threads_are_independent(
     expected: Perplexity, given: Given, tmp_path: Path
 ) -> None:
     """Models are built without weights meanwhile, which no other thread may see."""
@@ -128,7 +128,7 @@ MODES: dict[str, Sequence[Callable[[], Any]]] = {
 
 
 @pytest.mark.parametrize("name", MODES)
-def test_modes_of_the_caller_stay_outside(
+def test_torch_modes_of_the_caller_do_not_affect_a_run(
     name: str,
     expected: Perplexity,
     given: Given,
@@ -155,9 +155,7 @@ def test_modes_of_the_caller_stay_outside(
     assert result.perplexity == expected
 
 
-def test_a_run_goes_on_with_the_very_same_model_only(
-    given: Given, tmp_path: Path
-) -> None:
+def test_run_resumes_only_with_the_same_model(given: Given, tmp_path: Path) -> None:
     """Weights in the middle of a file count as well."""
     model, tokenizer = given
     weight = model.model.layers[0].mlp.up_proj.weight
@@ -175,7 +173,7 @@ def test_a_run_goes_on_with_the_very_same_model_only(
         assert prune(given, output, resume=True).perplexity == first.perplexity
 
 
-def test_a_model_is_written_whole_or_not_at_all(
+def test_incompletely_saved_model_is_saved_again(
     given: Given, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     put = files.put_file
@@ -201,7 +199,7 @@ def test_a_model_is_written_whole_or_not_at_all(
     prune(given, run, resume=True)
 
 
-def test_a_refused_run_leaves_its_folder_to_another_model(
+def test_folder_of_a_refused_run_accepts_another_model(
     given: Given, tmp_path: Path
 ) -> None:
     bloom = BloomForCausalLM(
@@ -220,12 +218,12 @@ def test_a_refused_run_leaves_its_folder_to_another_model(
         prune(given, "/proc/x")
 
 
-def test_models_of_all_families_are_taken() -> None:
+def test_models_of_all_families_are_accepted() -> None:
     for model in map(tiny_model, CONFIGS | SPARSE_CONFIGS):
         assert causal_lm(model) is model
 
 
-def test_arguments_of_other_kinds_are_named(given: Given, tmp_path: Path) -> None:
+def test_arguments_of_wrong_types_are_named(given: Given, tmp_path: Path) -> None:
     model, tokenizer = given
     classifier = LlamaForSequenceClassification(model.config)
     double = copy.deepcopy(model).double()
@@ -254,7 +252,7 @@ def test_arguments_of_other_kinds_are_named(given: Given, tmp_path: Path) -> Non
             ray_surgeon.curvature(model, sequences, tokenizer)
 
 
-def test_paths_wrappers_numbers_and_iterators_are_taken(
+def test_paths_compiled_models_numpy_numbers_and_iterators_are_accepted(
     given: Given, model_folders: dict[str, Path], tmp_path: Path
 ) -> None:
     model, tokenizer = given

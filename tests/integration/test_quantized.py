@@ -42,7 +42,7 @@ def restored(stored: dict[str, Tensor], scheme: QuantizationScheme) -> Tensor:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", sorted(PRESETS))
-def test_every_number_is_rounded_to_the_nearest(name: str, dtype: torch.dtype) -> None:
+def test_weights_are_rounded_to_the_nearest_value(name: str, dtype: torch.dtype) -> None:
     weight = (0.02 * torch.randn(6, 32)).to(dtype)
     scheme = scheme_of(name, SIZE.get(name))
     stored = quantised(weight, scheme)
@@ -100,7 +100,7 @@ def test_models_that_cannot_be_quantised_are_refused(
 
 
 @pytest.mark.parametrize("scheme", sorted(DTYPES))
-def test_a_quantised_copy(scheme: str, job: Jobs) -> None:
+def test_quantised_export(scheme: str, job: Jobs) -> None:
     quantize = {"scheme": scheme, "group_size": SIZE.get(scheme)}
     done = job(UNIFORM, output__quantize=quantize, cluster__num_shards=2)
     folder = done.uri / f"export/uniform-{scheme}"
@@ -128,7 +128,9 @@ def w4a16(**more: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("rounding", ["both_sides", "gptq"])
-def test_streams_and_shards_round_alike(rounding: str, job: Jobs) -> None:
+def test_rounding_does_not_depend_on_shards_and_streaming(
+    rounding: str, job: Jobs
+) -> None:
     options = w4a16(rounding=rounding)
     one = job(options, folder="one")
     replicas = job(options, folder="replicas", cluster__num_replicas=2)
@@ -144,7 +146,7 @@ def test_streams_and_shards_round_alike(rounding: str, job: Jobs) -> None:
     assert not list((one.uri / "export").glob("*-rounded"))
 
 
-def test_four_bits_are_rounded_by_the_inputs(job: Jobs) -> None:
+def test_gptq_rounding_uses_the_second_moment_of_the_inputs(job: Jobs) -> None:
     """Against the linears of the first block that see the text unrounded."""
     options = w4a16(rounding="gptq")
     one = job(options)
@@ -173,7 +175,7 @@ def test_four_bits_are_rounded_by_the_inputs(job: Jobs) -> None:
         assert lost[0] < 0.9 * lost[1]
 
 
-def test_the_nearest_needs_no_text(job: Jobs) -> None:
+def test_nearest_rounding_is_independent_of_the_text(job: Jobs) -> None:
     options = w4a16(rounding="nearest")
     done = job(options)
     stored = tensors_in(done.uri / "export/uniform-w4a16")
@@ -184,7 +186,7 @@ def test_the_nearest_needs_no_text(job: Jobs) -> None:
                 assert torch.equal(stored[f"{linear}.{leaf}"], value)
 
 
-def test_a_dense_model_is_quantised_alone(job: Jobs) -> None:
+def test_dense_model_is_quantised_without_pruning(job: Jobs) -> None:
     """The copy is the one that comes of pruning nothing; its source is as it was."""
     alone = {"pruning": None, "output__exports": ["uniform"]}
     done = job(w4a16() | alone, "--dry-run")
@@ -201,7 +203,7 @@ def test_a_dense_model_is_quantised_alone(job: Jobs) -> None:
 
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
-def test_a_mixture_is_measured_by_the_workers(family: str, job: Jobs) -> None:
+def test_quantised_mixture_of_experts_is_evaluated(family: str, job: Jobs) -> None:
     """Its experts have names and numbers as in the export, each with scales of its own."""
     kinds = ["experts", "expert_channels"]
     size = {"scheme": "w4a16", "group_size": 8}

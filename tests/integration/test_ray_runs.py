@@ -47,7 +47,7 @@ CORRECTED = runs.LORA | {"calibration__mix": [{"source": "self"}]}
 TWO_REPLICAS = runs.ONE | {"cluster__num_replicas": 2}
 
 
-def test_ray_equals_local(cluster: Cluster, job: Jobs) -> None:
+def test_run_on_ray_matches_a_local_run(cluster: Cluster, job: Jobs) -> None:
     """Two shards of two replicas, on Ray from disk and in waves, with corrections and a text of the
     model's own.
     """
@@ -87,7 +87,7 @@ FEATURES: dict[str, dict[str, Any]] = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FEATURES)
-def test_features_in_a_process_that_is_connected(
+def test_runs_on_an_existing_connection_match_local_runs(
     name: str, connected: None, cluster: Cluster, job: Jobs
 ) -> None:
     """Equal to local runs, too; the connection stays."""
@@ -106,7 +106,7 @@ def test_features_in_a_process_that_is_connected(
         ("ray client connection timeout", 1),
     ],
 )
-def test_connecting_again(
+def test_connecting_to_ray_is_retried(
     message: str, times: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where a cluster cannot start what serves a client."""
@@ -152,7 +152,7 @@ class Link:
         return given
 
 
-def test_two_workers_report_their_steps_and_metrics(
+def test_ray_workers_report_errors_progress_and_losses(
     connected: None, job: Jobs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No room, an error of theirs, how far a step is, and what is lost."""
@@ -205,7 +205,7 @@ def test_two_workers_report_their_steps_and_metrics(
     workers.close()
 
 
-def test_a_gpu_that_fails_is_a_lost_worker_and_a_full_disk_is_none() -> None:
+def test_failed_gpu_counts_as_a_lost_worker_but_a_full_disk_does_not() -> None:
     nobody = object.__new__(RayCluster)
     broken = RayTaskError(
         "step", "", torch.AcceleratorError("CUDA error: unspecified launch failure")

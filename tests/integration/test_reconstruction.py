@@ -71,7 +71,7 @@ def test_a_layer_is_what_the_family_computes(
 
 
 @pytest.mark.parametrize("stores", [Stores(), Stores("disk", "device", "recompute", 2)])
-def test_owners_get_the_inputs_of_every_token_once(stores: Stores, job: Jobs) -> None:
+def test_owners_receive_the_inputs_of_every_token_once(stores: Stores, job: Jobs) -> None:
     options = (
         FIT | runs.ONE | {"curvature__num_backward": 3, "calibration__held_aside": 0.3}
     )
@@ -113,7 +113,7 @@ def assert_all_better(shot: dict[str, Any]) -> None:
     assert all(after < before for before, after in shot["reconstruction"].values())
 
 
-def test_only_the_weights_left_are_fitted(
+def test_reconstruction_fits_only_the_remaining_weights(
     job: Jobs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The channels are the same, and the divergence is lower. Layers are trained as the section
@@ -163,7 +163,7 @@ def test_only_the_weights_left_are_fitted(
     )
 
 
-def test_a_layer_that_is_gone_is_not_trained(job: Jobs) -> None:
+def test_removed_layer_is_not_reconstructed(job: Jobs) -> None:
     layers = {
         "pruning__groups": ["ffn", "ffn_layers"],
         "pruning__depth": {"num_removed": 1},
@@ -177,7 +177,7 @@ def test_a_layer_that_is_gone_is_not_trained(job: Jobs) -> None:
     ]
 
 
-def test_a_mixture_keeps_inputs_of_the_kinds_that_lose_groups(job: Jobs) -> None:
+def test_mixture_keeps_inputs_only_of_kinds_that_are_pruned(job: Jobs) -> None:
     options = FIT | runs.ONE | {"model": "glm4_moe", "pruning__target_sparsity": 0.05}
     inputs = job.inputs(options | {"pruning__groups": ["ffn", "attention"]})
     cluster = loaded(job.models["glm4_moe"], 2)
@@ -199,7 +199,7 @@ def test_models_in_bfloat16_are_reconstructed(job: Jobs) -> None:
     assert_all_better(shot)
 
 
-def test_all_replicas_have_what_the_owner_trained(job: Jobs) -> None:
+def test_all_replicas_have_the_weights_trained_by_the_owner(job: Jobs) -> None:
     """And no inputs after it. Of three replicas, not the same one owns the producers and the
     consumer. What is trained differs by the order of sums alone.
     """
@@ -233,9 +233,7 @@ def test_all_replicas_have_what_the_owner_trained(job: Jobs) -> None:
         assert float((others[0][name] - one[name]).norm()) < 1e-3 * float(change.norm())
 
 
-def test_the_best_learning_rate_is_taken(
-    job: Jobs, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_best_learning_rate_is_chosen(job: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of those tried on two layers, the same whoever owns these; trying changes nothing."""
     seen = list[tuple[str, float, float]]()
     plain = Reconstruction.tried

@@ -85,16 +85,14 @@ def trained(
     return training, cluster, held
 
 
-def test_a_model_that_lacks_nothing_has_no_loss(
-    llama: Path, text: StreamedSection
-) -> None:
+def test_unchanged_model_has_no_loss(llama: Path, text: StreamedSection) -> None:
     training, _, _ = trained(llama, text, 1.0)
     assert training.undone is not None
     assert training.losses[0] < 1e-5, "the states of the teacher are kept as bfloat16"
 
 
 @pytest.mark.parametrize("shape", [{}, {"num_shards": 2, "num_replicas": 2}], ids=str)
-def test_recovery_wins_back_most_of_the_divergence(
+def test_recovery_lowers_the_divergence(
     llama: Path, text: StreamedSection, shape: Any
 ) -> None:
     training, cluster, held = trained(llama, text, 0.8, **shape)
@@ -107,7 +105,7 @@ def test_recovery_wins_back_most_of_the_divergence(
     assert last.acceptance > 0.9
 
 
-def test_shards_replicas_and_places_change_nothing(
+def test_losses_do_not_depend_on_shards_replicas_and_stores(
     llama: Path, text: StreamedSection
 ) -> None:
     on_disk = Stores(weights="disk", factors="disk", activations="recompute")
@@ -124,7 +122,7 @@ def test_shards_replicas_and_places_change_nothing(
     assert len(set(losses[0])) == 40
 
 
-def test_weights_of_a_teacher_move_once_for_all_sequences_of_a_pass(llama: Path) -> None:
+def test_teacher_on_the_host_takes_all_sequences_of_a_pass_together(llama: Path) -> None:
     placement = loaded(llama, num_replicas=2).placement
     one_pass = Pass(np.zeros((8, LENGTH), dtype=np.int64), of_teacher=True)
     ways: list[tuple[Place, int]] = [("device", 4), ("host", 1)]
@@ -151,7 +149,7 @@ def test_training_ends_when_its_text_ends(llama: Path, text: StreamedSection) ->
     assert held_aside(cluster, held)[0] < 0.9 * training.before
 
 
-def test_a_run_on_a_text(job: Jobs) -> None:
+def test_run_recovers_on_streamed_and_generated_texts(job: Jobs) -> None:
     """The windows after a second shot are others than those after the first.
 
     Some are what the model wrote for the calibration.
@@ -168,7 +166,7 @@ def test_a_run_on_a_text(job: Jobs) -> None:
 
 
 @pytest.mark.parametrize(("device", "share"), [("h100", 0.25), ("cpu", 0.0)])
-def test_share_of_peak(device: str, share: float) -> None:
+def test_share_of_peak_flops(device: str, share: float) -> None:
     """Two shards; the training takes four seconds at all that they have."""
     plan = {
         "device": device,
@@ -195,6 +193,8 @@ def test_share_of_peak(device: str, share: float) -> None:
         ("recovery.num_tokens=9000000", "recovery.texts.0"),
     ],
 )
-def test_texts_that_cannot_be_used(settings: str, message: str, job: Jobs) -> None:
+def test_unsuitable_recovery_texts_are_refused(
+    settings: str, message: str, job: Jobs
+) -> None:
     measured = [runs.windows("python-docs", name="docs", max_tokens=9000)]
     assert message in job.refused(settings, **{**ON_TEXT, "evaluation": measured})

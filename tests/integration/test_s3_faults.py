@@ -197,7 +197,7 @@ def assert_came(uri: str, folder: Path, sound: Done) -> None:
 
 
 @pytest.mark.slow
-def test_two_hundred_faults_and_no_shot_lost(
+def test_no_shot_is_lost_in_two_hundred_faults(
     faulty: type[FaultyProxy], sound: Done, job: Jobs
 ) -> None:
     said = ""
@@ -217,7 +217,7 @@ def test_two_hundred_faults_and_no_shot_lost(
     )
 
 
-def test_everything_on_a_store_that_goes_away_and_comes_back(
+def test_run_resumes_after_an_outage_of_the_store(
     faulty: type[FaultyProxy], sound: Done, job: Jobs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """That ends the run, which keeps its shots."""
@@ -247,7 +247,7 @@ def test_everything_on_a_store_that_goes_away_and_comes_back(
     assert_came(uri, job.folder / "came", sound)
 
 
-def test_records_of_steps_wait_for_a_store_that_is_away(
+def test_events_are_written_after_an_outage_of_the_store(
     faulty: type[FaultyProxy], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Hours of work are not lost for them. A try that has begun meanwhile is noticed once the store
@@ -272,7 +272,7 @@ def test_records_of_steps_wait_for_a_store_that_is_away(
         run.add_event({"step": "costs", "number": 3})
 
 
-def test_refusals_are_not_tried_again(
+def test_missing_files_are_not_retried(
     faulty: type[FaultyProxy], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pauses: list[float] = []
@@ -285,9 +285,7 @@ def test_refusals_are_not_tried_again(
 
 
 @pytest.mark.parametrize("code", ["IncompleteBody", "BadDigest"])
-def test_uploads_that_were_damaged_on_the_way_are_tried_again(
-    code: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_damaged_uploads_are_retried(code: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """s3fs tells them as it tells requests that make no sense."""
     monkeypatch.setattr(retrying, "sleep", lambda seconds: None)
     calls: list[str] = []
@@ -303,7 +301,9 @@ def test_uploads_that_were_damaged_on_the_way_are_tried_again(
     assert retrying.tries_again(upload)("s3://bucket/key") == "done"
 
 
-def test_patience_counts_from_the_first_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_retry_time_counts_from_the_first_failure(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """A transfer of an hour that breaks is tried again, too, and a store that stays away is given
     up.
     """
@@ -333,7 +333,7 @@ def test_patience_counts_from_the_first_failure(monkeypatch: pytest.MonkeyPatch)
     assert len(calls) == 1
 
 
-def test_large_files_go_in_parts_and_come_back_whole(s3: None, cache: Path) -> None:
+def test_large_files_are_uploaded_in_parts(s3: None, cache: Path) -> None:
     tensors = {"large": torch.arange(30_000_000, dtype=torch.float32)}
     size = tensor_files.write("s3://bucket/large.safetensors", tensors)
     assert size > 100 * 2**20
@@ -347,7 +347,7 @@ def test_large_files_go_in_parts_and_come_back_whole(s3: None, cache: Path) -> N
     )
 
 
-def test_a_full_disk_is_said_and_the_shot_before_stays(
+def test_full_disk_is_reported_and_keeps_the_previous_shot(
     job: Jobs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     replace = os.replace

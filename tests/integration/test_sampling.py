@@ -78,7 +78,7 @@ def test_tokens_are_drawn_from_the_model(
 
 
 @pytest.mark.parametrize("family", ["opt", "gemma3", "deepseek_v3"])
-def test_prompts_may_differ_in_length_and_texts_end(
+def test_prompts_may_differ_in_length_and_texts_may_end_early(
     family: str, model_folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(writing, "TEXTS_TOGETHER", 5)
@@ -102,7 +102,7 @@ def test_prompts_may_differ_in_length_and_texts_end(
     assert expected[7] == [], "no room for more than its thirty tokens"
 
 
-def test_a_batch_stops_when_its_texts_have_ended(
+def test_batch_stops_when_its_texts_have_ended(
     model_folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[int] = []
@@ -131,7 +131,7 @@ def test_a_batch_stops_when_its_texts_have_ended(
     assert not cluster.workers[cluster.placement.workers[0]].state.writing
 
 
-def test_texts_of_similar_length_are_written_together() -> None:
+def test_prompts_of_similar_length_are_batched_together() -> None:
     prompts = tuple((1,) * n for n in (9, 1, 8, 2, 7, 3))
     assert GenerationRequest(prompts, 4, num_together=2).batches() == [
         [1, 3],

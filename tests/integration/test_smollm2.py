@@ -23,13 +23,15 @@ steps are 0.125 there; 0.69 to 0.82 were seen.
 pytestmark = pytest.mark.ray
 
 
-def test_the_manifest_is_the_plan_of_its_job(capsys: pytest.CaptureFixture[str]) -> None:
+def test_committed_manifest_matches_the_plan_of_its_job(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     """Of `ray-surgeon plan deploy/base/job.yaml --kubernetes`, to the letter."""
     assert pipeline.cli(["plan", "deploy/base/job.yaml", "--kubernetes"]) == 0
     assert capsys.readouterr().out == Path("deploy/base/rayjob.yaml").read_text()
 
 
-def test_quickstart_on_a_tiny_model_gives_a_smaller_one(
+def test_quickstart_makes_a_tiny_model_smaller(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The quickstart's spec on short sequences, with two Ray workers."""
@@ -68,7 +70,7 @@ def test_quickstart_on_a_tiny_model_gives_a_smaller_one(
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_quickstart_makes_an_ordinary_model_that_is_smaller(
+def test_quickstart_makes_smollm2_smaller(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The quickstart's spec on a short sequence of each text, two of them backward, with two

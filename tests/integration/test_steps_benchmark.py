@@ -12,7 +12,7 @@ from ray_surgeon.maths import products
 from tests.integration.runs import tiny_spec
 
 
-def test_operations_are_those_that_are_done() -> None:
+def test_operations_are_counted() -> None:
     n = 160
     x = torch.randn(n, n)
     assert n**3 >= products.WORTH_IT, "the size is that of the fast way"
@@ -35,7 +35,7 @@ def test_operations_are_those_that_are_done() -> None:
     assert operations.done == {torch.float32: 4 * n**3}
 
 
-def test_every_step_has_seconds_and_operations(
+def test_every_step_reports_seconds_and_operations(
     model_folders: dict[str, Path], tmp_path: Path
 ) -> None:
     """Reconstruction is a part of the update."""

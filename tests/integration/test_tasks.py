@@ -47,7 +47,9 @@ def evaluated(job: Jobs, asked: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.usefixtures("forked")
-def test_tasks_before_and_after(asked: dict[str, Any], job: Jobs) -> None:
+def test_tasks_are_evaluated_before_and_after_pruning(
+    asked: dict[str, Any], job: Jobs
+) -> None:
     """On an export that needs the modeling code beside it."""
     done = job(evaluated(job, asked))
     before = done.report["dense"]["tasks"]["colours"]["acc"]

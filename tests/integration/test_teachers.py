@@ -77,7 +77,7 @@ def larger(model: Path, folder: Path, **changes: Any) -> Path:
     return runs.new_model(config, folder, model)
 
 
-def test_an_export_is_trained_towards_its_dense_model(
+def test_export_is_trained_towards_its_dense_model(
     job: Jobs, llama: Path, recover: Recover
 ) -> None:
     pruned = job({"pruning": UNIFORM, "output__exports": ["uniform"]})
@@ -102,7 +102,7 @@ def test_an_export_is_trained_towards_its_dense_model(
     assert f"trained towards {llama}" in card
 
 
-def test_a_teacher_may_have_other_widths_and_another_depth(
+def test_teacher_may_differ_in_widths_and_depth(
     llama: Path, recover: Recover, tmp_path: Path
 ) -> None:
     """With its own head. The calibration's windows, where it is asked but once."""
@@ -133,7 +133,7 @@ def log_probabilities(folder: Path, tokens: Tensor) -> Tensor:
     return logits[:, :-1].double().log_softmax(dim=-1)
 
 
-def test_shards_and_replicas_change_nothing(
+def test_results_do_not_depend_on_shards_and_replicas(
     llama: Path, recover: Recover, tmp_path: Path
 ) -> None:
     model = weaker(llama, tmp_path / "weak")
@@ -154,7 +154,7 @@ def test_shards_and_replicas_change_nothing(
     assert four.shot["divergence"] == pytest.approx(one.shot["divergence"], rel=1e-3)
 
 
-def test_a_run_goes_on_with_the_teacher_s_head(
+def test_finished_run_rewrites_lost_exports_and_refuses_a_changed_teacher(
     llama: Path, recover: Recover, tmp_path: Path
 ) -> None:
     """Exports that were lost are written again, and another teacher is another run."""
@@ -210,7 +210,7 @@ def test_a_run_goes_on_with_the_teacher_s_head(
         ),
     ],
 )
-def test_impossible_teachers_are_refused(
+def test_unsuitable_teachers_are_refused(
     settings: str, message: str, job: Jobs, llama: Path, tmp_path: Path
 ) -> None:
     made = {
@@ -234,7 +234,7 @@ def renamed(model: Path, folder: Path) -> Path:
     return folder
 
 
-def test_the_command_and_the_function(
+def test_recover_from_python_and_from_the_command_line(
     llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     text = runs.windows("python-docs", 6, max_tokens=9000)
