@@ -1,4 +1,4 @@
-"""Recoveries that train all weights of the blocks."""
+"""Recovery that trains all weights of the blocks."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_sharded_and_replicated_training_matches_one_process(llama: Path) -> Non
         found = trained(cluster, text, **options)
         assert found.undone is None
         assert found.held[-1].value < found.before
-        # float32 weights are their own masters
+        # float32 weights need no separate masters
         assert found.absorbed == pytest.approx(1)
         results.append([parameters(cluster, replica) for replica in range(sizes[1])])
     ((alone,), replicas) = results
@@ -112,7 +112,7 @@ def test_all_weights_are_committed_resumed_and_exported(
         shutil.copytree(job.folder / "resumed/run", job.folder / "aside")
         untrained = job(changes, "--resume", folder="resumed", output__exports=[])
         assert torch.equal(untrained.tensors(2)[norm], first), (
-            "what an earlier try trained"
+            "the weights that an earlier attempt trained are kept"
         )
     shutil.rmtree(untrained.uri)
     (job.folder / "aside").rename(untrained.uri)

@@ -1,4 +1,4 @@
-"""What cannot work ends in exit code 2 with a clear message, before a worker starts, and overwrites
+"""Invalid input ends in exit code 2 with a clear message, before a worker starts, and overwrites
 nothing.
 """
 
@@ -140,7 +140,7 @@ def test_suggested_memory_limit_is_sufficient(job: Jobs) -> None:
 def test_output_head_of_a_tied_model_must_equal_the_embedding(
     job: Jobs, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A second copy of the embedding is right, and so is an index that is left over."""
+    """A second copy of the embedding and a leftover index file are accepted."""
     left_over = {"weight_map": {"x": "model-00001-of-00002.safetensors"}}
     (model / "model.safetensors.index.json").write_text(json.dumps(left_over))
     tensors = load_file(model / "model.safetensors")
@@ -183,7 +183,7 @@ def test_run_directory_with_other_contents_is_refused(job: Jobs) -> None:
 
 
 def test_channels_that_tensor_parallel_cannot_split_are_refused(job: Jobs) -> None:
-    """Heads are not all that an engine splits."""
+    """Engines split feed-forward channels as well as heads."""
     model = copied_model(job.models["llama"], job.folder / "odd", intermediate_size=50)
     (model / "model.safetensors").unlink()
     split = f"{GROUPS}=[attention]; pruning.tensor_parallel=4"
@@ -193,7 +193,7 @@ def test_channels_that_tensor_parallel_cannot_split_are_refused(job: Jobs) -> No
 
 
 def test_speed_requests_beyond_the_last_position_are_refused(job: Jobs) -> None:
-    """In GPT-2 they would fail when everything is done; a Llama takes them."""
+    """GPT-2 would fail only after pruning; a Llama accepts such requests."""
     groups = f"{GROUPS}=[ffn]; pruning.width_multiple=8; output.exports=[per_block]"
     speed = f"{groups}; output.speed={{prompt_length: 100, num_new_tokens: 29}}"
     message = job.refused(speed, model="gpt2")
@@ -231,8 +231,8 @@ def test_unreachable_s3_is_reported(job: Jobs, monkeypatch: pytest.MonkeyPatch) 
 def test_resuming_a_changed_job_names_the_changes(
     job: Jobs, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What does not matter may change; and a folder of a run that was killed at once can be used,
-    the weights may be links, and a drawing that fails ends no run.
+    """The name of a job may change. Also: the folder of a run that was killed at its start can be
+    used, weights may be symbolic links, and a failing report page does not end the run.
     """
 
     def fail(*arguments: object) -> str:

@@ -1,4 +1,4 @@
-"""A target for the whole model: parameters, bytes, operations or seconds."""
+"""Targets for the whole model: parameters, bytes, operations or seconds."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_target_is_not_exceeded(unit: str, allocation: str, kind: str, job: Jobs
 
 
 def seconds(channels: int, heads: int) -> float:
-    """Channels are free between 16 and 32."""
+    """Return the seconds of a block; channels between 16 and 32 cost nothing."""
     return (
         0.01
         + 0.001 * (channels if channels < 16 else max(16, channels - 16))
@@ -76,7 +76,7 @@ def seconds(channels: int, heads: int) -> float:
 
 
 def a_table(folder: Path) -> Path:
-    """A table of an engine in which the prompt of a request takes twice as long as new tokens."""
+    """Write the latency table of an engine whose prefill takes twice as long as its decoding."""
     sizes = sizes_of(LAYOUTS["llama"], "llamacpp", 8)
     assert sizes == {
         "dense": [(4, 48, 2)],
@@ -171,7 +171,9 @@ def test_unsuitable_latency_tables_are_refused(
 
 
 def test_latency_target_with_widths_that_differ_by_block(job: Jobs) -> None:
-    """By one threshold; a target that is out of reach says what is possible."""
+    """One threshold decides for all blocks. An error for an unreachable target gives the smallest
+    possible value.
+    """
     dense = 3 * (0.1 + 4 * seconds(48, 2))
     table = str(a_table(job.folder))
     options = GROUPS | {"pruning__target": {"latency_s": 0.8 * dense, "table": table}}
@@ -180,13 +182,13 @@ def test_latency_target_with_widths_that_differ_by_block(job: Jobs) -> None:
     options["pruning__target"] = {"latency_s": 0.001, "table": table}
     error = job(options, folder="other", code=2).error
     assert "the model needs at least 0.564" in error
-    assert "--resume" not in error, "it would be the same again"
+    assert "--resume" not in error, "resuming would fail again"
 
 
 def test_latency_table_of_transformers(
     job: Jobs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The whole model is timed in a process of its own; for others the seconds are given."""
+    """Only the whole model is really timed, in its own process; the seconds of others are given."""
     measured = dict[str, tuple[float, float]]()
 
     def timed(command: list[str]) -> tuple[float, float]:
@@ -285,8 +287,8 @@ def test_plan_prints_the_needs_of_the_dense_model(job: Jobs) -> None:
 
 
 def test_tensor_parallel_keeps_heads_and_widths_divisible(job: Jobs) -> None:
-    """Over two devices: KV heads come in pairs or are one that is copied, query heads and channels
-    in pairs.
+    """On two devices the number of KV heads is even, or one that is copied; the numbers of query
+    heads and channels are even.
     """
     config = config_like(
         "llama", num_attention_heads=8, num_key_value_heads=8, head_dim=4

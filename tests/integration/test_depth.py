@@ -1,4 +1,4 @@
-"""Whole layers: blocks, attentions and feed-forward layers are removed, and exported without."""
+"""Removal of whole blocks, attention layers and feed-forward layers, and exports without them."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_attention_and_ffn_layers_of_every_family_are_removed(
 def test_a_cost_is_what_the_removal_changes(
     job: Jobs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What makes up for it is kept where it makes it less."""
+    """The update of the preceding linear is kept only if it lowers the divergence."""
     monkeypatch.setattr(passes, "EVERY", 1)
     done = job(BLOCKS, pruning__target_sparsity=0.5, calibration__num_sequences=20)
     first, second = done.shot["layers_removed"]
@@ -138,7 +138,7 @@ def test_baseline_costs_choose_layers_without_updates(costs: str, job: Jobs) -> 
 def test_influence_is_one_minus_the_cosine(llama: Path) -> None:
     tokens = torch.arange(40).reshape(2, 20)
     model = AutoModelForCausalLM.from_pretrained(llama)
-    # the last of these is after the final norm
+    # the last hidden state is after the final norm
     states = list(model(tokens, output_hidden_states=True).hidden_states)
     cluster = loaded(llama, 2, 2)
     of_blocks = passes.influences_of(cluster, tokens.numpy())
@@ -154,7 +154,7 @@ def test_influence_is_one_minus_the_cosine(llama: Path) -> None:
 def test_removed_layer_is_folded_into_the_preceding_linear(
     family: str, linear: str, model_folders: dict[str, Path]
 ) -> None:
-    """By exact least squares, its bias included; and back."""
+    """The fold is the exact least squares solution, bias included, and can be undone."""
     model = AutoModelForCausalLM.from_pretrained(model_folders[family])
     tokens = torch.randint(
         VOCABULARY, (6, 30), generator=torch.Generator().manual_seed(1)
@@ -240,7 +240,7 @@ SIZES = BLOCKS | {"pruning__target_sparsity": None, "pruning__sizes": [0.25, 0.5
 
 
 def test_each_of_several_sizes_matches_a_run_to_that_size(job: Jobs) -> None:
-    """Each as a run of its own to that size with as many shots, recovery and exports included."""
+    """Shots, recovery and exports are bit-identical to those of a run with one size."""
     options = SIZES | LORA | {"output__exports": ["uniform"], "output__keep_shots": 1}
     speed = {"prompt_length": 8, "num_new_tokens": 2, "num_repeats": 1}
     options |= {"recovery__num_tokens_between_shots": 0}

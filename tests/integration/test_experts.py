@@ -1,6 +1,4 @@
-"""Mixtures of experts through the whole pipeline: channels of experts, whole experts, all kinds
-together.
-"""
+"""Mixtures of experts in whole runs: channels of experts, whole experts, and all kinds together."""
 
 from __future__ import annotations
 
@@ -30,14 +28,14 @@ OFTEN = {"deepseek_v3", "glm4_moe", "gpt_oss", "qwen2_moe"}
 
 
 def exported(done: Done) -> dict[str, Any]:
-    """Return what a run says of its only export."""
+    """Return the record of the only export of a run."""
     (export,) = done.exports
     assert export["reload_max_logit_difference"] < 1e-4
     return export
 
 
 def older(model: Path, folder: Path) -> Path:
-    """Return a copy that calls the number of experts by one name only, as older checkpoints do."""
+    """Return a copy whose config names the number of experts as older checkpoints do."""
     copied_model(model, folder)
     document = json.loads((folder / "config.json").read_text())
     document["num_experts"] = document.pop(
@@ -49,7 +47,7 @@ def older(model: Path, folder: Path) -> Path:
 
 @pytest.mark.parametrize("family", WITHOUT_GROUPS)
 def test_uniform_export_has_fewer_and_narrower_experts(family: str, job: Jobs) -> None:
-    """Where shared experts are as wide as others by definition, all keep their widths."""
+    """Experts keep their widths in a family whose shared experts have the same width."""
     kinds = ["experts"] if family == "glm4_moe" else ["experts", "expert_channels"]
     kinds += ["shared_experts"] if family == "qwen2_moe" else []
     options = UNIFORM | {"pruning__groups": kinds, "pruning__target_sparsity": 0.25}
@@ -90,7 +88,7 @@ def test_uniform_export_has_fewer_and_narrower_experts(family: str, job: Jobs) -
     ],
 )
 def test_all_kinds_of_groups_share_one_threshold(family: str, job: Jobs) -> None:
-    """But no groups of experts of which a router chooses some, as those of DeepSeek-V3."""
+    """Routers that choose groups of experts, such as DeepSeek-V3's, keep all experts."""
     has_groups = family == "deepseek_v3"
     if has_groups:
         assert "2 groups of experts" in job.refused(WHOLE, **GROUPS, model=family)
@@ -108,7 +106,7 @@ def test_all_kinds_of_groups_share_one_threshold(family: str, job: Jobs) -> None
 
 
 def test_expert_pruning_does_not_depend_on_shards_replicas_and_stores(job: Jobs) -> None:
-    """And a run that goes on after experts went."""
+    """A run that resumes after the removal of experts gives the same bits too."""
     host = {"memory__weights": "host", "memory__factors": "host"}
     ways: dict[str, dict[str, Any]] = {
         "one": {},
@@ -153,7 +151,7 @@ def test_other_methods_prune_experts_as_linears(
 
 
 def test_attention_sinks_are_removed_with_their_heads(job: Jobs) -> None:
-    """Half of the heads go, in a plain class, with their sinks."""
+    """Half of the heads and their sinks are removed; the export is a transformers class."""
     options = UNIFORM | {
         "pruning__groups": ["attention"],
         "pruning__target_sparsity": 0.03,
@@ -164,7 +162,7 @@ def test_attention_sinks_are_removed_with_their_heads(job: Jobs) -> None:
 
 @pytest.mark.parametrize("method", ["sparsegpt", "wanda; curvature=null"])
 def test_expert_without_tokens_keeps_its_largest_weights(method: str, job: Jobs) -> None:
-    """It may be called yet."""
+    """Other text may route tokens to it."""
     folder = copied_model(job.models["glm4_moe"], job.folder / "model")
     model = AutoModelForCausalLM.from_pretrained(folder)
     last = model.model.layers[-1].mlp
@@ -181,7 +179,7 @@ def test_expert_without_tokens_keeps_its_largest_weights(method: str, job: Jobs)
 
 
 def test_layer_at_its_minimum_of_experts_passes_later_shots(job: Jobs) -> None:
-    """Its router, which takes the best two of a group, cannot be asked without one of its two."""
+    """Its router sums the best two experts of a group, so a group cannot have fewer than two."""
     options = EXPERTS | {"pruning__num_shots": 4, "pruning__target_sparsity": 0.24}
     done = job(options, model="glm4_moe", output__exports=["uniform"])
     shots = done.shots
@@ -195,7 +193,7 @@ def test_layer_at_its_minimum_of_experts_passes_later_shots(job: Jobs) -> None:
 def test_experts_with_the_lowest_baseline_scores_are_removed(
     score: str, job: Jobs
 ) -> None:
-    """The experts of the lowest scores go, equally many a block; no gradients are needed."""
+    """Every block loses the same number of experts, and no gradients are needed."""
     options = EXPERTS | {"pruning__expert_costs": score, "model": "olmoe"}
     shot = job(options, folder="forward", curvature__kind="activations").shot
     if score == "reap":
@@ -203,7 +201,7 @@ def test_experts_with_the_lowest_baseline_scores_are_removed(
         assert shot["expert_costs"] == pytest.approx(both, rel=1e-4)
     if score == "random":
         assert len(set(shot["expert_costs"].values())) == len(shot["expert_costs"]), (
-            "no two layers"
+            "every expert has its own score"
         )
     for experts in LAYOUTS["olmoe"].expert_sets:
         costs = {
@@ -262,7 +260,7 @@ def test_flops_target_counts_only_the_experts_of_a_token(
     active = sum(
         shape.size * (1 if shape.sees_all_tokens else 2 / 6) for shape in layout.linears
     )
-    # blocks, a multiply-add for q.k and one for the sum, dimensions of a head, heads, tokens before
+    # blocks, multiply-adds for q.k and the sum, head dimension, heads, mean number of past tokens
     scores = 4 * 4 * 8 * 4 * 17 / 2
     flops = 2 * (active + layout.config.vocab_size * layout.config.hidden_size) + scores
     target = {"flops": int(0.9 * flops), "prompt_length": 16}
@@ -273,12 +271,12 @@ def test_flops_target_counts_only_the_experts_of_a_token(
 
 
 def test_mxfp4_checkpoint_is_unpacked(job: Jobs) -> None:
-    """As gpt-oss is published: MXFP4, with weights on disk, and an export in the job's dtype that
-    says nothing of it.
+    """gpt-oss is published in MXFP4. The export is in the job's dtype and its config does not
+    mention MXFP4.
     """
     dense = job.models["gpt_oss"]
     state = load_file(dense / "model.safetensors")
-    for name, tensor in state.items():  # a width that blocks of 32 fill
+    for name, tensor in state.items():  # widen to a multiple of the block size of 32
         if "experts" in name and name.endswith("down_proj"):
             state[name] = torch.cat([tensor, tensor[:, :16]], dim=1)
         elif "gate_up" in name:
@@ -298,8 +296,8 @@ def test_mxfp4_checkpoint_is_unpacked(job: Jobs) -> None:
 def test_magnitude_pruning_uses_one_threshold_for_experts_and_attention(
     job: Jobs,
 ) -> None:
-    """The identity is no sum over tokens, of which an expert would have few: one threshold on |w|
-    over the whole model.
+    """Identity curvature does not depend on the number of tokens of an expert: one threshold on |w|
+    holds for the whole model.
     """
     magnitude = (
         "curvature.kind=identity; pruning.structure=element; pruning.costs=obd; "

@@ -1,6 +1,4 @@
-"""Gemma 3 270M, a second real model of another family: from a package index, off by default (`-m
-network`).
-"""
+"""Pruning Gemma 3 270M, which is downloaded; off by default (`-m network`)."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Answers of the dense model and of pruned ones: against transformers, whatever the workers are,
-and in every report.
+"""Generated answers of dense and pruned models: against transformers, on several workers, and in
+reports.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from ray_surgeon.evaluation.answers import (
 from ray_surgeon.evaluation.prompts import check_prompts
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.report import display as tables
-from ray_surgeon.report.html_report import LivePage, excerpt, page, rendered
+from ray_surgeon.report.html_report import excerpt, page, rendered
 from ray_surgeon.run.result import PruneResult
 from tests.conftest import VOCABULARY
 from tests.integration.runs import Jobs, loaded
@@ -39,11 +39,11 @@ PROMPTS = tuple(
     for number, length in enumerate((3, 9, 1, 6, 4))
 )
 ENDS = frozenset(range(0, VOCABULARY, 9))
-"""So many that some answers end."""
+"""End tokens, frequent enough that some answers end."""
 
 
 def damage(cluster: LocalCluster, factor: float) -> None:
-    """Weaken all linears."""
+    """Scale the weights of all linears."""
     for worker in cluster.workers.values():
         for name in worker.shard.linears:
             worker.shard.set_weight(name, factor * worker.shard.weight(name))
@@ -53,8 +53,8 @@ def damage(cluster: LocalCluster, factor: float) -> None:
 def by_transformers(
     folder: Path, factor: float
 ) -> tuple[Answers, dict[str, float], list[list[int]]]:
-    """Return the dense answers, the means over their tokens, and the answers of the damaged model,
-    without our own code.
+    """Return the dense answers, their mean measures, and the answers of the damaged model, computed
+    by transformers alone.
     """
     dense, pruned = (AutoModelForCausalLM.from_pretrained(folder) for _ in range(2))
     for name in ModelLayout.of(dense.config).shapes if factor != 1 else ():
@@ -97,10 +97,10 @@ def assert_as_by_itself(cluster: LocalCluster, answers: Answers) -> None:
 
 @pytest.mark.parametrize("family", ["gpt2", "gemma3", "mixtral"])
 def test_answers_match_transformers(family: str, model_folders: dict[str, Path]) -> None:
-    # transformers has its experts in one tensor
+    # transformers stores its experts in one tensor
     factor = 1.0 if family == "mixtral" else 0.95
     expected, means, own = by_transformers(model_folders[family], factor)
-    assert 0 < sum(expected.ended) < len(PROMPTS), "some end"
+    assert 0 < sum(expected.ended) < len(PROMPTS), "some answers end"
     found = []
     for workers in WORKERS:
         cluster = loaded(model_folders[family], *workers)
@@ -181,16 +181,10 @@ def test_records_shorten_texts_and_summarise_departures() -> None:
     assert shot["tokens_until_departure"] == {"mean": 0.5, "median": 0.5}
 
 
-@pytest.fixture(scope="module")
-def without(
-    tmp_path_factory: pytest.TempPathFactory, model_folders: dict[str, Path]
-) -> Record:
+@pytest.fixture
+def without(job: Jobs) -> Record:
     """Return the report of a run that compares no answers."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(LivePage, "draw", lambda self, record, *, final: None)
-        return Jobs(model_folders, tmp_path_factory.mktemp("generation"))(
-            name="old"
-        ).report
+    return job.baseline(name="old").report
 
 
 @pytest.fixture
@@ -239,7 +233,9 @@ def test_page_escapes_answers(without: Record, compared: Record) -> None:
     assert html.index("accepted of the dense model") < html.index("linears removed")
     assert 'id="run-1-answers"' in html
     together = page([without, compared])
-    assert together.count("<th>accepted</th>") == 3, "of both runs, and two of one"
+    assert together.count("<th>accepted</th>") == 3, (
+        "one for both runs, and two for the second run"
+    )
     assert "accepted" not in page([without])
     compared["shots"][0].pop("generation")
     compared["shots"][1]["generation"]["not_ended"] = None

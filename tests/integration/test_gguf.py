@@ -1,5 +1,5 @@
-"""GGUF files: what they hold is what was pruned, and what llama.cpp would misread is refused.
-Whether it reads them: tests/serve.
+"""GGUF files hold the pruned tensors, and models that llama.cpp would misread are refused.
+tests/serve loads such files in llama.cpp.
 """
 
 from __future__ import annotations
@@ -45,9 +45,7 @@ def fields_of(file: Path) -> dict[str, Any]:
 
 
 def test_gguf_has_the_tensors_of_the_uniform_export(job: Jobs) -> None:
-    """The same tensors as the uniform export, heads rotated in pairs; the eight-bit file is close
-    to them.
-    """
+    """Heads are permuted to rotate in pairs. The eight-bit file is close to the float32 file."""
     options = GROUPS | {
         "pruning__allocation": "uniform",
         "output__exports": ["uniform", "gguf"],
@@ -97,7 +95,9 @@ DEEP = {"pruning__groups": ["blocks", "ffn"], "pruning__depth__num_removed": 1}
 def test_importance_matrix_sums_squared_inputs(
     options: dict[str, Any], job: Jobs
 ) -> None:
-    """The sums of squares of what the linears of the uniform export see on the calibration."""
+    """The matrix holds the sums of squared inputs of the exported linears over the calibration
+    text.
+    """
     options = options | {
         "pruning__allocation": "uniform",
         "output__exports": ["uniform", "gguf"],
@@ -133,7 +133,7 @@ def test_importance_matrix_sums_squared_inputs(
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "gpt_oss"])
 def test_gguf_joins_the_experts_of_a_layer(family: str, job: Jobs) -> None:
-    """The tensors are those of the uniform export, however a checkpoint has them."""
+    """The tensors equal those of the uniform export, whatever the layout of the checkpoint."""
     options = {
         "pruning__allocation": "uniform",
         "output__exports": ["uniform", "gguf"],
@@ -180,7 +180,7 @@ def test_gguf_joins_the_experts_of_a_layer(family: str, job: Jobs) -> None:
 
 
 def test_experts_without_tokens_have_equal_importance(tmp_path: Path) -> None:
-    """llama.cpp puts ones where it finds no count, and divides by the others."""
+    """llama.cpp uses ones where a count is zero, and divides by the count elsewhere."""
     squares = torch.tensor([[1.0, 4.0], [0.0, 0.0]])
     write_imatrix(
         {"blk.0.ffn_up_exps.weight": squares}, ["text"], (2, 8), tmp_path / "m.gguf"
@@ -303,7 +303,7 @@ DIGITS = {"type": "Digits", "individual_digits": True}
 def test_pre_tokenizers_are_identified(
     pre_tokenizer: Any, normalizer: Any, expected: str | ValueError
 ) -> None:
-    """A normaliser that llama.cpp would leave out is refused."""
+    """A normaliser that llama.cpp would ignore is refused."""
     document = {"model": {"type": "BPE"}, "decoder": {"type": "ByteLevel"}}
     document |= {"pre_tokenizer": pre_tokenizer, "normalizer": normalizer}
     if isinstance(expected, ValueError):
@@ -314,7 +314,7 @@ def test_pre_tokenizers_are_identified(
 
 
 def test_added_tokens_of_spaces_are_converted() -> None:
-    """Gemma's; llama.cpp takes U+2581 for a space in pieces only."""
+    """Gemma has such tokens; llama.cpp reads U+2581 as a space in pieces only."""
     added = [
         {"id": 1, "content": "\u2581\u2581", "special": False},
         {"id": 2, "content": "<\u2581>", "special": True},
@@ -340,7 +340,7 @@ def write_whole(model: Path, num_heads: int, file: Path) -> float:
 def test_damaged_tensor_in_the_file_is_an_error(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What is read again is compared with what it was made from."""
+    """The written file is read again and compared with its source."""
     read = Tensors.read
     written = list[str]()
 

@@ -1,4 +1,4 @@
-"""Coupled groups: what is removed can be cut out without a change of the logits."""
+"""Removed coupled groups can be cut out of the model without a change of the logits."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ CASES = [
 def test_groups_of_every_family_are_removed_whole(
     family: str, way: str, job: Jobs
 ) -> None:
-    """Consumers lose exactly the columns whose producers lose their rows; the masked model and
-    the smaller one say so.
+    """Consumers lose exactly the columns whose producers lose their rows, in the masks and in the
+    smaller export.
     """
     kind = "uniform" if way == "uniform" else "per_block"
     options = GROUPS | WAYS[way] | {"output__exports": ["masked", kind]}
@@ -54,7 +54,7 @@ def test_groups_of_every_family_are_removed_whole(
     for groups in LAYOUTS[family].group_sets:
         columns = tensors[f"{groups.consumer}.columns"][groups.columns]
         assert (columns.all(dim=1) | ~columns.any(dim=1)).all(), (
-            "a group goes whole or not at all"
+            "a group is removed as a whole"
         )
         removed = ~columns.all(dim=1)
         for name, rows in groups.producers:
@@ -95,7 +95,7 @@ def test_groups_of_every_family_are_removed_whole(
 
 
 def test_uniform_groups_on_shards_and_replicas_match_one_worker(job: Jobs) -> None:
-    """To one width; test_experts.py has those that differ."""
+    """All blocks get one width; test_experts.py tests widths that differ."""
     target = {"parameters": int(0.8 * parameters_budget(LAYOUTS["llama"]).dense)}
     options = GROUPS | {"pruning__allocation": "uniform", "pruning__num_shots": 2}
     options |= {"pruning__target": target, "pruning__target_sparsity": None}
@@ -107,8 +107,8 @@ def test_uniform_groups_on_shards_and_replicas_match_one_worker(job: Jobs) -> No
 
 
 def test_removed_ffn_channels_do_not_reach_the_logits(job: Jobs) -> None:
-    """What the masks call pruned does not reach the logits: noise in the rows that were removed,
-    with the consumer's columns zero.
+    """Noise in the removed rows does not change the logits, because the consumer's columns are
+    zero.
     """
     options = GROUPS | {"pruning__groups": ["ffn"], "output__exports": ["masked"]}
     done = job(options, pruning__num_shots=2)

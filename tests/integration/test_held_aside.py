@@ -1,5 +1,5 @@
-"""Windows held aside: no stage is fitted on them, stages are measured on them, and what does not
-help is undone.
+"""Windows held aside: no stage is fitted on them, stages are measured on them, and training that
+does not help is undone.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ def trained(cluster: LocalCluster, text: CalibrationText, **options: Any) -> Tra
 
 
 def measured(monkeypatch: pytest.MonkeyPatch, *measures: float) -> None:
-    """Let measures on the windows held aside be these."""
+    """Replace the measures on windows held aside."""
     come = iter(measures)
     monkeypatch.setattr(f"{TRAINING}.held_aside", lambda *_: (next(come), None))
 
@@ -130,13 +130,15 @@ def test_corrections_choose_a_rate_and_lower_the_measure(loss: str, llama: Path)
     assert (*harmful, first) == RATES[: len(found.tried)]
     assert all(found.tried[rate] > HARMLESS * before for rate in harmful)
     assert first / found.rate == 2 ** round(math.log2(first / found.rate)), (
-        "halved, or as it was"
+        "the rate was halved some times or never"
     )
     assert (found.held[0].steps, found.held[0].value) == (0, before)
     after = held_measure(cluster, text, loss)
     assert after < before
     last = found.held[-1].value
-    assert last == pytest.approx(after, rel=1e-3), "that of the absorbed weights"
+    assert last == pytest.approx(after, rel=1e-3), (
+        "the last measure is that of the absorbed weights"
+    )
     assert last == pytest.approx(min(check.value for check in found.held), rel=1e-3)
 
 
@@ -148,7 +150,7 @@ def test_corrections_choose_a_rate_and_lower_the_measure(loss: str, llama: Path)
 def test_highest_harmless_rate_is_chosen(
     measures: list[float], taken: int, llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of all that are harmful the lowest one; every trial begins where the first one did."""
+    """If all rates do harm, the lowest one is chosen. Every trial starts from the same state."""
     cluster, text = pruned(llama)
     losses = list[float]()
 
@@ -163,7 +165,7 @@ def test_highest_harmless_rate_is_chosen(
     assert found.tried == dict(zip(RATES, measures, strict=False))
     assert found.rate == RATES[taken]
     assert len(found.losses) == 32, (
-        "the steps of the trial that was taken are of the training"
+        "the steps of the chosen trial count towards the training"
     )
     num_steps = (len(losses) - 32) // max(1, len(measures) - 1)
     assert len({losses[number * num_steps] for number in range(len(measures))}) == 1
@@ -190,10 +192,10 @@ def test_nan_loss_undoes_the_training(
 def test_rate_is_halved_if_the_measure_rises(
     llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """From the best state on, which is the one that is absorbed."""
+    """Training goes on from the best state, which is also the one that is absorbed."""
     cluster, text = pruned(llama)
-    # before, two trials, then three checks, of which 0.7 is the best and the others are above it by
-    # more than is tolerated; then the best state as it is rounded
+    # the start, two trials, then three checks: 0.7 is the best, and the others exceed it
+    # by more than the tolerance; last the best state after rounding
     measured(monkeypatch, 1.0, 1.1, 0.8, 0.7, 0.9, 0.85, 0.72)
     found = trained(cluster, text)
     assert list(found.tried.values()) == [1.1, 0.8]
@@ -219,7 +221,7 @@ def test_corrections_do_not_depend_on_shards_and_replicas(llama: Path) -> None:
 def test_diverging_corrections_are_undone(
     rate: float, dtype: str, why: str, job: Jobs
 ) -> None:
-    """Those that rounding takes away likewise: in bfloat16 a tiny one changes no weight."""
+    """So are corrections that rounding removes: in bfloat16 tiny ones change no weight."""
     options = ONE | {"model__dtype": dtype}
     done = job(
         options,
@@ -234,7 +236,9 @@ def test_diverging_corrections_are_undone(
     assert "no state was better on the windows held aside" in shot["recovery_undone"]
     assert why in shot["recovery_undone"]
     assert shot["recovery_absorbed"] == 0
-    assert (len(shot["recovery_losses"]) < 32) == (why == "diverged"), "it was given up"
+    assert (len(shot["recovery_losses"]) < 32) == (why == "diverged"), (
+        "diverging training stops early"
+    )
     assert shot["divergence_held_aside"] == pytest.approx(
         shot["recovery_held_aside"][0]["value"]
     )
@@ -247,7 +251,7 @@ def test_diverging_corrections_are_undone(
 def test_every_check_is_reported_and_drawn(
     job: Jobs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """While the training goes on, and afterwards."""
+    """The log and the page show the checks during the training and after it."""
     pages = list[Mapping[str, Any]]()
     monkeypatch.setattr(
         LivePage, "draw", lambda self, record, *, final: pages.append(record)
@@ -320,7 +324,7 @@ def test_chosen_damping_does_not_depend_on_shards_and_replicas(job: Jobs) -> Non
 
 
 def test_default_damping_with_fewer_windows_than_replicas(job: Jobs) -> None:
-    """It is that of the defaults."""
+    """Without a window for each replica, the damping is the default one."""
     options = ONE | CHOOSES | {"cluster__num_replicas": 4}
     auto = job(options)
     assert "damping_chosen" not in auto.shot
@@ -342,8 +346,8 @@ def prompts_file(folder: Path, *records: Any) -> str:
 
 
 def test_run_weighs_only_answers_of_conversations(job: Jobs) -> None:
-    """In a whole run with a chat template: written conversations, corrections, the comparison of
-    answers, and going on later.
+    """A whole run with a chat template generates conversations, trains corrections, compares
+    answers and resumes.
     """
     model = copied_model(job.models["llama"], job.folder / "chatty")
     tokenizer = AutoTokenizer.from_pretrained(model)
@@ -398,6 +402,6 @@ def test_calibration_holds_prompts_aside_for_evaluation(job: Jobs) -> None:
     assert not left & set(held)
     by_hand = checked({"texts": [PYTHON_DOCS], "generation": {"max_new_tokens": 8}})
     beginnings = by_hand.stages.dense_answers.prompt_set.prompts
-    assert len(beginnings) == 3, "of the evaluation text's windows"
+    assert len(beginnings) == 3, "prompts are cut from the windows of the evaluation text"
     off = checked({"texts": [PYTHON_DOCS], "generation": None})
     assert off.stages.dense_answers is None

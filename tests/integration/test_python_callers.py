@@ -1,5 +1,5 @@
-"""What a program that calls `prune()` and `curvature()` may be doing itself: threads, modes of
-torch, models of other kinds.
+"""Programs that call `prune()` and `curvature()` with threads, modes of torch, and other types of
+arguments.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ Perplexity = dict[str, tuple[float, float]]
 
 @pytest.fixture(scope="module", autouse=True)
 def text(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """A file is read sooner than the help of Python."""
+    """Use this file as the text, since it is read faster than Python's help."""
     TEXT["source"] = shutil.copy(__file__, tmp_path_factory.mktemp("text") / "text.txt")
 
 
@@ -58,7 +58,7 @@ def prune(
 def expected(
     model_folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Perplexity:
-    """The perplexities of a run by itself."""
+    """Return the perplexities of a run without concurrent runs."""
     output = tmp_path_factory.mktemp("alone") / "run"
     return prune(in_memory(model_folders["llama"]), output).perplexity
 
@@ -66,7 +66,7 @@ def expected(
 def test_runs_in_threads_are_independent(
     expected: Perplexity, given: Given, tmp_path: Path
 ) -> None:
-    """Models are built without weights meanwhile, which no other thread may see."""
+    """Runs build models on the meta device, which must not affect other threads."""
     num_threads = torch.get_num_threads()
     is_over = threading.Event()
 
@@ -98,9 +98,7 @@ def test_runs_in_threads_are_independent(
 
 @contextmanager
 def precision(name: str) -> Iterator[None]:
-    """Let torch multiply float32 as it may; see `torch.set_float32_matmul_precision`. Inside of
-    runs it does not.
-    """
+    """Set `torch.set_float32_matmul_precision` in the `with` block, and check that it stays."""
     torch.set_float32_matmul_precision(name)
     before = precisions()
     try:
@@ -156,7 +154,7 @@ def test_torch_modes_of_the_caller_do_not_affect_a_run(
 
 
 def test_run_resumes_only_with_the_same_model(given: Given, tmp_path: Path) -> None:
-    """Weights in the middle of a file count as well."""
+    """A change of one weight in the middle of a file is found."""
     model, tokenizer = given
     weight = model.model.layers[0].mlp.up_proj.weight
     before = weight.detach().clone()
@@ -168,7 +166,7 @@ def test_run_resumes_only_with_the_same_model(given: Given, tmp_path: Path) -> N
             prune(given, output, resume=True)
         with torch.no_grad():
             weight.copy_(before)
-        # which it writes into its file from then on
+        # the tokenizer writes these settings into its file from then on
         tokenizer("some words", truncation=True, max_length=2)
         assert prune(given, output, resume=True).perplexity == first.perplexity
 
@@ -193,7 +191,7 @@ def test_incompletely_saved_model_is_saved_again(
     (run / "report.json").unlink()
     prune(given, run, resume=True)
     assert (run / "source/model.safetensors").exists(), (
-        "the run has begun again, and reads it"
+        "the run starts again and reads the model"
     )
     (run / "source/tokenizer.json").unlink()
     prune(given, run, resume=True)

@@ -1,6 +1,4 @@
-"""Quantised copies: what is stored, how far it is from the export, and that transformers evaluates
-it.
-"""
+"""Quantised exports: stored tensors, differences from the unquantised export, and evaluation."""
 
 from __future__ import annotations
 
@@ -30,11 +28,11 @@ UNIFORM: dict[str, Any] = {
 DTYPES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 DTYPES |= {"w4a16": torch.int32, "w8a16": torch.int32}
 SIZE = {"w4a16": 16, "w8a16": 16}
-"""Columns that share a scale."""
+"""Number of columns that share a scale."""
 
 
 def restored(stored: dict[str, Tensor], scheme: QuantizationScheme) -> Tensor:
-    """Return the weight that a program computes with."""
+    """Return the decompressed weight."""
     compressor = BaseCompressor.get_value_from_registry(scheme.format)
     weight: Tensor = compressor.decompress(dict(stored), scheme)["weight"]
     return weight
@@ -75,7 +73,7 @@ REFUSED: dict[str, dict[str, Any]] = {
     "group_size 128 does not divide the columns of model.layers.0": four_bits(
         "ffn", None
     ),
-    # it has 32 columns, of which an engine gives each device half
+    # o_proj has 32 columns, and each of two devices gets half of them
     "o_proj, of which a multiple of 16 on each of 2 devices will stay": four_bits(
         "ffn", 32, **ON_TWO_DEVICES
     ),
@@ -132,7 +130,7 @@ def test_rounding_does_not_depend_on_shards_and_streaming(
     rounding: str, job: Jobs
 ) -> None:
     options = w4a16(rounding=rounding)
-    one = job(options, folder="one")
+    one = job.baseline(options)
     replicas = job(options, folder="replicas", cluster__num_replicas=2)
     streamed = job(options | DISK, folder="streamed", cluster__num_shards=2)
     stored, other = (
@@ -140,16 +138,16 @@ def test_rounding_does_not_depend_on_shards_and_streaming(
     )
     assert stored.keys() == other.keys()
     assert all(torch.equal(stored[key], other[key]) for key in stored)
-    # replicas sum in another order, which tips single numbers
+    # replicas sum in another order, which changes the rounding of single weights
     found = [done.report["exports"][-1]["perplexity"] for done in (one, replicas)]
     assert found[1] == pytest.approx(found[0], rel=0.05)
     assert not list((one.uri / "export").glob("*-rounded"))
 
 
 def test_gptq_rounding_uses_the_second_moment_of_the_inputs(job: Jobs) -> None:
-    """Against the linears of the first block that see the text unrounded."""
+    """The linears of the first block are compared, whose inputs are not affected by rounding."""
     options = w4a16(rounding="gptq")
-    one = job(options)
+    one = job.baseline(options)
     stored = tensors_in(one.uri / "export/uniform-w4a16")
     model = AutoModelForCausalLM.from_pretrained(one.uri / "export/uniform")
     names = ["model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.v_proj"]
@@ -187,7 +185,7 @@ def test_nearest_rounding_is_independent_of_the_text(job: Jobs) -> None:
 
 
 def test_dense_model_is_quantised_without_pruning(job: Jobs) -> None:
-    """The copy is the one that comes of pruning nothing; its source is as it was."""
+    """The uniform export equals the source."""
     alone = {"pruning": None, "output__exports": ["uniform"]}
     done = job(w4a16() | alone, "--dry-run")
     assert "write another format, 240 calibration tokens" in done.error + done.out
@@ -204,7 +202,7 @@ def test_dense_model_is_quantised_without_pruning(job: Jobs) -> None:
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
 def test_quantised_mixture_of_experts_is_evaluated(family: str, job: Jobs) -> None:
-    """Its experts have names and numbers as in the export, each with scales of its own."""
+    """Experts have the names of the export, and each has its own scales."""
     kinds = ["experts", "expert_channels"]
     size = {"scheme": "w4a16", "group_size": 8}
     options = UNIFORM | {"pruning__groups": kinds, "output__quantize": size}

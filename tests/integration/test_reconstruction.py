@@ -1,6 +1,4 @@
-"""Reconstruction of feed-forward layers in whole jobs: what is kept, what is trained, and what
-replicas have after it.
-"""
+"""Reconstruction of feed-forward layers in whole jobs."""
 
 from __future__ import annotations
 
@@ -38,8 +36,8 @@ FIT: dict[str, Any] = FFN | {
 def test_a_layer_is_what_the_family_computes(
     family: str, model_folders: dict[str, Path]
 ) -> None:
-    """Inputs of the producers in, outputs of the consumer out, for every family that has such
-    layers.
+    """From the inputs of its producers, a layer computes the outputs of its consumer, in every
+    family with such layers.
     """
     cluster = loaded(model_folders[family])
     model = tiny_model(family)
@@ -107,7 +105,7 @@ def test_owners_receive_the_inputs_of_every_token_once(stores: Stores, job: Jobs
 
 
 def assert_all_better(shot: dict[str, Any]) -> None:
-    """Every layer that lost channels, and no other, is in the report and nearer than before."""
+    """Check that the report has exactly the layers that lost channels, each with a lower error."""
     lost = {name for name, count in shot["groups_removed"].items() if count}
     assert set(shot["reconstruction"]) == lost
     assert all(after < before for before, after in shot["reconstruction"].values())
@@ -116,8 +114,8 @@ def assert_all_better(shot: dict[str, Any]) -> None:
 def test_reconstruction_fits_only_the_remaining_weights(
     job: Jobs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The channels are the same, and the divergence is lower. Layers are trained as the section
-    says, in an order of tokens of its own each.
+    """The removed channels are the same, and the divergence is lower. Each layer has its own order
+    of tokens.
     """
     asked: list[dict[str, Any]] = []
 
@@ -152,7 +150,7 @@ def test_reconstruction_fits_only_the_remaining_weights(
     for name in after:
         if name.endswith("weight"):
             assert torch.equal(before[name] == 0, after[name] == 0), (
-                "what is pruned stays zero"
+                "pruned weights stay zero"
             )
     numbers = LAYOUTS["llama"].linear_numbers
     assert {given.pop("seed") for given in asked} == {
@@ -200,8 +198,8 @@ def test_models_in_bfloat16_are_reconstructed(job: Jobs) -> None:
 
 
 def test_all_replicas_have_the_weights_trained_by_the_owner(job: Jobs) -> None:
-    """And no inputs after it. Of three replicas, not the same one owns the producers and the
-    consumer. What is trained differs by the order of sums alone.
+    """The inputs are freed. With three replicas, different ones own the producers and the consumer.
+    Results differ only by the order of sums.
     """
     inputs = job.inputs(FIT | runs.ONE, model="phi3")
     method = inputs.method
@@ -234,7 +232,7 @@ def test_all_replicas_have_the_weights_trained_by_the_owner(job: Jobs) -> None:
 
 
 def test_best_learning_rate_is_chosen(job: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of those tried on two layers, the same whoever owns these; trying changes nothing."""
+    """Two layers try all rates, whichever workers own them. Trials change no weights."""
     seen = list[tuple[str, float, float]]()
     plain = Reconstruction.tried
 
@@ -266,7 +264,7 @@ def test_best_learning_rate_is_chosen(job: Jobs, monkeypatch: pytest.MonkeyPatch
     one = job(options, folder="one")
     trials_and_layers = 2 + len(one.shots[0]["reconstruction"])
     assert len(computed) == 2 * trials_and_layers, (
-        "of tokens to train on and held aside, once each"
+        "outputs of training and held-aside tokens are computed once each"
     )
     four = job(options | runs.FOUR, folder="four")
     assert {rate for _, rate, _ in seen} == set(RATES)

@@ -1,4 +1,4 @@
-"""Recovery on texts that are read while it goes on, beside a teacher."""
+"""Recovery on streamed texts with a teacher."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def text(tmp_path: Path) -> StreamedSection:
 def weakened(
     model: Path, factor: float, **shape: Any
 ) -> tuple[LocalCluster, CalibrationText]:
-    """Return a model whose feed-forward layers give less, and windows held aside."""
+    """Return a model with weakened feed-forward layers, and windows held aside."""
     cluster = loaded(model, **shape)
     tokens = np.random.default_rng(0).integers(1, 300, (6, LENGTH))
     held = CalibrationText.split(tokens, None, 4)
@@ -88,7 +88,7 @@ def trained(
 def test_unchanged_model_has_no_loss(llama: Path, text: StreamedSection) -> None:
     training, _, _ = trained(llama, text, 1.0)
     assert training.undone is not None
-    assert training.losses[0] < 1e-5, "the states of the teacher are kept as bfloat16"
+    assert training.losses[0] < 1e-5, "states of the teacher are stored in bfloat16"
 
 
 @pytest.mark.parametrize("shape", [{}, {"num_shards": 2, "num_replicas": 2}], ids=str)
@@ -132,7 +132,9 @@ def test_teacher_on_the_host_takes_all_sequences_of_a_pass_together(llama: Path)
 
 
 def test_training_ends_when_its_text_ends(llama: Path, text: StreamedSection) -> None:
-    """It keeps what was trained so far and says why; a local text that is too short is refused."""
+    """Training ends early, keeps its weights and reports the reason. A local text that is too short
+    is refused.
+    """
     path = Path(text.source)
     path.write_text(path.read_text(encoding="utf-8")[:2500], encoding="utf-8")
     with pytest.raises(ValueError, match=r"recovery\.texts\.0.*ended|needs?"):
@@ -150,9 +152,8 @@ def test_training_ends_when_its_text_ends(llama: Path, text: StreamedSection) ->
 
 
 def test_run_recovers_on_streamed_and_generated_texts(job: Jobs) -> None:
-    """The windows after a second shot are others than those after the first.
-
-    Some are what the model wrote for the calibration.
+    """The second shot reads other windows than the first one. Some windows are the text generated
+    for the calibration.
     """
     written = {"source": "self", "chat": False, "weight": 0.5, "prompt": "a"}
     texts = [*ON_TEXT["recovery__texts"], {"source": "calibration", "weight": 0.5}]
@@ -167,7 +168,7 @@ def test_run_recovers_on_streamed_and_generated_texts(job: Jobs) -> None:
 
 @pytest.mark.parametrize(("device", "share"), [("h100", 0.25), ("cpu", 0.0)])
 def test_share_of_peak_flops(device: str, share: float) -> None:
-    """Two shards; the training takes four seconds at all that they have."""
+    """With two shards, the training takes four seconds at full speed."""
     plan = {
         "device": device,
         "flops": {"recovery": 2 * 4 * 9.89e14},

@@ -1,6 +1,4 @@
-"""A run that goes on, or has ended, or has been begun once more: what another try finds, and leaves
-alone.
-"""
+"""Runs that are resumed, repeated, or started twice."""
 
 from __future__ import annotations
 
@@ -46,7 +44,7 @@ def test_finished_run_is_repeated_only_if_its_outputs_are_damaged(
 def test_report_lists_no_exports_while_they_are_rewritten(
     job: Jobs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """While they are written again."""
+    """The old entries are removed before the exports are rewritten."""
     done = job(EXPORTED)
     monkeypatch.setattr(
         "ray_surgeon.export.exports.export", lambda *_, **__: sys.exit("killed")
@@ -60,7 +58,7 @@ def test_report_lists_no_exports_while_they_are_rewritten(
 def test_newer_attempt_ends_the_older_one(
     what: str, job: Jobs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The last one that begins has the folder, and the events are its own from then on."""
+    """The newest attempt owns the run directory and its events."""
     choose = RowsColumns.choose
     directory = RunDirectory(str(job.folder / "run"))
 

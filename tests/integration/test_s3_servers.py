@@ -1,4 +1,4 @@
-"""Everything on a real server of S3, SeaweedFS, beside moto, which the other tests use."""
+"""Runs on SeaweedFS, a real S3 server; other tests use moto."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What report and files of a shot say, against the committed weights and masks."""
+"""The report and the files of a shot agree with its committed weights and masks."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_raised_damping_is_recorded_once_per_factor(job: Jobs) -> None:
 
 
 def test_raised_damping_of_sparsegpt_is_recorded_and_capped(job: Jobs) -> None:
-    """Twenty tokens say nothing of 32 inputs. It goes only as far up as it may."""
+    """Twenty tokens do not determine 32 inputs. The damping is raised up to its cap."""
     few = SPARSEGPT | FEW | {"pruning__damping": 0}
     for shot in job(few, cluster__num_shards=2).shots:
         names = [event["linear"] for event in shot["damping_used"]]
@@ -59,9 +59,7 @@ def test_clipped_terms_are_recorded(job: Jobs) -> None:
 
 
 def test_widths_are_rounded_and_predictions_recorded(job: Jobs) -> None:
-    """Widths are multiples after the last shot only, and predictions are of the consumers that lost
-    channels.
-    """
+    """Widths are multiples after the last shot only. Pruned consumers have predictions."""
     done = job(CHANNELS)
     for shot, is_rounded in ((1, False), (2, True)):
         masks = done.tensors(shot)
