@@ -33,7 +33,7 @@ from ray_surgeon.storage import files
 
 torch.set_num_threads(1)
 for variable in ("WANDB_API_KEY", "WANDB_PROJECT", "WANDB_MODE", "MLFLOW_TRACKING_URI"):
-    os.environ.pop(variable, None)  # runs of tests are no experiments of somebody
+    os.environ.pop(variable, None)  # tests must not report to trackers
 
 VOCABULARY = 320
 
@@ -95,7 +95,7 @@ SPARSE_CONFIGS: dict[str, PretrainedConfig] = {
         "deepseek_v3", **(MIXTURE | MLA | SIGMOID), n_routed_experts=8, n_group=2
     ),
 }
-"""Mixtures of experts."""
+"""Configurations of tiny mixtures of experts by family."""
 
 
 LAYOUTS = {
@@ -105,7 +105,7 @@ LAYOUTS = {
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Ask a part of the tests for no coverage: other markers, names, or files."""
+    """Require no coverage of a part of the tests: of other markers, names, or files."""
     coverage = config.pluginmanager.getplugin("_cov")
     usual = config.getini("addopts")
     is_part = (
@@ -118,11 +118,11 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 FAST = {"maths", "test_presets.py", "test_spec.py"}
-"""Folders and files whose tests run nothing whole, a minute in all."""
+"""Folders and files whose tests are fast, a minute in all; they do no whole runs."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what is fast."""
+    """Mark the fast tests."""
     for item in items:
         if FAST.intersection(item.path.relative_to(Path(__file__).parent).parts):
             item.add_marker(pytest.mark.fast)
@@ -183,7 +183,7 @@ def make_once(folder: Path, make: Callable[[Path], object]) -> Path:
     with FileLock(f"{folder}.lock"):
         if not folder.exists():
             unfinished = Path(f"{folder}.unfinished")
-            shutil.rmtree(unfinished, ignore_errors=True)  # of a test that failed
+            shutil.rmtree(unfinished, ignore_errors=True)  # of a failed attempt
             with torch.random.fork_rng():
                 make(unfinished)
             unfinished.rename(folder)
@@ -222,7 +222,7 @@ def model_folders(
 
 
 class Zygote:
-    """See tests/zygote.py."""
+    """A process of tests/zygote.py, which forks for each request."""
 
     def __init__(self) -> None:
         command = [sys.executable, "-m", "tests.zygote"]
@@ -252,7 +252,7 @@ class Zygote:
         offline: bool = True,
         gpu: str | None = None,
     ) -> dict[str, Any]:
-        """Do as `fresh_process.run_module`, in a fork."""
+        """Run a module like `fresh_process.run_module`, but in a fork."""
         with tempfile.TemporaryDirectory() as modules:
             environment = {"HF_MODULES_CACHE": modules}
             answer = self.ask(module=module, request=request, environment=environment)
@@ -268,14 +268,14 @@ class Zygote:
 def zygote() -> Iterator[Zygote]:
     zygote = Zygote()
     yield zygote
-    zygote.process.kill()  # what it has imported takes seconds to end by itself
+    zygote.process.kill()  # a regular exit takes seconds
     zygote.process.wait()
 
 
 @pytest.fixture
 def forked(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fork the processes in which runs of this process reload and time exports; importing
-    everything takes longer than a tiny run.
+    """Fork the processes that reload and time exports. Importing everything in a fresh process
+    takes longer than a tiny run.
     """
     zygote = request.getfixturevalue("zygote")
     monkeypatch.setattr(fresh_process, "run_module", zygote.run_module)
@@ -289,7 +289,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture(scope="session")
 def s3_server() -> Iterator[str]:
-    """Return its address; it takes half a second to stop."""
+    """Yield the address of a moto server."""
     from moto.server import ThreadedMotoServer
 
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
