@@ -26,8 +26,8 @@ from ray_surgeon.distributed.memory_plan.planner import DoesNotFitError
 from ray_surgeon.job import run_job
 from ray_surgeon.run.arguments import causal_lm
 from ray_surgeon.storage import files
-from tests.conftest import CONFIGS, SPARSE_CONFIGS, tiny_model
-from tests.integration.runs import Given, in_memory
+from tests.conftest import CONFIGS, SPARSE_CONFIGS, make_once, tiny_model
+from tests.integration.runs import Given, in_memory, report_of
 
 TEXT: dict[str, Any] = {"num_sequences": 8, "sequence_length": 32, "max_tokens": 4000}
 ELEMENTS = {"structure": "element", "target_sparsity": 0.3, "num_shots": 1}
@@ -54,13 +54,15 @@ def prune(
     return ray_surgeon.prune(*given, **sections | changes)
 
 
-@pytest.fixture(scope="module")
-def expected(
-    model_folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
-) -> Perplexity:
+@pytest.fixture
+def expected(llama: Path, shared_folder: Path) -> Perplexity:
     """Return the perplexities of a run without concurrent runs."""
-    output = tmp_path_factory.mktemp("alone") / "run"
-    return prune(in_memory(model_folders["llama"]), output).perplexity
+
+    def prune_alone(folder: Path) -> None:
+        prune(in_memory(llama), folder / "run")
+
+    run = make_once(shared_folder / "pruned_in_memory", prune_alone) / "run"
+    return ray_surgeon.PruneResult(str(run), report_of(run)).perplexity
 
 
 def test_runs_in_threads_are_independent(
