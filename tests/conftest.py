@@ -2,11 +2,12 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
+from filelock import FileLock
 from tokenizers import ByteLevelBPETokenizer
 from transformers import (
     AutoConfig,
@@ -31,7 +33,7 @@ from ray_surgeon.storage import files
 
 torch.set_num_threads(1)
 for variable in ("WANDB_API_KEY", "WANDB_PROJECT", "WANDB_MODE", "MLFLOW_TRACKING_URI"):
-    os.environ.pop(variable, None)  # runs of tests are no experiments of somebody
+    os.environ.pop(variable, None)  # tests must not report to trackers
 
 VOCABULARY = 320
 
@@ -93,7 +95,7 @@ SPARSE_CONFIGS: dict[str, PretrainedConfig] = {
         "deepseek_v3", **(MIXTURE | MLA | SIGMOID), n_routed_experts=8, n_group=2
     ),
 }
-"""Mixtures of experts."""
+"""Configurations of tiny mixtures of experts by family."""
 
 
 LAYOUTS = {
@@ -103,7 +105,7 @@ LAYOUTS = {
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Ask a part of the tests for no coverage: other markers, names, or files."""
+    """Require no coverage of a part of the tests: of other markers, names, or files."""
     coverage = config.pluginmanager.getplugin("_cov")
     usual = config.getini("addopts")
     is_part = (
@@ -116,11 +118,11 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 FAST = {"maths", "test_presets.py", "test_spec.py"}
-"""Folders and files whose tests run nothing whole, a minute in all."""
+"""Folders and files whose tests are fast, a minute in all; they do no whole runs."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what is fast."""
+    """Mark the fast tests."""
     for item in items:
         if FAST.intersection(item.path.relative_to(Path(__file__).parent).parts):
             item.add_marker(pytest.mark.fast)
@@ -159,9 +161,38 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=trained._tokenizer, **ends)
 
 
+@pytest.fixture(scope="session")
+def shared_folder(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
+    """Return a folder that all workers of pytest-xdist share."""
+    own_folder = tmp_path_factory.getbasetemp()
+    root = own_folder if worker_id == "master" else own_folder.parent
+    folder = root / "shared"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+def make_once(folder: Path, make: Callable[[Path], object]) -> Path:
+    """Make a folder unless another test or worker has made it.
+
+    A lock lets one process make it at a time, and a complete folder is renamed to its final name.
+    The random numbers of the test do not depend on which test comes first.
+    """
+    if folder.exists():
+        return folder
+    folder.parent.mkdir(exist_ok=True)
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            unfinished = Path(f"{folder}.unfinished")
+            shutil.rmtree(unfinished, ignore_errors=True)  # of a failed attempt
+            with torch.random.fork_rng():
+                make(unfinished)
+            unfinished.rename(folder)
+    return folder
+
+
 @dataclass(frozen=True)
 class ModelFolders(Mapping[str, Path]):
-    """Families and folders of their tiny models, each of which is made when it is first wanted."""
+    """The folders of the tiny models by family; each is made on demand, once per test session."""
 
     tokenizer: PreTrainedTokenizerFast
     root: Path
@@ -169,13 +200,12 @@ class ModelFolders(Mapping[str, Path]):
     def __getitem__(self, family: str) -> Path:
         if family not in LAYOUTS:
             raise KeyError(family)
-        folder = self.root / family
-        if not folder.exists():
-            # a test's numbers do not depend on who comes first
-            with torch.random.fork_rng():
-                tiny_model(family).save_pretrained(folder)
+
+        def save(folder: Path) -> None:
+            tiny_model(family).save_pretrained(folder)
             self.tokenizer.save_pretrained(folder)
-        return folder
+
+        return make_once(self.root / family, save)
 
     def __iter__(self) -> Iterator[str]:
         return iter(LAYOUTS)
@@ -186,13 +216,13 @@ class ModelFolders(Mapping[str, Path]):
 
 @pytest.fixture(scope="session")
 def model_folders(
-    tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast
+    shared_folder: Path, tokenizer: PreTrainedTokenizerFast
 ) -> ModelFolders:
-    return ModelFolders(tokenizer, tmp_path_factory.mktemp("models"))
+    return ModelFolders(tokenizer, shared_folder / "models")
 
 
 class Zygote:
-    """See tests/zygote.py."""
+    """A process of tests/zygote.py, which forks for each request."""
 
     def __init__(self) -> None:
         command = [sys.executable, "-m", "tests.zygote"]
@@ -222,7 +252,7 @@ class Zygote:
         offline: bool = True,
         gpu: str | None = None,
     ) -> dict[str, Any]:
-        """Do as `fresh_process.run_module`, in a fork."""
+        """Run a module like `fresh_process.run_module`, but in a fork."""
         with tempfile.TemporaryDirectory() as modules:
             environment = {"HF_MODULES_CACHE": modules}
             answer = self.ask(module=module, request=request, environment=environment)
@@ -238,14 +268,14 @@ class Zygote:
 def zygote() -> Iterator[Zygote]:
     zygote = Zygote()
     yield zygote
-    zygote.process.kill()  # what it has imported takes seconds to end by itself
+    zygote.process.kill()  # a regular exit takes seconds
     zygote.process.wait()
 
 
 @pytest.fixture
 def forked(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fork the processes in which runs of this process reload and time exports; importing
-    everything takes longer than a tiny run.
+    """Fork the processes that reload and time exports. Importing everything in a fresh process
+    takes longer than a tiny run.
     """
     zygote = request.getfixturevalue("zygote")
     monkeypatch.setattr(fresh_process, "run_module", zygote.run_module)
@@ -259,7 +289,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture(scope="session")
 def s3_server() -> Iterator[str]:
-    """Return its address; it takes half a second to stop."""
+    """Yield the address of a moto server."""
     from moto.server import ThreadedMotoServer
 
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)

@@ -1,15 +1,16 @@
-"""A pretend accelerator: the torch device "sim", to run on the CPU what is meant for a GPU, and to
-see when the two are mixed.
+"""A pretend accelerator: the torch device "sim" runs code for GPUs on the CPU and finds mixed
+devices.
 
-Its tensors are torch's own, with storages, strides and views, and say that they are on "sim", but
-their memory is the CPU's. An operator runs on CPU tensors over the same memory, after a check that
-no CPU tensor is among its arguments. It checks where tensors are, and, see `tests.pretend_streams`,
-what waits for what; it knows nothing of memory, NCCL, or how a GPU rounds. Not there: generators on
-the device, convolutions, copy.deepcopy and torch.save.
+Its tensors are torch's own, with storages, strides and views, and report the device "sim", but
+their memory is the CPU's. An operator checks that no argument is a CPU tensor, and runs on CPU
+tensors over the same memory. The device checks where tensors are and, with `tests.pretend_streams`,
+the order of copies and computation; it does not model memory sizes, NCCL, or the rounding of GPUs.
 
-Importing this registers the device, and a process keeps it. torch prepares its threads for backward
-passes at the first one and does not know devices that come later. So the device lives in processes
-of its own: forks by `tests.zygote`, for which `answer` is the entry.
+It does not support generators on the device, convolutions, copy.deepcopy and torch.save.
+
+Importing this module registers the device for the rest of the process. torch prepares its threads
+for backward passes at the first one and does not know devices that are registered later. So the
+device has its own processes: forks of `tests.zygote`, whose entry point is `answer`.
 """
 
 from __future__ import annotations
@@ -32,11 +33,11 @@ from tests import pretend_streams
 SIM = "sim"
 
 _DLPACK = {"cpu": 1, SIM: 12}
-"""kDLCPU and kDLExtDev of dlpack.h; torch reads the latter as its device for backends from outside,
+"""kDLCPU and kDLExtDev of dlpack.h; torch reads the latter as the device of external backends,
 which "sim" is.
 """
 _DEVICE_TYPE_OFFSET = 8
-"""Of DLManagedTensor.dl_tensor.device.device_type: behind the pointer to the data."""
+"""Offset of DLManagedTensor.dl_tensor.device.device_type, behind the pointer to the data."""
 _CPU_KERNELS = DispatchKeySet(DispatchKey.CPU)
 
 _takes_numbers = torch._C._should_allow_numbers_as_tensors
@@ -47,9 +48,7 @@ _pointer_of.argtypes = [ctypes.py_object, ctypes.c_char_p]
 
 
 def _seen_as(tensor: Tensor, device: str) -> Tensor:
-    """Return a tensor over the same memory, with the same strides, that says it is on another
-    device.
-    """
+    """Return a tensor over the same memory, with the same strides, on another device."""
     capsule = torch._C._to_dlpack(tensor)
     address = _pointer_of(capsule, b"dltensor")
     assert address is not None
@@ -60,13 +59,13 @@ def _seen_as(tensor: Tensor, device: str) -> Tensor:
 
 @dataclass(frozen=True)
 class _Signature:
-    """What is asked of an operator's schema, once for each operator."""
+    """Properties of an operator's schema, computed once per operator."""
 
     names: tuple[str, ...]  # of all arguments
-    # tensors that are only written to; they may be of another size, or one of the inputs
+    # outputs, which may have another size or be one of the inputs
     out: Set[str]
     changed: Set[str]  # tensors that are written to
-    plain: Set[str]  # single tensors, for which torch may hand over a number
+    plain: Set[str]  # single tensors, for which torch may pass a number
     anywhere: Set[str]  # may be on the CPU as well
     is_view: bool  # whether the result shares the storage of an argument
     returns_first: bool  # whether the result is the first argument
@@ -96,13 +95,13 @@ class _Signature:
 
 
 def _run(op: OpOverload, *args: Any, **kwargs: Any) -> Any:
-    """Run any operator: views by the CPU's kernels on the tensors themselves, all others on CPU
-    tensors over the same memory.
+    """Run any operator: views on the tensors themselves, all others on CPU tensors over the same
+    memory.
     """
     signature = _Signature.of(op)
     bound = dict(zip(signature.names, args, strict=False)) | kwargs
     _check_devices(op, signature, bound)
-    if signature.is_view:  # those kernels only make sizes and strides
+    if signature.is_view:  # kernels of views only compute sizes and strides
         return op.redispatch(_CPU_KERNELS, *args, **kwargs)
     pretend_streams.count()
     given = {
@@ -151,15 +150,15 @@ _WIDE_PRODUCTS: dict[Any, Callable[..., Tensor]] = {
     torch.ops.aten.mm.dtype: _wide_mm,
     torch.ops.aten.addmm.dtype_out: _wide_addmm,
 }
-"""Products of narrow numbers with float32 results, which the CPU does not have."""
+"""Compute products of narrow dtypes with float32 results, which the CPU does not support."""
 
 
 def _check_devices(op: OpOverload, signature: _Signature, bound: dict[str, Any]) -> None:
-    """Refuse what a GPU would refuse.
+    """Refuse arguments that a GPU would refuse.
 
     Raises:
-        RuntimeError: a tensor is on the CPU that has dimensions, or is written to; or a generator
-            is.
+        RuntimeError: a tensor on the CPU has dimensions or is written to, or a generator is on the
+            CPU.
     """
     for name in bound.keys() - signature.anywhere:
         value = bound[name]
@@ -193,7 +192,7 @@ def _on_sim(value: Any) -> Any:
 
 
 def _copy_from(source: Tensor, target: Tensor, non_blocking: bool = False) -> Tensor:
-    """Copy between the devices, or within one: what `copy_` and `to` come to."""
+    """Copy between devices or within one, as `copy_` and `to` do."""
     on_device = source if source.device.type == SIM else target
     pretend_streams.copy(
         source,
@@ -211,8 +210,8 @@ def _resize(
     *,
     memory_format: torch.memory_format | None = None,
 ) -> Tensor:
-    """Give a tensor another size, as an output may have; its memory is new, because that of the CPU
-    tensor behind it cannot grow.
+    """Resize a tensor, as outputs may need it. Its memory is new, because that of the CPU tensor
+    behind it cannot grow.
     """
     if tuple(tensor.shape) != tuple(size):
         new = _seen_as(torch.empty(size, dtype=tensor.dtype), SIM)
@@ -237,7 +236,7 @@ def _register() -> tuple[torch.library.Library, ...]:
 
 
 _LIBRARIES = _register()
-"""Kept, because a library that is dropped takes its operators with it."""
+"""Libraries stay alive here, because a library that is freed removes its operators."""
 
 
 def answer(asked: dict[str, Any]) -> dict[str, Any]:

@@ -1,12 +1,13 @@
-"""Streams, events and pinned memory of the pretend accelerator, as bad as they may be on a GPU.
+"""Streams, events and pinned memory of the pretend accelerator, in the worst order that a GPU may
+have.
 
-What is copied on a stream of its own is copied at the last moment: when an event behind it is
-waited for. So what is read too early is not a number, and what is written to too early is seen. The
-stream that computes does everything at once.
+A copy on its own stream is done at the last moment: when an event after it is waited for. So memory
+that is read too early holds NaN, and memory that is written to too early is noticed. The stream
+that computes does everything at once.
 
-An error is what a GPU would not tell: a copy from memory that may be given away meanwhile, one that
-has not waited for what is computed, one into memory that is not pinned, and a thread that computes
-without having said on which device.
+Mistakes that a GPU would not report are errors: a copy from memory that may be reused meanwhile, a
+copy that does not wait for its input, a copy to memory that is not pinned, and a thread that
+computes without setting its device.
 """
 
 from __future__ import annotations
@@ -25,17 +26,17 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.backend_registration import _DummyBackendModule
 
 _here = threading.local()
-"""The present stream and the device of a thread, its number, and its operators that compute."""
+"""Of each thread: current stream, device, number, and count of computing operators."""
 _numbers = itertools.count()
 _lock = threading.RLock()
 _pinned: dict[int, StorageWeakRef] = {}
-"""Address of pinned memory -> a reference that ends with it."""
+"""Address of pinned memory -> a weak reference to its owner."""
 num_blocking = 0
-"""Copies so far between host and device for which the host waits."""
+"""Number of copies between host and device for which the host waited."""
 
 
 class Stream:
-    """Copies, in their order."""
+    """A queue of copies."""
 
     def __init__(self, device: torch.device | None = None) -> None:
         self.work = deque[Callable[[], object]]()
@@ -50,7 +51,7 @@ class Stream:
         ]()  # addresses of memory that is not given away before it is done
 
     def add(self, work: Callable[[], object]) -> None:
-        """Do something after all before; at once if this is the stream that computes."""
+        """Append an action; the stream that computes does it at once."""
         with _lock:
             self.num_issued += 1
             self.work.append(work)
@@ -58,7 +59,7 @@ class Stream:
                 self.run(self.num_issued)
 
     def run(self, count: int) -> None:
-        """Do all up to something."""
+        """Do all actions up to a number."""
         with _lock:
             while self.num_done < count:
                 self.num_done += 1
@@ -81,7 +82,7 @@ COMPUTES = Stream()
 
 
 class Event:
-    """A moment of a stream."""
+    """A position in a stream."""
 
     def __init__(self, enable_timing: bool = False, blocking: bool = False) -> None:
         self.stream: Stream | None = None
@@ -95,7 +96,7 @@ class Event:
         self.time_s = time.perf_counter()
 
     def synchronize(self) -> None:
-        assert self.stream is not None, "an event was waited for that nobody has recorded"
+        assert self.stream is not None, "waits for an event that was never recorded"
         self.stream.run(self.place)
 
     def elapsed_time(self, end: Event) -> float:
@@ -104,7 +105,7 @@ class Event:
 
 def current_stream(device: torch.device | None = None) -> Stream:
     if threading.current_thread() is not threading.main_thread():
-        assert hasattr(_here, "device"), "this thread has not said where it computes"
+        assert hasattr(_here, "device"), "this thread has not set its device"
     return getattr(_here, "stream", COMPUTES)
 
 
@@ -151,14 +152,14 @@ def copy(
     do: Callable[[Tensor], object],
     waits: bool,
 ) -> None:
-    """Copy in the present stream.
+    """Copy in the current stream.
 
     Args:
-        source: from where.
-        target: to where.
-        device: that of the two which is on the device.
+        source: tensor to read.
+        target: tensor to write.
+        device: the one of the two that is on the device.
         do: copies from a tensor.
-        waits: whether the host waits for it.
+        waits: whether the host waits for the copy.
     """
     global num_blocking
     own = getattr(_here, "stream", COMPUTES)
@@ -167,13 +168,15 @@ def copy(
         num_blocking += waits and host.device != device.device and host.dim() > 0
         do(source)
     elif device is source:
-        assert is_pinned(host), "a copy in the background into memory that is not pinned"
+        assert is_pinned(host), "an asynchronous copy to memory that is not pinned"
         seen = own.seen.get(_number())
-        assert seen == num_computed(), "a copy has not waited for what is computed"
+        assert seen == num_computed(), (
+            "a copy does not wait for the computation of its input"
+        )
 
         def leave() -> None:
             assert address(source) in own.recorded, (
-                "memory may be given away while it is copied"
+                "memory may be reused while it is copied"
             )
             do(source)
 
@@ -181,14 +184,14 @@ def copy(
     else:
         if target.is_floating_point():
             do(torch.full_like(host, torch.nan))
-        # what is not pinned is read at once
+        # memory that is not pinned is read at once
         read = host if is_pinned(host) else host.clone()
         own.add(lambda: do(read))
         own.arriving[_number()] = address(target)
 
 
 class Backend(_DummyBackendModule):
-    """What `torch.cuda` has, for the pretend accelerator."""
+    """The functions of `torch.cuda` for the pretend accelerator."""
 
     Stream = Stream
     Event = Event
@@ -222,14 +225,16 @@ class Backend(_DummyBackendModule):
 
 
 def _number() -> int:
-    """Return the number of this thread, which none before it had."""
+    """Return the number of this thread; numbers are not reused."""
     if not hasattr(_here, "number"):
         _here.number = next(_numbers)
     return int(_here.number)
 
 
 def _not_recorded() -> set[int]:
-    """Return the addresses of what has arrived in this thread, and belongs to another stream."""
+    """Return the addresses of memory that was copied to the device in this thread and belongs to
+    another stream.
+    """
     addresses: set[int] = _here.__dict__.setdefault("not_recorded", set())
     return addresses
 
@@ -239,6 +244,6 @@ def num_computed() -> int:
 
 
 def count() -> None:
-    """Count an operator that computes."""
-    assert not _not_recorded(), "what has arrived may be given away while it is used"
+    """Count a computing operator."""
+    assert not _not_recorded(), "copied memory may be reused while it is read"
     _here.num_computed = num_computed() + 1

@@ -1,9 +1,8 @@
-"""A process that has imported everything and forks for each request: fresh processes in
-milliseconds.
+"""A process that has imported everything and forks for each request, which takes milliseconds.
 
-A request is a line of JSON on standard input, the answer one with exit code, output, seconds and
+A request is a line of JSON on standard input; the answer is one with exit code, output, seconds and
 peak memory. ``{"arguments": [...]}`` runs the command line. ``{"module": ..., "request": ...,
-"environment": ...}`` runs one of our modules as `fresh_process.run_module` does.
+"environment": ...}`` runs a module like `fresh_process.run_module`.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from tests.integration.runs import Given, Jobs, in_memory
 def undrawn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave out pages and plots of runs in this process, which take longer than a tiny run.
 
-    tests/report/test_html_report.py has them.
+    tests/report/test_html_report.py tests them.
     """
     if not request.module.__name__.endswith("test_s3_faults"):
         monkeypatch.setattr(LivePage, "draw", lambda self, record, *, final: None)
@@ -22,21 +22,21 @@ def undrawn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.fixture(autouse=True)
 def fork_what_reloads(request: pytest.FixtureRequest) -> None:
-    """Fork the processes that reload exports, but for an ordinary model, where their freshness is
-    tested, and for tasks, which import other packages.
+    """Fork the processes that reload exports, except for tests of tasks, which import other
+    packages, and of SmolLM2, which test fresh processes.
     """
     if not request.module.__name__.endswith(("test_tasks", "test_smollm2")):
         request.getfixturevalue("forked")
 
 
 @pytest.fixture
-def job(model_folders: dict[str, Path], tmp_path: Path) -> Jobs:
-    return Jobs(model_folders, tmp_path)
+def job(model_folders: dict[str, Path], tmp_path: Path, shared_folder: Path) -> Jobs:
+    return Jobs(model_folders, tmp_path, shared_folder / "runs")
 
 
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[Cluster]:
-    """One Ray for all tests of a process that do not need one of their own."""
+    """Yield a Ray that the tests of a process share unless they need their own."""
     head = Cluster(
         initialize_head=True, head_node_args={"num_cpus": 4, "include_dashboard": False}
     )

@@ -1,9 +1,10 @@
-"""Tiny jobs, run through the command line's own entry."""
+"""Tiny jobs that run through the entry point of the command line."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
+import hashlib
 import io
 import json
 import shutil
@@ -37,7 +38,7 @@ from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.pipeline import main
 from ray_surgeon.preparation.inputs import Inputs, check
 from ray_surgeon.storage import tensor_files
-from tests.conftest import CONFIGS, SPARSE_CONFIGS
+from tests.conftest import CONFIGS, SPARSE_CONFIGS, make_once
 
 Changes = Mapping[str, Any]
 NO_CHANGES: Changes = MappingProxyType({})
@@ -60,7 +61,7 @@ FOUR = {"cluster__num_shards": 2, "cluster__num_replicas": 2}
 
 
 def windows(source: str | Path, num_sequences: int = 4, **more: Any) -> dict[str, Any]:
-    """Return a section about sequences of a text."""
+    """Return a text section of a spec with windows of a source."""
     size = {"num_sequences": num_sequences, "sequence_length": 40, "max_tokens": 4000}
     return {"source": str(source), **size, **more}
 
@@ -103,13 +104,13 @@ def changes_of(settings: str) -> dict[str, Any]:
 
 
 def config_like(family: str, **changes: Any) -> Any:
-    """Return the configuration of a tiny model, changed."""
+    """Return the configuration of a tiny model with changes."""
     config = (CONFIGS | SPARSE_CONFIGS)[family]
     return type(config)(**{**config.to_dict(), **changes})
 
 
 def new_model(config: PretrainedConfig, folder: Path, tokenizer_of: Path) -> Path:
-    """Write a random model with the tokenizer of another one."""
+    """Write a random model with the tokenizer of another model."""
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     for path in tokenizer_of.glob("tokenizer*"):
@@ -118,7 +119,7 @@ def new_model(config: PretrainedConfig, folder: Path, tokenizer_of: Path) -> Pat
 
 
 def copied_model(model: Path, folder: Path, **changes: Any) -> Path:
-    """Copy a model; `changes` are of its configuration."""
+    """Copy a model and change entries of its configuration."""
     shutil.copytree(model, folder)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | changes))
@@ -137,7 +138,7 @@ def in_memory(folder: Path) -> Given:
 
 @dataclass(frozen=True)
 class Done:
-    """A job that has ended: the folder of its run, and what it printed."""
+    """A finished job: the folder of its run, and its output."""
 
     uri: Path
     out: str
@@ -177,13 +178,19 @@ class Done:
 
 @dataclass(frozen=True)
 class Jobs:
-    """Tiny jobs of a test: called with changes and arguments of the command line, it runs one whose
-    exit code has to be `code`. Costs are single ones, where nothing else is asked for: greedy paths
-    take three quarters of the time of a tiny run.
+    """Tiny jobs of a test. Calling it with changes and command-line arguments runs one job, whose
+    exit code must be `code`. Costs are `obs` by default, since greedy paths take three quarters of
+    the time of a tiny run.
+
+    Attributes:
+        models: folders of the tiny models by family.
+        folder: of this test.
+        shared_folder: of runs that tests share.
     """
 
     models: Mapping[str, Path]
     folder: Path
+    shared_folder: Path
 
     def __call__(
         self,
@@ -202,8 +209,25 @@ class Jobs:
         in_one_line = " ".join(error.getvalue().split())
         return Done(self.folder / folder / "run", out.getvalue(), in_one_line)
 
+    def baseline(self, changes: Changes = NO_CHANGES, **more: Any) -> Done:
+        """Return a finished run of these options that all tests of the session share.
+
+        Tests only read it: a run that is resumed needs the path of its text, which differs here
+        from that of the test. Call this before any monkeypatch that changes runs. Paths in the
+        report are those before the folder was renamed.
+        """
+        options = {**changes, **more}
+        document = json.dumps(options, sort_keys=True, default=str)
+        name = hashlib.sha256(document.encode()).hexdigest()[:16]
+
+        def run_job(folder: Path) -> None:
+            Jobs(self.models, folder, self.shared_folder)(options)
+
+        folder = make_once(self.shared_folder / name, run_job)
+        return Done(folder / "run", out="", error="")
+
     def refused(self, settings: str = "", *arguments: str, **changes: Any) -> str:
-        """Run one that is to be refused, and return the message; settings go before changes."""
+        """Run a job that must be refused, and return the message; `settings` override `changes`."""
         found = self(changes | changes_of(settings), *arguments, code=2)
         assert found.error.startswith("error: ")
         assert "Traceback" not in found.error
@@ -244,7 +268,7 @@ def weights_of(cluster: LocalCluster) -> dict[str, Tensor]:
 
 
 def overflowing_model(model: Path, folder: Path) -> Path:
-    """Write a copy of a Llama with finite weights, whose second block's products are not."""
+    """Write a copy of a Llama with finite weights whose second block overflows."""
     loaded = AutoModelForCausalLM.from_pretrained(model)
     with torch.no_grad():
         loaded.model.layers[1].mlp.up_proj.weight.fill_(1e30)
@@ -268,7 +292,7 @@ def beginning(
 def wait_for(what: Callable[[], object], seconds: float = 90) -> None:
     deadline = time.monotonic() + seconds
     while not what():
-        assert time.monotonic() < deadline, "waited in vain"
+        assert time.monotonic() < deadline, "timed out"
         time.sleep(0.1)
 
 
@@ -299,7 +323,7 @@ def assert_same_shot(one: Path, other: Path, shot: int) -> None:
 
 
 def kept_of(tensors: dict[str, Tensor], family: str) -> dict[str, Tensor]:
-    """Return what stays of every linear, after a check that the rest of its weights is zero."""
+    """Return the kept entries of every linear, after checking that all other weights are zero."""
     found = {}
     for name in (
         name.removesuffix(".weight") for name in tensors if name.endswith(".weight")
@@ -307,20 +331,22 @@ def kept_of(tensors: dict[str, Tensor], family: str) -> dict[str, Tensor]:
         W = tensors[f"{name}.weight"].T if family == "gpt2" else tensors[f"{name}.weight"]
         if f"{name}.kept" in tensors:
             kept = tensors[f"{name}.kept"]
-            assert kept[:, W.shape[1] :].all(), "biases stay"
+            assert kept[:, W.shape[1] :].all(), "biases are kept"
         else:
             kept = torch.outer(tensors[f"{name}.rows"], tensors[f"{name}.columns"])
             bias = tensors.get(f"{name}.bias")
             assert bias is None or not bias[~tensors[f"{name}.rows"]].any()
-            assert bias is None or tensors[f"{name}.columns"][-1], "no column that can go"
+            assert bias is None or tensors[f"{name}.columns"][-1], (
+                "the bias column is never pruned"
+            )
         assert not W[~kept[:, : W.shape[1]]].any()
         found[name] = kept
     return found
 
 
 def difference(one: Path, other: Path, shot: int) -> float:
-    """Return how different two shots are: the mean share of mask entries that differ, or the median
-    relative difference of weights.
+    """Return the larger one of the mean share of mask entries that differ between two shots and the
+    median relative difference of their weights.
     """
     a = tensors_of_shot(one, shot)
     b = tensors_of_shot(other, shot)
@@ -339,6 +365,6 @@ def difference(one: Path, other: Path, shot: int) -> float:
 
 
 MOST_BY_ORDER_OF_SUMS = 5e-3
-"""What another order of sums may change in a tiny random model: 3.4e-3 was found. A sum without one
-replica changes 1.5e-2 or more.
+"""Upper bound of the difference that another order of sums makes in a tiny random model. The
+largest one measured is 3.4e-3; leaving a replica out of a sum changes 1.5e-2 or more.
 """

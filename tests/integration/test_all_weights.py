@@ -1,4 +1,4 @@
-"""Recoveries that train all weights of the blocks."""
+"""Recovery that trains all weights of the blocks."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def parameters(cluster: LocalCluster, replica: int) -> dict[str, torch.Tensor]:
     }
 
 
-def test_shards_and_replicas_train_as_one_process_does(llama: Path) -> None:
+def test_sharded_and_replicated_training_matches_one_process(llama: Path) -> None:
     options: dict[str, Any] = {
         "rank": "all",
         "num_tokens": 3 * 2 * 24,
@@ -43,7 +43,7 @@ def test_shards_and_replicas_train_as_one_process_does(llama: Path) -> None:
         found = trained(cluster, text, **options)
         assert found.undone is None
         assert found.held[-1].value < found.before
-        # float32 weights are their own masters
+        # float32 weights need no separate masters
         assert found.absorbed == pytest.approx(1)
         results.append([parameters(cluster, replica) for replica in range(sizes[1])])
     ((alone,), replicas) = results
@@ -55,7 +55,7 @@ def test_shards_and_replicas_train_as_one_process_does(llama: Path) -> None:
         assert error < 5e-3 * float(change.norm()), name
 
 
-def test_a_training_that_does_not_help_leaves_no_trace(llama: Path) -> None:
+def test_training_that_does_not_help_is_undone(llama: Path) -> None:
     cluster, text = pruned(llama, 1, 2)
     before = {name: p.clone() for name, p in parameters(cluster, 1).items()}
     found = trained(cluster, text, rank="all", num_tokens=4 * 2 * 24, learning_rate=1.0)
@@ -112,7 +112,7 @@ def test_all_weights_are_committed_resumed_and_exported(
         shutil.copytree(job.folder / "resumed/run", job.folder / "aside")
         untrained = job(changes, "--resume", folder="resumed", output__exports=[])
         assert torch.equal(untrained.tensors(2)[norm], first), (
-            "what an earlier try trained"
+            "the weights that an earlier attempt trained are kept"
         )
     shutil.rmtree(untrained.uri)
     (job.folder / "aside").rename(untrained.uri)
@@ -121,6 +121,6 @@ def test_all_weights_are_committed_resumed_and_exported(
     assert again.shot["perplexity"] == done.shot["perplexity"]
 
 
-def test_weights_that_do_not_stay_on_the_device_are_refused(job: Jobs) -> None:
+def test_training_all_weights_refuses_weights_on_disk(job: Jobs) -> None:
     said = job.refused("", **ALL, memory__weights="disk")
     assert "memory.weights: disk does not go with recovery.rank all" in said

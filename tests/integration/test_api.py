@@ -1,4 +1,4 @@
-"""Pruning is one Python call; the command line is a thin shell over it."""
+"""The Python functions `prune` and `curvature`, and the command line."""
 
 from __future__ import annotations
 
@@ -46,14 +46,14 @@ def prune(*given: Any, **sections: Any) -> ray_surgeon.PruneResult:
     return ray_surgeon.prune(*given, **defaults | sections)
 
 
-def test_the_dtype_of_a_checkpoint_is_kept_if_asked_for(given: Given, job: Jobs) -> None:
-    """Everything is computed and exported in float32 otherwise, which a line says. A tokenizer's
-    binary file stays, and a section `cluster` stays in this process.
+def test_dtype_of_a_checkpoint_is_kept_on_request(given: Given, job: Jobs) -> None:
+    """Without the request, the job runs in float32 and prints so. A binary tokenizer file is
+    copied, and a `cluster` section keeps the local backend.
     """
     narrow = job.folder / "narrow"
     given[0].to(torch.bfloat16).save_pretrained(narrow)
     given[1].save_pretrained(narrow)
-    (narrow / "tokenizer.model").write_bytes(b"\xff\xfe\x00binary")  # as Llama-2 has it
+    (narrow / "tokenizer.model").write_bytes(b"\xff\xfe\x00binary")  # as in Llama-2
     output = job.folder / "a run"
     source = {"source": narrow, "dtype": "bfloat16"}
     result = prune(source, output=output, cluster={"num_shards": 2})
@@ -69,10 +69,10 @@ def test_the_dtype_of_a_checkpoint_is_kept_if_asked_for(given: Given, job: Jobs)
         assert ("model.dtype: bfloat16 halves it" in said) == is_said
 
 
-def test_a_model_in_memory_becomes_really_smaller(
+def test_model_in_memory_is_pruned_to_a_smaller_model(
     given: Given, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """And that of another run is not overwritten."""
+    """The model stays as it is, and a run does not overwrite the folder of another model."""
     model, tokenizer = given
     sections: dict[str, Any] = {"pruning": GROUPS | {"allocation": "uniform"}}
     output = str(tmp_path / "run")
@@ -87,7 +87,7 @@ def test_a_model_in_memory_becomes_really_smaller(
     assert result.report["spec"]["name"] == "model"
     assert all(
         torch.equal(before[name], tensor) for name, tensor in model.state_dict().items()
-    ), "the model in memory stays"
+    ), "the model in memory does not change"
     assert "shot 1/1   commit" in capsys.readouterr().out
     again = prune(*given, **sections, output=output, resume=True)
     assert again.perplexity == result.perplexity
@@ -110,7 +110,9 @@ def test_a_model_in_memory_becomes_really_smaller(
     assert not (tmp_path / "project/source").exists()
 
 
-def test_an_export_elsewhere_has_all_chat_templates(given: Given, tmp_path: Path) -> None:
+def test_export_to_remote_storage_has_all_chat_templates(
+    given: Given, tmp_path: Path
+) -> None:
     model, tokenizer = given
     tokenizer.chat_template = {"default": "{{ messages }}", "tool_use": "{{ tools }}"}
     result = prune(*given, output="memory://api/run")
@@ -126,9 +128,11 @@ def test_an_export_elsewhere_has_all_chat_templates(given: Given, tmp_path: Path
     )
 
 
-def test_a_path_and_a_spec(job: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every section is an argument, threads of the caller's process are its own, and remedies are
-    Python.
+def test_prune_accepts_a_path_or_a_spec(
+    job: Jobs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every section of a spec is an argument, the caller's number of threads is kept, and errors
+    name remedies in Python.
     """
     sections = set(JobSpec.model_fields) - {"version"}
     assert sections <= set(inspect.signature(ray_surgeon.prune).parameters)
@@ -159,8 +163,8 @@ def test_a_path_and_a_spec(job: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
         _ = found.path
 
 
-def test_wrong_arguments_are_refused_once_in_words(llama: Path) -> None:
-    """As on the command line: no inner names, and nothing of sections that nobody gave."""
+def test_invalid_arguments_are_reported_once_in_terms_of_the_spec(llama: Path) -> None:
+    """Errors name fields of the spec, and no sections that were not given."""
     wrong = {
         "calibration": TEXT | {"strid": 3},
         "pruning": GROUPS | {"target_sparsity": 30},
@@ -178,7 +182,9 @@ def test_wrong_arguments_are_refused_once_in_words(llama: Path) -> None:
         _ = ray_surgeon.prun
 
 
-def test_bad_arguments_are_said_before_a_start(given: Given, job: Jobs) -> None:
+def test_invalid_arguments_are_reported_before_a_run_starts(
+    given: Given, job: Jobs
+) -> None:
     model, tokenizer = given
     folder = (str(job.models["llama"]),)
     spec = ray_surgeon.parse_spec(job.spec().read_text())
@@ -209,7 +215,7 @@ def test_bad_arguments_are_said_before_a_start(given: Given, job: Jobs) -> None:
 
 
 @pytest.mark.parametrize("family", ["llama", "opt"])
-def test_curvature_as_in_a_run(
+def test_curvature_matches_that_of_a_run(
     family: str, job: Jobs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, _ = runs.in_memory(job.models[family])
@@ -236,7 +242,7 @@ def test_curvature_as_in_a_run(
     alone = ray_surgeon.curvature(model, tokens, linears=[name])
     kind = name.rpartition(".")[2]
     assert {name.rpartition(".")[2] for name in gathered} == {kind}, (
-        "others would take memory"
+        "other factors would take memory"
     )
     assert list(alone) == [name]
     assert torch.equal(alone[name].G, found[name].G)
@@ -246,7 +252,9 @@ def test_curvature_as_in_a_run(
     assert torch.equal(sampled.A, found[name].A)
 
 
-def test_curvature_of_texts_is_of_their_tokens(model_folders: dict[str, Path]) -> None:
+def test_curvature_of_texts_equals_that_of_their_tokens(
+    model_folders: dict[str, Path],
+) -> None:
     model, tokenizer = runs.in_memory(model_folders["opt"])
     texts = [
         "The quick brown fox jumps over it.",
@@ -276,8 +284,10 @@ def test_curvature_of_texts_is_of_their_tokens(model_folders: dict[str, Path]) -
             ray_surgeon.curvature(model, sequences, **options)  # type: ignore[arg-type]
 
 
-def test_linears_with_and_without_a_bias_share_no_inputs() -> None:
-    """DeepSeek-V3's query projection without low rank never has one; what is beside it may."""
+def test_linears_with_and_without_a_bias_have_separate_A() -> None:
+    """DeepSeek-V3's query projection never has a bias without low rank; other linears with the same
+    input may have one.
+    """
     config = runs.config_like("deepseek_v3", q_lora_rank=None, attention_bias=True)
     found = ray_surgeon.curvature(
         AutoModelForCausalLM.from_config(config), [[1, 2, 3, 4]]
@@ -290,16 +300,16 @@ def test_linears_with_and_without_a_bias_share_no_inputs() -> None:
     torch.testing.assert_close(has_bias[:32, :32], without)
 
 
-def test_models_that_see_later_tokens_are_refused() -> None:
+def test_bidirectional_attention_is_refused() -> None:
     config = runs.config_like("gemma3", use_bidirectional_attention=True)
     with pytest.raises(ValueError, match="use_bidirectional_attention"):
         ModelLayout.of(config)
 
 
-def test_a_signal_while_ray_starts_interrupts(
+def test_signal_while_ray_starts_interrupts_the_run(
     job: Jobs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Ray's own handler ends the process by the number of the signal."""
+    """Ray's signal handler exits with the number of the signal."""
     monkeypatch.setattr(driver, "connect", lambda _: sys.exit(signal.SIGTERM))
     job(cluster__backend="ray", code=130)
     monkeypatch.setattr(driver, "connect", lambda _: sys.exit(3))
@@ -307,9 +317,9 @@ def test_a_signal_while_ray_starts_interrupts(
         job(cluster__backend="ray")
 
 
-def test_long_steps_show_that_they_move(job: Jobs) -> None:
-    """Sequences in the passes, linears in costs and updates, steps in corrections: all of them, in
-    order, to the end.
+def test_long_steps_report_progress(job: Jobs) -> None:
+    """Passes report sequences, costs and updates report linears, corrections report steps; each of
+    them in order and up to the total.
     """
     options = ONE | LORA | {"calibration__held_aside": 0}
     inputs = job.inputs(options, pruning__costs="greedy", cluster__num_shards=2)
@@ -333,8 +343,8 @@ def test_long_steps_show_that_they_move(job: Jobs) -> None:
     assert "s left" in half.pace
 
 
-def test_importing_the_package_loads_little_before_a_job() -> None:
-    """Help, schema and submitting need no torch, and half a second."""
+def test_import_of_the_package_loads_no_heavy_dependency() -> None:
+    """Help, schema and submit need neither torch nor Ray."""
     script = "import sys, {}; print({{m.partition('.')[0] for m in sys.modules}})"
     for module, packages in (("pipeline", set()), ("run.submit", {"fsspec"})):
         command = [sys.executable, "-c", script.format(f"ray_surgeon.{module}")]
@@ -349,7 +359,9 @@ def test_importing_the_package_loads_little_before_a_job() -> None:
         assert ours - sys.stdlib_module_names == {"ray_surgeon", *packages}
 
 
-def test_the_command_line(job: Jobs, capsys: pytest.CaptureFixture[str]) -> None:
+def test_subcommands_of_the_command_line(
+    job: Jobs, capsys: pytest.CaptureFixture[str]
+) -> None:
     spec = str(job.spec())
     assert pipeline.cli(["schema"]) == 0
     assert '"JobSpec"' in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""What cannot work ends in exit code 2 with a clear message, before a worker starts, and overwrites
+"""Invalid input ends in exit code 2 with a clear message, before a worker starts, and overwrites
 nothing.
 """
 
@@ -96,7 +96,7 @@ IDENTITY = "curvature.kind=identity; pruning.reconstruction={}"
         ("output.uri=nosuch://somewhere", ["nosuch://somewhere", "Protocol not known"]),
     ],
 )
-def test_specs_that_cannot_work(settings: str, words: list[str], job: Jobs) -> None:
+def test_invalid_settings_are_refused(settings: str, words: list[str], job: Jobs) -> None:
     message = job.refused(settings)
     assert [word for word in words if word not in message] == [], message
 
@@ -115,30 +115,32 @@ def test_credentials_are_refused_and_not_shown(field: str, uri: str, job: Jobs) 
     assert "S3CRET" not in message
 
 
-def test_an_absent_gpu(job: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_gpu_is_reported(job: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     message = job.refused("cluster.gpus_per_worker=1")
     assert "cluster.gpus_per_worker: 1, but torch sees no GPU" in message
     assert not (job.folder / "run").exists()
 
 
-def test_a_home_is_found(job: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tilde_in_paths_is_the_home_directory(
+    job: Jobs, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = job.models["llama"]
     monkeypatch.setenv("HOME", str(model.parent))
     job({"memory__scratch": "~/scratch"}, "--dry-run", model=Path("~") / model.name)
 
 
-def test_a_limit_that_is_too_low_is_raised(job: Jobs) -> None:
+def test_suggested_memory_limit_is_sufficient(job: Jobs) -> None:
     message = job.refused("memory.limit_gib=0.1", "--dry-run")
     found = re.search(r"raise memory\.limit_gib to ([0-9.]+)", message)
     assert found is not None, message
     job({"memory__limit_gib": float(found[1])}, "--dry-run")
 
 
-def test_a_head_in_a_tied_model(
+def test_output_head_of_a_tied_model_must_equal_the_embedding(
     job: Jobs, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A second copy of the embedding is right, and so is an index that is left over."""
+    """A second copy of the embedding and a leftover index file are accepted."""
     left_over = {"weight_map": {"x": "model-00001-of-00002.safetensors"}}
     (model / "model.safetensors.index.json").write_text(json.dumps(left_over))
     tensors = load_file(model / "model.safetensors")
@@ -163,7 +165,7 @@ def test_a_head_in_a_tied_model(
     assert "model.source: cannot read" in job.refused(model=model)
 
 
-def test_run_directory_that_holds_something_else(job: Jobs) -> None:
+def test_run_directory_with_other_contents_is_refused(job: Jobs) -> None:
     folder = job.folder / "run"
     folder.mkdir()
     (folder / "thesis.txt").write_text("do not touch")
@@ -180,8 +182,8 @@ def test_run_directory_that_holds_something_else(job: Jobs) -> None:
     assert sorted(path.name for path in folder.iterdir()) == ["run.json", "spec.yaml"]
 
 
-def test_channels_that_cannot_be_split(job: Jobs) -> None:
-    """Heads are not all that an engine splits."""
+def test_channels_that_tensor_parallel_cannot_split_are_refused(job: Jobs) -> None:
+    """Engines split feed-forward channels as well as heads."""
     model = copied_model(job.models["llama"], job.folder / "odd", intermediate_size=50)
     (model / "model.safetensors").unlink()
     split = f"{GROUPS}=[attention]; pruning.tensor_parallel=4"
@@ -190,8 +192,8 @@ def test_channels_that_cannot_be_split(job: Jobs) -> None:
     )
 
 
-def test_requests_beyond_the_table_of_positions(job: Jobs) -> None:
-    """In GPT-2 they would fail when everything is done; a Llama takes them."""
+def test_speed_requests_beyond_the_last_position_are_refused(job: Jobs) -> None:
+    """GPT-2 would fail only after pruning; a Llama accepts such requests."""
     groups = f"{GROUPS}=[ffn]; pruning.width_multiple=8; output.exports=[per_block]"
     speed = f"{groups}; output.speed={{prompt_length: 100, num_new_tokens: 29}}"
     message = job.refused(speed, model="gpt2")
@@ -203,12 +205,12 @@ def test_requests_beyond_the_table_of_positions(job: Jobs) -> None:
 
 
 @pytest.mark.parametrize("spec", ["/absent/spec.yaml", "nosuch://spec.yaml"])
-def test_absent_spec(spec: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_missing_spec_is_reported(spec: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([spec]) == 2
     assert spec in capsys.readouterr().err
 
 
-def test_unreachable_s3(job: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unreachable_s3_is_reported(job: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(files, "PATIENCE_S", 0.1)
     impatient = {"connect_timeout": 0.5, "retries": {"max_attempts": 0}}
     monkeypatch.setitem(fsspec.config.conf, "s3", {"config_kwargs": impatient})
@@ -226,11 +228,11 @@ def test_unreachable_s3(job: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("workers_may_start")
-def test_resuming_names_changes(
+def test_resuming_a_changed_job_names_the_changes(
     job: Jobs, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What does not matter may change; and a folder of a run that was killed at once can be used,
-    the weights may be links, and a drawing that fails ends no run.
+    """The name of a job may change. Also: the folder of a run that was killed at its start can be
+    used, weights may be symbolic links, and a failing report page does not end the run.
     """
 
     def fail(*arguments: object) -> str:
@@ -271,7 +273,7 @@ def test_resuming_names_changes(
 
 
 @pytest.mark.usefixtures("workers_may_start")
-def test_a_ray_that_cannot_start_is_said(
+def test_failure_to_start_ray_is_reported(
     job: Jobs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def no_home(section: object) -> str:

@@ -1,4 +1,4 @@
-"""A target for the whole model: parameters, bytes, operations or seconds."""
+"""Targets for the whole model: parameters, bytes, operations or seconds."""
 
 from __future__ import annotations
 
@@ -40,9 +40,7 @@ REQUEST = {"prompt_length": 16, "num_new_tokens": 2, "num_repeats": 1}
         ("flops", "global", "per_block"),
     ],
 )
-def test_the_target_is_not_exceeded(
-    unit: str, allocation: str, kind: str, job: Jobs
-) -> None:
+def test_target_is_not_exceeded(unit: str, allocation: str, kind: str, job: Jobs) -> None:
     budget = BUDGETS[unit]
     allowed = int(0.8 * budget.dense)
     target = {unit: allowed} | ({"prompt_length": 100} if unit == "flops" else {})
@@ -69,7 +67,7 @@ def test_the_target_is_not_exceeded(
 
 
 def seconds(channels: int, heads: int) -> float:
-    """Channels are free between 16 and 32."""
+    """Return the seconds of a block; channels between 16 and 32 cost nothing."""
     return (
         0.01
         + 0.001 * (channels if channels < 16 else max(16, channels - 16))
@@ -78,7 +76,7 @@ def seconds(channels: int, heads: int) -> float:
 
 
 def a_table(folder: Path) -> Path:
-    """A table of an engine in which the prompt of a request takes twice as long as new tokens."""
+    """Write the latency table of an engine whose prefill takes twice as long as its decoding."""
     sizes = sizes_of(LAYOUTS["llama"], "llamacpp", 8)
     assert sizes == {
         "dense": [(4, 48, 2)],
@@ -110,7 +108,7 @@ def a_table(folder: Path) -> Path:
         ),
     ],
 )
-def test_an_engine_says_what_blocks_take(
+def test_speed_targets_use_the_table_of_an_engine(
     target: dict[str, Any], share: float, unit: str, job: Jobs
 ) -> None:
     dense = share * (0.1 + 4 * seconds(48, 2))
@@ -130,7 +128,7 @@ def test_an_engine_says_what_blocks_take(
     assert budget["need"] <= 0.8 * dense
 
 
-def test_a_family_of_speeds(job: Jobs) -> None:
+def test_several_speeds_in_one_run(job: Jobs) -> None:
     dense = 3 * (0.1 + 4 * seconds(48, 2))
     target = {"speedup": 1.5, "table": str(a_table(job.folder))}
     options = GROUPS | {"pruning__target": target, "pruning__sizes": [1.25, 1.5]}
@@ -162,7 +160,7 @@ def test_a_family_of_speeds(job: Jobs) -> None:
         ({"kv_heads": {"2": [1, 1]}}, "no attention save anything; leave attention out"),
     ],
 )
-def test_tables_that_are_of_no_use(
+def test_unsuitable_latency_tables_are_refused(
     changed: dict[str, Any], message: str, job: Jobs
 ) -> None:
     table = json.loads(a_table(job.folder).read_text()) | changed
@@ -172,8 +170,10 @@ def test_tables_that_are_of_no_use(
     assert message in job.refused("", **GROUPS, pruning__target=target)
 
 
-def test_widths_may_differ_by_block(job: Jobs) -> None:
-    """By one threshold; a target that is out of reach says what is possible."""
+def test_latency_target_with_widths_that_differ_by_block(job: Jobs) -> None:
+    """One threshold decides for all blocks. An error for an unreachable target gives the smallest
+    possible value.
+    """
     dense = 3 * (0.1 + 4 * seconds(48, 2))
     table = str(a_table(job.folder))
     options = GROUPS | {"pruning__target": {"latency_s": 0.8 * dense, "table": table}}
@@ -182,11 +182,13 @@ def test_widths_may_differ_by_block(job: Jobs) -> None:
     options["pruning__target"] = {"latency_s": 0.001, "table": table}
     error = job(options, folder="other", code=2).error
     assert "the model needs at least 0.564" in error
-    assert "--resume" not in error, "it would be the same again"
+    assert "--resume" not in error, "resuming would fail again"
 
 
-def test_a_table_of_transformers(job: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The whole model is timed in a process of its own; for others the seconds are given."""
+def test_latency_table_of_transformers(
+    job: Jobs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only the whole model is really timed, in its own process; the seconds of others are given."""
     measured = dict[str, tuple[float, float]]()
 
     def timed(command: list[str]) -> tuple[float, float]:
@@ -268,11 +270,11 @@ OVER_THREE = "pruning.target_sparsity=0.3; pruning.tensor_parallel=3"
         (OVER_THREE, "8 channels cannot be split over tensor_parallel 3"),
     ],
 )
-def test_impossible_targets_are_refused(settings: str, message: str, job: Jobs) -> None:
+def test_invalid_targets_are_refused(settings: str, message: str, job: Jobs) -> None:
     assert message in job.refused(settings, **GROUPS)
 
 
-def test_the_plan_says_what_the_dense_model_needs(job: Jobs) -> None:
+def test_plan_prints_the_needs_of_the_dense_model(job: Jobs) -> None:
     dense = int(BUDGETS["parameters"].dense)
     target = {"parameters": dense - 5000}
     options = GROUPS | {"pruning__num_shots": 2, "pruning__target": target}
@@ -284,9 +286,9 @@ def test_the_plan_says_what_the_dense_model_needs(job: Jobs) -> None:
     assert f"{widths} pruning.width_multiple to 128" in said
 
 
-def test_heads_and_widths_that_engines_can_split(job: Jobs) -> None:
-    """Over two devices: KV heads come in pairs or are one that is copied, query heads and channels
-    in pairs.
+def test_tensor_parallel_keeps_heads_and_widths_divisible(job: Jobs) -> None:
+    """On two devices the number of KV heads is even, or one that is copied; the numbers of query
+    heads and channels are even.
     """
     config = config_like(
         "llama", num_attention_heads=8, num_key_value_heads=8, head_dim=4

@@ -1,4 +1,4 @@
-"""A run that was killed while it trained goes on in the middle of a shot, to the same bits."""
+"""Recovery that is interrupted within a shot resumes with the same bits."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TRAINED = ONE | runs.LORA | {"recovery__num_tokens": NUM_STEPS * 40}
 NOTHING_HELD = {"calibration__held_aside": 0}
 GIVEN = {"recovery__learning_rate": 1e-3}
 ALWAYS = {"recovery__commit_minutes": 1e-9}
-"""After every step, but in trials of a rate."""
+"""Commits after every step, except in trials of a learning rate."""
 ANSWERED = {
     "evaluation": {
         "texts": [runs.windows("python-docs", 3, name="docs")],
@@ -33,7 +33,7 @@ MEASURED = ("losses", "rate", "tried", "undone", "ended", "absorbed")
 
 @pytest.fixture
 def dies(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
-    """Numbers of steps after which the process ends; each time the last one is removed."""
+    """Yield a list of numbers of steps: the process exits after the last one and removes it."""
     left = list[int]()
     num_made = 0
 
@@ -48,7 +48,7 @@ def dies(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
 
     monkeypatch.setattr("ray_surgeon.recovery.training.forward_and_backward", step)
     yield left
-    assert not left, "it was killed as often as it should"
+    assert not left, "the process was killed as often as requested"
 
 
 def killed(job: Jobs, options: Any, *arguments: str) -> None:
@@ -57,7 +57,7 @@ def killed(job: Jobs, options: Any, *arguments: str) -> None:
 
 
 def assert_same(again: Done, whole: Done) -> None:
-    """Compare the last shots: bits, measures, and that nothing is left of a part."""
+    """Compare the bits and measures of the last shots, and check that no partial state is left."""
     last = len(whole.shots)
     assert_same_shot(again.uri, whole.uri, last)
     for name in (
@@ -85,9 +85,11 @@ def slow(settings: dict[str, Any], name: str) -> Any:
     return pytest.param(settings, id=name, marks=pytest.mark.slow)
 
 
-def test_a_notice_is_time_to_commit(job: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A machine is about to be taken away: what was trained is committed, and goes on elsewhere."""
-    whole = job(TRAINED | GIVEN, folder="whole")
+def test_preemption_notice_commits_the_training(
+    job: Jobs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Training is committed when a machine gets a preemption notice, and resumes from there."""
+    whole = job.baseline(TRAINED | GIVEN)
     asked = iter(range(100))
     monkeypatch.setattr(LocalCluster, "notice", lambda _: "a notice" * (next(asked) >= 3))
     error = job(TRAINED | GIVEN, code=1).error
@@ -110,11 +112,11 @@ def test_a_notice_is_time_to_commit(job: Jobs, monkeypatch: pytest.MonkeyPatch) 
         pytest.param(GIVEN | WHOLE, id="all_weights"),
     ],
 )
-def test_a_run_that_was_killed_three_times(
+def test_run_killed_three_times_resumes_to_the_same_bits(
     settings: Any, job: Jobs, dies: list[int]
 ) -> None:
     options = TRAINED | settings
-    whole = job(options, folder="whole")
+    whole = job.baseline(options)
     tried = not {*settings} & {*GIVEN, *NOTHING_HELD}
     trial = len(whole.shot["recovery_tried"]) * trial_steps(NUM_STEPS) if tried else 0
     dies += [3, 1, trial + 2]
@@ -131,8 +133,8 @@ def test_a_run_that_was_killed_three_times(
         assert again.shot[name] == whole.shot[name]
 
 
-def test_a_trial_is_repeated(job: Jobs, dies: list[int]) -> None:
-    whole = job(TRAINED, folder="whole")
+def test_interrupted_trial_of_a_rate_is_repeated(job: Jobs, dies: list[int]) -> None:
+    whole = job.baseline(TRAINED)
     dies += [2]
     killed(job, TRAINED)
     part = job.folder / "run/shots/0001/part"
@@ -143,17 +145,19 @@ def test_a_trial_is_repeated(job: Jobs, dies: list[int]) -> None:
 
 
 @pytest.mark.parametrize("num_shards", [pytest.param(1, marks=pytest.mark.slow), 2])
-def test_other_shards_go_on(num_shards: int, job: Jobs, dies: list[int]) -> None:
-    whole = job(TRAINED | GIVEN | runs.FOUR, folder="whole")
+def test_training_resumes_on_another_number_of_shards(
+    num_shards: int, job: Jobs, dies: list[int]
+) -> None:
+    whole = job.baseline(TRAINED | GIVEN | runs.FOUR)
     dies += [6]
     killed(job, TRAINED | GIVEN | runs.FOUR)
     again = job(TRAINED | GIVEN | runs.FOUR, "--resume", cluster__num_shards=num_shards)
     assert_same(again, whole)
 
 
-def test_the_last_of_two_shots(job: Jobs, dies: list[int]) -> None:
+def test_training_after_the_second_shot_resumes(job: Jobs, dies: list[int]) -> None:
     options = TRAINED | GIVEN | {"pruning__num_shots": 2}
-    whole = job(options, folder="whole")
+    whole = job.baseline(options)
     dies += [3 + 4]
     killed(job, options)
     again = job(options, "--resume")
@@ -163,10 +167,10 @@ def test_the_last_of_two_shots(job: Jobs, dies: list[int]) -> None:
     assert_same(again, whole)
 
 
-def test_a_damaged_part_is_refused(job: Jobs, dies: list[int]) -> None:
-    """And the shot is repeated without it, as where it was not written to its end."""
+def test_damaged_partial_training_is_refused(job: Jobs, dies: list[int]) -> None:
+    """Without its manifest, the partial training is ignored and the shot is repeated."""
     options = TRAINED | GIVEN
-    whole = job(options, folder="whole")
+    whole = job.baseline(options)
     dies += [4]
     killed(job, options)
     part = job.folder / "run/shots/0001/part"

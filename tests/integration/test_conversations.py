@@ -1,4 +1,4 @@
-"""Calibration text that the dense model writes: plain texts and conversations."""
+"""Calibration text that the dense model generates: plain texts and conversations."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def chatty(llama: Path) -> Tokenizer:
 
 @pytest.fixture
 def asked(llama: Path) -> Ask:
-    """Return what a calibration text asks of the tiny model."""
+    """Return a function that makes the generation request of a calibration section."""
     config = AutoConfig.from_pretrained(llama)
 
     def ask(tokenizer: Tokenizer, **fields: Any) -> Any:
@@ -52,7 +52,9 @@ def asked(llama: Path) -> Ask:
 
 
 def soon_ended(request: Conversations) -> Conversations:
-    """Return the same with many tokens that end a text; the tiny model hardly draws the one."""
+    """Return the request with many tokens that end a text; the tiny model rarely draws the only
+    one.
+    """
     last = frozenset({*request.marks.last, *range(20, 60)})
     return replace(request, marks=replace(request.marks, last=last))
 
@@ -65,7 +67,7 @@ def ids(tokenizer: Tokenizer, text: str) -> list[int]:
 
 @pytest.fixture
 def written(monkeypatch: pytest.MonkeyPatch) -> list[Conversation]:
-    """The conversations that were last packed into windows."""
+    """Return the conversations that were packed last."""
     found: list[Conversation] = []
 
     def recorded(given: list[Conversation], num_windows: int, length: int) -> Any:
@@ -87,10 +89,10 @@ def test_repetitions_are_found() -> None:
         times = max(3, -(-32 // period))
         assert repeats([*text[100:150], *piece * times, *text[150:200]]), period
         assert not repeats([*text[100:150], *piece * (times - 1), *text[150:200]]), period
-    assert not repeats(text[:65].tolist() * 3), "no longer pieces are looked for"
+    assert not repeats(text[:65].tolist() * 3), "longer periods are not checked"
 
 
-def test_conversations_are_packed_whole_but_for_the_last_of_a_window() -> None:
+def test_only_the_last_conversation_of_a_window_is_cut() -> None:
     made = [
         Conversation(tuple(range(10 * i, 10 * i + size)), slice(2, size - 1))
         for i, size in enumerate((4, 5, 3, 8, 4))
@@ -108,7 +110,7 @@ def test_conversations_are_packed_whole_but_for_the_last_of_a_window() -> None:
     assert pack([], 2, 7).tokens.shape == (0, 7)
 
 
-def test_marks_of_a_template(chatty: Tokenizer, asked: Ask) -> None:
+def test_template_marks_are_found(chatty: Tokenizer, asked: Ask) -> None:
     marks = asked(chatty, chat=True).marks
     assert marks.opening == tuple(ids(chatty, "<s>Be kind.\n<u>"))
     assert marks.closing == tuple(ids(chatty, "<end>\n<a>"))
@@ -124,7 +126,7 @@ def test_marks_of_a_template(chatty: Tokenizer, asked: Ask) -> None:
     assert marks.ends_of_turn == {end, ids(chatty, ";")[0]}
 
 
-def test_answers_are_marked_in_the_template(
+def test_answers_of_generated_conversations_are_marked(
     chatty: Tokenizer, asked: Ask, llama: Path, written: list[Conversation]
 ) -> None:
     """The text does not depend on the number of shards and replicas."""
@@ -158,7 +160,7 @@ def test_answers_are_marked_in_the_template(
     )
 
 
-def test_long_answers_are_cut_and_a_model_that_never_ends_a_turn_is_refused(
+def test_long_answers_are_cut_and_endless_turns_are_refused(
     chatty: Tokenizer,
     asked: Ask,
     llama: Path,
@@ -231,7 +233,7 @@ def test_prompts_are_answered(
     assert found.answers[0].any()
 
 
-def test_a_text_goes_on_from_the_start_of_another(llama: Path, asked: Ask) -> None:
+def test_generated_texts_continue_starts_of_another_text(llama: Path, asked: Ask) -> None:
     tokenizer = AutoTokenizer.from_pretrained(llama)
     given = {"source": "python-docs", "max_tokens": 4000}
     options = {"starts": given, "start_tokens": 6, "texts_per_sequence": 2}
@@ -255,11 +257,11 @@ def test_a_text_goes_on_from_the_start_of_another(llama: Path, asked: Ask) -> No
     assert {start[0] for start in begun.starts} == {tokenizer.bos_token_id}
 
 
-def test_a_run_calibrates_on_it_and_goes_on(
+def test_run_calibrates_on_generated_text_and_resumes(
     job: Jobs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Several texts fill a sequence; each begins with the last token of the prompt. The run that
-    goes on streams.
+    """Several texts fill a sequence; each continues the last token of the prompt. The resumed run
+    streams its weights from disk.
     """
     model = job.models["llama"]
     mix = [{"source": "self", "weight": 0.5, "prompt": "<end>", "texts_per_sequence": 4}]
@@ -273,7 +275,7 @@ def test_a_run_calibrates_on_it_and_goes_on(
     ]
     assert texts[:, 0].tolist() == [prompt[-1]] * 8
     alone = write_texts(loaded(model), GenerationRequest((tuple(prompt),) * 8, 9))
-    assert np.array_equal(texts[:, 1:], alone), "each begins after the prompt"
+    assert np.array_equal(texts[:, 1:], alone), "each text continues the prompt"
     commit = RunDirectory.commit_shot
 
     def fails_at_the_second(self: RunDirectory, index: int, *rest: Any) -> None:
@@ -290,12 +292,12 @@ def test_a_run_calibrates_on_it_and_goes_on(
     kept = job.folder / "kept"
     text = cut / "written.safetensors"
     text.rename(kept)
-    assert "is gone" in resumed(1).error, "pruned weights must not write it"
+    assert "is gone" in resumed(1).error, "the pruned model must not generate the text"
     kept.rename(text)
     states = cut / "dense.safetensors"
     states.rename(kept)
     assert "dense.safetensors is gone" in resumed(2).error, (
-        "found before anything is loaded"
+        "the error comes before the model is loaded"
     )
     states.write_bytes(kept.read_bytes()[:100])
     said = resumed(2).error
@@ -325,13 +327,13 @@ SELF = "calibration.mix=[{{source: self, {}}}]".format
         (SELF("chat: true, prompt: a"), "keep one"),
     ],
 )
-def test_conversations_that_cannot_be_written_are_refused(
+def test_invalid_generation_settings_are_refused(
     settings: str, said: str, job: Jobs
 ) -> None:
     assert said in job.refused(settings)
 
 
-def test_templates_that_change_the_text_are_refused(
+def test_unsuitable_templates_and_prompts_are_refused(
     chatty: Tokenizer, asked: Ask, tmp_path: Path
 ) -> None:
     with pytest.raises(

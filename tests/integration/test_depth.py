@@ -1,4 +1,4 @@
-"""Whole layers: blocks, attentions and feed-forward layers are removed, and exported without."""
+"""Removal of whole blocks, attention layers and feed-forward layers, and exports without them."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ FAMILIES = sorted({*CONFIGS, *SPARSE_CONFIGS} - {NORMED_AFTER})
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_blocks_of_every_family(family: str, job: Jobs) -> None:
+def test_blocks_of_every_family_are_removed(family: str, job: Jobs) -> None:
     done = job(BLOCKS, model=family, output__exports=["uniform"], cluster__num_shards=2)
     (shot,) = done.shots
     (step,) = shot["layers_removed"]
@@ -62,7 +62,9 @@ def test_blocks_of_every_family(family: str, job: Jobs) -> None:
     "family",
     [pytest.param(f, marks=[] if f in OFTEN else pytest.mark.slow) for f in FAMILIES],
 )
-def test_parts_of_blocks_of_every_family(family: str, job: Jobs) -> None:
+def test_attention_and_ffn_layers_of_every_family_are_removed(
+    family: str, job: Jobs
+) -> None:
     done = job(PARTS, model=family, output__exports=["per_block"], cluster__num_shards=2)
     (shot,) = done.shots
     assert len(shot["layers_removed"]) >= 2
@@ -73,7 +75,7 @@ def test_parts_of_blocks_of_every_family(family: str, job: Jobs) -> None:
 def test_a_cost_is_what_the_removal_changes(
     job: Jobs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What makes up for it is kept where it makes it less."""
+    """The update of the preceding linear is kept only if it lowers the divergence."""
     monkeypatch.setattr(passes, "EVERY", 1)
     done = job(BLOCKS, pruning__target_sparsity=0.5, calibration__num_sequences=20)
     first, second = done.shot["layers_removed"]
@@ -86,7 +88,7 @@ def test_a_cost_is_what_the_removal_changes(
     assert second["cost"] == pytest.approx(more, rel=0.02)
 
 
-def test_shards_and_replicas(job: Jobs) -> None:
+def test_layer_removal_on_shards_and_replicas_matches_one_worker(job: Jobs) -> None:
     options = BLOCKS | {
         "pruning__groups": ["blocks", "ffn"],
         "pruning__width_multiple": 8,
@@ -104,7 +106,7 @@ def test_shards_and_replicas(job: Jobs) -> None:
     assert difference(one.uri, replicas.uri, 2) < MOST_BY_ORDER_OF_SUMS
 
 
-def test_a_run_goes_on_without_what_is_gone(
+def test_resumed_run_keeps_layers_removed(
     job: Jobs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = BLOCKS | {"pruning__num_shots": 2, "pruning__target_sparsity": 0.5} | LORA
@@ -124,7 +126,7 @@ def test_a_run_goes_on_without_what_is_gone(
 
 
 @pytest.mark.parametrize("costs", ["loss", "influence", "last", "random"])
-def test_baselines(costs: str, job: Jobs) -> None:
+def test_baseline_costs_choose_layers_without_updates(costs: str, job: Jobs) -> None:
     depth = {"costs": costs, "update": False}
     done = job(BLOCKS, pruning__depth=depth, pruning__target_sparsity=0.5)
     steps = done.shot["layers_removed"]
@@ -133,10 +135,10 @@ def test_baselines(costs: str, job: Jobs) -> None:
         assert [step["layer"] for step in steps] == ["block 3", "block 2"]
 
 
-def test_influence_is_by_the_cosine(llama: Path) -> None:
+def test_influence_is_one_minus_the_cosine(llama: Path) -> None:
     tokens = torch.arange(40).reshape(2, 20)
     model = AutoModelForCausalLM.from_pretrained(llama)
-    # the last of these is after the final norm
+    # the last hidden state is after the final norm
     states = list(model(tokens, output_hidden_states=True).hidden_states)
     cluster = loaded(llama, 2, 2)
     of_blocks = passes.influences_of(cluster, tokens.numpy())
@@ -149,10 +151,10 @@ def test_influence_is_by_the_cosine(llama: Path) -> None:
 @pytest.mark.parametrize(
     ("family", "linear"), [("llama", "mlp.down_proj"), ("gpt2", "mlp.c_proj")]
 )
-def test_a_layer_is_folded_into_the_linear_before(
+def test_removed_layer_is_folded_into_the_preceding_linear(
     family: str, linear: str, model_folders: dict[str, Path]
 ) -> None:
-    """By exact least squares, its bias included; and back."""
+    """The fold is the exact least squares solution, bias included, and can be undone."""
     model = AutoModelForCausalLM.from_pretrained(model_folders[family])
     tokens = torch.randint(
         VOCABULARY, (6, 30), generator=torch.Generator().manual_seed(1)
@@ -213,11 +215,13 @@ def test_a_layer_is_folded_into_the_linear_before(
         ("output.sizes=[0.1]", "[0.1] are none of pruning.sizes, []; name these"),
     ],
 )
-def test_impossible_depths_are_refused(settings: str, message: str, job: Jobs) -> None:
+def test_invalid_depth_settings_are_refused(
+    settings: str, message: str, job: Jobs
+) -> None:
     assert message in job.refused(settings, **BLOCKS)
 
 
-def test_a_shallow_model_in_other_formats(job: Jobs) -> None:
+def test_model_with_fewer_blocks_is_exported_to_gguf_and_quantised(job: Jobs) -> None:
     options = BLOCKS | {"output__exports": ["uniform", "gguf"], "output__gguf": ["f32"]}
     options |= {"output__quantize": {"scheme": "w4a16", "group_size": 16}}
     done = job(options, cluster__num_shards=2)
@@ -235,8 +239,8 @@ def test_a_shallow_model_in_other_formats(job: Jobs) -> None:
 SIZES = BLOCKS | {"pruning__target_sparsity": None, "pruning__sizes": [0.25, 0.5]}
 
 
-def test_a_family_of_sizes(job: Jobs) -> None:
-    """Each as a run of its own to that size with as many shots, recovery and exports included."""
+def test_each_of_several_sizes_matches_a_run_to_that_size(job: Jobs) -> None:
+    """Shots, recovery and exports are bit-identical to those of a run with one size."""
     options = SIZES | LORA | {"output__exports": ["uniform"], "output__keep_shots": 1}
     speed = {"prompt_length": 8, "num_new_tokens": 2, "num_repeats": 1}
     options |= {"recovery__num_tokens_between_shots": 0}
@@ -263,7 +267,7 @@ def test_a_family_of_sizes(job: Jobs) -> None:
     assert first == second
 
 
-def test_exports_that_were_not_asked_for_at_first(
+def test_exports_can_be_added_to_a_finished_run(
     job: Jobs, capsys: pytest.CaptureFixture[str]
 ) -> None:
     done = job(SIZES, output__exports=["masked"])

@@ -1,6 +1,4 @@
-"""Mixtures of experts through the whole pipeline: channels of experts, whole experts, all kinds
-together.
-"""
+"""Mixtures of experts in whole runs: channels of experts, whole experts, and all kinds together."""
 
 from __future__ import annotations
 
@@ -30,14 +28,14 @@ OFTEN = {"deepseek_v3", "glm4_moe", "gpt_oss", "qwen2_moe"}
 
 
 def exported(done: Done) -> dict[str, Any]:
-    """Return what a run says of its only export."""
+    """Return the record of the only export of a run."""
     (export,) = done.exports
     assert export["reload_max_logit_difference"] < 1e-4
     return export
 
 
 def older(model: Path, folder: Path) -> Path:
-    """Return a copy that calls the number of experts by one name only, as older checkpoints do."""
+    """Return a copy whose config names the number of experts as older checkpoints do."""
     copied_model(model, folder)
     document = json.loads((folder / "config.json").read_text())
     document["num_experts"] = document.pop(
@@ -48,8 +46,8 @@ def older(model: Path, folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("family", WITHOUT_GROUPS)
-def test_a_plain_model_has_fewer_and_narrower_experts(family: str, job: Jobs) -> None:
-    """Where shared experts are as wide as others by definition, all keep their widths."""
+def test_uniform_export_has_fewer_and_narrower_experts(family: str, job: Jobs) -> None:
+    """Experts keep their widths in a family whose shared experts have the same width."""
     kinds = ["experts"] if family == "glm4_moe" else ["experts", "expert_channels"]
     kinds += ["shared_experts"] if family == "qwen2_moe" else []
     options = UNIFORM | {"pruning__groups": kinds, "pruning__target_sparsity": 0.25}
@@ -89,8 +87,8 @@ def test_a_plain_model_has_fewer_and_narrower_experts(family: str, job: Jobs) ->
         for family in sorted(SPARSE_CONFIGS)
     ],
 )
-def test_everything_under_one_threshold(family: str, job: Jobs) -> None:
-    """But no groups of experts of which a router chooses some, as those of DeepSeek-V3."""
+def test_all_kinds_of_groups_share_one_threshold(family: str, job: Jobs) -> None:
+    """Routers that choose groups of experts, such as DeepSeek-V3's, keep all experts."""
     has_groups = family == "deepseek_v3"
     if has_groups:
         assert "2 groups of experts" in job.refused(WHOLE, **GROUPS, model=family)
@@ -107,8 +105,8 @@ def test_everything_under_one_threshold(family: str, job: Jobs) -> None:
     assert all(width % 8 == 0 for width in widths)
 
 
-def test_shards_and_replicas_and_stores(job: Jobs) -> None:
-    """And a run that goes on after experts went."""
+def test_expert_pruning_does_not_depend_on_shards_replicas_and_stores(job: Jobs) -> None:
+    """A run that resumes after the removal of experts gives the same bits too."""
     host = {"memory__weights": "host", "memory__factors": "host"}
     ways: dict[str, dict[str, Any]] = {
         "one": {},
@@ -144,7 +142,7 @@ ELEMENT = "pruning.structure=element; pruning.method"
         ("gpt_oss", "curvature.kind=extended_kfac"),
     ],
 )
-def test_other_methods_take_experts_as_linears(
+def test_other_methods_prune_experts_as_linears(
     family: str, settings: str, job: Jobs
 ) -> None:
     done = job(runs.MASKED | runs.ONE | changes_of(settings), model=family)
@@ -152,8 +150,8 @@ def test_other_methods_take_experts_as_linears(
     exported(done)
 
 
-def test_heads_with_sinks(job: Jobs) -> None:
-    """Half of the heads go, in a plain class, with their sinks."""
+def test_attention_sinks_are_removed_with_their_heads(job: Jobs) -> None:
+    """Half of the heads and their sinks are removed; the export is a transformers class."""
     options = UNIFORM | {
         "pruning__groups": ["attention"],
         "pruning__target_sparsity": 0.03,
@@ -163,10 +161,8 @@ def test_heads_with_sinks(job: Jobs) -> None:
 
 
 @pytest.mark.parametrize("method", ["sparsegpt", "wanda; curvature=null"])
-def test_an_expert_that_was_not_called_keeps_its_largest_weights(
-    method: str, job: Jobs
-) -> None:
-    """It may be called yet."""
+def test_expert_without_tokens_keeps_its_largest_weights(method: str, job: Jobs) -> None:
+    """Other text may route tokens to it."""
     folder = copied_model(job.models["glm4_moe"], job.folder / "model")
     model = AutoModelForCausalLM.from_pretrained(folder)
     last = model.model.layers[-1].mlp
@@ -182,8 +178,8 @@ def test_an_expert_that_was_not_called_keeps_its_largest_weights(
     assert float(dense[pruned != 0].abs().mean()) > float(dense[pruned == 0].abs().mean())
 
 
-def test_a_layer_without_an_expert_to_spare_passes_another_shot(job: Jobs) -> None:
-    """Its router, which takes the best two of a group, cannot be asked without one of its two."""
+def test_layer_at_its_minimum_of_experts_passes_later_shots(job: Jobs) -> None:
+    """Its router sums the best two experts of a group, so a group cannot have fewer than two."""
     options = EXPERTS | {"pruning__num_shots": 4, "pruning__target_sparsity": 0.24}
     done = job(options, model="glm4_moe", output__exports=["uniform"])
     shots = done.shots
@@ -194,8 +190,10 @@ def test_a_layer_without_an_expert_to_spare_passes_another_shot(job: Jobs) -> No
 
 
 @pytest.mark.parametrize("score", ["reap", "frequency", "random"])
-def test_scores_of_baselines(score: str, job: Jobs) -> None:
-    """The experts of the lowest scores go, equally many a block; no gradients are needed."""
+def test_experts_with_the_lowest_baseline_scores_are_removed(
+    score: str, job: Jobs
+) -> None:
+    """Every block loses the same number of experts, and no gradients are needed."""
     options = EXPERTS | {"pruning__expert_costs": score, "model": "olmoe"}
     shot = job(options, folder="forward", curvature__kind="activations").shot
     if score == "reap":
@@ -203,7 +201,7 @@ def test_scores_of_baselines(score: str, job: Jobs) -> None:
         assert shot["expert_costs"] == pytest.approx(both, rel=1e-4)
     if score == "random":
         assert len(set(shot["expert_costs"].values())) == len(shot["expert_costs"]), (
-            "no two layers"
+            "every expert has its own score"
         )
     for experts in LAYOUTS["olmoe"].expert_sets:
         costs = {
@@ -214,7 +212,7 @@ def test_scores_of_baselines(score: str, job: Jobs) -> None:
         assert max(gone) <= min(costs.values())
 
 
-def test_the_first_order_counts_with_labels_of_the_text_only(job: Jobs) -> None:
+def test_first_order_term_needs_labels_of_the_text(job: Jobs) -> None:
     empirical, sampled = (
         job(EXPERTS, folder=fisher, model="olmoe", curvature__fisher=fisher).shot[
             "expert_costs"
@@ -249,20 +247,20 @@ def test_the_first_order_counts_with_labels_of_the_text_only(job: Jobs) -> None:
         (f"{WHOLE}; pruning.target_sparsity=0.9", "ask for less"),
     ],
 )
-def test_impossible_jobs_on_experts_are_refused(
+def test_invalid_expert_settings_are_refused(
     settings: str, complaint: str, job: Jobs
 ) -> None:
     assert complaint in job.refused(settings, "--dry-run", model="mixtral", **GROUPS)
 
 
-def test_a_target_of_a_mixture_counts_only_the_experts_that_a_token_goes_to(
+def test_flops_target_counts_only_the_experts_of_a_token(
     job: Jobs,
 ) -> None:
     layout = LAYOUTS["qwen3_moe"]
     active = sum(
         shape.size * (1 if shape.sees_all_tokens else 2 / 6) for shape in layout.linears
     )
-    # blocks, a multiply-add for q.k and one for the sum, dimensions of a head, heads, tokens before
+    # blocks, multiply-adds for q.k and the sum, head dimension, heads, mean number of past tokens
     scores = 4 * 4 * 8 * 4 * 17 / 2
     flops = 2 * (active + layout.config.vocab_size * layout.config.hidden_size) + scores
     target = {"flops": int(0.9 * flops), "prompt_length": 16}
@@ -272,13 +270,13 @@ def test_a_target_of_a_mixture_counts_only_the_experts_that_a_token_goes_to(
     assert budget["need"] <= target["flops"] < budget["dense"] == pytest.approx(flops)
 
 
-def test_a_packed_checkpoint_is_unpacked(job: Jobs) -> None:
-    """As gpt-oss is published: MXFP4, with weights on disk, and an export in the job's dtype that
-    says nothing of it.
+def test_mxfp4_checkpoint_is_unpacked(job: Jobs) -> None:
+    """gpt-oss is published in MXFP4. The export is in the job's dtype and its config does not
+    mention MXFP4.
     """
     dense = job.models["gpt_oss"]
     state = load_file(dense / "model.safetensors")
-    for name, tensor in state.items():  # a width that blocks of 32 fill
+    for name, tensor in state.items():  # widen to a multiple of the block size of 32
         if "experts" in name and name.endswith("down_proj"):
             state[name] = torch.cat([tensor, tensor[:, :16]], dim=1)
         elif "gate_up" in name:
@@ -295,9 +293,11 @@ def test_a_packed_checkpoint_is_unpacked(job: Jobs) -> None:
     assert "quantization_config" not in written
 
 
-def test_magnitudes_of_experts_and_attention_are_compared_as_they_are(job: Jobs) -> None:
-    """The identity is no sum over tokens, of which an expert would have few: one threshold on |w|
-    over the whole model.
+def test_magnitude_pruning_uses_one_threshold_for_experts_and_attention(
+    job: Jobs,
+) -> None:
+    """Identity curvature does not depend on the number of tokens of an expert: one threshold on |w|
+    holds for the whole model.
     """
     magnitude = (
         "curvature.kind=identity; pruning.structure=element; pruning.costs=obd; "

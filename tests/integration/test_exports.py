@@ -1,6 +1,4 @@
-"""Exports that are really smaller: same logits as the masked model, in classes that do not know
-this project.
-"""
+"""Smaller exports give the logits of the masked model and load without this package."""
 
 from __future__ import annotations
 
@@ -62,8 +60,8 @@ def assert_as_masked(exports: Path, logits: torch.Tensor) -> None:
 def test_heads_need_not_divide_the_hidden_size(
     family: str, dense: tuple[int, int], left: tuple[int, int], job: Jobs
 ) -> None:
-    """A Llama becomes a Mistral; mixtures hold such heads, as those of GLM-4.5-Air, 96 for 4096,
-    before anything is pruned.
+    """A Llama becomes a Mistral. Mixtures such as GLM-4.5-Air have such heads before pruning (96
+    for a hidden size of 4096).
     """
     names = ("num_attention_heads", "num_key_value_heads")
     heads = dict(zip(names, dense, strict=True))
@@ -89,8 +87,8 @@ def test_heads_need_not_divide_the_hidden_size(
         assert document["model_type"] == config.model_type
 
 
-def test_phi3_holds_heads_that_its_rotary_factors_allow() -> None:
-    """It counts factors by the hidden size over the heads, and refuses to load with others."""
+def test_number_of_heads_of_phi3_is_limited_by_its_rotary_factors() -> None:
+    """transformers checks the number of rotary factors against the hidden size over the heads."""
     factors = [1.0] * 4
     scaling = {"type": "longrope", "long_factor": factors, "short_factor": factors}
     config = config_like("phi3", rope_parameters=None, rope_scaling=scaling)
@@ -101,12 +99,10 @@ def test_phi3_holds_heads_that_its_rotary_factors_allow() -> None:
 @pytest.mark.parametrize(
     ("family", "kinds"), [("llama", ["uniform", "per_block"]), ("mistral", ["per_block"])]
 )
-def test_exports_of_another_type_have_its_tokens(
+def test_exports_with_another_model_type_keep_the_tokenizer(
     family: str, kinds: list[str], job: Jobs
 ) -> None:
-    """transformers builds Llama's tokenizer anew from its pieces, and takes Mistral's as the file
-    has it.
-    """
+    """transformers rebuilds Llama's tokenizer from its pieces, but loads Mistral's as stored."""
     heads = {
         "num_attention_heads": 5,
         "num_key_value_heads": 5,
@@ -132,7 +128,7 @@ def test_exports_of_another_type_have_its_tokens(
         assert changed["model_type"] != config.model_type
         assert not (
             kind == "uniform" and changed["transformers_version"].startswith("4")
-        ), "it would doubt the tokenizer of such a Mistral"
+        ), "transformers would warn of the tokenizer of such a Mistral"
         after = AutoTokenizer.from_pretrained(done.export(kind))
         assert after.chat_template == before.chat_template == "hello"
         for text in (
@@ -152,12 +148,10 @@ def test_exports_of_another_type_have_its_tokens(
         ("glm4_moe", {"num_nextn_predict_layers": 1}, {"num_nextn_predict_layers": 0}),
     ],
 )
-def test_a_configuration_promises_nothing_that_is_not_there(
+def test_exported_configuration_names_only_existing_parts(
     family: str, extra: dict[str, Any], expected: dict[str, Any], job: Jobs
 ) -> None:
-    """No code, which models of the Hub may name beside a class of transformers, and no blocks that
-    guess further tokens.
-    """
+    """The exported config names neither remote code nor blocks for multi-token prediction."""
     config = json.loads((job.models[family] / "config.json").read_text())
     config.pop("torch_dtype", None)
     model = copied_model(job.models[family], job.folder / "model", **extra)
@@ -166,8 +160,8 @@ def test_a_configuration_promises_nothing_that_is_not_there(
     assert found == config | {"dtype": "float32"} | expected
 
 
-def test_memory_of_a_narrow_model_is_less(zygote: Zygote, tmp_path: Path) -> None:
-    """Classes whose blocks differ build the dense model first."""
+def test_narrow_model_takes_less_memory(zygote: Zygote, tmp_path: Path) -> None:
+    """Classes with different widths per block build the dense model first."""
     config = config_like("llama", hidden_size=256, intermediate_size=8192, head_dim=32)
     dense = config.to_dict() | {"dtype": "float32"}
     layout = ModelLayout.of(config)
@@ -192,10 +186,10 @@ def test_memory_of_a_narrow_model_is_less(zygote: Zygote, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3"])
-def test_a_first_block_without_attention_counts_the_tokens_of_the_cache(
+def test_cache_length_is_right_if_the_first_block_has_no_attention(
     family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where new tokens stand is asked of the cache's first layer."""
+    """transformers reads the position of new tokens from the cache of the first layer."""
     layout = LAYOUTS[family]
     name = f"pruned_{family}"
     (tmp_path / f"{name}.py").write_text(shipped_source(layout.config))
@@ -213,8 +207,8 @@ def test_a_first_block_without_attention_counts_the_tokens_of_the_cache(
     assert first[cache].get_seq_length() == TOKENS.shape[1]
 
 
-def test_exports_stand_alone(job: Jobs) -> None:
-    """In a process that cannot import this project."""
+def test_exports_load_without_this_package(job: Jobs) -> None:
+    """The exports load in a process that cannot import this package."""
     exports = ["masked", "uniform", "per_block"]
     folder = job(UNIFORM, output__exports=exports).uri / "export"
     said = subprocess.check_output([sys.executable, "-c", LOAD], cwd=folder, text=True)
@@ -244,13 +238,13 @@ AS_UNIFORM = f"{AS_GROUPS}; pruning.allocation=uniform"
         ("llama", f"{AS_GROUPS}; pruning.groups=[attention]", "at most"),
     ],
 )
-def test_impossible_exports_are_refused(
+def test_invalid_export_settings_are_refused(
     family: str, settings: str, message: str, job: Jobs
 ) -> None:
     assert message in job.refused(settings, model=family)
 
 
-def test_speed_is_measured_beside_the_dense_model(job: Jobs) -> None:
+def test_speed_is_compared_with_the_dense_model(job: Jobs) -> None:
     speed = {"prompt_length": 16, "num_new_tokens": 3, "num_repeats": 2}
     options = UNIFORM | {"output__exports": ["uniform"], "output__speed": speed}
     done = job(options)
@@ -279,15 +273,15 @@ def test_speed_is_measured_beside_the_dense_model(job: Jobs) -> None:
     assert yaml.safe_load(front)["library_name"] == "transformers"
 
 
-def test_no_wrong_export_is_said(job: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the widths of two blocks exchanged, the fresh process says that tensors do not fit."""
+def test_wrong_export_fails_the_run(job: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the widths of two blocks exchanged, reloading in a fresh process fails."""
     own = pruned_config.block_widths
     monkeypatch.setattr(pruned_config, "block_widths", lambda *given: own(*given)[::-1])
     done = job(GROUPS, output__exports=["per_block"], code=1)
     assert not (done.export("per_block") / "README.md").exists()
 
 
-def test_an_export_has_no_files_of_a_try_with_other_shards(
+def test_export_removes_files_of_an_attempt_with_other_shards(
     llama: Path, tmp_path: Path
 ) -> None:
     export = tmp_path / "export"
@@ -304,16 +298,16 @@ def test_an_export_has_no_files_of_a_try_with_other_shards(
 @pytest.mark.parametrize(
     ("dtype", "half", "of_all", "of_one", "passes"),
     [
-        ("bfloat16", False, 0.05, 0.4, True),  # as SmolLM2 has it
+        ("bfloat16", False, 0.05, 0.4, True),  # as in SmolLM2
         ("bfloat16", False, 0.25, 0.25, False),
         ("bfloat16", False, 0.05, 0.8, False),
-        # of a mixture, where a token went to other experts
+        # a mixture that routes a token to other experts: to other experts
         ("bfloat16", True, 0.05, 0.8, True),
         ("float32", False, 1e-4, 3e-3, True),
         ("float32", False, 1e-4, 1e-2, False),
     ],
 )
-def test_logits_differ_by_rounding(
+def test_logits_may_differ_by_rounding_only(
     dtype: str, half: bool, of_all: float, of_one: float, passes: bool
 ) -> None:
     generator = torch.Generator().manual_seed(0)

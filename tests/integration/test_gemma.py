@@ -1,6 +1,4 @@
-"""Gemma 3 270M, a second real model of another family: from a package index, off by default (`-m
-network`).
-"""
+"""Pruning Gemma 3 270M, which is downloaded; off by default (`-m network`)."""
 
 from __future__ import annotations
 
@@ -26,7 +24,7 @@ def gemma(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("structure", "sparsity"), [("rows_columns", 0.05), ("element", 0.3)]
 )
-def test_gemma_is_as_reported(
+def test_gemma_perplexity_matches_transformers(
     structure: str, sparsity: float, gemma: Path, job: Jobs
 ) -> None:
     text = {"source": "python-docs", "sequence_length": 256}

@@ -1,5 +1,5 @@
-"""Answers of the dense model and of pruned ones: against transformers, whatever the workers are,
-and in every report.
+"""Generated answers of dense and pruned models: against transformers, on several workers, and in
+reports.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from ray_surgeon.evaluation.answers import (
 )
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.report import display as tables
-from ray_surgeon.report.html_report import LivePage, excerpt, page, rendered
+from ray_surgeon.report.html_report import excerpt, page, rendered
 from ray_surgeon.run.result import PruneResult
 from tests.conftest import VOCABULARY
 from tests.integration.runs import Jobs, loaded
@@ -39,11 +39,11 @@ PROMPTS = tuple(
     for number, length in enumerate((3, 9, 1, 6, 4))
 )
 ENDS = frozenset(range(0, VOCABULARY, 9))
-"""So many that some answers end."""
+"""End tokens, frequent enough that some answers end."""
 
 
 def damage(cluster: LocalCluster, factor: float) -> None:
-    """Weaken all linears."""
+    """Scale the weights of all linears."""
     for worker in cluster.workers.values():
         for name in worker.shard.linears:
             worker.shard.set_weight(name, factor * worker.shard.weight(name))
@@ -53,8 +53,8 @@ def damage(cluster: LocalCluster, factor: float) -> None:
 def by_transformers(
     folder: Path, factor: float
 ) -> tuple[Answers, dict[str, float], list[list[int]]]:
-    """Return the dense answers, the means over their tokens, and the answers of the damaged model,
-    without our own code.
+    """Return the dense answers, their mean measures, and the answers of the damaged model, computed
+    by transformers alone.
     """
     dense, pruned = (AutoModelForCausalLM.from_pretrained(folder) for _ in range(2))
     for name in ModelLayout.of(dense.config).shapes if factor != 1 else ():
@@ -96,13 +96,11 @@ def assert_as_by_itself(cluster: LocalCluster, answers: Answers) -> None:
 
 
 @pytest.mark.parametrize("family", ["gpt2", "gemma3", "mixtral"])
-def test_answers_are_those_of_transformers(
-    family: str, model_folders: dict[str, Path]
-) -> None:
-    # transformers has its experts in one tensor
+def test_answers_match_transformers(family: str, model_folders: dict[str, Path]) -> None:
+    # transformers stores its experts in one tensor
     factor = 1.0 if family == "mixtral" else 0.95
     expected, means, own = by_transformers(model_folders[family], factor)
-    assert 0 < sum(expected.ended) < len(PROMPTS), "some end"
+    assert 0 < sum(expected.ended) < len(PROMPTS), "some answers end"
     found = []
     for workers in WORKERS:
         cluster = loaded(model_folders[family], *workers)
@@ -122,7 +120,7 @@ def test_answers_are_those_of_transformers(
     assert found[0].not_ended == 1 - sum(ended) / len(ended)
 
 
-def test_measures_are_finite(llama: Path) -> None:
+def test_measures_that_are_not_finite_are_an_error(llama: Path) -> None:
     cluster = loaded(llama)
     answers = answers_of(cluster, PROMPTS, MAX_TOKENS, ENDS)
     damage(cluster, float("nan"))
@@ -136,13 +134,13 @@ def test_measures_are_finite(llama: Path) -> None:
         answers_of(cluster, PROMPTS, MAX_TOKENS, ENDS)
 
 
-def test_answers_part_at_the_first_token_that_differs() -> None:
+def test_departure_is_the_first_token_that_differs() -> None:
     assert departure([1, 2, 3], [1, 4, 3]) == 1
     assert departure([1, 2], [0, 2]) == 0
     assert departure([1, 2, 3], [1, 2]) == 2
 
 
-def test_prompts_that_cannot_be_answered_are_refused() -> None:
+def test_unsuitable_prompts_are_refused() -> None:
     check_prompts([(1, 2)], 6, 8, "generation.prompts")
     for prompts, longest, message in (
         ([(1,), ()], 99, "prompt 1 has 0 tokens"),
@@ -171,7 +169,7 @@ def decode(tokens: Any) -> str:
     return HOSTILE + " ".join(map(str, tokens))
 
 
-def test_records_are_what_a_report_may_hold() -> None:
+def test_records_shorten_texts_and_summarise_departures() -> None:
     dense = dense_record(ANSWERS_OF_TWO, lambda tokens: f"{tokens}" + "x" * 10_000)
     assert (dense["num_tokens"], dense["share_ended"], dense["share_repeating"]) == (
         3,
@@ -183,16 +181,10 @@ def test_records_are_what_a_report_may_hold() -> None:
     assert shot["tokens_until_departure"] == {"mean": 0.5, "median": 0.5}
 
 
-@pytest.fixture(scope="module")
-def without(
-    tmp_path_factory: pytest.TempPathFactory, model_folders: dict[str, Path]
-) -> Record:
+@pytest.fixture
+def without(job: Jobs) -> Record:
     """Return the report of a run that compares no answers."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(LivePage, "draw", lambda self, record, *, final: None)
-        return Jobs(model_folders, tmp_path_factory.mktemp("generation"))(
-            name="old"
-        ).report
+    return job.baseline(name="old").report
 
 
 @pytest.fixture
@@ -206,7 +198,7 @@ def compared(without: Record) -> Record:
     return record
 
 
-def test_the_terminal_shows_acceptance(without: Record, compared: Record) -> None:
+def test_terminal_shows_acceptance(without: Record, compared: Record) -> None:
     shots = tables.shots_table(compared)
     assert [column.header for column in shots.columns][:3] == [
         "shot",
@@ -233,7 +225,7 @@ def test_the_terminal_shows_acceptance(without: Record, compared: Record) -> Non
     assert len(tables.summary_lines("answers", compared)) == len(lines) - 1
 
 
-def test_the_page_shows_answers_as_text(without: Record, compared: Record) -> None:
+def test_page_escapes_answers(without: Record, compared: Record) -> None:
     html = page([compared])
     assert "<script>" not in html
     assert "&lt;script&gt;" in html
@@ -241,7 +233,9 @@ def test_the_page_shows_answers_as_text(without: Record, compared: Record) -> No
     assert html.index("accepted of the dense model") < html.index("linears removed")
     assert 'id="run-1-answers"' in html
     together = page([without, compared])
-    assert together.count("<th>accepted</th>") == 3, "of both runs, and two of one"
+    assert together.count("<th>accepted</th>") == 3, (
+        "one for both runs, and two for the second run"
+    )
     assert "accepted" not in page([without])
     compared["shots"][0].pop("generation")
     compared["shots"][1]["generation"]["not_ended"] = None
@@ -249,7 +243,7 @@ def test_the_page_shows_answers_as_text(without: Record, compared: Record) -> No
     assert "run-1-answers" in page([compared])
 
 
-def test_a_result_and_a_card_have_answers_or_none(
+def test_result_and_card_have_answers_if_measured(
     without: Record, compared: Record
 ) -> None:
     cards = []
@@ -273,6 +267,6 @@ def test_a_result_and_a_card_have_answers_or_none(
     assert "script" not in new
 
 
-def test_excerpts_are_one_line_of_what_can_be_seen() -> None:
+def test_excerpts_are_one_line_of_printable_text() -> None:
     assert excerpt("a\n\tb\x00\x1b[0m c\u200b\u202e", 200) == "a b[0m c"
     assert excerpt("x" * 300, 200) == "x" * 197 + "..."

@@ -1,5 +1,5 @@
-"""GGUF files: what they hold is what was pruned, and what llama.cpp would misread is refused.
-Whether it reads them: tests/serve.
+"""GGUF files hold the pruned tensors, and models that llama.cpp would misread are refused.
+tests/serve loads such files in llama.cpp.
 """
 
 from __future__ import annotations
@@ -44,10 +44,8 @@ def fields_of(file: Path) -> dict[str, Any]:
     }
 
 
-def test_uniform_widths(job: Jobs) -> None:
-    """The same tensors as the uniform export, heads rotated in pairs; the eight-bit file is close
-    to them.
-    """
+def test_gguf_has_the_tensors_of_the_uniform_export(job: Jobs) -> None:
+    """Heads are permuted to rotate in pairs. The eight-bit file is close to the float32 file."""
     options = GROUPS | {
         "pruning__allocation": "uniform",
         "output__exports": ["uniform", "gguf"],
@@ -94,8 +92,12 @@ DEEP = {"pruning__groups": ["blocks", "ffn"], "pruning__depth__num_removed": 1}
 
 
 @pytest.mark.parametrize("options", [runs.FOUR, DEEP])
-def test_the_importance_matrix(options: dict[str, Any], job: Jobs) -> None:
-    """The sums of squares of what the linears of the uniform export see on the calibration."""
+def test_importance_matrix_sums_squared_inputs(
+    options: dict[str, Any], job: Jobs
+) -> None:
+    """The matrix holds the sums of squared inputs of the exported linears over the calibration
+    text.
+    """
     options = options | {
         "pruning__allocation": "uniform",
         "output__exports": ["uniform", "gguf"],
@@ -130,8 +132,8 @@ def test_the_importance_matrix(options: dict[str, Any], job: Jobs) -> None:
 
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "gpt_oss"])
-def test_mixtures_have_their_experts_together(family: str, job: Jobs) -> None:
-    """The tensors are those of the uniform export, however a checkpoint has them."""
+def test_gguf_joins_the_experts_of_a_layer(family: str, job: Jobs) -> None:
+    """The tensors equal those of the uniform export, whatever the layout of the checkpoint."""
     options = {
         "pruning__allocation": "uniform",
         "output__exports": ["uniform", "gguf"],
@@ -177,8 +179,8 @@ def test_mixtures_have_their_experts_together(family: str, job: Jobs) -> None:
         np.testing.assert_allclose(sums, expected, rtol=1e-4)
 
 
-def test_experts_without_tokens_weigh_alike(tmp_path: Path) -> None:
-    """llama.cpp puts ones where it finds no count, and divides by the others."""
+def test_experts_without_tokens_have_equal_importance(tmp_path: Path) -> None:
+    """llama.cpp uses ones where a count is zero, and divides by the count elsewhere."""
     squares = torch.tensor([[1.0, 4.0], [0.0, 0.0]])
     write_imatrix(
         {"blk.0.ffn_up_exps.weight": squares}, ["text"], (2, 8), tmp_path / "m.gguf"
@@ -191,7 +193,7 @@ def test_experts_without_tokens_weigh_alike(tmp_path: Path) -> None:
     ]
 
 
-def test_widths_that_differ_are_a_deci(job: Jobs) -> None:
+def test_widths_that_differ_by_block_use_the_deci_architecture(job: Jobs) -> None:
     options = {"output__exports": ["per_block", "gguf"], "output__gguf": ["bf16"]}
     done = job(GROUPS | options)
     config = json.loads((done.export("per_block") / "config.json").read_text())
@@ -208,7 +210,7 @@ def test_widths_that_differ_are_a_deci(job: Jobs) -> None:
         assert fields[f"deci.{name}"] == (counts if len(set(counts)) > 1 else counts[0])
 
 
-def test_frequencies_of_llama_3_are_those_of_transformers(tmp_path: Path) -> None:
+def test_rope_frequencies_of_llama_3_match_transformers(tmp_path: Path) -> None:
     config = config_like("llama", rope_parameters=LLAMA_3)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     layout = ModelLayout.of(AutoConfig.from_pretrained(tmp_path))
@@ -261,13 +263,13 @@ def test_models_that_llama_cpp_would_misread_are_refused(
         architecture_of(layout, [BlockWidths(*pair) for pair in widths])
 
 
-def test_it_is_refused_before_anything_starts(job: Jobs) -> None:
+def test_unsupported_model_is_refused_before_a_run_starts(job: Jobs) -> None:
     options = GROUPS | {"pruning__groups": ["ffn"], "output__exports": ["gguf"]}
     assert "set pruning.allocation: uniform" in job.refused(model="qwen2", **options)
     assert not (job.folder / "run").exists()
 
 
-def test_gemma_of_the_usual_pattern_is_known() -> None:
+def test_gemma3_with_the_usual_layer_pattern_is_supported() -> None:
     usual = ["sliding_attention"] * 5 + ["full_attention"]
     config = config_like("gemma3", layer_types=usual, num_hidden_layers=6)
     widths = [BlockWidths(8, 1)] * 6
@@ -277,7 +279,7 @@ def test_gemma_of_the_usual_pattern_is_known() -> None:
         architecture_of(ModelLayout.of(config), widths)
 
 
-def test_yarn_may_be_called_by_the_older_name_beside_the_newer() -> None:
+def test_yarn_may_have_both_its_old_and_its_new_name() -> None:
     yarn = {"rope_type": "yarn", "type": "yarn", "rope_theta": 1e6, "factor": 4.0}
     yarn |= {"original_max_position_embeddings": 32}
     layout = ModelLayout.of(config_like("qwen2", rope_parameters=yarn))
@@ -298,10 +300,10 @@ DIGITS = {"type": "Digits", "individual_digits": True}
         (BYTES | {"add_prefix_space": True}, None, ValueError("has no known name")),
     ],
 )
-def test_ways_to_cut_text(
+def test_pre_tokenizers_are_identified(
     pre_tokenizer: Any, normalizer: Any, expected: str | ValueError
 ) -> None:
-    """A normaliser that llama.cpp would leave out is refused."""
+    """A normaliser that llama.cpp would ignore is refused."""
     document = {"model": {"type": "BPE"}, "decoder": {"type": "ByteLevel"}}
     document |= {"pre_tokenizer": pre_tokenizer, "normalizer": normalizer}
     if isinstance(expected, ValueError):
@@ -311,8 +313,8 @@ def test_ways_to_cut_text(
         assert tokenizer_names(document) == ("gpt2", expected)
 
 
-def test_added_runs_of_spaces_are_spaces() -> None:
-    """Gemma's; llama.cpp takes U+2581 for a space in pieces only."""
+def test_added_tokens_of_spaces_are_converted() -> None:
+    """Gemma has such tokens; llama.cpp reads U+2581 as a space in pieces only."""
     added = [
         {"id": 1, "content": "\u2581\u2581", "special": False},
         {"id": 2, "content": "<\u2581>", "special": True},
@@ -335,10 +337,10 @@ def write_whole(model: Path, num_heads: int, file: Path) -> float:
     )
 
 
-def test_damage_is_noticed(
+def test_damaged_tensor_in_the_file_is_an_error(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What is read again is compared with what it was made from."""
+    """The written file is read again and compared with its source."""
     read = Tensors.read
     written = list[str]()
 
@@ -363,5 +365,5 @@ def test_gpt2_linears_are_transposed(
     assert np.array_equal(tensors_of(file)["blk.0.ffn_up.weight"].T, up.numpy())
 
 
-def test_the_spec_names_every_type_of_matrices() -> None:
+def test_spec_accepts_every_supported_gguf_type() -> None:
     assert get_args(GgufKind) == tuple(KINDS)

@@ -1,4 +1,4 @@
-"""Coupled groups: what is removed can be cut out without a change of the logits."""
+"""Removed coupled groups can be cut out of the model without a change of the logits."""
 
 from __future__ import annotations
 
@@ -38,9 +38,11 @@ CASES = [
 
 
 @pytest.mark.parametrize(("family", "way"), CASES)
-def test_groups_of_every_family(family: str, way: str, job: Jobs) -> None:
-    """Consumers lose exactly the columns whose producers lose their rows; the masked model and
-    the smaller one say so.
+def test_groups_of_every_family_are_removed_whole(
+    family: str, way: str, job: Jobs
+) -> None:
+    """Consumers lose exactly the columns whose producers lose their rows, in the masks and in the
+    smaller export.
     """
     kind = "uniform" if way == "uniform" else "per_block"
     options = GROUPS | WAYS[way] | {"output__exports": ["masked", kind]}
@@ -52,7 +54,7 @@ def test_groups_of_every_family(family: str, way: str, job: Jobs) -> None:
     for groups in LAYOUTS[family].group_sets:
         columns = tensors[f"{groups.consumer}.columns"][groups.columns]
         assert (columns.all(dim=1) | ~columns.any(dim=1)).all(), (
-            "a group goes whole or not at all"
+            "a group is removed as a whole"
         )
         removed = ~columns.all(dim=1)
         for name, rows in groups.producers:
@@ -92,8 +94,8 @@ def test_groups_of_every_family(family: str, way: str, job: Jobs) -> None:
             assert not any("lm_head" in key for key in set(file.keys()))
 
 
-def test_shards_and_replicas(job: Jobs) -> None:
-    """To one width; test_experts.py has those that differ."""
+def test_uniform_groups_on_shards_and_replicas_match_one_worker(job: Jobs) -> None:
+    """All blocks get one width; test_experts.py tests widths that differ."""
     target = {"parameters": int(0.8 * parameters_budget(LAYOUTS["llama"]).dense)}
     options = GROUPS | {"pruning__allocation": "uniform", "pruning__num_shots": 2}
     options |= {"pruning__target": target, "pruning__target_sparsity": None}
@@ -104,9 +106,9 @@ def test_shards_and_replicas(job: Jobs) -> None:
     assert difference(one, replicas, 2) < MOST_BY_ORDER_OF_SUMS
 
 
-def test_only_ffn_channels_go_and_may_be_anything_upstream(job: Jobs) -> None:
-    """What the masks call pruned does not reach the logits: noise in the rows that were removed,
-    with the consumer's columns zero.
+def test_removed_ffn_channels_do_not_reach_the_logits(job: Jobs) -> None:
+    """Noise in the removed rows does not change the logits, because the consumer's columns are
+    zero.
     """
     options = GROUPS | {"pruning__groups": ["ffn"], "output__exports": ["masked"]}
     done = job(options, pruning__num_shots=2)

@@ -1,5 +1,5 @@
-"""Windows held aside: no stage is fitted on them, stages are measured on them, and what does not
-help is undone.
+"""Windows held aside: no stage is fitted on them, stages are measured on them, and training that
+does not help is undone.
 """
 
 from __future__ import annotations
@@ -73,7 +73,9 @@ def test_windows_held_aside_are_spread_over_all_texts() -> None:
         (f"{LORA}; calibration.num_sequences=400; calibration.held_aside=0.1", 40),
     ],
 )
-def test_a_tenth_is_held_aside(settings: str, expected: int, job: Jobs) -> None:
+def test_default_number_of_windows_held_aside(
+    settings: str, expected: int, job: Jobs
+) -> None:
     spec = job.spec(changes_of(settings))
     assert parse_spec(spec.read_text()).num_held == expected
 
@@ -110,15 +112,13 @@ def trained(cluster: LocalCluster, text: CalibrationText, **options: Any) -> Tra
 
 
 def measured(monkeypatch: pytest.MonkeyPatch, *measures: float) -> None:
-    """Let measures on the windows held aside be these."""
+    """Replace the measures on windows held aside."""
     come = iter(measures)
     monkeypatch.setattr(f"{TRAINING}.held_aside", lambda *_: (next(come), None))
 
 
 @pytest.mark.parametrize("loss", ["kl", "cross_entropy"])
-def test_corrections_choose_a_rate_and_end_better_than_they_began(
-    loss: str, llama: Path
-) -> None:
+def test_corrections_choose_a_rate_and_lower_the_measure(loss: str, llama: Path) -> None:
     cluster, text = pruned(llama)
     before = held_measure(cluster, text, loss)
     found = trained(cluster, text, loss=loss)
@@ -127,13 +127,15 @@ def test_corrections_choose_a_rate_and_end_better_than_they_began(
     assert (*harmful, first) == RATES[: len(found.tried)]
     assert all(found.tried[rate] > HARMLESS * before for rate in harmful)
     assert first / found.rate == 2 ** round(math.log2(first / found.rate)), (
-        "halved, or as it was"
+        "the rate was halved some times or never"
     )
     assert (found.held[0].steps, found.held[0].value) == (0, before)
     after = held_measure(cluster, text, loss)
     assert after < before
     last = found.held[-1].value
-    assert last == pytest.approx(after, rel=1e-3), "that of the absorbed weights"
+    assert last == pytest.approx(after, rel=1e-3), (
+        "the last measure is that of the absorbed weights"
+    )
     assert last == pytest.approx(min(check.value for check in found.held), rel=1e-3)
 
 
@@ -142,10 +144,10 @@ def test_corrections_choose_a_rate_and_end_better_than_they_began(
     [([1.04], 0), ([1.06, 0.9], 1), ([math.inf, 1.06, 1.06], 2)],
     ids=str,
 )
-def test_the_highest_rate_that_does_no_harm_goes_on(
+def test_highest_harmless_rate_is_chosen(
     measures: list[float], taken: int, llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of all that are harmful the lowest one; every trial begins where the first one did."""
+    """If all rates do harm, the lowest one is chosen. Every trial starts from the same state."""
     cluster, text = pruned(llama)
     losses = list[float]()
 
@@ -160,13 +162,15 @@ def test_the_highest_rate_that_does_no_harm_goes_on(
     assert found.tried == dict(zip(RATES, measures, strict=False))
     assert found.rate == RATES[taken]
     assert len(found.losses) == 32, (
-        "the steps of the trial that was taken are of the training"
+        "the steps of the chosen trial count towards the training"
     )
     num_steps = (len(losses) - 32) // max(1, len(measures) - 1)
     assert len({losses[number * num_steps] for number in range(len(measures))}) == 1
 
 
-def test_a_loss_that_is_no_number(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nan_loss_undoes_the_training(
+    llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     cluster, text = pruned(llama)
     before = runs.weights_of(cluster)
     nothing = [math.nan, math.nan]
@@ -182,13 +186,13 @@ def test_a_loss_that_is_no_number(llama: Path, monkeypatch: pytest.MonkeyPatch) 
     assert {entry["held_aside"] for entry in record["recovery_tried"]} == {None}
 
 
-def test_a_rate_is_halved_where_measures_rise(
+def test_rate_is_halved_if_the_measure_rises(
     llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """From the best state on, which is the one that is absorbed."""
+    """Training goes on from the best state, which is also the one that is absorbed."""
     cluster, text = pruned(llama)
-    # before, two trials, then three checks, of which 0.7 is the best and the others are above it by
-    # more than is tolerated; then the best state as it is rounded
+    # the start, two trials, then three checks: 0.7 is the best, and the others exceed it
+    # by more than the tolerance; last the best state after rounding
     measured(monkeypatch, 1.0, 1.1, 0.8, 0.7, 0.9, 0.85, 0.72)
     found = trained(cluster, text)
     assert list(found.tried.values()) == [1.1, 0.8]
@@ -198,7 +202,7 @@ def test_a_rate_is_halved_where_measures_rise(
     assert found.undone is None
 
 
-def test_corrections_are_equal_for_every_cluster(llama: Path) -> None:
+def test_corrections_do_not_depend_on_shards_and_replicas(llama: Path) -> None:
     clusters = [pruned(llama, *workers) for workers in ((1, 1), (2, 2))]
     one, other = (trained(cluster, text, num_tokens=480) for cluster, text in clusters)
     assert one.rate == other.rate
@@ -214,7 +218,7 @@ def test_corrections_are_equal_for_every_cluster(llama: Path) -> None:
 def test_diverging_corrections_are_undone(
     rate: float, dtype: str, why: str, job: Jobs
 ) -> None:
-    """Those that rounding takes away likewise: in bfloat16 a tiny one changes no weight."""
+    """So are corrections that rounding removes: in bfloat16 tiny ones change no weight."""
     options = ONE | {"model__dtype": dtype}
     done = job(
         options,
@@ -229,7 +233,9 @@ def test_diverging_corrections_are_undone(
     assert "no state was better on the windows held aside" in shot["recovery_undone"]
     assert why in shot["recovery_undone"]
     assert shot["recovery_absorbed"] == 0
-    assert (len(shot["recovery_losses"]) < 32) == (why == "diverged"), "it was given up"
+    assert (len(shot["recovery_losses"]) < 32) == (why == "diverged"), (
+        "diverging training stops early"
+    )
     assert shot["divergence_held_aside"] == pytest.approx(
         shot["recovery_held_aside"][0]["value"]
     )
@@ -239,10 +245,10 @@ def test_diverging_corrections_are_undone(
     assert_same_shot(done.uri, plain.uri, 1)
 
 
-def test_every_check_is_told_and_drawn(
+def test_every_check_is_reported_and_drawn(
     job: Jobs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """While the training goes on, and afterwards."""
+    """The log and the page show the checks during the training and after it."""
     pages = list[Mapping[str, Any]]()
     monkeypatch.setattr(
         LivePage, "draw", lambda self, record, *, final: pages.append(record)
@@ -281,7 +287,7 @@ CHOOSES = {"curvature__damping": "auto", "calibration__held_aside": 0.3}
         "curvature.kind=extended_kfac",
     ],
 )
-def test_damping_is_chosen(
+def test_lowest_cost_held_aside_chooses_the_damping(
     settings: str, job: Jobs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     used = list[tuple[float, float]]()
@@ -305,7 +311,7 @@ def test_damping_is_chosen(
             assert {g for _, g in costs} == set(G_CHOICES)
 
 
-def test_damping_is_chosen_alike_on_every_cluster(job: Jobs) -> None:
+def test_chosen_damping_does_not_depend_on_shards_and_replicas(job: Jobs) -> None:
     options = runs.GROUPS | ONE | CHOOSES | {"pruning__width_multiple": 1}
     chosen = job(options).shot["damping_chosen"]
     other = job(options | runs.FOUR, folder="four").shot["damping_chosen"]
@@ -314,8 +320,8 @@ def test_damping_is_chosen_alike_on_every_cluster(job: Jobs) -> None:
     assert costs == pytest.approx(expected, rel=1e-3)
 
 
-def test_damping_with_fewer_windows_than_replicas(job: Jobs) -> None:
-    """It is that of the defaults."""
+def test_default_damping_with_fewer_windows_than_replicas(job: Jobs) -> None:
+    """Without a window for each replica, the damping is the default one."""
     options = ONE | CHOOSES | {"cluster__num_replicas": 4}
     auto = job(options)
     assert "damping_chosen" not in auto.shot
@@ -336,9 +342,9 @@ def prompts_file(folder: Path, *records: Any) -> str:
     return str(folder / "prompts.jsonl")
 
 
-def test_answers_alone_count_where_they_are_weighed(job: Jobs) -> None:
-    """In a whole run with a chat template: written conversations, corrections, the comparison of
-    answers, and going on later.
+def test_run_weighs_only_answers_of_conversations(job: Jobs) -> None:
+    """A whole run with a chat template generates conversations, trains corrections, compares
+    answers and resumes.
     """
     model = copied_model(job.models["llama"], job.folder / "chatty")
     tokenizer = AutoTokenizer.from_pretrained(model)
@@ -370,7 +376,7 @@ def test_answers_alone_count_where_they_are_weighed(job: Jobs) -> None:
     assert again.shot["generation"] == report["shots"][1]["generation"]
 
 
-def test_a_calibration_holds_prompts_aside_for_comparisons(job: Jobs) -> None:
+def test_calibration_holds_prompts_aside_for_evaluation(job: Jobs) -> None:
     prompts = prompts_file(
         job.folder, *({"prompt": f"text number {i} of many"} for i in range(20))
     )
@@ -393,6 +399,6 @@ def test_a_calibration_holds_prompts_aside_for_comparisons(job: Jobs) -> None:
     assert not left & set(held)
     by_hand = checked({"texts": [PYTHON_DOCS], "generation": {"max_new_tokens": 8}})
     beginnings = by_hand.stages.dense_answers.prompt_set.prompts
-    assert len(beginnings) == 3, "of the evaluation text's windows"
+    assert len(beginnings) == 3, "prompts are cut from the windows of the evaluation text"
     off = checked({"texts": [PYTHON_DOCS], "generation": None})
     assert off.stages.dense_answers is None

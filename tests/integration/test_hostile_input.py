@@ -1,5 +1,5 @@
-"""Broken and hostile models, texts and specs: each ends in exit code 2 with a message that names
-it, soon and within little memory.
+"""Broken and hostile models, texts and specs end in exit code 2 with a message that names them, in
+little time and memory.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ UP = "model.layers.0.mlp.up_proj.weight"
 
 
 class Case:
-    """A tiny model, a text and a spec, to be broken.
+    """A tiny model, a text and a spec that a test breaks.
 
     Attributes:
-        model: folder.
-        changes: of the spec.
-        spec: in place of the spec that would be written.
+        model: folder of the model.
+        changes: changes of the spec.
+        spec: path of a spec that replaces the written one.
     """
 
     def __init__(self, folder: Path, model: Path) -> None:
@@ -46,7 +46,7 @@ Change = Callable[[Case], object]
 
 
 def fill(path: Path, content: bytes | int) -> Path:
-    """Write bytes, or make a file that is so large and takes no room, or cut it."""
+    """Write bytes, or make a sparse file of a size, or truncate a file to a size."""
     if isinstance(content, bytes):
         path.write_bytes(content)
     else:
@@ -88,7 +88,7 @@ def config(file: str = "config.json", **changes: Any) -> Change:
 
 
 def header(removed: str = "", **changes: Any) -> Change:
-    """Change what the header of the weights says of a tensor, and leave the bytes as they are."""
+    """Change the entry of a tensor in the header of the weights, and keep the data."""
 
     def change(case: Case) -> None:
         content = (case.model / WEIGHTS).read_bytes()
@@ -113,7 +113,7 @@ def tensors(change_all: Callable[[dict[str, torch.Tensor]], object]) -> Change:
 
 
 def index(document: object) -> Change:
-    """Beside a file of weights that needs an index, because it is not `model.safetensors`."""
+    """Write weights under a name that needs an index, and an index."""
 
     def change(case: Case) -> None:
         (case.model / WEIGHTS).rename(case.model / "model-1.safetensors")
@@ -129,7 +129,7 @@ def link_to_a_secret(case: Case) -> None:
 
 
 def bomb() -> bytes:
-    """Return nine lists of nine references each: 300 bytes of YAML that say a billion things."""
+    """Return a YAML document of 300 bytes that expands to a billion values."""
     lines = ["a0: &a0 [x,x,x,x,x,x,x,x,x]"] + [
         f"a{i}: &a{i} [{','.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 10)
     ]
@@ -221,7 +221,7 @@ CASES: list[tuple[Change, list[str]]] = [
 
 
 @pytest.mark.parametrize(("change", "words"), CASES, ids=[", ".join(w) for _, w in CASES])
-def test_ends_in_a_clear_error(
+def test_hostile_input_ends_in_a_clear_error(
     change: Change, words: list[str], zygote: Zygote, llama: Path, tmp_path: Path
 ) -> None:
     case = Case(tmp_path, llama)
@@ -241,8 +241,10 @@ def test_ends_in_a_clear_error(
     assert not Path("/tmp/evil-ran").exists()
 
 
-def test_the_case_itself_is_sound(zygote: Zygote, llama: Path, tmp_path: Path) -> None:
-    """Without a change it passes, starts nothing and writes nothing."""
+def test_unchanged_case_passes_a_dry_run(
+    zygote: Zygote, llama: Path, tmp_path: Path
+) -> None:
+    """A dry run of the unchanged case succeeds and writes nothing."""
     case = Case(tmp_path, llama)
     answer = zygote.ask(arguments=[str(tiny_spec(tmp_path, case.model)), "--dry-run"])
     assert answer["code"] == 0, answer["text"]

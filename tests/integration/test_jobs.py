@@ -1,5 +1,5 @@
-"""Jobs on a running cluster, as users submit them: their logs, their exit codes, stop and resume,
-metrics, two at once.
+"""Jobs submitted to a running cluster: logs, exit codes, stopping, resuming, metrics and
+concurrency.
 """
 
 from __future__ import annotations
@@ -49,9 +49,7 @@ def free_ports(number: int) -> list[int]:
 
 @dataclass(frozen=True)
 class Head:
-    """A cluster of one machine with a dashboard, a Ray client server and metrics, on ports of its
-    own.
-    """
+    """A cluster of one machine with a dashboard, Ray clients and metrics on its own ports."""
 
     jobs: JobSubmissionClient
     address: str
@@ -60,7 +58,7 @@ class Head:
     environment: Mapping[str, str]
 
     def submit(self, name: str, spec: Path, *arguments: str) -> None:
-        """Submit as `ray job submit` of the README does."""
+        """Submit a job as `ray job submit` in the README does."""
         self.jobs.submit_job(
             submission_id=name,
             entrypoint=" ".join(
@@ -103,10 +101,10 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
     gcs, dashboard, client, metrics, agent = free_ports(5)
     environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
     environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
-    # as Ray itself does on a user's machine
+    # as Ray does by default
     token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(16)}
     environment |= token | {"RAY_metrics_report_interval_ms": "500"}
-    # as docs/clusters.md says for Ray clients
+    # as docs/clusters.md requires for Ray clients
     environment["GRPC_ENABLE_FORK_SUPPORT"] = "0"
     options = {
         "port": gcs,
@@ -116,8 +114,8 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
         "dashboard-agent-listen-port": agent,
         "num-cpus": 4,
         "include-dashboard": "true",
-        # Jobs find the cluster in its temporary folder: in a shared one they would go to whichever
-        # cluster of a test started last. Short, because sockets lie in it.
+        # Jobs find the cluster by its temporary folder; with a shared one they would connect
+        # to the cluster that started last. The path is short because it contains sockets.
         "temp-dir": tempfile.mkdtemp(prefix="ray-", dir="/tmp"),
     }
     command = [str(Path(sys.executable).parent / "ray"), "start", "--head", "--block"]
@@ -148,7 +146,7 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
 def answers(url: str) -> bool:
     try:
         urllib.request.urlopen(url, timeout=2).close()
-    except urllib.error.HTTPError:  # it wants Ray's token
+    except urllib.error.HTTPError:  # the server asks for Ray's token
         return True
     except OSError:
         return False
@@ -156,8 +154,8 @@ def answers(url: str) -> bool:
 
 
 @pytest.mark.slow
-def test_jobs_at_once_do_not_disturb_each_other(head: Head, job: Jobs) -> None:
-    """Two fail, the other one succeeds, and its shots are those of a run in this process."""
+def test_concurrent_jobs_are_independent(head: Head, job: Jobs) -> None:
+    """Two jobs fail, and the third gives the shots of a local run."""
     broken = overflowing_model(job.models["llama"], job.folder / "model")
     head.submit("bad-spec", job.spec(ON_RAY, "bad-spec", pruning__target_sparsity=3))
     head.submit("fails", job.spec(ON_RAY, "fails", model=broken))
@@ -182,7 +180,7 @@ def test_jobs_at_once_do_not_disturb_each_other(head: Head, job: Jobs) -> None:
 
 
 def metrics_of(head: Head, run: str) -> dict[str, float]:
-    """Return what Prometheus would read of a run: name and own tags -> value."""
+    """Return the metrics of a run as Prometheus reads them: name and own tags -> value."""
     with urllib.request.urlopen(head.metrics, timeout=10) as reply:
         lines = [
             line for line in reply.read().decode().splitlines() if f'run="{run}"' in line
@@ -199,8 +197,8 @@ def metrics_of(head: Head, run: str) -> dict[str, float]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_a_job_that_is_watched_and_stopped_and_goes_on(head: Head, job: Jobs) -> None:
-    """It goes on by `ray-surgeon submit`, which follows it and fetches the report."""
+def test_stopped_job_reports_metrics_and_resumes(head: Head, job: Jobs) -> None:
+    """`ray-surgeon submit` resumes the job, follows it and fetches the report."""
     changes = ON_RAY | {"name": "watched", "pruning__num_shots": 20}
     head.submit("stops", job.spec(changes))
 
@@ -211,16 +209,16 @@ def test_a_job_that_is_watched_and_stopped_and_goes_on(head: Head, job: Jobs) ->
         values.update(metrics_of(head, "watched"))
         return values.get("shot", 0) >= 2 and "perplexity docs" in values
 
-    # Many shots, so that it is stopped before the last one.
+    # with many shots the job is stopped before the last one.
     wait_for(has_two_shots, seconds=300)
-    with pytest.raises(urllib.error.HTTPError, match="401"):  # nobody without the token
+    with pytest.raises(urllib.error.HTTPError, match="401"):  # the token is required
         urllib.request.urlopen(f"{head.address}/api/jobs/", timeout=10)
     head.jobs.stop_job("stops")
     ended, logs = head.ended("stops")
     assert "STOPPED" in ended
     assert "interrupted; continue with: python -m ray_surgeon.pipeline" in logs
     cursor_codes = re.findall(r"\x1b\[[0-9;?]*[A-Za-ln-z]", logs)
-    assert not cursor_codes, "colours alone, which are Ray's"
+    assert not cursor_codes, "the only escape codes are Ray's colours"
 
     events = Done(job.folder / "run", "", "").events
     told = [
@@ -275,10 +273,8 @@ def test_a_job_that_is_watched_and_stopped_and_goes_on(head: Head, job: Jobs) ->
 
 
 @pytest.mark.slow
-def test_a_driver_outside_of_the_cluster(head: Head, job: Jobs) -> None:
-    """By a Ray client. Jobs find the cluster by RAY_ADDRESS, and the tests of losses by the address
-    of the GCS.
-    """
+def test_driver_outside_of_the_cluster_uses_a_ray_client(head: Head, job: Jobs) -> None:
+    """Jobs find the cluster by RAY_ADDRESS, and test_losses.py uses the address of the GCS."""
     spec = job.spec(ON_RAY | ONE, cluster__address=head.client)
     command = [sys.executable, "-m", "ray_surgeon.pipeline", str(spec)]
     printed = subprocess.check_output(command, cwd=ROOT, env=head.environment, text=True)

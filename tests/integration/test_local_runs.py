@@ -1,4 +1,4 @@
-"""Whole runs in this process: every family, options, faults, resuming, and where the files lie."""
+"""Whole runs in this process: families, options, faults, resuming, and files."""
 
 from __future__ import annotations
 
@@ -49,8 +49,8 @@ WANDA = runs.ELEMENT | {"pruning__method": "wanda"}
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_runs_the_whole_pipeline(family: str, job: Jobs) -> None:
-    """Corrections included. What is removed stays removed, the rest of the export is the dense
-    model's, and the report says so.
+    """Removed rows and columns stay removed, all other tensors of the export equal the dense
+    model's, and the report agrees with the masks. Runs include corrections.
     """
     costs = runs.GREEDY if family in GREEDY_FAMILIES else EXTENDED
     done = job(runs.MASKED | LORA | costs, model=family, cluster__num_shards=2)
@@ -71,7 +71,7 @@ def test_every_family_runs_the_whole_pipeline(family: str, job: Jobs) -> None:
 
     first, second = (runs.kept_of(done.tensors(shot), family) for shot in (1, 2))
     assert all((second[name] <= first[name]).all() for name in first), (
-        "something came back"
+        "a removed row or column was restored"
     )
     linears = report["linears"]
     removed = sum(
@@ -98,7 +98,7 @@ def test_every_family_runs_the_whole_pipeline(family: str, job: Jobs) -> None:
 def each(
     base: dict[str, Any], section: str, **values: Sequence[Any]
 ) -> list[dict[str, Any]]:
-    """Return settings with one value more than a base."""
+    """Return a copy of the base settings for each value of each option."""
     return [
         base | {f"{section}__{option}": value}
         for option, of_option in values.items()
@@ -148,8 +148,8 @@ OPTIONS: list[dict[str, Any]] = [
 ]
 
 
-def test_options_do_something(job: Jobs) -> None:
-    """Each option changes the weights of the result, here of two blocks."""
+def test_every_option_changes_the_weights(job: Jobs) -> None:
+    """The model has two blocks."""
     config = runs.config_like("llama", num_hidden_layers=2)
     model = runs.new_model(config, job.folder / "model", job.models["llama"])
     results = dict[tuple[float, ...], dict[str, Any]]()
@@ -167,7 +167,7 @@ def test_options_do_something(job: Jobs) -> None:
 
 @pytest.mark.parametrize(("kind", "num_shards"), [("kfac", 3), ("activations", 1)])
 def test_overflow_names_the_linear(kind: str, num_shards: int, job: Jobs) -> None:
-    """It stops the shot. Only the pass itself can tell."""
+    """The pass itself finds the overflow and stops the shot."""
     broken = overflowing_model(job.models["llama"], job.folder / "model")
     options = {"model": broken, "cluster__num_shards": num_shards}
     with pytest.raises(
@@ -182,12 +182,10 @@ def test_overflow_names_the_linear(kind: str, num_shards: int, job: Jobs) -> Non
     assert "not a number" in job(options, code=1).error
 
 
-def test_a_collapse_keeps_the_shots_before(
+def test_collapse_stops_the_run_and_keeps_earlier_shots(
     job: Jobs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It stops the run. A tiny model of random weights does not become worse, so its perplexity is
-    made up.
-    """
+    """The perplexity is replaced, since pruning does not make a random model worse."""
     values = iter([19.0, 21.0])
     monkeypatch.setattr(evaluation, "measure", lambda *_: Measured(next(values), 0.1))
     monkeypatch.setattr(evaluation, "remember", lambda *given: remember(*given) and 10.0)
@@ -203,18 +201,18 @@ def test_a_collapse_keeps_the_shots_before(
     assert not (done.uri / "shots/0002/manifest.json").exists()
 
 
-def test_a_dry_run_says_what_would_be_done(job: Jobs) -> None:
+def test_dry_run_prints_the_plan(job: Jobs) -> None:
     done = job({"cluster__num_shards": 2}, "--dry-run", "--set", "pruning.num_shots=7")
     assert "7 shots to 30.0%, 240 calibration tokens each" in done.out
     assert "0-" in done.out
     assert not done.uri.exists()
 
 
-def test_leftovers_of_a_killed_process_go(
+def test_files_of_a_killed_process_are_removed(
     job: Jobs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Tensors of a shot from before it was killed, and a file that it was writing; only the last
-    shots keep theirs.
+    """Tensors of incomplete shots and partly written files are removed, and only the last shots
+    keep their tensors.
     """
     options = {"pruning__num_shots": 4, "output__keep_shots": 2}
     shots = job.folder / "run/shots"
@@ -232,15 +230,13 @@ def test_leftovers_of_a_killed_process_go(
     (half / "file").write_text("half")
     done = job(options, "--resume")
     counts = [len(list((shots / f"{shot:04d}").iterdir())) for shot in (1, 2, 3, 4)]
-    assert counts == [1, 1, 3, 3], "manifests stay"
+    assert counts == [1, 1, 3, 3], "manifests are kept"
     assert [shot["index"] for shot in done.shots] == [1, 2, 3, 4]
     assert not half.exists()
 
 
-def test_a_resumed_run_keeps_its_tasks(
-    job: Jobs, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Those it began with: the dense model's scores are from then."""
+def test_resumed_run_keeps_its_tasks(job: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tasks cannot change, because the dense model's scores are from the start of the run."""
     monkeypatch.setattr("ray_surgeon.export.tasks.check_tasks", lambda options: None)
     text = windows(job.folder / "text.txt", name="docs")
     options = runs.MASKED | runs.ONE | {"evaluation": {"texts": [text]}}
@@ -251,11 +247,11 @@ def test_a_resumed_run_keeps_its_tasks(
     record = json.loads((done.uri / "run.json").read_text())
     record["fingerprints"]["tasks"] = {"names": ["piqa"]}
     (done.uri / "run.json").write_text(json.dumps(record))
-    job(options, "--resume")  # without tasks that failed
+    job(options, "--resume")  # tasks that failed are not repeated
 
 
-def test_a_gap_in_the_shots_is_repeated(job: Jobs) -> None:
-    """In an empty folder, whatever a process that was killed left there."""
+def test_missing_shot_is_repeated(job: Jobs) -> None:
+    """Files of a killed process in the folder of the shot are removed first."""
     options = {"pruning__num_shots": 3}
     done = job(options)
     shutil.copytree(done.uri, job.folder / "before")
@@ -269,7 +265,7 @@ def test_a_gap_in_the_shots_is_repeated(job: Jobs) -> None:
     assert [shot["index"] for shot in again.shots] == [1, 2, 3]
 
 
-def test_replica_that_fails_is_named_and_not_waited_for(
+def test_failing_replica_raises_instead_of_blocking(
     model_folders: dict[str, Path],
 ) -> None:
     cluster = loaded(model_folders["llama"], 1, 2)
@@ -277,7 +273,7 @@ def test_replica_that_fails_is_named_and_not_waited_for(
         cluster.run_all(finish_curvature, NOTHING_BESIDE)
 
 
-def test_magnitude_is_identity_curvature_without_updates(job: Jobs) -> None:
+def test_identity_curvature_without_updates_is_magnitude_pruning(job: Jobs) -> None:
     options = {"curvature__kind": "identity", "pruning__costs": "obd"}
     half = runs.ELEMENT | runs.ONE | {"pruning__target_sparsity": 0.5}
     pruned = job(half | options, pruning__update={"solver": "none"}).tensors(1)
@@ -293,7 +289,7 @@ def test_runs_are_compared_in_one_table(
     job: Jobs, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = job.folder
-    monkeypatch.chdir(folder)  # where comparison.html goes
+    monkeypatch.chdir(folder)  # comparison.html is written here
     one = job(runs.ONE, name="one", folder="one")
     shutil.copytree(one.uri, folder / "two/run")
     spec = one.report["spec"] | {"name": "two"}

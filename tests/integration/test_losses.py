@@ -1,8 +1,9 @@
-"""Processes and machines are lost during a run, and the result is the same, bit for bit."""
+"""Runs that lose processes and machines give the same result, bit for bit."""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import random
@@ -58,11 +59,11 @@ PORT, REDIS_PORT = 6421, 6397
 NETWORK = "10.231.7"
 NETNS = ("ip", "netns", "exec")
 PATIENCE_S = 300.0
-"""Two workers start anew, each of which loads torch, beside another worker's tests."""
+"""Long enough for two workers to restart and load torch while other tests run."""
 
 
 def processes_of_the_run(kind: str) -> list[psutil.Process]:
-    """Return the processes of Ray below this one that are a `Coordinator` or a `Worker`."""
+    """Return the child processes of this one in which Ray runs a `Coordinator` or a `Worker`."""
     found = []
     for process in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.NoSuchProcess, IndexError):
@@ -90,8 +91,8 @@ def num_commits(uri: Path) -> int:
 def disturbed(
     kind: str, sent: signal.Signals, uri: Path, num_events: int
 ) -> Iterator[Future[psutil.Process]]:
-    """Send one process of the run that is made meanwhile a signal, when it has so many events."""
-    earlier = processes_of_the_run(kind)  # of a run that has ended, on their way out
+    """Send a signal to one process of the run in the `with` block, after a number of events."""
+    earlier = processes_of_the_run(kind)  # processes of an earlier run that are exiting
 
     def disturb() -> psutil.Process:
         wait_for(lambda: len(events_of(uri)) >= num_events)
@@ -105,11 +106,9 @@ def disturbed(
         yield thread.submit(disturb)
 
 
-@pytest.fixture(scope="module")
-def undisturbed(
-    tmp_path_factory: pytest.TempPathFactory, model_folders: dict[str, Path]
-) -> Path:
-    return Jobs(model_folders, tmp_path_factory.mktemp("undisturbed"))(OPTIONS).uri
+@pytest.fixture
+def undisturbed(job: Jobs) -> Path:
+    return job.baseline(OPTIONS).uri
 
 
 def assert_survived(
@@ -120,7 +119,7 @@ def assert_survived(
     sent: signal.Signals,
     num_events: int,
 ) -> None:
-    """Run with one loss for certain, which the run must have seen, and compare the result."""
+    """Run a job that loses one process; check that it noticed the loss, and compare the result."""
     with disturbed(kind, sent, job.folder / "run", num_events) as disturber:
         done = job(options)
     hit = disturber.result()
@@ -139,19 +138,23 @@ def on_ray(cluster: Cluster) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-def test_a_lost_coordinator(on_ray: dict[str, Any], undisturbed: Path, job: Jobs) -> None:
-    """Stopped, not killed; a lost worker is in the test after this one, all of them in chaos."""
+def test_run_survives_a_stopped_coordinator(
+    on_ray: dict[str, Any], undisturbed: Path, job: Jobs
+) -> None:
+    """The coordinator is stopped, not killed. The next test loses a worker; the chaos tests lose
+    both.
+    """
     assert_survived(job, on_ray, undisturbed, "Coordinator", STOPPED, 3)
 
 
 @pytest.mark.slow
-def test_a_worker_is_lost_in_a_recovery(on_ray: dict[str, Any], job: Jobs) -> None:
-    """The run goes on after the steps that were committed, with the same bits."""
+def test_recovery_resumes_after_a_lost_worker(on_ray: dict[str, Any], job: Jobs) -> None:
+    """The run resumes after the last committed step and gives the same bits."""
     trained = ONE | LORA | {"recovery__num_tokens": 2400, "recovery__learning_rate": 1e-3}
-    expected = job(trained, folder="undisturbed")
+    expected = job.baseline(trained)
     often = on_ray | trained | {"recovery__commit_minutes": 1e-6}
     uri = job.folder / "run"
-    # the check of the start, and the one after a third of the steps
+    # one check before the training, and one after a third of the steps
     checked = [event["step"] for event in expected.events].index("check") + 2
     with disturbed("Worker", KILLED, uri, checked) as disturber:
         done = job(often)
@@ -168,10 +171,10 @@ def test_a_worker_is_lost_in_a_recovery(on_ray: dict[str, Any], job: Jobs) -> No
 
 
 class Machines:
-    """A Ray whose head takes no workers, and machines of one worker each that come and go."""
+    """A Ray cluster whose head runs no workers, with machines of one worker each."""
 
     def __init__(self) -> None:
-        # a loss is noticed after five
+        # five failed checks are a loss
         soon = {"_system_config": {"health_check_period_ms": 500}}
         self.ray = Cluster(
             True, head_node_args={"num_cpus": 0, "include_dashboard": False, **soon}
@@ -179,17 +182,17 @@ class Machines:
         self._number = 1
 
     def come(self, **labels: str) -> Any:
-        """Return a new one, with an address of its own, or a driver might attach to it."""
+        """Add a machine with its own address; a driver might attach to one with the head's."""
         self._number += 1
         address = f"127.0.0.{self._number}"
         return self.ray.add_node(num_cpus=1, node_ip_address=address, labels=labels)
 
     def go(self, machine: Any) -> None:
-        """Take one away without notice."""
+        """Remove a machine without notice."""
         self.ray.remove_node(machine, allow_graceful=False)
 
     def drain(self, machine: Any, seconds: float = 20.0) -> None:
-        """Say that one will be taken away, as operators of spot machines do."""
+        """Announce the removal of a machine, as operators of spot instances do."""
         reason = autoscaler_pb2.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")  # type: ignore[attr-defined]
         deadline_ms = int(1000 * (time.time() + seconds))
         gcs = GcsClient(address=self.ray.address)
@@ -198,7 +201,7 @@ class Machines:
 
 @contextlib.contextmanager
 def running(job: Jobs, address: str, **changes: Any) -> Iterator[Path]:
-    """Run a job of two workers on a Ray meanwhile, and yield its log."""
+    """Run a job of two workers on a Ray cluster in the `with` block, and yield its log."""
     patience = {"cluster__start_timeout_s": 280.0, "cluster__ping_timeout_s": 40.0}
     options = OPTIONS | TWO_SHARDS | ON_RAY | patience | changes
     spec = job.spec(options, cluster__address=address)
@@ -222,8 +225,10 @@ def machines() -> Iterator[Machines]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_machines_come_and_go(machines: Machines, undisturbed: Path, job: Jobs) -> None:
-    """One comes late, one is lost, one is taken away with notice; the bits stay the same."""
+def test_run_continues_as_machines_join_and_leave(
+    machines: Machines, undisturbed: Path, job: Jobs
+) -> None:
+    """One machine joins late, one is lost, and one is drained; the bits stay the same."""
     uri = job.folder / "run"
     elsewhere = machines.come(zone="a")
     with running(job, machines.ray.address, cluster__worker_labels={"zone": "!a"}) as log:
@@ -245,14 +250,14 @@ def test_machines_come_and_go(machines: Machines, undisturbed: Path, job: Jobs) 
     assert retries(uri) == ["node", "preemption"]
     for shot in range(1, NUM_SHOTS + 1):
         assert_same_shot(undisturbed, uri, shot)
-    elsewhere.kill_raylet()  # nobody was there
+    elsewhere.kill_raylet()  # it ran no worker
 
 
 @pytest.fixture(params=["rocksdb", "redis"])
 def store_of_ray(
     request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[None]:
-    """Ray's control service keeps what it knows on a disk, or in Redis."""
+    """Let Ray's control service store its state on disk, or in Redis."""
     monkeypatch.setenv("RAY_gcs_storage", request.param)
     if request.param == "rocksdb":
         monkeypatch.setenv("RAY_gcs_storage_path", str(tmp_path / "gcs"))
@@ -273,8 +278,10 @@ def store_of_ray(
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("store_of_ray")
-def test_the_head_restarts(undisturbed: Path, job: Jobs) -> None:
-    """Ray's control service goes and comes; the job does not."""
+def test_run_continues_while_the_control_service_restarts(
+    undisturbed: Path, job: Jobs
+) -> None:
+    """The job goes on when Ray's control service stops and starts again."""
     there = Machines()
     uri = job.folder / "run"
     try:
@@ -294,7 +301,7 @@ def test_the_head_restarts(undisturbed: Path, job: Jobs) -> None:
 
 
 def started(command: list[str], log: Path, **settings: str) -> subprocess.Popen[bytes]:
-    """Return ``ray start --block`` of a head or a machine, once it is up."""
+    """Start ``ray start --block`` for a head or a machine, and return its process once it is up."""
     with open(log, "w") as file:
         process = subprocess.Popen(
             command,
@@ -312,7 +319,7 @@ def started(command: list[str], log: Path, **settings: str) -> subprocess.Popen[
 
 
 def end_all(process: subprocess.Popen[bytes]) -> None:
-    """End what ``ray start --block`` began, and wait."""
+    """Kill a process of ``ray start --block`` and its children, and wait for them."""
     whole = [process, *psutil.Process(process.pid).children(recursive=True)]
     for one in whole:
         with contextlib.suppress(psutil.NoSuchProcess):
@@ -322,14 +329,14 @@ def end_all(process: subprocess.Popen[bytes]) -> None:
 
 
 HEAD_ID = "f" * 51 + "00000"
-"""As Ray's provider of machines that are processes calls the head."""
+"""The node id that Ray's provider of fake machines gives the head."""
 
 
 @pytest.fixture
 def scaling(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Yield the address of a Ray whose groups of machines grow from none to two.
+    """Yield the address of a Ray cluster whose groups of machines scale from zero to two.
 
-    Ray's own autoscaler (version 2) makes and removes them, as below KubeRay.
+    Ray's autoscaler (version 2) adds and removes the machines, as in KubeRay.
     """
     address = f"{ray.util.get_node_ip_address()}:{PORT}"
     groups = {
@@ -369,15 +376,13 @@ def scaling(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_a_group_grows_from_none_and_two_jobs_take_turns(
-    scaling: str,
-    undisturbed: Path,
-    job: Jobs,
-    model_folders: dict[str, Path],
-    tmp_path: Path,
+def test_autoscaled_group_grows_from_zero_and_jobs_wait_their_turn(
+    scaling: str, undisturbed: Path, job: Jobs, tmp_path: Path
 ) -> None:
-    """Each has all of its workers or none; the second waits for the first, and says for what."""
-    second = Jobs(model_folders, tmp_path / "second")
+    """A job starts with all of its workers or none. The second job waits for the first and prints
+    the resources that are missing.
+    """
+    second = dataclasses.replace(job, folder=tmp_path / "second")
     labels = {"cluster__worker_labels": {"zone": "b"}}
     with running(job, scaling, **labels, pruning__num_shots=240):
         wait_for(lambda: events_of(job.folder / "run"), PATIENCE_S)
@@ -390,7 +395,7 @@ def test_a_group_grows_from_none_and_two_jobs_take_turns(
 
 
 class Networks:
-    """A Ray whose machines have networks of their own, joined by a bridge."""
+    """A Ray cluster whose machines have separate networks, joined by a bridge."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -415,14 +420,16 @@ class Networks:
         self._started.append(started(command, self._folder / f"{name}.log"))
 
     def come(self) -> str:
-        """Return the name of a new machine of one CPU."""
+        """Add a machine of one CPU and return its name."""
         number = len(self._started) + 1
         name = f"rs{number}"
         ip(f"netns add {name}")
         self._machines.append(name)
         self._undo.append(f"netns del {name}")
         ip(f"link add {name} type veth peer name eth0 netns {name}")
-        self._undo.append(f"link del {name}")  # a socket may keep the network for minutes
+        self._undo.append(
+            f"link del {name}"
+        )  # a socket may keep the namespace for minutes
         ip(f"link set {name} master rs-bridge up")
         for what in ("link set lo up", f"addr add {NETWORK}.{number}/24 dev eth0"):
             ip(f"-n {name} {what}")
@@ -431,11 +438,11 @@ class Networks:
         return name
 
     def cut(self, name: str) -> None:
-        """Pull a machine's plug out of the bridge: nothing is closed, nothing answers."""
+        """Disconnect a machine from the bridge; no connection is closed."""
         ip(f"link set {name} down")
 
     def end(self) -> None:
-        """Leave nothing behind."""
+        """Kill all processes and remove the networks."""
         for name in self._machines:
             for pid in ip(f"netns pids {name}").split():
                 os.kill(int(pid), KILLED)
@@ -453,10 +460,10 @@ def ip(what: str) -> str:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_a_machine_s_network_is_gone(
+def test_run_survives_a_machine_without_network(
     undisturbed: Path, job: Jobs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As when a switch fails. Each machine has an address and ports of its own."""
+    """The machine cannot be reached, as after the failure of a switch."""
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     monkeypatch.setenv("RAY_health_check_period_ms", "500")
     uri = job.folder / "run"
@@ -476,13 +483,13 @@ def test_a_machine_s_network_is_gone(
 
 @pytest.mark.chaos
 @pytest.mark.parametrize("number", range(40))
-def test_chaos_of_machines(
-    number: int, machines: Machines, tmp_path_factory: pytest.TempPathFactory, job: Jobs
+def test_run_survives_random_losses_of_machines(
+    number: int, machines: Machines, job: Jobs
 ) -> None:
-    """At every step of two shots one is drained, and lost a little later, or lost at once."""
+    """One machine is lost at a step of two shots, in half of the cases after a notice."""
     chance = random.Random(number)
     two = {"pruning__num_shots": 2}
-    expected = job(two, folder="undisturbed")
+    expected = job.baseline(two)
     num_events = len(expected.events) - 2
     uri = job.folder / "run"
     there = [machines.come(), machines.come()]
@@ -496,7 +503,7 @@ def test_chaos_of_machines(
         machines.go(hit)
         machines.come()
     assert retries(uri) in ([], ["preemption" if is_told else "node"]), (
-        "it may have ended before"
+        "the run may end before the loss"
     )
     for shot in (1, 2):
         assert_same_shot(expected.uri, uri, shot)
@@ -508,10 +515,10 @@ def _hold(worker: Worker, seconds: float) -> int:
 
 
 @pytest.mark.slow
-def test_the_error_names_the_worker_or_machine_that_does_not_answer(
+def test_stopped_worker_or_machine_is_identified(
     monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
-    """Stopped, not killed: no connection breaks."""
+    """The processes are stopped, not killed, so that no connection breaks."""
     cloudpickle.register_pickle_by_value(sys.modules[__name__])
     request.addfinalizer(
         lambda: cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
@@ -551,8 +558,8 @@ def test_the_error_names_the_worker_or_machine_that_does_not_answer(
 
 
 @pytest.mark.parametrize("opened", [True, False])
-def test_replicas_that_do_not_meet(opened: bool) -> None:
-    """Because another one is lost before it comes, or before it has opened the meeting."""
+def test_replicas_that_cannot_connect_are_reported(opened: bool) -> None:
+    """The other replica is lost before it connects, or before it opens the meeting."""
     placement = place(LAYOUTS["llama"], 1, 2)
     meeting = open_meeting("127.0.0.1")
     address = f"127.0.0.1:{meeting.port if opened else 1}"
@@ -564,7 +571,9 @@ def test_replicas_that_do_not_meet(opened: bool) -> None:
 
 @pytest.mark.chaos
 @pytest.mark.parametrize("number", range(50))
-def test_chaos(number: int, on_ray: dict[str, Any], undisturbed: Path, job: Jobs) -> None:
+def test_run_survives_random_losses_of_processes(
+    number: int, on_ray: dict[str, Any], undisturbed: Path, job: Jobs
+) -> None:
     chance = random.Random(number)
     kind = chance.choice(["Worker", "Worker", "Coordinator"])
     sent = chance.choice([KILLED, STOPPED])
@@ -574,7 +583,9 @@ def test_chaos(number: int, on_ray: dict[str, Any], undisturbed: Path, job: Jobs
     )
 
 
-def test_a_run_gives_up_and_says_what_to_do(on_ray: dict[str, Any], job: Jobs) -> None:
+def test_run_without_retries_left_fails_and_explains_how_to_resume(
+    on_ray: dict[str, Any], job: Jobs
+) -> None:
     options = {"cluster__retries": {"worker": 0}, "pruning__num_shots": 100}
     with disturbed("Worker", KILLED, job.folder / "run", 4):
         error = job(on_ray | options, code=1).error
@@ -590,7 +601,7 @@ def test_a_run_gives_up_and_says_what_to_do(on_ray: dict[str, Any], job: Jobs) -
         CollapseError("worse"),
     ],
 )
-def test_errors_without_need_of_a_traceback_are_one_line(error: Exception) -> None:
+def test_errors_of_ray_tasks_are_unwrapped(error: Exception) -> None:
     assert unwrapped(RayTaskError("run", "Traceback ...", error)) is error
     defect = unwrapped(RayTaskError("run", "Traceback ...", AttributeError("a defect")))
     assert type(defect) is RuntimeError

@@ -1,10 +1,9 @@
-"""Stores and waves give the same bits; scratch is used, taken over and removed; what does not fit
-is refused.
+"""Stores and waves give the same bits; scratch files are used and removed; jobs that do not fit are
+refused.
 """
 
 from __future__ import annotations
 
-import functools
 import gc
 import hashlib
 import itertools
@@ -12,7 +11,6 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -64,18 +62,9 @@ WAYS: list[dict[str, Any]] = [
 FAMILY = "llama-biases"
 
 
-@pytest.fixture(scope="module")
-def resident(
-    model_folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
-) -> Callable[[str], Done]:
-    """Runs with everything on the device, on two shards."""
-    jobs = Jobs(model_folders, tmp_path_factory.mktemp("resident"))
-
-    @functools.cache
-    def of_method(method: str) -> Done:
-        return jobs(METHODS[method], folder=method, model=FAMILY, cluster__num_shards=2)
-
-    return of_method
+def resident(job: Jobs, method: str) -> Done:
+    """Return a run with everything on the device, on two shards."""
+    return job.baseline(METHODS[method], model=FAMILY, cluster__num_shards=2)
 
 
 @pytest.mark.parametrize(
@@ -87,9 +76,10 @@ def resident(
     ],
 )
 def test_every_store_and_wave_gives_the_same_bits(
-    method: str, way: int, job: Jobs, resident: Callable[[str], Done]
+    method: str, way: int, job: Jobs
 ) -> None:
-    """One way of each method by default, all of them with `slow`."""
+    """Each method is tested with one setting of stores by default, with all of them by `slow`."""
+    expected = resident(job, method)
     scratch = {
         "memory__scratch": str(job.folder / "scratch"),
         "cluster__num_shards": 1 + way % 3,
@@ -101,13 +91,13 @@ def test_every_store_and_wave_gives_the_same_bits(
         for name, value in WAYS[way].items()
     )
     for shot in (1, 2):
-        assert_same_shot(resident(method).uri, other.uri, shot)
-    assert resident(method).shots[1]["perplexity"] == other.shots[1]["perplexity"]
-    assert not list((job.folder / "scratch").rglob("*")), "scratch is removed"
+        assert_same_shot(expected.uri, other.uri, shot)
+    assert expected.shots[1]["perplexity"] == other.shots[1]["perplexity"]
+    assert not list((job.folder / "scratch").rglob("*")), "scratch files are removed"
 
 
 @pytest.mark.parametrize("family", ["gpt2", "phi3"])
-def test_other_families_from_disk_with_replicas(family: str, job: Jobs) -> None:
+def test_other_families_with_weights_on_disk_and_replicas(family: str, job: Jobs) -> None:
     options = runs.ONE | {"model": family, "cluster__num_replicas": 2}
     one = job(options, folder="one")
     scratch = {"memory__wave": 3, "memory__scratch": str(job.folder / "scratch")}
@@ -115,12 +105,13 @@ def test_other_families_from_disk_with_replicas(family: str, job: Jobs) -> None:
     assert_same_shot(one.uri, other.uri, 1)
 
 
-def test_a_killed_run_from_disk_goes_on(
-    job: Jobs, resident: Callable[[str], Done], monkeypatch: pytest.MonkeyPatch
+def test_killed_run_with_weights_on_disk_resumes(
+    job: Jobs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With the same bits, with other memory than it began with, and takes over the scratch of the
-    killed one.
+    """It resumes with other stores, gives the same bits and removes the scratch files of the killed
+    process.
     """
+    expected = resident(job, "greedy")
     scratch = {"memory__scratch": str(job.folder / "scratch")}
     options = METHODS["greedy"] | runs.DISK | scratch | {"model": FAMILY}
 
@@ -135,11 +126,13 @@ def test_a_killed_run_from_disk_goes_on(
     assert list(left.iterdir())
     done = job(options | {"memory__factors": "host", "memory__wave": 6}, "--resume")
     assert not list((job.folder / "scratch").iterdir())
-    assert_same_shot(resident("greedy").uri, done.uri, 2)
+    assert_same_shot(expected.uri, done.uri, 2)
 
 
-def test_a_full_scratch_disk(job: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is named, and what is on it removed."""
+def test_full_scratch_disk_is_reported_and_cleaned(
+    job: Jobs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The error names the disk, and the scratch files are removed."""
     replace = Path.replace
 
     def full(path: Path, target: Path) -> Path:
@@ -157,10 +150,10 @@ def test_a_full_scratch_disk(job: Jobs, monkeypatch: pytest.MonkeyPatch) -> None
     assert not list(scratch.rglob("*"))
 
 
-def test_an_interrupted_run_leaves_nothing(
+def test_interrupted_run_leaves_no_scratch_files(
     job: Jobs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On the scratch disk."""
+    """Interrupting a run removes its scratch files."""
     scratch = job.folder / "scratch"
     there: list[Path] = []
 
@@ -174,8 +167,8 @@ def test_an_interrupted_run_leaves_nothing(
     assert not list(scratch.rglob("*"))
 
 
-def test_a_job_that_cannot_fit_is_refused_before_anything_starts(job: Jobs) -> None:
-    """As is a contradiction in the spec."""
+def test_job_that_does_not_fit_is_refused_before_it_starts(job: Jobs) -> None:
+    """So is a spec whose memory settings contradict each other."""
     options = {"cluster__gpus_per_worker": 1}
     job(options, "--dry-run", "--device-memory", "80GB")
     refused = job(options, "--dry-run", "--device-memory", "100kB", code=2)
@@ -185,7 +178,7 @@ def test_a_job_that_cannot_fit_is_refused_before_anything_starts(job: Jobs) -> N
     job({"memory__activations": "keep", "memory__weights": "disk"}, "--dry-run", code=2)
 
 
-def test_scratch_of_other_runs_is_left_alone(tmp_path: Path) -> None:
+def test_scratch_files_of_other_runs_are_kept(tmp_path: Path) -> None:
     names = list(itertools.product(("one", "two"), ("first", "second")))
     for run_name, attempt in names:
         Scratch(str(tmp_path), run_name, attempt, "0").path("x").touch()
@@ -199,7 +192,7 @@ def test_scratch_of_other_runs_is_left_alone(tmp_path: Path) -> None:
     }
 
 
-def test_memory_of_ended_workers_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_plan_waits_for_memory_of_ended_workers(monkeypatch: pytest.MonkeyPatch) -> None:
     answers: list[Any] = [
         DoesNotFitError("it is full"),
         DoesNotFitError("it is full"),
@@ -220,7 +213,7 @@ def test_memory_of_ended_workers_is_waited_for(monkeypatch: pytest.MonkeyPatch) 
     assert clock.now == 105.0
 
 
-def test_tensors_are_read_ahead_up_to_a_size(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tensors_are_prefetched_up_to_a_size(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stores, "ENTRIES_AHEAD", 10)
     names = ["a", "b", "c", "d", "mask"]
     begun = list[str]()
@@ -237,13 +230,13 @@ def test_tensors_are_read_ahead_up_to_a_size(monkeypatch: pytest.MonkeyPatch) ->
         tensor = ahead(name)
         assert tensor.shape == shapes.get(name, (5,))
         assert set(begun) <= {*names[: names.index(name) + 1], *expected}
-    assert sorted(begun) == sorted(names), "once each"
+    assert sorted(begun) == sorted(names), "each tensor is read once"
 
 
-def test_scratch_of_an_earlier_try_is_free(
+def test_scratch_files_of_an_earlier_attempt_count_as_free_space(
     job: Jobs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It counts as that, and goes."""
+    """Scratch files of an earlier attempt count as free space; the next attempt removes them."""
     root = job.folder / "scratch"
     key = hashlib.sha256(str(job.folder / "run").encode()).hexdigest()[:16]
     left = Scratch(str(root), key, "earlier", "0-0").path("x.factor")
@@ -252,7 +245,7 @@ def test_scratch_of_an_earlier_try_is_free(
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(path)._replace(free=0))
     options = runs.DISK | {"memory__scratch": str(root)}
     job(options, memory__limit_gib=0.001, code=2)
-    assert left.exists(), "a job that is refused takes nothing from another"
+    assert left.exists(), "a refused job does not remove files of an earlier attempt"
     job(options)
     assert not left.exists()
     job(options, folder="full", code=2)
@@ -261,8 +254,8 @@ def test_scratch_of_an_earlier_try_is_free(
 def test_files_of_earlier_shots_are_closed(
     job: Jobs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """When none reads them: one that is removed and still mapped takes its space. Attention is
-    never changed, and is in the shot that a run goes on from.
+    """A removed file that is still mapped takes its space. Attention is never pruned here, so its
+    weights stay in the shot from which the run resumed.
     """
     seen = list[tuple[int, set[str]]]()
 
@@ -280,14 +273,16 @@ def test_files_of_earlier_shots_are_closed(
         "output__keep_shots": 1,
     }
     job(options, code=1)
-    gc.collect()  # the frames of the error hold the run that ended
+    gc.collect()  # the traceback refers to the failed run
     job(options, "--resume")
     before = [(1, set()), (2, {"0001"}), (3, {"0002"})]
-    assert seen == [*before, before[-1], (4, {"0003"})], "of the shot before alone"
+    assert seen == [*before, before[-1], (4, {"0003"})], (
+        "only files of the previous shot are open"
+    )
 
 
 def answer(asked: dict[str, Any]) -> dict[str, Any]:
-    """Return the memory of a worker's process in bytes after some products, each of a new shape."""
+    """Return the memory of a worker process after products of ever new shapes, in bytes."""
     torch.set_num_threads(1)
     without_mixtures: Any = SimpleNamespace(linears=[])
     worker = Worker(without_mixtures, without_mixtures, WorkerIndex(0, 0), "cpu")
@@ -295,7 +290,7 @@ def answer(asked: dict[str, Any]) -> dict[str, Any]:
     for number in range(max(asked["after"])):
         product(torch.ones(128 + number // 20, 128), torch.ones(128, 128 + number % 20))
         if number + 1 in asked["after"]:
-            worker.usage()  # gives back what is free
+            worker.usage()  # releases free memory
             sizes.append(worker.usage().peak_anonymous_bytes)
     return {"bytes": sizes, "inherited": dict(os.environ)}
 
@@ -304,18 +299,20 @@ def answer(asked: dict[str, Any]) -> dict[str, Any]:
     sys.platform != "linux", reason="only Linux tells of anonymous memory"
 )
 @pytest.mark.skipif(not mkldnn.is_available(), reason="no oneDNN")
-def test_shapes_that_do_not_come_again_are_forgotten(zygote: Zygote) -> None:
-    """Every shot leaves other rows and columns. Kept for good, 300 shapes take 180 MB."""
+def test_memory_of_past_product_shapes_is_released(zygote: Zygote) -> None:
+    """Every shot leaves other shapes. If memory of past shapes were kept, 300 shapes would take 180
+    MB.
+    """
     request = {"after": [100, 400]}
     of_worker = zygote.run_module("tests.integration.test_memory", request)
     few, many = of_worker["bytes"]
     assert many - few < 0.02 * few
     assert not usage._SHAPES.keys() & of_worker["inherited"], (
-        "exports have shapes of their own"
+        "processes of exports do not inherit the setting"
     )
 
 
-def test_a_large_export_reloads_from_disk(
+def test_large_export_is_reloaded_from_disk(
     job: Jobs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[Any] = []

@@ -1,4 +1,4 @@
-"""Parts of methods by themselves: labels, choices, and corrections' losses."""
+"""Parts of methods: labels, choices of what to remove, and losses of corrections."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from ray_surgeon.run_state import CalibrationText
 from tests.integration.runs import Jobs, loaded
 
 
-def test_labels_are_drawn_anew_in_every_shot(job: Jobs) -> None:
+def test_every_shot_samples_new_labels(job: Jobs) -> None:
     inputs = job.inputs(curvature__fisher="sampled")
     cluster = loaded(job.models["llama"])
     (worker,) = cluster.workers.values()
@@ -36,9 +36,9 @@ def test_labels_are_drawn_anew_in_every_shot(job: Jobs) -> None:
 
 
 @pytest.mark.parametrize(("size", "steps"), [(1, 13), (4, 9)])
-def test_windows_of_a_recovery(size: int, steps: int) -> None:
-    """Passes over all of six sequences, in an order of every pass; the last step of a pass has what
-    is left. Between shots there are fewer.
+def test_recovery_shuffles_windows_in_every_pass(size: int, steps: int) -> None:
+    """Every pass takes all six sequences in a new order, and its last step has the remaining ones.
+    Trainings between shots are shorter.
     """
     text = CalibrationText(np.arange(60).reshape(6, 10))
     sizes = {"num_tokens": steps * size * 10 - 3, "num_tokens_between_shots": 10}
@@ -58,11 +58,11 @@ def test_windows_of_a_recovery(size: int, steps: int) -> None:
     assert len({tuple(order) for order in orders}) == len(orders)
 
 
-def test_corrections_are_means_over_tokens(
+def test_losses_and_gradients_of_corrections_are_means_over_tokens(
     job: Jobs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Losses and gradients, over those of each step, of a dense model that hardly changes; the
-    second step has two sequences.
+    """They are means over the tokens of a step. The learning rate is so low that the model stays
+    dense; the second step has two sequences.
     """
     plain = LowRankCorrections.gradients
     seen = set[int]()
@@ -91,7 +91,7 @@ def test_corrections_are_means_over_tokens(
         assert loss == pytest.approx(
             float(model(tokens, labels=tokens).loss.detach()), rel=1e-5
         )
-    assert found.absorbed < 0.5, "steps are too short for float32"
+    assert found.absorbed < 0.5, "the steps are too small for float32"
 
 
 COSTS = (
@@ -101,7 +101,7 @@ COSTS = (
 
 
 class Propagating:
-    """Workers whose propagation takes `extra` entries more of each linear, at any threshold."""
+    """Workers whose propagation removes `extra` more entries of each linear at any threshold."""
 
     def __init__(self, extra: int) -> None:
         self.extra = extra
@@ -115,7 +115,7 @@ class Propagating:
 
 
 @pytest.mark.parametrize(("extra", "target"), [(0, 0.05), (3, 0.31), (40, 25.5 / 52)])
-def test_rows_and_columns_go_up_to_the_lowest_threshold_of_all(
+def test_lowest_sufficient_threshold_counts_propagated_removals(
     extra: int, target: float
 ) -> None:
     method = RowsColumns(

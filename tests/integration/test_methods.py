@@ -1,6 +1,4 @@
-"""Methods and options beyond the default, run whole on tiny models: the same on shards, on
-replicas, and resumed.
-"""
+"""Methods and options beyond the defaults in whole runs of tiny models."""
 
 from __future__ import annotations
 
@@ -53,7 +51,7 @@ METHODS: dict[str, dict[str, Any]] = {
 
 
 def changed(job: Jobs, change: Callable[[Any], object]) -> Path:
-    """Write a copy of the tiny Llama whose blocks were changed."""
+    """Write a copy of the tiny Llama with changed blocks."""
     model = AutoModelForCausalLM.from_pretrained(job.models["llama"])
     with torch.no_grad():
         change(model.model.layers)
@@ -63,10 +61,10 @@ def changed(job: Jobs, change: Callable[[Any], object]) -> Path:
 
 
 @pytest.mark.parametrize("options", [runs.N_M | EXTENDED, runs.ELEMENT], ids=str)
-def test_linears_whose_inputs_are_always_zero(options: dict[str, Any], job: Jobs) -> None:
-    """As after attention or a feed-forward layer was pruned away; their weights cost nothing, and
-    all of them go first.
-    """
+def test_linears_with_zero_inputs_are_pruned_first(
+    options: dict[str, Any], job: Jobs
+) -> None:
+    """A pruned attention or feed-forward layer leaves such linears. Their weights cost nothing."""
 
     def change(layers: Any) -> None:
         layers[1].mlp.up_proj.weight.zero_()
@@ -77,9 +75,9 @@ def test_linears_whose_inputs_are_always_zero(options: dict[str, Any], job: Jobs
 
 
 @pytest.mark.parametrize("target", [0.3, 0.97])
-def test_blocks_that_are_asked_are_ahead(target: float, job: Jobs) -> None:
-    """Of every four blocks the first says how far greedy paths go; here it alone is far above the
-    target of the second shot.
+def test_target_is_met_if_the_sampled_blocks_exceed_it(target: float, job: Jobs) -> None:
+    """The first of every four blocks predicts the length of greedy paths; here it alone is pruned
+    far beyond the target of the second shot.
     """
 
     def change(layers: Any) -> None:
@@ -101,12 +99,12 @@ def test_blocks_that_are_asked_are_ahead(target: float, job: Jobs) -> None:
         for name in METHODS
     ],
 )
-def test_workers_and_resuming(
+def test_results_do_not_depend_on_workers_or_resuming(
     method: str, job: Jobs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A run that goes on, on any number of shards, gives the same bits, and replicas the same up to
-    the order of sums. What is removed stays removed. The check of replicas can fail: where the
-    owner leaves the other one out.
+    """A resumed run on any number of shards gives the same bits, and replicas give the same result
+    up to the order of sums. Removed entries stay removed. If the owner leaves out the other
+    replica, the comparison of replicas fails.
     """
     options = METHODS[method]
     one = job(options, folder="one")
@@ -117,13 +115,13 @@ def test_workers_and_resuming(
     assert_same_shot(one.uri, before, 2)
     assert [shot["perplexity"] for shot in one.shots] == perplexities
     replicas = job(options, folder="replicas", cluster__num_replicas=2)
-    # of single elements some are at the threshold, and a second shot goes on from those that went
+    # some single elements are near the threshold, and the second shot builds on the first one
     last = 1 if method == "element" else 2
     assert difference(one.uri, replicas.uri, last) < runs.MOST_BY_ORDER_OF_SUMS
     family = options.get("model", "llama")
     first, second = (kept_of(one.tensors(shot), family) for shot in (1, 2))
     for name, kept in second.items():
-        assert not (kept & ~first[name]).any(), "something came back"
+        assert not (kept & ~first[name]).any(), "a removed entry was restored"
         if method == "n_m":
             groups = (
                 kept[:, : kept.shape[1] // 4 * 4].reshape(len(kept), -1, 4).sum(dim=2)
@@ -142,9 +140,9 @@ def test_workers_and_resuming(
         assert difference(one.uri, wrong.uri, 2) > 2 * runs.MOST_BY_ORDER_OF_SUMS
 
 
-def test_divergence_is_that_of_the_export_from_the_dense_model(job: Jobs) -> None:
-    """The dense model's states are bfloat16, hence the tolerance; the divergence of corrections
-    starts where that of the text ends.
+def test_reported_divergence_matches_the_export(job: Jobs) -> None:
+    """The tolerance is due to the bfloat16 states of the dense model. The first loss of corrections
+    equals the divergence without corrections.
     """
     seen = windows(job.folder / "text.txt", 6, stride=64, name="seen", split="train")
     uniform = {"pruning__allocation": "uniform", "evaluation": [seen]}
@@ -178,7 +176,7 @@ Pairs = dict[str, tuple[list[Tensor], list[Tensor]]]
 
 @contextmanager
 def noted(model: Any, names: Sequence[str]) -> Iterator[Pairs]:
-    """Yield what linears see meanwhile."""
+    """Record inputs and gradients of linears in the `with` block."""
     found: Pairs = {name: ([], []) for name in names}
 
     def keep(store: list[Tensor]) -> Any:
@@ -203,8 +201,8 @@ def noted(model: Any, names: Sequence[str]) -> Iterator[Pairs]:
 def of_whole_model(
     job: Jobs, sequences: Any, chosen: Sequence[int]
 ) -> tuple[Pairs, float]:
-    """Return what the linears of the tiny Llama see of sequences, gradients of the chosen ones
-    alone, and the sum of the losses of those.
+    """Return inputs of the tiny Llama's linears for all sequences, gradients for the chosen ones,
+    and the sum of the losses of the chosen ones.
     """
     model = AutoModelForCausalLM.from_pretrained(job.models["llama"])
     total = 0.0
@@ -257,10 +255,8 @@ def owned_factors(cluster: Any) -> dict[str, Any]:
     }
 
 
-def test_further_terms_of_shards_and_replicas_are_those_of_samples(job: Jobs) -> None:
-    """The second term of every linear against the power method on its inputs and gradients from
-    autograd on the whole model.
-    """
+def test_further_terms_match_the_power_method_on_samples(job: Jobs) -> None:
+    """The second term of every linear equals that of the power method on samples from autograd."""
     sequences = job.inputs().calibration
     pairs, _ = of_whole_model(job, sequences, range(len(sequences)))
     expected = {}
@@ -288,9 +284,9 @@ def test_further_terms_of_shards_and_replicas_are_those_of_samples(job: Jobs) ->
             )
 
 
-def test_further_terms_of_experts_weigh_what_their_own_tokens_do(job: Jobs) -> None:
-    """The best second term of an expert's own Fisher, times n_e / (n_e + k) and its share of all
-    tokens.
+def test_further_terms_of_experts_are_weighted_by_their_tokens(job: Jobs) -> None:
+    """The expected term is the best second term of the expert's Fisher, times n_e / (n_e + k) and
+    its share of all tokens.
     """
     sequences = job.inputs(model="mixtral").calibration
     cluster = loaded(job.models["mixtral"])
@@ -330,8 +326,8 @@ def test_further_terms_of_experts_weigh_what_their_own_tokens_do(job: Jobs) -> N
 def test_gradients_of_some_sequences_and_inputs_of_all(
     stores: Stores, num_backward: int | None, job: Jobs
 ) -> None:
-    """A of every linear from all sequences, G and the loss from autograd on the whole model over
-    the drawn ones, G brought to all.
+    """A comes from all sequences. G and the loss come from the chosen ones, by autograd on the
+    whole model; G is scaled to all sequences.
     """
     sequences = job.inputs().calibration
     both = drawn(len(sequences), num_backward or len(sequences))
@@ -354,14 +350,14 @@ def test_gradients_of_some_sequences_and_inputs_of_all(
             assert_near(factors.G, g.T @ g * len(sequences) / len(both), 1e-4, name)
 
 
-def test_sampled_fisher_is_the_exact_one_in_the_mean(job: Jobs) -> None:
-    """G of one linear over many draws of labels against the exact Fisher's, the sum over all labels
-    with their probabilities.
+def test_sampled_fisher_matches_the_exact_fisher_in_the_mean(job: Jobs) -> None:
+    """G of one linear is averaged over many samples of labels. The exact Fisher sums over all
+    labels with their probabilities.
     """
     tokens = job.inputs(
         calibration__num_sequences=1, calibration__sequence_length=6
     ).calibration
-    # after it the tokens do not mix, so that each predicted token has its own gradient
+    # no later layer mixes tokens, so each predicted token has its own gradient
     name = "model.layers.3.mlp.down_proj"
     model = AutoModelForCausalLM.from_pretrained(job.models["llama"])
     seen: list[Tensor] = []
@@ -377,7 +373,7 @@ def test_sampled_fisher_is_the_exact_one_in_the_mean(job: Jobs) -> None:
     cluster = loaded(job.models["llama"], 2)
     last = cluster.workers[cluster.placement.workers[1]]
     total = torch.zeros(32, 32)
-    # a hundred draws each; those of seeds side by side overlap
+    # a hundred samples each; samples of seeds side by side overlap
     for seed in range(0, 4000, 1000):
         gather_curvature(
             cluster, np.repeat(tokens, 100, axis=0), WantedFactors(label_seed=seed)
@@ -398,12 +394,10 @@ def test_sampled_fisher_is_the_exact_one_in_the_mean(job: Jobs) -> None:
         ("gpt2", "wanda", "n_m"),
     ],
 )
-def test_blocks_after_pruned_blocks(
+def test_blocks_are_pruned_with_inputs_from_pruned_blocks(
     family: str, method: str, structure: str, job: Jobs
 ) -> None:
-    """Blocks are pruned from the inputs that the pruned ones before give: against a plain loop over
-    the blocks of the whole model.
-    """
+    """The reference is a plain loop over the blocks of the whole model."""
     options: dict[str, Any] = runs.ONE | {"model": family, "pruning__method": method}
     options |= {"pruning__structure": structure, "pruning__target_sparsity": 0.5}
     found = job(options, cluster__num_shards=2).tensors(1)

@@ -1,7 +1,6 @@
-"""Every method on a device that is not the CPU: the same results as there, and an error where the
-two are mixed.
+"""Runs on a device that is not the CPU give the same results, and mixing devices is an error.
 
-The runs on the device are in processes of their own; see tests/pretend_accelerator.py.
+The runs on the device have their own processes; see tests/pretend_accelerator.py.
 """
 
 from __future__ import annotations
@@ -33,31 +32,30 @@ from ray_surgeon.preparation.inputs import check
 from ray_surgeon.report.html_report import LivePage
 from ray_surgeon.storage import tensor_files
 from tests import zygote as forks
-from tests.conftest import CONFIGS, SPARSE_CONFIGS, Zygote, tiny_model
+from tests.conftest import CONFIGS, SPARSE_CONFIGS, Zygote, make_once, tiny_model
 from tests.integration import runs
 from tests.integration.runs import report_of, tensors_of_shot, tiny_spec, windows
 
 EQUAL = (0.0, 0.0)
-"""Relative difference of a tensor and of a perplexity: none without updates, where weights are the
-dense model's or zero.
+"""Relative tolerances of tensors and perplexities; without updates, all weights are the dense
+model's or zero.
 """
 BY_ORDER_OF_SUMS = (5e-6, 5e-7)
-"""What other kernels may make: 1e-6 and 8e-8 were found."""
+"""For other kernels; 1e-6 and 8e-8 were measured."""
 BY_CANCELLATION = (5e-5, 5e-6)
-"""With further Kronecker terms, which are differences: 8e-6 and 6e-7. And where a bias is near
-zero: 1e-5.
+"""For further Kronecker terms, which are differences (8e-6 and 6e-7 were measured), and for biases
+near zero (1e-5).
 """
 BY_DEPTH = (1e-3, 5e-6)
-"""Of four blocks, where an error is that of all blocks before: 2e-4 in small biases."""
+"""For four blocks, whose errors add up; 2e-4 was measured in small biases."""
 BY_ITERATIONS = (1e-2, 5e-4)
-"""After conjugate gradients, which stop at a residual of 1e-3 and multiply in bfloat16: 3e-3 and
-8e-5.
+"""For conjugate gradients, which stop at a residual of 1e-3 and multiply in bfloat16; 3e-3 and 8e-5
+were measured.
 """
 BY_TRAINING = (2e-4, 2e-6)
-"""After steps of Adam, which brings small gradients to the size of large ones: 4e-5 in one linear.
-"""
+"""For steps of Adam, which enlarges small gradients; 4e-5 was measured in one linear."""
 BY_BFLOAT16 = (1e-2, 5e-3)
-"""Of a bfloat16 model, by the rounding of its weights: 3e-3 and 5e-4."""
+"""For a bfloat16 model with rounded weights; 3e-3 and 5e-4 were measured."""
 
 HALF_N_M = {**runs.N_M, "pruning__target_sparsity": 0.5}
 EXTENDED = {"curvature__kind": "extended_kfac"}
@@ -133,15 +131,15 @@ EXPERTS = CORRECTED | {
     "output__exports": ["per_block"],
 }
 ALWAYS = ("llama", "opt", "gpt2", "gemma3", "phi3", "qwen2_moe", "glm4_moe")
-"""Families of which tiny models with two blocks run always."""
+"""Families whose tiny models with two blocks are always tested."""
 MODULE = "tests.integration.test_pretend_accelerator"
 
 
-# In a process that has the device
+# Functions for processes with the device
 
 
 def run_on(device: str, spec: str) -> None:
-    """Run a job, with the one implementation of attention that both devices have."""
+    """Run a job with the implementation of attention that both devices support."""
     inputs = check(parse_spec(Path(spec).read_text()))
     cluster = LocalCluster(inputs.layout, inputs.placement, 1, device)
     with sdpa_kernel(SDPBackend.MATH):
@@ -157,7 +155,7 @@ def run_on_sim(spec: str) -> None:
 def reload_here(
     module: str, request: Mapping[str, Any], offline: bool = True
 ) -> dict[str, Any]:
-    """Run a module, for which this is fresh enough: it computes on the CPU."""
+    """Run a module in this process instead of a fresh one; it computes on the CPU."""
     with (
         contextlib.redirect_stdout(io.StringIO()) as printed,
         tempfile.TemporaryDirectory() as modules,
@@ -182,7 +180,7 @@ def run_on_sim_and_forget_to_move(spec: str) -> None:
 
 
 def curvature_on(device: str, model: str, path: str) -> None:
-    """Write the factors of a model in memory, with labels that are drawn."""
+    """Write the factors of a model in memory, with sampled labels."""
     loaded = AutoModelForCausalLM.from_pretrained(model).to(device)
     with sdpa_kernel(SDPBackend.MATH):
         found = curvature(loaded, torch.arange(60).view(2, 30), label_seed=0)
@@ -196,7 +194,7 @@ def curvature_on(device: str, model: str, path: str) -> None:
 
 
 def reconstructed_on(device: str, path: str) -> None:
-    """Write the weights of a bfloat16 layer that is trained."""
+    """Write the weights of a trained bfloat16 layer."""
     drawn = torch.Generator().manual_seed(0)
     shapes = [(48, 32), (48, 32), (32, 48), (400, 32), (400, 32)]
     *weights, x, y = (torch.randn(*shape, generator=drawn).to(device) for shape in shapes)
@@ -212,7 +210,7 @@ def reconstructed_on(device: str, path: str) -> None:
 
 
 def mixtures() -> dict[str, str]:
-    """Return what comes of mixing a tensor on the CPU, x, with one on the device, y."""
+    """Return the operations that accept a tensor on the CPU, x, and one on the device, y."""
     x = torch.eye(4)
     y = torch.eye(4, device="sim")
     attempts: dict[str, Callable[[], object]] = {
@@ -229,34 +227,40 @@ def mixtures() -> dict[str, str]:
             attempt()
             found[name] = "was let through"
     y[torch.tensor([2, 0])] = 3.0
-    y[0] = torch.tensor(1.0)  # as on a GPU, indices and single numbers may be on the CPU
-    y[1:] = x[1:]  # and this is a copy
+    y[0] = torch.tensor(1.0)  # as on a GPU, indices and scalars numbers may be on the CPU
+    y[1:] = x[1:]  # this is a copy
     if not torch.equal(y.cpu(), torch.tensor([[1.0, 1, 1, 1], *x[1:].tolist()])):
         found["copies"] = str(y.cpu())
     return found
 
 
-# Here
+# Tests
 
 
 @pytest.fixture(scope="session")
 def small_models(
-    tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast
+    shared_folder: Path, tokenizer: PreTrainedTokenizerFast
 ) -> dict[str, Path]:
-    """The tiny models with two blocks."""
-    folders = {}
-    for family in ALWAYS:
-        configs = SPARSE_CONFIGS if family in SPARSE_CONFIGS else CONFIGS
-        document = configs[family].to_dict()
-        document |= {"n_layer" if family == "gpt2" else "num_hidden_layers": 2}
-        if "layer_types" in document:
-            document["layer_types"] = document["layer_types"][:2]
-        folders[family] = tmp_path_factory.mktemp("small") / family
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setitem(configs, family, type(configs[family])(**document))
-            tiny_model(family).save_pretrained(folders[family])
-        tokenizer.save_pretrained(folders[family])
-    return folders
+    """Return the folders of tiny models with two blocks by family."""
+
+    def save_all(folder: Path) -> None:
+        for family in ALWAYS:
+            save_small_model(family, folder / family)
+            tokenizer.save_pretrained(folder / family)
+
+    folder = make_once(shared_folder / "small_models", save_all)
+    return {family: folder / family for family in ALWAYS}
+
+
+def save_small_model(family: str, folder: Path) -> None:
+    configs = SPARSE_CONFIGS if family in SPARSE_CONFIGS else CONFIGS
+    document = configs[family].to_dict()
+    document |= {"n_layer" if family == "gpt2" else "num_hidden_layers": 2}
+    if "layer_types" in document:
+        document["layer_types"] = document["layer_types"][:2]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(configs, family, type(configs[family])(**document))
+        tiny_model(family).save_pretrained(folder)
 
 
 def elsewhere(
@@ -341,26 +345,32 @@ def assert_same_run(
         for name in METHODS
     ],
 )
-def test_every_method(method: str, assert_same_run: Callable[..., None]) -> None:
+def test_methods_match_the_cpu(method: str, assert_same_run: Callable[..., None]) -> None:
     assert_same_run("llama", *METHODS[method])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", sorted(set(CONFIGS) - set(ALWAYS)))
-def test_remaining_families(family: str, assert_same_run: Callable[..., None]) -> None:
+def test_remaining_families_match_the_cpu(
+    family: str, assert_same_run: Callable[..., None]
+) -> None:
     assert_same_run(family, runs.GROUPS, BY_DEPTH)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", sorted(set(SPARSE_CONFIGS) - set(ALWAYS)))
-def test_remaining_mixtures(family: str, assert_same_run: Callable[..., None]) -> None:
+def test_remaining_mixtures_match_the_cpu(
+    family: str, assert_same_run: Callable[..., None]
+) -> None:
     more = ["shared_experts"] if family == "deepseek_v3" else ["experts"]
     options = {"pruning__groups": ["expert_channels", *more]}
     assert_same_run(family, runs.GROUPS | options, BY_DEPTH)
 
 
 @pytest.mark.parametrize("family", ["opt", "gpt2", "gemma3", "phi3"])
-def test_other_families(family: str, assert_same_run: Callable[..., None]) -> None:
+def test_other_families_match_the_cpu(
+    family: str, assert_same_run: Callable[..., None]
+) -> None:
     assert_same_run(family, CORRECTED | EXPORTED, BY_CANCELLATION)
 
 
@@ -369,13 +379,13 @@ def test_other_families(family: str, assert_same_run: Callable[..., None]) -> No
     [("qwen2_moe", EXPERTS), ("glm4_moe", EXPERTS | WAVES), ("qwen2_moe", runs.MASKED)],
     ids=["groups", "groups-disk", "rows_columns"],
 )
-def test_experts(
+def test_experts_match_the_cpu(
     family: str, options: dict[str, Any], assert_same_run: Callable[..., None]
 ) -> None:
     assert_same_run(family, options, BY_CANCELLATION)
 
 
-def test_curvature_of_a_model_in_memory(
+def test_curvature_of_a_model_in_memory_matches_the_cpu(
     zygote: Zygote, small_models: dict[str, Path], tmp_path: Path
 ) -> None:
     model = str(small_models["llama"])
@@ -385,14 +395,16 @@ def test_curvature_of_a_model_in_memory(
     assert_same(on_cpu, on_sim, BY_ORDER_OF_SUMS[0])
 
 
-def test_a_bfloat16_layer_is_reconstructed(zygote: Zygote, tmp_path: Path) -> None:
+def test_reconstruction_in_bfloat16_matches_the_cpu(
+    zygote: Zygote, tmp_path: Path
+) -> None:
     reconstructed_on("cpu", str(tmp_path / "cpu"))
     elsewhere(zygote, reconstructed_on, device="sim", path=str(tmp_path / "sim"))
     on_cpu, on_sim = (torch.load(tmp_path / device) for device in ("cpu", "sim"))
     assert_same(on_cpu, on_sim, BY_BFLOAT16[0])
 
 
-def test_a_tensor_that_was_left_on_the_cpu_is_an_error(
+def test_tensor_left_on_the_cpu_is_an_error(
     zygote: Zygote, small_models: dict[str, Path], tmp_path: Path
 ) -> None:
     assert elsewhere(zygote, mixtures) == {}
@@ -404,4 +416,4 @@ def test_a_tensor_that_was_left_on_the_cpu_is_an_error(
             run_on_sim_and_forget_to_move,
             spec=spec_in(tmp_path, small_models["llama"]),
         )
-    assert not hasattr(torch, "sim"), "this process does not have the device"
+    assert not hasattr(torch, "sim"), "the device is not registered in this process"

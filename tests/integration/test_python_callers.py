@@ -1,5 +1,5 @@
-"""What a program that calls `prune()` and `curvature()` may be doing itself: threads, modes of
-torch, models of other kinds.
+"""Programs that call `prune()` and `curvature()` with threads, modes of torch, and other types of
+arguments.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from ray_surgeon.distributed.memory_plan.planner import DoesNotFitError
 from ray_surgeon.job import run_job
 from ray_surgeon.run.arguments import causal_lm
 from ray_surgeon.storage import files
-from tests.conftest import CONFIGS, SPARSE_CONFIGS, tiny_model
-from tests.integration.runs import Given, in_memory
+from tests.conftest import CONFIGS, SPARSE_CONFIGS, make_once, tiny_model
+from tests.integration.runs import Given, in_memory, report_of
 
 TEXT: dict[str, Any] = {"num_sequences": 8, "sequence_length": 32, "max_tokens": 4000}
 ELEMENTS = {"structure": "element", "target_sparsity": 0.3, "num_shots": 1}
@@ -38,7 +38,7 @@ Perplexity = dict[str, tuple[float, float]]
 
 @pytest.fixture(scope="module", autouse=True)
 def text(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """A file is read sooner than the help of Python."""
+    """Use this file as the text, since it is read faster than Python's help."""
     TEXT["source"] = shutil.copy(__file__, tmp_path_factory.mktemp("text") / "text.txt")
 
 
@@ -54,19 +54,21 @@ def prune(
     return ray_surgeon.prune(*given, **sections | changes)
 
 
-@pytest.fixture(scope="module")
-def expected(
-    model_folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
-) -> Perplexity:
-    """The perplexities of a run by itself."""
-    output = tmp_path_factory.mktemp("alone") / "run"
-    return prune(in_memory(model_folders["llama"]), output).perplexity
+@pytest.fixture
+def expected(llama: Path, shared_folder: Path) -> Perplexity:
+    """Return the perplexities of a run without concurrent runs."""
+
+    def prune_alone(folder: Path) -> None:
+        prune(in_memory(llama), folder / "run")
+
+    run = make_once(shared_folder / "pruned_in_memory", prune_alone) / "run"
+    return ray_surgeon.PruneResult(str(run), report_of(run)).perplexity
 
 
-def test_runs_in_threads_do_not_meet(
+def test_runs_in_threads_are_independent(
     expected: Perplexity, given: Given, tmp_path: Path
 ) -> None:
-    """Models are built without weights meanwhile, which no other thread may see."""
+    """Runs build models on the meta device, which must not affect other threads."""
     num_threads = torch.get_num_threads()
     is_over = threading.Event()
 
@@ -98,9 +100,7 @@ def test_runs_in_threads_do_not_meet(
 
 @contextmanager
 def precision(name: str) -> Iterator[None]:
-    """Let torch multiply float32 as it may; see `torch.set_float32_matmul_precision`. Inside of
-    runs it does not.
-    """
+    """Set `torch.set_float32_matmul_precision` in the `with` block, and check that it stays."""
     torch.set_float32_matmul_precision(name)
     before = precisions()
     try:
@@ -128,7 +128,7 @@ MODES: dict[str, Sequence[Callable[[], Any]]] = {
 
 
 @pytest.mark.parametrize("name", MODES)
-def test_modes_of_the_caller_stay_outside(
+def test_torch_modes_of_the_caller_do_not_affect_a_run(
     name: str,
     expected: Perplexity,
     given: Given,
@@ -155,10 +155,8 @@ def test_modes_of_the_caller_stay_outside(
     assert result.perplexity == expected
 
 
-def test_a_run_goes_on_with_the_very_same_model_only(
-    given: Given, tmp_path: Path
-) -> None:
-    """Weights in the middle of a file count as well."""
+def test_run_resumes_only_with_the_same_model(given: Given, tmp_path: Path) -> None:
+    """A change of one weight in the middle of a file is found."""
     model, tokenizer = given
     weight = model.model.layers[0].mlp.up_proj.weight
     before = weight.detach().clone()
@@ -170,12 +168,12 @@ def test_a_run_goes_on_with_the_very_same_model_only(
             prune(given, output, resume=True)
         with torch.no_grad():
             weight.copy_(before)
-        # which it writes into its file from then on
+        # the tokenizer writes these settings into its file from then on
         tokenizer("some words", truncation=True, max_length=2)
         assert prune(given, output, resume=True).perplexity == first.perplexity
 
 
-def test_a_model_is_written_whole_or_not_at_all(
+def test_incompletely_saved_model_is_saved_again(
     given: Given, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     put = files.put_file
@@ -195,13 +193,13 @@ def test_a_model_is_written_whole_or_not_at_all(
     (run / "report.json").unlink()
     prune(given, run, resume=True)
     assert (run / "source/model.safetensors").exists(), (
-        "the run has begun again, and reads it"
+        "the run starts again and reads the model"
     )
     (run / "source/tokenizer.json").unlink()
     prune(given, run, resume=True)
 
 
-def test_a_refused_run_leaves_its_folder_to_another_model(
+def test_folder_of_a_refused_run_accepts_another_model(
     given: Given, tmp_path: Path
 ) -> None:
     bloom = BloomForCausalLM(
@@ -220,12 +218,12 @@ def test_a_refused_run_leaves_its_folder_to_another_model(
         prune(given, "/proc/x")
 
 
-def test_models_of_all_families_are_taken() -> None:
+def test_models_of_all_families_are_accepted() -> None:
     for model in map(tiny_model, CONFIGS | SPARSE_CONFIGS):
         assert causal_lm(model) is model
 
 
-def test_arguments_of_other_kinds_are_named(given: Given, tmp_path: Path) -> None:
+def test_arguments_of_wrong_types_are_named(given: Given, tmp_path: Path) -> None:
     model, tokenizer = given
     classifier = LlamaForSequenceClassification(model.config)
     double = copy.deepcopy(model).double()
@@ -254,7 +252,7 @@ def test_arguments_of_other_kinds_are_named(given: Given, tmp_path: Path) -> Non
             ray_surgeon.curvature(model, sequences, tokenizer)
 
 
-def test_paths_wrappers_numbers_and_iterators_are_taken(
+def test_paths_compiled_models_numpy_numbers_and_iterators_are_accepted(
     given: Given, model_folders: dict[str, Path], tmp_path: Path
 ) -> None:
     model, tokenizer = given

@@ -1,6 +1,4 @@
-"""Quantised copies: what is stored, how far it is from the export, and that transformers evaluates
-it.
-"""
+"""Quantised exports: stored tensors, differences from the unquantised export, and evaluation."""
 
 from __future__ import annotations
 
@@ -30,11 +28,11 @@ UNIFORM: dict[str, Any] = {
 DTYPES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 DTYPES |= {"w4a16": torch.int32, "w8a16": torch.int32}
 SIZE = {"w4a16": 16, "w8a16": 16}
-"""Columns that share a scale."""
+"""Number of columns that share a scale."""
 
 
 def restored(stored: dict[str, Tensor], scheme: QuantizationScheme) -> Tensor:
-    """Return the weight that a program computes with."""
+    """Return the decompressed weight."""
     compressor = BaseCompressor.get_value_from_registry(scheme.format)
     weight: Tensor = compressor.decompress(dict(stored), scheme)["weight"]
     return weight
@@ -42,7 +40,7 @@ def restored(stored: dict[str, Tensor], scheme: QuantizationScheme) -> Tensor:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", sorted(PRESETS))
-def test_every_number_is_rounded_to_the_nearest(name: str, dtype: torch.dtype) -> None:
+def test_weights_are_rounded_to_the_nearest_value(name: str, dtype: torch.dtype) -> None:
     weight = (0.02 * torch.randn(6, 32)).to(dtype)
     scheme = scheme_of(name, SIZE.get(name))
     stored = quantised(weight, scheme)
@@ -75,7 +73,7 @@ REFUSED: dict[str, dict[str, Any]] = {
     "group_size 128 does not divide the columns of model.layers.0": four_bits(
         "ffn", None
     ),
-    # it has 32 columns, of which an engine gives each device half
+    # o_proj has 32 columns, and each of two devices gets half of them
     "o_proj, of which a multiple of 16 on each of 2 devices will stay": four_bits(
         "ffn", 32, **ON_TWO_DEVICES
     ),
@@ -100,7 +98,7 @@ def test_models_that_cannot_be_quantised_are_refused(
 
 
 @pytest.mark.parametrize("scheme", sorted(DTYPES))
-def test_a_quantised_copy(scheme: str, job: Jobs) -> None:
+def test_quantised_export(scheme: str, job: Jobs) -> None:
     quantize = {"scheme": scheme, "group_size": SIZE.get(scheme)}
     done = job(UNIFORM, output__quantize=quantize, cluster__num_shards=2)
     folder = done.uri / f"export/uniform-{scheme}"
@@ -128,9 +126,11 @@ def w4a16(**more: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("rounding", ["both_sides", "gptq"])
-def test_streams_and_shards_round_alike(rounding: str, job: Jobs) -> None:
+def test_rounding_does_not_depend_on_shards_and_streaming(
+    rounding: str, job: Jobs
+) -> None:
     options = w4a16(rounding=rounding)
-    one = job(options, folder="one")
+    one = job.baseline(options)
     replicas = job(options, folder="replicas", cluster__num_replicas=2)
     streamed = job(options | DISK, folder="streamed", cluster__num_shards=2)
     stored, other = (
@@ -138,16 +138,16 @@ def test_streams_and_shards_round_alike(rounding: str, job: Jobs) -> None:
     )
     assert stored.keys() == other.keys()
     assert all(torch.equal(stored[key], other[key]) for key in stored)
-    # replicas sum in another order, which tips single numbers
+    # replicas sum in another order, which changes the rounding of single weights
     found = [done.report["exports"][-1]["perplexity"] for done in (one, replicas)]
     assert found[1] == pytest.approx(found[0], rel=0.05)
     assert not list((one.uri / "export").glob("*-rounded"))
 
 
-def test_four_bits_are_rounded_by_the_inputs(job: Jobs) -> None:
-    """Against the linears of the first block that see the text unrounded."""
+def test_gptq_rounding_uses_the_second_moment_of_the_inputs(job: Jobs) -> None:
+    """The linears of the first block are compared, whose inputs are not affected by rounding."""
     options = w4a16(rounding="gptq")
-    one = job(options)
+    one = job.baseline(options)
     stored = tensors_in(one.uri / "export/uniform-w4a16")
     model = AutoModelForCausalLM.from_pretrained(one.uri / "export/uniform")
     names = ["model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.v_proj"]
@@ -173,7 +173,7 @@ def test_four_bits_are_rounded_by_the_inputs(job: Jobs) -> None:
         assert lost[0] < 0.9 * lost[1]
 
 
-def test_the_nearest_needs_no_text(job: Jobs) -> None:
+def test_nearest_rounding_is_independent_of_the_text(job: Jobs) -> None:
     options = w4a16(rounding="nearest")
     done = job(options)
     stored = tensors_in(done.uri / "export/uniform-w4a16")
@@ -184,8 +184,8 @@ def test_the_nearest_needs_no_text(job: Jobs) -> None:
                 assert torch.equal(stored[f"{linear}.{leaf}"], value)
 
 
-def test_a_dense_model_is_quantised_alone(job: Jobs) -> None:
-    """The copy is the one that comes of pruning nothing; its source is as it was."""
+def test_dense_model_is_quantised_without_pruning(job: Jobs) -> None:
+    """The uniform export equals the source."""
     alone = {"pruning": None, "output__exports": ["uniform"]}
     done = job(w4a16() | alone, "--dry-run")
     assert "write another format, 240 calibration tokens" in done.error + done.out
@@ -201,8 +201,8 @@ def test_a_dense_model_is_quantised_alone(job: Jobs) -> None:
 
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
-def test_a_mixture_is_measured_by_the_workers(family: str, job: Jobs) -> None:
-    """Its experts have names and numbers as in the export, each with scales of its own."""
+def test_quantised_mixture_of_experts_is_evaluated(family: str, job: Jobs) -> None:
+    """Experts have the names of the export, and each has its own scales."""
     kinds = ["experts", "expert_channels"]
     size = {"scheme": "w4a16", "group_size": 8}
     options = UNIFORM | {"pruning__groups": kinds, "output__quantize": size}

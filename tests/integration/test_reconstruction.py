@@ -1,6 +1,4 @@
-"""Reconstruction of feed-forward layers in whole jobs: what is kept, what is trained, and what
-replicas have after it.
-"""
+"""Reconstruction of feed-forward layers in whole jobs."""
 
 from __future__ import annotations
 
@@ -38,8 +36,8 @@ FIT: dict[str, Any] = FFN | {
 def test_a_layer_is_what_the_family_computes(
     family: str, model_folders: dict[str, Path]
 ) -> None:
-    """Inputs of the producers in, outputs of the consumer out, for every family that has such
-    layers.
+    """From the inputs of its producers, a layer computes the outputs of its consumer, in every
+    family with such layers.
     """
     cluster = loaded(model_folders[family])
     model = tiny_model(family)
@@ -71,7 +69,7 @@ def test_a_layer_is_what_the_family_computes(
 
 
 @pytest.mark.parametrize("stores", [Stores(), Stores("disk", "device", "recompute", 2)])
-def test_owners_get_the_inputs_of_every_token_once(stores: Stores, job: Jobs) -> None:
+def test_owners_receive_the_inputs_of_every_token_once(stores: Stores, job: Jobs) -> None:
     options = (
         FIT | runs.ONE | {"curvature__num_backward": 3, "calibration__held_aside": 0.3}
     )
@@ -107,17 +105,17 @@ def test_owners_get_the_inputs_of_every_token_once(stores: Stores, job: Jobs) ->
 
 
 def assert_all_better(shot: dict[str, Any]) -> None:
-    """Every layer that lost channels, and no other, is in the report and nearer than before."""
+    """Check that the report has exactly the layers that lost channels, each with a lower error."""
     lost = {name for name, count in shot["groups_removed"].items() if count}
     assert set(shot["reconstruction"]) == lost
     assert all(after < before for before, after in shot["reconstruction"].values())
 
 
-def test_only_the_weights_left_are_fitted(
+def test_reconstruction_fits_only_the_remaining_weights(
     job: Jobs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The channels are the same, and the divergence is lower. Layers are trained as the section
-    says, in an order of tokens of its own each.
+    """The removed channels are the same, and the divergence is lower. Each layer has its own order
+    of tokens.
     """
     asked: list[dict[str, Any]] = []
 
@@ -152,7 +150,7 @@ def test_only_the_weights_left_are_fitted(
     for name in after:
         if name.endswith("weight"):
             assert torch.equal(before[name] == 0, after[name] == 0), (
-                "what is pruned stays zero"
+                "pruned weights stay zero"
             )
     numbers = LAYOUTS["llama"].linear_numbers
     assert {given.pop("seed") for given in asked} == {
@@ -163,7 +161,7 @@ def test_only_the_weights_left_are_fitted(
     )
 
 
-def test_a_layer_that_is_gone_is_not_trained(job: Jobs) -> None:
+def test_removed_layer_is_not_reconstructed(job: Jobs) -> None:
     layers = {
         "pruning__groups": ["ffn", "ffn_layers"],
         "pruning__depth": {"num_removed": 1},
@@ -177,7 +175,7 @@ def test_a_layer_that_is_gone_is_not_trained(job: Jobs) -> None:
     ]
 
 
-def test_a_mixture_keeps_inputs_of_the_kinds_that_lose_groups(job: Jobs) -> None:
+def test_mixture_keeps_inputs_only_of_kinds_that_are_pruned(job: Jobs) -> None:
     options = FIT | runs.ONE | {"model": "glm4_moe", "pruning__target_sparsity": 0.05}
     inputs = job.inputs(options | {"pruning__groups": ["ffn", "attention"]})
     cluster = loaded(job.models["glm4_moe"], 2)
@@ -199,9 +197,9 @@ def test_models_in_bfloat16_are_reconstructed(job: Jobs) -> None:
     assert_all_better(shot)
 
 
-def test_all_replicas_have_what_the_owner_trained(job: Jobs) -> None:
-    """And no inputs after it. Of three replicas, not the same one owns the producers and the
-    consumer. What is trained differs by the order of sums alone.
+def test_all_replicas_have_the_weights_trained_by_the_owner(job: Jobs) -> None:
+    """The inputs are freed. With three replicas, different ones own the producers and the consumer.
+    Results differ only by the order of sums.
     """
     inputs = job.inputs(FIT | runs.ONE, model="phi3")
     method = inputs.method
@@ -233,10 +231,8 @@ def test_all_replicas_have_what_the_owner_trained(job: Jobs) -> None:
         assert float((others[0][name] - one[name]).norm()) < 1e-3 * float(change.norm())
 
 
-def test_the_best_learning_rate_is_taken(
-    job: Jobs, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Of those tried on two layers, the same whoever owns these; trying changes nothing."""
+def test_best_learning_rate_is_chosen(job: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two layers try all rates, whichever workers own them. Trials change no weights."""
     seen = list[tuple[str, float, float]]()
     plain = Reconstruction.tried
 
@@ -268,7 +264,7 @@ def test_the_best_learning_rate_is_taken(
     one = job(options, folder="one")
     trials_and_layers = 2 + len(one.shots[0]["reconstruction"])
     assert len(computed) == 2 * trials_and_layers, (
-        "of tokens to train on and held aside, once each"
+        "outputs of training and held-aside tokens are computed once each"
     )
     four = job(options | runs.FOUR, folder="four")
     assert {rate for _, rate, _ in seen} == set(RATES)

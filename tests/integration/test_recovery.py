@@ -1,4 +1,4 @@
-"""Recovery on texts that are read while it goes on, beside a teacher."""
+"""Recovery on streamed texts with a teacher."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def text(tmp_path: Path) -> StreamedSection:
 def weakened(
     model: Path, factor: float, **shape: Any
 ) -> tuple[LocalCluster, CalibrationText]:
-    """Return a model whose feed-forward layers give less, and windows held aside."""
+    """Return a model with weakened feed-forward layers, and windows held aside."""
     cluster = loaded(model, **shape)
     tokens = np.random.default_rng(0).integers(1, 300, (6, LENGTH))
     held = CalibrationText.split(tokens, None, 4)
@@ -84,16 +84,14 @@ def trained(
     return training, cluster, held
 
 
-def test_a_model_that_lacks_nothing_has_no_loss(
-    llama: Path, text: StreamedSection
-) -> None:
+def test_unchanged_model_has_no_loss(llama: Path, text: StreamedSection) -> None:
     training, _, _ = trained(llama, text, 1.0)
     assert training.undone is not None
-    assert training.losses[0] < 1e-5, "the states of the teacher are kept as bfloat16"
+    assert training.losses[0] < 1e-5, "states of the teacher are stored in bfloat16"
 
 
 @pytest.mark.parametrize("shape", [{}, {"num_shards": 2, "num_replicas": 2}], ids=str)
-def test_recovery_wins_back_most_of_the_divergence(
+def test_recovery_lowers_the_divergence(
     llama: Path, text: StreamedSection, shape: Any
 ) -> None:
     training, cluster, held = trained(llama, text, 0.8, **shape)
@@ -106,7 +104,7 @@ def test_recovery_wins_back_most_of_the_divergence(
     assert last.acceptance > 0.9
 
 
-def test_shards_replicas_and_places_change_nothing(
+def test_losses_do_not_depend_on_shards_replicas_and_stores(
     llama: Path, text: StreamedSection
 ) -> None:
     on_disk = Stores(weights="disk", factors="disk", activations="recompute")
@@ -123,7 +121,7 @@ def test_shards_replicas_and_places_change_nothing(
     assert len(set(losses[0])) == 40
 
 
-def test_weights_of_a_teacher_move_once_for_all_sequences_of_a_pass(llama: Path) -> None:
+def test_teacher_on_the_host_takes_all_sequences_of_a_pass_together(llama: Path) -> None:
     placement = loaded(llama, num_replicas=2).placement
     one_pass = Pass(np.zeros((8, LENGTH), dtype=np.int64), of_teacher=True)
     ways: list[tuple[Place, int]] = [("device", 4), ("host", 1)]
@@ -133,7 +131,9 @@ def test_weights_of_a_teacher_move_once_for_all_sequences_of_a_pass(llama: Path)
 
 
 def test_training_ends_when_its_text_ends(llama: Path, text: StreamedSection) -> None:
-    """It keeps what was trained so far and says why; a local text that is too short is refused."""
+    """Training ends early, keeps its weights and reports the reason. A local text that is too short
+    is refused.
+    """
     path = Path(text.source)
     path.write_text(path.read_text(encoding="utf-8")[:2500], encoding="utf-8")
     with pytest.raises(ValueError, match=r"recovery\.texts\.0.*ended|needs?"):
@@ -150,10 +150,9 @@ def test_training_ends_when_its_text_ends(llama: Path, text: StreamedSection) ->
     assert held_aside(cluster, held)[0] < 0.9 * training.before
 
 
-def test_a_run_on_a_text(job: Jobs) -> None:
-    """The windows after a second shot are others than those after the first.
-
-    Some are what the model wrote for the calibration.
+def test_run_recovers_on_streamed_and_generated_texts(job: Jobs) -> None:
+    """The second shot reads other windows than the first one. Some windows are the text generated
+    for the calibration.
     """
     written = {"source": "self", "chat": False, "weight": 0.5, "prompt": "a"}
     texts = [*ON_TEXT["recovery__texts"], {"source": "calibration", "weight": 0.5}]
@@ -167,8 +166,8 @@ def test_a_run_on_a_text(job: Jobs) -> None:
 
 
 @pytest.mark.parametrize(("device", "share"), [("h100", 0.25), ("cpu", 0.0)])
-def test_share_of_peak(device: str, share: float) -> None:
-    """Two shards; the training takes four seconds at all that they have."""
+def test_share_of_peak_flops(device: str, share: float) -> None:
+    """With two shards, the training takes four seconds at full speed."""
     plan = {
         "device": device,
         "flops": {"recovery": 2 * 4 * 9.89e14},
@@ -194,6 +193,8 @@ def test_share_of_peak(device: str, share: float) -> None:
         ("recovery.num_tokens=9000000", "recovery.texts.0"),
     ],
 )
-def test_texts_that_cannot_be_used(settings: str, message: str, job: Jobs) -> None:
+def test_unsuitable_recovery_texts_are_refused(
+    settings: str, message: str, job: Jobs
+) -> None:
     measured = [runs.windows("python-docs", name="docs", max_tokens=9000)]
     assert message in job.refused(settings, **{**ON_TEXT, "evaluation": measured})

@@ -1,6 +1,4 @@
-"""A run that goes on, or has ended, or has been begun once more: what another try finds, and leaves
-alone.
-"""
+"""Runs that are resumed, repeated, or started twice."""
 
 from __future__ import annotations
 
@@ -17,7 +15,7 @@ from tests.integration.runs import MASKED, ONE, Jobs
 EXPORTED = MASKED | ONE
 
 
-def test_a_run_that_has_ended_is_not_done_again_unless_its_end_is_damaged(
+def test_finished_run_is_repeated_only_if_its_outputs_are_damaged(
     job: Jobs,
 ) -> None:
     done = job(EXPORTED)
@@ -43,10 +41,10 @@ def test_a_run_that_has_ended_is_not_done_again_unless_its_end_is_damaged(
         assert len(again.report["exports"]) == 1
 
 
-def test_no_exports_in_the_report_meanwhile(
+def test_report_lists_no_exports_while_they_are_rewritten(
     job: Jobs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """While they are written again."""
+    """The old entries are removed before the exports are rewritten."""
     done = job(EXPORTED)
     monkeypatch.setattr(
         "ray_surgeon.export.exports.export", lambda *_, **__: sys.exit("killed")
@@ -57,10 +55,10 @@ def test_no_exports_in_the_report_meanwhile(
 
 
 @pytest.mark.parametrize("what", ["goes on", "fails"])
-def test_another_try_ends_this(
+def test_newer_attempt_ends_the_older_one(
     what: str, job: Jobs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The last one that begins has the folder, and the events are its own from then on."""
+    """The newest attempt owns the run directory and its events."""
     choose = RowsColumns.choose
     directory = RunDirectory(str(job.folder / "run"))
 

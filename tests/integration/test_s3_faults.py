@@ -1,6 +1,4 @@
-"""A store that fails: every fault is survived or said clearly, no shot is lost, and none is taken
-for whole that is not.
-"""
+"""Faults of an object store are retried or reported, and no shot is lost or incomplete."""
 
 from __future__ import annotations
 
@@ -30,7 +28,7 @@ from ray_surgeon.storage import files, tensor_files
 from tests.integration.runs import MASKED, Done, Jobs, assert_same_shot, tensors_in
 
 SECRET = "wJalr-a-secret-that-must-not-appear"
-FAULTS = ("500", "503", "reset", "short") * 5 + ("silence",)  # which takes long
+FAULTS = ("500", "503", "reset", "short") * 5 + ("silence",)  # silence takes the longest
 OF_ONE_HOP = (
     "connection",
     "transfer-encoding",
@@ -43,9 +41,7 @@ NUM_FAULTS = 200
 
 
 class FaultyProxy(BaseHTTPRequestHandler):
-    """Hands requests on to the real server, and with a chance fails in one of the ways in which
-    stores and networks fail.
-    """
+    """Forwards requests to the real server, or fails at random like stores and networks."""
 
     protocol_version = "HTTP/1.1"
     upstream: tuple[str, int]
@@ -75,7 +71,7 @@ class FaultyProxy(BaseHTTPRequestHandler):
             )
             self.connection.close()
         elif fault == "silence":
-            time.sleep(0.3)  # longer than the client waits
+            time.sleep(0.3)  # longer than the client's timeout
         else:
             self.hand_on(body, short=fault == "short")
 
@@ -134,7 +130,7 @@ class FaultyProxy(BaseHTTPRequestHandler):
 def faulty(
     s3: None, monkeypatch: pytest.MonkeyPatch, cache: Path
 ) -> Iterator[type[FaultyProxy]]:
-    """Put the proxy in front of the S3 server; without faults until `probability` is set."""
+    """Put the proxy in front of the S3 server; it has no faults until `probability` is set."""
     host, _, port = os.environ["AWS_ENDPOINT_URL"].removeprefix("http://").partition(":")
     FaultyProxy.upstream = (host, int(port))
     FaultyProxy.probability = 0.0
@@ -152,7 +148,7 @@ def faulty(
     )
     monkeypatch.setattr(files, "FIRST_PAUSE_S", 0.005)
     monkeypatch.setattr(files, "LONGEST_PAUSE_S", 0.1)
-    # the pauses of the clients cannot be set
+    # the pauses of the clients are not configurable
     monkeypatch.setattr(S3FileSystem, "retries", 2)
     S3FileSystem.clear_instance_cache()
     yield FaultyProxy
@@ -170,7 +166,7 @@ THERE = {
 
 @pytest.fixture
 def sound(faulty: type[FaultyProxy], job: Jobs) -> Done:
-    """A run on disk, of what is then in the bucket too."""
+    """Return a run on disk, and upload its model and text to the bucket."""
     done = job(THREE_SHOTS, folder="sound", cluster__num_shards=2)
     for path in job.models["llama"].iterdir():
         files.put_file(f"s3://bucket/model/{path.name}", path)
@@ -179,7 +175,7 @@ def sound(faulty: type[FaultyProxy], job: Jobs) -> Done:
 
 
 def assert_came(uri: str, folder: Path, sound: Done) -> None:
-    """Download a run, and compare it with a sound one."""
+    """Download a run and compare it with the run on disk."""
     filesystem, path = files.open_filesystem(uri)
     filesystem.get(path, str(folder), recursive=True)
     came = Done(folder, "", "")
@@ -197,7 +193,7 @@ def assert_came(uri: str, folder: Path, sound: Done) -> None:
 
 
 @pytest.mark.slow
-def test_two_hundred_faults_and_no_shot_lost(
+def test_no_shot_is_lost_in_two_hundred_faults(
     faulty: type[FaultyProxy], sound: Done, job: Jobs
 ) -> None:
     said = ""
@@ -217,10 +213,10 @@ def test_two_hundred_faults_and_no_shot_lost(
     )
 
 
-def test_everything_on_a_store_that_goes_away_and_comes_back(
+def test_run_resumes_after_an_outage_of_the_store(
     faulty: type[FaultyProxy], sound: Done, job: Jobs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """That ends the run, which keeps its shots."""
+    """The outage ends the run, which keeps its complete shots."""
     put = tensor_files.write
 
     def put_and_fail(uri: str, tensors: Any) -> int:
@@ -239,7 +235,7 @@ def test_everything_on_a_store_that_goes_away_and_comes_back(
     assert "--resume" in error
     faulty.probability = 0.0
     names = files.list_names(f"{uri}/shots/0002")
-    assert names == ["shard-0001.safetensors"], "the second shot is half written"
+    assert names == ["shard-0001.safetensors"], "the second shot is incomplete"
     assert "resumed_after_shot=1" in job(options, "--resume").out
     assert {"spec.yaml", "run.json", "events.jsonl", "report.json"} <= set(
         files.list_names(uri)
@@ -247,12 +243,10 @@ def test_everything_on_a_store_that_goes_away_and_comes_back(
     assert_came(uri, job.folder / "came", sound)
 
 
-def test_records_of_steps_wait_for_a_store_that_is_away(
+def test_events_are_written_after_an_outage_of_the_store(
     faulty: type[FaultyProxy], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Hours of work are not lost for them. A try that has begun meanwhile is noticed once the store
-    is back.
-    """
+    """The run goes on without them. A newer attempt is noticed after the outage."""
     monkeypatch.setattr(files, "PATIENCE_S", 0.3)
     run = RunDirectory("s3://bucket/away")
     other = RunDirectory("s3://bucket/away")
@@ -272,7 +266,7 @@ def test_records_of_steps_wait_for_a_store_that_is_away(
         run.add_event({"step": "costs", "number": 3})
 
 
-def test_refusals_are_not_tried_again(
+def test_missing_files_are_not_retried(
     faulty: type[FaultyProxy], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pauses: list[float] = []
@@ -285,10 +279,8 @@ def test_refusals_are_not_tried_again(
 
 
 @pytest.mark.parametrize("code", ["IncompleteBody", "BadDigest"])
-def test_uploads_that_were_damaged_on_the_way_are_tried_again(
-    code: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """s3fs tells them as it tells requests that make no sense."""
+def test_damaged_uploads_are_retried(code: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """s3fs raises the same error for them as for invalid requests."""
     monkeypatch.setattr(files, "sleep", lambda seconds: None)
     calls: list[str] = []
 
@@ -303,9 +295,11 @@ def test_uploads_that_were_damaged_on_the_way_are_tried_again(
     assert files.tries_again(upload)("s3://bucket/key") == "done"
 
 
-def test_patience_counts_from_the_first_failure(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A transfer of an hour that breaks is tried again, too, and a store that stays away is given
-    up.
+def test_retry_time_counts_from_the_first_failure(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """An interrupted transfer of an hour is retried, but a store that stays away is not retried
+    forever.
     """
     clock = [0.0]
     calls: list[float] = []
@@ -326,28 +320,28 @@ def test_patience_counts_from_the_first_failure(monkeypatch: pytest.MonkeyPatch)
     calls.clear()
     with pytest.raises(ConnectionResetError):
         files.tries_again(lambda uri: transfer(uri, 10**6))("s3://bucket/large")
-    assert len(calls) == 2, "the second failure came an hour after the first"
+    assert len(calls) == 2, "the second failure is an hour after the first"
     calls.clear()
     with pytest.raises(ConnectionResetError):
         files.tries_again(lambda uri: transfer(uri, 10**6))("/a/local/file")
     assert len(calls) == 1
 
 
-def test_large_files_go_in_parts_and_come_back_whole(s3: None, cache: Path) -> None:
+def test_large_files_are_uploaded_in_parts(s3: None, cache: Path) -> None:
     tensors = {"large": torch.arange(30_000_000, dtype=torch.float32)}
     size = tensor_files.write("s3://bucket/large.safetensors", tensors)
     assert size > 100 * 2**20
     assert files.size_bytes("s3://bucket/large.safetensors") == size
     filesystem, path = files.open_filesystem("s3://bucket/large.safetensors")
     assert filesystem.info(path)["ETag"].strip('"').endswith("-3"), (
-        "an object of three parts says so in its tag"
+        "the tag of the object has its number of parts"
     )
     assert torch.equal(
         tensor_files.read("s3://bucket/large.safetensors")["large"], tensors["large"]
     )
 
 
-def test_a_full_disk_is_said_and_the_shot_before_stays(
+def test_full_disk_is_reported_and_keeps_the_previous_shot(
     job: Jobs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     replace = os.replace
@@ -364,5 +358,5 @@ def test_a_full_disk_is_said_and_the_shot_before_stays(
         assert part in failed.error
     manifests = [path.parent.name for path in failed.uri.glob("shots/*/manifest.json")]
     assert manifests == ["0001"]
-    assert not list(failed.uri.rglob(".writing-*")), "scratch files stay behind"
+    assert not list(failed.uri.rglob(".writing-*")), "no temporary file is left"
     assert "resumed_after_shot=1" in job(THREE_SHOTS, "--resume").out

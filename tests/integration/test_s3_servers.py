@@ -1,4 +1,4 @@
-"""Everything on a real server of S3, SeaweedFS, beside moto, which the other tests use."""
+"""Runs on SeaweedFS, a real S3 server; other tests use moto."""
 
 from __future__ import annotations
 
@@ -56,9 +56,7 @@ def bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
         S3FileSystem.clear_instance_cache()
 
 
-def test_model_run_and_export_on_a_real_server(
-    bucket: str, llama: Path, job: Jobs
-) -> None:
+def test_model_run_and_export_on_seaweedfs(bucket: str, llama: Path, job: Jobs) -> None:
     options = LORA | {"recovery__commit_minutes": 1e-9, "output__exports": ["masked"]}
     here = job(options, folder="here")
     store = fsspec.filesystem("s3")

@@ -1,4 +1,4 @@
-"""Tokens that the model writes, one after the other."""
+"""Sampling of tokens from the model."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
 def by_whole_passes(
     model: torch.nn.Module, wanted: GenerationRequest, number: int
 ) -> list[int]:
-    """Return a text drawn without a cache, each token from the whole text before it."""
+    """Return a text sampled without a cache, each token from the whole text before it."""
     generator = torch.Generator().manual_seed(wanted.seed + 1_000_003 * number)
     prompt = list(wanted.prompts[number])
     found = list[int]()
@@ -69,7 +69,7 @@ def test_tokens_are_drawn_from_the_model(
     family: str, model_folders: dict[str, Path]
 ) -> None:
     model = AutoModelForCausalLM.from_pretrained(model_folders[family])
-    numbers = (0, 8, 9, 17)  # of two batches
+    numbers = (0, 8, 9, 17)  # in two batches
     expected = [by_whole_passes(model, WANTED, number) for number in numbers]
     for workers in CLUSTERS if family == "llama" else CLUSTERS[-1:]:
         found = lists(write_texts(loaded(model_folders[family], *workers), WANTED))
@@ -78,7 +78,7 @@ def test_tokens_are_drawn_from_the_model(
 
 
 @pytest.mark.parametrize("family", ["opt", "gemma3", "deepseek_v3"])
-def test_prompts_may_differ_in_length_and_texts_end(
+def test_prompts_may_differ_in_length_and_texts_may_end_early(
     family: str, model_folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(writing, "TEXTS_TOGETHER", 5)
@@ -99,10 +99,10 @@ def test_prompts_may_differ_in_length_and_texts_end(
             assert lists(write_texts(cluster, wanted)) == expected
         if changes == {"ends": ends}:
             assert (len(expected[0]), len(expected[4])) <= (4, 1)
-    assert expected[7] == [], "no room for more than its thirty tokens"
+    assert expected[7] == [], "the prompt fills the maximum length"
 
 
-def test_a_batch_stops_when_its_texts_have_ended(
+def test_batch_stops_when_its_texts_have_ended(
     model_folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[int] = []
@@ -127,11 +127,11 @@ def test_a_batch_stops_when_its_texts_have_ended(
         assert text == before[: last + 1]
     steps = max(map(len, ended))
     assert len(calls) <= steps + writing._STEPS_IN_FLIGHT
-    assert len(set(calls)) > 1, "rows of ended texts are left out"
+    assert len(set(calls)) > 1, "ended texts are removed from the batch"
     assert not cluster.workers[cluster.placement.workers[0]].state.writing
 
 
-def test_texts_of_similar_length_are_written_together() -> None:
+def test_prompts_of_similar_length_are_batched_together() -> None:
     prompts = tuple((1,) * n for n in (9, 1, 8, 2, 7, 3))
     assert GenerationRequest(prompts, 4, num_together=2).batches() == [
         [1, 3],

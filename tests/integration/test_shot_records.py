@@ -1,4 +1,4 @@
-"""What report and files of a shot say, against the committed weights and masks."""
+"""The report and the files of a shot agree with its committed weights and masks."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ FEW: dict[str, Any] = {
 }
 
 
-def test_the_record_says_how_far_rows_and_columns_would_shrink(job: Jobs) -> None:
+def test_record_counts_the_parameters_that_could_be_cut_out(job: Jobs) -> None:
     done = job(ONE, cluster__num_replicas=2)
     (shot,) = done.shots
     columns = done.tensors(1)
@@ -32,7 +32,7 @@ def test_the_record_says_how_far_rows_and_columns_would_shrink(job: Jobs) -> Non
     assert shot["update_residual"] == {"median": 0, "max": 0}
 
 
-def test_raised_damping(job: Jobs) -> None:
+def test_raised_damping_is_recorded_once_per_factor(job: Jobs) -> None:
     (shot,) = job(FEW | CHANNELS | ONE, curvature__damping={"a": 0, "g": 0}).shots
     events = [(event["linear"], event["factor"]) for event in shot["damping_used"]]
     assert {linear for linear, _ in events} >= {
@@ -42,8 +42,8 @@ def test_raised_damping(job: Jobs) -> None:
     assert all(event["asked"] == 0 < event["used"] for event in shot["damping_used"])
 
 
-def test_damping_of_sparsegpt_on_few_tokens_is_that_of_the_shot(job: Jobs) -> None:
-    """Twenty tokens say nothing of 32 inputs. It goes only as far up as it may."""
+def test_raised_damping_of_sparsegpt_is_recorded_and_capped(job: Jobs) -> None:
+    """Twenty tokens do not determine 32 inputs. The damping is raised up to its cap."""
     few = SPARSEGPT | FEW | {"pruning__damping": 0}
     for shot in job(few, cluster__num_shards=2).shots:
         names = [event["linear"] for event in shot["damping_used"]]
@@ -53,15 +53,13 @@ def test_damping_of_sparsegpt_on_few_tokens_is_that_of_the_shot(job: Jobs) -> No
     assert "cap 1e-30" in bounded.error
 
 
-def test_clipped_terms(job: Jobs) -> None:
+def test_clipped_terms_are_recorded(job: Jobs) -> None:
     options = {"curvature__kind": "extended_kfac", "curvature__num_kronecker_terms": 3}
     assert job(options | ONE).shots[0]["terms_clipped"]
 
 
-def test_channels_that_go(job: Jobs) -> None:
-    """Widths are multiples after the last shot only, and predictions are of the consumers that lost
-    channels.
-    """
+def test_widths_are_rounded_and_predictions_recorded(job: Jobs) -> None:
+    """Widths are multiples after the last shot only. Pruned consumers have predictions."""
     done = job(CHANNELS)
     for shot, is_rounded in ((1, False), (2, True)):
         masks = done.tensors(shot)
@@ -79,7 +77,7 @@ def test_channels_that_go(job: Jobs) -> None:
     assert shot["predicted_loss_increase"] == pytest.approx(sum(predicted.values()))
 
 
-def test_predictions_for_whole_experts_are_their_costs(job: Jobs) -> None:
+def test_predicted_loss_of_experts_is_the_sum_of_their_costs(job: Jobs) -> None:
     experts = GROUPS | {"pruning__groups": ["experts"], "pruning__target_sparsity": 0.15}
     (shot,) = job(experts | ONE, model="mixtral", cluster__num_shards=2).shots
     assert shot["experts_removed"]

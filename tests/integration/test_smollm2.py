@@ -1,4 +1,4 @@
-"""The quickstart through the real entry, on a tiny model and, more slowly, on the real one."""
+"""The quickstart through the command line, on a tiny model and, with `slow`, on SmolLM2."""
 
 from __future__ import annotations
 
@@ -16,23 +16,25 @@ from ray_surgeon.run import command
 from tests.integration.runs import report_of
 
 MOST_BY_BFLOAT16 = 2.0
-"""What another order of sums may change in logits of up to 30, behind 30 blocks in bfloat16, whose
-steps are 0.125 there; 0.69 to 0.82 were seen.
+"""Upper bound of the change of logits by another order of sums. Logits are up to 30 after 30 blocks
+in bfloat16, which has steps of 0.125 there; 0.69 to 0.82 were measured.
 """
 
 pytestmark = pytest.mark.ray
 
 
-def test_the_manifest_is_the_plan_of_its_job(capsys: pytest.CaptureFixture[str]) -> None:
-    """Of `ray-surgeon plan deploy/base/job.yaml --kubernetes`, to the letter."""
+def test_committed_manifest_matches_the_plan_of_its_job(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The manifest is the output of `ray-surgeon plan deploy/base/job.yaml --kubernetes`."""
     assert pipeline.cli(["plan", "deploy/base/job.yaml", "--kubernetes"]) == 0
     assert capsys.readouterr().out == Path("deploy/base/rayjob.yaml").read_text()
 
 
-def test_quickstart_on_a_tiny_model_gives_a_smaller_one(
+def test_quickstart_makes_a_tiny_model_smaller(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The quickstart's spec on short sequences, with two Ray workers."""
+    """The spec of the quickstart runs on short sequences with two Ray workers."""
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     overrides = {
         "model.source": llama,
@@ -68,11 +70,11 @@ def test_quickstart_on_a_tiny_model_gives_a_smaller_one(
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_quickstart_makes_an_ordinary_model_that_is_smaller(
+def test_quickstart_makes_smollm2_smaller(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The quickstart's spec on a short sequence of each text, two of them backward, with two
-    windows of each text to measure on and three steps of corrections.
+    """The spec of the quickstart runs on few sequences, two of them in the backward pass, with
+    three steps of corrections.
     """
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     checked = list[Inputs]()
@@ -86,14 +88,14 @@ def test_quickstart_makes_an_ordinary_model_that_is_smaller(
         "calibration.num_sequences": 4,
         "calibration.sequence_length": 128,
         "curvature.num_backward": 2,
-        # tests of tiny models compare answers and measure speed
+        # tests with tiny models cover answers and speed
         "evaluation.texts.0.num_sequences": 2,
         "evaluation.texts.1.num_sequences": 2,
         "evaluation.texts.2.num_sequences": 2,
         "evaluation.generation": "null",
         "output.speed": "null",
         "recovery.num_tokens": 3 * 2 * 512,
-        "recovery.learning_rate": 1e-4,  # Adam's first step has full length, however flat
+        "recovery.learning_rate": 1e-4,  # Adam's first step has full length for any gradient
         "output.uri": tmp_path / "run",
     }
     arguments = [
@@ -103,7 +105,7 @@ def test_quickstart_makes_an_ordinary_model_that_is_smaller(
     report = report_of(tmp_path / "run")
     measured = report["shots"][0]["peak_bytes"]
     planned = report["plan"]["peak_bytes"]
-    ratios = {  # two workers, both with the only shard
+    ratios = {  # both workers have the only shard
         step: [a / b for a, b in zip(measured[step], 2 * planned[step], strict=True)]
         for step in measured.keys() & planned.keys()
     }
@@ -129,5 +131,5 @@ def test_quickstart_makes_an_ordinary_model_that_is_smaller(
         loss = float(model(tokens, labels=tokens).loss)
     measured_loss = math.log(report["shots"][0]["perplexity"][text])
     assert measured_loss == pytest.approx(loss, abs=0.05), (
-        "that of transformers in float32"
+        "the loss of transformers in float32"
     )

@@ -1,4 +1,4 @@
-"""What `benchmarks.steps` counts."""
+"""The operations and seconds that `benchmarks.steps` counts."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from ray_surgeon.maths import products
 from tests.integration.runs import tiny_spec
 
 
-def test_operations_are_those_that_are_done() -> None:
+def test_operations_are_counted() -> None:
     n = 160
     x = torch.randn(n, n)
-    assert n**3 >= products.WORTH_IT, "the size is that of the fast way"
+    assert n**3 >= products.WORTH_IT, "the size is large enough for the fast product"
     triangle = torch.linalg.cholesky(x @ x.T + n * torch.eye(n))
     calls = {
         lambda: products.product(x, x): 2 * n**3,
@@ -35,10 +35,10 @@ def test_operations_are_those_that_are_done() -> None:
     assert operations.done == {torch.float32: 4 * n**3}
 
 
-def test_every_step_has_seconds_and_operations(
+def test_every_step_reports_seconds_and_operations(
     model_folders: dict[str, Path], tmp_path: Path
 ) -> None:
-    """Reconstruction is a part of the update."""
+    """Reconstruction counts as a part of the update."""
     changes = {
         "pruning": {"structure": "groups", "target_sparsity": 0.2, "width_multiple": 4},
         "pruning__reconstruction": {"num_epochs": 1, "learning_rate": 0.01},
@@ -61,5 +61,5 @@ def test_every_step_has_seconds_and_operations(
     )
     _, fewer = run_steps(bare, tmp_path / "bare", Operations())
     assert fewer["update"]["float32"] < flops["update"]["float32"]
-    # corrections are held against windows on which the dense model is measured, too
+    # corrections are measured on windows on which the dense model is measured, too
     assert fewer["evaluation"]["float32"] < flops["evaluation"]["float32"]

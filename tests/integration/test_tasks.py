@@ -1,4 +1,4 @@
-"""Downstream tasks, of definitions and questions that lie in a folder: nothing is fetched."""
+"""Downstream tasks with definitions and questions in a local folder, without network."""
 
 from __future__ import annotations
 
@@ -47,12 +47,14 @@ def evaluated(job: Jobs, asked: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.usefixtures("forked")
-def test_tasks_before_and_after(asked: dict[str, Any], job: Jobs) -> None:
-    """On an export that needs the modeling code beside it."""
+def test_tasks_are_evaluated_before_and_after_pruning(
+    asked: dict[str, Any], job: Jobs
+) -> None:
+    """The export needs the modeling code in its folder."""
     done = job(evaluated(job, asked))
     before = done.report["dense"]["tasks"]["colours"]["acc"]
     after = done.report["exports"][0]["tasks"]["colours"]["acc"]
-    assert before * 6 == pytest.approx(round(before * 6)), "six questions"
+    assert before * 6 == pytest.approx(round(before * 6)), "there are six questions"
     assert 0 <= after <= 1
     assert f"colours acc {' ' * 10}" in done.out
     card = (done.uri / "export/per_block/README.md").read_text()

@@ -1,4 +1,4 @@
-"""Models that were pruned before, trained towards a teacher: jobs without pruning."""
+"""Jobs without pruning, which train a model towards a teacher."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ Recover = Callable[..., Done]
 
 @pytest.fixture
 def recover(job: Jobs) -> Recover:
-    """Return what runs a job that trains a model towards a teacher."""
+    """Return a function that runs a job that trains a model towards a teacher."""
 
     def recovered(
         model: Path, teacher: Path, folder: str = "recovered", **more: Any
@@ -56,7 +56,7 @@ def recover(job: Jobs) -> Recover:
 
 
 def weaker(model: Path, folder: Path, factor: float = 0.7) -> Path:
-    """Write a copy whose feed-forward layers give less."""
+    """Write a copy with weakened feed-forward layers."""
     copy = AutoModelForCausalLM.from_pretrained(model)
     for name, parameter in copy.named_parameters():
         if "down_proj" in name:
@@ -77,7 +77,7 @@ def larger(model: Path, folder: Path, **changes: Any) -> Path:
     return runs.new_model(config, folder, model)
 
 
-def test_an_export_is_trained_towards_its_dense_model(
+def test_export_is_trained_towards_its_dense_model(
     job: Jobs, llama: Path, recover: Recover
 ) -> None:
     pruned = job({"pruning": UNIFORM, "output__exports": ["uniform"]})
@@ -102,10 +102,10 @@ def test_an_export_is_trained_towards_its_dense_model(
     assert f"trained towards {llama}" in card
 
 
-def test_a_teacher_may_have_other_widths_and_another_depth(
+def test_teacher_may_differ_in_widths_and_depth(
     llama: Path, recover: Recover, tmp_path: Path
 ) -> None:
-    """With its own head. The calibration's windows, where it is asked but once."""
+    """The teacher has its own head. Trainings read a streamed text or calibration windows."""
     teacher = larger(llama, tmp_path / "teacher", tie_word_embeddings=False)
     training = TRAINING | {"teacher": {"source": str(teacher)}, "learning_rate": 1e-2}
     for texts in ([STREAM], []):
@@ -127,13 +127,13 @@ def test_a_teacher_may_have_other_widths_and_another_depth(
 
 
 def log_probabilities(folder: Path, tokens: Tensor) -> Tensor:
-    """Return those [n, T - 1, vocabulary] of a model, by transformers."""
+    """Return the log-probabilities [n, T - 1, vocabulary] of a model, by transformers."""
     with torch.no_grad():
         logits = AutoModelForCausalLM.from_pretrained(folder)(tokens).logits
     return logits[:, :-1].double().log_softmax(dim=-1)
 
 
-def test_shards_and_replicas_change_nothing(
+def test_results_do_not_depend_on_shards_and_replicas(
     llama: Path, recover: Recover, tmp_path: Path
 ) -> None:
     model = weaker(llama, tmp_path / "weak")
@@ -154,10 +154,10 @@ def test_shards_and_replicas_change_nothing(
     assert four.shot["divergence"] == pytest.approx(one.shot["divergence"], rel=1e-3)
 
 
-def test_a_run_goes_on_with_the_teacher_s_head(
+def test_finished_run_rewrites_lost_exports_and_refuses_a_changed_teacher(
     llama: Path, recover: Recover, tmp_path: Path
 ) -> None:
-    """Exports that were lost are written again, and another teacher is another run."""
+    """The head of the teacher is saved with its states."""
     teacher = larger(llama, tmp_path / "teacher")
     options = {"recovery__num_tokens": 400}
     first = recover(llama, teacher, **options)
@@ -210,7 +210,7 @@ def test_a_run_goes_on_with_the_teacher_s_head(
         ),
     ],
 )
-def test_impossible_teachers_are_refused(
+def test_unsuitable_teachers_are_refused(
     settings: str, message: str, job: Jobs, llama: Path, tmp_path: Path
 ) -> None:
     made = {
@@ -234,7 +234,7 @@ def renamed(model: Path, folder: Path) -> Path:
     return folder
 
 
-def test_the_command_and_the_function(
+def test_recover_from_python_and_from_the_command_line(
     llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     text = runs.windows("python-docs", 6, max_tokens=9000)

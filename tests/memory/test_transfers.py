@@ -227,10 +227,10 @@ def test_missing_synchronisation_is_an_error(zygote: Zygote) -> None:
     told = on_sim(zygote, forgotten)
     assert set(told) == {"pinned", "device", "record", "wait", "arrived"}, told
     assert "not pinned" in told["pinned"]
-    assert "said where it computes" in told["device"]
-    assert "given away" in told["record"]
-    assert "has not waited" in told["wait"]
-    assert "while it is used" in told["arrived"]
+    assert "set its device" in told["device"]
+    assert "reused" in told["record"]
+    assert "does not wait" in told["wait"]
+    assert "while it is read" in told["arrived"]
 
 
 @pytest.mark.parametrize("place", ["device", "host", "disk"])

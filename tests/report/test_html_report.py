@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
+from collections.abc import Mapping
 from html import unescape
 from pathlib import Path
 from typing import Any
@@ -16,18 +17,26 @@ from ray_surgeon.distributed import fresh_process
 from ray_surgeon.report.display import main
 from ray_surgeon.report.html_report import LivePage, page
 from ray_surgeon.report.plots import by_block, run_figures
-from tests.conftest import Zygote
+from tests.conftest import Zygote, make_once
 from tests.integration.runs import report_of, run
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def runs(
-    tmp_path_factory: pytest.TempPathFactory,
-    model_folders: dict[str, Path],
-    zygote: Zygote,
+    shared_folder: Path, model_folders: dict[str, Path], request: pytest.FixtureRequest
 ) -> dict[str, Path]:
     """Return a run of groups with timed exports, and a run of rows and columns."""
-    folder = tmp_path_factory.mktemp("page")
+
+    def run_both(folder: Path) -> None:
+        run_groups_and_rows(folder, model_folders, request.getfixturevalue("zygote"))
+
+    folder = make_once(shared_folder / "reports", run_both)
+    return {"groups": folder / "groups/run", "rows": folder / "rows/run"}
+
+
+def run_groups_and_rows(
+    folder: Path, model_folders: Mapping[str, Path], zygote: Zygote
+) -> None:
     groups: dict[str, Any] = {
         "pruning": {"structure": "groups", "target_sparsity": 0.3, "num_shots": 1},
         "pruning__width_multiple": 8,
@@ -43,7 +52,6 @@ def runs(
         patch.setattr(LivePage, "draw", lambda *_, **__: None)
         rows = {"name": "some-rows", "cluster__num_shards": 2, "pruning__costs": "obs"}
         assert run(folder / "rows", model_folders["opt"], **rows) == 0
-    return {"groups": folder / "groups/run", "rows": folder / "rows/run"}
 
 
 def check_self_contained(html: str) -> str:
