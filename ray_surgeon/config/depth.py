@@ -12,21 +12,22 @@ MEASURED = {"divergence", "loss"}
 
 
 class DepthSection(Section):
-    """How layers are chosen, and what makes up for them."""
+    """Choice of the removed layers, and the update that compensates for them."""
 
     is_checked: ClassVar[bool] = True
 
     costs: LayerCosts = "divergence"
-    """What the removal of a layer costs on windows held aside: divergence, from the dense model
-    with the layer off, measured again after every removal; or a score of a baseline: loss, the same
-    of the loss (SLEB); influence, by which angle a block turns its hidden states (ShortGPT); last,
-    the last layers go first; random
+    """Cost of removing a layer, on windows held aside. divergence: from the dense model with the
+    layer off, measured again after every removal. Scores of baselines: loss: the loss with the
+    layer off, measured in the same way (SLEB); influence: the angle between hidden states before
+    and after a block (ShortGPT); last: the last layers first; random
     """
     num_removed: Positive | None = None
-    """How many layers go over all shots, where groups names narrower kinds, too, of which then as
-    many go as the target needs. null: where it names none, as many layers as the target needs
+    """Number of layers to remove over all shots. Required if groups also contains kinds that are
+    parts of layers; those then provide the rest of the target. null, if groups contains only
+    layers: as many layers as the target needs
     """
     update: bool = True
-    """Whether the linear before a removed layer learns to add what the layer added, as far as it is
-    linear in what this linear reads; undone where the windows held aside get worse by it
+    """Whether the linear before a removed layer learns the layer's contribution to the residual
+    stream, as a linear function of its own inputs; undone if the windows held aside get worse
     """

@@ -15,12 +15,12 @@ class ReconstructionSection(Section):
     is_checked: ClassVar[bool] = True
 
     learning_rate: float | None = Field(None, gt=0, le=1)
-    """Adam's largest rate, in units of the root mean square of each weight; it rises shortly, then
-    falls linearly to zero. null: three rates are tried on two layers, and the best one on the
-    windows held aside is taken
+    """Adam's largest learning rate, relative to the root mean square of each weight; after a short
+    warm-up it falls linearly to zero. null: the best of three rates on the windows held aside,
+    tried on two layers
     """
     tokens_per_step: Positive = 512
-    """Calibration tokens of one step, at most all"""
+    """Calibration tokens per step; limited by the number of all tokens"""
     num_epochs: Positive = 2
     """Passes over the calibration tokens"""
     seed: int = Field(0, ge=0)

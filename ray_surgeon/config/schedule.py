@@ -1,4 +1,4 @@
-"""Schedules: the amount that a run removes, and its shots."""
+"""Schedules: the amount of pruning and its shots."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from ray_surgeon.errors import ConfigError
 
 
 class ScheduleSection(Section):
-    """Shots and how the removal is spread over them."""
+    """Shots and the distribution of the removal over them."""
 
     num_shots: int = Field(5, ge=1, le=1000)
-    """Shots, each with a curvature of its own, which remove (or save) the same amount"""
+    """Number of shots; each collects its own curvature and removes (or saves) the same amount"""
     sparsities: tuple[float, ...] | None = None
     """Sparsity at the end of every shot, in place of num_shots; the last one is target_sparsity"""
 
@@ -44,7 +44,7 @@ class ScheduleSection(Section):
 
     @property
     def checks_itself(self) -> bool:
-        """Whether the section of a stage says that it measures itself on windows held aside."""
+        """Whether a stage is measured on windows held aside."""
         sections = [part for part in vars(self).values() if isinstance(part, Section)]
         return any(section.is_checked for section in sections)
 
@@ -54,15 +54,15 @@ class ScheduleSection(Section):
 
     @property
     def targets(self) -> tuple[float, ...]:
-        """Sparsity at the end of every shot; empty if the target is no sparsity."""
+        """Sparsity at the end of every shot; empty if the target is not a sparsity."""
         if self.last_sparsity is None:
             return ()
         return self.fractions(self.last_sparsity)
 
     def removed_in(self, shot: int) -> float:
-        """Return an estimate of the fraction of the remaining parameters that a shot removes.
+        """Return the estimated fraction of the remaining parameters removed in a shot.
 
-        It assumes a final sparsity of 0.2 if the target is no sparsity.
+        It assumes a final sparsity of 0.2 if the target is not a sparsity.
         """
         last = 0.2 if self.last_sparsity is None else self.last_sparsity
         fractions = (0.0, *self.fractions(last))
@@ -116,7 +116,7 @@ class _NoPruning(ScheduleSection):
 
 
 NO_PRUNING = _NoPruning(num_shots=1)
-"""Used if `pruning` is null: one shot, which removes nothing."""
+"""Schedule for `pruning: null`: one shot without removals."""
 
 
 class SparsitySection(ScheduleSection):
@@ -127,15 +127,15 @@ class SparsitySection(ScheduleSection):
 
 
 class FamilySection(ScheduleSection):
-    """Shots that pass through several sizes of a model."""
+    """Shots of a family of sizes."""
 
     sizes: tuple[Annotated[float, Field(gt=0)], ...] | None = None
-    """A family of sizes from one run: sparsities that rise, in place of target_sparsity, or values
-    of the target's unit, of which the target is the last. Each takes num_shots shots from the one
-    before and the recovery of a last shot, and has exports of its own
+    """A family of sizes from one run: rising sparsities, in place of target_sparsity, or values in
+    the target's unit, ending at the target. Each size takes num_shots shots from the previous one
+    and a final recovery, and has its own exports
     """
     target: TargetSection | None = None
-    """In place of target_sparsity: what the whole model may need in the end"""
+    """In place of target_sparsity: maximum size or time of the final model"""
 
     @property
     def shots(self) -> int:
@@ -144,7 +144,7 @@ class FamilySection(ScheduleSection):
 
     @property
     def size_shots(self) -> tuple[int, ...]:
-        """Numbers of the shots that end at a size."""
+        """Numbers of the shots after which the model has one of the sizes."""
         first = super().shots
         return tuple(range(first, self.shots + 1, first))
 
@@ -167,7 +167,7 @@ class FamilySection(ScheduleSection):
         return self.through([last * (place + 1) / number for place in range(number)])
 
     def through(self, ends: Iterable[float]) -> tuple[float, ...]:
-        """Return the fraction removed at the end of every shot, given that at every size."""
+        """Return the fraction removed at the end of every shot, given those of the sizes."""
         fractions: list[float] = []
         for first, last in itertools.pairwise((0.0, *ends)):
             fractions.extend(self._spread(first, last))

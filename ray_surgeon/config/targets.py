@@ -11,24 +11,24 @@ from ray_surgeon.config.base import Location, Positive, Section, by_tag, tag
 
 
 class SpeedSection(Section):
-    """A request that is timed: a batch of prompts (prefill), then new tokens (decode)."""
+    """A timed request: a batch of prompts (prefill), then new tokens (decode)."""
 
     batch_size: Positive = 1
-    """Prompts at once"""
+    """Number of prompts in a batch"""
     prompt_length: int = Field(512, gt=1)
     """Tokens of each prompt"""
     num_new_tokens: int = Field(32, gt=1)
-    """Tokens to generate after it"""
+    """Number of tokens to generate after each prompt"""
     num_repeats: Positive = 5
-    """Measurements of each model, taken in turns"""
+    """Number of measurements per model; the models alternate"""
     num_threads: Positive = 1
-    """torch threads, on the CPU"""
+    """Number of torch threads on a CPU"""
 
 
 class _Target(Section):
     @property
     def unit(self) -> str:
-        """The limited quantity, which is the name of a field."""
+        """The name of the field of the limited quantity."""
         return next(unit for unit in UNITS if hasattr(self, unit))
 
     @property
@@ -47,7 +47,7 @@ class _Target(Section):
         return type(self).model_validate(fields)
 
     def allowed(self, dense: float) -> float:
-        """Return the most that the whole model may need in the end.
+        """Return the maximum for the final model, in the unit of the budget.
 
         Args:
             dense: need of the dense model, in the unit of the budget, e.g. seconds.
@@ -55,7 +55,7 @@ class _Target(Section):
         return self.value
 
     def named(self, need: float, dense: float) -> str:
-        """Return a model's need in the target's unit as text, empty if the unit is the same."""
+        """Return a model's need in the target's unit; empty if the budget has this unit."""
         return ""
 
 
@@ -63,32 +63,33 @@ class ParametersTarget(_Target):
     """Parameters of the whole model."""
 
     parameters: Positive
-    """Parameters of the whole model, embeddings included, tied ones once"""
+    """Maximum number of parameters of the whole model, including embeddings; tied ones count once
+    """
 
 
 class BytesTarget(_Target):
     """Bytes of the weights."""
 
     bytes: Positive
-    """Bytes of the weights of the whole model, in the dtype of the job"""
+    """Maximum size of the weights of the whole model in bytes, in the dtype of the job"""
 
 
 class FlopsTarget(_Target):
-    """Floating-point operations of a token."""
+    """Floating-point operations per token."""
 
     flops: Positive
-    """Floating-point operations per token of a prompt, on average over the prompt"""
+    """Maximum number of floating-point operations per token, averaged over a prompt"""
     prompt_length: int = Field(512, gt=1)
-    """Tokens of that prompt"""
+    """Number of tokens in the prompt"""
 
 
 class TimedTarget(_Target):
-    """Seconds of a request: the sum of the times of all blocks and of what is outside."""
+    """Seconds of a request: the sum of the times of all blocks and of the rest of the model."""
 
     table: Location
-    """A file of the seconds that blocks take in the engine that will serve (transformers, vLLM or
-    llama.cpp), for a request of its own: `python -m examples.engine_table MODEL TABLE --engine
-    transformers` in the repository measures one; a path or an fsspec URI
+    """File with the seconds per block in the serving engine (transformers, vLLM or llama.cpp) for
+    the table's own request, a path or an fsspec URI; `python -m examples.engine_table MODEL TABLE
+    --engine transformers` in the repository measures one
     """
 
     @model_validator(mode="before")
@@ -104,7 +105,7 @@ class TimedTarget(_Target):
 
     @property
     def of_decode(self) -> bool:
-        """Whether only the new tokens of the request count, not its prompt."""
+        """Whether only the new tokens of the request count, and not its prompt."""
         return isinstance(self, DecodeTarget)
 
 
@@ -112,14 +113,14 @@ class LatencyTarget(TimedTarget):
     """Seconds of a request."""
 
     latency_s: float = Field(gt=0)
-    """Seconds to answer a request"""
+    """Maximum number of seconds for a request"""
 
 
 class SpeedupTarget(TimedTarget):
     """Speed of a request."""
 
     speedup: float = Field(gt=1)
-    """How many times as fast as the dense model the model answers a request"""
+    """Ratio of the dense model's time for a request to the pruned model's"""
 
     def allowed(self, dense: float) -> float:
         """Return the seconds of a request."""
@@ -134,7 +135,7 @@ class DecodeTarget(TimedTarget):
     """Speed of new tokens."""
 
     decode_tokens_per_s: float = Field(gt=0)
-    """New tokens a second, after the prompt, of all prompts of a batch together"""
+    """New tokens per second after the prompt, summed over the prompts of a batch"""
 
     def allowed(self, dense: float) -> float:
         """Return the seconds of a new token."""
