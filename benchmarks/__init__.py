@@ -1,1 +1,1 @@
-"""Measurements that are run by hand: ``python -m benchmarks.NAME --help``."""
+"""Measurements, run by hand: ``python -m benchmarks.NAME --help``."""

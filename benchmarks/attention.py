@@ -1,4 +1,4 @@
-"""Causal attention on this machine's CPU: products beside torch's own kernel.
+"""Causal attention on a CPU: matrix products compared with torch's own kernel.
 
 ``python -m benchmarks.attention`` measures both in the same run.
 """
@@ -21,14 +21,14 @@ from ray_surgeon.report.display import new_console
 
 
 def by_torch(query: Tensor, key: Tensor, value: Tensor, *, causal: bool) -> Tensor:
-    """Return what `in_products` does."""
+    """Return the attention, computed by torch's kernel; see `in_products`."""
     return scaled_dot_product_attention(
         query, key, value, is_causal=causal, scale=1.0, enable_gqa=True
     )
 
 
 def milliseconds(work: Callable[[], object], repeats: int) -> float:
-    """Return those of the fastest of some repeats, after one that warms up."""
+    """Return the milliseconds of the fastest repeat, after one for warm-up."""
     seconds(work)
     return 1e3 * min(seconds(work) for _ in range(repeats))
 
@@ -42,7 +42,7 @@ def both(
     gradients: bool,
     repeats: int,
 ) -> tuple[float, float]:
-    """Return the milliseconds of products and of torch's kernel."""
+    """Return the milliseconds of the products and of torch's kernel."""
     leaves = [part.detach().requires_grad_(gradients) for part in (query, key, value)]
 
     def passing(attend: Callable[..., Tensor]) -> None:
@@ -73,12 +73,12 @@ def main(arguments: Sequence[str]) -> int:
         "--heads",
         type=int,
         default=9,
-        help="query heads; 9 and 3 are those of SmolLM2-135M",
+        help="number of query heads; 9 and 3 are SmolLM2-135M's",
     )
     parser.add_argument("--key-heads", type=int, default=3)
     parser.add_argument("--head-dim", type=int, default=64)
     parser.add_argument(
-        "--texts", type=int, default=64, help="written together, a token at a time"
+        "--texts", type=int, default=64, help="number of texts decoded together"
     )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=20)

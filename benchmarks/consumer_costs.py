@@ -1,10 +1,10 @@
-"""Costs of wide consumers, as a ratio to one GEMM of this machine.
+"""Time of the costs of wide consumers, relative to one GEMM on the same machine.
 
-These are factors, single costs and greedy paths.
+The table lists factors, single costs and greedy paths.
 
 ``python -m benchmarks.consumer_costs --rows 4096 --columns 11008`` prints a Markdown table. The
-GEMM is torch's own, of two square float32 matrices with as many columns as the consumer, timed in
-the same process. With ``--number 128 --device cuda`` it is that of a batch of consumers.
+GEMM is torch's product of two square float32 matrices with the consumer's number of columns, timed
+in the same process. With ``--number 128 --device cuda`` both are for a batch of consumers.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ _TOKENS = 4096
 
 
 def consumer(num_rows: int, num_columns: int, device: str = "cpu") -> Linear:
-    """Return a linear with random weights and factors of random tokens.
+    """Return a linear with random weights, and factors of random tokens.
 
-    Their channels differ in scale.
+    The channels differ in scale.
     """
     generator = torch.Generator().manual_seed(0)
 
@@ -75,10 +75,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         type=float,
         nargs="+",
         default=[0.2, 0.5, 0.99],
-        help="of the columns that a path prunes",
+        help="fraction of the columns pruned along a path",
     )
     parser.add_argument(
-        "--number", type=int, default=1, help="of consumers of this shape"
+        "--number", type=int, default=1, help="number of consumers of this shape"
     )
     parser.add_argument("--device", default="cpu", help="on which torch computes")
     parser.add_argument(

@@ -1,6 +1,7 @@
-"""Launches, syncs, bytes and operations, counted where there is no GPU.
+"""Counts launches, syncs, bytes and operations without a GPU.
 
-`Counter` counts them of whatever runs within it, on CPU tensors or on a pretend accelerator's.
+`Counter` counts them for all code inside its context, on tensors of a CPU or a simulated
+accelerator.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ _NO_KERNELS = frozenset(
         "_pin_memory record_stream is_same_size _local_scalar_dense _nested_tensor_size",
     )
 )
-"""Operators that are no views by their schema, and start no kernel: allocations and the like."""
+"""Operators without a view in their schema that start no kernel, such as allocations."""
 _SYNCS = frozenset(
     re.findall(
         r"\S+",
@@ -38,15 +39,15 @@ _SYNCS = frozenset(
         "unique_consecutive unique_dim_consecutive _linalg_check_errors _linalg_eigh _linalg_svd",
     )
 )
-"""Operators whose result, or its size, is waited for by the host."""
+"""Operators that make the host wait for the result or its size."""
 _GATHERS = frozenset(re.findall(r"\S+", "index index_select gather embedding"))
-"""Operators that read as much of their first argument as they return."""
+"""Operators that read as many bytes of their first argument as they return."""
 _SCATTERS = frozenset(
     re.findall(
         r"\S+", "index_add_ index_put_ index_copy_ scatter_ scatter_add_ index_fill_"
     )
 )
-"""Operators that read and write as much of their first argument as their last one has."""
+"""Operators that read and write as many bytes of their first argument as their last one has."""
 _OVERWRITES = frozenset(
     re.findall(r"\S+", "copy_ zero_ fill_ normal_ uniform_ bernoulli_")
 )
@@ -54,9 +55,9 @@ _OVERWRITES = frozenset(
 
 
 class _CopiedTensors(TorchFunctionMode):
-    """Makes ``torch.tensor`` on a device a copy from the CPU, as it is, which modes can see.
+    """Makes ``torch.tensor`` on a device a copy from the CPU, visible to dispatch modes.
 
-    Without, torch fails where the device's kernels are written in Python.
+    Otherwise torch fails if the device's kernels are written in Python.
     """
 
     def __torch_function__(
@@ -72,21 +73,17 @@ _COUNTED = ("launches", "syncs", "bytes", "moved_bytes", "flops", "operators", "
 
 
 class Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts what a device would do of all that is computed in this thread.
+    """Counts the work of a device for all computations in this thread.
 
     A launch is an operator that starts a kernel: neither a view nor an allocation, and with a
-    result that has elements. A sync is one for which the host waits. Copies between devices are
-    launches, and syncs unless they are ``non_blocking``. Only operators count that have a tensor on
-    the device.
+    non-empty result. A sync is an operator for which the host waits. Copies between devices are
+    launches, and also syncs unless they are ``non_blocking``. Only operators with a tensor on the
+    device count.
 
-    Attributes:
-        launches: how many.
-        syncs: how many.
-        bytes: of the device's memory, read and written.
-        moved_bytes: that are copied between host and device.
-        flops: of products, by the dtype of their first matrix.
-        operators: launches by the operator's name.
-        waits: syncs by the operator's name.
+    Attributes: launches: number of launches. syncs: number of syncs. bytes: bytes read and written
+    in the device's memory. moved_bytes: bytes copied between host and device. flops: operations of
+    products, by the dtype of the first matrix. operators: launches by the operator's name. waits:
+    syncs by the operator's name.
     """
 
     def __init__(self, device_type: str = "cpu") -> None:
@@ -111,7 +108,7 @@ class Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._copied.__exit__(*error)  # type: ignore[no-untyped-call]
 
     def taken(self) -> Counter:
-        """Return what was counted so far, and begin anew."""
+        """Return the counts so far, and reset them."""
         counts = Counter(self.device_type)
         for name in _COUNTED:
             value = getattr(self, name)
@@ -120,7 +117,7 @@ class Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return counts
 
     def plus(self, other: Counter) -> Counter:
-        """Return the sums of both."""
+        """Return the sums of two counts."""
         counts = Counter(self.device_type)
         for name in _COUNTED:
             setattr(counts, name, getattr(self, name) + getattr(other, name))
@@ -200,7 +197,7 @@ def _starts_a_kernel(name: str, func: OpOverload) -> bool:
 
 
 def _size(tensor: Tensor) -> int:
-    """Return the bytes of a tensor's elements; those that an expansion repeats count once."""
+    """Return the bytes of a tensor's elements; elements repeated by an expansion count once."""
     if tensor.is_sparse:
         return int(tensor._values().numel() * tensor.element_size())
     sizes = (n for n, stride in zip(tensor.shape, tensor.stride(), strict=True) if stride)
@@ -221,7 +218,7 @@ def _read(
 
 
 def _written(name: str, args: tuple[Any, ...], outputs: list[Tensor]) -> int:
-    """Return the bytes that are written, and those read of an argument of which a part is."""
+    """Return the bytes written, and the bytes read of partially read arguments."""
     if name in _SCATTERS:
         return 2 * (_size(args[-1]) if isinstance(args[-1], Tensor) else 0)
     return sum(map(_size, outputs)) * (2 if name in _GATHERS else 1)
@@ -230,7 +227,7 @@ def _written(name: str, args: tuple[Any, ...], outputs: list[Tensor]) -> int:
 def _flops(
     func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], results: Any
 ) -> int:
-    """Return the operations of a product, a factorisation or a triangular solution; else 0."""
+    """Return the operations of a product, a factorisation or a triangular solve; otherwise 0."""
     name = func._schema.name.removeprefix("aten::").rstrip("_")
     if name in {"mv", "addmv", "dot", "vdot"}:
         return int(2 * args[1 if name == "addmv" else 0].numel())
@@ -304,7 +301,7 @@ _sdpa = torch.nn.functional.scaled_dot_product_attention
 
 @contextlib.contextmanager
 def attention_as_one_launch() -> Iterator[None]:
-    """Let attention be one operator forward and one backward, as a GPU's is."""
+    """Make attention one operator forward and one backward, as on a GPU."""
 
     def attention(
         query: Tensor,

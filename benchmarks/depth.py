@@ -1,11 +1,11 @@
-"""Blocks that are removed, chosen and made up for in several ways, as a Markdown table.
+"""Compares methods of removing blocks, as a Markdown table.
 
-``python -m benchmarks.depth FOLDER`` removes 3, 6 and 9 of SmolLM2's 30 blocks, a shot each, and
-measures every size on Python's help, docstrings and descriptions of packages: divergence from the
-dense model, and perplexity after the slash. Ways: ours; without the update; SLEB's choice by the
-loss (Song et al. 2024, arXiv 2402.09025); ShortGPT's by block influence (Men et al. 2024, arXiv
-2403.03853); the last blocks; random ones. With ``--corrected`` every size has the same low-rank
-corrections. Runs that are there are read, not made again, and runs that were stopped go on.
+``python -m benchmarks.depth FOLDER`` removes 3, 6 and 9 of SmolLM2's 30 blocks, one shot each, and
+evaluates every size on Python's help, docstrings and descriptions of packages: divergence from the
+dense model, and perplexity after the slash. Methods: ours; ours without the update; SLEB's
+selection by the loss (Song et al. 2024, arXiv 2402.09025); ShortGPT's by block influence (Men et
+al. 2024, arXiv 2403.03853); the last blocks; random blocks. With ``--corrected`` every size has the
+same low-rank corrections. Finished runs are reused, and interrupted runs resume.
 """
 
 from __future__ import annotations
@@ -44,16 +44,16 @@ def spec_of(
     recovery: Any = None,
     settings: Sequence[str] = (),
 ) -> JobSpec:
-    """Return the quickstart's job with another pruning of groups, the same in every block.
+    """Return the quickstart's job with another pruning of groups and equal widths.
 
-    Answers are not asked for, and the model writes no text itself, which differs every time.
+    It has no answers and no text written by the model, which would vary between runs.
 
     Args:
-        pruning: section of the spec, without what is the same for all.
-        uri: of the run.
+        pruning: section of the spec, without the fields shared by all jobs.
+        uri: run directory.
         exports: kinds of exports.
         recovery: section of the spec; None for no training.
-        settings: ``section.field=value`` each, which go before all others.
+        settings: each ``section.field=value``; they override all others.
     """
     document = yaml.safe_load(QUICKSTART.read_text(encoding="utf-8"))
     document["evaluation"]["generation"] = None
@@ -67,12 +67,12 @@ def spec_of(
 def run_of(
     name: str, depth: Mapping[str, Any], folder: Path, recovery: Any
 ) -> dict[str, Any]:
-    """Return the report of a run, which is made unless it is there.
+    """Return the report of a run; start the run if it does not exist.
 
     Args:
-        name: of its folder.
+        name: name of its folder.
         depth: section of the spec.
-        folder: where runs go.
+        folder: parent folder of the runs.
         recovery: section of the spec; None for no training.
     """
     written = folder / name / "report.json"
@@ -111,7 +111,7 @@ def table(texts: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Make the runs, and print the table after each."""
+    """Start the runs, and print the table after each."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.depth", description=__doc__
     )

@@ -1,11 +1,11 @@
-"""The same tokens, teacher and export, trained by us and by TRL, as a Markdown table.
+"""Compares our recovery with TRL's distillation of the same export, as a Markdown table.
 
 ``python -m benchmarks.distilled EXPORT TEACHER FOLDER --trl ENVIRONMENT/bin/python`` trains a
 pruned model, an ordinary folder of transformers, towards its dense one: all weights, in one
-process, on the first windows of a stream of Python's texts. TRL's `GKDTrainer` runs in the
-environment that is named, in mixed precision as its users run it: float32 weights, products in
-bfloat16. It gets the windows ready; ours are read and tokenized while it trains. Both are measured
-by the same function. Seconds are those of the training, with the checks and tries of ours.
+process, on the first windows of a stream of Python's texts. TRL's `GKDTrainer` runs in the given
+environment in mixed precision, as usual: float32 weights, products in bfloat16. It receives
+prepared windows; ours are read and tokenized during the training. One function measures both.
+Seconds are those of the training; ours include the checks and the trials of rates.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ TEXTS = [
 LENGTH = 512
 PER_STEP = 2
 RATES = (2e-5, 1e-4)
-"""TRL's own, and one five times as high."""
+"""TRL's default learning rate, and one five times as high."""
 
 _TRL = r"""
 import json, sys, time
@@ -94,11 +94,11 @@ seconds = time.monotonic() - start
 trainer.model.to(torch.bfloat16).save_pretrained(request["target"])
 json.dump({"seconds": seconds}, open(request["target"] + "/trained.json", "w"))
 """
-"""Runs in TRL's environment, and trains what comes by standard input."""
+"""Program for TRL's environment, which trains the model given on standard input."""
 
 
 def by_us(arguments: argparse.Namespace) -> tuple[JobSpec, dict[str, Any]]:
-    """Return the job of our training and its report; it is made unless it is there."""
+    """Return the job of our training and its report; start the job if it does not exist."""
     uri = arguments.folder / "ours"
     sections: dict[str, Any] = {
         "recovery": {
@@ -131,7 +131,7 @@ def by_us(arguments: argparse.Namespace) -> tuple[JobSpec, dict[str, Any]]:
 
 
 def windows_of(spec: JobSpec, inputs: Inputs, folder: Path) -> NDArray[np.int64]:
-    """Return the windows [num_sequences, LENGTH] on which the job trains."""
+    """Return the training windows [num_sequences, LENGTH] of the job."""
     section = spec.recovery
     assert section is not None
     stream = stream_of(section, NO_PRUNING, LENGTH, load_tokenizer(folder, str(folder)))
@@ -144,7 +144,7 @@ def windows_of(spec: JobSpec, inputs: Inputs, folder: Path) -> NDArray[np.int64]
 def by_trl(
     arguments: argparse.Namespace, windows: Path, rate: float
 ) -> tuple[Path, float]:
-    """Return the folder that TRL trained, and its seconds; it is made unless it is there."""
+    """Return the folder trained by TRL, and the seconds; train it if it does not exist."""
     target = arguments.folder / f"trl-{rate:g}"
     written = target / "trained.json"
     if not written.exists():
@@ -181,12 +181,12 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def loaded(folder: Path) -> PreTrainedModel:
-    """Return a model in bfloat16, as all are measured."""
+    """Return a model in bfloat16, the dtype of all measurements."""
     return load(folder, "bfloat16")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Train both ways, and print the table."""
+    """Train with both programs, and print the table."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.distilled", description=__doc__
     )

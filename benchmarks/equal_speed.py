@@ -1,13 +1,13 @@
-"""What is lost at equal speed of decoding, by width, by depth and by both, as a Markdown table.
+"""Divergence at equal decoding speed, for pruned widths, depth and both, as a Markdown table.
 
 ``python -m benchmarks.equal_speed FOLDER --engine llamacpp --python PYTHON`` measures a table of
-seconds (`examples.engine_table`), prunes SmolLM2 in every way to speeds by it, serves each size in
-turns with the dense model, one request at a time, and reads off what is lost where decoding is 1.25
-and 1.5 times as fast as the dense model's: divergence on Python's help, docstrings and descriptions
-of packages, a line between neighbouring sizes. The Python has xllamacpp or, with ``--engine vllm``,
-vLLM. With ``--engine transformers`` the speeds are those that jobs measure, and widths may differ
-by block. ``--set 'model={source: FOLDER, dtype: bfloat16}'`` takes another model. Tables
-and runs that are there are read, not made again, and runs that were stopped go on.
+seconds (`examples.engine_table`), prunes SmolLM2 by every method to speeds from this table, and
+serves each size alternately with the dense model, one request at a time. It then interpolates
+linearly between neighbouring sizes to get the divergence at 1.25 and 1.5 times the dense model's
+decoding speed, on Python's help, docstrings and descriptions of packages. The Python environment
+has xllamacpp or, with ``--engine vllm``, vLLM. With ``--engine transformers`` the jobs measure the
+speeds, and widths may differ by block. ``--set 'model={source: FOLDER, dtype: bfloat16}'`` selects
+another model. Finished tables and runs are reused, and interrupted runs resume.
 """
 
 from __future__ import annotations
@@ -42,35 +42,35 @@ WAYS: dict[str, dict[str, Any]] = {
     },
 }
 SIZES = (1.3, 1.6)
-"""Times as fast by the table; what is measured of the whole model may be less."""
+"""Speedups according to the table; the measured speedup of the whole model may be smaller."""
 SPEEDS = (1.25, 1.5)
 ROUNDS = 5
-"""Of serving all models in turns; the fastest of each model counts."""
+"""Number of rounds, each of which serves all models; the fastest of each model counts."""
 REQUEST = {"prompt_length": 16, "num_new_tokens": 64}
-"""Nearly all of it is decoding."""
+"""Lengths of a request; decoding takes nearly all of the time."""
 NUM_THREADS = 2
-"""Of torch, where transformers decodes."""
+"""Number of torch threads for transformers."""
 
 Point = tuple[float, dict[str, float]]
-"""How fast a size decodes, in speeds of the dense model, and its divergence by text."""
+"""Decoding speedup of a size, and its divergence by text."""
 Command = Callable[[Path], list[str]]
 Results = Mapping[str, ray_surgeon.PruneResult]
-"""Of the runs, by way."""
+"""Results of the runs by method."""
 Speeds = Mapping[str, Sequence[float]]
-"""Of the sizes of each way, in speeds of the dense model."""
+"""Speedups of the sizes of each method."""
 
 
 def run_of(
     way: str, folder: Path, table: Path, settings: Sequence[str]
 ) -> ray_surgeon.PruneResult:
-    """Return a run with a family of sizes, which is made unless it is there; without recovery.
+    """Return a run with a family of sizes and no recovery; start it if it does not exist.
 
     Args:
         way: one of `WAYS`.
-        folder: where runs go.
-        table: seconds of an engine, called as the engine; with those of transformers, widths may
+        folder: parent folder of the runs.
+        table: seconds of an engine, in a file named after the engine; with transformers, widths may
             differ by block, and the job measures speeds.
-        settings: of the job.
+        settings: settings of the job.
     """
     uri = folder / f"{file_name(way)}-{table.stem}"
     target: dict[str, Any] = {"speedup": SIZES[-1], "table": str(table)}
@@ -88,7 +88,7 @@ def run_of(
 def command_of(
     model: Path, *, engine: str, folder: Path, python: str, port: int
 ) -> list[str]:
-    """Return how an engine serves a checkpoint; llama.cpp has a file of it in `folder`."""
+    """Return the engine's command for a checkpoint; llama.cpp needs a file in `folder`."""
     if engine == "vllm":
         return serve_vllm.command_of(model, port, "", python)
     file = folder / f"{'-'.join(model.parts[-4:])}.gguf"
@@ -97,13 +97,13 @@ def command_of(
 
 
 def served_speeds(results: Results, dense: Path, command: Command, port: int) -> Speeds:
-    """Serve all sizes of runs in turns with the dense model, and return their speeds by way.
+    """Serve all sizes alternately with the dense model, and return their speedups by method.
 
     Args:
-        results: of the runs by way.
+        results: results of the runs by method.
         dense: folder of the dense model.
-        command: returns how the engine serves a checkpoint.
-        port: of the server.
+        command: returns the engine's command for a checkpoint.
+        port: port of the server.
     """
     served = {"dense": command(dense)}
     for way, result in results.items():
@@ -120,7 +120,7 @@ def served_speeds(results: Results, dense: Path, command: Command, port: int) ->
 
 
 def at_speed(points: Sequence[Point], speed: float, text: str) -> float | None:
-    """Return the divergence at a speed; None if no size is as fast."""
+    """Return the divergence at a speedup; None if no size reaches it."""
     known = sorted([(1.0, 0.0), *((faster, lost[text]) for faster, lost in points)])
     speeds, losses = zip(*known, strict=True)
     return float(np.interp(speed, speeds, losses)) if speed <= speeds[-1] else None
@@ -129,7 +129,7 @@ def at_speed(points: Sequence[Point], speed: float, text: str) -> float | None:
 def row_of(
     way: str, result: ray_surgeon.PruneResult, speeds: Sequence[float]
 ) -> list[str]:
-    """Return a line of the table, from the speeds of a run's sizes."""
+    """Return a line of the table from the speedups of a run's sizes."""
     losses = [dict(size["divergence"]) for size in result.sizes.values()]
     points: list[Point] = list(zip(speeds, losses, strict=True))
     texts = list(points[0][1])
@@ -153,7 +153,7 @@ def table(rows: Sequence[Sequence[str]]) -> str:
 
 
 def table_for(arguments: argparse.Namespace) -> tuple[Path, Path]:
-    """Return the folder of the dense model, and an engine's table, measured unless it is there."""
+    """Return the dense model's folder and an engine's table, which is measured if missing."""
     model = parse_spec(QUICKSTART.read_text(encoding="utf-8"), arguments.set).model
     dense = open_model(model).small_files_folder()
     seconds: Path = arguments.folder / f"{arguments.engine}.json"
@@ -170,7 +170,7 @@ def table_for(arguments: argparse.Namespace) -> tuple[Path, Path]:
 
 
 def in_transformers(arguments: argparse.Namespace) -> tuple[Results, Speeds]:
-    """Return runs to speeds by a table of transformers, and the speeds that they measure."""
+    """Return runs with a table of transformers, and their measured speedups."""
     _, seconds = table_for(arguments)
     results = {
         way: run_of(way, arguments.folder, seconds, arguments.set)
@@ -186,7 +186,7 @@ def in_transformers(arguments: argparse.Namespace) -> tuple[Results, Speeds]:
 
 
 def in_engine(arguments: argparse.Namespace) -> tuple[Results, Speeds]:
-    """Return runs to speeds by a table of an engine, and how fast it decodes their sizes."""
+    """Return runs with a table of an engine, and the speedups of their sizes in it."""
     folder, engine, python = arguments.folder, arguments.engine, arguments.python
     dense, seconds = table_for(arguments)
     results = {way: run_of(way, folder, seconds, arguments.set) for way in arguments.ways}
@@ -199,7 +199,7 @@ def in_engine(arguments: argparse.Namespace) -> tuple[Results, Speeds]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Make the runs, serve them, and print the table."""
+    """Start the runs, serve them, and print the table."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.equal_speed", description=__doc__
     )

@@ -1,4 +1,4 @@
-"""Costs of experts beside measured losses, and their factors on other text.
+"""Compares costs of experts with measured losses, and their factors with other text.
 
 The model is a mixture of experts.
 
@@ -46,19 +46,19 @@ def sequences_of_help(model: Path, num_sequences: int) -> NDArray[np.int64]:
 
 @dataclass(frozen=True)
 class SingleRemovals:
-    """The model, and where the sequences stand before a block, to measure removals."""
+    """The model, and the hidden states before every block, to measure removals."""
 
     shard: ModelShard
     runner: BlockRunner
     tokens: Tensor  # [num_sequences, T]
-    calls: list[Call]  # one a block
+    calls: list[Call]  # one per block
     # of each sequence, the hidden states before the dense model's head
     dense: list[Tensor]
 
     def without(
         self, place: int, expert: int, states: list[Tensor]
     ) -> tuple[float, float]:
-        """Return what `compare` says of the model without an expert of a block.
+        """Return the result of `compare` for the model without an expert of a block.
 
         States before the block are given.
         """
@@ -119,11 +119,11 @@ def predictions(
 ) -> dict[str, Any]:
     """Return predicted and measured loss increases of single experts on the same text.
 
-    They are of every so many blocks.
+    The experts are those of every n-th block.
 
-    Measured is the increase of the loss on the text, and the divergence from the dense model: the
-    increase of the loss on all that the dense model might say at each token, weighted by how likely
-    it says so. The first has the noise of the text's labels.
+    Two increases are measured: that of the loss on the text, which has the noise of the text's
+    labels, and the divergence from the dense model, which is the expected increase of the loss over
+    the dense model's own predictions.
     """
     shard = loaded(model, layout)
     tokens = torch.from_numpy(sequences)
@@ -183,12 +183,12 @@ PRIORS = (1, 4, 8, 16, 32, 64, 128, 256, 1024)
 def priors(
     model: Path, layout: ModelLayout, sequences: NDArray[np.int64], every: int
 ) -> dict[str, Any]:
-    """Return how well factors shrunk with each weight describe other text.
+    """Return the error on other text of factors shrunk with each weight.
 
-    Factors of experts are estimated on a quarter of the sequences. Were inputs and gradients normal
-    with these second moments, the others would have the negative log-likelihood 1/2 (log det M + tr
-    M^-1 M_other), here divided by the size of M, less that of the best weight; the mean over the
-    experts of every so many blocks which have tokens in both parts.
+    Factors of experts are estimated on a quarter of the sequences. For normally distributed inputs
+    and gradients with these second moments, the negative log-likelihood of the other sequences is
+    1/2 (log det M + tr M^-1 M_other). The error is this value divided by the size of M, minus that
+    of the best weight, averaged over the experts of every n-th block with tokens in both parts.
     """
     shard = loaded(model, layout)
     tokens = torch.from_numpy(sequences)
@@ -257,7 +257,7 @@ def priors(
 
 
 def rank_correlation(a: Sequence[float], b: Sequence[float]) -> float:
-    """Return Spearman's."""
+    """Return Spearman's rank correlation."""
     ranks = np.array([a, b]).argsort(axis=1).argsort(axis=1)
     return float(np.corrcoef(*ranks)[0][1])
 
@@ -271,7 +271,7 @@ def main(argv: list[str] | None = None) -> int:
         "--every",
         type=int,
         default=10,
-        help="experts of every so many blocks are measured",
+        help="measure the experts of every N-th block",
     )
     parser.add_argument(
         "--sequences", type=int, default=64, help="of 512 tokens of Python's help"

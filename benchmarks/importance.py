@@ -1,11 +1,11 @@
-"""K- and I-quants of llama.cpp with our importance matrix and without, as a Markdown table.
+"""Compares llama.cpp's K- and I-quants with and without our importance matrix, as a Markdown table.
 
-It has bytes, and divergences in llama.cpp from the file that was rounded.
+Its columns are bytes, and divergences in llama.cpp from the unrounded file.
 
 ``python -m benchmarks.importance FOLDER --tools FOLDER_OF_LLAMA_CPP`` prunes channels of
-feed-forward layers as the quickstart does, but without recovery, and rounds its GGUF export by
-``llama-quantize``; ``llama-perplexity`` measures on the windows of the quickstart's evaluation,
-joined to one text each. ``--dense`` rounds the dense model. ``--set`` changes the quickstart.
+feed-forward layers like the quickstart, but without recovery, and rounds the GGUF export with
+``llama-quantize``; ``llama-perplexity`` evaluates on the windows of the quickstart's texts, joined
+to one text each. ``--dense`` rounds the dense model. ``--set`` changes the quickstart.
 `tests.serve.environments` builds both programs.
 """
 
@@ -36,7 +36,7 @@ class Tools:
     """The programs of a build of llama.cpp."""
 
     def __init__(self, folder: Path, num_threads: int = 2) -> None:
-        """Take them from a folder."""
+        """Return the programs in a folder."""
         self._folder = folder
         self._num_threads = str(num_threads)
 
@@ -51,7 +51,7 @@ class Tools:
     def quantize(
         self, file: Path, target: Path, kind: str, matrix: Path | None = None
     ) -> None:
-        """Round a file to a type, with an importance matrix if one is given."""
+        """Round a file to a type, optionally with an importance matrix."""
         given = ["--imatrix", str(matrix)] if matrix else []
         self._run("llama-quantize", *given, file, target, kind, self._num_threads)
 
@@ -60,9 +60,9 @@ class Tools:
         self._perplexity(file, "-f", text, "--save-all-logits", logits)
 
     def divergence(self, file: Path, logits: Path) -> float:
-        """Return the mean divergence of a file's model from saved logits, nats a token.
+        """Return the mean divergence of a file's model from saved logits, in nats per token.
 
-        llama.cpp counts the second half of every 512 tokens.
+        llama.cpp evaluates the second half of every 512 tokens.
         """
         said = self._perplexity(file, "--kl-divergence-base", logits, "--kl-divergence")
         (found,) = _MEAN.findall(said)
@@ -80,14 +80,14 @@ def measured(
     tools: Tools,
     kinds: Sequence[str] = KINDS,
 ) -> list[dict[str, Any]]:
-    """Return a line for every type, with the matrix and without.
+    """Return a line for every type, with and without the matrix.
 
     Args:
-        folder: where rounded files go.
+        folder: folder of the rounded files.
         export: entry of the GGUF export.
-        texts: by name.
-        tools: of llama.cpp.
-        kinds: types, by their names there.
+        texts: texts by name.
+        tools: llama.cpp's programs.
+        kinds: types, by llama.cpp's names.
     """
     folder.mkdir(parents=True, exist_ok=True)
     whole = Path(export["uri"], export["files"][0]["file"])
@@ -125,7 +125,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
 def exported(
     folder: Path, overrides: Sequence[str], *, dense: bool
 ) -> tuple[Any, dict[str, str]]:
-    """Return the GGUF export of the quickstart's model, and the texts that it is measured on."""
+    """Return the GGUF export of the quickstart's model, and its evaluation texts."""
     document = quickstart(overrides)
     output = {"uri": str(folder / "run"), "exports": ["gguf"]}
     document |= {"preset": None, "recovery": None, "output": output}
@@ -143,14 +143,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Measure and write FOLDER/importance.json and the table."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.importance",
-        description="What an importance matrix gives.",
+        description="Measure the effect of an importance matrix.",
     )
-    parser.add_argument("folder", type=Path, help="where everything is written")
+    parser.add_argument("folder", type=Path, help="output folder")
     parser.add_argument(
         "--tools", type=Path, required=True, help="folder of llama.cpp's programs"
     )
     parser.add_argument(
-        "--kinds", nargs="+", default=KINDS, help="types, by their names there"
+        "--kinds", nargs="+", default=KINDS, help="types, by llama.cpp's names"
     )
     parser.add_argument("--dense", action="store_true", help="round the dense model")
     add_settings(parser)

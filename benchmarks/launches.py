@@ -1,7 +1,7 @@
-"""Launches, syncs, bytes and operations by step, counted where there is no GPU.
+"""Counts launches, syncs, bytes and operations of every step without a GPU.
 
 ``python -m benchmarks.launches`` prints the launches and syncs of a tiny model's block for one
-sequence in the curvature pass, counted on a pretend accelerator.
+sequence in the curvature pass, counted on a simulated accelerator.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def tiny_llama(num_blocks: int) -> PretrainedConfig:
 
 
 def tiny_mixture(num_blocks: int, num_experts: int) -> PretrainedConfig:
-    """Return the configuration of a tiny mixture with eight experts a token, or half of all."""
+    """Return the configuration of a tiny mixture with eight experts per token, or half of all."""
     return Qwen3MoeConfig(
         **_TINY,
         num_hidden_layers=num_blocks,
@@ -74,13 +74,13 @@ def counted_steps(
     """Run a job on a model with random weights in this thread, and count every step.
 
     Args:
-        config: of the model.
-        folder: an empty one, for the model and the run.
-        device: "cpu", or "sim" in a process that has it.
-        sections: of the job spec, beside those of a small one.
+        config: configuration of the model.
+        folder: empty folder for the model and the run.
+        device: "cpu", or "sim" in a process with the simulated accelerator.
+        sections: sections of the job spec, in addition to those of a small one.
 
     Returns:
-        The counts of each step by name, and the plan, with times of an H100.
+        The counts of each step by name, and the plan with times for an H100.
     """
     AutoModelForCausalLM.from_config(config).save_pretrained(folder / "model")
     write_tokenizer(folder / "model", config.vocab_size)
@@ -101,7 +101,7 @@ def counted_steps(
     of_shots: dict[int, dict[str, Counter]] = {0: {}, 1: {}}
 
     def listen(event: Event | ProgressReport) -> None:
-        if isinstance(event, Event) and event.worker_seconds:  # of a whole step
+        if isinstance(event, Event) and event.worker_seconds:  # counts of a whole step
             counts = total.taken()
             steps = of_shots[event.shot]
             steps[event.step] = (
@@ -128,7 +128,8 @@ def of_a_block(name: str, device: str) -> tuple[float, float]:
     """Return launches and syncs of a block for a sequence of 256 tokens in the curvature pass.
 
     Args:
-        name: "dense", "mixture" (128 experts), or "whole" (that with whole experts ranked).
+        name: "dense", "mixture" (128 experts), or "whole" (the mixture, with costs of whole
+            experts).
         device: see `counted_steps`.
     """
     groups = {"dense": ["ffn"], "mixture": ["expert_channels"]}
@@ -154,7 +155,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Count, and print the table."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.launches",
-        description="Count launches where there is no GPU.",
+        description="Count launches without a GPU.",
     )
     parser.parse_args(argv)
     # the device is there before the first backward pass, and as long as the process

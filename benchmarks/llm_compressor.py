@@ -1,4 +1,4 @@
-"""Runs in an environment of llm-compressor: reads a request, rounds a folder by its GPTQ.
+"""Program for llm-compressor's environment, which rounds the requested folder by GPTQ.
 
 See `benchmarks.quantised`.
 """
@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 
 def main() -> None:
-    """Round all linears to four bits, with its defaults: the columns in descending order."""
+    """Round all linears to 4 bits with llm-compressor's defaults, largest columns first."""
     request: dict[str, Any] = json.load(sys.stdin)
     windows = np.load(request["tokens"])
     model = AutoModelForCausalLM.from_pretrained(request["folder"], dtype="float32")

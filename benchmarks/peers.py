@@ -1,23 +1,23 @@
-"""Ours beside other ways to choose coupled groups, as a Markdown table.
+"""Compares criteria for pruning coupled groups, as a Markdown table.
 
-Groups, text, budgets and evaluation are the same.
+Groups, text, budgets and evaluation are the same for all.
 
 ``python -m benchmarks.peers FOLDER`` prunes SmolLM2-135M to every point by every method.
-``--model`` takes another checkpoint, and ``--set`` another text or other options of our ways.
-``--spec`` takes text and pruning of a job spec or of a run directory, with what the model wrote in
-that run, as the one point of the peers. ``--save`` writes the pruned models of the peers as
-checkpoints.
+``--model`` selects another checkpoint, and ``--set`` another text or other options of our methods.
+``--spec`` takes the text and pruning of a job spec or of a run directory, including the text
+written by the model in that run, as the only point of the peers. ``--save`` writes the pruned
+models of the peers as checkpoints.
 
-The peers are written from their definitions. They choose on the dense model, in one shot, and are
-zeroed in place of being cut out, which computes the same: FLAP (An et al. 2024, arXiv 2312.11983:
-fluctuation of a consumer's inputs times its columns' squared norm, and the bias that makes up for
-the mean of what is removed), Wanda-sp (same source: |W| |X| summed over a group), Minitron
-(Muralidharan et al. 2024, arXiv 2407.14679: norm of a group's activations, here over all tokens),
-Taylor (LLM-Pruner, Ma et al. 2023, arXiv 2305.11627: sum of |w dL/dw| over all weights of a group).
-Where widths may differ, the scores of a block's columns are standardised, as FLAP does it, a group
-has the mean of its columns, and one threshold is taken for all. All have the quickstart's texts,
-without the model's own, unless ``--spec`` gives others. CPU-s are those of scores, updates and
-corrections, without measuring.
+The peers are implemented from their definitions. They rank groups of the dense model, in one shot;
+the groups are zeroed instead of cut out, which gives the same outputs: FLAP (An et al. 2024, arXiv
+2312.11983: fluctuation of a consumer's inputs times its columns' squared norm, and a bias that
+compensates for the mean of the removed inputs), Wanda-sp (same source: |W| |X| summed over a
+group), Minitron (Muralidharan et al. 2024, arXiv 2407.14679: norm of a group's activations, here
+over all tokens), Taylor (LLM-Pruner, Ma et al. 2023, arXiv 2305.11627: sum of |w dL/dw| over all
+weights of a group). If widths may differ, the scores of a block's columns are standardised, as in
+FLAP, the score of a group is the mean of its columns, and there is one threshold for all groups.
+All methods use the quickstart's texts, without text written by the model, unless ``--spec`` gives
+others. CPU-s are those of scores, updates and corrections, without evaluation.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ POINTS: dict[str, dict[str, Any]] = {
     "groups, 30 %": {"target_sparsity": 0.3},
     "groups, 40 %": {"target_sparsity": 0.4},
 }
-"""Name -> what differs in the section `pruning`."""
+"""Name -> changed fields of the section `pruning`."""
 PEERS = ("FLAP", "Wanda-sp", "Minitron", "Taylor")
 CHOICES = ("ours", "reconstruction", "peers")
 
@@ -77,13 +77,13 @@ Row = dict[str, Any]
 
 @dataclass
 class Statistics:
-    """Of the dense model on the calibration text."""
+    """Statistics of the dense model on the calibration text."""
 
     mean: dict[str, Tensor]  # consumer -> [C] mean of its inputs
     square: dict[str, Tensor]  # consumer -> [C] mean of their squares
     saliency: dict[str, Tensor]  # linear -> [R, C] |w dL/dw|
-    forward_s: float  # CPU-seconds of the passes that need no gradient
-    both_s: float  # and of those that do
+    forward_s: float  # CPU-seconds of the passes without gradients
+    both_s: float  # CPU-seconds of the passes with gradients
 
 
 def linear(model: nn.Module, name: str) -> nn.Linear:
@@ -94,9 +94,9 @@ def linear(model: nn.Module, name: str) -> nn.Linear:
 
 
 def gather(model: nn.Module, inputs: Inputs, consumers: Sequence[str]) -> Statistics:
-    """Pass the calibration text twice, and return what peers choose by.
+    """Run two passes over the calibration text, and return the statistics for the peers.
 
-    The first pass is for the inputs of consumers, the second for the gradients of all weights.
+    The first pass collects the inputs of consumers, the second the gradients of all weights.
     """
     total = dict[str, Tensor]()
     squares = dict[str, Tensor]()
@@ -135,7 +135,7 @@ def gather(model: nn.Module, inputs: Inputs, consumers: Sequence[str]) -> Statis
         for (
             name,
             weight,
-        ) in weights.items():  # summed in float32, whatever the model computes in
+        ) in weights.items():  # summed in float32, regardless of the model's dtype
             assert weight.grad is not None
             gradients[name] += weight.grad
             weight.grad = None
@@ -154,7 +154,7 @@ def gather(model: nn.Module, inputs: Inputs, consumers: Sequence[str]) -> Statis
 def scores(peer: str, model: nn.Module, groups: GroupSet, found: Statistics) -> Tensor:
     """Return the scores of the columns of each group [num_groups, num_columns] float64.
 
-    A group's score is their mean; the lowest go first.
+    A group's score is their mean; the lowest groups are removed first.
     """
     name = groups.consumer
     columns = groups.columns
@@ -180,9 +180,9 @@ def scores(peer: str, model: nn.Module, groups: GroupSet, found: Statistics) -> 
 
 @torch.no_grad()
 def prune(peer: str, model: nn.Module, inputs: Inputs, found: Statistics) -> None:
-    """Zero what a peer removes, and make up for its mean if the peer does.
+    """Zero the groups removed by a peer, and compensate for their mean if the peer does.
 
-    The point is that of the inputs' spec.
+    The spec of the inputs gives the point.
     """
     method = inputs.method
     assert isinstance(method, Groups)
@@ -199,7 +199,7 @@ def prune(peer: str, model: nn.Module, inputs: Inputs, found: Statistics) -> Non
         score = (
             (of_columns - of_columns.mean()) / of_columns.std().clamp(min=1e-12)
         ).mean(dim=1)
-        score = score + 1e3  # costs are positive; the order is what counts
+        score = score + 1e3  # costs must be positive; only the order counts
         score[score.argsort(descending=True)[: method.fewest[groups.kind]]] = torch.inf
         allowed = frozenset(range(0, len(score) + 1, method.multiple(groups.kind, shot)))
         costs.append(
@@ -276,7 +276,7 @@ def specs(
     folder: Path,
     which: Sequence[str],
 ) -> dict[str, JobSpec]:
-    """Return the job of each of our ways at a point, from the quickstart's; see ``--which``."""
+    """Return the job of each of our methods at a point, from the quickstart's; see ``--which``."""
     pruning = {"structure": "groups", "num_shots": 1, "target_sparsity": share} | dict(
         point
     )
@@ -308,9 +308,9 @@ def specs(
 
 
 def without_own_text(spec: JobSpec) -> dict[str, Any]:
-    """Return a spec without what the model writes, which is there in a run only.
+    """Return a spec without text written by the model, which exists only in a run.
 
-    Each other text has as many sequences.
+    The other texts keep their numbers of sequences.
     """
     document: dict[str, Any] = spec.model_dump(mode="json")
     given = [
@@ -325,26 +325,26 @@ def without_own_text(spec: JobSpec) -> dict[str, Any]:
 
 
 def quickstart(overrides: Sequence[str]) -> dict[str, Any]:
-    """Return the quickstart's spec with other settings, without what the model writes."""
+    """Return the quickstart's spec with other settings, without text written by the model."""
     path = Path(__file__).parents[1] / "pipelines/quickstart.yaml"
     return without_own_text(parse_spec(path.read_text(encoding="utf-8"), overrides))
 
 
 def add_settings(parser: argparse.ArgumentParser) -> None:
-    """Add the option that `quickstart` takes."""
-    about = "of the quickstart; may be repeated"
+    """Add the command-line option for `quickstart`."""
+    about = "override a field of the quickstart; repeatable"
     parser.add_argument(
         "--set", action="append", default=[], metavar="section.field=value", help=about
     )
 
 
 def file_name(way: str) -> str:
-    """Return the folder of a way below that of a benchmark."""
+    """Return the folder of a method in the folder of a benchmark."""
     return "-".join(way.lower().replace(",", "").split())
 
 
 def rows_of_ours(name: str, jobs: Mapping[str, JobSpec]) -> list[Row]:
-    """Return the lines of the dense model and of our ways at a point."""
+    """Return the lines of the dense model and of our methods at a point."""
     rows: list[Row] = []
     for way, spec in jobs.items():
         report = ray_surgeon.prune(
@@ -388,13 +388,13 @@ def rows_of_peers(
     """Return the lines of the peers at the point of the inputs' spec.
 
     Args:
-        name: of the point.
-        inputs: checked, with all texts.
-        folder: of the dense model.
+        name: name of the point.
+        inputs: validated inputs with all texts.
+        folder: folder of the dense model.
         dense: last hidden states of the dense model, see `states`.
-        found: what the peers choose by.
+        found: statistics for the peers.
         saved: folder of the checkpoints of the pruned models; None for none.
-        suffix: of the names of these checkpoints.
+        suffix: suffix of the names of these checkpoints.
     """
     rows: list[Row] = []
     for peer in PEERS:
@@ -443,13 +443,13 @@ _SAME_IN_LLAMA = (
 
 
 def with_biases(model: PreTrainedModel) -> PreTrainedModel:
-    """Return a Llama that computes the same as a model with biases where its class has none.
+    """Return a Llama with the same outputs as a model with biases that its class does not have.
 
     Args:
-        model: a Llama, Mistral or Qwen2, some linears of which got a bias.
+        model: a Llama, Mistral or Qwen2 with added biases of linears.
 
     Raises:
-        ValueError: the model is of another family, or attends to a window only.
+        ValueError: the model is of another family, or has sliding-window attention.
     """
     config = model.config
     kind = config.model_type
@@ -479,8 +479,8 @@ def save(model: PreTrainedModel, dense: ModelSection, folder: Path) -> None:
 
     Args:
         model: pruned.
-        dense: where the dense model is.
-        folder: is made anew.
+        dense: folder of the dense model.
+        folder: output folder, replaced if it exists.
     """
     has_more = bool(model.state_dict().keys() - _names_of_class(model))
     written = with_biases(model) if has_more else model
@@ -495,16 +495,16 @@ def _names_of_class(model: PreTrainedModel) -> set[str]:
 
 
 def inputs_of_spec(path: Path, settings: Sequence[str], folder: Path) -> Inputs:
-    """Return the inputs of a job spec, with what the model wrote in the run that it lies in.
+    """Return the inputs of a job spec, with the text written by the model in its run.
 
     Args:
-        path: a spec, or a run directory, which has its own.
-        settings: ``section.field=value`` each.
-        folder: where the job would write; stays as it is.
+        path: a spec, or a run directory with its spec.
+        settings: each ``section.field=value``.
+        folder: output folder of the job; not changed.
 
     Raises:
-        ValueError: pruning is not of groups, its budget is not known before measuring, or texts
-            of the model are missing.
+        ValueError: the job does not prune groups, its budget depends on measurements, or texts
+            written by the model are missing.
     """
     path = path / "spec.yaml" if path.is_dir() else path
     output = f"output.uri={json.dumps(str(folder))}"
@@ -522,16 +522,16 @@ def inputs_of_spec(path: Path, settings: Sequence[str], folder: Path) -> Inputs:
 
 
 def written_in(inputs: Inputs) -> list[int]:
-    """Return the numbers of the calibration texts that the model writes."""
+    """Return the indices of the calibration texts written by the model."""
     self_text = inputs.stages.self_text
     return [] if self_text is None else list(self_text.requests)
 
 
 def written_texts(path: Path) -> dict[int, NDArray[np.int64]]:
-    """Return number of a calibration text -> tokens [n, sequence_length] that the model wrote.
+    """Return index of a calibration text -> tokens [n, sequence_length] written by the model.
 
     Raises:
-        ValueError: the file is not there.
+        ValueError: the file does not exist.
     """
     if not path.exists():
         remedy = "give the directory of a run that has it"
@@ -546,7 +546,7 @@ def written_texts(path: Path) -> dict[int, NDArray[np.int64]]:
 
 
 def with_texts(inputs: Inputs, texts: Mapping[int, NDArray[np.int64]]) -> Inputs:
-    """Return the inputs with texts in the places that the model is to write.
+    """Return the inputs with texts in place of those to be written by the model.
 
     Raises:
         ValueError: a text is missing, or is of another shape.
@@ -569,7 +569,7 @@ def with_texts(inputs: Inputs, texts: Mapping[int, NDArray[np.int64]]) -> Inputs
 
 
 def rows_of_spec(arguments: argparse.Namespace) -> list[Row]:
-    """Return the lines of the dense model and of the peers at the one point of a spec."""
+    """Return the lines of the dense model and of the peers at the point of a spec."""
     settings = list(arguments.set)
     if arguments.model:
         source = source_of(arguments.model, arguments.folder)
@@ -589,12 +589,12 @@ def rows_of_spec(arguments: argparse.Namespace) -> list[Row]:
 
 
 def source_of(model: str, folder: Path) -> str:
-    """Return a model's folder; one that is named is fetched into a part of `folder`."""
+    """Return a model's folder; a model given by name is downloaded into `folder`."""
     return str(fetch(model, folder / model)) if model in MODELS else model
 
 
 def rows_of_points(arguments: argparse.Namespace) -> list[Row]:
-    """Return the lines of all points; they are written as they come."""
+    """Return the lines of all points; the file is written after each."""
     document = quickstart(arguments.set)
     if arguments.model:
         source = source_of(arguments.model, arguments.folder)
@@ -638,7 +638,7 @@ def write(folder: Path, rows: Sequence[Row]) -> None:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Return the lines as a table in Markdown."""
+    """Return the lines as a Markdown table."""
     texts = list(rows[0]["perplexity"])
     lines = [
         "| point | method | "
@@ -663,21 +663,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Measure and write FOLDER/peers.json and the table."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.peers",
-        description="Compare ways to choose coupled groups.",
+        description="Compare criteria for pruning coupled groups.",
     )
     add = parser.add_argument
     points = list(range(len(POINTS)))
     which = ["ours", "reconstruction", "peers"]
-    add("folder", type=Path, help="where everything is written")
+    add("folder", type=Path, help="output folder")
     add(
         "--model",
-        help=f"folder of another checkpoint, or one to fetch: {', '.join(MODELS)}",
+        help=f"folder of another checkpoint, or the name of one to download: {', '.join(MODELS)}",
     )
     add_settings(parser)
     add(
         "--spec",
         type=Path,
-        help="a job spec or a run directory, as the one point of the peers",
+        help="a job spec or a run directory, as the only point of the peers",
     )
     add(
         "--save",

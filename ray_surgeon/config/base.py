@@ -1,4 +1,4 @@
-"""The base of all sections of a job spec, and errors as sentences for users."""
+"""The base class of all sections of a job spec, and error messages for users."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ _LONGEST_REASON = 500
 
 @contextlib.contextmanager
 def refusing(what: str, remedy: str, kinds: Errors = OSError) -> Iterator[None]:
-    """Turn an error into a ValueError for the user.
+    """Convert an error into a ValueError for the user.
 
     Args:
         what: the problem: which input cannot be used, and where it is. The text of the error is
             inserted at `REASON`, or appended if `what` does not contain it.
         remedy: advice for the user.
-        kinds: types of the errors to turn.
+        kinds: types of the errors to convert.
 
     Raises:
         ValueError: the block raised such an error.
@@ -64,7 +64,7 @@ def local_path(value: Any) -> Any:
     """Return a path object as text, and any other value unchanged.
 
     Raises:
-        ValueError: the path was made of a URI, whose two slashes `pathlib` turns into one.
+        ValueError: the path was made from a URI, in which `pathlib` merges the two slashes.
     """
     if not isinstance(value, os.PathLike):
         return value
@@ -91,13 +91,13 @@ def absolute(uri: str) -> str:
 
 _Text = Annotated[str, Field(min_length=1)]
 Address = Annotated[_Text, BeforeValidator(local_path), AfterValidator(_without_secrets)]
-"""A path, URI or Hub id; it is shown in the run's records, so it must not hold credentials."""
+"""A path, URI or Hub id; the run's records show it, so it must not contain credentials."""
 Location = Annotated[Address, AfterValidator(absolute)]
 """A path or URI; a local path becomes absolute."""
 
 
 class Section(pydantic.BaseModel):
-    """Settings shared by all sections: frozen, and a field that does not exist is refused.
+    """Base class of all sections: frozen; an unknown field is an error.
 
     The docstring below a field is its description, in `ray-surgeon schema` and in the docs.
     """
@@ -113,7 +113,7 @@ class Section(pydantic.BaseModel):
     is_checked: ClassVar[bool] = False
 
     def problems(self) -> Iterable[ConfigError]:
-        """Yield conflicts between fields that are valid by themselves.
+        """Yield conflicts between individually valid fields.
 
         The first one becomes the section's error. Conflicts of base classes are found first, so a
         subclass need not yield them again.
@@ -137,8 +137,8 @@ def by_tag(tag_of: Callable[[Any], str | None], expected: str) -> Discriminator:
     """Return a discriminator for a union of sections, given as mappings or as sections.
 
     Args:
-        tag_of: takes a function (field, default) -> value, and returns the tag's name, or None if
-            no section of the union fits.
+        tag_of: receives a function (field, default) -> value, and returns the tag's name, or None
+            if no section of the union matches.
         expected: the allowed fields, for the error.
     """
 
@@ -160,4 +160,4 @@ OrAuto = Annotated[
         lambda value: tag("auto") if isinstance(value, str) else tag("section")
     ),
 ]
-"""A section or the word auto; errors mention only the alternative that was given."""
+"""A section or the word auto; errors mention only the given alternative."""

@@ -1,4 +1,4 @@
-"""The section of a job spec on the text whose loss a method keeps low."""
+"""The section of a job spec on the calibration text."""
 
 from __future__ import annotations
 
@@ -12,21 +12,22 @@ from ray_surgeon.config.texts import SourceSection, TextSection, WritingSection
 from ray_surgeon.errors import ConfigError
 
 _READING = SourceSection.model_fields.keys() - {"source", "seed"}
-"""Fields of texts that are read."""
+"""Fields of texts from a source."""
 _WRITING = WritingSection.model_fields.keys()
-"""Fields of texts that the model writes."""
+"""Fields of texts written by the model."""
 
 
 class MixedSection(SourceSection, WritingSection):
-    """A text of the calibration, or source self: text that the dense model writes, token by token.
+    """A text of the calibration; with source self, text written by the dense model.
 
-    The model writes it before the first shot. It needs no data, and covers what the model knows.
+    The model writes it before the first shot. This needs no data, and covers the model's own
+    knowledge.
     """
 
     may_be: ClassVar[tuple[str, ...]] = ("self",)
 
     weight: float = Field(1.0, gt=0)
-    """Its share of num_sequences is its weight over the sum of all weights"""
+    """Share of num_sequences: this weight divided by the sum of all weights"""
 
     @property
     def is_written(self) -> bool:
@@ -34,7 +35,7 @@ class MixedSection(SourceSection, WritingSection):
         return self.source == "self"
 
     def problems(self) -> Iterator[ConfigError]:
-        """Yield fields that do not fit the source."""
+        """Yield fields that do not belong to the source."""
         if self.source == "auto":
             misplaced = _READING | _WRITING | {"weight", "mix"}
             found = "cannot be given to auto"
@@ -56,27 +57,28 @@ class MixedSection(SourceSection, WritingSection):
 
 
 class CalibrationSection(MixedSection, TextSection):
-    """The text whose loss the method keeps low, or a mix of texts."""
+    """The text for the curvature and the training, or a mix of texts."""
 
     may_be: ClassVar[tuple[str, ...]] = ("self", "auto")
 
     source: Address
-    """As for other texts; or `self`, text that the dense model writes, see the fields from
-    temperature on; or `auto`, a mix that suits the model: its own conversations if it has a chat
-    template, what it writes after `def ` and beginnings of docstrings, and Python's code,
+    """As for other texts; or `self`: text written by the dense model, see temperature and the
+    fields after it; or `auto`: a mix suitable for the model: its own conversations if it has a chat
+    template, its continuations of `def ` and of beginnings of docstrings, and Python's code,
     docstrings and help
     """
     mix: tuple[MixedSection, ...] = ()
-    """More texts; num_sequences counts the windows of all, which are taken in turns"""
+    """Further texts; num_sequences is the total number of windows, which alternate between the
+    texts
+    """
     weigh: Literal["all", "answers"] = "all"
-    """Tokens that give the gradients of G and of the divergence: all, or answers (those of the
-    model's answers, in texts that have them; other texts count whole). A takes all tokens in any
-    case
+    """Tokens that count for the gradients in G and for the divergence: all, or answers (only the
+    model's answers, in texts with answers; all tokens of other texts). A always uses all tokens
     """
     held_aside: float | None = Field(None, ge=0, le=0.5)
-    """Fraction of the calibration's windows that no stage is fitted on; stages are measured on them
-    before and after, and what does not help is undone. null: a tenth, at most six windows, if a
-    stage checks itself so (reconstruction, recovery, damping auto), otherwise none
+    """Fraction of the calibration windows that are excluded from every fit. Stages are measured on
+    them before and after, and undone if they do not help. null: a tenth, at most six windows, if a
+    stage uses them (reconstruction, recovery, damping auto), otherwise none
     """
 
     @property
@@ -87,11 +89,11 @@ class CalibrationSection(MixedSection, TextSection):
         return list(zip(texts, counts, strict=True))
 
     def check_border(self, measured: SourceSection, where: str) -> None:
-        """Refuse an evaluation text that the calibration cuts at another place.
+        """Raise if the calibration cuts an evaluation text at another place.
 
         Args:
             measured: a text on which the model is evaluated.
-            where: place of that text in the spec, for the error.
+            where: path of that text in the spec, for the error.
 
         Raises:
             ValueError: the calibration reads more or less of the same text, so that the border

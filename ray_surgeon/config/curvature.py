@@ -1,4 +1,4 @@
-"""Which curvature of the loss a method uses: a union by `kind`."""
+"""The section of a job spec on the curvature of the loss: a union by `kind`."""
 
 from __future__ import annotations
 
@@ -16,9 +16,11 @@ class DampingSection(Section):
     """Damping of the two factors, relative to the mean of their diagonals."""
 
     a: float = Field(0.01, ge=0, le=10)
-    """Damping of A, the inputs' second moment"""
+    """Damping of A, the second moment of the inputs"""
     g: float = Field(0.1, ge=0, le=10)
-    """Damping of G, the output gradients' second moment, estimated badly from few tokens"""
+    """Damping of G, the second moment of the output gradients; larger, because few tokens estimate
+    G poorly
+    """
 
 
 class _Curvature(Section):
@@ -52,19 +54,19 @@ class _Curvature(Section):
             num_sequences: sequences of the calibration.
 
         Returns:
-            The seed, or None if the labels are the data's or not needed.
+            The seed, or None if the labels come from the data or are not needed.
         """
         return None
 
 
 class _Damped(_Curvature):
     damping: OrAuto[DampingSection] = DampingSection()
-    """Damping of A and G. auto: in every shot, that with which the removal of a part of some
-    linears costs least by factors of the windows held aside
+    """Damping of A and G. auto: chosen in every shot: the damping with the least cost of removing a
+    part of some linears, measured with factors of the windows held aside
     """
     max_damping: float = Field(1.0, gt=0, le=10)
-    """A factor that is not positive definite gets ten times the damping, up to this; then the run
-    fails
+    """Maximum damping: the damping of a factor that is not positive definite is raised tenfold up
+    to this; beyond it the run fails
     """
 
     @property
@@ -108,7 +110,7 @@ class _Fisher(_Damped):
             num_sequences: sequences of the calibration, each of which has a seed.
 
         Returns:
-            The seed, or None if the labels are the data's.
+            The seed, or None if the labels come from the data.
         """
         if self.fisher == "empirical":
             return None
@@ -125,14 +127,14 @@ class _Fisher(_Damped):
 
 
 class KfacSection(_Fisher):
-    """KFAC: A and G, as if activations and gradients were independent."""
+    """KFAC: A and G, with activations and gradients treated as independent."""
 
     kind: Literal["kfac"] = "kfac"
-    """A and G of every linear, gathered anew in every shot"""
+    """A and G of every linear, collected again in every shot"""
     num_backward: Positive | None = None
-    """How many calibration sequences also pass backward and give G; they are drawn once. null: all.
-    All sequences give A. A pass without gradients takes less than half the time. Groups need few
-    sequences with gradients, because their columns are updated by A alone
+    """Number of calibration sequences with a backward pass, which give G; they are drawn once.
+    null: all. All sequences give A. A pass without gradients takes less than half the time. Groups
+    need few sequences with gradients, because the update of their columns uses only A
     """
 
 
@@ -147,8 +149,8 @@ class ExtendedKfacSection(_Fisher):
     kind: Literal["extended_kfac"]
     """A sum of Kronecker products"""
     num_kronecker_terms: int = Field(2, ge=2, le=8)
-    """Kronecker products in the sum. Costs obd and updates full and conjugate_gradients use all of
-    them, costs obs and update single use the first two
+    """Number of Kronecker products in the sum. Costs obd and updates full and conjugate_gradients
+    use all of them; costs obs and update single use the first two
     """
     num_power_iterations: int = Field(4, ge=1, le=100)
     """Power iterations for each further term, updating A and G alternately; each one is a pass over
@@ -157,7 +159,7 @@ class ExtendedKfacSection(_Fisher):
 
 
 class ActivationsSection(_Damped):
-    """A alone, with G = I, from forward passes only."""
+    """Only A, from forward passes, with G = I."""
 
     gathers: ClassVar[Literal["both", "A"]] = "A"
 
@@ -175,7 +177,7 @@ class ActivationsSection(_Damped):
 
 
 class IdentitySection(_Curvature):
-    """A = G = I, which makes costs magnitudes, and needs no damping."""
+    """A = G = I: costs are magnitudes; no damping is needed."""
 
     gathers: ClassVar[Literal["both", "A"]] = "A"
 

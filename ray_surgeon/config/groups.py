@@ -28,23 +28,24 @@ MEASURED = {"divergence", "loss"}
 
 
 class DepthSection(Section):
-    """How layers are chosen, and what makes up for them."""
+    """Choice of the removed layers, and the update that compensates for them."""
 
     is_checked: ClassVar[bool] = True
 
     costs: LayerCosts = "divergence"
-    """What the removal of a layer costs on windows held aside: divergence, from the dense model
-    with the layer off, measured again after every removal; or a score of a baseline: loss, the same
-    of the loss (SLEB); influence, by which angle a block turns its hidden states (ShortGPT); last,
-    the last layers go first; random
+    """Cost of removing a layer, on windows held aside. divergence: from the dense model with the
+    layer off, measured again after every removal. Scores of baselines: loss: the loss with the
+    layer off, measured in the same way (SLEB); influence: the angle between hidden states before
+    and after a block (ShortGPT); last: the last layers first; random
     """
     num_removed: Positive | None = None
-    """How many layers go over all shots, where groups names narrower kinds, too, of which then as
-    many go as the target needs. null: where it names none, as many layers as the target needs
+    """Number of layers to remove over all shots. Required if groups also contains kinds that are
+    parts of layers; those then provide the rest of the target. null, if groups contains only
+    layers: as many layers as the target needs
     """
     update: bool = True
-    """Whether the linear before a removed layer learns to add what the layer added, as far as it is
-    linear in what this linear reads; undone where the windows held aside get worse by it
+    """Whether the linear before a removed layer learns the layer's contribution to the residual
+    stream, as a linear function of its own inputs; undone if the windows held aside get worse
     """
 
 
@@ -54,12 +55,12 @@ class ReconstructionSection(Section):
     is_checked: ClassVar[bool] = True
 
     learning_rate: float | None = Field(None, gt=0, le=1)
-    """Adam's largest rate, in units of the root mean square of each weight; it rises shortly, then
-    falls linearly to zero. null: three rates are tried on two layers, and the best one on the
-    windows held aside is taken
+    """Adam's largest learning rate, relative to the root mean square of each weight; after a short
+    warm-up it falls linearly to zero. null: the best of three rates on the windows held aside,
+    tried on two layers
     """
     tokens_per_step: Positive = 512
-    """Calibration tokens of one step, at most all"""
+    """Calibration tokens per step; limited by the number of all tokens"""
     num_epochs: Positive = 2
     """Passes over the calibration tokens"""
     seed: int = Field(0, ge=0)
@@ -91,45 +92,45 @@ def _default_groups(section: Mapping[str, Any]) -> tuple[GroupKind, ...]:
 
 
 class CoupledSection(FamilySection):
-    """Fields of both ways to allocate coupled groups."""
+    """Fields of both allocations of coupled groups."""
 
     uniform: ClassVar[bool] = False  # whether every block gets the same widths
 
     groups: tuple[GroupKind, ...] = Field(default_factory=_default_groups, min_length=1)
-    """Kinds of groups; ffn and attention if not given, ffn alone where target is a speed: ffn,
-    channels of feed-forward layers; attention, KV groups with their query heads; in mixtures of
-    experts also shared_experts, their channels; expert_channels, those of every expert; experts,
-    whole ones. Whole layers: blocks; attention_layers and ffn_layers, their parts, which leave
-    blocks that differ. A kind that the model does not have is refused: attention of OLMoE and
-    DeepSeek-V3, ffn where every block has experts. With allocation uniform, attention takes nothing
-    from OPT, GPT-2, Qwen2-MoE and a Phi-3 with longrope, whose classes hold no fewer heads, and
-    from models of one KV head
+    """Kinds of groups. ffn: channels of feed-forward layers; attention: KV groups with their query
+    heads; in mixtures of experts also shared_experts: channels of the shared experts;
+    expert_channels: channels of every expert; experts: whole experts. Whole layers: blocks; or
+    attention_layers and ffn_layers, parts of blocks, after which blocks differ. If not given: ffn
+    and attention, or ffn alone if target is a speed. A kind that the model does not have is
+    refused: attention for OLMoE and DeepSeek-V3, ffn if every block has experts. With allocation
+    uniform, attention prunes nothing in OPT, GPT-2, Qwen2-MoE and a Phi-3 with longrope, because
+    their classes support no smaller number of heads, or in models with one KV head
     """
     depth: DepthSection | None = None
-    """How layers are removed, before the channels and heads of the same shot, where groups names
-    blocks, attention_layers or ffn_layers; null: by the defaults
+    """Removal of whole layers, before the channels and heads of the same shot, if groups contains
+    blocks, attention_layers or ffn_layers; null: the defaults
     """
     reconstruction: ReconstructionSection | None = None
-    """In every shot, after the update: train every feed-forward layer that lost channels to
-    reproduce its earlier outputs. Workers keep its inputs until then. null: no reconstruction
+    """In every shot, after the update: train every narrowed feed-forward layer to reproduce its
+    earlier outputs. Workers keep its inputs until then. null: no reconstruction
     """
     structure: Literal["groups"]
     """Coupled groups"""
     method: Literal["llm_surgeon"] = "llm_surgeon"
     """The LLM Surgeon: costs from the curvature, and updates"""
     expert_costs: ExpertCosts = "rerouting"
-    """What a whole expert costs: rerouting, the loss increase that gradients predict if its tokens
-    go to the next ones; or a score of a baseline, which has no such unit: reap, weight times norm
-    of its output; frequency, its share of tokens; random
+    """Cost of a whole expert. rerouting: the loss increase predicted from gradients if its tokens
+    go to the next experts. Scores of baselines, in other units: reap: router weight times norm of
+    the output; frequency: share of the tokens; random
     """
     tensor_parallel: Positive = 1
-    """Number of devices over which an engine will split every layer; remaining heads and channels
-    can be split so
+    """Number of devices over which an engine will split every layer; the remaining heads and
+    channels can be split over them
     """
     width_multiple: Positive | None = None
-    """At the end, the number of channels of every feed-forward layer and expert is a multiple of
-    this, or the original number. Without effect where groups names no channels. null: for every
-    device of tensor_parallel 64; 128 if output.quantize is set
+    """The final number of channels of every feed-forward layer and expert is a multiple of this, or
+    the original number. Has no effect if groups contains no channels. null: 64 per device of
+    tensor_parallel; 128 if output.quantize is set
     """
     target_sparsity: float | None = Field(None, gt=0, lt=1)
     """Fraction of the parameters of the blocks' linears to remove, biases included"""
@@ -169,7 +170,7 @@ class CoupledSection(FamilySection):
 
     @property
     def multiple(self) -> int:
-        """The number of which final widths are multiples."""
+        """The divisor of all final widths."""
         return self.width_multiple or 64 * self.tensor_parallel
 
     def shrinking(self, fewest: Mapping[str, int]) -> WidthLimits:
@@ -200,15 +201,16 @@ class CoupledSection(FamilySection):
         return dense * (1 - self.through(ends)[shot - 1])
 
     def check_target(self, least: float, dense: float, unit: str) -> None:
-        """Refuse a target that cannot be reached, or that the dense model meets already.
+        """Raise if a target cannot be reached, or if the dense model already meets it.
 
         Args:
-            least: need of the model after everything that may be removed is removed.
+            least: need of the smallest allowed model.
             dense: need of the dense model.
             unit: unit of both.
 
         Raises:
-            OutOfReachError: the target is out of reach; the message says what is possible.
+            OutOfReachError: the target is out of reach; the message gives the smallest possible
+                value.
         """
         if self.target is None:
             assert self.last_sparsity is not None
@@ -250,7 +252,7 @@ class CoupledSection(FamilySection):
         if "experts" in self.groups and kind == "identity":
             return ConfigError(
                 field="curvature.kind",
-                found="identity looks at no text, which says what whole experts cost",
+                found="identity looks at no text, but costs of whole experts need one",
                 remedy="use kfac",
             )
         needs_gradients = "experts" in self.groups and self.expert_costs == "rerouting"
@@ -341,7 +343,7 @@ class CoupledSection(FamilySection):
         if depth.costs == "influence" and self.layer_kinds != ("blocks",):
             yield ConfigError(
                 field="depth.costs",
-                found="influence is of blocks",
+                found="influence is defined for blocks only",
                 remedy="set groups to [blocks], or use divergence",
             )
 
@@ -371,14 +373,14 @@ class CoupledSection(FamilySection):
 
 
 class GroupsSection(CoupledSection):
-    """Coupled groups, as many from each block as one threshold over the model says."""
+    """Coupled groups, selected from all blocks by one threshold over the model."""
 
     allocation: Literal["global"] = "global"
     """One threshold over the model; widths differ from block to block"""
 
 
 class UniformGroupsSection(CoupledSection):
-    """Coupled groups, the same number from each block.
+    """Coupled groups, the same number from every block.
 
     Plain model classes can hold the result.
     """
@@ -392,7 +394,7 @@ class UniformGroupsSection(CoupledSection):
 def problems_of_mixture(
     layout: ModelLayout, pruning: ScheduleSection, curvature: AnyCurvature | None
 ) -> Iterator[ConfigError]:
-    """Yield conflicts between a job and a mixture of experts; nothing for other models."""
+    """Yield conflicts between a job and a mixture of experts; none for other models."""
     if not layout.is_mixture:
         return
     if curvature is not None and curvature.sequences_backward is not None:

@@ -1,4 +1,4 @@
-"""The job spec: what a user asks for, checked before anything starts."""
+"""The job spec: the user's settings, validated before anything starts."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from ray_surgeon.errors import ConfigError
 
 HELD_SHARE = 0.1
 MOST_HELD = 6
-"""Share of the calibration's windows that are held aside for stages, and how many at most.
+"""Default share and maximum number of the calibration windows held aside.
 
-A difference between two states of one model shows on few windows; the others are better used.
+Few windows suffice to compare two states of one model; the others are better used for fitting.
 """
 
 
@@ -40,45 +40,43 @@ class JobSpec(Section):
     version: Literal[2]
     """Version of this format"""
     preset: PresetName | None = None
-    """Settings of text and method that fit together; what the spec itself says goes before them.
-    fast: few windows and no recovery; balanced: more windows, and a short recovery; quality: many
-    windows, and a longer recovery. None of them has a number of one model: learning rates and
-    damping are chosen in the run by windows held aside
+    """Matching settings of text and method; fields of the spec override them. fast: few windows and
+    no recovery; balanced: more windows and a short recovery; quality: many windows and a longer
+    recovery. No preset contains values tuned to one model: learning rates and damping are chosen
+    during the run on windows held aside
     """
     name: str = Field(pattern="^[a-z0-9][a-z0-9.-]*$", max_length=63)
     """Name of the run: lower case, digits, dots, dashes"""
     model: sections.ModelSection
     """The model to prune"""
     calibration: CalibrationSection
-    """The text whose loss the method keeps low. If not given: source auto, a mix that suits the
-    model
-    """
+    """The calibration text. If not given: source auto, a mix suitable for the model"""
     evaluation: EvaluationSection
-    """What the model is measured on: a list of texts, or texts, generation and tasks. If not given:
-    the test parts of Python's help and docstrings
+    """Evaluation of the model: a list of texts, or texts, generation and tasks. If not given: the
+    test parts of Python's help and docstrings
     """
     pruning: PruningSection | None
-    """What is removed and how much; null: nothing, and recovery has a teacher, or the model is
-    quantised or written as GGUF as it is
+    """Structures to remove, and the amount; null: nothing is removed; then recovery needs a
+    teacher, or the unpruned model is quantised or written as GGUF
     """
     curvature: CurvatureSection | None = Field(default_factory=_default_curvature)
-    """Curvature of the loss; kfac if not given. sparsegpt, wanda and no pruning have none"""
+    """Curvature of the loss; kfac if not given; none for sparsegpt, wanda and without pruning"""
     recovery: RecoverySection | None = None
     """Training after pruning; null: none"""
     memory: sections.MemorySection = sections.MemorySection()
-    """Where workers keep what they do not use at the moment; may differ on --resume"""
+    """Placement of weights and factors on the workers; may differ on --resume"""
     cluster: sections.ClusterSection = sections.RaySection()
-    """Workers and where they run"""
+    """Workers and their resources"""
     output: sections.OutputSection
     """Where results go"""
 
     @model_validator(mode="before")
     @classmethod
     def _filled(cls, document: Any) -> Any:
-        """Put the preset's settings under the spec's own.
+        """Complete the spec with the preset's settings.
 
-        Widths that it does not give are those that the engines of the exports take whole; a
-        teacher's dtype that it does not give is the model's.
+        The default of width_multiple suits the engines of the exports; the default of a teacher's
+        dtype is that of the model.
         """
         if not isinstance(document, dict):
             return document
@@ -121,7 +119,7 @@ class JobSpec(Section):
             if self.recovery is not None:
                 yield ConfigError(
                     field="recovery",
-                    found="trains what was pruned",
+                    found="needs a pruned model or a teacher",
                     remedy="add recovery.teacher, or remove it",
                 )
             elif not self.output.for_engines:
@@ -237,7 +235,7 @@ class JobSpec(Section):
             )
 
     def check_borders(self) -> None:
-        """Refuse evaluation texts that the calibration cuts at another place.
+        """Raise if the calibration cuts an evaluation text at another place.
 
         See `CalibrationSection.check_border`.
         """
@@ -251,14 +249,14 @@ class JobSpec(Section):
 
     @property
     def schedule(self) -> ScheduleSection:
-        """Shots, and what they remove."""
+        """The schedule of the pruning."""
         return NO_PRUNING if self.pruning is None else self.pruning
 
     @property
     def num_held(self) -> int:
-        """Windows of the calibration that are held aside.
+        """Number of calibration windows held aside.
 
-        A tenth, at most six, where stages measure themselves on them.
+        By default a tenth, at most six, if a stage is measured on them.
         """
         share = self.calibration.held_aside
         num_sequences = self.calibration.num_sequences
@@ -279,12 +277,12 @@ class JobSpec(Section):
         return min(wanted, num_sequences - num_replicas)
 
     def method_fingerprint(self) -> str:
-        """Return a SHA-256 over everything that determines the result.
+        """Return a SHA-256 over all fields that determine the result.
 
-        Left out are the name, the texts evaluated, the output, and what runs where.
+        It excludes the name, the evaluation, the output, the cluster and the memory.
 
-        Where the model lies does not count either; its content has a fingerprint of its own. Nor
-        does how often a recovery commits.
+        It also excludes the model's source, because its content has a separate fingerprint, and the
+        interval between commits of a recovery.
         """
         free = dict.fromkeys(
             ("name", "preset", "cluster", "memory", "evaluation", "output"), True

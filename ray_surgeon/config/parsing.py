@@ -1,4 +1,4 @@
-"""Job specs as text: YAML, overrides, and messages about their errors."""
+"""Job specs as text: YAML, overrides, and error messages."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from ray_surgeon.config.job import JobSpec
 from ray_surgeon.errors import ConfigError
 
 _YAML_ERRORS = (yaml.YAMLError, RecursionError, ValueError, LookupError, AttributeError)
-"""Errors of PyYAML, and those of its constructors on values that do not fit their tags."""
+"""Errors of PyYAML, and of its constructors for values that do not match their tags."""
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML's safe loader, but a repeated key is an error, as otherwise the last one would win."""
+    """YAML's safe loader with an error for a repeated key, of which YAML would use the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> Any:
         """Return a mapping."""
@@ -39,11 +39,11 @@ def parse_spec(text: str, overrides: Sequence[str] = ()) -> JobSpec:
 
     Args:
         text: YAML or JSON.
-        overrides: ``section.field=value`` each, the value being YAML; list items by number, e.g.
+        overrides: each ``section.field=value`` with a YAML value; list items by number, e.g.
             ``evaluation.0.num_sequences=8``.
 
     Raises:
-        ValueError: it is not YAML, or an override is malformed.
+        ValueError: the text is not YAML, or an override is malformed.
         pydantic.ValidationError: a field is wrong.
     """
     with refusing(

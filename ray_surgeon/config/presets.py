@@ -1,7 +1,7 @@
-"""Presets: defaults of text and method that fit together, for fields that a spec leaves out.
+"""Presets: matching defaults of text and method for the fields that a spec omits.
 
-A preset has no number that belongs to one model. Learning rates and damping are chosen in the run,
-by windows held aside.
+A preset contains no values tuned to one model. Learning rates and damping are chosen during the run
+on windows held aside.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ PresetName = Literal["fast", "balanced", "quality"]
 
 _FILE = Path(__file__).with_name("presets.yaml")
 PRESETS: dict[str, dict[str, Any]]
-"""Preset -> the sections that it sets.
+"""Preset -> its sections.
 
-`reconstruction` is a part of `pruning` of coupled groups.
+`reconstruction` belongs to `pruning` of coupled groups.
 """
 _TAKEN: dict[str, dict[str, list[str]]]
-"""Setting -> the jobs that it applies to."""
+"""Setting -> the jobs to which it applies."""
 _TEXTS: list[dict[str, Any]]
-"""Evaluation texts of a run that names none."""
+"""Evaluation texts of a run without its own."""
 PRESETS, _TAKEN, _TEXTS = yaml.safe_load_all(_FILE.read_text(encoding="utf-8"))
 
 
@@ -31,7 +31,7 @@ def with_preset(document: Mapping[str, Any]) -> dict[str, Any]:
     """Return a job spec's document, completed by its preset and by default evaluation texts.
 
     Args:
-        document: a mapping of sections, which are not validated yet.
+        document: a mapping of sections, not validated yet.
     """
     filled = dict(document)
     preset = PRESETS.get(str(document.get("preset")))
@@ -93,7 +93,7 @@ def _mapping(section: Any) -> Mapping[str, Any]:
 
 
 def _under(document: dict[str, Any], name: str, settings: Mapping[str, Any]) -> None:
-    """Add settings that a section does not have; a section that is null stays null."""
+    """Add the missing settings of a section; a section that is null stays null."""
     section = document.get(name, {})
     if isinstance(section, Mapping):
         document[name] = {**settings, **section}

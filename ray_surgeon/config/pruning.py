@@ -22,27 +22,27 @@ if TYPE_CHECKING:
 class RowsColumnsSection(SparsitySection):
     """Rows and columns of every linear.
 
-    What they leave are zeros: the tensors keep their shapes.
+    Pruned entries become zeros: the tensors keep their shapes.
     """
 
     structure: Literal["rows_columns", "rows", "columns"] = "rows_columns"
-    """What may be pruned"""
+    """Structures to prune"""
     method: Literal["llm_surgeon"] = "llm_surgeon"
     """One global threshold on costs, and updates"""
     costs: Literal["greedy", "obs", "obd"] | None = None
-    """Predicted loss increase of a removal. greedy: after all cheaper removals of its linear, with
-    the optimal update of the others; obs: on its own, with that update; obd: without an update. If
-    not given: greedy, or obs with extended_kfac
+    """Predicted loss increase of a removal. greedy: after all cheaper removals in its linear, with
+    the optimal update of the remaining weights; obs: alone, with that update; obd: alone, without
+    an update. If not given: greedy, or obs with extended_kfac
     """
     rank_by: Literal["cost", "cost_per_parameter"] = "cost_per_parameter"
-    """What the global threshold compares: a cost, or a cost per parameter removed"""
+    """Quantity compared by the global threshold: the cost, or the cost per removed parameter"""
     update: Literal["full", "single", "none"] = "full"
-    """Updates of the kept weights. full: one for all removals together; single: one for each as if
-    it were alone; none
+    """Update of the kept weights. full: one update for all removals together; single: one update
+    for each removal alone; none: no update
     """
 
     def problem_with(self, curvature: AnyCurvature) -> ConfigError | None:
-        """Return why this section and a curvature do not go together; see `ScheduleSection`."""
+        """Return the conflict between this section and a curvature, if there is one."""
         if self.costs == "greedy" and not curvature.has_greedy_paths:
             return ConfigError(
                 field="pruning.costs",
@@ -53,18 +53,18 @@ class RowsColumnsSection(SparsitySection):
 
 
 class UpdateSection(Section):
-    """How the kept elements make up for the pruned ones; see `maths.conjugate.ElementUpdate`."""
+    """Update of the kept elements; see `maths.conjugate.ElementUpdate`."""
 
     solver: Literal["conjugate_gradients", "single", "none"] = "conjugate_gradients"
-    """conjugate_gradients: for all removals at once, by preconditioned conjugate gradients, which
-    the other fields are of; single: for each as if it were alone; none: no update (OBD)
+    """conjugate_gradients: one update for all removals, by preconditioned conjugate gradients, to
+    which the other fields apply; single: one update for each removal alone; none: no update (OBD)
     """
     precision: Literal["bfloat16", "float32"] = "bfloat16"
-    """dtype of the products; bfloat16 is faster where the hardware has it"""
+    """dtype of the products; bfloat16 is faster on hardware with bfloat16 instructions"""
     num_iterations: Positive = 16
-    """Iterations, at most"""
+    """Maximum number of iterations"""
     tolerance: float = Field(1e-3, ge=0, lt=1)
-    """Relative residual at which they stop"""
+    """Relative residual at which the iterations stop"""
 
 
 class PatternSection(SparsitySection):
@@ -72,9 +72,9 @@ class PatternSection(SparsitySection):
 
     method: str
     structure: Literal["element", "n_m"]
-    """Single elements, or N:M groups: of every M consecutive inputs of a row, N stay"""
+    """Single elements, or N:M groups: N of every M consecutive inputs of a row are kept"""
     n_m: tuple[Positive, Positive] | None = None
-    """[N, M] of structure n_m: N of M consecutive inputs of a row stay; [2, 4] if not given"""
+    """[N, M] of structure n_m: N of M consecutive inputs of a row are kept; [2, 4] if not given"""
     # by how much a target may be above what a pattern removes
     tolerated: ClassVar[float] = 0.0
 
@@ -93,13 +93,13 @@ class PatternSection(SparsitySection):
         return 1 - self.units.n / self.units.m
 
     def reach(self, layout: ModelLayout) -> float:
-        """Return the largest target that a model's shapes allow; biases count and stay."""
+        """Return the largest possible target; biases count but are never removed."""
         weights = sum(s.num_rows * (s.num_columns - s.has_bias) for s in layout.linears)
         share = self.units.num_removed / self.units.m
         return weights * share / layout.linear_size + thresholds.SHORT
 
     def problems(self) -> Iterator[ConfigError]:
-        """Yield why a pattern is impossible, or cannot reach the target."""
+        """Yield conflicts between the pattern and the target, and impossible patterns."""
         n = self.units.n
         m = self.units.m
         if self.structure == "element" and self.n_m is not None:
@@ -129,12 +129,12 @@ class ElementsSection(PatternSection):
     method: Literal["llm_surgeon"] = "llm_surgeon"
     """One global threshold on costs, and updates"""
     costs: Literal["obs", "obs_sum", "obd"] = "obs"
-    """Predicted loss increase of a removal. obs: with the optimal update of the others, of an N:M
-    group the exact joint cost of its best pattern; obs_sum: of an N:M group the sum of its smallest
-    single costs, as in the paper; obd: without updates, of an N:M group likewise a sum
+    """Predicted loss increase of a removal. obs: with the optimal update of the remaining weights;
+    for an N:M group, the exact joint cost of its best pattern; obs_sum: for an N:M group, the sum
+    of its smallest single costs, as in the paper; obd: without updates; for an N:M group also a sum
     """
     update: UpdateSection = UpdateSection()
-    """How the kept weights make up for the pruned ones"""
+    """Update of the kept weights"""
 
     def problems(self) -> Iterator[ConfigError]:
         """Yield conflicts between fields."""
@@ -160,11 +160,11 @@ class _Layerwise(PatternSection):
 
     @property
     def takes_curvature(self) -> bool:
-        """A is gathered block after block."""
+        """False: A is collected block by block during pruning."""
         return False
 
     def reach(self, layout: ModelLayout) -> float:
-        """Return the sparsity that the narrowest linear allows; a pattern sets its own target."""
+        """Return the largest sparsity possible in every linear; 1 for a fixed pattern."""
         widths = [(s.num_columns - s.has_bias) / s.num_columns for s in layout.linears]
         return min(widths) if self.structure == "element" else 1.0
 
@@ -191,8 +191,8 @@ class SparseGPTSection(_Layerwise):
     damping: float = Field(0.01, ge=0, le=10)
     """Damping of A, relative to the mean of its diagonal"""
     max_damping: float = Field(1.0, gt=0, le=10)
-    """A factor that is not positive definite gets ten times the damping, up to this; then the run
-    fails
+    """Maximum damping: the damping of a factor that is not positive definite is raised tenfold up
+    to this; beyond it the run fails
     """
 
     def problems(self) -> Iterator[ConfigError]:

@@ -20,47 +20,47 @@ _Rank = Annotated[
 class RecoverySection(Section):
     """Training after pruning, towards the dense model.
 
-    Low-rank corrections beside every linear are the smallest setting; they are absorbed.
+    By default, low-rank corrections of all linears are trained and then absorbed.
     """
 
     rank: _Rank = 32
-    """What is trained: a product B A of this rank beside every linear, which is absorbed; or all
-    weights of the blocks, which stay on the device. Embeddings, the last norm and the head stay as
-    they are, so that tied ones stay tied and the dense model's head is the pruned one's, too
+    """Rank of the trained product B A of every linear, which is absorbed at the end; or `all`: all
+    weights of the blocks are trained, which stay on the device. Embeddings, the last norm and the
+    head do not change, so that tied weights stay tied and both models have the same head
     """
     num_tokens: Positive = 65_536
-    """Tokens of the training after the last shot, or of each size, rounded up to whole steps"""
+    """Number of training tokens after the last shot, or of each size, rounded up to whole steps"""
     num_tokens_between_shots: int = Field(0, ge=0)
-    """Likewise after every other shot, as in the paper"""
+    """Number of training tokens after every other shot, as in the paper"""
     texts: tuple[StreamedSection, ...] = ()
-    """Texts of the training, read while it goes on; none: the calibration's windows, again and
-    again. The dense model sees them beside the pruned one
+    """Texts of the training, read while it runs. The dense model processes them too. If empty: the
+    calibration windows, repeatedly
     """
     teacher: ModelSection | None = None
-    """The model to train towards, of the same vocabulary, where pruning is null; null: the dense
+    """The model to train towards, with the same vocabulary, if pruning is null; null: the dense
     model of this job
     """
     loss: Literal["kl", "cross_entropy"] = "kl"
-    """What is lowered on the text: the divergence from the dense model (kl), which recovers what
-    pruning took, or the loss (cross_entropy), which also teaches the text
+    """Loss of the training: the divergence from the dense model (kl), which restores lost
+    abilities, or the cross-entropy of the text (cross_entropy), which also teaches the text
     """
     learning_rate: float | None = Field(None, gt=0, le=1)
-    """Largest learning rate of Adam, relative to the root mean square of each weight; it rises
-    shortly, then falls to zero. null: the highest of three whose first steps do no harm on the
-    windows held aside; it is halved where they get worse later
+    """Adam's largest learning rate, relative to the root mean square of each weight; after a short
+    warm-up it falls linearly to zero. null: the highest of three rates with harmless first steps on
+    the windows held aside; it is halved if these get worse later
     """
     sequences_per_step: Positive = 2
-    """Sequences of one step"""
+    """Number of sequences per step"""
     commit_minutes: float = Field(30.0, gt=0)
-    """Minutes between two commits of the training's state, from which a run goes on; may differ
-    when it does
+    """Minutes between two commits of the training's state, from which a run resumes; may differ on
+    --resume
     """
     seed: int = Field(0, ge=0)
-    """Seed of A at the start, and of the order of the sequences"""
+    """Seed of the initial A, and of the order of the sequences"""
 
     @property
     def has_teacher(self) -> bool:
-        """Whether the dense model is beside the pruned one while it is trained."""
+        """Whether the dense model is loaded during the training of the pruned one."""
         return bool(self.texts) and self.loss == "kl"
 
     @property
@@ -70,10 +70,10 @@ class RecoverySection(Section):
 
     @property
     def trains_all(self) -> bool:
-        """Whether all weights are trained, not low-rank corrections."""
+        """Whether all weights are trained, instead of low-rank corrections."""
         return self.rank == "all"
 
     def num_steps(self, sequence_length: int, *, ends: bool = True) -> int:
-        """Return how many steps are made after a shot, which ends at a size asked for or not."""
+        """Return the number of steps after a shot, with `ends` if it reaches a requested size."""
         num_tokens = self.num_tokens if ends else self.num_tokens_between_shots
         return -(-num_tokens // (self.sequences_per_step * sequence_length))

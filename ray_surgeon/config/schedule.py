@@ -14,24 +14,24 @@ from ray_surgeon.errors import ConfigError
 
 
 class SpeedSection(Section):
-    """A request that is timed: a batch of prompts (prefill), then new tokens (decode)."""
+    """A timed request: a batch of prompts (prefill), then new tokens (decode)."""
 
     batch_size: Positive = 1
-    """Prompts at once"""
+    """Number of prompts in a batch"""
     prompt_length: int = Field(512, gt=1)
     """Tokens of each prompt"""
     num_new_tokens: int = Field(32, gt=1)
-    """Tokens to generate after it"""
+    """Number of tokens to generate after each prompt"""
     num_repeats: Positive = 5
-    """Measurements of each model, taken in turns"""
+    """Number of measurements per model; the models alternate"""
     num_threads: Positive = 1
-    """torch threads, on the CPU"""
+    """Number of torch threads on a CPU"""
 
 
 class _Target(Section):
     @property
     def unit(self) -> str:
-        """The limited quantity, which is the name of a field."""
+        """The name of the field of the limited quantity."""
         return next(unit for unit in UNITS if hasattr(self, unit))
 
     @property
@@ -50,7 +50,7 @@ class _Target(Section):
         return type(self).model_validate(fields)
 
     def allowed(self, dense: float) -> float:
-        """Return the most that the whole model may need in the end.
+        """Return the maximum for the final model, in the unit of the budget.
 
         Args:
             dense: need of the dense model, in the unit of the budget, e.g. seconds.
@@ -58,7 +58,7 @@ class _Target(Section):
         return self.value
 
     def named(self, need: float, dense: float) -> str:
-        """Return a model's need in the target's unit as text, empty if the unit is the same."""
+        """Return a model's need in the target's unit; empty if the budget has this unit."""
         return ""
 
 
@@ -66,32 +66,33 @@ class ParametersTarget(_Target):
     """Parameters of the whole model."""
 
     parameters: Positive
-    """Parameters of the whole model, embeddings included, tied ones once"""
+    """Maximum number of parameters of the whole model, including embeddings; tied ones count once
+    """
 
 
 class BytesTarget(_Target):
     """Bytes of the weights."""
 
     bytes: Positive
-    """Bytes of the weights of the whole model, in the dtype of the job"""
+    """Maximum size of the weights of the whole model in bytes, in the dtype of the job"""
 
 
 class FlopsTarget(_Target):
-    """Floating-point operations of a token."""
+    """Floating-point operations per token."""
 
     flops: Positive
-    """Floating-point operations per token of a prompt, on average over the prompt"""
+    """Maximum number of floating-point operations per token, averaged over a prompt"""
     prompt_length: int = Field(512, gt=1)
-    """Tokens of that prompt"""
+    """Number of tokens in the prompt"""
 
 
 class TimedTarget(_Target):
-    """Seconds of a request: the sum of the times of all blocks and of what is outside."""
+    """Seconds of a request: the sum of the times of all blocks and of the rest of the model."""
 
     table: Location
-    """A file of the seconds that blocks take in the engine that will serve (transformers, vLLM or
-    llama.cpp), for a request of its own: `python -m examples.engine_table MODEL TABLE --engine
-    transformers` in the repository measures one; a path or an fsspec URI
+    """File with the seconds per block in the serving engine (transformers, vLLM or llama.cpp) for
+    the table's own request, a path or an fsspec URI; `python -m examples.engine_table MODEL TABLE
+    --engine transformers` in the repository measures one
     """
 
     @model_validator(mode="before")
@@ -107,7 +108,7 @@ class TimedTarget(_Target):
 
     @property
     def of_decode(self) -> bool:
-        """Whether only the new tokens of the request count, not its prompt."""
+        """Whether only the new tokens of the request count, and not its prompt."""
         return isinstance(self, DecodeTarget)
 
 
@@ -115,14 +116,14 @@ class LatencyTarget(TimedTarget):
     """Seconds of a request."""
 
     latency_s: float = Field(gt=0)
-    """Seconds to answer a request"""
+    """Maximum number of seconds for a request"""
 
 
 class SpeedupTarget(TimedTarget):
     """Speed of a request."""
 
     speedup: float = Field(gt=1)
-    """How many times as fast as the dense model the model answers a request"""
+    """Ratio of the dense model's time for a request to the pruned model's"""
 
     def allowed(self, dense: float) -> float:
         """Return the seconds of a request."""
@@ -137,7 +138,7 @@ class DecodeTarget(TimedTarget):
     """Speed of new tokens."""
 
     decode_tokens_per_s: float = Field(gt=0)
-    """New tokens a second, after the prompt, of all prompts of a batch together"""
+    """New tokens per second after the prompt, summed over the prompts of a batch"""
 
     def allowed(self, dense: float) -> float:
         """Return the seconds of a new token."""
@@ -165,10 +166,10 @@ TargetSection = Annotated[
 
 
 class ScheduleSection(Section):
-    """Shots and how the removal is spread over them."""
+    """Shots and the distribution of the removal over them."""
 
     num_shots: int = Field(5, ge=1, le=1000)
-    """Shots, each with a curvature of its own, which remove (or save) the same amount"""
+    """Number of shots; each collects its own curvature and removes (or saves) the same amount"""
     sparsities: tuple[float, ...] | None = None
     """Sparsity at the end of every shot, in place of num_shots; the last one is target_sparsity"""
 
@@ -194,7 +195,7 @@ class ScheduleSection(Section):
 
     @property
     def checks_itself(self) -> bool:
-        """Whether the section of a stage says that it measures itself on windows held aside."""
+        """Whether a stage is measured on windows held aside."""
         sections = [part for part in vars(self).values() if isinstance(part, Section)]
         return any(section.is_checked for section in sections)
 
@@ -204,15 +205,15 @@ class ScheduleSection(Section):
 
     @property
     def targets(self) -> tuple[float, ...]:
-        """Sparsity at the end of every shot; empty if the target is no sparsity."""
+        """Sparsity at the end of every shot; empty if the target is not a sparsity."""
         if self.last_sparsity is None:
             return ()
         return self.fractions(self.last_sparsity)
 
     def removed_in(self, shot: int) -> float:
-        """Return an estimate of the fraction of the remaining parameters that a shot removes.
+        """Return the estimated fraction of the remaining parameters removed in a shot.
 
-        It assumes a final sparsity of 0.2 if the target is no sparsity.
+        It assumes a final sparsity of 0.2 if the target is not a sparsity.
         """
         last = 0.2 if self.last_sparsity is None else self.last_sparsity
         fractions = (0.0, *self.fractions(last))
@@ -266,7 +267,7 @@ class _NoPruning(ScheduleSection):
 
 
 NO_PRUNING = _NoPruning(num_shots=1)
-"""Used if `pruning` is null: one shot, which removes nothing."""
+"""Schedule for `pruning: null`: one shot without removals."""
 
 
 class SparsitySection(ScheduleSection):
@@ -277,15 +278,15 @@ class SparsitySection(ScheduleSection):
 
 
 class FamilySection(ScheduleSection):
-    """Shots that pass through several sizes of a model."""
+    """Shots of a family of sizes."""
 
     sizes: tuple[Annotated[float, Field(gt=0)], ...] | None = None
-    """A family of sizes from one run: sparsities that rise, in place of target_sparsity, or values
-    of the target's unit, of which the target is the last. Each takes num_shots shots from the one
-    before and the recovery of a last shot, and has exports of its own
+    """A family of sizes from one run: rising sparsities, in place of target_sparsity, or values in
+    the target's unit, ending at the target. Each size takes num_shots shots from the previous one
+    and a final recovery, and has its own exports
     """
     target: TargetSection | None = None
-    """In place of target_sparsity: what the whole model may need in the end"""
+    """In place of target_sparsity: maximum size or time of the final model"""
 
     @property
     def shots(self) -> int:
@@ -294,7 +295,7 @@ class FamilySection(ScheduleSection):
 
     @property
     def size_shots(self) -> tuple[int, ...]:
-        """Numbers of the shots that end at a size."""
+        """Numbers of the shots after which the model has one of the sizes."""
         first = super().shots
         return tuple(range(first, self.shots + 1, first))
 
@@ -317,7 +318,7 @@ class FamilySection(ScheduleSection):
         return self.through([last * (place + 1) / number for place in range(number)])
 
     def through(self, ends: Iterable[float]) -> tuple[float, ...]:
-        """Return the fraction removed at the end of every shot, given that at every size."""
+        """Return the fraction removed at the end of every shot, given those of the sizes."""
         fractions: list[float] = []
         for first, last in itertools.pairwise((0.0, *ends)):
             fractions.extend(self._spread(first, last))

