@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 
 def main() -> None:
-    """Round all linears to 4 bits with llm-compressor's defaults, columns by descending Hessian diagonal."""
+    """Round all linears to 4 bits with llm-compressor's defaults (activation ordering)."""
     request: dict[str, Any] = json.load(sys.stdin)
     windows = np.load(request["tokens"])
     model = AutoModelForCausalLM.from_pretrained(request["folder"], dtype="float32")
