@@ -30,7 +30,7 @@ from ray_surgeon.preparation.inputs import Inputs
 from ray_surgeon.preparation.stages import ExportStep, Stages
 from ray_surgeon.pruning.coupled_groups import Groups
 from ray_surgeon.pruning.method import Choice, Method, Ranking
-from ray_surgeon.pruning.methods import prune
+from ray_surgeon.pruning.methods import apply_choice
 from ray_surgeon.report.events import Event, ProgressReport, Steps
 from ray_surgeon.report.html_report import LivePage
 from ray_surgeon.report.record import RunReport
@@ -162,7 +162,7 @@ def prune_once(run: RunState, stages: Stages, method: Method) -> Method:
             method = stages.depth.remove_layers(run, method, facts)
     if stages.curvature is None:  # nothing is ranked, or block after block
         with run.steps("update", shot) as facts:
-            prune(run, method, None, Choice(None, {}), facts)
+            apply_choice(run, method, None, Choice(None, {}), facts)
     else:
         # the damping that is chosen is the shot's alone
         with run.steps("curvature", shot) as facts:
@@ -176,8 +176,9 @@ def prune_once(run: RunState, stages: Stages, method: Method) -> Method:
             run.record.update({"threshold": choice.threshold, **choice.record})
             facts.update(choice.facts)
         with run.steps("update", shot) as facts:
-            prune(run, ranking, scores, choice, facts)
+            apply_choice(run, ranking, scores, choice, facts)
     if stages.reconstruction is not None:
+        # the update has trained each layer, while its factors were there
         with run.steps("reconstruction", shot) as facts:
             stages.reconstruction.report(run, facts)
     return method

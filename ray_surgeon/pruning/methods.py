@@ -187,7 +187,7 @@ def _budget(layout: ModelLayout, pruning: CoupledSection, dtype: str) -> Budget:
     return budgets.linears_budget(layout)
 
 
-def prune(
+def apply_choice(
     run: RunState,
     method: Method,
     scores: Scores[Any] | None,
