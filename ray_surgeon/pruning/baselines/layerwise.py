@@ -1,7 +1,6 @@
 """SparseGPT and Wanda, as baselines: block after block to the same sparsity.
 
-The inputs of a block are the outputs of the pruned blocks before it. The method of jobs that prune
-nothing is here, too.
+The inputs of a block are the outputs of the pruned blocks before it.
 """
 
 from __future__ import annotations
