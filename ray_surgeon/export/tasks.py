@@ -15,8 +15,8 @@ import torch
 from ray_surgeon.config.base import refusing
 from ray_surgeon.config.evaluation import TasksSection
 from ray_surgeon.config.sections import ModelSection
+from ray_surgeon.distributed import fresh_process
 from ray_surgeon.distributed.cluster import Cluster
-from ray_surgeon.distributed.fresh_process import run_module
 from ray_surgeon.errors import ConfigError
 from ray_surgeon.export.folder import local_folder, run_beside
 from ray_surgeon.run_state import RunState
@@ -35,7 +35,9 @@ def check_tasks(options: TasksSection) -> None:
     """
     remedy = "pip install 'ray_surgeon[eval]', or correct the task definitions"
     with refusing("evaluation.tasks: the harness cannot be used", remedy, RuntimeError):
-        reply = run_module(__name__, {"options": options.model_dump(), "model": None})
+        reply = fresh_process.run_module(
+            __name__, {"options": options.model_dump(), "model": None}
+        )
     if reply["unknown"]:
         unknown = ", ".join(reply["unknown"])
         raise ConfigError(

@@ -62,7 +62,7 @@ def test_process_starts_in_a_removed_working_directory(
 def test_process_ends_with_its_parent(tmp_path: Path) -> None:
     where = tmp_path / "pid"
     request = {"path": str(where), "seconds": 100}
-    code = "from ray_surgeon.export.folder import run_module; "
+    code = "from ray_surgeon.distributed.fresh_process import run_module; "
     code += f"run_module('tests.distributed.sleeper', {request})"
     with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT) as parent:
         wait_for(lambda: where.exists() or parent.poll() is not None)
