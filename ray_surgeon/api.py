@@ -57,6 +57,7 @@ def prune(  # noqa: PLR0913  the sections of a job spec, by name
     model: str | os.PathLike[str] | Mapping[str, Any] | PreTrainedModel | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     *,
+    sparsity: float | None = None,
     spec: JobSpec | None = None,
     calibration: Mapping[str, Any] | None = None,
     pruning: Mapping[str, Any] | None = None,
@@ -68,31 +69,37 @@ def prune(  # noqa: PLR0913  the sections of a job spec, by name
     output: str | Mapping[str, Any] | None = None,
     name: str | None = None,
     preset: str | None = None,
+    time: str | float | None = None,
     resume: bool = False,
     progress: bool = True,
 ) -> PruneResult:
-    """Prune a model.
+    """Prune a model: ``prune("Qwen/Qwen3-8B", sparsity=0.2)``.
+
+    Whatever is not given is chosen for the model and this machine, as for a job spec of version 3.
 
     Args:
         model: a Hub id, a folder, an fsspec URI, the section of that name (source, dtype,
             revision), or a model in memory; not with `spec`.
         tokenizer: the tokenizer of a model in memory.
+        sparsity: fraction of the parameters of the blocks' linears to remove, short for
+            ``pruning={"target_sparsity": ...}``.
         spec: a complete job spec, in place of all other arguments but the last two.
         calibration: section of that name: source, num_sequences, sequence_length and more; a mix
             of texts that suits the model if not given.
-        pruning: section of that name: structure, target_sparsity and more. Needed without `spec`.
+        pruning: section of that name: structure, target_sparsity and more; if not given, channels
+            of feed-forward layers, or whole experts of a mixture, the same number in every block.
         curvature: section of that name; KFAC if not given.
-        recovery: section of that name; no training after pruning if not given.
+        recovery: section of that name; as long as there is time for if not given; none if null.
         evaluation: texts to measure on, generation and tasks; if not given, the test part of the
-            calibration text, or of Python's help and docstrings if the calibration is chosen by a
-            preset or the model writes it.
-        cluster: section of that name; in this process, on one CPU thread, unless it says otherwise:
-            ``{"cpus_per_worker": 16}``, ``{"gpus_per_worker": 1}``, ``{"backend": "ray"}``.
+            calibration text, or of Python's help and docstrings if there is none.
+        cluster: section of that name; in this process, on its GPU or all its CPUs, unless it says
+            otherwise: ``{"cpus_per_worker": 16}``, ``{"backend": "ray"}``.
         memory: section of that name; if not given, planned from the memory that the machines have.
         output: section of that name, or only its URI; if not given, below ``./runs``.
         name: of the run; if not given, made from the model's name.
-        preset: ``"fast"``, ``"balanced"`` or ``"quality"``: settings of text and method; settings
-            that are given here override them.
+        preset: ``"fast"`` (4 minutes), ``"balanced"`` (12 minutes, the default) or ``"quality"``
+            (an hour). Settings that are given here override what is chosen for it.
+        time: how long the job may take, as ``"30min"`` or in seconds, in place of a preset.
         resume: whether to continue a run after its last committed shot.
         progress: whether to show the progress of the run, in a terminal or a notebook.
 
@@ -109,6 +116,7 @@ def prune(  # noqa: PLR0913  the sections of a job spec, by name
     sections = {
         "name": name,
         "preset": preset,
+        "time": time,
         "calibration": calibration,
         "pruning": pruning,
         "curvature": curvature,
@@ -123,14 +131,14 @@ def prune(  # noqa: PLR0913  the sections of a job spec, by name
     if not (source is None or isinstance(source, str | Mapping)):
         source = causal_lm(source)
     if spec is None:
-        spec = spec_of(source, tokenizer, sections)
+        spec = spec_of(source, tokenizer, sections, sparsity)
     elif not isinstance(spec, JobSpec):
         raise ConfigError(
             field="spec",
             found=f"got a {type(spec).__name__}",
             remedy="give ray_surgeon.parse_spec(Path('spec.yaml').read_text())",
         )
-    elif model is not None or tokenizer is not None or sections:
+    elif model is not None or tokenizer is not None or sections or sparsity:
         raise ConfigError(
             field="spec",
             found="it says everything already",

@@ -1,13 +1,15 @@
-"""``python -m ray_surgeon.pipeline SPEC`` and ``ray-surgeon``: the command line.
+"""``python -m ray_surgeon.pipeline`` and ``ray-surgeon``: the command line.
 
 Exit codes: 0 done, 1 failed, 2 bad spec or input, weights that are not numbers included, 130
-interrupted. Until a job is run nothing large is imported, so help, the schema and submitting need
-no torch.
+interrupted. Nothing large is imported until a job runs, so help, the schema, submitting and
+mistyped files need no torch.
 """
 
 from __future__ import annotations
 
 import argparse
+import difflib
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +20,32 @@ from ray_surgeon.version import __version__
 
 SCHEMA = Path(__file__).parent / "config" / "schema.json"
 """The JSON Schema of the job spec, for editors, too; a test says how it is written anew."""
+_SPECS = (".yaml", ".yml", ".json")
+"""Suffixes of job specs; everything else is a model."""
+_EXAMPLES = {
+    "prune": """\
+examples:
+  {prog} Qwen/Qwen3-8B --sparsity 0.2
+  {prog} ./my-model --sparsity 0.3 --time 2h --output s3://bucket/runs/small
+  {prog} spec.yaml --set pruning.target_sparsity=0.25 --resume
+  {prog} Qwen/Qwen3-8B --sparsity 0.2 --print-spec > spec.yaml
+""",
+    "plan": """\
+examples:
+  {prog} Qwen/Qwen3-8B --sparsity 0.2
+  {prog} spec.yaml --device h100 --workers-per-machine 8
+  {prog} spec.yaml --kubernetes > rayjob.yaml
+""",
+    "recover": """\
+examples:
+  {prog} runs/small/export/uniform --teacher Qwen/Qwen3-8B
+""",
+}
+
+
+def is_spec(source: str) -> bool:
+    """Whether an argument names a job spec (a file, or - for standard input), not a model."""
+    return source == "-" or source.lower().endswith(_SPECS)
 
 
 def _bytes(text: str) -> float:
@@ -27,23 +55,61 @@ def _bytes(text: str) -> float:
     return float(TypeAdapter(ByteSize).validate_python(text))
 
 
-_OPTIONS: dict[str, dict[str, Any]] = {
-    "--dry-run": {
-        "action": "store_true",
-        "help": "check everything, print the plan, and stop",
-    },
-    "--resume": {
-        "action": "store_true",
-        "help": "go on after the run's last committed shot",
-    },
-    "--set": {"action": "append", "default": [], "metavar": "section.field=value"},
-    "--schema": {"action": "store_true", "help": "print the JSON Schema of the job spec"},
-}
-_OF_RECOVERY = {
-    "--teacher": "the model to train towards, of the same vocabulary",
-    "--output": "run directory; below ./runs if not given",
-}
-_DEVICE = "whose times are expected; if not given, h100 where workers have GPUs, else cpu"
+def _fraction(text: str) -> float:
+    """Return a fraction such as 0.2 or 20%."""
+    number = float(text.removesuffix("%"))
+    return number / 100 if text.endswith("%") else number
+
+
+def _new_parser(prog: str, command: str) -> argparse.ArgumentParser:
+    return argparse.ArgumentParser(
+        prog,
+        usage=f"{prog} MODEL|SPEC [options]",
+        description=_EXAMPLES[command].format(prog=prog),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
+def _add_job_options(parser: argparse.ArgumentParser, command: str) -> None:
+    add = parser.add_argument
+    add(
+        "source",
+        nargs="?",
+        metavar="MODEL|SPEC",
+        help="Hub id, folder, URI, pkg://PACKAGE/FILE.gguf; or a job spec, .yaml or .json; - "
+        "reads a spec from standard input",
+    )
+    if command == "recover":
+        add("--teacher", required=True, help="the model to train towards")
+    else:
+        text = "fraction of the blocks' parameters to remove, 0.2 or 20%%"
+        add("--sparsity", type=_fraction, metavar="S", help=text)
+    add("--output", metavar="URI", help="run directory; ./runs/NAME if not given")
+    add("--time", help="how long it may take, as 30min or 2h")
+    add(
+        "--preset",
+        choices=["fast", "balanced", "quality"],
+        help="4 minutes, 12 minutes (the default) or an hour",
+    )
+    text = "JSON lines with `prompt` or `messages`, to calibrate on your use"
+    add("--prompts", metavar="FILE", help=text)
+    add("--shards", type=int, metavar="N", help="workers that share the model's blocks")
+    add("--gpus", type=int, metavar="N", help="GPUs to use; all if not given")
+    add(
+        "--set",
+        action="append",
+        default=[],
+        metavar="FIELD=VALUE",
+        help="any field of the spec, see `ray-surgeon schema`",
+    )
+    add("--resume", action="store_true", help="go on after the last commit of the run")
+    text = "check everything, print the plan, and stop"
+    add("--dry-run", action="store_true", help=text)
+    text = "print the whole spec that this stands for, and stop"
+    add("--print-spec", action="store_true", help=text)
+    add("--schema", action="store_true", help=argparse.SUPPRESS)
+
+
 _SIZES: dict[str, tuple[Any, str, str]] = {
     "--device-memory": (
         _bytes,
@@ -58,50 +124,111 @@ _SIZES: dict[str, tuple[Any, str, str]] = {
         "that share its memory and disk, at most; 8 if not given",
     ),
 }
-"""Option -> type, example and help: what other machines have that a plan is made for."""
+"""Option -> type, example and help: resources of other machines, for their plan."""
+
+
+def _add_plan_options(parser: argparse.ArgumentParser, *, shown: bool) -> None:
+    """Add the options of a plan for other machines; a run refuses them."""
+    plans = parser.add_argument_group("a plan for other machines" if shown else None)
+    text = "its speed; h100 where workers have GPUs, else cpu"
+    plans.add_argument("--device", help=text if shown else argparse.SUPPRESS)
+    text = "print a RayJob of KubeRay for exactly this job; one worker a pod"
+    plans.add_argument(
+        "--kubernetes",
+        action="store_true",
+        default=None,
+        help=text if shown else argparse.SUPPRESS,
+    )
+    for option, (kind, example, text) in _SIZES.items():
+        text = text if shown else argparse.SUPPRESS
+        plans.add_argument(option, type=kind, metavar=example, help=text)
 
 
 def _arguments(argv: Sequence[str] | None, prog: str) -> argparse.Namespace:
     """Return the arguments of the command line; it ends with exit code 2 if they do not fit."""
-    recovers = prog.endswith(" recover")
-    parser = argparse.ArgumentParser(
-        prog, description="Prune a language model as a job spec says."
-    )
-    what = "the model to train" if recovers else "job spec: YAML or JSON"
-    parser.add_argument("spec", nargs="?", help=f"{what}, on any fsspec URI")
-    for option, text in _OF_RECOVERY.items() if recovers else ():
-        parser.add_argument(option, required=option == "--teacher", help=text)
-    for option, settings in _OPTIONS.items():
-        parser.add_argument(option, **settings)
-    plans = parser.add_argument_group(
-        "a plan for other machines", "ray-surgeon plan, or --dry-run"
-    )
-    plans.add_argument("--device", help=_DEVICE)
-    text = "print a RayJob of KubeRay for exactly this job; one worker a pod"
-    plans.add_argument("--kubernetes", action="store_true", default=None, help=text)
-    for option, (kind, example, text) in _SIZES.items():
-        plans.add_argument(option, type=kind, metavar=example, help=text)
+    command = prog.rpartition(" ")[2]
+    if command not in _EXAMPLES:
+        command = "prune"
+    parser = _new_parser(prog, command)
+    _add_job_options(parser, command)
+    _add_plan_options(parser, shown=command == "plan")
     arguments = parser.parse_args(argv)
-    if not arguments.schema and arguments.spec is None:
-        parser.error("a job spec is needed, for instance pipelines/quickstart.yaml")
+    if arguments.schema:
+        return arguments
+    problem = (
+        _problem_of_source(arguments, command)
+        or _problem_of_plan(arguments)
+        or _problem_of_time(arguments)
+    )
+    if problem:
+        parser.error(problem)
+    arguments.is_spec = is_spec(arguments.source)
+    return arguments
+
+
+def _problem_of_source(arguments: argparse.Namespace, command: str) -> str | None:
+    """Return what is wrong with the model or the spec, as far as it shows without reading it."""
+    source = arguments.source
+    if source is None:
+        return "name a model or a job spec, for instance pipelines/quickstart.yaml"
+    if is_spec(source):
+        return _problem_of_file(source)
+    path = Path(source).expanduser()
+    is_path = source.startswith((".", "/", "~")) or source.count("/") > 1
+    if "://" not in source and is_path and not path.exists():
+        return f"there is no folder {source}; a Hub id has the form NAME or OWNER/NAME"
+    if path.is_file():
+        return (
+            f"{source} is a file; give the folder of a model, or a spec that ends with "
+            f"{', '.join(_SPECS)}"
+        )
+    sets_target = any(text.startswith("pruning") for text in arguments.set)
+    if command != "recover" and arguments.sparsity is None and not sets_target:
+        return "say how much to remove, for instance --sparsity 0.2"
+    return None
+
+
+def _problem_of_file(source: str) -> str | None:
+    if source == "-" or "://" in source or Path(source).expanduser().is_file():
+        return None
+    folder = Path(source).expanduser().parent
+    names = os.listdir(folder) if folder.is_dir() else []
+    near = difflib.get_close_matches(Path(source).name, names, n=1)
+    problem = f"there is no file {source}"
+    if near:
+        problem += f"; do you mean {folder / near[0]}?"
+    return problem
+
+
+def _problem_of_plan(arguments: argparse.Namespace) -> str | None:
     options = ("--device", "--kubernetes", *_SIZES)
     named = [
         o for o in options if getattr(arguments, o[2:].replace("-", "_")) is not None
     ]
     if named and not arguments.dry_run:
-        problem = f"{', '.join(named)}: only for a plan (ray-surgeon plan, or --dry-run)"
-        parser.error(f"{problem}; a run asks its workers what they have")
+        return (
+            f"{', '.join(named)}: only for a plan (ray-surgeon plan, or --dry-run); a run asks "
+            "its workers what they have"
+        )
     if arguments.kubernetes and arguments.set:
-        parser.error("--set: pods have the file alone; write that into the job spec")
+        return "--set: pods have the file alone; write that into the job spec"
+    if arguments.kubernetes and not is_spec(arguments.source):
+        return "--kubernetes: pods need a file; make one with --print-spec"
     if arguments.device == "cpu" and arguments.device_memory is not None:
-        parser.error("--device-memory: a CPU has the machine's; give --host-memory")
-    return arguments
+        return "--device-memory: a CPU has the machine's; give --host-memory"
+    return None
+
+
+def _problem_of_time(arguments: argparse.Namespace) -> str | None:
+    if arguments.time is not None and arguments.preset is not None:
+        return "--time and --preset are two ways to say the same; give one"
+    return None
 
 
 def main(
     argv: Sequence[str] | None = None, prog: str = "python -m ray_surgeon.pipeline"
 ) -> int:
-    """Run a job spec and return the exit code; `prog` is how the help calls the command."""
+    """Run a job and return the exit code; `prog` is how the help calls the command."""
     arguments = _arguments(argv, prog)
     if arguments.schema:
         sys.stdout.write(SCHEMA.read_text(encoding="utf-8"))
@@ -113,20 +240,26 @@ def main(
 
 
 _COMMANDS = {
-    "prune": ("prune a model as a job spec says", []),
+    "prune": ("make a model smaller", []),
     "recover": ("train a pruned model towards another one", []),
-    "plan": ("check a job spec and print what it will need", ["--dry-run"]),
+    "plan": ("check a job and print what it will need", ["--dry-run"]),
     "submit": ("run a job spec on a Ray cluster, and follow it", []),
     "export": ("write further exports of a finished run", []),
     "report": ("compare finished runs", []),
-    "schema": ("print the JSON Schema of the job spec", ["--schema"]),
+    "schema": ("print the fields of the job spec", ["--schema"]),
 }
 """Command -> what it does, and the options of `main` that do it."""
 
 
 def cli(argv: Sequence[str] | None = None) -> int:
     """Run ``ray-surgeon COMMAND ...`` and return the exit code."""
-    parser = argparse.ArgumentParser("ray-surgeon", description=ray_surgeon.__doc__)
+    parser = argparse.ArgumentParser(
+        "ray-surgeon",
+        description=f"{ray_surgeon.__doc__}\n\n"
+        + _EXAMPLES["prune"].format(prog="ray-surgeon prune"),
+        epilog="ray-surgeon COMMAND --help shows the options of a command.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     version = f"ray-surgeon {__version__}"
     parser.add_argument("--version", action="version", version=version)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -145,6 +278,10 @@ def cli(argv: Sequence[str] | None = None) -> int:
         from ray_surgeon.run.command import export_more
 
         return export_more(rest, main)
+    if known.command == "schema":
+        from ray_surgeon.config.reference import main as show
+
+        return show(rest, SCHEMA)
     return main([*rest, *_COMMANDS[known.command][1]], f"ray-surgeon {known.command}")
 
 

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, PrivateAttr, model_validator
+from pydantic.functional_validators import ModelWrapValidatorHandler
 
 from ray_surgeon.config import sections
 from ray_surgeon.config.base import Section
 from ray_surgeon.config.calibration import CalibrationSection
 from ray_surgeon.config.curvature import CurvatureSection, KfacSection
+from ray_surgeon.config.defaults import completed, is_newest, with_names
 from ray_surgeon.config.evaluation import EvaluationSection
 from ray_surgeon.config.groups import CoupledSection
 from ray_surgeon.config.presets import PresetName, with_preset
@@ -34,16 +37,35 @@ def _default_curvature(fields: dict[str, Any]) -> KfacSection | None:
     return KfacSection() if getattr(pruning, "takes_curvature", False) else None
 
 
+def _seconds(value: Any) -> Any:
+    """Return a time such as 30min, 1.5h or 90s in seconds; other values are checked later."""
+    if not isinstance(value, str):
+        return value
+    found = re.fullmatch(r"([0-9.]+) *(s|sec|min|m|h)", value.strip())
+    if found is None:
+        raise ValueError(f"{value!r} is no time; give for example 30min, 2h or 90s")
+    return float(found[1]) * {"s": 1, "m": 60, "h": 3600}[found[2][0]]
+
+
 class JobSpec(Section):
     """A job: one model, one method, one result."""
 
-    version: Literal[2]
-    """Version of this format"""
+    _given: dict[str, Any] = PrivateAttr(default_factory=dict)
+
+    version: Literal[2, 3] = 3
+    """Version of this format. 3: everything that is not given is chosen for the model and the
+    machine; 2: the defaults of the sections
+    """
     preset: PresetName | None = None
-    """Matching settings of text and method; fields of the spec override them. fast: few windows and
-    no recovery; balanced: more windows and a short recovery; quality: many windows and a longer
-    recovery. No preset contains values tuned to one model: learning rates and damping are chosen
-    during the run on windows held aside
+    """How long the job may take; fields of the spec override its settings. With version 3: fast:
+    4 minutes, balanced: 12 minutes, quality: an hour, or what the job needs at least; balanced if
+    neither preset nor time is given. With version 2: fixed settings, the same on every machine.
+    Learning rates and damping are chosen during the run on windows held aside
+    """
+    time: Annotated[float, BeforeValidator(_seconds)] | None = Field(None, gt=0)
+    """How long the job may take, in seconds, or with a unit: 90s, 30min, 2h. The number of
+    calibration windows, the reconstruction and the recovery are chosen by the plan for this
+    hardware. Needs version 3; not together with preset
     """
     name: str = Field(pattern="^[a-z0-9][a-z0-9.-]*$", max_length=63)
     """Name of the run: lower case, digits, dots, dashes"""
@@ -70,16 +92,41 @@ class JobSpec(Section):
     output: sections.OutputSection
     """Where results go"""
 
-    @model_validator(mode="before")
+    @model_validator(mode="wrap")
     @classmethod
-    def _filled(cls, document: Any) -> Any:
-        """Complete the spec with the preset's settings.
+    def _keeping_the_document(
+        cls, document: Any, handler: ModelWrapValidatorHandler[JobSpec]
+    ) -> JobSpec:
+        """Complete the spec with its defaults, and remember what was given."""
+        if not isinstance(document, dict):
+            return handler(document)
+        spec = handler(cls._filled(document))
+        spec._given = document
+        return spec
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """The document that the spec was made from, without defaults."""
+        return self._given
+
+    def __eq__(self, other: object) -> bool:
+        """Whether two specs have the same fields, however they were given."""
+        if not isinstance(other, JobSpec):
+            return NotImplemented
+        return self.model_dump() == other.model_dump()
+
+    __hash__ = None  # type: ignore[assignment]
+
+    @staticmethod
+    def _filled(document: dict[str, Any]) -> dict[str, Any]:
+        """Return a document completed by its defaults and the preset's settings.
 
         The default of width_multiple suits the engines of the exports; the default of a teacher's
         dtype is that of the model.
         """
-        if not isinstance(document, dict):
-            return document
+        document = with_names(document)
+        if is_newest(document):
+            document = completed(document)
         match document.get("model"), document.get("recovery"):
             case {"dtype": dtype}, {"teacher": {**teacher}, **recovery}:
                 recovery["teacher"] = {"dtype": dtype} | teacher
@@ -94,6 +141,10 @@ class JobSpec(Section):
 
     def problems(self) -> Iterator[ConfigError]:
         """Yield conflicts between sections."""
+        if self.time is not None and self.version == 2:
+            yield ConfigError("time", "needs version: 3", "set it, or give a preset")
+        if self.time is not None and self.preset is not None:
+            yield ConfigError("time", "stands beside a preset", "give one of them")
         yield from self._problems_of_teacher()
         yield from self._problems_of_curvature()
         yield from self._problems_of_texts()
@@ -285,7 +336,7 @@ class JobSpec(Section):
         interval between commits of a recovery.
         """
         free = dict.fromkeys(
-            ("name", "preset", "cluster", "memory", "evaluation", "output"), True
+            ("name", "preset", "time", "cluster", "memory", "evaluation", "output"), True
         )
         of_recovery = {"commit_minutes": True, "teacher": {"source"}}
         inside: Any = {"model": {"source"}, "recovery": of_recovery}

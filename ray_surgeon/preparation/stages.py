@@ -58,6 +58,7 @@ def stages_of(
     method: Method,
     texts: Texts,
     exports: tuple[WritingStep, ...],
+    deadline_s: float | None = None,
 ) -> Stages:
     """Return the stages of a job.
 
@@ -67,6 +68,7 @@ def stages_of(
         method: of pruning.
         texts: of the job.
         exports: of `stages_after_shots`, which is checked before there is a method.
+        deadline_s: time.time() by which the job should end; None for no limit.
 
     Raises:
         ValueError: a stage is not possible; names the field, the problem, and the remedy.
@@ -84,7 +86,7 @@ def stages_of(
     if prompt_set is not None:
         dense_answers = DenseAnswers(prompt_set)
         answers = PrunedAnswers(prompt_set)
-    recovery = _recovery(spec, method, texts)
+    recovery = _recovery(spec, method, texts, deadline_s)
     curvature = None
     if method.has_costs:
         sees_calibration = recovery is not None and recovery.section.sees_calibration
@@ -124,7 +126,9 @@ def _tasks(spec: JobSpec, texts: Texts) -> Tasks | None:
     return Tasks(section, texts.teacher.model)
 
 
-def _recovery(spec: JobSpec, method: Method, texts: Texts) -> Recovery | None:
+def _recovery(
+    spec: JobSpec, method: Method, texts: Texts, deadline_s: float | None
+) -> Recovery | None:
     section = spec.recovery
     if section is None:
         return None
@@ -138,6 +142,7 @@ def _recovery(spec: JobSpec, method: Method, texts: Texts) -> Recovery | None:
         has_pass=method.has_costs,
         stream=stream,
         teacher=texts.teacher,
+        deadline_s=deadline_s,
     )
 
 

@@ -29,6 +29,9 @@ from ray_surgeon.recovery.training import (
 from ray_surgeon.report.events import CHECK
 from ray_surgeon.run_state import CalibrationText, Facts, RunState, Text, commit_part
 
+_MOST_TIMES_PLANNED = 4
+"""A recovery whose steps are faster than planned makes up to so many times as many."""
+
 
 @dataclass(frozen=True, eq=False)
 class LoadTeacher:
@@ -64,6 +67,9 @@ class Recovery:
     # windows of the texts to train on; None for those of the calibration
     stream: TextStream | None = field(default=None, repr=False)
     teacher: LoadTeacher | None = None  # None to train towards the dense model
+    deadline_s: float | None = (
+        None  # time.time() by which the job should end; None for no limit
+    )
 
     def train(self, run: RunState, facts: Facts) -> None:
         """Train, starting from where an earlier try of the run has come."""
@@ -78,6 +84,10 @@ class Recovery:
             batches=self._batches(run),
             on_check=on_check,
         )
+        if self.deadline_s is not None and run.shot == run.num_shots:
+            training.steps_for = partial(
+                self._steps_for, run, training.batches.num_steps, self.deadline_s
+            )
         training.on_step = partial(self._commit, run, training)
         if training.batches.num_steps and run.part is None:
             # all weights change from the first step on
@@ -94,6 +104,25 @@ class Recovery:
             run.cluster.run_all(drop_teacher)
         facts.update(training.facts)
         run.record.update(training.as_record())
+
+    def _steps_for(
+        self, run: RunState, planned: int, deadline_s: float, seconds_of_step: float
+    ) -> int:
+        """Return the number of steps that end in time for the exports.
+
+        Args:
+            run: in its last shot.
+            planned: number of steps of the plan.
+            deadline_s: time.time() at which the job should end.
+            seconds_of_step: measured.
+        """
+        plan_s = run.report.plan["seconds"]
+        after_s = run.report.plan["seconds"].get("export", 0.0)
+        for name in ("evaluation", "answers", "commit"):
+            after_s += run.steps.latest_s.get(name, plan_s.get(name, 0.0))
+        left_s = deadline_s - time.time() - after_s
+        most = _MOST_TIMES_PLANNED * planned
+        return max(1, min(most, int(left_s / seconds_of_step)))
 
     def _show(self, run: RunState, training: Training, check: Check) -> None:
         """Emit an event for a check, and draw the page with it."""

@@ -70,6 +70,10 @@ class Batches(ABC):
             TextEndedError: there are no more sequences.
         """
 
+    @abstractmethod
+    def resize(self, num_steps: int) -> None:
+        """Make the number of steps another one, and begin again."""
+
 
 @dataclass
 class CalibrationBatches(Batches):
@@ -92,6 +96,11 @@ class CalibrationBatches(Batches):
             for start in range(0, num_sequences, size):
                 parts.append(order[start : start + size])
         self._numbers = parts[: self.num_steps]
+
+    def resize(self, num_steps: int) -> None:
+        """Make the number of steps another one, and draw all windows again."""
+        self.num_steps = num_steps
+        self.__post_init__()
 
     def batch(self, number: int) -> Batch:
         """Return the windows of a step; the last step of a pass may have fewer."""
@@ -135,6 +144,11 @@ class StreamBatches(Batches):
         self._part = -1  # number of the current part; a part has `_steps_ahead` steps
         self._tokens: Tokens = np.zeros((0, stream.sequence_length), dtype=np.int64)
         self._ended: TextEndedError | None = None
+
+    def resize(self, num_steps: int) -> None:
+        """Make the number of steps another one, and begin again."""
+        self.num_steps = num_steps
+        self._part = -1
 
     def batch(self, number: int) -> Batch:
         """Return the windows of a step."""
@@ -200,6 +214,10 @@ TOLERATED = 1.02
 """Factor on the best measure so far, up to which a training goes on unchanged."""
 GIVEN_UP = 1.5
 """Factor on the measure at the start, above which a training with a given rate is abandoned."""
+
+
+_TIMED_STEPS = 3
+"""Steps that are timed before a training that has to end in time."""
 
 
 def trial_steps(num_steps: int) -> int:
@@ -269,6 +287,9 @@ class Training:
     num_in_vain: int = 0  # consecutive checks without an improvement
     started_s: float = field(default_factory=time.monotonic)
     checked_s: float = field(default_factory=time.monotonic)
+    # seconds of a step -> the number of steps for the time that is left; None for the planned one
+    steps_for: Callable[[float], int] | None = field(default=None, repr=False)
+    seconds_of_step: float | None = None  # measured before the training, if it was
     # is called after a step, except in trials, if another one follows: `state` and `save` can be
     # used
     on_step: Callable[[], None] = field(default=lambda: None, repr=False)
@@ -314,6 +335,7 @@ class Training:
         now_s = time.monotonic()
         return {
             "done": self.done,
+            "num_steps": self.batches.num_steps,
             "losses": self.losses,
             "rate": self.rate,
             "before": self.before,
@@ -337,6 +359,8 @@ class Training:
         state = part.record["state"]
         now_s = time.monotonic()
         self.done = state["done"]
+        if state["num_steps"] != self.batches.num_steps:
+            self.batches.resize(state["num_steps"])
         self.losses = state["losses"]
         self.rate = state["rate"]
         self.before = state["before"]
@@ -358,8 +382,28 @@ class Training:
                 "the pruned model's outputs are not finite; check the weights"
             )
         self._note_if_best(start)
+        if self.steps_for is not None:
+            self._fit_to_the_time(self.steps_for)
         if self.section.learning_rate is None:
             self._try_rates(trial_steps(self.batches.num_steps))
+
+    def _fit_to_the_time(self, steps_for: Callable[[float], int]) -> None:
+        """Time some steps, undo them, and choose the number of steps."""
+        now_s = time.monotonic()
+        check_s = now_s - self.started_s
+        self.rate = RATES[-1]
+        seconds = []
+        for number in range(min(_TIMED_STEPS, self.batches.num_steps)):
+            began_s = time.monotonic()
+            self._step(number)
+            seconds.append(time.monotonic() - began_s)
+        self.cluster.run_all(steps.take_best)
+        self.losses = []
+        self.num_tokens = 0
+        # the first step also allocates memory; a check is made every so many steps
+        self.seconds_of_step = min(seconds) + check_s / _STEPS_OF_A_CHECK
+        self.batches.resize(steps_for(self.seconds_of_step))
+        self._begin_steps()
 
     def _try_rates(self, count: int) -> None:
         """Make the first steps with the highest harmless rate, or else with the lowest."""
@@ -568,6 +612,8 @@ class Training:
         for check in self.held:
             held.append({**asdict(check), "value": _finite_or_none(check.value)})
         return {
+            "recovery_steps": self.batches.num_steps,
+            "recovery_seconds_of_step": self.seconds_of_step,
             "recovery_losses": [loss for loss in self.losses if math.isfinite(loss)],
             "recovery_absorbed": self.absorbed,
             "recovery_rate": self.rate,

@@ -131,6 +131,7 @@ class Steps:
         self._run = run
         self._num_shots = num_shots
         self._listen = listen
+        self.latest_s: dict[str, float] = {}  # seconds of the latest step of each name
         self.new_shot({})
         self._present = ("", 0)
 
@@ -175,6 +176,7 @@ class Steps:
             facts["tokens_per_s"] = float(facts.pop("num_tokens")) / seconds
         busy = self._add_usage(name, before, after)
         self.record["seconds"][name] = self._earlier_s + seconds
+        self.latest_s[name] = seconds
         event = Event(
             step=name,
             shot=shot,

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -26,36 +25,27 @@ from transformers import (
 
 from ray_surgeon.checkpointing import RunDirectory
 from ray_surgeon.config.base import absolute, local_path, refusing
-from ray_surgeon.config.calibration import CalibrationSection
+from ray_surgeon.config.defaults import with_names
 from ray_surgeon.config.job import JobSpec
 from ray_surgeon.config.parsing import validation_message
-from ray_surgeon.config.texts import TextSection
 from ray_surgeon.errors import ConfigError
 from ray_surgeon.models.families import family_of
 from ray_surgeon.preparation.reading import as_input_error
 from ray_surgeon.storage import files
-
-_NOT_SHARED = {
-    *(CalibrationSection.model_fields.keys() - TextSection.model_fields.keys()),
-    "num_sequences",
-    "stride",
-    "seed",
-    "split",
-}
-"""Fields of a calibration text that an evaluation text does not inherit."""
 
 
 def spec_of(
     model: str | Mapping[str, Any] | PreTrainedModel | None,
     tokenizer: PreTrainedTokenizerBase | None,
     sections: Mapping[str, Any],
+    sparsity: float | None = None,
 ) -> JobSpec:
     """Return the job spec for the arguments of `prune`.
 
     Raises:
         ValueError: an argument is not valid; names the argument, and the remedy.
     """
-    document = document_of(model, tokenizer, sections)
+    document = document_of(model, tokenizer, sections, sparsity)
     try:
         return JobSpec.model_validate(document)
     except ValidationError as error:
@@ -68,8 +58,9 @@ def document_of(
     model: str | Mapping[str, Any] | PreTrainedModel | None,
     tokenizer: PreTrainedTokenizerBase | None,
     sections: Mapping[str, Any],
+    sparsity: float | None = None,
 ) -> dict[str, Any]:
-    """Return the document of the job spec for the arguments of `prune`, with defaults.
+    """Return the document of the job spec for the arguments of `prune`.
 
     Raises:
         ValueError: see `spec_of`; fields are not checked yet.
@@ -77,47 +68,29 @@ def document_of(
     _check_given(model, tokenizer, sections)
     if isinstance(model, str):
         model = {"source": model}
-    if isinstance(model, PreTrainedModel):
-        name = sections.get("name", "model")
-    elif model and "source" in model:
-        name = sections.get("name", _name_of(str(model["source"])))
-    else:
+    if not (isinstance(model, PreTrainedModel) or (model and "source" in model)):
         raise ConfigError(
             field="model",
             found="give a Hub id, a folder, a URI, a model, or a section that gives its source",
             remedy="or give a whole spec",
         )
-    document: dict[str, Any] = {
-        "version": 2,
-        "name": name,
-        "cluster": {},
-        **{key: section for key, section in sections.items() if key != "name"},
-        "output": _output_of(name, sections),
-    }
+    document: dict[str, Any] = {"version": 3, "cluster": {}, **sections}
+    document["model"] = model
     if isinstance(document["cluster"], Mapping):
         document["cluster"] = {"backend": "local", **document["cluster"]}
-    if "evaluation" not in sections:
-        document.update(_default_evaluation(sections))
+    if sparsity is not None:
+        pruning = document.get("pruning", {})
+        if isinstance(pruning, Mapping):
+            document["pruning"] = {**pruning, "target_sparsity": sparsity}
     if isinstance(model, PreTrainedModel):
+        document["model"] = {"source": "model"}
+        document = with_names(document)
         uri = str(document["output"]["uri"])
-        model = {
+        document["model"] = {
             "source": files.join(absolute(uri), "source"),
             "dtype": str(model.dtype).removeprefix("torch."),
         }
-    document["model"] = model
     return document
-
-
-def _output_of(name: Any, sections: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the section `output` of a job with the given name."""
-    given = sections.get("output", {})
-    if not isinstance(given, Mapping):
-        given = {"uri": given}
-    output = {"uri": f"./runs/{name}", **given}
-    exports = _default_exports(sections)
-    if exports is not None:
-        output.setdefault("exports", exports)
-    return output
 
 
 def _check_given(
@@ -138,32 +111,6 @@ def _check_given(
         )
 
 
-def _name_of(source: str) -> str:
-    """Return a valid name for a run, from the last part of a model's source."""
-    last = source.rstrip("/").rpartition("/")[2].lower()
-    return re.sub(r"[^a-z0-9.-]", "-", last).strip("-.")[:63] or "model"
-
-
-def _default_exports(sections: Mapping[str, Any]) -> list[str] | None:
-    """Return the exports of a job that names none; None for the spec's default."""
-    if "pruning" in sections and sections["pruning"] is None:
-        return ["uniform"]
-    pruning = _fields(sections.get("pruning"))
-    if pruning.get("structure") != "groups":
-        return None
-    if pruning.get("allocation") == "uniform":
-        return ["uniform"]
-    return ["per_block"]
-
-
-def _default_evaluation(sections: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the section `evaluation` of a job that has none; empty for the spec's default."""
-    calibration = _fields(sections.get("calibration"))
-    if calibration.get("source", "auto") in ("auto", "self"):
-        return {}
-    return {"evaluation": [_test_part(calibration)]}
-
-
 def towards(teacher: Any, sections: Mapping[str, Any]) -> dict[str, Any]:
     """Return the sections of a job that trains towards a teacher and prunes nothing.
 
@@ -177,35 +124,6 @@ def towards(teacher: Any, sections: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(recovery, Mapping):  # anything else is refused later
         recovery = {**recovery, "teacher": teacher}
     return {**sections, "pruning": None, "recovery": recovery}
-
-
-def _fields(section: Any) -> Mapping[str, Any]:
-    """Return the fields of a section; empty if it is not a section, which is refused later."""
-    return section if isinstance(section, Mapping) else {}
-
-
-def _test_part(calibration: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the evaluation text of a run that names none.
-
-    It has a quarter as many windows, from the test part of the calibration text.
-
-    Raises:
-        ValueError: the calibration reads that part.
-    """
-    if calibration.get("split", "train") == "test":
-        raise ConfigError(
-            field="evaluation",
-            found="the calibration reads the test part of its text",
-            remedy="name another text to measure on",
-        )
-    text = {name: value for name, value in calibration.items() if name not in _NOT_SHARED}
-    text["name"] = "test"
-    text["split"] = "test"
-    text["num_sequences"] = 1
-    count = str(calibration.get("num_sequences"))
-    if count.isdecimal():  # anything else is refused by the section on calibration
-        text["num_sequences"] = max(1, int(count) // 4)
-    return text
 
 
 _MARKER = ".from_memory"

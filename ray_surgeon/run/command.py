@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shlex
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -26,13 +28,15 @@ from ray_surgeon.distributed.memory_plan.device_resources import (
     resources_here,
 )
 from ray_surgeon.distributed.memory_plan.planner import DoesNotFitError, plan_table
+from ray_surgeon.errors import ConfigError
 from ray_surgeon.maths.threshold import OutOfReachError
 from ray_surgeon.models.checkpoint import BadWeightsError
 from ray_surgeon.preparation.inputs import Inputs, check
 from ray_surgeon.preparation.reading import as_input_error
+from ray_surgeon.preparation.resolve import Machines, this_machine
 from ray_surgeon.report.display import Display, new_console, shots_table, summary_lines
 from ray_surgeon.report.html_report import LivePage
-from ray_surgeon.run.arguments import document_of, towards
+from ray_surgeon.run.arguments import towards
 from ray_surgeon.run.result import PruneResult, ended_before, run
 from ray_surgeon.storage import files
 
@@ -59,27 +63,88 @@ _ENDS = (
 
 
 def _read_spec(arguments: argparse.Namespace) -> JobSpec:
+    """Return the job spec of the command line: a file, or a model with options."""
+    settings = [*_settings(arguments), *arguments.set]
     try:
-        return parse_spec(_spec_text(arguments), arguments.set)
+        return parse_spec(_spec_text(arguments), settings)
     except ValidationError as error:
-        raise ValueError(validation_message(error, arguments.spec)) from error
+        origin = arguments.source if arguments.is_spec else "the command line"
+        raise ValueError(validation_message(error, origin)) from error
 
 
 def _spec_text(arguments: argparse.Namespace) -> str:
-    """Return the text of a job spec, from a file or for the arguments of a recovery."""
-    uri = arguments.spec
+    """Return the text of a job spec, or that of one which only names the model."""
+    source = arguments.source
+    if source == "-":
+        return sys.stdin.read()
+    if arguments.is_spec:
+        with as_input_error(f"cannot read the job spec {source}"):
+            files.check_size(
+                source,
+                _MAX_SPEC_BYTES,
+                "this is no job spec; see the files in pipelines/",
+            )
+            return files.read_text(source)
+    document: dict[str, Any] = {"model": {"source": source}, "pruning": {}}
     if "teacher" in arguments:
-        sections = {}
-        if arguments.output is not None:
-            sections["output"] = arguments.output
-        return json.dumps(document_of(uri, None, towards(arguments.teacher, sections)))
-    with as_input_error(f"cannot read the job spec {uri}"):
-        files.check_size(
-            uri,
-            _MAX_SPEC_BYTES,
-            "this is no job spec; see the files in pipelines/",
+        document = towards(arguments.teacher, document)
+    return json.dumps(document)
+
+
+def _settings(arguments: argparse.Namespace) -> list[str]:
+    """Return the fields that options stand for, as --set takes them."""
+    fields = {
+        "pruning.target_sparsity": getattr(arguments, "sparsity", None),
+        "output.uri": arguments.output,
+        "time": arguments.time,
+        "preset": arguments.preset,
+        "cluster.num_shards": arguments.shards,
+    }
+    settings = []
+    for name, value in fields.items():
+        if value is not None:
+            settings.append(f"{name}={json.dumps(value)}")
+    if arguments.prompts is not None:
+        prompts = json.dumps(arguments.prompts)
+        settings += ["calibration.source=self", f"calibration.prompts={prompts}"]
+    if arguments.gpus == 0:
+        settings.append("cluster.gpus_per_worker=0")
+    return settings
+
+
+def _machines(arguments: argparse.Namespace, spec: JobSpec) -> Machines | None:
+    """Return the hardware that a job of version 3 may use; None for all of this machine.
+
+    Raises:
+        ValueError: there are fewer GPUs than the command line asks for.
+    """
+    section = spec.cluster
+    machines = replace(
+        this_machine(),
+        host_bytes=arguments.host_memory or 0.0,
+        disk_bytes=arguments.disk or 0.0,
+        workers_each=arguments.workers_per_machine or 8,
+    )
+    has_address = isinstance(section, RaySection) and (
+        section.address or os.environ.get("RAY_ADDRESS")
+    )
+    if arguments.dry_run and arguments.device not in (None, "cpu"):
+        number = arguments.gpus or arguments.workers_per_machine or 1
+        return replace(machines, num_gpus=number, gpu=arguments.device)
+    if isinstance(section, RaySection) and has_address and not arguments.dry_run:
+        from ray_surgeon.run.driver import hardware
+
+        machines = hardware(section)
+    if arguments.gpus is None:
+        return machines
+    if arguments.gpus > machines.num_gpus:
+        raise ConfigError(
+            field="--gpus",
+            found=f"{arguments.gpus}, but {machines.where} has {machines.num_gpus} (torch "
+            f"{torch.__version__}, built for CUDA {torch.version.cuda})",
+            remedy="install torch with CUDA and a driver, or ask for fewer",
         )
-        return files.read_text(uri)
+    return replace(machines, num_gpus=arguments.gpus)
 
 
 def perform(arguments: argparse.Namespace, words: Sequence[str], prog: str) -> int:
@@ -96,7 +161,15 @@ def perform(arguments: argparse.Namespace, words: Sequence[str], prog: str) -> i
     resume_with = ""
     try:
         spec = _read_spec(arguments)
-        inputs = check(spec, resume=arguments.resume, dry_run=arguments.dry_run)
+        inputs = check(
+            spec,
+            resume=arguments.resume,
+            dry_run=arguments.dry_run or arguments.print_spec,
+            machines=_machines(arguments, spec),
+        )
+        if arguments.print_spec:
+            sys.stdout.write(inputs.spec_yaml)
+            return DONE
         if arguments.kubernetes:
             from ray_surgeon.run.kubernetes import ray_job
 

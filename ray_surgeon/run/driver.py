@@ -19,12 +19,13 @@ from ray_surgeon.checkpointing import Attempt, RunDirectory, TakenOverError
 from ray_surgeon.config.base import refusing
 from ray_surgeon.config.sections import RaySection
 from ray_surgeon.distributed.cluster import NoRoomError, WorkerFailureError
-from ray_surgeon.distributed.memory_plan.device_resources import available_cpus
+from ray_surgeon.distributed.memory_plan.device_resources import DEVICES, available_cpus
 from ray_surgeon.distributed.ray_cluster import RayCluster
 from ray_surgeon.distributed.ray_nodes import nodes_alive
 from ray_surgeon.evaluation.texts import CollapseError
 from ray_surgeon.job import run_job
 from ray_surgeon.preparation.inputs import Inputs
+from ray_surgeon.preparation.resolve import Machines
 from ray_surgeon.report.display import Display
 from ray_surgeon.report.events import CHECK, Event, Fact, ProgressReport, Recorder
 
@@ -215,6 +216,28 @@ def connect(section: RaySection) -> str:
             f"({os.path.expanduser('~')}) and temporary folder"
         ) from error
     return f"a local Ray with {num_cpus} CPUs"
+
+
+def hardware(section: RaySection) -> Machines:
+    """Connect to a cluster, and return the hardware that it has.
+
+    Raises:
+        ValueError: there is no cluster at the address.
+    """
+    if not ray.is_initialized():
+        connect(section)
+    resources = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    known = []
+    for name in resources:
+        kind = name.removeprefix("accelerator_type:").lower()
+        if kind != name:
+            known += [device for device in DEVICES if device in kind]
+    return Machines(
+        num_cpus=max(1, int(resources.get("CPU", 1))),
+        num_gpus=int(resources.get("GPU", 0)),
+        gpu=max(known, key=len, default="h100"),
+        where="the cluster",
+    )
 
 
 def _connect_to(address: str) -> None:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from pydantic import ValidationError
 
 from ray_surgeon.config.job import MOST_HELD, JobSpec
 from ray_surgeon.config.parsing import parse_spec
-from ray_surgeon.config.presets import PRESETS
+from ray_surgeon.config.presets import LEVELS, PresetName
 
 GROUPS = """
 version: 2
@@ -24,11 +24,11 @@ def spec_of(preset: str = "balanced", *overrides: str) -> Any:
     return parse_spec(f"{GROUPS}preset: {preset}", overrides)
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", get_args(PresetName))
 def test_preset_completes_a_job_that_prunes_groups(preset: str) -> None:
     """It has no number that belongs to one model; the run chooses those."""
     spec = spec_of(preset)
-    wanted = PRESETS[preset]
+    wanted = LEVELS[preset]
     assert (spec.calibration.source, spec.evaluation.generation) == ("auto", "auto")
     assert spec.calibration.num_sequences == wanted["calibration"]["num_sequences"]
     assert spec.curvature.chooses_damping
@@ -60,7 +60,7 @@ def test_spec_overrides_its_preset() -> None:
     assert spec.curvature.sequences_backward == 7, "no more than there are"
     assert spec.pruning.reconstruction.num_epochs == 5
     assert spec.recovery.num_tokens == 9
-    assert spec.recovery.rank == PRESETS["quality"]["recovery"]["rank"]
+    assert spec.recovery.rank == LEVELS["quality"]["recovery"]["rank"]
     assert spec.evaluation.generation is None
     off = spec_of("quality", "recovery=null", "pruning.reconstruction=null")
     assert off.recovery is off.pruning.reconstruction is None
@@ -116,7 +116,7 @@ def test_defaults_without_a_preset_and_texts() -> None:
     plain = parse_spec(GROUPS)
     assert (
         plain.calibration.num_sequences
-        == PRESETS["balanced"]["calibration"]["num_sequences"]
+        == LEVELS["balanced"]["calibration"]["num_sequences"]
     )
     sizes = "calibration={source: auto, num_sequences: 8, sequence_length: 128}"
     spec = parse_spec(GROUPS, [sizes])
