@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import reprlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import yaml
@@ -12,6 +13,7 @@ from pydantic_core import ErrorDetails
 
 from ray_surgeon.config.base import REASON, refusing
 from ray_surgeon.config.job import JobSpec
+from ray_surgeon.config.reference import sections_below
 from ray_surgeon.errors import ConfigError
 
 _YAML_ERRORS = (yaml.YAMLError, RecursionError, ValueError, LookupError, AttributeError)
@@ -151,6 +153,20 @@ def _follows(
     return place[:1] in made and any(loc[:1] not in made for loc in others)
 
 
+def _near_name(names: Sequence[str]) -> str | None:
+    """Return the field whose name is most like the last one of a path, in the same section."""
+    *path, wrong = [name for name in names if not name.isdecimal()]
+    schema = JobSpec.model_json_schema()
+    sections: list[Mapping[str, Any]] = [schema]
+    for name in path:
+        sections = list(sections_below(schema, sections, name))
+    known = set[str]()
+    for section in sections:
+        known.update(section.get("properties", {}))
+    near = difflib.get_close_matches(wrong, sorted(known), n=1)
+    return near[0] if near else None
+
+
 def _line(problem: ErrorDetails) -> str:
     kind = problem["type"]
     names = []
@@ -171,5 +187,11 @@ def _line(problem: ErrorDetails) -> str:
         got = ""
     if kind == "extra_forbidden":
         message = f"is not an option of {tags[-1]}" if tags else "is not an option"
-        got += "; remove it or correct its name, `ray-surgeon schema` lists the fields"
+        near = _near_name(names)
+        if near:
+            got += f"; do you mean {near}?"
+        else:
+            got += (
+                "; remove it or correct its name, `ray-surgeon schema` lists the fields"
+            )
     return f"  {'.'.join(names) or 'spec'}: {message}{got}"

@@ -39,7 +39,7 @@ def main(argv: Sequence[str], path: Path) -> int:
     found = [schema]
     keys = [] if section == "spec" else section.split(".")
     for number, key in enumerate(keys):
-        found = list(_sections_below(schema, found, key))
+        found = list(sections_below(schema, found, key))
         if not found:
             parser.error(_unknown(schema, keys[:number], key))
     for one in found:
@@ -47,7 +47,7 @@ def main(argv: Sequence[str], path: Path) -> int:
     return 0
 
 
-def _sections_below(
+def sections_below(
     schema: Mapping[str, Any], sections: Sequence[Mapping[str, Any]], key: str
 ) -> Iterator[Mapping[str, Any]]:
     """Yield the sections that a field of some sections may hold, each once."""
@@ -83,10 +83,10 @@ def _unknown(schema: Mapping[str, Any], path: Sequence[str], key: str) -> str:
     known = []
     sections = [schema]
     for part in path:
-        sections = list(_sections_below(schema, sections, part))
+        sections = list(sections_below(schema, sections, part))
     for section in sections:
         for name in section.get("properties", {}):
-            if next(_sections_below(schema, [section], name), None) is not None:
+            if next(sections_below(schema, [section], name), None) is not None:
                 known.append(name)
     near = difflib.get_close_matches(key, known, n=1)
     hint = f"; do you mean {near[0]}?" if near else f"; there are {', '.join(known)}"

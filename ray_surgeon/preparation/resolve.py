@@ -102,7 +102,7 @@ def resolve(
         ValueError: the time is too short, or the spec does not fit the model.
     """
     began_s = time.time()
-    facts = facts_of(layout)
+    facts = facts_of(layout, spec.model.source)
     if not is_newest(spec.given) or not spec.given:
         return _with_dtype(spec, facts)
     given = with_names(spec.given)
@@ -133,11 +133,16 @@ def resolve(
     return Resolved(_validated(document), tuple(notes), deadline_s)
 
 
-def facts_of(layout: ModelLayout) -> ModelFacts:
-    """Return the properties of a model that defaults depend on."""
+def facts_of(layout: ModelLayout, source: str) -> ModelFacts:
+    """Return the properties of a model that defaults depend on.
+
+    Args:
+        layout: of the model.
+        source: of the model; a GGUF file, whose weights may have fewer bits, becomes bfloat16.
+    """
     dtype = str(getattr(layout.config, "dtype", None)).removeprefix("torch.")
-    if dtype not in _DTYPES:
-        dtype = "bfloat16"  # of files of fewer bits, such as GGUF
+    if dtype not in _DTYPES or source.endswith(".gguf"):
+        dtype = "bfloat16"
     widths = []
     for groups in layout.group_sets:
         if groups.kind == "ffn":
@@ -194,7 +199,7 @@ def _notes(given: Mapping[str, Any], document: Mapping[str, Any]) -> list[str]:
     notes = []
     dtype = document["model"]["dtype"]
     if mapping(given.get("model")).get("dtype", "auto") == "auto":
-        notes.append(f"dtype: {dtype}, as in the checkpoint (--set model.dtype=float32)")
+        notes.append(f"dtype: {dtype}, from the checkpoint (--set model.dtype=float32)")
     pruning = mapping(document.get("pruning"))
     if "groups" in pruning and "groups" not in mapping(given.get("pruning")):
         notes.append(

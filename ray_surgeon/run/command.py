@@ -177,7 +177,7 @@ def perform(arguments: argparse.Namespace, words: Sequence[str], prog: str) -> i
             sys.stdout.write(ray_job(inputs, plan))
             return DONE
         for line in inputs.notes:
-            console.print(line, soft_wrap=True, highlight=False)
+            console.print(line, soft_wrap=True, highlight=False, markup=False)
         if arguments.dry_run:
             if not inputs.fingerprints:
                 console.print(
