@@ -59,7 +59,8 @@ def mcnemar(lost: int, won: int) -> float:
         )
     differing = lost + won
     ways = sum(math.comb(differing, count) for count in range(min(lost, won) + 1))
-    return min(1.0, 2 * ways / 2**differing)
+    all_ways = 1 << differing
+    return min(1.0, 2 * ways / all_ways)
 
 
 def mean_and_standard_error(values: Sequence[float]) -> tuple[float, float]:
