@@ -37,7 +37,7 @@ _REQUEST = "\n\nReason step by step, briefly. End with #### and the number."
 _NEXT_QUESTION = "\nQuestion:"
 
 Outcomes = dict[str, str]  # case -> "passed" or the failure
-Result = dict[str, Any]  # of one model on one set: seconds, answers, outcomes
+Result = dict[str, Any]  # of one model on one set: answers, outcomes, wall_s, cpu_s
 Record = dict[str, Any]  # of one model: name, folder, settings, sets (set -> Result)
 
 
@@ -141,7 +141,8 @@ def evaluate(
         record["folder"], arguments.dtype, trust_remote_code=arguments.trust_remote_code
     )
     for name in missing:
-        start = time.monotonic()
+        start_s = time.monotonic()
+        start_cpu_s = time.process_time()
         if name == "humaneval":
             result = result_of_humaneval(
                 model,
@@ -154,7 +155,8 @@ def evaluate(
             result = result_of_cases(
                 model, tokenizer, name, cases[name], arguments.batch_size
             )
-        result["seconds"] = time.monotonic() - start
+        result["wall_s"] = time.monotonic() - start_s
+        result["cpu_s"] = time.process_time() - start_cpu_s
         record["sets"][name] = result
         write(arguments.out, record)
 
