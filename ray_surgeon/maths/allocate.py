@@ -148,11 +148,6 @@ class _Walk:
         """Whether all paths are at their last points."""
         return not self._steps
 
-    @property
-    def next_price(self) -> float:
-        """Price of the cheapest step; infinite if there is none."""
-        return self._steps[0][0] if self._steps else math.inf
-
     def step(self, wanted: float) -> int:
         """Take the cheapest step of all paths, as far as it is needed.
 
@@ -446,18 +441,18 @@ def loss_curve_globally(
     num_parameters: Sequence[int],
     *,
     per_unit: bool,
-    highest_price: float,
     most_points: int,
     fewest_experts: int = 0,
 ) -> list[CurvePoint]:
     """Return what removing more and more costs by `allocate_globally`.
 
+    Where the paths of some consumers were not followed far enough, cheaper groups of theirs may be
+    missing, so the curve is an upper bound there.
+
     Args:
         costs: costs of every consumer.
         num_parameters: [num_consumers] parameters of one group of each consumer.
         per_unit: see `allocate_globally`.
-        highest_price: price up to which paths were followed. Beyond it, cheaper groups may be
-            missing in `costs`.
         most_points: largest number of points, at least two. They are evenly spread.
         fewest_experts: number of experts that stay in every layer.
     """
@@ -469,7 +464,7 @@ def loss_curve_globally(
         cost += path.cost
     points = [(removed, cost)]
     before = [(path.number, path.cost) for path in walk.paths]
-    while walk.next_price <= highest_price and not walk.has_ended:
+    while not walk.has_ended:
         place = walk.step(math.inf)
         path = walk.paths[place]
         number_before, cost_before = before[place]

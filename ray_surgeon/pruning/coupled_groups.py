@@ -207,19 +207,11 @@ class Groups(Ranking):
                 groups.append(replace(c, needs=self.budget.by_left[c.kind]))
         return groups
 
-    def has_ended(self, costs: ConsumerCosts) -> bool:
-        """Whether a path has all groups that may be removed."""
-        return costs.num_reached >= costs.num_left - self.fewest.get(costs.kind, 0)
-
-    def loss_curve(
-        self, scores: GroupScores, threshold: float | None
-    ) -> list[tuple[float, float]]:
+    def loss_curve(self, scores: GroupScores) -> list[tuple[float, float]]:
         """Return what removing more or less than the shot does would cost.
 
         Args:
             scores: costs of all consumers.
-            threshold: largest cost per unit of the target that the shot removes; None for uniform
-                widths.
 
         Returns:
             (sparsity after the shot, predicted loss increase in the shot in nats per token), as far
@@ -236,12 +228,10 @@ class Groups(Ranking):
                 fewest_experts=fewest_experts,
             )
         else:
-            limits = [c.limit for c in groups if not self.has_ended(c)]
             points = loss_curve_globally(
                 groups,
                 num_parameters,
                 per_unit=True,
-                highest_price=max(threshold or 0.0, min(limits, default=math.inf)),
                 most_points=_CURVE_POINTS,
                 fewest_experts=fewest_experts,
             )
@@ -277,7 +267,7 @@ class Groups(Ranking):
             },
         }
         if self.used_curvature.is_of_loss:
-            record["loss_curve"] = self.loss_curve(scores, allocation.threshold)
+            record["loss_curve"] = self.loss_curve(scores)
         experts = dict[str, float]()
         expert_costs = dict[str, float]()
         for c in scores.costs:
@@ -711,10 +701,14 @@ class Paths:
         It is long enough if its limit is above the threshold, or if it got there because its groups
         were needed.
         """
-        if threshold <= costs.limit or self.method.has_ended(costs):
+        if threshold <= costs.limit or self._has_ended(costs):
             return False
         reached = costs.costs[torch.isfinite(costs.costs)]
         return not (reached >= threshold * self.method.unit_of(costs.kind)).any()
+
+    def _has_ended(self, costs: ConsumerCosts) -> bool:
+        """Whether a path has all groups that may be removed."""
+        return costs.num_reached >= costs.num_left - self.method.fewest.get(costs.kind, 0)
 
 
 def _batches(worker: Worker, sets: Sequence[GroupSet]) -> list[list[GroupSet]]:

@@ -53,8 +53,10 @@ def _bars(
     last = bars[-1].value
     if not change and first:
         change = percent(last / first)
+        if abs(last / first - 1) < 5e-4:
+            change = "unchanged"
     is_better = None
-    if last != first and change != faster(1.0):
+    if change not in ("unchanged", faster(1.0)):
         is_better = (last > first) == higher_is_better
     return Bars(title, tuple(scaled), change, is_better)
 

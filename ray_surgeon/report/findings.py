@@ -47,7 +47,18 @@ def megabytes(size_bytes: float) -> str:
     """Return a size for people, e.g. ``229.2 MB`` or ``15.2 GB``."""
     if size_bytes >= 1e10:
         return f"{size_bytes / 1e9:,.1f} GB"
+    if size_bytes < 1e6:
+        return f"{size_bytes / 1e3:,.1f} kB"
     return f"{size_bytes / 1e6:,.1f} MB"
+
+
+def number_of(parameters: float) -> str:
+    """Return a number of parameters for people, e.g. ``134.5 million``."""
+    if parameters >= 1e9:
+        return f"{parameters / 1e9:,.2f} billion"
+    if parameters >= 1e6:
+        return f"{parameters / 1e6:,.1f} million"
+    return f"{parameters / 1e3:,.1f} thousand"
 
 
 def duration(seconds: float) -> str:
@@ -106,8 +117,8 @@ def verdict(record: Record) -> list[str]:
 def _gain(record: Record) -> str:
     shot = record["shots"][-1]
     parameters = record["parameters"]
-    before = parameters["before"] / 1e6
-    after = parameters["nonzero_after"] / 1e6
+    before = number_of(parameters["before"])
+    after = number_of(parameters["nonzero_after"])
     if structure_of(record) == "none":
         parts = [
             f"Nothing was removed from the model of {before:,.1f} million parameters"
@@ -115,7 +126,7 @@ def _gain(record: Record) -> str:
     else:
         parts = [
             f"{100 * shot['sparsity']:.1f} % of the weights of the model's blocks were "
-            f"removed, which leaves {after:,.1f} of {before:,.1f} million parameters"
+            f"removed, which leaves {after} of {before} parameters"
         ]
     export = main_export(record)
     if export is None:
@@ -368,7 +379,7 @@ def bytes_at(record: Record, sparsity: float) -> float:
     """Return the bytes of the weights without a fraction of the blocks' linears."""
     parameters = record["parameters"]
     in_linears = parameters["in_pruned_linears"] / parameters["before"]
-    return dense_bytes(record) * (1 - sparsity * in_linears)
+    return dense_bytes(record) * float(1 - sparsity * in_linears)
 
 
 def speed_words(speed: Record) -> str:
@@ -420,7 +431,7 @@ def _columns_of_a_group(
     for linear in linears:
         lost = linear["columns"] - linear["columns_kept"]
         if removed[linear["name"]] and lost:
-            return int(lost // removed[linear["name"]])
+            return int(lost) // removed[linear["name"]]
     return None
 
 

@@ -156,14 +156,13 @@ def quality_figure(records: Records, text: str | None) -> Figure:
         axes.axhline(dense, color="#909090", linewidth=0.8, linestyle="--", zorder=0)
         lowest = min(lowest, *qualities)
         highest = max(highest, *qualities)
-    axes.set_xlim(left=0)
     if text is not None and highest > _LINEAR_UP_TO * lowest:
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter(_log_formatter())
         axes.yaxis.set_minor_formatter(_log_formatter())
         axes.set_ylim(top=min(axes.get_ylim()[1], _HIGHEST * lowest))
     else:
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 1.06 * highest or 1.0)
     axes.grid(which="both", **_SOFT)
     if highest and len(records) > 1:
         axes.legend()
@@ -422,7 +421,7 @@ def depth_figure(linears: Records) -> Figure:
     axes.invert_yaxis()
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_yticks(np.arange(len(kinds)) + 0.5, _short_names(list(kinds)))
-    figure.colorbar(filled, ax=axes, label="sparsity", aspect=12)
+    figure.colorbar(filled, ax=axes, label="share removed", aspect=12)
     return figure
 
 

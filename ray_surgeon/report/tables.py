@@ -15,6 +15,7 @@ from ray_surgeon.report.findings import (
     faster,
     main_export,
     megabytes,
+    number_of,
     phases,
     quantity,
     wall_s,
@@ -44,9 +45,8 @@ def round_table(record: Record) -> Table:
     original = "100 %" if any(agreements) else ""
     table.add("agreement with the original", [original, *agreements])
     table.add("removed weights", ["0 %", *(_share(s["sparsity"], 2) for s in shots)])
-    numbers = [f"{s['num_nonzero'] / 1e6:,.1f}" for s in shots]
-    before = f"{record['parameters']['before'] / 1e6:,.1f}"
-    table.add("parameters, millions", [before, *numbers])
+    numbers = [number_of(s["num_nonzero"]) for s in shots]
+    table.add("parameters", [number_of(record["parameters"]["before"]), *numbers])
     for text, perplexity in dense.items():
         values = [_number(s["perplexity"].get(text)) for s in shots]
         table.add(f"perplexity, {text}", [_number(perplexity), *values])

@@ -364,9 +364,7 @@ def test_every_point_of_a_loss_curve_is_an_allocation(
     if is_uniform:
         points = loss_curve_uniformly(costs, num_parameters, most_points=40)
     else:
-        points = loss_curve_globally(
-            costs, num_parameters, per_unit=True, highest_price=math.inf, most_points=40
-        )
+        points = loss_curve_globally(costs, num_parameters, per_unit=True, most_points=40)
     assert len(points) > 2
     allocate = allocate_uniformly if is_uniform else per_unit
     for removed, cost in points:
@@ -375,21 +373,12 @@ def test_every_point_of_a_loss_curve_is_an_allocation(
         assert cost_of(costs, found) == pytest.approx(cost, rel=1e-12)
 
 
-def test_loss_curve_ends_where_paths_may_be_too_short() -> None:
-    costs = [groups("a", [1.0, 2.0, 9.0], [0.0, 1.0, 2.0, 3.0])]
-    options: dict[str, Any] = {"per_unit": True, "most_points": 40}
-    curve = loss_curve_globally(costs, [5], highest_price=2.0, **options)
-    assert curve == [(0, 0.0), (5, 1.0), (10, 3.0)]
-
-
 def test_points_of_a_loss_curve_are_evenly_spread() -> None:
     number = 1000
     costs = [groups("a", [1.0] * number, [float(n) for n in range(number + 1)])]
     costs = [replace(costs[0], allowed=range(number + 1))]
     for points in (
         loss_curve_uniformly(costs, [1], most_points=11),
-        loss_curve_globally(
-            costs, [1], per_unit=True, highest_price=math.inf, most_points=11
-        ),
+        loss_curve_globally(costs, [1], per_unit=True, most_points=11),
     ):
         assert points == [(100 * n, 100.0 * n) for n in range(11)]
