@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ray_surgeon.checkpointing import Record
-from ray_surgeon.report.findings import faster, megabytes, percent, quantity
+from ray_surgeon.report.findings import NO_CHANGE, faster, megabytes, percent, quantity
 from ray_surgeon.report.record import (
     dense_bytes,
     shots_by_size,
@@ -53,7 +53,7 @@ def _bars(
     last = bars[-1].value
     if not change and first:
         change = percent(last / first)
-        if abs(last / first - 1) < 5e-4:
+        if abs(last / first - 1) < NO_CHANGE:
             change = "unchanged"
     is_better = None
     if change not in ("unchanged", faster(1.0)):
@@ -113,7 +113,7 @@ def _task_bars(record: Record, names: Names) -> list[Bars]:
             if metric.endswith("_stderr") or not isinstance(before, (int, float)):
                 continue
             bars = [Bar("original", before, quantity(before), is_dense=True)]
-            for export in record["exports"]:
+            for export in _exports(record):
                 value = export.get("tasks", {}).get(task, {}).get(metric)
                 if value is not None:
                     label = _label_of(record, export, names)
@@ -121,6 +121,14 @@ def _task_bars(record: Record, names: Names) -> list[Bars]:
             if len(bars) > 1:
                 found.append(_bars(f"{task}, {metric}", bars, higher_is_better=True))
     return found
+
+
+def _exports(record: Record) -> list[Record]:
+    """Return the exports in the order of the sizes of a family."""
+    ordered = list[Record]()
+    for size in shots_by_size(record):
+        ordered += [each for each in record["exports"] if each.get("size") == size]
+    return ordered
 
 
 def _label_of(record: Record, export: Record, names: Names) -> str:
@@ -139,7 +147,7 @@ def _size_bars(record: Record, names: Names) -> list[Bars]:
     if given and abs(given / whole - 1) > 0.02:
         bars.append(Bar("file that was given", given, megabytes(given), is_dense=True))
     bars.append(Bar(f"original, {dtype}", whole, megabytes(whole), is_dense=True))
-    for export in record["exports"]:
+    for export in _exports(record):
         for name, size in _sizes_of_files(record, export, names):
             bars.append(Bar(name, size, megabytes(size)))
     if all(bar.is_dense for bar in bars):
@@ -161,7 +169,7 @@ def _speed_bars(record: Record, names: Names) -> list[Bars]:
     found = list[Bars]()
     for step, title in (("prefill", "Reading prompts"), ("decode", "Generation")):
         bars = list[Bar]()
-        for export in record["exports"]:
+        for export in _exports(record):
             if "speed" not in export:
                 continue
             dense = export["speed"]["dense"][f"{step}_tokens_per_s"]["median"]

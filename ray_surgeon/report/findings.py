@@ -10,7 +10,7 @@ import re
 import statistics
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ import numpy as np
 from ray_surgeon.checkpointing import Record
 from ray_surgeon.report.record import (
     dense_bytes,
+    is_complete,
     num_shots,
     shots_by_size,
     structure_of,
@@ -32,6 +33,8 @@ LOOP_ANSWER_TOKENS = 64
 
 A loop covers at least 32 tokens, and an answer has a beginning.
 """
+NO_CHANGE = 5e-4
+"""Relative change of a perplexity or a size below which it counts as none."""
 _NOTICED = 0.02
 """Relative change of a speed below which it counts as none."""
 _LEAST_INCREASE = 0.02
@@ -84,9 +87,11 @@ def quantity(value: float) -> str:
 
 
 def faster(ratio: float) -> str:
-    """Return the words for a ratio of speeds: ``10 % faster``, ``as fast`` or ``5 % slower``."""
+    """Return the words for a ratio of speeds: ``10 % faster``, ``as fast``, ``5 % slower``."""
     if abs(ratio - 1) < _NOTICED:
         return "as fast"
+    if ratio >= 2:
+        return f"{ratio:.1f} times as fast"
     if ratio > 1:
         return f"{100 * (ratio - 1):.0f} % faster"
     return f"{100 * (1 - ratio):.0f} % slower"
@@ -120,9 +125,7 @@ def _gain(record: Record) -> str:
     before = number_of(parameters["before"])
     after = number_of(parameters["nonzero_after"])
     if structure_of(record) == "none":
-        parts = [
-            f"Nothing was removed from the model of {before:,.1f} million parameters"
-        ]
+        parts = [f"Nothing was removed from the model of {before} parameters"]
     else:
         parts = [
             f"{100 * shot['sparsity']:.1f} % of the weights of the model's blocks were "
@@ -130,15 +133,15 @@ def _gain(record: Record) -> str:
         ]
     export = main_export(record)
     if export is None:
-        return f"{parts[0]}; no export was written."
-    size = megabytes(export["size_bytes"])
+        yet = "" if is_complete(record) else " yet"
+        return f"{parts[0]}; no export was written{yet}."
+    whole = f"{megabytes(dense_bytes(record))} in {record['spec']['model']['dtype']}"
     if export["kind"] == "masked":
+        size = megabytes(export["size_bytes"])
         parts.append(f"the masked export, in which they are zeros, has {size} as before")
     else:
-        whole = megabytes(dense_bytes(record))
-        dtype = record["spec"]["model"]["dtype"]
         parts.append(
-            f"the {export['kind']} export has {size} instead of {whole} in {dtype}"
+            f"the {export['kind']} export has {_sizes(record)} instead of {whole}"
         )
     if "speed" in export:
         speed = export["speed"]
@@ -147,6 +150,18 @@ def _gain(record: Record) -> str:
             f"{_faster_or_scatter(speed, 'decode')}"
         )
     return f"{'; '.join(parts)}."
+
+
+def _sizes(record: Record) -> str:
+    """Return the sizes of the main export and of a quantised copy of it."""
+    export = main_export(record)
+    assert export is not None
+    sizes = megabytes(export["size_bytes"])
+    for copy in record["exports"]:
+        is_copy = copy["kind"].startswith(f"{export['kind']}-")
+        if is_copy and copy.get("size") == export.get("size"):
+            sizes += f" ({copy['kind']}: {megabytes(copy['size_bytes'])})"
+    return sizes
 
 
 def _faster_or_scatter(speed: Record, step: str) -> str:
@@ -168,9 +183,11 @@ def _price(record: Record) -> str:
     changes = list[str]()
     for text, before in list(dense.items())[:_NAMED_TEXTS]:
         after = shot["perplexity"][text]
-        goes = "" if changes else "goes "
+        if abs(after / before - 1) < NO_CHANGE:
+            changes.append(f"on {text} stays at {quantity(before)}")
+            continue
         changes.append(
-            f"on {text} {goes}from {quantity(before)} to {quantity(after)} "
+            f"on {text} goes from {quantity(before)} to {quantity(after)} "
             f"({percent(after / before)})"
         )
     sentence = f"Perplexity {_joined(changes)}"
@@ -192,14 +209,26 @@ def percent(ratio: float) -> str:
     return f"{100 * (ratio - 1):+.1f} %"
 
 
-def main_export(record: Record) -> Record | None:
-    """Return the export that the verdict is about: the last one that the spec names."""
-    exports = record["exports"]
+def exports_by_round(record: Record) -> dict[int, Record]:
+    """Return number of a pruning round -> its export: the last one of those that the spec names."""
+    exports = dict[int, Record]()
+    if not record["shots"]:
+        return exports
     kinds = record["spec"]["output"]["exports"]
-    named = [export for export in exports if export["kind"] in kinds]
-    if named:
-        return dict(named[-1])
-    return dict(exports[-1]) if exports else None
+    for size, shot in shots_by_size(record).items():
+        of_size = [each for each in record["exports"] if each.get("size") == size]
+        named = [export for export in of_size if export["kind"] in kinds]
+        if of_size:
+            exports[shot["index"]] = (named or of_size)[-1]
+    return exports
+
+
+def main_export(record: Record) -> Record | None:
+    """Return the export that the verdict is about, of the last size that has one."""
+    exports = exports_by_round(record)
+    if not exports:
+        return None
+    return exports[max(exports)]
 
 
 def warnings(record: Record) -> list[str]:
@@ -229,13 +258,16 @@ def _warning_of_size(record: Record) -> str:
     export = main_export(record)
     if export is None:
         return ""
-    size = export["size_bytes"]
     given = record.get("source_bytes") or dense_bytes(record)
-    if size < given:
+    smallest = min(each["size_bytes"] for each in record["exports"])
+    for each in record["exports"]:
+        for file in each.get("files", ()):
+            smallest = min(smallest, file["size_bytes"])
+    if smallest < given:
         return ""
     stated = (
-        f"The {export['kind']} export ({megabytes(size)}) is not smaller than the weights "
-        f"that were given ({megabytes(given)})"
+        f"The {export['kind']} export ({megabytes(export['size_bytes'])}) is not smaller than "
+        f"the weights that were given ({megabytes(given)})"
     )
     if export["kind"] == "masked":
         return (
@@ -416,11 +448,18 @@ def widths_of(record: Record) -> list[Widths]:
     for linear in record["linears"]:
         if linear["name"] in removed:
             by_place[_place_of(linear["name"])[1]].append(linear)
-    found = list[Widths]()
+    by_name = defaultdict[str, list[tuple[str, Widths]]](list)
     for place, linears in by_place.items():
         size = _columns_of_a_group(linears, removed)
         if size is not None:
-            found.append(_widths_of_place(record, place, linears, size))
+            widths = _widths_of_place(record, place, linears, size)
+            by_name[widths.name].append((place, widths))
+    found = list[Widths]()
+    for name, alike in by_name.items():
+        for place, widths in alike:
+            if len(alike) > 1:  # for instance blocks with experts and blocks without
+                widths = replace(widths, name=f"{name} before {place}")
+            found.append(widths)
     return found
 
 
@@ -430,8 +469,9 @@ def _columns_of_a_group(
     """Return the number of columns that a group has; None if none was removed."""
     for linear in linears:
         lost = linear["columns"] - linear["columns_kept"]
-        if removed[linear["name"]] and lost:
-            return int(lost) // removed[linear["name"]]
+        count = removed[linear["name"]]
+        if lost >= count > 0:
+            return int(lost) // count
     return None
 
 
@@ -453,7 +493,7 @@ def _widths_of_place(
     for block in range(max(by_block) + 1):
         left.append(statistics.fmean(by_block.get(block, [math.nan])))
     if ".*." in place:
-        name = "channels of an expert, on average"
+        name = "channels per expert, on average"
     elif size == 1:
         name = "feed-forward channels"
     else:
