@@ -181,15 +181,16 @@ def _price(record: Record) -> str:
     shot = record["shots"][-1]
     dense = record["dense"]["perplexity"]
     changes = list[str]()
+    verb = "goes "
     for text, before in list(dense.items())[:_NAMED_TEXTS]:
         after = shot["perplexity"][text]
         if abs(after / before - 1) < NO_CHANGE:
-            changes.append(f"on {text} stays at {quantity(before)}")
-            continue
-        changes.append(
-            f"on {text} goes from {quantity(before)} to {quantity(after)} "
-            f"({percent(after / before)})"
-        )
+            changes.append(f"stays at {quantity(before)} on {text}")
+            verb = "goes "
+        else:
+            change = f"from {quantity(before)} to {quantity(after)} ({percent(after / before)})"
+            changes.append(f"{verb}{change} on {text}")
+            verb = ""  # is not said again
     sentence = f"Perplexity {_joined(changes)}"
     if len(dense) > _NAMED_TEXTS:
         sentence += f", with {len(dense) - _NAMED_TEXTS} more texts below"

@@ -15,7 +15,6 @@ from ray_surgeon.report.findings import (
     faster,
     main_export,
     megabytes,
-    number_of,
     phases,
     quantity,
     wall_s,
@@ -45,8 +44,10 @@ def round_table(record: Record) -> Table:
     original = "100 %" if any(agreements) else ""
     table.add("agreement with the original", [original, *agreements])
     table.add("removed weights", ["0 %", *(_share(s["sparsity"], 2) for s in shots)])
-    numbers = [number_of(s["num_nonzero"]) for s in shots]
-    table.add("parameters", [number_of(record["parameters"]["before"]), *numbers])
+    before = record["parameters"]["before"]
+    unit, divisor = ("millions", 1e6) if before >= 1e6 else ("thousands", 1e3)
+    numbers = [before, *(shot["num_nonzero"] for shot in shots)]
+    table.add(f"parameters, {unit}", [f"{each / divisor:,.1f}" for each in numbers])
     for text, perplexity in dense.items():
         values = [_number(s["perplexity"].get(text)) for s in shots]
         table.add(f"perplexity, {text}", [_number(perplexity), *values])

@@ -119,7 +119,7 @@ def test_verdict_has_sizes_speeds_and_quality(record: dict[str, Any]) -> None:
         "(within the scatter of the repeats)."
     )
     assert price == (
-        "Perplexity on docs goes from 10.00 to 12.00 (+20.0 %); agreement with the "
+        "Perplexity goes from 10.00 to 12.00 (+20.0 %) on docs; agreement with the "
         "original's answers is 70.0 %."
     )
 
