@@ -204,6 +204,12 @@ class RunDirectory:
                 facts.append(event["facts"])
         return facts
 
+    def ended_steps(self) -> list[dict[str, Any]]:
+        """Return the event of every step that ended in earlier tries."""
+        events = map(json.loads, self._events)
+        # other events are told inside of a step, and have no seconds of workers
+        return [event for event in events if event.get("worker_seconds")]
+
     def add_event(self, event: Record) -> None:
         """Append an event with the current time to events.jsonl.
 

@@ -35,6 +35,7 @@ from ray_surgeon.report.events import Event, ProgressReport, Steps
 from ray_surgeon.report.html_report import LivePage
 from ray_surgeon.report.record import RunReport
 from ray_surgeon.run_state import RunState, Text, load_model
+from ray_surgeon.storage.sources import given_bytes
 
 _PAUSE_S = 5.0
 """Between two looks at memory that is to become free."""
@@ -233,6 +234,9 @@ def _begin(
     report.shots = [directory.read_shot(i).record for i in directory.committed_indices()]
     report.retries = directory.retries()
     report.plan = plan.as_record()
+    with contextlib.suppress(OSError, ValueError):  # a run does not end for its report
+        report.source_bytes = given_bytes(inputs.model)
+    report.ended_steps.extend(directory.ended_steps())
     num_done = len(report.shots)
     part = directory.read_part(num_done + 1)
     if num_done:
@@ -241,7 +245,7 @@ def _begin(
     elif part is not None:
         report.dense = part.record["dense"]
     num_shots = spec.schedule.shots
-    steps = Steps(workers, directory, num_shots, listen)
+    steps = Steps(workers, directory, num_shots, listen, report.ended_steps)
     workers.progress.listener = lambda: listen(steps.progress_report())
     with steps("plan") as facts:
         peaks = plan.peaks().values()

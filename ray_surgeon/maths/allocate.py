@@ -5,6 +5,7 @@ Source: docs/method.md, section 8.
 
 from __future__ import annotations
 
+import bisect
 import heapq
 import math
 from collections import Counter
@@ -102,39 +103,75 @@ def allocate_globally(
     Raises:
         OutOfReachError: everything that may be pruned saves less.
     """
-    paths = [_Path(c, per_unit) for c in costs]
-    steps = list[tuple[float, int]]()
-    for place, path in enumerate(paths):
-        path.push(steps, place)
-    experts_left = Counter(c.layer for c in costs if math.isfinite(c.whole))
-    threshold = 0.0
-    saved = sum(path.costs.saved(path.number) for path in paths)
+    walk = _Walk(costs, per_unit=per_unit, fewest_experts=fewest_experts)
     tolerance = _tolerance(costs, missing)
-    while saved < missing - tolerance:
-        if not steps:
+    while walk.saved < missing - tolerance:
+        if walk.has_ended:
             raise OutOfReachError(
-                f"pruning: all groups that may go save {saved:g} of the {missing:g} "
+                f"pruning: all groups that may go save {walk.saved:g} of the {missing:g} "
                 "that must go; ask for less, or name more groups"
             )
-        price, place = heapq.heappop(steps)
-        path = paths[place]
-        layer = costs[place].layer
-        removes_expert = path.goes_whole
-        if removes_expert and experts_left[layer] <= fewest_experts:
-            path.take_corners(can_go_whole=False)
-        else:
-            if removes_expert:
-                experts_left[layer] -= 1
-            saved += path.advance(missing - tolerance - saved)
-            threshold = price
-        path.push(steps, place)
+        walk.step(missing - tolerance - walk.saved)
     counts = dict[str, int]()
     experts = set[str]()
-    for path in paths:
+    for path in walk.paths:
         counts[path.costs.consumer] = path.number
         if path.is_whole:
             experts.add(path.costs.consumer)
-    return Allocation(counts=counts, threshold=threshold, experts=frozenset(experts))
+    return Allocation(counts=counts, threshold=walk.threshold, experts=frozenset(experts))
+
+
+class _Walk:
+    """Progress of all consumers along their paths, the cheapest step first.
+
+    Attributes:
+        paths: path of every consumer.
+        saved: budget that the present points of all paths save.
+        threshold: price of the last step.
+    """
+
+    def __init__(
+        self, costs: Sequence[GroupCosts], *, per_unit: bool, fewest_experts: int
+    ) -> None:
+        """Start at the first point of every path; see `allocate_globally`."""
+        self.paths = [_Path(c, per_unit) for c in costs]
+        self.saved = sum(path.costs.saved(path.number) for path in self.paths)
+        self.threshold = 0.0
+        self._fewest_experts = fewest_experts
+        self._experts_left = Counter(c.layer for c in costs if math.isfinite(c.whole))
+        self._steps = list[tuple[float, int]]()
+        for place, path in enumerate(self.paths):
+            path.push(self._steps, place)
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether all paths are at their last points."""
+        return not self._steps
+
+    def step(self, wanted: float) -> int:
+        """Take the cheapest step of all paths, as far as it is needed.
+
+        If the step removes an expert whose layer has none to spare, the path only loses that point.
+
+        Args:
+            wanted: budget that is still missing.
+
+        Returns:
+            The place of the path.
+        """
+        price, place = heapq.heappop(self._steps)
+        path = self.paths[place]
+        layer = path.costs.layer
+        removes_expert = path.goes_whole
+        if removes_expert and self._experts_left[layer] <= self._fewest_experts:
+            path.take_corners(can_go_whole=False)
+        else:
+            if removes_expert:
+                self._experts_left[layer] -= 1
+            self.saved += path.advance(wanted)
+            self.threshold = price
+        path.push(self._steps, place)
+        return place
 
 
 class _Path:
@@ -184,6 +221,11 @@ class _Path:
             heapq.heappush(steps, (price, place))
 
     @property
+    def cost(self) -> float:
+        """Cost of the present point, if it is a corner."""
+        return self._points[-1][1]
+
+    @property
     def goes_whole(self) -> bool:
         """Whether the whole expert is removed at the next point."""
         return self._points[-2][2] > self.costs.num_left
@@ -206,7 +248,7 @@ class _Path:
 
     def _first_enough(self, corner: int, wanted: float) -> int:
         """Return the first possible number of groups before a corner that saves enough."""
-        if self.is_whole:
+        if self.is_whole or self.costs.saved(corner) < wanted:
             return corner
         for n in self._counts:
             if self.number < n <= corner and self.costs.saved(n) >= wanted:
@@ -235,12 +277,7 @@ def allocate_uniformly(
     Raises:
         OutOfReachError: everything that may be pruned saves less.
     """
-    costs_by_kind = dict[str, list[GroupCosts]]()
-    for c in costs:
-        costs_by_kind.setdefault(c.kind, []).append(c)
-    kinds = [
-        _UniformOptions(of_kind, fewest_experts) for of_kind in costs_by_kind.values()
-    ]
+    kinds = _options_by_kind(costs, fewest_experts)
     wanted = missing - _tolerance(costs, missing)
     saved, chosen = _best_combinations(kinds, wanted)
     enough = (saved >= wanted).nonzero()[:, 0]
@@ -263,6 +300,18 @@ def allocate_uniformly(
             counts[c.consumer] = c.num_left if is_removed else num_pruned
         experts.update(removed_experts)
     return Allocation(counts=counts, threshold=None, experts=frozenset(experts))
+
+
+def _options_by_kind(
+    costs: Sequence[GroupCosts], fewest_experts: int
+) -> list[_UniformOptions]:
+    """Return the options for each kind of groups."""
+    costs_by_kind = dict[str, list[GroupCosts]]()
+    for c in costs:
+        costs_by_kind.setdefault(c.kind, []).append(c)
+    return [
+        _UniformOptions(of_kind, fewest_experts) for of_kind in costs_by_kind.values()
+    ]
 
 
 def _best_combinations(
@@ -379,3 +428,104 @@ def _common_counts(costs: Sequence[GroupCosts]) -> list[int]:
     for c in costs[1:]:
         common.intersection_update(c.possible_counts)
     return sorted(common)
+
+
+# The loss increase of every sparsity
+
+CurvePoint = tuple[int, float]
+"""Number of removed parameters, and the sum of the costs of what is removed."""
+
+
+def loss_curve_globally(
+    costs: Sequence[GroupCosts],
+    num_parameters: Sequence[int],
+    *,
+    per_unit: bool,
+    most_points: int,
+    fewest_experts: int = 0,
+) -> list[CurvePoint]:
+    """Return what removing more and more costs by `allocate_globally`.
+
+    Where the paths of some consumers were not followed far enough, cheaper groups of theirs may be
+    missing, so the curve is an upper bound there.
+
+    Args:
+        costs: costs of every consumer.
+        num_parameters: [num_consumers] parameters of one group of each consumer.
+        per_unit: see `allocate_globally`.
+        most_points: largest number of points, at least two. They are evenly spread.
+        fewest_experts: number of experts that stay in every layer.
+    """
+    walk = _Walk(costs, per_unit=per_unit, fewest_experts=fewest_experts)
+    removed = 0
+    cost = 0.0
+    for path, size in zip(walk.paths, num_parameters, strict=True):
+        removed += path.number * size
+        cost += path.cost
+    points = [(removed, cost)]
+    before = [(path.number, path.cost) for path in walk.paths]
+    while not walk.has_ended:
+        place = walk.step(math.inf)
+        path = walk.paths[place]
+        number_before, cost_before = before[place]
+        removed += (path.number - number_before) * num_parameters[place]
+        cost += path.cost - cost_before
+        before[place] = (path.number, path.cost)
+        points.append((removed, cost))
+    places = _spread([removed for removed, _ in points], most_points)
+    return [points[place] for place in places]
+
+
+def loss_curve_uniformly(
+    costs: Sequence[GroupCosts],
+    num_parameters: Sequence[int],
+    *,
+    most_points: int,
+    fewest_experts: int = 0,
+) -> list[CurvePoint]:
+    """Return what removing more and more costs by `allocate_uniformly`.
+
+    Every point is a combination of widths that is the cheapest for some budget.
+
+    Args:
+        costs: costs of every consumer; see `allocate_uniformly`.
+        num_parameters: [num_consumers] parameters of one group of each consumer.
+        most_points: largest number of points, at least two. They are evenly spread.
+        fewest_experts: number of experts that stay in every layer.
+    """
+    size_of = dict[str, int]()
+    for c, size in zip(costs, num_parameters, strict=True):
+        size_of[c.consumer] = size
+    kinds = _options_by_kind(costs, fewest_experts)
+    saved, chosen = _best_combinations(kinds, wanted=math.inf)
+    if not len(saved):
+        return []
+    points = list[CurvePoint]()
+    for options in chosen[_spread(saved.tolist(), most_points)].tolist():
+        removed = 0
+        cost = 0.0
+        for kind, option in zip(kinds, options, strict=True):
+            num_pruned, experts = kind.removed(option)
+            for c in kind.costs:
+                number = c.num_left if c.consumer in experts else num_pruned
+                removed += number * size_of[c.consumer]
+            cost += float(kind.cost[option])
+        points.append((removed, cost))
+    return points
+
+
+def _spread(ascending: Sequence[float], most: int) -> list[int]:
+    """Return the places of the first and last value, and of others evenly spread between them.
+
+    Args:
+        ascending: the values. Places of values that are no larger than an earlier one are left out.
+        most: largest number of places to return, at least two.
+    """
+    places = list[int]()
+    for number in range(most):
+        share = number / (most - 1)
+        wanted = ascending[0] + (ascending[-1] - ascending[0]) * share
+        place = min(bisect.bisect_left(ascending, wanted), len(ascending) - 1)
+        if not places or ascending[place] > ascending[places[-1]]:
+            places.append(place)
+    return places

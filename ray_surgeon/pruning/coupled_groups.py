@@ -36,6 +36,8 @@ from ray_surgeon.maths.allocate import (
     GroupCosts,
     allocate_globally,
     allocate_uniformly,
+    loss_curve_globally,
+    loss_curve_uniformly,
 )
 from ray_surgeon.maths.factorised import RaisedDamping
 from ray_surgeon.maths.greedy import Limits
@@ -66,6 +68,9 @@ _MOST_TIMES_LIMIT = 4.0
 
 The number of these groups comes from single costs, so their costs may be far above the limit.
 """
+
+_CURVE_POINTS = 40
+"""Most points of the predicted loss increase that the report has."""
 
 Counts = Mapping[str, int]
 """Consumer -> number of its groups."""
@@ -181,11 +186,8 @@ class Groups(Ranking):
 
     def allocate(self, scores: GroupScores, shot: int) -> Allocation:
         """Return how many groups every block loses."""
+        groups = self._ranked(scores)
         costs = sorted(scores.costs, key=lambda c: c.consumer)
-        groups = list[GroupCosts]()
-        for c in costs:
-            if c.num_left or c.kind != "expert_channels":
-                groups.append(replace(c, needs=self.budget.by_left[c.kind]))
         missing = self.need((c.kind, c.num_left) for c in costs) - self.goal(shot)
         fewest_experts = self.fewest.get("experts", 0)
         if self.section.uniform:
@@ -196,6 +198,47 @@ class Groups(Ranking):
             per_unit=True,
             fewest_experts=fewest_experts,
         )
+
+    def _ranked(self, scores: GroupScores) -> list[ConsumerCosts]:
+        """Return the costs of all consumers that have groups left, with their needs."""
+        groups = list[ConsumerCosts]()
+        for c in sorted(scores.costs, key=lambda c: c.consumer):
+            if c.num_left or c.kind != "expert_channels":
+                groups.append(replace(c, needs=self.budget.by_left[c.kind]))
+        return groups
+
+    def loss_curve(self, scores: GroupScores) -> list[tuple[float, float]]:
+        """Return what removing more or less than the shot does would cost.
+
+        Args:
+            scores: costs of all consumers.
+
+        Returns:
+            (sparsity after the shot, predicted loss increase in the shot in nats per token), as far
+            as the paths were followed.
+        """
+        groups = self._ranked(scores)
+        num_parameters = [c.num_parameters for c in groups]
+        fewest_experts = self.fewest.get("experts", 0)
+        if self.section.uniform:
+            points = loss_curve_uniformly(
+                groups,
+                num_parameters,
+                most_points=_CURVE_POINTS,
+                fewest_experts=fewest_experts,
+            )
+        else:
+            points = loss_curve_globally(
+                groups,
+                num_parameters,
+                per_unit=True,
+                most_points=_CURVE_POINTS,
+                fewest_experts=fewest_experts,
+            )
+        curve = list[tuple[float, float]]()
+        for removed, cost in points:
+            curve.append((1 - (scores.num_kept - removed) / scores.num_parameters, cost))
+        return curve
 
     def choose(self, cluster: Cluster, scores: GroupScores, shot: int) -> Choice:
         """Choose how many groups every block loses."""
@@ -223,6 +266,8 @@ class Groups(Ranking):
                 "goal": self.goal(shot),
             },
         }
+        if self.used_curvature.is_of_loss:
+            record["loss_curve"] = self.loss_curve(scores)
         experts = dict[str, float]()
         expert_costs = dict[str, float]()
         for c in scores.costs:

@@ -1,6 +1,7 @@
 """Progress of a running job as bars or as lines of a log, and tables that compare reports.
 
-``ray-surgeon report RUN RUN ...`` compares run directories in a table, a plot and an HTML page.
+``ray-surgeon report RUN RUN ...`` compares run directories in a table, and if asked in a plot and a
+page.
 """
 
 from __future__ import annotations
@@ -13,12 +14,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, JustifyMethod
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
 from rich.table import Table
 
 from ray_surgeon.report import record as reports
 from ray_surgeon.report.events import Event, ProgressReport
+from ray_surgeon.report.findings import exports_by_round, faster, megabytes
 from ray_surgeon.report.html_report import page, rendered
 from ray_surgeon.report.plots import quality_figure, save
 from ray_surgeon.storage import files
@@ -92,54 +94,64 @@ def _can_draw_bars(console: Console | None) -> bool:
 
 
 def shots_table(*records: Mapping[str, Any]) -> Table:
-    """Return a table of runs for the terminal: a row for each dense model and one for every shot.
+    """Return a table of runs for the terminal.
 
-    Columns that are empty in all rows are left out.
+    It has a row for each dense model and one for every pruning round, with the size and speed of
+    the export that was written after it. Columns that are empty in all rows are left out.
     """
     perplexities = [f"perplexity {text}" for text in reports.texts_of(records)]
+    after = ["size", "prompts", "generation"]
     if len(records) == 1:
         title = records[0]["spec"]["name"]
         with_divergences = [f"{column} (KL)" for column in perplexities]
-        columns = ["shot", "accepted", "sparsity", "threshold", *with_divergences]
-        columns += ["wall s", "CPU s", "peak memory GiB"]
+        columns = ["round", "agreement", "sparsity", *with_divergences]
+        columns += [*after, "wall s", "peak memory GiB"]
     else:
         title = None
-        columns = ["run", "structure", "shot", "accepted", "sparsity", *perplexities]
+        columns = ["run", "structure", "round", "agreement", "sparsity", *perplexities]
+        columns += after
     rows: list[dict[str, str]] = []
     for record in records:
         rows.extend(_rows(record))
-    columns = [column for column in columns if any(column in row for row in rows)]
+    columns = [column for column in columns if any(row.get(column) for row in rows)]
     table = Table(title=title)
     for column in columns:
-        table.add_column(column, justify="left" if column == "run" else "right")
+        justify: JustifyMethod = "left" if column == "run" else "right"
+        table.add_column(column, justify=justify, overflow="fold")
     for row in rows:
         table.add_row(*(row.get(column, "") for column in columns))
     return table
 
 
 def _rows(record: Mapping[str, Any]) -> Iterator[dict[str, str]]:
-    """Yield a row for the dense model and one per shot, as texts by column."""
+    """Yield a row for the dense model and one per round, as texts by column."""
     spec = record["spec"]
     about = {"run": spec["name"], "structure": reports.structure_of(record)}
-    dense = {**about, "shot": "dense", "sparsity": "0.00%"}
+    dense = {**about, "round": "dense", "sparsity": "0.00%"}
     if reports.has_generation([record]):
-        dense["accepted"] = "100.0%"
+        dense["agreement"] = "100.0%"
     dense.update(_perplexities(record["dense"]))
+    exports = exports_by_round(record)
+    if exports:
+        dense["size"] = megabytes(reports.dense_bytes(record))
     yield dense
     for shot in record["shots"]:
-        threshold = shot["threshold"]
         row = {
             **about,
-            "shot": str(shot["index"]),
+            "round": str(shot["index"]),
             "sparsity": f"{shot['sparsity']:.2%}",
-            "threshold": "" if threshold is None else f"{threshold:.3g}",
             "wall s": f"{sum(shot['seconds'].values()):.0f}",
-            "CPU s": f"{sum(shot['cpu_seconds'].values()):.0f}",
             "peak memory GiB": f"{shot['peak_rss_bytes'] / 2**30:.2f}",
         }
         if shot.get("generation"):
-            row["accepted"] = f"{shot['generation']['acceptance']:.1%}"
+            row["agreement"] = f"{shot['generation']['acceptance']:.1%}"
         row.update(_perplexities(shot))
+        export = exports.get(shot["index"])
+        if export is not None:
+            row["size"] = megabytes(export["size_bytes"])
+            if "speed" in export:
+                row["prompts"] = faster(export["speed"]["prefill_ratio"])
+                row["generation"] = faster(export["speed"]["decode_ratio"])
         yield row
 
 
@@ -186,7 +198,7 @@ def _read_report(run: str) -> dict[str, Any]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Compare run directories: print a table, and write a plot and a page.
+    """Compare run directories: print a table, and write a plot and a page if asked.
 
     Returns:
         The exit code, which is 2 if a folder has no report.
@@ -222,32 +234,31 @@ def _compare(arguments: argparse.Namespace, console: Console) -> None:
         raise ValueError(
             f"--text: no run has a text {text!r}; they have {', '.join(texts)}"
         )
-    save(quality_figure(records, text), arguments.plot)
-    files.write_text(arguments.html, page(records))
-    console.print(
-        f"plot: {arguments.plot}\npage: {arguments.html}", markup=False, soft_wrap=True
-    )
+    if arguments.plot is not None:
+        save(quality_figure(records, text), arguments.plot)
+        console.print(f"plot: {arguments.plot}", markup=False, soft_wrap=True)
+    if arguments.html is not None:
+        files.write_text(arguments.html, page(records))
+        console.print(f"page: {arguments.html}", markup=False, soft_wrap=True)
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         "ray-surgeon report",
-        description="Compare runs in one table, one plot and one page.",
+        description="Compare runs in one table, and in a plot and a page if asked.",
     )
     parser.add_argument(
         "runs", nargs="+", metavar="RUN", help="run directory, on any fsspec URI"
     )
     parser.add_argument(
         "--plot",
-        default="perplexity.png",
         metavar="FILE",
-        help="plot to write, a .png, .svg or .pdf file on any URI; %(default)s",
+        help="plot of perplexities to write, a .png, .svg or .pdf file on any URI",
     )
     parser.add_argument(
         "--html",
-        default="comparison.html",
         metavar="FILE",
-        help="page to write, with every run whole, on any URI; %(default)s",
+        help="page to write, with every run whole, on any URI",
     )
     parser.add_argument(
         "--text", help="evaluation text of the plot; if not given, the first one"

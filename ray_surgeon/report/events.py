@@ -118,6 +118,7 @@ class Steps:
         run: RunDirectory,
         num_shots: int,
         listen: Callable[[Event], None],
+        ended: list[Record],
     ) -> None:
         """Start with no steps.
 
@@ -126,7 +127,9 @@ class Steps:
             run: directory that gets the events.
             num_shots: of the run.
             listen: called with every event.
+            ended: list that gets the event of every step; it may hold those of earlier tries.
         """
+        self._ended = ended
         self._cluster = cluster
         self._run = run
         self._num_shots = num_shots
@@ -185,6 +188,7 @@ class Steps:
             facts=facts,
             worker_seconds=busy,
         )
+        self._ended.append(asdict(event))
         self._emit(event)
 
     def _add_usage(

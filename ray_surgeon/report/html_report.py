@@ -13,7 +13,7 @@ import jinja2
 import yaml
 
 from ray_surgeon.checkpointing import RunDirectory
-from ray_surgeon.report import plots
+from ray_surgeon.report import bars, findings, plots, tables
 from ray_surgeon.report import record as reports
 from ray_surgeon.storage import files
 
@@ -41,7 +41,13 @@ def page(records: Sequence[Mapping[str, Any]]) -> str:
         records: contents of report.json; the runs need not have ended.
     """
     return rendered(
-        "html_report.html.jinja", records=records, reports=reports, plots=plots
+        "html_report.html.jinja",
+        records=records,
+        reports=reports,
+        findings=findings,
+        bars=bars,
+        tables=tables,
+        plots=plots,
     )
 
 

@@ -38,6 +38,11 @@ class RunReport:
     plan: dict[str, Any] = field(default_factory=dict)
     # losses after which the run went on, each with cause and message
     retries: list[dict[str, Any]] = field(default_factory=list)
+    source_bytes: int | None = (
+        None  # of the weights that the user gave; None if not known
+    )
+    # event of every step of all tries that has ended
+    ended_steps: list[Record] = field(default_factory=list)
 
     def add_shot(
         self, about: Record, linears: Sequence[LinearSummary], steps: Steps
@@ -72,6 +77,14 @@ class RunReport:
             shot.pop("linears", None)  # those of the last shot are below
             shot.pop("dense", None)
             shots.append(shot)
+        steps = []
+        for event in self.ended_steps:
+            steps.append({name: event[name] for name in ("step", "shot", "seconds")})
+        further: dict[str, Any] = {}  # reports of earlier versions lack these
+        if self.source_bytes is not None:
+            further["source_bytes"] = self.source_bytes
+        if steps:
+            further["steps"] = steps
         return {
             "spec": self.spec,
             "fingerprints": self.fingerprints,
@@ -89,6 +102,7 @@ class RunReport:
                 "nonzero_in_pruned_linears": nonzero,
                 "whole_model_sparsity": 1 - after / self.num_parameters,
             },
+            **further,
         }
 
     def model_card_facts(self, shot: int) -> dict[str, Any]:

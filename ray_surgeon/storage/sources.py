@@ -375,6 +375,33 @@ def open_model(source: ModelSection) -> ModelFiles:
     return _hub(source)
 
 
+def given_bytes(source: ModelSection) -> int | None:
+    """Return the size of the files of weights that a job spec names.
+
+    A GGUF file counts as it is, not as it is converted.
+
+    Args:
+        source: what the job spec says.
+
+    Returns:
+        Bytes; None if a server does not say.
+
+    Raises:
+        ValueError: the checkpoint cannot be opened.
+        OSError: a file cannot be read.
+    """
+    if source.source.startswith("pkg://"):
+        return package_file(source).stat().st_size
+    opened = open_model(source)
+    total = 0
+    for name in opened.weight_files():
+        size = files.size_bytes(opened.open_uri(name))
+        if size is None:
+            return None
+        total += size
+    return total
+
+
 def _folder(source: ModelSection, uri: str) -> ModelFiles:
     remedy = "check the address, the credentials and the network"
     with refusing(f"model.source: cannot list {uri}", remedy):

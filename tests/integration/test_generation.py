@@ -201,15 +201,15 @@ def compared(without: Record) -> Record:
 def test_terminal_shows_acceptance(without: Record, compared: Record) -> None:
     shots = tables.shots_table(compared)
     assert [column.header for column in shots.columns][:3] == [
-        "shot",
-        "accepted",
+        "round",
+        "agreement",
         "sparsity",
     ]
     assert list(shots.columns[1].cells)[-2:] == ["87.5%", "87.5%"]
     both = tables.shots_table(without, compared).columns[3]
-    assert both.header == "accepted"
+    assert both.header == "agreement"
     assert list(both.cells) == ["", "", "", "100.0%", "87.5%", "87.5%"]
-    assert "accepted" not in [
+    assert "agreement" not in [
         column.header for column in tables.shots_table(without).columns
     ]
     assert not tables.summary_lines("answers", without)
@@ -230,13 +230,12 @@ def test_page_escapes_answers(without: Record, compared: Record) -> None:
     assert "<script>" not in html
     assert "&lt;script&gt;" in html
     assert not {"\x1b", "\u202e"} & set(html)
-    assert html.index("accepted of the dense model") < html.index("linears removed")
+    assert html.index("Agreement with the original") < html.index("Perplexity, docs")
     assert 'id="run-1-answers"' in html
     together = page([without, compared])
-    assert together.count("<th>accepted</th>") == 3, (
-        "one for both runs, and two for the second run"
-    )
-    assert "accepted" not in page([without])
+    row = "<td>agreement with the original</td>"
+    assert together.count(row) == 3, "one for both runs, and two for the second run"
+    assert "agreement" not in page([without])
     compared["shots"][0].pop("generation")
     compared["shots"][1]["generation"]["not_ended"] = None
     compared["dense"].pop("generation")

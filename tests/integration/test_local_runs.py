@@ -289,12 +289,16 @@ def test_runs_are_compared_in_one_table(
     job: Jobs, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = job.folder
-    monkeypatch.chdir(folder)  # comparison.html is written here
+    monkeypatch.chdir(folder)
     one = job(runs.ONE, name="one", folder="one")
     shutil.copytree(one.uri, folder / "two/run")
     spec = one.report["spec"] | {"name": "two"}
     (folder / "two/run/report.json").write_text(json.dumps(one.report | {"spec": spec}))
     both = [str(folder / name / "run") for name in ("one", "two")]
+    there = set(folder.iterdir())
+    assert compare(both) == 0
+    assert set(folder.iterdir()) == there, "files are written if asked"
+    capsys.readouterr()
     assert compare([*both, "--plot", "plot.png", "--text", "again"]) == 0
     assert (folder / "plot.png").read_bytes().startswith(b"\x89PNG")
     lines = [

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from ray_surgeon.report.findings import wall_s
 from tests.conftest import LAYOUTS
 from tests.integration.runs import GROUPS, ONE, SPARSEGPT, Jobs
 
@@ -75,6 +76,36 @@ def test_widths_are_rounded_and_predictions_recorded(job: Jobs) -> None:
     lost = {name for name, count in shot["groups_removed"].items() if count}
     assert {name for name, cost in predicted.items() if cost} == lost
     assert shot["predicted_loss_increase"] == pytest.approx(sum(predicted.values()))
+
+
+@pytest.mark.parametrize("allocation", ["global", "uniform"])
+def test_loss_curve_passes_through_the_shot_and_goes_on(
+    job: Jobs, allocation: str
+) -> None:
+    done = job(CHANNELS | ONE, pruning__allocation=allocation)
+    curve = dict(done.shot["loss_curve"])
+    sparsities = list(curve)
+    assert sparsities == sorted(sparsities)
+    assert 2 < len(sparsities) <= 40
+    sparsity = min(sparsities, key=lambda each: abs(each - done.shot["sparsity"]))
+    assert sparsity == pytest.approx(done.shot["sparsity"])
+    predicted = done.shot["predicted_loss_increase"]
+    assert curve[sparsity] == pytest.approx(predicted, rel=1e-2)
+    assert sparsities[-1] > sparsity
+
+
+def test_report_has_the_steps_of_all_tries_and_the_size_of_the_source(job: Jobs) -> None:
+    """Seconds of steps are those of the events, and the export counts."""
+    done = job(CHANNELS | ONE, output__exports=["per_block"])
+    weights = job.models["llama"] / "model.safetensors"
+    assert done.report["source_bytes"] == weights.stat().st_size
+    resumed = job(CHANNELS | ONE, "--resume", output__exports=["per_block", "masked"])
+    events = [event for event in resumed.events if event.get("worker_seconds")]
+    assert resumed.report["steps"] == [
+        {name: event[name] for name in ("step", "shot", "seconds")} for event in events
+    ]
+    assert [event["step"] for event in events].count("export") > 1
+    assert wall_s(resumed.report) == pytest.approx(sum(e["seconds"] for e in events))
 
 
 def test_predicted_loss_of_experts_is_the_sum_of_their_costs(job: Jobs) -> None:

@@ -17,6 +17,8 @@ from ray_surgeon.maths.allocate import (
     GroupCosts,
     allocate_globally,
     allocate_uniformly,
+    loss_curve_globally,
+    loss_curve_uniformly,
 )
 from ray_surgeon.maths.threshold import OutOfReachError
 
@@ -327,3 +329,56 @@ def test_target_is_met_up_to_rounding(size: float, missing: float) -> None:
     ]
     for allocate in BOTH:
         assert sum(allocate(costs, missing).counts.values()) == 6
+
+
+def cost_of(costs: Sequence[GroupCosts], found: Allocation) -> float:
+    """Return the cost of an allocation, in float64."""
+    total = 0.0
+    for c in costs:
+        if c.consumer in found.experts:
+            total += c.whole
+        else:
+            ascending = c.costs.double().sort().values
+            total += float(ascending[: found.counts[c.consumer]].sum())
+    return total
+
+
+@pytest.mark.parametrize("is_uniform", [False, True], ids=["global", "uniform"])
+@pytest.mark.parametrize(
+    "costs_of",
+    [
+        random_groups,
+        lambda seed: random_groups(seed, EVEN, 7),
+        lambda seed: random_experts(seed, 3, 3.0, num_layers=2),
+    ],
+    ids=["groups", "odd", "experts"],
+)
+def test_every_point_of_a_loss_curve_is_an_allocation(
+    costs_of: Callable[[int], list[GroupCosts]], is_uniform: bool
+) -> None:
+    """A budget of what a point saves gives an allocation of the same size and cost."""
+    costs = costs_of(0)
+    num_parameters = [
+        round(c.needs[1]) for c in costs
+    ]  # the budget counts parameters, too
+    if is_uniform:
+        points = loss_curve_uniformly(costs, num_parameters, most_points=40)
+    else:
+        points = loss_curve_globally(costs, num_parameters, per_unit=True, most_points=40)
+    assert len(points) > 2
+    allocate = allocate_uniformly if is_uniform else per_unit
+    for removed, cost in points:
+        found = allocate(costs, removed)
+        assert saved_by(costs, found) == pytest.approx(removed, rel=1e-12)
+        assert cost_of(costs, found) == pytest.approx(cost, rel=1e-12)
+
+
+def test_points_of_a_loss_curve_are_evenly_spread() -> None:
+    number = 1000
+    costs = [groups("a", [1.0] * number, [float(n) for n in range(number + 1)])]
+    costs = [replace(costs[0], allowed=range(number + 1))]
+    for points in (
+        loss_curve_uniformly(costs, [1], most_points=11),
+        loss_curve_globally(costs, [1], per_unit=True, most_points=11),
+    ):
+        assert points == [(100 * n, 100.0 * n) for n in range(11)]

@@ -15,6 +15,7 @@ import pytest
 
 from ray_surgeon.distributed import fresh_process
 from ray_surgeon.report.display import main
+from ray_surgeon.report.findings import verdict
 from ray_surgeon.report.html_report import LivePage, page
 from ray_surgeon.report.plots import by_block, run_figures
 from tests.conftest import Zygote, make_once
@@ -75,14 +76,16 @@ def check_self_contained(html: str) -> str:
 def test_page_of_a_run_is_complete(runs: dict[str, Path]) -> None:
     record = report_of(runs["groups"])
     html = (runs["groups"] / "report.html").read_text()
-    text = check_self_contained(html)
-    expected = ["some-groups", "shot 1 of 1, complete", "prefill, tokens per second"]
+    text = check_self_contained(html).replace("\xa0", " ")
+    expected = ["some-groups", "pruning round 1 of 1, complete", "per_block export"]
+    expected += [*verdict(record), "How far could I go?", "prompts, tokens per second"]
     expected += ["width_multiple: 8", record["fingerprints"]["model"]]
     for export in record["exports"]:
         expected += [export["load"], *export["loaders"].values()]
     assert not [part for part in expected if part not in text]
     figures = run_figures(record)
-    assert html.count("<svg") == len(figures) == 4
+    assert figures.keys() == {"reach", "widths", "time"}
+    assert html.count("<svg") == len(figures)
     plots = {path.name for path in (runs["groups"] / "plots").iterdir()}
     assert plots == {f"{name}.{kind}" for name in figures for kind in ("svg", "png")}
 
@@ -96,7 +99,7 @@ def test_page_shows_damping_losses_and_unfinished_runs(runs: dict[str, Path]) ->
     shot = record["shots"][0] | {"damping_used": [event]}
     html = page([record | {"shots": [shot], "retries": [lost]}])
     text = check_self_contained(html)
-    assert "shot 1 of 2, not complete" in text
+    assert "pruning round 1 of 2, not complete" in text
     assert "decoder.layers.1.fc1 1 G 0.1 1 yes" in text
     assert "node <b>gone & away</b>" in text
     assert "1 retry after losses" in text
@@ -123,7 +126,9 @@ def test_several_runs_on_one_page(
     assert said.count("not complete") == 1
     html = out.read_text()
     assert "2 runs of ray_surgeon" in check_self_contained(html)
-    assert html.count("<svg") == 2 + 2 * 4
+    num_figures = len(run_figures(report_of(runs["groups"])))
+    num_figures += len(run_figures(json.loads(begun)))
+    assert html.count("<svg") == 2 + num_figures
 
 
 def test_page_shows_finished_and_unfinished_training(runs: dict[str, Path]) -> None:
@@ -152,7 +157,9 @@ def test_page_shows_finished_and_unfinished_training(runs: dict[str, Path]) -> N
     assert figures[0].axes[0].get_ylim()[1] < 0.6
     for records, number in ([begun], 1), ([first, begun], 3):
         text = check_self_contained(page(records))
-        assert text.count("Trainings after pruning, on windows held aside") == number
+        assert (
+            text.count("Training after pruning, measured on validation windows") == number
+        )
 
 
 def test_report_has_seconds_of_workers_and_sparsity_by_block(
