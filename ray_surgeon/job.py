@@ -244,6 +244,7 @@ def _begin(
     report = RunReport(settings, inputs.fingerprints, versions(), layout.num_parameters)
     report.shots = [directory.read_shot(i).record for i in directory.committed_indices()]
     report.retries = directory.retries()
+    report.source_bytes = inputs.source_bytes
     report.plan = plan.as_record()
     num_done = len(report.shots)
     part = directory.read_part(num_done + 1)

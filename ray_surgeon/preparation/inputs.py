@@ -239,6 +239,7 @@ class Inputs:
     fingerprints: Mapping[str, Any]
     # description of the text chosen for a calibration of source auto
     chosen_text: str | None
+    source_bytes: int = 0  # of the weight files that were given; 0 if they were not read
 
     @property
     def ray(self) -> RaySection:
@@ -302,8 +303,8 @@ class Inputs:
             return about
         shots = self.spec.schedule.shots
         if shots == 1:
-            return f"{shots} shot to {about} each"
-        return f"{shots} shots to {about} each"
+            return f"1 pruning round (a shot, in the paper's words) to {about}"
+        return f"{shots} pruning rounds (shots, in the paper's words) to {about} each"
 
     def _note_on_widths(self, pruning: CoupledSection) -> str:
         widths = []
@@ -354,8 +355,10 @@ def check(spec: JobSpec, *, resume: bool = False, dry_run: bool = False) -> Inpu
     is_read = source.has_weights or not dry_run
     model_fingerprint = None
     tokenizer = None
+    source_bytes = 0
     if is_read:
         model_fingerprint = reading.check_weights(source, layout)
+        source_bytes = source.given_bytes
         tokenizer = load_tokenizer(folder, source.origin)
     spec, texts, chosen = _read(spec, tokenizer, layout)
     texts = texts._replace(teacher=_teacher(spec, tokenizer, layout))
@@ -374,6 +377,7 @@ def check(spec: JobSpec, *, resume: bool = False, dry_run: bool = False) -> Inpu
         texts={name: windows.tokens for name, windows in texts.measured.items()},
         fingerprints=fingerprints,
         chosen_text=chosen,
+        source_bytes=source_bytes,
     )
     if is_read:
         with reading.as_input_error(f"output.uri: cannot use {spec.output.uri}"):

@@ -11,6 +11,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from importlib.util import find_spec
 from typing import Any
 
@@ -28,7 +29,7 @@ from ray_surgeon.report.events import (
     is_json_log,
     place_of,
 )
-from ray_surgeon.report.html_report import page, rendered
+from ray_surgeon.report.html_report import page
 from ray_surgeon.report.plots import quality_figure, save
 from ray_surgeon.report.wording import duration, perplexity, sentence
 from ray_surgeon.storage import files
@@ -112,13 +113,16 @@ class Display:
             self._last_check = sentence(event.step, event.facts)
         else:
             self._num_done += 1
-            self._running = None
+            self._running = _next_of(self._running)
+            self._step_began_s = time.monotonic()
+            self._last_check = ""
         if not self.is_live:
             self.note(event.line)
         elif not self._logs(event.line) and event.step != CHECK:
             table = _new_grid()
             _add_event(table, event)
             self.console.print(table)
+            self._live.refresh()
 
     def _logs(self, text: str) -> bool:
         """Send a line to the logger, and return whether a handler has taken it."""
@@ -163,6 +167,14 @@ class Display:
         if self._last_check:
             lines.append(Text(self._last_check))
         return Group(*lines)
+
+
+def _next_of(running: ProgressReport | None) -> ProgressReport | None:
+    """Return the report of the step that comes next; None if there is none."""
+    if running is None or not running.to_come:
+        return None
+    (step, shot), *to_come = running.to_come
+    return replace(running, step=step, shot=shot, done=0, total=0, to_come=tuple(to_come))
 
 
 def _is_redirected() -> bool:
@@ -271,24 +283,8 @@ def _perplexities(measured: Mapping[str, Any]) -> dict[str, str]:
     return row
 
 
-def summary_lines(part: str, record: Mapping[str, Any]) -> list[str]:
-    """Return the last lines of a run, about its exports or about the model's answers.
-
-    An export has size, perplexity and speed before and after, and the code that loads it. Answers
-    have an example, which is a text of users and models: print these lines without markup.
-
-    Args:
-        part: exports or answers.
-        record: content of report.json.
-    """
-    text = rendered(
-        "summary.txt.jinja",
-        part=part,
-        record=record,
-        dense_bytes=reports.dense_bytes(record),
-        shots=reports.shots_by_size(record),
-    )
-    return text.split("\n")[:-1]
+_LATER = {"plan", "retries", "source"}
+"""Entries that reports of earlier versions lack."""
 
 
 def _read_report(run: str) -> dict[str, Any]:
@@ -296,7 +292,7 @@ def _read_report(run: str) -> dict[str, Any]:
     if not files.exists(uri):
         raise ValueError(f"there is no {uri}; give run directories with a report.json")
     record = files.read_json(uri)
-    parts = reports.RunReport({}, {}, {}, 1).as_record().keys() - {"plan", "retries"}
+    parts = reports.RunReport({}, {}, {}, 1).as_record().keys() - _LATER
     if not isinstance(record, dict) or not parts <= record.keys():
         raise ValueError(f"{uri} is no report of this program")
     return record

@@ -38,6 +38,7 @@ class RunReport:
     plan: dict[str, Any] = field(default_factory=dict)
     # losses after which the run went on, each with cause and message
     retries: list[dict[str, Any]] = field(default_factory=list)
+    source_bytes: int = 0  # of the weight files that were given; 0 if not known
 
     def add_shot(
         self, about: Record, linears: Sequence[LinearSummary], steps: Steps
@@ -81,6 +82,7 @@ class RunReport:
             "exports": self.exports,
             "plan": self.plan,
             "retries": self.retries,
+            "source": {"bytes": self.source_bytes},
             "linears": linears,
             "parameters": {
                 "before": self.num_parameters,
@@ -220,6 +222,12 @@ def dense_bytes(record: Record) -> int:
     """Return the bytes of the dense model's weights in the dtype of the run."""
     dtype = getattr(torch, record["spec"]["model"]["dtype"])
     return int(record["parameters"]["before"] * dtype.itemsize)
+
+
+def source_bytes(record: Record) -> int:
+    """Return the bytes of the weight files that were given to the run of a report.json."""
+    given = record.get("source", {}).get("bytes")
+    return int(given or dense_bytes(record))
 
 
 _FREE_SECTIONS = ("name", "cluster.", "memory.", "output.", "recovery.commit_minutes")

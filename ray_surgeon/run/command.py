@@ -30,9 +30,10 @@ from ray_surgeon.maths.threshold import OutOfReachError
 from ray_surgeon.models.checkpoint import BadWeightsError
 from ray_surgeon.preparation.inputs import Inputs, check
 from ray_surgeon.preparation.reading import as_input_error
-from ray_surgeon.report.display import Display, new_console, shots_table, summary_lines
+from ray_surgeon.report.display import Display, new_console, shots_table
 from ray_surgeon.report.html_report import LivePage
-from ray_surgeon.run.arguments import document_of, towards
+from ray_surgeon.report.summary import summary_lines
+from ray_surgeon.run.arguments import document_of, quiet_transformers, towards
 from ray_surgeon.run.result import PruneResult, ended_before, run
 from ray_surgeon.storage import files
 
@@ -82,6 +83,7 @@ def _spec_text(arguments: argparse.Namespace) -> str:
         return files.read_text(uri)
 
 
+@quiet_transformers()
 def perform(arguments: argparse.Namespace, words: Sequence[str], prog: str) -> int:
     """Run a job spec and return the exit code.
 
@@ -186,12 +188,10 @@ def _end(error: BaseException, resume_with: str) -> int:
 
 
 def _show(result: PruneResult, console: Console) -> None:
-    console.print(shots_table(result.report))
-    for part in ("exports", "answers"):
-        for line in summary_lines(part, result.report):
-            console.print(line, soft_wrap=True, highlight=False, markup=False)
-    page = files.join(result.uri, "report.html")
-    console.print(f"report: {page}, with report.json and plots beside it", soft_wrap=True)
+    if len(result.report["shots"]) > 1:
+        console.print(shots_table(result.report))
+    for line in summary_lines(result.report, result.uri):
+        console.print(line, soft_wrap=True, highlight=False, markup=False)
 
 
 def export_more(argv: Sequence[str], run_job: Callable[[Sequence[str], str], int]) -> int:

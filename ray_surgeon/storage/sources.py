@@ -276,6 +276,16 @@ class ModelFiles:
             )
         return names
 
+    @property
+    def given_bytes(self) -> int:
+        """Bytes of the files of weights as they were given, such as a GGUF file."""
+        if self.pinned.source.startswith("pkg://"):
+            return package_file(self.pinned).stat().st_size
+        sizes = [
+            files.size_bytes(self.open_uri(name)) or 0 for name in self.weight_files()
+        ]
+        return sum(sizes)
+
     def _files_in_index(self) -> list[str]:
         index = f"model.source: the index of {self.origin}"
         kinds = (AttributeError, KeyError, TypeError)
