@@ -38,6 +38,7 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     },
     "--set": {"action": "append", "default": [], "metavar": "section.field=value"},
     "--schema": {"action": "store_true", "help": "print the JSON Schema of the job spec"},
+    "--verbose": {"action": "store_true", "help": "show all steps of a plan"},
 }
 _OF_RECOVERY = {
     "--teacher": "the model to train towards, of the same vocabulary",

@@ -303,8 +303,8 @@ class Inputs:
             return about
         shots = self.spec.schedule.shots
         if shots == 1:
-            return f"1 pruning round (a shot, in the paper's words) to {about}"
-        return f"{shots} pruning rounds (shots, in the paper's words) to {about} each"
+            return f"1 pruning round (a shot of the paper) to {about}"
+        return f"{shots} pruning rounds (shots of the paper) to {about} each"
 
     def _note_on_widths(self, pruning: CoupledSection) -> str:
         widths = []

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from ray_surgeon.config.evaluation import GenerationSection
 from ray_surgeon.report import record as reports
 from ray_surgeon.report.html_report import excerpt
 from ray_surgeon.report.wording import counted, number, percent, perplexity, size
@@ -204,13 +205,11 @@ def _answer_rows(record: Record, generation: Record) -> Iterator[Row]:
         f"agreement with the original {percent(generation['acceptance'])}; "
         f"greedy answers agree for {mean:.1f} tokens on average",
     )
-    section = record["spec"]["evaluation"].get("generation") or {}
     about = []
     if generation.get("not_ended") is not None:
-        about.append(
-            f"{100 * generation['not_ended']:.0f} % of the answers that the original ended do not end"
-        )
-    if section.get("max_new_tokens", 0) >= _LOOP_TOKENS:
+        share = f"{100 * generation['not_ended']:.0f} %"
+        about.append(f"{share} of the answers that the original ended do not end")
+    if _longest_answer(record) >= _LOOP_TOKENS:
         about.append(f"{100 * generation['repeating']:.0f} % are caught in a loop")
     else:
         about.append("they are too short to tell loops")
@@ -219,6 +218,14 @@ def _answer_rows(record: Record, generation: Record) -> Iterator[Row]:
     if example:
         yield "original", excerpt(example["dense"], 100)
         yield "pruned", excerpt(example["pruned"], 100)
+
+
+def _longest_answer(record: Record) -> int:
+    """Return the most tokens of an answer, or the default if the spec leaves that open."""
+    section = record["spec"]["evaluation"].get("generation")
+    if isinstance(section, Mapping):
+        return int(section["max_new_tokens"])
+    return GenerationSection().max_new_tokens
 
 
 def _task_rows(record: Record, export: Record) -> Iterator[Row]:

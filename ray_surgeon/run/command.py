@@ -34,6 +34,7 @@ from ray_surgeon.report.display import Display, new_console, shots_table
 from ray_surgeon.report.html_report import LivePage
 from ray_surgeon.report.summary import summary_lines
 from ray_surgeon.run.arguments import document_of, quiet_transformers, towards
+from ray_surgeon.run.plan_text import plan_lines
 from ray_surgeon.run.result import PruneResult, ended_before, run
 from ray_surgeon.storage import files
 
@@ -112,7 +113,7 @@ def perform(arguments: argparse.Namespace, words: Sequence[str], prog: str) -> i
                 console.print(
                     "planned from config.json alone: there are no weights to check"
                 )
-            console.print(plan_table(inputs.plan(*_planned_for(arguments, inputs))))
+            _show_plan(arguments, inputs, console)
             return DONE
         result = ended_before(inputs, console.print)
         if result is None:
@@ -124,6 +125,14 @@ def perform(arguments: argparse.Namespace, words: Sequence[str], prog: str) -> i
         return _end(error, resume_with)
     _show(result, console)
     return DONE
+
+
+def _show_plan(arguments: argparse.Namespace, inputs: Inputs, console: Console) -> None:
+    plan = inputs.plan(*_planned_for(arguments, inputs))
+    for line in plan_lines(inputs.spec, plan):
+        console.print(line, soft_wrap=True, highlight=False)
+    if arguments.verbose:
+        console.print(plan_table(plan))
 
 
 def _connect(inputs: Inputs, console: Console) -> None:

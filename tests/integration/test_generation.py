@@ -217,7 +217,7 @@ def test_terminal_shows_acceptance(without: Record, compared: Record) -> None:
     lines = summary_lines(compared, "run")
     text = "\n".join(lines)
     assert "agreement with the original 87.5 %; greedy answers agree for" in text
-    assert "too short to tell loops" in text
+    assert "are caught in a loop" in text
     assert "[bold]<script>" in text
     assert not {"\x1b", "\u202e"} & set(text)
     assert all(len(line) <= 210 for line in lines)

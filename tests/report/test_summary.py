@@ -103,7 +103,8 @@ def test_summary_has_size_quality_speed_and_commands() -> None:
         "divergence   help 0.081 nats per token",
         "answers      agreement with the original 80.0 %; "
         "greedy answers agree for 0.6 tokens on average",
-        "             25 % of the answers that the original ended do not end; 12 % are caught in a loop",
+        "             25 % of the answers that the original ended do not end; "
+        "12 % are caught in a loop",
         "original     an answer",
         "pruned       another",
         "tasks        hellaswag acc 0.420 -> 0.400",
