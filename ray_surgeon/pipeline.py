@@ -34,7 +34,7 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     },
     "--resume": {
         "action": "store_true",
-        "help": "go on after the run's last committed shot",
+        "help": "go on after the run's last committed round",
     },
     "--set": {"action": "append", "default": [], "metavar": "section.field=value"},
     "--schema": {"action": "store_true", "help": "print the JSON Schema of the job spec"},

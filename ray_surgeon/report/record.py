@@ -280,7 +280,7 @@ def check_folder(
             field="output.uri",
             found=(
                 f"{uri} already holds this run, of which "
-                f"{len(directory.committed_indices())} shots are committed"
+                f"{len(directory.committed_indices())} pruning rounds are committed"
             ),
             remedy=(
                 "continue it with --resume (resume=True in Python), or choose "

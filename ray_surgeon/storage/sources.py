@@ -15,6 +15,7 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
@@ -149,6 +150,19 @@ def converted(gguf: Path) -> Path:
     return made_once("converted", digest, lambda path: convert_gguf(gguf, path))
 
 
+@contextmanager
+def no_bar_of_gguf() -> Iterator[None]:
+    """Hide the bar of transformers' conversion, which its own setting does not disable."""
+    from transformers import modeling_gguf_pytorch_utils as conversion
+
+    bar = conversion.tqdm
+    vars(conversion)["tqdm"] = functools.partial(bar, disable=True)
+    try:
+        yield
+    finally:
+        vars(conversion)["tqdm"] = bar
+
+
 def convert_gguf(gguf: Path, folder: Path) -> None:
     """Write the model and tokenizer of a GGUF file as a Hugging Face folder in float32.
 
@@ -162,9 +176,10 @@ def convert_gguf(gguf: Path, folder: Path) -> None:
     remedy = "run `pip install gguf` (or install ray-surgeon[quickstart])"
     with refusing(f"model.source: cannot read {gguf}", remedy, ImportError):
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    model = AutoModelForCausalLM.from_pretrained(
-        gguf.parent, gguf_file=gguf.name, dtype="float32"
-    )
+    with no_bar_of_gguf():
+        model = AutoModelForCausalLM.from_pretrained(
+            gguf.parent, gguf_file=gguf.name, dtype="float32"
+        )
     model.hf_quantizer = None
     model.is_quantized = False
     vars(model.config).pop("quantization_config", None)

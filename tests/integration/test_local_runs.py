@@ -195,7 +195,7 @@ def test_collapse_stops_the_run_and_keeps_earlier_shots(
     options = {"pruning__num_shots": 3, "evaluation": {"texts": [text], "stop_above": 2}}
     done = job(options, code=1)
     assert (
-        "failed: after shot 2 the perplexity on docs is 21, 2.1 times the dense"
+        "failed: after round 2 the perplexity on docs is 21, 2.1 times the dense"
         in done.error
     )
     assert "evaluation.stop_above allows 2" in done.error

@@ -10,10 +10,11 @@ from huggingface_hub.utils.tqdm import (
     disable_progress_bars,
     enable_progress_bars,
 )
-from transformers import LlamaConfig
+from transformers import LlamaConfig, modeling_gguf_pytorch_utils
 from transformers.utils import logging
 
 from ray_surgeon.run.arguments import own_modes, quiet_transformers
+from ray_surgeon.storage.sources import no_bar_of_gguf
 
 
 @pytest.fixture
@@ -38,6 +39,17 @@ def test_bars_and_verbosity_are_restored(hub_bars: bool) -> None:
     assert logging.get_verbosity() == logging.INFO
     assert logging.is_progress_bar_enabled()
     assert are_progress_bars_disabled() is not hub_bars
+
+
+def test_conversion_of_a_gguf_file_has_no_bar(capfd: pytest.CaptureFixture[str]) -> None:
+    bar = modeling_gguf_pytorch_utils.tqdm
+    with no_bar_of_gguf():
+        assert list(modeling_gguf_pytorch_utils.tqdm(range(2), desc="Converting")) == [
+            0,
+            1,
+        ]
+    assert not capfd.readouterr().err
+    assert modeling_gguf_pytorch_utils.tqdm is bar
 
 
 def test_special_tokens_give_no_warning(caplog: pytest.LogCaptureFixture) -> None:
