@@ -151,7 +151,14 @@ def prune(  # noqa: PLR0913  the sections of a job spec, by name
     with Display(console, inputs.spec.name) as display:
         for line in inputs.notes:
             display.note(line)
-        return ended_before(inputs, display.note) or run(inputs, display)
+        try:
+            return ended_before(inputs, display.note) or run(inputs, display)
+        except KeyboardInterrupt:
+            display.note(
+                "interrupted; continue with the same call and resume=True "
+                f"(output={inputs.spec.output.uri!r})"
+            )
+            raise
 
 
 def recover(

@@ -192,7 +192,7 @@ class RunDirectory:
             if store.read_text(self.path("attempt")) != self._attempt.name:
                 raise TakenOverError(
                     f"another try of this run has begun in {self.uri}, so this one ends; "
-                    "committed shots are kept"
+                    "committed rounds are kept"
                 )
 
     def retries(self) -> list[dict[str, Any]]:

@@ -31,11 +31,10 @@ from ray_surgeon.preparation.stages import ExportStep, Stages
 from ray_surgeon.pruning.coupled_groups import Groups
 from ray_surgeon.pruning.method import Choice, Method, Ranking
 from ray_surgeon.pruning.methods import apply_choice
-from ray_surgeon.report.events import Event, ProgressReport, Steps
+from ray_surgeon.report.events import Event, PlannedStep, ProgressReport, Steps
 from ray_surgeon.report.html_report import LivePage
 from ray_surgeon.report.record import RunReport
 from ray_surgeon.run_state import RunState, Text, load_model
-from ray_surgeon.storage.sources import given_bytes
 
 _PAUSE_S = 5.0
 """Between two looks at memory that is to become free."""
@@ -85,6 +84,7 @@ def run_job(
 
 def run_steps(run: RunState, stages: Stages, method: Method) -> None:
     """Measure the dense model, prune it in all shots that are left, and write the exports."""
+    run.steps.announce(steps_to_come(run, stages))
     if stages.teacher is None:
         _load(run, method)
     elif not run.resumes:
@@ -111,6 +111,17 @@ def run_steps(run: RunState, stages: Stages, method: Method) -> None:
     run.page.draw(run.report.as_record(), final=True)
     # last: a run whose report is whole has ended
     run.directory.write_report(run.report.as_record())
+
+
+def steps_to_come(run: RunState, stages: Stages) -> list[PlannedStep]:
+    """Return the steps of a run that has not begun or resumes, in the order of `run_steps`."""
+    steps = stages.steps_before(run.num_done, resumes=run.resumes)
+    in_recovery = run.part is not None
+    for shot in range(run.num_done + 1, run.num_shots + 1):
+        steps += stages.steps_of_shot(shot, in_recovery=in_recovery)
+        in_recovery = False
+    steps += [(export.name, run.num_shots) for export in stages.exports]
+    return steps
 
 
 def _load(run: RunState, method: Method) -> None:
@@ -233,9 +244,8 @@ def _begin(
     report = RunReport(settings, inputs.fingerprints, versions(), layout.num_parameters)
     report.shots = [directory.read_shot(i).record for i in directory.committed_indices()]
     report.retries = directory.retries()
+    report.source_bytes = inputs.source_bytes
     report.plan = plan.as_record()
-    with contextlib.suppress(OSError, ValueError):  # a run does not end for its report
-        report.source_bytes = given_bytes(inputs.model)
     report.ended_steps.extend(directory.ended_steps())
     num_done = len(report.shots)
     part = directory.read_part(num_done + 1)

@@ -102,11 +102,12 @@ def _add_job_options(parser: argparse.ArgumentParser, command: str) -> None:
         metavar="FIELD=VALUE",
         help="any field of the spec, see `ray-surgeon schema`",
     )
-    add("--resume", action="store_true", help="go on after the last commit of the run")
+    add("--resume", action="store_true", help="go on after the run's last commit")
     text = "check everything, print the plan, and stop"
     add("--dry-run", action="store_true", help=text)
     text = "print the whole spec that this stands for, and stop"
     add("--print-spec", action="store_true", help=text)
+    add("--verbose", action="store_true", help="show all steps of a plan")
     add("--schema", action="store_true", help=argparse.SUPPRESS)
 
 

@@ -70,7 +70,7 @@ class Evaluation:
             dense = run.report.dense["perplexity"][text]
             if not value <= limit * dense:
                 raise CollapseError(
-                    f"after shot {run.shot} the perplexity on {text} is {value:.4g}, "
+                    f"after round {run.shot} the perplexity on {text} is {value:.4g}, "
                     f"{value / dense:.3g} times the dense model's; evaluation.stop_above allows "
-                    f"{limit:g}. The shots before are committed; prune less, or raise the limit"
+                    f"{limit:g}. The rounds before are committed; prune less, or raise the limit"
                 )

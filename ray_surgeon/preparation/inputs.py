@@ -244,6 +244,7 @@ class Inputs:
     # what was chosen for a spec of version 3, and how to change it
     choices: tuple[str, ...] = ()
     deadline_s: float | None = None  # time.time() by which the job should end
+    source_bytes: int = 0  # of the weight files that were given; 0 if they were not read
 
     @property
     def ray(self) -> RaySection:
@@ -307,8 +308,8 @@ class Inputs:
             return about
         shots = self.spec.schedule.shots
         if shots == 1:
-            return f"{shots} shot to {about} each"
-        return f"{shots} shots to {about} each"
+            return f"1 pruning round (a shot of the paper) to {about}"
+        return f"{shots} pruning rounds (shots of the paper) to {about} each"
 
     def _note_on_widths(self, pruning: CoupledSection) -> str:
         widths = []
@@ -368,8 +369,10 @@ def check(
     method = method_for(spec.pruning, spec.curvature, layout, spec.model.dtype)
     reading.check_requests(spec, layout)
     model_fingerprint = None
+    source_bytes = 0
     if is_read:
         model_fingerprint = reading.check_weights(source, layout)
+        source_bytes = source.given_bytes
     spec, texts, chosen = _read(spec, tokenizer, layout)
     texts = texts._replace(teacher=_teacher(spec, tokenizer, layout))
     stages = stages_of(spec, layout, method, texts, last, resolved.deadline_s)
@@ -389,6 +392,7 @@ def check(
         chosen_text=chosen,
         choices=resolved.notes,
         deadline_s=resolved.deadline_s,
+        source_bytes=source_bytes,
     )
     if is_read:
         with reading.as_input_error(f"output.uri: cannot use {spec.output.uri}"):

@@ -23,6 +23,7 @@ from ray_surgeon.pruning.coupled_groups import Groups
 from ray_surgeon.pruning.method import Method
 from ray_surgeon.recovery.reconstruction import Reconstruction
 from ray_surgeon.recovery.recovery import LoadTeacher, Recovery, stream_of
+from ray_surgeon.report.events import PlannedStep
 from ray_surgeon.run_state import Commit
 
 if TYPE_CHECKING:
@@ -50,6 +51,56 @@ class Stages:
     answers: PrunedAnswers | None
     commit: Commit
     exports: tuple[ExportStep, ...]  # including the loading of the weights that they need
+
+    def steps_before(self, num_done: int, *, resumes: bool) -> list[PlannedStep]:
+        """Return the steps before the first shot of a try, in the order of `ray_surgeon.job`.
+
+        Args:
+            num_done: shots that an earlier try has committed.
+            resumes: whether there is a commit to continue from.
+        """
+        load = ("load", num_done)
+        names = []
+        if self.self_text is not None:
+            names.append("sampling")
+        if self.dense_answers is not None:
+            names.append("answers")
+        if not resumes:
+            names.append("evaluation")
+            if self.tasks is not None:
+                names.append("tasks")
+        steps = [(name, 0) for name in names]
+        if self.teacher is None:
+            return [load, *steps]
+        if resumes:
+            return [*steps, load]
+        return [("teacher", 0), *steps, load]
+
+    def steps_of_shot(self, shot: int, *, in_recovery: bool) -> list[PlannedStep]:
+        """Return the steps of a shot.
+
+        Args:
+            shot: its number.
+            in_recovery: whether an earlier try has come as far as its recovery.
+        """
+        names = []
+        if not in_recovery:
+            if self.depth is not None:
+                names.append("depth")
+            if self.curvature is not None:
+                names.extend(["curvature", "costs", "threshold"])
+            names.append("update")
+            if self.reconstruction is not None:
+                names.append("reconstruction")
+            if self.dense_answers is not None and self.recovery is not None:
+                names.append("answers")
+        if self.recovery is not None:
+            names.append("recovery")
+        names.append("evaluation")
+        if self.answers is not None:
+            names.append("answers")
+        names.append("commit")
+        return [(name, shot) for name in names]
 
 
 def stages_of(

@@ -103,6 +103,8 @@ class Recovery:
         if has_teacher:
             run.cluster.run_all(drop_teacher)
         facts.update(training.facts)
+        if self.section.loss != "kl":
+            facts["measure"] = self.section.loss
         run.record.update(training.as_record())
 
     def _steps_for(

@@ -568,7 +568,7 @@ class Training:
         num_steps = self._best.steps
         if not num_steps:
             before = f"{self.before:.4g} before"
-            return f"no state was better on the windows held aside than {before}"
+            return f"no state was better on the validation windows than {before}"
         if num_steps == self.batches.num_steps:  # it was measured rounded
             return None
         self.cluster.run_all(steps.take_best)
@@ -578,7 +578,7 @@ class Training:
             return None
         return (
             f"rounded to the weights' dtype it was {rounded.value:.4g} "
-            f"on the windows held aside, and {self.before:.4g} before"
+            f"on the validation windows, and {self.before:.4g} before"
         )
 
     @property

@@ -12,6 +12,7 @@ from ray_surgeon.report.record import (
     dense_bytes,
     shots_by_size,
     size_name,
+    source_bytes,
     structure_of,
 )
 
@@ -140,7 +141,7 @@ def _label_of(record: Record, export: Record, names: Names) -> str:
 
 def _size_bars(record: Record, names: Names) -> list[Bars]:
     whole = dense_bytes(record)
-    given = record.get("source_bytes")
+    given = source_bytes(record)
     dtype = record["spec"]["model"]["dtype"]
     bars = list[Bar]()
     # a file of another format than the dtype of the run

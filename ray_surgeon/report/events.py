@@ -11,7 +11,7 @@ import math
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,6 +24,7 @@ from ray_surgeon.checkpointing import Record, RunDirectory
 from ray_surgeon.distributed.cluster import Cluster
 from ray_surgeon.distributed.usage import Usage, process_usage
 from ray_surgeon.distributed.worker import Worker
+from ray_surgeon.report import wording
 
 CHECK = "check"
 """Step of the events of a training's measurements before it ends."""
@@ -44,17 +45,23 @@ class Event:
 
     @property
     def line(self) -> str:
-        """One line of the log, e.g. ``shot 1/3  curvature  61.2 s  tokens_per_s=134``.
+        """One line of the log, e.g. ``round 1/3  commit  0.4 s  saved, 114.6 M parameters``.
 
-        It is JSON, for log collectors, if ``RAY_SURGEON_LOG`` is json.
+        It is JSON with all facts, for log collectors, if ``RAY_SURGEON_LOG`` is json.
         """
-        if os.environ.get("RAY_SURGEON_LOG") == "json":
+        if is_json_log():
             return json.dumps(asdict(self))
-        facts = []
-        for key, value in self.facts.items():
-            shown = f"{value:.6g}" if isinstance(value, float) else value
-            facts.append(f"{key}={shown}")
-        return f"{_place(self)} {self.seconds:7.1f} s  {'  '.join(facts)}"
+        found = wording.sentence(self.step, self.facts)
+        return f"{_beginning(self)} {self.seconds:7.1f} s  {found}".rstrip()
+
+
+def is_json_log() -> bool:
+    """Whether lines of the log are JSON, as ``RAY_SURGEON_LOG`` says."""
+    return os.environ.get("RAY_SURGEON_LOG") == "json"
+
+
+PlannedStep = tuple[str, int]
+"""Name of a step, and the shot in which it will run; 0 before the first."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +76,7 @@ class ProgressReport:
     unit: str  # e.g. "sequences"
     tokens_each: int  # tokens of one unit; 0 if it has none
     elapsed_s: float  # since these units began
+    to_come: tuple[PlannedStep, ...] = ()  # steps after this one
 
     @property
     def pace(self) -> str:
@@ -85,23 +93,28 @@ class ProgressReport:
     def line(self) -> str:
         """One line of the log, e.g.
 
-        ``shot 1/3  curvature  12 of 64 sequences, 134 tokens/s, 40 s left``.
+        ``round 1/3  curvature  12 of 64 sequences, 134 tokens/s, 40 s left``.
         """
         if not self.total:
-            return f"{_place(self)} ..."
-        return f"{_place(self)} {self.done} of {self.total} {self.pace}"
+            return f"{_beginning(self)} ..."
+        return f"{_beginning(self)} {self.done} of {self.total} {self.pace}"
 
 
-def _place(news: Event | ProgressReport) -> str:
+def place_of(shot: int, num_shots: int) -> str:
+    """Return where in a run a step is: its pruning round, or the start."""
+    return f"round {shot}/{num_shots}" if shot else "start"
+
+
+def _beginning(news: Event | ProgressReport) -> str:
     """Return the beginning of the line of an event or a progress report."""
-    shot = f"shot {news.shot}/{news.num_shots}" if news.shot else "start"
-    return f"{shot:<10} {news.step:<10}"
+    return f"{place_of(news.shot, news.num_shots):<10} {news.step:<14}"
 
 
 class Steps:
     """``with step("curvature", shot) as facts:`` measures a step and emits its event when it ends.
 
     Attributes:
+        to_come: steps after the present one, as `announce` was told.
         record: entries of the report about the present shot's steps. These are by step:
             ``seconds`` (wall clock, including that of an earlier attempt that the step continues),
             ``cpu_seconds`` (of all processes), ``worker_seconds`` (busy time of each worker, in the
@@ -137,6 +150,11 @@ class Steps:
         self.latest_s: dict[str, float] = {}  # seconds of the latest step of each name
         self.new_shot({})
         self._present = ("", 0)
+        self.to_come: tuple[PlannedStep, ...] = ()
+
+    def announce(self, steps: Iterable[PlannedStep]) -> None:
+        """Set the steps that are to come, for the display."""
+        self.to_come = tuple(steps)
 
     def new_shot(self, earlier: Record) -> None:
         """Forget the steps of the shot before.
@@ -166,6 +184,8 @@ class Steps:
     def __call__(self, name: str, shot: int = 0) -> Iterator[dict[str, Fact]]:
         """Measure one step; the facts that the caller adds go into its event."""
         self._present = (name, shot)
+        if self._present in self.to_come:
+            self.to_come = self.to_come[self.to_come.index(self._present) + 1 :]
         self._cluster.progress.begin()
         facts: dict[str, Fact] = {}
         # spent in this shot by an earlier attempt, or by an earlier step of this name
@@ -248,6 +268,7 @@ class Steps:
             unit=progress.unit,
             tokens_each=progress.tokens_each,
             elapsed_s=time.monotonic() - progress.started_s,
+            to_come=self.to_come,
         )
 
     def _usages(self) -> list[Usage]:

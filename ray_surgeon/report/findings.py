@@ -21,6 +21,7 @@ from ray_surgeon.report.record import (
     is_complete,
     num_shots,
     shots_by_size,
+    source_bytes,
     structure_of,
 )
 
@@ -259,7 +260,7 @@ def _warning_of_size(record: Record) -> str:
     export = main_export(record)
     if export is None:
         return ""
-    given = record.get("source_bytes") or dense_bytes(record)
+    given = source_bytes(record)
     smallest = min(each["size_bytes"] for each in record["exports"])
     for each in record["exports"]:
         for file in each.get("files", ()):

@@ -38,9 +38,7 @@ class RunReport:
     plan: dict[str, Any] = field(default_factory=dict)
     # losses after which the run went on, each with cause and message
     retries: list[dict[str, Any]] = field(default_factory=list)
-    source_bytes: int | None = (
-        None  # of the weights that the user gave; None if not known
-    )
+    source_bytes: int = 0  # of the weight files that were given; 0 if not known
     # event of every step of all tries that has ended
     ended_steps: list[Record] = field(default_factory=list)
 
@@ -81,8 +79,6 @@ class RunReport:
         for event in self.ended_steps:
             steps.append({name: event[name] for name in ("step", "shot", "seconds")})
         further: dict[str, Any] = {}  # reports of earlier versions lack these
-        if self.source_bytes is not None:
-            further["source_bytes"] = self.source_bytes
         if steps:
             further["steps"] = steps
         return {
@@ -94,6 +90,7 @@ class RunReport:
             "exports": self.exports,
             "plan": self.plan,
             "retries": self.retries,
+            "source": {"bytes": self.source_bytes},
             "linears": linears,
             "parameters": {
                 "before": self.num_parameters,
@@ -236,6 +233,12 @@ def dense_bytes(record: Record) -> int:
     return int(record["parameters"]["before"] * dtype.itemsize)
 
 
+def source_bytes(record: Record) -> int:
+    """Return the bytes of the weight files that were given to the run of a report.json."""
+    given = record.get("source", {}).get("bytes")
+    return int(given or dense_bytes(record))
+
+
 _FREE_SECTIONS = ("name", "cluster.", "memory.", "output.", "recovery.commit_minutes")
 """Fields that may differ between a run and its resumption."""
 _MOST_CHANGES = 8
@@ -286,7 +289,7 @@ def check_folder(
             field="output.uri",
             found=(
                 f"{uri} already holds this run, of which "
-                f"{len(directory.committed_indices())} shots are committed"
+                f"{len(directory.committed_indices())} pruning rounds are committed"
             ),
             remedy=(
                 "continue it with --resume (resume=True in Python), or choose "

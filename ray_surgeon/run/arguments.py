@@ -15,6 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.utils.tqdm import (
+    are_progress_bars_disabled,
+    disable_progress_bars,
+    enable_progress_bars,
+)
 from pydantic import ValidationError
 from safetensors import SafetensorError
 from transformers import (
@@ -22,6 +27,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import logging as transformers_logging
 
 from ray_surgeon.checkpointing import RunDirectory
 from ray_surgeon.config.base import absolute, local_path, refusing
@@ -242,8 +248,34 @@ def _digest_of(written: Mapping[str, Path]) -> str:
 
 
 @contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Hide the bars of transformers and its warnings, and show them again afterwards.
+
+    They are about conversions and special tokens, on which the user cannot act here. Bars of
+    downloads from the Hub stay.
+    """
+    level = transformers_logging.get_verbosity()
+    has_bars = transformers_logging.is_progress_bar_enabled()
+    has_hub_bars = not are_progress_bars_disabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()  # those of the Hub, too
+    if has_hub_bars:
+        enable_progress_bars()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        if has_bars:
+            transformers_logging.enable_progress_bar()
+        if not has_hub_bars:
+            disable_progress_bars()
+
+
+@contextmanager
 def own_modes() -> Iterator[None]:
     """Use torch's default modes, and restore the caller's modes afterwards.
+
+    Bars and warnings of transformers are hidden meanwhile; see `quiet_transformers`.
 
     The number of threads is only restored. The others are the precision of products
     (``torch.set_float32_matmul_precision``), the default device, `no_grad`, `inference_mode` and
@@ -251,6 +283,7 @@ def own_modes() -> Iterator[None]:
     """
     backends: Any = torch.backends
     with ExitStack() as stack:
+        stack.enter_context(quiet_transformers())
         stack.callback(torch.set_num_threads, torch.get_num_threads())
         for products in (backends.mkldnn.matmul, backends.cuda.matmul):
             stack.callback(setattr, products, "fp32_precision", products.fp32_precision)

@@ -34,9 +34,11 @@ from ray_surgeon.models.checkpoint import BadWeightsError
 from ray_surgeon.preparation.inputs import Inputs, check
 from ray_surgeon.preparation.reading import as_input_error
 from ray_surgeon.preparation.resolve import Machines, this_machine
-from ray_surgeon.report.display import Display, new_console, shots_table, summary_lines
+from ray_surgeon.report.display import Display, new_console, shots_table
 from ray_surgeon.report.html_report import LivePage
-from ray_surgeon.run.arguments import towards
+from ray_surgeon.report.summary import summary_lines
+from ray_surgeon.run.arguments import quiet_transformers, towards
+from ray_surgeon.run.plan_text import plan_lines
 from ray_surgeon.run.result import PruneResult, ended_before, run
 from ray_surgeon.storage import files
 
@@ -147,6 +149,7 @@ def _machines(arguments: argparse.Namespace, spec: JobSpec) -> Machines | None:
     return replace(machines, num_gpus=arguments.gpus)
 
 
+@quiet_transformers()
 def perform(arguments: argparse.Namespace, words: Sequence[str], prog: str) -> int:
     """Run a job spec and return the exit code.
 
@@ -183,7 +186,7 @@ def perform(arguments: argparse.Namespace, words: Sequence[str], prog: str) -> i
                 console.print(
                     "planned from config.json alone: there are no weights to check"
                 )
-            console.print(plan_table(inputs.plan(*_planned_for(arguments, inputs))))
+            _show_plan(arguments, inputs, console)
             return DONE
         result = ended_before(inputs, console.print)
         if result is None:
@@ -195,6 +198,14 @@ def perform(arguments: argparse.Namespace, words: Sequence[str], prog: str) -> i
         return _end(error, resume_with)
     _show(result, console)
     return DONE
+
+
+def _show_plan(arguments: argparse.Namespace, inputs: Inputs, console: Console) -> None:
+    plan = inputs.plan(*_planned_for(arguments, inputs))
+    for line in plan_lines(inputs.spec, plan):
+        console.print(line, soft_wrap=True, highlight=False)
+    if arguments.verbose:
+        console.print(plan_table(plan))
 
 
 def _connect(inputs: Inputs, console: Console) -> None:
@@ -259,12 +270,10 @@ def _end(error: BaseException, resume_with: str) -> int:
 
 
 def _show(result: PruneResult, console: Console) -> None:
-    console.print(shots_table(result.report))
-    for part in ("exports", "answers"):
-        for line in summary_lines(part, result.report):
-            console.print(line, soft_wrap=True, highlight=False, markup=False)
-    page = files.join(result.uri, "report.html")
-    console.print(f"report: {page}, with report.json and plots beside it", soft_wrap=True)
+    if len(result.report["shots"]) > 1:
+        console.print(shots_table(result.report))
+    for line in summary_lines(result.report, result.uri):
+        console.print(line, soft_wrap=True, highlight=False, markup=False)
 
 
 def export_more(argv: Sequence[str], run_job: Callable[[Sequence[str], str], int]) -> int:

@@ -172,7 +172,7 @@ def _run_with_retries(inputs: Inputs, display: Display) -> None:
         if not left[cause]:
             raise RuntimeError(
                 f"{failure}. cluster.retries.{cause} allows "
-                f"{getattr(section.retries, cause)}; committed shots are kept. Look for "
+                f"{getattr(section.retries, cause)}; committed rounds are kept. Look for "
                 f"the reason in Ray's logs, or raise cluster.retries.{cause}"
             )
         left[cause] -= 1

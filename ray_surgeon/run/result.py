@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import html
 from collections.abc import Callable, Mapping
 from contextlib import closing, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -17,11 +18,12 @@ from ray_surgeon.job import run_job
 from ray_surgeon.preparation.inputs import Inputs
 from ray_surgeon.report.display import Display
 from ray_surgeon.report.record import family_of, has_its_files, is_complete
+from ray_surgeon.report.summary import headline
 from ray_surgeon.report.trackers import Trackers
 from ray_surgeon.run.arguments import own_modes
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class PruneResult:
     """A finished run.
 
@@ -31,7 +33,26 @@ class PruneResult:
     """
 
     uri: str
-    report: Mapping[str, Any] = field(repr=False)
+    report: Mapping[str, Any]
+
+    def __repr__(self) -> str:
+        """Return the name with sizes and quality, in two lines."""
+        sizes, quality = headline(self.report)
+        name = self.report["spec"]["name"]
+        return f"PruneResult {name} in {self.uri}: {sizes}\n    {quality}"
+
+    def _repr_html_(self) -> str:
+        """Return a small table for notebooks."""
+        sizes, quality = headline(self.report)
+        rows = {
+            "run": f"{self.report['spec']['name']} in {self.uri}",
+            "size": sizes,
+            "quality": quality,
+        }
+        cells = []
+        for label, text in rows.items():
+            cells.append(f"<tr><th>{label}</th><td>{html.escape(text)}</td></tr>")
+        return f"<table>{''.join(cells)}</table>"
 
     @property
     def path(self) -> str:

@@ -15,6 +15,7 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
@@ -149,6 +150,19 @@ def converted(gguf: Path) -> Path:
     return made_once("converted", digest, lambda path: convert_gguf(gguf, path))
 
 
+@contextmanager
+def no_bar_of_gguf() -> Iterator[None]:
+    """Hide the bar of transformers' conversion, which its own setting does not disable."""
+    from transformers import modeling_gguf_pytorch_utils as conversion
+
+    bar = conversion.tqdm
+    vars(conversion)["tqdm"] = functools.partial(bar, disable=True)
+    try:
+        yield
+    finally:
+        vars(conversion)["tqdm"] = bar
+
+
 def convert_gguf(gguf: Path, folder: Path) -> None:
     """Write the model and tokenizer of a GGUF file as a Hugging Face folder in float32.
 
@@ -162,9 +176,10 @@ def convert_gguf(gguf: Path, folder: Path) -> None:
     remedy = "run `pip install gguf` (or install ray-surgeon[quickstart])"
     with refusing(f"model.source: cannot read {gguf}", remedy, ImportError):
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    model = AutoModelForCausalLM.from_pretrained(
-        gguf.parent, gguf_file=gguf.name, dtype="float32"
-    )
+    with no_bar_of_gguf():
+        model = AutoModelForCausalLM.from_pretrained(
+            gguf.parent, gguf_file=gguf.name, dtype="float32"
+        )
     model.hf_quantizer = None
     model.is_quantized = False
     vars(model.config).pop("quantization_config", None)
@@ -276,6 +291,16 @@ class ModelFiles:
             )
         return names
 
+    @property
+    def given_bytes(self) -> int:
+        """Bytes of the files of weights as they were given, such as a GGUF file."""
+        if self.pinned.source.startswith("pkg://"):
+            return package_file(self.pinned).stat().st_size
+        sizes = [
+            files.size_bytes(self.open_uri(name)) or 0 for name in self.weight_files()
+        ]
+        return sum(sizes)
+
     def _files_in_index(self) -> list[str]:
         index = f"model.source: the index of {self.origin}"
         kinds = (AttributeError, KeyError, TypeError)
@@ -373,33 +398,6 @@ def open_model(source: ModelSection) -> ModelFiles:
             remedy="give a folder, a URI or a Hub id",
         )
     return _hub(source)
-
-
-def given_bytes(source: ModelSection) -> int | None:
-    """Return the size of the files of weights that a job spec names.
-
-    A GGUF file counts as it is, not as it is converted.
-
-    Args:
-        source: what the job spec says.
-
-    Returns:
-        Bytes; None if a server does not say.
-
-    Raises:
-        ValueError: the checkpoint cannot be opened.
-        OSError: a file cannot be read.
-    """
-    if source.source.startswith("pkg://"):
-        return package_file(source).stat().st_size
-    opened = open_model(source)
-    total = 0
-    for name in opened.weight_files():
-        size = files.size_bytes(opened.open_uri(name))
-        if size is None:
-            return None
-        total += size
-    return total
 
 
 def _folder(source: ModelSection, uri: str) -> ModelFiles:

@@ -69,6 +69,23 @@ def test_dtype_of_a_checkpoint_is_kept_on_request(given: Given, job: Jobs) -> No
         assert ("model.dtype: bfloat16 halves it" in said) == is_said
 
 
+def test_interrupted_call_says_how_to_resume(
+    llama: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("ray_surgeon.api.run", interrupted)
+    output = str(tmp_path / "run")
+    with pytest.raises(KeyboardInterrupt):
+        prune(str(llama), output=output, progress=True)
+    said = capsys.readouterr().out
+    assert f"continue with the same call and resume=True (output={output!r})" in said
+
+
 def test_model_in_memory_is_pruned_to_a_smaller_model(
     given: Given, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -88,7 +105,7 @@ def test_model_in_memory_is_pruned_to_a_smaller_model(
     assert all(
         torch.equal(before[name], tensor) for name, tensor in model.state_dict().items()
     ), "the model in memory does not change"
-    assert "shot 1/1   commit" in capsys.readouterr().out
+    assert "round 1/1  commit" in capsys.readouterr().out
     again = prune(*given, **sections, output=output, resume=True)
     assert again.perplexity == result.perplexity
     assert capsys.readouterr().out == ""

@@ -279,7 +279,8 @@ def test_plan_prints_the_needs_of_the_dense_model(job: Jobs) -> None:
     target = {"parameters": dense - 5000}
     options = GROUPS | {"pruning__num_shots": 2, "pruning__target": target}
     said = " ".join(job(options, "--dry-run").out.split())
-    assert f"2 shots to {dense - 5000} of {dense} parameters" in said
+    goal = f"to {dense - 5000} of {dense} parameters"
+    assert f"2 pruning rounds (shots of the paper) {goal}" in said
     widths = (
         "feed-forward widths, 48 channels, stay multiples of 8; to quantise later, set"
     )

@@ -27,6 +27,7 @@ from ray_surgeon.evaluation.answers import (
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.report import display as tables
 from ray_surgeon.report.html_report import excerpt, page, rendered
+from ray_surgeon.report.summary import summary_lines
 from ray_surgeon.run.result import PruneResult
 from tests.conftest import VOCABULARY
 from tests.integration.runs import Jobs, loaded
@@ -202,27 +203,29 @@ def test_terminal_shows_acceptance(without: Record, compared: Record) -> None:
     shots = tables.shots_table(compared)
     assert [column.header for column in shots.columns][:3] == [
         "round",
-        "agreement",
+        "agreement with the original",
         "sparsity",
     ]
     assert list(shots.columns[1].cells)[-2:] == ["87.5%", "87.5%"]
     both = tables.shots_table(without, compared).columns[3]
-    assert both.header == "agreement"
+    assert both.header == "agreement with the original"
     assert list(both.cells) == ["", "", "", "100.0%", "87.5%", "87.5%"]
-    assert "agreement" not in [
+    assert "agreement with the original" not in [
         column.header for column in tables.shots_table(without).columns
     ]
-    assert not tables.summary_lines("answers", without)
-    lines = tables.summary_lines("answers", compared)
-    assert lines[0] == "answers of the dense model of 2 prompts, 3 tokens"
-    assert "87.5%" in lines[1]
-    text = "".join(lines)
+    assert "answers" not in "".join(summary_lines(without, "run"))
+    lines = summary_lines(compared, "run")
+    text = "\n".join(lines)
+    assert "agreement with the original 87.5 %; greedy answers agree for" in text
+    assert "are caught in a loop" in text
     assert "[bold]<script>" in text
     assert not {"\x1b", "\u202e"} & set(text)
     assert all(len(line) <= 210 for line in lines)
-    assert [line.split()[0] for line in lines[-3:]] == ["prompt", "dense", "pruned"]
+    labels = [line.split(" ")[0] for line in lines]
+    assert labels.index("pruned") == labels.index("original") + 1
+    assert "do not end" in text
     compared["shots"][-1]["generation"]["not_ended"] = None
-    assert len(tables.summary_lines("answers", compared)) == len(lines) - 1
+    assert "do not end" not in "\n".join(summary_lines(compared, "run"))
 
 
 def test_page_escapes_answers(without: Record, compared: Record) -> None:

@@ -230,7 +230,7 @@ def test_diverging_corrections_are_undone(
         },
     )
     (shot,) = done.shots
-    assert "no state was better on the windows held aside" in shot["recovery_undone"]
+    assert "no state was better on the validation windows" in shot["recovery_undone"]
     assert why in shot["recovery_undone"]
     assert shot["recovery_absorbed"] == 0
     assert (len(shot["recovery_losses"]) < 32) == (why == "diverged"), (

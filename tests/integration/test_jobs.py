@@ -162,8 +162,8 @@ def test_concurrent_jobs_are_independent(head: Head, job: Jobs) -> None:
     head.submit("succeeds", job.spec(ON_RAY, "succeeds", output__exports=["masked"]))
     ended, logs = head.ended("succeeds")
     assert "SUCCEEDED" in ended
-    assert re.search(r"shot 2/2 +commit", logs)
-    assert "report.html and report.json" in logs
+    assert re.search(r"round 2/2 +commit", logs)
+    assert re.search(r"report +.*/report.html", logs)
     here = job({"cluster__num_shards": 2}, folder="here")
     for shot in (1, 2):
         assert_same_shot(here.uri, job.folder / "succeeds/run", shot)

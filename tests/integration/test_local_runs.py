@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,11 @@ from ray_surgeon.factors.collector import (
     gather_curvature,
 )
 from ray_surgeon.report.display import main as compare
+from ray_surgeon.report.events import Steps
 from tests.conftest import CONFIGS
 from tests.integration import runs
 from tests.integration.runs import (
+    Done,
     Jobs,
     assert_same_shot,
     loaded,
@@ -193,7 +195,7 @@ def test_collapse_stops_the_run_and_keeps_earlier_shots(
     options = {"pruning__num_shots": 3, "evaluation": {"texts": [text], "stop_above": 2}}
     done = job(options, code=1)
     assert (
-        "failed: after shot 2 the perplexity on docs is 21, 2.1 times the dense"
+        "failed: after round 2 the perplexity on docs is 21, 2.1 times the dense"
         in done.error
     )
     assert "evaluation.stop_above allows 2" in done.error
@@ -203,9 +205,51 @@ def test_collapse_stops_the_run_and_keeps_earlier_shots(
 
 def test_dry_run_prints_the_plan(job: Jobs) -> None:
     done = job({"cluster__num_shards": 2}, "--dry-run", "--set", "pruning.num_shots=7")
-    assert "7 shots to 30.0%, 240 calibration tokens each" in done.out
-    assert "0-" in done.out
+    said = "7 pruning rounds (shots of the paper) to 30.0%, 240 calibration tokens each"
+    assert said in done.out
+    time, memory, places = done.out.splitlines()[1:]
+    assert time.startswith("time: at least ")
+    assert "(7 pruning rounds, 2 workers on cpu, " in time
+    assert memory.startswith("peak of a worker: 0.4 GiB of memory (in ")
+    assert places.startswith("2 shards, 1 replica; weights on the device")
+    everything = job({"cluster__num_shards": 2}, "--dry-run", "--verbose").out
+    assert "moved_bytes" in everything
+    assert "0-1" in everything
     assert not done.uri.exists()
+
+
+def test_announced_steps_are_those_that_run(
+    job: Jobs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also of a method without curvature, and of a run that resumes."""
+    announced = list[tuple[str, int]]()
+
+    def announce(steps: Steps, to_come: Iterable[tuple[str, int]]) -> None:
+        announced[:] = to_come
+        steps.to_come = tuple(announced)
+
+    def steps_of(done: Done) -> list[tuple[str, int]]:
+        left_out = ("plan", "check")
+        steps = [(event["step"], event["shot"]) for event in done.events]
+        return [step for step in steps if step[0] not in left_out]
+
+    monkeypatch.setattr(Steps, "announce", announce)
+    answers = {"evaluation__generation": {"num_prompts": 2, "max_new_tokens": 4}}
+    evaluation = {
+        "evaluation": {"texts": [windows(job.folder / "whole/text.txt", name="t")]}
+    }
+    reconstructed = runs.GROUPS | {"pruning__reconstruction": {}}
+    whole = evaluation | answers | reconstructed | runs.LORA
+    done = job(whole, folder="whole")
+    before = steps_of(done)
+    assert before == announced
+    assert {"reconstruction", "recovery", "answers"} <= {name for name, _ in before}
+    shutil.rmtree(done.uri / "shots/0002")
+    (done.uri / "report.json").unlink()
+    again = job(whole, "--resume", folder="whole")
+    assert steps_of(again)[len(before) :] == announced
+    assert announced[:2] == [("load", 1), ("answers", 0)]
+    assert steps_of(job(WANDA | runs.ONE | runs.MASKED, folder="wanda")) == announced
 
 
 def test_files_of_a_killed_process_are_removed(

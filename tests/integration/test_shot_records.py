@@ -98,7 +98,7 @@ def test_report_has_the_steps_of_all_tries_and_the_size_of_the_source(job: Jobs)
     """Seconds of steps are those of the events, and the export counts."""
     done = job(CHANNELS | ONE, output__exports=["per_block"])
     weights = job.models["llama"] / "model.safetensors"
-    assert done.report["source_bytes"] == weights.stat().st_size
+    assert done.report["source"]["bytes"] == weights.stat().st_size
     resumed = job(CHANNELS | ONE, "--resume", output__exports=["per_block", "masked"])
     events = [event for event in resumed.events if event.get("worker_seconds")]
     assert resumed.report["steps"] == [

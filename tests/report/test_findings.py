@@ -106,7 +106,7 @@ def record() -> dict[str, Any]:
             "nonzero_after": 800_000,
             "in_pruned_linears": 1_000_000,
         },
-        "source_bytes": 4_000_000,
+        "source": {"bytes": 4_000_000},
     }
 
 
@@ -129,7 +129,7 @@ def test_warnings(record: dict[str, Any]) -> None:
     assert "70.0 %, below 75 %" in agreement
     record["shots"][-1]["generation"]["acceptance"] = 0.75
     assert findings.warnings(record) == []
-    record["source_bytes"] = 1_000_000
+    record["source"]["bytes"] = 1_000_000
     (size,) = findings.warnings(record)
     assert "(3.2 MB) is not smaller than the weights that were given (1.0 MB)" in size
     assert "fewer bits" in size
@@ -142,7 +142,7 @@ def test_warnings(record: dict[str, Any]) -> None:
 
 
 def test_reports_of_earlier_versions_have_a_verdict(record: dict[str, Any]) -> None:
-    del record["source_bytes"]
+    del record["source"]
     for shot in record["shots"]:
         del shot["loss_curve"]
         shot["predicted_loss_increase"] = None

@@ -122,7 +122,7 @@ def test_several_runs_on_one_page(
     written = ["--html", str(out), "--plot", str(tmp_path / "all.svg")]
     assert main([str(runs["groups"]), str(tmp_path), *written]) == 0
     said = capsys.readouterr().out
-    assert "not complete: some-rows, 1 of 2 shots, 0 of 0 exports" in said
+    assert "not complete: some-rows, 1 of 2 rounds, 0 of 0 exports" in said
     assert said.count("not complete") == 1
     html = out.read_text()
     assert "2 runs of ray_surgeon" in check_self_contained(html)

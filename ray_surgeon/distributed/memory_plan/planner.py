@@ -371,7 +371,7 @@ def plan_table(plan: Plan) -> Table:
             f"shards: {len(plan.workers)}, replicas: {plan.num_replicas}; {stores}; "
             "GiB of a worker's device at the peak of each step"
         ),
-        caption=f"at least {plan.worker_hours:.3g} {hours}, with one shot",
+        caption=f"at least {plan.worker_hours:.3g} {hours}, with one pruning round",
     )
     for column in ("shard", "blocks", *plan.seconds, "host", "disk"):
         table.add_column(column, justify="right")

@@ -1,0 +1,89 @@
+"""What `plan` says of a job: time and peak memory in a few lines, and all steps if asked."""
+
+from __future__ import annotations
+
+from ray_surgeon.config.job import JobSpec
+from ray_surgeon.distributed.memory_plan.planner import Plan
+from ray_surgeon.report.wording import counted, duration, parts_of
+
+_ONCE = frozenset({"teacher", "load", "sampling", "export", "quantise"})
+"""Steps that run once, whatever the number of pruning rounds."""
+_GIB = 2**30
+
+
+def plan_lines(spec: JobSpec, plan: Plan) -> list[str]:
+    """Return the expected time, the peak memory, and where workers keep tensors.
+
+    Args:
+        spec: of the job.
+        plan: for it.
+    """
+    return [_time_line(spec, plan), _memory_line(plan), _places_line(plan)]
+
+
+def seconds_of_run(spec: JobSpec, plan: Plan) -> dict[str, float]:
+    """Return step -> lower bound on its time in all pruning rounds together.
+
+    Args:
+        spec: of the job.
+        plan: for it, with the times of one round, whose recovery is that of the last round.
+    """
+    seconds = {}
+    for name, one in plan.seconds.items():
+        seconds[name] = one * _times(spec, name)
+    return seconds
+
+
+def _times(spec: JobSpec, step: str) -> float:
+    """Return how many times the planned step a run has."""
+    num_rounds = spec.schedule.shots
+    if step in _ONCE:
+        return 1.0
+    if step != "recovery" or spec.recovery is None:
+        return float(num_rounds)
+    num_ends = len(spec.schedule.size_shots)
+    between = spec.recovery.num_tokens_between_shots / spec.recovery.num_tokens
+    return num_ends + (num_rounds - num_ends) * between
+
+
+def _time_line(spec: JobSpec, plan: Plan) -> str:
+    seconds = seconds_of_run(spec, plan)
+    total = sum(seconds.values())
+    num_workers = len(plan.workers) * plan.num_replicas
+    kind = "GPU-hours" if plan.device.memory_bytes else "worker-hours"
+    longest = max(seconds, key=lambda name: seconds[name])
+    return (
+        f"time: at least {duration(total)} ({counted(spec.schedule.shots, 'pruning round')}, "
+        f"{counted(num_workers, 'worker')} on {plan.device.name}, "
+        f"{num_workers * total / 3600:.2g} {kind}), longest: {longest}, "
+        f"{duration(seconds[longest])}"
+    )
+
+
+def _memory_line(plan: Plan) -> str:
+    largest = 0.0
+    where = ""
+    host_bytes = 0.0
+    disk_bytes = 0.0
+    for worker in plan.workers:
+        disk_bytes = max(disk_bytes, worker.view.disk_bytes)
+        for step in worker.steps:
+            device, host = plan.peak(step)
+            host_bytes = max(host_bytes, host)
+            if device > largest:
+                largest = device
+                where = step.name
+    whose = "memory" if plan.room.device_is_host else "device memory"
+    on_host = f"{host_bytes / _GIB:.1f} GiB of host memory" if host_bytes else ""
+    on_disk = f"{disk_bytes / _GIB:.1f} GiB of disk" if disk_bytes else ""
+    peak = f"{largest / _GIB:.1f} GiB of {whose} (in {where})"
+    return f"peak of a worker: {parts_of(peak, on_host, on_disk)}"
+
+
+def _places_line(plan: Plan) -> str:
+    stores = plan.stores
+    return (
+        f"{counted(len(plan.workers), 'shard')}, {counted(plan.num_replicas, 'replica')}; "
+        f"weights on the {stores.weights}, factors on the {stores.factors}; "
+        "--verbose shows every step"
+    )
