@@ -16,7 +16,15 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ray_surgeon.config.sections import ModelSection
-from ray_surgeon.export.folder import agree, dense_document, shipped_source, write_weights
+from ray_surgeon.export import folder as exports_folder
+from ray_surgeon.export.folder import (
+    Reload,
+    agree,
+    check_rounding,
+    dense_document,
+    shipped_source,
+    write_weights,
+)
 from ray_surgeon.models import pruned_config
 from ray_surgeon.models.build import cache_argument
 from ray_surgeon.models.layout import ModelLayout
@@ -317,3 +325,46 @@ def test_logits_may_differ_by_rounding_only(
         agree(10 + 3 * (logits + of_all * noise), 10 + 3 * logits, dtype, half=half)
         is passes
     )
+
+
+@pytest.mark.parametrize(("workers", "passes"), [(0.025, True), (0.035, False)])
+def test_logits_may_differ_by_twice_the_rounding_of_the_export(
+    workers: float, passes: bool
+) -> None:
+    found = Reload(
+        num_parameters=1,
+        max_difference=0.875,
+        error=0.05,
+        allowed_error=0.15,
+        workers_rounding=workers,
+        export_rounding=0.015,
+    )
+    if passes:
+        check_rounding(found, "bfloat16", "x")
+    else:
+        with pytest.raises(RuntimeError, match="rounding does not explain that"):
+            check_rounding(found, "bfloat16", "x")
+
+
+def test_rounding_of_bfloat16_is_measured_in_float32(
+    job: Jobs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An export that computes something slightly different is found: here the norms' constants
+    differ, which changes the logits by less than the bound on their scale allows.
+    """
+    options = UNIFORM | {"model__dtype": "bfloat16", "output__exports": ["uniform"]}
+    (export,) = job(options, folder="right").exports
+    rounding = export["reload_export_rounding"]
+    assert 0.001 < rounding < 0.03
+    assert export["reload_workers_rounding"] == pytest.approx(rounding, rel=0.5)
+    assert export["reload_error"] < 2 * rounding
+    assert export["reload_allowed_error"] == 0.15
+
+    own = exports_folder.dense_document
+
+    def changed(model: ModelSection) -> dict[str, Any]:
+        return own(model) | {"rms_norm_eps": 0.002}
+
+    monkeypatch.setattr(exports_folder, "dense_document", changed)
+    wrong = job(options, folder="wrong", code=1)
+    assert "rounding does not explain that" in wrong.error, wrong.error
