@@ -409,7 +409,8 @@ def relative_errors(logits: Tensor, expected: Tensor) -> Tensor:
         expected: [..., vocabulary].
     """
     deviations = expected - expected.mean(dim=-1, keepdim=True)
-    return (logits - expected).norm(dim=-1) / deviations.norm(dim=-1)
+    errors: Tensor = (logits - expected).norm(dim=-1) / deviations.norm(dim=-1)
+    return errors
 
 
 def agree(logits: Tensor, expected: Tensor, dtype: str, *, half: bool) -> bool:

@@ -45,14 +45,23 @@ TOKENS = torch.arange(30)[None] + 7
 LOAD = """
 import sys
 sys.modules["ray_surgeon"] = None
+import logging
 import torch
 from transformers import AutoModelForCausalLM
+messages = []
+handler = logging.Handler()
+handler.emit = messages.append
+logging.getLogger("transformers").addHandler(handler)
 tokens = torch.arange(30)[None] + 7
 for folder, trusts in (("uniform", False), ("per_block", True)):
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=trusts).eval()
     torch.save(model(tokens).logits.detach(), f"{folder}.pt")
     answer = model.generate(tokens, max_new_tokens=5, min_new_tokens=5, do_sample=False)
     print(type(model).__name__, len(answer[0]))
+warned = len(messages)
+model.save_pretrained("saved_again")
+again = AutoModelForCausalLM.from_pretrained("saved_again", trust_remote_code=True)
+print("warnings", warned, "same", torch.equal(again(tokens).logits, model(tokens).logits))
 """
 
 
@@ -222,7 +231,11 @@ def test_exports_load_without_this_package(job: Jobs) -> None:
     said = subprocess.check_output([sys.executable, "-c", LOAD], cwd=folder, text=True)
     for kind in exports[1:]:
         assert_as_masked(folder, torch.load(folder / f"{kind}.pt"))
-    assert said.splitlines() == ["LlamaForCausalLM 35", "PrunedForCausalLM 35"]
+    assert said.splitlines() == [
+        "LlamaForCausalLM 35",
+        "PrunedForCausalLM 35",
+        "warnings 0 same True",
+    ]
 
 
 AS_GROUPS = (
