@@ -1,1 +1,1 @@
-"""Short scripts, each run with ``python -m examples.NAME``."""
+"""Short scripts, each run with ``python -m examples.NAME`` or ``python examples/NAME.py``."""

@@ -29,8 +29,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # where ray_surgeon and examples are
+
 from examples import serve_llamacpp, serve_vllm
-from examples.serving import serving
+from examples.serving import check_engine, serving
 from ray_surgeon.config.sections import ModelSection
 from ray_surgeon.export.folder import copy_small_files, dense_document
 from ray_surgeon.models.layout import ModelLayout
@@ -229,7 +231,11 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--rounds", type=int, default=2, help="how often each model has its turn"
     )
-    return parser.parse_args(argv)
+    arguments = parser.parse_args(argv)
+    if arguments.engine != "transformers":
+        module = {"vllm": "vllm", "llamacpp": "xllamacpp"}[arguments.engine]
+        check_engine(parser, arguments, option="python", module=module)
+    return arguments
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,10 +1,14 @@
-"""Look at A and G of a linear, for research: ``python -m examples.look_at_curvature``."""
+"""Look at A and G of a linear, for research: ``python examples/look_at_curvature.py``."""
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
 from pydoc_data.topics import topics
 
 import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # where ray_surgeon and examples are
 
 import ray_surgeon
 from examples.tiny_model import tiny_llama

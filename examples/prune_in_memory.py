@@ -1,9 +1,14 @@
-"""Prune a model that is in memory: ``python -m examples.prune_in_memory [--ray]``."""
+"""Prune a model that is in memory: ``python examples/prune_in_memory.py [--ray]``."""
 
 from __future__ import annotations
 
 import argparse
+import sys
 import tempfile
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # where ray_surgeon and examples are
 
 import ray_surgeon
 from examples.tiny_model import tiny_llama
@@ -16,6 +21,9 @@ def main() -> None:
         "--ray", action="store_true", help="on two Ray workers instead of in this process"
     )
     on_ray = parser.parse_args().ray
+    cluster: dict[str, Any] = {"backend": "local"}
+    if on_ray:
+        cluster = {"backend": "ray", "num_shards": 2}
     model, tokenizer = tiny_llama()
     with tempfile.TemporaryDirectory() as folder:
         result = ray_surgeon.prune(
@@ -34,9 +42,7 @@ def main() -> None:
                 "target_sparsity": 0.15,
                 "num_shots": 1,
             },
-            cluster={"backend": "ray", "num_shards": 2}
-            if on_ray
-            else {"backend": "local"},
+            cluster=cluster,
             output=folder,
         )
         pruned = result.load()

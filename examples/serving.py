@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.util
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -33,6 +35,7 @@ PROMPT_WORDS = 256
 NEW_TOKENS = 64
 TURNS = 3
 START_TIMEOUT_S = 300
+_JOB = Path(__file__).parents[1] / "pipelines" / "quickstart.yaml"
 
 
 def new_parser(name: str, description: str, *, port: int) -> argparse.ArgumentParser:
@@ -56,14 +59,58 @@ def new_parser(name: str, description: str, *, port: int) -> argparse.ArgumentPa
     return parser
 
 
+def has_client() -> bool:
+    """Return whether the package is installed by which the examples query an engine."""
+    return importlib.util.find_spec("openai") is not None
+
+
+def check_engine(
+    parser: argparse.ArgumentParser,
+    arguments: argparse.Namespace,
+    *,
+    option: str,
+    module: str,
+) -> None:
+    """End the program, with what is missing, if the engine cannot be started.
+
+    Examples call it first, because they prune for minutes before they start the engine.
+
+    Args:
+        parser: of the command line.
+        arguments: of the command line, with ``python`` and the engine's program.
+        option: of the command line that names the engine's program.
+        module: of the engine, for ``--python``.
+    """
+    if not has_client():
+        parser.error("the client needs `pip install 'ray-surgeon[serve]'`")
+    python = arguments.python
+    if python is None:
+        program = getattr(arguments, option)
+        if shutil.which(program) is None:
+            parser.error(
+                f"--{option}: there is no program {program!r}; give the path of one, or "
+                f"--python with a Python that has the package {module}"
+            )
+        return
+    if shutil.which(python) is None:
+        parser.error(f"--python: there is no program {python!r}; give the path of one")
+    find = (
+        f"import importlib.util, sys; sys.exit(not importlib.util.find_spec('{module}'))"
+    )
+    if subprocess.run([python, "-c", find], check=False).returncode:
+        parser.error(
+            f"--python: {python} has no package {module}; give a Python that has it"
+        )
+
+
 def dense_and_pruned(run: Path) -> tuple[Path, Path]:
     """Return the folders of SmolLM2-135M and of the exports of the quickstart's job.
 
     The job has no corrections, and runs unless it has run.
     """
-    document = parse_spec(
-        Path("pipelines/quickstart.yaml").read_text(), ["model.dtype=float32"]
-    ).model_dump(mode="json")
+    document = parse_spec(_JOB.read_text(), ["model.dtype=float32"]).model_dump(
+        mode="json"
+    )
     spec = JobSpec.model_validate(
         document
         | {"recovery": None, "output": {"uri": str(run), "exports": ["uniform", "gguf"]}}
@@ -164,17 +211,16 @@ def tokens_per_second(client: OpenAI, batch_size: int) -> tuple[float, float]:
 
 
 def compare(
-    engine: str, parser: argparse.ArgumentParser, command_of: Callable[..., list[str]]
+    engine: str, arguments: argparse.Namespace, command_of: Callable[..., list[str]]
 ) -> None:
     """Serve the dense and the pruned model in turns, and print how fast they are.
 
     Args:
         engine: its name.
-        parser: of the command line; see `new_parser`.
+        arguments: of the command line; see `new_parser`.
         command_of: how to serve the model ``dense`` or ``pruned``, from its name, the folders
             ``dense``, ``pruned`` (of the exports) and ``scratch``, and the arguments.
     """
-    arguments = parser.parse_args()
     dense, exports = dense_and_pruned(arguments.run)
     batches = arguments.batches
     with tempfile.TemporaryDirectory() as scratch:

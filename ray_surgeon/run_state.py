@@ -31,6 +31,7 @@ from ray_surgeon.distributed.weights import (
 from ray_surgeon.distributed.worker import LinearSummary
 from ray_surgeon.memory.stores import ScratchNames
 from ray_surgeon.models.layout import ModelLayout
+from ray_surgeon.models.pruned_config import num_parameters_left
 from ray_surgeon.report.events import Fact, Steps
 from ray_surgeon.report.html_report import LivePage
 from ray_surgeon.report.record import RunReport
@@ -153,6 +154,17 @@ class RunState:
         kept = sum(linear.num_kept for linear in self.linears)
         return 1 - kept / sum(linear.size for linear in self.linears)
 
+    @property
+    def num_parameters_left(self) -> int | None:
+        """Parameters of the smaller model after the update; None if pruned ones become zeros."""
+        pruning = self.report.spec["pruning"]
+        if pruning and pruning["structure"] != "groups":
+            return None
+        kept = {}
+        for linear in self.linears:
+            kept[linear.name] = (linear.rows_kept, linear.columns_kept)
+        return num_parameters_left(self.layout, kept)
+
     def begin_shot(self, shot: int) -> None:
         """Reset the state for a new shot, or restore it from the shot's committed part."""
         earlier = {}
@@ -245,7 +257,9 @@ class Commit:
             "damping_used": [],
             **run.record,
         }
-        last = run.report.add_shot(record, run.linears, run.steps)
+        last = run.report.add_shot(
+            record, run.linears, run.steps, run.num_parameters_left
+        )
         directory.commit_shot(shot, written, last)
         cluster.run_all(continue_from_shot, written)
         directory.remove_part(shot)
@@ -255,7 +269,7 @@ class Commit:
         if self.keep_shots:
             directory.drop_tensors(shot - self.keep_shots, self.kept)
         facts["uri"] = folder
-        facts["parameters"] = last["num_nonzero"]
+        facts["parameters"] = last["num_parameters"]
         facts["peak_rss_bytes"] = last["peak_rss_bytes"]
 
 

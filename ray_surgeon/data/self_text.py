@@ -49,7 +49,7 @@ _MARGIN = 1.1
 """Factor by which more is written than seems needed."""
 LONGEST_PERIOD = 64
 """Maximum length in tokens of a repeated piece of text."""
-_LOOP_TOKENS = 32
+LOOP_TOKENS = 32
 """Minimum number of tokens that a piece of text and its repetitions cover in a loop."""
 _LOOP_TIMES = 3
 """Minimum number of occurrences of the piece in a loop."""
@@ -322,14 +322,24 @@ def repeats(tokens: Sequence[int] | NDArray[np.int64]) -> bool:
     A piece of 1 to 64 tokens must occur at least three times in a row and cover at least 32
     tokens; the last occurrence may be cut short.
     """
+    return longest_loop(tokens) >= LOOP_TOKENS
+
+
+def longest_loop(tokens: Sequence[int] | NDArray[np.int64]) -> int:
+    """Return the number of tokens in the longest loop; 0 if there is none.
+
+    In a loop, a piece of 1 to 64 tokens occurs at least three times in a row; the last occurrence
+    may be cut short only after three whole ones.
+    """
     text = np.asarray(tokens)
+    most = 0
     for period in range(1, min(LONGEST_PERIOD, len(text) // 2) + 1):
         different = np.flatnonzero(text[period:] != text[:-period])
         borders = np.concatenate([[-1], different, [len(text) - period]])
-        longest = int(np.diff(borders).max()) - 1
-        if longest + period >= max(_LOOP_TOKENS, _LOOP_TIMES * period):
-            return True
-    return False
+        covered = int(np.diff(borders).max()) - 1 + period
+        if covered >= _LOOP_TIMES * period:
+            most = max(most, covered)
+    return most
 
 
 @dataclass(frozen=True)

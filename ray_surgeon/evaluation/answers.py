@@ -9,6 +9,7 @@ docs/method.md, section 11.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import fmean, median
@@ -20,7 +21,13 @@ from torch.nn.utils.rnn import pad_sequence
 
 from ray_surgeon.config.evaluation import GenerationSection
 from ray_surgeon.config.texts import START_TOKENS, TURN_TOKENS
-from ray_surgeon.data.self_text import SelfText, Writer, repeats, was_written
+from ray_surgeon.data.self_text import (
+    LOOP_TOKENS,
+    SelfText,
+    Writer,
+    longest_loop,
+    was_written,
+)
 from ray_surgeon.data.written_text import (
     Continuations,
     Conversations,
@@ -44,6 +51,11 @@ The prompts then differ from those of conversations in the calibration with the 
 """
 _HELD_SHARE = 0.1
 """Maximum share of a calibration's file of prompts that is held aside for the comparison."""
+
+_LOOP_SHARE = 0.3
+"""Fraction of a short answer that a loop covers at least."""
+_FEWEST_LOOP_TOKENS = 8
+"""Minimum number of tokens of a loop in any answer."""
 
 Prompts = tuple[tuple[int, ...], ...]
 """Tokens of each prompt, at least one."""
@@ -373,9 +385,20 @@ def measure_answers(cluster: Cluster, answers: Answers, max_tokens: int) -> Gene
         divergence=rates["divergence"],
         departures=tuple(map(departure, answers.answers, own)),
         not_ended=fmean(unfinished) if unfinished else None,
-        repeating=fmean(map(repeats, own)),
+        repeating=fmean(map(is_caught, own)),
         answers=own,
     )
+
+
+def is_caught(answer: Sequence[int]) -> bool:
+    """Return whether an answer is caught in a loop; see `longest_loop`.
+
+    The loop must cover three tenths of the answer, at least 8 tokens. 32 tokens always suffice, as
+    for calibration text (`self_text.repeats`), whose rule finds nothing in answers of 40 tokens
+    that write four times "I'm glad.".
+    """
+    fewest = max(_FEWEST_LOOP_TOKENS, math.ceil(_LOOP_SHARE * len(answer)))
+    return longest_loop(answer) >= min(LOOP_TOKENS, fewest)
 
 
 def departure(answer: Sequence[int], second_answer: Sequence[int]) -> int:
@@ -396,7 +419,7 @@ def dense_record(answers: Answers, decode_tokens: Decode) -> dict[str, Any]:
         "num_prompts": len(answers.prompts),
         "num_tokens": sum(map(len, answers.answers)),
         "share_ended": fmean(answers.ended),
-        "share_repeating": fmean(map(repeats, answers.answers)),
+        "share_repeating": fmean(map(is_caught, answers.answers)),
         "example": {
             "prompt": prompt[:_EXAMPLE_CHARACTERS],
             "dense": answer[:_EXAMPLE_CHARACTERS],

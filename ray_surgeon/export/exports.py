@@ -119,7 +119,7 @@ def export(
         "size_bytes": size_bytes,
         "loaders": _loaders(kind, layout, widths),
         "load": f'AutoModelForCausalLM.from_pretrained("{uri}"{trusts})',
-        "reload_max_logit_difference": folder.reload_difference(pruned, uri),
+        **folder.reload(pruned, uri).entries,
     }
     if widths:
         entry["widths"] = [[width.num_channels, width.num_kv_heads] for width in widths]
@@ -242,9 +242,11 @@ def tell_of(entry: dict[str, Any], run: RunState, facts: Facts, size: Size) -> N
     card = rendered("card.md.jinja", entry=entry, source=source, facts=about)
     files.write_text(files.join(entry["uri"], "README.md"), card)
     run.report.exports.append(entry)
-    for name in ("kind", "uri", "size_bytes", "reload_max_logit_difference"):
+    for name in ("kind", "uri", "size_bytes", "num_parameters", "reload_error"):
         if name in entry:
             facts[name] = entry[name]
+    if "reload_export_rounding" in entry:
+        facts["error of rounding"] = entry["reload_export_rounding"]
 
 
 @dataclass(frozen=True)

@@ -52,6 +52,8 @@ TOLERANCE = {"float32": 1e-3, "bfloat16": 0.15, "float16": 0.03}
 A token's relative error is the norm of the difference, divided by the norm of the expected logits'
 deviations from their mean.
 """
+MOST_ROUNDINGS = 2.0
+"""How many times the error that rounding causes in the export the workers' error may be."""
 _WRITTEN = ("*.index.json", "model*.safetensors", "masks*.safetensors")
 """Name patterns of the files of weights and masks."""
 
@@ -298,21 +300,56 @@ def run_reload(uri: str, request: Mapping[str, Any]) -> dict[str, Any]:
             "folder": str(folder),
             "offload": str(scratch),
             "max_memory": max_memory,
+            # the weights grow to twice their size, one after the other
+            "has_room_for_float32": 3 * size_bytes < free_bytes,
         }
         return run_for(uri, "folder", {**places, **request})
 
 
-def reload_difference(pruned: PrunedModel, uri: str) -> float:
-    """Return the largest difference between the workers' logits and the export's.
+@dataclass(frozen=True)
+class Reload:
+    """How the logits of an export, reloaded in a fresh process, differ from the workers'.
 
-    The export runs in a fresh process, which also generates.
+    An error is the median over tokens of the relative error; see `TOLERANCE`.
+    """
+
+    num_parameters: int  # of the reloaded model
+    max_difference: float  # largest difference of any logit
+    error: float  # between the workers' logits and the export's
+    allowed_error: float
+    # errors of the workers' logits, and of the export's, from those of the export in float32; None
+    # for a model in float32, and for one that has no room in memory in float32
+    workers_rounding: float | None
+    export_rounding: float | None
+
+    @property
+    def entries(self) -> dict[str, Any]:
+        """Entries of the report."""
+        entries: dict[str, Any] = {
+            "num_parameters": self.num_parameters,
+            "reload_max_logit_difference": self.max_difference,
+            "reload_error": self.error,
+            "reload_allowed_error": self.allowed_error,
+        }
+        if self.workers_rounding is not None:
+            entries["reload_workers_rounding"] = self.workers_rounding
+            entries["reload_export_rounding"] = self.export_rounding
+        return entries
+
+
+def reload(pruned: PrunedModel, uri: str) -> Reload:
+    """Compare the workers' logits with those of the export in a fresh process.
+
+    The process also generates, and computes the logits in float32, too, if there is room. The
+    workers' logits must be as close to these as the export's own, up to a factor of
+    `MOST_ROUNDINGS`: then both differ by the rounding of the dtype.
 
     Args:
         pruned: the model.
         uri: the export.
 
     Raises:
-        RuntimeError: the fresh process fails; or the logits differ by more than `agree` allows.
+        RuntimeError: the fresh process fails; or the logits differ by more than rounding.
     """
     dtype = pruned.model.dtype
     half = pruned.layout.is_mixture and dtype != "float32"
@@ -320,15 +357,60 @@ def reload_difference(pruned: PrunedModel, uri: str) -> float:
     workers_logits = decode(logits(pruned.cluster, tokens), torch.device("cpu"))
     with tempfile.NamedTemporaryFile() as file:
         request = {"tokens": tokens, "logits": file.name, "dtype": dtype, "half": half}
-        run_reload(uri, request)
-        reloaded_logits = load_file(file.name)["logits"]
-    largest = float((workers_logits - reloaded_logits).abs().max())
-    if not agree(reloaded_logits, workers_logits, dtype, half=half):
+        reply = run_reload(uri, request)
+        reloaded = load_file(file.name)
+    export_logits = reloaded["logits"]
+    workers_rounding = None
+    export_rounding = None
+    if "in_float32" in reloaded:
+        in_float32 = reloaded["in_float32"]
+        workers_rounding = float(relative_errors(workers_logits, in_float32).median())
+        export_rounding = float(relative_errors(export_logits, in_float32).median())
+    found = Reload(
+        num_parameters=reply["num_parameters"],
+        max_difference=float((workers_logits - export_logits).abs().max()),
+        error=float(relative_errors(export_logits, workers_logits).median()),
+        allowed_error=TOLERANCE[dtype],
+        workers_rounding=workers_rounding,
+        export_rounding=export_rounding,
+    )
+    if not agree(export_logits, workers_logits, dtype, half=half):
         raise RuntimeError(
             f"the export {uri} loads, but its logits differ from the workers' "
-            f"by {largest:g}; do not use it"
+            f"by {found.max_difference:g}; do not use it"
         )
-    return largest
+    check_rounding(found, dtype, uri)
+    return found
+
+
+def check_rounding(found: Reload, dtype: str, uri: str) -> None:
+    """Refuse an export whose logits differ from the workers' by more than rounding to its dtype.
+
+    Raises:
+        RuntimeError: names both errors.
+    """
+    if found.workers_rounding is None or found.export_rounding is None:
+        return
+    unit = torch.finfo(getattr(torch, dtype)).eps
+    allowed = MOST_ROUNDINGS * max(unit, found.export_rounding)
+    if not found.workers_rounding <= allowed:
+        raise RuntimeError(
+            f"the export {uri} loads, but beside its logits in float32, the workers' have a "
+            f"relative error of {found.workers_rounding:.3g}, and its own in {dtype} one of "
+            f"{found.export_rounding:.3g}: rounding does not explain that; do not use it"
+        )
+
+
+def relative_errors(logits: Tensor, expected: Tensor) -> Tensor:
+    """Return the relative error of every token [...]; see `TOLERANCE`.
+
+    Args:
+        logits: [..., vocabulary].
+        expected: [..., vocabulary].
+    """
+    deviations = expected - expected.mean(dim=-1, keepdim=True)
+    errors: Tensor = (logits - expected).norm(dim=-1) / deviations.norm(dim=-1)
+    return errors
 
 
 def agree(logits: Tensor, expected: Tensor, dtype: str, *, half: bool) -> bool:
@@ -341,8 +423,7 @@ def agree(logits: Tensor, expected: Tensor, dtype: str, *, half: bool) -> bool:
         half: whether half of the tokens may differ by any amount: in a mixture, attention that
             rounds otherwise may route a token otherwise.
     """
-    differences = (logits - expected).norm(dim=-1)
-    errors = differences / (expected - expected.mean(dim=-1, keepdim=True)).norm(dim=-1)
+    errors = relative_errors(logits, expected)
     allowed = TOLERANCE[dtype]
     is_close = float(errors.median()) <= allowed
     if half:
@@ -370,9 +451,11 @@ def _load(request: Mapping[str, Any]) -> PreTrainedModel:
 
 @torch.no_grad()
 def answer(request: Mapping[str, Any]) -> dict[str, Any]:
-    """Write the logits [1, T, vocabulary] float32 of tokens, and generate; see `reload_difference`.
+    """Write the logits [1, T, vocabulary] float32 of tokens, and generate; see `reload`.
 
-    If the request has ``texts``, return the perplexity of each instead; see `run_module`.
+    Returns:
+        The number of the model's parameters; or the perplexity of each text, if the request has
+        ``texts``.
 
     Raises:
         RuntimeError: a tensor is missing or left over, or the logits with a cache differ from those
@@ -400,8 +483,11 @@ def answer(request: Mapping[str, Any]) -> dict[str, Any]:
         raise RuntimeError(
             f"with a cache the logits differ by {largest:g} from those without"
         )
-    save_file({"logits": logits.contiguous()}, request["logits"])
-    return {}
+    found = {"logits": logits.contiguous()}
+    if request["dtype"] != "float32" and request["has_room_for_float32"]:
+        found["in_float32"] = model.float()(tokens, use_cache=False).logits.contiguous()
+    save_file(found, request["logits"])
+    return {"num_parameters": model.num_parameters()}
 
 
 def _perplexities(request: Mapping[str, Any]) -> dict[str, float]:

@@ -132,7 +132,8 @@ class ModelLayout:
         linear_numbers: name -> number of every prunable linear, from 0. Seeds are made from these
             numbers, so that they do not depend on the shards.
         tied: {head weight: embedding weight} if the configuration ties them, else empty.
-        num_parameters: parameters of the whole model; tied ones count once.
+        trained: names of the parameters; the other names in `parameters` are buffers.
+        num_parameters: number of parameters of the whole model; tied ones count once.
         linear_size: parameters of all prunable linears; sparsity is a fraction of these.
         heads: attention heads of every block.
         expert_sets: the experts of every block that has experts.
@@ -148,6 +149,7 @@ class ModelLayout:
         family: Family,
         parameters: Shapes,
         linears: Linears,
+        buffers: frozenset[str],
     ) -> None:
         self.config = config
         self.family = family
@@ -160,10 +162,11 @@ class ModelLayout:
         if getattr(config, "tie_word_embeddings", False):
             embedding = f"{family.base}.{family.embeddings[0]}"
             self.tied[f"{family.head}.weight"] = f"{embedding}.weight"
+        self.trained = [name for name in parameters if name not in buffers]
         self.num_parameters = 0
-        for name, shape in parameters.items():
+        for name in self.trained:
             if name not in self.tied:
-                self.num_parameters += math.prod(shape)
+                self.num_parameters += math.prod(parameters[name])
         self.linear_size = sum(linear.size for linear in linears)
         self.heads = _heads(config)
         self.expert_sets = tuple(_expert_sets(linears))
@@ -211,6 +214,7 @@ class ModelLayout:
             family=family,
             parameters={name: tuple(tensor.shape) for name, tensor in state.items()},
             linears=tuple(_linears(family, model)),
+            buffers=frozenset(name for name, _ in model.named_buffers()),
         )
 
     def block_of(self, name: str) -> int | None:

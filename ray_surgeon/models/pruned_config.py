@@ -6,6 +6,7 @@ another family than the source.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -157,6 +158,49 @@ def left_out(layout: ModelLayout, widths: Mapping[int, BlockWidths]) -> list[str
         if name.startswith(tuple(removed_layers)) and owner not in layout.shapes:
             names.append(name)
     return names
+
+
+def num_parameters_left(layout: ModelLayout, kept: Mapping[str, tuple[int, int]]) -> int:
+    """Return the number of parameters of the model without the pruned groups, heads and layers.
+
+    That is the number of parameters of its export `uniform` or `per_block`.
+
+    Args:
+        layout: layout of the dense model.
+        kept: name of each linear -> numbers of its kept rows and columns; a bias is a column.
+    """
+    rows_kept = {linear: num_rows for linear, (num_rows, _) in kept.items()}
+    blocks = blocks_left(layout, rows_kept)
+    width_of_block = dict(zip(blocks, block_widths(layout, rows_kept), strict=True))
+    not_written = set(left_out(layout, width_of_block))
+    not_written.update(layout.tied)
+    total = 0
+    for linear, (num_rows, num_columns) in kept.items():
+        # the bias stays as long as there are rows, although a removed layer's mask has no columns
+        if layout.shapes[linear].has_bias:
+            num_columns = max(num_columns, 1)
+        total += num_rows * num_columns
+    for name in layout.trained:
+        owner, _, _ = name.rpartition(".")
+        block = layout.block_of(name)
+        if owner in kept or name in not_written:
+            continue
+        if block is None:
+            total += math.prod(layout.parameters[name])
+        elif block in width_of_block:
+            total += _entries_left(layout, name, block, width_of_block[block])
+    return total
+
+
+def _entries_left(layout: ModelLayout, name: str, block: int, width: BlockWidths) -> int:
+    """Return the number of entries that remain of a parameter that is not a prunable linear's."""
+    inside = name.removeprefix(layout.family.block_prefix(block))
+    first, *rest = layout.parameters[name]
+    if inside in layout.family.per_head:
+        first = width.num_kv_heads * layout.heads.n_rep
+    elif width.experts and inside.rpartition(".")[0] == layout.family.sparse.router:
+        first = len(width.experts)
+    return first * math.prod(rest)
 
 
 def _num_left(groups: GroupSet, rows_kept: Mapping[str, int]) -> int:

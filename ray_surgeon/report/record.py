@@ -43,7 +43,11 @@ class RunReport:
     ended_steps: list[Record] = field(default_factory=list)
 
     def add_shot(
-        self, about: Record, linears: Sequence[LinearSummary], steps: Steps
+        self,
+        about: Record,
+        linears: Sequence[LinearSummary],
+        steps: Steps,
+        num_parameters: int | None,
     ) -> Record:
         """Add the record of a shot and return it.
 
@@ -51,13 +55,19 @@ class RunReport:
             about: entries of the stages.
             linears: summaries of the linears after the shot.
             steps: of this shot so far.
+            num_parameters: of the smaller model; None if pruned entries are not cut out, so that
+                those which are not zero count.
         """
         num_removed = sum(linear.size - linear.num_nonzero for linear in linears)
+        num_nonzero = self.num_parameters - num_removed
+        if num_parameters is None:
+            num_parameters = num_nonzero
         shot = {
             **about,
             **copy.deepcopy(steps.record),
             "linears": [_linear_record(linear) for linear in linears],
-            "num_nonzero": self.num_parameters - num_removed,
+            "num_parameters": num_parameters,
+            "num_nonzero": num_nonzero,
             "dense": self.dense,
         }
         self.shots.append(shot)
@@ -68,7 +78,10 @@ class RunReport:
         linears = self.shots[-1]["linears"] if self.shots else []
         in_linears = sum(linear["rows"] * linear["columns"] for linear in linears)
         nonzero = sum(linear["num_nonzero"] for linear in linears)
-        after = self.num_parameters - in_linears + nonzero
+        nonzero_after = self.num_parameters - in_linears + nonzero
+        after = self.num_parameters
+        if self.shots:
+            after = self.shots[-1]["num_parameters"]
         shots = []
         for shot in self.shots:
             shot = dict(shot)
@@ -94,7 +107,8 @@ class RunReport:
             "linears": linears,
             "parameters": {
                 "before": self.num_parameters,
-                "nonzero_after": after,
+                "after": after,
+                "nonzero_after": nonzero_after,
                 "in_pruned_linears": in_linears,
                 "nonzero_in_pruned_linears": nonzero,
                 "whole_model_sparsity": 1 - after / self.num_parameters,

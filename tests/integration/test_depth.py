@@ -54,6 +54,7 @@ def test_blocks_of_every_family_are_removed(family: str, job: Jobs) -> None:
     (export,) = done.exports
     assert len(export["blocks"]) == 3
     assert export["reload_max_logit_difference"] < 1e-4
+    assert export["num_parameters"] == done.report["parameters"]["after"]
     config = json.loads((done.export("uniform") / "config.json").read_text())
     assert config.get("num_hidden_layers", config.get("n_layer")) == 3
 
@@ -70,6 +71,7 @@ def test_attention_and_ffn_layers_of_every_family_are_removed(
     assert len(shot["layers_removed"]) >= 2
     (export,) = done.exports
     assert export["reload_max_logit_difference"] < 1e-4
+    assert export["num_parameters"] == done.report["parameters"]["after"]
 
 
 def test_a_cost_is_what_the_removal_changes(

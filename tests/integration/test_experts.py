@@ -31,6 +31,8 @@ def exported(done: Done) -> dict[str, Any]:
     """Return the record of the only export of a run."""
     (export,) = done.exports
     assert export["reload_max_logit_difference"] < 1e-4
+    if export["kind"] != "masked":
+        assert export["num_parameters"] == done.report["parameters"]["after"]
     return export
 
 

@@ -16,7 +16,15 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ray_surgeon.config.sections import ModelSection
-from ray_surgeon.export.folder import agree, dense_document, shipped_source, write_weights
+from ray_surgeon.export import folder as exports_folder
+from ray_surgeon.export.folder import (
+    Reload,
+    agree,
+    check_rounding,
+    dense_document,
+    shipped_source,
+    write_weights,
+)
 from ray_surgeon.models import pruned_config
 from ray_surgeon.models.build import cache_argument
 from ray_surgeon.models.layout import ModelLayout
@@ -37,14 +45,23 @@ TOKENS = torch.arange(30)[None] + 7
 LOAD = """
 import sys
 sys.modules["ray_surgeon"] = None
+import logging
 import torch
 from transformers import AutoModelForCausalLM
+messages = []
+handler = logging.Handler()
+handler.emit = messages.append
+logging.getLogger("transformers").addHandler(handler)
 tokens = torch.arange(30)[None] + 7
 for folder, trusts in (("uniform", False), ("per_block", True)):
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=trusts).eval()
     torch.save(model(tokens).logits.detach(), f"{folder}.pt")
     answer = model.generate(tokens, max_new_tokens=5, min_new_tokens=5, do_sample=False)
     print(type(model).__name__, len(answer[0]))
+warned = len(messages)
+model.save_pretrained("saved_again")
+again = AutoModelForCausalLM.from_pretrained("saved_again", trust_remote_code=True)
+print("warnings", warned, "same", torch.equal(again(tokens).logits, model(tokens).logits))
 """
 
 
@@ -214,7 +231,11 @@ def test_exports_load_without_this_package(job: Jobs) -> None:
     said = subprocess.check_output([sys.executable, "-c", LOAD], cwd=folder, text=True)
     for kind in exports[1:]:
         assert_as_masked(folder, torch.load(folder / f"{kind}.pt"))
-    assert said.splitlines() == ["LlamaForCausalLM 35", "PrunedForCausalLM 35"]
+    assert said.splitlines() == [
+        "LlamaForCausalLM 35",
+        "PrunedForCausalLM 35",
+        "warnings 0 same True",
+    ]
 
 
 AS_GROUPS = (
@@ -317,3 +338,46 @@ def test_logits_may_differ_by_rounding_only(
         agree(10 + 3 * (logits + of_all * noise), 10 + 3 * logits, dtype, half=half)
         is passes
     )
+
+
+@pytest.mark.parametrize(("workers", "passes"), [(0.025, True), (0.035, False)])
+def test_logits_may_differ_by_twice_the_rounding_of_the_export(
+    workers: float, passes: bool
+) -> None:
+    found = Reload(
+        num_parameters=1,
+        max_difference=0.875,
+        error=0.05,
+        allowed_error=0.15,
+        workers_rounding=workers,
+        export_rounding=0.015,
+    )
+    if passes:
+        check_rounding(found, "bfloat16", "x")
+    else:
+        with pytest.raises(RuntimeError, match="rounding does not explain that"):
+            check_rounding(found, "bfloat16", "x")
+
+
+def test_rounding_of_bfloat16_is_measured_in_float32(
+    job: Jobs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An export that computes something slightly different is found: here the norms' constants
+    differ, which changes the logits by less than the bound on their scale allows.
+    """
+    options = UNIFORM | {"model__dtype": "bfloat16", "output__exports": ["uniform"]}
+    (export,) = job(options, folder="right").exports
+    rounding = export["reload_export_rounding"]
+    assert 0.001 < rounding < 0.03
+    assert export["reload_workers_rounding"] == pytest.approx(rounding, rel=0.5)
+    assert export["reload_error"] < 2 * rounding
+    assert export["reload_allowed_error"] == 0.15
+
+    own = exports_folder.dense_document
+
+    def changed(model: ModelSection) -> dict[str, Any]:
+        return own(model) | {"rms_norm_eps": 0.002}
+
+    monkeypatch.setattr(exports_folder, "dense_document", changed)
+    wrong = job(options, folder="wrong", code=1)
+    assert "rounding does not explain that" in wrong.error, wrong.error

@@ -21,6 +21,7 @@ from ray_surgeon.evaluation.answers import (
     check_prompts,
     dense_record,
     departure,
+    is_caught,
     measure_answers,
     shot_record,
 )
@@ -149,6 +150,20 @@ def test_unsuitable_prompts_are_refused() -> None:
     ):
         with pytest.raises(ValueError, match=rf"generation\.prompts.*{message}"):
             check_prompts(prompts, 6, longest, "generation.prompts")
+
+
+def test_loops_are_found_in_short_answers() -> None:
+    text = np.random.default_rng(0).permutation(300).tolist()
+    glad = [40, 41, 42, 43]  # I'm glad.
+    assert is_caught([*text[100:124], *glad * 4])
+    assert not is_caught([*text[100:124], *glad * 2])
+    assert not is_caught(text[:40])
+    assert not is_caught([*text[100:130], *[7] * 10]), "less than three tenths"
+    assert is_caught([7] * 8)
+    assert not is_caught([7] * 7)
+    # as in calibration text
+    assert is_caught([*text[:200], *[301] * 32])
+    assert not is_caught([*text[:200], *[301] * 31])
 
 
 # Reports

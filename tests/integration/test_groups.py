@@ -75,6 +75,11 @@ def test_groups_of_every_family_are_removed_whole(
         assert shot["sparsity"] < target + 0.06, "a KV group of a tiny model is large"
         assert len(left) > 2
     assert all(export["reload_max_logit_difference"] < 1e-4 for export in done.exports)
+    numbers = done.report["parameters"]
+    assert [export["num_parameters"] for export in done.exports] == [
+        numbers["before"],
+        numbers["after"],
+    ]
     export = done.export(kind)
     dense = job.models[family] / "model.safetensors"
     assert done.exports[1]["size_bytes"] < dense.stat().st_size

@@ -40,10 +40,23 @@ class PrunedConfig(DenseConfig):  # type: ignore[misc]
         sizes_of_block = per_layer_config or {}
         blocks = sorted(sizes_of_block, key=int)
         self.block_sizes = [dict(sizes_of_block[block]) for block in blocks]
+        self.tell_widths()
+
+    def tell_widths(self) -> None:
+        """Give transformers the widths of every block, if it has a field for them."""
         if hasattr(DenseConfig, "per_layer_config"):
-            # the dense model is built first, with the dense widths
             self.allow_global_per_layer_attribute_access = True
+            # a width that equals the dense model's is written, too
+            self.serialize_explicit_per_layer_config = True
             self.per_layer_config = dict(enumerate(self.block_sizes))
+
+    def forget_widths(self) -> None:
+        """Hide the widths of the blocks, while the dense model is built with the dense widths.
+
+        transformers warns when a width is read from a configuration with several.
+        """
+        if hasattr(DenseConfig, "per_layer_config"):
+            self.per_layer_config = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the content of config.json."""
@@ -323,6 +336,7 @@ class Narrow(nn.Module):
     config_class = PrunedConfig
 
     def __init__(self, config: PrunedConfig) -> None:
+        config.forget_widths()
         super().__init__(config)
         lists = [module for module in self.modules() if isinstance(module, nn.ModuleList)]
         num_blocks = config.num_hidden_layers
@@ -334,6 +348,7 @@ class Narrow(nn.Module):
             elif hasattr(getattr(block, "mlp", None), "experts"):
                 block.mlp = NoMixture(gives_scores=hasattr(block.mlp, "router"))
         self.post_init()  # type: ignore[operator]
+        config.tell_widths()
 
 
 class PrunedModel(Narrow, DenseModel):  # type: ignore[misc]
