@@ -342,3 +342,21 @@ class JobSpec(Section):
         inside: Any = {"model": {"source"}, "recovery": of_recovery}
         method = self.model_dump(mode="json", exclude=free | inside)
         return hashlib.sha256(json.dumps(method, sort_keys=True).encode()).hexdigest()
+
+
+def input_schema() -> dict[str, Any]:
+    """Return the JSON Schema of what a user writes: a spec before its defaults are filled in."""
+    schema = JobSpec.model_json_schema()
+    fields = schema["properties"]
+    sections_of = schema["$defs"]
+    text = {"type": "string"}
+    schema["required"] = ["model", "pruning"]
+    texts = {"type": "array", "items": {"$ref": "#/$defs/EvaluationText"}, "minItems": 1}
+    for name, short in (("model", text), ("output", text), ("evaluation", texts)):
+        described = fields[name].pop("description")
+        fields[name] = {"anyOf": [fields[name], short], "description": described}
+    fields["time"]["anyOf"].append(text)
+    del sections_of["EvaluationSection"]["required"]
+    del sections_of["OutputSection"]["required"]
+    sections_of["ModelSection"]["properties"]["dtype"]["enum"] += ["fp32", "bf16", "fp16"]
+    return schema

@@ -155,7 +155,10 @@ def _follows(
 
 def _near_name(names: Sequence[str]) -> str | None:
     """Return the field whose name is most like the last one of a path, in the same section."""
-    *path, wrong = [name for name in names if not name.isdecimal()]
+    named = [name for name in names if not name.isdecimal()]
+    if not named:
+        return None
+    *path, wrong = named
     schema = JobSpec.model_json_schema()
     sections: list[Mapping[str, Any]] = [schema]
     for name in path:
