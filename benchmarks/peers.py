@@ -326,7 +326,7 @@ def without_own_text(spec: JobSpec) -> dict[str, Any]:
 
 def quickstart(overrides: Sequence[str]) -> dict[str, Any]:
     """Return the quickstart's spec with other settings, without text written by the model."""
-    path = Path(__file__).parents[1] / "pipelines/quickstart.yaml"
+    path = Path(__file__).parents[1] / "pipelines/smollm2-balanced.yaml"
     return without_own_text(parse_spec(path.read_text(encoding="utf-8"), overrides))
 
 

@@ -24,7 +24,7 @@ import yaml
 import ray_surgeon
 from ray_surgeon.config.job import JobSpec
 
-QUICKSTART = Path(__file__).parents[1] / "pipelines/quickstart.yaml"
+QUICKSTART = Path(__file__).parents[1] / "pipelines/smollm2-balanced.yaml"
 WAYS: dict[str, dict[str, Any]] = {
     "uniform": {"groups": ["ffn"], "allocation": "uniform", "target_sparsity": 0.1875},
     "groups": {"groups": ["ffn", "attention"], "target_sparsity": 0.4},

@@ -35,7 +35,7 @@ PROMPT_WORDS = 256
 NEW_TOKENS = 64
 TURNS = 3
 START_TIMEOUT_S = 300
-_JOB = Path(__file__).parents[1] / "pipelines" / "quickstart.yaml"
+_JOB = Path(__file__).parents[1] / "pipelines" / "smollm2-balanced.yaml"
 
 
 def new_parser(name: str, description: str, *, port: int) -> argparse.ArgumentParser:

@@ -85,6 +85,9 @@ def completed(
     pruning = filled.get("pruning")
     if isinstance(pruning, Mapping):
         filled["pruning"] = _pruning(pruning, facts)
+    calibration = filled.get("calibration")
+    if isinstance(calibration, Mapping):
+        filled["calibration"] = {"source": "auto", **calibration}
     if "evaluation" not in filled:
         filled.update(_evaluation(mapping(filled.get("calibration"))))
     output = filled["output"]

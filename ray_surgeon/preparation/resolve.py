@@ -118,7 +118,9 @@ def resolve(
         )
     machines = machines or this_machine()
     notes = _notes(given, document)
-    document["cluster"] = with_workers(document, machines, planned)
+    typical = dict(document)
+    fill(typical, LEVELS["balanced"])
+    document["cluster"] = with_workers(typical, machines, planned)
     notes.append(_note_on_workers(document["cluster"], machines))
     if wanted_s is None:
         return Resolved(_validated(document), tuple(notes))

@@ -1,4 +1,4 @@
-"""The quickstart through the command line, on a tiny model and, with `slow`, on SmolLM2."""
+"""The quickstart on a tiny model and, with `slow`, its longer form on SmolLM2."""
 
 from __future__ import annotations
 
@@ -42,18 +42,15 @@ def test_quickstart_makes_a_tiny_model_smaller(
         "model.wheel_sha256": "null",
         "calibration.num_sequences": 8,
         "calibration.sequence_length": 32,
-        "calibration.mix": "[{source: python-docstrings}]",
         "evaluation.generation": "null",
-        "output.speed": "null",
+        "evaluation.texts.0.num_sequences": 2,
+        "evaluation.texts.0.sequence_length": 32,
+        "evaluation.texts.0.stride": 32,
         "pruning.width_multiple": 8,
         "pruning.target_sparsity": 0.3,
         "recovery.num_tokens": 3 * 2 * 32,
         "output.uri": tmp_path / "run",
     }
-    for number in range(3):
-        overrides[f"evaluation.texts.{number}.num_sequences"] = 2
-        overrides[f"evaluation.texts.{number}.sequence_length"] = 32
-        overrides[f"evaluation.texts.{number}.stride"] = 32
     arguments = [
         p for path, value in overrides.items() for p in ("--set", f"{path}={value}")
     ]
@@ -70,10 +67,10 @@ def test_quickstart_makes_a_tiny_model_smaller(
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_quickstart_makes_smollm2_smaller(
+def test_long_job_makes_smollm2_smaller(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The spec of the quickstart runs on few sequences, two of them in the backward pass, with
+    """The longer spec runs on few sequences, two of them in the backward pass, with
     three steps of corrections.
     """
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
@@ -101,7 +98,7 @@ def test_quickstart_makes_smollm2_smaller(
     arguments = [
         p for path, value in overrides.items() for p in ("--set", f"{path}={value}")
     ]
-    assert pipeline.main(["pipelines/quickstart.yaml", *arguments]) == 0
+    assert pipeline.main(["pipelines/smollm2-balanced.yaml", *arguments]) == 0
     report = report_of(tmp_path / "run")
     measured = report["shots"][0]["peak_bytes"]
     planned = report["plan"]["peak_bytes"]
