@@ -31,6 +31,7 @@ from ray_surgeon.models.runner import BlockRunner
 from ray_surgeon.models.shard import ModelShard
 from ray_surgeon.preparation.inputs import check
 from ray_surgeon.report.display import Display, new_console
+from ray_surgeon.report.summary import warnings
 from ray_surgeon.run.arguments import (
     a_tokenizer,
     causal_lm,
@@ -152,13 +153,16 @@ def prune(  # noqa: PLR0913  the sections of a job spec, by name
         for line in inputs.notes:
             display.note(line)
         try:
-            return ended_before(inputs, display.note) or run(inputs, display)
+            result = ended_before(inputs, display.note) or run(inputs, display)
         except KeyboardInterrupt:
             display.note(
                 "interrupted; continue with the same call and resume=True "
                 f"(output={inputs.spec.output.uri!r})"
             )
             raise
+        for warning in warnings(result.report):
+            display.note(f"warning: {warning}")
+    return result
 
 
 def recover(

@@ -273,7 +273,9 @@ def _show(result: PruneResult, console: Console) -> None:
     if len(result.report["shots"]) > 1:
         console.print(shots_table(result.report))
     for line in summary_lines(result.report, result.uri):
-        console.print(line, soft_wrap=True, highlight=False, markup=False)
+        # commands are copied, so they are not broken
+        soft_wrap = not (console.is_terminal and line.startswith("warning: "))
+        console.print(line, soft_wrap=soft_wrap, highlight=False, markup=False)
 
 
 def export_more(argv: Sequence[str], run_job: Callable[[Sequence[str], str], int]) -> int:
