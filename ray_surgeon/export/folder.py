@@ -54,6 +54,25 @@ deviations from their mean.
 """
 MOST_ROUNDINGS = 2.0
 """How many times the error that rounding causes in the export the workers' error may be."""
+_OF_THE_SOURCE = (
+    # of config.json and generation_config.json
+    "_name_or_path",
+    "_model_name_or_path",
+    "_commit_hash",
+    "_from_model_config",
+    "_attn_implementation",
+    "_attn_implementation_autoset",
+    # of tokenizer_config.json
+    "name_or_path",
+    "special_tokens_map_file",
+    "tokenizer_file",
+    "vocab_file",
+    "is_local",
+    "local_files_only",
+)
+"""Entries of small files that say where, or from what, they were written; often local paths."""
+_CLEANED = ("generation_config.json", "tokenizer_config.json")
+"""Small files that are copied without these entries."""
 _WRITTEN = ("*.index.json", "model*.safetensors", "masks*.safetensors")
 """Name patterns of the files of weights and masks."""
 
@@ -171,10 +190,10 @@ def _file_names(stem: str, numbers: Sequence[int]) -> list[list[str]]:
 def dense_document(model: ModelSection) -> dict[str, Any]:
     """Return the dense model's config.json with the job's dtype.
 
-    The fields on quantisation and on modeling code are removed.
+    The fields on quantisation, on modeling code and on the origin of the file are removed.
     """
     config = open_model(model).fetch("config.json")
-    document: dict[str, Any] = files.read_json(str(config))
+    document = cleaned(files.read_json(str(config)))
     for name in ("torch_dtype", "quantization_config", "auto_map"):
         document.pop(name, None)
     # blocks that predict further tokens are not read, and transformers does not run them
@@ -182,6 +201,13 @@ def dense_document(model: ModelSection) -> dict[str, Any]:
         document["num_nextn_predict_layers"] = 0
     document["dtype"] = model.dtype
     return document
+
+
+def cleaned(document: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the content of a JSON file without the entries that say where it was written."""
+    return {
+        name: value for name, value in document.items() if name not in _OF_THE_SOURCE
+    }
 
 
 def copy_small_files(
@@ -200,8 +226,11 @@ def copy_small_files(
     """
     dense = open_model(model)
     for name in dense.names:
-        if goes_along(name) and name != "config.json":
-            files.put_file(files.join(uri, name), dense.fetch(name))
+        target = files.join(uri, name)
+        if name in _CLEANED:
+            files.write_json(target, cleaned(files.read_json(str(dense.fetch(name)))))
+        elif goes_along(name) and name != "config.json":
+            files.put_file(target, dense.fetch(name))
     if not another_type:
         return
     with tempfile.TemporaryDirectory() as scratch:
@@ -209,7 +238,7 @@ def copy_small_files(
         if not Path(scratch, "tokenizer.json").exists():
             return
         settings = f"{scratch}/tokenizer_config.json"
-        document = files.read_json(settings)
+        document = cleaned(files.read_json(settings))
         document["tokenizer_class"] = "PreTrainedTokenizerFast"
         files.write_json(settings, document)
         for path in Path(scratch).iterdir():

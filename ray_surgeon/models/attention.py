@@ -233,13 +233,23 @@ def rope_kind(config: PretrainedConfig) -> str:
 
 
 def for_older_readers(document: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a config.json that older programs can read, too.
+    """Return a config.json that programs of any age can read.
 
-    These know ``rope_theta`` and its like, but not `rope_parameters`.
+    Older ones know ``rope_theta`` and its like, but not `rope_parameters`; newer ones know both. So
+    `rope_parameters` stay only if the older fields cannot hold all of them.
     """
     parameters = document.get("rope_parameters")
     if not parameters:
         return dict(document)
+    both = {**document, **older_fields(document)}
+    if _fit_older_fields(parameters):
+        del both["rope_parameters"]
+    return both
+
+
+def older_fields(document: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of rotary embeddings for older programs, made from `rope_parameters`."""
+    parameters = document["rope_parameters"]
     of_full_attention = parameters.get("full_attention", parameters)
     older = dict[str, Any]()
     for name in ("rope_theta", "partial_rotary_factor"):
@@ -252,7 +262,17 @@ def for_older_readers(document: Mapping[str, Any]) -> dict[str, Any]:
         older["rope_scaling"] = {
             name: value for name, value in of_full_attention.items() if name not in older
         }
-    return {**document, **older}
+    return older
+
+
+def _fit_older_fields(parameters: Mapping[str, Any]) -> bool:
+    """Return whether `older_fields` hold all of these `rope_parameters`."""
+    if "full_attention" not in parameters:
+        return True
+    sliding = parameters.get("sliding_attention", {})
+    kinds = parameters.keys() == {"full_attention", "sliding_attention"}
+    is_plain = sliding.get("rope_type", "default") == "default"
+    return kinds and is_plain and sliding.keys() <= {"rope_theta", "rope_type"}
 
 
 def check_rope(document: Mapping[str, Any]) -> None:
@@ -266,7 +286,7 @@ def check_rope(document: Mapping[str, Any]) -> None:
     parameters = document.get("rope_parameters")
     if not parameters:
         return
-    expected = for_older_readers(document)
+    expected = {**document, **older_fields(document)}
     expected.update(parameters.get("full_attention", parameters))
     older = dict[str, Any]()
     for name in ("rope_theta", "rope_local_base_freq", "partial_rotary_factor"):

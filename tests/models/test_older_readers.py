@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from transformers import AutoConfig, LlamaConfig
 
-from ray_surgeon.models.attention import check_rope, for_older_readers
+from ray_surgeon.models.attention import check_rope, for_older_readers, older_fields
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.models.pruned_config import BlockWidths, uniform_document
 from tests.conftest import CONFIGS
@@ -54,6 +54,7 @@ def test_transformers_reads_the_same_configuration(
     if family == "gpt2":
         assert both == document
         return
+    assert "rope_parameters" not in both
     of_all = document["rope_parameters"].get(
         "full_attention", document["rope_parameters"]
     )
@@ -73,8 +74,22 @@ def test_transformers_reads_the_same_configuration(
     ],
 )
 def test_contradicting_values_are_refused(change: dict[str, Any], expected: str) -> None:
+    document = CONFIGS["llama"].to_dict()
+    document |= older_fields(document) | change
     with pytest.raises(ValueError, match=expected):
-        check_rope(for_older_readers(CONFIGS["llama"].to_dict()) | change)
+        check_rope(document)
+
+
+def test_parameters_that_older_fields_cannot_hold_are_kept() -> None:
+    """In Gemma 3, older fields have a base for sliding layers, but no scaling."""
+    document = CONFIGS["gemma3"].to_dict()
+    document["rope_parameters"] = {
+        "full_attention": THETA | {"rope_type": "default"},
+        "sliding_attention": THETA | {"rope_type": "linear", "factor": 2.0},
+    }
+    both = for_older_readers(document)
+    assert both["rope_parameters"] == document["rope_parameters"]
+    assert both["rope_local_base_freq"] == 10000.0
 
 
 def test_llama_exported_as_mistral_keeps_its_context_length() -> None:

@@ -48,7 +48,7 @@ class PrunedConfig(DenseConfig):  # type: ignore[misc]
             self.allow_global_per_layer_attribute_access = True
             # a width that equals the dense model's is written, too
             self.serialize_explicit_per_layer_config = True
-            self.per_layer_config = dict(enumerate(self.block_sizes))
+            self.per_layer_config: Any = dict(enumerate(self.block_sizes))
 
     def forget_widths(self) -> None:
         """Hide the widths of the blocks, while the dense model is built with the dense widths.
