@@ -46,7 +46,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 """Generator of reasoning-gym -> settings. Every answer is one number, and easy enough to be found
 without reasoning by a model of half a billion parameters in some of the cases.
 """
-NUM_REASONING_CASES = 200
+NUM_REASONING_CASES = 400
 """Number of cases of reasoning-gym unless another is given."""
 REASONING_SEED = 0
 
