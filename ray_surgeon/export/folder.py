@@ -205,9 +205,7 @@ def dense_document(model: ModelSection) -> dict[str, Any]:
 
 def cleaned(document: Mapping[str, Any]) -> dict[str, Any]:
     """Return the content of a JSON file without the entries that say where it was written."""
-    return {
-        name: value for name, value in document.items() if name not in _OF_THE_SOURCE
-    }
+    return {name: value for name, value in document.items() if name not in _OF_THE_SOURCE}
 
 
 def copy_small_files(

@@ -188,7 +188,8 @@ def _size_budget(
             its linears, too.
     """
     size_of_block = Counter[int | None]()
-    for name, shape in layout.parameters.items():
+    for name in layout.trained:
+        shape = layout.parameters[name]
         size_of_block[layout.block_of(name)] += math.prod(shape)
 
     def of_group(groups: GroupSet) -> float:
