@@ -249,8 +249,8 @@ def test_each_of_several_sizes_matches_a_run_to_that_size(job: Jobs) -> None:
     done = job(options, output__speed=speed)
     shown = page([done.report])
     assert '-sizes"' in shown
-    assert "Shot 2: block" in shown
-    assert "times as fast as the dense model" in shown
+    assert "Round 2: block" in shown
+    assert "speed of generation, dense model = 1" in shown
     perplexity = done.shots[0]["perplexity"]["docs"]
     assert f"{perplexity:.3f}" in done.out.partition("uniform-0.25")[2]
     assert [shot["sparsity"] for shot in done.shots] == pytest.approx(
