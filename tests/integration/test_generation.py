@@ -13,6 +13,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from ray_surgeon.config.sections import ModelSection
 from ray_surgeon.distributed.cluster import LocalCluster
 from ray_surgeon.evaluation.answers import (
     Answers,
@@ -25,9 +26,10 @@ from ray_surgeon.evaluation.answers import (
     measure_answers,
     shot_record,
 )
+from ray_surgeon.export.card import card
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.report import display as tables
-from ray_surgeon.report.html_report import excerpt, page, rendered
+from ray_surgeon.report.html_report import excerpt, page
 from ray_surgeon.report.summary import summary_lines
 from ray_surgeon.run.result import PruneResult
 from tests.conftest import VOCABULARY
@@ -267,12 +269,14 @@ def test_result_and_card_have_answers_if_measured(
     entry: Record = {"kind": "uniform", "uri": "x", "size_bytes": 1e6, "loaders": {}}
     entry["load"] = "from_pretrained(x)"
     for record in (without, compared):
-        facts = {part: record[part] for part in ("spec", "dense")} | {
-            "last": record["shots"][-1]
+        facts = {
+            "spec": record["spec"],
+            "dense": record["dense"],
+            "num_parameters": record["parameters"]["before"],
+            "last": record["shots"][-1],
         }
-        cards.append(
-            rendered("card.md.jinja", entry=entry, source="some/model", facts=facts)
-        )
+        model = ModelSection(**record["spec"]["model"])
+        cards.append(card(entry, model, facts, has_template=False, names=[]))
     assert PruneResult("somewhere", without).generation is None
     assert (
         dict(PruneResult("somewhere", compared).generation or {})["acceptance"] == 0.875

@@ -12,6 +12,7 @@ from compressed_tensors.quantization import QuantizationScheme
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from ray_surgeon.export.card import front_matter
 from ray_surgeon.export.quantized import PRESETS, quantised, scheme_of
 from ray_surgeon.maths.rounding import Grid, round_linear
 from ray_surgeon.report.html_report import page
@@ -196,7 +197,7 @@ def test_dense_model_is_quantised_without_pruning(job: Jobs) -> None:
         assert done.shot["perplexity"][text] == pytest.approx(value, rel=1e-6)
         assert done.exports[-1]["perplexity"][text] == pytest.approx(value, rel=0.2)
     card = (done.uri / "export/uniform-w4a16/README.md").read_text()
-    assert "tags: [quantization]" in card
+    assert front_matter(card)["tags"] == ["quantization"]
     assert "not pruned; linears are quantised to w4a16" in card
 
 
@@ -230,4 +231,4 @@ def test_quantised_mixture_of_experts_is_evaluated(family: str, job: Jobs) -> No
     for text, value in done.shot["perplexity"].items():
         assert copy["perplexity"][text] == pytest.approx(value, rel=0.2)
         assert copy["perplexity"][text] != value
-    assert "vllm serve folder" in (folder / "README.md").read_text()
+    assert "    vllm serve .\n" in (folder / "README.md").read_text()
