@@ -32,6 +32,7 @@ from ray_surgeon.distributed.memory_plan.device_resources import (
 from ray_surgeon.distributed.memory_plan.planner import DoesNotFitError, Plan
 from ray_surgeon.errors import ConfigError
 from ray_surgeon.models.layout import ModelLayout
+from ray_surgeon.recovery.training import MOST_PASSES
 from ray_surgeon.storage import files
 
 _DTYPES = ("float32", "bfloat16", "float16")
@@ -47,12 +48,10 @@ _FEWEST_TOKENS = 8_192
 """A recovery of fewer tokens is left out."""
 _REFERENCE_TOKENS = 65_536
 """Tokens of the recovery by which the time of a token is planned."""
-_MOST_PASSES = 8
-"""Most passes of a recovery over its calibration text."""
 _SHARE_OF_A_PASS = 0.8
 """A level is taken if its recovery sees at least this share of its calibration tokens."""
-_OF_A_SHOT = {"depth", "curvature", "costs", "update", "recovery", "evaluation"}
-"""Steps of a plan that every shot makes."""
+_ONCE = {"teacher", "load", "sampling", "export", "quantise"}
+"""Steps that run once, whatever the number of shots."""
 
 
 @dataclass(frozen=True)
@@ -339,13 +338,34 @@ def planned_seconds(
     Raises:
         DoesNotFitError: it does not fit the memory.
     """
-    plan = _plan(document, machines, planned)
-    num_shots = _validated(document).schedule.shots
-    total_s = 0.0
-    for name, seconds in plan.seconds.items():
-        total_s += seconds * (num_shots if name in _OF_A_SHOT else 1)
-    recovery_s = num_shots * plan.seconds.get("recovery", 0.0)
-    return PlannedTime(total_s, recovery_s)
+    spec = _validated(document)
+    seconds = seconds_of_run(spec, _plan(document, machines, planned))
+    return PlannedTime(sum(seconds.values()), seconds.get("recovery", 0.0))
+
+
+def seconds_of_run(spec: JobSpec, plan: Plan) -> dict[str, float]:
+    """Return step -> planned time in all shots together.
+
+    Args:
+        spec: of the job.
+        plan: for it, with the times of one shot, whose recovery is that of the last shot.
+    """
+    seconds = {}
+    for name, one in plan.seconds.items():
+        seconds[name] = one * _times(spec, name)
+    return seconds
+
+
+def _times(spec: JobSpec, step: str) -> float:
+    """Return how many times the planned step a run has."""
+    num_shots = spec.schedule.shots
+    if step in _ONCE:
+        return 1.0
+    if step != "recovery" or spec.recovery is None:
+        return float(num_shots)
+    num_ends = len(spec.schedule.size_shots)
+    between = spec.recovery.num_tokens_between_shots / spec.recovery.num_tokens
+    return num_ends + (num_shots - num_ends) * between
 
 
 def with_time(
@@ -434,7 +454,7 @@ def _at_level(
     base_s = planned.total_s - planned.recovery_s
     tokens = int((time_s - base_s) * reference / max(planned.recovery_s, 1e-9))
     windows = chosen["calibration"]
-    most_seen = _MOST_PASSES * windows["num_sequences"] * windows["sequence_length"]
+    most_seen = MOST_PASSES * windows["num_sequences"] * windows["sequence_length"]
     tokens = min(most_tokens, most_seen, tokens) // 1024 * 1024
     if tokens < _FEWEST_TOKENS:
         chosen["recovery"] = None

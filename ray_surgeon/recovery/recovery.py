@@ -20,6 +20,7 @@ from ray_surgeon.distributed.weights import ModelRecipe, load
 from ray_surgeon.memory.stores import ScratchNames
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.recovery.training import (
+    MOST_PASSES,
     Batches,
     CalibrationBatches,
     Check,
@@ -28,9 +29,6 @@ from ray_surgeon.recovery.training import (
 )
 from ray_surgeon.report.events import CHECK
 from ray_surgeon.run_state import CalibrationText, Facts, RunState, Text, commit_part
-
-_MOST_TIMES_PLANNED = 4
-"""A recovery whose steps are faster than planned makes up to so many times as many."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,12 +116,14 @@ class Recovery:
             deadline_s: time.time() at which the job should end.
             seconds_of_step: measured.
         """
-        plan_s = run.report.plan["seconds"]
-        after_s = run.report.plan["seconds"].get("export", 0.0)
+        plan_s: Mapping[str, float] = run.report.plan["seconds"]
+        after_s = plan_s.get("export", 0.0)
         for name in ("evaluation", "answers", "commit"):
             after_s += run.steps.latest_s.get(name, plan_s.get(name, 0.0))
         left_s = deadline_s - time.time() - after_s
-        most = _MOST_TIMES_PLANNED * planned
+        text = run.text.tokens
+        per_step = self.section.sequences_per_step * text.shape[1]
+        most = max(planned, MOST_PASSES * text.size // per_step)
         return max(1, min(most, int(left_s / seconds_of_step)))
 
     def _show(self, run: RunState, training: Training, check: Check) -> None:

@@ -216,6 +216,8 @@ GIVEN_UP = 1.5
 """Factor on the measure at the start, above which a training with a given rate is abandoned."""
 
 
+MOST_PASSES = 8
+"""Most passes over the calibration text in a recovery whose length is chosen for a time."""
 _TIMED_STEPS = 3
 """Steps that are timed before a training that has to end in time."""
 

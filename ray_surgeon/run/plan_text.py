@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from ray_surgeon.config.job import JobSpec
 from ray_surgeon.distributed.memory_plan.planner import Plan
+from ray_surgeon.preparation.resolve import seconds_of_run
 from ray_surgeon.report.wording import counted, duration, parts_of
 
-_ONCE = frozenset({"teacher", "load", "sampling", "export", "quantise"})
-"""Steps that run once, whatever the number of pruning rounds."""
 _GIB = 2**30
 
 
@@ -19,31 +18,6 @@ def plan_lines(spec: JobSpec, plan: Plan) -> list[str]:
         plan: for it.
     """
     return [_time_line(spec, plan), _memory_line(plan), _places_line(plan)]
-
-
-def seconds_of_run(spec: JobSpec, plan: Plan) -> dict[str, float]:
-    """Return step -> lower bound on its time in all pruning rounds together.
-
-    Args:
-        spec: of the job.
-        plan: for it, with the times of one round, whose recovery is that of the last round.
-    """
-    seconds = {}
-    for name, one in plan.seconds.items():
-        seconds[name] = one * _times(spec, name)
-    return seconds
-
-
-def _times(spec: JobSpec, step: str) -> float:
-    """Return how many times the planned step a run has."""
-    num_rounds = spec.schedule.shots
-    if step in _ONCE:
-        return 1.0
-    if step != "recovery" or spec.recovery is None:
-        return float(num_rounds)
-    num_ends = len(spec.schedule.size_shots)
-    between = spec.recovery.num_tokens_between_shots / spec.recovery.num_tokens
-    return num_ends + (num_rounds - num_ends) * between
 
 
 def _time_line(spec: JobSpec, plan: Plan) -> str:
