@@ -175,7 +175,9 @@ def _quality_rows(record: Record) -> Iterator[Row]:
     if not record["shots"]:
         return
     last = record["shots"][-1]
-    yield from _perplexity_rows(record, last, "")
+    for size_, shot in reports.shots_by_size(record).items():
+        at = "" if size_ is None else f" (at {reports.size_name(record, size_)})"
+        yield from _perplexity_rows(record, shot, at)
     if last.get("divergence"):
         values = [f"{text} {value:.3f}" for text, value in last["divergence"].items()]
         yield "divergence", f"{', '.join(values)} nats per token"

@@ -26,10 +26,14 @@ def _time_line(spec: JobSpec, plan: Plan) -> str:
     num_workers = len(plan.workers) * plan.num_replicas
     kind = "GPU-hours" if plan.device.memory_bytes else "worker-hours"
     longest = max(seconds, key=lambda name: seconds[name])
+    rounds = counted(spec.schedule.shots, "pruning round") if spec.pruning else ""
+    about = parts_of(
+        rounds,
+        f"{counted(num_workers, 'worker')} on {plan.device.name}",
+        f"{num_workers * total / 3600:.2g} {kind}",
+    )
     return (
-        f"time: at least {duration(total)} ({counted(spec.schedule.shots, 'pruning round')}, "
-        f"{counted(num_workers, 'worker')} on {plan.device.name}, "
-        f"{num_workers * total / 3600:.2g} {kind}), longest: {longest}, "
+        f"time: at least {duration(total)} ({about}), longest: {longest}, "
         f"{duration(seconds[longest])}"
     )
 
@@ -55,9 +59,11 @@ def _memory_line(plan: Plan) -> str:
 
 
 def _places_line(plan: Plan) -> str:
-    stores = plan.stores
+    places = []
+    for tensors in ("weights", "factors", "teacher"):
+        if tensors in plan.places:
+            places.append(f"{tensors} on the {plan.places[tensors]}")
     return (
         f"{counted(len(plan.workers), 'shard')}, {counted(plan.num_replicas, 'replica')}; "
-        f"weights on the {stores.weights}, factors on the {stores.factors}; "
-        "--verbose shows every step"
+        f"{parts_of(*places)}; --verbose shows every step"
     )

@@ -383,7 +383,7 @@ def test_subcommands_of_the_command_line(
     assert pipeline.cli(["schema"]) == 0
     assert '"JobSpec"' in capsys.readouterr().out
     assert pipeline.cli(["plan", spec]) == 0
-    assert "shards: 1, replicas: 1;" in capsys.readouterr().out
+    assert "1 shard, 1 replica; weights on the device" in capsys.readouterr().out
     on_ray = {"backend": "ray", "num_replicas": 3, "gpus_per_worker": 1}
     detected = {"ray.io/accelerator-type": "H100"}
     on_ray |= {"worker_labels": detected | {"rack": "7", "zone": "!a"}}

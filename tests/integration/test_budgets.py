@@ -141,7 +141,7 @@ def test_several_speeds_in_one_run(job: Jobs) -> None:
         assert shot["budget"]["need"] <= shot["budget"]["goal"] * (1 + 1e-9)
     for export in done.exports:
         assert all(channels % 8 == 0 for channels, _ in export["widths"])
-    assert "uniform export at speedup 1.25: " in done.out
+    assert "(uniform at speedup 1.25)" in done.out
     result = PruneResult(str(done.uri), done.report)
     ends = {size: shot["budget"]["goal"] for size, shot in result.sizes.items()}
     assert ends == {1.25: pytest.approx(0.8 * dense), 1.5: pytest.approx(2 / 3 * dense)}

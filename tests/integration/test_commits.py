@@ -96,7 +96,7 @@ def test_preemption_notice_commits_the_training(
     assert "a machine is taken away: a notice" in error
     monkeypatch.undo()
     again = job(TRAINED | GIVEN, "--resume")
-    assert "resumed_in_shot=1, after 3 steps of recovery" in again.out
+    assert "continuing in round 1 after 3 steps of recovery" in again.out
     assert_same(again, whole)
 
 
@@ -126,7 +126,9 @@ def test_run_killed_three_times_resumes_to_the_same_bits(
     again = job(options, "--resume")
     assert_same(again, whole)
     before = trial_steps(NUM_STEPS) if tried else 0
-    assert f"resumed_in_shot=1, after {before + 2 + 1 + 3} steps of recovery" in again.out
+    assert (
+        f"continuing in round 1 after {before + 2 + 1 + 3} steps of recovery" in again.out
+    )
     if "evaluation" in options:
         assert again.shot["generation"] == whole.shot["generation"]
         name = "generation_before_recovery"
@@ -140,7 +142,7 @@ def test_interrupted_trial_of_a_rate_is_repeated(job: Jobs, dies: list[int]) -> 
     part = job.folder / "run/shots/0001/part"
     assert not list(part.glob("training-*"))
     again = job(TRAINED, "--resume")
-    assert "resumed_in_shot=1, after 0 steps of recovery" in again.out
+    assert "continuing in round 1 after 0 steps of recovery" in again.out
     assert_same(again, whole)
 
 
@@ -161,9 +163,7 @@ def test_training_after_the_second_shot_resumes(job: Jobs, dies: list[int]) -> N
     dies += [3 + 4]
     killed(job, options)
     again = job(options, "--resume")
-    assert "resumed_after_shot=1 resumed_in_shot=2, after 4 steps" in " ".join(
-        again.out.split()
-    )
+    assert "continuing in round 2 after 4 steps" in " ".join(again.out.split())
     assert_same(again, whole)
 
 
@@ -184,5 +184,5 @@ def test_damaged_partial_training_is_refused(job: Jobs, dies: list[int]) -> None
         path.write_bytes(content)
     (part / "manifest.json").unlink()
     again = job(options | ALWAYS, "--resume")
-    assert "resumed_in_shot" not in again.out
+    assert "continuing in round" not in again.out
     assert_same(again, whole)

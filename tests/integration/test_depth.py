@@ -252,7 +252,7 @@ def test_each_of_several_sizes_matches_a_run_to_that_size(job: Jobs) -> None:
     assert "Round 2: block" in shown
     assert "speed of generation, dense model = 1" in shown
     perplexity = done.shots[0]["perplexity"]["docs"]
-    assert f"{perplexity:.3f}" in done.out.partition("uniform-0.25")[2]
+    assert f"-> {perplexity:.3f}, again" in done.out.partition("(uniform at 25 %)")[2]
     assert [shot["sparsity"] for shot in done.shots] == pytest.approx(
         [0.25, 0.5], abs=1e-3
     )

@@ -26,6 +26,7 @@ from ray_surgeon.preparation.inputs import Inputs, check
 from ray_surgeon.pruning.method import Method
 from ray_surgeon.recovery.training import HARMLESS, RATES, CalibrationBatches, Training
 from ray_surgeon.report.html_report import LivePage
+from ray_surgeon.report.wording import sentence
 from ray_surgeon.run_state import HELD, CalibrationText, held_measure, held_places
 from tests.integration import runs
 from tests.integration.runs import (
@@ -265,7 +266,7 @@ def test_every_check_is_reported_and_drawn(
         facts = {name: value for name, value in told.items() if value is not None}
         assert event["facts"] == facts | {"held_aside": facts.pop("value"), "rate": 1e-3}
         assert 0 < event["facts"]["acceptance"] <= 1
-        assert f"steps={told['steps']}" in done.out
+        assert sentence("check", event["facts"]) in done.out
     assert [told["steps"] for told in held[:4]] == [0, 1, 2, 3]
     assert held[3]["tokens"] == 120
     drawn = [

@@ -261,8 +261,8 @@ def test_stopped_job_reports_metrics_and_resumes(head: Head, job: Jobs) -> None:
         "failed: --id goes-on: the cluster has a job of this name; give another one"
         in said
     )
-    assert re.search(r"resumed_after_shot=[1-9]", out)
-    assert len(re.findall("shot 20/20 +commit", out)) == 1
+    assert re.search(r"continuing (after|in) round [1-9]", out)
+    assert len(re.findall("round 20/20 +commit", out)) == 1
     runtime = head.jobs.get_job_info("goes-on").runtime_env
     assert runtime is not None
     assert runtime["env_vars"] == variables["env_vars"]

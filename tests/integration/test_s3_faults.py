@@ -236,7 +236,7 @@ def test_run_resumes_after_an_outage_of_the_store(
     faulty.probability = 0.0
     names = files.list_names(f"{uri}/shots/0002")
     assert names == ["shard-0001.safetensors"], "the second shot is incomplete"
-    assert "resumed_after_shot=1" in job(options, "--resume").out
+    assert "continuing after round 1" in job(options, "--resume").out
     assert {"spec.yaml", "run.json", "events.jsonl", "report.json"} <= set(
         files.list_names(uri)
     )
@@ -359,4 +359,4 @@ def test_full_disk_is_reported_and_keeps_the_previous_shot(
     manifests = [path.parent.name for path in failed.uri.glob("shots/*/manifest.json")]
     assert manifests == ["0001"]
     assert not list(failed.uri.rglob(".writing-*")), "no temporary file is left"
-    assert "resumed_after_shot=1" in job(THREE_SHOTS, "--resume").out
+    assert "continuing after round 1" in job(THREE_SHOTS, "--resume").out

@@ -121,7 +121,7 @@ def test_long_job_makes_smollm2_smaller(
         "LlamaForCausalLM",
         1152,
     )
-    assert "load it: AutoModelForCausalLM.from_pretrained(" in capsys.readouterr().out
+    assert "load         AutoModelForCausalLM.from_pretrained(" in capsys.readouterr().out
     text, windows = next(iter(checked[0].texts.items()))
     tokens = torch.from_numpy(windows)
     with torch.no_grad():

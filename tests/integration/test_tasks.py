@@ -60,7 +60,7 @@ def test_tasks_are_evaluated_before_and_after_pruning(
     after = done.report["exports"][0]["tasks"]["colours"]["acc"]
     assert before * 6 == pytest.approx(round(before * 6)), "there are six questions"
     assert 0 <= after <= 1
-    assert f"colours acc {' ' * 10}" in done.out
+    assert f"colours acc {before:.3f} -> {after:.3f}" in done.out
     card = (done.uri / "export/per_block/README.md").read_text()
     assert f"| colours | acc | {before:.4f} | {after:.4f} |" in card
 

@@ -258,6 +258,7 @@ def test_recover_from_python_and_from_the_command_line(
         f"--set=evaluation={measured}",
         "--set=recovery.num_tokens=400",
         "--dry-run",
+        "--verbose",
     ]
     assert cli(command) == 0
     assert "teacher" in capsys.readouterr().out
