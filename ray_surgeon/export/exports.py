@@ -42,6 +42,12 @@ def check_exports(
         ValueError: gives the reason, and another export.
     """
     if "uniform" in output.exports:
+        if not shrinking.same_in_all_blocks:
+            raise ConfigError(
+                field="output.exports",
+                found="uniform needs pruning.allocation uniform, or groups [blocks]",
+                remedy="or export per_block",
+            )
         pruned_config.check_uniform(layout, tuple(shrinking.fewest))
     if "masked" in output.exports and "experts" in shrinking.fewest:
         raise ConfigError(

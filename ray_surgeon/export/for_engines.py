@@ -47,7 +47,7 @@ def check_gguf(layout: ModelLayout, shrinking: WidthLimits) -> None:
     heads = shrinking.kv_heads(layout)[0]
     channels = shrinking.channels(layout)[0]
     widths = [BlockWidths(channels, heads)]
-    if not shrinking.uniform:
+    if not shrinking.same_in_all_blocks:
         widths.append(BlockWidths(channels + 1, heads))
     architecture_of(layout, widths)
 

@@ -392,6 +392,14 @@ class WidthLimits:
     uniform: bool
     layers: tuple[str, ...] = ()  # kinds of layers that may be removed whole
 
+    @property
+    def same_in_all_blocks(self) -> bool:
+        """Whether the remaining blocks have the same widths, so that plain classes hold them.
+
+        That is so for `uniform`, and if only whole blocks may be removed.
+        """
+        return self.uniform or (not self.fewest and set(self.layers) <= {"blocks"})
+
     def channels(self, layout: ModelLayout) -> list[int]:
         """Return the possible widths of a feed-forward layer, ascending."""
         possible = range(0, layout.num_channels, self.multiple)

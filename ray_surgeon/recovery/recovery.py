@@ -123,7 +123,7 @@ class Recovery:
         left_s = deadline_s - time.time() - after_s
         text = run.text.tokens
         per_step = self.section.sequences_per_step * text.shape[1]
-        most = max(planned, MOST_PASSES * text.size // per_step)
+        most = max(planned, int(MOST_PASSES * text.size // per_step))
         return max(1, min(most, int(left_s / seconds_of_step)))
 
     def _show(self, run: RunState, training: Training, check: Check) -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from ray_surgeon.config.job import JobSpec
 from ray_surgeon.models.layers import layers_of
 from ray_surgeon.pipeline import cli
 from ray_surgeon.pruning import depth_passes as passes
@@ -57,6 +58,23 @@ def test_blocks_of_every_family_are_removed(family: str, job: Jobs) -> None:
     assert export["num_parameters"] == done.report["parameters"]["after"]
     config = json.loads((done.export("uniform") / "config.json").read_text())
     assert config.get("num_hidden_layers", config.get("n_layer")) == 3
+
+
+def test_uniform_export_needs_no_uniform_allocation_if_only_blocks_are_removed(
+    job: Jobs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The remaining blocks keep their widths, so that plain classes and llama.cpp hold them."""
+    # the spec refuses it; see `check_exports`
+    monkeypatch.setattr(JobSpec, "_problems_of_exports", lambda spec: iter(()))
+    options = BLOCKS | {"pruning__allocation": "global"}
+    done = job(options, model="qwen2", output__exports=["uniform", "gguf"])
+    uniform = done.exports[0]
+    assert uniform["num_parameters"] == done.report["parameters"]["after"]
+    model = AutoModelForCausalLM.from_pretrained(done.export("uniform"))
+    assert type(model).__name__ == "Qwen2ForCausalLM"
+    narrow = options | {"pruning__groups": ["blocks", "ffn"]}
+    settings = "output.exports=[uniform]; pruning.depth.num_removed=1"
+    assert "or groups [blocks]" in job.refused(settings, **narrow)
 
 
 @pytest.mark.parametrize(

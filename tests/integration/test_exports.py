@@ -380,7 +380,7 @@ def test_rounding_of_bfloat16_is_measured_in_float32(
     assert "rounding does not explain that" in wrong.error, wrong.error
 
 
-USES = """
+USES = r"""
 import os, re, sys
 sys.modules["ray_surgeon"] = None
 for kind in sys.argv[1:]:
