@@ -32,18 +32,12 @@ from ray_surgeon.distributed.memory_plan.device_resources import (
 from ray_surgeon.distributed.memory_plan.planner import DoesNotFitError, Plan
 from ray_surgeon.errors import ConfigError
 from ray_surgeon.models.layout import ModelLayout
-from ray_surgeon.recovery.training import MOST_PASSES
+from ray_surgeon.recovery.training import most_useful_tokens
 from ray_surgeon.storage import files
 
 _DTYPES = ("float32", "bfloat16", "float16")
 _CPUS_OF_A_WORKER = 4
 """CPUs of a worker on a machine with more than so many; fewer threads are used better."""
-_MOST_TOKENS = 100_000_000
-"""Most tokens of a recovery that a time is spent on."""
-_PARAMETERS_PER_TOKEN = 100
-"""The most tokens of a recovery are also those parameters of the model by this: small models have
-learnt what they can after fewer tokens.
-"""
 _FEWEST_TOKENS = 8_192
 """A recovery of fewer tokens is left out."""
 _REFERENCE_TOKENS = 65_536
@@ -127,7 +121,7 @@ def resolve(
         document,
         wanted_s,
         seconds_of=lambda one: planned_seconds(one, machines, planned),
-        most_tokens=min(_MOST_TOKENS, layout.num_parameters // _PARAMETERS_PER_TOKEN),
+        num_parameters=layout.num_parameters,
         is_strict=spec.time is not None,
     )
     notes.append(note)
@@ -373,7 +367,7 @@ def with_time(
     time_s: float,
     *,
     seconds_of: Callable[[Mapping[str, Any]], PlannedTime],
-    most_tokens: int,
+    num_parameters: int,
     is_strict: bool,
 ) -> tuple[dict[str, Any], str]:
     """Return the document with settings that use the time, and a line about them.
@@ -385,14 +379,14 @@ def with_time(
         document: completed, with workers.
         time_s: seconds of the whole job.
         seconds_of: returns the planned seconds of a document.
-        most_tokens: of the recovery.
+        num_parameters: of the model.
         is_strict: whether a time that is too short is refused.
 
     Raises:
         ValueError: the time is too short; gives the shortest.
     """
     floor, *larger = LEVELS
-    use = _at_level(document, floor, time_s, seconds_of, most_tokens)
+    use = _at_level(document, floor, time_s, seconds_of, num_parameters)
     if use.planned_s > time_s and is_strict:
         raise ConfigError(
             field="time",
@@ -401,7 +395,7 @@ def with_time(
         )
     for name in larger:
         try:
-            more = _at_level(document, name, time_s, seconds_of, most_tokens)
+            more = _at_level(document, name, time_s, seconds_of, num_parameters)
         except DoesNotFitError:
             break
         sees_enough = more.num_tokens >= _SHARE_OF_A_PASS * more.calibration_tokens
@@ -437,7 +431,7 @@ def _at_level(
     name: str,
     time_s: float,
     seconds_of: Callable[[Mapping[str, Any]], PlannedTime],
-    most_tokens: int,
+    num_parameters: int,
 ) -> _Use:
     """Return the use of the time at a level."""
     chosen = dict(document)
@@ -454,8 +448,10 @@ def _at_level(
     base_s = planned.total_s - planned.recovery_s
     tokens = int((time_s - base_s) * reference / max(planned.recovery_s, 1e-9))
     windows = chosen["calibration"]
-    most_seen = MOST_PASSES * windows["num_sequences"] * windows["sequence_length"]
-    tokens = min(most_tokens, most_seen, tokens) // 1024 * 1024
+    most = most_useful_tokens(
+        num_parameters, windows["num_sequences"] * windows["sequence_length"]
+    )
+    tokens = min(most, tokens) // 1024 * 1024
     if tokens < _FEWEST_TOKENS:
         chosen["recovery"] = None
         return _Use(chosen, base_s, 0)

@@ -20,12 +20,12 @@ from ray_surgeon.distributed.weights import ModelRecipe, load
 from ray_surgeon.memory.stores import ScratchNames
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.recovery.training import (
-    MOST_PASSES,
     Batches,
     CalibrationBatches,
     Check,
     StreamBatches,
     Training,
+    most_useful_tokens,
 )
 from ray_surgeon.report.events import CHECK
 from ray_surgeon.run_state import CalibrationText, Facts, RunState, Text, commit_part
@@ -122,8 +122,9 @@ class Recovery:
             after_s += run.steps.latest_s.get(name, plan_s.get(name, 0.0))
         left_s = deadline_s - time.time() - after_s
         text = run.text.tokens
-        per_step = self.section.sequences_per_step * text.shape[1]
-        most = max(planned, int(MOST_PASSES * text.size // per_step))
+        per_step = self.section.sequences_per_step * int(text.shape[1])
+        most_tokens = most_useful_tokens(run.layout.num_parameters, int(text.size))
+        most = max(planned, most_tokens // per_step)
         return max(1, min(most, int(left_s / seconds_of_step)))
 
     def _show(self, run: RunState, training: Training, check: Check) -> None:

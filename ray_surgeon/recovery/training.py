@@ -216,10 +216,29 @@ GIVEN_UP = 1.5
 """Factor on the measure at the start, above which a training with a given rate is abandoned."""
 
 
-MOST_PASSES = 8
+_MOST_PASSES = 8
 """Most passes over the calibration text in a recovery whose length is chosen for a time."""
+_MOST_TOKENS = 100_000_000
+_PARAMETERS_PER_TOKEN = 100
+"""Parameters of the model for each token of such a recovery: small models learn what they can from
+fewer tokens.
+"""
 _TIMED_STEPS = 3
 """Steps that are timed before a training that has to end in time."""
+
+
+def most_useful_tokens(num_parameters: int, calibration_tokens: int) -> int:
+    """Return the most tokens of a recovery whose length is chosen for a time.
+
+    Args:
+        num_parameters: of the model.
+        calibration_tokens: of the text that is trained on.
+    """
+    return min(
+        _MOST_TOKENS,
+        num_parameters // _PARAMETERS_PER_TOKEN,
+        _MOST_PASSES * calibration_tokens,
+    )
 
 
 def trial_steps(num_steps: int) -> int:
