@@ -133,7 +133,7 @@ def run_name(document: Mapping[str, Any]) -> str:
     last = source.rpartition("/")[2].lower().removesuffix(".gguf")
     name = re.sub(r"[^a-z0-9.-]", "-", last).strip("-.") or "model"
     sparsity = mapping(document.get("pruning")).get("target_sparsity")
-    if isinstance(sparsity, Real):
+    if isinstance(sparsity, Real) and 0 < float(sparsity) < 1:
         name = f"{name[:55]}-{100 * float(sparsity):.3g}pct"
     return name[:63]
 

@@ -278,7 +278,8 @@ class JobSpec(Section):
                 found=f"{sorted(unknown)} are none of pruning.sizes, {known}",
                 remedy="name these",
             )
-        if "uniform" in exports and not pruning.uniform:
+        limits = pruning.shrinking(pruning.fewest_groups)
+        if "uniform" in exports and not limits.same_in_all_blocks:
             yield ConfigError(
                 field="output.exports",
                 found="uniform needs pruning.allocation uniform",

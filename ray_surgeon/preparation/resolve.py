@@ -44,6 +44,8 @@ _REFERENCE_TOKENS = 65_536
 """Tokens of the recovery by which the time of a token is planned."""
 _SHARE_OF_A_PASS = 0.8
 """A level is taken if its recovery sees at least this share of its calibration tokens."""
+_AROUND_S = 15.0
+"""Seconds of a job in which its processes start and end."""
 _ONCE = {"teacher", "load", "sampling", "export", "quantise"}
 """Steps that run once, whatever the number of shots."""
 
@@ -101,7 +103,9 @@ def resolve(
     given = with_names(spec.given)
     document = completed(given, facts)
     wanted_s = spec.time or PRESET_SECONDS.get(str(document.get("preset")))
-    deadline_s = None if wanted_s is None else began_s + wanted_s
+    deadline_s = None
+    if wanted_s is not None:
+        deadline_s = began_s + wanted_s - _AROUND_S
     earlier = _earlier_choices(spec.output.uri)
     if earlier is not None:
         return Resolved(

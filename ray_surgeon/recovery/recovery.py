@@ -31,6 +31,10 @@ from ray_surgeon.report.events import CHECK
 from ray_surgeon.run_state import CalibrationText, Facts, RunState, Text, commit_part
 
 
+_FEWEST_STEPS = 8
+"""A recovery that has time for fewer steps is left out."""
+
+
 @dataclass(frozen=True, eq=False)
 class LoadTeacher:
     """Loads the teacher in place of the model, which is loaded later.
@@ -106,7 +110,12 @@ class Recovery:
         run.record.update(training.as_record())
 
     def _steps_for(
-        self, run: RunState, planned: int, deadline_s: float, seconds_of_step: float
+        self,
+        run: RunState,
+        planned: int,
+        deadline_s: float,
+        seconds_of_step: float,
+        further_s: float,
     ) -> int:
         """Return the number of steps that end in time for the exports.
 
@@ -115,17 +124,19 @@ class Recovery:
             planned: number of steps of the plan.
             deadline_s: time.time() at which the job should end.
             seconds_of_step: measured.
+            further_s: seconds of the training besides its steps.
         """
         plan_s: Mapping[str, float] = run.report.plan["seconds"]
         after_s = plan_s.get("export", 0.0)
         for name in ("evaluation", "answers", "commit"):
             after_s += run.steps.latest_s.get(name, plan_s.get(name, 0.0))
-        left_s = deadline_s - time.time() - after_s
+        left_s = deadline_s - time.time() - after_s - further_s
         text = run.text.tokens
         per_step = self.section.sequences_per_step * int(text.shape[1])
         most_tokens = most_useful_tokens(run.layout.num_parameters, int(text.size))
         most = max(planned, most_tokens // per_step)
-        return max(1, min(most, int(left_s / seconds_of_step)))
+        num_steps = min(most, int(left_s / seconds_of_step))
+        return 0 if num_steps < _FEWEST_STEPS else num_steps
 
     def _show(self, run: RunState, training: Training, check: Check) -> None:
         """Emit an event for a check, and draw the page with it."""

@@ -223,6 +223,8 @@ _PARAMETERS_PER_TOKEN = 100
 """Parameters of the model for each token of such a recovery: small models learn what they can from
 fewer tokens.
 """
+_FURTHER_CHECKS = 6
+"""Checks in the time of which a training also tries its learning rates and ends."""
 _TIMED_STEPS = 3
 """Steps that are timed before a training that has to end in time."""
 
@@ -308,8 +310,9 @@ class Training:
     num_in_vain: int = 0  # consecutive checks without an improvement
     started_s: float = field(default_factory=time.monotonic)
     checked_s: float = field(default_factory=time.monotonic)
-    # seconds of a step -> the number of steps for the time that is left; None for the planned one
-    steps_for: Callable[[float], int] | None = field(default=None, repr=False)
+    # seconds of a step, seconds of other work -> the number of steps for the time that is left; None
+    # for the planned number
+    steps_for: Callable[[float, float], int] | None = field(default=None, repr=False)
     seconds_of_step: float | None = None  # measured before the training, if it was
     # is called after a step, except in trials, if another one follows: `state` and `save` can be
     # used
@@ -405,10 +408,13 @@ class Training:
         self._note_if_best(start)
         if self.steps_for is not None:
             self._fit_to_the_time(self.steps_for)
+        if not self.batches.num_steps:
+            self.ended = "there was no time for it"
+            return
         if self.section.learning_rate is None:
             self._try_rates(trial_steps(self.batches.num_steps))
 
-    def _fit_to_the_time(self, steps_for: Callable[[float], int]) -> None:
+    def _fit_to_the_time(self, steps_for: Callable[[float, float], int]) -> None:
         """Time some steps, undo them, and choose the number of steps."""
         now_s = time.monotonic()
         check_s = now_s - self.started_s
@@ -423,7 +429,8 @@ class Training:
         self.num_tokens = 0
         # the first step also allocates memory; a check is made every so many steps
         self.seconds_of_step = min(seconds) + check_s / _STEPS_OF_A_CHECK
-        self.batches.resize(steps_for(self.seconds_of_step))
+        further_s = _FURTHER_CHECKS * check_s
+        self.batches.resize(steps_for(self.seconds_of_step, further_s))
         self._begin_steps()
 
     def _try_rates(self, count: int) -> None:

@@ -53,7 +53,7 @@ IDENTITY = "curvature.kind=identity; pruning.reconstruction={}"
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ("pruning.num_shot=1", ["pruning.num_shot", "correct its name"]),
+        ("pruning.num_shot=1", ["pruning.num_shot", "do you mean num_shots?"]),
         ("cluster.num_shards=5", ["cluster.num_shards: 5", "4 blocks", "give 1 to 4"]),
         ("cluster.num_replicas=7", ["num_replicas: 7", "6 calibration sequences"]),
         ("curvature.num_backward=7", ["num_backward: 7", "6 calibration", "give 1 to 6"]),

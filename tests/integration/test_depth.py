@@ -11,7 +11,6 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from ray_surgeon.config.job import JobSpec
 from ray_surgeon.models.layers import layers_of
 from ray_surgeon.pipeline import cli
 from ray_surgeon.pruning import depth_passes as passes
@@ -61,11 +60,9 @@ def test_blocks_of_every_family_are_removed(family: str, job: Jobs) -> None:
 
 
 def test_uniform_export_needs_no_uniform_allocation_if_only_blocks_are_removed(
-    job: Jobs, monkeypatch: pytest.MonkeyPatch
+    job: Jobs,
 ) -> None:
     """The remaining blocks keep their widths, so that plain classes and llama.cpp hold them."""
-    # the spec refuses it; see `check_exports`
-    monkeypatch.setattr(JobSpec, "_problems_of_exports", lambda spec: iter(()))
     options = BLOCKS | {"pruning__allocation": "global"}
     done = job(options, model="qwen2", output__exports=["uniform", "gguf"])
     uniform = done.exports[0]
@@ -74,7 +71,7 @@ def test_uniform_export_needs_no_uniform_allocation_if_only_blocks_are_removed(
     assert type(model).__name__ == "Qwen2ForCausalLM"
     narrow = options | {"pruning__groups": ["blocks", "ffn"]}
     settings = "output.exports=[uniform]; pruning.depth.num_removed=1"
-    assert "or groups [blocks]" in job.refused(settings, **narrow)
+    assert "uniform needs pruning.allocation uniform" in job.refused(settings, **narrow)
 
 
 @pytest.mark.parametrize(
