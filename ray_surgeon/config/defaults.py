@@ -61,7 +61,9 @@ def with_names(document: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(output, str | os.PathLike):
         output = {"uri": output}
     if isinstance(output, Mapping):
-        output = {"uri": f"./runs/{filled['name']}", **output}
+        # a name may be anything, a bomb of nested lists included, until it is checked
+        name = filled["name"] if isinstance(filled["name"], str) else "model"
+        output = {"uri": f"./runs/{name}", **output}
     filled["output"] = output
     return filled
 

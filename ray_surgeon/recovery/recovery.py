@@ -30,7 +30,6 @@ from ray_surgeon.recovery.training import (
 from ray_surgeon.report.events import CHECK
 from ray_surgeon.run_state import CalibrationText, Facts, RunState, Text, commit_part
 
-
 _FEWEST_STEPS = 8
 """A recovery that has time for fewer steps is left out."""
 
