@@ -310,8 +310,8 @@ class Training:
     num_in_vain: int = 0  # consecutive checks without an improvement
     started_s: float = field(default_factory=time.monotonic)
     checked_s: float = field(default_factory=time.monotonic)
-    # seconds of a step, seconds of other work -> the number of steps for the time that is left; None
-    # for the planned number
+    # seconds of a step, seconds of other work -> the number of steps for the time that is left;
+    # None for the planned number
     steps_for: Callable[[float, float], int] | None = field(default=None, repr=False)
     seconds_of_step: float | None = None  # measured before the training, if it was
     # is called after a step, except in trials, if another one follows: `state` and `save` can be
