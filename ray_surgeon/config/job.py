@@ -15,10 +15,15 @@ from ray_surgeon.config import sections
 from ray_surgeon.config.base import Section
 from ray_surgeon.config.calibration import CalibrationSection
 from ray_surgeon.config.curvature import CurvatureSection, KfacSection
-from ray_surgeon.config.defaults import completed, is_newest, with_names
+from ray_surgeon.config.defaults import (
+    PresetName,
+    completed,
+    is_newest,
+    with_names,
+    with_preset,
+)
 from ray_surgeon.config.evaluation import EvaluationSection
 from ray_surgeon.config.groups import CoupledSection
-from ray_surgeon.config.presets import PresetName, with_preset
 from ray_surgeon.config.pruning import PruningSection
 from ray_surgeon.config.recovery import RecoverySection
 from ray_surgeon.config.schedule import NO_PRUNING, ScheduleSection

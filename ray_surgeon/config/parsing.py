@@ -13,7 +13,6 @@ from pydantic_core import ErrorDetails
 
 from ray_surgeon.config.base import REASON, refusing
 from ray_surgeon.config.job import JobSpec
-from ray_surgeon.config.reference import sections_below
 from ray_surgeon.errors import ConfigError
 
 _YAML_ERRORS = (yaml.YAMLError, RecursionError, ValueError, LookupError, AttributeError)
@@ -155,6 +154,8 @@ def _follows(
 
 def _near_name(names: Sequence[str]) -> str | None:
     """Return the field whose name is most like the last one of a path, in the same section."""
+    from ray_surgeon.config.reference import sections_below
+
     named = [name for name in names if not name.isdecimal()]
     if not named:
         return None

@@ -17,10 +17,18 @@ import yaml
 from pydantic import ValidationError
 
 from ray_surgeon.checkpointing import RunDirectory
-from ray_surgeon.config.defaults import ModelFacts, completed, is_newest, with_names
+from ray_surgeon.config.defaults import (
+    LEVELS,
+    PRESET_SECONDS,
+    ModelFacts,
+    completed,
+    fill,
+    is_newest,
+    mapping,
+    with_names,
+)
 from ray_surgeon.config.job import JobSpec
 from ray_surgeon.config.parsing import validation_message
-from ray_surgeon.config.presets import LEVELS, PRESET_SECONDS, fill, mapping
 from ray_surgeon.distributed.memory_plan.device_resources import (
     DEVICES,
     Device,

@@ -38,7 +38,6 @@ from ray_surgeon.report.display import Display, new_console, shots_table
 from ray_surgeon.report.html_report import LivePage
 from ray_surgeon.report.summary import summary_lines
 from ray_surgeon.run.arguments import quiet_transformers, towards
-from ray_surgeon.run.plan_text import plan_lines
 from ray_surgeon.run.result import PruneResult, ended_before, run
 from ray_surgeon.storage import files
 
@@ -201,6 +200,8 @@ def perform(arguments: argparse.Namespace, words: Sequence[str], prog: str) -> i
 
 
 def _show_plan(arguments: argparse.Namespace, inputs: Inputs, console: Console) -> None:
+    from ray_surgeon.run.plan_text import plan_lines
+
     plan = inputs.plan(*_planned_for(arguments, inputs))
     for line in plan_lines(inputs.spec, plan):
         console.print(line, soft_wrap=True, highlight=False)

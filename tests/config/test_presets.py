@@ -7,9 +7,9 @@ from typing import Any, get_args
 import pytest
 from pydantic import ValidationError
 
+from ray_surgeon.config.defaults import LEVELS, PresetName
 from ray_surgeon.config.job import MOST_HELD, JobSpec
 from ray_surgeon.config.parsing import parse_spec
-from ray_surgeon.config.presets import LEVELS, PresetName
 
 GROUPS = """
 version: 2
