@@ -160,14 +160,32 @@ def facts_of(layout: ModelLayout, source: str) -> ModelFacts:
 
 def _with_dtype(spec: JobSpec, facts: ModelFacts) -> Resolved:
     """Return a spec of version 2, whose dtype may be auto."""
+    notes = _notes_on_version_2(spec)
     if spec.model.dtype != "auto":
-        return Resolved(spec)
+        return Resolved(spec, notes)
     model = spec.model.model_copy(update={"dtype": facts.dtype})
     recovery = spec.recovery
     if recovery is not None and recovery.teacher is not None:
         teacher = recovery.teacher.model_copy(update={"dtype": facts.dtype})
         recovery = recovery.model_copy(update={"teacher": teacher})
-    return Resolved(spec.model_copy(update={"model": model, "recovery": recovery}))
+    resolved = spec.model_copy(update={"model": model, "recovery": recovery})
+    return Resolved(resolved, notes)
+
+
+def _notes_on_version_2(spec: JobSpec) -> tuple[str, ...]:
+    """Return a line about the defaults that a spec of version 2 keeps, if it takes any."""
+    given = spec.given
+    kept = []
+    if "dtype" not in mapping(given.get("model")):
+        kept.append("dtype float32")
+    if "exports" not in mapping(given.get("output")):
+        kept.append("export masked")
+    pruning = given.get("pruning")
+    if isinstance(pruning, Mapping) and "structure" not in pruning:
+        kept.append("structure rows_columns")
+    if not kept or not given:
+        return ()
+    return (f"version 2 keeps its defaults: {', '.join(kept)}; version 3 has others",)
 
 
 def _validated(document: Mapping[str, Any]) -> JobSpec:
