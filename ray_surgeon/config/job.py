@@ -364,5 +364,6 @@ def input_schema() -> dict[str, Any]:
     fields["time"]["anyOf"].append(text)
     del sections_of["EvaluationSection"]["required"]
     del sections_of["OutputSection"]["required"]
+    del sections_of["CalibrationSection"]["required"]
     sections_of["ModelSection"]["properties"]["dtype"]["enum"] += ["fp32", "bf16", "fp16"]
     return schema

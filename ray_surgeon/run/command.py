@@ -17,6 +17,7 @@ from pydantic import ValidationError
 from rich.console import Console
 
 from ray_surgeon.checkpointing import RunDirectory, TakenOverError
+from ray_surgeon.config.defaults import is_newest
 from ray_surgeon.config.job import JobSpec
 from ray_surgeon.config.parsing import parse_spec, validation_message
 from ray_surgeon.config.sections import RaySection
@@ -119,6 +120,8 @@ def _machines(arguments: argparse.Namespace, spec: JobSpec) -> Machines | None:
     Raises:
         ValueError: there are fewer GPUs than the command line asks for.
     """
+    if not is_newest(spec.given):  # it says how many workers there are
+        return None
     section = spec.cluster
     machines = replace(
         this_machine(),

@@ -196,7 +196,8 @@ def connect(section: RaySection) -> str:
     """
     address = section.address or os.environ.get("RAY_ADDRESS")
     if address:
-        _connect_to(address)
+        if not ray.is_initialized():  # else it was asked for its hardware
+            _connect_to(address)
         return address
     num_cpus = max(available_cpus(), section.num_workers * section.cpus_per_worker)
     # the warning that there is no token
