@@ -52,7 +52,9 @@ def test_conversion_of_a_gguf_file_has_no_bar(capfd: pytest.CaptureFixture[str])
     assert modeling_gguf_pytorch_utils.tqdm is bar
 
 
+@pytest.mark.usefixtures("as_usual")
 def test_special_tokens_give_no_warning(caplog: pytest.LogCaptureFixture) -> None:
+    logging.set_verbosity_warning()  # a library may have hidden them before
     logging.enable_propagation()
     try:
         with quiet_transformers():
