@@ -121,10 +121,7 @@ def arguments_of(argv: Sequence[str] | None) -> argparse.Namespace:
             f"--seeds: expected two different seeds or more, got {arguments.seeds}; a standard "
             "error needs two runs"
         )
-    if "humaneval" in arguments.sets and not arguments.run_code:
-        parser.error(
-            "humaneval runs generated code: add --run-code, or name other --sets"
-        )
+    tasks.check_run_code(parser, arguments)
     return arguments
 
 

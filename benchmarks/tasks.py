@@ -282,11 +282,18 @@ def arguments_of(argv: Sequence[str] | None) -> argparse.Namespace:
     arguments = parser.parse_args(argv)
     if arguments.limit is not None and arguments.limit < 1:
         parser.error(f"--limit must be at least 1, got {arguments.limit}")
+    check_run_code(parser, arguments)
+    return arguments
+
+
+def check_run_code(
+    parser: argparse.ArgumentParser, arguments: argparse.Namespace
+) -> None:
+    """End the command if it would run generated code without being told to."""
     if "humaneval" in arguments.sets and not arguments.run_code:
         parser.error(
             "humaneval runs generated code: add --run-code, or name other --sets"
         )
-    return arguments
 
 
 def main(argv: Sequence[str] | None = None) -> int:
