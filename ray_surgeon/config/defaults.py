@@ -17,6 +17,9 @@ from typing import Any, Literal
 
 import yaml
 
+from ray_surgeon.config.calibration import CalibrationSection
+from ray_surgeon.config.texts import TextSection
+
 PresetName = Literal["fast", "balanced", "quality"]
 PRESET_SECONDS: dict[str, float] = {"fast": 240.0, "balanced": 720.0, "quality": 3600.0}
 """Preset of version 3 -> the time that a job may take."""
@@ -241,17 +244,7 @@ def run_name(document: Mapping[str, Any]) -> str:
 
 
 _NOT_SHARED = {
-    "temperature",
-    "prompt",
-    "chat",
-    "prompts",
-    "starts",
-    "start_tokens",
-    "texts_per_sequence",
-    "weight",
-    "mix",
-    "weigh",
-    "held_aside",
+    *(CalibrationSection.model_fields.keys() - TextSection.model_fields.keys()),
     "num_sequences",
     "stride",
     "seed",

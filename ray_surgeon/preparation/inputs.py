@@ -332,9 +332,7 @@ class Inputs:
         Raises:
             DoesNotFitError: no plan fits.
         """
-        job = describe_job(self.spec, self.layout, self.method, self.stages)
-        shapes = Shapes(self.layout, job, "cpu" if room.device_is_host else "cuda")
-        return Planner(shapes, self.spec.memory, device).best(self.placement, room)
+        return _plan_of(self.spec, self.layout, self.method, self.stages, room, device)
 
 
 def check(
@@ -410,6 +408,9 @@ def _planned(
     Raises:
         DoesNotFitError: no plan fits.
     """
+    # tasks are not planned, and each check of them starts a process
+    evaluation = spec.evaluation.model_copy(update={"tasks": None})
+    spec = spec.model_copy(update={"evaluation": evaluation})
     if spec.calibration.source == "auto" and tokenizer is not None:
         from ray_surgeon.data.default_text import default_mix
 
@@ -418,6 +419,18 @@ def _planned(
     method = method_for(spec.pruning, spec.curvature, layout, spec.model.dtype)
     texts = reading.unread_texts(spec)._replace(tokenizer=tokenizer)
     stages = stages_of(spec, layout, method, texts, stages_after_shots(spec, layout))
+    return _plan_of(spec, layout, method, stages, room, device)
+
+
+def _plan_of(
+    spec: JobSpec,
+    layout: ModelLayout,
+    method: Method,
+    stages: Stages,
+    room: Room,
+    device: Device,
+) -> Plan:
+    """Return the best plan; see `Inputs.plan`."""
     job = describe_job(spec, layout, method, stages)
     shapes = Shapes(layout, job, "cpu" if room.device_is_host else "cuda")
     placement = place(layout, spec.cluster.num_shards, spec.cluster.num_replicas)

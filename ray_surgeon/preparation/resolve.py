@@ -305,19 +305,19 @@ def _enough_shards(
         replicas = section.get("num_replicas", num_workers // num_shards)
         cluster = {**section, "num_shards": num_shards, "num_replicas": replicas}
         with contextlib.suppress(DoesNotFitError):
-            plan = _plan({**document, "cluster": cluster}, machines, planned)
+            spec = _validated({**document, "cluster": cluster})
+            plan = _plan(spec, machines, planned)
             if plan.stores.weights == plan.stores.factors == "device":
                 return num_shards
     return num_workers
 
 
-def _plan(document: Mapping[str, Any], machines: Machines, planned: Planned) -> Plan:
-    """Return the plan of a document on the machines.
+def _plan(spec: JobSpec, machines: Machines, planned: Planned) -> Plan:
+    """Return the plan of a spec on the machines.
 
     Raises:
         DoesNotFitError: no plan fits.
     """
-    spec = _validated(document)
     section = spec.cluster
     here = resources_here(torch.device("cpu"), spec.memory.scratch).room
     together = min(section.num_workers, machines.workers_each)
@@ -363,7 +363,7 @@ def planned_seconds(
         DoesNotFitError: it does not fit the memory.
     """
     spec = _validated(document)
-    seconds = seconds_of_run(spec, _plan(document, machines, planned))
+    seconds = seconds_of_run(spec, _plan(spec, machines, planned))
     return PlannedTime(sum(seconds.values()), seconds.get("recovery", 0.0))
 
 
@@ -473,8 +473,7 @@ def _at_level(
     level = LEVELS[name]["recovery"] or {"rank": 32}
     section = {**level, **mapping(given)}
     reference = _REFERENCE_TOKENS
-    section |= {"num_tokens": reference, "num_tokens_between_shots": reference}
-    planned = seconds_of({**chosen, "recovery": section})
+    planned = seconds_of({**chosen, "recovery": _of_length(section, reference)})
     base_s = planned.total_s - planned.recovery_s
     tokens = int((time_s - base_s) * reference / max(planned.recovery_s, 1e-9))
     windows = chosen["calibration"]
@@ -485,6 +484,14 @@ def _at_level(
     if tokens < _FEWEST_TOKENS:
         chosen["recovery"] = None
         return _Use(chosen, base_s, 0)
-    section |= {"num_tokens": tokens, "num_tokens_between_shots": tokens}
-    chosen["recovery"] = section
+    chosen["recovery"] = _of_length(section, tokens)
     return _Use(chosen, base_s + planned.recovery_s * tokens / reference, tokens)
+
+
+def _of_length(section: Mapping[str, Any], num_tokens: int) -> dict[str, Any]:
+    """Return the section of a recovery of a number of tokens, after every shot."""
+    return {
+        **section,
+        "num_tokens": num_tokens,
+        "num_tokens_between_shots": num_tokens,
+    }
