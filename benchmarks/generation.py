@@ -34,7 +34,10 @@ def ends_of(folder: str, tokenizer: Any) -> list[int]:
     found = set(tokenizer.all_special_ids)
     if Path(folder, "generation_config.json").exists():
         ends = GenerationConfig.from_pretrained(folder).eos_token_id
-        found |= set(ends if isinstance(ends, list) else [] if ends is None else [ends])
+        if isinstance(ends, int):
+            found.add(ends)
+        elif ends is not None:
+            found.update(ends)
     return sorted(found)
 
 

@@ -88,12 +88,18 @@ def test_files_and_names_in_pages_exist(page: Path) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_tests_named_in_pages_exist(page: Path) -> None:
-    named = re.findall(r"(test_\w+\.py)::(test_\w+)", page.read_text(encoding="utf-8"))
-    for file, test in named:
-        texts = [
-            path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob(file)
-        ]
-        assert any(f"def {test}(" in text for text in texts), (
-            f"{page.name} names {file}::{test}"
+def test_tests_and_functions_cited_in_pages_exist(page: Path) -> None:
+    """Citations are ``FILE.py::name``; ``::name`` is in the file that was cited last."""
+    text = page.read_text(encoding="utf-8")
+    paths = [*PACKAGE.rglob("*.py"), *(ROOT / "tests").rglob("*.py")]
+    file = ""
+    for cited, name in re.findall(r"`([\w/]+\.py)?::(\w+)`", text):
+        file = cited or file
+        assert file, f"{page.name} names ::{name} before any file"
+        sources = []
+        for path in paths:
+            if path.as_posix().endswith(f"/{file}"):
+                sources.append(path.read_text(encoding="utf-8"))
+        assert any(f"def {name}(" in source for source in sources), (
+            f"{page.name} names {file}::{name}"
         )
