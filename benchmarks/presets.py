@@ -1,13 +1,14 @@
-"""One preset on several models, as a Markdown table.
+"""Prunes several models with one preset and prints a Markdown table.
 
-It has what is left after the update and reconstruction, and after corrections.
+The table shows the divergence from the dense model and the acceptance rate of its answers, before
+and after the low-rank corrections.
 
 ``python -m benchmarks.presets FOLDER --preset balanced`` prunes the models of
-`benchmarks.real_models`; ``NAME=FOLDER`` takes another checkpoint, as the mixture that ``python -m
-benchmarks.upcycled`` makes. Every feed-forward layer, or every expert, loses the same share of its
-channels. The divergence is that of windows held aside, which no stage was fitted on, and the
-acceptance rate that of the dense model's answers; of a model without a chat template to beginnings
-of the evaluation text. Runs that are there are read, not made again.
+`benchmarks.real_models`; ``NAME=FOLDER`` adds another checkpoint, for example the mixture written
+by ``python -m benchmarks.upcycled``. Every feed-forward layer, or every expert, loses the same
+share of its channels. The divergence is measured on windows held aside from every stage. A model
+without a chat template continues beginnings of the evaluation text instead. Finished runs are read,
+not repeated.
 """
 
 from __future__ import annotations
@@ -33,15 +34,15 @@ def run_of(
     share: float,
     settings: Mapping[str, Any],
 ) -> Mapping[str, Any]:
-    """Return the report of a model's run, which is made unless it is there.
+    """Return the report of a model's run; a finished run is not repeated.
 
     Args:
-        name: of the model.
+        name: name of the model.
         model: folder of its checkpoint.
-        folder: where runs go.
+        folder: parent folder of the run directories.
         preset: name of the preset.
-        share: of the linears' parameters that is to go.
-        settings: sections that go before the preset's.
+        share: fraction of the linears' parameters to remove.
+        settings: sections of the spec that override the preset's.
     """
     written = folder / name / "report.json"
     if written.exists():
@@ -78,7 +79,7 @@ def _texts(config: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def row_of(name: str, report: Mapping[str, Any]) -> list[str]:
-    """Return a line of the table."""
+    """Return one row of the table."""
     shot = report["shots"][-1]
     before = shot.get("generation_before_recovery") or {}
     after = shot["generation"]
@@ -116,7 +117,7 @@ HEADER = (
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
-    """Return a Markdown table; the first divergence and acceptance are those before corrections."""
+    """Return a Markdown table, with divergence and acceptance before and after corrections."""
     lines = [
         "| " + " | ".join(line) + " |" for line in (HEADER, ["---"] * len(HEADER), *rows)
     ]
@@ -142,13 +143,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--share",
         type=float,
         default=0.17,
-        help="of the linears' parameters that is to go; %(default)s",
+        help="fraction of the linears' parameters to remove; %(default)s",
     )
     parser.add_argument(
         "--settings",
         type=json.loads,
         default={"cluster": {"cpus_per_worker": 2}},
-        help="sections of the spec that go before the preset's, as JSON; %(default)s",
+        help="sections of the spec that override the preset's, as JSON; %(default)s",
     )
     arguments = parser.parse_args(argv)
     rows = []

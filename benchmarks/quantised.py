@@ -1,13 +1,13 @@
-"""A model rounded to few bits in several ways, dense and pruned, as a Markdown table.
+"""Quantises a dense and a pruned model in several ways and prints a Markdown table.
 
-It has bytes, and perplexities and divergences from the model that was rounded.
+The table shows sizes, perplexities, and divergences from the model before it was quantised.
 
 ``python -m benchmarks.quantised FOLDER`` prunes channels of feed-forward layers as the quickstart
 does, but without corrections, and quantises the dense and the pruned model: to the nearest numbers,
-by GPTQ, and by both sides. ``--set`` changes the quickstart; ``model={source: FOLDER}`` in it takes
-another model, for groups of 128, say, which do not divide SmolLM2's columns. ``--peer PYTHON`` adds
-the GPTQ of llm-compressor (0.14), from an environment of its own, on the same windows. For the
-pruned model a second divergence is that from the dense one.
+by GPTQ, and by both sides. ``--set`` changes the quickstart's spec. For example, groups of 128 do
+not divide SmolLM2's columns; ``--set 'model={source: FOLDER}'`` measures another model. ``--peer
+PYTHON`` adds the GPTQ of llm-compressor (0.14), run by the Python of another environment on the
+same windows. The pruned model has a second divergence, from the dense model.
 """
 
 from __future__ import annotations
@@ -45,12 +45,12 @@ from ray_surgeon.storage.sources import open_model
 Rounding = Literal["nearest", "gptq", "both_sides"]
 Texts = Mapping[str, NDArray[np.int64]]
 States = tuple[Tensor, dict[str, list[Tensor]]]
-"""Of a model: see `states_of`."""
+"""Weight of the head and hidden states of a model; see `states_of`."""
 WAYS: tuple[Rounding, ...] = ("nearest", "gptq", "both_sides")
 
 
 def states_of(folder: str, texts: Texts) -> States:
-    """Return the head's weight, and the states [T, d] before it of every window of every text."""
+    """Return the head's weight, and its inputs [T, d] for every window of every text."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     options: dict[str, Any] = {"output_hidden_states": True, "use_cache": False}
     states: dict[str, list[Tensor]] = {name: [] for name in texts}
@@ -63,7 +63,7 @@ def states_of(folder: str, texts: Texts) -> States:
 
 
 def divergences(folder: str, reference: States, texts: Texts) -> dict[str, float]:
-    """Return the mean divergence of a folder's predictions from a reference's, nats a token."""
+    """Return the mean KL divergence from a reference to a checkpoint, in nats per token."""
     head, states = states_of(folder, texts)
     head_before, before = reference
     means = {}
@@ -87,7 +87,10 @@ def row(
     target: Path,
     references: Sequence[States],
 ) -> dict[str, Any]:
-    """Quantise a folder, and return its line; the references are its own states, and the dense."""
+    """Quantise a checkpoint and return its row of the table.
+
+    The references are the states of the checkpoint and, if it is pruned, of the dense model.
+    """
     layout = ModelLayout.of(AutoConfig.from_pretrained(folder))
     cluster = LocalCluster(layout, place(layout, 1, 1), 2)
     model = ModelSection(source=folder)
@@ -105,7 +108,7 @@ def row(
 
 
 def compared(target: Path, references: Sequence[States], texts: Texts) -> dict[str, Any]:
-    """Return divergences from each of the references, by text."""
+    """Return the divergences from each reference for every text."""
     found = [divergences(str(target), reference, texts) for reference in references]
     return {"divergence": {text: [of_one[text] for of_one in found] for text in texts}}
 
@@ -119,7 +122,7 @@ def row_of_peer(
     target: Path,
     references: Sequence[States],
 ) -> dict[str, Any]:
-    """Return the line of llm-compressor's GPTQ; see `row`."""
+    """Return the row of llm-compressor's GPTQ; see `row`."""
     tokens = target.with_suffix(".npy")
     np.save(tokens, inputs.calibration)
     request = {
@@ -151,7 +154,7 @@ def row_of_peer(
 
 
 def facts_of(layout: ModelLayout) -> dict[str, Any]:
-    """Return the facts of `PrunedModel` for a folder that is pruned already: all rows are there."""
+    """Return the facts of `PrunedModel` for a checkpoint as it is: every row is kept."""
     linears = [{"name": s.name, "rows_kept": s.num_rows} for s in layout.linears]
     return {"last": {"linears": linears}}
 
@@ -161,7 +164,7 @@ def _all(values: Sequence[float]) -> str:
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Return the rows as Markdown: perplexities, and divergences in brackets."""
+    """Return a Markdown table of perplexities, with divergences in brackets."""
     texts = list(rows[0]["perplexity"])
     lines = ["| model | weights | MB | seconds | " + " | ".join(texts) + " |"]
     lines.append("|---|---|---:|---:|" + "---:|" * len(texts))
@@ -229,7 +232,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sections += [QuantizeSection(scheme="int8"), QuantizeSection(scheme="fp8")]
         sections.append(QuantizeSection(scheme="w8a16", group_size=arguments.sizes[0]))
     rows: list[dict[str, Any]] = []
-    references: list[States] = []  # once for all roundings of a model, its own first
+    references: list[States] = []  # shared by all roundings; the model's own come first
     for name, folder in models.items():
         references = [states_of(folder, inputs.texts), *references]
         if name == "dense" and arguments.pruned:

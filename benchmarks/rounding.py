@@ -1,9 +1,9 @@
-"""Time of rounding a model's linears to four bits, in this machine's own matrix products.
+"""Times the rounding of a model's linears to four bits, relative to matrix products.
 
 ``python -m benchmarks.rounding`` rounds a random linear of every shape of SmolLM2-135M by GPTQ and
-by both sides, in turns, and prints a Markdown table: milliseconds of the fastest turn, and in
-brackets how many products of the linear [R, C] with its A [C, C] take as long, which are timed in
-the same turns. The last line has the whole model. Gathering factors is not part of it.
+by both sides, in turns. It prints a Markdown table with the milliseconds of the fastest turn, and
+in brackets the same time in products of the linear [R, C] with its A [C, C], timed in the same
+turns. The last row is the whole model. The time to gather factors is not included.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ray_surgeon.maths.products import product
 from ray_surgeon.maths.rounding import Grid, round_linear
 
 SHAPES = {(576, 576): 60, (192, 576): 60, (1536, 576): 60, (576, 1536): 30}
-"""Rows and columns -> linears of SmolLM2-135M that have them."""
+"""Rows and columns -> number of linears in SmolLM2-135M."""
 WAYS = ("a product", "GPTQ", "both sides")
 _TOKENS = 4096
 
@@ -34,7 +34,7 @@ def second_moments(n: int) -> Tensor:
 
 
 def fastest(runs: Sequence[Callable[[], object]], turns: int) -> list[float]:
-    """Return the seconds of each in its fastest turn."""
+    """Return the time of the fastest turn of each function, in seconds."""
     found = [float("inf")] * len(runs)
     for _ in range(turns):
         for n, run in enumerate(runs):
@@ -43,7 +43,7 @@ def fastest(runs: Sequence[Callable[[], object]], turns: int) -> list[float]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure and print the table."""
+    """Run the benchmark and print the table."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.rounding",
         description="Time the rounding of a model's linears.",

@@ -1,6 +1,6 @@
 """Writes a checkpoint with a large model's shapes and random weights.
 
-Memory and time of a run can be tried without the model.
+It allows measuring the memory and time of a run without the model's weights.
 
 ``python -m benchmarks.shaped_model llama-2-7b FOLDER --blocks 3``
 """
@@ -112,7 +112,7 @@ SHAPES: dict[str, PretrainedConfig] = {
 
 
 def shaped_config(name: str, num_blocks: int | None = None) -> PretrainedConfig:
-    """Return a configuration by its name in `SHAPES`, perhaps with fewer blocks."""
+    """Return the configuration `name` of `SHAPES`, with `num_blocks` blocks if given."""
     config = SHAPES[name]
     document = config.to_dict() | (
         {"num_hidden_layers": num_blocks} if num_blocks else {}
@@ -122,7 +122,7 @@ def shaped_config(name: str, num_blocks: int | None = None) -> PretrainedConfig:
 
 
 def write_tokenizer(folder: Path, vocab_size: int) -> None:
-    """Write a tokenizer with so many tokens at most, trained on Python's help."""
+    """Write a tokenizer of at most `vocab_size` tokens, trained on Python's help."""
     trained = ByteLevelBPETokenizer()
     trained.train_from_iterator(
         list(topics.values()), vocab_size=min(8000, vocab_size), show_progress=False
@@ -131,10 +131,7 @@ def write_tokenizer(folder: Path, vocab_size: int) -> None:
 
 
 def write(name: str, folder: Path, num_blocks: int | None, dtype: torch.dtype) -> None:
-    """Write configuration, tokenizer and random weights, one file a block.
-
-    The tokenizer is trained on Python's help.
-    """
+    """Write the configuration, a tokenizer, and random weights in one file per block."""
     config = shaped_config(name, num_blocks)
     layout = ModelLayout.of(config)
     generator = torch.Generator().manual_seed(0)
@@ -178,7 +175,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("name", choices=sorted(SHAPES), help="whose shapes")
     parser.add_argument("folder", type=Path, help="a folder that does not exist")
-    parser.add_argument("--blocks", type=int, help="so many blocks instead of all")
+    parser.add_argument("--blocks", type=int, help="number of blocks; default: all")
     parser.add_argument(
         "--dtype",
         default="bfloat16",

@@ -1,10 +1,8 @@
-"""Operations a second of every step of a shot.
+"""Measures the FLOP/s of every step of a shot, relative to large matrix products.
 
-They are in those of this machine's own matrix products, measured in the same run.
-
-``python -m benchmarks.steps OUT`` writes OUT.json and OUT.md. The job runs twice: once its products
-and factorisations are counted as they are made, by dtype, and once it is timed. A ratio of 1 is the
-speed of a GEMM. Attention counts as if no query left keys out.
+``python -m benchmarks.steps OUT`` writes OUT.json and OUT.md. The job runs twice: one run counts
+the operations of products and factorisations by dtype, the other is timed. A ratio of 1 is the
+speed of a GEMM on this machine. Attention is counted without a mask.
 """
 
 from __future__ import annotations
@@ -41,14 +39,14 @@ SMOLLM2 = {
     "wheel_sha256": "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
 }
 MODELS = ("smollm2-135m", "opt-1.3b", "llama-2-7b", "llama-3-70b")
-"""The first is whole, of the others one block with random weights."""
+"""The first model is complete; the others are one block with random weights."""
 _TARGETS = {"groups": 0.2, "rows_columns": 0.05}
 Counted = tuple[dict[str, float], dict[str, dict[str, int]]]
-"""Step -> seconds, and step -> dtype -> operations."""
+"""Seconds by step, and operations by step and dtype."""
 
 
 def gemm_rate(dtype: torch.dtype) -> float:
-    """Return operations a second of square products, the best of three."""
+    """Return the FLOP/s of a square product, the best of three."""
     x = torch.randn(_GEMM, _GEMM).to(dtype)
     seconds = []
     for _ in range(4):
@@ -79,11 +77,11 @@ _COUNTS: dict[Any, Callable[..., int]] = {
 
 
 class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts the operations of this thread's products, factorisations and solutions."""
+    """Counts the operations of products, factorisations and solves in this thread."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.done: Counter[torch.dtype] = Counter()  # by the dtype of what is multiplied
+        self.done: Counter[torch.dtype] = Counter()  # by the dtype of the operands
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -99,7 +97,7 @@ class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def job(source: dict[str, Any], structure: str, num_threads: int) -> dict[str, Any]:
-    """Return the document of a job of one shot, with reconstruction and corrections."""
+    """Return the spec of a job with one shot, reconstruction and corrections."""
     text = {"source": "python-docs", "sequence_length": 512}
     pruning: dict[str, Any] = {
         "structure": structure,
@@ -135,7 +133,7 @@ def run_steps(
     flops: defaultdict[str, dict[str, int]] = defaultdict(dict)
 
     def listen(event: Any) -> None:
-        # of something inside a step
+        # only events with worker times belong to a step
         if not isinstance(event, Event) or not event.worker_seconds:
             return
         seconds[event.step] += event.seconds
@@ -156,7 +154,7 @@ def run_steps(
 def steps_of(
     model: str, structure: str, folder: Path, num_threads: int
 ) -> dict[str, Any]:
-    """Run one shot twice, and return its steps' seconds and operations."""
+    """Run one shot twice, and return the seconds and operations of its steps."""
     source: dict[str, Any] = SMOLLM2
     if model != "smollm2-135m":
         write(model, folder / "model", 1, torch.bfloat16)
@@ -168,18 +166,18 @@ def steps_of(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure and write the tables."""
+    """Run the benchmark and write the tables."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.steps",
         description="Measure the steps of a shot in this machine's GEMMs.",
     )
-    parser.add_argument("out", type=Path, help="where to write, without the ending")
+    parser.add_argument("out", type=Path, help="path of the output, without a suffix")
     parser.add_argument(
         "--models",
         nargs="+",
         choices=MODELS,
         default=MODELS[:3],
-        help="which; llama-3-70b takes a large machine",
+        help="models to measure; llama-3-70b needs a large machine",
     )
     parser.add_argument(
         "--structures",
@@ -194,7 +192,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     torch.set_num_threads(arguments.threads)
     rates = {name: gemm_rate(getattr(torch, name)) for name in ("float32", "bfloat16")}
-    rates["float64"] = rates["float32"] / 2  # half as many numbers in a register
+    rates["float64"] = rates["float32"] / 2  # a register holds half as many numbers
     found: dict[str, Any] = {
         "threads": arguments.threads,
         "gemm_flops_per_s": rates,

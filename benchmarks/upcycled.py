@@ -1,18 +1,19 @@
-"""SmolLM2-135M as a mixture of experts: a small real one.
+"""Upcycles SmolLM2-135M to a small mixture of experts with trained weights.
 
-No registry has one to prune and to measure on.
+No package index has such a model, and pruning experts has to be measured on one.
 
-``python -m benchmarks.upcycled FOLDER`` writes a Mixtral of 8 experts a block, of which every token
-goes to 2, and prints its perplexities and the entropy of its routing, in less than 15 minutes on
-two cores.
+``python -m benchmarks.upcycled FOLDER`` writes a Mixtral with 8 experts per block and 2 per token,
+and prints its perplexities and the entropy of its routing. It takes less than 15 minutes on two
+cores.
 
 Sparse upcycling (Komatsuzaki et al. 2023, arXiv 2212.05055): every expert is a copy of the
-feed-forward layer. Copies hardly differ after a few hundred steps: the removal of one changed the
-loss by 5e-4 nats of either sign. So each starts without the outputs of a random quarter of its
-channels, the others scaled up (Drop-Upcycling, Nakamura et al. 2025, arXiv 2502.19261), and the
-routers start at the centres of clusters of what they see, which keeps tokens of one kind together.
+feed-forward layer. Copies hardly differ after a few hundred steps: removing one changed the loss
+by 5e-4 nats of either sign. Therefore each expert starts without the outputs of a random quarter of
+its channels, and the others are scaled up (Drop-Upcycling, Nakamura et al. 2025, arXiv 2502.19261).
+The routers start at cluster centres of their inputs, so that similar tokens go to the same experts.
 Low-rank changes of all linears of the experts, and the routers, are then trained on three kinds of
-text, in bfloat16 products, with the family's own loss for balance, and absorbed.
+text with bfloat16 products and the family's load-balancing loss. Finally the changes are added to
+the weights.
 """
 
 from __future__ import annotations
@@ -63,9 +64,9 @@ NUM_THREADS = 2
 
 
 def upcycled(dense: PreTrainedModel, num_experts: int) -> PreTrainedModel:
-    """Return a Mixtral that computes nearly what a Llama does.
+    """Return a Mixtral whose outputs are close to those of a dense Llama.
 
-    Its experts are linears, whose gradients are faster on a CPU.
+    Its experts are `torch.nn.Linear` modules, whose gradients are faster on a CPU.
     """
     config = dense.config
     assert isinstance(config, LlamaConfig)
@@ -117,7 +118,7 @@ def upcycled(dense: PreTrainedModel, num_experts: int) -> PreTrainedModel:
 
 
 def save(model: PreTrainedModel, folder: Path) -> None:
-    """Write the checkpoint by the names that Mixtrals have."""
+    """Write the checkpoint with the parameter names of Mixtral."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {
         FAMILIES["mixtral"].stored_name(name): p.detach()
@@ -131,7 +132,7 @@ def save(model: PreTrainedModel, folder: Path) -> None:
 def adding(
     part: LowRank,
 ) -> Callable[[torch.nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
-    """Return the forward hook that adds B A x to the outputs of a linear."""
+    """Return a forward hook that adds B A x to the output of a linear."""
 
     def hook(
         module: torch.nn.Module, inputs: tuple[Tensor, ...], output: Tensor
@@ -157,12 +158,11 @@ def start_routers(
     tokens: NDArray[np.int64],
     rounds: int = 10,
 ) -> None:
-    """Let each router's rows be centres of clusters of what its layer sees.
+    """Set each router's rows to cluster centres of the inputs of its layer.
 
-    The dense model's feed-forward layers see sequences [n, T].
-
-    Clusters are of directions around the mean. Rows have nothing of the mean, which all tokens
-    share, and logits a variance of 1.
+    The inputs are those of the dense model's feed-forward layers for the sequences [n, T]. Their
+    directions from the mean are clustered by spherical k-means. Rows are orthogonal to the mean,
+    which all tokens share, and are scaled so that each logit has a variance of 1.
     """
     seen: list[Tensor] = []
 
@@ -191,9 +191,9 @@ def start_routers(
 
 
 def in_tiles(expert: torch.nn.Module, rows: int = 64) -> None:
-    """Let an expert get multiples of so many tokens, with zeros behind them.
+    """Pad the inputs of an expert with zeros to a multiple of `rows` tokens.
 
-    Code of bfloat16 products is made anew for every shape.
+    oneDNN compiles bfloat16 products for every new shape.
     """
     forward = expert.forward
 
@@ -205,9 +205,12 @@ def in_tiles(expert: torch.nn.Module, rows: int = 64) -> None:
 
 
 def train(model: PreTrainedModel, tokens: NDArray[np.int64], say: float = 30.0) -> None:
-    """Train low-rank changes of the experts' linears, and the routers.
+    """Train the routers and low-rank changes of the experts' linears, and absorb the changes.
 
-    They see sequences [n, T], `BATCH` at a time, and are absorbed.
+    Args:
+        model: the mixture.
+        tokens: [n, T] training sequences, `BATCH` per step.
+        say: seconds between progress messages.
     """
     model.requires_grad_(False)
     parts = dict[str, LowRank]()
@@ -225,7 +228,7 @@ def train(model: PreTrainedModel, tokens: NDArray[np.int64], say: float = 30.0) 
             trained += [parts[name].A, parts[name].B]
         if name.endswith("mlp.gate"):
             trained.append(module.get_parameter("weight").requires_grad_())
-        elif isinstance(module, torch.nn.Linear):  # products read half the bytes
+        elif isinstance(module, torch.nn.Linear):  # bfloat16 products read half the bytes
             wide[name] = module.weight.data
             module.weight.data = module.weight.data.bfloat16()
     head = model.get_output_embeddings().weight.bfloat16()
@@ -233,7 +236,7 @@ def train(model: PreTrainedModel, tokens: NDArray[np.int64], say: float = 30.0) 
     sizes = (model.config.num_local_experts, model.config.num_experts_per_tok)
 
     def backward(part: Tensor) -> float:
-        """Add the gradients of a part of a batch, and return its part of the loss."""
+        """Accumulate the gradients of a part of a batch, and return its share of the loss."""
         with torch.autocast("cpu", torch.bfloat16):
             found = model.model(
                 input_ids=part, use_cache=False, output_router_logits=True
@@ -250,7 +253,7 @@ def train(model: PreTrainedModel, tokens: NDArray[np.int64], say: float = 30.0) 
         )
         return float(nll.sum()) / num_predicted
 
-    # what is small runs on one
+    # small operations are faster on one thread
     pool = ThreadPoolExecutor(
         NUM_THREADS, initializer=torch.set_num_threads, initargs=(1,)
     )
@@ -281,7 +284,7 @@ def train(model: PreTrainedModel, tokens: NDArray[np.int64], say: float = 30.0) 
 def absorb(
     model: PreTrainedModel, wide: dict[str, Tensor], parts: dict[str, LowRank]
 ) -> None:
-    """Give linears their float32 weights back, with the low-rank changes that were trained."""
+    """Restore the float32 weights of the linears, plus the trained low-rank changes."""
     for name, weight in wide.items():
         module = model.model.layers.get_submodule(name)
         module.weight.data = weight
@@ -293,10 +296,7 @@ def absorb(
 def measured(
     model: PreTrainedModel, tokens: NDArray[np.int64]
 ) -> tuple[float, list[float]]:
-    """Return the perplexity on windows [n, T], and entropies of the experts' shares.
-
-    There is one for every block, in bits.
-    """
+    """Return the perplexity on windows [n, T] and the routing entropy of each block, in bits."""
     model.config.output_router_logits = False
     nll = 0.0
     shares = list[Tensor]()
@@ -323,12 +323,15 @@ def measured(
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Make the model and print what it is like."""
+    """Write the model, and print its perplexities and routing entropies."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("folder", type=Path, help="where the checkpoint goes")
-    parser.add_argument("--experts", type=int, default=8, help="experts of a block")
+    parser.add_argument("folder", type=Path, help="folder to write the checkpoint to")
+    parser.add_argument("--experts", type=int, default=8, help="experts per block")
     parser.add_argument(
-        "--steps", type=int, default=150, help=f"of {BATCH} sequences of {LENGTH} tokens"
+        "--steps",
+        type=int,
+        default=150,
+        help=f"training steps of {BATCH} sequences of {LENGTH} tokens",
     )
     arguments = parser.parse_args(argv)
     torch.set_num_threads(NUM_THREADS)

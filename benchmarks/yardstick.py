@@ -1,14 +1,12 @@
-"""Which measure of a run says best what a pruned model can still do.
+"""Compares the measures of a run by how well they predict a pruned model's HumanEval score.
 
-It is the one with the highest rank correlation with HumanEval.
+``python -m benchmarks.yardstick HUMANEVAL.json=RUN...`` takes files written by ``python -m
+benchmarks.humaneval``, one for each family of models, with the dense model first. RUN is a run
+directory of that dense model; its answers and its evaluation texts are used to measure all models
+of the file. Perplexities are included because they are the usual measure.
 
-``python -m benchmarks.yardstick HUMANEVAL.json=RUN...`` takes files that
-``python -m benchmarks.humaneval`` wrote, one for each family of models, the dense one first. RUN is
-a run directory of that dense model; its answers and its evaluation texts measure all models of
-the file. Perplexities stand beside the yardstick of generation, for they are what others go by.
-
-A rank correlation (Spearman's) is taken in every family, without its dense model, and then over all
-pruned models, whose HumanEval and perplexities are those of their dense model times something.
+Spearman's rank correlation with HumanEval is computed in every family, without its dense model, and
+over all pruned models, with HumanEval and perplexities relative to those of the dense model.
 """
 
 from __future__ import annotations
@@ -44,14 +42,14 @@ from ray_surgeon.evaluation.answers import (
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.models.loss import perplexity_of
 
-Measures = dict[str, float]  # name -> value, of one model
+Measures = dict[str, float]  # name -> value, for one model
 
 LOWER_IS_BETTER = ("divergence", "not ended", "repeating", "perplexity")
-"""Measures, and beginnings of their names, that fall when a model is better."""
+"""Prefixes of the names of measures that are lower for better models."""
 
 
 def ranks(values: ArrayLike) -> NDArray[np.float64]:
-    """Return the ranks of values [n] from 1, equal ones with the mean of theirs."""
+    """Return the ranks of values [n], from 1; equal values share their mean rank."""
     found = np.asarray(values, dtype=np.float64)
     below = (found[:, None] > found[None, :]).sum(axis=1)
     equal = (found[:, None] == found[None, :]).sum(axis=1)
@@ -59,14 +57,14 @@ def ranks(values: ArrayLike) -> NDArray[np.float64]:
 
 
 def rank_correlation(one: Sequence[float], other: Sequence[float]) -> float:
-    """Return Spearman's correlation of two rows of values; not a number if either is constant."""
+    """Return Spearman's rank correlation of two sequences; NaN if one of them is constant."""
     x, y = (ranks(values) - (len(values) + 1) / 2 for values in (one, other))
     norm = math.sqrt(float(x @ x) * float(y @ y))
     return float(x @ y) / norm if norm else math.nan
 
 
 def loaded(folder: str, dtype: str, num_threads: int) -> LocalCluster:
-    """Return one worker in this process with a checkpoint."""
+    """Load a checkpoint on one worker in this process."""
     layout = ModelLayout.of(AutoConfig.from_pretrained(folder))
     cluster = LocalCluster(layout, place(layout, 1, 1), num_threads)
     recipe = ModelRecipe(ModelSection.model_validate({"source": folder, "dtype": dtype}))
@@ -75,7 +73,7 @@ def loaded(folder: str, dtype: str, num_threads: int) -> LocalCluster:
 
 
 def states_of(worker: Worker) -> DenseStates:
-    """Return what a worker remembers of the dense model."""
+    """Return the dense model's states that a worker stores."""
     return worker.state.dense_states
 
 
@@ -85,13 +83,13 @@ def measures_of(
     max_tokens: int,
     texts: Mapping[str, NDArray[np.int64]],
 ) -> Measures:
-    """Return what a run would measure of a model.
+    """Return the measures that a run takes of its model.
 
     Args:
-        cluster: with the model, whose worker remembers the dense model's answers.
-        answers: of the dense model.
-        max_tokens: of an answer.
-        texts: evaluation text -> windows.
+        cluster: cluster with the model; its worker stores the dense model's states.
+        answers: answers of the dense model.
+        max_tokens: largest number of tokens of an answer.
+        texts: windows of each evaluation text.
     """
     found = measure_answers(cluster, answers, max_tokens)
     measures = {
@@ -111,13 +109,13 @@ def measures_of(
 def family_of(
     humaneval: Path, run: Path, dtype: str, num_threads: int
 ) -> list[dict[str, Any]]:
-    """Return name, tasks passed and measures of all models of a file; perplexities are relative.
+    """Return the name, passed tasks and measures of every model of a file.
 
     Args:
-        humaneval: written by `benchmarks.humaneval`, with outcomes.
-        run: directory of a run of its first model, which is dense.
-        dtype: of weights and activations.
-        num_threads: of torch.
+        humaneval: file written by `benchmarks.humaneval`, with outcomes.
+        run: run directory of the first model of the file, which is dense.
+        dtype: dtype of weights and activations.
+        num_threads: number of threads of torch.
 
     Raises:
         ValueError: a checkpoint is missing, or the run has no answers.
@@ -160,7 +158,7 @@ def family_of(
 
 
 def relative(entry: Mapping[str, Any], dense: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a model's entry, with what its dense model has of the tasks and of perplexities."""
+    """Return a model's entry with its passed tasks and perplexities relative to the dense model."""
     found = dict(entry)
     found["share of dense"] = entry["passed"] / max(1, dense["passed"])
     for name in entry:
@@ -170,7 +168,7 @@ def relative(entry: Mapping[str, Any], dense: Mapping[str, Any]) -> dict[str, An
 
 
 def correlations(entries: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Return measure -> rank correlation with HumanEval, positive if better goes with better."""
+    """Return each measure's rank correlation with HumanEval, positive if both improve together."""
     known = ("family", "name", "passed", "share of dense")
     names = [name for name in entries[0] if name not in known]
     tasks = [entry["share of dense"] for entry in entries]
@@ -182,7 +180,7 @@ def correlations(entries: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 
 def table(families: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
-    """Return the correlations in each family and over all pruned models, the best measure first."""
+    """Return a table of correlations by family and over all models, the best measure first."""
     of_family = {name: correlations(entries[1:]) for name, entries in families.items()}
     over_all = correlations(
         [entry for entries in families.values() for entry in entries[1:]]
@@ -201,7 +199,7 @@ def table(families: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure all models, and write the file and the tables."""
+    """Measure all models, and write the results and the table."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.yardstick", description=__doc__
     )
