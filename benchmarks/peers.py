@@ -514,7 +514,7 @@ def inputs_of_spec(path: Path, settings: Sequence[str], folder: Path) -> Inputs:
     if not isinstance(inputs.method, Groups) or inputs.method.budget is None:
         raise ValueError(
             "--spec: the peers prune groups to a sparsity or a number of parameters or operations, "
-            f"and {path} says something else; give a spec of that kind"
+            f"but {path} prunes to another target; give a spec of that kind"
         )
     if not written_in(inputs):
         return inputs
@@ -534,9 +534,9 @@ def written_texts(path: Path) -> dict[int, NDArray[np.int64]]:
         ValueError: the file does not exist.
     """
     if not path.exists():
-        remedy = "give the directory of a run that has it"
         raise ValueError(
-            f"--spec: the model writes a text, and {path} is not there; {remedy}"
+            f"--spec: the model writes a calibration text, but {path} does not exist; give the "
+            "directory of a run with this file"
         )
     texts: dict[int, NDArray[np.int64]] = {}
     for name, tensor in tensor_files.read(str(path)).items():
@@ -559,8 +559,8 @@ def with_texts(inputs: Inputs, texts: Mapping[int, NDArray[np.int64]]) -> Inputs
         got = texts[number].shape if number in texts else None
         if got != expected:
             raise ValueError(
-                f"--spec: what the model wrote for text {number} of the calibration is {got}, "
-                f"expected {expected}; give the run directory of this very spec"
+                f"--spec: the text that the model wrote as calibration text {number} is {got}, "
+                f"expected {expected}; give the run directory of this spec"
             )
     for row, (number, i) in enumerate(order(counts)):
         if number in written:

@@ -1,14 +1,14 @@
-"""Pass counts of pruned models on several sets, with intervals and paired with the dense model.
+"""Compares pruned models with the dense one by the number of tasks that they solve.
 
 ``python -m benchmarks.tasks DENSE PRUNED... --sets gsm8k hellaswag --limit 50`` evaluates every
 model and prints a Markdown table: a count, its 95 % interval (Wilson's), and for every model after
 the first the problems lost and won, with the p-value of McNemar's exact test. Decoding is greedy,
-in batches, and deterministic on one machine (`benchmarks.generation`). The sets and the way they
-are graded are those of `benchmarks.case_sets`, and HumanEval as in `benchmarks.humaneval`, which
-runs generated code and therefore needs ``--run-code``.
+in batches, and deterministic on one machine (`benchmarks.generation`). `benchmarks.case_sets`
+defines the sets and their grading, and `benchmarks.humaneval` those of HumanEval, which runs
+generated code and therefore needs ``--run-code``.
 
-All answers are in the file of ``--out``, which is written after every set. ``--resume`` takes from
-it what the same command has finished.
+All answers are stored in the file of ``--out``, which is written after every set. ``--resume``
+reuses the finished results of the same command.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ def answers_with_numbers(
 ) -> list[str]:
     """Return the replies to cases of a set without choices.
 
-    They are answers in the model's chat template, or of a model without one continuations of
-    "Question: ... Answer:" up to the next question.
+    The prompt uses the model's chat template. A model without one continues "Question: ... Answer:"
+    up to the next question.
     """
     is_chat = tokenizer.chat_template is not None
     prompts = []
@@ -135,9 +135,9 @@ def evaluate(
     """Add the results of the sets that a model's record lacks; the file is written after each.
 
     Args:
-        record: of the model; has the results of an earlier call.
+        record: record of the model, with the results of an earlier call.
         cases: set -> its cases or tasks.
-        arguments: of the command line.
+        arguments: parsed command line.
     """
     missing = [name for name in cases if name not in record["sets"]]
     if not missing:
@@ -167,7 +167,7 @@ def evaluate(
 
 
 def write(path: Path, record: Record) -> None:
-    """Write a model's record into the file of all models, whole or not at all."""
+    """Write a model's record into the file of all models, atomically."""
     records = read(path)
     records[record["name"]] = record
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -177,7 +177,7 @@ def write(path: Path, record: Record) -> None:
 
 
 def read(path: Path) -> dict[str, Record]:
-    """Return name -> record of a file of results; nothing if it does not exist."""
+    """Return the records of a file of results by name; empty if the file does not exist."""
     if not path.exists():
         return {}
     models = json.loads(path.read_text())["models"]
@@ -185,14 +185,14 @@ def read(path: Path) -> dict[str, Record]:
 
 
 def begun(arguments: argparse.Namespace) -> list[Record]:
-    """Return a record of each model, with the results of an earlier call where it is resumed.
+    """Return the record of each model, with the results of an earlier call if resumed.
 
     Raises:
-        ValueError: the file exists and is not to be resumed, or it is of another command.
+        ValueError: the file exists without --resume, or another command wrote it.
     """
     if arguments.out.exists() and not arguments.resume:
         raise ValueError(
-            f"{arguments.out} exists; give --resume to go on with it, or another --out"
+            f"{arguments.out} exists; give --resume to continue it, or another --out"
         )
     earlier = read(arguments.out)
     settings = {
@@ -268,7 +268,7 @@ def arguments_of(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--sets", nargs="+", choices=SETS, default=SETS, help="all, if not given")
     add("--limit", type=int, help="only the first N cases of each set")
     add("--out", type=Path, default=Path("runs/tasks.json"), help="answers and outcomes")
-    add("--resume", action="store_true", help="keep what --out has of this command")
+    add("--resume", action="store_true", help="reuse the results in --out")
     add("--dtype", default="bfloat16", help="of the computation")
     add("--batch-size", type=int, default=16)
     add("--threads", type=int, default=1, help="of torch; %(default)s")

@@ -1,9 +1,9 @@
-"""Measure what blocks of a model cost in the engine that will serve it, by their widths.
+"""Measure the time of a model's blocks by their widths, in the engine that will serve it.
 
 ``python -m examples.engine_table MODEL TABLE --engine transformers`` builds models of MODEL's shape
-with random weights: whole, with half of the blocks, and narrower, as uniform exports are. It times
-them in turns and writes to TABLE the seconds that a block of each number of channels or KV heads
-takes for a prompt and for the new tokens after it. A job that names the file is pruned to a speed
+with random weights: the dense shape, half of the blocks, and smaller widths like those of uniform
+exports. It times them in turns and writes to TABLE the seconds per block, by number of channels or
+KV heads, for a prompt and for the new tokens after it. A job that names the file prunes to a speed
 in that engine: ``pruning.target: {speedup: 1.25, table: TABLE}``. With ``--engine vllm`` or
 ``llamacpp`` and ``--python PYTHON``, a Python that has the engine serves the models; that needs
 ``ray-surgeon[gguf,serve]``. ``TMPDIR`` needs room for seven copies of the model.
@@ -50,12 +50,12 @@ if TYPE_CHECKING:
 Size = tuple[int, int, int]
 """Blocks, feed-forward channels and KV heads."""
 Seconds = tuple[float, float]
-"""Of the prompts, and of the new tokens after them."""
+"""Seconds of the prompts, and of the new tokens after them."""
 TURNS = 3
 
 
 def half_of(layout: ModelLayout) -> list[int]:
-    """Return numbers of half of the blocks, every second one of each kind."""
+    """Return the numbers of half of the blocks: every second one of each kind."""
     kinds = getattr(layout.config, "layer_types", None) or [None] * layout.num_blocks
     seen = Counter[Any]()
     half = []
@@ -70,21 +70,19 @@ def sizes_of(layout: ModelLayout, engine: str, multiple: int) -> dict[str, list[
     """Return the models to measure: ``dense``, ``shallow``, ``channels`` and ``kv_heads``.
 
     Raises:
-        ValueError: there is nothing to compare.
+        ValueError: the model is a mixture, or too small.
     """
     blocks, channels, heads = layout.num_blocks, layout.num_channels, layout.heads.num_kv
     parts = {channels * quarter // 4 // multiple * multiple for quarter in (1, 2, 3)} - {
         0
     }
     if layout.is_mixture or blocks < 2 or not parts:
-        has = f"{blocks} blocks of {channels} channels"
-        kind = (
-            f"{layout.config.model_type}, which is a mixture"
-            if layout.is_mixture
-            else has
+        kind = "a mixture" if layout.is_mixture else "a dense model"
+        raise ValueError(
+            f"model: {layout.config.model_type} is {kind} of {blocks} blocks with {channels} "
+            "channels; give a model without experts, with two blocks or more that are wider than "
+            "--multiple"
         )
-        needed = "a model without experts, of two blocks or more that are wider than --multiple"
-        raise ValueError(f"model: {kind}; give {needed}")
     fewer = [k for k in kv_heads_left(layout, 1, uniform=True) if k < heads]
     fewer = [k for k in fewer if _is_served(layout, engine, k)]
     return {
@@ -96,7 +94,7 @@ def sizes_of(layout: ModelLayout, engine: str, multiple: int) -> dict[str, list[
 
 
 def _is_served(layout: ModelLayout, engine: str, num_kv_heads: int) -> bool:
-    """Whether an engine runs the model with fewer heads."""
+    """Return whether an engine runs the model with fewer heads."""
     if engine == "transformers":
         return True
     if engine == "vllm":
@@ -124,19 +122,21 @@ def write_model(
 
 
 def measure(client: OpenAI, request: Mapping[str, int], vocab_size: int) -> Seconds:
-    """Return how long an engine takes for a request; medians over turns, after one to warm up."""
+    """Return the time that an engine takes for a request, the median over turns after a warm-up."""
     model = client.models.list().data[0].id
     number, length, new = (request[name] for name in _REQUEST)
 
     def ask(first: int, num_new: int) -> None:
-        # each its own, so that no cache of prefixes helps
+        # every prompt is different, so that prefix caching has no effect
         prompt = [(first + 7 * place) % (vocab_size // 2) + 10 for place in range(length)]
         answer = client.completions.create(
             model=model,
             prompt=prompt,
             max_tokens=num_new,
             temperature=0.0,
-            extra_body={"ignore_eos": True},  # random weights may end at once
+            extra_body={
+                "ignore_eos": True
+            },  # a model with random weights may end at once
         )
         assert answer.usage is not None
         assert answer.usage.completion_tokens == num_new
@@ -160,24 +160,24 @@ def measure(client: OpenAI, request: Mapping[str, int], vocab_size: int) -> Seco
 def table_of(
     sizes: Mapping[str, Sequence[Size]], seconds: Mapping[Size, Seconds]
 ) -> dict[str, Any]:
-    """Return the seconds of a block by channels and by KV heads, and of what is outside them.
+    """Return the seconds of a block by channels and by KV heads, and those outside the blocks.
 
     Args:
         sizes: see `sizes_of`.
-        seconds: of each size.
+        seconds: seconds of each size.
 
     Raises:
-        ValueError: fewer blocks take longer.
+        ValueError: a model with fewer blocks takes longer.
     """
     (dense,), (shallow,) = sizes["dense"], sizes["shallow"]
     blocks = dense[0]
     pairs = list(zip(seconds[dense], seconds[shallow], strict=True))
     block = [(whole - half) / (blocks - shallow[0]) for whole, half in pairs]
     if min(block) <= 0:
-        took = (
-            f"{blocks} blocks take {seconds[dense]} s, {shallow[0]} {seconds[shallow]} s"
+        raise ValueError(
+            f"{blocks} blocks take {seconds[dense]} s, but {shallow[0]} blocks take "
+            f"{seconds[shallow]} s; measure again on an idle machine, or with longer requests"
         )
-        raise ValueError(f"{took}; measure again on a quiet machine, or a longer request")
     rest = [
         max(0.0, whole - blocks * each)
         for (whole, _), each in zip(pairs, block, strict=True)
@@ -212,10 +212,14 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--engine", choices=["transformers", "vllm", "llamacpp"], required=True
     )
     parser.add_argument(
-        "--python", default=sys.executable, help="one that has the engine"
+        "--python",
+        default=sys.executable,
+        help="Python of an environment with the engine",
     )
-    parser.add_argument("--device", default="cpu", help="of transformers: cpu or cuda")
-    parser.add_argument("--threads", type=int, help="of transformers on a CPU")
+    parser.add_argument(
+        "--device", default="cpu", help="device of transformers: cpu or cuda"
+    )
+    parser.add_argument("--threads", type=int, help="threads of transformers on a CPU")
     parser.add_argument(
         "--options", nargs="*", default=["--enforce-eager"], help="of vLLM's server"
     )
@@ -226,10 +230,10 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--num-new-tokens", type=int, default=64, help="tokens after it")
     parser.add_argument(
-        "--multiple", type=int, default=64, help="of which widths are multiples"
+        "--multiple", type=int, default=64, help="widths are multiples of this number"
     )
     parser.add_argument(
-        "--rounds", type=int, default=2, help="how often each model has its turn"
+        "--rounds", type=int, default=2, help="number of times each model is measured"
     )
     arguments = parser.parse_args(argv)
     if arguments.engine != "transformers":
@@ -254,7 +258,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             folder = Path(scratch) / "x".join(map(str, size))
             write_model(source, layout, size, folder)
             commands[size] = command_of(arguments, folder)
-        os.sync()  # what is still to be written would slow what is measured
+        os.sync()  # pending writes would slow the measurement
         for size in [*turns] * arguments.rounds:
             if arguments.engine == "transformers":
                 prompt, new = time_here(commands[size])
@@ -288,7 +292,7 @@ def time_here(command: Sequence[str]) -> Seconds:
 
 
 def command_of(arguments: argparse.Namespace, folder: Path) -> list[str]:
-    """Return how the engine serves or times a folder, of which llama.cpp takes one file."""
+    """Return the command that serves or times a checkpoint; llama.cpp needs its GGUF file."""
     length = arguments.prompt_length + arguments.num_new_tokens + 16
     port, python = arguments.port, arguments.python
     if arguments.engine == "transformers":

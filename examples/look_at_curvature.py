@@ -15,9 +15,9 @@ from examples.tiny_model import tiny_llama
 
 
 def main() -> None:
-    """Print how much of A and G lies in their largest eigenvalues.
+    """Print the share of the largest eigenvalues of A and G in their traces.
 
-    Labels are those of the text, and drawn from the model.
+    G is computed with the labels of the text and with labels drawn from the model.
     """
     model, tokenizer = tiny_llama()
     texts = [text[:400] for text in list(topics.values())[:8]]

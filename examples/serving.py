@@ -1,7 +1,7 @@
-"""What the two serving examples share.
+"""Code shared by the two serving examples.
 
-That is a pruned model, an engine that answers over HTTP, and tokens per second as a client sees
-them.
+It prunes a model, starts an engine that serves it over HTTP, and measures tokens per second as a
+client.
 """
 
 from __future__ import annotations
@@ -39,10 +39,7 @@ _JOB = Path(__file__).parents[1] / "pipelines" / "smollm2-balanced.yaml"
 
 
 def new_parser(name: str, description: str, *, port: int) -> argparse.ArgumentParser:
-    """Return a parser of the arguments that the examples share.
-
-    `port` is the server's unless another is given.
-    """
+    """Return a parser with the arguments shared by the examples; `port` is the default port."""
     parser = argparse.ArgumentParser(
         prog=f"python -m examples.{name}", description=description
     )
@@ -54,13 +51,13 @@ def new_parser(name: str, description: str, *, port: int) -> argparse.ArgumentPa
         "--batches", type=int, nargs="+", default=[1, 8], help="requests at a time"
     )
     parser.add_argument(
-        "--rounds", type=int, default=2, help="how often each model has its turn"
+        "--rounds", type=int, default=2, help="number of times each model is measured"
     )
     return parser
 
 
 def has_client() -> bool:
-    """Return whether the package is installed by which the examples query an engine."""
+    """Return whether the client package of the examples is installed."""
     return importlib.util.find_spec("openai") is not None
 
 
@@ -71,15 +68,15 @@ def check_engine(
     option: str,
     module: str,
 ) -> None:
-    """End the program, with what is missing, if the engine cannot be started.
+    """End the program with an error if the engine cannot be started.
 
-    Examples call it first, because they prune for minutes before they start the engine.
+    The examples prune for minutes before they start the engine, so they check it first.
 
     Args:
-        parser: of the command line.
-        arguments: of the command line, with ``python`` and the engine's program.
-        option: of the command line that names the engine's program.
-        module: of the engine, for ``--python``.
+        parser: parser of the command line.
+        arguments: parsed command line, with ``python`` and the engine's program.
+        option: option that gives the engine's program.
+        module: Python package of the engine, for ``--python``.
     """
     if not has_client():
         parser.error("the client needs `pip install 'ray-surgeon[serve]'`")
@@ -106,7 +103,7 @@ def check_engine(
 def dense_and_pruned(run: Path) -> tuple[Path, Path]:
     """Return the folders of SmolLM2-135M and of the exports of the quickstart's job.
 
-    The job has no corrections, and runs unless it has run.
+    The job has no corrections. A finished job is not repeated.
     """
     document = parse_spec(_JOB.read_text(), ["model.dtype=float32"]).model_dump(
         mode="json"
@@ -125,12 +122,12 @@ def serving(command: Sequence[str], port: int) -> Iterator[OpenAI]:
     """Start an engine and yield a client of it once it answers.
 
     Raises:
-        RuntimeError: it ends before it answers, or does not answer in time.
+        RuntimeError: the engine ends, or does not answer in time.
     """
     from openai import OpenAI
 
-    # how our own threads wait and how many there are is no matter of the engine's: llama.cpp takes
-    # three times as long for a token where OMP_WAIT_POLICY is passive
+    # the engine must not inherit our OpenMP settings: llama.cpp takes three times as long for a
+    # token if OMP_WAIT_POLICY is passive
     environment = {
         name: value for name, value in os.environ.items() if name[:4] != "OMP_"
     }
@@ -168,9 +165,10 @@ def _answers(port: int) -> bool:
 
 
 def tokens_per_second(client: OpenAI, batch_size: int) -> tuple[float, float]:
-    """Return how many prompt and new tokens the engine handles a second; medians.
+    """Return the medians of prompt tokens and of new tokens per second.
 
-    So many requests run at a time. No answer ends early: a short one would be slow a token.
+    `batch_size` requests run concurrently. Answers do not end early, because short answers have a
+    higher time per token.
     """
     model = client.models.list().data[0].id
     words = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta"]
@@ -194,7 +192,7 @@ def tokens_per_second(client: OpenAI, batch_size: int) -> tuple[float, float]:
 
     with ThreadPoolExecutor(batch_size) as pool:
         for turn in range(TURNS + 1):  # the first one warms up
-            # each its own, so that no cache of prefixes helps
+            # every prompt is different, so that prefix caching has no effect
             starts = [f"{batch_size} {turn} {i} " for i in range(batch_size)]
             long = [
                 start + " ".join(words[(i + n) % 8] for n in range(PROMPT_WORDS))
@@ -213,13 +211,14 @@ def tokens_per_second(client: OpenAI, batch_size: int) -> tuple[float, float]:
 def compare(
     engine: str, arguments: argparse.Namespace, command_of: Callable[..., list[str]]
 ) -> None:
-    """Serve the dense and the pruned model in turns, and print how fast they are.
+    """Serve the dense and the pruned model in turns, and print their speeds.
 
     Args:
-        engine: its name.
-        arguments: of the command line; see `new_parser`.
-        command_of: how to serve the model ``dense`` or ``pruned``, from its name, the folders
-            ``dense``, ``pruned`` (of the exports) and ``scratch``, and the arguments.
+        engine: name of the engine.
+        arguments: parsed command line; see `new_parser`.
+        command_of: returns the command that serves a model, given its name (``dense`` or
+            ``pruned``), the folders ``dense``, ``pruned`` (exports) and ``scratch``, and the
+            arguments.
     """
     dense, exports = dense_and_pruned(arguments.run)
     batches = arguments.batches
@@ -247,10 +246,10 @@ def compare(
 def fastest(
     commands: Mapping[str, Sequence[str]], port: int, batches: Sequence[int], rounds: int
 ) -> dict[tuple[str, int], tuple[float, float]]:
-    """Serve models in turns; return `tokens_per_second` by name and requests at a time.
+    """Serve models in turns; return `tokens_per_second` by name and number of concurrent requests.
 
     The fastest round of each counts: other work on the machine makes a round slower, never faster.
-    In the first round, each continues a text on standard output.
+    In the first round, each model continues a text, which is printed.
     """
     rates: dict[tuple[str, int], list[tuple[float, float]]] = {}
     for turn in range(rounds):

@@ -1,8 +1,8 @@
 """Time a checkpoint in transformers: ``python -m examples.time_transformers MODEL``.
 
-Prints the seconds of the prompts and of the new tokens after them as JSON, medians over turns after
-one to warm up. `examples.engine_table` runs it for every size of a model, each in a process of its
-own.
+Prints the seconds of the prompts and of the new tokens after them as JSON: the medians over turns
+after a warm-up. `examples.engine_table` runs this program for every size of a model, each time in a
+new process.
 """
 
 from __future__ import annotations

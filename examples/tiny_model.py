@@ -1,6 +1,6 @@
-"""A Llama of 47 thousand weights, random or trained for a moment, and its tokenizer.
+"""A Llama with 47 thousand random or briefly trained weights, and its tokenizer.
 
-Examples run in seconds with it, without a download.
+With this model the examples run in seconds, without a download.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from tokenizers import ByteLevelBPETokenizer
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 WINDOW = 64
-"""Tokens of a window of the training."""
+"""Tokens per training window."""
 WINDOWS_PER_STEP = 8
 
 
 def tiny_llama() -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
     """Return the model and its tokenizer.
 
-    Replace them by your own, e.g. from `AutoModelForCausalLM.from_pretrained`.
+    Replace them with your own, e.g. from `AutoModelForCausalLM.from_pretrained`.
     """
     trained = ByteLevelBPETokenizer()
     trained.train_from_iterator(
