@@ -1,4 +1,4 @@
-"""Stores of tensors of a worker, and the folder on its disk."""
+"""A worker's stores of weights and factors, and its scratch folder."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from torch import Tensor, nn
 from ray_surgeon.memory.transfers import Arrival, Fetcher, Transfers, transfers
 
 Place = Literal["device", "host", "disk"]
-"""Of weights or factors."""
+"""Where weights or factors are stored."""
 
 Activations = Literal["keep", "recompute"]
-"""Of a block, between its forward and its backward pass."""
+"""What happens to a block's activations between its forward and its backward pass."""
 
 TOGETHER = 8
-"""Sequences that pass a block in one call on a GPU, where memory allows.
+"""Largest number of sequences in one call of a block on a GPU.
 
-With 2,048 tokens each, products take longer than launches, be it in a mixture of 128.
+With sequences of 2,048 tokens, products then take longer than launches, even with 128 experts.
 """
 
 
@@ -40,80 +40,80 @@ class Stores:
     factors: Place = "device"  # A and G of all linears
     activations: Activations = "keep"
     wave: int = 1  # sequences that pass a block before the next block runs
-    together: int = 1  # those of them that pass it in one call
-    # blocks of the dense model, where it is beside the pruned one
+    together: int = 1  # sequences of a wave in one call of a block
+    # blocks of the dense model or teacher, if it is loaded beside the pruned model
     teacher: Place = "device"
 
     @property
     def of_teacher(self) -> Stores:
-        """Return those of the dense model; if its weights move, they do so once in a pass."""
+        """Stores of the dense model or teacher; its weights are moved at most once per pass."""
         wave = self.wave if self.teacher == "device" else sys.maxsize
         return replace(self, weights=self.teacher, factors="device", wave=wave)
 
     def wave_of(self, num_sequences: int, num_shards: int) -> int:
-        """Return the size of a wave of the sequences that pass on a replica.
+        """Return the number of sequences in a wave on one replica.
 
-        There are at least as many waves as shards, so that all are busy; to move weights or factors
-        for more of them would cost more than shards that wait.
+        There are at least as many waves as shards, so that all shards are busy. If weights or
+        factors have to be moved for every wave, more waves would cost more than idle shards.
         """
         if not self.weights == self.factors == "device":
             return self.wave
         return min(self.wave, max(1, num_sequences // num_shards))
 
     def in_a_call(self, num_sequences: float, num_shards: int) -> int:
-        """Return how many sequences of a wave pass a block in one call; see `wave_of`."""
+        """Return the number of sequences in one call of a block; see `wave_of`."""
         return min(self.together, self.wave_of(math.ceil(num_sequences), num_shards))
 
 
 class ScratchNames(NamedTuple):
     """Names of the scratch folders of a run."""
 
-    root: str | None  # folder for all runs; None for the machine's own
-    run: str  # the same for every try
-    attempt: str  # another one for every try
+    root: str | None  # parent folder; None for the system's temporary folder
+    run: str  # name of the run, the same for every attempt
+    attempt: str  # unique name of the attempt
 
 
 NO_SCRATCH = ScratchNames(None, "none", "none")
-"""Of workers outside of runs."""
+"""Names for workers outside of a run."""
 
 
 def scratch_root(root: str | None) -> Path:
-    """Return the folder for all runs, on this machine; None for the one of its temporary files."""
+    """Return the parent folder of all scratch folders; `root`, or the system's temporary folder."""
     return Path(tempfile.gettempdir() if root is None else root)
 
 
 class Scratch:
-    """A folder on the local disk for one worker of one try of a run.
+    """A folder on the local disk for one worker of one attempt of a run.
 
-    The tries of a run share a parent folder, so that a try removes what a killed one before it
-    left.
+    The attempts of a run share a parent folder, so that an attempt can remove the files of an
+    earlier one that was killed.
     """
 
     def __init__(self, root: str | None, run: str, attempt: str, worker: str) -> None:
-        """Name the folder; it is made when something is written.
+        """Set the path of the folder, which is created by the first write.
 
         Args:
-            root: folder for all runs; see `scratch_root`.
-            run: the same for every try of a run.
-            attempt: one try of it.
-            worker: one of its workers.
+            root: parent folder; see `scratch_root`.
+            run: name of the run, the same for every attempt.
+            attempt: name of the attempt.
+            worker: name of the worker.
         """
         self._run = scratch_root(root) / f"ray_surgeon-{run}"
         self._attempt = attempt
         self.folder = self._run / attempt / worker
 
     def path(self, name: str) -> Path:
-        """Return the path of a file in the folder, which is made if need be."""
+        """Return the path of a file in the folder; create the folder if it does not exist."""
         self.folder.mkdir(parents=True, exist_ok=True)
         return self.folder / name
 
     def write(self, name: str, tensor: Tensor) -> None:
-        """Write the entries of a tensor into a file, which replaces the one of this name.
+        """Write the entries of a tensor to a file, replacing an earlier file of this name.
 
-        Who still reads the old one keeps it.
+        Tensors that are mapped from the earlier file stay valid.
 
         Raises:
-            OSError: it cannot be written; names the file and the remedy.
+            OSError: the file cannot be written; the message gives the file and a remedy.
         """
         path = self.path(name)
         written = path.with_suffix(".writing")
@@ -121,58 +121,62 @@ class Scratch:
             tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().tofile(written)
             written.replace(path)
         except OSError as error:
-            remedy = "free space on that disk, or name another one in memory.scratch"
-            raise OSError(f"{path}: cannot write: {error}; {remedy}") from error
+            raise OSError(
+                f"{path}: cannot write: {error}; free space on that disk, or name another one in "
+                "memory.scratch"
+            ) from error
 
     def _earlier(self) -> list[Path]:
-        """Return the folders of earlier tries of this run."""
+        """Return the folders of earlier attempts of this run."""
         return [folder for folder in self._run.glob("*") if folder.name != self._attempt]
 
     def earlier_bytes(self) -> int:
-        """Return the bytes of what earlier tries of this run left."""
+        """Return the size of the files left by earlier attempts of this run."""
         sizes = 0
         for path in (path for left in self._earlier() for path in left.rglob("*")):
-            with contextlib.suppress(OSError):  # that try may live, and remove its files
+            with contextlib.suppress(
+                OSError
+            ):  # that attempt may still run and remove files
                 sizes += path.lstat().st_size
         return sizes
 
     def remove_earlier(self) -> None:
-        """Remove what earlier tries of this run left."""
+        """Remove the files left by earlier attempts of this run."""
         for left in self._earlier():
             shutil.rmtree(left, ignore_errors=True)
 
     def close(self) -> None:
-        """Remove the folder, and those above it that are empty then."""
+        """Remove the folder, and its parent folders if they are empty."""
         shutil.rmtree(self.folder, ignore_errors=True)
-        # other workers' folders are there, or it is gone
+        # fails if other workers still have folders, or another worker removed it
         with contextlib.suppress(OSError):
             self.folder.parent.rmdir()
             self._run.rmdir()
 
 
 _LARGEST_PIECE = 2**33
-"""Bytes of a piece, unless one tensor has more.
+"""Largest size of a piece in bytes, unless a single tensor is larger.
 
-Earlier ones have an eighth of all before them, so that no more is reserved for nothing.
+A new piece has about an eighth of the bytes reserved so far, so that little memory is unused.
 """
 _ALIGNMENT = 64
 
 
 class Pieces:
-    """The places of tensors in pieces whose sizes are powers of two.
+    """Offsets of tensors in pieces of memory whose sizes are powers of two.
 
     Each tensor lies in the first piece with room for it.
     """
 
     def __init__(self) -> None:
-        """Start without pieces."""
+        """Start without any pieces."""
         self.sizes: list[int] = []
         self._used: list[int] = []
 
     def place(self, size: int) -> tuple[int, int]:
-        """Return the piece and the first byte in it for a tensor of `size` bytes.
+        """Return the piece and the offset in it for a tensor of `size` bytes.
 
-        The piece may be a new one.
+        If no piece has enough room, a new one is added.
         """
         room = -(-size // _ALIGNMENT) * _ALIGNMENT
         fitting = (i for i, used in enumerate(self._used) if used + room <= self.sizes[i])
@@ -189,7 +193,7 @@ class Pieces:
 
 
 def reserved_bytes(sizes: Iterable[int]) -> int:
-    """Return how many bytes are reserved for tensors of these sizes."""
+    """Return the number of bytes reserved for tensors of these sizes."""
     pieces = Pieces()
     for size in sizes:
         pieces.place(size)
@@ -197,15 +201,15 @@ def reserved_bytes(sizes: Iterable[int]) -> int:
 
 
 class HostMemory:
-    """Gives tensors in the memory of the host, pinned if they go to a GPU."""
+    """Allocates tensors in host memory, pinned if the device is an accelerator."""
 
     def __init__(self, device: torch.device) -> None:
-        """Reserve nothing yet."""
+        """Start without reserved memory."""
         self._pins = device.type != "cpu"
         self.clear()
 
     def empty(self, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-        """Return a tensor with whatever is there."""
+        """Return an uninitialised tensor."""
         if not self._pins:
             return torch.empty(shape, dtype=dtype)
         size = math.prod(shape) * dtype.itemsize
@@ -217,34 +221,34 @@ class HostMemory:
         return self._memory[number][first : first + size].view(dtype).view(shape)
 
     def clear(self) -> None:
-        """Begin with new pieces; earlier ones are free once nobody has a tensor in them."""
+        """Start with new pieces; the earlier ones are freed with the last tensor in them."""
         self._pieces = Pieces()
         self._memory = list[Tensor]()
 
 
 class TensorStore:
-    """Tensors by name: on the device, in the host's memory, or in files of scratch."""
+    """Tensors by name, on the device, in host memory, or in scratch files."""
 
     def __init__(
         self, place: Place, device: torch.device, scratch: Scratch, ending: str
     ) -> None:
-        """Start empty; names of files have an ending."""
+        """Start empty; `ending` is the suffix of file names."""
         self.place = place
         self._device = device
         self._scratch = scratch
         self._ending = ending
         self._memory = HostMemory(device)
-        self._kept: dict[str, Tensor] = {}  # on meta what is in a file
-        # of what is in the host's memory, when the last copy from or to a device is done
+        self._kept: dict[str, Tensor] = {}  # meta tensors for those in files
+        # for tensors in host memory, the event at the end of the last copy from or to the device
         self._moved: dict[str, Any] = {}
         self._fetcher = Fetcher(device, self.begin)
 
     def __contains__(self, name: str) -> bool:
-        """Whether there is such a tensor."""
+        """Return whether the store has a tensor of this name."""
         return name in self._kept
 
     def get(self, name: str) -> Tensor:
-        """Return a tensor where it lies; what is mapped from a file is not to be written to."""
+        """Return a tensor where it is stored; one mapped from a file must not be written to."""
         kept = self._kept[name]
         if self.place != "disk":
             return Arrival(kept, self._moved.get(name)).on_host()
@@ -253,7 +257,7 @@ class TensorStore:
         return flat.view(kept.shape)
 
     def begin(self, name: str) -> Arrival:
-        """Begin to copy a tensor to the device; on the CPU, return it where it lies."""
+        """Start to copy a tensor to the device; on the CPU, return it where it is stored."""
         if self.place != "host" or self._device.type == "cpu":
             return transfers(self._device).to_device(self.get(name))
         arrival = transfers(self._device).to_device(
@@ -263,19 +267,19 @@ class TensorStore:
         return arrival
 
     def expect(self, names: Iterable[str]) -> None:
-        """Bring tensors to the device that will be wanted next, those of them that are kept."""
+        """Prefetch the tensors that are needed next; names that are not stored are ignored."""
         if self.place != "device":
             self._fetcher.expect([name for name in names if name in self._kept])
 
     def on_device(self, name: str) -> Tensor:
-        """Return a tensor that may be written to; `put` keeps what was written."""
+        """Return a tensor on the device that may be written to; `put` stores the changes."""
         if self.place == "device":
             return self._kept[name]
         tensor = self._fetcher.take(name)
         return tensor.clone() if self._device.type == "cpu" else tensor
 
     def put(self, name: str, tensor: Tensor) -> None:
-        """Keep a tensor in place of the one there was; it is not to be written to afterwards."""
+        """Store a tensor, replacing an earlier one; it must not be written to afterwards."""
         self._fetcher.forget([name])
         if self.place == "disk":
             self._scratch.write(name + self._ending, tensor)
@@ -294,7 +298,7 @@ class TensorStore:
             self._moved[name] = transfers(self._device).to_host(tensor, kept, moved).event
 
     def drop(self, name: str) -> None:
-        """Forget a tensor."""
+        """Remove a tensor."""
         self._fetcher.forget([name])
         self._moved.pop(name, None)
         del self._kept[name]
@@ -304,31 +308,31 @@ class TensorStore:
             self._scratch.path(name + self._ending).unlink()
 
     def clear(self) -> None:
-        """Forget everything."""
+        """Remove all tensors."""
         for name in list(self._kept):
             self.drop(name)
 
 
 TENSORS_AHEAD = 8
-"""Tensors that are on their way or wait to be taken, at most."""
+"""Largest number of tensors that are read ahead."""
 ENTRIES_AHEAD = 2**27
-"""Of tensors that are read ahead: with as many, no further one is begun."""
+"""Number of entries in the tensors read ahead at which no further read is started."""
 Read = Callable[[str], Tensor]
-"""Global name of a tensor -> the tensor, of any float dtype, on the CPU."""
+"""Returns a tensor of any float dtype on the CPU, given its global name."""
 
 
 class ReadAhead:
-    """Reads tensors from afar, several at a time, in the order in which they will be asked for."""
+    """Prefetches tensors, several at a time, in the order in which they will be requested."""
 
     def __init__(
         self, read: Read, names: list[str], shapes: Mapping[str, Sequence[int]]
     ) -> None:
-        """Start to read.
+        """Start reading.
 
         Args:
-            read: may be called from several threads.
-            names: every tensor that will be asked for, in order.
-            shapes: of those that are large.
+            read: reads one tensor; called from several threads.
+            names: names of all tensors in the order of the requests.
+            shapes: shapes of the large tensors; the others count as small.
         """
         self._read = read
         self._left = deque(names)
@@ -345,7 +349,7 @@ class ReadAhead:
             self._coming[name] = self._pool.submit(self._read, name)
 
     def __call__(self, name: str) -> Tensor:
-        """Return a tensor, the next one in order."""
+        """Return the next tensor in order."""
         coming = self._coming.pop(name)
         self._start_more()
         return coming.result()
@@ -353,37 +357,37 @@ class ReadAhead:
 
 @dataclass(frozen=True)
 class Slot:
-    """Where a parameter or a saved buffer of a block belongs."""
+    """The module attribute that holds a parameter or a saved buffer of a block."""
 
-    module: nn.Module  # that has it
-    leaf: str  # its name there
-    dtype: torch.dtype  # that it has there
+    module: nn.Module
+    leaf: str  # name of the attribute
+    dtype: torch.dtype  # dtype of the tensor in the module
 
     @property
     def content(self) -> Tensor:
-        """The tensors, on meta where the weights are elsewhere."""
+        """The tensor, on the meta device if the weights are not in the module."""
         content: Tensor = getattr(self.module, self.leaf)
         return content
 
     def fill(self, tensor: Tensor) -> None:
-        """Put a tensor there."""
+        """Set the attribute to a tensor."""
         is_parameter = self.leaf in self.module._parameters
         content = nn.Parameter(tensor, requires_grad=False) if is_parameter else tensor
         setattr(self.module, self.leaf, content)
 
 
 Slots = Sequence[Mapping[str, Slot]]
-"""For each block, global name -> where the tensor belongs."""
+"""The slot of every tensor by its global name, for each block."""
 
 
 class WeightStore:
     """The weights of a shard's blocks by global name.
 
-    A block has its weights on the device inside of ``with store.block(...)``. If they are kept
-    there, all blocks have theirs always. If not, only the block that runs has, and on an
-    accelerator the next block's are on their way. Between that they are in the memory of the host,
-    pinned for a GPU; or on disk, where those that have not changed are read from their source if
-    that is there, too.
+    Inside ``with store.block(...)`` the weights of a block are on the device. If weights are stored
+    there, this holds for all blocks at any time. Otherwise only the running block has its weights
+    on the device, and on an accelerator those of the next block are being copied. The other weights
+    are in host memory (pinned for a GPU) or on disk; unchanged weights on disk are read from the
+    checkpoint if it is local.
     """
 
     def __init__(
@@ -392,10 +396,10 @@ class WeightStore:
         """Start without weights.
 
         Args:
-            place: where idle weights are.
-            slots: for each block, global name -> where the tensor belongs.
-            device: where blocks run; a GPU by its number.
-            scratch: for what is on disk.
+            place: where idle weights are stored.
+            slots: slots of each block's tensors by global name.
+            device: device on which blocks run; a GPU has an index.
+            scratch: folder for weights on disk.
         """
         self._slots = slots
         self._device = device
@@ -403,19 +407,18 @@ class WeightStore:
             name: slot for of_block in slots for name, slot in of_block.items()
         }
         self.kept = TensorStore(place, device, scratch, ".weight")
-        self._reads: dict[str, Read] = {}  # of the names that are read from elsewhere
-        # the block that will be wanted after the present one; -1 if there is none
+        self._reads: dict[str, Read] = {}  # for tensors that are read from elsewhere
+        # the block that runs after the current one; -1 if there is none
         self.then = -1
         self._fetcher = Fetcher(device, self._begin)
 
     @contextlib.contextmanager
     def block(self, place: int, then: int = -1) -> Iterator[None]:
-        """Have the weights of a block on the device.
+        """Context in which the weights of a block are on the device.
 
         Args:
-            place: of the block in the shard.
-            then: the block that will be wanted next, if there is one; its weights are fetched
-                meanwhile.
+            place: index of the block in the shard.
+            then: index of the next block, whose weights are prefetched; -1 if there is none.
         """
         self.then = then
         if self.kept.place == "device":
@@ -440,13 +443,13 @@ class WeightStore:
     def fill(
         self, read: Read, checked: Callable[[str, Tensor], None], *, stays: bool
     ) -> None:
-        """Look at every tensor once, and keep it if it would not stay.
+        """Read and check every tensor, and store it unless it can be read again.
 
         Args:
-            read: a tensor by its name.
-            checked: raises if a tensor is not usable.
-            stays: whether `read` goes on to give the same tensors at little cost, from a local
-                disk.
+            read: reads a tensor by its name.
+            checked: raises an error if a tensor is not usable.
+            stays: whether `read` can be called again later at little cost, because the checkpoint
+                is on a local disk.
         """
         is_there = stays and self.kept.place == "disk"
         self._reads = dict.fromkeys(self.slot_of, read) if is_there else {}
@@ -457,9 +460,9 @@ class WeightStore:
                 self.set(name, value)
 
     def continue_from(self, read: Read, names: Container[str]) -> None:
-        """Read the given names by another function, and free what is kept of them.
+        """Read the given tensors by another function from now on, and free the stored ones.
 
-        Nothing stays open that no name needs.
+        References to earlier functions are dropped, so that their files can be closed.
         """
         self._fetcher.forget()
         for name in (name for name in self.slot_of if name in names):
@@ -468,20 +471,20 @@ class WeightStore:
                 self.kept.drop(name)
 
     def get(self, name: str) -> Tensor:
-        """Return a tensor where it lies; it is not to be written to.
+        """Return a tensor where it is stored; it must not be written to.
 
-        On disk it is mapped from its file unless its dtype must be changed.
+        On disk it is mapped from its file unless its dtype has to be converted.
         """
         if name in self._reads:
             return self._reads[name](name).to(self.slot_of[name].dtype)
         return self.kept.get(name)
 
     def on_device(self, name: str) -> Tensor:
-        """Return a tensor on the device; it is not to be written to."""
+        """Return a tensor on the device; it must not be written to."""
         return self._begin(name).on_device()
 
     def set(self, name: str, tensor: Tensor) -> None:
-        """Replace the content of a tensor; not inside of its block."""
+        """Replace a tensor; must not be called inside ``block`` for its block."""
         self._fetcher.forget()
         slot = self.slot_of[name]
         if self.kept.place == "device" and name not in self.kept:

