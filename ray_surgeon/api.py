@@ -58,7 +58,7 @@ def prune(  # noqa: PLR0913  the sections of a job spec, by name
     model: str | os.PathLike[str] | Mapping[str, Any] | PreTrainedModel | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     *,
-    sparsity: float | None = None,
+    sparsity: float | str | None = None,
     spec: JobSpec | None = None,
     calibration: Mapping[str, Any] | None = None,
     pruning: Mapping[str, Any] | None = None,
@@ -82,8 +82,8 @@ def prune(  # noqa: PLR0913  the sections of a job spec, by name
         model: a Hub id, a folder, an fsspec URI, the section of that name (source, dtype,
             revision), or a model in memory; not with `spec`.
         tokenizer: the tokenizer of a model in memory.
-        sparsity: fraction of the parameters of the blocks' linears to remove, short for
-            ``pruning={"target_sparsity": ...}``.
+        sparsity: fraction of the parameters of the blocks' linears to remove, 0.2 or ``"20%"``;
+            short for ``pruning={"target_sparsity": ...}``.
         spec: a complete job spec, in place of all other arguments but the last two.
         calibration: section of that name: source, num_sequences, sequence_length and more; a mix
             of texts that suits the model if not given.

@@ -55,12 +55,6 @@ def _bytes(text: str) -> float:
     return float(TypeAdapter(ByteSize).validate_python(text))
 
 
-def _fraction(text: str) -> float:
-    """Return a fraction such as 0.2 or 20%."""
-    number = float(text.removesuffix("%"))
-    return number / 100 if text.endswith("%") else number
-
-
 def _new_parser(prog: str, command: str) -> argparse.ArgumentParser:
     return argparse.ArgumentParser(
         prog,
@@ -83,7 +77,7 @@ def _add_job_options(parser: argparse.ArgumentParser, command: str) -> None:
         add("--teacher", required=True, help="the model to train towards")
     else:
         text = "fraction of the blocks' parameters to remove, 0.2 or 20%%"
-        add("--sparsity", type=_fraction, metavar="S", help=text)
+        add("--sparsity", metavar="S", help=text)
     add("--output", metavar="URI", help="run directory; ./runs/NAME if not given")
     add("--time", help="how long it may take, as 30min or 2h")
     add(

@@ -7,6 +7,7 @@ windows.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from collections.abc import Mapping
@@ -18,6 +19,7 @@ from typing import Any, Literal
 import yaml
 
 from ray_surgeon.config.calibration import CalibrationSection
+from ray_surgeon.config.numbers import fraction
 from ray_surgeon.config.texts import TextSection
 
 PresetName = Literal["fast", "balanced", "quality"]
@@ -238,6 +240,8 @@ def run_name(document: Mapping[str, Any]) -> str:
     last = source.rpartition("/")[2].lower().removesuffix(".gguf")
     name = re.sub(r"[^a-z0-9.-]", "-", last).strip("-.") or "model"
     sparsity = mapping(document.get("pruning")).get("target_sparsity")
+    with contextlib.suppress(ValueError):  # the section refuses it later
+        sparsity = fraction(sparsity)
     if isinstance(sparsity, Real) and 0 < float(sparsity) < 1:
         name = f"{name[:55]}-{100 * float(sparsity):.3g}pct"
     return name[:63]

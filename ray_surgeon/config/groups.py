@@ -9,6 +9,7 @@ from pydantic import Field
 
 from ray_surgeon.config.base import Positive, Section
 from ray_surgeon.config.curvature import AnyCurvature
+from ray_surgeon.config.numbers import Fraction
 from ray_surgeon.config.schedule import (
     FamilySection,
     FlopsTarget,
@@ -132,8 +133,8 @@ class CoupledSection(FamilySection):
     the original number. Has no effect if groups contains no channels. null: 64 per device of
     tensor_parallel; 128 if output.quantize is set
     """
-    target_sparsity: float | None = Field(None, gt=0, lt=1)
-    """Fraction of the parameters of the blocks' linears to remove, biases included"""
+    target_sparsity: Fraction | None = None
+    """Fraction of the parameters of the blocks' linears to remove, biases included: 0.3 or 30%"""
 
     @property
     def layer_kinds(self) -> tuple[str, ...]:

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Discriminator, Field, Tag
 
 from ray_surgeon.config.base import Positive, Section, tag
+from ray_surgeon.config.numbers import Count, CountOrZero
 from ray_surgeon.config.sections import ModelSection
 from ray_surgeon.config.texts import StreamedSection
 
@@ -28,10 +29,14 @@ class RecoverySection(Section):
     weights of the blocks are trained, which stay on the device. Embeddings, the last norm and the
     head do not change, so that tied weights stay tied and both models have the same head
     """
-    num_tokens: Positive = 65_536
-    """Number of training tokens after the last shot, or of each size, rounded up to whole steps"""
-    num_tokens_between_shots: int = Field(0, ge=0)
-    """Number of training tokens after every other shot, as in the paper"""
+    num_tokens: Count = 65_536
+    """Number of training tokens after the last shot, or of each size, rounded up to whole steps: a
+    number, or for example 100k or 2M
+    """
+    num_tokens_between_shots: CountOrZero = 0
+    """Number of training tokens after every other shot, as in the paper; a number, or for example
+    100k
+    """
     texts: tuple[StreamedSection, ...] = ()
     """Texts of the training, read while it runs. The dense model processes them too. If empty: the
     calibration windows, repeatedly

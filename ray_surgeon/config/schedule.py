@@ -10,6 +10,7 @@ from pydantic import Field, Tag, model_validator
 
 from ray_surgeon.config.base import Location, Positive, Section, by_tag, tag
 from ray_surgeon.config.curvature import AnyCurvature
+from ray_surgeon.config.numbers import Count, Fraction, NumBytes, Size
 from ray_surgeon.errors import ConfigError
 
 
@@ -65,23 +66,28 @@ class _Target(Section):
 class ParametersTarget(_Target):
     """Parameters of the whole model."""
 
-    parameters: Positive
-    """Maximum number of parameters of the whole model, including embeddings; tied ones count once
+    parameters: Count
+    """Maximum number of parameters of the whole model, including embeddings; tied ones count once;
+    a number, or for example 6M
     """
 
 
 class BytesTarget(_Target):
     """Bytes of the weights."""
 
-    bytes: Positive
-    """Maximum size of the weights of the whole model in bytes, in the dtype of the job"""
+    bytes: NumBytes
+    """Maximum size of the weights of the whole model in the dtype of the job, in bytes, or for
+    example 2GB or 1.5GiB
+    """
 
 
 class FlopsTarget(_Target):
     """Floating-point operations per token."""
 
-    flops: Positive
-    """Maximum number of floating-point operations per token, averaged over a prompt"""
+    flops: Count
+    """Maximum number of floating-point operations per token, averaged over a prompt; a number, or
+    for example 1.5G
+    """
     prompt_length: int = Field(512, gt=1)
     """Number of tokens in the prompt"""
 
@@ -170,7 +176,7 @@ class ScheduleSection(Section):
 
     num_shots: int = Field(5, ge=1, le=1000)
     """Number of shots; each collects its own curvature and removes (or saves) the same amount"""
-    sparsities: tuple[float, ...] | None = None
+    sparsities: tuple[Fraction, ...] | None = None
     """Sparsity at the end of every shot, in place of num_shots; the last one is target_sparsity"""
 
     @property
@@ -273,14 +279,14 @@ NO_PRUNING = _NoPruning(num_shots=1)
 class SparsitySection(ScheduleSection):
     """Shots of a method that removes a fraction of the linears' parameters."""
 
-    target_sparsity: float = Field(gt=0, lt=1)
-    """Fraction of the parameters of the blocks' linears to remove, biases included"""
+    target_sparsity: Fraction
+    """Fraction of the parameters of the blocks' linears to remove, biases included: 0.3 or 30%"""
 
 
 class FamilySection(ScheduleSection):
     """Shots of a family of sizes."""
 
-    sizes: tuple[Annotated[float, Field(gt=0)], ...] | None = None
+    sizes: tuple[Size, ...] | None = None
     """A family of sizes from one run: rising sparsities, in place of target_sparsity, or values in
     the target's unit, ending at the target. Each size takes num_shots shots from the previous one
     and a final recovery, and has its own exports

@@ -8,6 +8,7 @@ from typing import ClassVar
 from pydantic import Field
 
 from ray_surgeon.config.base import Address, Positive, Section
+from ray_surgeon.config.numbers import Count
 from ray_surgeon.errors import ConfigError
 
 TEXT_SUFFIXES = (".txt", ".jsonl", ".parquet")
@@ -69,8 +70,8 @@ class SourceSection(Section):
     """Column or key of the text, in data sets, .jsonl and .parquet"""
     revision: str | None = None
     """Branch, tag or commit of a Hub data set"""
-    max_tokens: Positive = 10_000_000
-    """Maximum number of tokens read from the text"""
+    max_tokens: Count = 10_000_000
+    """Maximum number of tokens read from the text: a number, or for example 2M"""
     stride: Positive | None = None
     """Window i starts at token stride * i; null: windows without overlap are drawn with the seed"""
     seed: int = Field(0, ge=0)
@@ -151,7 +152,7 @@ class StreamedSection(SourceSection):
     (the whole text, read as needed), besides train (the first 80 % of the tokens read, see
     max_tokens) and test (the rest)
     """
-    max_tokens: Positive = 10_000_000
+    max_tokens: Count = 10_000_000
     """Maximum number of tokens read from the text, at once, if train and test are cut from it"""
 
     def problems(self) -> Iterator[ConfigError]:

@@ -28,6 +28,7 @@ from ray_surgeon.config.defaults import (
     with_names,
 )
 from ray_surgeon.config.job import JobSpec
+from ray_surgeon.config.numbers import count
 from ray_surgeon.config.parsing import validation_message
 from ray_surgeon.distributed.memory_plan.device_resources import (
     DEVICES,
@@ -468,7 +469,7 @@ def _at_level(
     fill(chosen, LEVELS[name])
     given = document.get("recovery", {})
     if given is None or "num_tokens" in mapping(given):
-        tokens = int(mapping(given).get("num_tokens", 0))
+        tokens = int(count(mapping(given).get("num_tokens", 0)))
         return _Use(chosen, seconds_of(chosen).total_s, tokens)
     level = LEVELS[name]["recovery"] or {"rank": 32}
     section = {**level, **mapping(given)}

@@ -44,7 +44,7 @@ def spec_of(
     model: str | Mapping[str, Any] | PreTrainedModel | None,
     tokenizer: PreTrainedTokenizerBase | None,
     sections: Mapping[str, Any],
-    sparsity: float | None = None,
+    sparsity: float | str | None = None,
 ) -> JobSpec:
     """Return the job spec for the arguments of `prune`.
 
@@ -64,7 +64,7 @@ def document_of(
     model: str | Mapping[str, Any] | PreTrainedModel | None,
     tokenizer: PreTrainedTokenizerBase | None,
     sections: Mapping[str, Any],
-    sparsity: float | None = None,
+    sparsity: float | str | None = None,
 ) -> dict[str, Any]:
     """Return the document of the job spec for the arguments of `prune`.
 

@@ -96,13 +96,14 @@ def _spec_text(arguments: argparse.Namespace) -> str:
 def _settings(arguments: argparse.Namespace) -> list[str]:
     """Return the fields that options stand for, as --set takes them."""
     fields = {
-        "pruning.target_sparsity": getattr(arguments, "sparsity", None),
         "output.uri": arguments.output,
         "time": arguments.time,
         "preset": arguments.preset,
         "cluster.num_shards": arguments.shards,
     }
     settings = []
+    if getattr(arguments, "sparsity", None) is not None:
+        settings.append(f"pruning.target_sparsity={arguments.sparsity}")
     for name, value in fields.items():
         if value is not None:
             settings.append(f"{name}={json.dumps(value)}")

@@ -119,6 +119,72 @@ def test_absent_and_null_sections() -> None:
     assert spec_of("recovery={}").recovery is not None
 
 
+@pytest.mark.parametrize(
+    ("changes", "section", "field", "number"),
+    [
+        ("pruning.target_sparsity=30%", "pruning", "target_sparsity", 0.3),
+        ("pruning.target_sparsity=34.6 %", "pruning", "target_sparsity", 0.346),
+        (
+            "pruning={target_sparsity: 20%, sparsities: [10%, 0.2]}",
+            "pruning",
+            "sparsities",
+            (0.1, 0.2),
+        ),
+        (
+            "pruning={structure: groups, sizes: [10%, 0.2], num_shots: 1}",
+            "pruning",
+            "sizes",
+            (0.1, 0.2),
+        ),
+        ("recovery.num_tokens=100k", "recovery", "num_tokens", 100_000),
+        (
+            "recovery.num_tokens_between_shots=1.5k",
+            "recovery",
+            "num_tokens_between_shots",
+            1_500,
+        ),
+        (
+            "calibration.source=a.txt; calibration.max_tokens=2M",
+            "calibration",
+            "max_tokens",
+            2_000_000,
+        ),
+    ],
+)
+def test_numbers_may_be_percentages_or_have_suffixes(
+    changes: str, section: str, field: str, number: object
+) -> None:
+    assert getattr(getattr(spec_of(changes), section), field) == number
+    document = yaml.safe_load(MINIMAL)
+    for change in changes.split("; "):
+        path, _, value = change.partition("=")
+        *parents, last = path.split(".")
+        place = document
+        for key in parents:
+            place = place.setdefault(key, {})
+        place[last] = yaml.safe_load(value)
+    jsonschema.validate(document, json.loads(SCHEMA.read_text()))
+
+
+@pytest.mark.parametrize(
+    ("target", "value"),
+    [
+        ("{parameters: 6M}", 6_000_000),
+        ("{flops: 1.5G}", 1_500_000_000),
+        ("{bytes: 2GB}", 2 * 10**9),
+        ("{bytes: 1.5GiB}", 3 * 2**29),
+    ],
+)
+def test_targets_may_have_suffixes(target: str, value: int) -> None:
+    spec = spec_of(f"pruning={{structure: groups, num_shots: 1, target: {target}}}")
+    assert spec.pruning.target.value == value
+
+
+def test_run_is_named_after_a_percentage() -> None:
+    named = parse_spec("{model: some/Model, pruning: {target_sparsity: 30%}}")
+    assert named.name == "model-30pct"
+
+
 def test_shares_of_a_mix_sum_to_the_number_of_sequences() -> None:
     seven = "calibration.num_sequences=7"
     spec = spec_of(
@@ -243,6 +309,14 @@ MISTAKES = [
         "extended_kfac does not go with structure groups",
     ),
     ("recovery.rank=some", "recovery.rank"),
+    ("pruning.target_sparsity=130%", "more than 0% and less than 100%.*got '130%'"),
+    ("pruning.target_sparsity=30", "0.3 or 30% .got 30."),
+    (
+        "pruning.target_sparsity=6M",
+        r"a size is given by target, such as {parameters: 6M}",
+    ),
+    ("recovery.num_tokens=6 MB", "num_tokens: expected a number, such as 6M or 100k"),
+    ("recovery.num_tokens=1.00005k", "expected a whole number"),
     ("pruning.sparsities=[0.2, 0.1, 0.2]", "must rise"),
     ("pruning.sparsities=[0.1, 0.2]; pruning.num_shots=2", "takes the place"),
     ("pruning.width_multiple=8", f"pruning.width_multiple: {NO_OPTION} of rows_columns"),
