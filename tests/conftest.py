@@ -52,6 +52,14 @@ GEMMA = HALF_SLIDING | {
     "pad_token_id": 0,
 }
 
+LONG_ROPE = {
+    "rope_type": "yarn",
+    "rope_theta": 10_000.0,
+    "factor": 8.0,
+    "original_max_position_embeddings": 16,
+    "llama_4_scaling_beta": 0.1,
+}
+
 config_of = AutoConfig.for_model
 CONFIGS: dict[str, PretrainedConfig] = {
     "llama": config_of("llama", **BASE, tie_word_embeddings=True),
@@ -65,6 +73,18 @@ CONFIGS: dict[str, PretrainedConfig] = {
     "qwen3": config_of("qwen3", **BASE, head_dim=8, tie_word_embeddings=True),
     "gemma3": config_of("gemma3_text", **BASE, **GEMMA),
     "phi3": config_of("phi3", **BASE, pad_token_id=0),
+    "smollm3": config_of(
+        "smollm3",
+        **BASE,
+        pad_token_id=0,
+        no_rope_layer_interval=2,
+        tie_word_embeddings=True,
+    ),
+    "seed_oss": config_of("seed_oss", **BASE, pad_token_id=0, head_dim=8),
+    "ministral3": config_of(
+        "ministral3", **BASE, pad_token_id=0, head_dim=8, rope_parameters=LONG_ROPE
+    ),
+    "olmo3": config_of("olmo3", **BASE, pad_token_id=0, sliding_window=8),
     "gpt2": config_of("gpt2", **GPT2, vocab_size=VOCABULARY, initializer_range=0.2),
 }
 SPARSE = {"moe_intermediate_size": 24, "num_experts_per_tok": 2}
