@@ -45,12 +45,9 @@ from ray_surgeon.storage import files
 
 WHERE = "evaluation.generation"
 _SEED = 7_919
-"""Added to the user's seed.
-
-The prompts then differ from those of conversations in the calibration with the same seed.
-"""
+"""Offset of the seed, so that prompts differ from those of the calibration with the same seed."""
 _HELD_SHARE = 0.1
-"""Maximum share of a calibration's file of prompts that is held aside for the comparison."""
+"""Maximum fraction of the calibration's prompts that is held aside for the comparison."""
 
 _LOOP_SHARE = 0.3
 """Fraction of a short answer that a loop covers at least."""
@@ -111,8 +108,8 @@ def prompt_set_for(
     Args:
         section: `evaluation.generation`.
         self_text: the stage in which the model writes calibration text, if there is one.
-        language: of the model; None for a plan alone, which has no prompts.
-        windows: [num_windows, sequence_length] of the first evaluation text.
+        language: language of the model; None for a plan alone, which has no prompts.
+        windows: [num_windows, sequence_length] windows of the first evaluation text.
 
     Raises:
         ValueError: a prompt cannot be read or answered; names the field.
@@ -143,9 +140,9 @@ def check_prompts(
     """Refuse prompts that the model cannot answer.
 
     Args:
-        prompts: tokens of each.
+        prompts: tokens of each prompt.
         new: maximum number of tokens of an answer.
-        longest: maximum number of tokens that the model takes.
+        longest: maximum number of tokens of a sequence.
         where: field of the prompts in the job spec.
 
     Raises:
@@ -157,10 +154,10 @@ def check_prompts(
                 field=where,
                 found=(
                     f"prompt {number} has {len(prompt)} tokens and its answer up to "
-                    f"{new}, but the model takes at most {longest}, one of a prompt "
-                    "at least"
+                    f"{new}, but the model takes at most {longest} tokens in all, and a "
+                    "prompt needs at least one"
                 ),
-                remedy="change those",
+                remedy="change the prompt or max_new_tokens",
             )
 
 
@@ -175,7 +172,7 @@ def _prompt_set_of(
     language: Language,
     windows: Tokens,
 ) -> PromptSet:
-    """Return prompts of a file, a request to write some, or the beginnings of windows."""
+    """Return prompts from a file, a request to write them, or the beginnings of windows."""
     new = section.max_new_tokens
     marks = language.marks(WHERE)
     request = None
@@ -216,7 +213,7 @@ def _held_prompts(
     self_text: SelfText,
     language: Language,
 ) -> tuple[PromptSet, SelfText] | None:
-    """Take some prompts out of the calibration's file, for the comparison alone.
+    """Hold aside some prompts of the calibration's file for the comparison.
 
     Returns:
         The prompts, and the stage without them; None if the calibration has no file of two or more
@@ -248,7 +245,7 @@ def _held_prompts(
 
 
 _EXAMPLE_CHARACTERS = 2000
-"""Of a text that a record shows as an example."""
+"""Maximum number of characters of a text in a record."""
 
 Decode = Callable[[Sequence[int]], str]
 """Returns the text of tokens."""
@@ -347,7 +344,7 @@ def remember_answers(cluster: Cluster, answers: Answers) -> None:
 
 
 def measure_rates(cluster: Cluster, answers: Answers) -> dict[str, float]:
-    """Measure weights on the answers that workers remember, without writing new ones.
+    """Compare the current weights with the dense model on its answers.
 
     Returns:
         Acceptance, agreement and divergence, as in `Generation`.
@@ -367,7 +364,7 @@ def measure_rates(cluster: Cluster, answers: Answers) -> dict[str, float]:
 
 
 def measure_answers(cluster: Cluster, answers: Answers, max_tokens: int) -> Generation:
-    """Measure weights on the answers that workers remember, and let the model write its own.
+    """Compare the current weights with the dense model on its answers, and on their own answers.
 
     Raises:
         FloatingPointError: the divergence is not a number.
@@ -468,10 +465,10 @@ class DenseAnswers:
     prompt_set: PromptSet
 
     def collect(self, run: RunState, facts: Facts) -> Answers:
-        """Return the dense model's answers, unless an earlier try of the run has written them.
+        """Return the dense model's answers; read them if an earlier attempt of the run wrote them.
 
         Raises:
-            ValueError: the answers of an earlier try are gone.
+            ValueError: the answers of an earlier attempt are missing.
         """
         uri = run.directory.path("answers.json")
         prompt_set = self.prompt_set
@@ -501,7 +498,7 @@ class DenseAnswers:
 
 
 def measure_acceptance(run: RunState, answers: Answers, facts: Facts) -> None:
-    """Measure the share of the dense model's tokens that the model accepts before its recovery."""
+    """Measure the acceptance of the dense model's tokens before recovery."""
     rates = measure_rates(run.cluster, answers)
     run.record["generation_before_recovery"] = rates
     facts["accepted"] = rates["acceptance"]

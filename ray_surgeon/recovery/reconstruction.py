@@ -42,7 +42,7 @@ RATES = (0.003, 0.006, 0.012)
 The last one was the best on SmolLM2 with much text.
 """
 TRIAL_PART = 0.25
-"""Share of a pass over the calibration tokens for which each rate is tried, on two layers."""
+"""Fraction of an epoch for which each rate is tried, on two layers."""
 
 
 def layer_errors(worker: Worker) -> dict[str, tuple[float, float]]:
@@ -67,7 +67,7 @@ class Reconstruction:
     """The reconstruction of one run."""
 
     section: ReconstructionSection
-    kinds: frozenset[str]  # of the groups whose layers are trained
+    kinds: frozenset[str]  # kinds of groups whose layers are trained
     # sequences that pass backward in the curvature pass, 0 if none do, None if all do
     num_backward: int | None
 
@@ -90,12 +90,12 @@ class Reconstruction:
     def share(self, worker: Worker, arrivals: Arrivals, length: int) -> None:
         """Send the inputs of every layer to the owner of its consumer, after a pass.
 
-        The owner puts them in the order that a single replica has.
+        The owner arranges them in the order of a single replica.
 
         Args:
-            worker: of any replica; all of them call this.
-            arrivals: of the sequences of the pass.
-            length: of a sequence.
+            worker: worker of any replica; all replicas call this.
+            arrivals: arrivals of the sequences of the pass.
+            length: tokens of a sequence.
         """
         inputs = worker.shard.layer_inputs
         assert inputs is not None
@@ -115,8 +115,8 @@ class Reconstruction:
         """Train an owned layer briefly with every rate of `RATES`; its weights do not change.
 
         Args:
-            worker: whose weights are those from before the shot.
-            groups: of the layer.
+            worker: worker with the weights from before the shot.
+            groups: groups of the layer.
             W: [R, C] the consumer after its update, zero in removed columns.
             kept: [num_groups] bool, the groups that stay.
 
@@ -136,9 +136,8 @@ class Reconstruction:
         """Train an owned layer after groups were removed, and set its producers.
 
         Args:
-            worker: whose weights are those from before the shot, and whose mask of the consumer is
-                the new one.
-            groups: of the layer.
+            worker: worker with the weights from before the shot and the consumer's new mask.
+            groups: groups of the layer.
             W: [R, C] the consumer after its update, zero in removed columns.
             rate: the learning rate.
 
@@ -293,9 +292,9 @@ def _sent_to_owner(
     """Send a layer's inputs to its owner.
 
     Args:
-        worker: of any replica; all of them call this.
-        own: [n, T, C] the inputs for the worker's own sequences.
-        arrivals: of the sequences of all replicas.
+        worker: worker of any replica; all replicas call this.
+        own: [n, T, C] inputs of the worker's sequences.
+        arrivals: arrivals of the sequences of all replicas.
         owner: rank of the replica that owns the layer.
 
     Returns:

@@ -31,20 +31,17 @@ from ray_surgeon.report.events import CHECK
 from ray_surgeon.run_state import CalibrationText, Facts, RunState, Text, commit_part
 
 _FEWEST_STEPS = 8
-"""A recovery that has time for fewer steps is left out."""
+"""Minimum number of steps; a recovery with time for fewer steps is skipped."""
 
 
 @dataclass(frozen=True, eq=False)
 class LoadTeacher:
-    """Loads the teacher in place of the model, which is loaded later.
-
-    Later weights are compared with the teacher's texts, answers and states.
-    """
+    """Loads the teacher before the model, to record its measures, answers and hidden states."""
 
     model: ModelSection  # pinned to the files that were checked
     layout: ModelLayout = field(repr=False)
-    placement: Placement  # of its blocks, on as many workers as the model has
-    fingerprint: Any  # of its weights; None if there are no weights to check
+    placement: Placement  # placement of its blocks on the workers of the model
+    fingerprint: Any  # fingerprint of its weights; None if there are no weights to check
 
     def recipe(self, scratch: ScratchNames) -> ModelRecipe:
         """Return the recipe by which workers load the teacher."""
@@ -73,7 +70,7 @@ class Recovery:
     )
 
     def train(self, run: RunState, facts: Facts) -> None:
-        """Train, starting from where an earlier try of the run has come."""
+        """Train, and continue the training of an earlier attempt of the run if there is one."""
 
         def on_check(check: Check) -> None:
             self._show(run, training, check)
@@ -116,13 +113,13 @@ class Recovery:
         seconds_of_step: float,
         further_s: float,
     ) -> int:
-        """Return the number of steps that end in time for the exports.
+        """Return the number of steps for which there is time before the exports.
 
         Args:
-            run: in its last shot.
-            planned: number of steps of the plan.
+            run: run in its last shot.
+            planned: planned number of steps.
             deadline_s: time.time() at which the job should end.
-            seconds_of_step: measured.
+            seconds_of_step: measured seconds of a step.
             further_s: seconds of the training besides its steps.
         """
         plan_s: Mapping[str, float] = run.report.plan["seconds"]
@@ -138,7 +135,7 @@ class Recovery:
         return 0 if num_steps < _FEWEST_STEPS else num_steps
 
     def _show(self, run: RunState, training: Training, check: Check) -> None:
-        """Emit an event for a check, and draw the page with it."""
+        """Emit an event for a check, and update the page."""
         tokens_per_s = check.tokens_per_s or 0.0
         share = share_of_peak(run.report.plan, run.model.dtype, tokens_per_s)
         facts = {
@@ -206,12 +203,12 @@ def share_of_peak(plan: Mapping[str, Any], dtype: str, per_s: float) -> float:
     """Return a training's operations per second as a share of the GPUs' nominal peak.
 
     Args:
-        plan: of the run, as in its report; on CPUs the share is 0.
-        dtype: of the weights.
-        per_s: trainings per second; a small fraction of 1.
+        plan: plan in the report of the run; on CPUs the share is 0.
+        dtype: dtype of the weights.
+        per_s: reciprocal of the seconds of the training.
     """
     peak = DEVICES[plan["device"]].peak_flops.get(dtype, math.inf)
-    # the operations of a replica, which has a share of the tokens, are spread over its shards
+    # a replica trains on a share of the tokens, and its shards share its operations
     return float(plan["flops"][Recovery.name] / len(plan["disk_bytes"]) * per_s / peak)
 
 

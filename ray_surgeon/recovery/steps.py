@@ -1,4 +1,4 @@
-"""Steps of workers in a recovery."""
+"""Steps of a recovery on the workers."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def _training(worker: Worker) -> TrainingState:
 def _owned(
     training: TrainingState, tensors: Mapping[str, Tensor], prefix: str, rank: int
 ) -> dict[str, Tensor]:
-    """Return the tensors of the parts that a replica owns; other replicas may have copies."""
+    """Return the tensors of the parts owned by a replica."""
     owned = dict[str, Tensor]()
     for name, tensor in tensors.items():
         part = name.partition(" ")[0]
@@ -160,7 +160,7 @@ def keep_best(worker: Worker) -> None:
 
 
 def take_best(worker: Worker) -> None:
-    """Go back to the best state."""
+    """Restore the best state."""
     training = _training(worker)
     assert training.best is not None
     training.trainee.back_to(training.best)
@@ -184,7 +184,7 @@ def save(worker: Worker, folder: str, num_steps: int) -> tuple[SavedFile, ...]:
 
 
 def go_on(worker: Worker, files: Sequence[SavedFile]) -> None:
-    """Restore what `save` has written on all workers; their number may have been another."""
+    """Restore the state that `save` wrote, possibly on another number of workers."""
     training = _training(worker)
     best = _Saved(files, _BEST)
     if best:
@@ -194,11 +194,11 @@ def go_on(worker: Worker, files: Sequence[SavedFile]) -> None:
 
 
 def end(worker: Worker, absorbs: bool) -> tuple[float, float]:
-    """Absorb what was trained into the weights, or remove it without a trace.
+    """Absorb the training into the weights, or undo it.
 
     Returns:
-        How much of the owned weights' change arrived and how much was wanted; see
-        `Trainee.absorb`.
+        Sums over the owned weights of the two values of `Trainee.absorb`: the change that arrived,
+        and the trained change.
     """
     training = _training(worker)
     worker.state.training = None

@@ -1,6 +1,6 @@
 """The training after pruning, on the coordinator: its sequences, learning rates and checks.
 
-Checks measure it on windows held aside; they choose its learning rate and its best state.
+Checks measure the model on windows held aside, and select the learning rate and the best state.
 """
 
 from __future__ import annotations
@@ -34,31 +34,31 @@ from ray_surgeon.recovery import steps
 from ray_surgeon.run_state import CalibrationText, Facts, held_aside
 
 SEQUENCES_AHEAD = 32
-"""Sequences that the teacher sees in one pass.
+"""Number of sequences in one pass of the teacher.
 
-Its weights are moved, and shards wait for each other, once for all of them.
+The teacher's weights are moved, and the shards synchronised, once per pass.
 """
 
 
 def steps_ahead(sequences_per_step: int) -> int:
-    """Return the number of steps whose sequences the teacher sees in one pass."""
+    """Return the number of steps whose sequences are in one pass of the teacher."""
     return max(1, SEQUENCES_AHEAD // sequences_per_step)
 
 
 class Batch(NamedTuple):
     """The sequences of one step."""
 
-    tokens: Tokens  # [num_sequences, T], not only those of this step
+    tokens: Tokens  # [num_sequences, T], includes sequences of other steps
     counts: Counts  # [num_sequences, T], which tokens count
     numbers: Sequence[int]  # indices of the step's sequences
     text: str  # name under which workers keep the dense model's states of `tokens`
 
 
 class Batches(ABC):
-    """The sequences of all steps after a shot."""
+    """The sequences of all training steps after a shot."""
 
     num_steps: int
-    tokens_of_step: int  # tokens of a whole step
+    tokens_of_step: int  # tokens of a full step
 
     @abstractmethod
     def batch(self, number: int) -> Batch:
@@ -72,7 +72,7 @@ class Batches(ABC):
 
     @abstractmethod
     def resize(self, num_steps: int) -> None:
-        """Make the number of steps another one, and begin again."""
+        """Change the number of steps, and start again."""
 
 
 @dataclass
@@ -98,7 +98,7 @@ class CalibrationBatches(Batches):
         self._numbers = parts[: self.num_steps]
 
     def resize(self, num_steps: int) -> None:
-        """Make the number of steps another one, and draw all windows again."""
+        """Change the number of steps, and draw all windows again."""
         self.num_steps = num_steps
         self.__post_init__()
 
@@ -113,7 +113,7 @@ class CalibrationBatches(Batches):
 
 
 class StreamBatches(Batches):
-    """Windows of a stream of texts; the teacher sees those of several steps at once."""
+    """Windows of a stream of texts; one pass of the teacher covers several steps."""
 
     def __init__(
         self,
@@ -126,9 +126,9 @@ class StreamBatches(Batches):
         """Prepare to read from a window on.
 
         Args:
-            section: of the recovery.
-            stream: of windows.
-            cluster: whose workers have a teacher, if the section wants one.
+            section: section `recovery` of the job spec.
+            stream: stream of windows.
+            cluster: cluster whose workers have a teacher, if the section needs one.
             num_steps: number of steps.
             first: index of the first window; those before it were used after earlier shots.
         """
@@ -146,7 +146,7 @@ class StreamBatches(Batches):
         self._ended: TextEndedError | None = None
 
     def resize(self, num_steps: int) -> None:
-        """Make the number of steps another one, and begin again."""
+        """Change the number of steps, and start again."""
         self.num_steps = num_steps
         self._part = -1
 
@@ -197,10 +197,10 @@ for many: on SmolLM2 the lowest of 6e-4, 1.2e-3 and 2.4e-3 is best for four step
 sixty; on Qwen2.5-Coder-0.5B the last is best for four and diverges later.
 """
 HARMLESS = 1.05
-"""Factor on the measure at the start, up to which first steps with a rate are harmless.
+"""Largest measure after the first steps, relative to the start, at which a rate is harmless.
 
-This holds for corrections. For a training of all weights, the measure must not rise: a model that
-is already close to the dense one loses more by a high rate than few steps can recover.
+This is the limit for corrections. If all weights are trained, the measure must not rise: a model
+that is already close to the dense one loses more by a high rate than a few steps can recover.
 """
 _WARM_UP = 0.1
 """Fraction of the steps in which the rate rises."""
@@ -211,30 +211,28 @@ _STEPS_OF_A_CHECK = 100
 PATIENCE = 4
 """Consecutive checks without an improvement, after which a training ends."""
 TOLERATED = 1.02
-"""Factor on the best measure so far, up to which a training goes on unchanged."""
+"""Largest measure relative to the best one at which a training continues unchanged."""
 GIVEN_UP = 1.5
-"""Factor on the measure at the start, above which a training with a given rate is abandoned."""
+"""Largest measure relative to the start at which a training with a given rate continues."""
 
 
 _MOST_PASSES = 8
-"""Most passes over the calibration text in a recovery whose length is chosen for a time."""
+"""Maximum number of epochs over the calibration text if the job's time limits the recovery."""
 _MOST_TOKENS = 100_000_000
 _PARAMETERS_PER_TOKEN = 100
-"""Parameters of the model for each token of such a recovery: small models learn what they can from
-fewer tokens.
-"""
+"""Parameters of the model per token of such a recovery: small models need fewer tokens."""
 _FURTHER_CHECKS = 6
-"""Checks in the time of which a training also tries its learning rates and ends."""
+"""Time for trying learning rates and for the end of a training, in units of a check."""
 _TIMED_STEPS = 3
-"""Steps that are timed before a training that has to end in time."""
+"""Number of steps timed before a training with a time limit."""
 
 
 def most_useful_tokens(num_parameters: int, calibration_tokens: int) -> int:
-    """Return the most tokens of a recovery whose length is chosen for a time.
+    """Return the maximum number of tokens of a recovery that the job's time limits.
 
     Args:
-        num_parameters: of the model.
-        calibration_tokens: of the text that is trained on.
+        num_parameters: parameters of the model.
+        calibration_tokens: tokens of the text used for training.
     """
     return min(
         _MOST_TOKENS,
@@ -244,7 +242,7 @@ def most_useful_tokens(num_parameters: int, calibration_tokens: int) -> int:
 
 
 def trial_steps(num_steps: int) -> int:
-    """Return the number of steps made with each learning rate that is tried."""
+    """Return the number of steps with which each learning rate is tried."""
     return min(num_steps, max(3, min(_MOST_WARM_UP, num_steps // 15)))
 
 
@@ -285,8 +283,8 @@ class Training:
     """
 
     section: RecoverySection
-    # with the pruned weights and masks. With loss kl it has the dense model's states of the windows
-    # held aside under the name `HELD`, and those of the batches
+    # with the pruned weights and masks; with loss kl also the dense model's states of the batches
+    # and, under the name `HELD`, of the windows held aside
     cluster: Cluster = field(repr=False)
     text: CalibrationText
     batches: Batches
@@ -302,20 +300,19 @@ class Training:
     # all checks; one of them is of the state kept at the end
     held: list[Check] = field(default_factory=list)
     before: float = math.nan  # measure at the start
-    # why the model stays as it was; None if the training is kept
+    # reason for undoing the training; None if it is kept
     undone: str | None = None
-    ended: str | None = None  # why training ended early; None if it did not
+    ended: str | None = None  # reason for ending early; None if it did not
     done: int = 0  # number of steps; for trials, only those of the rate that was taken
     num_tokens: int = 0  # number of tokens trained on in these steps
     num_in_vain: int = 0  # consecutive checks without an improvement
     started_s: float = field(default_factory=time.monotonic)
     checked_s: float = field(default_factory=time.monotonic)
-    # seconds of a step, seconds of other work -> the number of steps for the time that is left;
-    # None for the planned number
+    # returns the number of steps for the remaining time, given the seconds of a step and of other
+    # work; None for the planned number
     steps_for: Callable[[float, float], int] | None = field(default=None, repr=False)
     seconds_of_step: float | None = None  # measured before the training, if it was
-    # is called after a step, except in trials, if another one follows: `state` and `save` can be
-    # used
+    # called after every step but the last one, except in trials; may use `state` and `save`
     on_step: Callable[[], None] = field(default=lambda: None, repr=False)
 
     def train(self, shot: int, part: CommittedPart | None = None) -> None:
@@ -323,7 +320,7 @@ class Training:
 
         Args:
             shot: number of the shot.
-            part: state of this training that an earlier try has committed.
+            part: state of this training committed by an earlier attempt.
         """
         if not self.batches.num_steps:
             return
@@ -353,7 +350,7 @@ class Training:
             self.absorbed = float(absorbs)
 
     def state(self) -> dict[str, Any]:
-        """Return the state to resume from, ready for JSON; empty before the first step."""
+        """Return the state to resume from, as JSON values; empty before the first step."""
         if not self.done:
             return {}
         now_s = time.monotonic()
@@ -372,14 +369,14 @@ class Training:
         }
 
     def save(self, folder: str) -> list[SavedFile]:
-        """Let workers write the files to resume from; `state` is the coordinator's part."""
+        """Let workers write their part of the state to resume from; see `state`."""
         if not self.done:
             return []
         of_workers = self.cluster.run_all(steps.save, folder, self.done)
         return list(chain.from_iterable(of_workers))
 
     def _go_on(self, part: CommittedPart) -> None:
-        """Restore what `state` and `save` have written."""
+        """Restore a state written by `state` and `save`."""
         state = part.record["state"]
         now_s = time.monotonic()
         self.done = state["done"]
@@ -409,7 +406,7 @@ class Training:
         if self.steps_for is not None:
             self._fit_to_the_time(self.steps_for)
         if not self.batches.num_steps:
-            self.ended = "there was no time for it"
+            self.ended = "there was no time for a training"
             return
         if self.section.learning_rate is None:
             self._try_rates(trial_steps(self.batches.num_steps))
@@ -427,7 +424,7 @@ class Training:
         self.cluster.run_all(steps.take_best)
         self.losses = []
         self.num_tokens = 0
-        # the first step also allocates memory; a check is made every so many steps
+        # the minimum, because the first step allocates memory; a step has its share of a check
         self.seconds_of_step = min(seconds) + check_s / _STEPS_OF_A_CHECK
         further_s = _FURTHER_CHECKS * check_s
         self.batches.resize(steps_for(self.seconds_of_step, further_s))
@@ -483,7 +480,7 @@ class Training:
         best = self._best.value
         if self.num_in_vain == PATIENCE:
             self.ended = (
-                f"it ended after {self.done} steps, because {PATIENCE} checks "
+                f"training ended after {self.done} steps, because {PATIENCE} checks "
                 f"in a row were no better than {best:.4g}"
             )
             return
@@ -494,12 +491,12 @@ class Training:
             self.cluster.run_all(steps.take_best)
         elif check.value > GIVEN_UP * self.before:
             self.ended = (
-                f"it was given up after {self.done} steps, because it diverged: "
-                f"{self.before:.4g} became {check.value:.4g}"
+                f"training ended after {self.done} steps, because it diverged: "
+                f"the measure rose from {self.before:.4g} to {check.value:.4g}"
             )
 
     def _has_ended(self) -> bool:
-        """Whether no step follows: all steps are made, training ended early, or the text did."""
+        """Return whether all steps are made, training ended early, or the text is exhausted."""
         if self.ended is not None or self.done == self.batches.num_steps:
             return True
         try:
@@ -584,7 +581,7 @@ class Training:
         progress.reach(self.done)
 
     def _note_if_best(self, check: Check) -> bool:
-        """Note a check, and keep the state if it is the best so far; return whether it is."""
+        """Record a check, and keep the state if it is the best so far; return whether it is."""
         is_best = not self.held or check.value < self._best.value
         self.held.append(check)
         if is_best:
@@ -592,12 +589,14 @@ class Training:
         return is_best
 
     def _back_to_the_best(self) -> str | None:
-        """Go back to the best state; return the reason if the training is to be undone."""
+        """Restore the best state; return the reason if the training has to be undone."""
         num_steps = self._best.steps
         if not num_steps:
-            before = f"{self.before:.4g} before"
-            return f"no state was better on the validation windows than {before}"
-        if num_steps == self.batches.num_steps:  # it was measured rounded
+            return (
+                "no state was better on the validation windows than the pruned model "
+                f"({self.before:.4g})"
+            )
+        if num_steps == self.batches.num_steps:  # already measured with rounded weights
             return None
         self.cluster.run_all(steps.take_best)
         rounded = self._measured(num_steps, rounded=True)
@@ -605,17 +604,13 @@ class Training:
         if rounded.value < self.before:
             return None
         return (
-            f"rounded to the weights' dtype it was {rounded.value:.4g} "
-            f"on the validation windows, and {self.before:.4g} before"
+            f"rounded to the weights' dtype, the best state has {rounded.value:.4g} on the "
+            f"validation windows, no better than the pruned model ({self.before:.4g})"
         )
 
     @property
     def facts(self) -> Facts:
-        """The facts that the step shows.
-
-        These are the measures before and after, the rate, and why the training was undone, if it
-        was.
-        """
+        """Facts of the step: the measures before and after, the rate, and why it was undone."""
         facts: Facts = {"num_steps": len(self.losses), "rate": self.rate}
         if self.held:
             facts["held aside before"] = self.held[0].value
