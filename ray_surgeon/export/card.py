@@ -39,9 +39,9 @@ def hub_id(source: str) -> str | None:
 
 
 def public_name(source: str) -> str:
-    """Return a name of a model or text that anybody may read, without local paths and addresses.
+    """Return a public name of a model or text, without local paths and addresses.
 
-    Names of texts and ids on the Hub stay; of all others, the last part is left.
+    Names of texts and ids on the Hub do not change; other sources are reduced to their last part.
     """
     is_file = source.endswith(TEXT_SUFFIXES) or Path(source).exists()
     if hub_id(source) is not None and not is_file:
@@ -50,7 +50,7 @@ def public_name(source: str) -> str:
 
 
 def licence_of(model: ModelSection) -> dict[str, str]:
-    """Return the fields of the source's metadata on its licence; empty if it states none.
+    """Return the fields on the licence in the source's metadata; empty if there are none.
 
     They come from the model card of a folder or of the Hub, or from a GGUF file.
     """
@@ -70,7 +70,7 @@ def front_matter(card: str) -> dict[str, Any]:
         return {}
     try:
         metadata = yaml.safe_load(match[1])
-    except yaml.YAMLError:  # a card of the source, which nothing else depends on
+    except yaml.YAMLError:  # an invalid card of the source is not an error
         return {}
     return metadata if isinstance(metadata, dict) else {}
 
@@ -101,7 +101,7 @@ def _valid(metadata: Mapping[str, Any]) -> dict[str, str]:
 
 
 def calibration_of(spec: Mapping[str, Any]) -> str:
-    """Return how many windows of which texts a run was calibrated on.
+    """Return a description of the calibration windows of a run.
 
     For example "228 windows of 512 tokens: 69 of python-docs, 159 written by the model itself".
 

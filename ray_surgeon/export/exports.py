@@ -1,6 +1,6 @@
-"""Exports of a run: which are possible, how each is written, and the stages that write them.
+"""Exports of a run: checks of the job spec, writing, and the stages that write them.
 
-Each is reloaded in a fresh process. Runs that pass through several sizes export all of them.
+Every export is reloaded in a fresh process. Runs with several sizes export all of them.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ _RELOADED = "reloaded and compared"
 def check_exports(
     output: OutputSection, layout: ModelLayout, shrinking: WidthLimits
 ) -> None:
-    """Refuse exports that a model cannot have, before anything starts.
+    """Refuse exports that are impossible for a model, before the run starts.
 
     Args:
         output: `output` of the job spec.
-        layout: of the dense model.
-        shrinking: the widths that pruning may leave.
+        layout: layout of the dense model.
+        shrinking: widths that pruning may leave.
 
     Raises:
-        ValueError: gives the reason, and another export.
+        ValueError: an export is impossible; the message gives the reason and an alternative.
     """
     if "uniform" in output.exports:
         if not shrinking.same_in_all_blocks:
@@ -105,7 +105,7 @@ def export(
         The export's entry in the report.
 
     Raises:
-        RuntimeError: the fresh process cannot load it, or computes something else.
+        RuntimeError: the fresh process cannot load the export, or its logits differ.
     """
     layout = pruned.layout
     blocks = list(range(layout.num_blocks))
@@ -162,7 +162,7 @@ def _write_folder(
         uri: folder to write.
         dense: config.json of the dense model.
         blocks: numbers of the blocks to write.
-        widths: of these blocks; none if the export keeps the dense model's shapes.
+        widths: widths of these blocks; empty if the export keeps the dense model's shapes.
     """
     layout = pruned.layout
     document = dense
@@ -188,7 +188,7 @@ def _write_folder(
 def _vllm_options(
     kind: str, layout: ModelLayout, widths: Sequence[BlockWidths]
 ) -> str | None:
-    """Return the options with which vLLM serves an export; None if it does not, or was not run."""
+    """Return vLLM's options for an export; None if vLLM does not support it or was not tested."""
     if kind == "per_block":
         has_attentions = all(width.num_kv_heads for width in widths)
         is_served = has_attentions and layout.config.model_type != "gpt2"
@@ -201,7 +201,7 @@ def _vllm_options(
 
 
 def _is_ordinary_in_vllm(layout: ModelLayout, widths: Sequence[BlockWidths]) -> bool:
-    """Whether vLLM's own class holds the heads of an export `uniform`."""
+    """Return whether vLLM's class of the family supports the heads of a uniform export."""
     has_all_heads = widths[0].num_kv_heads == layout.heads.num_kv
     return has_all_heads or layout.family.has_free_heads_in_vllm
 
@@ -209,7 +209,7 @@ def _is_ordinary_in_vllm(layout: ModelLayout, widths: Sequence[BlockWidths]) -> 
 def _loaders(
     kind: str, layout: ModelLayout, widths: Sequence[BlockWidths]
 ) -> dict[str, str]:
-    """Return program -> how it loads an export."""
+    """Return a description of how each program loads an export."""
     if kind == "masked":
         return {
             "transformers": _RELOADED,
@@ -252,7 +252,7 @@ class Size:
 
 
 def pruned_of(run: RunState, shot: int) -> PrunedModel:
-    """Return the model of a run after a shot, as exports take it."""
+    """Return the model of a run after a shot, for exports."""
     return PrunedModel(
         cluster=run.cluster,
         layout=run.layout,

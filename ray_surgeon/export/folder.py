@@ -53,7 +53,7 @@ A token's relative error is the norm of the difference, divided by the norm of t
 deviations from their mean.
 """
 MOST_ROUNDINGS = 2.0
-"""How many times the error that rounding causes in the export the workers' error may be."""
+"""Largest rounding error of the workers' logits, relative to that of the export's."""
 _OF_THE_SOURCE = (
     # of config.json and generation_config.json
     "_name_or_path",
@@ -70,9 +70,9 @@ _OF_THE_SOURCE = (
     "is_local",
     "local_files_only",
 )
-"""Entries of small files that say where, or from what, they were written; often local paths."""
+"""Entries of small files on their origin, which are often local paths."""
 _CLEANED = ("generation_config.json", "tokenizer_config.json")
-"""Small files that are copied without these entries."""
+"""Small files from which these entries are removed."""
 _WRITTEN = ("*.index.json", "model*.safetensors", "masks*.safetensors")
 """Name patterns of the files of weights and masks."""
 
@@ -196,7 +196,7 @@ def dense_document(model: ModelSection) -> dict[str, Any]:
     document = cleaned(files.read_json(str(config)))
     for name in ("torch_dtype", "quantization_config", "auto_map"):
         document.pop(name, None)
-    # blocks that predict further tokens are not read, and transformers does not run them
+    # blocks for multi-token prediction are not loaded, and transformers does not run them
     if document.get("num_nextn_predict_layers"):
         document["num_nextn_predict_layers"] = 0
     document["dtype"] = model.dtype
@@ -204,7 +204,7 @@ def dense_document(model: ModelSection) -> dict[str, Any]:
 
 
 def cleaned(document: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the content of a JSON file without the entries that say where it was written."""
+    """Return the content of a JSON file without the entries on its origin."""
     return {name: value for name, value in document.items() if name not in _OF_THE_SOURCE}
 
 
@@ -244,7 +244,7 @@ def copy_small_files(
 
 
 def copy_licences(model: ModelSection, uri: str) -> None:
-    """Copy the texts of the dense model's licence alone."""
+    """Copy only the texts of the dense model's licence."""
     dense = open_model(model)
     for name in dense.names:
         if is_licence(name):
@@ -455,8 +455,8 @@ def agree(logits: Tensor, expected: Tensor, dtype: str, *, half: bool) -> bool:
         logits: of one program.
         expected: of another.
         dtype: of the model.
-        half: whether half of the tokens may differ by any amount: in a mixture, attention that
-            rounds otherwise may route a token otherwise.
+        half: whether half of the tokens may differ by any amount, because rounding in the attention
+            of a mixture may change the routing of a token.
     """
     errors = relative_errors(logits, expected)
     allowed = TOLERANCE[dtype]

@@ -23,7 +23,7 @@ from ray_surgeon.storage import files
 
 
 def check_gguf(layout: ModelLayout, shrinking: WidthLimits) -> None:
-    """Refuse a model that llama.cpp could not read, before anything starts.
+    """Refuse a model that llama.cpp cannot read, before the run starts.
 
     Args:
         layout: of the dense model.
@@ -55,7 +55,7 @@ def check_gguf(layout: ModelLayout, shrinking: WidthLimits) -> None:
 def check_quantised(
     layout: ModelLayout, shrinking: WidthLimits, section: QuantizeSection
 ) -> None:
-    """Refuse a model that cannot be quantised as requested, before anything starts.
+    """Refuse a model that cannot be quantised as requested, before the run starts.
 
     Args:
         layout: of the dense model.
@@ -173,7 +173,7 @@ def _gguf_name(pruned: folder.PrunedModel) -> str:
     spec = pruned.facts["spec"]
     source = pruned.model.source
     name = source.rstrip("/").rpartition("/")[2].removesuffix(".gguf")
-    if source == files.join(spec["output"]["uri"], "source"):  # it was in memory
+    if source == files.join(spec["output"]["uri"], "source"):  # the model was in memory
         name = spec["name"]
     if spec["pruning"] or spec["recovery"]:
         name += "-pruned"

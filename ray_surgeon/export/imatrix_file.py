@@ -23,7 +23,7 @@ from ray_surgeon.storage import files, tensor_files
 
 
 class _Writer(gguf.GGUFWriter):
-    """Writes a file that holds no model, so it has no architecture."""
+    """Writes a GGUF file without a model, and therefore without an architecture."""
 
     def add_architecture(self) -> None:
         self.add_type(gguf.GGUFType.IMATRIX)

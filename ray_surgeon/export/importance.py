@@ -51,7 +51,7 @@ def write_mean_squares(
         cluster: with the pruned weights.
         tokens: [num_sequences, sequence_length], over which the mean is taken.
         folder: URI, for the files of all workers.
-        blocks: numbers of the blocks that are left; names number them from 0.
+        blocks: numbers of the remaining blocks; names number them from 0.
     """
     _Measuring().pass_all(cluster, tokens)
     cluster.run_all(_write, folder, blocks)

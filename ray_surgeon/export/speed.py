@@ -1,6 +1,6 @@
-"""Measures the speed of an export beside that of the dense model.
+"""Measures the speed of an export and of the dense model.
 
-Each runs in a fresh process with random weights: speed depends on shapes and dtype, not on values.
+Both run in fresh processes with random weights: speed depends on shapes and dtype, not on values.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from ray_surgeon.memory.transfers import backend
 from ray_surgeon.models.build import cache_argument
 
 Speeds = dict[str, Any]
-"""A document that is passed on as JSON."""
+"""A JSON document."""
 
 
 def measure(cluster: Cluster, uri: str, dense: Speeds, options: SpeedSection) -> Speeds:

@@ -1,7 +1,4 @@
-"""Runs downstream tasks of EleutherAI's harness in a fresh process.
-
-They run on the dense model and on exports.
-"""
+"""Runs downstream tasks of EleutherAI's harness on the dense model and exports."""
 
 from __future__ import annotations
 
@@ -28,7 +25,7 @@ Scores = dict[str, dict[str, float]]
 
 
 def check_tasks(options: TasksSection) -> None:
-    """Refuse tasks that the harness does not know, before anything starts.
+    """Refuse tasks that the harness does not know, before the run starts.
 
     Raises:
         ValueError: the harness is not installed, or does not know a task.

@@ -55,11 +55,11 @@ class CurvatureKind:
         sequences: Tokens,
         label_seed: int | None,
     ) -> dict[str, Any]:
-        """Make the further passes after that for A and G.
+        """Run the further passes, after that for A and G.
 
         Args:
-            cluster: with A and G.
-            sequences: the sequences that A and G were gathered from.
+            cluster: cluster with A and G.
+            sequences: sequences from which A and G were gathered.
             label_seed: as for G, so that the labels are the same.
 
         Returns:
@@ -76,7 +76,7 @@ def kind_of(section: AnyCurvature) -> CurvatureKind:
     """Return the kind of curvature that a section of the job spec asks for."""
     if section.kind not in _EXPERIMENTAL:
         return CurvatureKind()
-    # loaded by name: no module of the core may depend on an experiment
+    # loaded by name, because the core must not depend on experiments
     module = importlib.import_module(_EXPERIMENTAL[section.kind])
     kind: CurvatureKind = module.Kind(section)
     return kind

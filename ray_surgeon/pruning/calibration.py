@@ -1,6 +1,7 @@
 """The curvature pass of a shot: A and G of every linear, from the calibration text.
 
-The damping may be chosen from several: the one whose removals cost least on windows held aside.
+The damping may be chosen from several: the one with the smallest costs of removals on windows held
+aside.
 """
 
 from __future__ import annotations
@@ -27,9 +28,9 @@ from ray_surgeon.run_state import CalibrationText, Facts, RunState
 
 
 def _keep_held_factors(worker: Worker, method: Method) -> None:
-    """Keep copies of the factors of some owned linears; dampings are tried on these.
+    """Keep copies of the factors of some owned linears, to try dampings on them.
 
-    In every role that is ranked, they are the linears one and two thirds through the model.
+    For every ranked role, these are the linears at one third and two thirds of the model's depth.
     """
     names_of_roles: dict[str, list[str]] = {}
     for shape in worker.layout.linears:
@@ -50,7 +51,7 @@ def _keep_held_factors(worker: Worker, method: Method) -> None:
 
 
 def _costs_held_aside(worker: Worker, method: Method, share: float) -> list[float]:
-    """Return the costs of removals in these linears; see `cost_held_aside`."""
+    """Return the costs of removals in the linears of `_keep_held_factors`."""
     prunes_rows = method.gathers is None
     costs = list[float]()
     for name, held in worker.state.held_factors.items():

@@ -54,23 +54,23 @@ from ray_surgeon.recovery.reconstruction import Reconstruction
 from ray_surgeon.run_state import CalibrationText
 
 _PATH_MARGIN = 1.25
-"""Multiple of the numbers of groups predicted by single costs that paths are followed for.
+"""Initial length of paths relative to the numbers of groups predicted by single costs.
 
-Single costs are estimates, so paths are followed somewhat farther at first.
+Single costs are estimates, so paths are followed somewhat farther.
 """
 _LARGEST_MARGIN = 40.0
-"""Margin from which on all paths are followed to their ends.
+"""Margin at which all paths are followed to their ends.
 
-The margin doubles every time the paths are too short; at this size, single costs are no guide.
+The margin doubles whenever paths are too short; at this size, single costs are no guide.
 """
 _MOST_TIMES_LIMIT = 4.0
-"""Multiple of its limit up to which a path is followed for groups that may be needed.
+"""Largest cost, relative to the limit, of groups on a path that may be needed.
 
 The number of these groups comes from single costs, so their costs may be far above the limit.
 """
 
 _CURVE_POINTS = 40
-"""Most points of the predicted loss increase that the report has."""
+"""Maximum number of points of the predicted loss increase in the report."""
 
 Counts = Mapping[str, int]
 """Consumer -> number of its groups."""
@@ -117,7 +117,7 @@ class Groups(Ranking):
     removed: frozenset[LayerKey] = frozenset()  # layers that are removed whole
 
     def __post_init__(self) -> None:
-        """Refuse a target that cannot be reached, or that the dense model meets already.
+        """Refuse a target that cannot be reached, or that the dense model already meets.
 
         Raises:
             OutOfReachError: the target is out of reach; the message says what is possible.
@@ -172,7 +172,7 @@ class Groups(Ranking):
         return self.removed.isdisjoint({("blocks", groups.block), (part, groups.block)})
 
     def multiple(self, kind: str, shot: int) -> int:
-        """Return the number that the number of groups left must be a multiple of.
+        """Return the divisor of the number of groups left.
 
         Widths are rounded in the shots that reach a size of the model.
         """
@@ -208,7 +208,7 @@ class Groups(Ranking):
         return groups
 
     def loss_curve(self, scores: GroupScores) -> list[tuple[float, float]]:
-        """Return what removing more or less than the shot does would cost.
+        """Return the predicted loss increase of other sparsities than that of the shot.
 
         Args:
             scores: costs of all consumers.
@@ -419,7 +419,7 @@ class Groups(Ranking):
     def _path_limits(
         self, groups: GroupSet, num_left: int, path: Reach | None, shot: int
     ) -> Limits:
-        # these go whatever they cost, so that a multiple is left
+        # these are removed at any cost, so that a multiple is left
         num_odd = num_left % self.multiple(groups.kind, shot)
         least = self.section.fewest_groups[groups.kind]
         if path is None:
@@ -456,10 +456,9 @@ class Groups(Ranking):
         return frozenset((*range(0, num_groups, multiple), num_groups))
 
     def try_rates(self, worker: Worker, counts: Counts) -> list[tuple[float, float]]:
-        """Train layers briefly with several learning rates, without changing anything.
+        """Train layers briefly with several learning rates, without changing the weights.
 
-        Of the model's layers that lose groups, the one a third and the one two thirds through are
-        trained.
+        These are the layers at one third and two thirds of those that lose groups.
 
         Args:
             worker: after `costs`.
@@ -603,7 +602,7 @@ class Groups(Ranking):
         choice: Choice,
         shot: int,
     ) -> Applied:
-        """Prune, update, and train layers with the learning rate that did best on some of them."""
+        """Prune, update, and train layers with the learning rate that was best on some of them."""
         if not self.has_costs:
             dense = cluster.run_all(summaries)
             return list(chain.from_iterable(dense)), {}

@@ -25,7 +25,7 @@ from ray_surgeon.pruning.method import Method
 from ray_surgeon.run_state import Facts, RunState, held_measure
 
 TOKENS_EACH = 20
-"""Tokens for each input of a linear that is fitted; more change the fit by at most a twentieth."""
+"""Tokens per input of a fitted linear; more tokens change the fit by at most 5 %."""
 _PRICE_MARGIN = 2.0
 """Layers up to this multiple of the lowest known price are measured again at once.
 
@@ -35,7 +35,7 @@ Removals raise prices, so the lowest known one is often out of date. One pass me
 
 @dataclass(frozen=True)
 class Depth:
-    """Removes layers until the shot's share of them is gone."""
+    """Removes layers until the target of the shot is reached."""
 
     method: Groups
     layers: tuple[Layer, ...]  # layers of the kinds that may be removed
@@ -49,7 +49,7 @@ class Depth:
         """Remove one layer after the other.
 
         Returns:
-            The method, which knows which layers are gone.
+            The method, with the removed layers.
         """
         cluster = run.cluster
         gone = self.find_gone(cluster)
@@ -70,7 +70,7 @@ class Depth:
         return self.known(method, gone)
 
     def find_gone(self, cluster: Cluster) -> list[Layer]:
-        """Return the layers that are gone, and let workers' passes skip the blocks among them."""
+        """Return the removed layers, and let passes skip the removed blocks."""
         found = set[Layer]()
         for of_worker in cluster.run_all(removal.layers_gone, self.layers):
             found.update(of_worker)
@@ -78,10 +78,10 @@ class Depth:
 
     @staticmethod
     def known(method: Groups, gone: Sequence[Layer]) -> Groups:
-        """Return a method that knows which layers are gone."""
+        """Return the method with the removed layers."""
         return replace(method, removed=frozenset(layer.key for layer in gone))
 
-    # How many, and which
+    # Number and choice of layers
 
     def _is_missing(self, method: Groups, gone: Sequence[Layer], shot: int) -> bool:
         """Whether a shot has to remove another layer."""
@@ -155,7 +155,7 @@ class Depth:
             costs[layer] = divergence - with_all
         return costs
 
-    # The update that makes up for a layer
+    # The update that compensates for a removed layer
 
     def _sum_for_update(
         self,
@@ -163,7 +163,7 @@ class Depth:
         layer: Layer,
         gone: Sequence[Layer],
     ) -> str | None:
-        """Return the linear that takes over a layer, after its sums are gathered.
+        """Gather the sums for folding a layer into the linear before it, and return that linear.
 
         None if there is no update, or no such linear.
         """
@@ -182,7 +182,7 @@ class Depth:
         return linear
 
     def _try_update(self, run: RunState, linear: str | None) -> dict[str, Any]:
-        """Update the linear, and undo it if the windows held aside get worse by it.
+        """Update the linear, and undo the update if it does not help on the windows held aside.
 
         Returns:
             Entries for the report.

@@ -1,4 +1,4 @@
-"""Passes of text that measure the removal of layers; see `layer_removal` for the workers' part."""
+"""Passes that measure removals of layers; `layer_removal` has the workers' part."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ AtEnd = Callable[[int, int, Any], Future[Any]]
 """(replica, number of a sequence, its inputs) -> its result."""
 
 EVERY = 3
-"""One in this many tokens is compared, because the head costs as much as several blocks."""
+"""Stride of the compared tokens, because the head costs as much as several blocks."""
 
 
 def sums_without_each(
@@ -37,12 +37,12 @@ def sums_without_each(
     Every sequence passes once; from each layer on, the states without it travel with the others.
 
     Args:
-        cluster: with the dense model's states of the windows held aside.
-        text: of the calibration.
-        layers: the layers that are turned off, in the order of the model.
+        cluster: cluster with the dense model's states of the windows held aside.
+        text: calibration text.
+        layers: layers to turn off, in the order of the model.
 
     Returns:
-        [1 + num_layers, 2] float64: divergence from the dense model, and loss, in nats a token.
+        [1 + num_layers, 2] float64: divergence from the dense model, and loss, in nats per token.
     """
     counts = np.zeros(text.held.shape, dtype=bool)
     counts[:, 1::EVERY] = True
@@ -96,9 +96,9 @@ def sum_additions(
     """Let the workers with a linear sum the output that a later layer adds to the stream.
 
     Args:
-        cluster: with the layer in place.
-        layout: of the model.
-        tokens: [num_sequences, sequence_length] of the calibration.
+        cluster: cluster with the layer in place.
+        layout: layout of the model.
+        tokens: [num_sequences, sequence_length] calibration tokens.
         layer: the layer that is about to be removed.
         linear: the last linear that adds to the stream before the layer.
     """
@@ -133,12 +133,12 @@ def _shard_of(cluster: Cluster, block: int) -> int:
 def _through(
     cluster: Cluster, tokens: Tokens, last: int, passing: Passing, at_end: AtEnd
 ) -> list[Any]:
-    """Pass sequences through the shards before one, and return the results of that shard.
+    """Pass sequences through the shards up to `last`, and return the results of that shard.
 
-    Replicas take turns. At most ``num_shards + 1`` sequences of each replica are under way.
+    Replicas take turns. Each replica has at most ``num_shards + 1`` sequences in flight.
 
     Args:
-        cluster: with loaded workers.
+        cluster: cluster with loaded workers.
         tokens: [num_sequences, sequence_length].
         last: number of the last shard.
         passing: (worker, number of a sequence, its inputs) -> its outputs, for the shards before.

@@ -85,7 +85,7 @@ def go_around_removed(worker: Worker) -> None:
     shard = worker.shard
     for experts, mixture in zip(shard.expert_sets, shard.mixtures.values(), strict=True):
         removed = experts.removed(worker.masks)
-        # if all are removed, the layer adds nothing, whatever is chosen
+        # if all experts are removed, the choice does not matter
         if removed.any() and not removed.all():
             mixture.kept = ~removed
 

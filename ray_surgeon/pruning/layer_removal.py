@@ -17,7 +17,7 @@ from ray_surgeon.models.layers import Layer, added_by, influences, layers_of, wi
 from ray_surgeon.run_state import HELD
 
 DAMPING = (1e-4, 1.0)
-"""Damping of A relative to the mean of its diagonal: the first tried, and the largest."""
+"""Damping of A relative to its mean diagonal: the first and the largest value tried."""
 
 
 # The effect of the removal of each layer
@@ -42,12 +42,12 @@ def losses_without_each(
     """Run a sequence through the last shard, and measure it with all layers and without each.
 
     Args:
-        worker: with the dense model's states of the windows held aside.
+        worker: worker with the dense model's states of the windows held aside.
         inputs: see `without_each`.
-        number: number of the window among those held aside.
-        window: [1, T] its tokens.
+        number: number of the window held aside.
+        window: [1, T] tokens of the window.
         counts: [1, T] bool, whether a token counts.
-        layers: the layers that are turned off.
+        layers: layers to turn off.
 
     Returns:
         For the whole model and without each layer, sums over the tokens that count, in nats: the
@@ -82,11 +82,11 @@ def take_influences(worker: Worker) -> dict[int, float]:
 
 
 def layers_gone(worker: Worker, layers: Sequence[Layer] | None) -> list[Layer]:
-    """Return the layers of a shard that are gone, and let its passes skip the blocks among them.
+    """Return the removed layers of a shard, and let its passes skip the removed blocks.
 
     Args:
-        worker: with its masks.
-        layers: the layers that are looked at; None for all blocks.
+        worker: worker with its masks.
+        layers: layers to check; None for all blocks.
     """
     shard = worker.shard
     if layers is None:
@@ -106,7 +106,7 @@ def layers_gone(worker: Worker, layers: Sequence[Layer] | None) -> list[Layer]:
 def remove(worker: Worker, layer: Layer) -> None:
     """Remove a layer, if it is in the worker's shard.
 
-    If the layer is a part of a block, its last linear keeps its rows: a bias of zeros is left.
+    The last linear of an attention or feed-forward layer keeps its rows, as a bias of zeros.
     """
     if layer.block not in worker.shard.blocks:
         return
@@ -118,7 +118,7 @@ def remove(worker: Worker, layer: Layer) -> None:
         worker.shard.set_weight(name, W)
 
 
-# The update that makes up for it
+# The update that compensates for a removed layer
 
 
 def _fit(worker: Worker) -> LinearFit:
@@ -135,7 +135,7 @@ def begin_fitting(worker: Worker, linear: str) -> None:
 
 @contextlib.contextmanager
 def _noting(worker: Worker, number: int, linear: str) -> Iterator[None]:
-    """Keep the inputs of a linear while a sequence passes."""
+    """Context in which the inputs of a linear are kept."""
     noted = list[Tensor]()
     module = worker.shard.linears[linear]
     hook = module.register_forward_pre_hook(lambda module, read: noted.append(read[0]))
@@ -177,7 +177,7 @@ def sum_up(worker: Worker, number: int, addition: TensorPayload) -> None:
 def note_and_sum_up(
     worker: Worker, number: int, inputs: TensorPayload, layer: Layer, linear: str
 ) -> None:
-    """Keep the inputs and add to the sums on a shard that has both the linear and the layer."""
+    """Add a sequence to the sums on a shard with both the linear and the layer."""
     with _noting(worker, number, linear):
         addition = added(worker, inputs, layer)
     sum_up(worker, number, addition)
@@ -185,7 +185,7 @@ def note_and_sum_up(
 
 @collective
 def fold(worker: Worker, linear: str) -> None:
-    """Let a linear take over the layer's output, and send it to the replicas; see `folded`."""
+    """Fold the layer into a linear, and send the linear to the replicas; see `folded`."""
     if linear not in worker.shard.linears:
         return
     fitting = _fit(worker)
@@ -208,7 +208,7 @@ def fold(worker: Worker, linear: str) -> None:
 
 
 def unfold(worker: Worker, linear: str) -> None:
-    """Restore the weight that a linear had before `fold`."""
+    """Restore the weight from before `fold`."""
     if linear in worker.shard.linears:
         before = _fit(worker).before
         assert before is not None

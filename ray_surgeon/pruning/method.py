@@ -150,7 +150,7 @@ class Method(ABC):
     def of_loss(self, linears: Sequence[LinearSummary]) -> list[LinearSummary]:
         """Return the summaries of `apply`, without predictions if the curvature is not of the loss.
 
-        Costs are not in nats then.
+        In that case costs are not in nats.
         """
         if self.curvature is not None and self.curvature.is_of_loss:
             return list(linears)
@@ -170,7 +170,7 @@ class Method(ABC):
 
 
 class Ranking(Method):
-    """A method that ranks by cost, over the whole model, everything that it may remove."""
+    """A method that ranks all candidates of the model by cost."""
 
     costs: ClassVar[Callable[..., Scores[Any]]]
     """The step of `score` that runs on a worker."""
@@ -201,7 +201,7 @@ class ByThreshold(Ranking):
     """A method that ranks parts of linears on their own and prunes up to one threshold."""
 
     update: Any
-    """How kept weights make up for pruned ones, in the form that the candidates take."""
+    """Options of the update of the kept weights, in the form that the candidates take."""
 
     # On a worker
 
@@ -275,7 +275,7 @@ class ByThreshold(Ranking):
 
 @dataclass(frozen=True)
 class NoPruning(Method):
-    """The method of a job that leaves its model to recovery and exports."""
+    """The method of a job without pruning, which only trains or exports its model."""
 
     section: ScheduleSection = NO_PRUNING
     curvature: None = None

@@ -38,10 +38,10 @@ def method_for(
     """Return the method of a job for a model.
 
     Args:
-        pruning: section of the job spec; None for a job that prunes nothing.
+        pruning: section of the job spec; None for a job without pruning.
         curvature: section of the job spec; None for methods that gather their own.
-        layout: of the model.
-        dtype: of the model's weights.
+        layout: layout of the model.
+        dtype: dtype of the model's weights.
 
     Raises:
         ValueError: the method cannot prune this model as requested.
@@ -197,11 +197,11 @@ def apply_choice(
     """Let workers prune and update, and measure the result on the windows held aside.
 
     Args:
-        run: in a shot.
+        run: run in a shot.
         method: the method of pruning.
         scores: scores of the shot; None for a method without costs.
         choice: what to prune.
-        facts: facts of the step, which are extended.
+        facts: facts of the step; new facts are added.
     """
     linears, record = method.apply(run.cluster, run.text.tokens, choice, run.shot)
     run.linears = method.of_loss(linears)

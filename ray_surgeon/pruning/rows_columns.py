@@ -25,7 +25,7 @@ from ray_surgeon.models.dependencies import propagate, shrinkable
 from ray_surgeon.pruning.method import Applied, ByThreshold, Choice, Scores
 
 _SAMPLED_BLOCKS = 4
-"""One in this many blocks is sampled to estimate how far greedy paths must go."""
+"""Stride of the blocks sampled to estimate the length of greedy paths."""
 _MOST_LIMITS = 10
 """Number of limits tried, each four times the last, before paths are followed to their ends."""
 
@@ -54,7 +54,7 @@ class RowsColumns(ByThreshold):
         Args:
             worker: with curvature.
             limit: limit of the greedy path; None for the cost of each structure on its own.
-            every: one in this many blocks is looked at.
+            every: stride of the blocks whose costs are computed.
 
         Raises:
             FloatingPointError: a factor or a cost is not usable; names the linear.

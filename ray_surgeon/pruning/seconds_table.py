@@ -1,6 +1,7 @@
 """Seconds of a request as a budget: a sum over blocks, by their widths.
 
-The seconds are in a table, measured in the engine that will serve; see examples/engine_table.py.
+The seconds are read from a table that was measured in the serving engine; see
+examples/engine_table.py.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ _SecondsByNumber = Annotated[dict[NonNegativeInt, _Pair], Field(min_length=1)]
 
 
 class _Table(BaseModel):
-    """The entries of a table that are read; it may have more.
+    """The entries of a table that are used; others are ignored.
 
     Seconds are pairs: for the prompts, and for the new tokens.
     """
@@ -42,7 +43,7 @@ def budget_in(uri: str, layout: ModelLayout, target: TimedTarget) -> Budget:
     """Return a budget from a table, linear between the widths that were measured.
 
     Raises:
-        ValueError: the file is no such table, or is of another model.
+        ValueError: the file is not a table, or is a table of another model.
     """
     table = _read(uri)
     own = (layout.num_blocks, layout.num_channels, layout.heads.num_kv)
@@ -70,7 +71,7 @@ def budget_in(uri: str, layout: ModelLayout, target: TimedTarget) -> Budget:
     heads = _of_each_number({n: needs_of(parts) for n, parts in table.kv_heads.items()})
     by_left = {
         "ffn": ffn,
-        # relative to all heads: seconds with these are part of those of the channels
+        # relative to all heads, whose seconds are included in those of the channels
         "attention": tuple(seconds - heads[-1] for seconds in heads),
     }
     parts_of_layers = {

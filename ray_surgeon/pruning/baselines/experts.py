@@ -13,9 +13,9 @@ def score_experts(kind: str, sums: ExpertSums, num_chosen: int, seed: int) -> Te
 
     Args:
         kind: ``reap``, ``frequency`` or ``random``.
-        sums: over the tokens of each expert.
-        num_chosen: experts that each token is routed to.
-        seed: of random scores.
+        sums: sums over the tokens of each expert.
+        num_chosen: number of experts a token is routed to.
+        seed: seed of random scores.
     """
     if kind == "reap":
         return reap_costs(sums)
