@@ -178,7 +178,7 @@ def test_earlier_completions_are_run_only_with_the_flag(
         start = "benchmarks.humaneval.subprocess.Popen"
         patch.setattr(start, lambda *_, **__: pytest.fail("code was run"))
         assert main(arguments) == 0
-    assert "Nothing was run" in capsys.readouterr().out
+    assert "No code was run" in capsys.readouterr().out
     assert "outcomes" not in out.read_text()
     assert (
         main([*arguments, "--run-code", *(() if CUT_OFF else ("--allow-network",))]) == 0
