@@ -20,7 +20,7 @@ def measure_dense_model(run: RunState, further: Mapping[str, Text], facts: Facts
         run: before the first shot.
         further: texts in addition to those of the evaluation on which later weights are compared
             with the dense model, by name.
-        facts: of the step.
+        facts: facts of the step.
     """
     perplexity = {}
     for name, text in run.texts.items():

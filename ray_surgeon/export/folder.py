@@ -112,11 +112,11 @@ def write_weights(
     """Have every shard write its files, replace older ones, and write their index.
 
     Args:
-        cluster: with the pruned weights.
+        cluster: cluster with the pruned weights.
         uri: folder.
         blocks: numbers of the blocks to write.
-        kind: of the export. A masked export keeps the shapes of the dense model and has its masks
-            in files beside the weights; a per_block export has the names that tensors have here.
+        kind: kind of the export. A masked export keeps the shapes of the dense model and has
+            further files with its masks; a per_block export uses the names of tensors in memory.
         left_out: see `save_weights`.
 
     Returns:
@@ -309,8 +309,8 @@ def run_for(uri: str, name: str, request: Mapping[str, Any]) -> dict[str, Any]:
 
     Args:
         uri: the export, named at the beginning of errors.
-        name: of the module.
-        request: for its `answer`.
+        name: name of the module.
+        request: argument of its `answer`.
 
     Raises:
         RuntimeError: the process fails.
@@ -452,9 +452,9 @@ def agree(logits: Tensor, expected: Tensor, dtype: str, *, half: bool) -> bool:
     """Return whether two programs' logits [..., vocabulary] differ by rounding only.
 
     Args:
-        logits: of one program.
-        expected: of another.
-        dtype: of the model.
+        logits: logits of one program.
+        expected: logits of another.
+        dtype: dtype of the model.
         half: whether half of the tokens may differ by any amount, because rounding in the attention
             of a mixture may change the routing of a token.
     """

@@ -26,7 +26,7 @@ def check_gguf(layout: ModelLayout, shrinking: WidthLimits) -> None:
     """Refuse a model that llama.cpp cannot read, before the run starts.
 
     Args:
-        layout: of the dense model.
+        layout: layout of the dense model.
         shrinking: the widths that pruning may leave.
 
     Raises:
@@ -58,7 +58,7 @@ def check_quantised(
     """Refuse a model that cannot be quantised as requested, before the run starts.
 
     Args:
-        layout: of the dense model.
+        layout: layout of the dense model.
         shrinking: the widths that pruning may leave.
         section: `output.quantize` of the job spec.
 
@@ -121,7 +121,7 @@ def export_gguf(
     Args:
         pruned: the model.
         uri: folder to write.
-        widths: of every block.
+        widths: widths of every block.
         kinds: types of the matrices; each gives one file.
 
     Returns:

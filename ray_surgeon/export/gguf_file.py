@@ -63,10 +63,10 @@ def write_gguf(
     Args:
         folder: URI with the tokenizer and the safetensors files of a model, from which pruned
             groups are removed.
-        config: of the dense model.
-        widths: of every block.
+        config: configuration of the dense model.
+        widths: widths of every block.
         kind: one of `KINDS`.
-        name: of the model.
+        name: name of the model.
         target: the file.
 
     Returns:

@@ -42,7 +42,7 @@ class Names:
         """Return llama.cpp's name of each tensor -> the parameters it is made of.
 
         Args:
-            names: of the parameters.
+            names: names of the parameters.
 
         Raises:
             ValueError: llama.cpp has no place for a parameter.

@@ -48,7 +48,7 @@ def write_mean_squares(
     has in memory here.
 
     Args:
-        cluster: with the pruned weights.
+        cluster: cluster with the pruned weights.
         tokens: [num_sequences, sequence_length], over which the mean is taken.
         folder: URI, for the files of all workers.
         blocks: numbers of the remaining blocks; names number them from 0.

@@ -54,7 +54,7 @@ def quantised(
 
     Args:
         weight: to be rounded to the nearest number.
-        scheme: of quantisation.
+        scheme: scheme of the quantisation.
         scale: [R, groups]; if not given, the largest number of each group just fits.
     """
     weight = weight.float()

@@ -92,7 +92,7 @@ def round_linears(
     """Round all linears of the current model on the workers, permanently.
 
     Args:
-        cluster: with loaded workers.
+        cluster: cluster with loaded workers.
         tokens: [num_sequences, sequence_length] of the calibration.
         grid: the numbers that can be stored.
         both_sides: whether G, too, weighs and compensates errors, and rounding proceeds in

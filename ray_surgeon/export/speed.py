@@ -123,8 +123,8 @@ def _random_model(document: Speeds, folder: Path) -> PreTrainedModel:
     """Return a model with random weights.
 
     Args:
-        document: its config.json, which is written.
-        folder: for config.json; modeling code in it, if any, is ours.
+        document: content of config.json.
+        folder: folder for config.json; modeling code in it is ours.
     """
     (folder / "config.json").write_text(json.dumps(document))
     config = AutoConfig.from_pretrained(folder, trust_remote_code=True)

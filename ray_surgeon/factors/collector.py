@@ -60,7 +60,7 @@ class CurvatureKind:
         Args:
             cluster: cluster with A and G.
             sequences: sequences from which A and G were gathered.
-            label_seed: as for G, so that the labels are the same.
+            label_seed: the same seed as for G, so that the labels are the same.
 
         Returns:
             Entries for the report.
@@ -204,7 +204,7 @@ def gather_curvature(
     that count, and costs are in nats per token that counts.
 
     Args:
-        cluster: with loaded workers.
+        cluster: cluster with loaded workers.
         sequences: [num_sequences, sequence_length] tokens.
         wanted: which factors are gathered, and how.
         counts: [num_sequences, sequence_length] bool, whether a token counts in the loss when it is

@@ -76,8 +76,8 @@ class GreedyBatch:
         Args:
             state: weights and inverses of the linears.
             may_prune: [B, num_structures] bool, on the CPU.
-            limits: of each linear; `per_parameter` is the same for all.
-            names: of the linears, for errors.
+            limits: limits of each linear; `per_parameter` is the same for all.
+            names: names of the linears, for errors.
             is_padded: whether structures that may not be pruned are padding.
         """
         self.state = state

@@ -223,7 +223,7 @@ def _prepare(
     """Balance, damp and factorise.
 
     Args:
-        linears: of one shape.
+        linears: linears of one shape.
         alive: [B, C] bool: columns that earlier shots kept, on the CPU.
         groups: see `batched_group_costs`.
         least: groups of each linear that stay.

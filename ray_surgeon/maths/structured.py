@@ -80,12 +80,12 @@ def find_candidates(
     """Return which rows and columns may be pruned, and their costs.
 
     Args:
-        linear: with the weights that earlier shots left.
+        linear: linear with the weights that earlier shots left.
         mask: rows and columns that earlier shots kept.
         structure: ``rows``, ``columns`` or ``rows_columns``.
         costs: ``obs`` (with the optimal update of the others) or ``obd`` (without one), where there
             is no greedy path.
-        limits: of the greedy path; only rows and columns that it prunes are candidates.
+        limits: limits of the greedy path; only rows and columns that it prunes are candidates.
 
     Raises:
         FloatingPointError: a factor or a cost is not usable.
@@ -130,7 +130,7 @@ def _path_costs(curvature: LinearCurvature, allowed: Pair, limits: Limits) -> Pa
     """Return the `greedy_costs` of rows and single columns.
 
     Args:
-        curvature: of the part.
+        curvature: curvature of the part.
         allowed: rows [R] bool and columns [C] bool that may be pruned.
         limits: how far the greedy path is followed.
     """
@@ -172,7 +172,7 @@ def group_costs(curvature: LinearCurvature, columns: Tensor, limits: Limits) -> 
     Groups whose inputs are always zero cost 0, except for those that `limits.least` lets stay.
 
     Args:
-        curvature: of the consumer's `alive_part`.
+        curvature: curvature of the consumer's `alive_part`.
         columns: [num_groups, width] columns of each group.
         limits: how far the greedy path is followed.
 
@@ -219,7 +219,7 @@ def prune_groups(
     """Remove columns of a consumer and update the others exactly.
 
     Args:
-        curvature: of the consumer's `alive_part`.
+        curvature: curvature of the consumer's `alive_part`.
         mask: rows and columns that earlier shots kept.
         to_prune: [C] bool.
     """
@@ -260,7 +260,7 @@ def cost_held_aside(
     The update is by the linear's own factors, the cost by factors of other tokens.
 
     Args:
-        linear: with its factors and their damping.
+        linear: linear with its factors and their damping.
         held: factors of tokens held aside, as sums over them, not damped.
         share: fraction of the columns, and of the rows, that is removed.
         prunes_rows: whether the cheapest rows are removed, too.

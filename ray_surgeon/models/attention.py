@@ -24,12 +24,12 @@ from transformers.masking_utils import sdpa_mask
 from ray_surgeon.errors import ConfigError
 
 IN_PRODUCTS = "sdpa_in_products"
-"""Name of this implementation, as models ask for it."""
+"""Name under which models select this implementation."""
 QUERIES_AT_A_TIME = 128
 """Queries in a block, for every head that shares keys.
 
-Keys after the last query of a block are skipped: smaller blocks do less work, larger ones do it in
-larger products.
+Keys after the last query of a block are skipped, so smaller blocks need fewer operations, and
+larger blocks have larger products.
 """
 
 
@@ -46,11 +46,11 @@ def attention(
 ) -> tuple[Tensor, None]:
     """Return the outputs of attention.
 
-    Plain attention on a CPU, in bfloat16 or with a single query, is computed here; all else goes to
-    transformers' own function for SDPA.
+    Plain attention on a CPU, in bfloat16 or with a single query, is computed here; all other cases
+    are passed to transformers' function for SDPA.
 
     Args:
-        module: the attention layer, whose `is_causal` counts if none is given.
+        module: attention layer; its `is_causal` is the default.
         query: [n, heads, T, d].
         key: [n, key heads, S, d]; consecutive query heads share a key head.
         value: [n, key heads, S, e].
@@ -233,10 +233,10 @@ def rope_kind(config: PretrainedConfig) -> str:
 
 
 def for_older_readers(document: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a config.json that programs of any age can read.
+    """Return a config.json for older and newer programs.
 
-    Older ones know ``rope_theta`` and its like, but not `rope_parameters`; newer ones know both. So
-    `rope_parameters` stay only if the older fields cannot hold all of them.
+    Older programs read ``rope_theta`` and similar fields, but not `rope_parameters`; newer programs
+    read both. `rope_parameters` are kept only if the older fields cannot hold all of them.
     """
     parameters = document.get("rope_parameters")
     if not parameters:

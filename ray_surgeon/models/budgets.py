@@ -1,4 +1,4 @@
-"""Budgets: the need of a model of given widths, which a target limits.
+"""Budgets: the resources that a model of given widths needs, which a target limits.
 
 Parameters, bytes and floating-point operations follow from shapes alone. Seconds are in a table of
 measurements, see `ray_surgeon.pruning.seconds_table`.
@@ -122,7 +122,7 @@ def fewest_left(
     """Return the smallest number of groups of each kind that may be left in every block.
 
     Args:
-        layout: of the model.
+        layout: layout of the model.
         least: kind of groups that may be pruned -> how many should stay in every block.
         tensor_parallel: see `kv_heads_left`.
         uniform: whether plain classes must be able to hold the result.
@@ -180,9 +180,9 @@ def _size_budget(
     """Return a budget that is proportional to the number of parameters.
 
     Args:
-        layout: of the model.
-        unit: of the budget.
-        num_parameters: of the dense model.
+        layout: layout of the model.
+        unit: unit of the budget.
+        num_parameters: parameters of the dense model.
         need_each: need of one parameter.
         includes_norms: whether the removal of a block saves its norms and other parameters beside
             its linears, too.
@@ -220,7 +220,7 @@ def flops_budget(layout: ModelLayout, prompt_length: int) -> Budget:
     goes to the same number of the remaining experts.
 
     Args:
-        layout: of the model.
+        layout: layout of the model.
         prompt_length: tokens of a prompt; the budget is the mean over them. Sliding windows are not
             taken into account.
     """

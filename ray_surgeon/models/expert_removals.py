@@ -49,7 +49,7 @@ def removals(
     nothing changes.
 
     Args:
-        mixture: of a block.
+        mixture: mixture of a block.
         hidden: [num_tokens, d] inputs.
         numbers: [num_tokens, k] experts of each token.
         weights: [num_tokens, k] of these experts.
@@ -103,7 +103,7 @@ def _needed_outputs(
     """Return outputs of experts for the tokens that need them.
 
     Args:
-        mixture: of a block.
+        mixture: mixture of a block.
         hidden: [num_tokens, d] inputs.
         needed: [num_experts, num_tokens] bool.
 

@@ -37,7 +37,7 @@ class Layer:
     """A layer that may be removed."""
 
     kind: str  # one of `LAYER_KINDS`
-    block: int  # number of the block that the layer is, or belongs to
+    block: int  # number of the block (or of the block that contains the layer)
     linears: tuple[str, ...]  # global names
     # the linear whose output is added to the stream, and which stays as a bias if only this layer
     # is removed; "" for blocks and mixtures
@@ -130,8 +130,8 @@ def without_each(
     """Run a sequence through a shard, with all layers and without each single one of them.
 
     Args:
-        shard: with its weights.
-        runner: of the shard.
+        shard: shard with its weights.
+        runner: runner of the shard.
         inputs: tokens [1, T], or hidden states [n, T, d] of one sequence: the first have passed all
             layers before the shard, each of the others all but one of these.
         layers: to be turned off, in order; layers of other shards are ignored.
@@ -183,8 +183,8 @@ def influences(
     Source: ShortGPT's block influence (Men et al. 2024, arXiv 2403.03853).
 
     Args:
-        shard: with its weights.
-        runner: of the shard.
+        shard: shard with its weights.
+        runner: runner of the shard.
         inputs: tokens [1, T] or hidden states [1, T, d].
 
     Returns:
@@ -212,8 +212,8 @@ def added_by(
     """Return the output [1, T, d] that a layer of a shard adds to the stream.
 
     Args:
-        shard: with its weights.
-        runner: of the shard.
+        shard: shard with its weights.
+        runner: runner of the shard.
         inputs: tokens [1, T] or hidden states [1, T, d] before the shard.
         layer: one whose output is added without a norm in between.
     """
@@ -246,7 +246,7 @@ def linear_before(layout: ModelLayout, layer: Layer, gone: Collection[str]) -> s
     None if there is no such linear, or if a norm or a router lies between it and the stream.
 
     Args:
-        layout: of the model.
+        layout: layout of the model.
         layer: one of the model's layers.
         gone: names of linears that are removed whole.
     """

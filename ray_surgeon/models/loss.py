@@ -15,17 +15,17 @@ from ray_surgeon.maths.products import product
 TOKENS_PER_SLICE = 128
 """Tokens whose logits exist at once: 128 tokens x 50k vocabulary x 4 bytes = 25 MiB."""
 TOKENS_IN_CACHE = 8
-"""Tokens that a CPU works on at once, so that their probabilities stay in a core's cache.
+"""Tokens that a CPU processes together, so that their probabilities stay in a core's cache.
 
-A GPU works on a whole slice at once.
+A GPU processes a whole slice together.
 """
 
 
 def bytes_at_the_head(vocab_size: int, width: int, *, on_cpu: bool) -> int:
     """Return the peak memory of a loss in bytes, beside the hidden states.
 
-    It holds the logits of a slice (on other devices than CPUs those of two models), and float32
-    copies of the tokens that are worked on.
+    It holds the logits of a slice (of two models, except on CPUs) and float32 copies of the logits
+    of the tokens that are processed together.
 
     Args:
         vocab_size: vocabulary size of the model.
@@ -194,7 +194,7 @@ def next_token_loss(
 
 
 Dense = tuple[Tensor, Tensor | None]
-"""The dense model's last hidden states [1, T, d] of a sequence, and its head if it is another."""
+"""The dense model's last hidden states [1, T, d] of a sequence, and its head if that differs."""
 
 
 @dataclass(frozen=True)
@@ -231,7 +231,7 @@ def compare_with_dense(
         dense: [num_sequences, T, d] the same of the dense model, of any float dtype.
         predicted: the predicted tokens; the labels are those of the text.
         head_weight: [vocabulary, d] of both models.
-        dense_head: [vocabulary, another d] of the dense model, if its head is another.
+        dense_head: [vocabulary, d of the dense model] head of the dense model, if it differs.
         with_gradient: whether to compute the gradient.
         with_acceptance: whether to compute acceptance and agreement. Source: docs/method.md,
             section 11.

@@ -25,7 +25,7 @@ from ray_surgeon.models.loss import Dense, Predicted, compare_with_dense, next_t
 from ray_surgeon.models.shard import ModelShard
 
 TOKENS_OF_ROOM = 128
-"""Tokens by which the memory for keys and values grows."""
+"""Number of tokens by which the memory for keys and values grows."""
 
 
 Call = tuple[list[Any], dict[str, Any]]
@@ -75,7 +75,7 @@ class BlockRunner:
             states, *rest = args or (kwargs.pop("hidden_states"),)
             hidden.append(states)
             calls.append((rest, kwargs))
-            return hidden[0]  # a family may take the first item of it
+            return hidden[0]  # a family may take the first item of the output
 
         base = self._shard.base
         arguments: dict[str, Any] = {"use_cache": cache is not None}
@@ -205,7 +205,7 @@ class BlockRunner:
                     torch.autograd.backward(output, gradients[i])
                     del output
                     gradients[i] = _gradient(leaf)
-                    # frees the inputs, which are not needed any more
+                    # frees the inputs, which are no longer needed
                     leaves[i] = leaf = gradients[i]
         return gradients
 

@@ -101,7 +101,7 @@ def calibrate(
 
     Args:
         method: the method of pruning.
-        cluster: with loaded workers.
+        cluster: cluster with loaded workers.
         text: the calibration text.
         shot: number of the shot.
         remembers: see `gather_curvature`.

@@ -316,7 +316,7 @@ class Groups(Ranking):
         """Compute the marginal costs of the owned consumers' groups and keep them for `prune`.
 
         Args:
-            worker: with curvature.
+            worker: worker with curvature.
             reach: consumers whose paths are followed -> how far; None for the cost of each group on
                 its own, of all consumers.
             shot: number of the shot.
@@ -461,7 +461,7 @@ class Groups(Ranking):
         These are the layers at one third and two thirds of those that lose groups.
 
         Args:
-            worker: after `costs`.
+            worker: worker after `costs`.
             counts: consumer -> number of its groups to remove.
 
         Returns:
@@ -501,7 +501,7 @@ class Groups(Ranking):
         """Remove the cheapest groups of every consumer, and the rows of its producers.
 
         Args:
-            worker: after `costs`.
+            worker: worker after `costs`.
             counts: consumer -> number of its groups to remove.
             experts: consumer of each expert that is removed whole -> cost of its removal.
             rate: learning rate of reconstructions; 0 if there are none.
@@ -554,7 +554,7 @@ class Groups(Ranking):
         """Return an owned consumer without its cheapest groups; see `prune_groups`.
 
         Args:
-            worker: after `costs`.
+            worker: worker after `costs`.
             groups: the groups of the consumer.
             count: number of groups to remove.
         """

@@ -116,7 +116,7 @@ class Depth:
 
         Args:
             run: in this step.
-            method: of pruning, which has the budget.
+            method: method of pruning, which has the budget.
             candidates: layers that may be removed.
             scores: cost of each layer as it was last measured; updated in place.
         """

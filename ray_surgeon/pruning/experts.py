@@ -48,7 +48,7 @@ def whole_expert_costs(
     """Return the costs of the removal of the owned experts, by their consumers.
 
     Args:
-        worker: after a pass that gathered sums of experts.
+        worker: worker after a pass that gathered sums of experts.
         kind: how costs are computed.
         shot: number of the shot.
         first_order: see `rerouting_costs`.

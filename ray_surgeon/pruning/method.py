@@ -138,7 +138,7 @@ class Method(ABC):
         """Prune, and update the weights that stay.
 
         Args:
-            cluster: after the costs, if the method has any.
+            cluster: cluster after the costs, if the method has any.
             tokens: [num_sequences, sequence_length] of the calibration.
             choice: the choice of the shot.
             shot: number of the shot.
@@ -214,7 +214,7 @@ class ByThreshold(Ranking):
         """Keep the candidates for the update, and return the scores for the coordinator.
 
         Args:
-            worker: with curvature.
+            worker: worker with curvature.
             candidates: linear -> its candidates.
             costs: costs that the method ranks on the coordinator, if it does.
         """

@@ -52,7 +52,7 @@ class RowsColumns(ByThreshold):
         """Compute the costs of the owned linears' rows and columns and keep them for `prune`.
 
         Args:
-            worker: with curvature.
+            worker: worker with curvature.
             limit: limit of the greedy path; None for the cost of each structure on its own.
             every: stride of the blocks whose costs are computed.
 

@@ -1,5 +1,5 @@
 """Extended KFAC: the Fisher as a sum of Kronecker products.
 
-It is worse than the defaults (docs/negative-results.md). A job asks for it with
+Its results are worse than those of the defaults (docs/negative-results.md). A job selects it by
 ``curvature.kind: extended_kfac``.
 """

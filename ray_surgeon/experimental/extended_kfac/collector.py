@@ -28,18 +28,18 @@ from ray_surgeon.models.hooks import watch_pairs
 
 
 class PowerIteration:
-    """The Kronecker term that is being found, for every linear of a shard.
+    """The Kronecker term that is being computed, for every linear of a shard.
 
     The sides of a term have the numbers 0 for G and 1 for A.
     """
 
     def __init__(self) -> None:
-        """Start with nothing."""
+        """Start without factors."""
         # for G and for A: name -> the present factor, [R, R] or [C, C], of norm 1
         self.units = dict[str, Tensor](), dict[str, Tensor]()
-        # name -> the sum of the pass, of the side that is wanted
+        # name -> the sum of the current pass
         self.moments = dict[str, PackedSymmetric]()
-        # name -> the norm that the last factor had, at its owner
+        # name -> norm of the last factor, on its owner
         self.sigma = dict[str, float]()
         self.hooks = list[RemovableHandle]()
 
@@ -51,11 +51,11 @@ class FurtherTerms:
     found: dict[str, list[Term]] = field(default_factory=dict)
     """Owned linear -> its terms, from the curvature pass until the update"""
     power_iteration: PowerIteration = field(default_factory=PowerIteration)
-    """The term that is being found"""
+    """The term that is being computed"""
 
 
 def further_terms(worker: Worker, name: str) -> tuple[Term, ...]:
-    """Return the further terms of a linear; none if they are not gathered yet."""
+    """Return the further terms of a linear; empty before they are computed."""
     if worker.state.further_terms is None:
         return ()
     return tuple(_state(worker).found.get(name, ()))
@@ -155,11 +155,11 @@ def gather_terms(
     """Find the Kronecker terms beyond that of KFAC.
 
     Args:
-        cluster: with the factors of KFAC.
+        cluster: cluster with the factors of KFAC.
         sequences: the sequences that KFAC was gathered from.
         num_terms: terms to find, without that of KFAC.
         num_iterations: passes for each term, alternately for A and G.
-        label_seed: as for KFAC, so that the labels are the same.
+        label_seed: the same seed as for KFAC, so that the labels are the same.
 
     Returns:
         For every further term, linear -> its size relative to the first term.

@@ -58,7 +58,7 @@ class ExtendedCurvature(LinearCurvature):
 
     @cached_property
     def _clipped(self) -> list[tuple[Term, float]]:
-        """Further terms after clipping, and by how much clipping changed each."""
+        """Further terms after clipping, and the relative change of each."""
         share = 1 / len(self._further)
         clipped = list[tuple[Term, float]]()
         for term in self._further:

@@ -31,7 +31,7 @@ class Kind(CurvatureKind):
 
     @property
     def num_copies(self) -> float:
-        """The found terms, and the term that is being found with its packed moments."""
+        """The finished terms, and the term that is being computed with its packed moments."""
         return self._num_terms + 1.5
 
     def gather_further(
@@ -54,7 +54,7 @@ class Kind(CurvatureKind):
     def linear(self, worker: Worker, linear: Linear) -> Linear:
         """Return the linear with its further terms.
 
-        A damping is chosen before these are gathered, so by KFAC alone.
+        The damping is chosen by KFAC alone, before these are computed.
         """
         further = further_terms(worker, linear.name)
         if not further:

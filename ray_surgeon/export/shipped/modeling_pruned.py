@@ -214,7 +214,7 @@ def narrow_experts(layer: Any, widths: list[int]) -> None:
 
     Args:
         layer: the mixture.
-        widths: of every expert that is left.
+        widths: widths of every expert that is left.
     """
     num_experts = len(widths)
     layer.experts = Experts(layer.experts, widths)
@@ -233,9 +233,9 @@ def outputs_of_linears(
     """Return the number of outputs of each linear that produces channels or heads.
 
     Args:
-        sizes: of the block.
-        width: of its feed-forward layer.
-        head_dim: of its attention.
+        sizes: sizes of the block.
+        width: width of its feed-forward layer.
+        head_dim: head dimension of its attention.
     """
     queries = sizes["num_attention_heads"] * head_dim
     keys = sizes["num_key_value_heads"] * head_dim
@@ -258,9 +258,9 @@ def narrow_block(block: nn.Module, config: Any, sizes: dict[str, Any]) -> None:
     """Replace the linears of a dense block by narrower ones of given sizes.
 
     Args:
-        block: of the dense model.
-        config: of the model.
-        sizes: of the block, from ``per_layer_config``.
+        block: block of the dense model.
+        config: configuration of the model.
+        sizes: sizes of the block, from ``per_layer_config``.
     """
     (width_field,) = {"intermediate_size", "ffn_dim", "n_inner"} & sizes.keys()
     width = sizes[width_field]
@@ -304,9 +304,9 @@ def narrow_attention(
 
     Args:
         block: that has the attention.
-        name: of the attention in the block.
+        name: name of the attention in the block.
         config: a copy of the model's configuration, which this attention alone uses from now on.
-        sizes: of the block, from ``per_layer_config``.
+        sizes: sizes of the block, from ``per_layer_config``.
     """
     num_heads = sizes["num_attention_heads"]
     attention: Any = block.get_submodule(name)
