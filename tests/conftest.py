@@ -212,7 +212,7 @@ def make_once(folder: Path, make: Callable[[Path], object]) -> Path:
 
 @dataclass(frozen=True)
 class ModelFolders(Mapping[str, Path]):
-    """The folders of the tiny models by family; each is made on demand, once per test session."""
+    """The folders of the tiny models by family; each is created on demand, once per session."""
 
     tokenizer: PreTrainedTokenizerFast
     root: Path

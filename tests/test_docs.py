@@ -19,13 +19,13 @@ PAGES = [
     ROOT / "CONTRIBUTING.md",
 ]
 OLD = {"negative-results.md", "results.md"}
-"""Pages with figures of what is gone."""
+"""Pages with figures of removed features."""
 MODULES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
     for path in PACKAGE.rglob("*.py")
 }
 FILES = {".py", ".yaml", ".json", ".jsonl", ".html"}
-"""Ends of names of files, which are no dotted names."""
+"""Suffixes of file names, which are not dotted names."""
 FIELDS = {
     field
     for section in JobSpec.model_json_schema()["$defs"].values()

@@ -1,4 +1,4 @@
-"""The headline with several seeds: what is drawn, what is made again, and the means."""
+"""The headline with several seeds: seeded settings, resuming, and means."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from benchmarks.case_sets import Case
 from ray_surgeon.config.parsing import parse_spec
 
 
-def test_seed_reaches_everything_that_is_drawn(tmp_path: Path) -> None:
+def test_seed_determines_all_random_numbers(tmp_path: Path) -> None:
     document = {
         "version": 2,
         "name": "headline",
@@ -52,7 +52,7 @@ def test_finished_runs_are_read(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """A finished run is not pruned again, an unfinished one goes on, and all are evaluated."""
+    """Finished runs are not repeated, unfinished ones resume, and all are evaluated."""
     dense = model_folders["llama"]
     calls: list[tuple[str, bool]] = []
 

@@ -1,4 +1,4 @@
-"""The benchmark of peers: what each of them removes, against its definition."""
+"""The benchmark of peers: the removals of each peer, against its definition."""
 
 from __future__ import annotations
 

@@ -144,7 +144,9 @@ def test_table_pairs_outcomes() -> None:
     assert text.splitlines()[-1] == "| s | 10 | 6 (3 to 8) | 4 (2 to 7) | 3, 1 | 0.62 |"
 
 
-def test_humaneval_needs_leave_to_run_code(capsys: pytest.CaptureFixture[str]) -> None:
+def test_humaneval_needs_permission_to_run_code(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     with pytest.raises(SystemExit):
         tasks.arguments_of(["folder"])
     assert "add --run-code" in capsys.readouterr().err
@@ -160,7 +162,7 @@ def test_missing_environment_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.network
-def test_packages_bring_the_cases() -> None:
+def test_cases_are_read_from_packages() -> None:
     for name in ("gsm8k", "hellaswag", "truthfulqa"):
         cases = case_sets.cases_of(name, limit=None)
         assert len({case.name for case in cases}) == 100

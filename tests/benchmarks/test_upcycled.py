@@ -1,4 +1,4 @@
-"""The small real mixture of experts that is made for measurements."""
+"""The small upcycled mixture of experts for measurements."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def started(dense: PreTrainedModel) -> PreTrainedModel:
 def test_initialised_routers(
     dense: PreTrainedModel, started: PreTrainedModel, tmp_path: Path
 ) -> None:
-    """Their logits have variance one, without the mean input."""
+    """The logits have variance one and do not depend on the mean input."""
     upcycled.save(started, tmp_path)
     read = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     assert read.config.architectures == ["MixtralForCausalLM"]

@@ -1,4 +1,4 @@
-"""Presets: what they set and what overrides them; no number in them belongs to one model."""
+"""Presets: their settings and overrides; no number in them is specific to a model."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def spec_of(preset: str = "balanced", *overrides: str) -> Any:
 
 @pytest.mark.parametrize("preset", get_args(PresetName))
 def test_preset_completes_a_job_that_prunes_groups(preset: str) -> None:
-    """It has no number that belongs to one model; the run chooses those."""
+    """Numbers that are specific to a model are chosen by the run."""
     spec = spec_of(preset)
     wanted = LEVELS[preset]
     assert (spec.calibration.source, spec.evaluation.generation) == ("auto", "auto")
@@ -70,7 +70,7 @@ def test_spec_overrides_its_preset() -> None:
 
 
 SETTINGS = ("num_backward", "fisher", "damping", "reconstruction")
-"""Of a preset, that methods may not have."""
+"""Settings of a preset that methods may lack."""
 
 
 @pytest.mark.parametrize(

@@ -205,7 +205,7 @@ def test_texts_take_turns_by_their_weights(
     assert np.abs(counts - exact).max() < 1
 
 
-def test_each_window_comes_from_the_text_whose_turn_it_is(
+def test_windows_come_from_the_texts_in_turn(
     tmp_path: Path, tokenizer: FastTokenizer
 ) -> None:
     for name in ("a", "b"):

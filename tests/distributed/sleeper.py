@@ -1,4 +1,4 @@
-"""Says its process id, and sleeps; see tests/distributed/test_processes.py."""
+"""Prints its process id and sleeps; see tests/distributed/test_processes.py."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Replicas that wait for each other, and the messages between them."""
+"""Synchronisation of replicas, and the messages between them."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def reduced(rank: int, address: str, what_happens: str, says: Any) -> None:
 
 @pytest.mark.parametrize("what_happens", ["computes", "dies", "hangs"])
 def test_waiting_for_a_slow_stopped_or_lost_replica(what_happens: str) -> None:
-    """A replica that computes is never given up, however long it takes."""
+    """A replica that computes never times out."""
     processes = multiprocessing.get_context("fork")
     hears, says = processes.Pipe(duplex=False)
     meeting = open_meeting("127.0.0.1")
@@ -248,7 +248,7 @@ def test_linears_of_a_shard_are_sent_in_four_messages(
     model_folders: dict[str, Path],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Weights and masks of two owners."""
+    """Weights and masks with two owners."""
     cluster = loaded(model_folders[family], 1, 2, Stores(weights=place))
     workers = list(cluster.workers.values())
     names = list(workers[0].shard.linears)

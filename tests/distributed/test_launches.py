@@ -165,7 +165,7 @@ def test_steps_launch_no_more_than_was_counted(kind: str, zygote: Zygote) -> Non
         pytest.param("whole", 400, 0.6, marks=pytest.mark.slow),
     ],
 )
-def test_a_block_launches_no_more_for_a_sequence(
+def test_launches_of_a_block_do_not_increase(
     name: str, launches: float, syncs: float, zygote: Zygote
 ) -> None:
     counted = on_sim(zygote, of_a_block, name=name, device="sim")

@@ -1,4 +1,4 @@
-"""Plans from configurations alone: which plan fits, and what is refused and why.
+"""Plans from configurations alone: plans that fit, and refusals with their reasons.
 
 test_smollm2.py measures how accurate they are.
 """
@@ -191,7 +191,7 @@ def test_fewer_backward_sequences_make_the_curvature_pass_cheaper() -> None:
 
 
 def test_pinned_memory_is_counted_as_it_is_reserved() -> None:
-    """It is reserved in pieces, which torch keeps after their contents are freed."""
+    """Memory is reserved in pieces, which torch caches after their tensors are freed."""
     weights = 10 * 2 * 8192 * sum((8192, 1024, 1024, 8192, 28672, 28672, 28672, 1, 1))
     # A and G of two consumers
     factors = 10 * 4 * sum(PackedSymmetric.size(n) for n in (8192, 8192, 28672, 8192))
@@ -396,7 +396,7 @@ def test_memory_of_a_teacher_is_counted_in_its_place() -> None:
 
 
 def test_teacher_is_moved_off_the_device_only_if_needed() -> None:
-    """Jobs without a teacher have no place for one."""
+    """Jobs without a teacher have no option for one."""
     taught = job("9 of llama-3-70b", recovery=LOW_RANK | TAUGHT, **NOTHING_HELD)
     assert [taught.plan(gb).stores.teacher for gb in (80, 44)] == ["device", "host"]
     assert "teacher" not in job("9 of llama-3-70b", recovery=LOW_RANK).plan(44).places

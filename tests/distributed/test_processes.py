@@ -47,7 +47,7 @@ def test_process_of_a_worker_sees_only_its_gpu(
 def test_process_starts_in_a_removed_working_directory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As after Ray has unpacked a job's folder again; torch could multiply nothing there."""
+    """As when Ray unpacks a job's folder again; torch cannot multiply in a removed folder."""
     product = "float(torch.ones(9, 9).mm(torch.ones(9, 9)).sum())"
     module = f"import torch\ndef answer(request): return {{'sum': {product}}}"
     (tmp_path / "asked.py").write_text(module)
@@ -68,7 +68,7 @@ def test_process_ends_with_its_parent(tmp_path: Path) -> None:
         wait_for(lambda: where.exists() or parent.poll() is not None)
         parent.kill()
     sleeper = Path("/proc", where.read_text(), "stat")
-    # it has ended, seen or not
+    # the process has ended, whether or not it was measured
     wait_for(
         lambda: (
             not sleeper.exists()

@@ -98,7 +98,7 @@ def run(folder: Path, model: Path, *arguments: str, **changes: Any) -> int:
 
 
 def changes_of(settings: str) -> dict[str, Any]:
-    """Return the changes that ``section.field=value; section.field=value`` says."""
+    """Return the changes of ``section.field=value; section.field=value``."""
     pairs = [one.split("=", 1) for one in settings.split("; ") if one]
     return {path.replace(".", "__"): yaml.safe_load(value) for path, value in pairs}
 

@@ -89,7 +89,7 @@ def test_attention_and_ffn_layers_of_every_family_are_removed(
     assert export["num_parameters"] == done.report["parameters"]["after"]
 
 
-def test_a_cost_is_what_the_removal_changes(
+def test_cost_equals_the_change_by_the_removal(
     job: Jobs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The update of the preceding linear is kept only if it lowers the divergence."""

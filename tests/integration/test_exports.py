@@ -440,7 +440,7 @@ def test_card_has_metadata_of_the_source_and_code_that_runs(job: Jobs) -> None:
         ("data/prompts.jsonl", "data/prompts.jsonl", "prompts.jsonl"),
     ],
 )
-def test_names_in_cards_are_no_addresses(
+def test_names_in_cards_are_not_addresses(
     source: str, on_hub: str | None, shown: str
 ) -> None:
     assert hub_id(source) == on_hub

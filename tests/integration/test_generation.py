@@ -262,7 +262,7 @@ def test_page_escapes_answers(without: Record, compared: Record) -> None:
     assert "run-1-answers" in page([compared])
 
 
-def test_result_and_card_have_answers_if_measured(
+def test_result_and_card_include_measured_answers(
     without: Record, compared: Record
 ) -> None:
     cards = []

@@ -190,7 +190,7 @@ def test_nan_loss_undoes_the_training(
 def test_rate_is_halved_if_the_measure_rises(
     llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Training goes on from the best state, which is also the one that is absorbed."""
+    """Training continues from the best state, which is also absorbed."""
     cluster, text = pruned(llama)
     # the start, two trials, then three checks: 0.7 is the best, and the others exceed it
     # by more than the tolerance; last the best state after rounding
@@ -219,7 +219,7 @@ def test_corrections_do_not_depend_on_shards_and_replicas(llama: Path) -> None:
 def test_diverging_corrections_are_undone(
     rate: float, dtype: str, why: str, job: Jobs
 ) -> None:
-    """So are corrections that rounding removes: in bfloat16 tiny ones change no weight."""
+    """Corrections that rounding removes are undone, too: tiny ones change no bfloat16 weight."""
     options = ONE | {"model__dtype": dtype}
     done = job(
         options,

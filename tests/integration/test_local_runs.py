@@ -219,7 +219,7 @@ def test_dry_run_prints_the_plan(job: Jobs) -> None:
     assert not done.uri.exists()
 
 
-def test_announced_steps_are_those_that_run(
+def test_announced_steps_match_executed_steps(
     job: Jobs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also of a method without curvature, and of a run that resumes."""

@@ -281,7 +281,7 @@ def store_of_ray(
 def test_run_continues_while_the_control_service_restarts(
     undisturbed: Path, job: Jobs
 ) -> None:
-    """The job goes on when Ray's control service stops and starts again."""
+    """The job continues when Ray's control service restarts."""
     there = Machines()
     uri = job.folder / "run"
     try:

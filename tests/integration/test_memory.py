@@ -168,7 +168,7 @@ def test_interrupted_run_leaves_no_scratch_files(
 
 
 def test_job_that_does_not_fit_is_refused_before_it_starts(job: Jobs) -> None:
-    """So is a spec whose memory settings contradict each other."""
+    """Memory settings that contradict each other are refused, too."""
     options = {"cluster__gpus_per_worker": 1}
     job(options, "--dry-run", "--device-memory", "80GB")
     refused = job(options, "--dry-run", "--device-memory", "100kB", code=2)

@@ -33,9 +33,7 @@ FIT: dict[str, Any] = FFN | {
 
 
 @pytest.mark.parametrize("family", CONFIGS | SPARSE_CONFIGS)
-def test_a_layer_is_what_the_family_computes(
-    family: str, model_folders: dict[str, Path]
-) -> None:
+def test_layer_matches_the_family(family: str, model_folders: dict[str, Path]) -> None:
     """From the inputs of its producers, a layer computes the outputs of its consumer, in every
     family with such layers.
     """

@@ -246,7 +246,7 @@ def test_run_resumes_after_an_outage_of_the_store(
 def test_events_are_written_after_an_outage_of_the_store(
     faulty: type[FaultyProxy], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The run goes on without them. A newer attempt is noticed after the outage."""
+    """The run continues without events. A newer attempt is noticed after the outage."""
     monkeypatch.setattr(files, "PATIENCE_S", 0.3)
     run = RunDirectory("s3://bucket/away")
     other = RunDirectory("s3://bucket/away")

@@ -28,7 +28,7 @@ metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
 """
 
 IN_A_NEW_PROCESS = fresh_process.run_module
-"""Not a fork, which has modules of this process."""
+"""A fresh process, because a fork has the modules of this process."""
 
 
 @pytest.fixture

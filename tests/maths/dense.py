@@ -33,7 +33,7 @@ def problem(R: int = 6, C: int = 7) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def packed(matrix: Tensor) -> PackedSymmetric:
-    """Return a symmetric matrix as a sum of which half exists."""
+    """Return a symmetric matrix as a packed sum."""
     result = PackedSymmetric.zeros(len(matrix), dtype=matrix.dtype)
     for start, panel in result.panels():
         panel.copy_(matrix[start : start + len(panel), start:])

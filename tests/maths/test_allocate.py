@@ -1,4 +1,4 @@
-"""How many groups and whole experts are removed, computed from costs alone."""
+"""Numbers of removed groups and whole experts, computed from costs alone."""
 
 from __future__ import annotations
 
@@ -252,7 +252,7 @@ UNEQUAL = [
 LOST_BEFORE = narrowed(experts([0.1, 0.2, 0.3], [[math.inf, 9.0, 9.0]] * 3), 2)
 LAYERS = experts([0.1, 0.2, 0.3]) + experts([1.0, 2.0, 3.0], layer=1)
 PROMISES = experts([-0.4, -0.3, -0.2, -0.1, 0.1, 0.2, 0.3, 0.4])
-"""20 % of eight experts are two of them, though four promise a gain."""
+"""20 % of eight experts are two, although four promise a gain."""
 
 
 NOT_ALLOWED = replace(FREE, costs=torch.tensor(STAYS), allowed={0, 2})
@@ -356,7 +356,7 @@ def cost_of(costs: Sequence[GroupCosts], found: Allocation) -> float:
 def test_every_point_of_a_loss_curve_is_an_allocation(
     costs_of: Callable[[int], list[GroupCosts]], is_uniform: bool
 ) -> None:
-    """A budget of what a point saves gives an allocation of the same size and cost."""
+    """The budget that a point saves gives an allocation of the same size and cost."""
     costs = costs_of(0)
     num_parameters = [
         round(c.needs[1]) for c in costs

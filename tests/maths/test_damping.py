@@ -65,7 +65,7 @@ def test_held_aside_cost_uses_the_factors_of_other_tokens(
 
 
 def test_damping_of_A_is_chosen_before_that_of_G() -> None:
-    """The result lists what was tried. A NaN cost is never chosen."""
+    """The result lists all tried values. A NaN cost is never chosen."""
 
     def cost_of(a: float, g: float) -> list[float]:
         return [

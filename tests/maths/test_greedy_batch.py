@@ -90,7 +90,7 @@ def test_batched_paths_match_brute_force(
 
 
 def consumers(num_rows: int, num_columns: int, width: int, number: int) -> list[Any]:
-    """Return linears, what earlier shots left of them, and the columns of their groups.
+    """Return linears, their masks from earlier shots, and the columns of their groups.
 
     Some linears have dead rows, inputs that are always zero, or too little damping.
     """
@@ -283,7 +283,7 @@ def elsewhere(
 
 
 def test_a_step_has_few_launches_and_one_sync(zygote: Zygote) -> None:
-    """A batch has hardly more of them than one linear."""
+    """A batch has hardly more launches and syncs than one linear."""
     counts = elsewhere(zygote, counts_of_paths)
     for name in ("columns, 1", "columns, 128", "rows and columns, 1"):
         steps, launches, syncs = counts[name]

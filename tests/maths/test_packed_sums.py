@@ -32,7 +32,7 @@ NO_LAUNCHES = {
 
 
 class Counts(TorchDispatchMode):
-    """Counts operators that start a kernel, and operators for which the host waits."""
+    """Counts launches and host waits by operator."""
 
     def __init__(self) -> None:
         super().__init__()

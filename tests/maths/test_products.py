@@ -9,7 +9,7 @@ from ray_surgeon.maths.products import product, times
 M = 160
 K = 200
 N = 144
-"""Above the size from which on oneDNN is taken."""
+"""A size above the threshold for oneDNN."""
 
 
 def laid_out(m: int, n: int, way: str) -> torch.Tensor:

@@ -83,7 +83,7 @@ def test_number_of_units_to_remove(
 
 
 ALIVE = StructureCosts(50, 8, 4, torch.arange(1.0, 9.0), torch.full((4,), 100.0))
-"""8 x 4 of 10 x 5: 18 entries are gone before anything else goes."""
+"""8 x 4 of 10 x 5 are alive: 18 entries count as removed at the start."""
 DEAD = StructureCosts(20, 4, 5, torch.tensor([0.0, 0.0, 1.0, 2.0]), torch.full((5,), 9.0))
 
 

@@ -1,4 +1,4 @@
-"""Copies that overlap with computation: what waits for what, on the pretend accelerator.
+"""Copies that overlap with computation: their synchronisation, on the pretend accelerator.
 
 The functions before the tests run in processes that have it; see tests/pretend_accelerator.py.
 """
@@ -27,7 +27,7 @@ from ray_surgeon.models.hooks import LayerInputs
 from tests.conftest import Zygote
 
 SIM = torch.device("sim", 0) if hasattr(torch, "sim") else torch.device("cpu")
-"""The device, in a process that has it."""
+"""The device, in a process where it is registered."""
 
 
 # In a process that has the device
@@ -143,7 +143,7 @@ def stored(device: str, place: Place, seed: int) -> list[list[float]]:
 
 
 def streamed(device: str, place: Place) -> list[list[float]]:
-    """Return what blocks see whose weights are prefetched and change between two passes."""
+    """Return the weights seen by blocks if they are prefetched and change between two passes."""
     where = torch.device(device)
     blocks = [nn.Linear(4, 2, device="meta") for _ in range(5)]
     slots = [
@@ -171,7 +171,7 @@ def streamed(device: str, place: Place) -> list[list[float]]:
 
 
 def layer_inputs(num_tokens: int) -> dict[str, Any]:
-    """Return how often the host waits while inputs are kept, and whether they are correct."""
+    """Return the number of host waits while inputs are kept, and whether they are correct."""
     from tests import pretend_streams
 
     linear = nn.Linear(8, 4, device=SIM)
@@ -267,7 +267,7 @@ def test_reported_device_statistics(zygote: Zygote) -> None:
 
 
 def expected_and_not_taken(device: str) -> list[list[str]]:
-    """Return which reads were started after each of some calls."""
+    """Return the reads that were started after each of several calls."""
     begun = list[str]()
 
     def begin(name: str) -> Any:

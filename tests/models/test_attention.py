@@ -80,7 +80,7 @@ def test_outputs_and_gradients_match_the_exact_formula(
 def test_cpu_uses_matrix_products_for_bfloat16_and_single_queries(
     T: int, S: int, dtype: torch.dtype, most: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The error is that of the dtype."""
+    """The error is the rounding error of the dtype."""
     parts = drawn(T, S, dtype)
     monkeypatch.setattr(attention, "sdpa_attention_forward", None)
     found, _ = attention.attention(Layer(), *parts, None)

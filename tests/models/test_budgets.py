@@ -44,7 +44,7 @@ def test_parameters_of_groups_match_their_tensors(family: str) -> None:
 
 
 def counted_flops(family: str, length: int) -> Counter[object]:
-    """Return what torch counts, which includes attention to later tokens; our budgets do not."""
+    """Return torch's count, which includes attention to later tokens, unlike our budgets."""
     model = tiny_model(family)
     model.set_attn_implementation("eager")
     with FlopCounterMode(display=False) as counter, torch.no_grad():

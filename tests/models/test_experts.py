@@ -31,7 +31,7 @@ from tests.models.test_shard import NUM_PREDICTED, TOKENS, gather, watch
 
 State = dict[str, Tensor]
 WITHOUT_GROUPS = sorted(set(SPARSE_CONFIGS) - {"deepseek_v3"})
-"""Families of which single experts can go; the router of the other one has groups of them."""
+"""Families with removable single experts; the router of the other one has groups of experts."""
 without_groups = pytest.mark.parametrize("family", WITHOUT_GROUPS, indirect=True)
 
 

@@ -41,7 +41,7 @@ def test_log_lines_as_json(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_metrics_of_a_check_have_their_own_names() -> None:
-    """They do not overwrite those of passes over the calibration text."""
+    """Their lines do not overwrite those of passes over the calibration text."""
     check = Event(
         "check", 1, 3, 2.0, {"held_aside": 0.5, "tokens_per_s": 9.0, "rate": 1e-3}
     )
@@ -51,7 +51,7 @@ def test_metrics_of_a_check_have_their_own_names() -> None:
 
 
 def on_terminal(*news: Event | ProgressReport, height: int = 40) -> tuple[str, str]:
-    """Return what a terminal shows after these: the lines above the live table, and the table."""
+    """Return the lines above the live table on a terminal after some news, and the table."""
     console = Console(
         file=io.StringIO(), record=True, force_terminal=True, width=120, height=height
     )
@@ -63,7 +63,7 @@ def on_terminal(*news: Event | ProgressReport, height: int = 40) -> tuple[str, s
     return lines, console.export_text()
 
 
-def test_terminal_shows_steps_that_ended_run_and_come() -> None:
+def test_terminal_shows_finished_running_and_future_steps() -> None:
     to_come = (("costs", 1), ("update", 1), ("curvature", 2))
     lines, table = on_terminal(UPDATE, replace(REPORT, to_come=to_come))
     assert lines.split() == [

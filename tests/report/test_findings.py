@@ -1,4 +1,4 @@
-"""What a report says of a run: verdict, warnings, bars, loss curve, widths and times."""
+"""Sentences and tables of a report: verdict, warnings, bars, loss curve, widths and times."""
 
 from __future__ import annotations
 
@@ -166,7 +166,7 @@ def test_loss_curve_adds_the_rounds(record: dict[str, Any]) -> None:
     assert increases == pytest.approx([0.0, 0.02, 0.05, 0.07, 0.15, 0.25])
 
 
-def test_table_of_what_more_would_cost(record: dict[str, Any]) -> None:
+def test_table_of_predicted_loss_increases(record: dict[str, Any]) -> None:
     rows = findings.reaches(record)
     sparsities = [row.sparsity for row in rows]
     assert sparsities == pytest.approx([0.05, 0.1, 0.15, 0.2, 0.25])
@@ -211,7 +211,7 @@ def test_widths_by_block(record: dict[str, Any]) -> None:
     assert line == "Every block has 12 of 16 feed-forward channels."
 
 
-def test_biases_are_no_channels(record: dict[str, Any]) -> None:
+def test_biases_are_not_channels(record: dict[str, Any]) -> None:
     """A consumer has a bias if it has one column more than its producer has rows."""
     consumer = linear("0.mlp.down_proj", columns=17, columns_kept=11)
     producer = linear("0.mlp.up_proj", columns=9, columns_kept=9) | {"rows": 16}
@@ -225,7 +225,7 @@ def test_phases_add_up_to_the_whole_run(record: dict[str, Any]) -> None:
         ("load", 0, 2.0),
         ("curvature", 1, 10.0),
         ("commit", 1, 1.0),
-        ("load", 1, 3.0),  # of a second try
+        ("load", 1, 3.0),  # of a second attempt
         ("curvature", 2, 10.0),
         ("commit", 2, 1.0),
         ("export", 2, 5.0),

@@ -1,4 +1,4 @@
-"""The last lines of a run, and how a result shows itself."""
+"""The last lines of a run, and the representation of a result."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def test_summary_has_size_quality_speed_and_commands() -> None:
     ]
 
 
-def test_run_without_shapes_that_shrink_says_why() -> None:
+def test_run_that_keeps_all_shapes_explains_why() -> None:
     masked = UNIFORM | {"kind": "masked", "size_bytes": 269_000_001}
     rows = {"structure": "rows_columns", "num_shots": 5}
     first, *_ = summary_lines(record_with(exports=[masked]), "runs/first")
@@ -173,7 +173,7 @@ def test_low_agreement_and_a_wrong_prediction_are_warned_of() -> None:
     assert not warnings(shot_with(divergence_held_aside=None))
 
 
-def test_short_answers_do_not_tell_loops() -> None:
+def test_short_answers_do_not_reveal_loops() -> None:
     record = record_with(evaluation__generation={"max_new_tokens": 40})
     assert "too short to tell loops" in "".join(summary_lines(record, "runs/first"))
 

@@ -1,4 +1,4 @@
-"""Bars and warnings of transformers are hidden in our runs alone."""
+"""Bars and warnings of transformers are hidden only in our runs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ray_surgeon.storage.sources import no_bar_of_gguf
 
 @pytest.fixture
 def as_usual() -> Iterator[None]:
-    """Restore what these tests change."""
+    """Restore the settings that these tests change."""
     level = logging.get_verbosity()
     yield
     logging.set_verbosity(level)

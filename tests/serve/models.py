@@ -67,7 +67,7 @@ dense model, too, by 2 nats.
 
 BLOCKS: dict[str, Any] = {"pruning__groups": ["blocks"], "pruning__width_multiple": None}
 BLOCKS |= {"pruning__target_sparsity": 0.25}
-"""Settings with which whole blocks go."""
+"""Settings that remove whole blocks."""
 
 
 def exported(family: str, *kinds: str, folder: Path, **options: Any) -> Path:
