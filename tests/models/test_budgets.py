@@ -29,7 +29,9 @@ def test_parameters_of_groups_match_their_tensors(family: str) -> None:
         (len(groups.columns) - left[groups.kind][groups.block]) * groups.num_parameters
         for groups in layout.group_sets
     )
-    flat = [(kind, number) for kind, numbers in left.items() for number in numbers]
+    flat = [
+        (groups.kind, left[groups.kind][groups.block]) for groups in layout.group_sets
+    ]
     in_all = sum(p.numel() for p in tiny_model(family).parameters())
     of_linears = sum(s.num_rows * s.num_columns for s in layout.linears)
     whole = parameters_budget(layout)
