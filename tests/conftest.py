@@ -7,7 +7,7 @@ import subprocess
 import sys
 import tempfile
 import urllib.request
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,6 +60,13 @@ LONG_ROPE = {
     "llama_4_scaling_beta": 0.1,
 }
 
+MULTIPLIERS = {
+    "embedding_multiplier": 3.0,
+    "attention_multiplier": 0.25,
+    "residual_multiplier": 0.5,
+    "logits_scaling": 4.0,
+}
+
 config_of = AutoConfig.for_model
 CONFIGS: dict[str, PretrainedConfig] = {
     "llama": config_of("llama", **BASE, tie_word_embeddings=True),
@@ -85,6 +92,7 @@ CONFIGS: dict[str, PretrainedConfig] = {
         "ministral3", **BASE, pad_token_id=0, head_dim=8, rope_parameters=LONG_ROPE
     ),
     "olmo3": config_of("olmo3", **BASE, pad_token_id=0, sliding_window=8),
+    "granite": config_of("granite", **BASE, **MULTIPLIERS, tie_word_embeddings=True),
     "gpt2": config_of("gpt2", **GPT2, vocab_size=VOCABULARY, initializer_range=0.2),
 }
 SPARSE = {"moe_intermediate_size": 24, "num_experts_per_tok": 2}
@@ -122,6 +130,19 @@ LAYOUTS = {
     family: ModelLayout.of(config)
     for family, config in (CONFIGS | SPARSE_CONFIGS).items()
 }
+
+
+RARE = frozenset({"granite", "seed_oss", "smollm3"})
+"""Families with the marker `slow` on the tests that run whole jobs."""
+
+
+def of_families(families: Iterable[str]) -> list[Any]:
+    """Return parameters of a test of whole jobs; those in `RARE` are slow."""
+    parameters = []
+    for family in families:
+        marks = [pytest.mark.slow] if family in RARE else []
+        parameters.append(pytest.param(family, marks=marks))
+    return parameters
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -130,6 +130,11 @@ def _add_constants(writer: GGUFWriter, layout: ModelLayout) -> None:
     window = getattr(config, "sliding_window", None)
     if window is not None and getattr(config, "use_sliding_window", True):
         writer.add_sliding_window(window)
+    if layout.family.has_multipliers:
+        writer.add_embedding_scale(float(config.embedding_multiplier))
+        writer.add_attention_scale(float(config.attention_multiplier))
+        writer.add_residual_scale(layout.residual_multiplier)
+        writer.add_logit_scale(layout.logits_divisor)
     parameters = rope_of(config)
     if not parameters:
         return

@@ -126,6 +126,9 @@ def build_blocks(
 
     if not blocks.is_first:
         _replace_modules(base, family.embeddings, positions=family.positions)
+        if family.has_multipliers:
+            # hidden states of earlier shards have been multiplied
+            base.embedding_multiplier = 1.0
     if not blocks.is_last:
         _replace_modules(model, (family.head,))
         _replace_modules(base, family.final)

@@ -81,6 +81,9 @@ class Family:
     norms_queries: bool = False
     # whether a layer's output passes a norm before it is added to the stream
     norms_outputs: bool = False
+    # whether config.json has Granite's multipliers: of embeddings, of what layers add to the
+    # stream, and the divisor of logits
+    has_multipliers: bool = False
     transposed: bool = False  # whether linears are [inputs, outputs], as GPT-2's Conv1D
     # tensors of a block with one entry for every query head
     per_head: tuple[str, ...] = ()

@@ -211,6 +211,8 @@ def added_by(
 ) -> Tensor:
     """Return the output [1, T, d] that a layer of a shard adds to the stream.
 
+    It is the output before the model's multiplier, if it has one, as are those of linears.
+
     Args:
         shard: shard with its weights.
         runner: runner of the shard.
@@ -226,7 +228,7 @@ def added_by(
     if layer.kind == "blocks":
         with shard.weights.block(place, place + 1):
             after = runner.through(place, hidden, calls)
-        return after - hidden
+        return (after - hidden) / shard.layout.residual_multiplier
 
     outputs = list[Tensor]()
 

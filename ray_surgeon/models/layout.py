@@ -141,6 +141,8 @@ class ModelLayout:
         num_active_experts: experts that each token is routed to in such a block.
         is_mixture: whether the model has experts.
         wholes: structures that may be removed with all groups in them; see `Wholes`.
+        residual_multiplier: factor of what a layer adds to the stream.
+        logits_divisor: divisor of the head's outputs.
     """
 
     def __init__(
@@ -169,6 +171,11 @@ class ModelLayout:
                 self.num_parameters += math.prod(parameters[name])
         self.linear_size = sum(linear.size for linear in linears)
         self.heads = _heads(config)
+        self.residual_multiplier = 1.0
+        self.logits_divisor = 1.0
+        if family.has_multipliers:
+            self.residual_multiplier = float(config.residual_multiplier)
+            self.logits_divisor = float(config.logits_scaling)
         self.expert_sets = tuple(_expert_sets(linears))
         counts = [len(experts.linears) for experts in self.expert_sets]
         self.num_experts = max(counts, default=0)

@@ -110,11 +110,17 @@ class BlockRunner:
         return first
 
     def leave(self, hidden: Tensor) -> Tensor:
-        """Run the modules after the last block; a shard that is not the last has none."""
-        for name in self._shard.layout.family.final:
+        """Run the modules after the last block; a shard that is not the last has none.
+
+        A divisor of logits divides the result, so that the head gives the logits themselves.
+        """
+        layout = self._shard.layout
+        for name in layout.family.final:
             module = getattr(self._shard.base, name, None)
             if module is not None:
                 hidden = module(hidden)
+        if self._shard.blocks.is_last and layout.logits_divisor != 1:
+            hidden = hidden / layout.logits_divisor
         return hidden
 
     def new_cache(self) -> DynamicCache:

@@ -19,7 +19,13 @@ from ray_surgeon.pruning.coupled_groups import Groups
 from ray_surgeon.pruning.depth import Depth
 from ray_surgeon.report.html_report import page
 from ray_surgeon.run.result import PruneResult
-from tests.conftest import CONFIGS, LAYOUTS, SPARSE_CONFIGS, VOCABULARY
+from tests.conftest import (
+    CONFIGS,
+    LAYOUTS,
+    SPARSE_CONFIGS,
+    VOCABULARY,
+    of_families,
+)
 from tests.integration.runs import (
     LORA,
     MOST_BY_ORDER_OF_SUMS,
@@ -45,7 +51,7 @@ OFTEN = {"deepseek_v3", "gpt2", "gpt_oss", "llama-biases", "qwen3_moe"}
 FAMILIES = sorted({*CONFIGS, *SPARSE_CONFIGS} - {NORMED_AFTER})
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", of_families(FAMILIES))
 def test_blocks_of_every_family_are_removed(family: str, job: Jobs) -> None:
     done = job(BLOCKS, model=family, output__exports=["uniform"], cluster__num_shards=2)
     (shot,) = done.shots
@@ -166,7 +172,12 @@ def test_influence_is_one_minus_the_cosine(llama: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("family", "linear"), [("llama", "mlp.down_proj"), ("gpt2", "mlp.c_proj")]
+    ("family", "linear"),
+    [
+        ("llama", "mlp.down_proj"),
+        ("gpt2", "mlp.c_proj"),
+        ("granite", "mlp.down_proj"),
+    ],
 )
 def test_removed_layer_is_folded_into_the_preceding_linear(
     family: str, linear: str, model_folders: dict[str, Path]
@@ -185,6 +196,7 @@ def test_removed_layer_is_folded_into_the_preceding_linear(
     if layout.shapes[name].has_bias:
         x = torch.cat([x, x.new_ones(len(x), 1)], dim=1)
     d = (states[3] - states[2]).detach().double().flatten(0, 1)
+    d = d / layout.residual_multiplier
     cluster = loaded(model_folders[family], 2)
     layer = layers_of(layout, ["blocks"])[2]
     before = weights_of(cluster)[name].double()

@@ -11,7 +11,7 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
 from ray_surgeon.models.budgets import parameters_budget
-from tests.conftest import CONFIGS, LAYOUTS
+from tests.conftest import CONFIGS, LAYOUTS, RARE
 from tests.integration import runs
 from tests.integration.runs import (
     MOST_BY_ORDER_OF_SUMS,
@@ -26,10 +26,11 @@ WAYS: dict[str, dict[str, Any]] = {
     "uniform": {"pruning__allocation": "uniform"},
     "per_block": {"pruning__target_sparsity": 0.4},
 }
-OFTEN = {"gemma3", "gpt2", "llama"}
 CASES = [
     pytest.param(
-        family, way, marks=[] if family in OFTEN or way == "uniform" else pytest.mark.slow
+        family,
+        way,
+        marks=[pytest.mark.slow] if family in RARE else [],
     )
     for family in sorted(CONFIGS)
     for way in WAYS

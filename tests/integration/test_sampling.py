@@ -16,7 +16,7 @@ from ray_surgeon.distributed import writing
 from ray_surgeon.distributed.collectives import TensorPayload
 from ray_surgeon.distributed.worker import Worker
 from ray_surgeon.distributed.writing import GenerationRequest, write_texts
-from tests.conftest import CONFIGS
+from tests.conftest import CONFIGS, of_families
 from tests.integration.runs import loaded
 
 CLUSTERS = ((1, 1), (3, 1), (2, 2))
@@ -64,7 +64,7 @@ def lists(texts: list[NDArray[np.int64]]) -> list[list[int]]:
     return [text.tolist() for text in texts]
 
 
-@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("family", of_families(CONFIGS))
 def test_tokens_are_drawn_from_the_model(
     family: str, model_folders: dict[str, Path]
 ) -> None:
