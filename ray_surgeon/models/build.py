@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from ray_surgeon.maths.products import times
-from ray_surgeon.models.families import family_of
+from ray_surgeon.models.families import Family
 
 LinearModule: TypeAlias = nn.Linear | Conv1D
 """A linear as the method sees it: `nn.Linear` [R, C], or GPT-2's `Conv1D` [C, R]."""
@@ -85,8 +85,35 @@ def _on_meta(
 register_module_parameter_registration_hook(_on_meta)  # type: ignore[arg-type]
 
 
+def empty_model(
+    config: PretrainedConfig,
+    dtype: torch.dtype = torch.float32,
+    attention: str | None = None,
+) -> nn.Module:
+    """Build the causal LM without memory for its parameters.
+
+    Args:
+        config: of the model; it is not changed.
+        dtype: of the parameters.
+        attention: the attention implementation; None for the model's own choice.
+    """
+    # transformers writes the dtype into it, and other shards have theirs
+    config = copy.deepcopy(config)
+    _THREAD.builds_blocks = True
+    try:
+        model: nn.Module = AutoModelForCausalLM.from_config(
+            config,
+            dtype=dtype,
+            attn_implementation=attention,
+        )
+    finally:
+        _THREAD.builds_blocks = False
+    return model.eval().requires_grad_(False)
+
+
 def build_blocks(
     config: PretrainedConfig,
+    family: Family,
     blocks: BlockRange,
     dtype: torch.dtype,
 ) -> nn.Module:
@@ -95,19 +122,7 @@ def build_blocks(
     The family's own forward stays in charge of masks and positions: it sees a shorter block list,
     and at a cut the modules of the missing end are replaced by ones that do nothing.
     """
-    family = family_of(config)
-    # transformers writes the dtype into it, and other shards have theirs
-    config = copy.deepcopy(config)
-    _THREAD.builds_blocks = True
-    try:
-        model: nn.Module = AutoModelForCausalLM.from_config(
-            config,
-            dtype=dtype,
-            attn_implementation=family.runs_attention,
-        )
-    finally:
-        _THREAD.builds_blocks = False
-    model.eval().requires_grad_(False)
+    model = empty_model(config, dtype, family.runs_attention)
 
     base = model.get_submodule(family.base)
     all_blocks = base.get_submodule(family.blocks)

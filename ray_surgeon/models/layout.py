@@ -207,7 +207,7 @@ class ModelLayout:
         num_blocks = int(config.num_hidden_layers)
         blocks = build.BlockRange(0, num_blocks, num_blocks)
         try:
-            model = build.build_blocks(config, blocks, torch.float32)
+            model = build.build_blocks(config, family, blocks, torch.float32)
         except Exception as error:  # a family's code may raise anything
             reason = " ".join(str(error).split())[:500] or type(error).__name__
             raise ConfigError(

@@ -58,7 +58,7 @@ class ModelShard:
         self.dtype = dtype
         self.device = device
         self.stores = stores or Stores()
-        self.model = build.build_blocks(layout.config, blocks, dtype)
+        self.model = build.build_blocks(layout.config, layout.family, blocks, dtype)
         self.base = self.model.get_submodule(layout.family.base)
         block_list = self.base.get_submodule(layout.family.blocks)
         self.block_modules = list(block_list.children())
