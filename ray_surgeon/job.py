@@ -244,6 +244,7 @@ def _begin(
     report = RunReport(settings, inputs.fingerprints, versions(), layout.num_parameters)
     report.shots = [directory.read_shot(i).record for i in directory.committed_indices()]
     report.retries = directory.retries()
+    report.left_whole = layout.left_whole
     report.source_bytes = inputs.source_bytes
     report.plan = plan.as_record()
     report.ended_steps.extend(directory.ended_steps())

@@ -67,6 +67,9 @@ MULTIPLIERS = {
     "logits_scaling": 4.0,
 }
 
+HYBRID = {"layer_types": ["conv", "full_attention", "conv", "full_attention"]}
+LFM2 = HYBRID | {"pad_token_id": 0, "block_multiple_of": 16, "intermediate_size": 72}
+
 config_of = AutoConfig.for_model
 CONFIGS: dict[str, PretrainedConfig] = {
     "llama": config_of("llama", **BASE, tie_word_embeddings=True),
@@ -93,6 +96,7 @@ CONFIGS: dict[str, PretrainedConfig] = {
     ),
     "olmo3": config_of("olmo3", **BASE, pad_token_id=0, sliding_window=8),
     "granite": config_of("granite", **BASE, **MULTIPLIERS, tie_word_embeddings=True),
+    "lfm2": config_of("lfm2", **(BASE | LFM2)),
     "gpt2": config_of("gpt2", **GPT2, vocab_size=VOCABULARY, initializer_range=0.2),
 }
 SPARSE = {"moe_intermediate_size": 24, "num_experts_per_tok": 2}
@@ -132,7 +136,9 @@ LAYOUTS = {
 }
 
 
-RARE = frozenset({"granite", "seed_oss", "smollm3"})
+HYBRIDS = frozenset(family for family, layout in LAYOUTS.items() if layout.mixers)
+"""Families with other layers than attention in some blocks."""
+RARE = frozenset({"granite", "lfm2", "seed_oss", "smollm3"})
 """Families with the marker `slow` on the tests that run whole jobs."""
 
 

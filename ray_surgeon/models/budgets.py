@@ -219,6 +219,8 @@ def flops_budget(layout: ModelLayout, prompt_length: int) -> Budget:
     `ModelLayout.part_of_tokens`. The removal of a whole expert saves nothing, because a token still
     goes to the same number of the remaining experts.
 
+    Layers in place of an attention count two operations for each weight as well.
+
     Args:
         layout: layout of the model.
         prompt_length: tokens of a prompt; the budget is the mean over them. Sliding windows are not
@@ -239,7 +241,16 @@ def flops_budget(layout: ModelLayout, prompt_length: int) -> Budget:
     if embedding_width != config.hidden_size:
         outer_weights += 2 * embedding_width * config.hidden_size
     dense = 2.0 * (weights_in_use(layout.linears) + outer_weights)
-    dense += layout.num_blocks * attention_scores
+    dense += layout.num_attentions * attention_scores
+    for name in layout.trained:
+        block = layout.block_of(name)
+        shape = layout.parameters[name]
+        if (
+            block in layout.mixers
+            and f".{layout.mixers[block]}." in name
+            and len(shape) > 1
+        ):
+            dense += 2.0 * math.prod(shape)
 
     def of_group(groups: GroupSet) -> float:
         part_of_tokens = layout.part_of_tokens(layout.shapes[groups.consumer])
@@ -250,7 +261,7 @@ def flops_budget(layout: ModelLayout, prompt_length: int) -> Budget:
 
     def of_layer(layer: Layer) -> float:
         operations = 2 * weights_in_use(layout.shapes[name] for name in layer.linears)
-        if layer.kind != "ffn_layers":
+        if layer.kind != "ffn_layers" and layer.block not in layout.mixers:
             operations += attention_scores
         return operations
 

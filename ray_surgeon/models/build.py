@@ -7,7 +7,7 @@ import inspect
 import threading
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -124,7 +124,7 @@ def build_blocks(
     """
     model = empty_model(config, dtype, family.runs_attention)
 
-    base = model.get_submodule(family.base)
+    base: Any = model.get_submodule(family.base)
     all_blocks = base.get_submodule(family.blocks)
     assert isinstance(all_blocks, nn.ModuleList)
     own_blocks = all_blocks[blocks.first : blocks.last]
@@ -137,7 +137,7 @@ def build_blocks(
     if layer_types:
         base.config = copy.copy(base.config)
         own_types = layer_types[blocks.first : blocks.last]
-        base.config.layer_types = own_types  # type: ignore[union-attr]
+        base.config.layer_types = own_types
 
     if not blocks.is_first:
         _replace_modules(base, family.embeddings, positions=family.positions)

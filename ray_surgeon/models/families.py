@@ -66,6 +66,8 @@ class Family:
     # further linears of attention, each with its own input
     in_attention: tuple[str, ...] = ()
     prunes_heads: bool = True  # whether heads can be pruned
+    # modules that some blocks have in place of an attention; they are never pruned
+    mixers: tuple[str, ...] = ()
     ffn: Coupling = _FFN  # linears of the feed-forward layer; a group is a channel
     sparse: SparseLayer = _NO_EXPERTS  # the mixture of experts
     # (part of a tensor's name in the model, the same part in checkpoints)
@@ -74,6 +76,10 @@ class Family:
     float32: tuple[str, ...] = ("e_score_correction_bias",)
     # field of config.json for the feed-forward width
     width_field: str = "intermediate_size"
+    # field of config.json that makes the class choose another width than this; False in exports
+    adjusts_width: str = ""
+    # activation of feed-forward layers, for configurations that name none
+    activation: str = ""
     has_free_heads: bool = True  # whether heads may fill less than the hidden size
     # whether the number of heads need not divide the hidden size
     has_any_heads: bool = True

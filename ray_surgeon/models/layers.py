@@ -93,11 +93,14 @@ def _layers_of_block(
     ffn_consumer = prefix + family.ffn.consumer
     if ffn_consumer not in ffn:
         ffn_consumer = ""
-    return (
-        Layer("blocks", block, tuple(names), consumer=""),
-        Layer("attention_layers", block, tuple(attention), consumer=attention_consumer),
-        Layer("ffn_layers", block, tuple(ffn), consumer=ffn_consumer),
-    )
+    layers = [Layer("blocks", block, tuple(names), consumer="")]
+    if attention:
+        layer = Layer(
+            "attention_layers", block, tuple(attention), consumer=attention_consumer
+        )
+        layers.append(layer)
+    layers.append(Layer("ffn_layers", block, tuple(ffn), consumer=ffn_consumer))
+    return tuple(layers)
 
 
 def module_of(shard: ModelShard, layer: Layer) -> nn.Module:

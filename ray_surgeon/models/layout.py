@@ -266,6 +266,9 @@ class ModelLayout:
     @functools.cached_property
     def num_channels(self) -> int:
         """Number of channels of a feed-forward layer."""
+        for shape in self.linears:
+            if shape.role == self.family.ffn.consumer:
+                return shape.num_columns - shape.has_bias
         width = getattr(self.config, self.family.width_field)
         return int(width or 4 * self.config.hidden_size)
 
@@ -276,7 +279,36 @@ class ModelLayout:
             value = getattr(self.config, field, None)
             if value is not None:
                 return str(value)
-        raise AssertionError(f"{self.config.model_type} names no activation")
+        assert self.family.activation, f"{self.config.model_type} names no activation"
+        return self.family.activation
+
+    @functools.cached_property
+    def mixers(self) -> dict[int, str]:
+        """Block -> name of the module that it has in place of an attention."""
+        found = dict[int, str]()
+        for name in self.parameters:
+            block = self.block_of(name)
+            if block is None:
+                continue
+            inside = name.removeprefix(self.family.block_prefix(block))
+            mixer, _, _ = inside.partition(".")
+            if mixer in self.family.mixers:
+                found[block] = mixer
+        return found
+
+    @functools.cached_property
+    def left_whole(self) -> dict[str, list[int]]:
+        """Name of a module in place of an attention -> the blocks that have it."""
+        blocks_of = dict[str, list[int]]()
+        for block, mixer in sorted(self.mixers.items()):
+            blocks_of.setdefault(mixer, []).append(block)
+        return blocks_of
+
+    @functools.cached_property
+    def num_attentions(self) -> int:
+        """Number of blocks with an attention."""
+        consumer = self.family.attention.consumer
+        return sum(shape.role == consumer for shape in self.linears)
 
     @functools.cached_property
     def group_sets(self) -> tuple[GroupSet, ...]:

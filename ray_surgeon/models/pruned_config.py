@@ -76,17 +76,27 @@ def block_widths(layout: ModelLayout, rows_kept: Mapping[str, int]) -> list[Bloc
     num_left = {}
     for groups in layout.group_sets:
         num_left[groups.block, groups.kind] = _num_left(groups, rows_kept)
-    attentions = layers_of(layout, ("attention_layers",))
+    attentions = {}
+    for layer in layers_of(layout, ("attention_layers",)):
+        attentions[layer.block] = layer
     experts = {experts.block: experts.linears for experts in layout.expert_sets}
+    # a block without an attention gets the number of the first block that has one
+    of_attentions = [n for (_, kind), n in num_left.items() if kind == "attention"]
+    num_elsewhere = layout.heads.num_kv
+    if of_attentions:
+        num_elsewhere = of_attentions[0]
     widths = []
     for block in blocks_left(layout, rows_kept):
         num_shared = num_left.get((block, "shared_experts"), 0)
         num_channels = num_left.get((block, "ffn"), num_shared)
         num_kv_heads = num_left.get((block, "attention"), layout.heads.num_kv)
-        attention = attentions[block]
-        producers = set(attention.linears) - {attention.consumer}
-        if not any(rows_kept[name] for name in producers):
-            num_kv_heads = 0
+        if block in attentions:
+            attention = attentions[block]
+            producers = set(attention.linears) - {attention.consumer}
+            if not any(rows_kept[name] for name in producers):
+                num_kv_heads = 0
+        else:
+            num_kv_heads = num_elsewhere
         expert_widths = []
         for up, *_, down in experts.get(block, ()):
             if rows_kept[down]:
@@ -291,6 +301,8 @@ def uniform_document(layout: ModelLayout, document: Document, widths: Widths) ->
     for width in widths:
         if not width.experts:
             narrow[layout.family.width_field] = width.num_channels
+            if layout.family.adjusts_width:
+                narrow[layout.family.adjusts_width] = False
             continue
         fields = [name for name in sparse.num_experts if name in document]
         for name in fields or sparse.num_experts[:1]:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, LinearAttentionLayer
 
 from ray_surgeon.models.build import cache_argument
 from ray_surgeon.models.loss import Dense, Predicted, compare_with_dense, next_token_loss
@@ -300,7 +300,7 @@ class ShardCache(DynamicCache):  # type: ignore[misc]
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor]:
         """Add keys and values [m, heads, n, d] of a block and return all; see `DynamicCache`."""
-        number = layer_idx - self._first
+        number = self._own(layer_idx)
         if type(self.layers[number]) is not DynamicLayer:
             keys, values = super().update(
                 key_states, value_states, number, *args, **kwargs
@@ -316,6 +316,60 @@ class ShardCache(DynamicCache):  # type: ignore[misc]
             self._rooms[number, name] = room
             setattr(layer, name, room[:, :, : before + states.shape[-2]])
         return layer.keys, layer.values
+
+    def _own(self, layer_idx: int) -> int:
+        """Return the number of a block's layer in this cache."""
+        return layer_idx - self._first
+
+    # of layers in place of an attention, e.g. with linear attention
+
+    def get_conv_state(self, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        """Return the last inputs of a convolution; see `DynamicCache`."""
+        return super().get_conv_state(self._own(layer_idx), *args, **kwargs)
+
+    def update_conv_state(
+        self, conv_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Add inputs of a convolution; see `DynamicCache`."""
+        return super().update_conv_state(
+            conv_states, self._own(layer_idx), *args, **kwargs
+        )
+
+    def get_recurrent_state(self, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        """Return a recurrent state; see `DynamicCache`."""
+        return super().get_recurrent_state(self._own(layer_idx), *args, **kwargs)
+
+    def update_recurrent_state(
+        self, recurrent_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Set a recurrent state; see `DynamicCache`."""
+        return super().update_recurrent_state(
+            recurrent_states, self._own(layer_idx), *args, **kwargs
+        )
+
+    def is_recording_past(self, layer_idx: int) -> bool:
+        """Return False: tokens are never taken back."""
+        return False
+
+    def increase_count(self, layer_idx: int, state_idx: int) -> None:
+        """Count a token; see `DynamicCache`."""
+        super().increase_count(self._own(layer_idx), state_idx)
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """Return the number of keys, and the position of the first; see `DynamicCache`."""
+        if all(self.is_linear):
+            # no layer of the shard reads the mask, which transformers makes nevertheless
+            return query_length + int(self.get_seq_length()), 0
+        num_keys, first = super().get_mask_sizes(query_length, layer_idx)
+        return num_keys, first
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Forget all sequences but these."""
+        for layer in self.layers:
+            if isinstance(layer, LinearAttentionLayer):
+                layer.reorder_cache(indices)
+            else:
+                layer.batch_select_indices(indices)
 
 
 def _with_room(room: Tensor, before: int, states: Tensor) -> Tensor:

@@ -152,6 +152,16 @@ def _check_kinds(pruning: CoupledSection, layout: ModelLayout) -> None:
             ),
             remedy="name some of these",
         )
+    if pruning.layer_kinds and layout.mixers:
+        mixers = ", ".join(sorted(set(layout.mixers.values())))
+        raise ConfigError(
+            field="pruning.groups",
+            found=(
+                f"{', '.join(pruning.layer_kinds)}, but some blocks of "
+                f"{layout.config.model_type} have {mixers} in place of an attention, which stays"
+            ),
+            remedy=f"name some of {', '.join(layout.kinds)}",
+        )
     norms_come_before = getattr(layout.config, "do_layer_norm_before", True)
     if pruning.layer_kinds and not norms_come_before:
         raise ConfigError(

@@ -295,7 +295,7 @@ def _perplexities(measured: Mapping[str, Any]) -> dict[str, str]:
     return row
 
 
-_LATER = {"plan", "retries", "source"}
+_LATER = {"left_whole", "plan", "retries", "source"}
 """Entries that reports of earlier versions lack."""
 
 

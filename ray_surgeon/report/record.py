@@ -38,6 +38,8 @@ class RunReport:
     plan: dict[str, Any] = field(default_factory=dict)
     # losses after which the run went on, each with cause and message
     retries: list[dict[str, Any]] = field(default_factory=list)
+    # name of a module in place of an attention, which is not pruned -> the blocks that have it
+    left_whole: dict[str, list[int]] = field(default_factory=dict)
     source_bytes: int = 0  # of the weight files that were given; 0 if not known
     # event of every step of all tries that has ended
     ended_steps: list[Record] = field(default_factory=list)
@@ -103,6 +105,7 @@ class RunReport:
             "exports": self.exports,
             "plan": self.plan,
             "retries": self.retries,
+            "left_whole": self.left_whole,
             "source": {"bytes": self.source_bytes},
             "linears": linears,
             "parameters": {

@@ -13,11 +13,18 @@ _GIB = 2**30
 def plan_lines(spec: JobSpec, plan: Plan) -> list[str]:
     """Return the expected time, the peak memory, and where workers keep tensors.
 
+    Layers that are not pruned because they are in place of an attention are named, too.
+
     Args:
         spec: of the job.
         plan: for it.
     """
-    return [_time_line(spec, plan), _memory_line(plan), _places_line(plan)]
+    lines = [_time_line(spec, plan), _memory_line(plan), _places_line(plan)]
+    layout = plan.shapes.layout
+    for mixer, blocks in layout.left_whole.items():
+        num_blocks = counted(layout.num_blocks, "block")
+        lines.append(f"not pruned: {mixer}, in {len(blocks)} of {num_blocks}")
+    return lines
 
 
 def _time_line(spec: JobSpec, plan: Plan) -> str:

@@ -21,6 +21,7 @@ from ray_surgeon.report.html_report import page
 from ray_surgeon.run.result import PruneResult
 from tests.conftest import (
     CONFIGS,
+    HYBRIDS,
     LAYOUTS,
     SPARSE_CONFIGS,
     VOCABULARY,
@@ -48,7 +49,7 @@ PARTS = BLOCKS | {"pruning__groups": ["attention_layers", "ffn_layers"]}
 PARTS |= {"pruning__allocation": "global", "pruning__target_sparsity": 0.3}
 NORMED_AFTER = "opt-projections"
 OFTEN = {"deepseek_v3", "gpt2", "gpt_oss", "llama-biases", "qwen3_moe"}
-FAMILIES = sorted({*CONFIGS, *SPARSE_CONFIGS} - {NORMED_AFTER})
+FAMILIES = sorted({*CONFIGS, *SPARSE_CONFIGS} - {NORMED_AFTER} - HYBRIDS)
 
 
 @pytest.mark.parametrize("family", of_families(FAMILIES))
@@ -225,6 +226,7 @@ def test_removed_layer_is_folded_into_the_preceding_linear(
             "pruning.groups=[ffn]; pruning.depth={}",
             "is of whole layers; remove it, or name one",
         ),
+        ("model=lfm2", "some blocks of lfm2 have conv in place of an attention"),
         (
             "pruning.groups=[ffn_layers]",
             "leave blocks that differ; set allocation to global",

@@ -83,6 +83,7 @@ def test_groups_of_every_family_are_removed_whole(
         numbers["before"],
         numbers["after"],
     ]
+    assert done.report["left_whole"] == LAYOUTS[family].left_whole
     export = done.export(kind)
     dense = job.models[family] / "model.safetensors"
     assert done.exports[1]["size_bytes"] < dense.stat().st_size

@@ -219,6 +219,11 @@ def test_dry_run_prints_the_plan(job: Jobs) -> None:
     assert not done.uri.exists()
 
 
+def test_plan_names_layers_that_stay_whole(job: Jobs) -> None:
+    done = job({"model": "lfm2"}, "--dry-run")
+    assert done.out.splitlines()[-1] == "not pruned: conv, in 2 of 4 blocks"
+
+
 def test_announced_steps_match_executed_steps(
     job: Jobs, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -33,7 +33,7 @@ from ray_surgeon.memory import stores
 from ray_surgeon.memory.stores import NO_SCRATCH, ReadAhead, Scratch
 from ray_surgeon.pruning.rows_columns import RowsColumns
 from ray_surgeon.run_state import RunState
-from tests.conftest import Zygote
+from tests.conftest import HYBRIDS, Zygote, of_families
 from tests.integration import runs
 from tests.integration.runs import Done, Jobs, assert_same_shot
 
@@ -96,7 +96,7 @@ def test_every_store_and_wave_gives_the_same_bits(
     assert not list((job.folder / "scratch").rglob("*")), "scratch files are removed"
 
 
-@pytest.mark.parametrize("family", ["gpt2", "phi3"])
+@pytest.mark.parametrize("family", of_families(["gpt2", "phi3", *sorted(HYBRIDS)]))
 def test_other_families_with_weights_on_disk_and_replicas(family: str, job: Jobs) -> None:
     options = runs.ONE | {"model": family, "cluster__num_replicas": 2}
     one = job(options, folder="one")

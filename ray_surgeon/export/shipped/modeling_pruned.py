@@ -19,6 +19,8 @@ from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPP
 from transformers.pytorch_utils import Conv1D
 
 DENSE = "llama"
+MIXERS = ("conv", "linear_attn", "mamba")
+"""Modules that some blocks have in place of an attention; they are whole."""
 DenseConfig: Any = CONFIG_MAPPING[DENSE]
 DenseModel: Any = MODEL_MAPPING[DenseConfig]
 DenseForCausalLM: Any = MODEL_FOR_CAUSAL_LM_MAPPING[DenseConfig]
@@ -243,6 +245,8 @@ def outputs_of_linears(
     return {
         "gate_proj": width,
         "up_proj": width,
+        "w1": width,
+        "w3": width,
         "fc1": width,
         "c_fc": width,
         "gate_up_proj": 2 * width,
@@ -267,12 +271,15 @@ def narrow_block(block: nn.Module, config: Any, sizes: dict[str, Any]) -> None:
     num_heads = sizes["num_attention_heads"]
     names: dict[str, Any] = dict(block.named_modules())
     attention_name = "self_attn" if "self_attn" in names else "attn"
-    head_dim = getattr(names[attention_name], "head_dim", 0)
+    attention = names.get(attention_name)
+    head_dim = getattr(attention, "head_dim", 0)
     # an attention that is not pruned may be of any kind
-    is_whole = num_heads == config.num_attention_heads
+    is_whole = attention is None or num_heads == config.num_attention_heads
     num_outputs = outputs_of_linears(sizes, width, head_dim)
     for name, module in names.items():
         owner, _, last = name.rpartition(".")
+        if name.startswith(MIXERS):
+            continue
         is_attention = owner == attention_name
         if not isinstance(module, (nn.Linear, Conv1D)) or last == "shared_expert_gate":
             continue
