@@ -172,11 +172,11 @@ def test_concurrent_jobs_are_independent(head: Head, job: Jobs) -> None:
     assert "--resume" in logs
     assert "exit code 1" in ended
     ended, logs = head.ended("bad-spec")
-    assert "pruning.target_sparsity: Input should be less than 1 (got 3)" in logs
+    assert "pruning.target_sparsity: expected a fraction below 1" in logs
     assert "exit code 2" in ended
     code, logs = head.followed(str(job.spec(ONE)), "--set", "pruning.target_sparsity=3")
     assert code == 2
-    assert "pruning.target_sparsity: Input should be less than 1 (got 3)" in logs
+    assert "pruning.target_sparsity: expected a fraction below 1" in logs
 
 
 def metrics_of(head: Head, run: str) -> dict[str, float]:
