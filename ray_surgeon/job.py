@@ -246,6 +246,7 @@ def _begin(
     report.retries = directory.retries()
     report.left_whole = layout.left_whole
     report.source_bytes = inputs.source_bytes
+    report.proof = inputs.proof
     report.plan = plan.as_record()
     report.ended_steps.extend(directory.ended_steps())
     num_done = len(report.shots)

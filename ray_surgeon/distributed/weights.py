@@ -26,8 +26,9 @@ from ray_surgeon.memory.stores import (
     ScratchNames,
     Stores,
 )
-from ray_surgeon.models.build import BlockRange, cut, num_inputs
-from ray_surgeon.models.checkpoint import Stored, tensor_reader
+from ray_surgeon.models.build import BlockRange
+from ray_surgeon.models.checkpoint import tensor_reader
+from ray_surgeon.models.exported import ExportedTensors
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.models.runner import BlockRunner
 from ray_surgeon.models.shard import ModelShard
@@ -260,11 +261,12 @@ def save_weights(
         stored: whether tensors have the names of the family's checkpoints, or those used here.
         blocks: numbers of the blocks to write, which are renumbered in this order.
     """
-    exported = _Exported(
-        worker,
+    exported = ExportedTensors(
+        worker.shard,
+        {} if mask_names else worker.masks,
+        worker.group_sets,
         blocks=blocks,
         left_out=left_out,
-        cut_out=not mask_names,
         stored=stored,
     )
     parts: list[_Tensors] = []
@@ -276,67 +278,6 @@ def save_weights(
     for name, part in zip([*names, *mask_names], parts, strict=True):
         saved.append(_write(files.join(folder, name), part))
     return tuple(saved)
-
-
-class _Exported:
-    """The tensors of a shard in the form in which they are exported."""
-
-    def __init__(
-        self,
-        worker: Worker,
-        *,
-        blocks: Sequence[int],
-        left_out: Collection[str],
-        cut_out: bool,
-        stored: bool,
-    ) -> None:
-        """Find the remaining heads and experts, if pruned ones are cut out."""
-        self._blocks = blocks
-        self._left_out = left_out
-        self._shard = worker.shard
-        self._masks = worker.masks if cut_out else {}
-        layout = worker.layout
-        self._stored = Stored(layout, worker.shard.blocks, self._masks, stored=stored)
-        # name of a tensor or module with one entry per head or expert -> which entries remain
-        self._entries = dict(self._stored.entries)
-        if cut_out and layout.family.per_head:
-            self._add_heads(worker)
-
-    def _add_heads(self, worker: Worker) -> None:
-        layout = worker.layout
-        for groups in worker.group_sets:
-            if groups.kind != "attention":
-                continue
-            columns = worker.mask(groups.consumer, StructuredMask).columns
-            columns_of_heads = columns[groups.columns.flatten()].view(
-                -1, layout.heads.head_dim
-            )
-            remaining = columns_of_heads.any(dim=1)
-            prefix = layout.family.block_prefix(groups.block)
-            for name in layout.family.per_head:
-                self._entries[prefix + name] = remaining
-
-    def tensors(self, names: Iterable[str]) -> _Tensors:
-        """Yield tensors without the parts that are cut out; see `Stored.whole`."""
-        layout = self._shard.layout
-        written = {None, *self._blocks}
-        for name in names:
-            if name not in self._left_out and layout.block_of(name) in written:
-                stored = layout.renumbered(self._stored.name(name), self._blocks)
-                yield stored, self._stored.whole(name, self._cut(name))
-
-    def _cut(self, name: str) -> Tensor:
-        tensor = self._shard.tensor(name)
-        linear, _, part = name.rpartition(".")
-        entries = self._entries.get(name, self._entries.get(linear))
-        if entries is not None:
-            return tensor[entries.to(tensor.device)]
-        mask = self._masks.get(linear)
-        if mask is None:
-            return tensor
-        assert isinstance(mask, StructuredMask)
-        module = self._shard.linears[linear]
-        return cut(module, part, tensor, mask.rows, mask.columns[: num_inputs(module)])
 
 
 def _weight_parts(worker: Worker, *, changed_only: bool) -> list[list[str]]:

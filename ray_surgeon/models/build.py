@@ -79,6 +79,8 @@ def _on_meta(
         return None
     empty = nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
     empty.__dict__.update(parameter.__dict__)
+    # initial values on the meta device would take transformers most of the time
+    empty._is_hf_initialized = True  # type: ignore[attr-defined]
     return empty
 
 

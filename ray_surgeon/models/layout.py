@@ -192,18 +192,22 @@ class ModelLayout:
             self.wholes = {"experts": ("expert_channels", self.num_experts, num_needed)}
 
     @staticmethod
-    def of(config: PretrainedConfig, where: str = "the model") -> ModelLayout:
+    def of(
+        config: PretrainedConfig, where: str = "the model", family: Family | None = None
+    ) -> ModelLayout:
         """Return the layout of a model, which is built on the meta device to read it.
 
         Args:
             config: configuration of the model.
             where: how errors refer to the model.
+            family: its family; if not given, the one that describes its type.
 
         Raises:
             ValueError: the family is unknown, or transformers cannot build a model of this
                 configuration.
         """
-        family = family_of(config)
+        if family is None:
+            family = family_of(config)
         num_blocks = int(config.num_hidden_layers)
         blocks = build.BlockRange(0, num_blocks, num_blocks)
         try:

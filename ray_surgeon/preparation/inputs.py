@@ -46,6 +46,7 @@ from ray_surgeon.distributed.placement import Placement, place
 from ray_surgeon.export.exports import Export
 from ray_surgeon.factors.collector import kind_of
 from ray_surgeon.models.layout import ModelLayout
+from ray_surgeon.models.proof import prove
 from ray_surgeon.preparation import reading
 from ray_surgeon.preparation.reading import Texts
 from ray_surgeon.preparation.resolve import Machines, resolve
@@ -245,6 +246,9 @@ class Inputs:
     choices: tuple[str, ...] = ()
     deadline_s: float | None = None  # time.time() by which the job should end
     source_bytes: int = 0  # of the weight files that were given; 0 if they were not read
+    proof: str = (
+        ""  # what was proved of the model; empty for a plan from config.json alone
+    )
 
     @property
     def ray(self) -> RaySection:
@@ -287,6 +291,8 @@ class Inputs:
     def notes(self) -> list[str]:
         """Lines for the user: the goal, and hints on the settings."""
         lines = [self._summary(), *self.choices]
+        if self.proof:
+            lines.append(self.proof)
         if self.chosen_text:
             lines.append(self.chosen_text)
         stored = str(getattr(self.layout.config, "dtype", None)).removeprefix("torch.")
@@ -375,8 +381,10 @@ def check(
     texts = texts._replace(teacher=_teacher(spec, tokenizer, layout))
     stages = stages_of(spec, layout, method, texts, last, resolved.deadline_s)
     fingerprints: dict[str, Any] = {}
+    proof = ""
     if is_read:
         fingerprints = _fingerprints(spec, model_fingerprint, texts, stages)
+        proof = str(prove(layout.config, layout.family, _kinds(spec)))
     inputs = Inputs(
         spec=spec,
         layout=layout,
@@ -391,6 +399,7 @@ def check(
         choices=resolved.notes,
         deadline_s=resolved.deadline_s,
         source_bytes=source_bytes,
+        proof=proof,
     )
     if is_read:
         with reading.as_input_error(f"output.uri: cannot use {spec.output.uri}"):
@@ -398,6 +407,13 @@ def check(
             if not dry_run:
                 directory.check_writable()
     return inputs
+
+
+def _kinds(spec: JobSpec) -> tuple[str, ...]:
+    """Return the kinds of coupled groups that a job prunes."""
+    if isinstance(spec.pruning, CoupledSection):
+        return spec.pruning.narrow_kinds
+    return ()
 
 
 def _planned(

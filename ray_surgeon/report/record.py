@@ -41,6 +41,7 @@ class RunReport:
     # name of a module in place of an attention, which is not pruned -> the blocks that have it
     left_whole: dict[str, list[int]] = field(default_factory=dict)
     source_bytes: int = 0  # of the weight files that were given; 0 if not known
+    proof: str = ""  # what was proved of the model's family before the run
     # event of every step of all tries that has ended
     ended_steps: list[Record] = field(default_factory=list)
 
@@ -96,6 +97,8 @@ class RunReport:
         further: dict[str, Any] = {}  # reports of earlier versions lack these
         if steps:
             further["steps"] = steps
+        if self.proof:
+            further["proof"] = self.proof
         return {
             "spec": self.spec,
             "fingerprints": self.fingerprints,
