@@ -70,6 +70,22 @@ MULTIPLIERS = {
 HYBRID = {"layer_types": ["conv", "full_attention", "conv", "full_attention"]}
 LFM2 = HYBRID | {"pad_token_id": 0, "block_multiple_of": 16, "intermediate_size": 72}
 
+LINEAR = {
+    "layer_types": ["linear_attention", "full_attention"] * 2,
+    "head_dim": 8,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "tie_word_embeddings": True,
+    "rope_parameters": {
+        "rope_type": "default",
+        "rope_theta": 10_000.0,
+        "partial_rotary_factor": 0.5,
+        "mrope_section": [1, 1, 0],
+    },
+}
+
 config_of = AutoConfig.for_model
 CONFIGS: dict[str, PretrainedConfig] = {
     "llama": config_of("llama", **BASE, tie_word_embeddings=True),
@@ -97,6 +113,7 @@ CONFIGS: dict[str, PretrainedConfig] = {
     "olmo3": config_of("olmo3", **BASE, pad_token_id=0, sliding_window=8),
     "granite": config_of("granite", **BASE, **MULTIPLIERS, tie_word_embeddings=True),
     "lfm2": config_of("lfm2", **(BASE | LFM2)),
+    "qwen3_5": config_of("qwen3_5_text", **BASE, **LINEAR),
     "gpt2": config_of("gpt2", **GPT2, vocab_size=VOCABULARY, initializer_range=0.2),
 }
 SPARSE = {"moe_intermediate_size": 24, "num_experts_per_tok": 2}
@@ -123,6 +140,12 @@ SPARSE_CONFIGS: dict[str, PretrainedConfig] = {
     ),
     "gpt_oss": config_of("gpt_oss", **BASE, **GPT_OSS, num_local_experts=6),
     "glm4_moe": config_of("glm4_moe", **MIXTURE, **SIGMOID, **GLM4),
+    "qwen3_5_moe": config_of(
+        "qwen3_5_moe_text",
+        **(MIXTURE | LINEAR),
+        num_experts=6,
+        shared_expert_intermediate_size=40,
+    ),
     "deepseek_v3": config_of(
         "deepseek_v3", **(MIXTURE | MLA | SIGMOID), n_routed_experts=8, n_group=2
     ),
@@ -138,7 +161,7 @@ LAYOUTS = {
 
 HYBRIDS = frozenset(family for family, layout in LAYOUTS.items() if layout.mixers)
 """Families with other layers than attention in some blocks."""
-RARE = frozenset({"granite", "lfm2", "seed_oss", "smollm3"})
+RARE = frozenset({"granite", "lfm2", "qwen3_5", "qwen3_5_moe", "seed_oss", "smollm3"})
 """Families with the marker `slow` on the tests that run whole jobs."""
 
 

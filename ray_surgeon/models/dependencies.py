@@ -97,7 +97,9 @@ def _propagate_in_heads(layout: ModelLayout, groups: GroupSet, kept: Kept) -> No
     (query, query_rows), (key, key_rows), (value, value_rows) = groups.producers
     columns = kept[groups.consumer].columns[groups.columns].view(num_groups, -1, head_dim)
     values = kept[value].rows[value_rows].view(num_groups, 1, head_dim)
-    queries = kept[query].rows[query_rows].view(num_groups, -1, head_dim)
+    num_parts = 2 if layout.family.gates_heads else 1
+    of_queries = kept[query].rows[query_rows].view(num_groups, -1, num_parts, head_dim)
+    queries = of_queries[:, :, 0]
     keys = kept[key].rows[key_rows].view(num_groups, 1, head_dim)
 
     columns = columns & values
@@ -114,7 +116,11 @@ def _propagate_in_heads(layout: ModelLayout, groups: GroupSet, kept: Kept) -> No
         keys = keys & is_queried
 
     kept[groups.consumer].columns[groups.columns.flatten()] = columns.flatten()
-    kept[query].rows[query_rows.flatten()] = queries.flatten()
+    parts = [queries]
+    if layout.family.gates_heads:
+        # a gate of 0 is no gate that is closed, so only gates that nothing reads are pruned
+        parts.append(of_queries[:, :, 1] & columns)
+    kept[query].rows[query_rows.flatten()] = torch.stack(parts, dim=2).flatten()
     kept[key].rows[key_rows.flatten()] = keys.flatten()
     kept[value].rows[value_rows.flatten()] = values.flatten()
 

@@ -85,6 +85,9 @@ class Family:
     has_any_heads: bool = True
     # whether queries and keys are normalised over a head's dimensions
     norms_queries: bool = False
+    # whether the linear of queries also has the rows of a gate of the head's outputs, after those
+    # of each head's query
+    gates_heads: bool = False
     # whether a layer's output passes a norm before it is added to the stream
     norms_outputs: bool = False
     # whether config.json has Granite's multipliers: of embeddings, of what layers add to the

@@ -406,7 +406,11 @@ def groups_of(layout: ModelLayout, block: int) -> Iterator[GroupSet]:
         if kind == "attention" and not layout.family.prunes_heads:
             continue
         if kind == "attention":
-            columns, *rows = _rows_of_heads(layout.heads, is_fused=coupling.num_parts > 1)
+            columns, *rows = _rows_of_heads(
+                layout.heads,
+                is_fused=coupling.num_parts > 1,
+                has_gates=layout.family.gates_heads,
+            )
         else:
             columns, *rows = _rows_of_channels(consumer, coupling)
 
@@ -430,18 +434,23 @@ def _rows_of_heads(
     heads: Heads,
     *,
     is_fused: bool,
+    has_gates: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the rows and columns of each KV group.
 
     Args:
         heads: of the model.
         is_fused: whether one linear has the rows of queries, keys and values, in this order.
+        has_gates: see `Family.gates_heads`.
 
     Returns:
         Columns of the consumer, and rows of queries, keys and values, [num_kv, rows] each.
     """
     queries = torch.arange(heads.num_query * heads.head_dim).view(heads.num_kv, -1)
     keys = torch.arange(heads.num_kv * heads.head_dim).view(heads.num_kv, -1)
+    if has_gates:
+        with_gates = torch.arange(2 * queries.numel()).view(heads.num_kv, -1)
+        return queries, with_gates, keys, keys
     if not is_fused:
         return queries, queries, keys, keys
     first_key = queries.numel()

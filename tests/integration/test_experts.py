@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from tests.conftest import LAYOUTS, SPARSE_CONFIGS
+from tests.conftest import LAYOUTS, SPARSE_CONFIGS, of_families
 from tests.integration import runs
 from tests.integration.runs import Done, Jobs, assert_same_shot, changes_of, copied_model
 from tests.models.test_checkpoint import as_mxfp4
@@ -47,7 +47,7 @@ def older(model: Path, folder: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("family", WITHOUT_GROUPS)
+@pytest.mark.parametrize("family", of_families(WITHOUT_GROUPS))
 def test_uniform_export_has_fewer_and_narrower_experts(family: str, job: Jobs) -> None:
     """Experts keep their widths in a family whose shared experts have the same width."""
     kinds = ["experts"] if family == "glm4_moe" else ["experts", "expert_channels"]

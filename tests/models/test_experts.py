@@ -26,7 +26,7 @@ from ray_surgeon.models.expert_removals import removals
 from ray_surgeon.models.experts import Mixture
 from ray_surgeon.models.runner import BlockRunner
 from ray_surgeon.models.shard import ModelShard
-from tests.conftest import LAYOUTS, SPARSE_CONFIGS, tiny_model
+from tests.conftest import HYBRIDS, LAYOUTS, SPARSE_CONFIGS, tiny_model
 from tests.models.test_shard import NUM_PREDICTED, TOKENS, gather, watch
 
 State = dict[str, Tensor]
@@ -128,7 +128,9 @@ def test_gradients_match_the_family(family: str, gathered: Gathered, own: Own) -
     read = reader_of(LAYOUTS[family], of_own)
     for name, parameter in model.named_parameters():
         found = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-        atol = 1e-5 if "experts" in name else 1e-6
+        # experts sum in another order, and a recurrence passes the difference on
+        differs_more = "experts" in name or family in HYBRIDS
+        atol = 1e-5 if differs_more else 1e-6
         torch.testing.assert_close(found, read(name), rtol=1e-4, atol=atol)
 
 

@@ -230,7 +230,7 @@ def narrow_experts(layer: Any, widths: list[int]) -> None:
 
 
 def outputs_of_linears(
-    sizes: dict[str, Any], width: int, head_dim: int
+    sizes: dict[str, Any], width: int, head_dim: int, query_dim: int
 ) -> dict[str, int]:
     """Return the number of outputs of each linear that produces channels or heads.
 
@@ -238,8 +238,9 @@ def outputs_of_linears(
         sizes: sizes of the block.
         width: width of its feed-forward layer.
         head_dim: head dimension of its attention.
+        query_dim: number of outputs for a head's query, and its gate if it has one.
     """
-    queries = sizes["num_attention_heads"] * head_dim
+    queries = sizes["num_attention_heads"] * query_dim
     keys = sizes["num_key_value_heads"] * head_dim
     fused = queries + 2 * keys
     return {
@@ -275,7 +276,10 @@ def narrow_block(block: nn.Module, config: Any, sizes: dict[str, Any]) -> None:
     head_dim = getattr(attention, "head_dim", 0)
     # an attention that is not pruned may be of any kind
     is_whole = attention is None or num_heads == config.num_attention_heads
-    num_outputs = outputs_of_linears(sizes, width, head_dim)
+    query_dim = head_dim
+    if hasattr(attention, "q_proj"):
+        query_dim = len(attention.q_proj.weight) // config.num_attention_heads
+    num_outputs = outputs_of_linears(sizes, width, head_dim, query_dim)
     for name, module in names.items():
         owner, _, last = name.rpartition(".")
         if name.startswith(MIXERS):
