@@ -272,7 +272,7 @@ def narrow_block(block: nn.Module, config: Any, sizes: dict[str, Any]) -> None:
     num_heads = sizes["num_attention_heads"]
     names: dict[str, Any] = dict(block.named_modules())
     attention_name = "self_attn" if "self_attn" in names else "attn"
-    attention = names.get(attention_name)
+    attention: Any = names.get(attention_name)
     head_dim = getattr(attention, "head_dim", 0)
     # an attention that is not pruned may be of any kind
     is_whole = attention is None or num_heads == config.num_attention_heads
