@@ -49,6 +49,15 @@ def check_exports(
                 remedy="or export per_block",
             )
         pruned_config.check_uniform(layout, tuple(shrinking.fewest))
+    if "per_block" in output.exports and not layout.family.has_attention:
+        raise ConfigError(
+            field="output.exports",
+            found=(
+                "per_block comes with code for the families of families.yaml, which has no "
+                f"{layout.config.model_type}"
+            ),
+            remedy="export uniform",
+        )
     if "masked" in output.exports and "experts" in shrinking.fewest:
         raise ConfigError(
             field="output.exports",
@@ -189,6 +198,8 @@ def _vllm_options(
     kind: str, layout: ModelLayout, widths: Sequence[BlockWidths]
 ) -> str | None:
     """Return vLLM's options for an export; None if vLLM does not support it or was not tested."""
+    if not layout.family.has_attention:
+        return None
     if kind == "per_block":
         has_attentions = all(width.num_kv_heads for width in widths)
         is_served = has_attentions and layout.config.model_type != "gpt2"

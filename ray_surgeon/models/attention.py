@@ -241,6 +241,10 @@ def for_older_readers(document: Mapping[str, Any]) -> dict[str, Any]:
     parameters = document.get("rope_parameters")
     if not parameters:
         return dict(document)
+    is_gemma3 = str(document.get("model_type")).startswith("gemma3")
+    if "full_attention" in parameters and not is_gemma3:
+        # only Gemma 3 reads parameters of both kinds of attention from the older fields
+        return dict(document)
     both = {**document, **older_fields(document)}
     if _fit_older_fields(parameters):
         del both["rope_parameters"]

@@ -137,9 +137,8 @@ def build_blocks(
     # forward looks up the kind of attention of a block by its place in the shortened list
     layer_types = getattr(config, "layer_types", None)
     if layer_types:
-        base.config = copy.copy(base.config)
         own_types = layer_types[blocks.first : blocks.last]
-        base.config.layer_types = own_types
+        base.config = _with_layer_types(base.config, own_types)
 
     if not blocks.is_first:
         _replace_modules(base, family.embeddings, positions=family.positions)
@@ -150,6 +149,21 @@ def build_blocks(
         _replace_modules(model, (family.head,))
         _replace_modules(base, family.final)
     return model
+
+
+def _with_layer_types(config: Any, layer_types: list[str]) -> Any:
+    """Return a copy of a configuration with other kinds of blocks.
+
+    Some classes compute the kinds from the numbers of the blocks.
+    """
+    own = copy.copy(config)
+    kind = type(config)
+    name = kind.attribute_map.get("layer_types", "layer_types")
+    if isinstance(getattr(kind, name, None), property):
+        own.__class__ = type(kind.__name__, (kind,), {name: layer_types})
+    else:
+        own.layer_types = layer_types
+    return own
 
 
 def _replace_modules(

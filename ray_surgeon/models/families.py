@@ -25,6 +25,8 @@ _ATTENTION = Coupling(
     consumer="self_attn.o_proj",
     producers=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
 )
+NO_ATTENTION = Coupling(consumer="none is described", producers=())
+"""In place of the attention of a family of which it is not known; it stays whole."""
 _FFN = Coupling(consumer="mlp.down_proj", producers=("mlp.gate_proj", "mlp.up_proj"))
 _NO_EXPERTS = SparseLayer()
 
@@ -99,6 +101,13 @@ class Family:
     runs_attention: str = IN_PRODUCTS  # attention implementation for transformers
     has_free_heads_in_vllm: bool = True  # `has_free_heads` of vLLM's class for the family
     llama_cpp: LlamaCpp | None = None  # None if llama.cpp does not support the family
+    # number of items in the tuple that a block returns; 0 if it returns a tensor
+    tuple_size: int = 0
+
+    @property
+    def has_attention(self) -> bool:
+        """Whether the linears of attention are known; a probed family's are not."""
+        return self.attention != NO_ATTENTION
 
     def couplings_in(self, names: Collection[str]) -> list[tuple[str, str, Coupling]]:
         """Return the coupled linears of a block.
@@ -248,7 +257,7 @@ def check_family(family: str, of_text: Any = None) -> None:
 
 
 def family_of(config: PretrainedConfig) -> Family:
-    """Return the family of a model.
+    """Return the family of a model that families.yaml describes.
 
     Raises:
         ValueError: the family is unknown, or the model's logits or attention are not supported.

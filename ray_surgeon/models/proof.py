@@ -139,6 +139,7 @@ def prove_copy(
         try:
             copies = _Copies(config, family)
             _check(copies, "its blocks, run one by one, and the whole model", {})
+            copies.check_causal()
             return _prove_kinds(copies, kinds)
         except NotProvedError:
             raise
@@ -252,13 +253,27 @@ class _Copies:
     def _read(self, name: str) -> Tensor:
         """Return the random values of a tensor; a tied head has those of the embedding."""
         stored = self.layout.tied.get(name, name)
-        return _random(stored, self.layout.parameters[stored])
+        return random_weight(stored, self.layout.parameters[stored])
 
     def _logits(self) -> Tensor:
         states = self.tokens
         for shard in self.shards:
             states = torch.cat(BlockRunner(shard).infer(states))
         return self.shards[-1].logits(states)
+
+    def check_causal(self) -> None:
+        """Check that the last token changes the last logits only.
+
+        Raises:
+            NotProvedError: earlier ones change, too.
+        """
+        others = self.tokens.clone()
+        others[:, -1] -= 1
+        shown, self.tokens = self.tokens, others
+        changed = self._logits()
+        self.tokens = shown
+        if _difference(changed[:, :-1], self.dense[:, :-1]) > TOLERANCE:
+            raise NotProvedError("its tokens see later ones, unlike the loss")
 
     def masks_without(self, kind: str) -> Masks | None:
         """Return masks that remove groups of a kind, as many in every block.
@@ -407,7 +422,7 @@ def _loaded_logits(folder: str, tokens: Tensor) -> Tensor:
     return logits.float()
 
 
-def _random(name: str, shape: Sequence[int]) -> Tensor:
+def random_weight(name: str, shape: Sequence[int]) -> Tensor:
     """Return random values [*shape] float64 that float32 holds, as some tensors are float32.
 
     They depend on the name, so that every shard draws the same.

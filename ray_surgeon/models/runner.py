@@ -71,10 +71,14 @@ class BlockRunner:
         calls: list[Call] = []
         hidden: list[Tensor] = []
 
-        def record(*args: Any, **kwargs: Any) -> Tensor:
+        tuple_size = self._shard.layout.family.tuple_size
+
+        def record(*args: Any, **kwargs: Any) -> Any:
             states, *rest = args or (kwargs.pop("hidden_states"),)
             hidden.append(states)
             calls.append((rest, kwargs))
+            if tuple_size:
+                return (hidden[0], *[None] * (tuple_size - 1))
             return hidden[0]  # a family may take the first item of the output
 
         base = self._shard.base

@@ -149,6 +149,15 @@ def _outer_lists(module: nn.Module, name: str) -> Iterator[tuple[str, nn.ModuleL
             yield from _outer_lists(child, full_name)
 
 
+def width_fields(config: PretrainedConfig) -> list[str]:
+    """Return the fields of a configuration that hold widths of feed-forward layers."""
+    fields = []
+    for name, width in config.to_dict().items():
+        if _WIDTHS.search(name) and _is_number(width):
+            fields.append(name)
+    return fields
+
+
 def _narrow(config: PretrainedConfig) -> PretrainedConfig:
     """Return a copy with all blocks, whose sizes are tiny."""
     document = _with_few_experts(config)

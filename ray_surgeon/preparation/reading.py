@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from transformers import AutoConfig, PretrainedConfig
+from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 
 from ray_surgeon.config.base import refusing
 from ray_surgeon.config.job import JobSpec
@@ -21,8 +21,14 @@ from ray_surgeon.distributed.memory_plan.device_resources import named_device
 from ray_surgeon.errors import ConfigError
 from ray_surgeon.models.attention import check_rope
 from ray_surgeon.models.checkpoint import check_checkpoint, check_tied
-from ray_surgeon.models.families import check_depth, check_family, check_not_quantised
+from ray_surgeon.models.families import (
+    FAMILIES,
+    check_depth,
+    check_family,
+    check_not_quantised,
+)
 from ray_surgeon.models.layout import ModelLayout
+from ray_surgeon.models.probe import probed_family
 from ray_surgeon.recovery.recovery import LoadTeacher
 from ray_surgeon.storage import files
 from ray_surgeon.storage.sources import ModelFiles, open_model
@@ -116,7 +122,10 @@ def opened(model: ModelSection) -> tuple[ModelFiles, Path, ModelLayout]:
         source = open_model(model)
         folder = source.small_files_folder()
     config = load_config(folder, source.origin)
-    return source, folder, ModelLayout.of(config, source.origin)
+    family = None
+    if config.model_type not in FAMILIES:
+        family = probed_family(config)
+    return source, folder, ModelLayout.of(config, source.origin, family)
 
 
 def check_vocabularies(tokenizers: Sequence[Any], sizes: Sequence[int]) -> None:
@@ -163,7 +172,17 @@ def load_config(folder: Path, origin: str) -> PretrainedConfig:
             found=f"config.json of {origin} is a {type(document).__name__}, expected an object",
             remedy="fetch it again",
         )
-    check_family(str(document.get("model_type", "")), document.get("text_config"))
+    model_type = str(document.get("model_type", ""))
+    of_text = document.get("text_config")
+    is_known = model_type in FAMILIES or model_type in CONFIG_MAPPING
+    if document.get("auto_map") and not is_known:
+        raise ConfigError(
+            field="model.source",
+            found=f"{origin} comes with code of its own (auto_map), which is never run",
+            remedy="give a model whose code transformers has",
+        )
+    if of_text is not None or not is_known:
+        check_family(model_type, of_text)
     check_depth(document, origin)
     check_not_quantised(document)
     refused = f"model.source: transformers cannot read config.json of {origin}"

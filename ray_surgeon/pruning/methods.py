@@ -152,6 +152,15 @@ def _check_kinds(pruning: CoupledSection, layout: ModelLayout) -> None:
             ),
             remedy="name some of these",
         )
+    if pruning.layer_kinds and not layout.family.has_attention:
+        raise ConfigError(
+            field="pruning.groups",
+            found=(
+                f"{', '.join(pruning.layer_kinds)}, but of {layout.config.model_type} only the "
+                "channels of feed-forward layers are known"
+            ),
+            remedy="name ffn",
+        )
     if pruning.layer_kinds and layout.mixers:
         mixers = ", ".join(sorted(set(layout.mixers.values())))
         raise ConfigError(

@@ -35,7 +35,7 @@ from ray_surgeon.config.defaults import with_names
 from ray_surgeon.config.job import JobSpec
 from ray_surgeon.config.parsing import validation_message
 from ray_surgeon.errors import ConfigError
-from ray_surgeon.models.families import family_of
+from ray_surgeon.models.families import FAMILIES, family_of
 from ray_surgeon.preparation.reading import as_input_error
 from ray_surgeon.storage import files
 
@@ -155,7 +155,8 @@ def causal_lm(model: Any) -> PreTrainedModel:
     """
     model = getattr(model, "_orig_mod", model)
     if isinstance(model, PreTrainedModel):
-        family_of(model.config)
+        if model.config.model_type in FAMILIES:
+            family_of(model.config)
         if isinstance(model, MODEL_FOR_CAUSAL_LM_MAPPING[type(model.config)]):
             return model
     raise ConfigError(
