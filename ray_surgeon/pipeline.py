@@ -241,6 +241,7 @@ _COMMANDS = {
     "submit": ("run a job spec on a Ray cluster, and follow it", []),
     "export": ("write further exports of a finished run", []),
     "report": ("compare finished runs", []),
+    "family": ("print what is known, or found, of a model's family", []),
     "schema": ("print the fields of the job spec", ["--schema"]),
 }
 """Command -> what it does, and the options of `main` that do it."""
@@ -273,6 +274,10 @@ def cli(argv: Sequence[str] | None = None) -> int:
         from ray_surgeon.run.command import export_more
 
         return export_more(rest, main)
+    if known.command == "family":
+        from ray_surgeon.run.family import main as show_family
+
+        return show_family(rest)
     if known.command == "schema":
         from ray_surgeon.config.reference import main as show
 

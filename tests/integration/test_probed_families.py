@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
+from pydantic import TypeAdapter
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -15,7 +17,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from ray_surgeon.models.families import FAMILIES
+from ray_surgeon.models.families import FAMILIES, Family
+from ray_surgeon.models.probe import probed_family
+from ray_surgeon.pipeline import cli
 from tests.conftest import BASE
 from tests.integration.runs import GROUPS, ONE, run
 
@@ -57,6 +61,20 @@ def test_probed_family_is_pruned_and_exported(
     pruned = AutoModelForCausalLM.from_pretrained(export["uri"], dtype=torch.float32)
     assert pruned.config.intermediate_size < 48
     assert type(pruned.config) is type(CONFIGS[family])
+
+
+def test_command_prints_an_entry_of_families(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    CONFIGS["bamba"].save_pretrained(tmp_path)
+    assert cli(["family", str(tmp_path)]) == 0
+    entries = yaml.safe_load(capsys.readouterr().out)
+    read = TypeAdapter(dict[str, Family]).validate_python(entries)
+    assert read == {"bamba": probed_family(CONFIGS["bamba"])}
+
+    AutoConfig.for_model("gptj").save_pretrained(tmp_path)
+    assert cli(["family", str(tmp_path)]) == 2
+    assert "names a feed-forward width" in capsys.readouterr().err
 
 
 def test_what_is_not_known_of_a_probed_family_is_refused(
