@@ -55,6 +55,7 @@ def probed_family(config: PretrainedConfig) -> Family:
     """
     found: list[str] = []
     try:
+        _check_not_shared(config)  # a copy may have one of these blocks only
         return _probed(tiny_copy(config).config, found)
     except (NotFoundError, NoTinyCopyError, NotProvedError) as error:
         reason = str(error)
@@ -116,6 +117,20 @@ def _probed(tiny: PretrainedConfig, found: list[str]) -> Family:
     )
     prove_copy(tiny, family, ("ffn",))
     return family
+
+
+def _check_not_shared(config: PretrainedConfig) -> None:
+    """Refuse blocks that share weights, which pruning would change for all of them.
+
+    Raises:
+        NotFoundError: names a weight and its other name.
+    """
+    model = empty_model(config)
+    list_name, _ = block_list(model)
+    tied: Mapping[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
+    for name, other in tied.items():
+        if name.startswith(f"{list_name}.") and other.startswith(f"{list_name}."):
+            raise NotFoundError(f"its blocks share weights: {name} is {other}")
 
 
 def _ends(

@@ -66,6 +66,7 @@ def test_probing_finds_what_is_described(model_type: str) -> None:
         # it multiplies logits
         ("cohere2", "run one by one, and the whole model give logits that differ"),
         ("bert", "not supported"),
+        ("zamba2", "its blocks share weights: model.layers.12.shared_transformer"),
     ],
 )
 def test_what_is_not_found_is_said(model_type: str, problem: str) -> None:
