@@ -203,7 +203,9 @@ def _vllm_options(
     if kind == "per_block":
         has_attentions = all(width.num_kv_heads for width in widths)
         is_served = has_attentions and layout.config.model_type != "gpt2"
-        if layout.num_experts or not is_served:
+        # vLLM's transformers backend does not divide logits
+        divides_logits = layout.logits_divisor != 1
+        if layout.num_experts or divides_logits or not is_served:
             return None
         return " --trust-remote-code"
     if kind == "uniform" and not _is_ordinary_in_vllm(layout, widths):
@@ -238,6 +240,11 @@ def _loaders(
     in_transformers = f"{_RELOADED}, generates with a cache"
     if layout.num_experts:
         return {"transformers with trust_remote_code": in_transformers, "vLLM": "not run"}
+    if layout.logits_divisor != 1:
+        return {
+            "transformers with trust_remote_code": in_transformers,
+            "vLLM": "no: its transformers backend does not divide the logits",
+        }
     return {
         "transformers with trust_remote_code": in_transformers,
         "vLLM with --trust-remote-code": (

@@ -41,7 +41,15 @@ _SPARSE = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 
 _SPARSE |= {"norm_topk_prob": True}
 _EIGHT = {"num_local_experts": 8, "num_experts_per_tok": 2}
 
+_MULTIPLIERS = {
+    "embedding_multiplier": 3.0,
+    "attention_multiplier": 0.2,
+    "residual_multiplier": 0.5,
+    "logits_scaling": 4.0,
+}
+
 _of = AutoConfig.for_model
+# not Qwen3.5: vLLM 0.32's linear attention on CPUs takes bfloat16 alone
 FAMILIES = {
     "llama": _of("llama", **_BASE, tie_word_embeddings=True),
     "mistral": _of("mistral", **_BASE, sliding_window=None, tie_word_embeddings=False),
@@ -49,6 +57,7 @@ FAMILIES = {
     "qwen3": _of("qwen3", **_BASE, head_dim=32, tie_word_embeddings=True),
     "gemma3": _of("gemma3_text", **(_BASE | _GEMMA)),
     "phi3": _of("phi3", **_BASE, pad_token_id=0),
+    "granite": _of("granite", **_BASE, **_MULTIPLIERS, tie_word_embeddings=True),
     "opt": _of("opt", **_SIZES, **_TEXT, **_OPT),
     "gpt2": _of("gpt2", **_GPT2, vocab_size=VOCABULARY, initializer_range=0.15),
 }

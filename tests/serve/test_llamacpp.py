@@ -70,7 +70,8 @@ def in_llamacpp(folder: Path, tolerance: float = TOLERANCE) -> None:
 
 
 @pytest.mark.parametrize(
-    "family", ["llama", "mistral", "qwen2", "qwen3", "gemma3", "phi3", "gpt2"]
+    "family",
+    ["llama", "mistral", "qwen2", "qwen3", "gemma3", "phi3", "gpt2", "granite"],
 )
 def test_uniform_export(family: str, tmp_path: Path) -> None:
     tolerance = ROUNDED_GELU if family in ("gemma3", "gpt2") else TOLERANCE
