@@ -20,6 +20,12 @@ from ray_surgeon.models.families import Family
 
 LinearModule: TypeAlias = nn.Linear | Conv1D
 """A linear as the method sees it: `nn.Linear` [R, C], or GPT-2's `Conv1D` [C, R]."""
+BUILDING = threading.RLock()
+"""Held while transformers builds or loads a model.
+
+Until it has done so, it replaces functions and the default dtype of the whole process. If two
+threads do this at once, the replacements stay.
+"""
 _THREAD = threading.local()
 
 
@@ -101,15 +107,20 @@ def empty_model(
     """
     # transformers writes the dtype into it, and other shards have theirs
     config = copy.deepcopy(config)
+    # meanwhile the dtype is the default of all threads, and nobody else expects float64
+    built_as = torch.float32 if dtype == torch.float64 else dtype
     _THREAD.builds_blocks = True
     try:
-        model: nn.Module = AutoModelForCausalLM.from_config(
-            config,
-            dtype=dtype,
-            attn_implementation=attention,
-        )
+        with BUILDING:
+            model: nn.Module = AutoModelForCausalLM.from_config(
+                config,
+                dtype=built_as,
+                attn_implementation=attention,
+            )
     finally:
         _THREAD.builds_blocks = False
+    if dtype != built_as:
+        model = model.to(dtype)
     return model.eval().requires_grad_(False)
 
 

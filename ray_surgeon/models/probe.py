@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ray_surgeon.errors import ConfigError
 from ray_surgeon.models.attention import IN_PRODUCTS
-from ray_surgeon.models.build import empty_model, matrix
+from ray_surgeon.models.build import BUILDING, empty_model, matrix
 from ray_surgeon.models.experts import Coupling
 from ray_surgeon.models.families import FAMILIES, NO_ATTENTION, Family
 from ray_surgeon.models.proof import PAGE, NotProvedError, prove_copy, random_weight
@@ -76,12 +76,14 @@ def probed_family(config: PretrainedConfig) -> Family:
 def _probed(tiny: PretrainedConfig, found: list[str]) -> Family:
     """Return the proved family of a tiny copy; what is found is added to `found`."""
     with torch.random.fork_rng(devices=[]), torch.no_grad():
-        model: nn.Module = AutoModelForCausalLM.from_config(
-            tiny,
-            dtype=torch.float64,
-            attn_implementation=IN_PRODUCTS,
-            experts_implementation="eager",  # the others take no float64
-        ).eval()
+        with BUILDING:
+            model: nn.Module = AutoModelForCausalLM.from_config(
+                tiny,
+                dtype=torch.float32,  # float64 would be the default of other threads
+                attn_implementation=IN_PRODUCTS,
+                experts_implementation="eager",  # the others take no float64
+            )
+        model = model.double().eval()
         for name, parameter in model.named_parameters():
             parameter.copy_(random_weight(name, parameter.shape))
         list_name, blocks = block_list(model)

@@ -27,7 +27,7 @@ from ray_surgeon.errors import ConfigError
 from ray_surgeon.maths.masks import StructuredMask
 from ray_surgeon.models import pruned_config
 from ray_surgeon.models.attention import for_older_readers
-from ray_surgeon.models.build import BlockRange, matrix
+from ray_surgeon.models.build import BUILDING, BlockRange, matrix
 from ray_surgeon.models.exported import ExportedTensors
 from ray_surgeon.models.families import Family
 from ray_surgeon.models.layout import ModelLayout
@@ -133,9 +133,7 @@ def prove_copy(
     Raises:
         NotProvedError: a comparison fails.
     """
-    # the caller's random numbers stay as they are
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
-        torch.manual_seed(0)
+    with torch.no_grad():
         try:
             copies = _Copies(config, family)
             _check(copies, "its blocks, run one by one, and the whole model", {})
@@ -230,6 +228,7 @@ class _Copies:
     """
 
     def __init__(self, config: PretrainedConfig, family: Family) -> None:
+        self._generator = torch.Generator().manual_seed(0)
         self.layout = ModelLayout.of(config, family=family)
         num_blocks = self.layout.num_blocks
         half = num_blocks // 2
@@ -237,7 +236,12 @@ class _Copies:
             self._shard(BlockRange(0, half, num_blocks)),
             self._shard(BlockRange(half, num_blocks, num_blocks)),
         ]
-        self.tokens = torch.randint(1, config.vocab_size, (_NUM_SEQUENCES, _NUM_TOKENS))
+        self.tokens = torch.randint(
+            1,
+            config.vocab_size,
+            (_NUM_SEQUENCES, _NUM_TOKENS),
+            generator=self._generator,
+        )
         self.dense = self._logits()
 
     def _shard(self, blocks: BlockRange) -> ModelShard:
@@ -298,7 +302,7 @@ class _Copies:
                 num_left = self._num_kv_left()
             if num_left in (0, num_groups):
                 return None
-            gone = torch.randperm(num_groups)[num_left:]
+            gone = self._permutation(num_groups)[num_left:]
             masks[groups.consumer].columns[groups.columns[gone].flatten()] = False
             for name, rows in groups.producers:
                 masks[name].rows[rows[gone].flatten()] = False
@@ -317,11 +321,14 @@ class _Copies:
         if num_left == num_experts:
             return None
         for experts in self.layout.expert_sets:
-            for number in torch.randperm(num_experts)[num_left:].tolist():
+            for number in self._permutation(num_experts)[num_left:].tolist():
                 for name in experts.linears[number]:
                     masks[name].rows[:] = False
                     masks[name].columns[:] = False
         return masks
+
+    def _permutation(self, length: int) -> Tensor:
+        return torch.randperm(length, generator=self._generator)
 
     @contextlib.contextmanager
     def zeroed(self, masks: Masks) -> Iterator[None]:
@@ -407,18 +414,20 @@ def _loaded_logits(folder: str, tokens: Tensor) -> Tensor:
     Raises:
         NotProvedError: tensors of the checkpoint do not fit its configuration.
     """
-    model, info = AutoModelForCausalLM.from_pretrained(
-        folder,
-        dtype=torch.float64,
-        experts_implementation="eager",  # the others take no float64
-        output_loading_info=True,
-        local_files_only=True,
-    )
+    with BUILDING:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder,
+            # holds all values; float64 would be the default of other threads meanwhile
+            dtype=torch.float32,
+            experts_implementation="eager",  # the others take no float64
+            output_loading_info=True,
+            local_files_only=True,
+        )
     for problem, names in info.items():
         if names:
             example = min(map(str, names))
             raise NotProvedError(f"{problem} in transformers, such as {example}")
-    logits: Tensor = model.eval()(tokens, use_cache=False).logits
+    logits: Tensor = model.double().eval()(tokens, use_cache=False).logits
     return logits.float()
 
 
@@ -428,7 +437,7 @@ def random_weight(name: str, shape: Sequence[int]) -> Tensor:
     They depend on the name, so that every shard draws the same.
     """
     generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
-    values = torch.randn(tuple(shape), generator=generator)
+    values = torch.randn(tuple(shape), generator=generator, dtype=torch.float32)
     if len(shape) < 2:
         # norms, biases, and the decays of recurrent layers
         return (0.5 + 0.2 * values).double()
