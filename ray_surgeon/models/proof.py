@@ -222,7 +222,7 @@ class _Copies:
 
     Attributes:
         layout: of the copy.
-        shards: two, with random weights.
+        shards: two, or one of a model with a single block, with random weights.
         tokens: [n, T].
         dense: logits [n, T, vocabulary] of the workers' code, with all groups.
     """
@@ -231,11 +231,10 @@ class _Copies:
         self._generator = torch.Generator().manual_seed(0)
         self.layout = ModelLayout.of(config, family=family)
         num_blocks = self.layout.num_blocks
-        half = num_blocks // 2
-        self.shards = [
-            self._shard(BlockRange(0, half, num_blocks)),
-            self._shard(BlockRange(half, num_blocks, num_blocks)),
-        ]
+        half = max(num_blocks // 2, 1)
+        self.shards = [self._shard(BlockRange(0, half, num_blocks))]
+        if half < num_blocks:
+            self.shards.append(self._shard(BlockRange(half, num_blocks, num_blocks)))
         self.tokens = torch.randint(
             1,
             config.vocab_size,

@@ -207,8 +207,9 @@ def test_dry_run_prints_the_plan(job: Jobs) -> None:
     done = job({"cluster__num_shards": 2}, "--dry-run", "--set", "pruning.num_shots=7")
     said = "7 pruning rounds (shots of the paper) to 30.0%, 240 calibration tokens each"
     assert said in done.out
-    defaults, time, memory, places = done.out.splitlines()[1:]
+    defaults, proof, time, memory, places = done.out.splitlines()[1:]
     assert defaults.startswith("version 2 keeps its defaults: dtype float32")
+    assert proof.startswith("proved: ")
     assert time.startswith("time: at least ")
     assert "(7 pruning rounds, 2 workers on cpu, " in time
     assert memory.startswith("peak of a worker: 0.4 GiB of memory (in ")

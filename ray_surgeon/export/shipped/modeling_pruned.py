@@ -277,7 +277,7 @@ def narrow_block(block: nn.Module, config: Any, sizes: dict[str, Any]) -> None:
     # an attention that is not pruned may be of any kind
     is_whole = attention is None or num_heads == config.num_attention_heads
     query_dim = head_dim
-    if hasattr(attention, "q_proj"):
+    if getattr(attention, "q_proj", None) is not None:
         query_dim = len(attention.q_proj.weight) // config.num_attention_heads
     num_outputs = outputs_of_linears(sizes, width, head_dim, query_dim)
     for name, module in names.items():
