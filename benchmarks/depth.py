@@ -22,8 +22,7 @@ import yaml
 import ray_surgeon
 from benchmarks.peers import file_name
 from benchmarks.recovery import QUICKSTART
-from ray_surgeon.config.job import JobSpec
-from ray_surgeon.config.parsing import parse_spec
+from ray_surgeon.config.job import JobSpec, parse_spec
 
 WAYS: dict[str, dict[str, Any]] = {
     "ours": {},

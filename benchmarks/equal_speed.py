@@ -28,7 +28,7 @@ from benchmarks.peers import add_settings, file_name
 from benchmarks.recovery import QUICKSTART
 from examples import engine_table, serve_llamacpp, serve_vllm
 from examples.serving import fastest
-from ray_surgeon.config.parsing import parse_spec
+from ray_surgeon.config.job import parse_spec
 from ray_surgeon.storage.sources import open_model
 
 WAYS: dict[str, dict[str, Any]] = {

@@ -28,7 +28,7 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from ray_surgeon.checkpointing import RunDirectory
-from ray_surgeon.config.parsing import parse_spec
+from ray_surgeon.config.job import parse_spec
 from ray_surgeon.distributed.cluster import LocalCluster
 from ray_surgeon.distributed.worker import LinearSummary, Worker, collective
 from ray_surgeon.job import run_job

@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from ray_surgeon.config.parsing import parse_spec
+from ray_surgeon.config.job import parse_spec
 from ray_surgeon.distributed.cluster import LocalCluster
 from ray_surgeon.distributed.placement import place
 from ray_surgeon.distributed.weights import ModelRecipe, load

@@ -46,8 +46,7 @@ from transformers import (
 
 import ray_surgeon
 from benchmarks.real_models import MODELS, fetch
-from ray_surgeon.config.job import JobSpec
-from ray_surgeon.config.parsing import parse_spec
+from ray_surgeon.config.job import JobSpec, parse_spec
 from ray_surgeon.config.sections import ModelSection
 from ray_surgeon.data.texts import order
 from ray_surgeon.export.folder import copy_small_files

@@ -44,7 +44,7 @@ from transformers import (
 )
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
-from ray_surgeon.config.parsing import parse_spec
+from ray_surgeon.config.job import parse_spec
 from ray_surgeon.config.texts import SourceSection
 from ray_surgeon.data.texts import read_windows
 from ray_surgeon.maths.masks import StructuredMask

@@ -24,8 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import ray_surgeon
-from ray_surgeon.config.job import JobSpec
-from ray_surgeon.config.parsing import parse_spec
+from ray_surgeon.config.job import JobSpec, parse_spec
 from ray_surgeon.storage.sources import open_model
 
 if TYPE_CHECKING:

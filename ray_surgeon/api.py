@@ -17,8 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ray_surgeon.config.base import REASON, local_path, refusing
-from ray_surgeon.config.job import JobSpec
-from ray_surgeon.config.parsing import parse_spec
+from ray_surgeon.config.job import JobSpec, parse_spec
 from ray_surgeon.data.texts import first_token, tokens_of
 from ray_surgeon.errors import ConfigError
 from ray_surgeon.maths.kronecker import KroneckerFactors

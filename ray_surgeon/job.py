@@ -20,7 +20,7 @@ from ray_surgeon.distributed.memory_plan.device_resources import (
     shared,
 )
 from ray_surgeon.distributed.memory_plan.planner import DoesNotFitError, Plan
-from ray_surgeon.distributed.usage import versions
+from ray_surgeon.distributed.processes import versions
 from ray_surgeon.distributed.worker import clean_up
 from ray_surgeon.evaluation.answers import Answers, measure_acceptance
 from ray_surgeon.evaluation.texts import measure_dense_model

@@ -27,7 +27,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from ray_surgeon.distributed import fresh_process
+from ray_surgeon.distributed import processes
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.storage import files
 
@@ -322,7 +322,7 @@ class Zygote:
         offline: bool = True,
         gpu: str | None = None,
     ) -> dict[str, Any]:
-        """Run a module like `fresh_process.run_module`, but in a fork."""
+        """Run a module like `processes.run_module`, but in a fork."""
         with tempfile.TemporaryDirectory() as modules:
             environment = {"HF_MODULES_CACHE": modules}
             answer = self.ask(module=module, request=request, environment=environment)
@@ -348,7 +348,7 @@ def forked(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
     takes longer than a tiny run.
     """
     zygote = request.getfixturevalue("zygote")
-    monkeypatch.setattr(fresh_process, "run_module", zygote.run_module)
+    monkeypatch.setattr(processes, "run_module", zygote.run_module)
 
 
 @pytest.fixture

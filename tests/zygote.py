@@ -2,7 +2,7 @@
 
 A request is a line of JSON on standard input; the answer is one with exit code, output, seconds and
 peak memory. ``{"arguments": [...]}`` runs the command line. ``{"module": ..., "request": ...,
-"environment": ...}`` runs a module like `fresh_process.run_module`.
+"environment": ...}`` runs a module like `processes.run_module`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from transformers import LlamaForCausalLM  # noqa: F401 - so that forks need not
 
 import ray_surgeon.pipeline
 import ray_surgeon.run.command
-from ray_surgeon.distributed.usage import process_usage
+from ray_surgeon.distributed.processes import process_usage
 
 MODULES = ("ray_surgeon.export.folder", "ray_surgeon.export.speed")
 

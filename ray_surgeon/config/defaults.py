@@ -18,9 +18,8 @@ from typing import Any, Literal
 
 import yaml
 
-from ray_surgeon.config.calibration import CalibrationSection
-from ray_surgeon.config.numbers import fraction
-from ray_surgeon.config.texts import TextSection
+from ray_surgeon.config.base import fraction
+from ray_surgeon.config.texts import CalibrationSection, TextSection
 
 PresetName = Literal["fast", "balanced", "quality"]
 PRESET_SECONDS: dict[str, float] = {"fast": 240.0, "balanced": 720.0, "quality": 3600.0}

@@ -7,9 +7,8 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
-from ray_surgeon.config.base import Positive, Section
+from ray_surgeon.config.base import Fraction, Positive, Section
 from ray_surgeon.config.curvature import AnyCurvature
-from ray_surgeon.config.numbers import Fraction
 from ray_surgeon.config.schedule import (
     FamilySection,
     FlopsTarget,

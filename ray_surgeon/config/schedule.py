@@ -8,9 +8,18 @@ from typing import Annotated, Any
 
 from pydantic import Field, Tag, model_validator
 
-from ray_surgeon.config.base import Location, Positive, Section, by_tag, tag
+from ray_surgeon.config.base import (
+    Count,
+    Fraction,
+    Location,
+    NumBytes,
+    Positive,
+    Section,
+    Size,
+    by_tag,
+    tag,
+)
 from ray_surgeon.config.curvature import AnyCurvature
-from ray_surgeon.config.numbers import Count, Fraction, NumBytes, Size
 from ray_surgeon.errors import ConfigError
 
 

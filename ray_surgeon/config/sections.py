@@ -1,4 +1,4 @@
-"""The sections on the model, memory, output and workers."""
+"""The sections on the model, memory, workers, output, evaluation and recovery."""
 
 from __future__ import annotations
 
@@ -6,11 +6,22 @@ import os
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field, Tag, field_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Discriminator,
+    Field,
+    Tag,
+    field_validator,
+    model_validator,
+)
 
 from ray_surgeon.config.base import (
     Address,
+    Count,
+    CountOrZero,
     Location,
+    OrAuto,
     Positive,
     Section,
     absolute,
@@ -18,6 +29,7 @@ from ray_surgeon.config.base import (
     tag,
 )
 from ray_surgeon.config.schedule import SpeedSection
+from ray_surgeon.config.texts import StreamedSection, TextSection
 from ray_surgeon.errors import ConfigError
 
 _LabelKey = Annotated[str, Field(pattern=r"^[\w.-]+(/[\w.-]+)?$")]
@@ -327,3 +339,144 @@ class OutputSection(Section):
                     found=f"needs one of the exports {', '.join(kinds)}",
                     remedy=f"add it, or drop {name}",
                 )
+
+
+class EvaluationText(TextSection):
+    """A named text on which perplexity is measured before the first and after every shot."""
+
+    name: str = Field(pattern="^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=63)
+    """Name of the text in the report: letters, digits, dots, dashes"""
+    split: str = "test"
+    """As in calibration, the test part by default"""
+
+
+class GenerationSection(Section):
+    """Answers to prompts, by the dense model and, after every shot, by the pruned one."""
+
+    prompts: Address | None = None
+    """File of prompts on any fsspec URI; each line is a JSON object with `prompt` (a text to
+    continue) or `messages` (a list of {role, content} for the chat template). Use prompts outside
+    the calibration. null: the dense model writes them, as users' turns from the opening of its chat
+    template, or, without one, from the first words of the evaluation text
+    """
+    num_prompts: Positive = 16
+    """Number of prompts to answer; from a longer file they are drawn with the seed"""
+    max_new_tokens: Positive = 96
+    """Maximum number of tokens in an answer"""
+    seed: int = Field(0, ge=0)
+    """Seed of the written prompts, or of the draw from the file"""
+
+
+class TasksSection(Section):
+    """Downstream tasks by EleutherAI's harness; extra: eval.
+
+    They run on the dense model and on exports for transformers, except quantised ones.
+    """
+
+    names: tuple[str, ...] = Field(min_length=1)
+    """Tasks or groups of tasks of the harness, e.g. [piqa, arc_easy]"""
+    include: Location | None = None
+    """Folder or fsspec URI of further task definitions; their code is executed"""
+    num_fewshot: int | None = Field(None, ge=0)
+    """Examples before each question; null: as each task defines"""
+    limit: Positive | None = None
+    """Maximum number of questions per task, the first ones, for a trial"""
+    batch_size: Positive = 1
+    """Number of questions in a batch"""
+
+
+class EvaluationSection(Section):
+    """The measurements of the model. A list is short for `texts`."""
+
+    texts: tuple[EvaluationText, ...] = Field(min_length=1)
+    """Texts for perplexity, each reported after every shot"""
+    generation: OrAuto[GenerationSection] | None = "auto"
+    """Comparison of the pruned model's answers to prompts with the dense model's: the share of
+    tokens that speculative decoding would accept, and free answers. auto: if the model has a chat
+    template, or the calibration has prompts, of which a tenth is then held aside; null: no
+    comparison
+    """
+    tasks: TasksSection | None = None
+    """Downstream tasks, before the first shot and on every export"""
+    stop_above: float | None = Field(None, gt=1)
+    """Stop the run before the commit of a shot if the perplexity on a text exceeds the dense
+    model's by more than this factor
+    """
+
+    @model_validator(mode="before")
+    @classmethod
+    def _list_of_texts(cls, value: object) -> object:
+        return {"texts": value} if isinstance(value, (list, tuple)) else value
+
+
+_Rank = Annotated[
+    Annotated[int, Field(ge=1, le=4096), Tag(tag("rank"))]
+    | Annotated[Literal["all"], Tag(tag("all"))],
+    Discriminator(lambda value: tag("all" if isinstance(value, str) else "rank")),
+]
+
+
+class RecoverySection(Section):
+    """Training after pruning, towards the dense model.
+
+    By default, low-rank corrections of all linears are trained and then absorbed.
+    """
+
+    rank: _Rank = 32
+    """Rank of the trained product B A of every linear, which is absorbed at the end; or `all`: all
+    weights of the blocks are trained, which stay on the device. Embeddings, the last norm and the
+    head do not change, so that tied weights stay tied and both models have the same head
+    """
+    num_tokens: Count = 65_536
+    """Number of training tokens after the last shot, or of each size, rounded up to whole steps: a
+    number, or for example 100k or 2M
+    """
+    num_tokens_between_shots: CountOrZero = 0
+    """Number of training tokens after every other shot, as in the paper; a number, or for example
+    100k
+    """
+    texts: tuple[StreamedSection, ...] = ()
+    """Texts of the training, read while it runs. The dense model processes them too. If empty: the
+    calibration windows, repeatedly
+    """
+    teacher: ModelSection | None = None
+    """The model to train towards, with the same vocabulary, if pruning is null; null: the dense
+    model of this job
+    """
+    loss: Literal["kl", "cross_entropy"] = "kl"
+    """Loss of the training: the divergence from the dense model (kl), which restores lost
+    abilities, or the cross-entropy of the text (cross_entropy), which also teaches the text
+    """
+    learning_rate: float | None = Field(None, gt=0, le=1)
+    """Adam's largest learning rate, relative to the root mean square of each weight; after a short
+    warm-up it falls linearly to zero. null: the highest of three rates with harmless first steps on
+    the windows held aside; it is halved if these get worse later
+    """
+    sequences_per_step: Positive = 2
+    """Number of sequences per step"""
+    commit_minutes: float = Field(30.0, gt=0)
+    """Minutes between two commits of the training's state, from which a run resumes; may differ on
+    --resume
+    """
+    seed: int = Field(0, ge=0)
+    """Seed of the initial A, and of the order of the sequences"""
+
+    @property
+    def has_teacher(self) -> bool:
+        """Whether the dense model is loaded during the training of the pruned one."""
+        return bool(self.texts) and self.loss == "kl"
+
+    @property
+    def sees_calibration(self) -> bool:
+        """Whether the training needs the dense model's states of the calibration text."""
+        return self.loss == "kl" and not self.texts
+
+    @property
+    def trains_all(self) -> bool:
+        """Whether all weights are trained, instead of low-rank corrections."""
+        return self.rank == "all"
+
+    def num_steps(self, sequence_length: int, *, ends: bool = True) -> int:
+        """Return the number of steps after a shot, with `ends` if it reaches a requested size."""
+        num_tokens = self.num_tokens if ends else self.num_tokens_between_shots
+        return -(-num_tokens // (self.sequences_per_step * sequence_length))

@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
-from ray_surgeon.config.calibration import CalibrationSection
-from ray_surgeon.config.texts import START_TOKENS
+from ray_surgeon.config.texts import START_TOKENS, CalibrationSection
 from ray_surgeon.data.written_text import has_chat_template
 from ray_surgeon.errors import ConfigError
 

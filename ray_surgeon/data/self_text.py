@@ -17,8 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ray_surgeon.config.calibration import CalibrationSection
-from ray_surgeon.config.texts import ANSWER_TOKENS
+from ray_surgeon.config.texts import ANSWER_TOKENS, CalibrationSection
 from ray_surgeon.data.texts import order
 from ray_surgeon.data.written_text import Conversations, Language, Prompt, WritingRequest
 from ray_surgeon.distributed.cluster import Cluster

@@ -12,8 +12,7 @@ import pydantic
 from transformers import PretrainedConfig
 
 from ray_surgeon.config.base import REASON, refusing
-from ray_surgeon.config.calibration import CalibrationSection, MixedSection
-from ray_surgeon.config.texts import TURN_TOKENS
+from ray_surgeon.config.texts import TURN_TOKENS, CalibrationSection, MixedSection
 from ray_surgeon.data.texts import first_token, read_windows, tokens_of
 from ray_surgeon.distributed.writing import GenerationRequest, texts_together
 from ray_surgeon.errors import ConfigError

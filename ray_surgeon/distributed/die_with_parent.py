@@ -2,7 +2,8 @@
 
 ``python -m ray_surgeon.distributed.die_with_parent PID MODULE``.
 
-See `fresh_process`. Imports little, because until the kernel is asked nobody ends this process.
+See `processes.run_module`. Imports little, because nobody ends this process until the kernel is
+asked to.
 """
 
 from __future__ import annotations

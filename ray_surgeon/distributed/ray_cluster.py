@@ -21,6 +21,7 @@ from ray_surgeon.distributed.collectives import (
     open_meeting,
 )
 from ray_surgeon.distributed.placement import Placement, WorkerIndex
+from ray_surgeon.distributed.processes import versions
 from ray_surgeon.distributed.ray_nodes import (
     Say,
     nodes_alive,
@@ -29,7 +30,6 @@ from ray_surgeon.distributed.ray_nodes import (
     reserve,
     say_differences,
 )
-from ray_surgeon.distributed.usage import versions
 from ray_surgeon.distributed.worker import Worker, clean_up
 from ray_surgeon.models.layout import ModelLayout
 

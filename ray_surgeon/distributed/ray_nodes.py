@@ -18,7 +18,7 @@ from ray.util.placement_group import (
 
 from ray_surgeon.config.sections import RaySection
 from ray_surgeon.distributed.cluster import NoRoomError
-from ray_surgeon.distributed.usage import versions
+from ray_surgeon.distributed.processes import versions
 
 Say = Callable[[str], None]
 """Takes a line of text for the user."""

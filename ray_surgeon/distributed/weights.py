@@ -28,10 +28,9 @@ from ray_surgeon.memory.stores import (
 )
 from ray_surgeon.models.build import BlockRange
 from ray_surgeon.models.checkpoint import tensor_reader
-from ray_surgeon.models.exported import ExportedTensors
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.models.runner import BlockRunner
-from ray_surgeon.models.shard import ModelShard
+from ray_surgeon.models.shard import ExportedTensors, ModelShard
 from ray_surgeon.storage import files, tensor_files
 from ray_surgeon.storage.sources import open_model
 

@@ -26,10 +26,14 @@ from ray_surgeon.distributed.collectives import (
     send,
 )
 from ray_surgeon.distributed.placement import Placement, WorkerIndex
-from ray_surgeon.distributed.usage import Usage, bound_shapes, give_back, process_usage
-from ray_surgeon.maths.factorised import RaisedDamping
+from ray_surgeon.distributed.processes import (
+    Usage,
+    bound_shapes,
+    give_back,
+    process_usage,
+)
 from ray_surgeon.maths.group_batch import GroupResult, KeptFactors
-from ray_surgeon.maths.kronecker import PackedFactors
+from ray_surgeon.maths.kronecker import PackedFactors, RaisedDamping
 from ray_surgeon.maths.masks import Mask, StructuredMask
 from ray_surgeon.memory.stores import Scratch
 from ray_surgeon.memory.transfers import backend, compute_on

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from ray_surgeon.config.evaluation import GenerationSection
+from ray_surgeon.config.sections import GenerationSection
 from ray_surgeon.config.texts import START_TOKENS, TURN_TOKENS
 from ray_surgeon.data.self_text import (
     LOOP_TOKENS,

@@ -15,9 +15,8 @@ from typing import Any
 import torch
 import yaml
 
-from ray_surgeon.config.calibration import CalibrationSection
 from ray_surgeon.config.sections import ModelSection
-from ray_surgeon.config.texts import TEXT_SUFFIXES
+from ray_surgeon.config.texts import TEXT_SUFFIXES, CalibrationSection
 from ray_surgeon.report.html_report import rendered
 from ray_surgeon.storage import files
 from ray_surgeon.storage.sources import is_licence, open_model, package_file

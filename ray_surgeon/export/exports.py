@@ -10,13 +10,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from ray_surgeon.config.evaluation import TasksSection
-from ray_surgeon.config.sections import OutputSection, QuantizeSection
+from ray_surgeon.config.sections import OutputSection, QuantizeSection, TasksSection
 from ray_surgeon.errors import ConfigError
 from ray_surgeon.export import folder
 from ray_surgeon.export.card import write_card
 from ray_surgeon.export.folder import PrunedModel
-from ray_surgeon.export.speed import measure
 from ray_surgeon.models import pruned_config
 from ray_surgeon.models.attention import for_older_readers
 from ray_surgeon.models.layout import ModelLayout
@@ -147,6 +145,8 @@ def export(
     if layout.num_experts and widths:
         entry["experts"] = [list(width.experts) for width in widths]
     if output.speed is not None and widths:
+        from ray_surgeon.export.speed import measure
+
         entry["speed"] = measure(pruned.cluster, uri, dense, output.speed)
     if tasks is not None:
         from ray_surgeon.export.tasks import evaluate_tasks

@@ -1,6 +1,7 @@
 """Writes a Hugging Face folder, reloads it in a fresh process, and compares the logits.
 
-The workers write it; the fresh process loads it with transformers alone, see `fresh_process`.
+The workers write it; the fresh process, see `processes.run_module`, loads it with transformers
+alone.
 """
 
 from __future__ import annotations
@@ -25,12 +26,12 @@ from transformers import (
 )
 
 from ray_surgeon.config.sections import ModelSection
-from ray_surgeon.distributed import fresh_process
+from ray_surgeon.distributed import processes
 from ray_surgeon.distributed.cluster import Cluster
 from ray_surgeon.distributed.collectives import decode
-from ray_surgeon.distributed.fresh_process import Reply, Request
 from ray_surgeon.distributed.memory_plan.device_resources import available_bytes
 from ray_surgeon.distributed.passes import logits
+from ray_surgeon.distributed.processes import Reply, Request
 from ray_surgeon.distributed.weights import num_files, save_weights
 from ray_surgeon.distributed.worker import Worker
 from ray_surgeon.memory.transfers import backend
@@ -289,10 +290,10 @@ def run_on_worker(
     The process sees the worker's GPU alone, or no GPU if the worker computes on a CPU.
     """
     if worker.device.type == "cpu":
-        return fresh_process.run_module(module, request, offline, "")
+        return processes.run_module(module, request, offline, "")
     # the other process cannot use freed memory that torch keeps in its cache
     backend(worker.device).empty_cache()
-    return fresh_process.run_module(module, request, offline, worker.gpu)
+    return processes.run_module(module, request, offline, worker.gpu)
 
 
 def run_beside(
@@ -316,7 +317,7 @@ def run_for(uri: str, name: str, request: Mapping[str, Any]) -> dict[str, Any]:
         RuntimeError: the process fails.
     """
     try:
-        return fresh_process.run_module(f"{__package__}.{name}", request)
+        return processes.run_module(f"{__package__}.{name}", request)
     except RuntimeError as error:
         raise RuntimeError(
             f"the export {uri} cannot be written or loaded:\n{error}"

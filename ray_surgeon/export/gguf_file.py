@@ -2,7 +2,7 @@
 
 Blocks of one width have the family's own architecture in llama.cpp. A Llama or Mistral whose blocks
 differ in width is written as ``deci``, which has widths for every block. The module uses the
-package gguf and runs in a fresh process, see `fresh_process`.
+package gguf and runs in a fresh process, see `processes.run_module`.
 """
 
 from __future__ import annotations

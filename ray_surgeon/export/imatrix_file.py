@@ -1,7 +1,7 @@
 """Writes the importance matrix that llama.cpp uses to quantise to K- and I-quants.
 
 The file is written with the package gguf. The module runs in a fresh process, see
-`fresh_process`.
+`processes.run_module`.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def write_imatrix(
 
 
 def answer(request: Mapping[str, Any]) -> dict[str, Any]:
-    """Write the matrix beside the GGUF files of an export; see `fresh_process.run_module`.
+    """Write the matrix beside the GGUF files of an export; see `processes.run_module`.
 
     Returns:
         The name of the file and its size in bytes.

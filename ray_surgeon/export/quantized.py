@@ -5,7 +5,7 @@ They are made from an export's files, a tensor at a time.
 Weights are rounded to the nearest number, or are read already rounded, together with their scales.
 Where a scheme rounds activations, too, they are scaled token by token when the model runs, so they
 need no calibration. Embeddings, norms and the head are not quantised. The module runs in a fresh
-process, see `fresh_process`.
+process, see `processes.run_module`.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def quantised(
 
 
 def answer(request: Mapping[str, Any]) -> dict[str, Any]:
-    """Write the quantised copy of an export; see `fresh_process.run_module`.
+    """Write the quantised copy of an export; see `processes.run_module`.
 
     Returns:
         The size of its files of weights in bytes.

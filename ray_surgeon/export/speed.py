@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from ray_surgeon.config.schedule import SpeedSection
 from ray_surgeon.distributed.cluster import Cluster
-from ray_surgeon.distributed.usage import process_usage
+from ray_surgeon.distributed.processes import process_usage
 from ray_surgeon.export import folder as folders
 from ray_surgeon.memory.transfers import backend
 from ray_surgeon.models.build import cache_argument
@@ -144,7 +144,7 @@ def _random_model(document: Speeds, folder: Path) -> PreTrainedModel:
 def answer(request: Speeds) -> Speeds:
     """Compare two models, or measure the memory that one of them takes alone.
 
-    See `fresh_process.run_module`.
+    See `processes.run_module`.
 
     Returns:
         The timings, ratios and machine that `measure` returns; or with ``only`` the peak bytes of

@@ -10,9 +10,8 @@ from typing import Any
 import torch
 
 from ray_surgeon.config.base import refusing
-from ray_surgeon.config.evaluation import TasksSection
-from ray_surgeon.config.sections import ModelSection
-from ray_surgeon.distributed import fresh_process
+from ray_surgeon.config.sections import ModelSection, TasksSection
+from ray_surgeon.distributed import processes
 from ray_surgeon.distributed.cluster import Cluster
 from ray_surgeon.errors import ConfigError
 from ray_surgeon.export.folder import local_folder, run_beside
@@ -32,7 +31,7 @@ def check_tasks(options: TasksSection) -> None:
     """
     remedy = "pip install 'ray_surgeon[eval]', or correct the task definitions"
     with refusing("evaluation.tasks: the harness cannot be used", remedy, RuntimeError):
-        reply = fresh_process.run_module(
+        reply = processes.run_module(
             __name__, {"options": options.model_dump(), "model": None}
         )
     if reply["unknown"]:
@@ -76,7 +75,7 @@ def _numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
 
 
 def answer(request: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the scores of a model, or the unknown tasks; see `fresh_process.run_module`."""
+    """Return the scores of a model, or the unknown tasks; see `processes.run_module`."""
     from lm_eval.evaluator import simple_evaluate
     from lm_eval.tasks import TaskManager
 

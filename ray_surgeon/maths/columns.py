@@ -15,7 +15,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ray_surgeon.maths.factorised import Raised, factorise
+from ray_surgeon.maths.kronecker import Raised, factorise
 
 Replace = Callable[[int, int, Tensor], Tensor]
 """Maps the first column of a block, the number of a column in the block, and the present block

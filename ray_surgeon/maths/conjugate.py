@@ -12,8 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ray_surgeon.maths.curvature import Removal
-from ray_surgeon.maths.split_matrix import FisherProducts
+from ray_surgeon.maths.curvature import FisherProducts, Removal
 
 _REFRESH = 11
 """Iterations with narrow products after which the residual is recomputed in full precision."""

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ray_surgeon.maths.curvature import LinearCurvature
-from ray_surgeon.maths.factorised import root
+from ray_surgeon.maths.kronecker import root
 from ray_surgeon.maths.products import product
 
 

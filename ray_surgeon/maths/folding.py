@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ray_surgeon.maths.factorised import factorise
+from ray_surgeon.maths.kronecker import factorise
 
 
 def folded(

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from ray_surgeon.maths.curvature import LinearCurvature, Pair
-from ray_surgeon.maths.factorised import DowndatedInverse, root
+from ray_surgeon.maths.kronecker import DowndatedInverse, root
 from ray_surgeon.maths.masks import StructuredMask
 from ray_surgeon.maths.products import product
 from ray_surgeon.maths.threshold import check_costs

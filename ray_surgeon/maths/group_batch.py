@@ -16,10 +16,9 @@ from torch import Tensor
 
 from ray_surgeon.maths.curvature import Basis, Linear, LinearCurvature
 from ray_surgeon.maths.downdated import Downdated
-from ray_surgeon.maths.factorised import DampedFactor, factorise
 from ray_surgeon.maths.greedy import Limits
 from ray_surgeon.maths.greedy_batch import GreedyBatch
-from ray_surgeon.maths.kronecker import balance_
+from ray_surgeon.maths.kronecker import DampedFactor, balance_, factorise
 from ray_surgeon.maths.masks import StructuredMask
 from ray_surgeon.maths.products import PackedSymmetric
 from ray_surgeon.maths.structured import alive_part, group_costs

@@ -16,10 +16,14 @@ from torch import Tensor
 
 from ray_surgeon.maths.curvature import Basis, Linear, LinearCurvature, Pair, Removal
 from ray_surgeon.maths.downdated import Downdated
-from ray_surgeon.maths.factorised import prune_columns
 from ray_surgeon.maths.greedy import GreedyPath, Limits, greedy_costs
 from ray_surgeon.maths.greedy_batch import GreedyBatch
-from ray_surgeon.maths.kronecker import PackedFactors, column_removal_cost, quadratic_cost
+from ray_surgeon.maths.kronecker import (
+    PackedFactors,
+    column_removal_cost,
+    prune_columns,
+    quadratic_cost,
+)
 from ray_surgeon.maths.masks import StructuredMask
 from ray_surgeon.maths.threshold import check_costs
 

@@ -28,11 +28,10 @@ from ray_surgeon.maths.masks import StructuredMask
 from ray_surgeon.models import pruned_config
 from ray_surgeon.models.attention import for_older_readers
 from ray_surgeon.models.build import BUILDING, BlockRange, matrix
-from ray_surgeon.models.exported import ExportedTensors
 from ray_surgeon.models.families import Family
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.models.runner import BlockRunner
-from ray_surgeon.models.shard import ModelShard
+from ray_surgeon.models.shard import ExportedTensors, ModelShard
 from ray_surgeon.models.tiny_models import NoTinyCopyError, tiny_copy
 
 PAGE = "docs/adding-a-family.md"

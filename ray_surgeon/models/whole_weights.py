@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ray_surgeon.maths.masks import ElementMask, Mask
 from ray_surgeon.models.build import LinearModule, num_inputs
-from ray_surgeon.models.optimizer import RelativeAdam, Trained
+from ray_surgeon.models.low_rank import RelativeAdam, Trained
 from ray_surgeon.models.shard import ModelShard
 
 

@@ -18,16 +18,16 @@ import yaml
 from numpy.typing import NDArray
 
 from ray_surgeon.checkpointing import RunDirectory
-from ray_surgeon.config.calibration import CalibrationSection
 from ray_surgeon.config.groups import CHANNELS, CoupledSection
 from ray_surgeon.config.job import JobSpec
-from ray_surgeon.config.recovery import RecoverySection
 from ray_surgeon.config.sections import (
     KERNEL_COLUMNS,
     ModelSection,
     OutputSection,
     RaySection,
+    RecoverySection,
 )
+from ray_surgeon.config.texts import CalibrationSection
 from ray_surgeon.data.texts import load_tokenizer
 from ray_surgeon.distributed.memory_plan.device_resources import Device, Room
 from ray_surgeon.distributed.memory_plan.planned_job import (

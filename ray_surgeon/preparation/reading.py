@@ -28,7 +28,6 @@ from ray_surgeon.models.families import (
     check_not_quantised,
 )
 from ray_surgeon.models.layout import ModelLayout
-from ray_surgeon.models.probe import probed_family
 from ray_surgeon.recovery.recovery import LoadTeacher
 from ray_surgeon.storage import files
 from ray_surgeon.storage.sources import ModelFiles, open_model
@@ -124,6 +123,9 @@ def opened(model: ModelSection) -> tuple[ModelFiles, Path, ModelLayout]:
     config = load_config(folder, source.origin)
     family = None
     if config.model_type not in FAMILIES:
+        # only models of unknown families are probed
+        from ray_surgeon.models.probe import probed_family
+
         family = probed_family(config)
     return source, folder, ModelLayout.of(config, source.origin, family)
 

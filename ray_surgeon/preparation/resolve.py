@@ -17,6 +17,7 @@ import yaml
 from pydantic import ValidationError
 
 from ray_surgeon.checkpointing import RunDirectory
+from ray_surgeon.config.base import count
 from ray_surgeon.config.defaults import (
     LEVELS,
     PRESET_SECONDS,
@@ -27,9 +28,7 @@ from ray_surgeon.config.defaults import (
     mapping,
     with_names,
 )
-from ray_surgeon.config.job import JobSpec
-from ray_surgeon.config.numbers import count
-from ray_surgeon.config.parsing import validation_message
+from ray_surgeon.config.job import JobSpec, validation_message
 from ray_surgeon.distributed.memory_plan.device_resources import (
     DEVICES,
     Device,

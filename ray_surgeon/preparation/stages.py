@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
 
-from ray_surgeon.config.evaluation import TasksSection
 from ray_surgeon.config.groups import CoupledSection
 from ray_surgeon.config.job import JobSpec
-from ray_surgeon.config.sections import OutputSection
+from ray_surgeon.config.sections import OutputSection, TasksSection
 from ray_surgeon.data.self_text import SelfText
 from ray_surgeon.data.written_text import Language
 from ray_surgeon.evaluation.answers import DenseAnswers, PrunedAnswers, prompt_set_for

@@ -39,9 +39,9 @@ from ray_surgeon.maths.allocate import (
     loss_curve_globally,
     loss_curve_uniformly,
 )
-from ray_surgeon.maths.factorised import RaisedDamping
 from ray_surgeon.maths.greedy import Limits
 from ray_surgeon.maths.group_batch import KeptFactors, costs_of_groups, most_at_once
+from ray_surgeon.maths.kronecker import RaisedDamping
 from ray_surgeon.maths.masks import StructuredMask
 from ray_surgeon.maths.structured import RemovalAndMask, lowest, prune_groups
 from ray_surgeon.maths.threshold import OutOfReachError

@@ -27,7 +27,7 @@ from ray_surgeon.distributed.worker import (
 )
 from ray_surgeon.factors.collector import NOTHING_BESIDE, SumsBeside, kind_of
 from ray_surgeon.maths.curvature import Clipping, Linear
-from ray_surgeon.maths.factorised import RaisedDamping
+from ray_surgeon.maths.kronecker import RaisedDamping
 from ray_surgeon.run_state import CalibrationText
 
 C = TypeVar("C")

@@ -9,9 +9,8 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, ClassVar
 
-from ray_surgeon.config.recovery import RecoverySection
 from ray_surgeon.config.schedule import ScheduleSection
-from ray_surgeon.config.sections import ModelSection
+from ray_surgeon.config.sections import ModelSection, RecoverySection
 from ray_surgeon.data.texts import TextStream
 from ray_surgeon.distributed.dense_states import CALIBRATION, drop_teacher, load_teacher
 from ray_surgeon.distributed.memory_plan.device_resources import DEVICES

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ray_surgeon.config.recovery import RecoverySection
+from ray_surgeon.config.sections import RecoverySection
 from ray_surgeon.distributed.collectives import MESSAGE_BYTES, together
 from ray_surgeon.distributed.weights import SavedFile, save_tensors
 from ray_surgeon.distributed.worker import TrainingState, Worker, collective

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ray_surgeon.checkpointing import CommittedPart
-from ray_surgeon.config.recovery import RecoverySection
+from ray_surgeon.config.sections import RecoverySection
 from ray_surgeon.data.texts import TextEndedError, TextStream
 from ray_surgeon.distributed.cluster import Cluster
 from ray_surgeon.distributed.dense_states import CALIBRATION, STREAM, forget_states

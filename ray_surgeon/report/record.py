@@ -17,7 +17,7 @@ from ray_surgeon.config.base import refusing
 from ray_surgeon.config.schedule import UNITS
 from ray_surgeon.distributed.worker import LinearSummary
 from ray_surgeon.errors import ConfigError
-from ray_surgeon.report.events import Steps
+from ray_surgeon.report.events import Steps, leaves
 from ray_surgeon.storage import files as store
 from ray_surgeon.storage import tensor_files
 
@@ -365,14 +365,3 @@ def _changes(directory: RunDirectory, spec_yaml: str) -> list[str]:
         if old.get(name) != new.get(name) and not name.startswith(_FREE_SECTIONS):
             changes.append(f"{name} {old.get(name)!r} there, {new.get(name)!r} here")
     return changes
-
-
-def leaves(section: Any, prefix: str = "") -> dict[str, Any]:
-    """Return the leaves of a spec by their dotted names."""
-    items = dict(enumerate(section)) if isinstance(section, list) else section
-    if not items or not isinstance(items, dict):
-        return {prefix[:-1]: section} if prefix else {}
-    found = {}
-    for key, value in items.items():
-        found.update(leaves(value, f"{prefix}{key}."))
-    return found

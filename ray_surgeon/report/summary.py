@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ray_surgeon.config.evaluation import GenerationSection
+from ray_surgeon.config.sections import GenerationSection
 from ray_surgeon.report import record as reports
 from ray_surgeon.report.html_report import excerpt
 from ray_surgeon.report.wording import counted, number, percent, perplexity, size

@@ -32,8 +32,7 @@ from transformers.utils import logging as transformers_logging
 from ray_surgeon.checkpointing import RunDirectory
 from ray_surgeon.config.base import absolute, local_path, refusing
 from ray_surgeon.config.defaults import with_names
-from ray_surgeon.config.job import JobSpec
-from ray_surgeon.config.parsing import validation_message
+from ray_surgeon.config.job import JobSpec, validation_message
 from ray_surgeon.errors import ConfigError
 from ray_surgeon.models.families import FAMILIES, family_of
 from ray_surgeon.preparation.reading import as_input_error

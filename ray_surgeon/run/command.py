@@ -18,8 +18,7 @@ from rich.console import Console
 
 from ray_surgeon.checkpointing import RunDirectory, TakenOverError
 from ray_surgeon.config.defaults import is_newest
-from ray_surgeon.config.job import JobSpec
-from ray_surgeon.config.parsing import parse_spec, validation_message
+from ray_surgeon.config.job import JobSpec, parse_spec, validation_message
 from ray_surgeon.config.sections import RaySection
 from ray_surgeon.distributed.memory_plan.device_resources import (
     DEVICES,

@@ -17,9 +17,9 @@ from ray_surgeon.export.folder import local_folder
 from ray_surgeon.job import run_job
 from ray_surgeon.preparation.inputs import Inputs
 from ray_surgeon.report.display import Display
+from ray_surgeon.report.events import Trackers
 from ray_surgeon.report.record import family_of, has_its_files, is_complete
 from ray_surgeon.report.summary import headline
-from ray_surgeon.report.trackers import Trackers
 from ray_surgeon.run.arguments import own_modes
 
 

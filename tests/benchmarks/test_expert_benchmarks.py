@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks import experts
 from benchmarks.expert_costs import predictions, sequences_of_help
-from ray_surgeon.config.parsing import parse_spec
+from ray_surgeon.config.job import parse_spec
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.report.html_report import LivePage
 from tests.integration.runs import config_like, new_model, report_of

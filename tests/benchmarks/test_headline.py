@@ -11,7 +11,7 @@ import pytest
 import ray_surgeon
 from benchmarks import headline, tasks
 from benchmarks.case_sets import Case
-from ray_surgeon.config.parsing import parse_spec
+from ray_surgeon.config.job import parse_spec
 
 
 def test_seed_determines_all_random_numbers(tmp_path: Path) -> None:

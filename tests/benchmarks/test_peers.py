@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from benchmarks import peers
 from benchmarks.peers import PEERS
-from ray_surgeon.config.parsing import parse_spec
+from ray_surgeon.config.job import parse_spec
 from ray_surgeon.preparation.inputs import Inputs, check
 from tests.integration.runs import tiny_spec
 

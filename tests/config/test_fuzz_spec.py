@@ -14,8 +14,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from ray_surgeon import pipeline
-from ray_surgeon.config.job import JobSpec
-from ray_surgeon.config.parsing import parse_spec, validation_message
+from ray_surgeon.config.job import JobSpec, parse_spec, validation_message
 
 PIPELINES = sorted((Path(__file__).parents[2] / "pipelines").rglob("*.yaml"))
 DOCUMENTS = [

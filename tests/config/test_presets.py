@@ -8,8 +8,7 @@ import pytest
 from pydantic import ValidationError
 
 from ray_surgeon.config.defaults import LEVELS, PresetName
-from ray_surgeon.config.job import MOST_HELD, JobSpec
-from ray_surgeon.config.parsing import parse_spec
+from ray_surgeon.config.job import MOST_HELD, JobSpec, parse_spec
 
 GROUPS = """
 version: 2

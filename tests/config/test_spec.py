@@ -10,8 +10,7 @@ import yaml
 from pydantic import ValidationError
 
 from ray_surgeon.config.groups import GroupsSection, UniformGroupsSection
-from ray_surgeon.config.job import JobSpec, input_schema
-from ray_surgeon.config.parsing import parse_spec, validation_message
+from ray_surgeon.config.job import JobSpec, input_schema, parse_spec, validation_message
 from ray_surgeon.config.pruning import (
     ElementsSection,
     RowsColumnsSection,

@@ -19,9 +19,8 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast as FastTokenizer
 
-from ray_surgeon.config.calibration import CalibrationSection
-from ray_surgeon.config.parsing import parse_spec
-from ray_surgeon.config.texts import SourceSection
+from ray_surgeon.config.job import parse_spec
+from ray_surgeon.config.texts import CalibrationSection, SourceSection
 from ray_surgeon.data import documents, texts, written_text
 from ray_surgeon.data.default_text import default_mix
 from ray_surgeon.data.texts import Windows, first_token, interleaved

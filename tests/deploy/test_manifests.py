@@ -14,7 +14,7 @@ import jsonschema
 import pytest
 import yaml
 
-from ray_surgeon.config.parsing import parse_spec
+from ray_surgeon.config.job import parse_spec
 from ray_surgeon.report.events import GAUGES
 from ray_surgeon.run.kubernetes import ray_cluster
 

@@ -14,8 +14,8 @@ from unittest.mock import Mock, call
 import pytest
 import torch
 
-from ray_surgeon.distributed import fresh_process
-from ray_surgeon.distributed.usage import Usage
+from ray_surgeon.distributed import processes
+from ray_surgeon.distributed.processes import Usage
 from ray_surgeon.export import folder
 from ray_surgeon.report.events import largest_of_processes
 from tests.integration.runs import wait_for
@@ -32,7 +32,7 @@ def test_process_of_a_worker_sees_only_its_gpu(
     device: str, gpu: str | None, seen: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run_module = Mock(return_value={})
-    monkeypatch.setattr(fresh_process, "run_module", run_module)
+    monkeypatch.setattr(processes, "run_module", run_module)
     emptied = Mock()
     monkeypatch.setattr(torch.cuda, "empty_cache", emptied)
     worker: Any = SimpleNamespace(device=torch.device(device), gpu=gpu)
@@ -55,14 +55,14 @@ def test_process_starts_in_a_removed_working_directory(
     (tmp_path / "gone").mkdir()
     monkeypatch.chdir(tmp_path / "gone")
     (tmp_path / "gone").rmdir()
-    assert fresh_process.run_module("asked", {}) == {"sum": 729.0}
+    assert processes.run_module("asked", {}) == {"sum": 729.0}
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="a request of the kernel of Linux")
 def test_process_ends_with_its_parent(tmp_path: Path) -> None:
     where = tmp_path / "pid"
     request = {"path": str(where), "seconds": 100}
-    code = "from ray_surgeon.distributed.fresh_process import run_module; "
+    code = "from ray_surgeon.distributed.processes import run_module; "
     code += f"run_module('tests.distributed.sleeper', {request})"
     with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT) as parent:
         wait_for(lambda: where.exists() or parent.poll() is not None)

@@ -9,7 +9,7 @@ import ray
 from ray._private import state
 
 from ray_surgeon.distributed import ray_nodes
-from ray_surgeon.distributed.usage import versions
+from ray_surgeon.distributed.processes import versions
 
 H100 = {"ray.io/accelerator-type": "H100", "ray.io/market-type": "spot"}
 NODES: list[dict[str, Any]] = [

@@ -28,7 +28,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from ray_surgeon.config.parsing import parse_spec
+from ray_surgeon.config.job import parse_spec
 from ray_surgeon.config.sections import ModelSection
 from ray_surgeon.distributed.cluster import LocalCluster
 from ray_surgeon.distributed.placement import place

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoTokenizer
 from transformers import PreTrainedTokenizerFast as Tokenizer
 
 from ray_surgeon.checkpointing import RunDirectory
-from ray_surgeon.config.calibration import CalibrationSection
+from ray_surgeon.config.texts import CalibrationSection
 from ray_surgeon.data import self_text
 from ray_surgeon.data.self_text import Conversation, pack, repeats, write
 from ray_surgeon.data.texts import token_stream

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from benchmarks.real_models import fetch
-from ray_surgeon.config.parsing import parse_spec
+from ray_surgeon.config.job import parse_spec
 from ray_surgeon.preparation.inputs import check
 from tests.integration.runs import Jobs
 

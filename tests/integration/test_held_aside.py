@@ -16,8 +16,8 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from ray_surgeon.config.parsing import parse_spec
-from ray_surgeon.config.recovery import RecoverySection
+from ray_surgeon.config.job import parse_spec
+from ray_surgeon.config.sections import RecoverySection
 from ray_surgeon.distributed.cluster import LocalCluster
 from ray_surgeon.distributed.dense_states import CALIBRATION
 from ray_surgeon.distributed.passes import forward_and_backward, remember

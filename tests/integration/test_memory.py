@@ -21,7 +21,7 @@ import torch
 from torch.backends import mkldnn
 
 from ray_surgeon import job as job_page
-from ray_surgeon.distributed import fresh_process, usage
+from ray_surgeon.distributed import processes
 from ray_surgeon.distributed.cluster import WorkerFailureError
 from ray_surgeon.distributed.memory_plan.device_resources import Resources, Room
 from ray_surgeon.distributed.memory_plan.planner import DoesNotFitError
@@ -307,7 +307,7 @@ def test_memory_of_past_product_shapes_is_released(zygote: Zygote) -> None:
     of_worker = zygote.run_module("tests.integration.test_memory", request)
     few, many = of_worker["bytes"]
     assert many - few < 0.02 * few
-    assert not usage._SHAPES.keys() & of_worker["inherited"], (
+    assert not processes._SHAPES.keys() & of_worker["inherited"], (
         "processes of exports do not inherit the setting"
     )
 
@@ -316,13 +316,13 @@ def test_large_export_is_reloaded_from_disk(
     job: Jobs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[Any] = []
-    run_module = fresh_process.run_module
+    run_module = processes.run_module
 
     def noted(module: str, request: Any) -> Any:
         asked.append(request)
         return run_module(module, request)
 
-    monkeypatch.setattr(fresh_process, "run_module", noted)
+    monkeypatch.setattr(processes, "run_module", noted)
     monkeypatch.setattr("ray_surgeon.export.folder.available_bytes", lambda: 100_000)
     done = job(runs.GROUPS | runs.ONE | {"output__exports": ["per_block"]})
     assert [request["max_memory"] for request in asked] == [50_000]

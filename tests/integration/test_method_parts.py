@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from ray_surgeon.config.curvature import KfacSection
 from ray_surgeon.config.pruning import RowsColumnsSection
-from ray_surgeon.config.recovery import RecoverySection
+from ray_surgeon.config.sections import RecoverySection
 from ray_surgeon.maths.threshold import StructureCosts
 from ray_surgeon.models.low_rank import LowRankCorrections
 from ray_surgeon.pruning.calibration import calibrate

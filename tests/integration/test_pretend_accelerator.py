@@ -21,8 +21,8 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from ray_surgeon.api import curvature
 from ray_surgeon.checkpointing import RunDirectory
-from ray_surgeon.config.parsing import parse_spec
-from ray_surgeon.distributed import fresh_process
+from ray_surgeon.config.job import parse_spec
+from ray_surgeon.distributed import processes
 from ray_surgeon.distributed.cluster import LocalCluster
 from ray_surgeon.distributed.collectives import TensorPayload, decode
 from ray_surgeon.distributed.worker import Worker
@@ -147,7 +147,7 @@ def run_on(device: str, spec: str) -> None:
 
 
 def run_on_sim(spec: str) -> None:
-    fresh_process.run_module = reload_here  # type: ignore[assignment]
+    processes.run_module = reload_here  # type: ignore[assignment]
     LivePage.draw = lambda *args, **kwargs: None  # type: ignore[method-assign]
     run_on("sim", spec)
 

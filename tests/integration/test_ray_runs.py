@@ -16,7 +16,7 @@ from ray.cluster_utils import Cluster
 from ray.exceptions import OutOfDiskError, RayTaskError
 
 import ray_surgeon
-from ray_surgeon.config.parsing import parse_spec
+from ray_surgeon.config.job import parse_spec
 from ray_surgeon.config.sections import ModelSection, RaySection
 from ray_surgeon.distributed import ray_cluster
 from ray_surgeon.distributed.cluster import NoRoomError, WorkerFailureError

@@ -11,9 +11,8 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from ray_surgeon.config.recovery import RecoverySection
 from ray_surgeon.config.schedule import NO_PRUNING
-from ray_surgeon.config.sections import ModelSection
+from ray_surgeon.config.sections import ModelSection, RecoverySection
 from ray_surgeon.config.texts import StreamedSection
 from ray_surgeon.distributed.cluster import LocalCluster
 from ray_surgeon.distributed.dense_states import drop_teacher, load_teacher

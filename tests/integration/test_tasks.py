@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from ray_surgeon.distributed import fresh_process
+from ray_surgeon.distributed import processes
 from tests.integration.runs import GROUPS, ONE, Jobs, windows
 
 pytest.importorskip("lm_eval", reason="needs the extra eval")
@@ -27,7 +27,7 @@ doc_to_target: "{{{{answer}}}}"
 metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
 """
 
-IN_A_NEW_PROCESS = fresh_process.run_module
+IN_A_NEW_PROCESS = processes.run_module
 """A fresh process, because a fork has the modules of this process."""
 
 
@@ -79,5 +79,5 @@ def test_tasks_that_cannot_run_are_refused(
     )
     path = [str(job.folder / "without"), *filter(None, sys.path)]
     monkeypatch.setenv("PYTHONPATH", ":".join(path))
-    monkeypatch.setattr(fresh_process, "run_module", IN_A_NEW_PROCESS)
+    monkeypatch.setattr(processes, "run_module", IN_A_NEW_PROCESS)
     assert "pip install 'ray_surgeon[eval]'" in job(options, code=2).error

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from ray_surgeon.maths.curvature import Linear
-from ray_surgeon.maths.factorised import damp_
-from ray_surgeon.maths.kronecker import Damping, PackedFactors
+from ray_surgeon.maths.kronecker import Damping, PackedFactors, damp_
 from ray_surgeon.maths.masks import StructuredMask
 from ray_surgeon.maths.products import PackedSymmetric
 

@@ -10,11 +10,16 @@ import torch
 from torch import Tensor
 
 from ray_surgeon.maths.conjugate import ElementUpdate, update_elements
-from ray_surgeon.maths.curvature import Linear, Removal
+from ray_surgeon.maths.curvature import (
+    FisherProducts,
+    Linear,
+    Removal,
+    SplitMatrix,
+    dominant_part,
+)
 from ray_surgeon.maths.element_pruning import ElementUnits, find_elements
 from ray_surgeon.maths.kronecker import quadratic_cost
 from ray_surgeon.maths.masks import ElementMask, StructuredMask
-from ray_surgeon.maths.split_matrix import FisherProducts, SplitMatrix, dominant_part
 from tests.maths import dense
 from tests.maths.dense import dense_minimum, draw, fisher, linear, problem, silence
 

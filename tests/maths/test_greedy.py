@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from ray_surgeon.maths.curvature import LinearCurvature
-from ray_surgeon.maths.factorised import root
 from ray_surgeon.maths.greedy import GreedyPath, Limits, greedy_costs
-from ray_surgeon.maths.kronecker import Damping
+from ray_surgeon.maths.kronecker import Damping, root
 from ray_surgeon.maths.masks import StructuredMask
 from ray_surgeon.maths.structured import find_candidates
 from tests.maths.dense import (

@@ -5,8 +5,7 @@ import math
 import pytest
 import torch
 
-from ray_surgeon.maths.factorised import damp_, factorise
-from ray_surgeon.maths.kronecker import balance_
+from ray_surgeon.maths.kronecker import balance_, damp_, factorise
 from ray_surgeon.maths.products import PackedSymmetric
 from tests.maths.dense import damped, draw, packed, spd
 

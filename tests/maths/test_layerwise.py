@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ray_surgeon.maths.columns import sparsegpt, upper_inverse, wanda
-from ray_surgeon.maths.factorised import RaisedDamping
+from ray_surgeon.maths.kronecker import RaisedDamping
 from tests.maths.dense import damped, problem, silence
 
 

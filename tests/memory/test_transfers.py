@@ -18,7 +18,7 @@ from torch import nn
 
 from ray_surgeon.distributed.collectives import decode, encode
 from ray_surgeon.distributed.memory_plan.device_resources import resources_here
-from ray_surgeon.distributed.usage import process_usage
+from ray_surgeon.distributed.processes import process_usage
 from ray_surgeon.distributed.worker import Worker
 from ray_surgeon.export import speed
 from ray_surgeon.memory.stores import Place, Scratch, Slot, TensorStore, WeightStore

@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 
 from ray_surgeon.maths.masks import ElementMask, StructuredMask
-from ray_surgeon.models.low_rank import RATE_OF_A, LowRank, LowRankCorrections
-from ray_surgeon.models.optimizer import CLIP
+from ray_surgeon.models.low_rank import CLIP, RATE_OF_A, LowRank, LowRankCorrections
 from ray_surgeon.models.shard import ModelShard
 from tests.models.test_shard import shards
 

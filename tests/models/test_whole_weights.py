@@ -15,7 +15,7 @@ from ray_surgeon.memory.stores import Stores
 from ray_surgeon.models.build import BlockRange
 from ray_surgeon.models.checkpoint import reader_of
 from ray_surgeon.models.loss import Predicted
-from ray_surgeon.models.optimizer import CLIP
+from ray_surgeon.models.low_rank import CLIP
 from ray_surgeon.models.runner import BlockRunner
 from ray_surgeon.models.shard import ModelShard
 from ray_surgeon.models.whole_weights import WholeWeights, block_parameters

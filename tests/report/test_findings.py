@@ -9,8 +9,12 @@ from typing import Any
 import pytest
 
 from ray_surgeon.report import findings
-from ray_surgeon.report.bars import before_and_after
-from ray_surgeon.report.tables import answer_table, loop_words, round_table
+from ray_surgeon.report.html_report import (
+    answer_table,
+    before_and_after,
+    loop_words,
+    round_table,
+)
 
 SPEEDS = {"median": 100.0, "lowest": 99.0, "highest": 101.0}
 

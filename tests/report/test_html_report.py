@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ray_surgeon.distributed import fresh_process
+from ray_surgeon.distributed import processes
 from ray_surgeon.report.display import main
 from ray_surgeon.report.findings import verdict
 from ray_surgeon.report.html_report import LivePage, page
@@ -45,7 +45,7 @@ def run_groups_and_rows(
         "output__speed": {"prompt_length": 16, "num_new_tokens": 2, "num_repeats": 1},
     }
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fresh_process, "run_module", zygote.run_module)
+        patch.setattr(processes, "run_module", zygote.run_module)
         assert (
             run(folder / "groups", model_folders["llama"], name="some-groups", **groups)
             == 0

@@ -9,8 +9,7 @@ from typing import Any
 
 import pytest
 
-from ray_surgeon.report.events import Event
-from ray_surgeon.report.trackers import Trackers
+from ray_surgeon.report.events import Event, Trackers
 
 SPEC = {"name": "mine", "output": {"uri": "runs/mine"}, "evaluation": [{"name": "docs"}]}
 CHECK = Event("check", 2, 2, 1.0, {"steps": 3, "held_aside": 0.5})

@@ -13,11 +13,13 @@ from typing import Literal, NamedTuple
 import torch
 
 from ray_surgeon.config.curvature import AnyCurvature
-from ray_surgeon.config.evaluation import GenerationSection
 from ray_surgeon.config.groups import DepthSection, ReconstructionSection
 from ray_surgeon.config.pruning import PruningSection
-from ray_surgeon.config.recovery import RecoverySection
-from ray_surgeon.config.sections import QuantizeSection
+from ray_surgeon.config.sections import (
+    GenerationSection,
+    QuantizeSection,
+    RecoverySection,
+)
 from ray_surgeon.distributed.memory_plan.device_resources import Device
 from ray_surgeon.distributed.placement import Placement
 from ray_surgeon.maths.products import PackedSymmetric

@@ -11,9 +11,8 @@ import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from ray_surgeon.config.evaluation import GenerationSection
 from ray_surgeon.config.groups import MEASURED
-from ray_surgeon.config.sections import QuantizeSection
+from ray_surgeon.config.sections import GenerationSection, QuantizeSection
 from ray_surgeon.distributed.memory_plan.estimate_pruning import (
     block_by_block,
     estimate_costs,

@@ -21,9 +21,15 @@ from ray_surgeon.experimental.extended_kfac.terms import (
     minimise_kept,
 )
 from ray_surgeon.maths import kronecker as kron
-from ray_surgeon.maths.curvature import Basis, Clipping, Linear, LinearCurvature, Pair
+from ray_surgeon.maths.curvature import (
+    Basis,
+    Clipping,
+    FisherProducts,
+    Linear,
+    LinearCurvature,
+    Pair,
+)
 from ray_surgeon.maths.masks import StructuredMask, places
-from ray_surgeon.maths.split_matrix import FisherProducts
 
 
 @dataclass(frozen=True)

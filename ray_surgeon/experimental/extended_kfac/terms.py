@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ray_surgeon.maths.factorised import solve_lower
+from ray_surgeon.maths.kronecker import solve_lower
 
 Term = tuple[Tensor, Tensor]
 """G_r [R, R] and A_r [C, C] of a Kronecker product."""

@@ -17,7 +17,7 @@ from ray_surgeon.distributed.microbatch import Tokens
 from ray_surgeon.distributed.passes import BlockPass
 from ray_surgeon.distributed.worker import LinearSummary, Worker, summaries
 from ray_surgeon.maths.columns import sparsegpt, upper_inverse, wanda
-from ray_surgeon.maths.factorised import RaisedDamping
+from ray_surgeon.maths.kronecker import RaisedDamping
 from ray_surgeon.maths.masks import ElementMask
 from ray_surgeon.pruning.method import Applied, Choice, Method
 
