@@ -292,7 +292,7 @@ def _last_words(directory: RunDirectory, error: BaseException) -> BaseException:
             directory.check_attempt()
             directory.write_events()
         except TakenOverError as taken:
-            # what failed may be what the other try has taken away
+            # the failure may be due to the other try, which has taken the run over
             if isinstance(error, Exception):
                 return taken
     return error

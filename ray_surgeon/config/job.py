@@ -320,7 +320,7 @@ class JobSpec(Section):
         """
         share = self.calibration.held_aside
         num_sequences = self.calibration.num_sequences
-        # each of which takes part in a pass over them
+        # every replica takes part in a pass over them
         num_replicas = self.cluster.num_replicas
         most = num_sequences
         if share is None:
@@ -377,7 +377,7 @@ _YAML_ERRORS = (yaml.YAMLError, RecursionError, ValueError, LookupError, Attribu
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML's safe loader with an error for a repeated key, of which YAML would use the last."""
+    """YAML's safe loader, which refuses repeated keys; YAML itself would use the last one."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> Any:
         """Return a mapping."""

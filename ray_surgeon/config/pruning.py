@@ -75,7 +75,7 @@ class PatternSection(SparsitySection):
     """Single elements, or N:M groups: N of every M consecutive inputs of a row are kept"""
     n_m: tuple[Positive, Positive] | None = None
     """[N, M] of structure n_m: N of M consecutive inputs of a row are kept; [2, 4] if not given"""
-    # by how much a target may be above what a pattern removes
+    # largest excess of a target over the sparsity of the pattern
     tolerated: ClassVar[float] = 0.0
 
     @property

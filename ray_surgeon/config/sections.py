@@ -234,7 +234,7 @@ class MemorySection(Section):
 
 
 KERNEL_COLUMNS = 128
-"""Number of columns per device of which kernels for quantised weights take multiples.
+"""Kernels for quantised weights need a multiple of this number of columns on every device.
 
 It is the block size of FP8, and the tile size of vLLM's 4-bit kernel.
 """

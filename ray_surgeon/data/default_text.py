@@ -104,7 +104,7 @@ class _Text(NamedTuple):
 
 
 def _texts(num_windows: int, length: int, *, is_chat: bool) -> list[_Text]:
-    """Return the texts of a default mix, of which some may have no windows.
+    """Return the texts of a default mix; some may have no windows.
 
     Args:
         num_windows: windows of all texts together.

@@ -47,11 +47,11 @@ _LONGER = 300
 
 
 _PARAGRAPH = 120
-"""Characters from which a paragraph of a description is prose rather than a heading,"""
+"""Shortest paragraph of a description, in characters, that may be prose, not a heading."""
 
 
 _PLAIN = 0.94
-"""if so many of them are letters, spaces and punctuation."""
+"""Least share of letters, spaces and punctuation among the characters of prose."""
 
 
 def documents_of(text: SourceSection, where: str) -> Iterator[str]:

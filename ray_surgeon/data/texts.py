@@ -276,7 +276,7 @@ class TextStream:
     seed: int
     """Of the order of windows."""
     buffer: int = 1024
-    """Windows of each text that are kept in memory, of which the next one is drawn.
+    """Windows of each text that are kept in memory; the next one is drawn from them.
 
     A text with no more than these is shuffled whole. Beside them lies the piece that was tokenized
     last, see `token_pieces`; of a text that is cut into train and test here, all of it.
@@ -321,7 +321,7 @@ class TextStream:
         )
 
     def check_length(self, num_windows: int) -> None:
-        """Refuse texts on this machine that end before so many windows of all texts.
+        """Refuse texts on this machine that are too short for this number of windows.
 
         They are read and tokenized until there is enough. Others, on the Hub or an object store,
         are not read: they may raise the same error when they end.

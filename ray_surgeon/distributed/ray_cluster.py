@@ -142,7 +142,7 @@ class RayCluster(Cluster):
         return self._wait(futures, self._ping_timeout_s / 2)
 
     def _wait(self, futures: Sequence[Future[T]], patience_s: float) -> list[T]:
-        """Wait; where nothing ends for so many seconds, ask whether the workers live."""
+        """Wait; if nothing ends within `patience_s`, ask whether the workers are alive."""
         values: dict[Any, Any] = {}
         pending: list[Any] = list(dict.fromkeys(futures))
         heard = time.monotonic()

@@ -26,7 +26,7 @@ _ATTENTION = Coupling(
     producers=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
 )
 NO_ATTENTION = Coupling(consumer="none is described", producers=())
-"""In place of the attention of a family of which it is not known; it stays whole."""
+"""Stands for the attention of a family that is not described; it stays whole."""
 _FFN = Coupling(consumer="mlp.down_proj", producers=("mlp.gate_proj", "mlp.up_proj"))
 _NO_EXPERTS = SparseLayer()
 
@@ -183,7 +183,7 @@ _MOST_BLOCKS = 2_000
 
 
 def check_depth(document: Mapping[str, Any], where: str) -> None:
-    """Refuse a configuration with so many blocks that they cannot be built in reasonable time.
+    """Refuse a configuration whose blocks are too many to be built in reasonable time.
 
     Raises:
         ValueError: names the field.

@@ -53,7 +53,7 @@ _NUMBERS_OF_TWO = (
     "num_shared_experts",
     "num_memory_blocks",
 )
-"""Fields of numbers of which a copy has at most two."""
+"""Numeric fields that are at most two in a copy."""
 _RANKS = (
     "q_lora_rank",
     "kv_lora_rank",

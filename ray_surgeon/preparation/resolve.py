@@ -45,7 +45,7 @@ from ray_surgeon.storage import files
 
 _DTYPES = ("float32", "bfloat16", "float16")
 _CPUS_OF_A_WORKER = 4
-"""CPUs of a worker on a machine with more than so many; fewer threads are used better."""
+"""Largest number of CPUs of a worker; more workers with fewer threads each are faster."""
 _FEWEST_TOKENS = 8_192
 """A recovery of fewer tokens is left out."""
 _REFERENCE_TOKENS = 65_536

@@ -116,7 +116,7 @@ class PlannedCurvature:
 
 @dataclass(frozen=True)
 class PlannedGroups:
-    """Coupled groups, of which consumers are factorised and updated."""
+    """Coupled groups, whose consumers are factorised and updated."""
 
     reach: float  # fraction of a consumer's columns of which copies may exist beside it
     share: float  # fraction of its groups that greedy paths are followed for
