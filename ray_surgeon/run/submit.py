@@ -131,7 +131,7 @@ def _run(
 def _report_uri(log: str) -> str | None:
     """Return the URI of the run directory in which a job has put its report, if it says so."""
     found = re.findall(
-        r"(?m)^running on \S+ into (\S+)$|^report: (\S+)/report\.html",
+        r"(?m)^running on \S+ into (.+)$|^report +(.+)/report\.html$",
         log,
     )
     if not found:

@@ -32,7 +32,15 @@ from ray_surgeon.preparation.inputs import check
 from ray_surgeon.report.html_report import LivePage
 from ray_surgeon.storage import tensor_files
 from tests import zygote as forks
-from tests.conftest import CONFIGS, HYBRIDS, SPARSE_CONFIGS, Zygote, make_once, tiny_model
+from tests.conftest import (
+    CONFIGS,
+    HYBRIDS,
+    LAYOUTS,
+    SPARSE_CONFIGS,
+    Zygote,
+    make_once,
+    tiny_model,
+)
 from tests.integration import runs
 from tests.integration.runs import report_of, tensors_of_shot, tiny_spec, windows
 
@@ -355,7 +363,10 @@ def test_remaining_families_match_the_cpu(
     family: str, assert_same_run: Callable[..., None]
 ) -> None:
     """The device has no convolutions, so families with these are left out."""
-    assert_same_run(family, runs.GROUPS, BY_DEPTH)
+    options = dict(runs.GROUPS)
+    if "attention" not in LAYOUTS[family].kinds:
+        options["pruning__groups"] = ["ffn"]
+    assert_same_run(family, options, BY_DEPTH)
 
 
 @pytest.mark.slow
