@@ -45,7 +45,7 @@ from ray_surgeon.storage import files
 
 _DTYPES = ("float32", "bfloat16", "float16")
 _CPUS_OF_A_WORKER = 4
-"""Largest number of CPUs of a worker; more workers with fewer threads each are faster."""
+"""CPUs per worker on a machine with more CPUs than this; fewer threads are used better."""
 _FEWEST_TOKENS = 8_192
 """A recovery of fewer tokens is left out."""
 _REFERENCE_TOKENS = 65_536
