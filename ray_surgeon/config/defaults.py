@@ -92,8 +92,7 @@ def fill(document: dict[str, Any], preset: Mapping[str, Any]) -> None:
             settings["num_backward"] = min(settings["num_backward"], max(1, int(count)))
         if settings:
             _under(document, "curvature", settings)
-    has_teacher = mapping(document.get("recovery")).get("teacher") is not None
-    if preset["recovery"] is not None and (prunes or has_teacher):
+    if preset["recovery"] is not None and can_recover(document):
         _under(document, "recovery", preset["recovery"])
     if pruning.get("structure") == "groups":
         if "sparsities" in pruning:
@@ -102,6 +101,12 @@ def fill(document: dict[str, Any], preset: Mapping[str, Any]) -> None:
             document["pruning"] = {"num_shots": 1, **pruning}
         if is_taken("reconstruction"):
             _under(document["pruning"], "reconstruction", preset["reconstruction"])
+
+
+def can_recover(document: Mapping[str, Any]) -> bool:
+    """Whether a job prunes its model or has a teacher for its recovery."""
+    prunes = document.get("pruning", {}) is not None
+    return prunes or mapping(document.get("recovery")).get("teacher") is not None
 
 
 def mapping(section: Any) -> Mapping[str, Any]:

@@ -22,6 +22,7 @@ from ray_surgeon.config.defaults import (
     LEVELS,
     PRESET_SECONDS,
     ModelFacts,
+    can_recover,
     completed,
     fill,
     is_newest,
@@ -467,6 +468,8 @@ def _at_level(
     chosen = dict(document)
     fill(chosen, LEVELS[name])
     given = document.get("recovery", {})
+    if not can_recover(document):
+        return _Use(chosen, seconds_of(chosen).total_s, 0)
     if given is None or "num_tokens" in mapping(given):
         tokens = int(count(mapping(given).get("num_tokens", 0)))
         return _Use(chosen, seconds_of(chosen).total_s, tokens)

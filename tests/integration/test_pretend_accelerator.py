@@ -61,7 +61,9 @@ BY_ITERATIONS = (1e-2, 5e-4)
 were measured.
 """
 BY_TRAINING = (2e-4, 2e-6)
-"""For steps of Adam, which enlarges small gradients; 4e-5 was measured in one linear."""
+"""For steps of Adam, which enlarges small gradients; 4e-5 was measured in one linear, and 5e-5 in a
+bias, on another kind of CPU.
+"""
 BY_BFLOAT16 = (1e-2, 5e-3)
 """For a bfloat16 model with rounded weights; 3e-3 and 5e-4 were measured."""
 
@@ -383,7 +385,7 @@ def test_remaining_mixtures_match_the_cpu(
 def test_other_families_match_the_cpu(
     family: str, assert_same_run: Callable[..., None]
 ) -> None:
-    assert_same_run(family, CORRECTED | EXPORTED, BY_CANCELLATION)
+    assert_same_run(family, CORRECTED | EXPORTED, BY_TRAINING)
 
 
 @pytest.mark.parametrize(

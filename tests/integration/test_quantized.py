@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,9 +13,11 @@ from compressed_tensors.quantization import QuantizationScheme
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from ray_surgeon.config.job import parse_spec
 from ray_surgeon.export.card import front_matter
 from ray_surgeon.export.quantized import PRESETS, quantised, scheme_of
 from ray_surgeon.maths.rounding import Grid, round_linear
+from ray_surgeon.preparation.inputs import check
 from ray_surgeon.report.html_report import page
 from tests.conftest import LAYOUTS
 from tests.integration.runs import DISK, GROUPS, ONE, Jobs, tensors_in
@@ -199,6 +202,30 @@ def test_dense_model_is_quantised_without_pruning(job: Jobs) -> None:
     card = (done.uri / "export/uniform-w4a16/README.md").read_text()
     assert front_matter(card)["tags"] == ["quantization"]
     assert "not pruned; linears are quantised to w4a16" in card
+
+
+def test_quantising_alone_is_given_no_recovery(
+    model_folders: dict[str, Path], tmp_path: Path
+) -> None:
+    document = {
+        "version": 3,
+        "model": {"source": str(model_folders["llama"])},
+        "calibration": {
+            "source": "python-docs",
+            "num_sequences": 2,
+            "sequence_length": 16,
+        },
+        "pruning": None,
+        "output": {
+            "uri": str(tmp_path / "run"),
+            "quantize": {"scheme": "w4a16", "group_size": 16},
+        },
+        "time": "30min",
+    }
+    inputs = check(parse_spec(json.dumps(document)))
+    assert inputs.spec.pruning is None
+    assert inputs.spec.recovery is None
+    assert any("and no recovery" in note for note in inputs.choices)
 
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])

@@ -263,6 +263,7 @@ def test_hub_model_with_safetensors_in_a_pull_request(
     monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
     monkeypatch.setenv("HF_HUB_DISABLE_XET", "1")
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     done = subprocess.run(
         [sys.executable, "-c", HUB_CLIENT],
         capture_output=True,
