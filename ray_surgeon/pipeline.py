@@ -70,8 +70,8 @@ def _add_job_options(parser: argparse.ArgumentParser, command: str) -> None:
         "source",
         nargs="?",
         metavar="MODEL|SPEC",
-        help="Hub id, folder, URI, pkg://PACKAGE/FILE.gguf; or a job spec, .yaml or .json; - "
-        "reads a spec from standard input",
+        help="Hub id, folder, URI, FILE.gguf, pkg://PACKAGE/FILE.gguf; or a job spec, .yaml or "
+        ".json; - reads a spec from standard input",
     )
     if command == "recover":
         add("--teacher", required=True, help="the model to train towards")
@@ -171,11 +171,11 @@ def _problem_of_source(arguments: argparse.Namespace, command: str) -> str | Non
     path = Path(source).expanduser()
     is_path = source.startswith((".", "/", "~")) or source.count("/") > 1
     if "://" not in source and is_path and not path.exists():
-        return f"there is no folder {source}; a Hub id has the form NAME or OWNER/NAME"
-    if path.is_file():
+        return f"there is no file or folder {source}; a Hub id has the form NAME or OWNER/NAME"
+    if path.is_file() and path.suffix != ".gguf":
         return (
-            f"{source} is a file; give the folder of a model, or a spec that ends with "
-            f"{', '.join(_SPECS)}"
+            f"{source} is a file; give the folder of a model, a GGUF file that ends with .gguf, "
+            f"or a spec that ends with {', '.join(_SPECS)}"
         )
     sets_target = any(text.startswith("pruning") for text in arguments.set)
     if command != "recover" and arguments.sparsity is None and not sets_target:

@@ -141,9 +141,8 @@ class ModelSection(Section):
     """The model to prune."""
 
     source: Annotated[Address, AfterValidator(_whole_if_there)]
-    """A Hub id, a local folder, an fsspec URI of a folder (s3://bucket/model), or
-    pkg://PACKAGE/FILE.gguf, a file in a Python package. Weights must be safetensors; GGUF only with
-    pkg://
+    """A Hub id, a local folder or its fsspec URI (s3://bucket/model) with safetensors weights; or a
+    GGUF file: a path or URI that ends with .gguf, or pkg://PACKAGE/FILE.gguf in a Python package
     """
     revision: str | None = None
     """Branch, tag or commit, for a Hub id only"""

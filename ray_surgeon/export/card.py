@@ -19,7 +19,7 @@ from ray_surgeon.config.sections import ModelSection
 from ray_surgeon.config.texts import TEXT_SUFFIXES, CalibrationSection
 from ray_surgeon.report.html_report import rendered
 from ray_surgeon.storage import files
-from ray_surgeon.storage.sources import is_licence, open_model, package_file
+from ray_surgeon.storage.sources import gguf_file, is_licence, open_model
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _LICENCE_ID = re.compile(r"[a-z0-9][a-z0-9.+-]*")
@@ -53,8 +53,9 @@ def licence_of(model: ModelSection) -> dict[str, str]:
 
     They come from the model card of a folder or of the Hub, or from a GGUF file.
     """
-    if model.source.startswith("pkg://"):
-        return _valid(_metadata_of_gguf(package_file(model)))
+    gguf = gguf_file(model)
+    if gguf is not None:
+        return _valid(_metadata_of_gguf(gguf))
     source = open_model(model)
     if "README.md" not in source.names:
         return {}

