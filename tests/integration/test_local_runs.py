@@ -151,8 +151,8 @@ OPTIONS: list[dict[str, Any]] = [
 
 
 def test_every_option_changes_the_weights(job: Jobs) -> None:
-    """The model has two blocks."""
-    config = runs.config_like("llama", num_hidden_layers=2)
+    """The model has one block."""
+    config = runs.config_like("llama", num_hidden_layers=1)
     model = runs.new_model(config, job.folder / "model", job.models["llama"])
     results = dict[tuple[float, ...], dict[str, Any]]()
     text = shutil.copy(__file__, job.folder / "docs.txt")

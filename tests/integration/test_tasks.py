@@ -28,7 +28,7 @@ metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
 """
 
 IN_A_NEW_PROCESS = processes.run_module
-"""A fresh process, because a fork has the modules of this process."""
+"""A new process, because a fork has the modules of this process."""
 
 
 @pytest.fixture
@@ -65,6 +65,7 @@ def test_tasks_are_evaluated_before_and_after_pruning(
     assert f"| colours | acc | {before:.4f} | {after:.4f} |" in card
 
 
+@pytest.mark.usefixtures("forked")
 def test_tasks_that_cannot_run_are_refused(
     asked: dict[str, Any], job: Jobs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
