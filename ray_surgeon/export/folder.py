@@ -198,8 +198,9 @@ def dense_document(model: ModelSection) -> dict[str, Any]:
     for name in ("torch_dtype", "quantization_config", "auto_map"):
         document.pop(name, None)
     # blocks for multi-token prediction are not loaded, and transformers does not run them
-    if document.get("num_nextn_predict_layers"):
-        document["num_nextn_predict_layers"] = 0
+    for name in ("num_nextn_predict_layers", "mtp_num_hidden_layers"):
+        if document.get(name):
+            document[name] = 0
     document["dtype"] = model.dtype
     return document
 

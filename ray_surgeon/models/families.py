@@ -224,12 +224,11 @@ def check_not_quantised(document: Mapping[str, Any]) -> None:
     )
 
 
-def check_family(family: str, of_text: Any = None) -> None:
+def check_family(family: str) -> None:
     """Refuse a family that is not in `FAMILIES`.
 
     Args:
         family: the model type.
-        of_text: the text part of config.json, if the model also reads images.
 
     Raises:
         ValueError: names the supported families.
@@ -237,18 +236,6 @@ def check_family(family: str, of_text: Any = None) -> None:
     if family in FAMILIES:
         return
     known = ", ".join(sorted(FAMILIES))
-    text_family = None
-    if isinstance(of_text, Mapping):
-        text_family = of_text.get("model_type")
-    if text_family in FAMILIES:
-        raise ConfigError(
-            field="model.source",
-            found=f"the model type is {family!r}, which is not supported",
-            remedy=(
-                f"known families: {known}. Save its text part, a {text_family}, as a "
-                "model of its own"
-            ),
-        )
     raise ConfigError(
         field="model.source",
         found=f"the model type is {family!r}, which is not supported",

@@ -64,6 +64,7 @@ from ray_surgeon.recovery.recovery import LoadTeacher
 from ray_surgeon.recovery.training import steps_ahead, steps_between_checks, trial_steps
 from ray_surgeon.report.record import check_folder
 from ray_surgeon.run_state import CalibrationText
+from ray_surgeon.storage.sources import ModelFiles
 from ray_surgeon.version import __version__
 
 if TYPE_CHECKING:
@@ -396,7 +397,7 @@ def check(
         texts={name: windows.tokens for name, windows in texts.measured.items()},
         fingerprints=fingerprints,
         chosen_text=chosen,
-        choices=resolved.notes,
+        choices=resolved.notes + _note_on_language_model(source),
         deadline_s=resolved.deadline_s,
         source_bytes=source_bytes,
         proof=proof,
@@ -407,6 +408,16 @@ def check(
             if not dry_run:
                 directory.check_writable()
     return inputs
+
+
+def _note_on_language_model(source: ModelFiles) -> tuple[str, ...]:
+    """Return the lines on a checkpoint that also reads images or sound."""
+    if source.whole is None:
+        return ()
+    return (
+        f"{source.origin} is more than a language model: that is pruned, and exported alone, "
+        "without the parts for images or sound",
+    )
 
 
 def _kinds(spec: JobSpec) -> tuple[str, ...]:

@@ -184,7 +184,7 @@ def load_config(folder: Path, origin: str) -> PretrainedConfig:
             remedy="give a model whose code transformers has",
         )
     if of_text is not None or not is_known:
-        check_family(model_type, of_text)
+        check_family(model_type)
     check_depth(document, origin)
     check_not_quantised(document)
     refused = f"model.source: transformers cannot read config.json of {origin}"

@@ -5,19 +5,22 @@ Copies of remote files and converted GGUF files are cached.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 import importlib.util
+import json
 import os
 import re
 import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from filelock import FileLock
 from huggingface_hub import HfApi, ModelInfo, hf_hub_download, try_to_load_from_cache
@@ -28,6 +31,11 @@ from ray_surgeon.config.base import refusing
 from ray_surgeon.config.sections import ModelSection
 from ray_surgeon.errors import ConfigError
 from ray_surgeon.storage import files, tensor_files
+from ray_surgeon.storage.wrapped import (
+    is_wrapped,
+    language_model_document,
+    language_model_names,
+)
 
 
 def cache_folder() -> Path:
@@ -255,14 +263,20 @@ class ModelFiles:
     # file name -> URI for ranged reads, or the path of a local copy
     open_uri: Callable[[str], str]
     fetch: Callable[[str], Path]  # file name -> local path; downloads the file if needed
+    # the whole checkpoint, if these are the files of the language model inside of it
+    whole: ModelFiles | None = None
     _reader: tensor_files.Reader = field(default_factory=tensor_files.Reader)
 
     def small_files_folder(self, *, weights: bool = False) -> Path:
         """Return a local folder with the configuration, the tokenizer and, optionally, the weights.
 
+        With its weights, a language model stays inside the whole checkpoint.
+
         Raises:
             ValueError: there is no config.json.
         """
+        if weights and self.whole is not None:
+            return self.whole.small_files_folder(weights=True)
         if "config.json" not in self.names:
             raise ConfigError(
                 field="model.source",
@@ -319,10 +333,19 @@ class ModelFiles:
 
     @property
     def given_bytes(self) -> int:
-        """Size of the original weight files, such as a GGUF file, in bytes."""
+        """Size of the original weights in bytes: of the files, such as a GGUF file.
+
+        Of a whole checkpoint, only the tensors of the language model count.
+        """
         gguf = gguf_file(self.pinned)
         if gguf is not None:
             return gguf.stat().st_size
+        if self.whole is not None:
+            total = 0
+            for uri, key in self._places.values():
+                entry = self._reader.header(uri).entries[key]
+                total += entry.end - entry.first
+            return total
         sizes = [
             files.size_bytes(self.open_uri(name)) or 0 for name in self.weight_files()
         ]
@@ -368,33 +391,49 @@ class ModelFiles:
                     )
             shapes.update(header.shapes)
             digest.update(header.fingerprint.encode())
-        return shapes, digest.hexdigest()
+        names = self._names_of(shapes)
+        return {names[key]: shapes[key] for key in names}, digest.hexdigest()
+
+    def _names_of(self, keys: Iterable[str]) -> dict[str, str]:
+        """Return the tensors' names by their keys in the files."""
+        if self.whole is not None:
+            return language_model_names(keys)
+        return {key: key for key in keys}
+
+    @functools.cached_property
+    def _places(self) -> dict[str, tuple[str, str]]:
+        """URI of the file and key in it of every tensor, from the headers of the weight files."""
+        uri_of = {}
+        for file in self.weight_files():
+            uri = self.open_uri(file)
+            for key in self._reader.names(uri):
+                uri_of[key] = uri
+        names = self._names_of(uri_of)
+        return {name: (uri_of[key], key) for key, name in names.items()}
 
     @functools.cached_property
     def uri_of(self) -> dict[str, str]:
-        """URI of the file of every tensor by its key, from the headers of the weight files."""
-        uri_of = {}
-        for name in self.weight_files():
-            uri = self.open_uri(name)
-            for key in self._reader.names(uri):
-                uri_of[key] = uri
-        return uri_of
+        """URI of the file of every tensor by its name."""
+        return {name: uri for name, (uri, _) in self._places.items()}
 
     @property
     def is_local(self) -> bool:
         """Whether all weights are on this machine."""
         return all(map(files.is_local, set(self.uri_of.values())))
 
-    def read(self, key: str, entry: int | None = None) -> Tensor:
+    def read(self, name: str, entry: int | None = None) -> Tensor:
         """Return a tensor, or one entry of its first dimension; it must not be written to.
 
         Only the needed bytes of remote files are read.
         """
-        return self._reader.read(self.uri_of[key], key, entry)
+        uri, key = self._places[name]
+        return self._reader.read(uri, key, entry)
 
 
 def open_model(source: ModelSection) -> ModelFiles:
     """Open a checkpoint in a folder, at a URI or on the Hub, or a GGUF file.
+
+    Of a checkpoint that also reads images or sound, the language model is opened.
 
     Args:
         source: section `model` of the job spec.
@@ -402,6 +441,38 @@ def open_model(source: ModelSection) -> ModelFiles:
     Raises:
         ValueError: the source does not exist or is not a checkpoint; the message gives a remedy.
     """
+    found = _open(source)
+    if "config.json" not in found.names:
+        return found
+    document = files.read_json(str(found.fetch("config.json")))
+    if not is_wrapped(document):
+        return found
+    return _language_model(found, document)
+
+
+def _language_model(whole: ModelFiles, document: Mapping[str, Any]) -> ModelFiles:
+    """Return the language model inside of a checkpoint.
+
+    Args:
+        whole: the checkpoint.
+        document: its config.json.
+    """
+    text = json.dumps(language_model_document(document), indent=2, sort_keys=True)
+    digest = hashlib.sha256(text.encode()).hexdigest()[:32]
+
+    def write(folder: Path) -> None:
+        folder.mkdir(exist_ok=True)  # an interrupted attempt may have left it
+        (folder / "config.json").write_text(text, encoding="utf-8")
+
+    def fetch(name: str) -> Path:
+        if name == "config.json":
+            return made_once("language-models", digest, write) / name
+        return whole.fetch(name)
+
+    return dataclasses.replace(whole, fetch=fetch, whole=whole)
+
+
+def _open(source: ModelSection) -> ModelFiles:
     where = source.source
     if source.revision is not None and Path(where).exists():
         raise ConfigError(

@@ -165,6 +165,7 @@ def test_exports_with_another_model_type_keep_the_tokenizer(
     [
         ("phi3", {"auto_map": {"AutoConfig": "configuration_phi3.Phi3Config"}}, {}),
         ("glm4_moe", {"num_nextn_predict_layers": 1}, {"num_nextn_predict_layers": 0}),
+        ("qwen3_5", {"mtp_num_hidden_layers": 1}, {"mtp_num_hidden_layers": 0}),
     ],
 )
 def test_exported_configuration_names_only_existing_parts(

@@ -195,7 +195,7 @@ CASES: list[tuple[Change, list[str]]] = [
     ),
     (
         config(model_type="gemma3", text_config=GEMMA),
-        ["Save its text part, a gemma3_text"],
+        ["does not fit its config.json"],
     ),
     (of_model("tokenizer.json", None), ["no tokenizer that loads"]),
     (
