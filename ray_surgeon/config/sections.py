@@ -303,6 +303,10 @@ class OutputSection(Section):
     block and its own modeling code; gguf: files for llama.cpp, with different widths only for a
     Llama or Mistral
     """
+    text_only: bool = False
+    """For a model that also reads images or sound: export its language model alone, as the exports
+    per_block and gguf always do; false: masked and uniform have its other parts, too
+    """
     sizes: tuple[float, ...] | None = None
     """Exported sizes, from pruning.sizes; null: all of them"""
     gguf: tuple[GgufKind, ...] | None = Field(None, min_length=1)

@@ -32,7 +32,8 @@ from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.models.runner import BlockRunner
 from ray_surgeon.models.shard import ExportedTensors, ModelShard
 from ray_surgeon.storage import files, tensor_files
-from ray_surgeon.storage.sources import open_model
+from ray_surgeon.storage.sources import ModelFiles, open_model
+from ray_surgeon.storage.wrapped import key_in_whole
 
 T = TypeVar("T")
 _Tensors = Iterable[tuple[str, Tensor]]
@@ -247,6 +248,7 @@ def save_weights(
     left_out: Collection[str],
     stored: bool,
     blocks: Sequence[int],
+    prefixes: Mapping[str, str],
 ) -> tuple[SavedFile, ...]:
     """Write a shard's whole part of the model.
 
@@ -259,6 +261,7 @@ def save_weights(
         left_out: names of other tensors that are not written.
         stored: whether tensors have the names of the family's checkpoints, or those used here.
         blocks: numbers of the blocks to write, which are renumbered in this order.
+        prefixes: of a language model inside of a checkpoint; see `wrapped.prefixes_of`.
     """
     exported = ExportedTensors(
         worker.shard,
@@ -270,13 +273,41 @@ def save_weights(
     )
     parts: list[_Tensors] = []
     for names_of_file in _weight_parts(worker, changed_only=False):
-        parts.append(exported.tensors(names_of_file))
+        parts.append(_in_whole(exported.tensors(names_of_file), prefixes))
     if mask_names:
         parts.extend(_mask_parts(worker))
     saved: list[SavedFile] = []
     for name, part in zip([*names, *mask_names], parts, strict=True):
         saved.append(_write(files.join(folder, name), part))
     return tuple(saved)
+
+
+def _in_whole(tensors: _Tensors, prefixes: Mapping[str, str]) -> _Tensors:
+    for name, tensor in tensors:
+        yield key_in_whole(name, prefixes), tensor
+
+
+def save_others(
+    source: ModelFiles, folder: str, names: Sequence[str]
+) -> tuple[SavedFile, ...]:
+    """Write the tensors of a whole checkpoint that are not of its language model, unchanged.
+
+    Args:
+        source: the language model inside of the checkpoint.
+        folder: URI.
+        names: names of the files, as many as `parts_of_others` has parts.
+    """
+    assert source.whole is not None
+    saved = []
+    for name, keys in zip(names, parts_of_others(source), strict=True):
+        tensors = [(key, source.whole.read(key)) for key in keys]
+        saved.append(_write(files.join(folder, name), tensors))
+    return tuple(saved)
+
+
+def parts_of_others(source: ModelFiles) -> list[list[str]]:
+    """Return the keys of the tensors that `save_others` writes, grouped by file."""
+    return _split_into_files(source.other_sizes.items())
 
 
 def _weight_parts(worker: Worker, *, changed_only: bool) -> list[list[str]]:

@@ -170,7 +170,7 @@ def card(
     is_changed = bool(spec["pruning"] or spec["recovery"])
     metadata: dict[str, Any] = {
         "library_name": _library(entry),
-        "pipeline_tag": "text-generation",
+        "pipeline_tag": _pipeline_tag(entry),
     }
     base = hub_id(model.source)
     if base is not None:
@@ -199,6 +199,12 @@ def card(
         dtype=model.dtype,
         has_template=has_template,
     )
+
+
+def _pipeline_tag(entry: Mapping[str, Any]) -> str:
+    if "ImageTextToText" in entry["load"]:
+        return "image-text-to-text"
+    return "text-generation"
 
 
 def _library(entry: Mapping[str, Any]) -> str:

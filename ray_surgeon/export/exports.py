@@ -22,8 +22,11 @@ from ray_surgeon.models.pruned_config import BlockWidths, WidthLimits
 from ray_surgeon.pruning.method import Method
 from ray_surgeon.run_state import Facts, RunState, load_weights
 from ray_surgeon.storage import files
+from ray_surgeon.storage.sources import ModelFiles, open_model
 
 _RELOADED = "reloaded and compared"
+_WHOLE = ("masked", "uniform")
+"""Exports of a checkpoint with a language model inside that are whole, unless `text_only`."""
 
 
 def check_exports(
@@ -71,6 +74,48 @@ def check_exports(
 
         _check_quantised_experts(layout, output.quantize)
         check_quantised(layout, shrinking, output.quantize)
+
+
+def check_whole(output: OutputSection, source: ModelFiles) -> None:
+    """Refuse `text_only` for a language model, and quantised copies of whole checkpoints.
+
+    Args:
+        output: `output` of the job spec.
+        source: the model to prune.
+
+    Raises:
+        ValueError: names the field, and the remedy.
+    """
+    if output.text_only and source.whole is None:
+        raise ConfigError(
+            field="output.text_only",
+            found=f"{source.origin} reads text alone",
+            remedy="remove it",
+        )
+    if output.quantize is not None and source.whole is not None and not output.text_only:
+        raise ConfigError(
+            field="output.quantize",
+            found=f"{source.origin} also reads images or sound, and such copies are of text only",
+            remedy="set output.text_only to true, or remove quantize",
+        )
+
+
+def _inside_of_whole(
+    kind: str, pruned: PrunedModel, output: OutputSection
+) -> ModelFiles | None:
+    """Return the dense language model if the checkpoint around it is exported, too."""
+    source = open_model(pruned.model)
+    if source.whole is None or output.text_only or kind not in _WHOLE:
+        return None
+    return source
+
+
+def _load_line(kind: str, uri: str, inside: ModelFiles | None) -> str:
+    """Return the call that loads an export."""
+    if inside is not None:
+        return f'AutoModelForImageTextToText.from_pretrained("{uri}")'
+    trusts = ", trust_remote_code=True" if kind == "per_block" else ""
+    return f'AutoModelForCausalLM.from_pretrained("{uri}"{trusts})'
 
 
 def _check_quantised_experts(layout: ModelLayout, section: QuantizeSection) -> None:
@@ -125,14 +170,14 @@ def export(
 
         return export_gguf(pruned, uri, widths, output.gguf or ("bf16",))
     dense = folder.dense_document(pruned.model)
-    size_bytes = _write_folder(kind, pruned, uri, dense, blocks, widths)
-    trusts = ", trust_remote_code=True" if kind == "per_block" else ""
+    inside = _inside_of_whole(kind, pruned, output)
+    size_bytes = _write_folder(kind, pruned, uri, dense, blocks, widths, inside)
     entry: dict[str, Any] = {
         "kind": kind,
         "uri": uri,
         "size_bytes": size_bytes,
         "loaders": _loaders(kind, layout, widths),
-        "load": f'AutoModelForCausalLM.from_pretrained("{uri}"{trusts})',
+        "load": _load_line(kind, uri, inside),
         **folder.reload(pruned, uri).entries,
     }
     options = _vllm_options(kind, layout, widths)
@@ -162,6 +207,7 @@ def _write_folder(
     dense: dict[str, Any],
     blocks: Sequence[int],
     widths: Sequence[BlockWidths],
+    inside: ModelFiles | None,
 ) -> int:
     """Write a Hugging Face folder; return the size of its weights in bytes.
 
@@ -172,6 +218,7 @@ def _write_folder(
         dense: config.json of the dense model.
         blocks: numbers of the blocks to write.
         widths: widths of these blocks; empty if the export keeps the dense model's shapes.
+        inside: the dense language model, if the checkpoint around it is written, too.
     """
     layout = pruned.layout
     document = dense
@@ -184,10 +231,14 @@ def _write_folder(
         else:
             document = pruned_config.uniform_document(layout, document, widths)
     left_out = pruned_config.left_out(layout, width_of_block)
-    size_bytes = folder.write_weights(pruned.cluster, uri, blocks, kind, left_out)
+    size_bytes = folder.write_weights(pruned.cluster, uri, blocks, kind, left_out, inside)
     another_type = document["model_type"] != dense["model_type"]
     folder.copy_small_files(pruned.model, uri, another_type=another_type)
-    files.write_json(files.join(uri, "config.json"), for_older_readers(document))
+    document = for_older_readers(document)
+    if inside is not None:
+        document = folder.whole_around(inside, document)
+        folder.copy_processor_files(inside, uri)
+    files.write_json(files.join(uri, "config.json"), document)
     if kind == "per_block":
         source = folder.shipped_source(layout.config)
         files.write_text(files.join(uri, folder.SHIPPED), source)

@@ -32,14 +32,26 @@ from ray_surgeon.distributed.collectives import decode
 from ray_surgeon.distributed.memory_plan.device_resources import available_bytes
 from ray_surgeon.distributed.passes import logits
 from ray_surgeon.distributed.processes import Reply, Request
-from ray_surgeon.distributed.weights import num_files, save_weights
+from ray_surgeon.distributed.weights import (
+    num_files,
+    parts_of_others,
+    save_others,
+    save_weights,
+)
 from ray_surgeon.distributed.worker import Worker
 from ray_surgeon.memory.transfers import backend
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.models.loss import perplexity_of
 from ray_surgeon.models.pruned_config import blocks_left
 from ray_surgeon.storage import files
-from ray_surgeon.storage.sources import goes_along, is_licence, open_model
+from ray_surgeon.storage.sources import (
+    PROCESSOR_FILES,
+    ModelFiles,
+    goes_along,
+    is_licence,
+    open_model,
+)
+from ray_surgeon.storage.wrapped import prefixes_of, whole_document
 
 NUM_COMPARED_TOKENS = 64
 SHIPPED = "modeling_pruned.py"
@@ -109,6 +121,7 @@ def write_weights(
     blocks: Sequence[int],
     kind: str = "",
     left_out: Sequence[str] = (),
+    source: ModelFiles | None = None,
 ) -> int:
     """Have every shard write its files, replace older ones, and write their index.
 
@@ -119,6 +132,7 @@ def write_weights(
         kind: kind of the export. A masked export keeps the shapes of the dense model and has
             further files with its masks; a per_block export uses the names of tensors in memory.
         left_out: see `save_weights`.
+        source: the language model inside of a checkpoint whose other tensors are written, too.
 
     Returns:
         The size of the files of weights in bytes.
@@ -126,7 +140,14 @@ def write_weights(
     # an interrupted attempt may have written another number of files
     files.remove_files(uri, _WRITTEN)
     numbers = cluster.run_all(num_files, kind == "masked")
-    weight_names = _file_names("model", [num_weights for num_weights, _ in numbers])
+    num_others = 0
+    prefixes: Mapping[str, str] = {}
+    if source is not None:
+        assert source.whole is not None
+        num_others = len(parts_of_others(source))
+        prefixes = prefixes_of(source.whole.uri_of)
+    num_weights = [num_weights for num_weights, _ in numbers]
+    *weight_names, names_of_others = _file_names("model", [*num_weights, num_others])
     mask_names = _file_names("masks", [num_masks for _, num_masks in numbers])
     workers = cluster.placement.workers
     futures = []
@@ -140,11 +161,15 @@ def write_weights(
             left_out=left_out,
             stored=kind != "per_block",
             blocks=blocks,
+            prefixes=prefixes,
         )
         futures.append(future)
+    written = list(cluster.get(futures))
+    if source is not None:
+        written.append(save_others(source, uri, names_of_others))
     file_of = dict[str, str]()
     total_bytes = 0
-    for saved_files in cluster.get(futures):
+    for saved_files in written:
         for saved in saved_files:
             name = saved.uri.rpartition("/")[2]
             if name.startswith("model"):
@@ -203,6 +228,26 @@ def dense_document(model: ModelSection) -> dict[str, Any]:
             document[name] = 0
     document["dtype"] = model.dtype
     return document
+
+
+def whole_around(source: ModelFiles, document: Mapping[str, Any]) -> dict[str, Any]:
+    """Return config.json of the whole checkpoint around a pruned language model.
+
+    Args:
+        source: the dense language model inside of the checkpoint.
+        document: config.json of the pruned one.
+    """
+    assert source.whole is not None
+    whole = cleaned(files.read_json(str(source.whole.fetch("config.json"))))
+    whole.pop("auto_map", None)
+    return whole_document(whole, document)
+
+
+def copy_processor_files(source: ModelFiles, uri: str) -> None:
+    """Copy the files on how a checkpoint reads images or sound."""
+    for name in source.names:
+        if name in PROCESSOR_FILES:
+            files.put_file(files.join(uri, name), source.fetch(name))
 
 
 def cleaned(document: Mapping[str, Any]) -> dict[str, Any]:

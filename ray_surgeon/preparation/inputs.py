@@ -43,7 +43,7 @@ from ray_surgeon.distributed.memory_plan.planned_job import (
 )
 from ray_surgeon.distributed.memory_plan.planner import Plan, Planner
 from ray_surgeon.distributed.placement import Placement, place
-from ray_surgeon.export.exports import Export
+from ray_surgeon.export.exports import Export, check_whole
 from ray_surgeon.factors.collector import kind_of
 from ray_surgeon.models.layout import ModelLayout
 from ray_surgeon.models.proof import prove
@@ -370,6 +370,7 @@ def check(
     tokenizer = load_tokenizer(folder, source.origin) if is_read else None
     resolved = resolve(spec, layout, machines, partial(_planned, layout, tokenizer))
     spec = resolved.spec
+    check_whole(spec.output, source)
     last = stages_after_shots(spec, layout)
     method = method_for(spec.pruning, spec.curvature, layout, spec.model.dtype)
     reading.check_requests(spec, layout)
@@ -377,7 +378,10 @@ def check(
     source_bytes = 0
     if is_read:
         model_fingerprint = reading.check_weights(source, layout)
-        source_bytes = source.given_bytes
+        given = source
+        if source.whole is not None and not spec.output.text_only:
+            given = source.whole
+        source_bytes = given.given_bytes
     spec, texts, chosen = _read(spec, tokenizer, layout)
     texts = texts._replace(teacher=_teacher(spec, tokenizer, layout))
     stages = stages_of(spec, layout, method, texts, last, resolved.deadline_s)
@@ -415,8 +419,8 @@ def _note_on_language_model(source: ModelFiles) -> tuple[str, ...]:
     if source.whole is None:
         return ()
     return (
-        f"{source.origin} is more than a language model: that is pruned, and exported alone, "
-        "without the parts for images or sound",
+        f"{source.origin} is more than a language model: that is pruned, and its other parts stay "
+        "as they are (--set output.text_only=true exports the language model alone)",
     )
 
 

@@ -237,6 +237,13 @@ SMALL_FILES: tuple[str, ...] = (
 )
 """Files of a checkpoint folder, other than weights, that a tokenizer or a reload may need."""
 _INDEX = "model.safetensors.index.json"
+PROCESSOR_FILES: tuple[str, ...] = (
+    "preprocessor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
+    "chat_template.json",
+)
+"""Files of a checkpoint that also reads images or sound, on how it reads them."""
 TEMPLATES = "additional_chat_templates"
 """Folder of further chat templates."""
 
@@ -410,6 +417,22 @@ class ModelFiles:
                 uri_of[key] = uri
         names = self._names_of(uri_of)
         return {name: (uri_of[key], key) for key, name in names.items()}
+
+    @functools.cached_property
+    def other_sizes(self) -> dict[str, int]:
+        """Size in bytes of the whole checkpoint's tensors outside of the language model, by key.
+
+        Blocks for multi-token prediction, which share the widths of the language model, are left
+        out.
+        """
+        assert self.whole is not None
+        own = {key for _, key in self._places.values()}
+        sizes = {}
+        for key, (uri, _) in self.whole._places.items():
+            if key not in own and not key.startswith("mtp."):
+                entry = self.whole._reader.header(uri).entries[key]
+                sizes[key] = entry.end - entry.first
+        return sizes
 
     @functools.cached_property
     def uri_of(self) -> dict[str, str]:

@@ -54,13 +54,44 @@ def language_model_document(document: Mapping[str, Any]) -> dict[str, Any]:
     return text
 
 
-def language_model_names(keys: Iterable[str]) -> dict[str, str]:
-    """Return the names of the language model's tensors by their keys in the whole checkpoint."""
+def prefixes_of(keys: Iterable[str]) -> Mapping[str, str]:
+    """Return the prefixes in a checkpoint with these keys -> those of its language model alone."""
     keys = tuple(keys)
     for prefixes in _PREFIXES:
         first = next(iter(prefixes))
         if any(key.startswith(first) for key in keys):
-            break
+            return prefixes
+    return {}
+
+
+def key_in_whole(name: str, prefixes: Mapping[str, str]) -> str:
+    """Return the key in the whole checkpoint of a tensor of the language model."""
+    for prefix, replacement in prefixes.items():
+        if name.startswith(replacement):
+            return prefix + name.removeprefix(replacement)
+    return name
+
+
+def whole_document(
+    document: Mapping[str, Any], language_model: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return config.json of a whole checkpoint with another language model inside.
+
+    Args:
+        document: config.json of the whole checkpoint.
+        language_model: config.json of the language model.
+    """
+    text = dict(language_model)
+    text.pop("architectures", None)
+    whole = {**document, "text_config": text, "dtype": language_model["dtype"]}
+    whole.pop("torch_dtype", None)
+    return whole
+
+
+def language_model_names(keys: Iterable[str]) -> dict[str, str]:
+    """Return the names of the language model's tensors by their keys in the whole checkpoint."""
+    keys = tuple(keys)
+    prefixes = prefixes_of(keys)
     names = {}
     for key in keys:
         for prefix, replacement in prefixes.items():

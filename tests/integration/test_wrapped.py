@@ -63,6 +63,7 @@ def whole_and_alone(family: str, job: Jobs) -> tuple[Path, Path]:
         model.save_pretrained(folder)
         for path in job.models["llama"].glob("tokenizer*"):
             shutil.copy(path, folder)
+    (folders[0] / "preprocessor_config.json").write_text("{}")
     return folders
 
 
@@ -77,14 +78,52 @@ def test_language_model_inside_is_pruned_like_that_alone(family: str, job: Jobs)
     done = job(options, model=whole, folder="of_whole")
     assert_same_shot(expected.uri, done.uri, 1)
     assert "is more than a language model" in done.out
-    exported = AutoModelForCausalLM.from_pretrained(done.uri / "export/uniform").eval()
-    same = AutoModelForCausalLM.from_pretrained(expected.uri / "export/uniform").eval()
     tokens = torch.arange(10)[None]
+    narrow = AutoModelForCausalLM.from_pretrained(expected.uri / "export/uniform").eval()
+    exported = AutoModelForImageTextToText.from_pretrained(done.uri / "export/uniform")
+    assert type(exported).__name__.endswith("ForConditionalGeneration")
     with torch.no_grad():
-        assert torch.equal(exported(tokens).logits, same(tokens).logits)
+        assert torch.equal(exported.eval()(tokens).logits, narrow(tokens).logits)
+    assert (done.uri / "export/uniform/preprocessor_config.json").exists()
+    dense = AutoModelForImageTextToText.from_pretrained(whole).state_dict()
+    others = [name for name in dense if "language_model" not in name]
+    for name in set(others) - {"lm_head.weight"}:
+        assert torch.equal(exported.state_dict()[name], dense[name])
+    card = (done.uri / "export/uniform/README.md").read_text()
+    assert "pipeline_tag: image-text-to-text" in card
+    assert "AutoModelForImageTextToText" in done.report["exports"][0]["load"]
+
+
+@pytest.mark.usefixtures("cache", "forked")
+def test_language_model_is_exported_alone_on_request(job: Jobs) -> None:
+    whole, _ = whole_and_alone("qwen3_5", job)
+    options = runs.GROUPS | runs.ONE | {"pruning__groups": ["ffn"]}
+    options |= {"pruning__allocation": "uniform", "output__exports": ["uniform"]}
+    done = job(options | {"output__text_only": True}, model=whole)
     document = json.loads((done.uri / "export/uniform/config.json").read_text())
-    assert document["architectures"] == [type(exported).__name__]
+    assert document["architectures"] == ["Qwen3_5ForCausalLM"]
     assert "vision_config" not in document
+    assert not (done.uri / "export/uniform/preprocessor_config.json").exists()
+
+
+@pytest.mark.usefixtures("cache", "forked")
+def test_masked_export_is_whole(job: Jobs) -> None:
+    whole, _ = whole_and_alone("gemma3", job)
+    done = job(runs.ONE | runs.MASKED | {"cluster__num_shards": 2}, model=whole)
+    document = json.loads((done.uri / "export/masked/config.json").read_text())
+    assert document["vision_config"]["hidden_size"] == SIGLIP["hidden_size"]
+
+
+@pytest.mark.usefixtures("cache")
+def test_exports_that_need_text_alone_are_refused(job: Jobs) -> None:
+    message = job.refused(output__text_only=True)
+    assert "reads text alone" in message
+    whole, _ = whole_and_alone("gemma3", job)
+    options = runs.GROUPS | {"pruning__allocation": "uniform", "model": whole}
+    options |= {"output__exports": ["uniform"]}
+    options |= {"output__quantize": {"scheme": "w8a16", "group_size": 8}}
+    message = job.refused(**options)
+    assert "set output.text_only to true" in message
 
 
 @pytest.mark.usefixtures("cache")
