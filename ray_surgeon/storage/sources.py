@@ -348,11 +348,7 @@ class ModelFiles:
         if gguf is not None:
             return gguf.stat().st_size
         if self.whole is not None:
-            total = 0
-            for uri, key in self._places.values():
-                entry = self._reader.header(uri).entries[key]
-                total += entry.end - entry.first
-            return total
+            return sum(self._sizes.values())
         sizes = [
             files.size_bytes(self.open_uri(name)) or 0 for name in self.weight_files()
         ]
@@ -419,6 +415,15 @@ class ModelFiles:
         return {name: (uri_of[key], key) for key, name in names.items()}
 
     @functools.cached_property
+    def _sizes(self) -> dict[str, int]:
+        """Size in bytes of every tensor by its name."""
+        sizes = {}
+        for name, (uri, key) in self._places.items():
+            entry = self._reader.header(uri).entries[key]
+            sizes[name] = entry.end - entry.first
+        return sizes
+
+    @functools.cached_property
     def other_sizes(self) -> dict[str, int]:
         """Size in bytes of the whole checkpoint's tensors outside of the language model, by key.
 
@@ -428,10 +433,9 @@ class ModelFiles:
         assert self.whole is not None
         own = {key for _, key in self._places.values()}
         sizes = {}
-        for key, (uri, _) in self.whole._places.items():
+        for key, size_bytes in self.whole._sizes.items():
             if key not in own and not key.startswith("mtp."):
-                entry = self.whole._reader.header(uri).entries[key]
-                sizes[key] = entry.end - entry.first
+                sizes[key] = size_bytes
         return sizes
 
     @functools.cached_property
